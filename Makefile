@@ -1,0 +1,66 @@
+# Every target sets up .venv first where it needs it: any Python from 3.10 on will do.
+# Settings come from the environment or .env; further arguments: make test ARGS="-k claim".
+
+.DEFAULT_GOAL := help
+.PHONY: help demo run trigger verify status check test test-faults lint format test-image clean
+
+PYTHON := .venv/bin/python
+READY := .venv/.ready
+ARGS ?=
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+
+demo: $(READY) ## watch five jobs run through the pipeline, on a database of its own
+	@$(PYTHON) -m demo $(ARGS)
+
+run: $(READY) ## run the listener
+	@$(PYTHON) listener.py $(ARGS)
+
+trigger: $(READY) ## install or update tables, database trigger and routes
+	@$(PYTHON) listener.py install $(ARGS)
+
+verify: $(READY) ## check database, trigger, privileges and stage API, line by line
+	@$(PYTHON) listener.py verify $(ARGS)
+
+status: $(READY) ## show what is owed, running, held and given up
+	@$(PYTHON) listener.py status $(ARGS)
+
+check: $(READY) ## tell whether the listener on this machine is alive
+	@$(PYTHON) listener.py check $(ARGS)
+
+test: $(READY) ## run the tests, on a database of their own
+	@$(PYTHON) -m pytest $(ARGS)
+
+test-faults: $(READY) ## run the slow tests, which wait for deadlines to pass
+	@$(PYTHON) -m pytest -m slow $(ARGS)
+
+lint: $(READY) ## check style: Python and Dockerfile
+	@$(PYTHON) -m ruff check
+	@$(PYTHON) -m ruff format --check
+	@.venv/bin/hadolint Dockerfile
+
+format: $(READY) ## put the Python files in shape
+	@$(PYTHON) -m ruff check --fix
+	@$(PYTHON) -m ruff format
+
+test-image: $(READY) ## build the container image without an engine and try it (root, buildah)
+	@PYTHONPATH=. $(PYTHON) tests/try_image.py
+
+clean: ## remove .venv and caches
+	rm -rf .venv .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): requirements.txt requirements-dev.txt
+	@python=; for candidate in python3.13 python3.12 python3.11 python3.10 python3; do \
+		$$candidate -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 10))' 2> /dev/null \
+			&& python=$$candidate && break; \
+	done; \
+	if [ -z "$$python" ]; then \
+		echo 'No Python 3.10 or newer with venv found (Debian, Ubuntu: apt install python3-venv).' >&2; \
+		exit 1; \
+	fi; \
+	echo "Setting up .venv with $$($$python --version); the first time takes a minute"; \
+	$(PYTHON) -m pip --version > /dev/null 2>&1 || $$python -m venv --clear .venv
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
