@@ -1,0 +1,189 @@
+"""Settings from the environment and a `.env` file: read once, validated before anything starts.
+
+The environment wins over `.env`, which is looked for in the working directory and then beside
+this file. Every name below is documented with its default and unit in `.env.example`.
+"""
+
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import dotenv
+import psycopg2.extensions
+
+
+class SettingsError(Exception):
+    """A setting that cannot be used; the message is the one line a person needs."""
+
+
+class Allowed(ValueError):
+    """Raised by a parser: says what is allowed."""
+
+
+def boolean(text: str) -> bool:
+    words = {"true": True, "1": True, "yes": True, "on": True}
+    words |= {"false": False, "0": False, "no": False, "off": False}
+    if text.lower() not in words:
+        raise Allowed("true or false")
+    return words[text.lower()]
+
+
+def number(kind: type, low: float, high: float, unit: str) -> Callable[[str], Any]:
+    """A parser for a `kind` (int or float) from `low` to `high`, both included."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise Allowed(f"{unit} from {low:g} to {high:g}")
+        return value
+
+    return parse
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text.upper() not in words:
+            raise Allowed(" or ".join(words))
+        return text.upper()
+
+    return parse
+
+
+def host(text: str) -> str:
+    """`docker --env-file` keeps an inline comment in the value: refuse it by name."""
+    if re.search(r"[\s#@/]", text) and not text.startswith("/"):
+        raise Allowed("a host name, an address or a socket directory, without spaces or comments")
+    return text
+
+
+def http_url(text: str) -> str:
+    try:
+        parts = urlsplit(text)
+        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+    except ValueError:
+        usable = False
+    if not usable or parts.query or parts.fragment or "@" in parts.path or re.search(r"\s", text):
+        raise Allowed("a URL such as http://localhost:8011")
+    return text.rstrip("/")
+
+
+def database_url(text: str) -> str:
+    """Also takes the SQLAlchemy spelling `postgresql+driver://`, which the guide's users have.
+
+    A password with a bare @, / or # in it would be read as part of the host, and shown in errors.
+    """
+    text = re.sub(r"^(postgres(?:ql)?)\+\w+://", r"\1://", text)
+    try:
+        if "://" in text and not re.fullmatch(r"\w+://([^@/?#]*@)?[^@]*", text):
+            raise ValueError
+        port = psycopg2.extensions.parse_dsn(text).get("port", "5432")
+        if not re.fullmatch(r"[\d,]+", port):
+            raise ValueError
+    except (psycopg2.Error, ValueError):
+        allowed = (
+            "postgresql://user:password@host:5432/name, with @ in a password as %40 and / as %2F"
+        )
+        raise Allowed(allowed) from None
+    return text
+
+
+def text(value: str) -> str:
+    return value
+
+
+SECONDS = "a number of seconds"
+SECRET = {"DB_PASSWORD", "DATABASE_URL"}
+
+# name: (default, parser). The order is the order of `.env.example`.
+SETTINGS: dict[str, tuple[str | None, Callable[[str], Any]]] = {
+    "ENABLE_JOB_STATE_LISTENER": ("true", boolean),
+    "JOB_STATE_LISTENER_RECONNECT_DELAY": ("5", number(float, 0.1, 3600, SECONDS)),
+    "DB_HOST": (None, host),
+    "DB_PORT": ("5432", number(int, 1, 65535, "a port")),
+    "DB_NAME": (None, text),
+    "DB_USER": (None, text),
+    "DB_PASSWORD": (None, text),
+    "DATABASE_URL": (None, database_url),
+    "STAGE_API_URL": ("http://localhost:8011", http_url),
+    "STAGE_TIMEOUT": ("600", number(float, 0.1, 86400, SECONDS)),
+    "LEASE_MARGIN": ("30", number(float, 1, 3600, SECONDS)),
+    "MAX_ATTEMPTS": ("5", number(int, 1, 1000, "a whole number")),
+    "RETRY_DELAY": ("5", number(float, 0.01, 3600, SECONDS)),
+    "LISTENER_WORKERS": ("1", number(int, 1, 256, "a whole number")),
+    "SWEEP_INTERVAL": ("30", number(float, 0.1, 3600, SECONDS)),
+    "HISTORY_DAYS": ("30", number(float, 0.01, 36500, "a number of days")),
+    "HEARTBEAT_DIR": (str(Path(tempfile.gettempdir()) / "job-state-listener"), text),
+    "LOG_LEVEL": ("INFO", one_of("DEBUG", "INFO", "WARNING", "ERROR")),
+}
+
+
+def read(environ: dict[str, str]) -> SimpleNamespace:
+    """The settings of `environ`, one attribute a name. An empty value counts as not set.
+
+    Raises:
+        SettingsError: naming the variable, its value (unless secret) and what is allowed.
+    """
+    values = SimpleNamespace()
+    for name, (default, parse) in SETTINGS.items():
+        given = environ.get(name, "").strip() or default
+        try:
+            setattr(values, name, None if given is None else parse(given))
+        except Allowed as allowed:
+            # What stands before an @ may be a password.
+            shown = "***" if name in SECRET or "@" in given else repr(given)[:80]
+            raise SettingsError(f"{name}={shown} cannot be used: allowed is {allowed}") from None
+    return values
+
+
+@lru_cache(maxsize=1)
+def settings() -> SimpleNamespace:
+    """This process's settings, read at the first call."""
+    beside = [Path.cwd() / ".env", Path(__file__).parent / ".env"]
+    file = next((path for path in beside if path.is_file()), None)
+    from_file = {k: v for k, v in dotenv.dotenv_values(file).items() if v} if file else {}
+    return read({**from_file, **os.environ})
+
+
+def __getattr__(name: str):
+    """`from config import ENABLE_JOB_STATE_LISTENER`, as the guide shows."""
+    if name in SETTINGS:
+        return getattr(settings(), name)
+    raise AttributeError(f"module 'config' has no attribute {name!r}")
+
+
+def require_database(values: SimpleNamespace) -> None:
+    """Raises SettingsError where nothing says which database to use."""
+    if not values.DB_HOST and not values.DATABASE_URL:
+        raise SettingsError(
+            "no database is set: give DB_HOST or DATABASE_URL (see .env.example), "
+            "or try `make demo`, which brings its own"
+        )
+
+
+def redactor(values: SimpleNamespace) -> Callable[[str], str]:
+    """A function that replaces every secret of `values`, and what looks like one, by ***."""
+    stage_api = urlsplit(values.STAGE_API_URL).password or ""
+    known = {values.DB_PASSWORD, stage_api, unquote(stage_api)}
+    if values.DATABASE_URL:
+        known.add(psycopg2.extensions.parse_dsn(values.DATABASE_URL).get("password"))
+        # As it was written, percent signs and all: that is how errors quote it.
+        known.update(re.findall(r"://[^:/@]*:([^@]*)@", values.DATABASE_URL))
+    # Replacing a text of three letters would eat the log's own words.
+    secrets = sorted((s for s in known if s and len(s) > 3), key=len, reverse=True)
+
+    def redact(message: str) -> str:
+        for secret in secrets:
+            message = message.replace(secret, "***")
+        message = re.sub(r"(://[^:/@\s]*):[^@/\s]+@", r"\1:***@", message)
+        return re.sub(r"(?i)\b(password\s*=\s*)\S+", r"\1***", message)
+
+    return redact
