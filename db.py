@@ -1,0 +1,262 @@
+"""The connection: made, listened to, and never waited for without a deadline. Driver errors are
+translated here, once: whatever makes a connection useless becomes ConnectionLost.
+"""
+
+import contextlib
+import secrets
+import select
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import psycopg2
+import psycopg2.extensions
+import psycopg2.extras
+
+from config import require_database
+
+CHANNEL = "job_state_changed"
+# For our own commands: "look now", without pretending that a job changed.
+WAKE_CHANNEL = "job_state_listener_wake"
+# A worker's application_name is this and its name, for pg_stat_activity and `status`.
+WORKER_APPLICATION = "job-state-listener worker "
+
+# No database call may block longer (seconds). A frozen server still acknowledges packets, so
+# neither keepalives nor statement_timeout would end the wait.
+DEADLINE = 10.0
+STOP_DEADLINE = 3.0
+
+# Noticed within about 7 s: an idle half-open connection by the keepalives, an unacknowledged
+# query only by tcp_user_timeout (milliseconds).
+CONNECTION = {
+    "client_encoding": "UTF8",
+    "connect_timeout": 5,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 1,
+    "tcp_user_timeout": 7000,
+    "target_session_attrs": "read-write",
+}
+
+# Plans may not depend on when ANALYZE last ran, and pinning them inflates the cost past
+# jit_above_cost up to PostgreSQL 17. row_security=off makes a policy on jobs an error, where
+# it would otherwise hide rows that then look deleted.
+PINNED = {
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "enable_sort": "off",
+    "jit": "off",
+}
+# lock_timeout is shorter than deadlock_timeout: where a worker and the application would wait
+# for each other, the worker gives way. The isolation may be anything by default.
+SESSION = PINNED | {
+    "default_transaction_isolation": "read committed",
+    "row_security": "off",
+    "statement_timeout": "8s",
+    "lock_timeout": "500ms",
+    "idle_in_transaction_session_timeout": "60s",
+}
+
+
+class ConnectionLost(psycopg2.OperationalError):
+    """The connection is of no more use: connect again."""
+
+
+CONNECTION_LOST = (ConnectionLost,)
+# 40: serialization failure, deadlock; 55P03: lock not available; 57014: query cancelled.
+TRY_AGAIN = ("40", "55P03", "57014")
+# 08: connection; 25006: read-only, so a standby; 53300: too many clients; 57P0: going down.
+LOST = ("08", "25006", "53300", "57P0")
+
+# Set by a process that can be told to stop: see wait_with_deadline.
+stop = None
+
+
+def wait_with_deadline(conn) -> None:
+    """psycopg2's wait callback: waits for `conn`, at most DEADLINE seconds.
+
+    A stop shortens the wait to STOP_DEADLINE. Raising is the only safe way out: closing the
+    connection in here deadlocks.
+    """
+    allowed, started = DEADLINE, time.monotonic()
+    while (state := conn.poll()) != psycopg2.extensions.POLL_OK:
+        now, watched = time.monotonic(), []
+        if stop is not None and not stop.requested:
+            watched = [stop]
+        elif stop is not None and allowed == DEADLINE:
+            allowed, started = STOP_DEADLINE, now
+        reading = [conn, *watched] if state == psycopg2.extensions.POLL_READ else watched
+        writing = [conn] if state == psycopg2.extensions.POLL_WRITE else []
+        left = started + allowed - now
+        ready = select.select(reading, writing, [], left) if left > 0 else ()
+        if not any(ready):
+            raise ConnectionLost(f"the database did not answer within {allowed:.0f} s")
+        if stop in ready[0]:
+            stop.drain()
+
+
+class Connection(psycopg2.extensions.connection):
+    """A connection that knows how its settings reach the server."""
+
+    # Put before every statement behind a pooler, where a session's settings would leak.
+    prefix = ""
+    # Behind a transaction pooler nothing is ever heard.
+    hears = True
+
+
+def connect(settings: SimpleNamespace, name: str = "job-state-listener") -> Connection:
+    """An autocommit connection with a deadline on every call.
+
+    Raises:
+        SettingsError: no database is configured.
+        ConnectionLost: it cannot be reached, whatever the reason.
+    """
+    require_database(settings)
+    target = {
+        "host": settings.DB_HOST,
+        "port": settings.DB_PORT,
+        "dbname": settings.DB_NAME,
+        "user": settings.DB_USER,
+        "password": settings.DB_PASSWORD,
+    }
+    if settings.DATABASE_URL:
+        target = psycopg2.extensions.parse_dsn(settings.DATABASE_URL)
+    options = {"application_name": name} | CONNECTION | {k: v for k, v in target.items() if v}
+    # Without the callback libpq keeps connect_timeout itself, for each host in turn.
+    psycopg2.extensions.set_wait_callback(None)
+    try:
+        conn = psycopg2.connect(connection_factory=Connection, **options)
+    except psycopg2.Error as error:
+        raise ConnectionLost(" ".join(str(error).split())) from None
+    finally:
+        psycopg2.extensions.set_wait_callback(wait_with_deadline)
+    try:
+        conn.autocommit = True
+        prepare_session(conn)
+    except psycopg2.Error:
+        conn.close()
+        raise
+    return conn
+
+
+def prepare_session(conn: Connection) -> None:
+    """Set the session up, in a way that also holds behind a pooler."""
+    pooled = is_pooled(conn)
+    setting = "SET LOCAL {} = '{}'; " if pooled else "SET {} = '{}'; "
+    commands = "".join(setting.format(name, value) for name, value in SESSION.items())
+    if pooled:
+        conn.prefix = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; " + commands
+    else:
+        execute(conn, commands)
+
+
+def execute(conn: Connection, sql: str, params: dict[str, Any] | None = None):
+    """Run `sql` and return its cursor. Several statements in one are one transaction.
+
+    Raises:
+        ConnectionLost: connect again; whether the statement took effect is not known.
+        psycopg2.Error: the statement's own fault; the connection is still good.
+    """
+    for chances_left in (2, 1, 0):
+        try:
+            cursor = conn.cursor(cursor_factory=psycopg2.extras.NamedTupleCursor)
+            cursor.execute(conn.prefix + sql, params)
+            return cursor
+        except psycopg2.Error as error:
+            if is_lost(conn, error):
+                raise ConnectionLost(" ".join(str(error).split())) from error
+            if not chances_left or not (error.pgcode or "").startswith(TRY_AGAIN):
+                raise
+    raise AssertionError("unreachable")
+
+
+def is_lost(conn: Connection, error: psycopg2.Error) -> bool:
+    """Whether `error` ends the connection (seen with psycopg2 2.9, libpq 17).
+
+    OperationalError alone is the wrong test: a deadlock is one on a healthy connection, while
+    a lost one also raises InterfaceError or a bare DatabaseError.
+    """
+    if conn.closed or isinstance(error, psycopg2.InterfaceError):
+        return True
+    if error.pgcode is None:
+        return isinstance(error, psycopg2.OperationalError) or type(error) is psycopg2.DatabaseError
+    return error.pgcode.startswith(LOST)
+
+
+# --- listening -----------------------------------------------------------------------------
+
+BACKEND_PID = "SELECT pg_catalog.pg_backend_pid()"
+
+
+def is_pooled(conn: Connection) -> bool:
+    """Whether something sits in between: a pooler makes up the pid it reports at connect."""
+    return execute(conn, BACKEND_PID).fetchone()[0] != conn.info.backend_pid
+
+
+LISTEN = f'LISTEN "{CHANNEL}"; LISTEN "{WAKE_CHANNEL}"'
+
+
+def listen(conn: Connection, settings: SimpleNamespace) -> bool:
+    """LISTEN to the bell; False where it would never be heard."""
+    if conn.prefix and not hears_a_bell(conn, settings):
+        return False
+    execute(conn, LISTEN)
+    return True
+
+
+def hears_a_bell(conn: Connection, settings: SimpleNamespace) -> bool:
+    """Ring a bell of our own, from a second connection: our own session would always hear it."""
+    channel = f"job_state_listener_{secrets.token_hex(8)}"
+    execute(conn, f'LISTEN "{channel}"')
+    with contextlib.closing(connect(settings)) as other:
+        execute(other, f'NOTIFY "{channel}"')
+    select.select([conn], [], [], 1.0)
+    heard = any(notify.channel == channel for notify in hear(conn))
+    execute(conn, f'UNLISTEN "{channel}"')
+    return heard
+
+
+def hear(conn: Connection, at_most: int = 10_000) -> list[psycopg2.extensions.Notify]:
+    """Take every notification that has arrived: from the socket, or read by an earlier execute.
+
+    One poll may deliver only part of a burst, and the first poll after the backend died
+    returns normally: so poll until the socket has nothing more to say.
+
+    Raises:
+        ConnectionLost
+    """
+    heard = []
+    try:
+        while True:
+            conn.poll()
+            heard += conn.notifies
+            conn.notifies.clear()
+            if len(heard) >= at_most or not select.select([conn], [], [], 0)[0]:
+                return heard
+    except psycopg2.Error as error:
+        raise ConnectionLost(" ".join(str(error).split())) from error
+
+
+# --- what a stage function asks ------------------------------------------------------------
+
+# The pins are for our own statements; a person's query is planned as usual.
+READ_ONLY = "SET TRANSACTION READ ONLY; " + "".join(
+    f"SET LOCAL {name} = DEFAULT; " for name in PINNED
+)
+
+
+def query(conn: Connection, sql: str, params: dict[str, Any] | None = None) -> list:
+    """The rows of a read-only query, as named tuples.
+
+    Raises:
+        ConnectionLost: and it really is: an attempt to write looks like a standby elsewhere.
+        psycopg2.Error: the query's own fault.
+    """
+    try:
+        return execute(conn, READ_ONLY + sql, params).fetchall()
+    except ConnectionLost as lost:
+        if not conn.closed and isinstance(lost.__cause__, psycopg2.Error):
+            raise lost.__cause__ from None
+        raise
