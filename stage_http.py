@@ -1,0 +1,215 @@
+"""HTTP: one POST to the stage API, over in time whatever the server does, and an honest account
+of what became of it: an Answer, or an exception that says whether it may have been sent.
+"""
+
+import json
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from email.utils import formatdate, parsedate_to_datetime
+from types import SimpleNamespace
+
+import requests
+import urllib3
+from requests.adapters import HTTPAdapter
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the stage API answered: status, the beginning of its body, Retry-After in seconds."""
+
+    status: int
+    text: str = ""
+    retry_after: float | None = None
+
+
+class Unreachable(Exception):
+    """Not sent: could not connect, DNS, TLS."""
+
+
+class Interrupted(Exception):
+    """Sent, and the connection broke while waiting."""
+
+
+class NoAnswer(Exception):
+    """Sent, and nobody can know what became of it: time ran out, or the answer was cut."""
+
+
+class CallDeadline(BaseException):
+    """Raised by the alarm inside a POST; no `except Exception` on the way may swallow it."""
+
+
+CONNECT_TIMEOUT = 5.0
+# Servers close idle connections, gunicorn after 2 s: a POST sent into that moment dies unseen.
+REUSE_WITHIN = 1.0
+BODY_LIMIT = 16 * 2**20
+LONGEST_RETRY_AFTER = 3600.0
+
+# A dead peer is noticed within about 40 s of a call's silence.
+SOCKET_OPTIONS = [
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 20),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 40_000),
+]
+
+
+class Adapter(HTTPAdapter):
+    def init_poolmanager(self, *args, **kwargs):
+        super().init_poolmanager(*args, **kwargs, socket_options=SOCKET_OPTIONS)
+
+
+class Session(requests.Session):
+    def get_redirect_target(self, resp):
+        """None: even where it does not follow, it would read the body and parse the target."""
+        return None
+
+
+class StageApi:
+    """One worker's kept-alive connection to the stage API."""
+
+    def __init__(self, settings: SimpleNamespace):
+        self.url = settings.STAGE_API_URL
+        self.used_at = 0.0
+        self.session = Session()
+        # No .netrc, which would replace credentials, and no proxy variables.
+        self.session.trust_env = False
+        self.session.headers = {"User-Agent": "job-state-listener", "Accept-Encoding": "identity"}
+        for scheme in ("http://", "https://"):
+            self.session.mount(scheme, Adapter(pool_maxsize=1, max_retries=0))
+
+    def post(self, path: str, body: dict, headers: dict[str, str], until: float) -> Answer:
+        """One POST, over by `until` (time.monotonic()) whatever the server does.
+
+        Raises:
+            Unreachable: it was not sent.
+            Interrupted: the connection broke while waiting.
+            NoAnswer: whether it ran is not known.
+        """
+        data = json.dumps(body, default=str, allow_nan=False).encode()
+        headers = {"Content-Type": "application/json", **headers}
+        left = until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the stage function used up STAGE_TIMEOUT before its POST")
+        if time.monotonic() - self.used_at > REUSE_WITHIN:
+            self.session.close()
+        previous = signal.signal(signal.SIGALRM, raise_in_send)
+        # Again every second, should a destructor have swallowed the first one.
+        signal.setitimer(signal.ITIMER_REAL, left, 1.0)
+        try:
+            answer = self.send(self.url + path, data, headers, left)
+            self.used_at = time.monotonic()
+            return answer
+        except CallDeadline as error:
+            unsent = while_connecting(error)
+            failed = (Unreachable if unsent else NoAnswer)("no answer before STAGE_TIMEOUT")
+        except NoAnswer as error:
+            failed = error
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+            failed = translated(error)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
+        # Whatever this connection still holds must not be read as the next call's answer.
+        self.session.close()
+        raise failed
+
+    def send(self, url: str, data: bytes, headers: dict[str, str], left: float) -> Answer:
+        timeout = (min(CONNECT_TIMEOUT, left), left)
+        with self.session.post(
+            url, data=data, headers=headers, timeout=timeout, allow_redirects=False, stream=True
+        ) as response:
+            text = read(response)
+            retry_after = parse_retry_after(response.headers)
+            return Answer(response.status_code, text, retry_after)
+
+
+def raise_in_send(_number, frame) -> None:
+    """SIGALRM: `requests` timeouts are per read, so this ends the whole call.
+
+    An alarm that comes late, when the answer is complete, finds no `send` to interrupt.
+    """
+    while frame is not None:
+        if frame.f_code is StageApi.send.__code__:
+            raise CallDeadline
+        frame = frame.f_back
+
+
+def read(response: requests.Response) -> str:
+    """The beginning of the body, undecoded; the rest is read and dropped.
+
+    Raises:
+        NoAnswer: the answer is cut, endless, or not a final one, or may have been cut.
+    """
+    raw, status = response.raw, response.status_code
+    if status < 200:
+        raise NoAnswer(f"status {status}, which is not a final answer")
+    beginning, size = b"", 0
+    try:
+        while chunk := raw.read(2**16, decode_content=False):
+            size += len(chunk)
+            beginning = beginning or chunk[:2000]
+            if size > BODY_LIMIT:
+                raise NoAnswer(f"the answer is longer than {BODY_LIMIT >> 20} MiB")
+    except (urllib3.exceptions.HTTPError, OSError) as error:
+        raise NoAnswer(f"status {status}, then {type(error).__name__}: {error}") from error
+    # A header cut by a closed connection reads as an empty 200.
+    framed = raw.chunked or response.headers.get("Content-Length", "").isdigit()
+    if 200 <= status < 300 and status != 204 and not framed:
+        raise NoAnswer(f"status {status}, but the answer may have been cut")
+    return beginning.decode("utf-8", "replace")
+
+
+def translated(error: Exception) -> Exception:
+    """What an exception of requests or urllib3 says about the request (requests 2.34).
+
+    Only a failure inside urllib3's `connect`, TLS included, was certainly not sent.
+    """
+    causes = list(chain(error))
+    text = f"{type(causes[-1]).__name__}: {causes[-1]}"
+    if any(map(while_connecting, causes)):
+        return Unreachable(text)
+    if any(isinstance(cause, ConnectionError) for cause in causes):
+        return Interrupted(text)
+    return NoAnswer(text)
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """`error` and what it was made from: requests and urllib3 wrap in three ways."""
+    seen: list[BaseException] = []
+    while isinstance(error, BaseException) and error not in seen:
+        seen.append(error)
+        yield error
+        wrapped = [getattr(error, "reason", None), *error.args]
+        inner = [value for value in wrapped if isinstance(value, BaseException)]
+        error = inner[0] if inner else error.__cause__ or error.__context__
+
+
+def while_connecting(error: BaseException) -> bool:
+    return any(
+        frame.f_code.co_name == "connect" and frame.f_globals["__name__"] == "urllib3.connection"
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
+
+
+def parse_retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds to wait, from a number or a date (RFC 9110, 10.2.3); None if unusable.
+
+    A date is measured from the answer's own Date, where it has one.
+    """
+    text = headers.get("Retry-After", "").strip()
+    try:
+        if text.isascii() and text.isdigit():
+            seconds = float(text)
+        else:
+            now = headers.get("Date") or formatdate(usegmt=True)
+            wait = parsedate_to_datetime(text) - parsedate_to_datetime(now)
+            seconds = wait.total_seconds()
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return min(seconds, LONGEST_RETRY_AFTER) if seconds > 0 else None

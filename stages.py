@@ -1,0 +1,107 @@
+"""The pipeline: which stage a state leads to, and how that stage's API is called.
+
+To add a stage, write a function of one argument (a `Call`) that returns `call.post(...)`, give
+its state a line in PIPELINE, and run `make trigger`.
+"""
+
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from stage_http import Answer, StageApi
+
+
+def vlm_analyze(call: "Call") -> Answer:
+    """LLaVA Stage 1."""
+    return call.post("/api/yh/llava/stage1/validate")
+
+
+def yolo_detect(call: "Call") -> Answer:
+    return call.post("/api/yh/yolo/detect")
+
+
+def planner(call: "Call") -> Answer:
+    return call.post("/api/yh/planner")
+
+
+def overlay(call: "Call") -> Answer:
+    return call.post("/api/yh/overlay")
+
+
+def vlm_judge(call: "Call") -> Answer:
+    """LLaVA Stage 2."""
+    return call.post("/api/yh/llava/stage2/judge")
+
+
+PIPELINE: dict[tuple[str, str], Callable[["Call"], Answer]] = {
+    ("img_gen", "done"): vlm_analyze,
+    ("vlm_analyze", "done"): yolo_detect,
+    ("yolo_detect", "done"): planner,
+    ("planner", "done"): overlay,
+    ("overlay", "done"): vlm_judge,
+}
+
+
+def stage_names() -> list[str]:
+    """The stages in the order of PIPELINE, each once."""
+    return list(dict.fromkeys(function.__name__ for function in PIPELINE.values()))
+
+
+# --- what a stage function works with ------------------------------------------------------
+
+
+@dataclass
+class Call:
+    """One call that a job owes: the argument of a stage function."""
+
+    job_id: Any
+    tenant_id: Any
+    current_step: str
+    status: str
+    stage: str
+    call_id: int
+    attempt: int
+    spent: int  # attempts that count towards MAX_ATTEMPTS, this one included
+    started_at: Any  # the database's time of the claim
+    until: float  # time.monotonic() by which the whole call must be over
+    api: StageApi
+    query: Callable[[str, dict[str, Any]], list]  # runs a read-only statement
+    answer: Answer | None = None  # of the last POST
+
+    def post(self, path: str, **fields: Any) -> Answer:
+        """POST {"job_id", "tenant_id", **fields} to `path` of the stage API.
+
+        Raises:
+            Unreachable, Interrupted, NoAnswer: see there; a stage function lets them pass.
+        """
+        body = {"job_id": self.job_id, "tenant_id": self.tenant_id, **fields}
+        headers = {
+            # Not the id itself: a text id could smuggle a header.
+            "Idempotency-Key": str(
+                uuid.uuid5(uuid.NAMESPACE_OID, f"{self.job_id}/{self.stage}/{self.call_id}")
+            ),
+            "X-Attempt": str(self.attempt),
+        }
+        self.answer = None
+        self.answer = self.api.post(path, body, headers, self.until)
+        return self.answer
+
+    def fetch_one(self, sql: str, **params: Any):
+        """The one row that the body needs, as a named tuple; %(job_id)s and %(tenant_id)s are set.
+
+        Raises:
+            MissingValue: there is no such row, or a column of it is NULL.
+        """
+        given = {"job_id": self.job_id, "tenant_id": self.tenant_id, **params}
+        rows = self.query(sql, given)
+        if not rows:
+            raise MissingValue(f"no row for this job in: {' '.join(sql.split())}")
+        missing = [name for name, value in rows[0]._asdict().items() if value is None]
+        if missing:
+            raise MissingValue(f"{', '.join(missing)} is NULL in: {' '.join(sql.split())}")
+        return rows[0]
+
+
+class MissingValue(LookupError):
+    """What a stage needs is not in the database."""
