@@ -1,0 +1,225 @@
+"""One call from claim to settled: look its state up in PIPELINE, run the stage function, decide
+what the result means, and keep the result until the database has it.
+"""
+
+import dataclasses
+import functools
+import logging
+import random
+import time
+import traceback
+from types import SimpleNamespace
+from typing import Any
+
+import calls
+import config
+import db
+import stage_http
+import stages
+from calls import Settlement
+
+log = logging.getLogger("listener.trigger")
+
+LONGEST_BACKOFF = 300.0
+# How often to look whether a stage has let go of the row of a call it has answered.
+LOCKED_EVERY = 1.0
+
+
+class Trigger:
+    """Takes calls one at a time. Outlives its connection: an unwritten result is kept."""
+
+    def __init__(self, settings: SimpleNamespace, worker: str, only: list[str] | None = None):
+        self.settings = settings
+        self.worker = worker
+        self.stages = [name for name in stages.stage_names() if not only or name in only]
+        self.api = stage_http.StageApi(settings)
+        self.redact = config.redactor(settings)
+        self.result: Settlement | None = None  # not written yet
+        self.locked: list[Settlement] = []  # recorded, but the stage still holds the row
+        self.locked_checked = 0.0
+        self.looked_at: Any = None  # database time of the last look for due calls
+
+    def resume(self, conn) -> None:
+        """Give back what was claimed for this worker and never begun.
+
+        On a new connection that is a claim whose answer was lost; the rest has its result.
+        """
+        kept = [*self.locked, *([self.result] if self.result else [])]
+        if given_back := calls.give_back(conn, self.worker, [s.call_id for s in kept]):
+            log.info("시작하지 않은 호출 %d건을 되돌림", given_back)
+
+    def next(self, conn, only: Any = None) -> stages.Call | None:
+        """Settle the last result and claim the next due call, in one round trip.
+
+        Args:
+            only: a job id: take what this job owes, due or not.
+        """
+        self.settle_locked(conn)
+        while True:
+            began = time.monotonic()
+            row = calls.claim(
+                conn,
+                stages=self.stages,
+                worker=self.worker,
+                lease=self.settings.STAGE_TIMEOUT + self.settings.LEASE_MARGIN,
+                settled=self.result,
+                only=only,
+            )
+            self.written(settled=not row.unsettled)
+            self.looked_at = row.looked_at
+            if row.call_id is None:
+                return None
+            self.take_turns(row.stage)
+            call = self.call(conn, row, until=began + self.settings.STAGE_TIMEOUT)
+            self.result = self.refused(call, row, by_hand=only is not None)
+            if self.result is None:
+                return call
+
+    def call(self, conn, row, until: float) -> stages.Call:
+        return stages.Call(
+            job_id=row.job_id,
+            tenant_id=row.tenant_id,
+            current_step=row.current_step,
+            status=row.status,
+            stage=row.stage,
+            call_id=row.call_id,
+            attempt=row.attempt,
+            spent=row.spent,
+            started_at=row.started_at,
+            until=until,
+            api=self.api,
+            query=functools.partial(db.query, conn),
+        )
+
+    def take_turns(self, stage: str) -> None:
+        """Every stage gets its turn, however long another one's queue is."""
+        after = self.stages.index(stage) + 1 if stage in self.stages else 0
+        self.stages = self.stages[after:] + self.stages[:after]
+
+    def refused(self, call: stages.Call, row, by_hand: bool) -> Settlement | None:
+        """The result of a claim that must not be called; None where it must."""
+        if not row.owed:
+            now = f"({row.job_step}, {row.job_status})" if row.job_found else "deleted"
+            log.info(
+                "Job 상태가 변경되어 스킵: job=%s stage=%s 현재=%s", call.job_id, call.stage, now
+            )
+            return self.settlement(call, "skipped", error=f"the job has moved on: {now}")
+        if row.accepted:
+            log.info("이미 수락된 호출이라 스킵: job=%s stage=%s", call.job_id, call.stage)
+            return self.settlement(call, "skipped", error="an earlier attempt was accepted")
+        if call.spent > self.settings.MAX_ATTEMPTS and not by_hand:
+            return self.failure(call, "failed", "the worker was lost during every attempt")
+        return None
+
+    def run(self, call: stages.Call) -> None:
+        """Run the stage function of `call` and keep what came of it as `result`."""
+        log.info(
+            "[TRIGGER] 파이프라인 단계 트리거: job=%s stage=%s attempt=%d/%d",
+            *(call.job_id, call.stage, call.spent, self.settings.MAX_ATTEMPTS),
+        )
+        began = time.monotonic()
+        # Should anything escape from here, nobody knows what became of the call.
+        self.result = self.settlement(
+            call, "unknown", error="interrupted", after_lease=True, delay=0
+        )
+        try:
+            function = stages.PIPELINE[call.current_step, call.status]
+            answer = function(call) or call.answer
+            if not isinstance(answer, stage_http.Answer):
+                raise TypeError(f"stage function {call.stage} must return call.post(...)")
+            self.result = self.judged(call, answer, time.monotonic() - began)
+        except stage_http.Unreachable as error:
+            self.result = self.failure(call, "held", f"stage API unreachable: {error}")
+        except stage_http.NoAnswer as error:
+            self.result = self.failure(call, "unknown", str(error))
+        except stage_http.Interrupted as error:
+            self.result = self.failure(call, "retry", f"connection broke while waiting: {error}")
+        except (Exception, SystemExit) as error:
+            self.result = self.raised(call, error, time.monotonic() - began)
+
+    def judged(self, call: stages.Call, answer: stage_http.Answer, seconds: float) -> Settlement:
+        """What the answer's status means (the outcome table of the README)."""
+        status = answer.status
+        if 200 <= status < 300:
+            log.info(
+                "파이프라인 단계 실행 성공: job=%s stage=%s status=%d (%.2f초)",
+                *(call.job_id, call.stage, status, seconds),
+            )
+            return self.settlement(call, "succeeded", http_status=status)
+        error = f"HTTP {status}: {answer.text}".rstrip(": ")
+        if status in (429, 503):
+            wait = answer.retry_after
+            return self.failure(call, "held", error, http_status=status, retry_after=wait)
+        if status in (408, 425) or status >= 500:
+            return self.failure(call, "retry", error, http_status=status)
+        return self.failure(call, "failed", error, http_status=status)
+
+    def raised(self, call: stages.Call, error: BaseException, seconds: float) -> Settlement:
+        """A bug in the stage function, or a value it misses; an accepted call stays accepted."""
+        if not isinstance(error, (stages.MissingValue, *db.CONNECTION_LOST)):
+            log.error("단계 함수 오류: job=%s stage=%s", call.job_id, call.stage, exc_info=error)
+        if call.answer and 200 <= call.answer.status < 300:
+            return self.judged(call, call.answer, seconds)
+        return self.failure(call, "retry", traceback.format_exception_only(error)[-1].strip())
+
+    def failure(self, call: stages.Call, outcome: str, error: str, **details: Any) -> Settlement:
+        """The settlement of an attempt that did not succeed, and its one line in the log."""
+        error = self.redact(error)
+        details["free"] = outcome == "held"
+        if outcome in ("retry", "unknown") and call.spent >= self.settings.MAX_ATTEMPTS:
+            outcome, error = "failed", f"{error} (attempt {call.spent}, the last one)"
+        level, then = logging.WARNING, ""
+        if outcome == "held":
+            details |= {"hold": True, "delay": 1.0}
+            wait = details.get("retry_after")
+            then = (
+                f"단계 보류 {wait:.0f}초" if wait else "단계 보류, 응답할 때까지 간격을 늘려 재시도"
+            )
+        elif outcome == "failed":
+            level, then = logging.ERROR, f"포기: python listener.py retry {call.job_id}"
+        else:
+            details["delay"] = self.backoff(call.spent)
+            details["after_lease"] = outcome == "unknown"
+            after = "리스 만료 후" if outcome == "unknown" else f"{details['delay']:.1f}초 후"
+            then = f"{after} 재시도"
+        log.log(
+            level,
+            "파이프라인 단계 실행 실패: job=%s stage=%s attempt=%d/%d error=%s → %s",
+            *(call.job_id, call.stage, call.spent, self.settings.MAX_ATTEMPTS, error[:500], then),
+        )
+        return self.settlement(call, outcome, error=error, **details)
+
+    def backoff(self, spent: int) -> float:
+        """Seconds until the next attempt: exponential, with full jitter."""
+        return random.uniform(0, min(LONGEST_BACKOFF, self.settings.RETRY_DELAY * 2 ** (spent - 1)))
+
+    def settlement(self, call: stages.Call, outcome: str, **details: Any) -> Settlement:
+        return Settlement(
+            job_id=call.job_id,
+            call_id=call.call_id,
+            attempt=call.attempt,
+            stage=call.stage,
+            worker=self.worker,
+            started_at=call.started_at,
+            outcome=outcome,
+            **details,
+        )
+
+    def leave(self, conn) -> None:
+        """Write the last result; give back what was claimed and not begun."""
+        if self.result:
+            self.written(settled=calls.settle(conn, self.result))
+        self.resume(conn)
+
+    def written(self, settled: bool) -> None:
+        """The last result is recorded; where the stage still holds the row, it is kept."""
+        if self.result and not settled:
+            # Its hold, if any, has begun: settling it again must not lengthen it.
+            self.locked.append(dataclasses.replace(self.result, hold=False))
+        self.result = None
+
+    def settle_locked(self, conn) -> None:
+        """A stage may answer before it commits; once it has, its call can be settled."""
+        if self.locked and time.monotonic() - self.locked_checked >= LOCKED_EVERY:
+            self.locked = [result for result in self.locked if not calls.settle(conn, result)]
+            self.locked_checked = time.monotonic()
