@@ -1,0 +1,132 @@
+"""The heartbeat: a small file for each worker that says what it is doing and until when that may
+take. Workers write it, `check` reads it, and neither asks the database.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+log = logging.getLogger("listener.heartbeat")
+
+SIZE = 4096  # bytes, spaces included
+# Nobody else's file, should HEARTBEAT_DIR be a shared directory.
+SUFFIX = ".heartbeat"
+DEAD, HANGING, ALIVE = "dead", "hanging", "alive"
+
+
+@lru_cache(maxsize=1)
+def boot_id() -> str:
+    """Says which boot a monotonic time belongs to."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+
+class Heartbeat:
+    """A file that is locked for as long as this process lives, whatever pid is reused later.
+
+    It keeps its size, so a full disk cannot leave it empty. Where it cannot be written the
+    worker says so once and goes on.
+    """
+
+    def __init__(self, directory: str, name: str):
+        self.path = Path(directory) / f"{name}{SUFFIX}"
+        self.since = self.doing = self.file = None
+        self.failed = False
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            remove_dead(directory)
+            self.file = make_locked(self.path)
+        except OSError as error:
+            self.warn(error)
+
+    def beat(self, doing: str, seconds: float) -> None:
+        """Say that this worker is `doing` something that may take up to `seconds`."""
+        now = time.monotonic()
+        if doing != self.doing:
+            self.doing, self.since = doing, now
+        said = {"pid": os.getpid(), "worker": self.path.stem, "doing": doing[:200]}
+        said |= {"since": self.since, "valid_until": now + seconds, "boot": boot_id()}
+        text = json.dumps(said)
+        if self.file is not None:
+            try:
+                os.pwrite(self.file, text.encode().ljust(SIZE)[:SIZE], 0)
+                self.failed = False
+            except OSError as error:
+                self.warn(error)
+
+    def warn(self, error: OSError) -> None:
+        if not self.failed:
+            log.warning("heartbeat 파일을 쓸 수 없음 (작업은 계속): %s", error)
+        self.failed = True
+
+    def close(self) -> None:
+        if self.file is not None:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            os.close(self.file)
+            self.file = None
+
+
+def make_locked(path: Path) -> int:
+    """Open and lock `path`, once more where another worker's remove_dead came in between."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(path).st_ino == os.fstat(file).st_ino:
+                return file
+        os.close(file)
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a heartbeat file says; `state` is DEAD, HANGING or ALIVE."""
+
+    worker: str
+    pid: int
+    state: str
+    doing: str
+    seconds: float  # since it has been doing that
+
+
+def heartbeats(directory: str) -> list[Beat]:
+    """Every worker that has a heartbeat file in `directory`."""
+    beats = []
+    for path in sorted(Path(directory).glob(f"*{SUFFIX}")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            beats.append(read_beat(path))
+    return beats
+
+
+def read_beat(path: Path) -> Beat:
+    said = json.loads(path.read_text())
+    now = time.monotonic()
+    if not is_locked(path) or said["boot"] != boot_id():
+        state = DEAD
+    else:
+        state = ALIVE if now <= said["valid_until"] else HANGING
+    return Beat(said["worker"], said["pid"], state, said["doing"], max(0.0, now - said["since"]))
+
+
+def is_locked(path: Path) -> bool:
+    """Whether the process that made this file still lives, whatever pid was reused since."""
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def remove_dead(directory: str) -> None:
+    for path in Path(directory).glob(f"*{SUFFIX}"):
+        with contextlib.suppress(OSError):
+            if not is_locked(path):
+                path.unlink()

@@ -1,0 +1,286 @@
+"""Job State Listener: hears that a job finished a stage and calls the next one.
+
+A worker serves: it connects, works until the database is lost, waits, and connects again.
+Working is draining what is due, then waiting for a notification, a signal or the clock.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import random
+import secrets
+import socket
+import sys
+import time
+from types import SimpleNamespace
+
+import click
+import psycopg2
+
+import calls
+import config
+import db
+import ops
+import process
+import stages
+from heartbeat import Heartbeat
+from process import Stop
+from trigger import Trigger
+
+log = logging.getLogger("listener")
+
+# Behind a transaction pooler nothing is heard, so a worker looks every second.
+POLL_INTERVAL = 1.0
+UPKEEP_INTERVAL = 600.0
+# What a heartbeat allows on top of what it announces: a few database deadlines, slow DNS.
+HEARTBEAT_MARGIN = 60.0
+
+
+class Worker:
+    """One process, one thread, one connection that both listens and queries."""
+
+    def __init__(self, settings: SimpleNamespace, stop: Stop, only: list[str], once: bool = False):
+        self.settings = settings
+        self.stop = stop
+        self.once = once
+        self.name = worker_name()
+        self.trigger = Trigger(settings, self.name, only)
+        self.heartbeat = Heartbeat(settings.HEARTBEAT_DIR, self.name)
+        self.checked = False  # whether the database knows this PIPELINE
+        self.hears = True
+        self.next_upkeep = time.monotonic()
+        # Until then a statement of a lost connection may still take effect.
+        self.doubtful_until = 0.0
+        self.reason, self.repeats = "", 0
+        db.stop = stop
+
+    # --- connect, work, and once more ---
+
+    def serve(self) -> None:
+        """Work until told to stop; a result that is not written yet outlasts even that.
+
+        Raises:
+            ops.Problem: the database does not know this PIPELINE.
+            psycopg2.Error: with `once`, which does not wait for better times.
+        """
+        log.info("Job State Listener 시작: worker=%s stages=%s", self.name, self.trigger.stages)
+        try:
+            while not self.stop.requested or self.trigger.result:
+                try:
+                    with contextlib.closing(self.connect()) as conn:
+                        self.work(conn)
+                        break
+                except Exception as error:
+                    hopeless = isinstance(error, ops.Problem) or self.once
+                    if hopeless and not self.trigger.result:
+                        raise
+                    self.wait_to_reconnect(error)
+        finally:
+            self.heartbeat.close()
+        log.info("Job State Listener 중지됨: worker=%s", self.name)
+
+    def connect(self) -> db.Connection:
+        """LISTEN comes before the first look for due calls, so that nothing falls between."""
+        self.heartbeat.beat("connecting to the database", HEARTBEAT_MARGIN)
+        conn = db.connect(self.settings, db.WORKER_APPLICATION + self.name)
+        info = conn.info
+        log.info("PostgreSQL 연결 성공: %s:%s/%s", info.host, info.port, info.dbname)
+        if not self.checked:
+            ops.require_installed(conn)
+            self.checked = True
+        heard, self.hears = self.hears, db.listen(conn, self.settings)
+        if self.hears:
+            log.info("LISTEN '%s' 시작", db.CHANNEL)
+        elif heard:
+            log.warning(
+                "알림이 전달되지 않음 (트랜잭션 풀러?): LISTEN 대신 %.0f초마다 확인", POLL_INTERVAL
+            )
+        self.trigger.resume(conn)
+        return conn
+
+    def wait_to_reconnect(self, error: Exception) -> None:
+        """Say what happened, each reason once and then only counted, and sleep."""
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        delay = self.settings.JOB_STATE_LISTENER_RECONNECT_DELAY * random.uniform(0.5, 1.0)
+        if reason != self.reason:
+            bug = error if not isinstance(error, psycopg2.Error) else None
+            log.error("리스너 오류 발생: %s", reason, exc_info=bug)
+            self.reason, self.repeats = reason, 0
+        self.repeats += 1
+        if self.repeats & (self.repeats - 1) == 0:
+            log.warning("재연결 시도: %.1f초 후 (%d번째)", delay, self.repeats)
+        self.heartbeat.beat(f"database away: {reason}", delay + HEARTBEAT_MARGIN)
+        self.doubtful_until = time.monotonic() + UPKEEP_INTERVAL
+        if self.stop.requested and self.trigger.result:
+            time.sleep(delay)  # only to write a result: a second signal leaves at once
+        else:
+            self.stop.wait(delay)
+
+    def work(self, conn: db.Connection) -> None:
+        """Drain and wait, in turn, until told to stop."""
+        while not self.stop.requested:
+            self.drain(conn)
+            self.reason, self.repeats = "", 0
+            if self.once:
+                break
+            self.wait(conn)
+        self.trigger.leave(conn)
+
+    def drain(self, conn: db.Connection) -> None:
+        """Run every due call, one after the other."""
+        while not self.stop.requested:
+            self.upkeep(conn)
+            call = self.trigger.next(conn)
+            if call is None or self.stop.requested:
+                return
+            lease = self.settings.STAGE_TIMEOUT + self.settings.LEASE_MARGIN
+            self.heartbeat.beat(f"calling {call.stage} for job {call.job_id}", lease)
+            self.trigger.run(call)
+            self.hear(conn)
+
+    def wait(self, conn: db.Connection) -> None:
+        """Sleep until a notification, a signal, the next due call, or the sweep."""
+        seconds = self.settings.SWEEP_INTERVAL
+        if not self.hears or self.trigger.locked:
+            seconds = min(seconds, POLL_INTERVAL)
+        if time.monotonic() < self.doubtful_until:
+            self.trigger.resume(conn)
+        due = calls.next_due(conn, self.trigger.stages, self.trigger.looked_at)
+        upkeep = self.next_upkeep - time.monotonic()
+        seconds = max(0.0, min(seconds, upkeep, seconds if due is None else due))
+        self.heartbeat.beat("waiting for a job to change", seconds + HEARTBEAT_MARGIN)
+        # The statement above may already have read the notification from the socket.
+        if not self.hear(conn):
+            self.stop.wait(seconds, conn)
+            self.hear(conn)
+
+    def hear(self, conn: db.Connection) -> int:
+        """Log what the bell said. It only means "look now": nothing depends on its words."""
+        notifications = db.hear(conn)
+        for notification in notifications:
+            if notification.channel == db.WAKE_CHANNEL:
+                continue
+            try:
+                said = json.loads(notification.payload)
+                job, state = said["job_id"], (said["current_step"], said["status"])
+                level = logging.INFO if state in stages.PIPELINE else logging.DEBUG
+                log.log(
+                    level,
+                    "[LISTENER] Job 상태 변화 감지: job=%s current_step=%s status=%s",
+                    job,
+                    *state,
+                )
+            except (ValueError, TypeError, KeyError, RecursionError):
+                log.warning("알 수 없는 알림 무시: %.200s", notification.payload)
+        return len(notifications)
+
+    def upkeep(self, conn: db.Connection) -> None:
+        """Prune the history, a batch at a time, between two calls."""
+        if time.monotonic() < self.next_upkeep:
+            return
+        more = calls.prune(conn, self.settings.HISTORY_DAYS)
+        calls.forget_deleted(conn, self.trigger.stages, self.name)
+        self.next_upkeep = time.monotonic() + (0.0 if more else UPKEEP_INTERVAL)
+
+
+def worker_name() -> str:
+    """Unique even where a restarted container has the same host name and pid."""
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+
+
+def idle(settings: SimpleNamespace, stop: Stop) -> None:
+    """Disabled: stay alive and do nothing, so that no container restarts in a circle."""
+    log.warning("Job State Listener 비활성화됨: ENABLE_JOB_STATE_LISTENER=false, 대기만 함")
+    heartbeat = Heartbeat(settings.HEARTBEAT_DIR, worker_name())
+    while not stop.requested:
+        heartbeat.beat("disabled by ENABLE_JOB_STATE_LISTENER=false", 2 * HEARTBEAT_MARGIN)
+        stop.wait(HEARTBEAT_MARGIN)
+    heartbeat.close()
+    log.info("Job State Listener 중지됨")
+
+
+# --- the command line ----------------------------------------------------------------------
+
+
+@click.group(invoke_without_command=True, context_settings={"max_content_width": 100})
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Let a PostgreSQL table drive a pipeline of HTTP services.
+
+    Without a command: run. Settings come from the environment and .env (see .env.example).
+
+    \b
+    Exit codes: 0 done or healthy; 1 a problem was found, the line says which;
+    2 bad input or settings, or run cannot start; 3 the database cannot be reached.
+    """
+    if context.invoked_subcommand is None:
+        context.invoke(run)
+
+
+@cli.command()
+@click.option(
+    "--workers", type=click.IntRange(1, 256), help="Worker processes; default: LISTENER_WORKERS."
+)
+@click.option("--stage", "only", multiple=True, type=click.Choice(stages.stage_names()),
+              help="Call only this stage; may be repeated.")  # fmt: skip
+@click.option("--once", is_flag=True, help="Run what is due now, then exit.")
+def run(workers: int | None = None, only: tuple[str, ...] = (), once: bool = False) -> None:
+    """Listen, and call the next stage of every job that finishes one."""
+    settings = config.settings()
+    if settings.ENABLE_JOB_STATE_LISTENER:
+        config.require_database(settings)
+    process.set_up_log(settings)
+
+    def work(role: str) -> int:
+        stop = Stop(role)
+        try:
+            if settings.ENABLE_JOB_STATE_LISTENER:
+                Worker(settings, stop, list(only), once).serve()
+            else:
+                idle(settings, stop)
+            return 0
+        except ops.Problem as problem:
+            log.error("시작할 수 없음: %s", problem)
+            return process.EXIT_CANNOT_START
+        except psycopg2.Error as error:  # only --once gives up
+            log.error("리스너 오류 발생: %s", " ".join(str(error).split()))
+            away = isinstance(error, db.CONNECTION_LOST)
+            return ops.EXIT_DATABASE_AWAY if away else ops.EXIT_PROBLEM
+
+    count = workers or settings.LISTENER_WORKERS
+    if count == 1:
+        sys.exit(work("worker"))
+    sys.exit(process.run_workers(count, lambda number: work("child"), restart=not once))
+
+
+@cli.command(short_help="Run the call that JOB_ID owes, now and in this process.")
+@click.argument("job_id")
+def call(job_id: str) -> None:
+    """Run the call that JOB_ID owes, now and in this process; exit 0 only if it succeeded.
+
+    To step through it: python -m pdb listener.py call JOB_ID. The claim keeps every worker
+    away from it for STAGE_TIMEOUT + LEASE_MARGIN seconds. Neither a back-off nor a hold nor
+    having been given up keeps it from being run.
+    """
+    settings = config.settings()
+    process.set_up_log(settings)
+    conn = db.connect(settings, "job-state-listener call")
+    ops.require_installed(conn)
+    trigger = Trigger(settings, worker_name())
+    ops.make_due(conn, job_id)
+    owed = trigger.next(conn, only=job_id)
+    if owed is None:
+        raise ops.Problem(ops.why_nothing_owed(conn, job_id))
+    trigger.run(owed)
+    outcome = trigger.result.outcome
+    trigger.leave(conn)
+    sys.exit(0 if outcome == "succeeded" else 1)
+
+
+for command in ops.COMMANDS:
+    cli.add_command(command)
+
+
+if __name__ == "__main__":
+    ops.main(cli)
