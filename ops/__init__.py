@@ -1,0 +1,83 @@
+"""The operator's commands, one module a topic: `listener.py` adds them to its own."""
+
+import contextlib
+import os
+import sys
+
+import click
+import psycopg2
+
+import config
+import db
+from ops.check import check
+from ops.install import install, require_installed, uninstall
+from ops.problem import Problem
+from ops.steer import make_due, retry, why_nothing_owed
+from ops.verify import verify
+from ops.watch import job, status
+from process import CONTROL
+
+__all__ = [
+    "COMMANDS",
+    "EXIT_DATABASE_AWAY",
+    "EXIT_PROBLEM",
+    "Problem",
+    "main",
+    "make_due",
+    "require_installed",
+    "why_nothing_owed",
+]
+
+COMMANDS = [install, verify, uninstall, check, status, job, retry]
+
+EXIT_PROBLEM, EXIT_BAD_INPUT, EXIT_DATABASE_AWAY = 1, 2, 3
+
+
+def main(cli: click.Group) -> None:
+    """Run the command line; every mistake becomes one line and its exit code."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows no arrow
+    try:
+        sys.exit(cli.main(prog_name="listener.py", standalone_mode=False) or 0)
+    except BrokenPipeError:
+        os._exit(EXIT_PROBLEM)
+    except (click.Abort, KeyboardInterrupt):
+        fail("stopped", 130)
+    except click.ClickException as error:
+        text = error.format_message()
+        text += "" if text.endswith((".", "?")) else "."
+        fail(f"{text} See: {help_for(error)}", EXIT_BAD_INPUT)
+    except config.SettingsError as error:
+        fail(str(error), EXIT_BAD_INPUT)
+    except Problem as problem:
+        fail(str(problem), EXIT_PROBLEM)
+    except db.ConnectionLost as error:
+        fail(f"the database cannot be reached: {error}", EXIT_DATABASE_AWAY)
+    except UnicodeEncodeError:
+        fail("an argument is not valid UTF-8", EXIT_BAD_INPUT)
+    except (
+        psycopg2.errors.InvalidTextRepresentation,
+        psycopg2.errors.NumericValueOutOfRange,
+    ) as error:
+        fail(f"not a job id of this database: {first_line(error)}", EXIT_BAD_INPUT)
+    except psycopg2.errors.UndefinedTable as error:
+        fail(f"{first_line(error)}: run `make trigger` (python listener.py install)", EXIT_PROBLEM)
+    except psycopg2.errors.InsufficientPrivilege as error:
+        fail(f"{first_line(error)}: see 'Roles and grants' in README.md", EXIT_PROBLEM)
+    except psycopg2.Error as error:
+        fail(f"the database refused: {first_line(error)}", EXIT_PROBLEM)
+
+
+def first_line(error: psycopg2.Error) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def help_for(error: click.ClickException) -> str:
+    context = getattr(error, "ctx", None)
+    return f"python {context.command_path if context else 'listener.py'} --help"
+
+
+def fail(message: str, code: int) -> None:
+    with contextlib.suppress(config.SettingsError):  # which shows no secret itself
+        message = config.redactor(config.settings())(message)
+    click.echo(f"error: {' '.join(message.split()).translate(CONTROL)}", err=True)
+    sys.exit(code)

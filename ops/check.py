@@ -1,0 +1,56 @@
+"""`check`: is the listener alive, for cron and HEALTHCHECK."""
+
+import sys
+
+import click
+import psycopg2
+
+import config
+import db
+from heartbeat import ALIVE, DEAD, HANGING, heartbeats
+from process import CONTROL
+
+LAG = """
+SELECT coalesce(extract(epoch FROM now() - min(due_at)), 0)::float8
+FROM stage_calls WHERE due_at <= now()
+"""
+
+
+@click.command(short_help="Exit 0 if every worker on this host is alive, 1 if not.")
+@click.option("--max-lag", type=click.FloatRange(min=0), metavar="SECONDS",
+              help="Also ask the database: is a call overdue for longer?")  # fmt: skip
+def check(max_lag: float | None) -> None:
+    """Exit 0 if every worker on this host is alive, 1 if not; one line says why.
+
+    Reads only the heartbeat files: a database that is away is no reason to restart workers.
+    """
+    settings = config.settings()
+    alive, line = verdict(settings.HEARTBEAT_DIR)
+    if alive and max_lag is not None:
+        alive, line = lag(settings, max_lag, line)
+    click.echo(f"{'ok' if alive else 'not ok'}: {line.translate(CONTROL)}")
+    sys.exit(0 if alive else 1)
+
+
+def verdict(directory: str) -> tuple[bool, str]:
+    beats = heartbeats(directory)
+    for beat in beats:
+        if beat.state == DEAD:
+            return False, f"worker {beat.worker} (pid {beat.pid}) is dead; it was {beat.doing}"
+        if beat.state == HANGING:
+            return False, f"worker {beat.worker} hangs: {beat.seconds:.0f} s {beat.doing}"
+    if not beats:
+        return False, f"no worker is running: no heartbeat in {directory}; start python listener.py"
+    doing = "; ".join(sorted({beat.doing for beat in beats if beat.state == ALIVE}))
+    return True, f"{len(beats)} worker{'s' * (len(beats) > 1)} alive: {doing}"
+
+
+def lag(settings, max_lag: float, line: str) -> tuple[bool, str]:
+    try:
+        conn = db.connect(settings, "job-state-listener check")
+        seconds = db.execute(conn, LAG).fetchone()[0]
+    except psycopg2.Error as error:
+        return False, f"the lag is not known: {' '.join(str(error).split())}"
+    if seconds > max_lag:
+        return False, f"the oldest due call has waited {seconds:.0f} s, allowed are {max_lag:g} s"
+    return True, f"{line}; oldest due call {seconds:.0f} s"

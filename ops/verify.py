@@ -1,0 +1,205 @@
+"""`verify`: everything the listener needs, one line each, with the command that mends it."""
+
+import contextlib
+import select
+import sys
+from collections.abc import Callable, Iterator
+
+import click
+import psycopg2
+import requests
+
+import config
+import db
+import stage_http
+import stages
+from ops.install import difference
+
+INSTALL = "python listener.py install"
+AGAIN = "python listener.py uninstall, then install"
+GRANTS = "see 'Roles and grants' in README.md"
+
+COLUMNS = """
+SELECT array_agg(attname::text) AS names,
+       max(format_type(atttypid, atttypmod)) FILTER (WHERE attname = 'job_id') AS id_type,
+       max(typcategory::text) FILTER (WHERE attname = 'job_id') AS id_kind
+FROM pg_attribute JOIN pg_type ON pg_type.oid = atttypid
+WHERE attrelid = to_regclass(%(table)s) AND attnum > 0 AND NOT attisdropped
+"""
+
+NEEDED = {
+    "jobs": {"job_id", "tenant_id", "current_step", "status"},
+    "pipeline_stages": {"current_step", "status", "stage", "max_running", "held_until"},
+    "stage_calls": {"job_id", "call_id", "stage", "due_at", "attempts", "free_attempts", "worker"},
+    "stage_attempts": {"job_id", "call_id", "attempt", "stage", "outcome", "finished_at"},
+}
+
+ID_INDEX = """
+SELECT count(*) > 0 FROM pg_index AS i
+JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+WHERE i.indrelid = to_regclass('jobs') AND i.indisvalid AND a.attname = 'job_id'
+"""
+
+# The function names the tables with the schema that they had when it was made.
+FUNCTION = """
+SELECT p.prosecdef AS definer,
+       p.proconfig::text LIKE '%%search_path=pg_catalog%%' AS pinned,
+       strpos(p.prosrc, format('%%I.stage_calls', n.nspname)) > 0 AS here
+FROM pg_proc AS p, pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+WHERE p.oid = to_regprocedure('notify_job_state_change()') AND c.oid = to_regclass('jobs')
+"""
+
+TRIGGERS = """
+SELECT wanted.name, t.tgenabled AS enabled,
+       t.tgfoid = to_regprocedure('notify_job_state_change()') AS ours
+FROM unnest(ARRAY['job_state_change_trigger', 'job_state_insert_trigger']) AS wanted (name)
+LEFT JOIN pg_trigger AS t ON t.tgname = wanted.name AND t.tgrelid = to_regclass('jobs')
+"""
+
+PRIVILEGES = """
+SELECT string_agg(needed.privilege || ' on ' || needed.name, ', ') AS missing
+FROM (VALUES ('jobs', 'SELECT'), ('pipeline_stages', 'SELECT'), ('pipeline_stages', 'UPDATE'),
+             ('stage_calls', 'SELECT'), ('stage_calls', 'UPDATE'), ('stage_calls', 'DELETE'),
+             ('stage_attempts', 'SELECT'), ('stage_attempts', 'INSERT'),
+             ('stage_attempts', 'DELETE')) AS needed (name, privilege)
+WHERE NOT has_table_privilege(to_regclass(needed.name), needed.privilege)
+"""
+
+HIDDEN = "SELECT row_security_active(to_regclass('jobs'))"
+
+QUEUE = "SELECT round(100 * pg_notification_queue_usage())::integer"
+
+
+class Bad(Exception):
+    """A check that failed; `mend` is what to do about it."""
+
+    def __init__(self, what: str, mend: str):
+        super().__init__(what)
+        self.mend = mend
+
+
+def check_server(conn, settings) -> str:
+    version = conn.info.server_version
+    where = f"{conn.info.dbname} on {conn.info.host}:{conn.info.port} as {conn.info.user}"
+    if version < 130000:
+        raise Bad(f"PostgreSQL {version // 10000} in {where}", "use PostgreSQL 13 or later")
+    return f"PostgreSQL {version // 10000}, {where}"
+
+
+def check_tables(conn, settings) -> str:
+    id_types, id_kinds = [], set()
+    for table, needed in NEEDED.items():
+        row = db.execute(conn, COLUMNS, {"table": table}).fetchone()
+        if row.names is None:
+            raise Bad(f"table {table} is missing", INSTALL)
+        if missing := needed - set(row.names):
+            mend = "add it (ALTER TABLE)" if table == "jobs" else AGAIN
+            raise Bad(f"{table} has no column {', '.join(sorted(missing))}", mend)
+        id_types += [row.id_type] if row.id_type else []
+        id_kinds |= {row.id_kind} - {None}
+    if len(id_kinds) > 1:
+        raise Bad(f"job_id is {id_types[0]} in jobs and {id_types[1]} in stage_calls", AGAIN)
+    if not db.execute(conn, ID_INDEX).fetchone()[0]:
+        raise Bad(
+            "jobs has no index that begins with job_id", "CREATE UNIQUE INDEX ON jobs (job_id)"
+        )
+    return f"tables and columns, job_id is {id_types[0]}"
+
+
+def check_function(conn, settings) -> str:
+    row = db.execute(conn, FUNCTION, {}).fetchone()
+    if row is None:
+        raise Bad("function notify_job_state_change() is missing", INSTALL)
+    if not (row.definer and row.pinned and row.here):
+        raise Bad("function notify_job_state_change() is not the listener's", INSTALL)
+    return "function notify_job_state_change()"
+
+
+def check_triggers(conn, settings) -> str:
+    for row in db.execute(conn, TRIGGERS).fetchall():
+        if row.enabled is None:
+            raise Bad(f"trigger {row.name} is missing on jobs", INSTALL)
+        if not row.ours:
+            raise Bad(f"trigger {row.name} runs another function", INSTALL)
+        if row.enabled not in ("O", "A"):
+            raise Bad(f"trigger {row.name} is disabled", INSTALL)
+    return "triggers job_state_change_trigger, job_state_insert_trigger, enabled on jobs"
+
+
+def check_routes(conn, settings) -> str:
+    try:
+        differences = difference(conn)
+    except psycopg2.errors.UndefinedTable:
+        differences = ["pipeline_stages is missing"]
+    if differences:
+        raise Bad(f"routes differ: {'; '.join(differences)}", INSTALL)
+    return f"routes: {len(stages.PIPELINE)} states of PIPELINE are in the database"
+
+
+def check_privileges(conn, settings) -> str:
+    if missing := db.execute(conn, PRIVILEGES).fetchone().missing:
+        raise Bad(f"role {conn.info.user} lacks {missing}", GRANTS)
+    if db.execute(conn, HIDDEN).fetchone()[0]:
+        raise Bad(f"row-level security hides rows of jobs from {conn.info.user}", GRANTS)
+    return f"privileges of role {conn.info.user}"
+
+
+def check_listen(conn, settings) -> str:
+    if not db.listen(conn, settings):
+        mend = "connect past the pooler (DB_HOST, DB_PORT); until then workers poll every second"
+        raise Bad("notifications do not arrive: a transaction pooler sits in between", mend)
+    db.execute(conn, f'NOTIFY "{db.WAKE_CHANNEL}"')
+    select.select([conn], [], [], 1.0)
+    if not db.hear(conn):
+        raise Bad("our own notification did not arrive", "python listener.py verify, once more")
+    return f"LISTEN '{db.CHANNEL}' delivers; queue {db.execute(conn, QUEUE).fetchone()[0]}% full"
+
+
+def check_stage_api(conn, settings) -> str:
+    api = stage_http.StageApi(settings)
+    shown = config.redactor(settings)(api.url)
+    try:
+        answer = api.session.get(
+            f"{api.url}/healthz", timeout=5, allow_redirects=False, stream=True
+        )
+    except (requests.RequestException, OSError) as error:
+        reason = str(stage_http.translated(error))
+        raise Bad(
+            f"stage API {shown} does not answer ({reason})", "start it, or set STAGE_API_URL"
+        ) from None
+    with contextlib.closing(answer):
+        return f"stage API {shown} answers (HTTP {answer.status_code} on /healthz)"
+
+
+CHECKS: list[Callable] = [
+    check_server, check_tables, check_function, check_triggers, check_routes, check_privileges,
+    check_listen, check_stage_api,
+]  # fmt: skip
+
+
+def run_checks(conn, settings) -> Iterator[tuple[bool, str]]:
+    for one in CHECKS:
+        try:
+            yield True, one(conn, settings)
+        except Bad as bad:
+            yield False, f"{bad} → {bad.mend}"
+        except db.ConnectionLost:
+            raise
+        except psycopg2.errors.InsufficientPrivilege as error:
+            yield False, f"{str(error).splitlines()[0]} → {GRANTS}"
+        except psycopg2.Error as error:
+            yield False, f"{str(error).splitlines()[0]} → {INSTALL}"
+
+
+@click.command()
+def verify() -> None:
+    """Check everything the listener needs; exit 1 on any problem."""
+    settings = config.settings()
+    conn = db.connect(settings, "job-state-listener verify")
+    redact = config.redactor(settings)
+    bad = 0
+    for good, text in run_checks(conn, settings):
+        bad += not good
+        click.echo(f"{'ok      ' if good else 'PROBLEM '} {redact(text)}")
+    click.echo("everything is in place" if not bad else f"{bad} problem{'s' * (bad > 1)} found")
+    sys.exit(1 if bad else 0)
