@@ -1,0 +1,251 @@
+"""A stand-in for the five stage APIs, without their models: for the demo, compose and the tests.
+
+Like the real ones it is synchronous: it takes a job that is in the state before the stage, commits
+(stage, 'running'), works for a while, commits (stage, 'done'), and only then answers.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+
+import click
+import psycopg2
+from psycopg2.extensions import make_dsn
+
+import config
+from demo.stage_server import Answer, Hangup, Request, StageServer, json_answer
+
+# path: (the stage it runs, the step that must be done before it)
+STAGES = {
+    "/api/yh/llava/stage1/validate": ("vlm_analyze", "img_gen"),
+    "/api/yh/yolo/detect": ("yolo_detect", "vlm_analyze"),
+    "/api/yh/planner": ("planner", "yolo_detect"),
+    "/api/yh/overlay": ("overlay", "planner"),
+    "/api/yh/llava/stage2/judge": ("vlm_judge", "overlay"),
+}
+
+# Seconds of pretended work: about a tenth of what the models take.
+DELAYS = dict(vlm_analyze=1.8, yolo_detect=0.5, planner=0.9, overlay=0.4, vlm_judge=1.4)
+
+# The statements take their values from the attributes of a Request. psycopg2 sends them as untyped
+# literals, so job_id may be uuid, bigint or text and still finds its index.
+TAKE_JOB = """
+UPDATE jobs SET current_step = %(stage)s, status = 'running'
+ WHERE job_id = %(job_id)s AND tenant_id IS NOT DISTINCT FROM %(tenant_id)s
+   AND current_step = %(before)s AND status = 'done'
+RETURNING job_id"""
+
+FINISH_JOB = """
+UPDATE jobs SET status = %(result)s
+ WHERE job_id = %(job_id)s AND current_step = %(stage)s AND status = 'running'
+RETURNING job_id"""
+
+FIND_JOB = """
+SELECT current_step, status FROM jobs
+ WHERE job_id = %(job_id)s AND tenant_id IS NOT DISTINCT FROM %(tenant_id)s"""
+
+CONNECTION_LOST = (psycopg2.OperationalError, psycopg2.InterfaceError)
+
+Behaviour = Callable[[Request], Answer | None]
+
+
+class StageApi:
+    """The five stages on one port, in threads of this process; a context manager.
+
+    delay: seconds a stage works, a number or a function of the stage's name.
+    port: 0 picks a free one, which stays the same over close() and start().
+    log: called with every finished Request.
+    """
+
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        delay: float | Callable[[str], float] = 0.0,
+        log: Callable[[Request], None] = lambda request: None,
+    ) -> None:
+        self.requests: list[Request] = []
+        self.closing = threading.Event()
+        self._dsn, self._host, self._port, self._log = dsn, host, port, log
+        self._delay = delay if callable(delay) else lambda stage: delay
+        self._behaviours: dict[str, Behaviour | None] = {}
+        self._changed = threading.Condition()
+        self._idle: list[psycopg2.extensions.connection] = []
+        self._server: StageServer | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://{self._host}:{self._port}"
+
+    def start(self) -> "StageApi":
+        """Serve in the background. Raises OSError when host and port cannot be had."""
+        self.closing.clear()
+        self._server = StageServer((self._host, self._port), self)
+        self._port = self._server.server_address[1]
+        return self
+
+    def close(self, grace: float = 1.0) -> None:
+        """Refuse new calls, let those in hand end at once (up to `grace` seconds), then cut all."""
+        self.closing.set()
+        if self._server:
+            self._server.stop_accepting()
+            with suppress(TimeoutError):
+                self.wait_for(lambda api: all(r.finished for r in api.requests), grace)
+            self._server.cut_connections()
+            self._server = None
+        while self._idle:
+            self._idle.pop().close()
+
+    def __enter__(self) -> "StageApi":
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def on(self, stage: str, behaviour: Behaviour | None) -> None:
+        """Let behaviour(request) answer for a stage, or for a path that has none; None ends that.
+
+        Where it returns None the stage works as usual. It may call work() itself, change the job
+        through connect(), wait for `closing`, write to request.connection, or raise Hangup.
+        """
+        self._behaviours[stage] = behaviour
+
+    def connect(self) -> psycopg2.extensions.connection:
+        """A new connection to the database of the jobs; nothing is committed unless you do."""
+        return psycopg2.connect(self._dsn, application_name="stage-api", connect_timeout=5)
+
+    def calls(self, job_id: str | None = None, stage: str | None = None) -> list[Request]:
+        """The requests so far in order of arrival, of one job or one stage where given."""
+        wanted = [r for r in list(self.requests) if job_id in (None, r.job_id)]
+        return [r for r in wanted if stage in (None, r.stage)]
+
+    def wait_for(self, predicate: Callable[["StageApi"], object], timeout: float = 30) -> None:
+        """Block until predicate(api) is true; asked again as a request arrives and finishes."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: predicate(self), timeout):
+                seen = ", ".join(map(str, self.requests)) or "none"
+                raise TimeoutError(f"not within {timeout} s; requests: {seen}")
+
+    def arrived(self, request: Request) -> None:
+        request.stage, request.before = STAGES.get(request.path, (None, None))
+        with self._changed:
+            self.requests.append(request)
+            self._changed.notify_all()
+
+    def finished(self, request: Request) -> None:
+        """The answer has left, or never will."""
+        with self._changed:
+            request.finished = time.monotonic()
+            self._changed.notify_all()
+        self._log(request)
+
+    def answer(self, request: Request) -> Answer:
+        behaviour = self._behaviours.get(request.stage or request.path)
+        answer = behaviour and behaviour(request)
+        if not answer and self.closing.is_set():
+            raise Hangup
+        return answer or self.work(request)
+
+    def work(self, request: Request, result: str = "done") -> Answer:
+        """Run the stage: take the job if it may, work, commit `result` ('done' or 'failed')."""
+        if request.stage is None:
+            return json_answer(404, error=f"no stage at {request.path}")
+        if request.job_id is None or "tenant_id" not in request.body:
+            return json_answer(400, error="expected a JSON object with job_id and tenant_id")
+        try:
+            if not self._execute(TAKE_JOB, request):
+                return self._refusal(request)
+            self.closing.wait(self._delay(request.stage))
+            self._execute(FINISH_JOB, request, result=result)
+        except (psycopg2.DataError, ValueError):  # a job_id that jobs.job_id cannot hold
+            return json_answer(404, error="no such job", job_id=request.job_id)
+        except CONNECTION_LOST as error:
+            return json_answer(503, error=f"database: {error}".strip())
+        status = 200 if result == "done" else 500
+        return json_answer(status, job_id=request.job_id, stage=request.stage, status=result)
+
+    def _refusal(self, request: Request) -> Answer:
+        for step, status in self._execute(FIND_JOB, request):
+            wanted = f"{request.stage} needs ({request.before}, done)"
+            return json_answer(409, error=f"the job is in ({step}, {status}); {wanted}")
+        return json_answer(404, error="no such job", job_id=request.job_id)
+
+    def _execute(self, statement: str, request: Request, **more: str) -> list[tuple]:
+        """One statement, one commit; sits out a database restart, so that no work is lost."""
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                with self._connection() as connection, connection.cursor() as cursor:
+                    cursor.execute(statement, vars(request) | more)
+                    return cursor.fetchall()
+            except CONNECTION_LOST:
+                self._idle.clear()
+                if time.monotonic() > deadline or self.closing.wait(0.2):
+                    raise
+
+    @contextmanager
+    def _connection(self):
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = self.connect()
+            connection.autocommit = True
+        try:
+            yield connection
+        except BaseException:
+            connection.close()
+            raise
+        self._idle.append(connection)
+
+
+def database_from_environment() -> str | None:
+    """The connection string in DATABASE_URL or of DB_HOST, DB_PORT and so on; no `.env` is read."""
+    given = config.read(os.environ)
+    if given.DATABASE_URL or not given.DB_HOST:
+        return given.DATABASE_URL
+    where = {"host": given.DB_HOST, "port": given.DB_PORT, "dbname": given.DB_NAME}
+    return make_dsn(**where, user=given.DB_USER, password=given.DB_PASSWORD)
+
+
+def print_line(request: Request) -> None:
+    work = f"{request.stage or request.path} {request.status or 'no answer'}"
+    seconds = request.finished - request.time
+    print(f"{time.strftime('%H:%M:%S')} {request.job_id} {work} {seconds:.2f}s", flush=True)
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8011, show_default=True, type=click.IntRange(0, 65535))
+@click.option("--delay-scale", default=1.0, show_default=True, type=click.FloatRange(0))
+def main(host: str, port: int, delay_scale: float) -> None:
+    """Serve until SIGTERM or Ctrl-C, on the database of DATABASE_URL or DB_HOST, DB_PORT, …
+
+    A delay scale of 10 is about as slow as the real models, 0 does not wait at all.
+    """
+    # Blocked before any thread starts, so that sigwait() below is the one that gets them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        dsn = database_from_environment()
+    except config.SettingsError as error:
+        sys.exit(f"stage API: {error}")
+    if not dsn:
+        sys.exit("stage API: no database is set: give DATABASE_URL or DB_HOST")
+    delay = {stage: seconds * delay_scale for stage, seconds in DELAYS.items()}.__getitem__
+    api = StageApi(dsn, host=host, port=port, delay=delay, log=print_line)
+    try:
+        api.start()
+    except OSError as error:
+        sys.exit(f"stage API: cannot listen on {host}:{port}: {error.strerror}")
+    print(f"stage API on {api.url}", flush=True)
+    signal.sigwait({signal.SIGTERM, signal.SIGINT})
+    api.close(grace=5)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""What the demo shows in the terminal: its own lines, and those of the listener it runs there."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
+
+STOP_LIMIT = 10  # seconds for the listener to finish what it has in hand
+COLOURS = {
+    "ERROR": 31,
+    "WARNING": 33,
+    "실행 실패": 33,
+    "실행 성공": 32,
+    "[TRIGGER]": 36,
+    "[LISTENER]": 2,
+    "▸": 35,
+}
+# The date, and all of a job's id but its first eight digits, so that a line fits the terminal.
+TOO_LONG = re.compile(r"^\d{4}-\d\d-\d\d |(?<=[0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+# In a session of its own, so that a Ctrl-C in the terminal reaches the demo alone.
+CHILD = {
+    "cwd": Path(__file__).parent.parent,
+    "stdin": subprocess.DEVNULL,
+    "stdout": subprocess.PIPE,
+    "stderr": subprocess.STDOUT,
+    "encoding": "utf-8",
+    "errors": "replace",
+    "start_new_session": True,
+}
+
+# SIGKILL leaves the demo no time to stop its child, but closes the pipe this small shell reads.
+GUARDIAN = 'read -r _; kill -KILL "-$0"'
+
+signals: list[int] = []  # only looked at between steps, so that nothing is left half started
+
+
+class Ended(Exception):
+    """The demo cannot go on, for the reason given."""
+
+
+def headline(text: str) -> None:
+    if signals:
+        raise Ended
+    print("\n" + paint(text, 1))
+
+
+def show(line: str) -> None:
+    colour = next((COLOURS[word] for word in COLOURS if word in line), 0)
+    print("   " + paint(TOO_LONG.sub("", line), colour))
+
+
+def paint(text: str, colour: int) -> str:
+    plain = not colour or os.environ.get("NO_COLOR") or not sys.stdout.isatty()
+    return text if plain else f"\033[{colour}m{text}\033[0m"
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def run_command(name: str, environment: dict[str, str]) -> None:
+    """Run `python listener.py NAME` to its end. Raises Ended where it fails."""
+    command = [sys.executable, "listener.py", name]
+    done = subprocess.run(command, env=environment, timeout=30, **CHILD)
+    for line in done.stdout.splitlines():
+        show(line)
+    if done.returncode:
+        raise Ended(f"python listener.py {name} ended with exit code {done.returncode}")
+
+
+class Listener:
+    """`python listener.py run` with its lines passed on by show()."""
+
+    def __init__(self, environment: dict[str, str], workers: int) -> None:
+        command = [sys.executable, "listener.py", "run", "--workers", str(workers)]
+        self._process = subprocess.Popen(command, env=environment, **CHILD)
+        guardian = ["sh", "-c", GUARDIAN, str(self._process.pid)]
+        self._guardian = subprocess.Popen(
+            guardian, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        self._lines: SimpleQueue[str] = SimpleQueue()
+        self._reader = Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self._process.stdout:
+            self._lines.put(line.rstrip("\n"))
+
+    def show(self, seconds: float) -> int | None:
+        """Print what it says within this time; its exit code if it has ended."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            with suppress(Empty):
+                show(self._lines.get(timeout=left))
+        return self._process.poll()
+
+    def close(self) -> None:
+        """Stop it as an operator would; after STOP_LIMIT or at a second signal, by force."""
+        if self._guardian.returncode is not None:
+            return
+        self._process.terminate()
+        deadline = time.monotonic() + STOP_LIMIT
+        try:
+            while self.show(0.1) is None and time.monotonic() < deadline and len(signals) < 2:
+                pass
+        finally:
+            self._guardian.communicate()  # ends the listener and its workers if they still run
+            self._process.wait()
+            self._reader.join(STOP_LIMIT)
+        while not self._lines.empty():
+            show(self._lines.get())
