@@ -1,0 +1,24 @@
+FROM python:3.13.15-slim-trixie
+
+# Log lines leave at once, and "docker stop" reaches Python itself: every command is in exec form.
+ENV PYTHONUNBUFFERED=1
+
+RUN useradd --system --no-log-init --uid 10001 --shell /usr/sbin/nologin listener
+
+WORKDIR /app
+
+COPY requirements.txt ./
+RUN pip install --no-cache-dir --disable-pip-version-check --root-user-action=ignore \
+    --requirement requirements.txt
+
+# .dockerignore names the files.
+COPY . ./
+
+USER 10001
+
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=30s --timeout=10s --start-period=10s CMD ["python", "listener.py", "check"]
+
+# docker run IMAGE is the listener; docker run IMAGE install, verify, status … are its commands.
+ENTRYPOINT ["python", "listener.py"]
+CMD ["run"]
