@@ -1,0 +1,55 @@
+"""`python listener.py …` as an operator types it: run to its end, its two outputs apart."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import config
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended. No command ever shows an operator a traceback."""
+
+    code: int
+    out: str
+    err: str
+
+    def __post_init__(self):
+        assert "Traceback" not in self.out + self.err, self.out + self.err
+
+    @property
+    def lines(self) -> list[str]:
+        assert not self.err, self.err
+        return self.out.rstrip("\n").split("\n")
+
+    def refused(self, code: int) -> str:
+        """The one line that a mistake gets, without its "error: "; the exit code must be `code`."""
+        assert self.code == code, self
+        assert self.err.startswith("error: ") and self.err.count("\n") == 1, self
+        return self.err.removeprefix("error: ").rstrip("\n")
+
+
+def run(
+    environ: dict[str, str], directory: Path, *args: str, stdin: str = "", python: tuple = ()
+) -> Done:
+    """Run it with no other setting than those of `environ`; without `stdin` nobody answers.
+
+    Args:
+        python: the interpreter's own options, such as ("-m", "pdb").
+    """
+    ours = {k: v for k, v in os.environ.items() if k not in config.SETTINGS and k[:2] != "PG"}
+    done = subprocess.run(
+        [sys.executable, *python, str(ROOT / "listener.py"), *args],
+        env=ours | environ,
+        cwd=directory,
+        input=stdin,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)

@@ -1,0 +1,342 @@
+"""What the tests stand on: a real PostgreSQL, a real stage API, real listener processes.
+
+Every test gets a database of its own. Waiting is for events: a log line, a request, a row.
+"""
+
+import itertools
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+
+import commands
+import psycopg2
+import psycopg2.extras
+import pytest
+
+import config
+import db
+from demo.database import EmbeddedDatabase, available_majors
+from demo.stage_api import StageApi
+from ops.install import apply
+
+pytest_plugins = ["caller"]
+
+ROOT = Path(__file__).parent.parent
+# Long enough for a busy machine; nothing waits this long unless it fails.
+PATIENCE = 60.0
+
+_number = itertools.count(1)
+
+
+class Server:
+    """A PostgreSQL to make databases on: the embedded one, or that of DB_HOST."""
+
+    def __init__(self, environ: dict[str, str], embedded: EmbeddedDatabase | None = None):
+        self.environ = environ
+        self.embedded = embedded
+        self.template: str | None = None
+
+    def connect(self, name: str = "postgres"):
+        conn = psycopg2.connect(
+            host=self.environ["DB_HOST"],
+            port=self.environ["DB_PORT"],
+            user=self.environ["DB_USER"],
+            password=self.environ["DB_PASSWORD"],
+            dbname=name,
+        )
+        conn.autocommit = True
+        return conn
+
+    def create(self, template: str = "template1") -> str:
+        name = f"jsl_test_{os.getpid()}_{next(_number)}"
+        with closing(self.connect()) as conn:
+            conn.cursor().execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        return name
+
+    def drop(self, name: str) -> None:
+        with closing(self.connect()) as conn:
+            conn.cursor().execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+    def create_installed(self) -> str:
+        """A database with the schema in it: made once, then copied."""
+        if self.template is None:
+            self.template = self.create()
+            with closing(db.connect(config.read(self.environ | {"DB_NAME": self.template}))) as c:
+                apply(c)
+        return self.create(self.template)
+
+
+class Database:
+    """One test's database: SQL in, rows out."""
+
+    def __init__(self, server: Server, name: str):
+        self.server, self.name = server, name
+        self.environ = server.environ | {"DB_NAME": name}
+        self.dsn = psycopg2.extensions.make_dsn(
+            host=self.environ["DB_HOST"],
+            port=self.environ["DB_PORT"],
+            user=self.environ["DB_USER"],
+            password=self.environ["DB_PASSWORD"],
+            dbname=name,
+        )
+        self.conn = server.connect(name)
+
+    def connect(self):
+        """A further autocommit connection, as the application has it."""
+        return self.server.connect(self.name)
+
+    def settings(self, **changed: object) -> SimpleNamespace:
+        return config.read(self.environ | {name: str(value) for name, value in changed.items()})
+
+    def rows(self, sql: str, *params: object) -> list:
+        with self.conn.cursor(cursor_factory=psycopg2.extras.NamedTupleCursor) as cursor:
+            cursor.execute(sql, params)
+            return cursor.fetchall() if cursor.description else []
+
+    def row(self, sql: str, *params: object):
+        found = self.rows(sql, *params)
+        assert len(found) <= 1, f"{len(found)} rows from {sql}"
+        return found[0] if found else None
+
+    def value(self, sql: str, *params: object):
+        return self.row(sql, *params)[0]
+
+    def add_job(self, step: str = "img_gen", status: str = "done", tenant: str = "tenant") -> str:
+        job_id = str(uuid.uuid4())
+        self.rows("INSERT INTO jobs (job_id, tenant_id, current_step, status) VALUES (%s, %s, %s, %s)",
+                  job_id, tenant, step, status)  # fmt: skip
+        return job_id
+
+    def move(self, job_id: str, step: str, status: str) -> None:
+        self.rows(
+            "UPDATE jobs SET current_step = %s, status = %s WHERE job_id = %s", step, status, job_id
+        )
+
+    def state(self, job_id: str) -> tuple[str, str]:
+        return tuple(self.row("SELECT current_step, status FROM jobs WHERE job_id = %s", job_id))
+
+    def owed(self, job_id: str):
+        """The open call of a job, or None."""
+        return self.row(
+            "SELECT *, due_at = 'infinity' AS given_up FROM stage_calls WHERE job_id = %s", job_id
+        )
+
+    def attempts(self, job_id: str) -> list:
+        return self.rows(
+            "SELECT * FROM stage_attempts WHERE job_id = %s ORDER BY started_at, attempt", job_id
+        )
+
+    def wait_for(self, sql: str, *params: object, timeout: float = PATIENCE):
+        """Ask until the first column of the first row is true; that row."""
+        end = time.monotonic() + timeout
+        while True:
+            found = self.rows(sql, *params)
+            if found and found[0][0]:
+                return found[0]
+            assert time.monotonic() < end, f"did not become true within {timeout} s: {sql}"
+            threading.Event().wait(0.02)
+
+    def close(self) -> None:
+        self.conn.close()
+        self.server.drop(self.name)
+
+
+class Listener:
+    """`python listener.py …` as a process of its own, its output read line by line."""
+
+    def __init__(self, environ: dict[str, str], directory: Path, *args: str):
+        self.lines: list[str] = []
+        self._arrived: queue.Queue[str | None] = queue.Queue()
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "listener.py"), *args],
+            env={k: v for k, v in os.environ.items() if k not in config.SETTINGS} | environ,
+            cwd=directory,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip("\n"))
+            self._arrived.put(line)
+        self._arrived.put(None)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def output(self) -> str:
+        return "\n".join(self.lines)
+
+    def wait_for_line(self, text: str, count: int = 1, timeout: float = PATIENCE) -> str:
+        """Block until `count` lines contain `text`; the last of them."""
+        end = time.monotonic() + timeout
+        while True:
+            found = [line for line in list(self.lines) if text in line]
+            if len(found) >= count:
+                return found[count - 1]
+            try:
+                ended = self._arrived.get(timeout=max(0.01, end - time.monotonic())) is None
+            except queue.Empty:
+                raise AssertionError(f"no {text!r} within {timeout} s in:\n{self.output}") from None
+            assert not ended, f"ended without {text!r}:\n{self.output}"
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait(self, timeout: float = PATIENCE) -> int:
+        """The exit code, once it has ended and all its output is read."""
+        code = self.process.wait(timeout)
+        self._reader.join(timeout)
+        return code
+
+    def stop(self) -> int:
+        self.signal(signal.SIGTERM)
+        return self.wait()
+
+    def children(self) -> list[int]:
+        """The pids of its worker processes."""
+        path = Path(f"/proc/{self.pid}/task/{self.pid}/children")
+        return [int(pid) for pid in path.read_text().split()]
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            for pid in [*self.children(), self.pid]:
+                os.kill(pid, signal.SIGKILL)
+            self.wait()
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """DB_HOST's server where one is given, else an embedded PostgreSQL 18."""
+    if os.environ.get("DB_HOST"):
+        names = ("DB_HOST", "DB_PORT", "DB_USER", "DB_PASSWORD")
+        defaults = {"DB_PORT": "5432", "DB_USER": "postgres", "DB_PASSWORD": ""}
+        yield Server({name: os.environ.get(name, defaults.get(name, "")) for name in names})
+    else:
+        with EmbeddedDatabase(options={"fsync": "off", "max_connections": 200}) as embedded:
+            yield Server(embedded.settings(), embedded)
+
+
+@pytest.fixture(scope="session", params=available_majors())
+def each_server(request: pytest.FixtureRequest, server: Server) -> Iterator[Server]:
+    """Every PostgreSQL major version that this machine has, one after the other."""
+    if server.embedded is not None and server.embedded.major == request.param:
+        yield server
+        return
+    with EmbeddedDatabase(request.param, options={"fsync": "off"}) as embedded:
+        yield Server(embedded.settings(), embedded)
+
+
+@pytest.fixture
+def own_server() -> Iterator[Server]:
+    """A server that this test may stop, freeze and kill."""
+    with EmbeddedDatabase(options={"fsync": "off"}) as embedded:
+        yield Server(embedded.settings(), embedded)
+
+
+@pytest.fixture
+def make_database() -> Iterator[Callable[..., Database]]:
+    """make_database(server, installed=True): a Database, dropped afterwards."""
+    made: list[Database] = []
+
+    def make(server: Server, installed: bool = True) -> Database:
+        made.append(Database(server, server.create_installed() if installed else server.create()))
+        return made[-1]
+
+    yield make
+    for database in made:
+        database.close()
+
+
+@pytest.fixture
+def database(server: Server, make_database) -> Database:
+    """A database with the schema installed."""
+    return make_database(server)
+
+
+@pytest.fixture
+def each_database(each_server: Server, make_database) -> Database:
+    """The same, on every major version."""
+    return make_database(each_server)
+
+
+@pytest.fixture
+def empty_database(server: Server, make_database) -> Database:
+    """A database with nothing in it."""
+    return make_database(server, installed=False)
+
+
+@pytest.fixture
+def make_role(make_database) -> Iterator[Callable[[Database], str]]:
+    """make_role(database): a new role that may log in, with its name as password, and no more."""
+    made: list[tuple[Database, str]] = []
+
+    def make(database: Database) -> str:
+        name = f"jsl_role_{os.getpid()}_{next(_number)}"
+        database.rows(f"CREATE ROLE {name} LOGIN PASSWORD '{name}'")
+        made.append((database, name))
+        return name
+
+    yield make
+    for database, name in made:
+        with closing(database.connect()) as conn:
+            conn.cursor().execute(f"DROP OWNED BY {name} CASCADE; DROP ROLE {name}")
+
+
+@pytest.fixture
+def api(database: Database) -> Iterator[StageApi]:
+    """The stand-in stage API on `database`, answering at once."""
+    with StageApi(database.dsn) as served:
+        yield served
+
+
+@pytest.fixture
+def listener(tmp_path: Path) -> Iterator[Callable[..., Listener]]:
+    """listener(database, *args, api=…, **settings): a running `python listener.py`."""
+    started: list[Listener] = []
+    # Found in the working directory before any other, so nobody's own .env has a say.
+    (tmp_path / ".env").touch()
+    heartbeats = tmp_path / "heartbeats"
+
+    def start(database: Database, *args: str, api: StageApi | None = None, **settings: object):
+        fast = {"JOB_STATE_LISTENER_RECONNECT_DELAY": "0.2", "RETRY_DELAY": "0.05"}
+        environ = database.environ | fast | {"HEARTBEAT_DIR": str(heartbeats)}
+        if api is not None:
+            environ["STAGE_API_URL"] = api.url
+        environ |= {name: str(value) for name, value in settings.items()}
+        started.append(Listener(environ, tmp_path, *args))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+@pytest.fixture
+def run_command(tmp_path: Path) -> Callable[..., commands.Done]:
+    """run_command(database, *args, api=…, stdin=…, python=…, **settings): see commands.run."""
+    (tmp_path / ".env").touch()
+
+    def run(database, *args: str, api=None, stdin="", python=(), **settings: object):
+        environ = database.environ | {"HEARTBEAT_DIR": str(tmp_path / "heartbeats")}
+        environ |= {"STAGE_API_URL": api.url} if api else {}
+        environ |= {name: str(value) for name, value in settings.items()}
+        return commands.run(environ, tmp_path, *args, stdin=stdin, python=python)
+
+    return run

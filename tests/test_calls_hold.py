@@ -1,0 +1,265 @@
+"""Stages that are held, the next due call, and the upkeep of the history."""
+
+from contextlib import closing
+
+import pytest
+from claims import STAGES, claim, connected, held, result
+
+import calls
+
+HOLD = (
+    "SELECT held_until, hold_seconds, held_reason FROM pipeline_stages WHERE stage = 'vlm_analyze'"
+)
+LENGTH = "SELECT extract(epoch FROM held_until - now())::float8 FROM pipeline_stages WHERE stage = "
+# The hold is over, and so began by its length before that.
+HOLD_OVER = "UPDATE pipeline_stages SET held_until = now() - interval '1 microsecond'"
+
+
+@pytest.fixture
+def conn(database):
+    with connected(database) as conn:
+        yield conn
+
+
+def hold(database):
+    return database.row(HOLD)
+
+
+# --- holding a stage -----------------------------------------------------------------------
+
+
+def test_unreachable_stage_is_held_twice_as_long_each_time_up_to_a_minute(database, conn):
+    job, lengths = database.add_job(), []
+    for _ in range(8):
+        assert calls.settle(conn, held(claim(conn), error="connection refused"))
+        assert claim(conn).call_id is None
+        lengths.append(hold(database).hold_seconds)
+        database.rows(HOLD_OVER)
+    assert lengths == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert hold(database).held_reason == "connection refused"
+    call = database.owed(job)
+    assert (call.attempts, call.free_attempts) == (8, 8)
+
+
+@pytest.mark.parametrize("seconds", [0.5, 17.0, 3600.0])
+def test_stage_is_held_for_as_long_as_it_asks(database, conn, seconds):
+    database.add_job()
+    row = claim(conn)
+    assert calls.settle(conn, held(row, retry_after=seconds))
+    assert hold(database).hold_seconds == seconds
+    finished = database.value("SELECT finished_at FROM stage_attempts")
+    assert (hold(database).held_until - finished).total_seconds() == seconds
+
+
+def test_longer_wait_asked_for_counts_and_a_shorter_one_does_not(database, conn):
+    for _ in range(3):
+        database.add_job()
+    rows = [claim(conn) for _ in range(3)]
+    for row, seconds in zip(rows, (100.0, 500.0, 2.0), strict=True):
+        calls.settle(conn, held(row, retry_after=seconds))
+    assert hold(database).hold_seconds == 500
+
+
+def test_held_stage_is_claimed_by_nobody_and_does_not_stop_the_others(database, conn):
+    waiting, planned = database.add_job("img_gen", "done"), database.add_job("planner", "done")
+    calls.settle(conn, held(claim(conn)))
+    with connected(database) as other:
+        assert claim(other, "other").job_id == planned
+        assert claim(other, "other").call_id is None
+    assert claim(conn, only=waiting).job_id == waiting  # a person may
+
+
+def test_hold_covers_every_state_of_its_stage(database, conn):
+    database.rows("INSERT INTO pipeline_stages VALUES ('img_gen', 'again', 'vlm_analyze')")
+    database.add_job("img_gen", "done")
+    database.add_job("img_gen", "again")
+    calls.settle(conn, held(claim(conn), retry_after=60))
+    assert claim(conn).call_id is None
+    assert len(database.rows(HOLD + " AND held_until > now()")) == 2
+
+
+def test_calls_begun_before_a_hold_do_not_lengthen_it(database, conn):
+    for _ in range(5):
+        database.add_job()
+    rows = [claim(conn) for _ in range(5)]
+    calls.settle(conn, held(rows[0], error="first"))
+    begun = hold(database)
+    calls.settle(conn, held(rows[1]))
+    calls.settle(conn, held(rows[2]))
+    assert hold(database) == begun
+    database.rows("UPDATE pipeline_stages SET held_until = now(), hold_seconds = 0")
+    over = hold(database)
+    calls.settle(conn, held(rows[3]))
+    assert hold(database) == over
+
+
+def test_holding_twice_with_one_result_is_as_good_as_once(database, conn):
+    database.add_job()
+    settled = held(claim(conn))
+    calls.settle(conn, settled)
+    database.rows("UPDATE pipeline_stages SET held_until = now(), hold_seconds = 0")
+    over = hold(database)
+    calls.settle(conn, settled)
+    assert hold(database) == over
+
+
+# --- lifting it ----------------------------------------------------------------------------
+
+
+def test_success_of_a_call_begun_after_the_hold_lifts_it(database, conn):
+    job = database.add_job()
+    calls.settle(conn, held(claim(conn), retry_after=600))
+    row = claim(conn, only=job)
+    assert calls.settle(conn, result(row))
+    assert tuple(hold(database)) == (None, None, None)
+    database.add_job()
+    calls.settle(conn, held(claim(conn)))
+    assert hold(database).hold_seconds == 1
+
+
+def test_success_of_a_call_begun_before_the_hold_does_not_lift_it(database, conn):
+    for _ in range(2):
+        database.add_job()
+    rows = [claim(conn), claim(conn)]
+    calls.settle(conn, held(rows[0]))
+    begun = hold(database)
+    calls.settle(conn, result(rows[1]))
+    assert hold(database) == begun
+
+
+def test_success_of_another_stage_lifts_nothing(database, conn):
+    database.add_job("img_gen", "done")
+    calls.settle(conn, held(claim(conn)))
+    database.add_job("planner", "done")
+    calls.settle(conn, result(claim(conn)))
+    assert hold(database).hold_seconds == 1
+
+
+@pytest.mark.parametrize("outcome", ["retry", "failed", "skipped"])
+def test_only_a_success_lifts_a_hold(database, conn, outcome):
+    job = database.add_job()
+    calls.settle(conn, held(claim(conn)))
+    calls.settle(conn, result(claim(conn, only=job), outcome, delay=0))
+    assert hold(database).hold_seconds == 1
+
+
+# --- the next due call ---------------------------------------------------------------------
+
+
+def next_due(conn, stages=STAGES):
+    return calls.next_due(conn, stages, claim(conn, stages=stages).looked_at)
+
+
+def test_nothing_is_coming_where_nothing_is_owed(database, conn):
+    database.add_job("img_gen", "queued")
+    assert next_due(conn) is None
+
+
+def test_retry_is_next_when_its_delay_is_over(database, conn):
+    for delay in (900.0, 300.0):
+        database.add_job()
+        calls.settle(conn, result(claim(conn), "retry", delay=delay))
+    assert 0 < next_due(conn) <= 300
+    assert next_due(conn, ["planner"]) is None
+
+
+def test_lease_is_next_when_it_runs_out(database, conn):
+    database.add_job()
+    claim(conn, lease=500)
+    assert 60 < next_due(conn) <= 500
+
+
+def test_given_up_call_is_never_next(database, conn):
+    database.add_job()
+    calls.settle(conn, result(claim(conn), "failed"))
+    assert next_due(conn) is None
+    calls.settle(conn, held(claim(conn, only=database.value("SELECT job_id FROM jobs"))))
+    database.rows("UPDATE stage_calls SET due_at = 'infinity'")
+    assert next_due(conn) is None
+
+
+def test_due_call_that_was_passed_by_is_not_waited_for(database, conn):
+    database.add_job()
+    with closing(database.connect()) as stage:
+        stage.cursor().execute("BEGIN; UPDATE jobs SET status = 'running'")
+        assert next_due(conn) is None
+
+
+def test_call_that_arrived_after_the_look_is_due_at_once(database, conn):
+    looked_at = claim(conn).looked_at
+    database.add_job()
+    assert calls.next_due(conn, STAGES, looked_at) <= 0
+
+
+def test_call_of_a_held_stage_is_next_when_the_hold_ends(database, conn):
+    database.add_job()
+    calls.settle(conn, held(claim(conn), retry_after=700))
+    assert 60 < next_due(conn) <= 700
+    database.rows("UPDATE stage_calls SET due_at = now() + interval '2000 seconds'")
+    assert 700 < next_due(conn) <= 2000
+
+
+def test_held_stage_without_calls_is_not_waited_for(database, conn):
+    job = database.add_job()
+    calls.settle(conn, held(claim(conn), retry_after=700))
+    database.move(job, "img_gen", "queued")
+    database.add_job("planner", "done")
+    calls.settle(conn, result(claim(conn), "retry", delay=1500.0))
+    assert 700 < next_due(conn) <= 1500
+
+
+def test_hold_that_never_ends_is_not_waited_for(database, conn):
+    database.add_job()
+    database.rows("UPDATE pipeline_stages SET held_until = 'infinity'")
+    assert next_due(conn) is None
+
+
+# --- upkeep --------------------------------------------------------------------------------
+
+
+def add_history(database, count: int, days: float) -> None:
+    database.rows(
+        "INSERT INTO stage_attempts SELECT gen_random_uuid(), 1, 1, 'planner', 'w',"
+        " now() - make_interval(secs => 86400 * %s), now() - make_interval(secs => 86400 * %s),"
+        " 200, 'succeeded' FROM generate_series(1, %s)",
+        days, days, count,
+    )  # fmt: skip
+
+
+def test_old_history_is_pruned_in_batches_oldest_first(database, conn):
+    add_history(database, 15, days=40)
+    add_history(database, 10, days=31)
+    add_history(database, 5, days=29.9)
+    assert [calls.prune(conn, 30, batch=10) for _ in range(4)] == [10, 10, 5, 0]
+    assert database.value("SELECT count(*) FROM stage_attempts") == 5
+
+
+def test_pruning_takes_the_oldest_first(database, conn):
+    add_history(database, 5, days=31)
+    add_history(database, 5, days=40)
+    assert calls.prune(conn, 30, batch=5) == 5
+    sql = "SELECT count(*) FROM stage_attempts WHERE finished_at > now() - interval '35 days'"
+    assert database.value(sql) == 5
+
+
+def test_one_worker_prunes_at_a_time_and_no_other_waits(database, conn):
+    add_history(database, 20, days=40)
+    with connected(database) as other:
+        calls.execute(other, "BEGIN")
+        assert calls.prune(other, 30, batch=10) == 10
+        assert calls.prune(conn, 30, batch=10) == 0
+        calls.execute(other, "COMMIT")
+    assert calls.prune(conn, 30, batch=10) == 10
+
+
+def test_given_up_calls_of_deleted_jobs_are_forgotten_and_recorded(database, conn):
+    deleted, kept, unsettled = (database.add_job() for _ in range(3))
+    for _ in range(2):
+        calls.settle(conn, result(claim(conn), "failed"))
+    database.rows("DELETE FROM jobs WHERE job_id IN (%s, %s)", deleted, unsettled)
+    assert calls.forget_deleted(conn, ["planner"], "w") == 0
+    assert calls.forget_deleted(conn, STAGES, "w") == 1
+    assert database.owed(deleted) is None
+    assert [a.outcome for a in database.attempts(deleted)] == ["failed", "skipped"]
+    assert database.owed(kept).given_up
+    assert not database.owed(unsettled).given_up

@@ -1,0 +1,267 @@
+"""Settling: what each outcome leaves behind, who may settle, and doing it twice."""
+
+from contextlib import closing
+
+import pytest
+from claims import claim, connected, held, result
+
+import calls
+from ops import make_due
+
+LEASE_OVER = "UPDATE stage_calls SET due_at = now() - interval '1 second'"
+
+
+@pytest.fixture
+def conn(database):
+    with connected(database) as conn:
+        yield conn
+
+
+@pytest.fixture
+def stage(database):
+    """The stage's own connection: what it does is not committed until it says so."""
+    with closing(database.connect()) as conn:
+        conn.autocommit = False
+        yield conn
+
+
+def wait_of(database, job) -> float:
+    """Seconds between the last claim of a job's call and when it is due again."""
+    return database.value(
+        "SELECT extract(epoch FROM c.due_at - a.finished_at)::float8"
+        " FROM stage_calls AS c JOIN stage_attempts AS a USING (job_id) WHERE job_id = %s"
+        " ORDER BY a.attempt DESC LIMIT 1",
+        job,
+    )
+
+
+# --- what an outcome leaves ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outcome", ["succeeded", "skipped"])
+def test_paid_call_is_gone_and_remembered(database, conn, outcome):
+    job = database.add_job()
+    row = claim(conn)
+    assert calls.settle(conn, result(row, outcome, http_status=202))
+    assert database.owed(job) is None
+    (attempt,) = database.attempts(job)
+    assert (attempt.outcome, attempt.http_status, attempt.error) == (outcome, 202, None)
+    assert (attempt.call_id, attempt.attempt, attempt.stage) == (row.call_id, 1, "vlm_analyze")
+    assert (attempt.worker, attempt.started_at) == ("w", row.started_at)
+    assert attempt.finished_at >= attempt.started_at
+
+
+def test_retry_is_due_after_its_delay(database, conn):
+    job = database.add_job()
+    assert calls.settle(conn, result(claim(conn), "retry", delay=7.5, error="HTTP 500"))
+    call = database.owed(job)
+    assert (call.worker, call.started_at, call.last_error) == (None, None, "HTTP 500")
+    assert (call.attempts, call.free_attempts) == (1, 0)
+    assert wait_of(database, job) == 7.5
+    assert claim(conn).call_id is None
+    assert database.attempts(job)[0].error == "HTTP 500"
+
+
+@pytest.mark.parametrize(("delay", "wait"), [(5.0, 60.0), (100.0, 100.0)])
+def test_unknown_result_is_not_repeated_before_the_lease_has_run_out(database, conn, delay, wait):
+    job = database.add_job()
+    row = claim(conn, lease=60)
+    assert calls.settle(conn, result(row, "unknown", delay=delay, after_lease=True))
+    since = database.owed(job).due_at - row.started_at
+    assert wait <= since.total_seconds() < wait + 60
+    assert database.owed(job).worker is None
+
+
+def test_given_up_call_stays_for_ever(database, conn):
+    job = database.add_job()
+    assert calls.settle(conn, result(claim(conn), "failed", http_status=400, error="HTTP 400"))
+    call = database.owed(job)
+    assert (call.given_up, call.last_error) == (True, "HTTP 400")
+    assert claim(conn).call_id is None
+
+
+def test_given_up_call_is_over_when_its_job_moves_on(database, conn):
+    job = database.add_job()
+    calls.settle(conn, result(claim(conn), "failed"))
+    database.move(job, "img_gen", "queued")
+    assert database.owed(job) is None
+
+
+def test_retry_by_a_person_starts_afresh(database, conn):
+    job = database.add_job()
+    for _ in range(3):
+        database.rows("UPDATE stage_calls SET due_at = now()")
+        calls.settle(conn, result(claim(conn), "failed"))
+    assert [row.job_id for row in make_due(conn, job)] == [job]
+    row = claim(conn)
+    assert (row.attempt, row.spent) == (4, 1)
+    assert len(database.attempts(job)) == 3
+
+
+def test_error_of_any_length_is_cut(database, conn):
+    job = database.add_job()
+    error = "한글'\\ %s\n" * 20_000
+    assert calls.settle(conn, result(claim(conn), "retry", delay=0, error=error))
+    assert database.owed(job).last_error == error[:2000]
+    assert database.attempts(job)[0].error == error[:2000]
+
+
+# --- settle and claim in one ---------------------------------------------------------------
+
+
+def test_settling_and_claiming_are_one_transaction(database, conn):
+    first, second = database.add_job(), database.add_job()
+    row = claim(conn)
+    before = database.value("SELECT txid_current()")
+    next_row = claim(conn, settled=result(row))
+    assert database.value("SELECT txid_current()") == before + 2
+    assert {row.job_id, next_row.job_id} == {first, second}
+    assert next_row.unsettled is False
+    assert database.owed(row.job_id) is None
+    assert database.owed(next_row.job_id).worker == "w"
+
+
+def test_result_is_written_although_nothing_is_due(database, conn):
+    job = database.add_job()
+    row = claim(conn, settled=result(claim(conn)))
+    assert (row.call_id, row.unsettled) == (None, False)
+    assert database.owed(job) is None
+
+
+# --- the fence -----------------------------------------------------------------------------
+
+OUTCOMES = {
+    "succeeded": {},
+    "skipped": {},
+    "retry": {"delay": 0.0},
+    "unknown": {"delay": 0.0, "after_lease": True},
+    "failed": {},
+    "held": {"delay": 0.0, "free": True, "hold": True},
+}
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES)
+def test_worker_that_comes_back_late_changes_nothing(database, conn, outcome):
+    job = database.add_job()
+    late = claim(conn, "late")
+    database.rows(LEASE_OVER)
+    claim(conn, "second")
+    call = database.owed(job)
+    assert calls.settle(conn, result(late, outcome, "late", **OUTCOMES[outcome]))
+    assert database.owed(job) == call
+    assert [attempt.outcome for attempt in database.attempts(job)] == ["lost"]
+
+
+def test_result_of_an_earlier_arrival_does_not_settle_the_next(database, conn):
+    job = database.add_job()
+    late = claim(conn)
+    database.move(job, "img_gen", "queued")
+    database.move(job, "img_gen", "done")
+    call = database.owed(job)
+    assert calls.settle(conn, result(late, "failed"))
+    assert database.owed(job) == call
+    claim(conn)
+    call = database.owed(job)
+    assert calls.settle(conn, result(late))
+    assert database.owed(job) == call
+
+
+def test_result_of_another_worker_does_not_settle(database, conn):
+    job = database.add_job()
+    row = claim(conn, "one")
+    call = database.owed(job)
+    assert calls.settle(conn, result(row, worker="another"))
+    assert database.owed(job) == call
+
+
+# --- twice ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES)
+def test_settling_twice_is_as_good_as_once(database, conn, outcome):
+    job = database.add_job()
+    settled = result(claim(conn), outcome, **OUTCOMES[outcome])
+    assert calls.settle(conn, settled)
+    once = database.owed(job), database.attempts(job)
+    assert calls.settle(conn, settled)
+    assert claim(conn, stages=["planner"], settled=settled).unsettled is False
+    assert (database.owed(job), database.attempts(job)) == once
+
+
+def test_settling_again_leaves_the_next_attempt_alone(database, conn):
+    job = database.add_job()
+    settled = result(claim(conn), "retry", delay=0.0)
+    calls.settle(conn, settled)
+    claim(conn)
+    call = database.owed(job)
+    assert calls.settle(conn, settled)
+    assert database.owed(job) == call
+
+
+# --- while the stage still holds the row ---------------------------------------------------
+
+
+def test_answer_before_the_commit_is_settled_after_it(database, conn, stage):
+    job = database.add_job()
+    settled = result(claim(conn))
+    stage.cursor().execute("UPDATE jobs SET current_step = 'vlm_analyze' WHERE job_id = %s", [job])
+    assert calls.settle(conn, settled) is False
+    assert [attempt.outcome for attempt in database.attempts(job)] == ["succeeded"]
+    assert calls.settle(conn, settled) is False
+    stage.commit()
+    assert calls.settle(conn, settled) is True
+    assert database.owed(job).stage == "yolo_detect"
+    assert len(database.attempts(job)) == 1
+
+
+def test_answer_before_a_rollback_is_settled_after_it(database, conn, stage):
+    job = database.add_job()
+    settled = result(claim(conn), "retry", delay=0.0, error="HTTP 500")
+    stage.cursor().execute("UPDATE jobs SET status = 'running' WHERE job_id = %s", [job])
+    assert claim(conn, settled=settled).unsettled is True
+    stage.rollback()
+    assert calls.settle(conn, settled) is True
+    assert claim(conn).attempt == 2
+
+
+# --- claims nobody knows about -------------------------------------------------------------
+
+
+def test_claim_whose_answer_was_lost_is_given_back(database, conn):
+    job = database.add_job()
+    claim(conn)
+    assert calls.give_back(conn, "w", []) == 1
+    call = database.owed(job)
+    assert (call.worker, call.started_at, call.attempts, call.free_attempts) == (None, None, 1, 1)
+    row = claim(conn)
+    assert (row.attempt, row.spent) == (2, 1)
+    assert database.attempts(job) == []
+
+
+def test_only_own_claims_without_a_result_are_given_back(database, conn):
+    for _ in range(3):
+        database.add_job()
+    kept, lost, others = claim(conn), claim(conn), claim(conn, "another")
+    assert calls.give_back(conn, "w", [kept.call_id]) == 1
+    assert database.owed(lost.job_id).worker is None
+    assert database.owed(kept.job_id).worker == "w"
+    assert database.owed(others.job_id).worker == "another"
+    assert calls.settle(conn, result(kept))
+
+
+def test_giving_back_waits_for_no_row_that_a_stage_holds(database, conn, stage):
+    database.add_job()
+    claim(conn)
+    stage.cursor().execute("UPDATE jobs SET status = 'running'")
+    assert calls.give_back(conn, "w", []) == 0
+    stage.commit()
+    assert database.rows("SELECT FROM stage_calls") == []
+
+
+def test_result_of_a_call_given_back_changes_nothing(database, conn):
+    job = database.add_job()
+    settled = held(claim(conn))
+    calls.give_back(conn, "w", [])
+    call = database.owed(job)
+    assert calls.settle(conn, settled)
+    assert database.owed(job) == call

@@ -1,0 +1,186 @@
+"""Where settings come from: the environment, `.env` here, `.env` beside the program; and what a
+person sees who runs it without them.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+import config
+import db
+
+ROOT = Path(__file__).parent.parent
+
+GUIDE = """
+# Job State Listener 설정
+ENABLE_JOB_STATE_LISTENER=true
+JOB_STATE_LISTENER_RECONNECT_DELAY=7
+
+# 데이터베이스 연결 설정
+DB_HOST=host.docker.internal  # 또는 실제 DB 호스트
+DB_PORT=5433
+DB_NAME=feedlyai
+DB_USER=feedlyai
+DB_PASSWORD=your_password
+"""
+SHOW = "import config; s = config.settings(); print(s.DB_HOST, s.DB_PORT, s.DB_PASSWORD)"
+
+
+def python(*args: str | Path, cwd: Path, path: Path = ROOT, **environ: str):
+    """Run Python without any setting but these; the finished process."""
+    clean = {k: v for k, v in os.environ.items() if k not in config.SETTINGS}
+    clean |= {"PYTHONPATH": str(path), "PYTHONIOENCODING": "utf-8", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(
+        command, cwd=cwd, env=clean | environ, capture_output=True, text=True, encoding="utf-8"
+    )
+
+
+def shown(cwd: Path, path: Path = ROOT, **environ: str) -> str:
+    return python("-c", SHOW, cwd=cwd, path=path, **environ).stdout.strip()
+
+
+@pytest.fixture
+def program(tmp_path):
+    """A copy of config.py in a directory of its own."""
+    (tmp_path / "program").mkdir()
+    return Path(shutil.copy(ROOT / "config.py", tmp_path / "program")).parent
+
+
+def test_env_file_of_the_guide_is_read_inline_comments_and_all(tmp_path):
+    (tmp_path / ".env").write_text(GUIDE, encoding="utf-8")
+    assert shown(tmp_path) == "host.docker.internal 5433 your_password"
+
+
+def test_environment_wins_over_the_file(tmp_path):
+    (tmp_path / ".env").write_text(GUIDE, encoding="utf-8")
+    assert shown(tmp_path, DB_HOST="other", DB_PORT="1") == "other 1 your_password"
+
+
+def test_empty_variable_is_the_default_whatever_the_file_says(tmp_path):
+    (tmp_path / ".env").write_text(GUIDE, encoding="utf-8")
+    assert shown(tmp_path, DB_PORT="") == "host.docker.internal 5432 your_password"
+
+
+def test_empty_line_in_the_file_is_the_default(tmp_path):
+    (tmp_path / ".env").write_text("DB_HOST=db\nDB_PORT=\nDB_PASSWORD")
+    assert shown(tmp_path) == "db 5432 None"
+
+
+def test_file_beside_the_program_is_found(tmp_path, program):
+    (program / ".env").write_text("DB_HOST=beside")
+    assert shown(tmp_path, path=program) == "beside 5432 None"
+
+
+def test_file_of_the_working_directory_comes_first_and_alone(tmp_path, program):
+    (program / ".env").write_text("DB_HOST=beside\nDB_PORT=1")
+    (tmp_path / ".env").write_text("DB_HOST=here")
+    assert shown(tmp_path, path=program) == "here 5432 None"
+
+
+@pytest.mark.parametrize(
+    ("line", "password"),
+    [
+        ("DB_PASSWORD='a #b'", "a #b"),
+        ('DB_PASSWORD="a #b"  # 비밀번호', "a #b"),
+        ("DB_PASSWORD=a#b", "a#b"),
+        ("export DB_PASSWORD=x", "x"),
+        ("DB_PASSWORD = x", "x"),
+        ("DB_PASSWORD=a=b$c", "a=b$c"),
+    ],
+)
+def test_passwords_in_the_file_are_quoted_as_usual(tmp_path, line, password):
+    (tmp_path / ".env").write_text(f"DB_HOST=db\n{line}\n", encoding="utf-8")
+    assert shown(tmp_path) == f"db 5432 {password}"
+
+
+def test_file_that_an_editor_marked_as_utf8_is_read_from_its_first_line(tmp_path):
+    (tmp_path / ".env").write_text("DB_HOST=db\r\nDB_PORT=7\r\n", encoding="utf-8-sig")
+    assert shown(tmp_path) == "db 7 None"
+
+
+def test_single_setting_can_be_imported_as_the_guide_shows(tmp_path):
+    show = "from config import ENABLE_JOB_STATE_LISTENER; print(ENABLE_JOB_STATE_LISTENER)"
+    assert python("-c", show, cwd=tmp_path).stdout == "True\n"
+    off = python("-c", show, cwd=tmp_path, ENABLE_JOB_STATE_LISTENER="false")
+    assert off.stdout == "False\n"
+
+
+def test_unknown_setting_cannot_be_imported():
+    with pytest.raises(ImportError):
+        exec("from config import ENABLE_EVERYTHING")
+
+
+# --- through the command -------------------------------------------------------------------
+
+
+def refused(tmp_path: Path, *args: str, **environ: str) -> str:
+    """The one line of a command that ends with exit code 2."""
+    ended = python(ROOT / "listener.py", *args, cwd=tmp_path, **environ)
+    assert (ended.returncode, ended.stdout) == (2, ""), ended
+    [line] = ended.stderr.splitlines()
+    return line
+
+
+COMMANDS = [[], ["run", "--once"], ["install"], ["status"], ["call", "1"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_command_without_a_database_is_one_line(tmp_path, command):
+    (tmp_path / ".env").touch()
+    line = refused(tmp_path, *command)
+    for word in ("DB_HOST", "DATABASE_URL", ".env.example", "make demo"):
+        assert word in line
+
+
+def test_command_with_a_bad_setting_is_one_line(tmp_path):
+    (tmp_path / ".env").write_text("STAGE_TIMEOUT=ten minutes")
+    line = refused(tmp_path, DB_HOST="db")
+    assert line == (
+        "error: STAGE_TIMEOUT='ten minutes' cannot be used:"
+        " allowed is a number of seconds from 0.1 to 86400"
+    )
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"DATABASE_URL": "postgresql://app:hunter2@db:x/y"},
+        {"DATABASE_URL": "mysql://app:hunter2@db/y"},
+        {"DB_HOST": "db", "STAGE_API_URL": "http://user:hunter2@api:99999"},
+        {"DB_HOST": "app:hunter2@db"},
+    ],
+)
+def test_refusal_of_a_command_shows_no_password(tmp_path, environ):
+    (tmp_path / ".env").touch()
+    assert "hunter2" not in refused(tmp_path, "status", **environ)
+
+
+def test_file_in_another_encoding_is_one_line(tmp_path):
+    (tmp_path / ".env").write_bytes("DB_HOST=db  # 또는 실제 DB 호스트".encode("cp949"))
+    line = refused(tmp_path, "status")
+    assert str(tmp_path / ".env") in line and "UTF-8" in line
+
+
+def test_database_url_wins_over_host_and_name(database):
+    where = database.environ
+    url = f"postgresql+asyncpg://{where['DB_USER']}@{where['DB_HOST']}:{where['DB_PORT']}"
+    settings = database.settings(
+        DATABASE_URL=f"{url}/{database.name}", DB_HOST="nowhere.invalid", DB_NAME="nothing"
+    )
+    with closing(db.connect(settings)) as conn:
+        assert conn.info.dbname == database.name
+
+
+def test_wrong_password_is_not_in_the_error_of_a_connection(database):
+    settings = database.settings(
+        DATABASE_URL="postgresql://app:hunter2%2Fx@127.0.0.1:9/x", DB_PASSWORD="hunter2/x"
+    )
+    with pytest.raises(db.ConnectionLost) as lost:
+        db.connect(settings)
+    assert "hunter2" not in config.redactor(settings)(str(lost.value))

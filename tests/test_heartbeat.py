@@ -1,0 +1,208 @@
+"""The heartbeat files, and what `check` concludes from them."""
+
+import json
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from waiting import RECONNECTING, gate, until, wait_for_call, wait_until_idle
+
+from heartbeat import ALIVE, DEAD, HANGING, Heartbeat, heartbeats
+from ops.check import verdict
+
+
+@pytest.fixture
+def beats(tmp_path) -> Path:
+    """The directory that the `listener` fixture uses as well."""
+    return tmp_path / "heartbeats"
+
+
+def states(directory: Path) -> dict[str, str]:
+    return {beat.worker: beat.state for beat in heartbeats(str(directory))}
+
+
+def die(heartbeat: Heartbeat) -> None:
+    """What the kernel does to the file of a process that ends."""
+    os.close(heartbeat.file)
+
+
+# --- the file ------------------------------------------------------------------------------
+
+
+def test_living_worker_says_what_it_is_doing(beats):
+    Heartbeat(str(beats), "one").beat("waiting", 60)
+    (beat,) = heartbeats(str(beats))
+    assert (beat.worker, beat.pid, beat.doing) == ("one", os.getpid(), "waiting")
+    assert beat.state == ALIVE
+    assert verdict(str(beats)) == (True, "1 worker alive: waiting")
+
+
+def test_worker_past_its_time_hangs(beats):
+    Heartbeat(str(beats), "one").beat("calling planner", -1)
+    assert states(beats) == {"one": HANGING}
+    alive, line = verdict(str(beats))
+    assert not alive
+    assert "worker one hangs" in line and "calling planner" in line
+
+
+def test_freed_lock_means_dead_although_the_pid_lives(beats):
+    heartbeat = Heartbeat(str(beats), "one")
+    heartbeat.beat("waiting", 3600)
+    die(heartbeat)
+    assert states(beats) == {"one": DEAD}
+    assert verdict(str(beats)) == (False, f"worker one (pid {os.getpid()}) is dead; it was waiting")
+
+
+def test_heartbeat_of_another_boot_is_dead(beats):
+    heartbeat = Heartbeat(str(beats), "one")
+    heartbeat.beat("waiting", 3600)
+    said = json.loads(heartbeat.path.read_text())
+    os.pwrite(heartbeat.file, json.dumps(said | {"boot": "before"}).encode().ljust(4096), 0)
+    assert states(beats) == {"one": DEAD}
+
+
+def test_one_dead_worker_among_living_ones_is_reported(beats):
+    living, dead = Heartbeat(str(beats), "a"), Heartbeat(str(beats), "b")
+    for heartbeat in (living, dead):
+        heartbeat.beat("waiting", 60)
+    die(dead)
+    assert verdict(str(beats))[0] is False
+
+
+def test_new_worker_removes_the_files_of_the_dead_only(beats):
+    living, dead = Heartbeat(str(beats), "living"), Heartbeat(str(beats), "dead")
+    for heartbeat in (living, dead):
+        heartbeat.beat("waiting", 60)
+    die(dead)
+    Heartbeat(str(beats), "new").beat("waiting", 60)
+    assert states(beats) == {"living": ALIVE, "new": ALIVE}
+
+
+def test_closed_heartbeat_leaves_no_file(beats):
+    heartbeat = Heartbeat(str(beats), "one")
+    heartbeat.beat("waiting", 60)
+    heartbeat.close()
+    assert list(beats.iterdir()) == []
+
+
+def test_no_heartbeat_means_not_alive(beats):
+    alive, line = verdict(str(beats))
+    assert not alive
+    assert "no worker is running" in line and "listener.py" in line
+
+
+def test_long_text_in_any_script_fits_the_file(beats):
+    heartbeat = Heartbeat(str(beats), "one")
+    for doing in ("🎨" * 4000, "작업" * 4000, "\x01" * 4000, "waiting"):
+        heartbeat.beat(doing, 60)
+        assert states(beats) == {"one": ALIVE}
+    assert verdict(str(beats)) == (True, "1 worker alive: waiting")
+
+
+def test_time_counts_from_the_beginning_of_what_it_is_doing(beats):
+    heartbeat = Heartbeat(str(beats), "one")
+    for _ in range(2):
+        heartbeat.beat("calling", 60)
+        since = json.loads(heartbeat.path.read_text())["since"]
+    heartbeat.beat("calling", 60)
+    assert json.loads(heartbeat.path.read_text())["since"] == since
+    heartbeat.beat("waiting", 60)
+    assert json.loads(heartbeat.path.read_text())["since"] > since
+
+
+def test_foreign_and_broken_files_are_passed_over(beats):
+    Heartbeat(str(beats), "one").beat("waiting", 60)
+    for name, text in {"empty": "", "cut": '{"pid": 1', "list": "[]", "other": "{}"}.items():
+        (beats / f"{name}.heartbeat").write_text(text)
+    assert states(beats) == {"one": ALIVE}
+
+
+def test_file_of_another_program_is_never_removed(beats):
+    beats.mkdir()
+    (beats / "orders.json").write_text("{}")
+    Heartbeat(str(beats), "one").close()
+    assert [path.name for path in beats.iterdir()] == ["orders.json"]
+
+
+# --- workers and `check` -------------------------------------------------------------------
+
+
+def test_check_follows_the_life_of_a_worker(database, listener, beats, tmp_path):
+    assert listener(database, "check").wait() == 1
+    process = listener(database)
+    wait_until_idle(tmp_path)
+    assert listener(database, "check").wait() == 0
+    process.signal(signal.SIGKILL)
+    process.wait()
+    check = listener(database, "check")
+    assert check.wait() == 1
+    assert "is dead" in check.output and len(check.lines) == 1
+    process = listener(database)
+    wait_until_idle(tmp_path)
+    assert process.stop() == 0
+    assert list(beats.iterdir()) == []
+
+
+def test_check_counts_several_workers_and_asks_no_database(database, listener, tmp_path):
+    listener(database, "run", "--workers", "2")
+    wait_until_idle(tmp_path, workers=2)
+    check = listener(database, "check", DB_HOST="")
+    assert check.wait() == 0
+    assert check.output == "ok: 2 workers alive: waiting for a job to change"
+
+
+def test_database_that_is_away_is_no_reason_to_restart_a_worker(database, listener, beats):
+    process = listener(database, DB_PORT=1)
+    process.wait_for_line(RECONNECTING)
+    until(lambda: "database away" in verdict(str(beats))[1], "a heartbeat")
+    assert verdict(str(beats))[0] is True
+
+
+def test_long_call_is_not_a_hang(database, api, listener, beats):
+    with gate(api):
+        listener(database, api=api, SWEEP_INTERVAL=0.1, STAGE_TIMEOUT=600)
+        job = database.add_job()
+        wait_for_call(api, job)
+        assert verdict(str(beats)) == (True, f"1 worker alive: calling vlm_analyze for job {job}")
+        (file,) = beats.iterdir()
+        assert json.loads(file.read_text())["valid_until"] > time.monotonic() + 500
+
+
+def test_waiting_worker_promises_to_be_back_soon(database, listener, beats, tmp_path):
+    listener(database, SWEEP_INTERVAL=1)
+    wait_until_idle(tmp_path)
+    (file,) = beats.iterdir()
+    assert json.loads(file.read_text())["valid_until"] < time.monotonic() + 120
+
+
+def test_disabled_listener_is_alive(database, listener, beats):
+    listener(database, ENABLE_JOB_STATE_LISTENER="false")
+    until(lambda: heartbeats(str(beats)), "a heartbeat")
+    assert verdict(str(beats))[0] is True
+
+
+def test_directory_that_cannot_be_written_is_no_reason_to_stop(database, api, listener, tmp_path):
+    (tmp_path / "file").touch()
+    process = listener(database, api=api, HEARTBEAT_DIR=tmp_path / "file" / "beats")
+    for _ in range(3):
+        database.add_job("overlay", "done")
+    database.wait_for("SELECT count(*) = 3 FROM jobs WHERE current_step = 'vlm_judge'")
+    assert process.stop() == 0
+    assert process.output.count("heartbeat 파일을 쓸 수 없음") == 1
+
+
+def test_full_disk_is_no_reason_to_stop(database, api, listener, beats, tmp_path):
+    process = listener(database, api=api, SWEEP_INTERVAL=0.1)
+    wait_until_idle(tmp_path)
+    (file,) = beats.iterdir()
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    process.wait_for_line("heartbeat 파일을 쓸 수 없음")
+    stopped_at = json.loads(file.read_text())["valid_until"]
+    database.add_job("overlay", "done")
+    database.wait_for("SELECT count(*) = 1 FROM jobs WHERE current_step = 'vlm_judge'")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    until(lambda: json.loads(file.read_text())["valid_until"] > stopped_at, "a heartbeat")
+    assert process.output.count("heartbeat 파일을 쓸 수 없음") == 1

@@ -1,0 +1,199 @@
+"""`install` and `uninstall`, as an operator runs them."""
+
+from contextlib import closing
+
+import pytest
+
+NOTHING_CHANGED = "jobs is locked by another transaction; nothing was "
+
+# Everything in a database that somebody made, but for rows.
+OBJECTS = """
+SELECT 'class', c.oid, relname::text FROM pg_class AS c
+WHERE relnamespace = 'public'::regnamespace
+UNION ALL
+SELECT 'function', oid, proname FROM pg_proc WHERE pronamespace = 'public'::regnamespace
+UNION ALL
+SELECT 'trigger', oid, tgname FROM pg_trigger
+ORDER BY 1, 2
+"""
+
+ROUTES = [
+    "(img_gen, done) → vlm_analyze",
+    "(vlm_analyze, done) → yolo_detect",
+    "(yolo_detect, done) → planner",
+    "(planner, done) → overlay",
+    "(overlay, done) → vlm_judge",
+]
+
+MADE = [
+    "table jobs",
+    "table pipeline_stages",
+    "table stage_calls",
+    "table stage_attempts",
+    "function notify_job_state_change()",
+    "trigger job_state_change_trigger on jobs",
+    "trigger job_state_insert_trigger on jobs",
+]
+
+
+JOBS = """
+CREATE TABLE jobs (job_id text PRIMARY KEY, tenant_id text, current_step text, status text)
+"""
+
+
+def words(done) -> dict[str, str]:
+    """What install said it did with each thing."""
+    said = [line.split(None, 1) for line in done.lines if line.startswith("  ")]
+    return {thing: word for word, thing in said}
+
+
+def test_install_makes_everything_in_an_empty_database(empty_database, run_command):
+    done = run_command(empty_database, "install")
+    assert done.code == 0
+    assert words(done) == dict.fromkeys(MADE, "created") | dict.fromkeys(ROUTES, "routed")
+    assert done.lines[0].startswith(f"database {empty_database.name} on ")
+    assert done.lines[-1] == "Next: python listener.py verify, then python listener.py"
+    job = empty_database.add_job("img_gen", "done")
+    assert empty_database.owed(job).stage == "vlm_analyze"
+
+
+def test_install_again_keeps_everything(database, run_command):
+    before = database.rows(OBJECTS)
+    done = run_command(database, "install")
+    assert done.code == 0
+    assert words(done) == dict.fromkeys([*MADE, *ROUTES], "kept") | {MADE[4]: "checked"}
+    assert database.rows(OBJECTS) == before
+
+
+@pytest.mark.parametrize("id_type", ["bigint", "text"])
+def test_install_beside_existing_jobs_leaves_their_rows(empty_database, run_command, id_type):
+    empty_database.rows(
+        f"CREATE TABLE jobs (job_id {id_type} PRIMARY KEY, tenant_id varchar(9),"
+        " current_step varchar(20), status varchar(20));"
+        "INSERT INTO jobs VALUES (7, 't', 'img_gen', 'done'), (8, 't', 'img_gen', 'queued')"
+    )
+    rows = "SELECT *, xmin, ctid FROM jobs"
+    before = empty_database.rows(rows)
+    assert words(run_command(empty_database, "install"))["table jobs"] == "kept"
+    assert empty_database.rows(rows) == before
+    assert empty_database.rows("SELECT FROM stage_calls") == []
+    empty_database.move("8", "img_gen", "done")
+    done = run_command(empty_database, "job", "8")
+    assert done.lines[0] == "job 8 is at (img_gen, done), tenant t"
+    assert done.lines[1].startswith("owes: vlm_analyze (call 1, 0 attempts spent), due now")
+
+
+def test_install_names_what_left_the_pipeline(database, run_command):
+    database.rows(
+        "INSERT INTO pipeline_stages VALUES ('retired', 'done', 'old_stage');"
+        "UPDATE pipeline_stages SET stage = 'other' WHERE current_step = 'planner'"
+    )
+    database.add_job("retired", "done")
+    done = run_command(database, "install")
+    said = words(done)
+    assert said["(retired, done) → old_stage"] == "removed"
+    assert said["(planner, done) → overlay"] == "routed"
+    assert said["(overlay, done) → vlm_judge"] == "kept"
+    assert "1 open calls belong to stages that PIPELINE no longer has" in done.out
+    assert run_command(database, "verify").out.count("ok       routes") == 1
+
+
+def test_locked_jobs_stop_an_install_with_one_line_and_nothing_changed(empty_database, run_command):
+    empty_database.rows(JOBS)
+    before = empty_database.rows(OBJECTS)
+    with closing(empty_database.connect()) as application:
+        application.cursor().execute("BEGIN; INSERT INTO jobs VALUES ('a')")
+        refused = run_command(empty_database, "install").refused(1)
+        assert refused == NOTHING_CHANGED + "changed: try again"
+    assert empty_database.rows(OBJECTS) == before
+
+
+def test_install_that_has_nothing_to_change_needs_no_lock_on_jobs(database, run_command):
+    with closing(database.connect()) as application:
+        application.cursor().execute("BEGIN; LOCK TABLE jobs IN ROW EXCLUSIVE MODE")
+        assert run_command(database, "install").code == 0
+
+
+def test_install_without_the_privilege_gets_one_line(empty_database, run_command, make_role):
+    role = make_role(empty_database)
+    before = empty_database.rows(OBJECTS)
+    done = run_command(empty_database, "install", DB_USER=role, DB_PASSWORD=role)
+    assert done.refused(1) == (
+        "permission denied for schema public: see 'Roles and grants' in README.md"
+    )
+    assert empty_database.rows(OBJECTS) == before
+
+
+def test_owner_of_jobs_may_install_and_uninstall(empty_database, run_command, make_role):
+    role = make_role(empty_database)
+    empty_database.rows(
+        f"GRANT CREATE ON SCHEMA public TO {role}; {JOBS}; ALTER TABLE jobs OWNER TO {role}"
+    )
+    login = {"DB_USER": role, "DB_PASSWORD": role}
+    assert run_command(empty_database, "install", **login).code == 0
+    job = empty_database.add_job("img_gen", "done")
+    assert empty_database.owed(job).stage == "vlm_analyze"
+    assert run_command(empty_database, "uninstall", "--yes", **login).code == 0
+
+
+# --- uninstall -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer", ["n\n", "\n", ""], ids=["no", "enter", "no terminal"])
+def test_uninstall_removes_nothing_unless_told_to(database, run_command, answer):
+    before = database.rows(OBJECTS)
+    done = run_command(database, "uninstall", stdin=answer)
+    assert done.refused(130).startswith("stopped")
+    assert "Remove? [y/N]: " in done.out
+    assert database.rows(OBJECTS) == before
+
+
+def test_uninstall_asks_and_then_removes(database, run_command):
+    database.add_job("img_gen", "done")
+    done = run_command(database, "uninstall", stdin="y\n")
+    assert done.code == 0
+    assert [line.strip() for line in done.lines[1:7]] == MADE[1:]
+    assert "and with them 1 open calls and the history. jobs is not touched." in done.lines
+    assert done.lines[-1].endswith("removed")
+    assert not database.value("SELECT to_regclass('stage_calls')")
+
+
+def test_uninstall_takes_only_what_is_ours(empty_database, run_command):
+    empty_database.rows(
+        f"{JOBS}; CREATE TABLE stage_notes (n int);"
+        "CREATE FUNCTION theirs() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';"
+        "CREATE TRIGGER theirs AFTER UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION theirs();"
+        "INSERT INTO jobs VALUES ('a', 't', 'img_gen', 'done')"
+    )
+    before = empty_database.rows(OBJECTS), empty_database.rows("SELECT *, xmin, ctid FROM jobs")
+    assert run_command(empty_database, "install").code == 0
+    assert run_command(empty_database, "uninstall", "--yes").code == 0
+    assert empty_database.rows(OBJECTS) == before[0]
+    assert empty_database.rows("SELECT *, xmin, ctid FROM jobs") == before[1]
+    empty_database.move("a", "img_gen", "queued")
+
+
+def test_uninstall_twice_has_nothing_left_to_remove(database, run_command):
+    run_command(database, "uninstall", "--yes")
+    done = run_command(database, "uninstall")
+    assert (done.code, done.lines) == (0, ["nothing to remove"])
+    job = database.add_job("img_gen", "done")
+    assert database.state(job) == ("img_gen", "done")
+
+
+def test_locked_jobs_stop_an_uninstall_with_one_line_and_nothing_changed(database, run_command):
+    before = database.rows(OBJECTS)
+    with closing(database.connect()) as application:
+        application.cursor().execute("BEGIN; LOCK TABLE jobs IN ROW EXCLUSIVE MODE")
+        refused = run_command(database, "uninstall", "--yes").refused(1)
+        assert refused == NOTHING_CHANGED + "removed: try again"
+    assert database.rows(OBJECTS) == before
+
+
+def test_uninstall_without_the_privilege_gets_one_line(database, run_command, make_role):
+    role = make_role(database)
+    database.rows(f"GRANT SELECT ON stage_calls TO {role}")
+    before = database.rows(OBJECTS)
+    done = run_command(database, "uninstall", "--yes", DB_USER=role, DB_PASSWORD=role)
+    assert "must be owner of" in done.refused(1)
+    assert database.rows(OBJECTS) == before

@@ -1,0 +1,227 @@
+"""Every mistake gets one line on stderr and its exit code; no secret and no trick gets through."""
+
+import re
+from contextlib import closing
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+
+import listener as program
+
+COMMANDS = sorted(program.cli.commands)
+# Where no database answers.
+NOWHERE = SimpleNamespace(environ={"DB_HOST": "127.0.0.1", "DB_PORT": "1"})
+ASKING = ["install", "verify", "status", "uninstall", "retry --all", "job 7", "call 7"]
+NO_DATABASE = (
+    "no database is set: give DB_HOST or DATABASE_URL (see .env.example), "
+    "or try `make demo`, which brings its own"
+)
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_explains_the_command_and_each_option(command):
+    done = CliRunner().invoke(program.cli, [*command.split(), "--help"], prog_name="listener.py")
+    assert done.exit_code == 0
+    usage, _, begins = done.output.split("\n")[:3]
+    assert usage.startswith(f"Usage: listener.py {command}".rstrip())
+    assert begins[2].isupper()
+    options = (program.cli.commands[command] if command else program.cli).params
+    for option in options:
+        if option.param_type_name == "option":
+            assert option.help.endswith((".", "?"))
+            assert option.opts[0] in done.output
+
+
+def test_help_of_all_names_every_command_with_a_whole_sentence(run_command):
+    lines = run_command(NOWHERE, "--help").lines
+    listed = dict(line.split(None, 1) for line in lines[lines.index("Commands:") + 1 :])
+    assert sorted(listed) == COMMANDS
+    for sentence in listed.values():
+        assert sentence.endswith(".")
+        assert not sentence.endswith("...")
+
+
+# what is typed: (how the answer begins, the command whose help it names)
+MISTAKES = {
+    "strat": ("No such command 'strat'.", ""),
+    "--verbose": ("No such option '--verbose'.", ""),
+    "run --workers 0": ("Invalid value for '--workers': 0 is not in the range 1<=x<=256.", "run"),
+    "run --workers many": ("Invalid value for '--workers': 'many' is not a valid integer", "run"),
+    "run --stage paint": (
+        "Invalid value for '--stage': 'paint' is not one of 'vlm_analyze', 'yolo_detect'",
+        "run",
+    ),
+    "check --max-lag -1": ("Invalid value for '--max-lag': -1.0 is not in the range x>=0", "check"),
+    "check --max-lag": ("Option '--max-lag' requires an argument.", ""),
+    "job": ("Missing argument 'JOB_ID'.", "job"),
+    "call": ("Missing argument 'JOB_ID'.", "call"),
+    "job 7 8": ("Got unexpected extra argument (8).", "job"),
+    "status now": ("Got unexpected extra argument (now).", "status"),
+}
+
+
+@pytest.mark.parametrize("typed", MISTAKES)
+def test_mistyped_command_gets_one_line_and_exit_2(run_command, typed):
+    done = run_command(NOWHERE, *typed.split())
+    begins, command = MISTAKES[typed]
+    refused = done.refused(2)
+    assert refused.startswith(begins)
+    assert refused.endswith(f" See: python {' '.join(['listener.py', command]).strip()} --help")
+    assert done.out == ""
+
+
+@pytest.mark.parametrize("typed", ["status", "call 7", "run"])
+def test_bad_setting_gets_one_line_and_exit_2(run_command, typed):
+    done = run_command(NOWHERE, *typed.split(), STAGE_TIMEOUT="10m")
+    assert done.refused(2) == (
+        "STAGE_TIMEOUT='10m' cannot be used: allowed is a number of seconds from 0.1 to 86400"
+    )
+
+
+@pytest.mark.parametrize("typed", ["status", "call 7", "run --once"])
+def test_missing_database_setting_gets_one_line_and_exit_2(run_command, typed):
+    assert run_command(NOWHERE, *typed.split(), DB_HOST="").refused(2) == NO_DATABASE
+
+
+@pytest.mark.parametrize("typed", ASKING)
+def test_unreachable_database_gets_one_line_and_exit_3(run_command, typed):
+    done = run_command(NOWHERE, *typed.split(), DB_PASSWORD="s3cr3t-w0rd")
+    refused = done.refused(3)
+    assert refused.startswith("the database cannot be reached: ")
+    assert "onnection refused" in refused
+    assert "s3cr3t" not in done.out + done.err
+
+
+def test_once_without_its_database_exits_3(run_command):
+    done = run_command(NOWHERE, "run", "--once", DB_PASSWORD="s3cr3t-w0rd")
+    assert done.code == 3
+    assert "리스너 오류 발생: " in done.lines[-1]
+    assert "s3cr3t" not in done.out
+
+
+@pytest.fixture
+def demanding(server, database, make_role) -> str:
+    """A role that the server does not let in without its password."""
+    role = make_role(database)
+    if not server.embedded:
+        yield role
+        return
+    # The embedded server trusts everyone on this machine: this one it shall not.
+    path = database.value("SHOW hba_file")
+    kept = database.value("SELECT pg_read_file(%s)", path)
+    write = "COPY (SELECT regexp_split_to_table(%s, E'\\n')) TO %s; SELECT pg_reload_conf()"
+    with closing(database.connect()) as conn:
+        conn.cursor().execute(write, (f"host all {role} all scram-sha-256\n{kept}", path))
+        yield role
+        conn.cursor().execute(write, (kept, path))
+
+
+@pytest.mark.parametrize("url", [False, True], ids=["DB_PASSWORD", "DATABASE_URL"])
+def test_wrong_password_exits_3_and_is_not_shown(database, run_command, demanding, url):
+    given = {"DB_USER": demanding, "DB_PASSWORD": "wr0ng-w0rd"}
+    if url:
+        where = "{DB_HOST}:{DB_PORT}/{DB_NAME}".format(**database.environ)
+        given = {"DATABASE_URL": f"postgresql://{demanding}:wr0ng-w0rd@{where}"}
+    done = run_command(database, "status", **given)
+    assert "password authentication failed for user" in done.refused(3)
+    assert "wr0ng" not in done.out + done.err
+
+
+def test_database_that_does_not_exist_exits_3(database, run_command):
+    refused = run_command(database, "status", DB_NAME="no_such_database").refused(3)
+    assert 'database "no_such_database" does not exist' in refused
+
+
+@pytest.mark.parametrize("typed", ["status", "retry --all", "job 7", "check --max-lag 9"])
+def test_database_without_our_tables_gets_told_what_to_run(empty_database, run_command, typed):
+    done = run_command(empty_database, *typed.split())
+    assert done.code == 1
+    if not typed.startswith("check"):  # its one line says that no worker runs
+        assert "run `make trigger` (python listener.py install)" in done.refused(1)
+
+
+@pytest.mark.parametrize("typed", ["status", "retry --all", "run --once", "call 7"])
+def test_role_without_grants_gets_one_line_that_says_where_they_are(
+    database, run_command, make_role, typed
+):
+    role = make_role(database)
+    done = run_command(database, *typed.split(), DB_USER=role, DB_PASSWORD=role)
+    if typed == "run --once":
+        assert done.code == 2
+        assert "permission denied for table pipeline_stages" in done.lines[-1]
+    else:
+        assert "permission denied for table" in done.refused(1)
+    assert "see 'Roles and grants' in README.md" in done.out + done.err
+
+
+def test_once_with_half_the_grants_ends_and_says_why(database, run_command, make_role):
+    role = make_role(database)
+    database.rows(f"GRANT SELECT ON pipeline_stages, jobs TO {role}")
+    done = run_command(database, "run", "--once", DB_USER=role, DB_PASSWORD=role)
+    assert done.code == 1
+    assert "permission denied for table stage_calls" in (done.out + done.err).splitlines()[-1]
+
+
+# --- text that somebody else wrote ---------------------------------------------------------
+
+HOSTILE = "a\x1b[2Jb\nok: forged\r\x07\x9b31mc\u2028d"
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028]")
+
+
+@pytest.fixture
+def hostile(database) -> str:
+    """A job with hostile text wherever text can be."""
+    job = database.add_job("planner", "done", HOSTILE)
+    database.rows(
+        "UPDATE stage_calls SET due_at = 'infinity', last_error = %s, attempts = 1;"
+        "INSERT INTO stage_attempts SELECT job_id, call_id, 1, stage, 'worker', now(), now(), 500,"
+        " 'failed', %s FROM stage_calls;"
+        "UPDATE pipeline_stages SET held_until = now() + interval '1 h', held_reason = %s"
+        " WHERE stage = 'planner'",
+        *[HOSTILE] * 3,
+    )
+    return job
+
+
+@pytest.mark.parametrize("command", ["status", "job JOB", "status --json", "job JOB --json"])
+def test_hostile_text_is_printed_escaped(database, run_command, hostile, command):
+    done = run_command(database, *command.replace("JOB", hostile).split())
+    assert done.code == 0
+    assert "forged" in done.out
+    assert not CONTROL.search(done.out), done.out
+    assert not any(line.startswith("ok: forged") for line in done.out.splitlines())
+
+
+def test_hostile_step_in_a_refusal_stays_one_line(database, run_command):
+    job = database.add_job(HOSTILE, "done")
+    done = run_command(database, "retry", job)
+    assert "forged" in done.refused(1)
+    assert not CONTROL.search(done.err), done.err
+
+
+@pytest.mark.parametrize(
+    "typed", [HOSTILE.replace("\n", ""), "\udcff"], ids=["control", "no UTF-8"]
+)
+@pytest.mark.parametrize("command", ["job", "call", "retry"])
+def test_hostile_argument_is_refused_in_one_line(database, run_command, command, typed):
+    done = run_command(database, command, typed)
+    assert done.refused(2)
+    assert not CONTROL.search(done.err), done.err
+
+
+def test_hostile_id_is_printed_escaped(empty_database, run_command):
+    columns = "job_id text PRIMARY KEY, tenant_id text, current_step text, status text"
+    empty_database.rows(f"CREATE TABLE jobs ({columns})")
+    run_command(empty_database, "install")
+    empty_database.rows("INSERT INTO jobs VALUES (%s, 't', 'planner', 'done')", HOSTILE)
+    empty_database.rows("UPDATE stage_calls SET due_at = 'infinity'")
+    done = run_command(empty_database, "retry", "--all")
+    assert "forged" in done.lines[0]
+    assert not CONTROL.search(done.out), done.out
+
+
+def test_terminal_that_knows_no_arrow_is_no_error(database, run_command):
+    done = run_command(database, "install", PYTHONIOENCODING="ascii")
+    assert done.code == 0
+    assert "(planner, done)" in done.out

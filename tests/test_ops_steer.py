@@ -1,0 +1,194 @@
+"""`retry` and `call`: a person decides about calls that wait, or runs one by hand."""
+
+import uuid
+
+import pytest
+from waiting import gate, wait_for_call
+
+from demo.stage_server import Answer, Hangup
+
+GIVE_UP = "UPDATE stage_calls SET due_at = 'infinity', attempts = 5, last_error = 'HTTP 500'"
+USAGE = "Give job ids, or --stage, or --all. See: python listener.py retry --help"
+
+
+@pytest.fixture
+def given_up(database) -> list[str]:
+    """Two given-up calls of planner's job, one of overlay."""
+    jobs = [database.add_job(step, "done") for step in ("yolo_detect", "yolo_detect", "planner")]
+    database.rows(GIVE_UP)
+    return jobs
+
+
+def due(database) -> set[str]:
+    """The jobs whose calls are due, with all their attempts forgiven."""
+    forgiven = "SELECT job_id::text FROM stage_calls WHERE free_attempts = attempts"
+    return {row.job_id for row in database.rows(forgiven + " AND due_at <= now()")}
+
+
+def test_retry_makes_the_jobs_named_due_again(database, run_command, given_up):
+    done = run_command(database, "retry", *given_up[:2])
+    assert (done.code, done.lines) == (
+        0,
+        [f"due again: job {job}, stage planner" for job in given_up[:2]],
+    )
+    assert due(database) == set(given_up[:2])
+
+
+def test_retry_of_a_stage_leaves_the_others(database, run_command, given_up):
+    assert len(run_command(database, "retry", "--stage", "planner").lines) == 2
+    assert due(database) == set(given_up[:2])
+
+
+def test_retry_of_all(database, run_command, given_up):
+    done = run_command(database, "retry", "--all")
+    assert (done.code, len(done.lines)) == (0, 3)
+    assert due(database) == set(given_up)
+
+
+@pytest.mark.parametrize("which", [["--all"], ["--stage", "overlay"]])
+def test_retry_with_nothing_given_up_says_so(database, run_command, which):
+    database.add_job("planner", "done")
+    done = run_command(database, "retry", *which)
+    assert (done.code, done.lines) == (0, ["nothing was given up"])
+
+
+@pytest.mark.parametrize(
+    "args",
+    [[], ["--all", "--stage", "overlay"], ["7", "--all"], ["7", "--stage", "overlay"]],
+    ids=" ".join,
+)
+def test_retry_must_be_told_which_and_only_once(database, run_command, args):
+    assert run_command(database, "retry", *args).refused(2) == USAGE
+
+
+def test_retry_of_a_call_that_was_not_given_up_changes_nothing(database, run_command):
+    job = database.add_job("planner", "done")
+    before = database.owed(job)
+    refused = run_command(database, "retry", job).refused(1)
+    assert refused.startswith(f"job {job} owes a call to overlay, due ")
+    assert refused.endswith("it is not given up")
+    assert database.owed(job) == before
+
+
+def test_retry_of_a_job_that_owes_nothing_says_where_it_is(database, run_command):
+    job = database.add_job("vlm_judge", "done")
+    refused = run_command(database, "retry", job).refused(1)
+    assert refused == f"job {job} owes no call: it is at (vlm_judge, done)"
+
+
+def test_retry_does_what_it_can_and_names_the_rest(database, run_command, given_up):
+    unknown, idle = str(uuid.uuid4()), database.add_job("img_gen", "queued")
+    done = run_command(database, "retry", given_up[0], unknown, given_up[2], idle)
+    assert done.refused(1) == (
+        f"there is no job {unknown}; job {idle} owes no call: it is at (img_gen, queued)"
+    )
+    assert done.out.count("due again: ") == 2
+    assert due(database) == {given_up[0], given_up[2]}
+
+
+def test_retry_tells_what_it_did_before_a_malformed_id(database, run_command, given_up):
+    done = run_command(database, "retry", given_up[0], "typo", given_up[1])
+    assert "typo" in done.refused(2)
+    assert done.out == f"due again: job {given_up[0]}, stage planner\n"
+    assert due(database) == {given_up[0]}
+
+
+# --- call ----------------------------------------------------------------------------------
+
+
+def test_call_that_succeeds_is_logged_and_exits_0(database, api, run_command):
+    job = database.add_job("planner", "done")
+    done = run_command(database, "call", job, api=api)
+    assert done.code == 0
+    assert f"[TRIGGER] 파이프라인 단계 트리거: job={job} stage=overlay attempt=1/5" in done.lines[0]
+    assert f"파이프라인 단계 실행 성공: job={job} stage=overlay status=200" in done.lines[1]
+    assert database.state(job) == ("overlay", "done")
+    assert [attempt.outcome for attempt in database.attempts(job)] == ["succeeded"]
+
+
+def test_call_that_fails_exits_1_and_stays_owed(database, api, run_command):
+    api.on("overlay", lambda _: Answer(500, b"no memory"))
+    job = database.add_job("planner", "done")
+    done = run_command(database, "call", job, api=api)
+    assert done.code == 1
+    assert "파이프라인 단계 실행 실패" in done.lines[-1]
+    assert "HTTP 500: no memory" in done.lines[-1]
+    assert database.owed(job).last_error == "HTTP 500: no memory"
+
+
+def test_call_of_a_job_that_owes_nothing_exits_1(database, api, run_command):
+    job = database.add_job("planner", "running")
+    refused = run_command(database, "call", job, api=api).refused(1)
+    assert refused == f"job {job} owes no call: it is at (planner, running)"
+    assert api.requests == []
+
+
+def test_call_that_a_worker_is_on_is_left_to_it(database, api, listener, run_command):
+    with gate(api):
+        listener(database, api=api)
+        job = database.add_job("img_gen", "done")
+        wait_for_call(api, job)
+        worker = database.owed(job).worker
+        refused = run_command(database, "call", job, api=api).refused(1)
+        assert refused.startswith(f"job {job}: {worker} is calling vlm_analyze; its lease ends ")
+        assert len(api.calls(job)) == 1
+
+
+WAITING = {
+    "given up": GIVE_UP,
+    "not due yet": "UPDATE stage_calls SET due_at = now() + interval '1 h', attempts = 1",
+    "stage held": "UPDATE pipeline_stages SET held_until = now() + interval '1 h'",
+}
+
+
+@pytest.mark.parametrize("why", WAITING)
+def test_call_does_not_wait(database, api, run_command, why):
+    job = database.add_job("planner", "done")
+    database.rows(WAITING[why])
+    assert run_command(database, "call", job, api=api).code == 0
+    assert database.state(job) == ("overlay", "done")
+
+
+def test_call_that_may_still_be_running_is_not_repeated(database, api, run_command):
+    def cut(request):
+        request.connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Le")
+        raise Hangup
+
+    api.on("overlay", cut)
+    job = database.add_job("planner", "done")
+    assert run_command(database, "call", job, api=api).code == 1
+    assert database.attempts(job)[-1].outcome == "unknown"
+    api.on("overlay", None)
+    refused = run_command(database, "call", job, api=api).refused(1)
+    assert f"job {job}: its last call of overlay got no answer and may still be running" in refused
+    assert len(api.calls(job)) == 1
+
+
+def test_call_of_a_job_that_has_moved_on_unseen_calls_nothing(database, api, run_command):
+    job = database.add_job("planner", "done")
+    database.rows("SET session_replication_role = replica")
+    database.move(job, "overlay", "running")
+    done = run_command(database, "call", job, api=api)
+    assert done.refused(1) == f"job {job} owes no call: it is at (overlay, running)"
+    assert "Job 상태가 변경되어 스킵" in done.out
+    assert api.requests == []
+
+
+def test_call_without_our_tables_says_what_to_run(empty_database, run_command):
+    refused = run_command(empty_database, "call", "7").refused(1)
+    assert refused == (
+        "the listener's tables are missing: run `make trigger` (python listener.py install)"
+    )
+
+
+@pytest.mark.parametrize("args", [["call"], ["run", "--once"]], ids=" ".join)
+def test_debugger_stops_in_the_stage_function(database, api, run_command, args):
+    job = database.add_job("overlay", "done")
+    typed = (
+        "break stages.vlm_judge\ncontinue\nprint('at', call.job_id, call.attempt)\ncontinue\nq\n"
+    )
+    given = [*args, job] if args == ["call"] else args
+    done = run_command(database, *given, api=api, stdin=typed, python=("-m", "pdb"))
+    assert f"at {job} 1" in done.out
+    assert "The program exited via sys.exit(). Exit status: 0" in done.out
+    assert database.state(job) == ("vlm_judge", "done")

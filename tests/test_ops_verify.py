@@ -1,0 +1,225 @@
+"""`verify`: each single problem, produced for real, gets its line and the command that mends it."""
+
+import re
+from contextlib import closing
+
+import pytest
+from test_pooler import PGBOUNCER, pooler  # noqa: F401
+
+import db
+from ops.install import DROP, apply
+from ops.verify import run_checks
+
+INSTALL = "python listener.py install"
+AGAIN = "python listener.py uninstall, then install"
+GRANTS = "see 'Roles and grants' in README.md"
+DROP_UPDATE = "DROP TRIGGER job_state_change_trigger ON jobs"
+
+
+def problems(done) -> list[tuple[str, str]]:
+    """What verify found and what it tells to do, and that its last line and exit code agree."""
+    found = [
+        tuple(line[9:].rsplit(" → ", 1)) for line in done.lines if line.startswith("PROBLEM  ")
+    ]
+    assert all(line.startswith(("ok       ", "PROBLEM  ")) for line in done.lines[:-1])
+    some = f"{len(found)} problem{'s' * (len(found) > 1)} found"
+    assert (done.code, done.lines[-1]) == ((1, some) if found else (0, "everything is in place"))
+    return found
+
+
+def test_everything_in_place_is_eight_lines_and_exit_0(each_database, api, run_command):
+    done = run_command(each_database, "verify", api=api)
+    assert problems(done) == []
+    whole = "\n".join(line.removeprefix("ok       ") for line in done.lines)
+    assert re.fullmatch(
+        rf"PostgreSQL \d+, {each_database.name} on .+ as .+\n"
+        r"tables and columns, job_id is uuid\n"
+        r"function notify_job_state_change\(\)\n"
+        r"triggers job_state_change_trigger, job_state_insert_trigger, enabled on jobs\n"
+        r"routes: 5 states of PIPELINE are in the database\n"
+        r"privileges of role .+\n"
+        r"LISTEN 'job_state_changed' delivers; queue 0% full\n"
+        rf"stage API {api.url} answers \(HTTP 200 on /healthz\)\n"
+        r"everything is in place",
+        whole,
+    )
+
+
+# name: (what went wrong, the line, the command that mends it)
+DAMAGE = {
+    "function of the first version": (
+        "ALTER FUNCTION notify_job_state_change() SECURITY INVOKER",
+        "function notify_job_state_change() is not the listener's",
+        INSTALL,
+    ),
+    "update trigger missing": (
+        DROP_UPDATE,
+        "trigger job_state_change_trigger is missing on jobs",
+        INSTALL,
+    ),
+    "insert trigger missing": (
+        "DROP TRIGGER job_state_insert_trigger ON jobs",
+        "trigger job_state_insert_trigger is missing on jobs",
+        INSTALL,
+    ),
+    "trigger disabled": (
+        "ALTER TABLE jobs DISABLE TRIGGER job_state_change_trigger",
+        "trigger job_state_change_trigger is disabled",
+        INSTALL,
+    ),
+    "trigger for replicas only": (
+        "ALTER TABLE jobs ENABLE REPLICA TRIGGER job_state_insert_trigger",
+        "trigger job_state_insert_trigger is disabled",
+        INSTALL,
+    ),
+    "trigger of another function": (
+        f"{DROP_UPDATE}; CREATE TRIGGER job_state_change_trigger BEFORE UPDATE ON jobs"
+        " FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()",
+        "trigger job_state_change_trigger runs another function",
+        INSTALL,
+    ),
+    "state without a route": (
+        "DELETE FROM pipeline_stages WHERE current_step = 'planner'",
+        "routes differ: planner, done → overlay in stages.py, nothing in the database",
+        INSTALL,
+    ),
+    "route of another stage": (
+        "UPDATE pipeline_stages SET stage = 'x' WHERE current_step = 'planner'",
+        "routes differ: planner, done → overlay in stages.py, x in the database",
+        INSTALL,
+    ),
+    "route that stages.py does not have": (
+        "INSERT INTO pipeline_stages VALUES ('planner', 'failed', 'x')",
+        "routes differ: planner, failed → nothing in stages.py, x in the database",
+        INSTALL,
+    ),
+    "history missing": (
+        "DROP TABLE stage_attempts",
+        "table stage_attempts is missing",
+        INSTALL,
+    ),
+    "column missing": (
+        "ALTER TABLE stage_calls DROP COLUMN free_attempts",
+        "stage_calls has no column free_attempts",
+        AGAIN,
+    ),
+    "job_id of another type": (
+        "ALTER TABLE jobs ALTER job_id DROP DEFAULT, ALTER job_id TYPE text USING job_id::text",
+        "job_id is text in jobs and uuid in stage_calls",
+        AGAIN,
+    ),
+    "no index": (
+        "ALTER TABLE jobs DROP CONSTRAINT jobs_pkey",
+        "jobs has no index that begins with job_id",
+        "CREATE UNIQUE INDEX ON jobs (job_id)",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_problem_is_named_and_the_command_given_mends_it(database, api, run_command, damage):
+    sql, what, mend = DAMAGE[damage]
+    database.rows(sql)
+    [(found, told)] = problems(run_command(database, "verify", api=api))
+    assert (found, told) == (what, mend)
+    with closing(db.connect(database.settings())) as conn:
+        if mend not in (INSTALL, AGAIN):
+            database.rows(mend)
+        else:
+            if mend == AGAIN:
+                database.rows(DROP)
+            apply(conn)
+        bad = [line for good, line in run_checks(conn, database.settings()) if not good]
+    assert [line for line in bad if not line.startswith("stage API")] == []
+
+
+def test_database_with_nothing_in_it_has_every_problem(empty_database, run_command):
+    done = run_command(empty_database, "verify", STAGE_API_URL="http://127.0.0.1:9")
+    found = dict(problems(done))
+    assert set(list(found.values())[:4]) == {INSTALL}
+    assert "function notify_job_state_change() is missing" in found
+    assert "table jobs is missing" in found
+
+
+ALL = {
+    "jobs": ["SELECT"],
+    "pipeline_stages": ["SELECT", "UPDATE"],
+    "stage_calls": ["SELECT", "UPDATE", "DELETE"],
+    "stage_attempts": ["SELECT", "INSERT", "DELETE"],
+}
+PASSWORD = "not-their-name"
+EACH = [(privilege, table) for table in ALL for privilege in ALL[table]]
+
+
+@pytest.fixture
+def role(database, make_role) -> str:
+    """A role that has what a listener needs, and nothing more."""
+    name = make_role(database)
+    # A password that is not the name, which would be blotted out wherever it is shown.
+    database.rows(f"ALTER ROLE {name} PASSWORD '{PASSWORD}'")
+    for privilege, table in EACH:
+        database.rows(f"GRANT {privilege} ON {table} TO {name}")
+    return name
+
+
+def test_role_with_its_nine_privileges_is_enough(database, api, run_command, role):
+    done = run_command(database, "verify", api=api, DB_USER=role, DB_PASSWORD=PASSWORD)
+    assert problems(done) == []
+    assert f"ok       privileges of role {role}" in done.lines
+
+
+@pytest.mark.parametrize(("privilege", "table"), EACH)
+def test_each_missing_privilege_is_named(database, api, run_command, role, privilege, table):
+    database.rows(f"REVOKE {privilege} ON {table} FROM {role}")
+    done = run_command(database, "verify", api=api, DB_USER=role, DB_PASSWORD=PASSWORD)
+    told = problems(done)
+    assert told[-1] == (f"role {role} lacks {privilege} on {table}", GRANTS)
+    # Without SELECT there is no way to compare the routes either.
+    assert told[:-1] in ([], [("permission denied for table pipeline_stages", GRANTS)])
+
+
+def test_role_without_any_privilege_is_told_all_of_them(database, api, run_command, role):
+    database.rows(f"REVOKE ALL ON ALL TABLES IN SCHEMA public FROM {role}")
+    done = run_command(database, "verify", api=api, DB_USER=role, DB_PASSWORD=PASSWORD)
+    every = ", ".join(f"{privilege} on {table}" for privilege, table in EACH)
+    assert (f"role {role} lacks {every}", GRANTS) in problems(done)
+
+
+def test_row_level_security_is_a_problem_even_with_a_policy(database, api, run_command, role):
+    database.rows(
+        "ALTER TABLE jobs ENABLE ROW LEVEL SECURITY;"
+        f"CREATE POLICY all_rows ON jobs FOR SELECT TO {role} USING (true)"
+    )
+    login = {"DB_USER": role, "DB_PASSWORD": PASSWORD}
+    [(found, mend)] = problems(run_command(database, "verify", api=api, **login))
+    assert (found, mend) == (f"row-level security hides rows of jobs from {role}", GRANTS)
+    database.rows(f"ALTER ROLE {role} BYPASSRLS")
+    assert problems(run_command(database, "verify", api=api, **login)) == []
+
+
+def test_stage_api_that_is_down_is_a_problem(database, run_command):
+    [(found, mend)] = problems(run_command(database, "verify", STAGE_API_URL="http://127.0.0.1:9"))
+    assert found.startswith("stage API http://127.0.0.1:9 does not answer (ConnectionRefusedError")
+    assert mend == "start it, or set STAGE_API_URL"
+
+
+def test_any_answer_of_the_stage_api_is_enough(database, api, run_command):
+    """Its health page may be elsewhere: that it answers is all that is asked."""
+    done = run_command(database, "verify", STAGE_API_URL=f"{api.url}/behind/a/prefix")
+    assert problems(done) == []
+    assert "answers (HTTP 404 on /healthz)" in done.out
+
+
+@pytest.mark.skipif(PGBOUNCER is None, reason="pgbouncer is not installed")
+def test_transaction_pooler_is_a_problem(database, api, run_command, pooler):  # noqa: F811
+    done = run_command(database, "verify", api=api, DB_PORT=pooler("transaction", 2).port)
+    [(found, mend)] = problems(done)
+    assert found == "notifications do not arrive: a transaction pooler sits in between"
+    assert mend.startswith("connect past the pooler (DB_HOST, DB_PORT)")
+
+
+def test_password_in_the_stage_api_url_is_not_shown(database, api, run_command):
+    url = api.url.replace("//", "//user:s3cr3t-w0rd@")
+    done = run_command(database, "verify", STAGE_API_URL=url)
+    assert done.code == 0
+    assert "s3cr3t" not in done.out

@@ -1,0 +1,259 @@
+"""End to end, with real processes: what the whole promises."""
+
+import os
+import signal
+from collections import Counter
+from datetime import timedelta
+
+import pytest
+from waiting import (
+    LISTENING,
+    WORKERS,
+    gate,
+    pid_of,
+    terminate_backends,
+    wait_for_call,
+    wait_until_idle,
+)
+
+from demo.stage_api import StageApi
+from demo.stage_server import Answer
+
+STAGES = ["vlm_analyze", "yolo_detect", "planner", "overlay", "vlm_judge"]
+ALL_THROUGH = "SELECT count(*) = %s FROM jobs WHERE current_step = 'vlm_judge' AND status = 'done'"
+SUCCEEDED = "SELECT count(*) = %s FROM stage_attempts WHERE job_id = %s AND outcome = 'succeeded'"
+
+
+def test_finished_job_passes_through_all_five_stages(database, api, listener):
+    process = listener(database, api=api)
+    process.wait_for_line(LISTENING)
+    job = database.add_job("img_gen", "queued")
+    database.move(job, "img_gen", "done")
+    database.wait_for(ALL_THROUGH, 1)
+    assert [call.stage for call in api.calls(job)] == STAGES
+    assert process.stop() == 0
+
+
+def test_row_inserted_already_done_is_called(database, api, listener, tmp_path):
+    listener(database, api=api, SWEEP_INTERVAL=3600)
+    wait_until_idle(tmp_path)
+    job = database.add_job("overlay", "done")
+    database.wait_for(ALL_THROUGH, 1)
+    assert [call.stage for call in api.calls(job)] == ["vlm_judge"]
+
+
+def test_jobs_that_finished_while_no_listener_ran_are_called(database, api, listener):
+    inserted = database.add_job("overlay", "done")
+    updated = database.add_job("overlay", "running")
+    database.move(updated, "overlay", "done")
+    listener(database, api=api)
+    database.wait_for(ALL_THROUGH, 2)
+    assert {call.job_id for call in api.calls()} == {inserted, updated}
+    assert len(api.calls()) == 2
+
+
+def test_four_workers_call_every_stage_of_200_jobs_exactly_once(database, api, listener):
+    process = listener(database, "run", "--workers", "4", api=api)
+    process.wait_for_line(LISTENING, count=4)
+    database.rows(
+        "INSERT INTO jobs (tenant_id, current_step, status)"
+        " SELECT 'tenant', 'img_gen', 'done' FROM generate_series(1, 200)"
+    )
+    database.wait_for(ALL_THROUGH, 200)
+    counts = Counter((call.job_id, call.stage) for call in api.calls())
+    assert len(counts) == 1000
+    assert set(counts.values()) == {1}
+    assert process.stop() == 0
+    assert database.value("SELECT count(DISTINCT worker) FROM stage_attempts") == 4
+    assert database.rows(
+        "SELECT outcome, count(*) FROM stage_attempts WHERE outcome <> 'skipped' GROUP BY 1"
+    ) == [("succeeded", 1000)]
+
+
+def test_rollback_and_update_without_change_call_nothing(database, api, listener, tmp_path):
+    listener(database, api=api)
+    wait_until_idle(tmp_path)
+    job = database.add_job("overlay", "running")
+    database.rows("BEGIN")
+    database.move(job, "overlay", "done")
+    database.rows("ROLLBACK")
+    untouched = database.add_job("vlm_judge", "done")
+    database.move(untouched, "vlm_judge", "done")
+    last = database.add_job("overlay", "done")
+    database.wait_for(SUCCEEDED, 1, last)
+    assert [call.job_id for call in api.calls()] == [last]
+
+
+def test_killed_worker_is_followed_by_the_same_call_after_the_lease(
+    database, api, listener, tmp_path
+):
+    lease = {"STAGE_TIMEOUT": 1, "LEASE_MARGIN": 1, "SWEEP_INTERVAL": 0.1}
+    with gate(api, answer=Answer(200)) as opened:
+        first = listener(database, api=api, **lease)
+        job = database.add_job()
+        before = wait_for_call(api, job)
+        first_try = database.owed(job)
+        assert first_try.due_at - first_try.started_at == timedelta(seconds=2)
+        first.signal(signal.SIGKILL)
+        listener(database, api=api, **lease)
+        again = wait_for_call(api, job, count=2)
+        assert database.owed(job).started_at >= first_try.due_at
+        opened.set()
+        database.wait_for(SUCCEEDED, 1, job)
+    assert again.headers["Idempotency-Key"] == before.headers["Idempotency-Key"]
+    assert (before.headers["X-Attempt"], again.headers["X-Attempt"]) == ("1", "2")
+    lost, succeeded = database.attempts(job)
+    assert (lost.attempt, lost.outcome) == (1, "lost")
+    assert (succeeded.attempt, succeeded.outcome) == (2, "succeeded")
+    assert lost.worker != succeeded.worker
+
+
+def test_killed_worker_is_replaced_and_its_call_made_again(database, api, listener):
+    lease = {"STAGE_TIMEOUT": 1, "LEASE_MARGIN": 1, "SWEEP_INTERVAL": 0.1}
+    with gate(api, answer=Answer(200)) as opened:
+        process = listener(database, "run", "--workers", "2", api=api, **lease)
+        process.wait_for_line(LISTENING, count=2)
+        job = database.add_job()
+        wait_for_call(api, job)
+        owed = database.owed(job)
+        os.kill(pid_of(owed.worker), signal.SIGKILL)
+        opened.set()
+        process.wait_for_line("종료됨 (-9)")
+        process.wait_for_line("Job State Listener 시작", count=3)
+        database.wait_for(SUCCEEDED, 1, job)
+    assert len(process.children()) == 2
+    assert [row.outcome for row in database.attempts(job)] == ["lost", "succeeded"]
+    assert database.attempts(job)[1].started_at >= owed.due_at
+    assert len(api.calls(job)) == 2
+
+
+def test_backend_terminated_while_idle_is_replaced(database, api, listener, tmp_path):
+    process = listener(database, api=api, SWEEP_INTERVAL=3600)
+    wait_until_idle(tmp_path)
+    terminate_backends(database)
+    process.wait_for_line(LISTENING, count=2)
+    job = database.add_job("overlay", "done")
+    database.wait_for(SUCCEEDED, 1, job)
+    assert len(api.calls(job)) == 1
+
+
+def test_result_outlasts_a_backend_terminated_during_the_call(database, api, listener):
+    with gate(api, answer=Answer(200)) as opened:
+        process = listener(database, api=api)
+        job = database.add_job()
+        wait_for_call(api, job)
+        terminate_backends(database)
+        opened.set()
+        process.wait_for_line(LISTENING, count=2)
+        database.wait_for(SUCCEEDED, 1, job)
+    assert database.owed(job) is None
+    assert len(api.calls(job)) == 1
+
+
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+def test_database_restart_loses_nothing_and_repeats_nothing(
+    mode, own_server, make_database, listener, tmp_path
+):
+    database = make_database(own_server)
+    with StageApi(database.dsn) as api, gate(api, answer=Answer(200)) as opened:
+        process = listener(database, api=api)
+        wait_until_idle(tmp_path)
+        own_server.embedded.restart(mode)
+        process.wait_for_line(LISTENING, count=2)
+        database.conn = database.connect()
+        job = database.add_job()
+        wait_for_call(api, job)
+        own_server.embedded.restart(mode)
+        opened.set()
+        database.conn = database.connect()
+        database.wait_for(SUCCEEDED, 1, job)
+        assert database.owed(job) is None
+        assert len(api.calls(job)) == 1
+
+
+def test_once_drains_what_is_due_and_exits(database, api, listener):
+    jobs = [database.add_job() for _ in range(3)]
+    assert listener(database, "run", "--once", api=api).wait() == 0
+    assert [database.state(job) for job in jobs] == [("vlm_judge", "done")] * 3
+    assert database.value("SELECT count(*) FROM stage_calls") == 0
+
+
+def test_once_with_several_workers_drains_and_exits(database, api, listener):
+    jobs = [database.add_job() for _ in range(20)]
+    assert listener(database, "run", "--once", "--workers", "3", api=api).wait() == 0
+    assert len(api.calls()) == len(jobs) * len(STAGES)
+
+
+def test_stage_option_limits_what_is_called(database, api, listener):
+    job, other = database.add_job("yolo_detect", "done"), database.add_job("img_gen", "done")
+    process = listener(
+        database, "run", "--once", "--stage", "planner", "--stage", "overlay", api=api
+    )
+    assert process.wait() == 0
+    assert [call.stage for call in api.calls()] == ["planner", "overlay"]
+    assert database.state(job) == ("overlay", "done")
+    assert database.owed(other).attempts == 0
+
+
+def test_disabled_listener_idles_until_told_to_stop(database, api, listener):
+    job = database.add_job()
+    process = listener(database, api=api, ENABLE_JOB_STATE_LISTENER="false")
+    process.wait_for_line("ENABLE_JOB_STATE_LISTENER=false")
+    assert process.stop() == 0
+    process.wait_for_line("Job State Listener 중지됨")
+    assert database.owed(job).attempts == 0
+    assert not api.calls()
+
+
+def test_disabled_listener_needs_no_database(database, listener):
+    process = listener(database, ENABLE_JOB_STATE_LISTENER="false", DB_HOST="")
+    process.wait_for_line("ENABLE_JOB_STATE_LISTENER=false")
+    assert process.stop() == 0
+
+
+def test_application_is_not_blocked_during_a_call(database, api, listener):
+    with gate(api, answer=Answer(200)) as opened:
+        listener(database, api=api)
+        job = database.add_job()
+        wait_for_call(api, job)
+        sessions = f"SELECT state, xact_start FROM pg_stat_activity WHERE {WORKERS}"
+        assert database.rows(sessions) == [("idle", None)]
+        database.rows("SET lock_timeout = '10s'")
+        database.move(job, "vlm_judge", "done")
+        database.rows("DELETE FROM jobs WHERE job_id = %s", job)
+        opened.set()
+        database.wait_for(SUCCEEDED, 1, job)
+
+
+def test_given_up_job_does_not_stop_the_others(database, api, listener, tmp_path):
+    poisoned = database.add_job()
+    api.on("vlm_analyze", lambda request: Answer(400) if request.job_id == poisoned else None)
+    listener(database, api=api)
+    jobs = [database.add_job() for _ in range(3)]
+    database.wait_for(ALL_THROUGH, 3)
+    assert database.owed(poisoned).given_up
+    assert len(api.calls(poisoned)) == 1
+    assert {call.job_id for call in api.calls()} == {poisoned, *jobs}
+
+
+def test_throttled_stage_does_not_stop_the_other_stages(database, api, listener):
+    api.on("yolo_detect", lambda _request: Answer(503, headers={"Retry-After": "3600"}))
+    held = [database.add_job("vlm_analyze", "done") for _ in range(5)]
+    listener(database, api=api)
+    database.wait_for("SELECT held_until > now() FROM pipeline_stages WHERE stage = 'yolo_detect'")
+    job = database.add_job("yolo_detect", "done")
+    database.wait_for(ALL_THROUGH, 1)
+    assert [call.stage for call in api.calls(job)] == STAGES[2:]
+    assert len(api.calls(stage="yolo_detect")) == 1
+    assert all(database.owed(job).attempts == database.owed(job).free_attempts for job in held)
+
+
+def test_refused_connection_costs_no_attempt_and_is_called_once_it_is_back(database, api, listener):
+    api.close()
+    process = listener(database, api=api, MAX_ATTEMPTS=1)
+    job = database.add_job("overlay", "done")
+    process.wait_for_line("파이프라인 단계 실행 실패")
+    api.start()
+    database.wait_for(ALL_THROUGH, 1)
+    assert len(api.calls(job)) == 1
+    assert {row.outcome for row in database.attempts(job)} == {"held", "succeeded"}

@@ -1,0 +1,192 @@
+"""Plans: the same indexes with an empty, a full and a drained queue, whenever ANALYZE last ran."""
+
+import re
+from contextlib import closing
+
+import psycopg2
+import pytest
+from claims import STAGES, claim, connected, held, result
+
+import calls
+import db
+
+QUIET = "".join(
+    f"ALTER TABLE {table} SET (autovacuum_enabled = off);"
+    for table in ("stage_calls", "stage_attempts", "pipeline_stages", "jobs")
+)
+# As the application's transactions would leave it, but in a fraction of the time.
+FILL = """
+SET session_replication_role = replica;
+INSERT INTO jobs (job_id, current_step, status)
+SELECT md5(n::text)::uuid, 'img_gen', 'done' FROM generate_series(1, 20000) AS n;
+INSERT INTO stage_calls (job_id, current_step, status, stage)
+SELECT job_id, current_step, status, (%s::text[])[1 + (hashtext(job_id::text) & 3)] FROM jobs;
+INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at, finished_at,
+                            outcome)
+SELECT job_id, call_id, 1, stage, 'w', now(), now(), 'retry' FROM stage_calls;
+RESET session_replication_role
+"""
+QUEUES = {
+    "empty": [],
+    "full": [FILL],
+    "analysed when empty, then full": ["ANALYZE", FILL],
+    "vacuumed when empty, then full": ["VACUUM ANALYZE", FILL],
+    "full and analysed": [FILL, "ANALYZE"],
+    "full and analysed, then drained": [FILL, "ANALYZE", "DELETE FROM stage_calls"],
+}
+# Since when only the statistics know: two looks make a difference.
+READ = """
+SELECT relname, seq_scan, idx_scan, idx_tup_fetch + seq_tup_read
+FROM pg_stat_xact_user_tables WHERE schemaname = 'public'
+"""
+
+
+def prepare(database, steps: list[str]) -> None:
+    for step in [QUIET, *steps]:
+        database.rows(step, *[STAGES] * step.count("%s"))
+
+
+def explain(conn, sql: str, settled: calls.Settlement) -> str:
+    """The plan of one statement, as this session would run it."""
+    others = {"stages": STAGES, "lease": 60, "only": settled.job_id, "days": 30, "batch": 100}
+    others |= {"looked_at": settled.started_at, "keep": []}
+    plan = db.execute(conn, "EXPLAIN " + sql, vars(settled) | others)
+    return "\n".join(row[0] for row in plan)
+
+
+def scans(plan: str) -> set[str]:
+    """How our big tables are read: 'Index Scan using jobs_pkey on jobs'."""
+    plan = plan.replace("Index Only Scan", "Index Scan")
+    found = re.findall(r"((?:Seq|Index|Heap|Tid) Scan (?:using \w+ )?on (\w+))", plan)
+    return {scan for scan, table in found if table != "pipeline_stages"}
+
+
+def settlement(database) -> calls.Settlement:
+    """Of a call that may or may not exist; only its types matter to the planner."""
+    job = database.value("SELECT coalesce(min(job_id::text), gen_random_uuid()::text) FROM jobs")
+    now = database.value("SELECT now()")
+    return calls.Settlement(job, 1, 1, "vlm_analyze", "w", now, "retry", delay=5.0)
+
+
+BY_DUE = "Index Scan using stage_calls_due_idx on stage_calls"
+BY_JOB = "Index Scan using stage_calls_pkey on stage_calls"
+JOB = "Index Scan using jobs_pkey on jobs"
+HISTORY = "Index Scan using stage_attempts_pkey on stage_attempts"
+PLANS = {
+    calls.CLAIM: {BY_DUE, BY_JOB, JOB, HISTORY},
+    calls.CLAIM_JOB: {BY_JOB, JOB, HISTORY},
+    calls.PAY: {BY_JOB},
+    calls.POSTPONE: {BY_JOB},
+    calls.UNSETTLED: {BY_JOB},
+    calls.NEXT_DUE: {BY_DUE},
+    calls.PRUNE: {"Index Scan using stage_attempts_finished_idx on stage_attempts",
+                  "Tid Scan on stage_attempts"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("queue", QUEUES)
+def test_worker_reads_by_index_whatever_the_queue_was(each_database, queue):
+    prepare(each_database, QUEUES[queue])
+    settled = settlement(each_database)
+    with connected(each_database) as conn:
+        for sql, expected in PLANS.items():
+            plan = explain(conn, sql, settled)
+            assert scans(plan) == expected, plan
+            assert not re.search("Sort|Hash|Merge|JIT", plan), plan
+        plan = explain(conn, calls.CLAIM, settled)
+        assert re.search(r"Index Cond: \(\(stage = \S+\) AND \(due_at <= now\(\)\)\)", plan), plan
+
+
+def read_by(conn, act) -> dict[str, tuple[int, int, int]]:
+    """For each table the sequential scans, index scans and rows that `act()` needs."""
+    cursor, looks = conn.cursor(), []
+    cursor.execute("BEGIN")
+    for do in (None, act):
+        if do:
+            do()
+        cursor.execute(READ)
+        looks.append({name: counts for name, *counts in cursor})
+    cursor.execute("ROLLBACK")
+    before, after = looks
+    return {
+        table: tuple(n - m for n, m in zip(counts, before.get(table, (0, 0, 0)), strict=True))
+        for table, counts in after.items()
+    }
+
+
+def rows_read(conn, act) -> dict[str, int]:
+    return {table: rows for table, (_, _, rows) in read_by(conn, act).items()}
+
+
+def test_claim_reads_a_handful_of_rows_of_a_full_queue(each_database):
+    prepare(each_database, ["ANALYZE", FILL])
+    with connected(each_database) as conn:
+        settled = result(claim(conn))
+        read = rows_read(conn, lambda: claim(conn, settled=settled))
+        assert 0 < read["stage_calls"] <= 10
+        assert read["jobs"] == 1
+        read = rows_read(conn, lambda: calls.next_due(conn, STAGES, settled.started_at))
+        assert read["stage_calls"] <= 10
+
+
+def test_held_stages_cost_nothing_however_many_calls_they_have(each_database):
+    prepare(each_database, [FILL])
+    each_database.rows("UPDATE stage_calls SET stage = 'vlm_analyze'")
+    with connected(each_database) as conn:
+        calls.settle(conn, held(claim(conn), retry_after=60))
+        looked_at = claim(conn).looked_at
+        assert rows_read(conn, lambda: claim(conn))["stage_calls"] == 0
+        read = rows_read(conn, lambda: calls.next_due(conn, STAGES, looked_at))
+        assert read["stage_calls"] <= 10
+
+
+# --- the database trigger ------------------------------------------------------------------
+
+
+@pytest.fixture
+def application(each_database):
+    """A session that has planned the trigger's statements for good while nothing was owed."""
+    each_database.rows(QUIET + "ANALYZE")
+    job = each_database.add_job("img_gen", "queued")
+    with closing(each_database.connect()) as conn:
+        cursor = conn.cursor()
+        for number in range(20):  # from the sixth on, plpgsql may keep one plan for all
+            status = "running" if number % 2 else "done"
+            cursor.execute("UPDATE jobs SET status = %s WHERE job_id = %s", [status, job])
+        cursor.execute("ANALYZE; INSERT INTO jobs (current_step, status) VALUES ('x', 'y')")
+        each_database.rows(FILL, STAGES)
+        yield conn, job
+
+
+MOVES = """
+UPDATE jobs SET status = 'done' WHERE job_id = %(job)s;
+UPDATE jobs SET status = 'running' WHERE job_id = %(job)s;
+INSERT INTO jobs (current_step, status) VALUES ('img_gen', 'done')
+"""
+
+
+def test_trigger_planned_when_empty_reads_by_index_when_full(each_database, application):
+    conn, job = application
+    for _ in ("full", "drained"):
+        read = read_by(conn, lambda: conn.cursor().execute(MOVES, {"job": job}))
+        sequential, _, rows = read["stage_calls"]
+        assert (sequential, rows <= 5) == (0, True)
+        assert read["pipeline_stages"][0] == 0
+        each_database.rows("DELETE FROM stage_calls")
+
+
+def test_trigger_planned_when_empty_explains_itself(each_database, application):
+    conn, job = application
+    cursor = conn.cursor()
+    try:
+        cursor.execute("LOAD 'auto_explain'")
+    except psycopg2.errors.UndefinedFile:
+        pytest.skip("this server has no auto_explain")
+    cursor.execute("SET auto_explain.log_min_duration = 0; SET client_min_messages = log")
+    cursor.execute("SET auto_explain.log_nested_statements = on")
+    cursor.execute(MOVES, {"job": job})
+    plans = [notice for notice in conn.notices if "stage_calls" in notice]
+    assert len(plans) == 6
+    for plan in plans:
+        assert "Index Scan using stage_calls_pkey" in plan or "INSERT INTO stage_calls" in plan
+        assert not re.search("Seq Scan|Sort|JIT", plan), plan

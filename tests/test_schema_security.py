@@ -1,0 +1,283 @@
+"""Whose rights are used for what: the application's role, a hostile role, the listener's role."""
+
+import itertools
+import re
+from contextlib import closing
+from pathlib import Path
+
+import psycopg2
+import pytest
+from bell import Bell
+from claims import claim, connected, held, result
+
+import calls
+import db
+from ops.install import apply, require_installed
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def application(each_database, make_role):
+    """A role that may use jobs, and nothing of ours."""
+    role = make_role(each_database)
+    each_database.rows(f"GRANT SELECT, INSERT, UPDATE, DELETE ON jobs TO {role}")
+    return role
+
+
+# --- the application's role ----------------------------------------------------------------
+
+
+def test_application_role_needs_no_grant_on_our_tables(each_database, application):
+    with Bell(each_database) as bell:
+        each_database.rows(f"SET ROLE {application}")
+        born = each_database.add_job("overlay", "done")
+        moved = each_database.add_job("img_gen", "queued")
+        each_database.move(moved, "img_gen", "done")
+        each_database.rows("RESET ROLE")
+        assert [said["job_id"] for said in bell.heard()] == [born, moved]
+    assert each_database.owed(born).stage == "vlm_judge"
+    assert each_database.owed(moved).stage == "vlm_analyze"
+
+
+def test_application_role_cannot_touch_our_tables(each_database, application):
+    each_database.rows(f"SET ROLE {application}")
+    for table in ("pipeline_stages", "stage_calls", "stage_attempts"):
+        with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+            each_database.rows(f"DELETE FROM {table}")
+
+
+def test_function_cannot_be_hung_on_another_table(each_database, application):
+    each_database.rows(f"GRANT CREATE ON SCHEMA public TO {application}; SET ROLE {application}")
+    each_database.rows("CREATE TABLE mine (LIKE jobs)")
+    with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+        each_database.rows(
+            "CREATE TRIGGER mine AFTER INSERT ON mine FOR EACH ROW"
+            " EXECUTE FUNCTION notify_job_state_change()"
+        )
+
+
+# --- a hostile role ------------------------------------------------------------------------
+
+# A trigger on the attacker's own table would run with the rights of our function.
+SHADOWS = """
+SET search_path = pg_temp, public;
+CREATE TEMP TABLE stage_calls (LIKE public.stage_calls INCLUDING ALL);
+CREATE TEMP TABLE pipeline_stages (LIKE public.pipeline_stages INCLUDING ALL);
+INSERT INTO pipeline_stages VALUES ('img_gen', 'done', 'stolen');
+CREATE TEMP TABLE stolen (rights text);
+GRANT INSERT ON stolen TO PUBLIC;
+CREATE FUNCTION pg_temp.steal() RETURNS trigger LANGUAGE plpgsql AS
+    $$ BEGIN INSERT INTO pg_temp.stolen VALUES (current_user); RETURN NEW; END $$;
+CREATE TRIGGER steal BEFORE INSERT ON stage_calls FOR EACH ROW EXECUTE FUNCTION pg_temp.steal();
+"""
+
+
+@pytest.fixture
+def shadowed(each_database, application):
+    """The session of a role that has temporary tables with our names."""
+    for table in ("stage_calls", "pipeline_stages"):
+        each_database.rows(f"GRANT SELECT ON {table} TO {application}")  # only for LIKE
+    each_database.rows(f"SET ROLE {application}; {SHADOWS}")
+    return each_database
+
+
+def test_temporary_tables_of_the_caller_are_not_used(shadowed):
+    job = shadowed.add_job("img_gen", "done")
+    assert shadowed.rows("SELECT FROM pg_temp.stage_calls") == []
+    assert shadowed.rows("SELECT FROM stolen") == []
+    shadowed.rows("RESET ROLE; RESET search_path")
+    assert shadowed.value("SELECT stage FROM public.stage_calls WHERE job_id = %s", job) == (
+        "vlm_analyze"
+    )
+
+
+def test_temporary_tables_do_not_stand_in_for_missing_ones(shadowed):
+    with closing(shadowed.connect()) as other:
+        other.cursor().execute("DROP TABLE stage_calls, pipeline_stages")
+    shadowed.add_job("img_gen", "done")
+    assert shadowed.rows("SELECT * FROM stolen") == []
+    assert shadowed.rows("SELECT FROM pg_temp.stage_calls") == []
+
+
+@pytest.mark.parametrize(
+    "tables", ["stage_calls", "pipeline_stages", "stage_calls, stage_attempts"]
+)
+def test_missing_tables_let_the_application_through_with_a_warning(
+    each_database, application, tables
+):
+    each_database.rows(f"DROP TABLE {tables}; SET ROLE {application}")
+    with Bell(each_database) as bell:
+        job = each_database.add_job("img_gen", "queued")
+        each_database.move(job, "img_gen", "done")
+        assert each_database.state(job) == ("img_gen", "done")
+        assert [said["status"] for said in bell.heard()] == ["done"]
+    assert "WARNING:  Job State Listener: its tables are missing" in each_database.conn.notices[-1]
+    assert "python listener.py install" in each_database.conn.notices[-1]
+
+
+TYPES = [
+    *("oid", "regclass", "regproc", "regprocedure", "text", "varchar", "name", '"char"', "text[]"),
+    *("smallint", "integer", "bigint", "float8", "numeric", "bigint[]", "timestamptz", "interval"),
+    *("uuid", "json", "boolean"),
+]
+OPERATORS = ["=", "<>", "<", "<=", ">", ">=", "+", "-", "*", "||"]
+NAMES = "SELECT DISTINCT proname FROM pg_proc WHERE pronamespace = 'pg_catalog'::regnamespace"
+TRAP = "LANGUAGE plpgsql AS $$ BEGIN RAISE 'shadowed: {}'; END $$;"
+
+
+def traps(names: list[str]) -> str:
+    """Operators and functions of public that fit some use of ours better than pg_catalog's."""
+    made = []
+    for number, (left, right) in enumerate(itertools.product(TYPES, TYPES)):
+        trap = TRAP.format(f"{left} ? {right}")
+        made.append(f"CREATE FUNCTION public.trap_{number}({left}, {right}) RETURNS boolean {trap}")
+        made += [
+            f"CREATE OPERATOR public.{operator} (FUNCTION = public.trap_{number},"
+            f" LEFTARG = {left}, RIGHTARG = {right});"
+            for operator in OPERATORS
+        ]
+    pairs = itertools.product(["oid", "integer", "numeric", "text", "timestamptz"], repeat=2)
+    for name in names:
+        for types in [*((one,) for one in TYPES), *pairs, ("text",) * 3]:
+            given = ", ".join(types)
+            trap = TRAP.format(f"{name}({given})")
+            made.append(f"CREATE FUNCTION public.{name}({given}) RETURNS text {trap}")
+    for secs in ("bigint", "integer", "numeric"):
+        made.append(f"DROP FUNCTION IF EXISTS public.make_interval({secs});")
+        trap = TRAP.format("make_interval")
+        made.append(f"CREATE FUNCTION public.make_interval(secs {secs}) RETURNS interval {trap}")
+    return "".join(made)
+
+
+@pytest.fixture
+def trapped(database, make_role):
+    """A database in which a role that may create in public shadows all that our SQL uses."""
+    role = make_role(database)
+    files = [ROOT / "schema.sql", ROOT / "db.py", ROOT / "calls.py", *ROOT.glob("ops/*.py")]
+    used = re.findall(r"\b([a-z_]+)\(", "".join(file.read_text() for file in files))
+    names = [row.proname for row in database.rows(NAMES + " AND proname = ANY (%s)", used)]
+    database.rows(f"GRANT CREATE ON SCHEMA public TO {role}; SET ROLE {role}")
+    database.rows("BEGIN;" + traps(names) + "COMMIT; RESET ROLE")
+    with pytest.raises(psycopg2.errors.RaiseException, match="shadowed"):
+        database.rows("SELECT 1 FROM pg_class WHERE oid = 'jobs'::regclass")
+    return database
+
+
+def test_shadowing_functions_do_not_run_in_the_trigger(trapped):
+    job = trapped.add_job("img_gen", "queued", "x" * 9000)
+    trapped.rows("UPDATE jobs SET status = 'done'")
+    assert trapped.owed(job).stage == "vlm_analyze"
+    trapped.rows("UPDATE jobs SET status = 'running'")
+    assert trapped.owed(job) is None
+
+
+def test_shadowing_functions_do_not_run_at_install(trapped):
+    with connected(trapped) as conn:
+        apply(conn)
+        trapped.rows("DROP TRIGGER job_state_change_trigger ON jobs; DROP TABLE stage_attempts")
+        apply(conn)
+        require_installed(conn)
+
+
+def test_shadowing_functions_do_not_run_in_a_worker(trapped):
+    with connected(trapped) as conn:
+        one_of_everything(trapped, conn)
+
+
+@pytest.mark.parametrize("command", ["verify", "status", "job", "retry"])
+def test_shadowing_functions_do_not_run_for_an_operator(trapped, api, listener, command):
+    job = trapped.add_job("img_gen", "done")
+    trapped.rows("UPDATE stage_calls SET due_at = 'infinity'")
+    process = listener(trapped, command, *[job] * (command in ("job", "retry")), api=api)
+    assert process.wait() == 0, process.output
+
+
+# --- the listener's role -------------------------------------------------------------------
+
+GRANTS = {
+    "jobs": ["SELECT"],
+    "pipeline_stages": ["SELECT", "UPDATE"],
+    "stage_calls": ["SELECT", "UPDATE", "DELETE"],
+    "stage_attempts": ["SELECT", "INSERT", "DELETE"],
+}
+
+
+def one_of_everything(database, conn) -> None:
+    """Every statement of a worker's life, each with a row that it concerns."""
+    job = database.add_job()
+    assert calls.settle(conn, held(claim(conn), retry_after=2.5))
+    assert calls.next_due(conn, ["vlm_analyze"], "2020-01-01") > 0
+    database.rows("UPDATE pipeline_stages SET held_until = now()")
+    row = claim(conn, lease=30.5)
+    assert calls.settle(conn, held(row))
+    database.rows("UPDATE pipeline_stages SET held_until = now()")
+    assert calls.settle(conn, result(claim(conn), "retry", delay=0.5, error="HTTP 500"))
+    assert claim(conn, only=job).job_id == job
+    database.rows("UPDATE stage_calls SET due_at = now()")
+    row = claim(conn)  # the one before is lost
+    assert claim(conn, settled=result(row)).call_id is None
+    assert [attempt.outcome for attempt in database.attempts(job)] == (
+        ["held", "held", "retry", "lost", "succeeded"]
+    )
+    database.add_job("planner", "done")
+    claim(conn)
+    assert calls.give_back(conn, "w", keep=[1]) == 1
+    database.rows("DELETE FROM jobs; UPDATE stage_calls SET due_at = 'infinity'")
+    assert calls.forget_deleted(conn, ["overlay"], "w") == 1
+    database.rows("UPDATE stage_attempts SET finished_at = finished_at - interval '2 days'")
+    assert calls.prune(conn, days=1) + calls.prune(conn, days=0.5) == 6
+    require_installed(conn)
+
+
+@pytest.fixture
+def listener_role(each_database, make_role):
+    role = make_role(each_database)
+    for table, privileges in GRANTS.items():
+        each_database.rows(f"GRANT {', '.join(privileges)} ON {table} TO {role}")
+    return role
+
+
+def test_listener_role_needs_these_grants_and_no_more(each_database, listener_role):
+    with connected(each_database, DB_USER=listener_role, DB_PASSWORD=listener_role) as conn:
+        one_of_everything(each_database, conn)
+        assert db.listen(conn, each_database.settings())
+
+
+def test_listener_role_needs_each_of_its_grants(database, make_role):
+    role = make_role(database)
+    given = [(privilege, table) for table in GRANTS for privilege in GRANTS[table]]
+    for privilege, table in given:
+        database.rows(f"GRANT {privilege} ON {table} TO {role}")
+    with connected(database, DB_USER=role, DB_PASSWORD=role) as conn:
+        for privilege, table in given:
+            database.rows("TRUNCATE jobs, stage_calls, stage_attempts")
+            database.rows("UPDATE pipeline_stages SET held_until = NULL")
+            database.rows(f"REVOKE {privilege} ON {table} FROM {role}")
+            with pytest.raises(psycopg2.errors.InsufficientPrivilege, match=table):
+                one_of_everything(database, conn)
+            database.rows(f"GRANT {privilege} ON {table} TO {role}")
+        database.rows("TRUNCATE jobs, stage_calls, stage_attempts")
+        one_of_everything(database, conn)
+
+
+def test_hidden_jobs_are_an_error_and_not_deleted_ones(each_database, listener_role):
+    job = each_database.add_job()
+    each_database.rows("ALTER TABLE jobs ENABLE ROW LEVEL SECURITY")
+    with connected(each_database, DB_USER=listener_role, DB_PASSWORD=listener_role) as conn:
+        with pytest.raises(psycopg2.errors.InsufficientPrivilege, match="row-level security"):
+            claim(conn)
+        each_database.rows("UPDATE stage_calls SET due_at = 'infinity'")
+        with pytest.raises(psycopg2.errors.InsufficientPrivilege, match="row-level security"):
+            calls.forget_deleted(conn, ["vlm_analyze"], "w")
+    assert each_database.owed(job).attempts == 0
+    assert each_database.attempts(job) == []
+
+
+def test_role_that_bypasses_row_security_works_as_usual(each_database, listener_role):
+    each_database.rows(f"ALTER ROLE {listener_role} BYPASSRLS")
+    each_database.rows("ALTER TABLE jobs ENABLE ROW LEVEL SECURITY")
+    job = each_database.add_job()
+    with connected(each_database, DB_USER=listener_role, DB_PASSWORD=listener_role) as conn:
+        row = claim(conn)
+    assert (row.job_id, row.owed) == (job, True)

@@ -1,0 +1,207 @@
+"""The database trigger and values of any size, type and table layout."""
+
+import json
+import secrets
+from contextlib import closing
+
+import pytest
+from bell import Bell
+
+import calls
+import db
+from ops.install import apply
+
+KEYS = {"job_id", "current_step", "status", "tenant_id"}
+LONGEST = 7999  # bytes that NOTIFY takes
+
+JOBS = "CREATE TABLE jobs (job_id {} PRIMARY KEY, tenant_id {}, current_step {}, status {})"
+
+
+def install(database) -> None:
+    with closing(db.connect(database.settings())) as conn:
+        apply(conn)
+
+
+def claim(database):
+    with closing(db.connect(database.settings())) as conn:
+        return calls.claim(conn, stages=["vlm_analyze", "planner"], worker="w", lease=60)
+
+
+# --- sizes ---------------------------------------------------------------------------------
+
+LONG = {
+    "ascii": "x" * 9000,
+    "three bytes a letter": "한" * 3000,
+    "six bytes a control character": "\x01" * 1400,
+    "quotes and backslashes": '"\\' * 2300,
+    "four bytes an emoji": "😀" * 2100,
+    "a megabyte": "x" * 2**20,
+}
+
+
+def test_payload_comes_without_what_made_it_long(each_database):
+    with Bell(each_database) as bell:
+        for what, tenant in LONG.items():
+            job = each_database.add_job("img_gen", "done", tenant)
+            (payload,) = bell.payloads()
+            state = {"job_id": job, "current_step": "img_gen", "status": "done"}
+            assert json.loads(payload) == {**state, "tenant_id": None}, what
+            assert each_database.owed(job).tenant_id == tenant, what
+
+
+def test_everything_long_at_once_does_not_abort(each_database):
+    with Bell(each_database) as bell:
+        for what, value in LONG.items():
+            job = each_database.add_job("img_gen", "queued", value)
+            each_database.move(job, value, value)
+            (payload,) = bell.payloads()
+            assert json.loads(payload) == dict.fromkeys(KEYS) | {"job_id": job}, what
+            assert each_database.state(job) == (value, value), what
+
+
+def test_values_of_medium_length_fit_together(database):
+    with Bell(database) as bell:
+        for length in range(1890, 1912):
+            job = database.add_job("img_gen", "done", "t" * length)
+            database.move(job, "s" * length, "한" * (length // 3))
+        for payload in bell.payloads():
+            assert len(payload.encode()) <= LONGEST
+            assert json.loads(payload).keys() == KEYS
+
+
+def test_longest_payload_that_fits_arrives_whole(database):
+    with Bell(database) as bell:
+        database.add_job("img_gen", "done", "")
+        room = LONGEST - len(bell.payloads()[0].encode())
+        database.add_job("img_gen", "done", "x" * room)
+        database.add_job("img_gen", "done", "x" * (room + 1))
+        whole, cut = bell.payloads()
+    assert len(whole) == LONGEST
+    assert json.loads(whole)["tenant_id"] == "x" * room
+    assert json.loads(cut)["tenant_id"] is None
+
+
+# --- types ---------------------------------------------------------------------------------
+
+JOB_IDS = {
+    "uuid": "8a1f7a50-3df4-4e0a-9f6e-0e8a1d2c3b4a",
+    "bigint": 2**62,
+    "integer": 7,
+    "text": '../it\'s "one" \\ 100% 한글\n',
+    "character varying(40)": "job-1",
+    "numeric(20,0)": 12345678901234567890,
+}
+
+
+@pytest.mark.parametrize("id_type", JOB_IDS)
+def test_job_id_of_any_type_is_owed_and_claimed(empty_database, id_type):
+    database = empty_database
+    database.rows(JOBS.format(id_type, "text", "text", "text"))
+    install(database)
+    job = JOB_IDS[id_type]
+    with Bell(database) as bell:
+        database.rows("INSERT INTO jobs VALUES (%s, 't', 'img_gen', 'done')", job)
+        assert [said["job_id"] for said in bell.heard()] == [job]
+    types = "SELECT format_type(atttypid, atttypmod) FROM pg_attribute WHERE attname = 'job_id'"
+    for table in ("stage_calls", "stage_attempts"):
+        assert database.value(types + " AND attrelid = %s::regclass", table) == id_type
+    row = claim(database)
+    assert (row.job_id, row.owed) == (job, True)
+    database.rows("UPDATE jobs SET status = 'running' WHERE job_id = %s", job)
+    assert database.rows("SELECT FROM stage_calls") == []
+
+
+def test_text_id_of_any_length_is_owed(empty_database):
+    database = empty_database
+    database.rows(JOBS.format("text", "text", "text", "text"))
+    install(database)
+    job = secrets.token_hex(1200)
+    with Bell(database) as bell:
+        database.rows("INSERT INTO jobs VALUES (%s, 't', 'img_gen', 'done')", job)
+        database.rows("UPDATE jobs SET current_step = %s", "s" * 7000)
+        assert [said["job_id"] for said in bell.heard()] == [job, None]
+
+
+def test_integer_tenant_stays_a_number(empty_database):
+    database = empty_database
+    database.rows(JOBS.format("bigint", "integer", "varchar(20)", "varchar(20)"))
+    install(database)
+    with Bell(database) as bell:
+        database.rows("INSERT INTO jobs VALUES (1, 42, 'planner', 'queued')")
+        database.rows("UPDATE jobs SET status = 'done'")
+        state = {"job_id": 1, "current_step": "planner", "status": "done"}
+        assert bell.heard() == [{**state, "tenant_id": 42}]
+    assert database.owed(1).tenant_id == 42
+
+
+def test_states_of_an_enum_type_are_routed_and_checked(each_server, make_database):
+    database = make_database(each_server, installed=False)
+    database.rows("CREATE TYPE state AS ENUM ('queued', 'running', 'done')")
+    database.rows("CREATE TYPE step AS ENUM ('img_gen', 'vlm_analyze')")
+    database.rows(JOBS.format("bigint", "text", "step", "state"))
+    install(database)
+    with Bell(database) as bell:
+        database.rows("INSERT INTO jobs VALUES (1, 't', 'img_gen', 'queued')")
+        database.rows("UPDATE jobs SET status = 'done'")
+        assert [said["status"] for said in bell.heard()] == ["done"]
+    assert claim(database).owed
+    database.rows("UPDATE jobs SET current_step = NULL")
+    assert database.owed(1) is None
+
+
+# --- partitions ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def partitioned(each_server, make_database):
+    """Finished jobs and those of tenant 'far' are kept apart."""
+    database = make_database(each_server, installed=False)
+    database.rows("""
+        CREATE TABLE jobs (job_id bigint, tenant_id text, current_step text, status text)
+            PARTITION BY LIST (status);
+        CREATE INDEX ON jobs (job_id);
+        CREATE TABLE finished PARTITION OF jobs FOR VALUES IN ('done');
+        CREATE TABLE others PARTITION OF jobs DEFAULT PARTITION BY LIST (tenant_id);
+        CREATE TABLE far PARTITION OF others FOR VALUES IN ('far');
+        CREATE TABLE near PARTITION OF others DEFAULT""")
+    install(database)
+    return database
+
+
+def test_job_that_moves_between_partitions_owes_its_call(partitioned):
+    partitioned.rows("INSERT INTO jobs VALUES (1, 't', 'img_gen', 'running')")
+    with Bell(partitioned) as bell:
+        partitioned.rows("UPDATE jobs SET status = 'done'")
+        assert partitioned.value("SELECT count(*) FROM finished") == 1
+        state = {"job_id": 1, "current_step": "img_gen", "status": "done"}
+        assert bell.heard() == [{**state, "tenant_id": "t"}]
+    assert claim(partitioned).owed
+
+
+def test_job_that_moves_on_to_another_partition_owes_nothing(partitioned):
+    partitioned.rows("INSERT INTO jobs VALUES (1, 't', 'img_gen', 'done')")
+    partitioned.rows("UPDATE jobs SET status = 'running'")
+    assert partitioned.owed(1) is None
+
+
+def test_state_change_within_a_partition_is_seen(partitioned):
+    partitioned.rows("INSERT INTO jobs VALUES (1, 't', 'img_gen', 'done')")
+    partitioned.rows("UPDATE jobs SET current_step = 'planner'")
+    assert partitioned.owed(1).stage == "overlay"
+
+
+def test_partition_added_later_is_covered(partitioned):
+    partitioned.rows("CREATE TABLE failed PARTITION OF jobs FOR VALUES IN ('failed')")
+    partitioned.rows("INSERT INTO jobs VALUES (1, 't', 'img_gen', 'failed')")
+    partitioned.rows("UPDATE jobs SET status = 'done'")
+    assert partitioned.owed(1).stage == "vlm_analyze"
+
+
+def test_move_between_partitions_in_the_same_state_keeps_the_call_in_hand(partitioned):
+    partitioned.rows("ALTER TABLE jobs DETACH PARTITION finished; DROP TABLE finished")
+    partitioned.rows("INSERT INTO jobs VALUES (1, 'near', 'img_gen', 'done')")
+    call_id = claim(partitioned).call_id
+    partitioned.rows("UPDATE jobs SET tenant_id = 'far'")
+    assert partitioned.value("SELECT count(*) FROM far") == 1
+    assert partitioned.owed(1).call_id == call_id
+    assert claim(partitioned).call_id is None

@@ -1,0 +1,214 @@
+"""A call is over in time and in bounded memory, and its connection is only reused while fresh."""
+
+import gzip
+import signal
+import sys
+import time
+import tracemalloc
+from contextlib import contextmanager
+
+import pytest
+from raw_server import OK, in_turn
+
+import config
+import stage_http
+from stage_http import Answer, NoAnswer, StageApi, Unreachable
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+MEBIBYTE = 2**20
+
+
+@pytest.fixture
+def api():
+    """api(url): a worker's StageApi."""
+    return lambda url: StageApi(config.read({"STAGE_API_URL": url}))
+
+
+def post(api: StageApi, left: float = 30.0) -> Answer:
+    return api.post("/x", {"job_id": 1}, {}, time.monotonic() + left)
+
+
+good = in_turn(OK)
+
+
+# --- the total deadline --------------------------------------------------------------------
+
+
+def silent(connection) -> None:
+    connection.receive()
+    connection.closing.wait(30)
+
+
+def body_drip(connection) -> None:
+    connection.answer(HEAD + b"Content-Length: 100000\r\n\r\n")
+    connection.drip(b"x")
+
+
+def header_drip(connection) -> None:
+    connection.answer(HEAD)
+    connection.drip(b"x")
+
+
+def interim_drip(connection) -> None:
+    connection.receive()
+    connection.drip(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
+def chunk_drip(connection) -> None:
+    connection.answer(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+    connection.drip(b"1\r\nx\r\n")
+
+
+DRIPS = [silent, body_drip, header_drip, interim_drip, chunk_drip]
+
+
+@pytest.mark.parametrize("behaviour", DRIPS)
+def test_call_ends_at_its_deadline_and_the_session_stays_usable(serve, api, behaviour):
+    stage_api = api(serve(behaviour, good).url)
+    with pytest.raises(NoAnswer, match="STAGE_TIMEOUT"):
+        post(stage_api, left=0.5)
+    assert post(stage_api) == Answer(200, "ok")
+
+
+def test_request_that_nobody_reads_ends_at_its_deadline(serve, api):
+    stage_api = api(serve(lambda connection: connection.closing.wait(30), good).url)
+    with pytest.raises(NoAnswer, match="STAGE_TIMEOUT"):
+        stage_api.post("/x", {"text": "x" * 2**25}, {}, time.monotonic() + 0.5)
+    assert post(stage_api) == Answer(200, "ok")
+
+
+@pytest.fixture
+def alarm_handler():
+    """A handler for SIGALRM that was there before us."""
+
+    def handler(_number, _frame):
+        raise AssertionError("an alarm was left behind")
+
+    before = signal.signal(signal.SIGALRM, handler)
+    yield handler
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "outcome"),
+    [(good, None), (silent, NoAnswer), (lambda connection: connection.answer(HEAD), NoAnswer)],
+    ids=["answered", "timed out", "cut"],
+)
+def test_alarm_is_disarmed_and_its_handler_restored(serve, api, alarm_handler, behaviour, outcome):
+    stage_api = api(serve(behaviour).url)
+    if outcome is None:
+        post(stage_api, left=30)
+    else:
+        with pytest.raises(outcome):
+            post(stage_api, left=0.5)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert signal.getsignal(signal.SIGALRM) is alarm_handler
+
+
+def test_alarm_is_disarmed_where_nothing_was_sent(api, alarm_handler):
+    with pytest.raises(Unreachable):
+        post(api("http://stage-api.invalid"))
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert signal.getsignal(signal.SIGALRM) is alarm_handler
+
+
+def test_alarm_that_comes_after_the_answer_does_nothing():
+    assert stage_http.raise_in_send(signal.SIGALRM, sys._getframe()) is None
+
+
+# --- bounded memory ------------------------------------------------------------------------
+
+
+@contextmanager
+def at_most(size: int):
+    """Fail where more than `size` bytes were in use at some time within."""
+    tracemalloc.start()
+    try:
+        yield
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < size, f"{peak / MEBIBYTE:.0f} MiB were in use"
+
+
+def endless_chunks(connection) -> None:
+    connection.answer(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+    connection.drip(b"10000\r\n" + b"x" * 2**16 + b"\r\n", seconds=0)
+
+
+def one_mebibyte_too_many(connection) -> None:
+    connection.answer(HEAD + b"Content-Length: %d\r\n\r\n" % (17 * MEBIBYTE))
+    connection.drip(b"x" * 2**16, seconds=0, times=17 * 16)
+
+
+@pytest.mark.parametrize("behaviour", [endless_chunks, one_mebibyte_too_many])
+def test_long_answer_is_dropped_and_not_known(serve, api, behaviour):
+    stage_api = api(serve(behaviour, good).url)
+    with at_most(4 * MEBIBYTE), pytest.raises(NoAnswer, match="16 MiB"):
+        post(stage_api)
+    assert post(stage_api) == Answer(200, "ok")
+
+
+def test_answer_of_15_mebibytes_is_accepted_and_not_kept(serve, api):
+    def long(connection):
+        connection.answer(HEAD + b"Content-Length: %d\r\n\r\n" % (15 * MEBIBYTE))
+        connection.drip(b"x" * 2**16, seconds=0, times=15 * 16)
+
+    stage_api = api(serve(long).url)
+    with at_most(4 * MEBIBYTE):
+        assert post(stage_api) == Answer(200, "x" * 2000)
+
+
+@pytest.mark.parametrize("status", [200, 302, 500])
+def test_gzip_bomb_is_not_decoded(serve, api, status):
+    bomb = gzip.compress(bytes(64 * MEBIBYTE))
+    head = b"HTTP/1.1 %d X\r\nLocation: /y\r\nContent-Encoding: gzip\r\n" % status
+    answer = head + b"Content-Length: %d\r\n\r\n" % len(bomb) + bomb
+    stage_api = api(serve(lambda connection: connection.answer(answer)).url)
+    with at_most(4 * MEBIBYTE):
+        assert post(stage_api).status == status
+
+
+# --- reuse ---------------------------------------------------------------------------------
+
+
+def test_connection_is_kept_alive_while_fresh(serve, api):
+    server = serve(good)
+    stage_api = api(server.url)
+    for _ in range(3):
+        stage_api.used_at = time.monotonic() - 0.1 if stage_api.used_at else 0.0
+        post(stage_api)
+    assert [request.connection for request in server.requests] == [1, 1, 1]
+
+
+def test_connection_idle_for_more_than_two_seconds_is_not_reused(serve, api):
+    server = serve(good)
+    stage_api = api(server.url)
+    post(stage_api)
+    stage_api.used_at -= 2.1
+    post(stage_api)
+    assert [request.connection for request in server.requests] == [1, 2]
+
+
+def test_post_on_a_connection_that_died_is_not_sent_again(serve, api):
+    def once(connection):
+        connection.answer(OK)
+        connection.receive()
+
+    server = serve(once, good)
+    stage_api = api(server.url)
+    post(stage_api)
+    with pytest.raises(stage_http.Interrupted):
+        post(stage_api)
+    assert len(server.requests) == 2
+    assert post(stage_api) == Answer(200, "ok")
+
+
+def test_connection_that_the_server_closed_is_replaced(serve, api):
+    def once(connection):
+        connection.answer(HEAD + b"Connection: close\r\nContent-Length: 2\r\n\r\nok")
+
+    server = serve(once)
+    stage_api = api(server.url)
+    assert [post(stage_api).status for _ in range(3)] == [200] * 3
+    assert server.connections == 3

@@ -1,0 +1,163 @@
+"""What a stage API receives: method, path, body and headers of a call."""
+
+import base64
+import json
+import time
+import uuid
+
+import pytest
+
+import config
+import stages
+from stage_http import StageApi
+
+PATHS = {
+    "vlm_analyze": "/api/yh/llava/stage1/validate",
+    "yolo_detect": "/api/yh/yolo/detect",
+    "planner": "/api/yh/planner",
+    "overlay": "/api/yh/overlay",
+    "vlm_judge": "/api/yh/llava/stage2/judge",
+}
+JOB = "7c2e4a1e-0000-4000-8000-000000000001"
+
+
+def make_call(server, url: str = "", **changed) -> stages.Call:
+    owed = dict(job_id=JOB, tenant_id="tenant", current_step="img_gen", status="done")
+    owed |= dict(stage="vlm_analyze", call_id=1, attempt=1, spent=1, started_at=None)
+    api = StageApi(config.read({"STAGE_API_URL": url or server.url}))
+    owed |= dict(until=time.monotonic() + 30, api=api, query=None)
+    return stages.Call(**(owed | changed))
+
+
+def test_call_is_a_post_of_json_with_job_and_tenant_alone(accepting):
+    assert make_call(accepting).post("/api/x").status == 200
+    [request] = accepting.requests
+    assert request.head.split("\r\n")[0] == "POST /api/x HTTP/1.1"
+    assert request.headers["content-type"] == "application/json"
+    assert json.loads(request.body) == {"job_id": JOB, "tenant_id": "tenant"}
+
+
+def test_stage_function_adds_fields_to_the_body(accepting):
+    make_call(accepting).post("/api/x", text="안녕", proposal_id=7, nested={"a": [None, 1.5]})
+    assert json.loads(accepting.requests[0].body) == {
+        "job_id": JOB, "tenant_id": "tenant",
+        "text": "안녕", "proposal_id": 7, "nested": {"a": [None, 1.5]},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("job_id", [2**63 - 1, 0, -1, "42", "text id", None])
+def test_job_id_keeps_its_json_type(accepting, job_id):
+    make_call(accepting, job_id=job_id).post("/api/x")
+    sent = json.loads(accepting.requests[0].body)["job_id"]
+    assert (type(sent), sent) == (type(job_id), job_id)
+
+
+def test_uuid_is_sent_as_its_text(accepting):
+    make_call(accepting, job_id=uuid.UUID(JOB)).post("/api/x")
+    assert json.loads(accepting.requests[0].body)["job_id"] == JOB
+
+
+def test_headers_are_these_and_no_others(accepting):
+    make_call(accepting, attempt=3).post("/api/x")
+    headers = accepting.requests[0].headers
+    assert headers.keys() == {
+        "host", "user-agent", "accept-encoding", "content-type", "content-length",
+        "idempotency-key", "x-attempt",
+    }  # fmt: skip
+    assert headers["x-attempt"] == "3"
+    assert headers["accept-encoding"] == "identity"
+
+
+def test_idempotency_key_is_that_of_the_call(accepting):
+    def key(**changed) -> str:
+        make_call(accepting, **changed).post("/api/x")
+        return accepting.requests[-1].headers["idempotency-key"]
+
+    first = key()
+    assert uuid.UUID(first)
+    assert [key(attempt=2), key(attempt=9, spent=4), key(tenant_id="other")] == [first] * 3
+    others = [key(call_id=2), key(job_id="other"), key(stage="planner")]
+    assert len({first, *others}) == 4
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a\r\nX-Forged: 1\r\n\r\nGET / HTTP/1.1",
+        "💥 한국어 e\u0301 \u202e",
+        '"\\\x01\x7f\x85\u2028',
+        "x" * 2**20,
+        "lone \ud800 surrogate",
+        "",
+    ],
+    ids=["CRLF", "emoji", "control", "1MB", "surrogate", "empty"],
+)
+def test_hostile_text_arrives_intact_in_the_body_and_in_no_header(accepting, text):
+    assert make_call(accepting, tenant_id=text).post("/api/x", note=text).status == 200
+    [request] = accepting.requests
+    assert json.loads(request.body) == {"job_id": JOB, "tenant_id": text, "note": text}
+    assert len(request.headers) == 7 and "forged" not in request.head.lower()
+    assert len(request.head) < 500
+
+
+def test_job_id_of_text_cannot_forge_a_header(accepting):
+    forged = "1\r\nX-Forged: 1\r\n\r\n" + "안녕" * 5000
+    assert make_call(accepting, job_id=forged).post("/api/x").status == 200
+    [request] = accepting.requests
+    assert json.loads(request.body)["job_id"] == forged
+    assert len(request.headers) == 7 and len(request.head) < 500
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_number_that_json_does_not_have_is_refused_before_anything_is_sent(accepting, value):
+    with pytest.raises(ValueError, match="JSON"):
+        make_call(accepting).post("/api/x", score=value)
+    assert accepting.connections == 0
+
+
+@pytest.mark.parametrize("stage", PATHS)
+def test_state_before_a_stage_leads_to_its_path(accepting, stage):
+    before = dict(zip(PATHS, ["img_gen", *PATHS], strict=False))[stage]
+    function = stages.PIPELINE[before, "done"]
+    assert function.__name__ == stage
+    assert function(make_call(accepting)).status == 200
+    assert accepting.requests[0].head.startswith(f"POST {PATHS[stage]} ")
+
+
+def test_pipeline_has_the_five_stages_and_no_more():
+    assert stages.stage_names() == list(PATHS)
+    assert len(stages.PIPELINE) == 5
+
+
+def test_answer_is_kept_in_the_call(accepting):
+    call = make_call(accepting)
+    assert call.post("/api/x") is call.answer
+
+
+def test_nothing_is_sent_once_the_time_is_used_up(accepting):
+    with pytest.raises(TimeoutError, match="STAGE_TIMEOUT"):
+        make_call(accepting, until=time.monotonic()).post("/api/x")
+    assert accepting.connections == 0
+
+
+def test_netrc_and_proxy_variables_are_ignored(accepting, tmp_path, monkeypatch):
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login intruder password stolen\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert make_call(accepting).post("/api/x").status == 200
+    assert "authorization" not in accepting.requests[0].headers
+
+
+def test_credentials_of_the_url_are_sent_as_they_are(accepting, tmp_path, monkeypatch):
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login intruder password stolen\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
+    make_call(accepting, url=accepting.url.replace("//", "//user:p%40ss@")).post("/api/x")
+    sent = accepting.requests[0].headers["authorization"].removeprefix("Basic ")
+    assert base64.b64decode(sent) == b"user:p@ss"
+
+
+def test_base_path_of_the_url_is_kept(accepting):
+    make_call(accepting, url=accepting.url + "/base/").post("/api/x")
+    assert accepting.requests[0].head.startswith("POST /base/api/x ")

@@ -1,0 +1,96 @@
+"""Waiting for events that have no queue of their own, and stages that wait for the test."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from demo.stage_api import StageApi
+from demo.stage_server import Answer
+from heartbeat import ALIVE, heartbeats
+
+# Long enough for a busy machine; nothing waits this long unless it fails.
+PATIENCE = 60.0
+
+LISTENING = "LISTEN 'job_state_changed' 시작"
+RECONNECTING = "재연결 시도"
+WORKERS = "datname = current_database() AND application_name LIKE 'job-state-listener worker %%'"
+
+
+def until(predicate: Callable[[], object], what: str, timeout: float = PATIENCE):
+    """Ask until `predicate()` is true; its value."""
+    end = time.monotonic() + timeout
+    while not (value := predicate()):
+        assert time.monotonic() < end, f"not within {timeout} s: {what}"
+        threading.Event().wait(0.02)
+    return value
+
+
+def wait_until_idle(directory: Path, workers: int = 1) -> None:
+    """Block until so many workers have looked for due calls, found none, and wait."""
+
+    def waiting() -> bool:
+        beats = heartbeats(str(directory / "heartbeats"))
+        doing = [beat.doing for beat in beats if beat.state == ALIVE]
+        return doing == ["waiting for a job to change"] * workers
+
+    until(waiting, f"{workers} waiting workers")
+
+
+def wait_for_sweeps(database, workers: int = 1, times: int = 3) -> None:
+    """Block until each worker has looked for due calls so many times from now on."""
+    start = database.value("SELECT clock_timestamp()")
+    looks: set[tuple] = set()
+
+    def looked() -> bool:
+        looks.update(
+            database.rows(
+                f"SELECT pid, query_start FROM pg_stat_activity WHERE {WORKERS}"
+                " AND query LIKE '%%AS coming%%' AND query_start > %s",
+                start,
+            )
+        )
+        by_pid = [pid for pid, _ in looks]
+        return sum(by_pid.count(pid) >= times for pid in set(by_pid)) >= workers
+
+    until(looked, f"{times} sweeps of {workers} workers")
+
+
+def backends(database) -> list[int]:
+    """The server processes of the workers that are connected."""
+    return [row.pid for row in database.rows(f"SELECT pid FROM pg_stat_activity WHERE {WORKERS}")]
+
+
+def pid_of(worker: str) -> int:
+    """The process of a worker; its name is host-pid-random."""
+    return int(worker.split("-")[-2])
+
+
+def terminate_backends(database) -> None:
+    assert backends(database)
+    database.rows(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {WORKERS}")
+
+
+@contextmanager
+def gate(
+    api: StageApi, stage: str = "vlm_analyze", answer: Answer | None = None
+) -> Iterator[threading.Event]:
+    """Keep the calls of a stage waiting until the event is set; then `answer`, or work."""
+    opened = threading.Event()
+
+    def wait(_request) -> Answer | None:
+        opened.wait(PATIENCE)
+        return answer
+
+    api.on(stage, wait)
+    try:
+        yield opened
+    finally:
+        opened.set()
+
+
+def wait_for_call(api: StageApi, job: str, count: int = 1):
+    """The job's `count`th request, as soon as it has arrived."""
+    api.wait_for(lambda api: len(api.calls(job)) >= count, PATIENCE)
+    return api.calls(job)[count - 1]
