@@ -39,12 +39,17 @@ class Settlement:
     retry_after: float | None = None  # seconds the stage asked for
 
 
+# A worker may come back late and know that an attempt taken for lost was accepted: the claim
+# must not call it again, so this one row is corrected.
 RECORD = """
 INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at, finished_at,
                             http_status, outcome, error)
 VALUES (%(job_id)s, %(call_id)s, %(attempt)s, %(stage)s, %(worker)s, %(started_at)s, now(),
         %(http_status)s, %(outcome)s, left(%(error)s, 2000))
-ON CONFLICT DO NOTHING;
+ON CONFLICT (job_id, call_id, attempt) DO UPDATE
+SET finished_at = excluded.finished_at, http_status = excluded.http_status,
+    outcome = excluded.outcome, error = excluded.error
+WHERE stage_attempts.outcome = 'lost' AND excluded.outcome = 'succeeded';
 """
 
 # Settling never waits for the stage's own transaction, which may still hold the row of the

@@ -149,8 +149,11 @@ def settings() -> SimpleNamespace:
     """This process's settings, read at the first call."""
     beside = [Path.cwd() / ".env", Path(__file__).parent / ".env"]
     file = next((path for path in beside if path.is_file()), None)
-    from_file = {k: v for k, v in dotenv.dotenv_values(file).items() if v} if file else {}
-    return read({**from_file, **os.environ})
+    try:
+        from_file = dotenv.dotenv_values(file, encoding="utf-8-sig") if file else {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file} cannot be read as UTF-8: {error}") from None
+    return read({**{k: v for k, v in from_file.items() if v}, **os.environ})
 
 
 def __getattr__(name: str):

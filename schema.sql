@@ -136,7 +136,7 @@ BEGIN
         RAISE WARNING 'Job State Listener: its tables are missing, so no call is recorded'
             USING HINT = 'Run: python listener.py install';
     ELSE
-        -- An open call of another state is replaced. One of the same state stays: a row
+        -- An open call is replaced, but not one of the same state that is under way: a row
         -- that moves between partitions arrives again without having left.
         INSERT INTO %1$I.stage_calls AS c (job_id, tenant_id, current_step, status, stage)
         SELECT NEW.job_id, NEW.tenant_id::text, p.current_step, p.status, p.stage
@@ -149,7 +149,8 @@ BEGIN
             stage = excluded.stage, created_at = excluded.created_at,
             due_at = excluded.due_at, attempts = 0, free_attempts = 0,
             worker = NULL, started_at = NULL, last_error = NULL
-        WHERE c.current_step <> excluded.current_step OR c.status <> excluded.status;
+        WHERE c.worker IS NULL
+           OR c.current_step <> excluded.current_step OR c.status <> excluded.status;
         owed := FOUND;
         IF NOT owed THEN
             DELETE FROM %1$I.stage_calls AS c
@@ -182,8 +183,18 @@ $ddl$, current_schema(), format('%I.stage_calls', current_schema()),
 END
 $do$;
 
--- The first version's function keeps its owner when it is replaced, and would run as that.
-ALTER FUNCTION notify_job_state_change() OWNER TO CURRENT_USER;
+-- A function that is replaced keeps its owner, and would run with the rights of whoever made
+-- the first version: it belongs to the owner of the tables.
+DO $do$
+DECLARE
+    owner regrole := (SELECT relowner FROM pg_class WHERE oid = 'stage_calls'::regclass);
+BEGIN
+    IF owner <> (SELECT proowner FROM pg_proc
+                 WHERE oid = 'notify_job_state_change()'::regprocedure) THEN
+        EXECUTE format('ALTER FUNCTION notify_job_state_change() OWNER TO %s', owner);
+    END IF;
+END
+$do$;
 
 -- Nobody else may hang a function with our rights on a table of their own.
 REVOKE ALL ON FUNCTION notify_job_state_change() FROM PUBLIC;

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import formatdate, parsedate_to_datetime
+from http.cookiejar import DefaultCookiePolicy
 from types import SimpleNamespace
 
 import requests
@@ -79,6 +80,8 @@ class StageApi:
         self.session = Session()
         # No .netrc, which would replace credentials, and no proxy variables.
         self.session.trust_env = False
+        # Nor a cookie of one job's answer in the next job's call.
+        self.session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         self.session.headers = {"User-Agent": "job-state-listener", "Accept-Encoding": "identity"}
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, Adapter(pool_maxsize=1, max_retries=0))

@@ -74,7 +74,10 @@ class Call:
 
         Raises:
             Unreachable, Interrupted, NoAnswer: see there; a stage function lets them pass.
+            ValueError: `path` does not begin with a slash, or a field is NaN or infinite.
         """
+        if not path.startswith("/"):
+            raise ValueError(f"the path of a stage begins with a slash: {path!r}")
         body = {"job_id": self.job_id, "tenant_id": self.tenant_id, **fields}
         headers = {
             # Not the id itself: a text id could smuggle a header.

@@ -160,7 +160,9 @@ class Trigger:
             log.error("단계 함수 오류: job=%s stage=%s", call.job_id, call.stage, exc_info=error)
         if call.answer and 200 <= call.answer.status < 300:
             return self.judged(call, call.answer, seconds)
-        return self.failure(call, "retry", traceback.format_exception_only(error)[-1].strip())
+        # Not indented as the code of a SyntaxError is, and before any notes.
+        said = [t for t in traceback.format_exception_only(error) if not t.startswith(" ")]
+        return self.failure(call, "retry", said[0].strip())
 
     def failure(self, call: stages.Call, outcome: str, error: str, **details: Any) -> Settlement:
         """The settlement of an attempt that did not succeed, and its one line in the log."""

@@ -282,6 +282,32 @@ def empty_database(server: Server, make_database) -> Database:
     return make_database(server, installed=False)
 
 
+class SharedDatabase(Database):
+    """An installed database for the many tests that change nothing but rows."""
+
+    def __init__(self, server: Server):
+        super().__init__(server, server.create_installed())
+
+    def emptied(self) -> Database:
+        self.rows("ROLLBACK; RESET ROLE; RESET ALL; DELETE FROM jobs; DELETE FROM stage_calls")
+        self.rows("DELETE FROM stage_attempts")
+        self.rows("UPDATE pipeline_stages SET held_until = NULL, hold_seconds = NULL,"
+                  " held_reason = NULL")  # fmt: skip
+        return self
+
+
+@pytest.fixture(scope="session")
+def shared_database(server: Server) -> Iterator[SharedDatabase]:
+    with closing(SharedDatabase(server)) as database:
+        yield database
+
+
+@pytest.fixture(scope="session")
+def each_shared_database(each_server: Server) -> Iterator[SharedDatabase]:
+    with closing(SharedDatabase(each_server)) as database:
+        yield database
+
+
 @pytest.fixture
 def make_role(make_database) -> Iterator[Callable[[Database], str]]:
     """make_role(database): a new role that may log in, with its name as password, and no more."""

@@ -43,7 +43,8 @@ class Hold:
     def cut(self) -> None:
         """Close the connection on both sides; what was held is gone."""
         for end in (self.link.client, self.link.server):
-            end.shutdown(socket.SHUT_RDWR)
+            with suppress(OSError):  # already gone
+                end.shutdown(socket.SHUT_RDWR)
 
     def lose_client(self) -> None:
         """Close the connection for the listener only: the server has not noticed yet."""

@@ -14,6 +14,11 @@ LEASE_OVER = "UPDATE stage_calls SET due_at = now() - interval '1 second' WHERE 
 
 
 @pytest.fixture
+def database(shared_database):
+    return shared_database.emptied()
+
+
+@pytest.fixture
 def conn(database):
     with connected(database) as conn:
         yield conn
@@ -84,7 +89,8 @@ def test_many_workers_share_the_calls_without_doing_one_twice(database):
 
 
 @pytest.mark.parametrize("level", ["repeatable read", "serializable"])
-def test_workers_read_what_is_committed_whatever_the_database_prefers(database, level):
+def test_workers_read_what_is_committed_whatever_the_database_prefers(server, make_database, level):
+    database = make_database(server)
     database.rows(f"ALTER DATABASE {database.name} SET default_transaction_isolation = '{level}'")
     with connected(database) as conn:
         assert db.execute(conn, "SHOW transaction_isolation").fetchone()[0] == "read committed"

@@ -16,6 +16,11 @@ HOLD_OVER = "UPDATE pipeline_stages SET held_until = now() - interval '1 microse
 
 
 @pytest.fixture
+def database(shared_database):
+    return shared_database.emptied()
+
+
+@pytest.fixture
 def conn(database):
     with connected(database) as conn:
         yield conn
@@ -69,12 +74,14 @@ def test_held_stage_is_claimed_by_nobody_and_does_not_stop_the_others(database, 
     assert claim(conn, only=waiting).job_id == waiting  # a person may
 
 
-def test_hold_covers_every_state_of_its_stage(database, conn):
+def test_hold_covers_every_state_of_its_stage(server, make_database):
+    database = make_database(server)
     database.rows("INSERT INTO pipeline_stages VALUES ('img_gen', 'again', 'vlm_analyze')")
     database.add_job("img_gen", "done")
     database.add_job("img_gen", "again")
-    calls.settle(conn, held(claim(conn), retry_after=60))
-    assert claim(conn).call_id is None
+    with connected(database) as conn:
+        calls.settle(conn, held(claim(conn), retry_after=60))
+        assert claim(conn).call_id is None
     assert len(database.rows(HOLD + " AND held_until > now()")) == 2
 
 

@@ -9,6 +9,11 @@ CALLS = "SELECT job_id, current_step, status, stage, tenant_id, attempts, worker
 
 
 @pytest.fixture
+def each_database(each_shared_database):
+    return each_shared_database.emptied()
+
+
+@pytest.fixture
 def bell(each_database):
     with Bell(each_database) as bell:
         yield bell
@@ -138,15 +143,16 @@ def test_null_is_a_state_like_any_other(each_database, bell):
     assert bell.heard() == [payload(job, *state, None) for state in states]
 
 
-def test_change_made_by_a_before_trigger_counts(each_database, bell):
-    each_database.rows("""
+def test_change_made_by_a_before_trigger_counts(database):
+    database.rows("""
         CREATE FUNCTION finish() RETURNS trigger LANGUAGE plpgsql AS
             $$ BEGIN NEW.status := 'done'; RETURN NEW; END $$;
         CREATE TRIGGER finish BEFORE UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION finish()""")
-    job = each_database.add_job("img_gen", "queued")
-    each_database.rows("UPDATE jobs SET updated_at = now()")
-    assert each_database.owed(job).stage == "vlm_analyze"
-    assert bell.heard() == [payload(job, "img_gen", "done")]
+    job = database.add_job("img_gen", "queued")
+    with Bell(database) as bell:
+        database.rows("UPDATE jobs SET updated_at = now()")
+        assert bell.heard() == [payload(job, "img_gen", "done")]
+    assert database.owed(job).stage == "vlm_analyze"
 
 
 def test_every_job_of_one_statement_owes_its_call(each_database, bell):
@@ -169,15 +175,19 @@ def test_deleted_job_leaves_its_call_to_the_claim(each_database, bell):
     assert each_database.owed(job).stage == "vlm_analyze"
 
 
-def test_job_made_anew_under_its_old_id_owes_a_new_call(each_database, bell):
-    job = each_database.add_job("img_gen", "done")
-    first = each_database.owed(job)
-    each_database.rows("DELETE FROM jobs")
-    each_database.rows(
-        "INSERT INTO jobs (job_id, current_step, status) VALUES (%s, 'planner', 'done')", job
+@pytest.mark.parametrize("step", ["planner", "img_gen"])
+def test_job_made_anew_under_its_old_id_owes_a_new_call(each_database, step):
+    database = each_database
+    job = database.add_job("img_gen", "done")
+    database.rows("UPDATE stage_calls SET due_at = 'infinity', attempts = 5")
+    first = database.owed(job)
+    database.rows("DELETE FROM jobs")
+    database.rows(
+        "INSERT INTO jobs (job_id, current_step, status) VALUES (%s, %s, 'done')", job, step
     )
-    call = each_database.owed(job)
-    assert (call.stage, call.call_id != first.call_id) == ("overlay", True)
+    call = database.owed(job)
+    assert (call.current_step, call.attempts, call.given_up) == (step, 0, False)
+    assert call.call_id != first.call_id
 
 
 def test_session_with_an_empty_search_path_is_served(each_database, bell):

@@ -127,6 +127,16 @@ def test_first_version_of_another_role_is_taken_over(empty_database, make_role):
     assert empty_database.value("SELECT stage FROM stage_calls") == "vlm_analyze"
 
 
+def test_function_runs_as_the_owner_of_the_tables_whoever_installs_again(empty_database, make_role):
+    owner = make_role(empty_database)
+    empty_database.rows(f"GRANT CREATE ON SCHEMA public TO {owner}")
+    install(empty_database, DB_USER=owner, DB_PASSWORD=owner)
+    install(empty_database)
+    assert empty_database.value("SELECT proowner::regrole::text FROM pg_proc"
+                                " WHERE proname = 'notify_job_state_change'") == owner  # fmt: skip
+    install(empty_database, DB_USER=owner, DB_PASSWORD=owner)
+
+
 DAMAGE = {
     "all triggers disabled": "ALTER TABLE jobs DISABLE TRIGGER ALL",
     "trigger disabled": "ALTER TABLE jobs DISABLE TRIGGER job_state_change_trigger",

@@ -2,13 +2,11 @@
 
 import json
 import secrets
-from contextlib import closing
 
 import pytest
 from bell import Bell
+from claims import claim, connected
 
-import calls
-import db
 from ops.install import apply
 
 KEYS = {"job_id", "current_step", "status", "tenant_id"}
@@ -18,13 +16,13 @@ JOBS = "CREATE TABLE jobs (job_id {} PRIMARY KEY, tenant_id {}, current_step {},
 
 
 def install(database) -> None:
-    with closing(db.connect(database.settings())) as conn:
+    with connected(database) as conn:
         apply(conn)
 
 
-def claim(database):
-    with closing(db.connect(database.settings())) as conn:
-        return calls.claim(conn, stages=["vlm_analyze", "planner"], worker="w", lease=60)
+def claimed(database):
+    with connected(database) as conn:
+        return claim(conn)
 
 
 # --- sizes ---------------------------------------------------------------------------------
@@ -37,6 +35,16 @@ LONG = {
     "four bytes an emoji": "😀" * 2100,
     "a megabyte": "x" * 2**20,
 }
+
+
+@pytest.fixture
+def each_database(each_shared_database):
+    return each_shared_database.emptied()
+
+
+@pytest.fixture
+def database(shared_database):
+    return shared_database.emptied()
 
 
 def test_payload_comes_without_what_made_it_long(each_database):
@@ -83,13 +91,14 @@ def test_longest_payload_that_fits_arrives_whole(database):
 
 # --- types ---------------------------------------------------------------------------------
 
+# type of job_id: (a value, the type of our copy, which is as wide as that goes)
 JOB_IDS = {
-    "uuid": "8a1f7a50-3df4-4e0a-9f6e-0e8a1d2c3b4a",
-    "bigint": 2**62,
-    "integer": 7,
-    "text": '../it\'s "one" \\ 100% 한글\n',
-    "character varying(40)": "job-1",
-    "numeric(20,0)": 12345678901234567890,
+    "uuid": ("8a1f7a50-3df4-4e0a-9f6e-0e8a1d2c3b4a", "uuid"),
+    "bigint": (2**62, "bigint"),
+    "integer": (7, "bigint"),
+    "text": ('../it\'s "one" \\ 100% 한글\n', "text"),
+    "varchar(40)": ("job-1", "character varying"),
+    "numeric(20,0)": (12345678901234567890, "numeric"),
 }
 
 
@@ -98,14 +107,14 @@ def test_job_id_of_any_type_is_owed_and_claimed(empty_database, id_type):
     database = empty_database
     database.rows(JOBS.format(id_type, "text", "text", "text"))
     install(database)
-    job = JOB_IDS[id_type]
+    job, our_type = JOB_IDS[id_type]
     with Bell(database) as bell:
         database.rows("INSERT INTO jobs VALUES (%s, 't', 'img_gen', 'done')", job)
         assert [said["job_id"] for said in bell.heard()] == [job]
     types = "SELECT format_type(atttypid, atttypmod) FROM pg_attribute WHERE attname = 'job_id'"
     for table in ("stage_calls", "stage_attempts"):
-        assert database.value(types + " AND attrelid = %s::regclass", table) == id_type
-    row = claim(database)
+        assert database.value(types + " AND attrelid = %s::regclass", table) == our_type
+    row = claimed(database)
     assert (row.job_id, row.owed) == (job, True)
     database.rows("UPDATE jobs SET status = 'running' WHERE job_id = %s", job)
     assert database.rows("SELECT FROM stage_calls") == []
@@ -122,6 +131,15 @@ def test_text_id_of_any_length_is_owed(empty_database):
         assert [said["job_id"] for said in bell.heard()] == [job, None]
 
 
+def test_job_id_that_grew_wider_after_the_install_is_owed(empty_database):
+    database = empty_database
+    database.rows(JOBS.format("integer", "varchar(10)", "varchar(20)", "varchar(20)"))
+    install(database)
+    database.rows("ALTER TABLE jobs ALTER job_id TYPE bigint, ALTER tenant_id TYPE text")
+    database.rows("INSERT INTO jobs VALUES (%s, %s, 'img_gen', 'done')", 2**40, "t" * 100)
+    assert claimed(database).job_id == 2**40
+
+
 def test_integer_tenant_stays_a_number(empty_database):
     database = empty_database
     database.rows(JOBS.format("bigint", "integer", "varchar(20)", "varchar(20)"))
@@ -131,7 +149,8 @@ def test_integer_tenant_stays_a_number(empty_database):
         database.rows("UPDATE jobs SET status = 'done'")
         state = {"job_id": 1, "current_step": "planner", "status": "done"}
         assert bell.heard() == [{**state, "tenant_id": 42}]
-    assert database.owed(1).tenant_id == 42
+    row = claimed(database)
+    assert (row.job_id, row.tenant_id) == (1, 42)
 
 
 def test_states_of_an_enum_type_are_routed_and_checked(each_server, make_database):
@@ -144,7 +163,7 @@ def test_states_of_an_enum_type_are_routed_and_checked(each_server, make_databas
         database.rows("INSERT INTO jobs VALUES (1, 't', 'img_gen', 'queued')")
         database.rows("UPDATE jobs SET status = 'done'")
         assert [said["status"] for said in bell.heard()] == ["done"]
-    assert claim(database).owed
+    assert claimed(database).owed
     database.rows("UPDATE jobs SET current_step = NULL")
     assert database.owed(1) is None
 
@@ -175,7 +194,7 @@ def test_job_that_moves_between_partitions_owes_its_call(partitioned):
         assert partitioned.value("SELECT count(*) FROM finished") == 1
         state = {"job_id": 1, "current_step": "img_gen", "status": "done"}
         assert bell.heard() == [{**state, "tenant_id": "t"}]
-    assert claim(partitioned).owed
+    assert claimed(partitioned).owed
 
 
 def test_job_that_moves_on_to_another_partition_owes_nothing(partitioned):
@@ -200,8 +219,8 @@ def test_partition_added_later_is_covered(partitioned):
 def test_move_between_partitions_in_the_same_state_keeps_the_call_in_hand(partitioned):
     partitioned.rows("ALTER TABLE jobs DETACH PARTITION finished; DROP TABLE finished")
     partitioned.rows("INSERT INTO jobs VALUES (1, 'near', 'img_gen', 'done')")
-    call_id = claim(partitioned).call_id
+    call_id = claimed(partitioned).call_id
     partitioned.rows("UPDATE jobs SET tenant_id = 'far'")
     assert partitioned.value("SELECT count(*) FROM far") == 1
     assert partitioned.owed(1).call_id == call_id
-    assert claim(partitioned).call_id is None
+    assert claimed(partitioned).call_id is None

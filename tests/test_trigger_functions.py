@@ -44,6 +44,24 @@ def test_exception_is_a_failed_attempt_with_a_traceback(
     assert database.owed(job).given_up and accepting.connections == 0
 
 
+@pytest.mark.skipif(not hasattr(Exception, "add_note"), reason="Python 3.11 has notes first")
+def test_note_of_an_exception_does_not_take_its_place(database, accepting, caller, add_stage):
+    error = RuntimeError("broken")
+    error.add_note("a hint")
+    add_stage(fails(error))
+    database.add_job("x")
+    assert caller(accepting.url).call().error == "RuntimeError: broken"
+
+
+def test_syntax_error_is_named(database, accepting, caller, add_stage):
+    def careless(call):
+        exec("1 +")
+
+    add_stage(careless)
+    database.add_job("x")
+    assert caller(accepting.url).call().error == "SyntaxError: invalid syntax"
+
+
 def test_loop_goes_on_after_a_mistake(database, accepting, caller, add_stage):
     add_stage(fails(RuntimeError("broken")))
     database.add_job("x"), database.add_job("img_gen")

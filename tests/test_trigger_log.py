@@ -1,5 +1,6 @@
 """What a call leaves in the log: the guide's keywords, one event one line, and no secrets."""
 
+import logging
 import os
 import re
 from contextlib import closing
@@ -134,6 +135,12 @@ def test_secrets_stay_out_of_log_and_history(database, caller, secretive):
     for text in (worker.output.getvalue(), attempt.error, database.owed(job).last_error):
         assert "cannot reach http://user:***@127.0.0.1" in text
         assert "hunter2" not in text and "horse" not in text
+
+
+def test_every_line_of_the_log_is_redacted(caller, secretive):
+    worker = caller(**secretive)
+    logging.getLogger("listener.any").error("said %s", SECRET)
+    assert worker.line("said ").endswith("said ***")
 
 
 def test_secrets_stay_out_when_the_stage_is_unreachable(database, caller):

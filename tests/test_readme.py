@@ -1,0 +1,233 @@
+"""What README.md, README.ko.md and .env.example say is what the program does."""
+
+import ast
+import inspect
+import json
+import re
+import shlex
+from pathlib import Path
+
+import click
+import dotenv
+import pytest
+from claims import claim, connected, result
+from test_schema_security import GRANTS, one_of_everything
+
+import calls
+import config
+import db
+import listener as program
+import ops
+import stages
+from ops.install import apply
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+DEFAULTS = {name: default for name, (default, _) in config.SETTINGS.items()}
+DEFAULTS["HEARTBEAT_DIR"] = "/tmp/job-state-listener"
+
+
+class Readme:
+    """A README's headings, tables and code blocks."""
+
+    def __init__(self, name: str):
+        self.text = (ROOT / name).read_text(encoding="utf-8")
+        self.blocks = BLOCK.findall(self.text)
+        prose = BLOCK.sub("", self.text)
+        self.headings = re.findall(r"^(#+) (.+)$", prose, re.MULTILINE)
+        # Without its header and the line below it.
+        self.tables = [
+            [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+            for lines in (t.splitlines() for t in re.findall(r"(?:^\|.*\n)+", prose, re.MULTILINE))
+        ]
+
+    def table(self, key: str) -> list[list[str]]:
+        """The one table with a row that begins with `key`."""
+        found = [table for table in self.tables if any(row[0] == key for row in table)]
+        assert len(found) == 1, f"{len(found)} tables have a row {key}"
+        return found[0]
+
+    def block(self, language: str, start: str) -> str:
+        found = [body for lang, body in self.blocks if lang == language and body.startswith(start)]
+        assert len(found) == 1, f"{len(found)} {language} blocks begin with {start!r}"
+        return found[0]
+
+    def mentions(self, words: str) -> bool:
+        return re.search(rf"(?<![\w-]){re.escape(words)}(?![\w-])", self.text) is not None
+
+
+@pytest.fixture(params=["README.md", "README.ko.md"])
+def readme(request) -> Readme:
+    return Readme(request.param)
+
+
+# --- both languages ------------------------------------------------------------------------
+
+
+def test_both_languages_have_the_same_structure():
+    english, korean = Readme("README.md"), Readme("README.ko.md")
+    assert [len(marks) for marks, _ in korean.headings] == [len(m) for m, _ in english.headings]
+    shapes = [[[len(row) for row in table] for table in r.tables] for r in (english, korean)]
+    assert shapes[0] == shapes[1] and sum(map(len, shapes[0])) > 60
+    assert [lang for lang, _ in korean.blocks] == [lang for lang, _ in english.blocks]
+    # The first block is the sketch, whose words are translated.
+    assert korean.blocks[1:] == english.blocks[1:]
+
+
+def test_first_screen_says_what_it_is_and_how_to_try_it(readme):
+    screen = readme.text.splitlines()[:30]
+    assert screen[0] == "# Job State Listener"
+    assert any("POST /api/" in line for line in screen)
+    for start in ("make demo ", "make test ", "[LISTENER] Job 상태 변화 감지: job="):
+        assert any(line.startswith(start) for line in screen), start
+
+
+def test_links_lead_somewhere(readme):
+    links = re.findall(r"\]\(([^)#]+)\)", readme.text)
+    assert len(links) >= 3
+    links += [f"bench/{name}.py" for name in re.findall(r"python -m bench\.(\w+)", readme.text)]
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_section_that_error_messages_name_is_there(readme):
+    assert any("Roles and grants" in title for _, title in readme.headings)
+
+
+# --- settings ------------------------------------------------------------------------------
+
+
+def test_settings_table_has_every_setting_with_its_default(readme):
+    rows = {name.strip("`"): default for name, default, _ in readme.table("`STAGE_TIMEOUT`")}
+    assert rows == {name: f"`{value}`" if value else "–" for name, value in DEFAULTS.items()}
+
+
+def test_env_example_has_every_setting_in_order_with_its_default():
+    text = (ROOT / ".env.example").read_text(encoding="utf-8")
+    given = re.findall(r"^#?([A-Z_]+)=(.*)$", text, re.MULTILINE)
+    assert [name for name, _ in given] == list(config.SETTINGS)
+    assert {n: v for n, v in given if DEFAULTS[n]} == {n: v for n, v in DEFAULTS.items() if v}
+    config.read(dict(given))
+
+
+def test_env_example_as_it_is_changes_no_default():
+    values = dotenv.dotenv_values(ROOT / ".env.example", interpolate=False)
+    assert len(values) > 5
+    assert config.read(values) == config.read({})
+
+
+# --- commands ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(program.cli.commands))
+def test_every_command_and_option_is_documented_and_has_help(readme, name):
+    command = program.cli.commands[name]
+    assert readme.mentions(f"listener.py {name}") and command.get_short_help_str()
+    for option in command.params:
+        if isinstance(option, click.Option):
+            assert option.help and readme.mentions(max(option.opts, key=len)), option.opts
+
+
+def test_every_command_line_can_be_parsed(readme):
+    scripts = "".join(body for lang, body in readme.blocks if lang == "bash")
+    lines = re.findall(r"^python (?:-m pdb )?listener\.py\b(.*)$", scripts, re.MULTILINE)
+    assert len(lines) >= 10
+    for line in lines:
+        name, *args = shlex.split(line, comments=True) or ["run"]
+        program.cli.commands[name].make_context(name, args)  # raises on what it does not know
+
+
+@pytest.mark.parametrize("file", ["README.md", "README.ko.md", "CONTRIBUTING.md"])
+def test_every_make_target_exists(file):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)
+    named = re.findall(r"(?:^|`)make ([a-z-]+)", (ROOT / file).read_text(), re.MULTILINE)
+    assert named and set(named) <= set(targets)
+
+
+def test_exit_codes_are_listed(readme):
+    listed = re.search(r"(?:Exit codes|종료 코드): (.+?)\n\n", readme.text, re.DOTALL)[1]
+    codes = [int(part.split()[0]) for part in listed.split(";")]
+    assert codes == [0, ops.EXIT_PROBLEM, ops.EXIT_BAD_INPUT, ops.EXIT_DATABASE_AWAY]
+
+
+# --- files, stages, log lines --------------------------------------------------------------
+
+
+def test_file_table_names_what_is_there(readme):
+    named = {name.strip("`") for name, _ in readme.table("`listener.py`")}
+    assert {path.name for path in ROOT.glob("*.py")} <= named
+    for name in named:
+        assert (ROOT / name).is_dir() if name.endswith("/") else (ROOT / name).is_file(), name
+
+
+def test_stage_table_is_the_pipeline(readme):
+    rows = readme.table("img_gen, done")
+    states = {tuple(state.split(", ")): stage.split()[0] for state, stage, _ in rows}
+    assert states == {state: function.__name__ for state, function in stages.PIPELINE.items()}
+    for state, _, path in rows:
+        assert f'call.post("{path}")' in inspect.getsource(stages.PIPELINE[(*state.split(", "),)])
+
+
+def test_log_lines_of_the_table_are_logged(readme):
+    logged = []
+    for path in ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("log."):
+                logged += [a.value for a in node.args if isinstance(a, ast.Constant)]
+    logged = [str(text).replace("LISTEN '%s'", f"LISTEN '{db.CHANNEL}'") for text in logged]
+    for keyword, _ in readme.table("`재연결 시도`"):
+        assert any(text.startswith(keyword.strip("`")) for text in logged), keyword
+
+
+# --- SQL and Python ------------------------------------------------------------------------
+
+
+def test_grants_are_what_a_listener_needs(database, make_role, api, listener):
+    sql, role = Readme("README.md").block("sql", "GRANT"), make_role(database)
+    given = re.findall(r"GRANT (.+) ON (\w+) TO listener;", sql)
+    assert {table: privileges.split(", ") for privileges, table in given} == GRANTS
+    database.rows(re.sub(r"\blistener;", f"{role};", sql))
+    with connected(database, DB_USER=role, DB_PASSWORD=role) as conn:
+        one_of_everything(database, conn)
+    job = database.add_job()
+    process = listener(database, "run", "--once", api=api, DB_USER=role, DB_PASSWORD=role)
+    assert process.wait() == 0, process.output
+    assert [a.outcome for a in database.attempts(job)][:1] == ["succeeded"]
+
+
+def test_jobs_that_waited_before_install_get_their_call_once(empty_database):
+    sql = Readme("README.md").block("sql", "INSERT INTO stage_calls")
+    empty_database.rows(
+        "CREATE TABLE jobs (job_id bigint PRIMARY KEY, tenant_id uuid, current_step varchar(50),"
+        " status varchar(20)); INSERT INTO jobs VALUES (1, gen_random_uuid(), 'img_gen', 'done'),"
+        " (2, NULL, 'overlay', 'done'), (3, NULL, 'overlay', 'running'), (4, NULL, NULL, NULL)"
+    )
+    with connected(empty_database) as conn:
+        apply(conn)
+        empty_database.rows(sql)
+        all_calls = "SELECT * FROM stage_calls ORDER BY job_id"
+        found = empty_database.rows(all_calls)
+        assert [(c.job_id, c.stage) for c in found] == [(1, "vlm_analyze"), (2, "vlm_judge")]
+        row = claim(conn)
+        before = empty_database.rows(all_calls)
+        empty_database.rows(sql)
+        assert empty_database.rows(all_calls) == before
+        assert row.owed and calls.settle(conn, result(row))
+
+
+def test_example_of_a_stage_function_works(database, accepting, caller, add_stage):
+    example: dict = {}
+    exec(Readme("README.md").block("python", "def overlay(call)"), example)
+    add_stage(example["overlay"], "planner")
+    database.rows("CREATE TABLE overlay_inputs (job_id uuid, text text, proposal_id bigint)")
+    job, worker = database.add_job("planner"), caller(accepting.url)
+    attempt = worker.call()
+    assert attempt.outcome == "retry" and "no row" in attempt.error
+    database.rows("INSERT INTO overlay_inputs VALUES (%s, '안녕')", job)
+    attempt = worker.call_again()
+    assert attempt.outcome == "retry" and "proposal_id is NULL" in attempt.error
+    assert accepting.connections == 0
+    database.rows("UPDATE overlay_inputs SET proposal_id = 7")
+    assert worker.call_again().outcome == "succeeded"
+    body = json.loads(accepting.requests[0].body)
+    assert body == {"job_id": job, "tenant_id": "tenant", "text": "안녕", "proposal_id": 7}
