@@ -30,7 +30,7 @@ check: $(READY) ## tell whether the listener on this machine is alive
 	@$(PYTHON) listener.py check $(ARGS)
 
 test: $(READY) ## run the tests, on a database of their own
-	@$(PYTHON) -m pytest $(ARGS)
+	@$(PYTHON) -m pytest -n auto $(ARGS)
 
 test-faults: $(READY) ## run the slow tests, which wait for deadlines to pass
 	@$(PYTHON) -m pytest -m slow $(ARGS)

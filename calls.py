@@ -39,17 +39,14 @@ class Settlement:
     retry_after: float | None = None  # seconds the stage asked for
 
 
-# A worker may come back late and know that an attempt taken for lost was accepted: the claim
-# must not call it again, so this one row is corrected.
+# A worker that comes back late, its attempt taken for lost, still adds what it knows: a claim
+# never repeats a call of which any attempt was accepted.
 RECORD = """
 INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at, finished_at,
                             http_status, outcome, error)
 VALUES (%(job_id)s, %(call_id)s, %(attempt)s, %(stage)s, %(worker)s, %(started_at)s, now(),
         %(http_status)s, %(outcome)s, left(%(error)s, 2000))
-ON CONFLICT (job_id, call_id, attempt) DO UPDATE
-SET finished_at = excluded.finished_at, http_status = excluded.http_status,
-    outcome = excluded.outcome, error = excluded.error
-WHERE stage_attempts.outcome = 'lost' AND excluded.outcome = 'succeeded';
+ON CONFLICT DO NOTHING;
 """
 
 # Settling never waits for the stage's own transaction, which may still hold the row of the
@@ -156,7 +153,11 @@ TAKE = f"""
                                 started_at, finished_at, outcome, error)
     SELECT job_id, call_id, attempts, stage, worker, started_at, now(), 'lost',
            'the worker did not come back before its lease ran out'
-    FROM due WHERE worker IS NOT NULL
+    FROM due
+    WHERE worker IS NOT NULL AND (
+        SELECT true FROM stage_attempts AS a
+        WHERE a.job_id = due.job_id AND a.call_id = due.call_id AND a.attempt = due.attempts
+        LIMIT 1) IS NULL
     ON CONFLICT DO NOTHING
 ), claimed AS (
     UPDATE stage_calls AS c

@@ -97,8 +97,9 @@ BEGIN
                 'skipped',    -- the job had moved on or was deleted; nothing was called
                 'lost')),     -- the worker never came back; its lease ran out
             error        text,
-            -- Serves `job JOB_ID`, and makes settling twice harmless.
-            PRIMARY KEY (job_id, call_id, attempt)
+            -- Serves `job JOB_ID`, and makes settling twice harmless. An attempt taken for
+            -- lost has a second row where its worker came back after all.
+            PRIMARY KEY (job_id, call_id, attempt, outcome)
         )
     $ddl$, id_type);
 

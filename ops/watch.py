@@ -112,7 +112,7 @@ ATTEMPTS = """
 SELECT started_at, stage, call_id, attempt, outcome, http_status, worker,
        extract(epoch FROM finished_at - started_at)::float8 AS seconds, error
 FROM stage_attempts WHERE job_id = %(job_id)s
-ORDER BY started_at, attempt
+ORDER BY started_at, attempt, finished_at
 """
 
 

@@ -34,10 +34,12 @@ class Caller:
         logger = logging.getLogger("listener")
         logger.setLevel("INFO")
         logger.addHandler(self.handler)
+        logger.propagate = False  # pytest-xdist cannot pass on what pytest captures of it
         return self
 
     def __exit__(self, *_: object) -> None:
         logging.getLogger("listener").removeHandler(self.handler)
+        logging.getLogger("listener").propagate = True
         self.conn.close()
 
     def claim(self) -> stages.Call | None:

@@ -112,8 +112,10 @@ class Database:
 
     def add_job(self, step: str = "img_gen", status: str = "done", tenant: str = "tenant") -> str:
         job_id = str(uuid.uuid4())
-        self.rows("INSERT INTO jobs (job_id, tenant_id, current_step, status) VALUES (%s, %s, %s, %s)",
-                  job_id, tenant, step, status)  # fmt: skip
+        values = (
+            "INSERT INTO jobs (job_id, tenant_id, current_step, status) VALUES (%s, %s, %s, %s)"
+        )
+        self.rows(values, job_id, tenant, step, status)
         return job_id
 
     def move(self, job_id: str, step: str, status: str) -> None:
@@ -132,7 +134,8 @@ class Database:
 
     def attempts(self, job_id: str) -> list:
         return self.rows(
-            "SELECT * FROM stage_attempts WHERE job_id = %s ORDER BY started_at, attempt", job_id
+            "SELECT * FROM stage_attempts WHERE job_id = %s ORDER BY started_at, attempt, finished_at",
+            job_id,
         )
 
     def wait_for(self, sql: str, *params: object, timeout: float = PATIENCE):

@@ -149,6 +149,15 @@ def test_call_does_not_wait(database, api, run_command, why):
     assert database.state(job) == ("overlay", "done")
 
 
+def test_call_of_a_given_up_job_has_all_its_attempts_again(database, api, run_command):
+    api.on("overlay", lambda _: Answer(500))
+    job = database.add_job("planner", "done")
+    database.rows(GIVE_UP)
+    assert run_command(database, "call", job, api=api).code == 1
+    owed = database.owed(job)
+    assert (owed.given_up, owed.attempts - owed.free_attempts) == (False, 1)
+
+
 def test_call_that_may_still_be_running_is_not_repeated(database, api, run_command):
     def cut(request):
         request.connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Le")

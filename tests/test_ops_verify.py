@@ -27,6 +27,13 @@ def problems(done) -> list[tuple[str, str]]:
     return found
 
 
+def checked(database, **settings) -> list[tuple[str, str]]:
+    """The same problems, found in this process."""
+    given = database.settings(**settings)
+    with closing(db.connect(given)) as conn:
+        return [tuple(said.rsplit(" → ", 1)) for ok, said in run_checks(conn, given) if not ok]
+
+
 def test_everything_in_place_is_eight_lines_and_exit_0(each_database, api, run_command):
     done = run_command(each_database, "verify", api=api)
     assert problems(done) == []
@@ -117,20 +124,33 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_problem_is_named_and_the_command_given_mends_it(database, api, run_command, damage):
+def test_problem_is_named_and_the_command_given_mends_it(database, api, damage):
     sql, what, mend = DAMAGE[damage]
     database.rows(sql)
-    [(found, told)] = problems(run_command(database, "verify", api=api))
-    assert (found, told) == (what, mend)
-    with closing(db.connect(database.settings())) as conn:
-        if mend not in (INSTALL, AGAIN):
-            database.rows(mend)
-        else:
-            if mend == AGAIN:
-                database.rows(DROP)
+    assert checked(database, STAGE_API_URL=api.url) == [(what, mend)]
+    if mend in (INSTALL, AGAIN):
+        if mend == AGAIN:
+            database.rows(DROP)
+        with closing(db.connect(database.settings())) as conn:
             apply(conn)
-        bad = [line for good, line in run_checks(conn, database.settings()) if not good]
-    assert [line for line in bad if not line.startswith("stage API")] == []
+    else:
+        database.rows(mend)
+    assert checked(database, STAGE_API_URL=api.url) == []
+
+
+def test_problem_is_printed_with_its_command_and_exit_1(database, api, run_command):
+    database.rows("ALTER TABLE jobs DISABLE TRIGGER job_state_change_trigger")
+    done = run_command(database, "verify", api=api)
+    assert problems(done) == [("trigger job_state_change_trigger is disabled", INSTALL)]
+    assert run_command(database, "install").code == 0
+    assert problems(run_command(database, "verify", api=api)) == []
+
+
+def test_column_missing_from_jobs_is_for_the_application_to_add(database, api, run_command):
+    database.rows("ALTER TABLE jobs DROP COLUMN tenant_id")
+    missing = ("jobs has no column tenant_id", "add it (ALTER TABLE)")
+    assert missing in checked(database, STAGE_API_URL=api.url)
+    assert "table jobs has no column tenant_id" in run_command(database, "install").refused(1)
 
 
 def test_database_with_nothing_in_it_has_every_problem(empty_database, run_command):
@@ -169,10 +189,9 @@ def test_role_with_its_nine_privileges_is_enough(database, api, run_command, rol
 
 
 @pytest.mark.parametrize(("privilege", "table"), EACH)
-def test_each_missing_privilege_is_named(database, api, run_command, role, privilege, table):
+def test_each_missing_privilege_is_named(database, api, role, privilege, table):
     database.rows(f"REVOKE {privilege} ON {table} FROM {role}")
-    done = run_command(database, "verify", api=api, DB_USER=role, DB_PASSWORD=PASSWORD)
-    told = problems(done)
+    told = checked(database, STAGE_API_URL=api.url, DB_USER=role, DB_PASSWORD=PASSWORD)
     assert told[-1] == (f"role {role} lacks {privilege} on {table}", GRANTS)
     # Without SELECT there is no way to compare the routes either.
     assert told[:-1] in ([], [("permission denied for table pipeline_stages", GRANTS)])

@@ -1,8 +1,11 @@
 """Being told to stop, several workers, and the lines of the log: without a database."""
 
 import logging
+import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -34,12 +37,15 @@ def script():
     def start(text: str) -> subprocess.Popen:
         command = [sys.executable, "-u", "-c", PRELUDE + text]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        started.append(subprocess.Popen(command, cwd=ROOT, encoding="utf-8", **pipes))
+        started.append(
+            subprocess.Popen(command, cwd=ROOT, encoding="utf-8", start_new_session=True, **pipes)
+        )
         return started[-1]
 
     yield start
     for process in started:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its workers as well
         process.communicate()
 
 

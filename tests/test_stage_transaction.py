@@ -94,6 +94,19 @@ def test_waiting_for_a_stage_to_commit_does_not_stop_other_calls(database, api, 
     assert api.calls(job)[1].stage == "yolo_detect"
 
 
+def test_answer_is_settled_once_the_stage_lets_go_and_not_at_the_lease(database, api, listener):
+    listener(database, api=api, SWEEP_INTERVAL=3600)
+    with closing(OpenTransaction(api, "running", answer=Answer(200))) as stage:
+        api.on("vlm_analyze", stage)
+        job = database.add_job()
+        database.wait_for(SETTLED, job)
+        assert database.owed(job)
+        stage.end("rollback")
+        database.wait_for("SELECT count(*) = 0 FROM stage_calls")
+    assert [row.outcome for row in database.attempts(job)] == ["succeeded"]
+    assert len(api.calls(job)) == 1
+
+
 def test_stop_while_a_stage_has_answered_and_not_committed(database, api, listener):
     lease = {"STAGE_TIMEOUT": 0.2, "LEASE_MARGIN": 1, "SWEEP_INTERVAL": 0.1}
     process = listener(database, api=api, **lease)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -168,7 +169,12 @@ def test_workers_of_a_killed_parent_finish_and_stop_by_themselves(database, api,
         workers = process.children()
         process.signal(signal.SIGKILL)
         opened.set()
-        until(lambda: all(map(is_gone, workers)), "the end of the workers")
+        try:
+            until(lambda: all(map(is_gone, workers)), "the end of the workers")
+        finally:
+            for pid in workers:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
     assert [row.outcome for row in database.attempts(job)] == ["succeeded"]
     assert database.rows(f"SELECT 1 FROM pg_stat_activity WHERE {WORKERS}") == []
 

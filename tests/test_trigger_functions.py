@@ -145,7 +145,15 @@ def test_nan_in_a_field_is_a_failed_attempt(database, accepting, caller, add_sta
     assert accepting.connections == 0
 
 
-@pytest.mark.parametrize("text", ["lone \ud800 surrogate", "NUL \0", "x" * 10**6, "\r\n\x1b[31m"])
+ODD_TEXTS = {
+    "surrogate": "lone \ud800 surrogate",
+    "NUL": "NUL \0",
+    "long": "x" * 10**6,
+    "control": "\r\n\x1b[31m",
+}
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS.values(), ids=ODD_TEXTS)
 def test_any_error_text_can_be_recorded(database, accepting, caller, add_stage, text):
     add_stage(fails(RuntimeError(text)))
     job = database.add_job("x")
