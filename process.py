@@ -134,7 +134,7 @@ def run_workers(count: int, work: Callable[[int], int], restart: bool = True) ->
             ended = slot.ended()
             if ended is None:
                 continue
-            if ended == EXIT_CANNOT_START or not restart or stop.signals:
+            if ended == EXIT_CANNOT_START or not restart or stop.signals or passed_on:
                 slots.remove(slot)
                 code = code or ended
             else:

@@ -183,7 +183,7 @@ class Trigger:
             details["delay"] = self.backoff(call.spent)
             details["after_lease"] = outcome == "unknown"
             after = "리스 만료 후" if outcome == "unknown" else f"{details['delay']:.1f}초 후"
-            then = f"{after} 재시도"
+            then = f"{after} 재시도 (Job이 그대로면)"
         log.log(
             level,
             "파이프라인 단계 실행 실패: job=%s stage=%s attempt=%d/%d error=%s → %s",

@@ -134,7 +134,8 @@ class Database:
 
     def attempts(self, job_id: str) -> list:
         return self.rows(
-            "SELECT * FROM stage_attempts WHERE job_id = %s ORDER BY started_at, attempt, finished_at",
+            "SELECT * FROM stage_attempts WHERE job_id = %s"
+            " ORDER BY started_at, attempt, finished_at",
             job_id,
         )
 

@@ -101,22 +101,25 @@ class Link:
 
 
 class TcpProxy:
-    """Forwards a port of this machine; a context manager. `requests` is what clients sent."""
+    """Stands before the server of `environ`; a context manager.
 
-    def __init__(self, target: int):
-        self.target = target
+    `settings` point a listener here, `requests` is what it sent.
+    """
+
+    def __init__(self, environ: dict[str, str]):
+        self.target = (environ["DB_HOST"], int(environ["DB_PORT"]))
         self.requests: list[bytes] = []
         self.hold: Hold | None = None
         self.links: list[Link] = []
         self.listening = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listening.getsockname()[1]
+        self.settings = {"DB_HOST": "127.0.0.1", "DB_PORT": self.listening.getsockname()[1]}
         threading.Thread(target=self.accept, daemon=True).start()
 
     def accept(self) -> None:
         with suppress(OSError):
             while True:
                 client, _ = self.listening.accept()
-                server = socket.create_connection(("127.0.0.1", self.target))
+                server = socket.create_connection(self.target)
                 self.links.append(Link(self, client, server))
 
     def hold_answer(self, text: str) -> Hold:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -21,6 +23,7 @@ import db
 from demo.stage_api import StageApi
 from demo.stage_server import Answer
 
+ROOT = Path(__file__).parent.parent
 DONE = "SELECT count(*) = %s FROM jobs WHERE current_step = 'vlm_judge' AND status = 'done'"
 SUCCEEDED = "SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s AND outcome = 'succeeded'"
 
@@ -176,12 +179,36 @@ def test_stop_does_not_wait_for_a_frozen_server(own_server, make_database, liste
     assert "did not answer within 10 s" not in process.output
 
 
+SPIN = """
+import os, signal, time
+import config, db, process
+db.stop = process.Stop()
+conn = db.connect(config.settings())
+signal.signal(signal.SIGALRM, lambda *_: None)
+os.kill(os.getpid(), signal.SIGALRM)
+before = time.process_time()
+db.execute(conn, "SELECT pg_sleep(1)")
+print(time.process_time() - before)
+"""
+
+
+def test_signal_that_is_no_stop_does_not_make_the_wait_spin(database):
+    """The alarm of a call writes to the wakeup socket as well."""
+    environ = os.environ | database.environ
+    command = [sys.executable, "-c", SPIN]
+    seconds = subprocess.run(command, env=environ, cwd=ROOT, check=True, capture_output=True).stdout
+    assert float(seconds) < 0.3
+
+
 # --- several processes ---------------------------------------------------------------------
 
 
 def sockets_to(port: int, pid: int) -> set[str]:
     """The inodes of a process's TCP connections to a port of this machine."""
-    table = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    lines = [
+        line for v in ("tcp", "tcp6") for line in Path("/proc/net", v).read_text().splitlines()
+    ]
+    table = [line.split() for line in lines]
     inodes = {f"socket:[{row[9]}]" for row in table if row[2].endswith(f":{port:04X}")}
     return inodes & {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink()}
 

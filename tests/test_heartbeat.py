@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from waiting import RECONNECTING, gate, until, wait_for_call, wait_until_idle
+from waiting import AWAY, RECONNECTING, gate, until, wait_for_call, wait_until_idle
 
 from heartbeat import ALIVE, DEAD, HANGING, Heartbeat, heartbeats
 from ops.check import verdict
@@ -155,7 +155,7 @@ def test_check_counts_several_workers_and_asks_no_database(database, listener, t
 
 
 def test_database_that_is_away_is_no_reason_to_restart_a_worker(database, listener, beats):
-    process = listener(database, DB_PORT=1)
+    process = listener(database, **AWAY)
     process.wait_for_line(RECONNECTING)
     until(lambda: "database away" in verdict(str(beats))[1], "a heartbeat")
     assert verdict(str(beats))[0] is True
@@ -206,3 +206,5 @@ def test_full_disk_is_no_reason_to_stop(database, api, listener, beats, tmp_path
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     until(lambda: json.loads(file.read_text())["valid_until"] > stopped_at, "a heartbeat")
     assert process.output.count("heartbeat 파일을 쓸 수 없음") == 1
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    process.wait_for_line("heartbeat 파일을 쓸 수 없음", count=2)

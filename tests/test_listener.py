@@ -5,7 +5,7 @@ from contextlib import closing
 
 import pytest
 from tcp_proxy import TcpProxy
-from waiting import LISTENING, RECONNECTING, terminate_backends, wait_until_idle
+from waiting import AWAY, LISTENING, RECONNECTING, terminate_backends, wait_until_idle
 
 import calls
 import db
@@ -91,21 +91,23 @@ def test_lost_connection_is_logged_with_the_delay_until_the_next_attempt(
 
 
 def test_listens_before_the_first_look_for_due_calls(database, api, listener):
-    with TcpProxy(int(database.environ["DB_PORT"])) as proxy:
+    with TcpProxy(database.environ) as proxy:
         looked = proxy.hold_answer(CLAIM)
-        listener(database, api=api, DB_PORT=proxy.port, **ON_TIME)
+        listener(database, api=api, **proxy.settings, **ON_TIME)
         looked.wait()
         database.add_job("overlay", "done")
         looked.release()
         database.wait_for(DONE, 1)
+        order = b"".join(proxy.requests)
+        assert order.index(db.LISTEN.encode()) < order.index(CLAIM.encode())
 
 
 def test_notification_read_with_the_answer_to_a_statement_is_not_slept_over(
     database, api, listener
 ):
-    with TcpProxy(int(database.environ["DB_PORT"])) as proxy:
+    with TcpProxy(database.environ) as proxy:
         asked = proxy.hold_answer(NEXT_DUE)
-        listener(database, api=api, DB_PORT=proxy.port, **ON_TIME)
+        listener(database, api=api, **proxy.settings, **ON_TIME)
         asked.wait()
         database.add_job("overlay", "done")
         asked.wait_for("job_state_changed")
@@ -288,12 +290,12 @@ def test_database_down_at_start_is_waited_for_and_logged_once(own_server, make_d
 
 
 def test_once_gives_up_when_the_database_is_away(database, listener):
-    process = listener(database, "run", "--once", DB_PORT=1)
+    process = listener(database, "run", "--once", **AWAY)
     assert process.wait() == 3
     assert "리스너 오류 발생" in process.lines[-1]
 
 
 def test_stop_does_not_wait_for_the_reconnect_delay(database, listener):
-    process = listener(database, JOB_STATE_LISTENER_RECONNECT_DELAY=3600, DB_PORT=1)
+    process = listener(database, JOB_STATE_LISTENER_RECONNECT_DELAY=3600, **AWAY)
     process.wait_for_line(RECONNECTING)
     assert process.stop() == 0

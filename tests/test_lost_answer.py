@@ -16,14 +16,14 @@ SUCCEEDED = "SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s AND outco
 
 @pytest.fixture
 def proxy(database) -> Iterator[TcpProxy]:
-    with TcpProxy(int(database.environ["DB_PORT"])) as running:
+    with TcpProxy(database.environ) as running:
         yield running
 
 
 def test_claim_whose_answer_was_lost_is_given_back_and_called_once(
     database, proxy, api, listener, tmp_path
 ):
-    process = listener(database, api=api, DB_PORT=proxy.port)
+    process = listener(database, api=api, **proxy.settings)
     wait_until_idle(tmp_path)
     claimed = proxy.hold_answer(CLAIM)
     job = database.add_job("overlay", "done")
@@ -37,7 +37,7 @@ def test_claim_whose_answer_was_lost_is_given_back_and_called_once(
 
 
 def test_claim_that_never_arrived_is_made_again(database, proxy, api, listener, tmp_path):
-    process = listener(database, api=api, DB_PORT=proxy.port)
+    process = listener(database, api=api, **proxy.settings)
     wait_until_idle(tmp_path)
     claim = proxy.hold_request(CLAIM)
     job = database.add_job("overlay", "done")
@@ -51,7 +51,7 @@ def test_claim_that_never_arrived_is_made_again(database, proxy, api, listener, 
 def test_settling_whose_answer_was_lost_is_repeated_without_harm(
     database, proxy, api, listener, tmp_path
 ):
-    process = listener(database, api=api, DB_PORT=proxy.port)
+    process = listener(database, api=api, **proxy.settings)
     wait_until_idle(tmp_path)
     api.on("overlay", lambda _request: Answer(200))
     settled = proxy.hold_answer(PAY)
@@ -69,7 +69,7 @@ def test_settling_whose_answer_was_lost_is_repeated_without_harm(
 def test_claim_that_commits_after_the_reconnect_is_found_again(
     database, proxy, api, listener, tmp_path
 ):
-    process = listener(database, api=api, DB_PORT=proxy.port, SWEEP_INTERVAL=0.1)
+    process = listener(database, api=api, **proxy.settings, SWEEP_INTERVAL=0.1)
     wait_until_idle(tmp_path)
     late = proxy.hold_request(CLAIM)
     late.wait()

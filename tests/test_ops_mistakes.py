@@ -12,7 +12,7 @@ import listener as program
 COMMANDS = sorted(program.cli.commands)
 # Where no database answers.
 NOWHERE = SimpleNamespace(environ={"DB_HOST": "127.0.0.1", "DB_PORT": "1"})
-ASKING = ["install", "verify", "status", "uninstall", "retry --all", "job 7", "call 7"]
+ASKING = ["install", "verify", "retry --all", "job 7", "call 7"]
 NO_DATABASE = (
     "no database is set: give DB_HOST or DATABASE_URL (see .env.example), "
     "or try `make demo`, which brings its own"

@@ -46,6 +46,7 @@ def accepts(port: int) -> bool:
 class PgBouncer:
     def __init__(self, database, directory: Path, mode: str, pool_size: int):
         self.port = free_port()
+        self.settings = {"DB_HOST": "127.0.0.1", "DB_PORT": self.port}
         password = database.environ["DB_PASSWORD"] or "none"
         values = {"port": self.port, "mode": mode, "pool_size": pool_size, "password": password}
         self.file = directory / "pgbouncer.ini"
@@ -81,7 +82,7 @@ def pooler(database) -> Iterator[Callable[[str, int], PgBouncer]]:
 def test_transaction_pooler_is_polled_and_nothing_leaks(database, pooler, api, listener, tmp_path):
     # One server connection for all: what one client leaves behind, every other finds.
     bouncer = pooler("transaction", 1)
-    process = listener(database, api=api, DB_PORT=bouncer.port, SWEEP_INTERVAL=3600)
+    process = listener(database, api=api, **bouncer.settings, SWEEP_INTERVAL=3600)
     wait_until_idle(tmp_path)
     job = database.add_job("planner", "done")
     database.wait_for(DONE, 1)
@@ -90,7 +91,7 @@ def test_transaction_pooler_is_polled_and_nothing_leaks(database, pooler, api, l
     assert LISTENING not in process.output
 
     with (
-        closing(psycopg2.connect(database.dsn, port=bouncer.port)) as conn,
+        closing(psycopg2.connect(database.dsn, host="127.0.0.1", port=bouncer.port)) as conn,
         conn.cursor() as cursor,
     ):
         for name in db.SESSION:
@@ -106,7 +107,7 @@ def test_reconnecting_behind_a_pooler_does_not_repeat_the_warning(
     database, pooler, api, listener, tmp_path
 ):
     bouncer = pooler("transaction", 2)
-    process = listener(database, api=api, DB_PORT=bouncer.port)
+    process = listener(database, api=api, **bouncer.settings)
     wait_until_idle(tmp_path)
     bouncer.kill()
     process.wait_for_line(RECONNECTING)
@@ -118,7 +119,7 @@ def test_reconnecting_behind_a_pooler_does_not_repeat_the_warning(
 
 
 def test_session_pooler_is_heard(database, pooler, api, listener, tmp_path):
-    process = listener(database, api=api, DB_PORT=pooler("session", 4).port, SWEEP_INTERVAL=3600)
+    process = listener(database, api=api, **pooler("session", 4).settings, SWEEP_INTERVAL=3600)
     wait_until_idle(tmp_path)
     assert LISTENING in process.output
     job = database.add_job("planner", "done")

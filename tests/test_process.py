@@ -216,6 +216,5 @@ def test_every_line_of_a_traceback_is_marked():
 
 
 def test_traceback_shows_no_secret_and_is_bounded():
-    text = line("오류", exc_info=raised("pw-of-db" + "y" * 1_000_000), **SECRETS)
-    assert "pw-of-db" not in text
-    assert len(text) < 25_000
+    assert "pw-of-db" not in line("오류", exc_info=raised("with pw-of-db"), **SECRETS)
+    assert len(line("오류", exc_info=raised("y" * 1_000_000))) < 25_000

@@ -79,8 +79,8 @@ def test_second_signal_leaves_at_once_and_the_lease_covers_the_call(database, ap
 def test_claim_that_arrives_together_with_the_signal_is_given_back(
     database, api, listener, tmp_path
 ):
-    with TcpProxy(int(database.environ["DB_PORT"])) as proxy:
-        process = listener(database, api=api, DB_PORT=proxy.port)
+    with TcpProxy(database.environ) as proxy:
+        process = listener(database, api=api, **proxy.settings)
         wait_until_idle(tmp_path)
         claimed = proxy.hold_answer(CLAIM)
         job = database.add_job()
@@ -138,8 +138,11 @@ def test_signal_to_the_whole_group_lets_the_calls_finish(number, database, api, 
         process.wait_for_line(LISTENING, count=3)
         jobs = [database.add_job() for _ in range(2)]
         api.wait_for(lambda api: len(api.calls()) == 2)
-        for pid in [*process.children(), process.pid]:
+        for pid in process.children():
             os.kill(pid, number)
+        if number == signal.SIGTERM:
+            process.wait_for_line("Job State Listener 중지됨")  # heard once, and now again
+        process.signal(number)
         process.wait_for_line("Job State Listener 중지됨")
         opened.set()
         assert process.wait() == 0

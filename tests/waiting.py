@@ -13,6 +13,8 @@ from heartbeat import ALIVE, heartbeats
 # Long enough for a busy machine; nothing waits this long unless it fails.
 PATIENCE = 60.0
 
+# The address of a database that is not there: refused at once.
+AWAY = {"DB_HOST": "127.0.0.1", "DB_PORT": 1}
 LISTENING = "LISTEN 'job_state_changed' 시작"
 RECONNECTING = "재연결 시도"
 WORKERS = "datname = current_database() AND application_name LIKE 'job-state-listener worker %%'"
