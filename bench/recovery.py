@@ -27,7 +27,12 @@ from ops.watch import table
 
 ROOT = Path(__file__).parent.parent
 LISTENING, LOST = "LISTEN '", "리스너 오류 발생"
-BACKEND = "SELECT pid FROM pg_stat_activity WHERE starts_with(application_name, %s)"
+# The backend of the one worker, once that has settled down to wait.
+BACKEND = """
+SELECT pid FROM pg_stat_activity
+WHERE starts_with(application_name, %s)
+  AND state = 'idle' AND state_change < clock_timestamp() - interval '0.3 s'
+"""
 
 
 class Worker:
@@ -74,7 +79,9 @@ class Bench:
 
     def backend(self) -> int:
         cursor = self.app.cursor()
-        cursor.execute(BACKEND, [db.WORKER_APPLICATION])
+        while cursor.rowcount != 1:
+            time.sleep(0.05)
+            cursor.execute(BACKEND, [db.WORKER_APPLICATION])
         return cursor.fetchone()[0]
 
     @contextlib.contextmanager
