@@ -96,14 +96,16 @@ class Bench:
     def terminate(self, delay: float) -> tuple[float, float]:
         """Seconds until a terminated backend is noticed, and until the worker listens again."""
         with self.worker(delay, sweep=30) as worker:
+            pid = self.backend()
             began = time.monotonic()
-            self.app.cursor().execute("SELECT pg_terminate_backend(%s)", [self.backend()])
+            self.app.cursor().execute("SELECT pg_terminate_backend(%s)", [pid])
             return worker.time_of(LOST) - began, worker.time_of(LISTENING) - began
 
     def freeze(self, sweep: float) -> tuple[float, float]:
         """Seconds until a stopped backend is noticed, and until the worker listens again."""
         with self.worker(delay=1.0, sweep=sweep) as worker:
-            pid, began = self.backend(), time.monotonic()
+            pid = self.backend()
+            began = time.monotonic()
             os.kill(pid, signal.SIGSTOP)
             try:
                 return worker.time_of(LOST) - began, worker.time_of(LISTENING) - began

@@ -247,11 +247,17 @@ def each_server(request: pytest.FixtureRequest, server: Server) -> Iterator[Serv
         yield Server(embedded.settings(), embedded)
 
 
-@pytest.fixture
-def own_server() -> Iterator[Server]:
-    """A server that this test may stop, freeze and kill."""
+@pytest.fixture(scope="session")
+def fragile_server() -> Iterator[Server]:
     with EmbeddedDatabase(options={"fsync": "off"}) as embedded:
         yield Server(embedded.settings(), embedded)
+
+
+@pytest.fixture
+def own_server(fragile_server: Server) -> Iterator[Server]:
+    """A server that this test may stop, freeze and kill; the next one finds it running."""
+    yield fragile_server
+    fragile_server.embedded.restart("immediate")
 
 
 @pytest.fixture

@@ -146,12 +146,14 @@ def test_check_follows_the_life_of_a_worker(database, listener, beats, tmp_path)
     assert list(beats.iterdir()) == []
 
 
-def test_check_counts_several_workers_and_asks_no_database(database, listener, tmp_path):
+def test_check_counts_several_workers_and_asks_no_database(database, listener, beats, tmp_path):
     listener(database, "run", "--workers", "2")
     wait_until_idle(tmp_path, workers=2)
     check = listener(database, "check", DB_HOST="")
     assert check.wait() == 0
     assert check.output == "ok: 2 workers alive: waiting for a job to change"
+    for file in beats.iterdir():
+        assert json.loads(file.read_text())["valid_until"] < time.monotonic() + 120
 
 
 def test_database_that_is_away_is_no_reason_to_restart_a_worker(database, listener, beats):
@@ -169,13 +171,6 @@ def test_long_call_is_not_a_hang(database, api, listener, beats):
         assert verdict(str(beats)) == (True, f"1 worker alive: calling vlm_analyze for job {job}")
         (file,) = beats.iterdir()
         assert json.loads(file.read_text())["valid_until"] > time.monotonic() + 500
-
-
-def test_waiting_worker_promises_to_be_back_soon(database, listener, beats, tmp_path):
-    listener(database, SWEEP_INTERVAL=1)
-    wait_until_idle(tmp_path)
-    (file,) = beats.iterdir()
-    assert json.loads(file.read_text())["valid_until"] < time.monotonic() + 120
 
 
 def test_disabled_listener_is_alive(database, listener, beats):

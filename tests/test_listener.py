@@ -215,8 +215,8 @@ def test_end_of_a_hold_wakes_an_idle_worker(database, api, listener):
     api.on("vlm_judge", lambda _request: next(answers, None))
     listener(database, api=api, **ON_TIME)
     job = database.add_job("overlay", "done")
-    database.wait_for(DONE, 1)
-    assert [row.outcome for row in database.attempts(job)][:2] == ["held", "succeeded"]
+    settled = "SELECT array_agg(outcome ORDER BY attempt) FROM stage_attempts WHERE job_id = %s"
+    database.wait_for(f"SELECT ({settled}) = ARRAY['held', 'succeeded']", job)
 
 
 def test_sweep_finds_a_call_whose_notification_was_lost(database, api, listener, tmp_path):

@@ -254,6 +254,6 @@ def test_refused_connection_costs_no_attempt_and_is_called_once_it_is_back(datab
     job = database.add_job("overlay", "done")
     process.wait_for_line("파이프라인 단계 실행 실패")
     api.start()
-    database.wait_for(ALL_THROUGH, 1)
+    database.wait_for(SUCCEEDED, 1, job)
     assert len(api.calls(job)) == 1
     assert {row.outcome for row in database.attempts(job)} == {"held", "succeeded"}
