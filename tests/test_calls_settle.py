@@ -157,6 +157,17 @@ def test_worker_that_comes_back_late_leaves_the_call_alone(database, conn, outco
     assert [attempt.outcome for attempt in database.attempts(job)] == ["lost", outcome]
 
 
+def test_call_that_was_accepted_late_says_so_to_the_next_claim(database, conn):
+    database.add_job()
+    late = claim(conn, "late")
+    database.rows(LEASE_OVER)
+    second = claim(conn, "second")
+    assert second.accepted is False
+    calls.settle(conn, result(late, "succeeded", "late"))
+    calls.settle(conn, result(second, "retry", "second", delay=0.0))
+    assert claim(conn).accepted is True
+
+
 def test_result_of_an_earlier_arrival_does_not_settle_the_next(database, conn):
     job = database.add_job()
     late = claim(conn)
