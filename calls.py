@@ -4,7 +4,7 @@ Each statement is a constant above the small function that runs it. All times ar
 database's, and every statement commits by itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +34,15 @@ class Settlement:
     error: str | None = None
     delay: float | None = None  # seconds until it is due again; None: never
     after_lease: bool = False  # not before the lease has run out
-    free: bool = False  # does not count towards MAX_ATTEMPTS
+    free: bool = False  # does not count towards max_attempts
     hold: bool = False  # nobody calls this stage for a while
     retry_after: float | None = None  # seconds the stage asked for
+    limited: bool = False  # the stage has max_running
+
+    @property
+    def freed(self) -> str | None:
+        """The stage that has a slot more now; of an unknown call it is free after the lease."""
+        return self.stage if self.limited and self.outcome != "unknown" else None
 
 
 # A worker that comes back late, its attempt taken for lost, still adds what it knows: a claim
@@ -47,6 +53,12 @@ INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at,
 VALUES (%(job_id)s, %(call_id)s, %(attempt)s, %(stage)s, %(worker)s, %(started_at)s, now(),
         %(http_status)s, %(outcome)s, left(%(error)s, 2000))
 ON CONFLICT DO NOTHING;
+DELETE FROM stage_leases WHERE call_id = %(call_id)s AND attempt = %(attempt)s;
+"""
+
+FREE_SLOT = """
+UPDATE stage_slots SET leased_until = '-infinity'
+WHERE stage = %(freed)s AND call_id = %(call_id)s AND attempt = %(attempt)s;
 """
 
 # Settling never waits for the stage's own transaction, which may still hold the row of the
@@ -65,11 +77,12 @@ WHERE job_id = ({MINE} FOR UPDATE SKIP LOCKED);
 """
 
 # Each hold is twice as long as the one before, up to a minute, unless the stage asked for a
-# time. Results of calls that were under way when the hold began do not lengthen it.
+# time. Results of calls that were under way when the hold began do not lengthen it, and none
+# touches a person's pause, which is a hold until infinity.
 HOLD = """
 UPDATE pipeline_stages AS p
 SET held_until = now() + make_interval(secs => length.seconds),
-    hold_seconds = length.seconds, held_reason = left(%(error)s, 500)
+    hold_seconds = length.seconds, held_reason = left(%(error)s, 500), held_by = %(worker)s
 FROM pipeline_stages AS q, LATERAL (
     SELECT coalesce(%(retry_after)s, least(60, 2 * coalesce(q.hold_seconds, 0.5))) AS seconds
 ) AS length
@@ -80,9 +93,10 @@ WHERE p.stage = %(stage)s AND (q.current_step, q.status) = (p.current_step, p.st
            AND p.held_until - make_interval(secs => p.hold_seconds) < %(started_at)s));
 """
 
-# A success lifts the hold, unless the call had begun before it.
+# A success lifts the hold, unless the call had begun before it, or a person paused the stage.
 LIFT = """
-UPDATE pipeline_stages SET held_until = NULL, hold_seconds = NULL, held_reason = NULL
+UPDATE pipeline_stages
+SET held_until = NULL, hold_seconds = NULL, held_reason = NULL, held_by = NULL
 WHERE stage = %(stage)s AND held_until - make_interval(secs => hold_seconds) < %(started_at)s;
 """
 
@@ -93,7 +107,7 @@ def settling(settled: Settlement | None) -> str:
         return ""
     paid = settled.outcome in ("succeeded", "skipped")
     also = LIFT if settled.outcome == "succeeded" else HOLD if settled.hold else ""
-    return RECORD + (PAY if paid else POSTPONE) + also
+    return RECORD + (PAY if paid else POSTPONE) + also + (FREE_SLOT if settled.freed else "")
 
 
 def parameters(conn, settled: Settlement) -> dict[str, Any]:
@@ -103,72 +117,97 @@ def parameters(conn, settled: Settlement) -> dict[str, Any]:
         utf8 = conn.info.parameter_status("server_encoding") == "UTF8"
         error = error.encode("utf-8" if utf8 else "ascii", "backslashreplace").decode()
         error = error.replace("\0", "\\0")
-    return vars(settled) | {"error": error}
+    return vars(settled) | {"error": error, "freed": settled.freed}
 
 
-UNSETTLED = f"SELECT EXISTS ({MINE})"
+# Whether a call waits for the slot that was freed.
+WAITING = "EXISTS (SELECT FROM stage_calls WHERE stage = %(freed)s AND due_at <= now())"
+WAKE = f"pg_notify('{WAKE_CHANNEL}', '')"
+
+UNSETTLED = f"""
+SELECT EXISTS ({MINE}) AS unsettled, CASE WHEN {WAITING} THEN {WAKE} END AS woken
+"""
 
 
 def settle(conn, settled: Settlement) -> bool:
     """Write a result; False where the stage's own transaction holds the row: again later."""
     sql = settling(settled) + UNSETTLED
-    return not execute(conn, sql, parameters(conn, settled)).fetchone()[0]
+    return not execute(conn, sql, parameters(conn, settled)).fetchone().unsettled
 
 
 # --- claiming ------------------------------------------------------------------------------
 
+# A stage with max_running has slots: one that is free, as far as this snapshot knows.
+LIMITED = "SELECT FROM stage_slots AS s WHERE s.stage = wanted.stage"
+FREE = f"{LIMITED} AND s.leased_until <= now()"
+# Locking it is what makes the limit exact. The call is locked first, so that a slot which a
+# worker has locked is one that it takes.
+SLOT = """
+    LEFT JOIN LATERAL (
+        SELECT s.slot FROM stage_slots AS s
+        WHERE s.stage = open.stage AND s.leased_until <= now()
+        LIMIT 1
+        FOR UPDATE SKIP LOCKED) AS free ON true"""
+
 # The stages are tried in the order given, and the first one with a due call wins. A row that
-# the stage's own transaction holds is passed by, and so is a held stage.
-FIRST_DUE = """
-    SELECT open.*
-    FROM unnest(%(stages)s::text[]) AS wanted (stage)
+# the stage's own transaction holds is passed by, and so is a stage that is held or full.
+FIRST_DUE = f"""
+    SELECT open.*, wanted.lease, free.slot
+    FROM unnest(%(stages)s::text[], %(leases)s::float8[]) AS wanted (stage, lease)
     CROSS JOIN LATERAL (
-        SELECT c.job_id, c.call_id, c.stage, c.attempts, c.worker, c.started_at
+        SELECT c.job_id, c.call_id, c.stage, c.attempts, c.worker
         FROM stage_calls AS c
         WHERE c.stage = wanted.stage AND c.due_at <= now()
           AND NOT EXISTS (SELECT FROM pipeline_stages AS p
                           WHERE p.stage = wanted.stage AND p.held_until > now())
+          AND (NOT EXISTS ({LIMITED}) OR EXISTS ({FREE}))
         ORDER BY c.due_at
         LIMIT 1
-        FOR UPDATE OF c SKIP LOCKED) AS open
+        FOR UPDATE OF c SKIP LOCKED) AS open{SLOT}
+    WHERE free.slot IS NOT NULL OR NOT EXISTS ({LIMITED})
     LIMIT 1"""
 
 # A person may take a call that is not due, but never one that a worker is on, or that may still
-# be running because nobody knows what became of it.
-OPEN_CALL = """
-    SELECT c.job_id, c.call_id, c.stage, c.attempts, c.worker, c.started_at
-    FROM stage_calls AS c
-    WHERE c.job_id = %(only)s
-      AND (c.due_at <= now() OR (c.worker IS NULL AND (
-          SELECT a.outcome FROM stage_attempts AS a
-          WHERE a.job_id = c.job_id AND a.call_id = c.call_id AND a.attempt = c.attempts
-          LIMIT 1) IS DISTINCT FROM 'unknown'))
-    FOR UPDATE OF c SKIP LOCKED"""
+# be running because nobody knows what became of it; nor one more than max_running.
+OPEN_CALL = f"""
+    SELECT open.*, wanted.lease, free.slot
+    FROM (
+        SELECT c.job_id, c.call_id, c.stage, c.attempts, c.worker
+        FROM stage_calls AS c
+        WHERE c.job_id = %(only)s
+          AND (c.due_at <= now() OR (c.worker IS NULL AND (
+              SELECT a.outcome FROM stage_attempts AS a
+              WHERE a.job_id = c.job_id AND a.call_id = c.call_id AND a.attempt = c.attempts
+              LIMIT 1) IS DISTINCT FROM 'unknown'))
+        FOR UPDATE OF c SKIP LOCKED) AS open
+    JOIN unnest(%(stages)s::text[], %(leases)s::float8[]) AS wanted (stage, lease)
+      ON wanted.stage = open.stage{SLOT}
+    WHERE free.slot IS NOT NULL OR NOT EXISTS ({LIMITED})"""
 
-# Takes the call found, for as long as the lease. The job's state is looked up in this same
-# statement. Always one row: it also says whether the result sent before it was settled.
+# Takes the call found, for as long as its lease. The job's state is looked up in this same
+# statement. Always one row: it also says whether the result sent before it was settled, and
+# wakes the others where that result freed a slot which is not taken here.
 TAKE = f"""
-, lost AS (
-    INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker,
-                                started_at, finished_at, outcome, error)
-    SELECT job_id, call_id, attempts, stage, worker, started_at, now(), 'lost',
-           'the worker did not come back before its lease ran out'
-    FROM due
-    WHERE worker IS NOT NULL AND (
-        SELECT true FROM stage_attempts AS a
-        WHERE a.job_id = due.job_id AND a.call_id = due.call_id AND a.attempt = due.attempts
-        LIMIT 1) IS NULL
-    ON CONFLICT DO NOTHING
-), claimed AS (
+, claimed AS (
     UPDATE stage_calls AS c
     SET attempts = c.attempts + 1, worker = %(worker)s, started_at = now(),
-        due_at = now() + make_interval(secs => %(lease)s)
-    WHERE c.job_id = (SELECT job_id FROM due)
-    RETURNING c.*
+        due_at = now() + make_interval(secs => due.lease)
+    FROM due
+    WHERE c.job_id = due.job_id
+    RETURNING c.*, due.worker AS worker_before, due.slot
+), leased AS (
+    INSERT INTO stage_leases (job_id, call_id, attempt, stage, worker, started_at, leased_until)
+    SELECT job_id, call_id, attempts, stage, worker, started_at, due_at FROM claimed
+), slot AS (
+    UPDATE stage_slots AS s
+    SET call_id = claimed.call_id, attempt = claimed.attempts, leased_until = claimed.due_at
+    FROM claimed WHERE s.stage = claimed.stage AND s.slot = claimed.slot
 )
 SELECT claimed.call_id, claimed.job_id, claimed.current_step, claimed.status, claimed.stage,
        claimed.attempts AS attempt, claimed.attempts - claimed.free_attempts AS spent,
-       claimed.started_at, job.tenant_id, job.found IS NOT NULL AS job_found,
+       claimed.started_at, claimed.worker_before IS NOT NULL AS taken_over,
+       claimed.slot IS NOT NULL AS limited,
+       job.tenant_id, job.found IS NOT NULL AS job_found,
        job.current_step AS job_step, job.status AS job_status,
        (job.current_step, job.status) IS NOT DISTINCT FROM
            (claimed.current_step, claimed.status) AS owed,
@@ -178,7 +217,8 @@ SELECT claimed.call_id, claimed.job_id, claimed.current_step, claimed.status, cl
              AND a.outcome = 'succeeded'
            LIMIT 1) IS NOT NULL AS accepted,
        EXISTS ({MINE}) AS unsettled,
-       now() AS looked_at
+       now() AS looked_at,
+       CASE WHEN claimed.stage IS DISTINCT FROM %(freed)s AND {WAITING} THEN {WAKE} END AS woken
 FROM (VALUES (1)) AS always
 LEFT JOIN claimed ON true
 LEFT JOIN LATERAL (
@@ -191,23 +231,24 @@ CLAIM = f"WITH due AS ({FIRST_DUE}){TAKE}"
 CLAIM_JOB = f"WITH due AS ({OPEN_CALL}){TAKE}"
 
 
-NOTHING = {"job_id": None, "call_id": None, "attempt": None}
+NOTHING = {"job_id": None, "call_id": None, "attempt": None, "freed": None}
 
 
-def claim(conn, *, stages: Sequence[str], worker: str, lease: float, settled=None, only=None):
+def claim(conn, *, leases: Mapping[str, float], worker: str, settled=None, only=None):
     """Settle `settled`, if given, and claim the next due call: one round trip, one commit.
 
     Args:
-        stages: names to choose from, most wanted first.
-        lease: seconds for which no other worker may take the call.
+        leases: the stages to choose from, most wanted first, each with the seconds for which
+            no other worker may take its call.
         only: a job id: claim what this job owes, due or not.
 
     Returns:
         A row; its `call_id` is None where nothing was due, and `unsettled` is True where the
-        stage's own transaction holds the row of `settled`: settle it again later.
+        stage's own transaction holds the row of `settled`: settle it again later. `taken_over`:
+        another worker's lease on this call ran out.
     """
-    params = {"stages": list(stages), "worker": worker, "lease": lease, "only": only}
-    params |= parameters(conn, settled) if settled else NOTHING
+    params = {"stages": list(leases), "leases": list(leases.values()), "worker": worker}
+    params |= {"only": only} | (parameters(conn, settled) if settled else NOTHING)
     sql = CLAIM if only is None else CLAIM_JOB
     return execute(conn, settling(settled) + sql, params).fetchone()
 
@@ -232,7 +273,7 @@ WHERE coming.due_at < 'infinity'
 """
 
 
-def next_due(conn, stages: Sequence[str], looked_at) -> float | None:
+def next_due(conn, stages: Iterable[str], looked_at) -> float | None:
     """Seconds until a call becomes due; None where none is coming."""
     params = {"stages": list(stages), "looked_at": looked_at}
     return execute(conn, NEXT_DUE, params).fetchone()[0]
@@ -241,59 +282,24 @@ def next_due(conn, stages: Sequence[str], looked_at) -> float | None:
 # Claims of this worker that it never began, because their answer was lost or it has to stop.
 # They are due again, so the other workers are told to look.
 GIVE_BACK = f"""
-WITH given_back AS (
+WITH ended AS (
+    DELETE FROM stage_leases
+    WHERE worker = %(worker)s AND call_id <> ALL (%(keep)s::bigint[])
+    RETURNING job_id, call_id, attempt
+), freed AS (
+    UPDATE stage_slots AS s SET leased_until = '-infinity'
+    FROM ended AS e WHERE s.call_id = e.call_id AND s.attempt = e.attempt
+), given_back AS (
     UPDATE stage_calls
     SET worker = NULL, started_at = NULL, due_at = now(), free_attempts = free_attempts + 1
-    WHERE job_id IN (SELECT job_id FROM stage_calls
-                     WHERE worker = %(worker)s AND call_id <> ALL (%(keep)s::bigint[])
-                     FOR UPDATE SKIP LOCKED)
-    RETURNING call_id
+    WHERE job_id IN (SELECT c.job_id FROM stage_calls AS c JOIN ended AS e USING (job_id)
+                     WHERE c.call_id = e.call_id AND c.attempts = e.attempt
+                     FOR UPDATE OF c SKIP LOCKED)
 )
-SELECT count(*), CASE WHEN count(*) > 0 THEN pg_notify('{WAKE_CHANNEL}', '') END
-FROM given_back
+SELECT count(*), CASE WHEN count(*) > 0 THEN {WAKE} END FROM ended
 """
 
 
 def give_back(conn, worker: str, keep: Sequence[int]) -> int:
     """Free what `worker` claimed and did not begin; `keep` are the calls it has results for."""
     return execute(conn, GIVE_BACK, {"worker": worker, "keep": list(keep)}).fetchone()[0]
-
-
-# --- upkeep --------------------------------------------------------------------------------
-
-# One worker at a time, and in small batches: nobody else ever waits for it.
-PRUNE = """
-DELETE FROM stage_attempts WHERE ctid = ANY (ARRAY(
-    SELECT ctid FROM stage_attempts
-    WHERE finished_at < now() - make_interval(secs => 86400 * %(days)s)
-      AND (SELECT pg_try_advisory_xact_lock(hashtext('job_state_listener.prune')))
-    ORDER BY finished_at
-    LIMIT %(batch)s))
-"""
-
-
-def prune(conn, days: float, batch: int = 1000) -> int:
-    """Delete a batch of the attempts that finished more than `days` ago; how many."""
-    return execute(conn, PRUNE, {"days": days, "batch": batch}).rowcount
-
-
-# A given-up call waits for a person; where its job was deleted there is nothing to wait for.
-FORGET = """
-WITH gone AS (
-    DELETE FROM stage_calls AS c
-    WHERE c.due_at = 'infinity' AND c.stage = ANY (%(stages)s)
-      AND NOT EXISTS (SELECT FROM jobs AS j WHERE j.job_id = c.job_id)
-    RETURNING c.*
-)
-INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at, finished_at,
-                            outcome, error)
-SELECT job_id, call_id, attempts + 1, stage, %(worker)s, now(), now(),
-       'skipped', 'the job was deleted'
-FROM gone
-ON CONFLICT DO NOTHING
-"""
-
-
-def forget_deleted(conn, stages: Sequence[str], worker: str) -> int:
-    """Drop the given-up calls of deleted jobs, with a row in the history; how many."""
-    return execute(conn, FORGET, {"stages": list(stages), "worker": worker}).rowcount

@@ -6,6 +6,7 @@ this file. Every name below is documented with its default and unit in `.env.exa
 
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
@@ -51,9 +52,10 @@ def number(kind: type, low: float, high: float, unit: str) -> Callable[[str], An
 
 def one_of(*words: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
-        if text.upper() not in words:
-            raise Allowed(" or ".join(words))
-        return text.upper()
+        for word in words:
+            if text.lower() == word.lower():
+                return word
+        raise Allowed(" or ".join(words))
 
     return parse
 
@@ -100,8 +102,25 @@ def text(value: str) -> str:
     return value
 
 
+def token(text: str) -> str:
+    """What may stand in an HTTP header after "Bearer" (RFC 6750, 2.1, and a little more)."""
+    if not re.fullmatch(r"[!-~]+", text):
+        raise Allowed("visible ASCII characters without spaces")
+    return text
+
+
+def command(text: str) -> list[str]:
+    """A program and its arguments, quoted as for a shell, which never sees them."""
+    try:
+        return shlex.split(text)
+    except ValueError:
+        raise Allowed("a program and its arguments, with quotes that are closed") from None
+
+
 SECONDS = "a number of seconds"
-SECRET = {"DB_PASSWORD", "DATABASE_URL"}
+SECRET = {"DB_PASSWORD", "DATABASE_URL", "STAGE_API_TOKEN"}
+# STAGE_API_URL_VLM_ANALYZE: where the stage vlm_analyze is, should it be elsewhere.
+STAGE_URL = "STAGE_API_URL_"
 
 # name: (default, parser). The order is the order of `.env.example`.
 SETTINGS: dict[str, tuple[str | None, Callable[[str], Any]]] = {
@@ -114,20 +133,26 @@ SETTINGS: dict[str, tuple[str | None, Callable[[str], Any]]] = {
     "DB_PASSWORD": (None, text),
     "DATABASE_URL": (None, database_url),
     "STAGE_API_URL": ("http://localhost:8011", http_url),
+    "STAGE_API_TOKEN": (None, token),
     "STAGE_TIMEOUT": ("600", number(float, 0.1, 86400, SECONDS)),
     "LEASE_MARGIN": ("30", number(float, 1, 3600, SECONDS)),
     "MAX_ATTEMPTS": ("5", number(int, 1, 1000, "a whole number")),
     "RETRY_DELAY": ("5", number(float, 0.01, 3600, SECONDS)),
     "LISTENER_WORKERS": ("1", number(int, 1, 256, "a whole number")),
     "SWEEP_INTERVAL": ("30", number(float, 0.1, 3600, SECONDS)),
+    "POLL_INTERVAL": ("1", number(float, 0.05, 3600, SECONDS)),
     "HISTORY_DAYS": ("30", number(float, 0.01, 36500, "a number of days")),
     "HEARTBEAT_DIR": (str(Path(tempfile.gettempdir()) / "job-state-listener"), text),
+    "ALERT_COMMAND": (None, command),
     "LOG_LEVEL": ("INFO", one_of("DEBUG", "INFO", "WARNING", "ERROR")),
+    "LOG_FORMAT": ("text", one_of("text", "json")),
 }
 
 
 def read(environ: dict[str, str]) -> SimpleNamespace:
     """The settings of `environ`, one attribute a name. An empty value counts as not set.
+
+    STAGE_API_URLS has the base URLs of single stages, by the stage's name in capitals.
 
     Raises:
         SettingsError: naming the variable, its value (unless secret) and what is allowed.
@@ -135,13 +160,27 @@ def read(environ: dict[str, str]) -> SimpleNamespace:
     values = SimpleNamespace()
     for name, (default, parse) in SETTINGS.items():
         given = environ.get(name, "").strip() or default
-        try:
-            setattr(values, name, None if given is None else parse(given))
-        except Allowed as allowed:
-            # What stands before an @ may be a password.
-            shown = "***" if name in SECRET or "@" in given else repr(given)[:80]
-            raise SettingsError(f"{name}={shown} cannot be used: allowed is {allowed}") from None
+        setattr(values, name, None if given is None else parsed(name, given, parse))
+    values.STAGE_API_URLS = {
+        name.removeprefix(STAGE_URL): parsed(name, given.strip(), http_url)
+        for name, given in environ.items()
+        if name.startswith(STAGE_URL) and given.strip()
+    }
+    urls = [values.STAGE_API_URL, *values.STAGE_API_URLS.values()]
+    if values.STAGE_API_TOKEN and any(urlsplit(url).username is not None for url in urls):
+        raise SettingsError(
+            "STAGE_API_TOKEN cannot be used with a user in a STAGE_API_URL: give one of them"
+        )
     return values
+
+
+def parsed(name: str, given: str, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(given)
+    except Allowed as allowed:
+        # What stands before an @ may be a password.
+        shown = "***" if name in SECRET or "@" in given else repr(given)[:80]
+        raise SettingsError(f"{name}={shown} cannot be used: allowed is {allowed}") from None
 
 
 @lru_cache(maxsize=1)
@@ -174,8 +213,10 @@ def require_database(values: SimpleNamespace) -> None:
 
 def redactor(values: SimpleNamespace) -> Callable[[str], str]:
     """A function that replaces every secret of `values`, and what looks like one, by ***."""
-    stage_api = urlsplit(values.STAGE_API_URL).password or ""
-    known = {values.DB_PASSWORD, stage_api, unquote(stage_api)}
+    known = {values.DB_PASSWORD, values.STAGE_API_TOKEN}
+    for url in (values.STAGE_API_URL, *values.STAGE_API_URLS.values()):
+        password = urlsplit(url).password or ""
+        known |= {password, unquote(password)}
     if values.DATABASE_URL:
         known.add(psycopg2.extensions.parse_dsn(values.DATABASE_URL).get("password"))
         # As it was written, percent signs and all: that is how errors quote it.

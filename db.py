@@ -18,6 +18,7 @@ from config import require_database
 CHANNEL = "job_state_changed"
 # For our own commands: "look now", without pretending that a job changed.
 WAKE_CHANNEL = "job_state_listener_wake"
+RING = f'NOTIFY "{WAKE_CHANNEL}"'
 # A worker's application_name is this and its name, for pg_stat_activity and `status`.
 WORKER_APPLICATION = "job-state-listener worker "
 
@@ -47,11 +48,13 @@ PINNED = {
     "enable_hashjoin": "off",
     "enable_mergejoin": "off",
     "enable_sort": "off",
-    "jit": "off",
 }
+# For a person's query, and for one that reads all of jobs.
+UNPINNED = "".join(f"SET LOCAL {name} = DEFAULT; " for name in PINNED)
 # lock_timeout is shorter than deadlock_timeout: where a worker and the application would wait
 # for each other, the worker gives way. The isolation may be anything by default.
-SESSION = PINNED | {
+SESSION = {
+    "jit": "off",
     "default_transaction_isolation": "read committed",
     "row_security": "off",
     "statement_timeout": "8s",
@@ -106,8 +109,14 @@ class Connection(psycopg2.extensions.connection):
     hears = True
 
 
-def connect(settings: SimpleNamespace, name: str = "job-state-listener") -> Connection:
+def connect(
+    settings: SimpleNamespace, name: str = "job-state-listener", pinned: bool = False
+) -> Connection:
     """An autocommit connection with a deadline on every call.
+
+    Args:
+        name: how pg_stat_activity shows it.
+        pinned: for claiming and settling, whose plans are the same whatever the statistics.
 
     Raises:
         SettingsError: no database is configured.
@@ -134,18 +143,18 @@ def connect(settings: SimpleNamespace, name: str = "job-state-listener") -> Conn
         psycopg2.extensions.set_wait_callback(wait_with_deadline)
     try:
         conn.autocommit = True
-        prepare_session(conn)
+        prepare_session(conn, SESSION | PINNED if pinned else SESSION)
     except psycopg2.Error:
         conn.close()
         raise
     return conn
 
 
-def prepare_session(conn: Connection) -> None:
+def prepare_session(conn: Connection, session: dict[str, str]) -> None:
     """Set the session up, in a way that also holds behind a pooler."""
     pooled = is_pooled(conn)
     setting = "SET LOCAL {} = '{}'; " if pooled else "SET {} = '{}'; "
-    commands = "".join(setting.format(name, value) for name, value in SESSION.items())
+    commands = "".join(setting.format(name, value) for name, value in session.items())
     if pooled:
         conn.prefix = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; " + commands
     else:
@@ -241,10 +250,7 @@ def hear(conn: Connection, at_most: int = 10_000) -> list[psycopg2.extensions.No
 
 # --- what a stage function asks ------------------------------------------------------------
 
-# The pins are for our own statements; a person's query is planned as usual.
-READ_ONLY = "SET TRANSACTION READ ONLY; " + "".join(
-    f"SET LOCAL {name} = DEFAULT; " for name in PINNED
-)
+READ_ONLY = "SET TRANSACTION READ ONLY; " + UNPINNED
 
 
 def query(conn: Connection, sql: str, params: dict[str, Any] | None = None) -> list:

@@ -21,18 +21,21 @@ import psycopg2
 import calls
 import config
 import db
+import logs
 import ops
 import process
 import stages
+import upkeep
 from heartbeat import Heartbeat
 from process import Stop
 from trigger import Trigger
 
 log = logging.getLogger("listener")
 
-# Behind a transaction pooler nothing is heard, so a worker looks every second.
-POLL_INTERVAL = 1.0
-UPKEEP_INTERVAL = 600.0
+UPKEEP_INTERVAL = 60.0
+STALLED_INTERVAL = 300.0
+# For so long after a lost connection, a statement sent on it may still take effect.
+DOUBTFUL = 600.0
 # What a heartbeat allows on top of what it announces: a few database deadlines, slow DNS.
 HEARTBEAT_MARGIN = 60.0
 
@@ -49,8 +52,7 @@ class Worker:
         self.heartbeat = Heartbeat(settings.HEARTBEAT_DIR, self.name)
         self.checked = False  # whether the database knows this PIPELINE
         self.hears = True
-        self.next_upkeep = time.monotonic()
-        # Until then a statement of a lost connection may still take effect.
+        self.next_upkeep = self.next_stalled = time.monotonic()
         self.doubtful_until = 0.0
         self.reason, self.repeats = "", 0
         db.stop = stop
@@ -64,7 +66,9 @@ class Worker:
             ops.Problem: the database does not know this PIPELINE.
             psycopg2.Error: with `once`, which does not wait for better times.
         """
-        log.info("Job State Listener 시작: worker=%s stages=%s", self.name, self.trigger.stages)
+        log.info(
+            "Job State Listener 시작: worker=%s stages=%s", self.name, list(self.trigger.leases)
+        )
         try:
             while not self.stop.requested or self.trigger.result:
                 try:
@@ -77,24 +81,27 @@ class Worker:
                         raise
                     self.wait_to_reconnect(error)
         finally:
+            self.trigger.alerts.close()
             self.heartbeat.close()
         log.info("Job State Listener 중지됨: worker=%s", self.name)
 
     def connect(self) -> db.Connection:
         """LISTEN comes before the first look for due calls, so that nothing falls between."""
         self.heartbeat.beat("connecting to the database", HEARTBEAT_MARGIN)
-        conn = db.connect(self.settings, db.WORKER_APPLICATION + self.name)
+        conn = db.connect(self.settings, db.WORKER_APPLICATION + self.name, pinned=True)
         info = conn.info
         log.info("PostgreSQL 연결 성공: %s:%s/%s", info.host, info.port, info.dbname)
         if not self.checked:
             ops.require_installed(conn)
+            upkeep.tell_timeouts(conn, stages.timeouts(self.settings))
             self.checked = True
         heard, self.hears = self.hears, db.listen(conn, self.settings)
         if self.hears:
             log.info("LISTEN '%s' 시작", db.CHANNEL)
         elif heard:
             log.warning(
-                "알림이 전달되지 않음 (트랜잭션 풀러?): LISTEN 대신 %.0f초마다 확인", POLL_INTERVAL
+                "알림이 전달되지 않음 (트랜잭션 풀러?): LISTEN 대신 %g초마다 확인",
+                self.settings.POLL_INTERVAL,
             )
         self.trigger.resume(conn)
         return conn
@@ -111,7 +118,7 @@ class Worker:
         if self.repeats & (self.repeats - 1) == 0:
             log.warning("재연결 시도: %.1f초 후 (%d번째)", delay, self.repeats)
         self.heartbeat.beat(f"database away: {reason}", delay + HEARTBEAT_MARGIN)
-        self.doubtful_until = time.monotonic() + UPKEEP_INTERVAL
+        self.doubtful_until = time.monotonic() + DOUBTFUL
         if self.stop.requested and self.trigger.result:
             time.sleep(delay)  # only to write a result: a second signal leaves at once
         else:
@@ -134,7 +141,7 @@ class Worker:
             call = self.trigger.next(conn)
             if call is None or self.stop.requested:
                 return
-            lease = self.settings.STAGE_TIMEOUT + self.settings.LEASE_MARGIN
+            lease = self.trigger.leases[call.stage]
             self.heartbeat.beat(f"calling {call.stage} for job {call.job_id}", lease)
             self.trigger.run(call)
             self.hear(conn)
@@ -142,11 +149,13 @@ class Worker:
     def wait(self, conn: db.Connection) -> None:
         """Sleep until a notification, a signal, the next due call, or the sweep."""
         seconds = self.settings.SWEEP_INTERVAL
-        if not self.hears or self.trigger.locked:
-            seconds = min(seconds, POLL_INTERVAL)
+        if not self.hears:
+            seconds = min(seconds, self.settings.POLL_INTERVAL)
+        if self.trigger.locked or self.trigger.alerts.look():
+            seconds = min(seconds, 1.0)
         if time.monotonic() < self.doubtful_until:
             self.trigger.resume(conn)
-        due = calls.next_due(conn, self.trigger.stages, self.trigger.looked_at)
+        due = calls.next_due(conn, self.trigger.leases, self.trigger.looked_at)
         upkeep = self.next_upkeep - time.monotonic()
         seconds = max(0.0, min(seconds, upkeep, seconds if due is None else due))
         self.heartbeat.beat("waiting for a job to change", seconds + HEARTBEAT_MARGIN)
@@ -159,29 +168,42 @@ class Worker:
         """Log what the bell said. It only means "look now": nothing depends on its words."""
         notifications = db.hear(conn)
         for notification in notifications:
-            if notification.channel == db.WAKE_CHANNEL:
-                continue
-            try:
-                said = json.loads(notification.payload)
-                job, state = said["job_id"], (said["current_step"], said["status"])
-                level = logging.INFO if state in stages.PIPELINE else logging.DEBUG
-                log.log(
-                    level,
-                    "[LISTENER] Job 상태 변화 감지: job=%s current_step=%s status=%s",
-                    job,
-                    *state,
-                )
-            except (ValueError, TypeError, KeyError, RecursionError):
-                log.warning("알 수 없는 알림 무시: %.200s", notification.payload)
+            if notification.channel == db.CHANNEL:
+                log_change(notification.payload)
+            elif notification.payload:  # what an operator did, in words
+                log.warning("운영자: %.500s", notification.payload)
         return len(notifications)
 
     def upkeep(self, conn: db.Connection) -> None:
-        """Prune the history, a batch at a time, between two calls."""
+        """What any worker does for all, between two calls; history goes a batch at a time."""
         if time.monotonic() < self.next_upkeep:
             return
-        more = calls.prune(conn, self.settings.HISTORY_DAYS)
-        calls.forget_deleted(conn, self.trigger.stages, self.name)
+        upkeep.reap(conn)
+        upkeep.forget_deleted(conn, self.trigger.leases, self.name)
+        more = upkeep.prune(conn, self.settings.HISTORY_DAYS)
         self.next_upkeep = time.monotonic() + (0.0 if more else UPKEEP_INTERVAL)
+        if self.settings.ALERT_COMMAND and time.monotonic() >= self.next_stalled:
+            self.next_stalled = time.monotonic() + STALLED_INTERVAL
+            for row in upkeep.newly_stalled(conn):
+                log.error("정체된 단계: stage=%s jobs=%d", row.stage, row.jobs)
+                text = f"{row.jobs} jobs are stalled at {row.stage}: {row.reason}"
+                self.trigger.alerts.send("stalled", text, **row._asdict())
+
+
+def log_change(payload: str) -> None:
+    """One line for a job's change of state; INFO where a stage follows."""
+    try:
+        said = json.loads(payload)
+        job, state = said["job_id"], (said["current_step"], said["status"])
+        level = logging.INFO if state in stages.PIPELINE else logging.DEBUG
+        log.log(
+            level,
+            "[LISTENER] Job 상태 변화 감지: job=%s current_step=%s status=%s",
+            *(job, *state),
+            extra=logs.about(job=job, current_step=state[0], status=state[1]),
+        )
+    except (ValueError, TypeError, KeyError, RecursionError):
+        log.warning("알 수 없는 알림 무시: %.200s", payload)
 
 
 def worker_name() -> str:
@@ -230,7 +252,7 @@ def run(workers: int | None = None, only: tuple[str, ...] = (), once: bool = Fal
     settings = config.settings()
     if settings.ENABLE_JOB_STATE_LISTENER:
         config.require_database(settings)
-    process.set_up_log(settings)
+    logs.set_up(settings)
 
     def work(role: str) -> int:
         stop = Stop(role)
@@ -264,8 +286,8 @@ def call(job_id: str) -> None:
     having been given up keeps it from being run.
     """
     settings = config.settings()
-    process.set_up_log(settings)
-    conn = db.connect(settings, "job-state-listener call")
+    logs.set_up(settings)
+    conn = db.connect(settings, "job-state-listener call", pinned=True)
     ops.require_installed(conn)
     trigger = Trigger(settings, worker_name())
     ops.make_due(conn, job_id)

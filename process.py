@@ -1,4 +1,4 @@
-"""The process around a worker: being told to stop, the parent of several workers, and the log."""
+"""The process around a worker: being told to stop, and the parent of several workers."""
 
 import contextlib
 import logging
@@ -6,13 +6,9 @@ import os
 import select
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
-
-from config import redactor
 
 log = logging.getLogger("listener.process")
 
@@ -164,44 +160,3 @@ def fork(work: Callable[[int], int], number: int) -> int:
     finally:
         logging.shutdown()
         os._exit(code)
-
-
-# --- the log -------------------------------------------------------------------------------
-
-LONGEST_LINE = 4000
-CONTROL = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160), 0x2028, 0x2029]}
-CONTROL |= {ord("\n"): "\\n", ord("\r"): "\\r", ord("\t"): "\\t"}
-
-
-class OneLine(logging.Formatter):
-    """One event, one line: control characters in data are escaped, secrets are replaced.
-
-    A traceback follows its line, each of its own lines marked, so that no text in an exception
-    can pass for an event.
-    """
-
-    def __init__(self, settings: SimpleNamespace):
-        super().__init__("%(asctime)s %(levelname)s [%(process)d] %(message)s")
-        self.redact = redactor(settings)
-
-    def format(self, record: logging.LogRecord) -> str:
-        message = self.redact(record.getMessage()).translate(CONTROL)
-        if len(message) > LONGEST_LINE:
-            message = message[:LONGEST_LINE] + "…"
-        record.message, record.asctime = message, self.formatTime(record)
-        line = self.formatMessage(record)
-        if record.exc_info:
-            trace = self.redact(self.formatException(record.exc_info))[-20_000:]
-            lines = [text.translate(CONTROL)[:LONGEST_LINE] for text in trace.split("\n")]
-            line += "".join(f"\n    | {text}" for text in lines)
-        return line
-
-
-def set_up_log(settings: SimpleNamespace) -> None:
-    """Log to standard output, where `docker logs … | grep` looks."""
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(OneLine(settings))
-    root = logging.getLogger("listener")
-    root.handlers, root.propagate = [handler], False
-    root.setLevel(settings.LOG_LEVEL)

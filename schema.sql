@@ -26,12 +26,41 @@ CREATE TABLE IF NOT EXISTS pipeline_stages (
     current_step text NOT NULL,
     status       text NOT NULL,
     stage        text NOT NULL,
+    position     integer,  -- in PIPELINE
     max_running  integer CHECK (max_running > 0),
-    -- A held stage is called by nobody until then; the next hold lasts twice as long.
+    -- Seconds for a whole call: what takes longer is stalled, and was first seen so then.
+    timeout      double precision,
+    stalled_since timestamptz,
+    -- A held stage is called by nobody until then; the next hold lasts twice as long. A
+    -- person's pause is a hold until infinity.
     held_until   timestamptz,
     hold_seconds double precision,
     held_reason  text,
+    held_by      text,
     PRIMARY KEY (current_step, status)
+);
+
+-- The first version of this table had fewer columns. ALTER TABLE locks it, even for nothing.
+DO $do$
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'pipeline_stages'::regclass
+                   AND attname = 'held_by') THEN
+        ALTER TABLE pipeline_stages
+            ADD COLUMN position integer, ADD COLUMN timeout double precision,
+            ADD COLUMN stalled_since timestamptz, ADD COLUMN held_by text;
+    END IF;
+END
+$do$;
+
+-- A stage with max_running has so many slots; a claim needs a free one. Rows that can be locked
+-- make the limit exact: nothing that is counted could be.
+CREATE TABLE IF NOT EXISTS stage_slots (
+    stage        text NOT NULL,
+    slot         integer NOT NULL,
+    call_id      bigint,
+    attempt      integer,
+    leased_until timestamptz NOT NULL DEFAULT '-infinity',
+    PRIMARY KEY (stage, slot)
 );
 
 -- job_id has the type it has in jobs, but as wide as that type goes: jobs may be widened
@@ -77,6 +106,21 @@ BEGIN
         ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000)
     $ddl$, id_type);
 
+    -- Who is calling what: one row per attempt under way. A stage that sets its job running
+    -- has paid the debt, but its call goes on, and its worker may yet be lost.
+    EXECUTE format($ddl$
+        CREATE TABLE IF NOT EXISTS stage_leases (
+            job_id       %s NOT NULL,
+            call_id      bigint NOT NULL,
+            attempt      integer NOT NULL,
+            stage        text NOT NULL,
+            worker       text NOT NULL,
+            started_at   timestamptz NOT NULL,
+            leased_until timestamptz NOT NULL,
+            PRIMARY KEY (call_id, attempt)
+        ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000)
+    $ddl$, id_type);
+
     -- What happened: one appended row per finished attempt, pruned by HISTORY_DAYS.
     EXECUTE format($ddl$
         CREATE TABLE IF NOT EXISTS stage_attempts (
@@ -95,6 +139,7 @@ BEGIN
                 'unknown',    -- no answer: called again once the lease has run out
                 'failed',     -- given up: waits for a person
                 'skipped',    -- the job had moved on or was deleted; nothing was called
+                'cancelled',  -- a person dropped the call; nothing was called
                 'lost')),     -- the worker never came back; its lease ran out
             error        text,
             -- Serves `job JOB_ID`, and makes settling twice harmless. An attempt taken for
@@ -102,6 +147,15 @@ BEGIN
             PRIMARY KEY (job_id, call_id, attempt, outcome)
         )
     $ddl$, id_type);
+
+    -- The first version knew no 'cancelled'.
+    IF NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = 'stage_attempts'::regclass
+                   AND pg_get_constraintdef(oid) LIKE '%cancelled%') THEN
+        ALTER TABLE stage_attempts DROP CONSTRAINT stage_attempts_outcome_check;
+        ALTER TABLE stage_attempts ADD CONSTRAINT stage_attempts_outcome_check CHECK (
+            outcome IN ('succeeded', 'held', 'retry', 'unknown', 'failed', 'skipped',
+                        'cancelled', 'lost')) NOT VALID;
+    END IF;
 
     -- CREATE INDEX IF NOT EXISTS would lock a table that is in use, even for nothing.
     IF to_regclass('stage_calls_due_idx') IS NULL THEN

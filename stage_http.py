@@ -72,10 +72,10 @@ class Session(requests.Session):
 
 
 class StageApi:
-    """One worker's kept-alive connection to the stage API."""
+    """One worker's kept-alive connection to the stage API, at `url` or STAGE_API_URL."""
 
-    def __init__(self, settings: SimpleNamespace):
-        self.url = settings.STAGE_API_URL
+    def __init__(self, settings: SimpleNamespace, url: str | None = None):
+        self.url = url or settings.STAGE_API_URL
         self.used_at = 0.0
         self.session = Session()
         # No .netrc, which would replace credentials, and no proxy variables.
@@ -83,6 +83,8 @@ class StageApi:
         # Nor a cookie of one job's answer in the next job's call.
         self.session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         self.session.headers = {"User-Agent": "job-state-listener", "Accept-Encoding": "identity"}
+        if settings.STAGE_API_TOKEN:
+            self.session.headers["Authorization"] = f"Bearer {settings.STAGE_API_TOKEN}"
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, Adapter(pool_maxsize=1, max_retries=0))
 
@@ -98,7 +100,7 @@ class StageApi:
         headers = {"Content-Type": "application/json", **headers}
         left = until - time.monotonic()
         if left <= 0:
-            raise TimeoutError("the stage function used up STAGE_TIMEOUT before its POST")
+            raise TimeoutError("the stage function used up its timeout before its POST")
         if time.monotonic() - self.used_at > REUSE_WITHIN:
             self.session.close()
         previous = signal.signal(signal.SIGALRM, raise_in_send)
@@ -110,7 +112,7 @@ class StageApi:
             return answer
         except CallDeadline as error:
             unsent = while_connecting(error)
-            failed = (Unreachable if unsent else NoAnswer)("no answer before STAGE_TIMEOUT")
+            failed = (Unreachable if unsent else NoAnswer)("no answer before the timeout")
         except NoAnswer as error:
             failed = error
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:

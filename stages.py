@@ -1,15 +1,50 @@
 """The pipeline: which stage a state leads to, and how that stage's API is called.
 
 To add a stage, write a function of one argument (a `Call`) that returns `call.post(...)`, give
-its state a line in PIPELINE, and run `make trigger`.
+its state a line in PIPELINE, and run `make trigger`. What it can bear stands above it:
+
+    @limits(max_running=1, timeout=120, max_attempts=3)
+    def vlm_analyze(call): ...
 """
 
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import config
 from stage_http import Answer, StageApi
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a stage can bear.
+
+    Args:
+        max_running: calls at once, counted over all workers and machines; None: no limit.
+        timeout: seconds for a whole call; None: STAGE_TIMEOUT.
+        max_attempts: then the call is given up; None: MAX_ATTEMPTS.
+    """
+
+    max_running: int | None = None
+    timeout: float | None = None
+    max_attempts: int | None = None
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value!r} of a stage: allowed is more than 0, or None")
+
+
+def limits(**given: Any) -> Callable:
+    """Declare the Limits of the stage function below."""
+
+    def declare(function: Callable) -> Callable:
+        function.limits = Limits(**given)
+        return function
+
+    return declare
 
 
 def vlm_analyze(call: "Call") -> Answer:
@@ -48,6 +83,44 @@ def stage_names() -> list[str]:
     return list(dict.fromkeys(function.__name__ for function in PIPELINE.values()))
 
 
+def stage_limits(settings: SimpleNamespace) -> dict[str, Limits]:
+    """The Limits of every stage; what it does not declare is as in `settings`."""
+    declared = {f.__name__: getattr(f, "limits", Limits()) for f in PIPELINE.values()}
+    return {
+        stage: Limits(
+            given.max_running,
+            given.timeout or settings.STAGE_TIMEOUT,
+            given.max_attempts or settings.MAX_ATTEMPTS,
+        )
+        for stage, given in declared.items()
+    }
+
+
+def timeouts(settings: SimpleNamespace) -> dict[str, float]:
+    """Seconds for a whole call of every stage."""
+    return {stage: given.timeout for stage, given in stage_limits(settings).items()}
+
+
+def stage_apis(settings: SimpleNamespace) -> dict[str, StageApi]:
+    """The API of every stage; those with the same base URL share one.
+
+    Raises:
+        SettingsError: a STAGE_API_URL_… names no stage.
+    """
+    names = {stage.upper(): stage for stage in stage_names()}
+    for unknown in settings.STAGE_API_URLS.keys() - names.keys():
+        allowed = " or ".join(config.STAGE_URL + name for name in names)
+        raise config.SettingsError(
+            f"{config.STAGE_URL}{unknown}: there is no such stage; allowed is {allowed}"
+        )
+    urls = {
+        stage: settings.STAGE_API_URLS.get(name, settings.STAGE_API_URL)
+        for name, stage in names.items()
+    }
+    apis = {url: StageApi(settings, url) for url in urls.values()}
+    return {stage: apis[url] for stage, url in urls.items()}
+
+
 # --- what a stage function works with ------------------------------------------------------
 
 
@@ -62,11 +135,14 @@ class Call:
     stage: str
     call_id: int
     attempt: int
-    spent: int  # attempts that count towards MAX_ATTEMPTS, this one included
+    spent: int  # attempts that count towards max_attempts, this one included
     started_at: Any  # the database's time of the claim
-    until: float  # time.monotonic() by which the whole call must be over
+    began: float  # time.monotonic() before the claim
+    until: float  # and by which the whole call must be over
     api: StageApi
     query: Callable[[str, dict[str, Any]], list]  # runs a read-only statement
+    limits: Limits = Limits()
+    limited: bool = False  # holds one of max_running
     answer: Answer | None = None  # of the last POST
 
     def post(self, path: str, **fields: Any) -> Answer:

@@ -14,8 +14,11 @@ from typing import Any
 import calls
 import config
 import db
+import logs
 import stage_http
 import stages
+import upkeep
+from alerts import Alerts
 from calls import Settlement
 
 log = logging.getLogger("listener.trigger")
@@ -25,14 +28,25 @@ LONGEST_BACKOFF = 300.0
 LOCKED_EVERY = 1.0
 
 
+def about(call: stages.Call, **more: Any) -> dict[str, Any]:
+    return logs.about(job=call.job_id, stage=call.stage, attempt=call.spent, **more)
+
+
 class Trigger:
     """Takes calls one at a time. Outlives its connection: an unwritten result is kept."""
 
     def __init__(self, settings: SimpleNamespace, worker: str, only: list[str] | None = None):
         self.settings = settings
         self.worker = worker
-        self.stages = [name for name in stages.stage_names() if not only or name in only]
-        self.api = stage_http.StageApi(settings)
+        self.limits = stages.stage_limits(settings)
+        self.apis = stages.stage_apis(settings)
+        # The stages that are called, the one whose turn it is first; seconds.
+        self.leases = {
+            stage: limits.timeout + settings.LEASE_MARGIN
+            for stage, limits in self.limits.items()
+            if not only or stage in only
+        }
+        self.alerts = Alerts(settings)
         self.redact = config.redactor(settings)
         self.result: Settlement | None = None  # not written yet
         self.locked: list[Settlement] = []  # recorded, but the stage still holds the row
@@ -59,9 +73,8 @@ class Trigger:
             began = time.monotonic()
             row = calls.claim(
                 conn,
-                stages=self.stages,
+                leases=self.leases,
                 worker=self.worker,
-                lease=self.settings.STAGE_TIMEOUT + self.settings.LEASE_MARGIN,
                 settled=self.result,
                 only=only,
             )
@@ -69,13 +82,15 @@ class Trigger:
             self.looked_at = row.looked_at
             if row.call_id is None:
                 return None
+            if row.taken_over:
+                upkeep.reap(conn)
             self.take_turns(row.stage)
-            call = self.call(conn, row, until=began + self.settings.STAGE_TIMEOUT)
+            call = self.call(conn, row, began)
             self.result = self.refused(call, row, by_hand=only is not None)
             if self.result is None:
                 return call
 
-    def call(self, conn, row, until: float) -> stages.Call:
+    def call(self, conn, row, began: float) -> stages.Call:
         return stages.Call(
             job_id=row.job_id,
             tenant_id=row.tenant_id,
@@ -86,28 +101,38 @@ class Trigger:
             attempt=row.attempt,
             spent=row.spent,
             started_at=row.started_at,
-            until=until,
-            api=self.api,
+            limited=row.limited,
+            limits=self.limits[row.stage],
+            began=began,
+            until=began + self.limits[row.stage].timeout,
+            api=self.apis[row.stage],
             query=functools.partial(db.query, conn),
         )
 
     def take_turns(self, stage: str) -> None:
         """Every stage gets its turn, however long another one's queue is."""
-        after = self.stages.index(stage) + 1 if stage in self.stages else 0
-        self.stages = self.stages[after:] + self.stages[:after]
+        order = list(self.leases.items())
+        after = list(self.leases).index(stage) + 1
+        self.leases = dict(order[after:] + order[:after])
 
     def refused(self, call: stages.Call, row, by_hand: bool) -> Settlement | None:
         """The result of a claim that must not be called; None where it must."""
         if not row.owed:
             now = f"({row.job_step}, {row.job_status})" if row.job_found else "deleted"
             log.info(
-                "Job 상태가 변경되어 스킵: job=%s stage=%s 현재=%s", call.job_id, call.stage, now
+                "Job 상태가 변경되어 스킵: job=%s stage=%s 현재=%s",
+                *(call.job_id, call.stage, now),
+                extra=about(call),
             )
             return self.settlement(call, "skipped", error=f"the job has moved on: {now}")
         if row.accepted:
-            log.info("이미 수락된 호출이라 스킵: job=%s stage=%s", call.job_id, call.stage)
+            log.info(
+                "이미 수락된 호출이라 스킵: job=%s stage=%s",
+                *(call.job_id, call.stage),
+                extra=about(call),
+            )
             return self.settlement(call, "skipped", error="an earlier attempt was accepted")
-        if call.spent > self.settings.MAX_ATTEMPTS and not by_hand:
+        if call.spent > call.limits.max_attempts and not by_hand:
             return self.failure(call, "failed", "the worker was lost during every attempt")
         return None
 
@@ -115,7 +140,8 @@ class Trigger:
         """Run the stage function of `call` and keep what came of it as `result`."""
         log.info(
             "[TRIGGER] 파이프라인 단계 트리거: job=%s stage=%s attempt=%d/%d",
-            *(call.job_id, call.stage, call.spent, self.settings.MAX_ATTEMPTS),
+            *(call.job_id, call.stage, call.spent, call.limits.max_attempts),
+            extra=about(call),
         )
         began = time.monotonic()
         # Should anything escape from here, nobody knows what became of the call.
@@ -144,6 +170,7 @@ class Trigger:
             log.info(
                 "파이프라인 단계 실행 성공: job=%s stage=%s status=%d (%.2f초)",
                 *(call.job_id, call.stage, status, seconds),
+                extra=about(call, status=status, duration=round(seconds, 3)),
             )
             return self.settlement(call, "succeeded", http_status=status)
         error = f"HTTP {status}: {answer.text}".rstrip(": ")
@@ -157,7 +184,8 @@ class Trigger:
     def raised(self, call: stages.Call, error: BaseException, seconds: float) -> Settlement:
         """A bug in the stage function, or a value it misses; an accepted call stays accepted."""
         if not isinstance(error, (stages.MissingValue, *db.CONNECTION_LOST)):
-            log.error("단계 함수 오류: job=%s stage=%s", call.job_id, call.stage, exc_info=error)
+            log.error("단계 함수 오류: job=%s stage=%s", call.job_id, call.stage, exc_info=error,
+                      extra=about(call))  # fmt: skip
         if call.answer and 200 <= call.answer.status < 300:
             return self.judged(call, call.answer, seconds)
         # Not indented as the code of a SyntaxError is, and before any notes.
@@ -168,7 +196,7 @@ class Trigger:
         """The settlement of an attempt that did not succeed, and its one line in the log."""
         error = self.redact(error)
         details["free"] = outcome == "held"
-        if outcome in ("retry", "unknown") and call.spent >= self.settings.MAX_ATTEMPTS:
+        if outcome in ("retry", "unknown") and call.spent >= call.limits.max_attempts:
             outcome, error = "failed", f"{error} (attempt {call.spent}, the last one)"
         level, then = logging.WARNING, ""
         if outcome == "held":
@@ -187,7 +215,14 @@ class Trigger:
         log.log(
             level,
             "파이프라인 단계 실행 실패: job=%s stage=%s attempt=%d/%d error=%s → %s",
-            *(call.job_id, call.stage, call.spent, self.settings.MAX_ATTEMPTS, error[:500], then),
+            *(call.job_id, call.stage, call.spent, call.limits.max_attempts, error[:500], then),
+            extra=about(
+                call,
+                status=details.get("http_status"),
+                duration=round(time.monotonic() - call.began, 3),
+                outcome=outcome,
+                error=error,
+            ),
         )
         return self.settlement(call, outcome, error=error, **details)
 
@@ -203,6 +238,7 @@ class Trigger:
             stage=call.stage,
             worker=self.worker,
             started_at=call.started_at,
+            limited=call.limited,
             outcome=outcome,
             **details,
         )
@@ -215,10 +251,14 @@ class Trigger:
 
     def written(self, settled: bool) -> None:
         """The last result is recorded; where the stage still holds the row, it is kept."""
-        if self.result and not settled:
+        result, self.result = self.result, None
+        if result and not settled:
             # Its hold, if any, has begun: settling it again must not lengthen it.
-            self.locked.append(dataclasses.replace(self.result, hold=False))
-        self.result = None
+            self.locked.append(dataclasses.replace(result, hold=False))
+        if result and result.outcome == "failed":
+            text = f"job {result.job_id}: {result.stage} was given up: {result.error}"
+            about = {"job": result.job_id, "stage": result.stage, "error": result.error}
+            self.alerts.send("given_up", text, **about, http_status=result.http_status)
 
     def settle_locked(self, conn) -> None:
         """A stage may answer before it commits; once it has, its call can be settled."""

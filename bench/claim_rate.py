@@ -36,14 +36,17 @@ class Worker:
     """The database's side of a busy worker: every call is accepted at once."""
 
     def __init__(self, settings):
-        self.conn = db.connect(settings)
+        self.conn = db.connect(settings, pinned=True)
         self.stages = stage_names()
         self.settled = None
 
     def work(self, count: int) -> None:
         for _ in range(count):
             row = calls.claim(
-                self.conn, stages=self.stages, worker="bench", lease=630, settled=self.settled
+                self.conn,
+                leases=dict.fromkeys(self.stages, 630),
+                worker="bench",
+                settled=self.settled,
             )
             after = self.stages.index(row.stage) + 1
             self.stages = self.stages[after:] + self.stages[:after]

@@ -9,13 +9,13 @@ import psycopg2
 
 import config
 import db
+from logs import CONTROL
 from ops.check import check
 from ops.install import install, require_installed, uninstall
 from ops.problem import Problem
-from ops.steer import make_due, retry, why_nothing_owed
+from ops.steer import cancel, make_due, pause, resume, retry, why_nothing_owed
 from ops.verify import verify
 from ops.watch import job, status
-from process import CONTROL
 
 __all__ = [
     "COMMANDS",
@@ -28,7 +28,7 @@ __all__ = [
     "why_nothing_owed",
 ]
 
-COMMANDS = [install, verify, uninstall, check, status, job, retry]
+COMMANDS = [install, verify, uninstall, check, status, job, retry, cancel, pause, resume]
 
 EXIT_PROBLEM, EXIT_BAD_INPUT, EXIT_DATABASE_AWAY = 1, 2, 3
 

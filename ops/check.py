@@ -8,7 +8,7 @@ import psycopg2
 import config
 import db
 from heartbeat import ALIVE, DEAD, HANGING, heartbeats
-from process import CONTROL
+from logs import CONTROL
 
 LAG = """
 SELECT coalesce(extract(epoch FROM now() - min(due_at)), 0)::float8

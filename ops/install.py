@@ -1,6 +1,7 @@
 """`install` and `uninstall`: the database's part, and its copy of PIPELINE."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import psycopg2
@@ -10,35 +11,55 @@ import db
 import stages
 from ops.problem import Problem
 
-SCHEMA = Path(__file__).parent.parent / "schema.sql"
+ROOT = Path(__file__).parent.parent
+# One after the other, in one transaction.
+SCHEMA = [ROOT / "schema.sql", ROOT / "views.sql"]
 
 # Waiting longer for the lock on jobs would make the application wait behind us, or lose a
 # deadlock to us (deadlock_timeout is 1 s).
 LOCK_TIMEOUT = "SET LOCAL lock_timeout = '800ms'; "
 
+# A stage that gets slots may have calls under way, which take them.
 SYNC = """
 DELETE FROM pipeline_stages WHERE (current_step, status) NOT IN (
     SELECT * FROM unnest(%(steps)s::text[], %(statuses)s::text[]));
-INSERT INTO pipeline_stages (current_step, status, stage)
-SELECT * FROM unnest(%(steps)s::text[], %(statuses)s::text[], %(stages)s::text[])
-ON CONFLICT (current_step, status) DO UPDATE SET stage = excluded.stage;
+INSERT INTO pipeline_stages (current_step, status, stage, max_running, timeout, position)
+SELECT * FROM unnest(%(steps)s::text[], %(statuses)s::text[], %(stages)s::text[],
+                     %(max_running)s::integer[], %(timeouts)s::float8[]) WITH ORDINALITY
+ON CONFLICT (current_step, status) DO UPDATE
+SET stage = excluded.stage, max_running = excluded.max_running, timeout = excluded.timeout,
+    position = excluded.position;
 UPDATE stage_calls AS c SET stage = renamed.stage
 FROM (SELECT o.job_id, p.stage
       FROM stage_calls AS o JOIN pipeline_stages AS p USING (current_step, status)
       WHERE o.stage <> p.stage
       FOR UPDATE OF o SKIP LOCKED) AS renamed
 WHERE c.job_id = renamed.job_id;
+DELETE FROM stage_slots AS s
+WHERE NOT EXISTS (SELECT FROM pipeline_stages AS p
+                  WHERE p.stage = s.stage AND s.slot <= p.max_running);
+INSERT INTO stage_slots (stage, slot, call_id, attempt, leased_until)
+SELECT p.stage, slot, l.call_id, l.attempt, coalesce(l.leased_until, '-infinity')
+FROM (SELECT DISTINCT stage, max_running FROM pipeline_stages) AS p
+CROSS JOIN generate_series(1, p.max_running) AS slot
+LEFT JOIN (SELECT *, row_number() OVER (PARTITION BY stage ORDER BY started_at) AS slot
+           FROM stage_leases WHERE NOT EXISTS (
+               SELECT FROM stage_slots AS s WHERE (s.call_id, s.attempt) =
+                                                  (stage_leases.call_id, stage_leases.attempt))
+          ) AS l USING (stage, slot)
+ON CONFLICT DO NOTHING;
 """
 
-ROUTES = "SELECT current_step, status, stage FROM pipeline_stages"
+ROUTES = "SELECT current_step, status, stage, max_running FROM pipeline_stages"
 
 OBJECTS = """
-SELECT 'table ' || relname AS name FROM pg_class
-WHERE oid IN (to_regclass('jobs'), to_regclass('pipeline_stages'), to_regclass('stage_calls'),
-              to_regclass('stage_attempts'))
+SELECT CASE relkind WHEN 'v' THEN 'view ' ELSE 'table ' END || relname AS name FROM pg_class
+WHERE oid IN (SELECT to_regclass(name) FROM unnest(ARRAY[
+    'jobs', 'pipeline_stages', 'stage_calls', 'stage_leases', 'stage_slots', 'stage_attempts',
+    'pipeline_overview', 'stage_latency', 'given_up_calls']) AS name)
 UNION ALL
 SELECT 'function ' || proname || '()' FROM pg_proc
-WHERE oid = to_regprocedure('notify_job_state_change()')
+WHERE oid IN (to_regprocedure('notify_job_state_change()'), to_regprocedure('stalled_jobs()'))
 UNION ALL
 SELECT 'trigger ' || tgname || ' on jobs' FROM pg_trigger
 WHERE tgrelid = to_regclass('jobs')
@@ -48,21 +69,35 @@ WHERE tgrelid = to_regclass('jobs')
 ORPHANS = "SELECT count(*) FROM stage_calls WHERE stage <> ALL (%(stages)s)"
 
 
-def routes_of(pipeline: dict) -> dict[tuple[str, str], str]:
-    return {state: function.__name__ for state, function in pipeline.items()}
+Route = tuple[str, int | None]  # stage, max_running
 
 
-def routes_in(conn) -> dict[tuple[str, str], str]:
+def routes_of(pipeline: dict) -> dict[tuple[str, str], Route]:
+    """What leads where, and how many of it may run at once."""
+    return {
+        state: (function.__name__, getattr(function, "limits", stages.Limits()).max_running)
+        for state, function in pipeline.items()
+    }
+
+
+def routes_in(conn) -> dict[tuple[str, str], Route]:
     """The routes that the database trigger knows."""
-    return {(row.current_step, row.status): row.stage for row in db.execute(conn, ROUTES)}
+    found = db.execute(conn, ROUTES)
+    return {(row.current_step, row.status): (row.stage, row.max_running) for row in found}
+
+
+def shown(route: Route | None) -> str:
+    if route is None:
+        return "nothing"
+    return route[0] if route[1] is None else f"{route[0]} (max_running {route[1]})"
 
 
 def difference(conn) -> list[str]:
     """What PIPELINE and pipeline_stages do not agree on, in words."""
     ours, theirs = routes_of(stages.PIPELINE), routes_in(conn)
     return [
-        f"{state[0]}, {state[1]} → {ours.get(state, 'nothing')} in stages.py, "
-        f"{theirs.get(state, 'nothing')} in the database"
+        f"{state[0]}, {state[1]} → {shown(ours.get(state))} in stages.py, "
+        f"{shown(theirs.get(state))} in the database"
         for state in sorted(ours.keys() | theirs.keys())
         if ours.get(state) != theirs.get(state)
     ]
@@ -99,21 +134,47 @@ def require_installed(conn) -> None:
         raise Problem(f"the table {place.jobs} that this role sees has no triggers of ours: {mend}")
 
 
-def apply(conn) -> None:
-    """Bring schema.sql and PIPELINE into the database, in one transaction."""
+# What a dashboard needs, and nothing else. %%I is filled in by the database.
+READER = """
+DO $do$
+BEGIN
+    EXECUTE format('GRANT USAGE ON SCHEMA %%I TO %%I', current_schema(), %(reader)s);
+    EXECUTE format('GRANT SELECT ON pipeline_overview, stage_latency, given_up_calls TO %%I',
+                   %(reader)s);
+    EXECUTE format('GRANT EXECUTE ON FUNCTION stalled_jobs() TO %%I', %(reader)s);
+END
+$do$
+"""
+
+
+def apply(conn, settings: SimpleNamespace | None = None, reader: str | None = None) -> None:
+    """Bring schema.sql, views.sql and PIPELINE into the database, in one transaction.
+
+    Args:
+        settings: whose STAGE_TIMEOUT counts; those of this process by default.
+        reader: a role that may read the views.
+    """
     routes = routes_of(stages.PIPELINE)
+    timeouts = stages.timeouts(settings or config.settings())
     params = {
         "steps": [step for step, _ in routes],
         "statuses": [status for _, status in routes],
-        "stages": list(routes.values()),
+        "stages": [stage for stage, _ in routes.values()],
+        "max_running": [limit for _, limit in routes.values()],
+        "timeouts": [timeouts[stage] for stage, _ in routes.values()],
     }
-    sync = conn.cursor().mogrify(SYNC, params).decode()
-    db.execute(conn, LOCK_TIMEOUT + SCHEMA.read_text() + sync)
+    fill_in = conn.cursor().mogrify
+    script = LOCK_TIMEOUT + "".join(file.read_text() for file in SCHEMA)
+    script += fill_in(SYNC, params).decode()
+    if reader:
+        script += fill_in(READER, {"reader": reader}).decode()
+    db.execute(conn, script)
 
 
 @click.command(short_help="Create or update tables, function, triggers and routes.")
-def install() -> None:
-    """Create tables, function and triggers, and copy PIPELINE into the database.
+@click.option("--reader", metavar="ROLE", help="A role that may read the views, for dashboards.")
+def install(reader: str | None) -> None:
+    """Create tables, functions, triggers and views, and copy PIPELINE into the database.
 
     Again and again without harm: what is right already stays as it is, and jobs is not changed.
     """
@@ -125,7 +186,11 @@ def install() -> None:
     except psycopg2.errors.UndefinedTable:
         before_routes = {}
     try:
-        apply(conn)
+        apply(conn, settings, reader)
+        # A stage may be called more often now.
+        db.execute(conn, db.RING)
+    except psycopg2.errors.UndefinedObject:
+        raise Problem(f"there is no role {reader}; nothing was changed") from None
     except psycopg2.errors.LockNotAvailable:
         raise Problem(
             "jobs is locked by another transaction; nothing was changed: try again"
@@ -136,12 +201,14 @@ def install() -> None:
     for row in db.execute(conn, OBJECTS):
         kept = "checked" if row.name.startswith("function") else "kept"
         click.echo(f"  {kept if row.name in before else 'created':7}  {row.name}")
-    for (step, status), stage in routes.items():
-        known = before_routes.get((step, status)) == stage
-        click.echo(f"  {'kept' if known else 'routed':7}  ({step}, {status}) → {stage}")
+    for (step, status), route in routes.items():
+        known = before_routes.get((step, status)) == route
+        click.echo(f"  {'kept' if known else 'routed':7}  ({step}, {status}) → {shown(route)}")
     for step, status in before_routes.keys() - routes.keys():
-        click.echo(f"  removed  ({step}, {status}) → {before_routes[step, status]}")
-    orphans = db.execute(conn, ORPHANS, {"stages": list(routes.values())}).fetchone()[0]
+        click.echo(f"  removed  ({step}, {status}) → {shown(before_routes[step, status])}")
+    if reader:
+        click.echo(f"  granted  the views to {reader}")
+    orphans = db.execute(conn, ORPHANS, {"stages": stages.stage_names()}).fetchone()[0]
     if orphans:
         click.echo(f"  note: {orphans} open calls belong to stages that PIPELINE no longer has")
     click.echo("Next: python listener.py verify, then python listener.py")
@@ -150,8 +217,9 @@ def install() -> None:
 DROP = """
 DROP TRIGGER IF EXISTS job_state_change_trigger ON jobs;
 DROP TRIGGER IF EXISTS job_state_insert_trigger ON jobs;
-DROP FUNCTION IF EXISTS notify_job_state_change();
-DROP TABLE IF EXISTS stage_attempts, stage_calls, pipeline_stages;
+DROP FUNCTION IF EXISTS notify_job_state_change(), stalled_jobs();
+DROP VIEW IF EXISTS pipeline_overview, stage_latency, given_up_calls;
+DROP TABLE IF EXISTS stage_attempts, stage_leases, stage_slots, stage_calls, pipeline_stages;
 """
 
 OPEN_CALLS = "SELECT count(*) FROM stage_calls"

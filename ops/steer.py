@@ -1,12 +1,17 @@
-"""`retry`: a person decides about calls that were given up."""
+"""`retry`, `cancel`, `pause`, `resume`: a person decides about calls and stages."""
+
+import contextlib
+import getpass
+import os
+import socket
 
 import click
 
 import config
 import db
 import stages
+from logs import CONTROL
 from ops.problem import Problem
-from process import CONTROL
 
 # What was spent so far no longer counts; attempts itself never falls (see schema.sql).
 RETRY = """
@@ -18,8 +23,6 @@ WHERE job_id IN (
 RETURNING job_id, stage
 """
 
-RING = f'NOTIFY "{db.WAKE_CHANNEL}"'
-
 
 def make_due(conn, job_id: str | None = None, stage: str | None = None, all_: bool = False):
     """Make given-up calls due again; the rows (job_id, stage) of those it concerned."""
@@ -29,7 +32,10 @@ def make_due(conn, job_id: str | None = None, stage: str | None = None, all_: bo
 
 OWED = """
 SELECT job.current_step, job.status, c.stage, c.worker, c.due_at, c.due_at > now() AS later,
-       job.found,
+       job.found, c.attempts,
+       (SELECT count(*) FROM stage_slots AS s WHERE s.stage = c.stage) AS slots,
+       EXISTS (SELECT FROM stage_slots AS s
+               WHERE s.stage = c.stage AND s.leased_until <= now()) AS free,
        EXISTS (SELECT FROM stage_attempts AS a
                WHERE a.job_id = c.job_id AND a.call_id = c.call_id AND a.attempt = c.attempts
                  AND a.outcome = 'unknown') AS unknown
@@ -52,6 +58,8 @@ def why_nothing_owed(conn, job_id: str) -> str:
             f"job {job_id}: its last call of {row.stage} got no answer and may still be running; "
             f"it is due again {row.due_at:%F %T}"
         )
+    if row.slots and not row.free:
+        return f"job {job_id}: {row.stage} is at its limit of {row.slots} calls at once; try again"
     if row.stage:
         return (
             f"job {job_id} owes a call to {row.stage}, due {row.due_at:%F %T}; it is not given up"
@@ -82,10 +90,115 @@ def retry(job_ids: tuple[str, ...], stage: str | None, all_: bool) -> None:
         if job_id and not found:
             refused.append(why_nothing_owed(conn, job_id))
         # At once: the next id may be one that ends this with an error.
-        db.execute(conn, RING)
+        db.execute(conn, db.RING)
         for row in found:
             click.echo(f"due again: job {row.job_id}, stage {row.stage}".translate(CONTROL))
     if refused:
         raise Problem("; ".join(refused))
     if not revived:
         click.echo("nothing was given up")
+
+
+# A call under way cannot be taken back, but is not repeated. Not where the stage's own
+# transaction holds the row: nobody waits for it.
+CANCEL = """
+WITH gone AS (
+    DELETE FROM stage_calls
+    WHERE job_id = (SELECT job_id FROM stage_calls WHERE job_id = %(job_id)s
+                    FOR UPDATE SKIP LOCKED)
+    RETURNING *
+), recorded AS (
+    INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at, finished_at,
+                                outcome, error)
+    SELECT job_id, call_id, attempts, stage, %(by)s, now(), now(), 'cancelled', %(reason)s
+    FROM gone
+)
+SELECT stage, CASE WHEN due_at > now() THEN worker END AS calling FROM gone
+"""
+
+
+@click.command()
+@click.argument("job_id")
+@click.option("--reason", default="cancelled by hand", show_default=True, metavar="TEXT",
+              help="Kept in the history.")  # fmt: skip
+def cancel(job_id: str, reason: str) -> None:
+    """Drop the call that JOB_ID owes; the job itself is not touched.
+
+    It owes a call again when its state changes to one that leads to a stage.
+    """
+    conn = db.connect(config.settings(), "job-state-listener cancel")
+    given = {"job_id": job_id, "by": operator(), "reason": reason}
+    gone = db.execute(conn, CANCEL, given).fetchone()
+    if gone is None:
+        raise Problem(why_nothing_owed(conn, job_id))
+    ring(conn, f"job {job_id}: call to {gone.stage} cancelled by {operator()}: {reason}")
+    click.echo(f"cancelled: job {job_id}, stage {gone.stage}".translate(CONTROL))
+    if gone.calling:
+        click.echo(f"{gone.calling} is calling it right now; that call goes on, but only once")
+
+
+PAUSE = """
+UPDATE pipeline_stages
+SET held_until = 'infinity', hold_seconds = NULL, held_reason = %(reason)s, held_by = %(by)s
+WHERE stage = %(stage)s
+"""
+
+RESUME = """
+UPDATE pipeline_stages AS p
+SET held_until = NULL, hold_seconds = NULL, held_reason = NULL, held_by = NULL
+FROM pipeline_stages AS before
+WHERE p.stage = %(stage)s AND p.held_until > now()
+  AND (before.current_step, before.status) = (p.current_step, p.status)
+RETURNING before.held_by, before.held_reason
+"""
+
+OWED_BY_STAGE = "SELECT count(*) FROM stage_calls WHERE stage = %(stage)s"
+
+STAGE = click.argument("stage", type=click.Choice(stages.stage_names()), metavar="STAGE")
+
+
+@click.command(short_help="Call STAGE no more, on any machine, until it is resumed.")
+@STAGE
+@click.option("--reason", default="paused by hand", show_default=True, metavar="TEXT",
+              help="Shown in status and in the log.")  # fmt: skip
+def pause(stage: str, reason: str) -> None:
+    """Call STAGE no more, on any machine, until it is resumed; its calls pile up.
+
+    Calls under way are finished. A pause outlasts restarts and installs.
+    """
+    conn = db.connect(config.settings(), "job-state-listener pause")
+    done = db.execute(conn, PAUSE, {"stage": stage, "reason": reason, "by": operator()})
+    if not done.rowcount:
+        raise Problem(f"the database does not know {stage}: run `make trigger`")
+    ring(conn, f"{stage} paused by {operator()}: {reason}")
+    click.echo(f"paused: {stage}; python listener.py resume {stage}")
+
+
+@click.command(short_help="Call STAGE again: ends a pause, and also a hold.")
+@STAGE
+def resume(stage: str) -> None:
+    """Call STAGE again: ends a pause, and also a hold, at once."""
+    conn = db.connect(config.settings(), "job-state-listener resume")
+    lifted = db.execute(conn, RESUME, {"stage": stage}).fetchone()
+    if lifted is None:
+        click.echo(f"{stage} was neither paused nor held")
+        return
+    ring(conn, f"{stage} resumed by {operator()}")
+    count = db.execute(conn, OWED_BY_STAGE, {"stage": stage}).fetchone()[0]
+    was = f"{lifted.held_by}: {lifted.held_reason}".translate(CONTROL)
+    click.echo(f"resumed: {stage}, which owes {count} calls (was held by {was})")
+
+
+def operator() -> str:
+    """Who types this, for the log and the history."""
+    with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
+        return f"{getpass.getuser()}@{socket.gethostname()}"
+    return f"uid {os.getuid()}@{socket.gethostname()}"
+
+
+RING_WITH = f"SELECT pg_notify('{db.WAKE_CHANNEL}', left(%(words)s, 1000))"
+
+
+def ring(conn, words: str) -> None:
+    """Wake the workers, who log the words."""
+    db.execute(conn, RING_WITH, {"words": words})

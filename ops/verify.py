@@ -29,8 +29,10 @@ WHERE attrelid = to_regclass(%(table)s) AND attnum > 0 AND NOT attisdropped
 
 NEEDED = {
     "jobs": {"job_id", "tenant_id", "current_step", "status"},
-    "pipeline_stages": {"current_step", "status", "stage", "max_running", "held_until"},
+    "pipeline_stages": {"current_step", "status", "stage", "max_running", "held_until", "held_by"},
     "stage_calls": {"job_id", "call_id", "stage", "due_at", "attempts", "free_attempts", "worker"},
+    "stage_leases": {"job_id", "call_id", "attempt", "stage", "worker", "leased_until"},
+    "stage_slots": {"stage", "slot", "call_id", "attempt", "leased_until"},
     "stage_attempts": {"job_id", "call_id", "attempt", "stage", "outcome", "finished_at"},
 }
 
@@ -60,9 +62,20 @@ PRIVILEGES = """
 SELECT string_agg(needed.privilege || ' on ' || needed.name, ', ') AS missing
 FROM (VALUES ('jobs', 'SELECT'), ('pipeline_stages', 'SELECT'), ('pipeline_stages', 'UPDATE'),
              ('stage_calls', 'SELECT'), ('stage_calls', 'UPDATE'), ('stage_calls', 'DELETE'),
-             ('stage_attempts', 'SELECT'), ('stage_attempts', 'INSERT'),
-             ('stage_attempts', 'DELETE')) AS needed (name, privilege)
+             ('stage_leases', 'SELECT'), ('stage_leases', 'INSERT'), ('stage_leases', 'DELETE'),
+             ('stage_slots', 'SELECT'), ('stage_slots', 'UPDATE'), ('stage_attempts', 'SELECT'),
+             ('stage_attempts', 'INSERT'), ('stage_attempts', 'DELETE')
+     ) AS needed (name, privilege)
 WHERE NOT has_table_privilege(to_regclass(needed.name), needed.privilege)
+"""
+
+VIEWS = """
+SELECT name, found IS NOT NULL AS there, has_table_privilege(found, 'SELECT') AS readable
+FROM unnest(ARRAY['pipeline_overview', 'stage_latency', 'given_up_calls']) AS name,
+     to_regclass(name) AS found
+UNION ALL
+SELECT 'stalled_jobs()', found IS NOT NULL, has_function_privilege(found, 'EXECUTE')
+FROM to_regprocedure('stalled_jobs()') AS found
 """
 
 HIDDEN = "SELECT row_security_active(to_regclass('jobs'))"
@@ -99,6 +112,8 @@ def check_tables(conn, settings) -> str:
         id_kinds |= {row.id_kind} - {None}
     if len(id_kinds) > 1:
         raise Bad(f"job_id is {id_types[0]} in jobs and {id_types[1]} in stage_calls", AGAIN)
+    if missing := [row.name for row in db.execute(conn, VIEWS) if not row.there]:
+        raise Bad(f"view {', '.join(missing)} is missing", INSTALL)
     if not db.execute(conn, ID_INDEX).fetchone()[0]:
         raise Bad(
             "jobs has no index that begins with job_id", "CREATE UNIQUE INDEX ON jobs (job_id)"
@@ -139,6 +154,9 @@ def check_routes(conn, settings) -> str:
 def check_privileges(conn, settings) -> str:
     if missing := db.execute(conn, PRIVILEGES).fetchone().missing:
         raise Bad(f"role {conn.info.user} lacks {missing}", GRANTS)
+    if closed := [row.name for row in db.execute(conn, VIEWS) if row.readable is False]:
+        mend = f"python listener.py install --reader {conn.info.user}"
+        raise Bad(f"role {conn.info.user} may not read {', '.join(closed)}", mend)
     if db.execute(conn, HIDDEN).fetchone()[0]:
         raise Bad(f"row-level security hides rows of jobs from {conn.info.user}", GRANTS)
     return f"privileges of role {conn.info.user}"
@@ -156,19 +174,23 @@ def check_listen(conn, settings) -> str:
 
 
 def check_stage_api(conn, settings) -> str:
-    api = stage_http.StageApi(settings)
-    shown = config.redactor(settings)(api.url)
-    try:
-        answer = api.session.get(
-            f"{api.url}/healthz", timeout=5, allow_redirects=False, stream=True
-        )
-    except (requests.RequestException, OSError) as error:
-        reason = str(stage_http.translated(error))
-        raise Bad(
-            f"stage API {shown} does not answer ({reason})", "start it, or set STAGE_API_URL"
-        ) from None
-    with contextlib.closing(answer):
-        return f"stage API {shown} answers (HTTP {answer.status_code} on /healthz)"
+    redact = config.redactor(settings)
+    apis = {api.url: api for api in stages.stage_apis(settings).values()}
+    said = []
+    for url, api in apis.items():
+        try:
+            answer = api.session.get(
+                f"{url}/healthz", timeout=5, allow_redirects=False, stream=True
+            )
+        except (requests.RequestException, OSError) as error:
+            reason = str(stage_http.translated(error))
+            raise Bad(
+                f"stage API {redact(url)} does not answer ({reason})",
+                "start it, or set STAGE_API_URL",
+            ) from None
+        with contextlib.closing(answer):
+            said.append(f"{redact(url)} answers (HTTP {answer.status_code} on /healthz)")
+    return "stage API " + ", ".join(said)
 
 
 CHECKS: list[Callable] = [

@@ -10,8 +10,8 @@ import config
 import db
 import stages
 from heartbeat import Beat, heartbeats
+from logs import CONTROL, IN_JSON
 from ops.problem import Problem
-from process import CONTROL
 
 STAGES = """
 SELECT p.stage, c.owed, c.calling, c.retrying, c.given_up, p.held_until, p.held_reason,
@@ -192,10 +192,6 @@ def plain(value: Any) -> str:
     return str(value).translate(CONTROL)[:200]
 
 
-# What JSON leaves as it is, and some terminals obey.
-BEYOND_ASCII = {code: f"\\u{code:04x}" for code in CONTROL if code >= 127}
-
-
 def echo_json(value: Any) -> None:
     text = json.dumps(value, default=str, ensure_ascii=False, indent=2)
-    click.echo(text.translate(BEYOND_ASCII))
+    click.echo(text.translate(IN_JSON))

@@ -10,7 +10,7 @@ import pytest
 from raw_server import OK, RawServer, in_turn
 
 import db
-import process
+import logs
 import stages
 from ops.install import apply
 from trigger import Trigger
@@ -24,11 +24,11 @@ class Caller:
     def __init__(self, database, url: str, name: str = "caller", **settings: object):
         self.settings = database.settings(STAGE_API_URL=url, **settings)
         self.database = database
-        self.conn = db.connect(self.settings)
+        self.conn = db.connect(self.settings, pinned=True)
         self.trigger = Trigger(self.settings, name)
         self.output = io.StringIO()
         self.handler = logging.StreamHandler(self.output)
-        self.handler.setFormatter(process.OneLine(self.settings))
+        self.handler.setFormatter(logs.OneLine(self.settings))
 
     def __enter__(self) -> "Caller":
         logger = logging.getLogger("listener")

@@ -157,11 +157,11 @@ class Database:
 class Listener:
     """`python listener.py …` as a process of its own, its output read line by line."""
 
-    def __init__(self, environ: dict[str, str], directory: Path, *args: str):
+    def __init__(self, environ: dict[str, str], directory: Path, program: Path, *args: str):
         self.lines: list[str] = []
         self._arrived: queue.Queue[str | None] = queue.Queue()
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "listener.py"), *args],
+            [sys.executable, str(program), *args],
             env={k: v for k, v in os.environ.items() if k not in config.SETTINGS} | environ,
             cwd=directory,
             stdout=subprocess.PIPE,
@@ -300,9 +300,9 @@ class SharedDatabase(Database):
 
     def emptied(self) -> Database:
         self.rows("ROLLBACK; RESET ROLE; RESET ALL; DELETE FROM jobs; DELETE FROM stage_calls")
-        self.rows("DELETE FROM stage_attempts")
+        self.rows("DELETE FROM stage_attempts; DELETE FROM stage_leases; DELETE FROM stage_slots")
         self.rows("UPDATE pipeline_stages SET held_until = NULL, hold_seconds = NULL,"
-                  " held_reason = NULL")  # fmt: skip
+                  " held_reason = NULL, held_by = NULL, stalled_since = NULL")  # fmt: skip
         return self
 
 
@@ -344,19 +344,22 @@ def api(database: Database) -> Iterator[StageApi]:
 
 @pytest.fixture
 def listener(tmp_path: Path) -> Iterator[Callable[..., Listener]]:
-    """listener(database, *args, api=…, **settings): a running `python listener.py`."""
+    """listener(database, *args, api=…, **settings): a running `python listener.py`.
+
+    With program=… it is a script that changes something first.
+    """
     started: list[Listener] = []
     # Found in the working directory before any other, so nobody's own .env has a say.
     (tmp_path / ".env").touch()
     heartbeats = tmp_path / "heartbeats"
 
-    def start(database: Database, *args: str, api: StageApi | None = None, **settings: object):
+    def start(database, *args: str, api=None, program=ROOT / "listener.py", **settings: object):
         fast = {"JOB_STATE_LISTENER_RECONNECT_DELAY": "0.2", "RETRY_DELAY": "0.05"}
         environ = database.environ | fast | {"HEARTBEAT_DIR": str(heartbeats)}
         if api is not None:
             environ["STAGE_API_URL"] = api.url
         environ |= {name: str(value) for name, value in settings.items()}
-        started.append(Listener(environ, tmp_path, *args))
+        started.append(Listener(environ, tmp_path, program, *args))
         return started[-1]
 
     yield start

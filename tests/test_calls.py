@@ -4,13 +4,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
-from claims import claim, connected, held, result
+from claims import LEASE_OVER, claim, connected, held, result
 
 import calls
 import db
+import upkeep
 from trigger import Trigger
-
-LEASE_OVER = "UPDATE stage_calls SET due_at = now() - interval '1 second' WHERE job_id = %s"
 
 
 @pytest.fixture
@@ -139,7 +138,7 @@ def test_person_may_claim_what_is_not_due_but_not_what_a_worker_is_on(database, 
     database.rows("UPDATE stage_calls SET due_at = 'infinity'")
     assert claim(conn, "person", only=job).job_id == job
     assert claim(other, "another", only=job).call_id is None
-    database.rows(LEASE_OVER, job)
+    database.rows(LEASE_OVER)
     assert claim(other, "another", only=job).attempt == 2
 
 
@@ -158,7 +157,7 @@ def test_call_whose_row_the_stage_holds_is_passed_by(database, conn, stage):
 def test_stage_that_works_longer_than_its_lease_is_not_called_again(database, conn, other, stage):
     job = database.add_job()
     claim(conn)
-    database.rows(LEASE_OVER, job)
+    database.rows(LEASE_OVER)
     stage.cursor().execute("UPDATE jobs SET status = 'running' WHERE job_id = %s", [job])
     assert claim(other, "second").call_id is None
     assert claim(other, "second", only=job).call_id is None
@@ -188,10 +187,11 @@ def test_claim_leaves_no_transaction_open(database, conn):
 def test_call_is_taken_over_once_its_lease_has_run_out(database, conn, other):
     job = database.add_job()
     first = claim(conn, "first")
-    database.rows(LEASE_OVER, job)
+    database.rows(LEASE_OVER)
     second = claim(other, "second")
     assert (second.job_id, second.call_id) == (job, first.call_id)
     assert (second.attempt, second.spent, second.accepted) == (2, 2, False)
+    assert second.taken_over and upkeep.reap(other) == 1
     (lost,) = database.attempts(job)
     assert (lost.outcome, lost.worker, lost.attempt) == ("lost", "first", 1)
     assert lost.started_at == first.started_at
@@ -205,12 +205,12 @@ def test_call_that_was_given_back_is_not_recorded_as_lost(database, conn):
 
 
 def test_call_that_was_accepted_before_says_so(database, conn, stage):
-    job = database.add_job()
+    database.add_job()
     row = claim(conn)
     stage.cursor().execute("SELECT FROM stage_calls FOR UPDATE")
     assert not calls.settle(conn, result(row))  # the worker that would try again dies here
     stage.rollback()
-    database.rows(LEASE_OVER, job)
+    database.rows(LEASE_OVER)
     again = claim(conn, "second")
     assert (again.attempt, again.accepted) == (2, True)
 

@@ -3,12 +3,11 @@
 from contextlib import closing
 
 import pytest
-from claims import claim, connected, held, result
+from claims import LEASE_OVER, claim, connected, held, result
 
 import calls
+import upkeep
 from ops import make_due
-
-LEASE_OVER = "UPDATE stage_calls SET due_at = now() - interval '1 second'"
 
 
 @pytest.fixture
@@ -151,6 +150,7 @@ def test_worker_that_comes_back_late_leaves_the_call_alone(database, conn, outco
     late = claim(conn, "late")
     database.rows(LEASE_OVER)
     claim(conn, "second")
+    upkeep.reap(conn)
     call = database.owed(job)
     assert calls.settle(conn, result(late, outcome, "late", **OUTCOMES[outcome]))
     assert database.owed(job) == call
@@ -269,7 +269,8 @@ def test_giving_back_waits_for_no_row_that_a_stage_holds(database, conn, stage):
     database.add_job()
     claim(conn)
     stage.cursor().execute("UPDATE jobs SET status = 'running'")
-    assert calls.give_back(conn, "w", []) == 0
+    assert calls.give_back(conn, "w", []) == 1
+    assert database.rows("SELECT * FROM stage_leases") == []
     stage.commit()
     assert database.rows("SELECT FROM stage_calls") == []
 

@@ -23,6 +23,11 @@ DEFAULTS = {
     "SWEEP_INTERVAL": 30.0,
     "HISTORY_DAYS": 30.0,
     "LOG_LEVEL": "INFO",
+    "LOG_FORMAT": "text",
+    "POLL_INTERVAL": 1.0,
+    "STAGE_API_TOKEN": None,
+    "STAGE_API_URLS": {},
+    "ALERT_COMMAND": None,
 }
 URL = "postgresql://app:secret@db.example:6432/feedlyai"
 

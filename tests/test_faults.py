@@ -82,7 +82,7 @@ def test_errors_that_do_not_pass_are_raised_and_the_connection_stays_good(conn):
     with pytest.raises(psycopg2.errors.DivisionByZero):
         db.execute(conn, "SELECT 1/0")
     with pytest.raises(psycopg2.errors.InvalidTextRepresentation):
-        calls.claim(conn, stages=["planner"], worker="w", lease=1, only="no uuid")
+        calls.claim(conn, leases={"planner": 1}, worker="w", only="no uuid")
     assert db.execute(conn, "SELECT 1 AS one").fetchone().one == 1
 
 
@@ -94,7 +94,7 @@ def test_errors_of_a_server_that_cannot_serve_are_a_lost_connection(code, conn):
 
 def test_session_never_stays_in_a_transaction(database, conn):
     db.listen(conn, database.settings())
-    calls.claim(conn, stages=["planner"], worker="w", lease=1)
+    calls.claim(conn, leases={"planner": 1}, worker="w")
     db.query(conn, "SELECT 1")
     with pytest.raises(psycopg2.Error):
         db.query(conn, "CREATE TABLE written ()")

@@ -160,7 +160,7 @@ def test_once_with_half_the_grants_ends_and_says_why(database, run_command, make
     database.rows(f"GRANT SELECT ON pipeline_stages, jobs TO {role}")
     done = run_command(database, "run", "--once", DB_USER=role, DB_PASSWORD=role)
     assert done.code == 1
-    assert "permission denied for table stage_calls" in (done.out + done.err).splitlines()[-1]
+    assert "permission denied for table pipeline_stages" in (done.out + done.err).splitlines()[-1]
 
 
 # --- text that somebody else wrote ---------------------------------------------------------

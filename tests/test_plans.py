@@ -9,10 +9,11 @@ from claims import STAGES, claim, connected, held, result
 
 import calls
 import db
+import upkeep
 
 QUIET = "".join(
     f"ALTER TABLE {table} SET (autovacuum_enabled = off);"
-    for table in ("stage_calls", "stage_attempts", "pipeline_stages", "jobs")
+    for table in ("stage_calls", "stage_attempts", "stage_leases", "pipeline_stages", "jobs")
 )
 # As the application's transactions would leave it, but in a fraction of the time.
 FILL = """
@@ -44,17 +45,28 @@ FROM pg_stat_xact_user_tables WHERE schemaname = 'public'
 
 def explain(conn, sql: str, settled: calls.Settlement) -> str:
     """The plan of one statement, as this session would run it."""
-    others = {"stages": STAGES, "lease": 60, "only": settled.job_id, "days": 30, "batch": 100}
+    others = {
+        "stages": STAGES,
+        "leases": [60.0] * len(STAGES),
+        "freed": None,
+        "only": settled.job_id,
+        "days": 30,
+        "batch": 100,
+    }
     others |= {"looked_at": settled.started_at, "keep": []}
     plan = db.execute(conn, "EXPLAIN " + sql, vars(settled) | others)
     return "\n".join(row[0] for row in plan)
+
+
+# A row for each stage, slot and call under way: how they are read makes no difference.
+SMALL = ("pipeline_stages", "stage_slots", "stage_leases")
 
 
 def scans(plan: str) -> set[str]:
     """How our big tables are read: 'Index Scan using jobs_pkey on jobs'."""
     plan = plan.replace("Index Only Scan", "Index Scan")
     found = re.findall(r"((?:Seq|Index|Heap|Tid) Scan (?:using \w+ )?on (\w+))", plan)
-    return {scan for scan, table in found if table != "pipeline_stages"}
+    return {scan for scan, table in found if table not in SMALL}
 
 
 def settlement(database) -> calls.Settlement:
@@ -76,7 +88,7 @@ PLANS = {
     calls.POSTPONE: {BY_JOB},
     calls.UNSETTLED: {BY_JOB},
     calls.NEXT_DUE: {BY_DUE},
-    calls.PRUNE: {"Index Scan using stage_attempts_finished_idx on stage_attempts",
+    upkeep.PRUNE: {"Index Scan using stage_attempts_finished_idx on stage_attempts",
                   "Tid Scan on stage_attempts"},
 }  # fmt: skip
 

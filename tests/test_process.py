@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import config
-from process import LONGEST_LINE, OneLine
+from logs import LONGEST_LINE, OneLine
 
 ROOT = Path(__file__).parent.parent
 PRELUDE = """

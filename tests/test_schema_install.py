@@ -84,7 +84,7 @@ def finish(database) -> list[dict]:
 
 def test_installing_again_changes_nothing(each_database):
     each_database.add_job("img_gen", "done")
-    each_database.rows("UPDATE pipeline_stages SET held_until = now(), max_running = 2")
+    each_database.rows("UPDATE pipeline_stages SET held_until = now(), held_by = 'me'")
     rows = "SELECT * FROM {} ORDER BY 1, 2"
     tables = ("jobs", "stage_calls", "pipeline_stages")
     before = [each_database.rows(rows.format(table)) for table in tables]
@@ -184,7 +184,7 @@ def owed_in_schema(database, schema: str, **settings) -> bool:
     elsewhere = "SELECT count(*) FROM pg_class WHERE relname LIKE %s AND relnamespace::regnamespace"
     assert database.value(elsewhere + " <> %s::regnamespace", "%stage%", schema) == 0
     with closing(db.connect(database.settings(**settings))) as conn:
-        return calls.claim(conn, stages=["vlm_analyze"], worker="w", lease=9).owed
+        return calls.claim(conn, leases={"vlm_analyze": 9}, worker="w").owed
 
 
 def test_jobs_are_found_by_the_search_path_of_the_role(empty_database, make_role):

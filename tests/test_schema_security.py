@@ -8,10 +8,11 @@ from pathlib import Path
 import psycopg2
 import pytest
 from bell import Bell
-from claims import claim, connected, held, result
+from claims import LEASE_OVER, claim, connected, held, result
 
 import calls
 import db
+import upkeep
 from ops.install import apply, require_installed
 
 ROOT = Path(__file__).parent.parent
@@ -94,7 +95,7 @@ def test_temporary_tables_of_the_caller_are_not_used(shadowed):
 
 def test_temporary_tables_do_not_stand_in_for_missing_ones(shadowed):
     with closing(shadowed.connect()) as other:
-        other.cursor().execute("DROP TABLE stage_calls, pipeline_stages")
+        other.cursor().execute("DROP TABLE stage_calls, pipeline_stages CASCADE")
     shadowed.add_job("img_gen", "done")
     assert shadowed.rows("SELECT * FROM stolen") == []
     assert shadowed.rows("SELECT FROM pg_temp.stage_calls") == []
@@ -104,7 +105,7 @@ def test_temporary_tables_do_not_stand_in_for_missing_ones(shadowed):
 def test_missing_tables_let_the_application_through_with_a_warning(
     each_database, application, tables
 ):
-    each_database.rows(f"DROP TABLE {tables}; SET ROLE {application}")
+    each_database.rows(f"DROP TABLE {tables} CASCADE; SET ROLE {application}")
     with Bell(each_database) as bell:
         job = each_database.add_job("img_gen", "queued")
         each_database.move(job, "img_gen", "done")
@@ -154,7 +155,7 @@ def traps(names: list[str]) -> str:
 
 def set_traps(database, role: str) -> None:
     """Let a role that may create in public shadow all that our SQL uses."""
-    files = [ROOT / "schema.sql", ROOT / "db.py", ROOT / "calls.py", *ROOT.glob("ops/*.py")]
+    files = [*ROOT.glob("*.sql"), ROOT / "db.py", ROOT / "calls.py", *ROOT.glob("ops/*.py")]
     used = re.findall(r"\b([a-z_]+)\(", "".join(file.read_text() for file in files))
     names = [row.proname for row in database.rows(NAMES + " AND proname = ANY (%s)", used)]
     database.rows(f"GRANT CREATE ON SCHEMA public TO {role}; SET ROLE {role}")
@@ -183,6 +184,8 @@ GRANTS = {
     "jobs": ["SELECT"],
     "pipeline_stages": ["SELECT", "UPDATE"],
     "stage_calls": ["SELECT", "UPDATE", "DELETE"],
+    "stage_leases": ["SELECT", "INSERT", "DELETE"],
+    "stage_slots": ["SELECT", "UPDATE"],
     "stage_attempts": ["SELECT", "INSERT", "DELETE"],
 }
 
@@ -197,9 +200,11 @@ def one_of_everything(database, conn) -> None:
     assert calls.settle(conn, held(row))
     database.rows("UPDATE pipeline_stages SET held_until = now()")
     assert calls.settle(conn, result(claim(conn), "retry", delay=0.5, error="HTTP 500"))
-    assert claim(conn, only=job).job_id == job
-    database.rows("UPDATE stage_calls SET due_at = now()")
+    database.rows("INSERT INTO stage_slots VALUES ('vlm_analyze', 1)")
+    assert claim(conn, only=job).limited
+    database.rows(LEASE_OVER)
     row = claim(conn)  # the one before is lost
+    assert row.taken_over and upkeep.reap(conn) == 1
     assert claim(conn, settled=result(row)).call_id is None
     assert [attempt.outcome for attempt in database.attempts(job)] == (
         ["held", "held", "retry", "lost", "succeeded"]
@@ -208,10 +213,11 @@ def one_of_everything(database, conn) -> None:
     claim(conn)
     assert calls.give_back(conn, "w", keep=[1]) == 1
     database.rows("DELETE FROM jobs; UPDATE stage_calls SET due_at = 'infinity'")
-    assert calls.forget_deleted(conn, ["overlay"], "w") == 1
+    assert upkeep.forget_deleted(conn, ["overlay"], "w") == 1
     database.rows("UPDATE stage_attempts SET finished_at = finished_at - interval '2 days'")
-    assert calls.prune(conn, days=1) + calls.prune(conn, days=0.5) == 6
+    assert upkeep.prune(conn, days=1) + upkeep.prune(conn, days=0.5) == 6
     require_installed(conn)
+    upkeep.tell_timeouts(conn, {"planner": 1.0})
 
 
 @pytest.fixture
@@ -235,13 +241,13 @@ def test_listener_role_needs_each_of_its_grants(database, make_role):
         database.rows(f"GRANT {privilege} ON {table} TO {role}")
     with connected(database, DB_USER=role, DB_PASSWORD=role) as conn:
         for privilege, table in given:
-            database.rows("TRUNCATE jobs, stage_calls, stage_attempts")
+            database.rows("TRUNCATE jobs, stage_calls, stage_attempts, stage_leases, stage_slots")
             database.rows("UPDATE pipeline_stages SET held_until = NULL")
             database.rows(f"REVOKE {privilege} ON {table} FROM {role}")
             with pytest.raises(psycopg2.errors.InsufficientPrivilege, match=table):
                 one_of_everything(database, conn)
             database.rows(f"GRANT {privilege} ON {table} TO {role}")
-        database.rows("TRUNCATE jobs, stage_calls, stage_attempts")
+        database.rows("TRUNCATE jobs, stage_calls, stage_attempts, stage_leases, stage_slots")
         one_of_everything(database, conn)
 
 
@@ -253,7 +259,7 @@ def test_hidden_jobs_are_an_error_and_not_deleted_ones(each_database, listener_r
             claim(conn)
         each_database.rows("UPDATE stage_calls SET due_at = 'infinity'")
         with pytest.raises(psycopg2.errors.InsufficientPrivilege, match="row-level security"):
-            calls.forget_deleted(conn, ["vlm_analyze"], "w")
+            upkeep.forget_deleted(conn, ["vlm_analyze"], "w")
     assert each_database.owed(job).attempts == 0
     assert each_database.attempts(job) == []
 

@@ -25,7 +25,7 @@ def make_call(server, url: str = "", **changed) -> stages.Call:
     owed = dict(job_id=JOB, tenant_id="tenant", current_step="img_gen", status="done")
     owed |= dict(stage="vlm_analyze", call_id=1, attempt=1, spent=1, started_at=None)
     api = StageApi(config.read({"STAGE_API_URL": url or server.url}))
-    owed |= dict(until=time.monotonic() + 30, api=api, query=None)
+    owed |= dict(began=time.monotonic(), until=time.monotonic() + 30, api=api, query=None)
     return stages.Call(**(owed | changed))
 
 
@@ -135,7 +135,7 @@ def test_answer_is_kept_in_the_call(accepting):
 
 
 def test_nothing_is_sent_once_the_time_is_used_up(accepting):
-    with pytest.raises(TimeoutError, match="STAGE_TIMEOUT"):
+    with pytest.raises(TimeoutError, match="its timeout"):
         make_call(accepting, until=time.monotonic()).post("/api/x")
     assert accepting.connections == 0
 

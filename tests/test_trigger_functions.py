@@ -286,7 +286,7 @@ def test_lost_connection_is_a_failed_attempt_and_sends_nothing(database, accepti
 
 
 def test_query_is_planned_as_usual(database, accepting, asking):
-    names = ["enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_sort", "jit"]
+    names = ["enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_sort"]
     settings = "SELECT " + ", ".join(f"current_setting('{name}') AS {name}" for name in names)
     worker, _ = asking(settings)
     worker.call()

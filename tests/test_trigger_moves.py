@@ -5,10 +5,10 @@ the stage that answered has not committed yet.
 from contextlib import closing
 
 import pytest
+from claims import LEASE_OVER
 from raw_server import in_turn
 
 SKIPPED = "Job 상태가 변경되어 스킵"
-EXPIRE = "UPDATE stage_calls SET due_at = now()"
 
 
 def move_unseen(database, job: str, step: str, status: str) -> None:
@@ -66,7 +66,7 @@ def test_job_that_moves_on_between_two_attempts_is_not_called_again(database, se
     worker = caller(server.url)
     worker.call()
     move_unseen(database, job, "vlm_analyze", "running")
-    database.rows(EXPIRE)
+    database.rows(LEASE_OVER)
     assert worker.claim() is None
     assert [a.outcome for a in database.attempts(job)] == ["retry", "skipped"]
     assert len(server.requests) == 1
@@ -109,7 +109,7 @@ def answer_before_commit(database, stage, worker, lease_over: bool = False) -> s
     job = database.add_job()
     call = worker.claim()
     if lease_over:
-        database.rows(EXPIRE)
+        database.rows(LEASE_OVER)
     stage.cursor().execute(
         "UPDATE jobs SET current_step = 'vlm_analyze', status = 'running' WHERE job_id = %s", (job,)
     )
@@ -165,7 +165,7 @@ def test_leaving_keeps_the_call_from_being_made_again(database, accepting, calle
     job = answer_before_commit(database, stage, worker)
     worker.trigger.leave(worker.conn)
     stage.rollback()
-    database.rows(EXPIRE)
+    database.rows(LEASE_OVER)
     second = caller(accepting.url, name="second")
     assert second.claim() is None
     assert [a.outcome for a in database.attempts(job)] == ["succeeded", "skipped"]

@@ -6,6 +6,7 @@ import resource
 from contextlib import closing
 
 import pytest
+from claims import LEASE_OVER
 from raw_server import OK, answering, in_turn
 
 import config
@@ -16,7 +17,6 @@ from trigger import Trigger
 ERROR = b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n"
 BUSY = b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"
 HOLD = "SELECT hold_seconds, held_until > now() AS held FROM pipeline_stages WHERE stage = %s"
-EXPIRE = "UPDATE stage_calls SET due_at = now()"
 
 
 # --- back-off ------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_call_whose_worker_is_lost_every_time_is_given_up_without_a_post(databas
     server = serve(in_turn(OK))
     for number in range(2):
         assert caller(server.url, name=f"lost-{number}", MAX_ATTEMPTS=2).claim().attempt
-        database.rows(EXPIRE)
+        database.rows(LEASE_OVER)
     last = caller(server.url, name="last", MAX_ATTEMPTS=2)
     assert last.claim() is None
     assert [attempt.outcome for attempt in database.attempts(job)] == ["lost", "lost", "failed"]
@@ -183,7 +183,7 @@ def test_late_result_leaves_the_call_alone_once_the_lease_was_taken_over(databas
     job = database.add_job()
     late = caller(serve(in_turn(ERROR)).url, name="late", MAX_ATTEMPTS=1)
     call = late.claim()
-    database.rows(EXPIRE)
+    database.rows(LEASE_OVER)
     second = caller(serve(in_turn(OK)).url, name="second")
     assert second.claim().attempt == 2
     before = database.owed(job)
@@ -199,7 +199,7 @@ def test_late_success_is_still_settled_where_nobody_took_the_call_over(database,
     late = caller(serve(in_turn(OK)).url, name="late")
     call = late.claim()
     late.trigger.run(call)
-    database.rows(EXPIRE)
+    database.rows(LEASE_OVER)
     with closing(db.connect(late.settings)) as conn:
         late.trigger.leave(conn)
     assert [a.outcome for a in database.attempts(job)] == ["succeeded"]

@@ -1,0 +1,96 @@
+"""ALERT_COMMAND: told once of every given-up call and every newly stalled stage, beside the loop:
+a program that fails or hangs costs the listener nothing but a line in its log.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import tempfile
+import time
+from collections import deque
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import IO, Any
+
+import config
+
+log = logging.getLogger("listener.alerts")
+
+TIME_LIMIT = 10.0  # seconds for one run
+AT_ONCE = 4
+LONGEST_QUEUE = 1000
+
+
+@dataclass
+class Run:
+    """One run of the command, and the file that takes what it prints."""
+
+    process: subprocess.Popen
+    output: IO[bytes]
+    until: float  # time.monotonic()
+
+    def ended(self) -> bool:
+        if self.process.poll() is None and time.monotonic() < self.until:
+            return False
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+            log.error("알림 명령 실패: %.0f초 안에 끝나지 않아 중단함", TIME_LIMIT)
+        elif self.process.returncode:
+            self.output.seek(0)
+            said = self.output.read(300).decode(errors="replace").strip()
+            log.error("알림 명령 실패: 종료 코드 %d: %s", self.process.returncode, said)
+        self.output.close()
+        return True
+
+
+class Alerts:
+    """Runs ALERT_COMMAND, at most AT_ONCE at a time, and never waits for it."""
+
+    def __init__(self, settings: SimpleNamespace):
+        self.command: list[str] | None = settings.ALERT_COMMAND
+        self.waiting: deque[bytes] = deque()
+        self.running: list[Run] = []
+
+    def send(self, event: str, text: str, **details: Any) -> None:
+        """Give the command a JSON object on its standard input: event, text and `details`."""
+        if not self.command:
+            return
+        if len(self.waiting) >= LONGEST_QUEUE:
+            log.error("알림 대기열이 가득 차 버림: %s", text)
+            return
+        said = {"event": event, "text": text, **details}
+        self.waiting.append(json.dumps(said, default=str, ensure_ascii=False).encode() + b"\n")
+        self.look()
+
+    def look(self) -> bool:
+        """End what is over, start what waits; whether to look again soon."""
+        self.running = [run for run in self.running if not run.ended()]
+        while self.waiting and len(self.running) < AT_ONCE:
+            self.start(self.waiting.popleft())
+        return bool(self.running)
+
+    def start(self, said: bytes) -> None:
+        # Data goes to standard input alone: no shell, no argument, no variable can be made of it.
+        ours = config.SECRET
+        environ = {name: value for name, value in os.environ.items() if name not in ours}
+        output = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the run has ended)
+        try:
+            process = subprocess.Popen(
+                self.command, stdin=subprocess.PIPE, stdout=output, stderr=output,
+                env=environ, start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            output.close()
+            log.error("알림 명령 실패: %s: %s", self.command[0], error.strerror)
+            return
+        self.running.append(Run(process, output, time.monotonic() + TIME_LIMIT))
+        with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
+            pipe.write(said)  # shorter than a pipe holds: this never blocks
+
+    def close(self) -> None:
+        """Let what runs come to its end, which TIME_LIMIT brings about."""
+        while self.look():
+            time.sleep(0.05)

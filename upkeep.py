@@ -1,0 +1,99 @@
+"""Upkeep, between two calls: attempts of workers that are gone, calls of jobs that are gone, and
+history that has grown old. Any worker does it for all, and nobody waits for it.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from db import UNPINNED, execute
+
+# A worker that never came back. Should it do so after all, it adds what it knows.
+REAP = """
+WITH over AS (
+    DELETE FROM stage_leases WHERE leased_until <= now() RETURNING *
+)
+INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at, finished_at,
+                            outcome, error)
+SELECT job_id, call_id, attempt, stage, worker, started_at, now(), 'lost',
+       'the worker did not come back before its lease ran out'
+FROM over
+ON CONFLICT DO NOTHING
+"""
+
+
+def reap(conn) -> int:
+    """End the leases that have run out, each with a row in the history; how many."""
+    return execute(conn, REAP).rowcount
+
+
+# One worker at a time, and in small batches: nobody else ever waits for it.
+PRUNE = """
+DELETE FROM stage_attempts WHERE ctid = ANY (ARRAY(
+    SELECT ctid FROM stage_attempts
+    WHERE finished_at < now() - make_interval(secs => 86400 * %(days)s)
+      AND (SELECT pg_try_advisory_xact_lock(hashtext('job_state_listener.prune')))
+    ORDER BY finished_at
+    LIMIT %(batch)s))
+"""
+
+
+def prune(conn, days: float, batch: int = 1000) -> int:
+    """Delete a batch of the attempts that finished more than `days` ago; how many."""
+    return execute(conn, PRUNE, {"days": days, "batch": batch}).rowcount
+
+
+# A given-up call waits for a person; where its job was deleted there is nothing to wait for.
+FORGET = """
+WITH gone AS (
+    DELETE FROM stage_calls AS c
+    WHERE c.due_at = 'infinity' AND c.stage = ANY (%(stages)s)
+      AND NOT EXISTS (SELECT FROM jobs AS j WHERE j.job_id = c.job_id)
+    RETURNING c.*
+)
+INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at, finished_at,
+                            outcome, error)
+SELECT job_id, call_id, attempts + 1, stage, %(worker)s, now(), now(),
+       'skipped', 'the job was deleted'
+FROM gone
+ON CONFLICT DO NOTHING
+"""
+
+
+def forget_deleted(conn, stages: Iterable[str], worker: str) -> int:
+    """Drop the given-up calls of deleted jobs, with a row in the history; how many."""
+    return execute(conn, FORGET, {"stages": list(stages), "worker": worker}).rowcount
+
+
+# A worker knows STAGE_TIMEOUT, which stalled_jobs() and people read from here.
+TELL_TIMEOUTS = """
+UPDATE pipeline_stages AS p SET timeout = told.timeout
+FROM unnest(%(stages)s::text[], %(timeouts)s::float8[]) AS told (stage, timeout)
+WHERE p.stage = told.stage AND p.timeout IS DISTINCT FROM told.timeout
+"""
+
+
+def tell_timeouts(conn, timeouts: Mapping[str, float]) -> None:
+    """Bring the timeout of every stage, in seconds, into pipeline_stages."""
+    given = {"stages": list(timeouts), "timeouts": list(timeouts.values())}
+    execute(conn, TELL_TIMEOUTS, given)
+
+
+# One worker sees it first, and marks the stage until nothing of it is stalled any more.
+NEWLY_STALLED = """
+WITH stalled AS (
+    SELECT stage, count(*) AS jobs, max(reason) AS reason FROM stalled_jobs() GROUP BY stage
+), marked AS (
+    UPDATE pipeline_stages AS p
+    SET stalled_since = CASE WHEN q.jobs IS NOT NULL THEN now() END
+    FROM (SELECT e.current_step, e.status, s.jobs, s.reason
+          FROM pipeline_stages AS e LEFT JOIN stalled AS s USING (stage)) AS q
+    WHERE (p.current_step, p.status) = (q.current_step, q.status)
+      AND (p.stalled_since IS NULL) = (q.jobs IS NOT NULL)
+    RETURNING p.stage, q.jobs, q.reason
+)
+SELECT DISTINCT stage, jobs, reason FROM marked WHERE jobs IS NOT NULL
+"""
+
+
+def newly_stalled(conn) -> list:
+    """The stages (stage, jobs, reason) that were not stalled when any worker looked before."""
+    return execute(conn, UNPINNED + NEWLY_STALLED).fetchall()
