@@ -10,10 +10,12 @@ import psycopg2
 import config
 import db
 from logs import CONTROL
+from ops.backfill import backfill
 from ops.check import check
 from ops.install import install, require_installed, uninstall
 from ops.problem import Problem
 from ops.steer import cancel, make_due, pause, resume, retry, why_nothing_owed
+from ops.trial import test_job
 from ops.verify import verify
 from ops.watch import job, status
 
@@ -28,7 +30,8 @@ __all__ = [
     "why_nothing_owed",
 ]
 
-COMMANDS = [install, verify, uninstall, check, status, job, retry, cancel, pause, resume]
+COMMANDS = [install, verify, uninstall, check, status, job, retry, cancel, pause, resume,
+            backfill, test_job]  # fmt: skip
 
 EXIT_PROBLEM, EXIT_BAD_INPUT, EXIT_DATABASE_AWAY = 1, 2, 3
 

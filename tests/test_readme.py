@@ -10,16 +10,14 @@ from pathlib import Path
 import click
 import dotenv
 import pytest
-from claims import claim, connected, result
+from claims import connected
 from test_schema_security import GRANTS, one_of_everything
 
-import calls
 import config
 import db
 import listener as program
 import ops
 import stages
-from ops.install import apply
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -194,26 +192,6 @@ def test_grants_are_what_a_listener_needs(database, make_role, api, listener):
     process = listener(database, "run", "--once", api=api, DB_USER=role, DB_PASSWORD=role)
     assert process.wait() == 0, process.output
     assert [a.outcome for a in database.attempts(job)][:1] == ["succeeded"]
-
-
-def test_jobs_that_waited_before_install_get_their_call_once(empty_database):
-    sql = Readme("README.md").block("sql", "INSERT INTO stage_calls")
-    empty_database.rows(
-        "CREATE TABLE jobs (job_id bigint PRIMARY KEY, tenant_id uuid, current_step varchar(50),"
-        " status varchar(20)); INSERT INTO jobs VALUES (1, gen_random_uuid(), 'img_gen', 'done'),"
-        " (2, NULL, 'overlay', 'done'), (3, NULL, 'overlay', 'running'), (4, NULL, NULL, NULL)"
-    )
-    with connected(empty_database) as conn:
-        apply(conn)
-        empty_database.rows(sql)
-        all_calls = "SELECT * FROM stage_calls ORDER BY job_id"
-        found = empty_database.rows(all_calls)
-        assert [(c.job_id, c.stage) for c in found] == [(1, "vlm_analyze"), (2, "vlm_judge")]
-        row = claim(conn)
-        before = empty_database.rows(all_calls)
-        empty_database.rows(sql)
-        assert empty_database.rows(all_calls) == before
-        assert row.owed and calls.settle(conn, result(row))
 
 
 def test_example_of_a_stage_function_works(database, accepting, caller, add_stage):

@@ -6,9 +6,11 @@ import time
 import uuid
 
 import pytest
+from raw_server import OK, in_turn
 
 import config
 import stages
+from demo.stage_server import Answer
 from stage_http import StageApi
 
 PATHS = {
@@ -161,3 +163,64 @@ def test_credentials_of_the_url_are_sent_as_they_are(accepting, tmp_path, monkey
 def test_base_path_of_the_url_is_kept(accepting):
     make_call(accepting, url=accepting.url + "/base/").post("/api/x")
     assert accepting.requests[0].head.startswith("POST /base/api/x ")
+
+
+# --- where it is sent ----------------------------------------------------------------------
+
+
+def test_stage_with_a_url_of_its_own_is_called_there(database, serve, caller):
+    own, others = serve(in_turn(OK)), serve(in_turn(OK))
+    database.add_job("img_gen"), database.add_job("overlay")
+    worker = caller(others.url, STAGE_API_URL_VLM_JUDGE=own.url)
+    assert [worker.call().outcome for _ in range(2)] == ["succeeded", "succeeded"]
+    assert [r.head.split()[1] for r in own.requests] == ["/api/yh/llava/stage2/judge"]
+    assert [r.head.split()[1] for r in others.requests] == ["/api/yh/llava/stage1/validate"]
+
+
+def test_url_of_no_stage_is_one_line(database, run_command):
+    done = run_command(database, "verify", STAGE_API_URL_PLANER="http://api")
+    said = "STAGE_API_URL_PLANER: there is no such stage; allowed is STAGE_API_URL_VLM_ANALYZE or"
+    assert said in done.out + done.err and done.code == 2
+    assert run_command(database, "run", "--once", STAGE_API_URL_PLANER="http://api").code == 2
+
+
+def test_bad_url_of_a_stage_is_one_line():
+    with pytest.raises(config.SettingsError, match="STAGE_API_URL_PLANNER='ftp://x' cannot be"):
+        config.read({"STAGE_API_URL_PLANNER": "ftp://x"})
+
+
+def test_token_is_sent_as_bearer(database, accepting, caller):
+    database.add_job()
+    caller(accepting.url, STAGE_API_TOKEN="s3cr3t").call()
+    assert accepting.requests[0].headers["authorization"] == "Bearer s3cr3t"
+
+
+def test_token_is_shown_nowhere(database, api, listener, run_command):
+    token = "s3cr3t-token"
+    api.on("planner", lambda request: Answer(400, request.headers["Authorization"].encode()))
+    api.on("vlm_judge", lambda request: Answer(500, request.headers["Authorization"].encode()))
+    process = listener(database, "run", api=api, STAGE_API_TOKEN=token, RETRY_DELAY=3600)
+    jobs = [database.add_job("yolo_detect"), database.add_job("overlay")]
+    process.wait_for_line("파이프라인 단계 실행 실패", count=2)
+    process.stop()
+    commands = ["status", "status --json", f"job {jobs[0]}", f"job --json {jobs[1]}", "verify"]
+    shown = [run_command(database, *c.split(), STAGE_API_TOKEN=token) for c in commands]
+    assert token not in process.output + "".join(done.out + done.err for done in shown)
+    stored = database.rows("SELECT last_error FROM stage_calls") + database.rows(
+        "SELECT error FROM stage_attempts"
+    )
+    assert len(stored) == 4 and all("Bearer ***" in row[0] for row in stored)
+
+
+@pytest.mark.parametrize("token", ["two words", "line\nbreak", "한글", "tab\t."])
+def test_token_that_no_header_can_hold_is_refused_unseen(token):
+    with pytest.raises(config.SettingsError) as refused:
+        config.read({"STAGE_API_TOKEN": token})
+    assert str(refused.value).startswith("STAGE_API_TOKEN=*** cannot be used: allowed is visible")
+
+
+def test_token_and_user_of_the_url_exclude_each_other():
+    both = {"STAGE_API_TOKEN": "t", "STAGE_API_URL": "http://user:pw@api"}
+    with pytest.raises(config.SettingsError, match="give one of them") as refused:
+        config.read(both)
+    assert "pw" not in str(refused.value)

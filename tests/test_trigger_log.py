@@ -1,15 +1,20 @@
 """What a call leaves in the log: the guide's keywords, one event one line, and no secrets."""
 
+import json
 import logging
 import os
 import re
+import sys
 from contextlib import closing
 
 import pytest
 from caller import Caller
 from raw_server import OK, answering
 
+import config
 import db
+import logs
+from demo.stage_server import Answer
 from ops.install import apply
 
 EVENT = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ \[\d+\] ")
@@ -158,3 +163,60 @@ def test_path_without_a_slash_does_not_tell_the_password(database, caller, secre
     database.add_job("y")
     worker = caller(**secretive)
     assert "horse" not in worker.call().error + worker.output.getvalue()
+
+
+# --- as JSON -------------------------------------------------------------------------------
+
+
+def test_json_has_the_same_events_with_fields(database, api, listener):
+    api.on("vlm_judge", lambda _: Answer(404, "없음\n".encode()))
+    process = listener(database, "run", api=api, LOG_FORMAT="json")
+    job = database.add_job("overlay")
+    process.wait_for_line(FAILED)
+    process.stop()
+    said = [json.loads(line) for line in process.lines]
+    assert all({"time", "level", "pid", "message"} <= event.keys() for event in said)
+    [started] = [event for event in said if STARTED in event["message"]]
+    assert (started["job"], started["stage"], started["attempt"]) == (job, "vlm_judge", 1)
+    [failed] = [event for event in said if FAILED in event["message"]]
+    assert (failed["level"], failed["status"], failed["outcome"]) == ("ERROR", 404, "failed")
+    assert failed["error"] == "HTTP 404: 없음\n" and failed["duration"] >= 0
+    heard = [event for event in said if "감지" in event["message"]]
+    assert (heard[0]["current_step"], heard[0]["status"]) == ("overlay", "done")
+
+
+def test_traceback_and_hostile_text_stay_in_one_json_object(settings, emitted):
+    hostile = "a\nb\x9b\u2028\x00"
+    try:
+        raise ValueError(hostile)
+    except ValueError:
+        line = emitted(logs.OneObject(settings), "%s", hostile, exc_info=True)
+    assert not re.search("[\x00-\x1f\x7f-\x9f\u2028]", line)
+    said = json.loads(line)
+    assert said["traceback"].startswith("Traceback") and "ValueError" in said["traceback"]
+
+
+def test_json_shows_no_secret_in_any_field(emitted):
+    settings = config.read({"DB_PASSWORD": "hunter2", "STAGE_API_TOKEN": "s3cr3t-token"})
+    line = emitted(logs.OneObject(settings), "x hunter2", extra=logs.about(
+        error="Bearer s3cr3t-token", attempt=1))  # fmt: skip
+    assert "hunter2" not in line and "s3cr3t-token" not in line
+    assert json.loads(line)["attempt"] == 1
+
+
+@pytest.fixture
+def settings():
+    return config.read({})
+
+
+@pytest.fixture
+def emitted():
+    """emitted(formatter, message, *args, …): the text of one log record."""
+
+    def emit(formatter: logging.Formatter, message: str, *args, exc_info=False, extra=None) -> str:
+        info = sys.exc_info() if exc_info else None
+        record = logging.makeLogRecord({"msg": message, "args": args, "exc_info": info})
+        vars(record).update(extra or {})
+        return formatter.format(record)
+
+    return emit

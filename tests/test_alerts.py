@@ -1,0 +1,152 @@
+"""ALERT_COMMAND: told once of each given-up call and each newly stalled stage, and harmless."""
+
+import json
+import shlex
+import sys
+
+import pytest
+from claims import claim, connected, result
+from waiting import until
+
+import alerts
+import calls
+import config
+import upkeep
+from demo.stage_server import Answer
+
+# Appends what it is told to a file.
+TELL = "import sys; open(sys.argv[1], 'ab').write(sys.stdin.buffer.read())"
+
+
+def python(script: str, *args: object) -> str:
+    return shlex.join([sys.executable, "-c", script, *map(str, args)])
+
+
+@pytest.fixture
+def told(tmp_path):
+    """told(): what the command was told so far; told.command is its setting."""
+    file = tmp_path / "told"
+    file.touch()
+
+    def read() -> list[dict]:
+        return [json.loads(line) for line in file.read_text().splitlines()]
+
+    read.command = python(TELL, file)
+    return read
+
+
+def test_given_up_call_is_told_once(database, api, listener, told):
+    api.on("planner", lambda _: Answer(422, b"no text"))
+    listener(database, api=api, ALERT_COMMAND=told.command)
+    jobs = {database.add_job("yolo_detect"), database.add_job("yolo_detect")}
+    until(lambda: len(told()) == 2, "two alerts")
+    assert {said["job"] for said in told()} == jobs
+    said = told()[0]
+    assert said["text"] == f"job {said['job']}: planner was given up: HTTP 422: no text"
+    assert (said["event"], said["stage"], said["http_status"]) == ("given_up", "planner", 422)
+
+
+def test_failure_that_is_retried_is_no_alert(database, api, listener, told):
+    answers = [Answer(500), Answer(422)]
+    api.on("vlm_judge", lambda _: answers.pop(0))
+    listener(database, api=api, ALERT_COMMAND=told.command)
+    database.add_job("overlay")
+    until(told, "an alert")
+    assert len(told()) == 1
+
+
+def test_hostile_data_reaches_no_shell(database, api, listener, told, tmp_path):
+    hostile = "$(touch pwned); `touch pwned` '\"\n\x00"
+    api.on("planner", lambda _: Answer(400, hostile.encode()))
+    listener(database, api=api, ALERT_COMMAND=told.command)
+    database.add_job("yolo_detect", tenant="$(touch pwned)")
+    until(told, "an alert")
+    assert "$(touch pwned)" in told()[0]["error"]
+    assert not list(tmp_path.rglob("pwned"))
+
+
+def test_secrets_are_not_in_the_environment_of_the_command(database, api, listener, tmp_path):
+    file = tmp_path / "environment"
+    script = "import os, sys; open(sys.argv[1], 'w').write(repr(dict(os.environ)) + 'END')"
+    api.on("planner", lambda _: Answer(400))
+    listener(database, api=api, ALERT_COMMAND=python(script, file), STAGE_API_TOKEN="hunter2")
+    database.add_job("yolo_detect")
+    until(lambda: file.exists() and file.read_text().endswith("END"), "the command to run")
+    assert "HEARTBEAT_DIR" in file.read_text()
+    assert "hunter2" not in file.read_text() and "DB_PASSWORD" not in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (python("import sys; sys.exit('no network')"), "알림 명령 실패: 종료 코드 1: no network"),
+        ("/no/such/program", "알림 명령 실패: /no/such/program: No such file or directory"),
+    ],
+)
+def test_command_that_fails_is_one_line_and_the_work_goes_on(
+    database, api, listener, command, said
+):
+    api.on("planner", lambda _: Answer(400))
+    process = listener(database, api=api, ALERT_COMMAND=command)
+    database.add_job("yolo_detect")
+    process.wait_for_line(said)
+    database.add_job("overlay")
+    database.wait_for("SELECT count(*) = 1 FROM jobs WHERE current_step = 'vlm_judge'")
+    assert process.stop() == 0
+
+
+def test_command_that_hangs_is_ended_and_delays_no_call(monkeypatch, tmp_path):
+    monkeypatch.setattr(alerts, "TIME_LIMIT", 0.2)
+    hanging = alerts.Alerts(config.read({"ALERT_COMMAND": python("import time; time.sleep(600)")}))
+    hanging.send("given_up", "text")
+    [run] = hanging.running
+    hanging.close()
+    assert run.process.returncode == -9 and not hanging.running
+
+
+def test_more_alerts_than_may_run_at_once_wait_their_turn(told):
+    many = alerts.Alerts(config.read({"ALERT_COMMAND": told.command}))
+    for number in range(3 * alerts.AT_ONCE):
+        many.send("given_up", str(number))
+        assert len(many.running) <= alerts.AT_ONCE
+    many.close()
+    assert sorted(int(said["text"]) for said in told()) == list(range(3 * alerts.AT_ONCE))
+
+
+def test_alert_in_hand_is_finished_before_the_listener_ends(database, api, run_command, told):
+    api.on("planner", lambda _: Answer(400))
+    database.add_job("yolo_detect")
+    run_command(database, "run", "--once", api=api, ALERT_COMMAND=told.command)
+    assert len(told()) == 1
+
+
+# --- stalled stages ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def accepted(database):
+    """A connection, and a job that planner accepted two hours ago and has not moved since."""
+    job = database.add_job("yolo_detect")
+    with connected(database) as conn:
+        calls.settle(conn, result(claim(conn)))
+        database.rows("UPDATE stage_attempts SET finished_at = now() - interval '2 hours'")
+        database.rows("UPDATE jobs SET updated_at = now() - interval '2 hours'")
+        yield conn, job
+
+
+def test_stage_is_newly_stalled_once_until_nothing_of_it_is(database, accepted):
+    conn, job = accepted
+    [stalled] = upkeep.newly_stalled(conn)
+    assert (stalled.stage, stalled.jobs) == ("planner", 1)
+    assert upkeep.newly_stalled(conn) == []
+    database.move(job, "planner", "done")
+    assert upkeep.newly_stalled(conn) == []
+    assert database.rows("SELECT FROM pipeline_stages WHERE stalled_since IS NOT NULL") == []
+
+
+def test_newly_stalled_stage_is_told(database, accepted, api, run_command, told):
+    run_command(database, "run", "--once", api=api, ALERT_COMMAND=told.command)
+    [said] = told()
+    assert (said["event"], said["stage"], said["jobs"]) == ("stalled", "planner", 1)
+    reason = "accepted by the stage, but the job has not changed"
+    assert said["text"] == f"1 jobs are stalled at planner: {reason}"

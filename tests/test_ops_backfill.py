@@ -1,0 +1,141 @@
+"""`backfill`: what was missed is found and called once; what was accepted is not repeated."""
+
+import pytest
+from claims import claim, connected, result
+
+import calls
+
+REPLICA = "SET session_replication_role = {}"
+
+
+@pytest.fixture
+def unseen(database):
+    """unseen(sql, *params): what the application does while the trigger is off."""
+
+    def act(sql: str, *params: object) -> None:
+        database.rows("SET session_replication_role = replica")
+        database.rows(sql, *params)
+        database.rows("RESET session_replication_role")
+
+    return act
+
+
+BORN = "INSERT INTO jobs (current_step, status) SELECT %s, %s FROM generate_series(1, %s)"
+STAGES = "SELECT stage, count(*) AS calls FROM stage_calls GROUP BY 1 ORDER BY 1"
+
+
+def test_dry_run_counts_by_state_and_changes_nothing(database, unseen, run_command):
+    unseen(BORN, "img_gen", "done", 3)
+    unseen(BORN, "overlay", "done", 2)
+    unseen(BORN, "overlay", "running", 4)
+    done = run_command(database, "backfill")
+    assert (done.code, done.lines) == (0, [
+        "state          stage        jobs",
+        "img_gen, done  vlm_analyze     3",
+        "overlay, done  vlm_judge       2",
+        "5 calls are missing; record them: python listener.py backfill --apply",
+    ])  # fmt: skip
+    assert database.rows(STAGES) == []
+
+
+def test_apply_records_what_is_missing_once(database, unseen, run_command):
+    unseen(BORN, "img_gen", "done", 3)
+    database.add_job("planner")
+    assert run_command(database, "backfill", "--apply").lines[-1] == "3 calls recorded"
+    before = database.rows("SELECT * FROM stage_calls ORDER BY job_id")
+    assert [row.stage for row in before].count("vlm_analyze") == 3 and len(before) == 4
+    assert run_command(database, "backfill", "--apply").lines == ["0 calls recorded"]
+    assert database.rows("SELECT * FROM stage_calls ORDER BY job_id") == before
+
+
+def test_recorded_calls_wake_a_waiting_listener(database, unseen, api, listener, run_command):
+    process = listener(database, api=api, SWEEP_INTERVAL=600)
+    process.wait_for_line("LISTEN 'job_state_changed' 시작")
+    unseen(BORN, "overlay", "done", 1)
+    run_command(database, "backfill", "--apply")
+    database.wait_for("SELECT status = 'done' FROM jobs WHERE current_step = 'vlm_judge'")
+
+
+def test_jobs_of_every_batch_are_found(database, unseen, run_command):
+    unseen(BORN, "img_gen", "done", 25_000)
+    assert run_command(database, "backfill", "--apply").lines[-1] == "25000 calls recorded"
+
+
+@pytest.mark.parametrize("outcome", ["succeeded", "cancelled"])
+def test_call_that_was_made_before_is_left_alone(database, run_command, outcome):
+    job = database.add_job()
+    with connected(database) as conn:
+        if outcome == "cancelled":
+            run_command(database, "cancel", job)
+        else:
+            calls.settle(conn, result(claim(conn)))
+    done = run_command(database, "backfill", "--apply")
+    left = f"left alone, as their call was made before: 1 {outcome}; see jobs --stalled"
+    assert done.lines == [left, "0 calls recorded"]
+    assert database.owed(job) is None
+
+
+def test_job_that_came_back_to_an_earlier_state_unseen_is_called(database, unseen, run_command):
+    job = database.add_job("planner")
+    with connected(database) as conn:
+        calls.settle(conn, result(claim(conn)))
+    unseen("UPDATE jobs SET current_step = 'yolo_detect'")
+    run_command(database, "backfill", "--apply")
+    assert database.owed(job).stage == "planner"
+
+
+def test_call_under_way_is_not_doubled(database, run_command):
+    job = database.add_job()
+    with connected(database) as conn:
+        claim(conn)
+        before = database.owed(job)
+        assert run_command(database, "backfill", "--apply").lines == ["0 calls recorded"]
+        database.rows("DELETE FROM stage_calls")  # as its stage would, set running and back
+        assert run_command(database, "backfill", "--apply").lines == ["0 calls recorded"]
+    assert before.worker == "w"
+
+
+def test_recorded_call_of_a_job_that_moved_on_unseen_is_replaced(database, unseen, run_command):
+    moved, gone = database.add_job("planner"), database.add_job("planner")
+    unseen("UPDATE jobs SET current_step = 'overlay' WHERE job_id = %s", moved)
+    unseen("UPDATE jobs SET status = 'running' WHERE job_id = %s", gone)
+    assert (
+        "2 recorded calls are of jobs that have moved on" in run_command(database, "backfill").out
+    )
+    assert run_command(database, "backfill", "--apply").lines[-1] == "1 calls recorded"
+    assert database.owed(moved).stage == "vlm_judge"
+    assert database.owed(gone) is None
+    assert [a.outcome for a in database.attempts(gone)] == ["skipped"]
+
+
+def test_since_leaves_older_jobs(database, unseen, run_command):
+    unseen(BORN, "img_gen", "done", 1)
+    unseen("UPDATE jobs SET updated_at = now() - interval '3 hours'")
+    unseen(BORN, "overlay", "done", 1)
+    run_command(database, "backfill", "--since", "2h", "--apply")
+    assert [row.stage for row in database.rows(STAGES)] == ["vlm_judge"]
+    run_command(database, "backfill", "--since", "2020-01-01", "--apply")
+    assert len(database.rows(STAGES)) == 2
+
+
+def test_since_without_a_time_in_jobs_is_one_line(database, run_command):
+    database.rows("ALTER TABLE jobs DROP COLUMN updated_at, DROP COLUMN created_at")
+    refused = run_command(database, "backfill", "--since", "2h").refused(1)
+    assert refused == "--since needs a column updated_at or created_at in jobs: leave it out"
+    assert run_command(database, "backfill").lines == ["no call is missing"]
+
+
+def test_since_that_is_no_time_is_one_line(database, run_command):
+    refused = run_command(database, "backfill", "--since", "yesterday").refused(2)
+    assert "'yesterday': allowed is 30min, 2h, 3d or 2026-11-24 09:30" in refused
+
+
+@pytest.mark.parametrize("id_type", ["bigint", "text", "varchar(40)", "integer"])
+def test_ids_of_any_type(empty_database, run_command, id_type):
+    empty_database.rows(
+        f"CREATE TABLE jobs (job_id {id_type} PRIMARY KEY, tenant_id int, current_step text,"
+        " status text); INSERT INTO jobs SELECT n::text::" + id_type + ", n, 'img_gen', 'done'"
+        " FROM generate_series(1, 11000) AS n"
+    )
+    run_command(empty_database, "install")
+    assert run_command(empty_database, "backfill", "--apply").lines[-1] == "11000 calls recorded"

@@ -1,0 +1,224 @@
+"""The views, and stalled_jobs(): what dashboards read, and who may."""
+
+import psycopg2
+import pytest
+from claims import LEASE_OVER, STAGES, claim, connected, result
+
+import calls
+import upkeep
+from ops.install import apply
+
+OLD = "UPDATE {} SET {} = now() - interval '2 hours'"
+
+
+@pytest.fixture
+def database(shared_database):
+    return shared_database.emptied()
+
+
+@pytest.fixture
+def conn(database):
+    with connected(database) as conn:
+        yield conn
+
+
+def overview(database, stage: str = "vlm_analyze"):
+    return database.row("SELECT * FROM pipeline_overview WHERE stage = %s", stage)
+
+
+def age(database) -> None:
+    """All that happened was two hours ago."""
+    database.rows(OLD.format("stage_attempts", "finished_at"))
+    database.rows(OLD.format("jobs", "updated_at"))
+
+
+def stalled(database) -> list:
+    return database.rows("SELECT * FROM stalled_jobs() ORDER BY job_id")
+
+
+# --- pipeline_overview, stage_latency, given_up_calls --------------------------------------
+
+
+def test_overview_has_a_row_for_each_stage_in_order(database):
+    rows = database.rows("SELECT stage FROM pipeline_overview ORDER BY position")
+    assert [row.stage for row in rows] == STAGES
+
+
+def test_overview_counts_every_situation(database, conn):
+    for _ in range(5):
+        database.add_job()
+    calls.settle(conn, result(claim(conn), "failed", error="HTTP 404"))
+    calls.settle(conn, result(claim(conn), "retry", delay=100, error="HTTP 500"))
+    calls.settle(conn, result(claim(conn)))
+    running = claim(conn)
+    database.move(running.job_id, "vlm_analyze", "running")
+    row = overview(database)
+    assert (row.owed, row.due, row.calling, row.retrying, row.given_up) == (3, 1, 1, 1, 1)
+    assert (row.calls_last_hour, row.failures_last_hour) == (3, 2)
+    assert row.last_error == "HTTP 404"
+    assert row.next_retry_at > row.oldest_due_at and row.p50_seconds <= row.p95_seconds
+    assert overview(database, "planner").owed == 0
+
+
+def test_overview_shows_holds_and_pauses_while_they_last(database, conn):
+    database.rows("UPDATE pipeline_stages SET held_until = now() + interval '1 min', held_by = 'w',"
+                  " held_reason = 'HTTP 503' WHERE stage = 'vlm_analyze'")  # fmt: skip
+    row = overview(database)
+    assert (row.paused, row.held_by, row.held_reason) == (False, "w", "HTTP 503")
+    database.rows("UPDATE pipeline_stages SET held_until = 'infinity'")
+    assert overview(database).paused
+    database.rows("UPDATE pipeline_stages SET held_until = now()")
+    row = overview(database)
+    assert (row.held_until, row.held_by) == (None, None)
+
+
+def test_stage_without_a_route_shows_what_it_still_owes(database):
+    database.add_job()
+    database.rows("UPDATE stage_calls SET stage = 'gone'")
+    assert overview(database, "gone").owed == 1
+
+
+def test_latency_is_by_stage_and_hour(database, conn):
+    for outcome in ("succeeded", "succeeded", "retry", "skipped"):
+        database.add_job()
+        calls.settle(conn, result(claim(conn), outcome, delay=1000))
+    took = "UPDATE stage_attempts SET started_at = finished_at - interval '4 s'"
+    database.rows(took)
+    [row] = database.rows("SELECT * FROM stage_latency")
+    assert (row.stage, row.calls, row.failures) == ("vlm_analyze", 3, 1)
+    assert (row.p50_seconds, row.p95_seconds) == (4, 4)
+    assert (row.hour.minute, row.hour.second) == (0, 0)
+
+
+def test_given_up_calls_say_since_when_and_why(database, conn):
+    job = database.add_job()
+    assert database.rows("SELECT * FROM given_up_calls") == []
+    calls.settle(conn, result(claim(conn), "failed", error="HTTP 404"))
+    [row] = database.rows("SELECT * FROM given_up_calls")
+    assert (row.job_id, row.stage, row.attempts) == (job, "vlm_analyze", 1)
+    assert row.last_error == "HTTP 404" and row.given_up_at >= row.owed_since
+
+
+def test_every_view_is_commented(database):
+    comments = database.rows(
+        "SELECT obj_description(c.oid) AS text FROM pg_class AS c WHERE relkind = 'v'"
+        " AND relnamespace = 'public'::regnamespace"
+    )
+    assert len(comments) == 3 and all("Job State Listener" in row.text for row in comments)
+
+
+# --- stalled_jobs() ------------------------------------------------------------------------
+
+
+def test_accepted_job_is_stalled_once_its_stage_had_time(database, conn):
+    job = database.add_job()
+    calls.settle(conn, result(claim(conn)))
+    assert stalled(database) == []
+    age(database)
+    [row] = stalled(database)
+    assert (row.job_id, row.stage) == (job, "vlm_analyze")
+    assert row.reason == "accepted by the stage, but the job has not changed"
+    database.move(job, "vlm_analyze", "running")
+    age(database)
+    [row] = stalled(database)
+    assert row.reason == "running for longer than the timeout"
+    database.move(job, "vlm_analyze", "done")
+    age(database)
+    assert stalled(database) == []  # it owes the next call
+
+
+def test_running_job_is_not_stalled_while_it_is_called(database, conn):
+    job = database.add_job()
+    claim(conn)
+    database.move(job, "vlm_analyze", "running")
+    age(database)
+    assert stalled(database) == []
+    database.rows(LEASE_OVER)
+    upkeep.reap(conn)
+    age(database)
+    assert [row.job_id for row in stalled(database)] == [job]
+
+
+def test_job_that_was_never_recorded_is_stalled(database):
+    database.rows("SET session_replication_role = replica")
+    job = database.add_job()
+    database.rows("RESET session_replication_role")
+    age(database)
+    [row] = stalled(database)
+    assert row.job_id == job
+    assert row.reason == "its call was never recorded: python listener.py backfill"
+
+
+@pytest.mark.parametrize("step", ["img_gen", "planner"])
+def test_waiting_retrying_and_given_up_jobs_are_not_stalled(database, conn, step):
+    for outcome in ("retry", "failed"):
+        database.add_job(step)
+        calls.settle(conn, result(claim(conn), outcome, delay=1000))
+    database.add_job(step)
+    age(database)
+    assert stalled(database) == []
+
+
+def test_cancelled_call_leaves_no_stalled_job(database, run_command):
+    job = database.add_job()
+    run_command(database, "cancel", job)
+    age(database)
+    assert stalled(database) == []
+
+
+def test_stalled_needs_no_column_that_jobs_may_lack(server, make_database):
+    database = make_database(server, installed=False)
+    database.rows("CREATE TABLE jobs (job_id bigint PRIMARY KEY, tenant_id int,"
+                  " current_step varchar(20), status varchar(20))")  # fmt: skip
+    with connected(database) as conn:
+        apply(conn)
+        database.rows("INSERT INTO jobs VALUES (1, 1, 'img_gen', 'done')")
+        calls.settle(conn, result(claim(conn)))
+        database.rows(OLD.format("stage_attempts", "finished_at"))
+        assert [row.job_id for row in stalled(database)] == ["1"]
+
+
+def test_timeout_of_the_stage_decides(database, conn):
+    upkeep.tell_timeouts(conn, {"vlm_analyze": 3 * 3600.0})
+    database.add_job()
+    calls.settle(conn, result(claim(conn)))
+    age(database)
+    assert stalled(database) == []
+    upkeep.tell_timeouts(conn, {"vlm_analyze": 3600.0})
+    assert len(stalled(database)) == 1
+
+
+def test_application_may_still_alter_its_table(server, make_database):
+    database = make_database(server)
+    database.rows("ALTER TABLE jobs ALTER tenant_id TYPE varchar(50), DROP COLUMN updated_at")
+    database.add_job()
+    assert stalled(database) == []
+
+
+# --- who may read --------------------------------------------------------------------------
+
+READS = ["SELECT * FROM pipeline_overview", "SELECT * FROM stage_latency",
+         "SELECT * FROM given_up_calls", "SELECT * FROM stalled_jobs()"]  # fmt: skip
+
+
+def test_reader_reads_the_views_and_nothing_else(server, make_database, make_role, run_command):
+    database = make_database(server)
+    role = make_role(database)
+    database.rows(f"SET ROLE {role}")
+    for sql in READS:
+        with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+            database.rows(sql)
+    assert f"  granted  the views to {role}" in (
+        run_command(database, "install", "--reader", role).lines
+    )
+    for sql in READS:
+        database.rows(sql)
+    for table in ("jobs", "stage_calls", "stage_attempts", "pipeline_stages", "stage_leases"):
+        with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+            database.rows(f"SELECT FROM {table}")
+    database.rows("RESET ROLE")
+
+
+def test_reader_that_does_not_exist_is_one_line(database, run_command):
+    refused = run_command(database, "install", "--reader", "no such; role").refused(1)
+    assert refused == "there is no role no such; role; nothing was changed"
