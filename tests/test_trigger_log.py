@@ -10,6 +10,7 @@ from contextlib import closing
 import pytest
 from caller import Caller
 from raw_server import OK, answering
+from waiting import LISTENING
 
 import config
 import db
@@ -171,8 +172,10 @@ def test_path_without_a_slash_does_not_tell_the_password(database, caller, secre
 def test_json_has_the_same_events_with_fields(database, api, listener):
     api.on("vlm_judge", lambda _: Answer(404, "없음\n".encode()))
     process = listener(database, "run", api=api, LOG_FORMAT="json")
+    process.wait_for_line(LISTENING)
     job = database.add_job("overlay")
-    process.wait_for_line(FAILED)
+    for keyword in (FAILED, "감지"):
+        process.wait_for_line(keyword)
     process.stop()
     said = [json.loads(line) for line in process.lines]
     assert all({"time", "level", "pid", "message"} <= event.keys() for event in said)
