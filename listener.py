@@ -95,14 +95,14 @@ class Worker:
             ops.require_installed(conn)
             upkeep.tell_timeouts(conn, stages.timeouts(self.settings))
             self.checked = True
-        heard, self.hears = self.hears, db.listen(conn, self.settings)
+        heard, listening = self.hears, db.listen(conn, self.settings)
+        self.hears = listening and not ops.is_silent(conn)
         if self.hears:
             log.info("LISTEN '%s' 시작", db.CHANNEL)
         elif heard:
-            log.warning(
-                "알림이 전달되지 않음 (트랜잭션 풀러?): LISTEN 대신 %g초마다 확인",
-                self.settings.POLL_INTERVAL,
-            )
+            why = "install --no-notify" if listening else "알림이 전달되지 않음 (트랜잭션 풀러?)"
+            seconds = self.settings.POLL_INTERVAL
+            log.warning("%s: LISTEN 대신 %g초마다 확인", why, seconds)
         self.trigger.resume(conn)
         return conn
 

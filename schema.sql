@@ -215,8 +215,9 @@ BEGIN
         END IF;
     END IF;
 
-    -- A new row that owes nothing is no change of state to anybody.
-    IF TG_OP = 'INSERT' AND NOT owed THEN
+    -- A new row that owes nothing is no change of state to anybody. With an argument the
+    -- trigger rings no bell: workers look by themselves.
+    IF TG_NARGS > 0 OR TG_OP = 'INSERT' AND NOT owed THEN
         RETURN NULL;
     END IF;
 
@@ -259,6 +260,12 @@ DO $do$
 DECLARE
     wanted record;
     found  pg_trigger;
+    silent boolean := coalesce(
+        -- What `install --no-notify` or `--notify` asks for; else as it was.
+        nullif(current_setting('job_state_listener.silent', true), '')::boolean,
+        (SELECT tgnargs > 0 FROM pg_trigger WHERE tgrelid = 'jobs'::regclass
+         AND tgname = 'job_state_change_trigger'),
+        false);
 BEGIN
     FOR wanted IN SELECT * FROM (VALUES
         ('job_state_change_trigger', 17, $ddl$
@@ -267,13 +274,13 @@ BEGIN
                 FOR EACH ROW
                 WHEN (OLD.current_step IS DISTINCT FROM NEW.current_step
                    OR OLD.status IS DISTINCT FROM NEW.status)
-                EXECUTE FUNCTION notify_job_state_change()$ddl$),
+                EXECUTE FUNCTION notify_job_state_change(%s)$ddl$),
         -- Rows that are born in a routed state, and rows moved between partitions.
         ('job_state_insert_trigger', 5, $ddl$
             CREATE TRIGGER job_state_insert_trigger
                 AFTER INSERT ON jobs
                 FOR EACH ROW
-                EXECUTE FUNCTION notify_job_state_change()$ddl$)
+                EXECUTE FUNCTION notify_job_state_change(%s)$ddl$)
     ) AS t (name, type, ddl)
     LOOP
         SELECT * INTO found FROM pg_trigger
@@ -282,9 +289,10 @@ BEGIN
            OR found.tgfoid <> 'notify_job_state_change()'::regprocedure
            OR found.tgtype <> wanted.type  -- bits: 1 row, 4 insert, 16 update
            OR found.tgattr::text <> ''
+           OR (found.tgnargs > 0) <> silent
            OR (found.tgqual IS NULL) <> (wanted.name = 'job_state_insert_trigger') THEN
             EXECUTE format('DROP TRIGGER IF EXISTS %I ON jobs', wanted.name);
-            EXECUTE wanted.ddl;
+            EXECUTE format(wanted.ddl, CASE WHEN silent THEN quote_literal('silent') END);
         ELSIF found.tgenabled NOT IN ('O', 'A') THEN  -- disabled, or for replicas only
             EXECUTE format('ALTER TABLE jobs ENABLE TRIGGER %I', wanted.name);
         END IF;

@@ -12,7 +12,7 @@ import db
 from logs import CONTROL
 from ops.backfill import backfill
 from ops.check import check
-from ops.install import install, require_installed, uninstall
+from ops.install import install, is_silent, require_installed, uninstall
 from ops.problem import Problem
 from ops.steer import cancel, make_due, pause, resume, retry, why_nothing_owed
 from ops.trial import test_job
@@ -24,6 +24,7 @@ __all__ = [
     "EXIT_DATABASE_AWAY",
     "EXIT_PROBLEM",
     "Problem",
+    "is_silent",
     "main",
     "make_due",
     "require_installed",

@@ -106,6 +106,8 @@ def difference(conn) -> list[str]:
 # A role may find another table jobs than the one that the triggers are on.
 PLACE = """
 SELECT to_regclass('jobs')::text AS jobs,
+       (SELECT string_agg(name, ', ') FROM unnest(ARRAY['stage_leases', 'stage_slots']) AS name
+        WHERE to_regclass(name) IS NULL) AS missing,
        (SELECT count(DISTINCT relnamespace) FROM pg_class
         WHERE oid IN (to_regclass('jobs'), to_regclass('stage_calls'),
                       to_regclass('pipeline_stages'))) AS schemas,
@@ -130,8 +132,21 @@ def require_installed(conn) -> None:
     place = db.execute(conn, PLACE).fetchone()
     if place.jobs is None:
         raise Problem(f"there is no table jobs on the search path: {mend}")
+    if place.missing:
+        raise Problem(f"the tables are of an earlier version, without {place.missing}: {mend}")
     if place.schemas != 1 or place.triggers != 2:
         raise Problem(f"the table {place.jobs} that this role sees has no triggers of ours: {mend}")
+
+
+SILENT = """
+SELECT tgnargs > 0 FROM pg_trigger
+WHERE tgrelid = to_regclass('jobs') AND tgname = 'job_state_change_trigger'
+"""
+
+
+def is_silent(conn) -> bool:
+    """Whether `install --no-notify` made the triggers, so that no bell rings."""
+    return db.execute(conn, SILENT).fetchone()[0]
 
 
 # What a dashboard needs, and nothing else. %%I is filled in by the database.
@@ -147,12 +162,18 @@ $do$
 """
 
 
-def apply(conn, settings: SimpleNamespace | None = None, reader: str | None = None) -> None:
+def apply(
+    conn,
+    settings: SimpleNamespace | None = None,
+    reader: str | None = None,
+    notify: bool | None = None,
+) -> None:
     """Bring schema.sql, views.sql and PIPELINE into the database, in one transaction.
 
     Args:
         settings: whose STAGE_TIMEOUT counts; those of this process by default.
         reader: a role that may read the views.
+        notify: whether the triggers ring the bell; None: as before, at first yes.
     """
     routes = routes_of(stages.PIPELINE)
     timeouts = stages.timeouts(settings or config.settings())
@@ -164,7 +185,9 @@ def apply(conn, settings: SimpleNamespace | None = None, reader: str | None = No
         "timeouts": [timeouts[stage] for stage, _ in routes.values()],
     }
     fill_in = conn.cursor().mogrify
-    script = LOCK_TIMEOUT + "".join(file.read_text() for file in SCHEMA)
+    silent = "" if notify is None else str(not notify)
+    script = LOCK_TIMEOUT + f"SET LOCAL job_state_listener.silent = '{silent}';"
+    script += "".join(file.read_text() for file in SCHEMA)
     script += fill_in(SYNC, params).decode()
     if reader:
         script += fill_in(READER, {"reader": reader}).decode()
@@ -173,7 +196,10 @@ def apply(conn, settings: SimpleNamespace | None = None, reader: str | None = No
 
 @click.command(short_help="Create or update tables, function, triggers and routes.")
 @click.option("--reader", metavar="ROLE", help="A role that may read the views, for dashboards.")
-def install(reader: str | None) -> None:
+@click.option("--notify/--no-notify", default=None,
+              help="Whether changes of jobs are announced; without, workers look every "
+                   "POLL_INTERVAL. Default: as it was, at first announced.")  # fmt: skip
+def install(reader: str | None, notify: bool | None) -> None:
     """Create tables, functions, triggers and views, and copy PIPELINE into the database.
 
     Again and again without harm: what is right already stays as it is, and jobs is not changed.
@@ -186,7 +212,7 @@ def install(reader: str | None) -> None:
     except psycopg2.errors.UndefinedTable:
         before_routes = {}
     try:
-        apply(conn, settings, reader)
+        apply(conn, settings, reader, notify)
         # A stage may be called more often now.
         db.execute(conn, db.RING)
     except psycopg2.errors.UndefinedObject:
@@ -206,6 +232,8 @@ def install(reader: str | None) -> None:
         click.echo(f"  {'kept' if known else 'routed':7}  ({step}, {status}) → {shown(route)}")
     for step, status in before_routes.keys() - routes.keys():
         click.echo(f"  removed  ({step}, {status}) → {shown(before_routes[step, status])}")
+    if is_silent(conn):
+        click.echo("  note: nothing is announced; workers look every POLL_INTERVAL: restart them")
     if reader:
         click.echo(f"  granted  the views to {reader}")
     orphans = db.execute(conn, ORPHANS, {"stages": stages.stage_names()}).fetchone()[0]

@@ -53,7 +53,7 @@ WHERE p.oid = to_regprocedure('notify_job_state_change()') AND c.oid = to_regcla
 
 TRIGGERS = """
 SELECT wanted.name, t.tgenabled AS enabled,
-       t.tgfoid = to_regprocedure('notify_job_state_change()') AS ours
+       t.tgfoid = to_regprocedure('notify_job_state_change()') AS ours, t.tgnargs > 0 AS silent
 FROM unnest(ARRAY['job_state_change_trigger', 'job_state_insert_trigger']) AS wanted (name)
 LEFT JOIN pg_trigger AS t ON t.tgname = wanted.name AND t.tgrelid = to_regclass('jobs')
 """
@@ -131,14 +131,16 @@ def check_function(conn, settings) -> str:
 
 
 def check_triggers(conn, settings) -> str:
-    for row in db.execute(conn, TRIGGERS).fetchall():
+    rows = db.execute(conn, TRIGGERS).fetchall()
+    for row in rows:
         if row.enabled is None:
             raise Bad(f"trigger {row.name} is missing on jobs", INSTALL)
         if not row.ours:
             raise Bad(f"trigger {row.name} runs another function", INSTALL)
         if row.enabled not in ("O", "A"):
             raise Bad(f"trigger {row.name} is disabled", INSTALL)
-    return "triggers job_state_change_trigger, job_state_insert_trigger, enabled on jobs"
+    quiet = ", without NOTIFY: workers look every POLL_INTERVAL" * rows[0].silent
+    return f"triggers job_state_change_trigger, job_state_insert_trigger, enabled on jobs{quiet}"
 
 
 def check_routes(conn, settings) -> str:
