@@ -61,6 +61,14 @@ SESSION = {
     "lock_timeout": "500ms",
     "idle_in_transaction_session_timeout": "60s",
 }
+# When the server notices that a worker vanished with its host: by default after two hours.
+# Behind a pooler it is the pooler's connection, and none of our business.
+PEER = {
+    "tcp_keepalives_idle": "15s",
+    "tcp_keepalives_interval": "5s",
+    "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "30s",
+}
 
 
 class ConnectionLost(psycopg2.OperationalError):
@@ -154,6 +162,7 @@ def prepare_session(conn: Connection, session: dict[str, str]) -> None:
     """Set the session up, in a way that also holds behind a pooler."""
     pooled = is_pooled(conn)
     setting = "SET LOCAL {} = '{}'; " if pooled else "SET {} = '{}'; "
+    session = session if pooled else session | PEER
     commands = "".join(setting.format(name, value) for name, value in session.items())
     if pooled:
         conn.prefix = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; " + commands
