@@ -52,6 +52,7 @@ class Worker:
         self.heartbeat = Heartbeat(settings.HEARTBEAT_DIR, self.name)
         self.checked = False  # whether the database knows this PIPELINE
         self.hears = True
+        self.listens_lost = 0  # connections that ended with their LISTEN, one after the other
         self.next_upkeep = self.next_stalled = time.monotonic()
         self.doubtful_until = 0.0
         self.reason, self.repeats = "", 0
@@ -95,16 +96,36 @@ class Worker:
             ops.require_installed(conn)
             upkeep.tell_timeouts(conn, stages.timeouts(self.settings))
             self.checked = True
-        heard, listening = self.hears, db.listen(conn, self.settings)
-        self.hears = listening and not ops.is_silent(conn)
-        if self.hears:
-            log.info("LISTEN '%s' 시작", db.CHANNEL)
-        elif heard:
-            why = "install --no-notify" if listening else "알림이 전달되지 않음 (트랜잭션 풀러?)"
-            seconds = self.settings.POLL_INTERVAL
-            log.warning("%s: LISTEN 대신 %g초마다 확인", why, seconds)
+        self.listen(conn)
         self.trigger.resume(conn)
         return conn
+
+    def listen(self, conn: db.Connection) -> None:
+        """LISTEN; where nothing would be heard, say so once and look every POLL_INTERVAL instead.
+
+        A queue that cannot be read makes LISTEN fail (58P01), or end the session (seen on 15
+        and 18): after two such ends a connection does without.
+        """
+        hears, why = False, "트랜잭션 풀러?"
+        if self.listens_lost < 2:
+            self.listens_lost += 1
+            try:
+                hears = db.listen(conn, self.settings)
+            except db.CONNECTION_LOST:
+                raise
+            except psycopg2.Error as error:
+                why = " ".join(str(error).split())
+            self.listens_lost = 0
+        else:
+            self.listens_lost, why = 1, "LISTEN이 연결을 끊음"
+        if hears and ops.is_silent(conn):
+            hears, why = False, "install --no-notify"
+        if hears:
+            log.info("LISTEN '%s' 시작", db.CHANNEL)
+        elif self.hears:
+            seconds = self.settings.POLL_INTERVAL
+            log.warning("알림이 전달되지 않음 (%s): LISTEN 대신 %g초마다 확인", why, seconds)
+        self.hears = hears
 
     def wait_to_reconnect(self, error: Exception) -> None:
         """Say what happened, each reason once and then only counted, and sleep."""

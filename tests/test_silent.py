@@ -36,7 +36,7 @@ def test_listener_polls_and_still_hears_the_operator(
 ):
     run_command(database, "install", "--no-notify")
     process = listener(database, api=api, SWEEP_INTERVAL=600, POLL_INTERVAL=0.1)
-    process.wait_for_line("install --no-notify: LISTEN 대신 0.1초마다 확인")
+    process.wait_for_line("(install --no-notify): LISTEN 대신 0.1초마다 확인")
     wait_until_idle(tmp_path)
     database.add_job("overlay")
     database.wait_for("SELECT status = 'done' FROM jobs WHERE current_step = 'vlm_judge'")
