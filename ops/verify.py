@@ -172,7 +172,11 @@ def check_listen(conn, settings) -> str:
     select.select([conn], [], [], 1.0)
     if not db.hear(conn):
         raise Bad("our own notification did not arrive", "python listener.py verify, once more")
-    return f"LISTEN '{db.CHANNEL}' delivers; queue {db.execute(conn, QUEUE).fetchone()[0]}% full"
+    used = db.execute(conn, QUEUE).fetchone()[0]
+    if used >= 50:
+        mend = "end the session that has been in a transaction for long (pg_stat_activity)"
+        raise Bad(f"the notification queue is {used}% full: commits fail at 100%", mend)
+    return f"LISTEN '{db.CHANNEL}' delivers; queue {used}% full"
 
 
 def check_stage_api(conn, settings) -> str:
