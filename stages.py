@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 import config
 from stage_http import Answer, StageApi
@@ -184,3 +185,15 @@ class Call:
 
 class MissingValue(LookupError):
     """What a stage needs is not in the database."""
+
+
+def quoted(value: Any) -> str:
+    """`value` as one segment of a path: call.post(f"/api/jobs/{quoted(call.job_id)}/run").
+
+    Raises:
+        ValueError: it is empty, "." or "..", which no quoting keeps from changing the path.
+    """
+    text = str(value)
+    if text in ("", ".", ".."):
+        raise ValueError(f"{text!r} cannot be part of a path")
+    return quote(text, safe="")
