@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,13 +155,24 @@ class Database:
 
 
 class Listener:
-    """`python listener.py …` as a process of its own, its output read line by line."""
+    """`python listener.py …` as a process of its own, its output read line by line.
 
-    def __init__(self, environ: dict[str, str], directory: Path, program: Path, *args: str):
+    within: a command that is to run it, such as ("ip", "netns", "exec", "a").
+    program: a script that changes something first.
+    """
+
+    def __init__(
+        self,
+        environ: dict[str, str],
+        directory: Path,
+        *args: str,
+        within: Sequence[str] = (),
+        program: Path = ROOT / "listener.py",
+    ):
         self.lines: list[str] = []
         self._arrived: queue.Queue[str | None] = queue.Queue()
         self.process = subprocess.Popen(
-            [sys.executable, str(program), *args],
+            [*within, sys.executable, str(program), *args],
             env={k: v for k, v in os.environ.items() if k not in config.SETTINGS} | environ,
             cwd=directory,
             stdout=subprocess.PIPE,
@@ -344,22 +355,22 @@ def api(database: Database) -> Iterator[StageApi]:
 
 @pytest.fixture
 def listener(tmp_path: Path) -> Iterator[Callable[..., Listener]]:
-    """listener(database, *args, api=…, **settings): a running `python listener.py`.
+    """listener(database, *args, api=…, how=…, **settings): a running `python listener.py`.
 
-    With program=… it is a script that changes something first.
+    how: what Listener takes, {"within": …} or {"program": …}.
     """
     started: list[Listener] = []
     # Found in the working directory before any other, so nobody's own .env has a say.
     (tmp_path / ".env").touch()
     heartbeats = tmp_path / "heartbeats"
 
-    def start(database, *args: str, api=None, program=ROOT / "listener.py", **settings: object):
+    def start(database, *args: str, api=None, how: dict | None = None, **settings: object):
         fast = {"JOB_STATE_LISTENER_RECONNECT_DELAY": "0.2", "RETRY_DELAY": "0.05"}
         environ = database.environ | fast | {"HEARTBEAT_DIR": str(heartbeats)}
         if api is not None:
             environ["STAGE_API_URL"] = api.url
         environ |= {name: str(value) for name, value in settings.items()}
-        started.append(Listener(environ, tmp_path, program, *args))
+        started.append(Listener(environ, tmp_path, *args, **(how or {})))
         return started[-1]
 
     yield start

@@ -4,7 +4,7 @@ import re
 from contextlib import closing
 
 import pytest
-from test_pooler import PGBOUNCER, pooler  # noqa: F401
+from faults.test_pooler import PGBOUNCER, pooler  # noqa: F401
 from test_schema_security import GRANTS
 
 import db

@@ -127,16 +127,6 @@ def test_killed_worker_is_replaced_and_its_call_made_again(database, api, listen
     assert len(api.calls(job)) == 2
 
 
-def test_backend_terminated_while_idle_is_replaced(database, api, listener, tmp_path):
-    process = listener(database, api=api, SWEEP_INTERVAL=3600)
-    wait_until_idle(tmp_path)
-    terminate_backends(database)
-    process.wait_for_line(LISTENING, count=2)
-    job = database.add_job("overlay", "done")
-    database.wait_for(SUCCEEDED, 1, job)
-    assert len(api.calls(job)) == 1
-
-
 def test_result_outlasts_a_backend_terminated_during_the_call(database, api, listener):
     with gate(api, answer=Answer(200)) as opened:
         process = listener(database, api=api)

@@ -20,7 +20,7 @@ def proxy(database) -> Iterator[TcpProxy]:
         yield running
 
 
-def test_claim_whose_answer_was_lost_is_given_back_and_called_once(
+def test_d5_claim_whose_answer_was_lost_is_given_back_and_called_once(
     database, proxy, api, listener, tmp_path
 ):
     process = listener(database, api=api, **proxy.settings)
@@ -36,7 +36,7 @@ def test_claim_whose_answer_was_lost_is_given_back_and_called_once(
     assert [row.outcome for row in database.attempts(job)] == ["succeeded"]
 
 
-def test_claim_that_never_arrived_is_made_again(database, proxy, api, listener, tmp_path):
+def test_d5_claim_that_never_arrived_is_made_again(database, proxy, api, listener, tmp_path):
     process = listener(database, api=api, **proxy.settings)
     wait_until_idle(tmp_path)
     claim = proxy.hold_request(CLAIM)
@@ -48,7 +48,7 @@ def test_claim_that_never_arrived_is_made_again(database, proxy, api, listener, 
     assert [call.headers["X-Attempt"] for call in api.calls(job)] == ["1"]
 
 
-def test_settling_whose_answer_was_lost_is_repeated_without_harm(
+def test_d5_settling_whose_answer_was_lost_is_repeated_without_harm(
     database, proxy, api, listener, tmp_path
 ):
     process = listener(database, api=api, **proxy.settings)
@@ -66,7 +66,7 @@ def test_settling_whose_answer_was_lost_is_repeated_without_harm(
     assert len(api.calls(job)) == 1 and len(api.calls(next_job)) == 1
 
 
-def test_claim_that_commits_after_the_reconnect_is_found_again(
+def test_d5_claim_that_commits_after_the_reconnect_is_found_again(
     database, proxy, api, listener, tmp_path
 ):
     process = listener(database, api=api, **proxy.settings, SWEEP_INTERVAL=0.1)

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import psycopg2
 import pytest
+from conftest import ROOT
 from waiting import (
     LISTENING,
     RECONNECTING,
     backends,
+    terminate_backends,
     until,
     wait_until_idle,
 )
@@ -21,9 +23,7 @@ from waiting import (
 import calls
 import db
 from demo.stage_api import StageApi
-from demo.stage_server import Answer
 
-ROOT = Path(__file__).parent.parent
 DONE = "SELECT count(*) = %s FROM jobs WHERE current_step = 'vlm_judge' AND status = 'done'"
 SUCCEEDED = "SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s AND outcome = 'succeeded'"
 
@@ -49,7 +49,7 @@ def frozen(pids: list[int]) -> Iterator[None]:
 # --- errors of the driver ------------------------------------------------------------------
 
 
-def test_notifications_of_a_terminated_backend_are_a_lost_connection(database, conn):
+def test_a3_notifications_of_a_terminated_backend_are_a_lost_connection(database, conn):
     db.listen(conn, database.settings())
     database.rows("SELECT pg_terminate_backend(%s)", conn.info.backend_pid)
     with pytest.raises(db.ConnectionLost):
@@ -57,7 +57,7 @@ def test_notifications_of_a_terminated_backend_are_a_lost_connection(database, c
             db.hear(conn)
 
 
-def test_statement_on_a_terminated_backend_is_a_lost_connection(database, conn):
+def test_a3_statement_on_a_terminated_backend_is_a_lost_connection(database, conn):
     database.rows("SELECT pg_terminate_backend(%s, 10000)", conn.info.backend_pid)
     for _ in range(2):  # the second time psycopg2 raises InterfaceError
         with pytest.raises(db.ConnectionLost):
@@ -67,7 +67,7 @@ def test_statement_on_a_terminated_backend_is_a_lost_connection(database, conn):
 
 
 @pytest.mark.parametrize("code", ["40001", "40P01", "55P03", "57014"])
-def test_passing_errors_are_tried_again_on_the_same_connection(code, database, conn):
+def test_a4_passing_errors_are_tried_again_on_the_same_connection(code, database, conn):
     database.rows("CREATE SEQUENCE tries")
     database.rows(
         "CREATE FUNCTION fail_twice() RETURNS bigint LANGUAGE plpgsql AS $$ BEGIN"
@@ -76,7 +76,7 @@ def test_passing_errors_are_tried_again_on_the_same_connection(code, database, c
     assert db.execute(conn, "SELECT fail_twice() AS tries").fetchone().tries == 3
 
 
-def test_errors_that_do_not_pass_are_raised_and_the_connection_stays_good(conn):
+def test_a4_errors_that_do_not_pass_are_raised_and_the_connection_stays_good(conn):
     with pytest.raises(psycopg2.errors.SerializationFailure):
         db.execute(conn, "DO $$ BEGIN RAISE SQLSTATE '40001'; END $$")
     with pytest.raises(psycopg2.errors.DivisionByZero):
@@ -87,31 +87,25 @@ def test_errors_that_do_not_pass_are_raised_and_the_connection_stays_good(conn):
 
 
 @pytest.mark.parametrize("code", ["25006", "53300", "57P01", "57P03", "08006"])
-def test_errors_of_a_server_that_cannot_serve_are_a_lost_connection(code, conn):
+def test_a4_errors_of_a_server_that_cannot_serve_are_a_lost_connection(code, conn):
     with pytest.raises(db.ConnectionLost):
         db.execute(conn, f"DO $$ BEGIN RAISE SQLSTATE '{code}'; END $$")
-
-
-def test_session_never_stays_in_a_transaction(database, conn):
-    db.listen(conn, database.settings())
-    calls.claim(conn, leases={"planner": 1}, worker="w")
-    db.query(conn, "SELECT 1")
-    with pytest.raises(psycopg2.Error):
-        db.query(conn, "CREATE TABLE written ()")
-    assert conn.info.transaction_status == psycopg2.extensions.TRANSACTION_STATUS_IDLE
-    database.rows(f'NOTIFY "{db.CHANNEL}"')
-    assert [n.channel for n in until(lambda: db.hear(conn), "a notification")] == [db.CHANNEL]
-
-
-def test_application_sees_no_setting_of_ours(database, conn):
-    db.execute(conn, "SELECT 1")
-    assert database.value("SHOW enable_seqscan") == "on"
 
 
 # --- workers and their connection ----------------------------------------------------------
 
 
-def test_deadlock_in_a_worker_is_tried_again_without_reconnecting(database, api, listener):
+def test_a3_terminated_backend_is_noticed_at_once(database, api, listener, tmp_path):
+    process = listener(database, api=api, SWEEP_INTERVAL=3600)
+    wait_until_idle(tmp_path)
+    terminate_backends(database)
+    process.wait_for_line(LISTENING, count=2)
+    job = database.add_job("overlay", "done")
+    database.wait_for(SUCCEEDED, job)
+    assert len(api.calls(job)) == 1
+
+
+def test_a4_deadlock_in_a_worker_is_tried_again_without_reconnecting(database, api, listener):
     database.rows("CREATE SEQUENCE tries")
     database.rows(
         "CREATE FUNCTION fail_once() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
@@ -127,7 +121,7 @@ def test_deadlock_in_a_worker_is_tried_again_without_reconnecting(database, api,
     assert RECONNECTING not in process.output
 
 
-def test_server_that_became_read_only_is_left_and_found_again(
+def test_a12_server_that_became_read_only_is_left_and_found_again(
     own_server, make_database, listener, tmp_path
 ):
     database = make_database(own_server)
@@ -150,7 +144,7 @@ def test_server_that_became_read_only_is_left_and_found_again(
 
 
 @pytest.mark.slow
-def test_frozen_server_is_noticed_and_used_again(own_server, make_database, listener, tmp_path):
+def test_a7_frozen_server_is_noticed_and_used_again(own_server, make_database, listener, tmp_path):
     database = make_database(own_server)
     with StageApi(database.dsn) as api:
         process = listener(database, api=api, SWEEP_INTERVAL=0.1)
@@ -167,7 +161,7 @@ def test_frozen_server_is_noticed_and_used_again(own_server, make_database, list
         assert [call.job_id for call in api.calls()] == [job, other]
 
 
-def test_stop_does_not_wait_for_a_frozen_server(own_server, make_database, listener, tmp_path):
+def test_a8_stop_does_not_wait_for_a_frozen_server(own_server, make_database, listener, tmp_path):
     database = make_database(own_server)
     slow = {"SWEEP_INTERVAL": 0.1, "JOB_STATE_LISTENER_RECONNECT_DELAY": 3600}
     process = listener(database, **slow)
@@ -192,66 +186,9 @@ print(time.process_time() - before)
 """
 
 
-def test_signal_that_is_no_stop_does_not_make_the_wait_spin(database):
+def test_a8_signal_that_is_no_stop_does_not_make_the_wait_spin(database):
     """The alarm of a call writes to the wakeup socket as well."""
     environ = os.environ | database.environ
     command = [sys.executable, "-c", SPIN]
     seconds = subprocess.run(command, env=environ, cwd=ROOT, check=True, capture_output=True).stdout
     assert float(seconds) < 0.3
-
-
-# --- several processes ---------------------------------------------------------------------
-
-
-def sockets_to(port: int, pid: int) -> set[str]:
-    """The inodes of a process's TCP connections to a port of this machine."""
-    lines = [
-        line for v in ("tcp", "tcp6") for line in Path("/proc/net", v).read_text().splitlines()
-    ]
-    table = [line.split() for line in lines]
-    inodes = {f"socket:[{row[9]}]" for row in table if row[2].endswith(f":{port:04X}")}
-    return inodes & {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink()}
-
-
-def test_workers_share_no_connection_and_their_parent_has_none(database, api, listener, tmp_path):
-    process = listener(database, "run", "--workers", "3", api=api)
-    wait_until_idle(tmp_path, workers=3)
-    port = int(database.environ["DB_PORT"])
-    assert sockets_to(port, process.pid) == set()
-    each = [sockets_to(port, pid) for pid in process.children()]
-    assert [len(sockets) for sockets in each] == [1, 1, 1]
-    assert len(set.union(*each)) == 3
-    assert len(backends(database)) == 3
-
-
-# --- secrets -------------------------------------------------------------------------------
-
-SECRET = "kP7-s3cr3t%zz"
-
-
-def test_malformed_database_url_shows_no_password(database, listener):
-    process = listener(database, DATABASE_URL=f"postgresql://me:{SECRET}@127.0.0.1:1/jobs")
-    assert process.wait() == 2
-    assert "DATABASE_URL=***" in process.output
-    assert "s3cr3t" not in process.output
-
-
-def test_unreachable_database_shows_no_password(database, listener):
-    url = "postgresql://me:kP7-s3cr3t@127.0.0.1:1/jobs"
-    process = listener(database, DATABASE_URL=url, LOG_LEVEL="DEBUG")
-    process.wait_for_line(RECONNECTING)
-    process.stop()
-    assert "s3cr3t" not in process.output
-
-
-def test_refusing_stage_api_shows_no_password(database, api, listener):
-    api.on("vlm_judge", lambda request: Answer(400, request.headers["Authorization"].encode()))
-    url = api.url.replace("//", "//me:kP7-s3cr3t@")
-    process = listener(database, STAGE_API_URL=url, LOG_LEVEL="DEBUG")
-    database.add_job("overlay", "done")
-    process.wait_for_line("파이프라인 단계 실행 실패")
-    api.close()
-    database.add_job("overlay", "done")
-    process.wait_for_line("stage API unreachable")
-    process.stop()
-    assert "s3cr3t" not in process.output

@@ -79,7 +79,9 @@ def pooler(database) -> Iterator[Callable[[str, int], PgBouncer]]:
         yield start
 
 
-def test_transaction_pooler_is_polled_and_nothing_leaks(database, pooler, api, listener, tmp_path):
+def test_a11_transaction_pooler_is_polled_and_nothing_leaks(
+    database, pooler, api, listener, tmp_path
+):
     # One server connection for all: what one client leaves behind, every other finds.
     bouncer = pooler("transaction", 1)
     process = listener(database, api=api, **bouncer.settings, SWEEP_INTERVAL=3600)
@@ -103,7 +105,7 @@ def test_transaction_pooler_is_polled_and_nothing_leaks(database, pooler, api, l
     assert process.stop() == 0
 
 
-def test_reconnecting_behind_a_pooler_does_not_repeat_the_warning(
+def test_a11_reconnecting_behind_a_pooler_does_not_repeat_the_warning(
     database, pooler, api, listener, tmp_path
 ):
     bouncer = pooler("transaction", 2)
@@ -118,7 +120,7 @@ def test_reconnecting_behind_a_pooler_does_not_repeat_the_warning(
     assert process.output.count("알림이 전달되지 않음") == 1
 
 
-def test_session_pooler_is_heard(database, pooler, api, listener, tmp_path):
+def test_a11_session_pooler_is_heard(database, pooler, api, listener, tmp_path):
     process = listener(database, api=api, **pooler("session", 4).settings, SWEEP_INTERVAL=3600)
     wait_until_idle(tmp_path)
     assert LISTENING in process.output
