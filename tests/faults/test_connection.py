@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import psycopg2
 import pytest
 from conftest import ROOT
+from tcp_proxy import TcpProxy
 from waiting import (
     LISTENING,
     RECONNECTING,
@@ -23,7 +25,9 @@ from waiting import (
 import calls
 import db
 from demo.stage_api import StageApi
+from ops.check import verdict
 
+CLAIM = calls.CLAIM[: calls.CLAIM.index("\n")]
 DONE = "SELECT count(*) = %s FROM jobs WHERE current_step = 'vlm_judge' AND status = 'done'"
 SUCCEEDED = "SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s AND outcome = 'succeeded'"
 
@@ -44,6 +48,13 @@ def frozen(pids: list[int]) -> Iterator[None]:
     finally:
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
+
+
+def processes(server) -> list[int]:
+    """All of an embedded server, the one that accepts connections first."""
+    pid = server.embedded.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *map(int, children)]
 
 
 # --- errors of the driver ------------------------------------------------------------------
@@ -143,6 +154,41 @@ def test_a12_server_that_became_read_only_is_left_and_found_again(
         assert len(api.calls(job)) == 1
 
 
+REFUSALS = {
+    "role": ("ALTER ROLE {role} NOLOGIN", "ALTER ROLE {role} LOGIN"),
+    "database": ("ALTER DATABASE {db} ALLOW_CONNECTIONS false",
+                 "ALTER DATABASE {db} ALLOW_CONNECTIONS true"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("refused", REFUSALS)
+def test_a5_refusing_server_is_asked_again_until_it_gives_way(
+    refused, server, database, make_role, listener, tmp_path
+):
+    role = make_role(database)
+    refuse, allow = (sql.format(role=role, db=database.name) for sql in REFUSALS[refused])
+    database.rows(f"ALTER ROLE {role} SUPERUSER")
+    elsewhere = server.connect().cursor()
+    elsewhere.execute(refuse)
+    who = {"DB_USER": role, "DB_PASSWORD": role, "JOB_STATE_LISTENER_RECONNECT_DELAY": 0.1}
+    process = listener(database, **who)
+    process.wait_for_line("(4번째)")
+    alive, line = verdict(str(tmp_path / "heartbeats"))
+    assert alive and "database away" in line
+    elsewhere.execute(allow)
+    process.wait_for_line(LISTENING)
+    assert process.output.count("리스너 오류 발생") == 1
+
+
+@pytest.mark.slow
+def test_a5_server_that_accepts_and_says_nothing_is_left(database, listener):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        process = listener(database, DB_PORT=silent.getsockname()[1])
+        process.wait_for_line("timeout expired")
+        process.wait_for_line(RECONNECTING)
+        assert process.stop() == 0
+
+
 @pytest.mark.slow
 def test_a7_frozen_server_is_noticed_and_used_again(own_server, make_database, listener, tmp_path):
     database = make_database(own_server)
@@ -161,14 +207,34 @@ def test_a7_frozen_server_is_noticed_and_used_again(own_server, make_database, l
         assert [call.job_id for call in api.calls()] == [job, other]
 
 
+@pytest.mark.slow
+def test_a7_frozen_server_is_given_up_while_connecting(own_server, make_database, listener):
+    database = make_database(own_server)
+    with frozen(processes(own_server)):
+        process = listener(database)
+        process.wait_for_line("timeout expired")
+    process.wait_for_line(LISTENING)
+
+
+@pytest.mark.slow
+def test_a7_stalled_proxy_is_left_for_a_new_connection(database, api, listener, tmp_path):
+    with TcpProxy(database.environ) as proxy:
+        process = listener(database, api=api, **proxy.settings, SWEEP_INTERVAL=3600)
+        wait_until_idle(tmp_path)
+        stalled = proxy.hold_request(CLAIM)
+        job = database.add_job("overlay", "done")
+        stalled.wait()
+        process.wait_for_line("did not answer within 10 s")
+        database.wait_for(SUCCEEDED, job)
+        assert len(api.calls(job)) == 1
+
+
 def test_a8_stop_does_not_wait_for_a_frozen_server(own_server, make_database, listener, tmp_path):
     database = make_database(own_server)
     slow = {"SWEEP_INTERVAL": 0.1, "JOB_STATE_LISTENER_RECONNECT_DELAY": 3600}
     process = listener(database, **slow)
     wait_until_idle(tmp_path)
-    pid = own_server.embedded.pid
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    with frozen([pid, *map(int, children)]):
+    with frozen(processes(own_server)):
         assert process.stop() == 0
     assert "did not answer within 10 s" not in process.output
 

@@ -1,23 +1,135 @@
 """What a worker's session is, and what it must not be: open, shared, or telling secrets."""
 
 import os
+import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 
 import psycopg2
 import pytest
-from waiting import RECONNECTING, backends, until, wait_until_idle
+from conftest import Database, Server
+from waiting import LISTENING, RECONNECTING, backends, until, wait_until_idle
 
 import calls
 import db
+from demo.database import SYSTEM_INSTALLS, EmbeddedDatabase
 from demo.stage_server import Answer
+from faults.network import require_root
+from ops.check import verdict
 
 
 @pytest.fixture
 def conn(database) -> Iterator[db.Connection]:
     with closing(db.connect(database.settings())) as connected:
         yield connected
+
+
+def test_a9_session_has_every_limit_that_frees_what_it_held(database, conn):
+    for name, value in (db.SESSION | db.PEER).items():
+        both = "SELECT current_setting(%(name)s), set_config(%(name)s, %(value)s, true)"
+        now, wanted = db.execute(conn, both, {"name": name, "value": value}).fetchone()
+        assert now == wanted, name
+
+
+@pytest.mark.slow
+def test_a9_statement_of_a_killed_worker_ends_by_itself(database, listener):
+    database.rows(
+        "CREATE FUNCTION sleep() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN PERFORM pg_sleep(3600); RETURN NEW; END $$;"
+        "CREATE TRIGGER sleep AFTER UPDATE ON stage_calls FOR EACH ROW EXECUTE FUNCTION sleep()"
+    )
+    process = listener(database)
+    job = database.add_job("overlay", "done")
+    database.wait_for("SELECT count(*) = 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'")
+    process.kill()
+    until(lambda: not backends(database), "the end of its backend", 30)
+    database.rows("SET lock_timeout = '1ms'")
+    database.move(job, "overlay", "failed")
+
+
+# --- names ---------------------------------------------------------------------------------
+
+OTHER_NAMES = ("unshare", "-m", "sh", "-c", 'mount --bind "$0" /etc/resolv.conf && exec "$@"')
+
+
+def test_a10_slow_name_lookup_outlasts_neither_lease_nor_heartbeat(database, listener, tmp_path):
+    require_root("unshare", "mount")
+    resolver, directory = tmp_path / "resolv.conf", str(tmp_path / "heartbeats")
+    resolver.write_text("nameserver 127.53.0.1\noptions timeout:1 attempts:3\n")
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as silent:
+        silent.bind(("127.53.0.1", 53))
+        job = database.add_job("overlay", "done")
+        process = listener(
+            database,
+            within=[*OTHER_NAMES, resolver],
+            STAGE_API_URL="http://stage-api.example",
+            STAGE_TIMEOUT=1,
+        )
+        until(lambda: "calling vlm_judge" in verdict(directory)[1], "a call")
+        while not database.attempts(job):
+            assert verdict(directory)[0]
+        process.stop()
+    held = database.attempts(job)[0]
+    assert held.outcome == "held"
+    lookup, margin = held.finished_at - held.started_at, database.settings().LEASE_MARGIN
+    assert timedelta(seconds=2) < lookup < timedelta(seconds=1 + margin)
+
+
+# --- encryption and encoding ---------------------------------------------------------------
+
+CERTIFICATE = (
+    "COPY (SELECT) TO PROGRAM 'cat; openssl req -x509 -newkey ec -pkeyopt"
+    " ec_paramgen_curve:prime256v1 -nodes -subj /CN=db -keyout server.key -out server.crt'"
+)
+
+
+@pytest.fixture(scope="module")
+def encrypting() -> Iterator[Database]:
+    """A database of a server that speaks TLS, which the one in the wheel does not."""
+    majors = sorted(int(path.name) for path in SYSTEM_INSTALLS.glob("*"))
+    if not majors or not shutil.which("openssl"):
+        pytest.skip("no PostgreSQL of the system's, or no openssl")
+    with EmbeddedDatabase(majors[-1], {"fsync": "off"}) as embedded:
+        server = Server(embedded.settings(), embedded)
+        with closing(Database(server, server.create_installed())) as database:
+            for sql in (CERTIFICATE, "ALTER SYSTEM SET ssl = on", "SELECT pg_reload_conf()"):
+                database.rows(sql)
+            database.wait_for("SELECT pg_read_file('server.key', 0, 1) = '-'")
+            yield database
+
+
+def test_a13_burst_over_tls_is_heard_to_its_last_notification(encrypting, api, listener, tmp_path):
+    database = encrypting
+    url = database.server.embedded.dsn(database.name) + "?sslmode=require"
+    process = listener(database, api=api, DATABASE_URL=url, SWEEP_INTERVAL=3600)
+    wait_until_idle(tmp_path)
+    ssl = "SELECT ssl FROM pg_stat_ssl WHERE pid = %s"
+    assert database.value(ssl, backends(database)[0])
+    database.rows(
+        "SELECT pg_notify('job_state_changed', n || repeat('x', 7000))"
+        " FROM generate_series(1, 2000) AS n"
+    )
+    process.wait_for_line("알 수 없는 알림 무시: 2000xxx")
+    assert process.output.count("알 수 없는 알림 무시") == 2000
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII", "EUC_KR"])
+def test_a14_client_encoding_of_the_environment_has_no_say(encoding, database, api, listener):
+    database.rows(f"ALTER DATABASE {database.name} SET client_encoding = '{encoding}'")
+    api.on("vlm_judge", lambda _request: Answer(200))
+    process = listener(database, api=api, PGCLIENTENCODING=encoding)
+    process.wait_for_line(LISTENING)
+    tenant = "한글 é 😀"
+    job = database.add_job("overlay", "done", tenant)
+    database.wait_for("SELECT count(*) = 1 FROM stage_attempts WHERE outcome = 'succeeded'")
+    assert [call.tenant_id for call in api.calls(job)] == [tenant]
+    assert RECONNECTING not in process.output
+
+
+# --- transactions and processes ------------------------------------------------------------
 
 
 def test_a16_session_never_stays_in_a_transaction(database, conn):
@@ -34,9 +146,6 @@ def test_a16_session_never_stays_in_a_transaction(database, conn):
 def test_a11_application_sees_no_setting_of_ours(database, conn):
     db.execute(conn, "SELECT 1")
     assert database.value("SHOW enable_seqscan") == "on"
-
-
-# --- several processes ---------------------------------------------------------------------
 
 
 def sockets_to(port: int, pid: int) -> set[str]:
