@@ -1,0 +1,185 @@
+"""The bell that is lost, stuck, or too loud: what is owed is called all the same."""
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import psycopg2
+import pytest
+from bell import Bell
+from conftest import Database, Server
+from waiting import (
+    LISTENING,
+    backends,
+    gate,
+    terminate_backends,
+    until,
+    wait_for_call,
+    wait_until_idle,
+)
+
+from demo.database import EmbeddedDatabase
+from demo.stage_server import Answer
+
+OWN = {"max_notify_queue_pages": 8192, "max_prepared_transactions": 2, "fsync": "off"}
+DONE = "SELECT count(*) = %s FROM jobs WHERE current_step = 'vlm_judge' AND status = 'done'"
+OWED = (
+    "INSERT INTO stage_calls (job_id, tenant_id, current_step, status, stage)"
+    " VALUES (%s, 'tenant', 'overlay', 'done', 'vlm_judge')"
+)
+RING = """
+SELECT count(pg_notify(%s, json_build_object('job_id', n, 'current_step', 'elsewhere',
+                                             'status', repeat('x', %s))::text))
+FROM generate_series(1, %s) AS n
+"""
+USED = "SELECT pg_notification_queue_usage()"
+
+
+@pytest.fixture(scope="module")
+def bell_server() -> Iterator[Server]:
+    """A server with a notification queue of 64 MiB that no other test uses."""
+    with EmbeddedDatabase(options=OWN) as embedded:
+        yield Server(embedded.settings(), embedded)
+
+
+@pytest.fixture
+def database(bell_server, make_database) -> Database:
+    return make_database(bell_server)
+
+
+def ring(database, count: int, size: int = 1000, channel: str = "job_state_changed") -> None:
+    database.rows(RING, channel, size, count)
+
+
+def memory(pid: int) -> float:
+    """The most that a process had in memory so far, in MiB."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    raise AssertionError("no VmHWM")
+
+
+def wait_for_empty_queue(database) -> None:
+    def empty() -> bool:
+        database.rows("NOTIFY nobody")  # whoever notifies next throws away what all have read
+        return database.value(USED) < 0.001
+
+    until(empty, "an empty queue")
+
+
+@contextmanager
+def pinned_queue(server, database) -> Iterator[None]:
+    """A session that listens, in another database, and never leaves its transaction."""
+    with closing(server.connect()) as stuck:
+        stuck.cursor().execute("LISTEN anything")
+        stuck.autocommit = False
+        stuck.cursor().execute("SELECT 1")
+        yield
+    wait_for_empty_queue(database)
+
+
+# --- a queue that fills --------------------------------------------------------------------
+
+
+def test_b2_queue_that_fills_is_a_problem_that_verify_names(
+    bell_server, database, api, run_command
+):
+    with pinned_queue(bell_server, database):
+        ring(database, 4500, 7800)
+        assert 0.5 < database.value(USED) < 1
+        done = run_command(database, "verify", api=api)
+        assert done.code == 1
+        (problem,) = [line for line in done.lines if line.startswith("PROBLEM")]
+        assert "queue is 5" in problem and "% full" in problem
+    assert run_command(database, "verify", api=api).code == 0
+
+
+def test_b2_idle_worker_pins_nothing(database, listener, tmp_path):
+    listener(database, SWEEP_INTERVAL=3600)
+    wait_until_idle(tmp_path)
+    ring(database, 2000, 7000)
+    wait_for_empty_queue(database)
+
+
+BLOCKED = "SELECT wait_event = 'ClientWrite' FROM pg_stat_activity WHERE pid = %s"
+
+
+def test_b3_worker_in_a_long_call_is_flooded_and_drains_what_it_missed(database, api, listener):
+    with gate(api, "vlm_judge", Answer(200)) as opened:
+        process = listener(database, api=api, SWEEP_INTERVAL=3600)
+        job = database.add_job("overlay", "done")
+        wait_for_call(api, job)
+        before = memory(process.pid)
+        (backend,) = backends(database)
+
+        def blocked() -> bool:
+            ring(database, 5000)
+            return database.value(BLOCKED, backend)
+
+        until(blocked, "more than the connection holds")
+        assert database.value(USED) > 0.001
+        opened.set()
+        wait_for_empty_queue(database)
+    process.wait_for_line(f"감지: job={database.add_job('overlay', 'done')}")
+    assert memory(process.pid) - before < 32
+    assert len(api.calls(job)) == 1
+
+
+def test_p10_notifications_are_drained_and_dropped(database, listener, tmp_path):
+    process = listener(database, SWEEP_INTERVAL=3600)
+    wait_until_idle(tmp_path)
+    before = memory(process.pid)
+    for _ in range(10):
+        ring(database, 10_000, 100)
+    process.wait_for_line(f"감지: job={database.add_job()}")
+    assert memory(process.pid) - before < 32
+
+
+# --- a bell that cannot be heard -----------------------------------------------------------
+
+
+def test_b6_channel_has_this_name_and_no_other(database):
+    with Bell(database) as bell:
+        database.rows("NOTIFY Job_State_Changed, 'folded'")
+        database.rows("NOTIFY \"Job_State_Changed\", 'another'")
+        assert bell.payloads() == ["folded"]
+
+
+def test_b6_other_databases_hear_nothing(bell_server, database, make_database):
+    with Bell(make_database(bell_server)) as bell:
+        database.add_job()
+        assert bell.payloads() == []
+
+
+def test_b6_two_phase_commit_of_a_state_change_is_refused_and_leaves_nothing(database):
+    job = database.add_job("img_gen", "queued")
+    database.rows("BEGIN")
+    database.move(job, "img_gen", "done")
+    with pytest.raises(psycopg2.errors.FeatureNotSupported):
+        database.rows("PREPARE TRANSACTION 'job'")
+    assert database.state(job) == ("img_gen", "queued")
+    assert database.owed(job) is None
+
+
+@contextmanager
+def unreadable_queue(server, database) -> Iterator[None]:
+    """What LISTEN would have to read first is gone from the disk."""
+    with pinned_queue(server, database):
+        ring(database, 600, 7800, "elsewhere")  # more than the server keeps in memory
+        min(Path(database.value("SHOW data_directory"), "pg_notify").iterdir()).unlink()
+        yield
+
+
+def test_b7_worker_whose_listen_fails_looks_every_second(bell_server, database, api, listener):
+    process = listener(database, api=api, SWEEP_INTERVAL=3600)
+    process.wait_for_line(LISTENING)
+    with unreadable_queue(bell_server, database):
+        terminate_backends(database)
+        process.wait_for_line("LISTEN 대신 1초마다 확인")
+        database.rows("SET session_replication_role = replica")  # no bell: it would be read
+        job = database.add_job("overlay", "done")
+        database.rows(OWED, job)
+        database.wait_for(DONE, 1)
+    terminate_backends(database)
+    process.wait_for_line(LISTENING, count=2)
+    assert process.output.count("LISTEN 대신") == 1
