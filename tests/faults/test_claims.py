@@ -1,12 +1,15 @@
-"""A connection that dies while a claim or a result is on its way."""
+"""Claims and results whose connection dies on the way, and calls that others make hard to find."""
 
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 import pytest
+from claims import claim, connected
 from tcp_proxy import TcpProxy
-from waiting import LISTENING, gate, wait_for_call, wait_until_idle
+from waiting import LISTENING, gate, wait_for_call, wait_for_sweeps, wait_until_idle
 
 import calls
+import db
 from demo.stage_server import Answer
 
 CLAIM = calls.CLAIM[: calls.CLAIM.index("\n")]
@@ -84,3 +87,101 @@ def test_d5_claim_that_commits_after_the_reconnect_is_found_again(
         opened.set()
         database.wait_for(SUCCEEDED, job, timeout=20)
     assert len(api.calls(job)) == 1
+
+
+# --- calls that others make hard to find ---------------------------------------------------
+
+
+def test_d6_call_that_the_application_hides_is_found_without_a_bell(
+    database, api, listener, tmp_path
+):
+    listener(database, api=api, SWEEP_INTERVAL=0.1)
+    wait_until_idle(tmp_path)
+    with closing(database.connect()) as application:
+        application.autocommit = False
+        cursor = application.cursor()
+        with gate(api, answer=Answer(200)) as opened:
+            busy = database.add_job()
+            wait_for_call(api, busy)
+            job = database.add_job("overlay", "done")
+            cursor.execute("UPDATE jobs SET status = 'running' WHERE job_id = %s", [job])
+            opened.set()
+            database.wait_for(SUCCEEDED, busy)
+        wait_for_sweeps(database)
+        assert api.calls(job) == []
+        application.rollback()
+        database.wait_for(SUCCEEDED, job)
+    assert len(api.calls(job)) == 1
+
+
+def test_d7_call_that_was_committed_late_is_not_passed_over(database):
+    with closing(database.connect()) as slow, connected(database) as conn:
+        slow.autocommit = False
+        cursor = slow.cursor()
+        cursor.execute("INSERT INTO jobs (current_step, status) VALUES ('img_gen', 'done')")
+        early = [database.add_job() for _ in range(3)]
+        assert [str(claim(conn).job_id) for _ in early] == early
+        slow.commit()
+        row = claim(conn)
+        assert row.owed and str(row.job_id) not in early
+        assert claim(conn).call_id is None
+
+
+LEFT_BEHIND = """
+INSERT INTO jobs (current_step, status) SELECT 'img_gen', 'done' FROM generate_series(1, 10000);
+UPDATE stage_calls SET due_at = now() + interval '10 minutes';
+DELETE FROM stage_calls;
+INSERT INTO jobs (current_step, status) SELECT 'img_gen', 'done' FROM generate_series(1, 100)
+"""
+
+
+@contextmanager
+def old_snapshot(database) -> Iterator[None]:
+    """A report elsewhere, during which nothing that is deleted can be cleared away."""
+    with closing(database.connect()) as report:
+        report.set_session(isolation_level="REPEATABLE READ", autocommit=False)
+        report.cursor().execute("SELECT count(*) FROM jobs")
+        yield
+
+
+PAGES = """
+SELECT heap_blks_hit + heap_blks_read + idx_blks_hit + idx_blks_read
+FROM pg_statio_user_tables WHERE relname = 'stage_calls'
+"""
+
+
+def pages_read(database, worker, claims: int = 20) -> int:
+    """Pages of stage_calls that so many claims look at."""
+    flush = "SELECT pg_stat_force_next_flush()"
+    database.rows(flush)
+    before = database.value(PAGES)
+    for _ in range(claims):
+        assert worker.claim()
+    db.execute(worker.conn, flush)
+    return database.value(PAGES) - before
+
+
+@pytest.mark.xfail(reason="a claim passes every dead entry of the index again")
+def test_d8_claims_under_an_old_snapshot_read_little_more_than_without(database, caller):
+    worker = caller("http://127.0.0.1:1")
+    database.rows(LEFT_BEHIND)
+    database.rows("VACUUM stage_calls")
+    clean = pages_read(database, worker)
+    with old_snapshot(database):
+        database.rows("DELETE FROM stage_calls; " + LEFT_BEHIND)
+        worker.claim()
+        assert pages_read(database, worker) <= 1.25 * clean
+
+
+@pytest.mark.xfail(reason="every idle worker looks for a call at every notification")
+def test_d9_idle_workers_ask_little_for_one_event(database, proxy, api, listener, tmp_path):
+    api.on("vlm_judge", lambda _request: Answer(200))
+    quiet = {"SWEEP_INTERVAL": 3600, **proxy.settings}
+    listener(database, "run", "--workers", "8", api=api, **quiet)
+    wait_until_idle(tmp_path, workers=8)
+    before = len(proxy.requests)
+    for _ in range(10):
+        database.wait_for(SUCCEEDED, database.add_job("overlay", "done"))
+        wait_until_idle(tmp_path, workers=8)
+    # One worker needs three: its claim, the settling, and a look for what is due next.
+    assert len(proxy.requests) - before <= 5 * 10
