@@ -1,0 +1,225 @@
+"""The faults that services of this kind meet in the field, each with the tests that hold it.
+
+A test in this folder is named after its fault; the others stand with the module they are about.
+"""
+
+import re
+from pathlib import Path
+
+from conftest import ROOT
+
+FAULTS = {
+    # the connection
+    "A1": "a notification is read by a statement of our own",
+    "A2": "a burst of notifications",
+    "A3": "the backend is terminated while we sleep",
+    "A4": "errors that mean a lost connection, and errors that do not",
+    "A5": "the database starts, stops, recovers or refuses",
+    "A6": "half-open TCP: nothing arrives any more",
+    "A7": "a frozen server or a stalled proxy, while the kernel still acknowledges",
+    "A8": "told to stop while inside the database driver",
+    "A9": "we vanish, and the server keeps what we held",
+    "A10": "names are looked up slowly",
+    "A11": "a transaction pooler: LISTEN hears nothing, settings leak",
+    "A12": "a standby, a failover",
+    "A13": "a burst over TLS",
+    "A14": "another client encoding",
+    "A15": "fork after connect",
+    "A16": "a transaction that stays open",
+    "A17": "notified while disconnected",
+    "A18": "secrets in errors",
+    # NOTIFY
+    "B1": "a payload of 8,000 bytes and more",
+    "B2": "the notification queue is pinned and fills",
+    "B3": "a worker that does not read during a long call",
+    "B4": "NOTIFY takes a lock across all databases at commit",
+    "B5": "equal notifications are folded, a rollback is silent",
+    "B6": "other channels, other databases, two-phase commit",
+    "B7": "LISTEN itself fails",
+    # the database trigger
+    "C1": "the application's role has no grants on our tables",
+    "C2": "names of ours are shadowed by the caller's",
+    "C3": "an empty search_path, a restore",
+    "C4": "our tables are gone, the trigger is not",
+    "C5": "changes that no trigger sees",
+    "C6": "a data-only restore, a clone",
+    "C7": "a partitioned table, BEFORE triggers, deleted jobs",
+    "C8": "updates that change nothing, NULL, endless error texts",
+    "C9": "row-level security hides jobs",
+    "C10": "ids of any type, malformed payloads",
+    # claims
+    "D1": "the session of a claim is lost during its call",
+    "D2": "a call that outlasts its lease",
+    "D3": "a transaction held open during a call",
+    "D4": "a late result overwrites another's",
+    "D5": "the connection dies in COMMIT",
+    "D6": "rows that others hold are passed by",
+    "D7": "a call is committed late",
+    "D8": "an old snapshot elsewhere keeps dead rows",
+    "D9": "every idle worker wakes for every notification",
+    # HTTP
+    "H1": "an answer that drips",
+    "H2": "an answer that is cut",
+    "H3": "an answer without end, a gzip bomb",
+    "H4": "what an exception says about the request",
+    "H5": "a kept-alive connection that the server has closed",
+    "H6": "a kept-alive connection into a black hole",
+    "H7": "a .netrc",
+    "H8": "proxy and CA variables",
+    "H9": "redirects",
+    "H10": "odd values of Retry-After",
+    "H11": "a job id in a URL",
+    "H12": "hostile text of a tenant",
+    "H13": "odd answers, no file descriptors left",
+    # the process
+    "P1": "the first process of a container",
+    "P2": "a signal that ends no wait",
+    "P3": "a signal between the answer and the write",
+    "P4": "stopped or killed during a call",
+    "P5": "a full disk under the heartbeat",
+    "P6": "a long call looks like a hang",
+    "P7": "the clock steps",
+    "P8": "overlapping checks, reused pids",
+    "P9": "nobody reads the output",
+    "P10": "memory grows with notifications",
+}
+ELSEWHERE = {
+    "A1": [
+        "test_listener::test_notification_read_with_the_answer_to_a_statement_is_not_slept_over"
+    ],
+    "A2": [
+        "test_listener::test_burst_of_notifications_is_heard_to_its_end",
+        "test_listener::test_hear_takes_every_notification_and_keeps_none",
+    ],
+    "A5": [
+        "test_listener::test_database_down_at_start_is_waited_for_and_logged_once",
+        "test_pipeline::test_database_restart_loses_nothing_and_repeats_nothing",
+        "test_heartbeat::test_database_that_is_away_is_no_reason_to_restart_a_worker",
+    ],
+    "A17": [
+        "test_listener::test_listens_before_the_first_look_for_due_calls",
+        "test_pipeline::test_jobs_that_finished_while_no_listener_ran_are_called",
+    ],
+    "B1": [
+        "test_schema_values::test_payload_comes_without_what_made_it_long",
+        "test_schema_values::test_everything_long_at_once_does_not_abort",
+        "test_schema_values::test_text_id_of_any_length_is_owed",
+    ],
+    "B5": [
+        "test_schema::test_there_and_back_in_one_transaction_is_a_new_arrival",
+        "test_schema::test_rolled_back_change_leaves_nothing",
+        "test_listener::test_sweep_finds_a_call_whose_notification_was_lost",
+    ],
+    "C1": ["test_schema_security::test_application_role_needs_no_grant_on_our_tables"],
+    "C2": [
+        "test_schema_security::test_temporary_tables_of_the_caller_are_not_used",
+        "test_schema_security::test_shadowing_functions_do_not_run_in_the_trigger",
+    ],
+    "C3": [
+        "test_schema::test_session_with_an_empty_search_path_is_served",
+        "test_schema_install::test_dumped_and_restored_database_goes_on",
+    ],
+    "C4": ["test_schema_security::test_missing_tables_let_the_application_through_with_a_warning"],
+    "C7": [
+        "test_schema_values::test_job_that_moves_between_partitions_owes_its_call",
+        "test_schema::test_change_made_by_a_before_trigger_counts",
+        "test_trigger_moves::test_deleted_job_is_skipped",
+    ],
+    "C8": [
+        "test_schema::test_same_state_again_changes_nothing",
+        "test_schema::test_null_is_a_state_like_any_other",
+        "test_calls_settle::test_error_of_any_length_is_cut",
+        "test_trigger_log::test_long_error_is_cut",
+    ],
+    "C9": ["test_schema_security::test_hidden_jobs_are_an_error_and_not_deleted_ones"],
+    "C10": [
+        "test_schema_values::test_job_id_of_any_type_is_owed_and_claimed",
+        "test_listener::test_malformed_notifications_are_logged_and_skipped",
+    ],
+    "D1": ["test_pipeline::test_result_outlasts_a_backend_terminated_during_the_call"],
+    "D2": [
+        "test_calls::test_call_is_taken_over_once_its_lease_has_run_out",
+        "test_stage_transaction::test_open_transaction_keeps_other_workers_away_after_the_lease",
+    ],
+    "D3": ["test_pipeline::test_application_is_not_blocked_during_a_call"],
+    "D4": [
+        "test_calls_settle::test_worker_that_comes_back_late_leaves_the_call_alone",
+        "test_trigger_retries::test_late_result_leaves_the_call_alone_once_the_lease_was_taken_over",
+    ],
+    "H1": ["test_stage_http_limits::test_call_ends_at_its_deadline_and_the_session_stays_usable"],
+    "H2": ["test_stage_http::test_answer_that_may_have_been_cut_is_not_known"],
+    "H3": [
+        "test_stage_http_limits::test_long_answer_is_dropped_and_not_known",
+        "test_stage_http_limits::test_gzip_bomb_is_not_decoded",
+    ],
+    "H4": [
+        "test_stage_http::test_refused_connection_is_not_sent",
+        "test_stage_http::test_unknown_host_is_not_sent",
+        "test_stage_http::test_connection_that_ends_before_the_answer_is_broken",
+        "test_stage_http_tls::test_handshake_with_a_plain_port_is_not_sent",
+        "test_stage_http_tls::test_tls_that_breaks_after_the_request_is_not_known",
+    ],
+    "H5": [
+        "test_stage_http_limits::test_connection_idle_for_more_than_two_seconds_is_not_reused",
+        "test_stage_http_limits::test_post_on_a_connection_that_died_is_not_sent_again",
+    ],
+    "H7": ["test_stages::test_netrc_and_proxy_variables_are_ignored"],
+    "H8": [
+        "test_stages::test_netrc_and_proxy_variables_are_ignored",
+        "test_stage_http_tls::test_environment_cannot_make_a_certificate_trusted",
+    ],
+    "H9": ["test_stage_http::test_redirect_is_not_followed"],
+    "H10": ["test_stage_http::test_retry_after_is_safely_read_and_clamped"],
+    "H12": [
+        "test_stages::test_hostile_text_arrives_intact_in_the_body_and_in_no_header",
+        "test_process::test_data_cannot_begin_a_line_of_its_own",
+        "test_trigger_log::test_answer_cannot_forge_a_line",
+    ],
+    "H13": ["test_trigger_retries::test_worker_that_runs_out_of_file_descriptors_lives_on"],
+    "P2": ["test_process::test_signal_ends_the_wait", "test_stop::test_signal_ends_an_idle_worker"],
+    "P3": [
+        "test_stage_http_limits::test_alarm_that_comes_after_the_answer_does_nothing",
+        "test_stop::test_claim_that_arrives_together_with_the_signal_is_given_back",
+    ],
+    "P4": [
+        "test_stop::test_signal_lets_the_call_finish_and_starts_no_other",
+        "test_pipeline::test_killed_worker_is_followed_by_the_same_call_after_the_lease",
+    ],
+    "P5": ["test_heartbeat::test_full_disk_is_no_reason_to_stop"],
+    "P6": ["test_heartbeat::test_long_call_is_not_a_hang"],
+    "P7": ["test_heartbeat::test_heartbeat_of_another_boot_is_dead"],
+    "P8": ["test_heartbeat::test_freed_lock_means_dead_although_the_pid_lives"],
+}
+# What a listener cannot change; the README says what it costs.
+LIMITS = {"B4": "NOTIFY takes a lock across all databases"}
+
+HERE = Path(__file__).parent
+
+
+def names(folder: Path) -> set[str]:
+    """Every test in a folder, as file::test."""
+    return {
+        f"{file.stem}::{test}"
+        for file in folder.glob("test_*.py")
+        for test in re.findall(r"(?m)^def (test_\w+)", file.read_text())
+        if file != Path(__file__)
+    }
+
+
+def fault(name: str) -> str:
+    """Which fault a test of this folder is named after."""
+    return name.split("::test_")[1].split("_")[0].upper()
+
+
+def test_every_fault_is_held_by_a_test():
+    held = {fault(name) for name in names(HERE)} | ELSEWHERE.keys() | LIMITS.keys()
+    assert held == FAULTS.keys()
+
+
+def test_tests_that_stand_elsewhere_are_there():
+    assert {name for tests in ELSEWHERE.values() for name in tests} <= names(HERE.parent)
+
+
+def test_limits_are_in_the_readme():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert all(limit in readme for limit in LIMITS.values())
