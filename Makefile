@@ -33,7 +33,7 @@ test: $(READY) ## run the tests, on a database of their own
 	@$(PYTHON) -m pytest -n auto $(ARGS)
 
 test-faults: $(READY) ## run the slow tests, which wait for deadlines to pass
-	@$(PYTHON) -m pytest -m slow $(ARGS)
+	@$(PYTHON) -m pytest -m slow -n 4 $(ARGS)
 
 lint: $(READY) ## check style: Python and Dockerfile
 	@$(PYTHON) -m ruff check

@@ -67,8 +67,9 @@ def test_a6_half_open_connection_is_noticed_and_replaced(
 
 def test_a6_connect_that_nobody_answers_is_given_up_and_tried_again(network, remote, listener):
     network.lose_everything()
+    process = listener(remote, within=network.within, DB_HOST=network.here)
+    process.wait_for_line("Job State Listener 시작")
     with noticed_in_time():
-        process = listener(remote, within=network.within, DB_HOST=network.here)
         process.wait_for_line("timeout expired")
     network.mend()
     process.wait_for_line(LISTENING)

@@ -112,16 +112,14 @@ def test_b3_worker_in_a_long_call_is_flooded_and_drains_what_it_missed(database,
         before = memory(process.pid)
         (backend,) = backends(database)
 
-        def blocked() -> bool:
-            ring(database, 5000)
-            return database.value(BLOCKED, backend)
-
-        until(blocked, "more than the connection holds")
+        for _ in range(20):
+            ring(database, 10_000, 10)
+        database.wait_for(BLOCKED, backend)
         assert database.value(USED) > 0.001
         opened.set()
         wait_for_empty_queue(database)
     process.wait_for_line(f"감지: job={database.add_job('overlay', 'done')}")
-    assert memory(process.pid) - before < 32
+    assert memory(process.pid) - before < 16
     assert len(api.calls(job)) == 1
 
 
@@ -130,9 +128,9 @@ def test_p10_notifications_are_drained_and_dropped(database, listener, tmp_path)
     wait_until_idle(tmp_path)
     before = memory(process.pid)
     for _ in range(10):
-        ring(database, 10_000, 100)
+        ring(database, 10_000, 10)
     process.wait_for_line(f"감지: job={database.add_job()}")
-    assert memory(process.pid) - before < 32
+    assert memory(process.pid) - before < 16
 
 
 # --- a bell that cannot be heard -----------------------------------------------------------

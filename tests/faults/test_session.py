@@ -58,9 +58,10 @@ OTHER_NAMES = ("unshare", "-m", "sh", "-c", 'mount --bind "$0" /etc/resolv.conf 
 def test_a10_slow_name_lookup_outlasts_neither_lease_nor_heartbeat(database, listener, tmp_path):
     require_root("unshare", "mount")
     resolver, directory = tmp_path / "resolv.conf", str(tmp_path / "heartbeats")
-    resolver.write_text("nameserver 127.53.0.1\noptions timeout:1 attempts:3\n")
+    address = f"127.53.{os.getpid() // 256 % 256}.{os.getpid() % 256}"
+    resolver.write_text(f"nameserver {address}\noptions timeout:1 attempts:3\n")
     with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as silent:
-        silent.bind(("127.53.0.1", 53))
+        silent.bind((address, 53))
         job = database.add_job("overlay", "done")
         process = listener(
             database,
