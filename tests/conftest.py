@@ -31,6 +31,7 @@ from ops.install import apply
 pytest_plugins = ["caller"]
 
 ROOT = Path(__file__).parent.parent
+PROGRAM = ROOT / "listener.py"
 # Long enough for a busy machine; nothing waits this long unless it fails.
 PATIENCE = 60.0
 
@@ -167,7 +168,7 @@ class Listener:
         directory: Path,
         *args: str,
         within: Sequence[str] = (),
-        program: Path = ROOT / "listener.py",
+        program: Path = PROGRAM,
     ):
         self.lines: list[str] = []
         self._arrived: queue.Queue[str | None] = queue.Queue()
@@ -355,22 +356,22 @@ def api(database: Database) -> Iterator[StageApi]:
 
 @pytest.fixture
 def listener(tmp_path: Path) -> Iterator[Callable[..., Listener]]:
-    """listener(database, *args, api=…, how=…, **settings): a running `python listener.py`.
+    """listener(database, *args, api=…, **settings): a running `python listener.py`.
 
-    how: what Listener takes, {"within": …} or {"program": …}.
+    `within` and `program` are those of Listener.
     """
     started: list[Listener] = []
     # Found in the working directory before any other, so nobody's own .env has a say.
     (tmp_path / ".env").touch()
     heartbeats = tmp_path / "heartbeats"
 
-    def start(database, *args: str, api=None, how: dict | None = None, **settings: object):
+    def start(database, *args: str, api=None, within=(), program=PROGRAM, **settings: object):
         fast = {"JOB_STATE_LISTENER_RECONNECT_DELAY": "0.2", "RETRY_DELAY": "0.05"}
         environ = database.environ | fast | {"HEARTBEAT_DIR": str(heartbeats)}
         if api is not None:
             environ["STAGE_API_URL"] = api.url
         environ |= {name: str(value) for name, value in settings.items()}
-        started.append(Listener(environ, tmp_path, *args, **(how or {})))
+        started.append(Listener(environ, tmp_path, *args, within=within, program=program))
         return started[-1]
 
     yield start

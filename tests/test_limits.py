@@ -285,7 +285,7 @@ def test_eight_workers_never_exceed_the_limit_and_starve_no_other_stage(
     stage = "vlm_analyze"
     with StageApi(database.dsn, delay=lambda _: 0.005) as api:
         listener(database, "run", "--workers", "8", f"--stage={stage}", "--stage=vlm_judge",
-                 api=api, how={"program": program}, SWEEP_INTERVAL=600)  # fmt: skip
+                 api=api, program=program, SWEEP_INTERVAL=600)  # fmt: skip
         api.wait_for(lambda api: len(api.calls(stage=stage)) >= 20)
         database.rows(add, "overlay", 40)
         done = "SELECT count(*) = 300 FROM jobs WHERE current_step = %s AND status = 'done'"

@@ -11,18 +11,7 @@ from waiting import LISTENING, RECONNECTING, wait_until_idle
 from ops.install import apply
 
 SUCCEEDED = "SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s AND outcome = 'succeeded'"
-OURS = "pipeline_stages, stage_calls, stage_attempts"
-# As the README gives it for whatever changed jobs behind the trigger's back.
-MEND = """
-DELETE FROM stage_calls AS c WHERE NOT EXISTS (
-    SELECT FROM jobs AS j WHERE j.job_id = c.job_id
-    AND j.current_step::text = c.current_step AND j.status::text = c.status);
-INSERT INTO stage_calls (job_id, tenant_id, current_step, status, stage)
-SELECT j.job_id, j.tenant_id::text, p.current_step, p.status, p.stage
-FROM jobs AS j
-JOIN pipeline_stages AS p ON p.current_step = j.current_step::text AND p.status = j.status::text
-ON CONFLICT DO NOTHING
-"""
+OURS = "pipeline_stages, stage_calls, stage_leases, stage_slots, stage_attempts CASCADE"
 
 
 def install(database) -> None:
@@ -60,7 +49,7 @@ def test_c4_worker_outlasts_the_loss_of_our_tables(database, api, listener, run_
     assert done.code == 1
     assert "table pipeline_stages is missing → python listener.py install" in done.out
     install(database)
-    database.rows(MEND)
+    run_command(database, "backfill", "--apply")
     database.wait_for(SUCCEEDED, job)
     assert len(api.calls(job)) == 1
 
@@ -74,7 +63,7 @@ UNSEEN = {
 
 
 @pytest.mark.parametrize("how", UNSEEN)
-def test_c5_changes_behind_the_triggers_back_are_found_again(how, database):
+def test_c5_changes_behind_the_triggers_back_are_found_again(how, database, run_command):
     came, left = database.add_job("img_gen", "queued"), database.add_job("planner", "done")
     stayed = database.add_job("overlay", "done")
     call_id = database.owed(stayed).call_id
@@ -84,7 +73,7 @@ def test_c5_changes_behind_the_triggers_back_are_found_again(how, database):
     )
     database.rows(UNSEEN[how].format(moves))
     assert {str(job) for job, _ in owed(database)} == {left, stayed}
-    database.rows(MEND)
+    run_command(database, "backfill", "--apply")
     assert {str(job) for job, _ in owed(database)} == {came, stayed}
     assert database.owed(stayed).call_id == call_id
 
@@ -98,7 +87,7 @@ def test_c5_calls_of_truncated_jobs_are_given_up_by_the_claim(database, api, lis
     assert database.owed(job) is None and not api.calls()
 
 
-def test_c5_attached_partition_is_found_and_its_later_changes_are_seen(empty_database):
+def test_c5_attached_partition_is_found_and_its_later_changes_are_seen(empty_database, run_command):
     database = empty_database
     columns = "(job_id bigint, tenant_id text, current_step text, status text)"
     database.rows(f"CREATE TABLE jobs {columns} PARTITION BY LIST (tenant_id)")
@@ -108,7 +97,7 @@ def test_c5_attached_partition_is_found_and_its_later_changes_are_seen(empty_dat
     database.rows("INSERT INTO late VALUES (1, 'a', 'img_gen', 'done'), (2, 'a', 'x', 'y')")
     database.rows("ALTER TABLE jobs ATTACH PARTITION late FOR VALUES IN ('a')")
     assert owed(database) == set()
-    database.rows(MEND)
+    run_command(database, "backfill", "--apply")
     database.rows("UPDATE jobs SET current_step = 'overlay', status = 'done' WHERE job_id = 2")
     assert owed(database) == {(1, "vlm_analyze"), (2, "vlm_judge")}
 
