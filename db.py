@@ -3,9 +3,11 @@ translated here, once: whatever makes a connection useless becomes ConnectionLos
 """
 
 import contextlib
+import re
 import secrets
 import select
 import time
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,6 +52,7 @@ PINNED = {
     "enable_hashjoin": "off",
     "enable_mergejoin": "off",
     "enable_sort": "off",
+    "plan_cache_mode": "force_generic_plan",
 }
 # For a person's query, and for one that reads all of jobs.
 UNPINNED = "".join(f"SET LOCAL {name} = DEFAULT; " for name in PINNED)
@@ -80,8 +83,9 @@ class ConnectionLost(psycopg2.OperationalError):
 CONNECTION_LOST = (ConnectionLost,)
 # 40: serialization failure, deadlock; 55P03: lock not available; 57014: query cancelled.
 TRY_AGAIN = ("40", "55P03", "57014")
-# 08: connection; 25006: read-only, so a standby; 53300: too many clients; 57P0: going down.
-LOST = ("08", "25006", "53300", "57P0")
+# 08: connection; 25006: read-only, so a standby; 53300: too many clients; 57P0: going down;
+# 0A000: a column of jobs has another type than when a statement was prepared.
+LOST = ("08", "25006", "53300", "57P0", "0A000")
 
 # Set by a process that can be told to stop: see wait_with_deadline.
 stop = None
@@ -117,6 +121,11 @@ class Connection(psycopg2.extensions.connection):
 
     # Put before every statement behind a pooler, where a session's settings would leak.
     prefix = ""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.prepared: dict[str, str] = {}  # the EXECUTE of every statement that is prepared
+
     # Behind a transaction pooler nothing is ever heard.
     hears = True
 
@@ -192,6 +201,33 @@ def execute(conn: Connection, sql: str, params: dict[str, Any] | None = None):
             if not chances_left or not (error.pgcode or "").startswith(TRY_AGAIN):
                 raise
     raise AssertionError("unreachable")
+
+
+NAME = re.compile(r"/\* (\w+) \*/")
+PLACEHOLDER = re.compile(r"%\((\w+)\)s")
+
+
+def run(conn: Connection, statements: Sequence[str], params: dict[str, Any]):
+    """Run `statements` as one transaction and return the cursor of the last.
+
+    Each is prepared once on a session, as planning the claim costs more than running it. Not
+    behind a pooler, where the next transaction may have another session.
+    """
+    if not conn.prefix:
+        statements = [prepared(conn, sql) for sql in statements]
+    return execute(conn, ";".join(statements), params)
+
+
+def prepared(conn: Connection, sql: str) -> str:
+    """The EXECUTE that stands for `sql`; the types of its parameters follow from their use."""
+    if sql not in conn.prepared:
+        name = NAME.match(sql)[1]
+        given = list(dict.fromkeys(PLACEHOLDER.findall(sql)))
+        numbered = PLACEHOLDER.sub(lambda found: f"${given.index(found[1]) + 1}", sql)
+        execute(conn, f"PREPARE {name} AS {numbered}")
+        values = ", ".join(f"%({value})s" for value in given)
+        conn.prepared[sql] = f"EXECUTE {name}({values})"
+    return conn.prepared[sql]
 
 
 def is_lost(conn: Connection, error: psycopg2.Error) -> bool:

@@ -18,7 +18,6 @@ from types import SimpleNamespace
 import click
 import psycopg2
 
-import calls
 import config
 import db
 import logs
@@ -176,9 +175,8 @@ class Worker:
             seconds = min(seconds, 1.0)
         if time.monotonic() < self.doubtful_until:
             self.trigger.resume(conn)
-        due = calls.next_due(conn, self.trigger.leases, self.trigger.looked_at)
-        upkeep = self.next_upkeep - time.monotonic()
-        seconds = max(0.0, min(seconds, upkeep, seconds if due is None else due))
+        seconds = min(seconds, min(self.next_upkeep, self.trigger.next_look) - time.monotonic())
+        seconds = max(0.0, seconds)
         self.heartbeat.beat("waiting for a job to change", seconds + HEARTBEAT_MARGIN)
         # The statement above may already have read the notification from the socket.
         if not self.hear(conn):

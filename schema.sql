@@ -93,8 +93,9 @@ BEGIN
             status        text NOT NULL,
             stage         text NOT NULL,
             created_at    timestamptz NOT NULL DEFAULT now(),
-            -- Due now, retried later, leased until, or infinity: given up.
-            due_at        timestamptz NOT NULL DEFAULT now(),
+            -- Due now, retried later, leased until, or infinity: given up. By the clock, so that
+            -- calls of one transaction differ and a claim can go on where the last one was.
+            due_at        timestamptz NOT NULL DEFAULT clock_timestamp(),
             -- Grows with every claim and never falls: with call_id it fences results.
             attempts      integer NOT NULL DEFAULT 0,
             -- Those of them that do not count towards MAX_ATTEMPTS.
@@ -148,9 +149,10 @@ BEGIN
         )
     $ddl$, id_type);
 
-    -- The first version knew no 'cancelled'.
+    -- The first version knew no 'cancelled', and its due_at began with now().
     IF NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = 'stage_attempts'::regclass
                    AND pg_get_constraintdef(oid) LIKE '%cancelled%') THEN
+        ALTER TABLE stage_calls ALTER COLUMN due_at SET DEFAULT clock_timestamp();
         ALTER TABLE stage_attempts DROP CONSTRAINT stage_attempts_outcome_check;
         ALTER TABLE stage_attempts ADD CONSTRAINT stage_attempts_outcome_check CHECK (
             outcome IN ('succeeded', 'held', 'retry', 'unknown', 'failed', 'skipped',

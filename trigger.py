@@ -5,6 +5,7 @@ what the result means, and keep the result until the database has it.
 import dataclasses
 import functools
 import logging
+import math
 import random
 import time
 import traceback
@@ -26,6 +27,9 @@ log = logging.getLogger("listener.trigger")
 LONGEST_BACKOFF = 300.0
 # How often to look whether a stage has let go of the row of a call it has answered.
 LOCKED_EVERY = 1.0
+# How long a claim may leave out what was due before the last one: so late, at the most, is a
+# call that was committed late.
+MARKED_FOR = 1.0
 
 
 def about(call: stages.Call, **more: Any) -> dict[str, Any]:
@@ -51,7 +55,11 @@ class Trigger:
         self.result: Settlement | None = None  # not written yet
         self.locked: list[Settlement] = []  # recorded, but the stage still holds the row
         self.locked_checked = 0.0
-        self.looked_at: Any = None  # database time of the last look for due calls
+        self.next_look = 0.0  # time.monotonic() at which the next call will be due
+        # When the last claimed call of a stage was due: what is before it need not be passed
+        # again by every claim. A call that was committed late is before it, too.
+        self.marks: dict[str, Any] = {}
+        self.marked = 0.0
 
     def resume(self, conn) -> None:
         """Give back what was claimed for this worker and never begun.
@@ -71,17 +79,21 @@ class Trigger:
         self.settle_locked(conn)
         while True:
             began = time.monotonic()
+            if began - self.marked > MARKED_FOR:
+                self.marks, self.marked = {}, began
             row = calls.claim(
                 conn,
                 leases=self.leases,
                 worker=self.worker,
                 settled=self.result,
                 only=only,
+                marks=self.marks,
             )
             self.written(settled=not row.unsettled)
-            self.looked_at = row.looked_at
             if row.call_id is None:
+                self.next_look = math.inf if row.next_due is None else began + row.next_due
                 return None
+            self.marks[row.stage] = row.was_due_at
             if row.taken_over:
                 upkeep.reap(conn)
             self.take_turns(row.stage)

@@ -15,7 +15,7 @@ from ops.problem import Problem
 
 # What was spent so far no longer counts; attempts itself never falls (see schema.sql).
 RETRY = """
-UPDATE stage_calls SET due_at = now(), free_attempts = attempts
+UPDATE stage_calls SET due_at = clock_timestamp(), free_attempts = attempts
 WHERE job_id IN (
     SELECT job_id FROM stage_calls
     WHERE due_at = 'infinity' AND (job_id = %(job_id)s OR stage = %(stage)s OR %(all)s)

@@ -56,7 +56,7 @@ def test_nothing_due_gives_an_empty_row(database, conn):
     database.add_job("img_gen", "queued")
     row = claim(conn)
     assert (row.call_id, row.job_id, row.unsettled) == (None, None, False)
-    assert row.looked_at is not None
+    assert row.next_due is None
 
 
 def test_second_worker_gets_nothing(database, conn, other):

@@ -155,7 +155,7 @@ def test_only_a_success_lifts_a_hold(database, conn, outcome):
 
 
 def next_due(conn, stages=STAGES):
-    return calls.next_due(conn, stages, claim(conn, stages=stages).looked_at)
+    return claim(conn, stages=stages).next_due
 
 
 def test_nothing_is_coming_where_nothing_is_owed(database, conn):
@@ -191,12 +191,6 @@ def test_due_call_that_was_passed_by_is_not_waited_for(database, conn):
     with closing(database.connect()) as stage:
         stage.cursor().execute("BEGIN; UPDATE jobs SET status = 'running'")
         assert next_due(conn) is None
-
-
-def test_call_that_arrived_after_the_look_is_due_at_once(database, conn):
-    looked_at = claim(conn).looked_at
-    database.add_job()
-    assert calls.next_due(conn, STAGES, looked_at) <= 0
 
 
 def test_call_of_a_held_stage_is_next_when_the_hold_ends(database, conn):

@@ -5,15 +5,12 @@ from contextlib import closing
 
 import pytest
 from tcp_proxy import TcpProxy
-from waiting import AWAY, LISTENING, RECONNECTING, terminate_backends, wait_until_idle
+from waiting import AWAY, CLAIM, LISTENING, RECONNECTING, terminate_backends, wait_until_idle
 
-import calls
 import db
 from demo.stage_server import Answer
 
 ON_TIME = {"SWEEP_INTERVAL": 3600}  # nothing that a test waits for comes from the sweep
-CLAIM = calls.CLAIM[: calls.CLAIM.index("\n")]
-NEXT_DUE = "AS coming"
 DONE = "SELECT count(*) = %s FROM jobs WHERE current_step = 'vlm_judge' AND status = 'done'"
 
 
@@ -106,7 +103,7 @@ def test_notification_read_with_the_answer_to_a_statement_is_not_slept_over(
     database, api, listener
 ):
     with TcpProxy(database.environ) as proxy:
-        asked = proxy.hold_answer(NEXT_DUE)
+        asked = proxy.hold_answer(CLAIM)
         listener(database, api=api, **proxy.settings, **ON_TIME)
         asked.wait()
         database.add_job("overlay", "done")

@@ -15,6 +15,8 @@ PATIENCE = 60.0
 
 # The address of a database that is not there: refused at once.
 AWAY = {"DB_HOST": "127.0.0.1", "DB_PORT": 1}
+# A worker's look for due calls, as the server hears it.
+CLAIM = "EXECUTE claim("
 LISTENING = "LISTEN 'job_state_changed' 시작"
 RECONNECTING = "재연결 시도"
 WORKERS = "datname = current_database() AND application_name LIKE 'job-state-listener worker %%'"
@@ -49,7 +51,8 @@ def wait_for_sweeps(database, workers: int = 1, times: int = 3) -> None:
         looks.update(
             database.rows(
                 f"SELECT pid, query_start FROM pg_stat_activity WHERE {WORKERS}"
-                " AND query LIKE '%%AS coming%%' AND query_start > %s",
+                " AND query LIKE %s AND query_start > %s",
+                f"%{CLAIM}%",
                 start,
             )
         )

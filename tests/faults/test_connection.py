@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 from tcp_proxy import TcpProxy
 from waiting import (
+    CLAIM,
     LISTENING,
     RECONNECTING,
     backends,
@@ -27,7 +28,6 @@ import db
 from demo.stage_api import StageApi
 from ops.check import verdict
 
-CLAIM = calls.CLAIM[: calls.CLAIM.index("\n")]
 DONE = "SELECT count(*) = %s FROM jobs WHERE current_step = 'vlm_judge' AND status = 'done'"
 SUCCEEDED = "SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s AND outcome = 'succeeded'"
 

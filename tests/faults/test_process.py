@@ -13,14 +13,13 @@ from conftest import ROOT
 from tcp_proxy import TcpProxy
 from waiting import until, wait_until_idle
 
-import calls
 import config
 from demo.stage_server import Answer
 from faults.network import require_root
 from heartbeat import ALIVE, HANGING, Heartbeat, heartbeats
 from ops.check import verdict
 
-PAY = calls.PAY.split("(")[0].strip()
+PAY = "EXECUTE pay("
 SUCCEEDED = "SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s AND outcome = 'succeeded'"
 
 
