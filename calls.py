@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from db import WAKE_CHANNEL, execute, run
+from db import WAKE_CHANNEL, execute, prepare
 
 # The fence: the one attempt that may settle a call. A worker that comes back late finds none.
 MINE = """
@@ -260,6 +260,24 @@ LEFT JOIN LATERAL (
 """
 CLAIM = f"/* claim */ WITH due AS ({FIRST_DUE}){TAKE}"
 CLAIM_JOB = f"/* claim_job */ WITH due AS ({OPEN_CALL}){TAKE}"
+
+
+STATEMENTS = [
+    RECORD, END_LEASE, PAY, POSTPONE, HOLD, LIFT, FREE_SLOT, UNSETTLED, CLAIM, CLAIM_JOB,
+]  # fmt: skip
+
+
+def run(conn, statements: Sequence[str], params: dict[str, Any]):
+    """Run some of STATEMENTS as one transaction; the cursor of the last.
+
+    A session prepares them once, as planning a claim costs more than running it. Not behind a
+    pooler, where the next transaction may have another session.
+    """
+    if not conn.prefix:
+        if not conn.prepared:
+            prepare(conn, STATEMENTS)
+        statements = [conn.prepared[sql] for sql in statements]
+    return execute(conn, ";".join(statements), params)
 
 
 NOTHING = {"job_id": None, "call_id": None, "attempt": None, "freed": None}

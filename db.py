@@ -207,27 +207,20 @@ NAME = re.compile(r"/\* (\w+) \*/")
 PLACEHOLDER = re.compile(r"%\((\w+)\)s")
 
 
-def run(conn: Connection, statements: Sequence[str], params: dict[str, Any]):
-    """Run `statements` as one transaction and return the cursor of the last.
+def prepare(conn: Connection, statements: Sequence[str]) -> None:
+    """PREPARE `statements`, each under the name in its first comment, in one round trip.
 
-    Each is prepared once on a session, as planning the claim costs more than running it. Not
-    behind a pooler, where the next transaction may have another session.
+    The types of their parameters follow from their use. conn.prepared has the EXECUTE of each.
     """
-    if not conn.prefix:
-        statements = [prepared(conn, sql) for sql in statements]
-    return execute(conn, ";".join(statements), params)
-
-
-def prepared(conn: Connection, sql: str) -> str:
-    """The EXECUTE that stands for `sql`; the types of its parameters follow from their use."""
-    if sql not in conn.prepared:
+    commands, executes = [], {}
+    for sql in statements:
         name = NAME.match(sql)[1]
         given = list(dict.fromkeys(PLACEHOLDER.findall(sql)))
-        numbered = PLACEHOLDER.sub(lambda found: f"${given.index(found[1]) + 1}", sql)
-        execute(conn, f"PREPARE {name} AS {numbered}")
-        values = ", ".join(f"%({value})s" for value in given)
-        conn.prepared[sql] = f"EXECUTE {name}({values})"
-    return conn.prepared[sql]
+        numbered = PLACEHOLDER.sub(lambda found, given=given: f"${given.index(found[1]) + 1}", sql)
+        commands.append(f"PREPARE {name} AS {numbered}")
+        executes[sql] = f"EXECUTE {name}({', '.join(f'%({value})s' for value in given)})"
+    execute(conn, ";".join(commands))
+    conn.prepared.update(executes)
 
 
 def is_lost(conn: Connection, error: psycopg2.Error) -> bool:

@@ -26,7 +26,7 @@ import process
 import stages
 import upkeep
 from heartbeat import Heartbeat
-from process import Stop
+from process import Stop, Turns
 from trigger import Trigger
 
 log = logging.getLogger("listener")
@@ -42,10 +42,19 @@ HEARTBEAT_MARGIN = 60.0
 class Worker:
     """One process, one thread, one connection that both listens and queries."""
 
-    def __init__(self, settings: SimpleNamespace, stop: Stop, only: list[str], once: bool = False):
+    def __init__(
+        self,
+        settings: SimpleNamespace,
+        stop: Stop,
+        only: list[str],
+        once: bool = False,
+        turns: Turns | None = None,
+    ):
         self.settings = settings
         self.stop = stop
         self.once = once
+        self.turns = turns
+        self.look_at = 0.0  # time.monotonic() of the next look, should nothing call for one
         self.name = worker_name()
         self.trigger = Trigger(settings, self.name, only)
         self.heartbeat = Heartbeat(settings.HEARTBEAT_DIR, self.name)
@@ -147,18 +156,25 @@ class Worker:
     def work(self, conn: db.Connection) -> None:
         """Drain and wait, in turn, until told to stop."""
         while not self.stop.requested:
-            self.drain(conn)
+            if self.turns is None or self.turns.begin():
+                self.drain(conn)
+            self.look_at = time.monotonic() + self.settings.SWEEP_INTERVAL
             self.reason, self.repeats = "", 0
             if self.once:
                 break
-            self.wait(conn)
+            while not (self.stop.requested or self.wait(conn)):
+                pass
         self.trigger.leave(conn)
 
     def drain(self, conn: db.Connection) -> None:
         """Run every due call, one after the other."""
         while not self.stop.requested:
             self.upkeep(conn)
+            postponed = self.trigger.result is not None and self.trigger.result.delay is not None
             call = self.trigger.next(conn)
+            if self.turns:
+                # There may be more due, or a time at which a postponed call will be.
+                self.turns.done(wake=call is not None and (self.turns.looking or postponed))
             if call is None or self.stop.requested:
                 return
             lease = self.trigger.leases[call.stage]
@@ -166,22 +182,26 @@ class Worker:
             self.trigger.run(call)
             self.hear(conn)
 
-    def wait(self, conn: db.Connection) -> None:
-        """Sleep until a notification, a signal, the next due call, or the sweep."""
-        seconds = self.settings.SWEEP_INTERVAL
+    def wait(self, conn: db.Connection) -> bool:
+        """Sleep until a notification, a signal, the next due call, or the sweep.
+
+        Returns whether to look for due calls: another worker may have been meant.
+        """
+        until = min(self.look_at, self.next_upkeep, self.trigger.next_look)
         if not self.hears:
-            seconds = min(seconds, self.settings.POLL_INTERVAL)
+            until = min(until, time.monotonic() + self.settings.POLL_INTERVAL)
         if self.trigger.locked or self.trigger.alerts.look():
-            seconds = min(seconds, 1.0)
+            until = min(until, time.monotonic() + 1.0)
         if time.monotonic() < self.doubtful_until:
             self.trigger.resume(conn)
-        seconds = min(seconds, min(self.next_upkeep, self.trigger.next_look) - time.monotonic())
-        seconds = max(0.0, seconds)
+        seconds = max(0.0, until - time.monotonic())
         self.heartbeat.beat("waiting for a job to change", seconds + HEARTBEAT_MARGIN)
-        # The statement above may already have read the notification from the socket.
-        if not self.hear(conn):
-            self.stop.wait(seconds, conn)
-            self.hear(conn)
+        # A statement may already have read the notification from the socket.
+        if self.hear(conn):
+            return True
+        self.stop.wait(seconds, conn, *([self.turns] if self.turns else []))
+        heard, woken = self.hear(conn), self.turns is not None and self.turns.is_woken()
+        return bool(heard) or woken or time.monotonic() >= until
 
     def hear(self, conn: db.Connection) -> int:
         """Log what the bell said. It only means "look now": nothing depends on its words."""
@@ -277,7 +297,7 @@ def run(workers: int | None = None, only: tuple[str, ...] = (), once: bool = Fal
         stop = Stop(role)
         try:
             if settings.ENABLE_JOB_STATE_LISTENER:
-                Worker(settings, stop, list(only), once).serve()
+                Worker(settings, stop, list(only), once, turns).serve()
             else:
                 idle(settings, stop)
             return 0
@@ -290,6 +310,7 @@ def run(workers: int | None = None, only: tuple[str, ...] = (), once: bool = Fal
             return ops.EXIT_DATABASE_AWAY if away else ops.EXIT_PROBLEM
 
     count = workers or settings.LISTENER_WORKERS
+    turns = Turns() if count > 1 else None
     if count == 1:
         sys.exit(work("worker"))
     sys.exit(process.run_workers(count, lambda number: work("child"), restart=not once))

@@ -1,11 +1,15 @@
 """The process around a worker: being told to stop, and the parent of several workers."""
 
 import contextlib
+import fcntl
 import logging
+import mmap
 import os
 import select
 import signal
 import socket
+import struct
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,6 +70,81 @@ class Stop:
         with contextlib.suppress(BlockingIOError):
             while self.receiving.recv(4096):
                 pass
+
+
+# --- taking turns --------------------------------------------------------------------------
+
+LOOKING, WAITING = 0, 1  # bytes of the file that stand for the two locks
+
+
+class Turns:
+    """Idle workers of one parent that hear the same bell look one at a time.
+
+    Who hears it while another looks, or has just looked, waits for its turn; who hears it while
+    another waits already need not look: that one will see what rang. Who finds a call wakes one
+    more, which looks at once.
+    """
+
+    LONGEST_WAIT = 1.0  # seconds: a worker that is stopped in its turn must not stop the others
+    # Seconds for which a bell that is heard late may be one that was answered already.
+    GRACE = 0.01
+
+    def __init__(self):
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115 (open for as long as this process)
+        self.last = mmap.mmap(-1, 8)  # time.monotonic() when a look began, shared by all
+        self.receiving, self.sending = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.receiving.setblocking(False)
+        self.sending.setblocking(False)
+        self.woken = self.looking = False
+
+    def begin(self) -> bool:
+        """Whether to look for a due call now; then say done() after the look."""
+        late = not self.woken and time.monotonic() - self.last_look() < self.GRACE
+        self.looking = not late and self.lock(LOOKING)
+        if not self.looking and (self.woken or self.lock(WAITING)):
+            began = time.monotonic()
+            until = began if self.woken else self.last_look() + self.GRACE
+            while time.monotonic() < until or not self.lock(LOOKING):
+                if time.monotonic() - began > self.LONGEST_WAIT:
+                    break
+                time.sleep(0.0005)
+            self.unlock(WAITING)
+            self.looking = True
+        self.woken = False
+        if self.looking:
+            self.last[:] = struct.pack("d", time.monotonic())
+        return self.looking
+
+    def last_look(self) -> float:
+        return struct.unpack("d", self.last[:])[0]
+
+    def done(self, wake: bool) -> None:
+        """After a look; `wake` one of the others."""
+        if self.looking:
+            self.unlock(LOOKING)
+        if wake:
+            with contextlib.suppress(OSError):  # enough of them are woken already
+                self.sending.send(b".")
+        self.looking = False
+
+    def fileno(self) -> int:
+        return self.receiving.fileno()
+
+    def is_woken(self) -> bool:
+        """Whether it is this worker that was woken."""
+        with contextlib.suppress(BlockingIOError):
+            self.woken = bool(self.receiving.recv(1))
+        return self.woken
+
+    def lock(self, byte: int) -> bool:
+        # Of a process, unlike flock's: the file was opened before the fork.
+        with contextlib.suppress(BlockingIOError, PermissionError):
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+            return True
+        return False
+
+    def unlock(self, byte: int) -> None:
+        fcntl.lockf(self.file, fcntl.LOCK_UN, 1, byte)
 
 
 # --- several workers -----------------------------------------------------------------------

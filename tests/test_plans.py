@@ -48,8 +48,7 @@ def explain(conn, sql: str, settled: calls.Settlement) -> str:
     others = {"stages": STAGES, "leases": [60.0] * len(STAGES), "only": settled.job_id}
     others |= {"since": "{" + ",".join(["-infinity"] * len(STAGES)) + "}", "free": 0}
     others |= {"freed": settled.freed, "days": 30, "batch": 100}
-    if db.NAME.match(sql):
-        sql = db.prepared(conn, sql)
+    sql = conn.prepared.get(sql, sql)
     plan = db.execute(conn, "EXPLAIN " + sql, vars(settled) | others)
     return "\n".join(row[0] for row in plan)
 
@@ -92,6 +91,7 @@ PLANS = {
 def test_worker_reads_by_index_whatever_the_queue_was(each_database):
     each_database.rows(QUIET)
     with connected(each_database) as conn:
+        db.prepare(conn, calls.STATEMENTS)
         for queue, step in QUEUES.items():
             each_database.rows(step or "SELECT", *[STAGES] * step.count("%s"))
             settled = settlement(each_database)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tcp_proxy import TcpProxy
 from waiting import (
+    CLAIM,
     LISTENING,
     WORKERS,
     gate,
@@ -17,11 +18,9 @@ from waiting import (
     wait_until_idle,
 )
 
-import calls
 from demo.stage_api import StageApi
 from demo.stage_server import Answer
 
-CLAIM = calls.CLAIM[: calls.CLAIM.index("\n")]
 NEVER = {"SWEEP_INTERVAL": 3600}  # whoever waits for the clock waits longer than a test
 SUCCEEDED = "SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s AND outcome = 'succeeded'"
 

@@ -170,7 +170,6 @@ def test_d8_claims_under_an_old_snapshot_read_little_more_than_without(database,
         assert pages_read(database, worker) <= 1.25 * clean
 
 
-@pytest.mark.xfail(reason="every idle worker looks for a call at every notification")
 def test_d9_idle_workers_ask_little_for_one_event(database, proxy, api, listener, tmp_path):
     api.on("vlm_judge", lambda _request: Answer(200))
     quiet = {"SWEEP_INTERVAL": 3600, **proxy.settings}
