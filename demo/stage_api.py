@@ -152,8 +152,11 @@ class StageApi:
             raise Hangup
         return answer or self.work(request)
 
-    def work(self, request: Request, result: str = "done") -> Answer:
-        """Run the stage: take the job if it may, work, commit `result` ('done' or 'failed')."""
+    def work(self, request: Request, result: str = "done", seconds: float | None = None) -> Answer:
+        """Run the stage: take the job if it may, work, commit `result` ('done' or 'failed').
+
+        seconds: how long it works, if not for the stage's delay.
+        """
         if request.stage is None:
             return json_answer(404, error=f"no stage at {request.path}")
         if request.job_id is None or "tenant_id" not in request.body:
@@ -161,7 +164,7 @@ class StageApi:
         try:
             if not self._execute(TAKE_JOB, request):
                 return self._refusal(request)
-            self.closing.wait(self._delay(request.stage))
+            self.closing.wait(self._delay(request.stage) if seconds is None else seconds)
             self._execute(FINISH_JOB, request, result=result)
         except (psycopg2.DataError, ValueError):  # a job_id that jobs.job_id cannot hold
             return json_answer(404, error="no such job", job_id=request.job_id)

@@ -35,13 +35,14 @@ class Request:
     """One POST as it arrived, and how it went. Times are those of time.monotonic().
 
     body: the JSON object that was sent, empty where it was none.
-    status: None until the answer is known; finished: None until it has left.
+    status: None until the answer is known; finished: None until it has left; sent: all of it.
     """
 
     def __init__(self, path: str, body: dict, headers: HTTPMessage, connection: socket.socket):
         self.time = time.monotonic()
         self.finished: float | None = None
         self.status: int | None = None
+        self.sent = False
         self.path, self.body, self.headers, self.connection = path, body, headers, connection
         self.stage: str | None = None
         self.before: str | None = None
@@ -72,6 +73,7 @@ class Handler(BaseHTTPRequestHandler):
             answer = api.answer(request)
             request.status = answer.status
             self._send(answer)
+            request.sent = True
         except Hangup:
             self.close_connection = True
         finally:

@@ -1,0 +1,1 @@
+"""Programs that break the listener on purpose, and judge from a record what it did then."""

@@ -1,0 +1,81 @@
+"""`make chaos` and `make soak`: python -m chaos run, check or soak."""
+
+import random
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+
+from chaos import history
+from chaos.checker import check
+from chaos.report import report
+from chaos.run import Run
+
+
+@click.group(context_settings={"max_content_width": 100})
+def cli() -> None:
+    """Break the listener on purpose, and judge from a record what it did."""
+
+
+@cli.command()
+@click.option("--seed", type=int, help="Which plan; default: a new one, which is printed.")
+@click.option("--minutes", default=3.0, show_default=True, type=click.FloatRange(0.1, 24 * 60))
+@click.option("--listeners", default=4, show_default=True, type=click.IntRange(1, 32),
+              help="Every second one has two workers, the later half a bad network.")  # fmt: skip
+@click.option("--rate", default=3.0, show_default=True, type=click.FloatRange(0.1, 50),
+              help="Jobs that arrive in a second.")  # fmt: skip
+@click.option("--record", type=click.Path(dir_okay=False, writable=True, path_type=Path),
+              help="Write the history there in any case.")  # fmt: skip
+def run(seed: int | None, minutes: float, listeners: int, rate: float, record: Path | None) -> None:
+    """Let a nemesis loose on listeners, database, network and stages; exit 1 if a promise broke.
+
+    The same seed gives the same plan of faults, jobs and answers. How they meet in time is the
+    machine's doing: a second run is alike, not identical.
+    """
+    seed = random.SystemRandom().randrange(10**6) if seed is None else seed
+    directory = Path(tempfile.mkdtemp(prefix="chaos-"))
+    click.echo(f"seed {seed}, {minutes:g} minutes, {listeners} listeners, {rate:g} jobs a second")
+    began = time.monotonic()
+    try:
+        with Run(seed, 60 * minutes, listeners, rate, directory) as started:
+            happened = started.happen(click.echo)
+    except BaseException:
+        click.echo(f"the listeners' logs: {directory}", err=True)
+        raise
+    if record:
+        happened.write(record)
+    kept = judge(happened)
+    click.echo(f"took {time.monotonic() - began:.0f} s")
+    if kept:
+        shutil.rmtree(directory)
+        return
+    happened.write(directory / "history.json")
+    click.echo(f"history and logs: {directory}")
+    click.echo(f"check it again: python -m chaos check {directory / 'history.json'}")
+    click.echo(f"run it again: make chaos SEED={seed} MINUTES={minutes:g}")
+    sys.exit(1)
+
+
+@cli.command("check")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def check_file(file: Path) -> None:
+    """Judge the history in FILE, which a run wrote; exit 1 if a promise broke."""
+    try:
+        happened = history.read(file)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    sys.exit(0 if judge(happened) else 1)
+
+
+def judge(happened: history.History) -> bool:
+    verdict = check(happened)
+    for line in report(happened, verdict):
+        click.echo(line)
+    return not verdict.findings
+
+
+if __name__ == "__main__":
+    cli()

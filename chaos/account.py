@@ -1,0 +1,137 @@
+"""The account of a run: every arrival of a job in a routed state with the call that it owed, that
+call's attempts, and for each attempt its claim, its rows in stage_attempts and its requests.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from chaos.history import Claim, Fault, History, Post, Row, pid_of
+
+
+@dataclass
+class Try:
+    """One attempt of a call."""
+
+    number: int
+    claim: Claim
+    rows: list[Row] = field(default_factory=list)
+    posts: list[Post] = field(default_factory=list)
+
+    @property
+    def outcomes(self) -> set[str]:
+        return {row.outcome for row in self.rows}
+
+    @property
+    def accepted(self) -> bool:
+        """The stage wrote a whole 2xx answer; that it arrived is another matter."""
+        return any(post.accepted for post in self.posts)
+
+    @property
+    def http(self) -> int | None:
+        return next((row.http for row in self.rows if row.http), None)
+
+
+@dataclass
+class Call:
+    """An arrival and what it owed. number: None where no call was recorded."""
+
+    job: str
+    stage: str
+    arrived: float
+    left: float | None  # when the job moved on; None: never
+    number: int | None = None
+    tries: dict[int, Try] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"call {self.number} of {self.stage} for job {self.job}"
+
+    def posted(self) -> list[tuple[Try, Post]]:
+        """Its requests as they came, each with its attempt."""
+        found = [(one, post) for one in self.tries.values() for post in one.posts]
+        return sorted(found, key=lambda pair: pair[1].arrived)
+
+
+class Account:
+    """Everything of a History put together. Nothing in it is judged yet.
+
+    stray: debts, claims, rows and requests that belong to no call, each said in a line.
+    """
+
+    def __init__(self, history: History):
+        self.history = history
+        self.stray: list[str] = []
+        self.calls: list[Call] = []
+        self._by_number: dict[tuple[str, int], Call] = {}
+        self.read_arrivals()
+        self.read_claims()
+        self.read_posts()
+
+    def read_arrivals(self) -> None:
+        debts = {(debt.job, debt.tx): debt for debt in self.history.debts}
+        moves = defaultdict(list)
+        for move in self.history.moves:
+            moves[move.job].append(move)
+        for job, mine in moves.items():
+            for move, following in zip(mine, [*mine[1:], None], strict=True):
+                stage = self.history.routes.get(f"{move.step}/{move.status}")
+                if stage is None:
+                    continue
+                call = Call(job, stage, move.at, following.at if following else None)
+                self.calls.append(call)
+                debt = debts.pop((job, move.tx), None)
+                if debt and debt.stage == stage:
+                    call.number = debt.call
+                    self._by_number[job, debt.call] = call
+        # Of a debt that did not outlast its own transaction nobody ever knew.
+        seen = {(move.job, move.tx) for move in self.history.moves}
+        self.stray += [f"{d} was recorded though no job arrived" for d in debts.values()
+                       if (d.job, d.tx) not in seen]  # fmt: skip
+
+    def read_claims(self) -> None:
+        for claim in self.history.claims:
+            if call := self._by_number.get((claim.job, claim.call)):
+                call.tries[claim.attempt] = Try(claim.attempt, claim)
+            else:
+                self.stray.append(f"{claim} is of no call")
+        for row in self.history.rows:
+            call = self._by_number.get((row.job, row.call))
+            if call and row.attempt in call.tries:
+                call.tries[row.attempt].rows.append(row)
+            elif row.outcome != "skipped":  # a deleted job's call is dropped without a claim
+                self.stray.append(f"{row} is of no claim")
+
+    def read_posts(self) -> None:
+        """By what the request says and when it came, not by its key: that is to be checked."""
+        claimed = defaultdict(list)
+        for call in self.calls:
+            for one in call.tries.values():
+                slot = self.history.workers.get(one.claim.worker)
+                claimed[call.job, call.stage, one.number, slot].append(one)
+        for post in self.history.posts:
+            mine = claimed[post.job, post.stage, post.attempt, post.slot]
+            before = [one for one in mine if one.claim.at <= post.arrived]
+            latest_first = sorted(before, key=lambda one: -one.claim.at)
+            free = [one for one in latest_first if not one.posts]
+            if chosen := (free or latest_first)[:1]:
+                chosen[0].posts.append(post)
+            else:
+                self.stray.append(f"{post} was sent without a claim")
+
+    def faults(self, worker: str, began: float, ended: float, *reach: str) -> list[Fault]:
+        """What was done to `worker`, or to what it needs, between two moments."""
+        slot, pid = self.history.workers.get(worker), pid_of(worker)
+        return [
+            fault
+            for fault in self.history.faults
+            if (not reach or fault.reach in reach)
+            and slot in fault.slots
+            and (not fault.pids or pid in fault.pids)
+            and fault.began <= ended
+            and fault.ended >= began
+        ]
+
+    def all_tries(self) -> Iterator[tuple[Call, Try]]:
+        for call in self.calls:
+            for one in call.tries.values():
+                yield call, one

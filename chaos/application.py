@@ -1,0 +1,150 @@
+"""The application of a chaos run: adds jobs, meddles with them as planned, and puts those back on
+their way that the pipeline left where nothing is owed.
+"""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import psycopg2
+
+from chaos.plan import Step
+from demo.stage_api import CONNECTION_LOST, STAGES
+
+TENANT = "chaos"
+INSERT = "INSERT INTO jobs (job_id, tenant_id, current_step, status) VALUES (%s, %s, %s, %s)"
+MOVE = "UPDATE jobs SET current_step = %s, status = %s WHERE job_id = %s"
+TOUCH = "UPDATE jobs SET status = status, updated_at = now() WHERE job_id = %s"
+LOCK = "SELECT current_step, status FROM jobs WHERE job_id = %s FOR UPDATE"
+PAUSE = "UPDATE jobs SET status = 'paused' WHERE job_id = %s RETURNING job_id"
+DELETE = "DELETE FROM jobs WHERE job_id = %s"
+
+# Where nothing is owed and nothing has moved for a while, nobody is working on the job any more.
+LEFT_BEHIND = """
+SELECT j.job_id::text, j.current_step, j.status FROM jobs AS j
+WHERE (j.current_step, j.status) <> ('vlm_judge', 'done') AND j.status <> 'cancelled'
+  AND NOT EXISTS (SELECT FROM stage_calls AS c WHERE c.job_id = j.job_id)
+  AND (SELECT max(a.at) FROM chaos.audit AS a WHERE a.job = j.job_id::text)
+      < now() - interval '8 s'
+LIMIT 20
+"""
+BEFORE = dict(STAGES.values())  # stage: the step that must be done before it
+
+
+class Application:
+    """run() goes through the steps in time; look_after() is for its own thread, again and again."""
+
+    def __init__(self, dsn: str, steps: list[Step]):
+        self.dsn, self.steps = dsn, steps
+        self.stop = threading.Event()
+        self.put_back = 0
+
+    def run(self) -> None:
+        """Carry out every step when its time has come, several at once."""
+        began = time.monotonic()
+        with ThreadPoolExecutor(16) as pool:
+            for step in self.steps:
+                if self.stop.wait(max(0.0, began + step.at - time.monotonic())):
+                    return
+                pool.submit(self.carry_out, step)
+
+    def carry_out(self, step: Step) -> None:
+        """Again where the database was lost; what came of a lost commit is in the audit."""
+        while not self.stop.is_set():
+            try:
+                with closing(psycopg2.connect(self.dsn)) as conn, conn.cursor() as cursor:
+                    ACTIONS[step.what](self, cursor, step)
+                    conn.commit()
+                return
+            except CONNECTION_LOST:
+                self.stop.wait(0.2)
+            except psycopg2.errors.UniqueViolation:
+                return  # that commit had succeeded after all
+
+    def look_after(self) -> None:
+        while not self.stop.wait(1.0):
+            try:
+                with closing(psycopg2.connect(self.dsn)) as conn, conn.cursor() as cursor:
+                    self.put_back_left_behind(cursor)
+            except CONNECTION_LOST:
+                pass
+
+    def put_back_left_behind(self, cursor) -> None:
+        cursor.execute(LEFT_BEHIND)
+        for job, step, status in cursor.fetchall():
+            if status == "done":  # accepted, and nothing came of it: the same state once more
+                cursor.execute(PAUSE, [job])
+                cursor.connection.commit()
+            cursor.execute(
+                MOVE, [step if status == "done" else BEFORE.get(step, step), "done", job]
+            )
+            cursor.connection.commit()
+            self.put_back += 1
+
+
+# --- the steps of a plan -------------------------------------------------------------------
+
+
+def insert(_app: Application, cursor, step: Step) -> None:
+    cursor.execute(INSERT, [step.job, TENANT, *step.state])
+
+
+def insert_and_roll_back(app: Application, cursor, step: Step) -> None:
+    insert(app, cursor, step)
+    app.stop.wait(0.1)
+    cursor.connection.rollback()
+
+
+def move(_app: Application, cursor, step: Step) -> None:
+    cursor.execute(MOVE, [*step.state, step.job])
+
+
+def roll_back(app: Application, cursor, step: Step) -> None:
+    move(app, cursor, step)
+    app.stop.wait(step.seconds)
+    cursor.connection.rollback()
+
+
+def touch(_app: Application, cursor, step: Step) -> None:
+    cursor.execute(TOUCH, [step.job])
+
+
+def lock(app: Application, cursor, step: Step) -> None:
+    cursor.execute(LOCK, [step.job])
+    app.stop.wait(step.seconds)
+
+
+def bounce(app: Application, cursor, step: Step) -> None:
+    """Away, and back to the same state: two arrivals, seconds apart."""
+    cursor.execute(LOCK, [step.job])
+    for state in cursor.fetchall():
+        cursor.execute(PAUSE, [step.job])
+        cursor.connection.commit()
+        app.stop.wait(step.seconds)
+        cursor.execute(MOVE, [*state, step.job])
+
+
+def flip(_app: Application, cursor, step: Step) -> None:
+    """Away and back in one transaction: nobody sees the job leave, yet it arrives anew."""
+    cursor.execute(LOCK, [step.job])
+    for state in cursor.fetchall():
+        cursor.execute(PAUSE, [step.job])
+        cursor.execute(MOVE, [*state, step.job])
+
+
+def delete(_app: Application, cursor, step: Step) -> None:
+    cursor.execute(DELETE, [step.job])
+
+
+ACTIONS = {
+    "insert": insert,
+    "insert and roll back": insert_and_roll_back,
+    "move": move,
+    "roll back": roll_back,
+    "touch": touch,
+    "lock": lock,
+    "bounce": bounce,
+    "flip": flip,
+    "delete": delete,
+}

@@ -1,0 +1,117 @@
+"""The database's own record of a run: a table that triggers fill in the transactions they watch,
+and the questions that turn it into a History's records afterwards.
+"""
+
+import psycopg2
+import psycopg2.extras
+
+from chaos.history import Claim, Debt, Move, Row
+
+# track_commit_timestamp gives each row the moment its transaction committed; what was rolled
+# back leaves none. The rows of one job follow each other as its row lock let them.
+OPTIONS = {"track_commit_timestamp": "on", "max_connections": 300}
+
+INSTALL = """
+CREATE SCHEMA chaos;
+CREATE TABLE chaos.audit (
+    seq   bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    at    timestamptz NOT NULL DEFAULT clock_timestamp(),
+    tx    xid8 NOT NULL DEFAULT pg_current_xact_id(),
+    place text NOT NULL,
+    job   text NOT NULL,
+    old   jsonb,
+    new   jsonb
+);
+CREATE INDEX ON chaos.audit (job, at);
+CREATE FUNCTION chaos.record() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    was jsonb := CASE WHEN TG_OP <> 'INSERT' THEN to_jsonb(OLD) END;
+    is_ jsonb := CASE WHEN TG_OP <> 'DELETE' THEN to_jsonb(NEW) END;
+BEGIN
+    INSERT INTO chaos.audit (place, job, old, new)
+    VALUES (TG_TABLE_NAME, coalesce(is_, was) ->> 'job_id', was, is_);
+    RETURN NULL;
+END $$;
+CREATE TRIGGER chaos_insert_delete AFTER INSERT OR DELETE ON jobs
+    FOR EACH ROW EXECUTE FUNCTION chaos.record();
+CREATE TRIGGER chaos_update AFTER UPDATE ON jobs FOR EACH ROW
+    WHEN ((OLD.current_step, OLD.status) IS DISTINCT FROM (NEW.current_step, NEW.status))
+    EXECUTE FUNCTION chaos.record();
+CREATE TRIGGER chaos_any AFTER INSERT OR UPDATE ON stage_calls
+    FOR EACH ROW EXECUTE FUNCTION chaos.record();
+"""
+
+# The last state that a transaction left a job in; what came before it in there, nobody saw.
+MOVES = """
+SELECT DISTINCT ON (job, tx) job, tx::text::bigint AS tx,
+       extract(epoch FROM pg_xact_commit_timestamp(tx::xid))::float8 AS at,
+       new ->> 'current_step' AS step, new ->> 'status' AS status
+FROM chaos.audit WHERE place = 'jobs' ORDER BY job, tx, seq DESC
+"""
+
+# The last call that a transaction recorded for a job.
+DEBTS = """
+SELECT DISTINCT ON (job, tx) job, (new ->> 'call_id')::bigint AS call, new ->> 'stage' AS stage,
+       tx::text::bigint AS tx
+FROM chaos.audit
+WHERE place = 'stage_calls' AND (old IS NULL OR old ->> 'call_id' <> new ->> 'call_id')
+ORDER BY job, tx, seq DESC
+"""
+
+CLAIMS = """
+SELECT job, (new ->> 'call_id')::bigint AS call, (new ->> 'attempts')::integer AS attempt,
+       new ->> 'worker' AS worker,
+       extract(epoch FROM (new ->> 'started_at')::timestamptz)::float8 AS at,
+       extract(epoch FROM (new ->> 'due_at')::timestamptz)::float8 AS until
+FROM chaos.audit
+WHERE place = 'stage_calls' AND old ->> 'call_id' = new ->> 'call_id'
+  AND (old ->> 'attempts')::integer < (new ->> 'attempts')::integer
+ORDER BY seq
+"""
+
+ROWS = """
+SELECT job_id::text AS job, call_id AS call, attempt, stage, worker,
+       extract(epoch FROM started_at)::float8 AS started,
+       extract(epoch FROM finished_at)::float8 AS finished,
+       http_status AS http, outcome, error
+FROM stage_attempts ORDER BY started_at, attempt
+"""
+
+RECORDS = {"moves": (MOVES, Move), "debts": (DEBTS, Debt), "claims": (CLAIMS, Claim),
+           "rows": (ROWS, Row)}  # fmt: skip
+
+
+def install(conn: psycopg2.extensions.connection) -> None:
+    conn.cursor().execute(INSTALL)
+
+
+def records(conn: psycopg2.extensions.connection) -> dict[str, list]:
+    """What the database knows, by the names that a History gives it."""
+    found = {}
+    with conn.cursor(cursor_factory=psycopg2.extras.RealDictCursor) as cursor:
+        for name, (sql, kind) in RECORDS.items():
+            cursor.execute(sql)
+            found[name] = [kind(**row) for row in cursor.fetchall()]
+    found["moves"].sort(key=lambda move: move.at)
+    return found
+
+
+# A lease may outlast its call: of a dead worker, until somebody finds it.
+OWED = "SELECT count(*) FROM stage_calls"
+LEASES = "SELECT to_regclass('stage_leases') IS NOT NULL"
+LEASED = "SELECT count(*) FROM stage_leases"
+
+
+def has_leases(conn: psycopg2.extensions.connection) -> bool:
+    return ask(conn, LEASES)
+
+
+def owed(conn: psycopg2.extensions.connection) -> int:
+    """Calls that are owed, and claims that nothing became of yet."""
+    return ask(conn, OWED) + (ask(conn, LEASED) if has_leases(conn) else 0)
+
+
+def ask(conn: psycopg2.extensions.connection, sql: str):
+    with conn.cursor() as cursor:
+        cursor.execute(sql)
+        return cursor.fetchone()[0]

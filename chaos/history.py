@@ -1,0 +1,176 @@
+"""What happened in a run, as records: the moves of the jobs, the calls owed, the claims, the rows
+of stage_attempts, the POSTs, the faults. Written to JSON and read back without loss.
+
+Times are seconds since the epoch on the one clock of the machine: the database's commit
+timestamps, and time.time() in this process.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+
+def pid_of(worker: str) -> int:
+    """The process of a worker; its name is host-pid-random."""
+    return int(worker.split("-")[-2])
+
+
+@dataclass(frozen=True)
+class Move:
+    """A job's state after one transaction; no step where the job was deleted."""
+
+    job: str
+    tx: int
+    at: float  # when that transaction committed
+    step: str | None
+    status: str | None
+
+
+@dataclass(frozen=True)
+class Debt:
+    """A call that the database trigger recorded, in the job's transaction."""
+
+    job: str
+    call: int
+    stage: str
+    tx: int
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A worker took attempt `attempt` of a call; nobody else may until `until`."""
+
+    job: str
+    call: int
+    attempt: int
+    worker: str
+    at: float
+    until: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of stage_attempts."""
+
+    job: str
+    call: int
+    attempt: int
+    stage: str
+    worker: str
+    started: float
+    finished: float
+    http: int | None
+    outcome: str
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Post:
+    """A request as the stage API saw it.
+
+    sent: the whole answer was written. status: None where there was none.
+    """
+
+    job: str
+    stage: str
+    slot: int
+    key: str
+    attempt: int
+    arrived: float
+    finished: float
+    status: int | None
+    sent: bool
+    behaviour: str
+
+    @property
+    def accepted(self) -> bool:
+        return self.sent and self.status is not None and 200 <= self.status < 300
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What the nemesis did. slots: the listeners concerned; pids: their processes, if only some.
+
+    reach: "worker", "database" or "stage": what was out of order for them.
+    """
+
+    kind: str
+    reach: str
+    began: float
+    ended: float
+    slots: list[int]
+    pids: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Exit:
+    """A listener process ended. asked: it had been sent SIGTERM."""
+
+    slot: int
+    pid: int
+    started: float
+    at: float
+    code: int
+    asked: bool
+
+
+@dataclass(frozen=True)
+class Listening:
+    """A worker said that it listens."""
+
+    slot: int
+    at: float
+
+
+@dataclass
+class History:
+    """Everything about one run.
+
+    routes: stage by "step/status". workers: slot by name. owed: calls that were left at the end.
+    leases: the database keeps the claims under way in stage_leases.
+    """
+
+    seed: int
+    began: float
+    calm: float
+    ended: float
+    timeout: float
+    routes: dict[str, str]
+    leases: bool = False
+    owed: int = 0
+    moves: list[Move] = field(default_factory=list)
+    debts: list[Debt] = field(default_factory=list)
+    claims: list[Claim] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    posts: list[Post] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    exits: list[Exit] = field(default_factory=list)
+    listening: list[Listening] = field(default_factory=list)
+    workers: dict[str, int] = field(default_factory=dict)
+    bugs: list[str] = field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=0))
+
+
+RECORDS = {
+    "moves": Move,
+    "debts": Debt,
+    "claims": Claim,
+    "rows": Row,
+    "posts": Post,
+    "faults": Fault,
+    "exits": Exit,
+    "listening": Listening,
+}
+
+
+def read(path: Path) -> History:
+    """Raises ValueError where the file holds no history."""
+    try:
+        said = json.loads(path.read_text())
+        records = {name: [kind(**one) for one in said[name]] for name, kind in RECORDS.items()}
+        names = {known.name for known in fields(History)}
+        return History(**{name: said[name] for name in names} | records)
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no history of a chaos run: {error!r}") from None

@@ -1,0 +1,218 @@
+"""The stage API of a chaos run: the stand-in of the demo, met in every mood that a real one has.
+
+BEHAVIOURS is the list of moods. Each is a function of (api, request, chance) that returns an
+answer, or raises Hangup after writing to the connection what there is to write.
+"""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from email.utils import formatdate
+from random import Random
+
+import psycopg2
+
+from chaos import plan
+from chaos.history import Post
+from demo.stage_api import CONNECTION_LOST, FINISH_JOB, TAKE_JOB, StageApi
+from demo.stage_server import Answer, Hangup, Request, json_answer
+
+TOO_LONG = plan.STAGE_TIMEOUT
+ACCEPTED = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n"
+
+
+class Pipeline(StageApi):
+    """Decides by the seed how each request is met, and keeps a record of it.
+
+    A listener's URL is `url_of(slot)`, so that the record says whose request it was.
+    """
+
+    def __init__(self, dsn: str, seed: int):
+        super().__init__(dsn)
+        self.seed = seed
+        self.calm = threading.Event()  # set: every stage just works
+        self.posts: list[Post] = []
+        self._seen: Counter[tuple] = Counter()
+
+    @property
+    def port(self) -> int:
+        return self._port
+
+    def arrived(self, request: Request) -> None:
+        request.wall = time.time()
+        request.behaviour = "none"
+        _, slot, path = request.path.split("/", 2)
+        request.slot, request.path = int(slot), f"/{path}"
+        super().arrived(request)
+
+    def answer(self, request: Request) -> Answer:
+        if self.closing.is_set():
+            raise Hangup
+        name, chance = "work", Random(0)
+        if not self.calm.is_set():
+            key = (request.job_id, request.stage)
+            self._seen[key] += 1
+            name, chance = plan.behaviour(self.seed, *key, self._seen[key], WEIGHTS)
+        request.behaviour = name
+        try:
+            return BEHAVIOURS[name][1](self, request, chance)
+        except (*CONNECTION_LOST, psycopg2.Error) as error:
+            return json_answer(500, error=f"database: {error}".strip())
+
+    def finished(self, request: Request) -> None:
+        self.posts.append(
+            Post(
+                job=request.job_id,
+                stage=request.stage,
+                slot=request.slot,
+                key=request.headers.get("Idempotency-Key", ""),
+                attempt=int(request.headers.get("X-Attempt", 0)),
+                arrived=request.wall,
+                finished=time.time(),
+                status=request.status,
+                sent=request.sent,
+                behaviour=request.behaviour,
+            )
+        )
+        super().finished(request)
+        request.headers = request.connection = None  # it is kept, they need not be
+
+    @contextmanager
+    def transaction(self, request: Request) -> Iterator[psycopg2.extensions.cursor]:
+        """One in which the job is (stage, 'running') and nobody else sees it."""
+        with closing(self.connect()) as connection, connection.cursor() as cursor:
+            cursor.execute(TAKE_JOB, vars(request))
+            yield cursor
+
+
+def url_of(slot: int, port: int) -> str:
+    return f"http://127.0.0.1:{port}/{slot}"
+
+
+# --- how a request is met ------------------------------------------------------------------
+
+
+def work(api: Pipeline, request: Request, chance: Random) -> Answer:
+    return api.work(request, seconds=chance.uniform(0, 0.15))
+
+
+def work_slowly(api: Pipeline, request: Request, chance: Random) -> Answer:
+    return api.work(request, seconds=chance.uniform(0.3, 0.75 * TOO_LONG))
+
+
+def fail(api: Pipeline, request: Request, chance: Random) -> Answer:
+    return api.work(request, "failed", seconds=chance.uniform(0, 0.5))
+
+
+def refuse(_api: Pipeline, _request: Request, chance: Random) -> Answer:
+    """An error that says nothing was done."""
+    return Answer(chance.choice([400, 404, 422, 408, 425, 500, 500, 500, 502, 302]))
+
+
+def throttle(_api: Pipeline, _request: Request, chance: Random) -> Answer:
+    patience = chance.choice(["1", "2", formatdate(time.time() + 2, usegmt=True), "soon", None])
+    headers = {"Retry-After": patience} if patience else {}
+    return Answer(chance.choice([429, 503]), headers=headers)
+
+
+def hang(api: Pipeline, _request: Request, chance: Random) -> Answer:
+    api.closing.wait(TOO_LONG + chance.uniform(0.2, 3))
+    raise Hangup
+
+
+def hang_then_work(api: Pipeline, request: Request, chance: Random) -> Answer:
+    api.closing.wait(TOO_LONG + chance.uniform(0.2, 3))
+    return api.work(request, seconds=0)
+
+
+def answer_too_late(api: Pipeline, request: Request, chance: Random) -> Answer:
+    answer = api.work(request, seconds=0)
+    api.closing.wait(TOO_LONG + chance.uniform(-0.2, 1))
+    return answer
+
+
+def drip(api: Pipeline, request: Request, _chance: Random) -> Answer:
+    """Its work is done, but the answer comes a byte at a time, longer than anybody waits."""
+    answer = api.work(request, seconds=0)
+    request.status = answer.status
+    with suppress(OSError):
+        request.connection.sendall(ACCEPTED.replace(b": 2", b": 90"))
+        for _ in range(90):
+            request.connection.sendall(b"x")
+            api.closing.wait(0.1)
+    raise Hangup
+
+
+def cut_answer(api: Pipeline, request: Request, chance: Random) -> Answer:
+    answer = api.work(request, seconds=0)
+    request.status = answer.status
+    with suppress(OSError):
+        request.connection.sendall(ACCEPTED[: chance.randrange(1, len(ACCEPTED))])
+    raise Hangup
+
+
+def hang_up(_api: Pipeline, _request: Request, _chance: Random) -> Answer:
+    raise Hangup
+
+
+def take_and_die(api: Pipeline, request: Request, chance: Random) -> Answer:
+    """The job is left in 'running', until somebody puts it back."""
+    with api.transaction(request) as cursor:
+        cursor.connection.commit()
+    api.closing.wait(chance.uniform(0, 0.3))
+    raise Hangup
+
+
+def accept_and_forget(_api: Pipeline, _request: Request, _chance: Random) -> Answer:
+    return Answer(200)
+
+
+def answer_before_commit(api: Pipeline, request: Request, chance: Random) -> Answer:
+    """The answer leaves while the transaction is open; it may still be rolled back."""
+    with api.transaction(request) as cursor:
+        cursor.execute(FINISH_JOB, vars(request) | {"result": "done"})
+        request.status = 200
+        with suppress(psycopg2.Error, OSError):  # too late for another answer
+            request.connection.sendall(ACCEPTED + b"{}")
+            request.sent = True
+            api.closing.wait(chance.choice([0.0, 0.3, 1.5]))
+            end_by_chance(cursor, chance, 0.8)
+    raise Hangup
+
+
+def work_in_one_transaction(api: Pipeline, request: Request, chance: Random) -> Answer:
+    """'running' is flushed, and committed only with the result, or never."""
+    with api.transaction(request) as cursor:
+        api.closing.wait(chance.choice([0.1, 0.5, plan.LEASE + 0.5]))
+        cursor.execute(FINISH_JOB, vars(request) | {"result": "done"})
+        committed = end_by_chance(cursor, chance, 0.7)
+    return Answer(200 if committed else 500)
+
+
+def end_by_chance(cursor, chance: Random, commit: float) -> bool:
+    committed = chance.random() < commit
+    cursor.connection.commit() if committed else cursor.connection.rollback()
+    return committed
+
+
+# name: (how often, how)
+BEHAVIOURS: dict[str, tuple[float, Callable]] = {
+    "work": (60, work),
+    "work slowly": (10, work_slowly),
+    "fail": (3, fail),
+    "refuse": (6, refuse),
+    "throttle": (1, throttle),
+    "hang": (2, hang),
+    "hang, then work": (2, hang_then_work),
+    "answer too late": (2, answer_too_late),
+    "drip": (1, drip),
+    "cut answer": (2, cut_answer),
+    "hang up": (1, hang_up),
+    "take and die": (1, take_and_die),
+    "accept and forget": (1, accept_and_forget),
+    "answer before commit": (4, answer_before_commit),
+    "work in one transaction": (4, work_in_one_transaction),
+}
+WEIGHTS = {name: often for name, (often, _) in BEHAVIOURS.items()}

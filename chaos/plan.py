@@ -1,0 +1,132 @@
+"""The seeded plan: which faults come when, what the application does with each job, and how the
+stage API answers each request.
+
+The same seed gives the same plan. How processes and packets interleave is the machine's doing, so
+two runs of one plan are alike, not identical.
+"""
+
+import random
+import uuid
+from dataclasses import dataclass
+
+import stages
+
+STAGE_TIMEOUT, LEASE_MARGIN = 2.0, 1.5  # seconds, as the listeners are told
+LEASE = STAGE_TIMEOUT + LEASE_MARGIN
+DATABASE_DEADLINE = 10.0  # db.DEADLINE: after that a worker gives a connection up
+
+# kind: (how often, shortest and longest duration in seconds)
+FAULTS = {
+    "kill -9 worker": (8, 0.0, 0.0),
+    "kill -9 parent": (2, 0.0, 0.0),
+    "SIGTERM": (4, 0.0, 0.0),
+    "freeze worker": (5, 0.2, 1.5),
+    "freeze worker beyond its lease": (3, LEASE + 0.5, LEASE + 4),
+    "terminate backend": (3, 0.0, 0.0),
+    "terminate all backends": (2, 0.0, 0.0),
+    "kill -9 backend": (1, 0.0, 0.0),
+    "freeze backend": (3, 0.5, LEASE + 2),
+    "freeze backend beyond the deadline": (1, DATABASE_DEADLINE + 1, DATABASE_DEADLINE + 3),
+    "restart database, fast": (2, 0.1, 2.5),
+    "restart database, immediate": (2, 0.1, 2.5),
+    "stall database network": (3, 0.5, LEASE + 3),
+    "drop database network": (2, 2.0, 8.0),
+    "cut database network": (2, 0.0, 0.0),
+    "stall stage network": (3, 0.5, LEASE + 1),
+    "drop stage network": (2, 0.5, 4.0),
+    "cut stage network": (3, 0.0, 0.0),
+    "restart stage API": (2, 0.1, 3.0),
+    "malformed notifications": (1, 0.0, 0.0),
+}
+
+
+@dataclass(frozen=True)
+class PlannedFault:
+    """at: seconds since the run began. pick: which listener, worker or backend, counted round."""
+
+    at: float
+    kind: str
+    seconds: float
+    pick: int
+
+
+def faults(seed: int, seconds: float) -> list[PlannedFault]:
+    """One fault after the other, with one to four seconds from start to start."""
+    chance = random.Random(f"{seed}/faults")
+    planned, at = [], 2.0
+    weights = [often for often, _, _ in FAULTS.values()]
+    while at < seconds:
+        kind = chance.choices(list(FAULTS), weights)[0]
+        _, shortest, longest = FAULTS[kind]
+        duration = chance.uniform(shortest, longest)
+        planned.append(PlannedFault(at, kind, duration, chance.randrange(1000)))
+        at += chance.uniform(1.0, 4.0)
+    return planned
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that the application does with a job: see application.ACTIONS."""
+
+    at: float
+    job: str
+    what: str
+    state: tuple[str, str] | None = None
+    seconds: float = 0.0
+
+
+# What may happen to a job beside the pipeline's work, and how often.
+MEDDLING = {
+    "touch": 5,
+    "move": 3,
+    "bounce": 3,
+    "flip": 3,
+    "roll back": 4,
+    "lock": 2,
+    "cancel": 2,
+    "delete": 2,
+}
+ARRIVED = ("img_gen", "done")
+ROUTED = list(stages.PIPELINE)
+
+
+def job_id(seed: int, number: int) -> str:
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, f"chaos/{seed}/{number}"))
+
+
+def steps(seed: int, seconds: float, rate: float) -> list[Step]:
+    """Everything the application does, in order of time; `rate` jobs arrive a second."""
+    planned = []
+    for number in range(int(seconds * rate)):
+        chance = random.Random(f"{seed}/job/{number}")
+        job, at = job_id(seed, number), (number + chance.random()) / rate
+        planned += arrival(chance, job, at)
+        for _ in range(chance.choices([0, 1, 2], [60, 30, 10])[0]):
+            planned.append(meddling(chance, job, at + chance.uniform(0.05, 8)))
+    return sorted(planned, key=lambda step: step.at)
+
+
+def arrival(chance: random.Random, job: str, at: float) -> list[Step]:
+    """Born done, or queued and then done; some are rolled back at first."""
+    born = [Step(at, job, "insert", ARRIVED)]
+    if chance.random() < 0.5:
+        queued = Step(at, job, "insert", ("img_gen", "queued"))
+        born = [queued, Step(at + chance.uniform(0, 1), job, "move", ARRIVED)]
+    if chance.random() < 0.05:
+        born.insert(0, Step(at - 1, job, "insert and roll back", ARRIVED))
+    return born
+
+
+def meddling(chance: random.Random, job: str, at: float) -> Step:
+    what = chance.choices(list(MEDDLING), list(MEDDLING.values()))[0]
+    state = chance.choice(ROUTED) if what in ("move", "roll back") else None
+    if what == "cancel":
+        what, state = "move", ("cancelled", "cancelled")
+    return Step(at, job, what, state, chance.choice([0.0, 0.1, 1.0, LEASE + 0.5]))
+
+
+def behaviour(seed: int, job: str, stage: str, nth: int, weights: dict[str, float]) -> tuple:
+    """How the stage meets the `nth` request for a job: a name out of `weights`, and a chance
+    that says how long things take."""
+    chance = random.Random(f"{seed}/{job}/{stage}/{nth}")
+    return chance.choices(list(weights), list(weights.values()))[0], chance

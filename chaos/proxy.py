@@ -1,0 +1,97 @@
+"""A TCP proxy on 127.0.0.1 that can hold back, lose and cut what passes through it: a bad network
+that needs no privileges.
+"""
+
+import socket
+import threading
+from contextlib import suppress
+
+
+class Link:
+    """One connection: a thread for each direction. deaf: what is sent into it is lost."""
+
+    def __init__(self, proxy: "Proxy", client: socket.socket):
+        self.proxy, self.client, self.deaf = proxy, client, proxy.dropping
+        self.server: socket.socket | None = None
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self) -> None:
+        try:
+            self.server = socket.create_connection(("127.0.0.1", self.proxy.target))
+            back = threading.Thread(target=self.pump, args=(self.server, self.client), daemon=True)
+            back.start()
+            self.pump(self.client, self.server)
+            back.join()
+        except OSError:
+            pass  # nobody listens there: the client sees its connection closed
+        finally:
+            self.proxy.links.discard(self)
+            self.client.close()
+            if self.server:
+                self.server.close()
+
+    def pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                self.proxy.passing.wait()
+                if not self.deaf:
+                    sink.sendall(data)
+        # Nor does the end of a connection get through while nothing does.
+        self.proxy.passing.wait()
+        self.cut()
+
+    def cut(self) -> None:
+        for end in (self.client, self.server):
+            if end:
+                with suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+
+class Proxy:
+    """Stands before `target`, a port on 127.0.0.1; a context manager."""
+
+    def __init__(self, target: int):
+        self.target = target
+        self.links: set[Link] = set()
+        self.passing = threading.Event()
+        self.passing.set()
+        self.dropping = False
+        self.listening = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.port = self.listening.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self.listening.accept()
+                self.links.add(Link(self, client))
+
+    def stall(self) -> None:
+        """Hold everything back; heal() lets it through, late."""
+        self.passing.clear()
+
+    def drop(self) -> None:
+        """Lose everything, without a word to either end, on all connections of now until heal()."""
+        self.dropping = True
+        for link in list(self.links):
+            link.deaf = True
+        self.passing.clear()
+
+    def heal(self) -> None:
+        self.dropping = False
+        self.passing.set()
+
+    def cut(self) -> None:
+        """Close all connections on both sides."""
+        for link in list(self.links):
+            link.cut()
+
+    def __enter__(self) -> "Proxy":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.heal()
+        with suppress(OSError):
+            self.listening.shutdown(socket.SHUT_RDWR)
+        self.listening.close()
+        self.cut()

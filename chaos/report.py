@@ -1,0 +1,103 @@
+"""The figures of a run, as tables."""
+
+import statistics
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from chaos.checker import Verdict
+from chaos.history import Fault, History
+from ops.watch import table
+
+SHOWN = 20  # findings; the file has all
+
+
+def report(history: History, verdict: Verdict) -> Iterator[str]:
+    yield "\nFaults, and seconds from their end to the next call and to all listening again"
+    yield faults_table(history)
+    yield "\nThe run"
+    yield table(["", "number"], [[name, count] for name, count in figures(history)])
+    for title, counted in (
+        ("How the stages met the requests", Counter(post.behaviour for post in history.posts)),
+        ("Outcomes in stage_attempts", Counter(row.outcome for row in history.rows)),
+        ("Called again, each with the reason that allows it", verdict.repeats),
+        ("Two requests of one job open at once, each with the reason", verdict.overlaps),
+    ):
+        yield f"\n{title}"
+        yield table(["", "number"], [[name, count] for name, count in counted.most_common()])
+    if verdict.gaps:
+        yield f"\nKnown gap: {len(verdict.gaps)} attempts of killed workers have no row, their"
+        yield "jobs having moved on"
+    yield ""
+    kinds = Counter(kind for kind, _ in verdict.findings)
+    if not kinds:
+        yield f"✓ seed {history.seed}: every promise was kept"
+        return
+    yield f"✗ seed {history.seed}: " + ", ".join(f"{n} × {kind}" for kind, n in kinds.items())
+    for kind, text in verdict.findings[:SHOWN]:
+        yield f"  {kind}: {text}"
+    if len(verdict.findings) > SHOWN:
+        yield f"  … and {len(verdict.findings) - SHOWN} more"
+
+
+def figures(history: History) -> list[tuple[str, int]]:
+    arrivals = [m for m in history.moves if f"{m.step}/{m.status}" in history.routes]
+    return [
+        ("seconds of faults", round(history.calm - history.began)),
+        ("seconds until nothing was owed", round(history.ended - history.calm)),
+        ("faults", len(history.faults)),
+        ("jobs", len({move.job for move in history.moves})),
+        ("moves of jobs, committed", len(history.moves)),
+        ("arrivals in a routed state", len(arrivals)),
+        ("calls claimed", len({(claim.job, claim.call) for claim in history.claims})),
+        ("attempts claimed", len(history.claims)),
+        ("requests", len(history.posts)),
+        ("requests accepted", sum(post.accepted for post in history.posts)),
+        ("worker processes started", len(history.workers)),
+    ]
+
+
+def faults_table(history: History) -> str:
+    rows = []
+    for kind in sorted({fault.kind for fault in history.faults}):
+        mine = [fault for fault in history.faults if fault.kind == kind]
+        calls = [seconds for fault in mine if (seconds := until_next_call(history, fault))]
+        heard = [seconds for fault in mine if (seconds := until_listening(history, fault))]
+        rows.append([kind, len(mine), *spread(calls), *spread(heard)])
+    everything = [s for fault in history.faults if (s := until_next_call(history, fault))]
+    again = [s for fault in history.faults if (s := until_listening(history, fault))]
+    rows.append(["all", len(history.faults), *spread(everything), *spread(again)])
+    head = ["", "number", "call, median", "worst", "listening, median", "worst"]
+    return table(head, rows)
+
+
+def spread(seconds: Sequence[float]) -> tuple[str, str]:
+    if not seconds:
+        return "-", "-"
+    return f"{statistics.median(seconds):.2f}", f"{max(seconds):.2f}"
+
+
+def until_next_call(history: History, fault: Fault) -> float | None:
+    """From the end of a fault to the next request of a listener that it concerned."""
+    arrived = [post.arrived for post in history.posts if post.slot in fault.slots]
+    n = bisect_left(arrived, fault.ended)
+    return arrived[n] - fault.ended if n < len(arrived) else None
+
+
+def until_listening(history: History, fault: Fault) -> float | None:
+    """From the end of a fault until the last of those whom it made connect again listens.
+
+    Only what came before the next fault of these listeners is counted as this one's doing.
+    """
+    later = [other.began for other in history.faults if shares(fault, other)]
+    limit = min(later, default=history.calm)
+    heard = [
+        one.at
+        for one in history.listening
+        if one.slot in fault.slots and fault.ended <= one.at < limit
+    ]
+    return max(heard) - fault.ended if heard else None
+
+
+def shares(fault: Fault, other: Fault) -> bool:
+    return other.began > fault.ended and bool(set(fault.slots) & set(other.slots))

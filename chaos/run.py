@@ -1,0 +1,173 @@
+"""One run: everything is started, broken for a while, healed, and read out into a History."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import psycopg2
+
+import config
+import stages
+from chaos import audit, plan
+from chaos.application import Application
+from chaos.history import History
+from chaos.listeners import Listener, Supervisor
+from chaos.nemesis import Nemesis, World
+from chaos.pipeline import Pipeline, url_of
+from chaos.proxy import Proxy
+from demo.database import EmbeddedDatabase
+from demo.terminal import CHILD, run_command
+
+# Short, so that minutes are enough for thousands of calls.
+SETTINGS = {
+    "STAGE_TIMEOUT": plan.STAGE_TIMEOUT,
+    "LEASE_MARGIN": plan.LEASE_MARGIN,
+    "MAX_ATTEMPTS": 4,
+    "RETRY_DELAY": 0.2,
+    "SWEEP_INTERVAL": 1,
+    "JOB_STATE_LISTENER_RECONNECT_DELAY": 0.3,
+    "LOG_LEVEL": "INFO",
+}
+RETRY_EVERY = 8.0  # seconds between two `retry --all` of the operator
+# A held stage is called again after a minute at the latest, a lease is over sooner.
+SETTLE_LIMIT = 150.0
+
+
+class Run:
+    """A context manager; `happen` is the run itself.
+
+    listeners: how many. Every second has two workers, the later half is behind the proxies.
+    rate: jobs a second.
+    """
+
+    def __init__(self, seed: int, seconds: float, listeners: int, rate: float, directory: Path):
+        self.seed, self.seconds, self.directory = seed, seconds, directory
+        self.planned = plan.faults(seed, seconds)
+        self.steps = plan.steps(seed, seconds, rate)
+        self.count = listeners
+        self.stack = ExitStack()
+        self.over = threading.Event()
+
+    def __enter__(self) -> "Run":
+        with ExitStack() as stack:
+            for name in [name for name in os.environ if name.startswith("PG")]:
+                del os.environ[name]  # PGHOSTADDR, PGOPTIONS and others would lead us elsewhere
+            self.database = stack.enter_context(EmbeddedDatabase(options=audit.OPTIONS))
+            self.api = stack.enter_context(Pipeline(self.database.dsn(), self.seed))
+            self.database_proxy = stack.enter_context(Proxy(self.database.port))
+            self.stage_proxy = stack.enter_context(Proxy(self.api.port))
+            run_command("install", self.environ(1))
+            with closing(self.connect()) as conn:
+                audit.install(conn)
+            self.supervisor = Supervisor([self.listener(1 + n) for n in range(self.count)])
+            stack.callback(self.supervisor.close)
+            self.application = Application(self.database.dsn(), self.steps)
+            stack.callback(self.application.stop.set)
+            behind = [slot for slot in range(1, self.count + 1) if self.is_behind(slot)]
+            world = World(self.database, self.api, self.supervisor.listeners,
+                          self.database_proxy, self.stage_proxy, behind)  # fmt: skip
+            self.nemesis = Nemesis(world, self.planned)
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.stack.close()
+
+    def is_behind(self, slot: int) -> bool:
+        return slot > self.count // 2
+
+    def environ(self, slot: int) -> dict[str, str]:
+        """What the listener of `slot` is told; nothing of the caller's settings or `.env`."""
+        behind = self.is_behind(slot)
+        given = {name: default or "" for name, (default, _) in config.SETTINGS.items()}
+        given |= {name: str(value) for name, value in SETTINGS.items()} | self.database.settings()
+        given["STAGE_API_URL"] = url_of(slot, self.stage_proxy.port if behind else self.api.port)
+        given["HEARTBEAT_DIR"] = str(self.directory / f"heartbeats-{slot}")
+        if behind:
+            given["DB_PORT"] = str(self.database_proxy.port)
+        return os.environ | given | {"PYTHONIOENCODING": "utf-8"}
+
+    def listener(self, slot: int) -> Listener:
+        return Listener(slot, 2 - slot % 2, self.environ(slot), self.directory)
+
+    def connect(self) -> psycopg2.extensions.connection:
+        conn = psycopg2.connect(self.database.dsn())
+        conn.autocommit = True
+        return conn
+
+    def happen(self, tell: Callable[[str], None]) -> History:
+        """The run; its record. `tell` gets a line of progress now and then."""
+        began = time.time()
+        self.supervisor.start()
+        with ThreadPoolExecutor(4) as pool:
+            try:
+                nemesis = pool.submit(self.nemesis.run)
+                application = pool.submit(self.application.run)
+                helpers = [pool.submit(self.application.look_after), pool.submit(self.operate)]
+                while not self.over.wait(1.0) and time.time() < began + self.seconds:
+                    self.report(tell, time.time() - began)
+                self.nemesis.stop.set()
+                nemesis.result()
+                self.api.calm.set()
+                calm = time.time()
+                application.result()
+                self.application.stop.set()
+                owed = self.settle(tell)
+            finally:
+                for event in (self.nemesis.stop, self.application.stop, self.over):
+                    event.set()
+            for helper in helpers:
+                helper.result()
+        self.supervisor.stop()
+        return self.history(began, calm, owed)
+
+    def report(self, tell: Callable[[str], None], seconds: float) -> None:
+        if int(seconds) % 10 == 0:
+            calls, faults = len(self.api.posts), len(self.nemesis.faults)
+            tell(f"{seconds:4.0f} s: {calls} requests, {faults} faults")
+
+    def operate(self) -> None:
+        """The operator, who retries what was given up."""
+        command = [sys.executable, "listener.py", "retry", "--all"]
+        while not self.over.wait(1.0 if self.api.calm.is_set() else RETRY_EVERY):
+            subprocess.run(command, env=self.environ(1), timeout=60, **CHILD)
+
+    def settle(self, tell: Callable[[str], None]) -> int:
+        """Wait until nothing is owed; how much is, should that take too long."""
+        end = time.monotonic() + SETTLE_LIMIT
+        with closing(self.connect()) as conn:
+            while (owed := audit.owed(conn)) and time.monotonic() < end:
+                if not int(end - time.monotonic()) % 10:
+                    tell(f"healed; {owed} calls are still owed")
+                time.sleep(1.0)
+        return owed
+
+    def history(self, began: float, calm: float, owed: int) -> History:
+        self.api.wait_for(lambda api: all(r.finished for r in api.requests), 60)
+        listeners = self.supervisor.listeners
+        with closing(self.connect()) as conn:
+            known, leases = audit.records(conn), audit.has_leases(conn)
+        return History(
+            seed=self.seed,
+            began=began,
+            calm=calm,
+            ended=time.time(),
+            timeout=plan.STAGE_TIMEOUT,
+            routes={"/".join(state): stage.__name__ for state, stage in stages.PIPELINE.items()},
+            leases=leases,
+            owed=owed,
+            posts=sorted(self.api.posts, key=lambda post: post.arrived),
+            faults=self.nemesis.faults,
+            exits=self.supervisor.exits,
+            listening=[heard for each in listeners for heard in each.listening],
+            workers={name: each.slot for each in listeners for name in each.names},
+            bugs=[bug for each in listeners for bug in each.bugs],
+            **known,
+        )
