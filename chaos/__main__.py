@@ -25,7 +25,7 @@ def cli() -> None:
 @click.option("--minutes", default=3.0, show_default=True, type=click.FloatRange(0.1, 24 * 60))
 @click.option("--listeners", default=4, show_default=True, type=click.IntRange(1, 32),
               help="Every second one has two workers, the later half a bad network.")  # fmt: skip
-@click.option("--rate", default=3.0, show_default=True, type=click.FloatRange(0.1, 50),
+@click.option("--rate", default=2.5, show_default=True, type=click.FloatRange(0.1, 50),
               help="Jobs that arrive in a second.")  # fmt: skip
 @click.option("--record", type=click.Path(dir_okay=False, writable=True, path_type=Path),
               help="Write the history there in any case.")  # fmt: skip

@@ -27,6 +27,10 @@ class Try:
         """The stage wrote a whole 2xx answer; that it arrived is another matter."""
         return any(post.accepted for post in self.posts)
 
+    def outcomes_by(self, when: float) -> set[str]:
+        """Those that were known at that moment."""
+        return {row.outcome for row in self.rows if row.finished <= when}
+
     @property
     def http(self) -> int | None:
         return next((row.http for row in self.rows if row.http), None)
@@ -41,6 +45,7 @@ class Call:
     arrived: float
     left: float | None  # when the job moved on; None: never
     number: int | None = None
+    dropped: bool = False  # taken off what is owed, and not because the job moved
     tries: dict[int, Try] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -63,6 +68,7 @@ class Account:
         self.stray: list[str] = []
         self.calls: list[Call] = []
         self._by_number: dict[tuple[str, int], Call] = {}
+        self._moved = {(move.job, move.tx) for move in history.moves}
         self.read_arrivals()
         self.read_claims()
         self.read_posts()
@@ -83,10 +89,13 @@ class Account:
                 if debt and debt.stage == stage:
                     call.number = debt.call
                     self._by_number[job, debt.call] = call
-        # Of a debt that did not outlast its own transaction nobody ever knew.
-        seen = {(move.job, move.tx) for move in self.history.moves}
-        self.stray += [f"{d} was recorded though no job arrived" for d in debts.values()
-                       if (d.job, d.tx) not in seen]  # fmt: skip
+        # A debt that did not outlast its own transaction is one that nobody ever knew of.
+        self.stray += [f"{debt} was recorded though no job arrived"
+                       for of, debt in debts.items() if of not in self._moved]  # fmt: skip
+        for gone in self.history.gone:
+            call = self._by_number.get((gone.job, gone.call))
+            if call and (gone.job, gone.tx) not in self._moved:
+                call.dropped = True
 
     def read_claims(self) -> None:
         for claim in self.history.claims:

@@ -5,7 +5,7 @@ and the questions that turn it into a History's records afterwards.
 import psycopg2
 import psycopg2.extras
 
-from chaos.history import Claim, Debt, Move, Row
+from chaos.history import Claim, Debt, Gone, Move, Row
 
 # track_commit_timestamp gives each row the moment its transaction committed; what was rolled
 # back leaves none. The rows of one job follow each other as its row lock let them.
@@ -37,7 +37,7 @@ CREATE TRIGGER chaos_insert_delete AFTER INSERT OR DELETE ON jobs
 CREATE TRIGGER chaos_update AFTER UPDATE ON jobs FOR EACH ROW
     WHEN ((OLD.current_step, OLD.status) IS DISTINCT FROM (NEW.current_step, NEW.status))
     EXECUTE FUNCTION chaos.record();
-CREATE TRIGGER chaos_any AFTER INSERT OR UPDATE ON stage_calls
+CREATE TRIGGER chaos_any AFTER INSERT OR UPDATE OR DELETE ON stage_calls
     FOR EACH ROW EXECUTE FUNCTION chaos.record();
 """
 
@@ -56,6 +56,11 @@ SELECT DISTINCT ON (job, tx) job, (new ->> 'call_id')::bigint AS call, new ->> '
 FROM chaos.audit
 WHERE place = 'stage_calls' AND (old IS NULL OR old ->> 'call_id' <> new ->> 'call_id')
 ORDER BY job, tx, seq DESC
+"""
+
+GONE = """
+SELECT job, (old ->> 'call_id')::bigint AS call, tx::text::bigint AS tx
+FROM chaos.audit WHERE place = 'stage_calls' AND new IS NULL ORDER BY seq
 """
 
 CLAIMS = """
@@ -77,8 +82,8 @@ SELECT job_id::text AS job, call_id AS call, attempt, stage, worker,
 FROM stage_attempts ORDER BY started_at, attempt
 """
 
-RECORDS = {"moves": (MOVES, Move), "debts": (DEBTS, Debt), "claims": (CLAIMS, Claim),
-           "rows": (ROWS, Row)}  # fmt: skip
+RECORDS = {"moves": (MOVES, Move), "debts": (DEBTS, Debt), "gone": (GONE, Gone),
+           "claims": (CLAIMS, Claim), "rows": (ROWS, Row)}  # fmt: skip
 
 
 def install(conn: psycopg2.extensions.connection) -> None:

@@ -1,7 +1,7 @@
 """Judges a run by its History: what a job was promised, and whether it was kept.
 
 A repeat is a second request for one arrival after a first that may have been carried out. It is
-allowed only for a reason that `why_repeated` names; what has none is a finding.
+allowed only for a reason that reasons.py names; what has none is a finding.
 """
 
 from collections import Counter
@@ -11,15 +11,14 @@ from itertools import pairwise
 
 from chaos.account import Account, Call, Try
 from chaos.history import Exit, History
+from chaos.reasons import RECONNECTING, why_lost, why_repeated
 
 LOST, REPEATED, OVERLAP = "lost arrival", "repeated accepted call", "two calls at once"
 AFTER_LEAVING, ATTEMPTS, KEYS = "call after leaving", "unequal attempts", "idempotency key"
 EARLY, PROCESS = "repeated before its lease ran out", "process"
 
-# Seconds within which a worker's clockwork, and this program's, may differ from the plan.
-SLACK = 0.5
-# A worker that lost its connection reconnects and writes what it has within this.
-RECONNECTING = 12.0
+# Seconds after which a row that was committed is seen by every statement that begins.
+VISIBLE = 0.05
 
 
 @dataclass
@@ -40,6 +39,7 @@ def check(history: History) -> Verdict:
     for call in account.calls:
         verdict.findings += [(LOST, text) for text in lost(call)]
         verdict.findings += [(AFTER_LEAVING, text) for text in after_leaving(call)]
+        verdict.findings += [(EARLY, text) for text in too_early(call)]
         check_repeats(account, call, verdict)
         check_attempts(account, call, verdict)
     check_overlaps(account, verdict)
@@ -52,22 +52,21 @@ def check(history: History) -> Verdict:
 
 
 def lost(call: Call) -> Iterator[str]:
-    """Every arrival is owed a call, and one that the job never left was accepted."""
+    """Every arrival is owed a call until the job moves on or the stage has accepted it."""
     if call.number is None:
         yield f"{call}: none was recorded in the transaction that moved the job"
-    for one in call.tries.values():
-        for row in one.rows:
-            paid = "accepted" in (row.error or "") and any(t.accepted for t in call.tries.values())
-            if row.outcome == "skipped" and not paid and (
-                call.left is None or call.left > row.finished
-            ):  # fmt: skip
-                yield f"{call}: attempt {one.number} was skipped while the job owed it"
-    succeeded = [one for one in call.tries.values() if "succeeded" in one.outcomes]
-    if call.number is not None and call.left is None:
-        if not succeeded:
-            yield f"{call}: the job never left, and nothing was accepted"
-        elif not any(one.accepted for one in succeeded):
-            yield f"{call}: recorded as accepted, which the stage never did"
+        return
+    rows = [row for one in call.tries.values() for row in one.rows]
+    accepted = any(one.accepted for one in call.tries.values())
+    for row in rows:
+        owed = call.left is None or call.left > row.finished
+        if row.outcome == "skipped" and owed and not accepted:
+            yield f"{call}: attempt {row.attempt} was skipped while the job owed it"
+    paid = any(row.outcome == "succeeded" for row in rows)
+    if call.left is None and not paid:
+        yield f"{call}: the job never left, and nothing was accepted"
+    elif call.dropped and not paid and not any(row.outcome == "skipped" for row in rows):
+        yield f"{call}: it was dropped, and nothing was accepted"
 
 
 def after_leaving(call: Call) -> Iterator[str]:
@@ -80,86 +79,39 @@ def after_leaving(call: Call) -> Iterator[str]:
 
 
 def check_repeats(account: Account, call: Call, verdict: Verdict) -> None:
-    posted = call.posted()
-    for (first, _), (second, _) in pairwise(posted):
+    posted = [one for one, _ in call.posted()]
+    for first, second in pairwise(posted):
+        reason = why_repeated(account, first, second)
+        accepted = first.accepted or was_accepted(call, second)
         if first is second:
             continue  # see check_attempts
-        reason = why_repeated(account, first, second)
-        if not reason:
+        if reason and not was_accepted(call, second):
+            verdict.repeats[reason] += 1
+        else:
             said = ", ".join(sorted(first.outcomes)) or "nothing"
             text = f"{call}: attempt {second.number} after attempt {first.number} ({said})"
-            verdict.findings.append((REPEATED if first.accepted else ATTEMPTS, text))
-            continue
-        verdict.repeats[reason] += 1
-        uncertain = first.outcomes & {"unknown", "lost"} or gave_up_unsure(first)
-        if uncertain and second.claim.at < first.claim.until:
-            missing = first.claim.until - second.claim.at
-            text = f"{call}: attempt {second.number} came {missing:.3f} s before the lease of"
-            verdict.findings.append((EARLY, f"{text} attempt {first.number} ran out ({reason})"))
+            verdict.findings.append((REPEATED if accepted else ATTEMPTS, text))
 
 
-def gave_up_unsure(one: Try) -> bool:
-    """The last attempt that MAX_ATTEMPTS allows got no answer, and was given up."""
-    return "failed" in one.outcomes and one.http is None
+def was_accepted(call: Call, second: Try) -> bool:
+    """Whether the database knew of an accepted attempt when `second` was claimed."""
+    return any(
+        row.outcome == "succeeded" and row.finished + VISIBLE < second.claim.at
+        for one in call.tries.values()
+        for row in one.rows
+    )
 
 
-def why_repeated(account: Account, first: Try, second: Try) -> str:
-    """The reason for which `second` may follow `first`; empty where there is none."""
-    written = [row for row in first.rows if row.finished <= second.claim.at]
-    outcomes = {row.outcome for row in written}
-    if "succeeded" in outcomes:
-        return ""
-    if first.accepted:
-        return why_unheard(account, first, second, outcomes)
-    if "lost" in outcomes:
-        return "not accepted, " + why_lost(account, first, second)
-    for outcome, reason in REASONS.items():
-        if outcome in outcomes:
-            return reason if first.http or outcome == "unknown" else REASONS_WITHOUT_HTTP[outcome]
-    killed = account.faults(first.claim.worker, first.claim.at, second.claim.at)
-    return "not accepted, and the worker was killed" if killed else ""
-
-
-REASONS = {
-    "unknown": "not accepted: no answer in time",
-    "retry": "refused, 408, 425 or 5xx",
-    "held": "refused, 429 or 503",
-    "failed": "given up, and retried by the operator",
-}
-REASONS_WITHOUT_HTTP = {
-    "retry": "not accepted: the connection broke",
-    "held": "the stage could not be reached",
-    "failed": "given up without an answer, and retried by the operator",
-}
-
-
-def why_unheard(account: Account, first: Try, second: Try, outcomes: set[str]) -> str:
-    """Why an accepted attempt was not known to be accepted when the next one was claimed."""
-    post = next(post for post in first.posts if post.accepted)
-    claim = first.claim
-    if "lost" in outcomes or not outcomes:
-        why = why_lost(account, first, second)
-        return f"accepted, {why}" if why else ""
-    if outcomes & {"unknown", "failed", "retry"}:
-        if post.finished > claim.at + account.history.timeout - SLACK:
-            return "accepted, but too late"
-        if account.faults(claim.worker, post.arrived, post.finished + SLACK, "stage"):
-            return "accepted, but the network lost the answer"
-        if account.faults(claim.worker, claim.at, claim.until, "worker"):
-            return "accepted, but the worker was frozen"
-    return ""
-
-
-def why_lost(account: Account, first: Try, second: Try) -> str:
-    """What kept a worker from writing its result before its lease ran out."""
-    worker, began = first.claim.worker, first.claim.at
-    done = account.faults(worker, began, second.claim.at, "worker")
-    for kind in ("kill -9", "freeze"):
-        if any(fault.kind.startswith(kind) for fault in done):
-            return f"the worker suffered: {kind}"
-    if account.faults(worker, began - RECONNECTING, second.claim.at, "database"):
-        return "its result could not be written: no database"
-    return ""
+def too_early(call: Call) -> Iterator[str]:
+    """An attempt that nobody knows the end of is followed by another only after its lease."""
+    for first, second in pairwise(sorted(call.tries.values(), key=lambda one: one.number)):
+        known = first.outcomes_by(second.claim.at)
+        unsure = "failed" in known and first.http is None and first.posts
+        under_way = bool(first.posts) and not known
+        early = first.claim.until - second.claim.at
+        if early > 0 and (known & {"unknown", "lost"} or unsure or under_way):
+            said = ", ".join(sorted(known)) or "under way"
+            yield f"{call}: attempt {second.number} {early:.3f} s too early, the one before: {said}"
 
 
 # --- at once -------------------------------------------------------------------------------
@@ -203,12 +155,15 @@ def check_attempts(account: Account, call: Call, verdict: Verdict) -> None:
         if not one.rows:
             check_missing(account, call, one, verdict)
             continue
-        if "lost" in one.outcomes and not excused(account, one):
+        ends = [row.finished for row in one.rows if row.outcome == "lost"]
+        if ends and not why_lost(account, one, ends[0]):
             verdict.findings.append((ATTEMPTS, f"{text} is lost, and nothing was done to it"))
         if one.posts and "skipped" in one.outcomes:
             verdict.findings.append((ATTEMPTS, f"{text} is recorded as skipped, but was sent"))
         if not one.posts and (one.http or "succeeded" in one.outcomes):
             verdict.findings.append((ATTEMPTS, f"{text} has an answer, but was never sent"))
+        elif "succeeded" in one.outcomes and not one.accepted:
+            verdict.findings.append((ATTEMPTS, f"{text} is recorded as accepted, which it was not"))
         if one.posts and one.http and one.http != one.posts[0].status:
             said = one.posts[0].status
             verdict.findings.append((ATTEMPTS, f"{text}: {one.http} recorded, {said} answered"))
@@ -216,7 +171,7 @@ def check_attempts(account: Account, call: Call, verdict: Verdict) -> None:
 
 def check_missing(account: Account, call: Call, one: Try, verdict: Verdict) -> None:
     """Without a row: never begun and given back, or of a killed worker whose job moved on."""
-    done = account.faults(one.claim.worker, one.claim.at, one.claim.until)
+    done = account.faults(one.claim.worker, one.claim.at, one.claim.until + RECONNECTING)
     killed = any(fault.kind.startswith("kill -9") for fault in done)
     text = f"{call}: attempt {one.number} of {one.claim.worker} has no row"
     if not one.posts and done and not (killed and account.history.leases):
@@ -225,11 +180,6 @@ def check_missing(account: Account, call: Call, one: Try, verdict: Verdict) -> N
         verdict.gaps.append(text)
     else:
         verdict.findings.append((ATTEMPTS, text))
-
-
-def excused(account: Account, one: Try) -> bool:
-    end = max(row.finished for row in one.rows if row.outcome == "lost")
-    return bool(account.faults(one.claim.worker, one.claim.at - RECONNECTING, end))
 
 
 def wrong_keys(account: Account) -> Iterator[str]:

@@ -37,6 +37,15 @@ class Debt:
 
 
 @dataclass(frozen=True)
+class Gone:
+    """A call was taken off the table of what is owed."""
+
+    job: str
+    call: int
+    tx: int
+
+
+@dataclass(frozen=True)
 class Claim:
     """A worker took attempt `attempt` of a call; nobody else may until `until`."""
 
@@ -140,6 +149,7 @@ class History:
     owed: int = 0
     moves: list[Move] = field(default_factory=list)
     debts: list[Debt] = field(default_factory=list)
+    gone: list[Gone] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     posts: list[Post] = field(default_factory=list)
@@ -156,6 +166,7 @@ class History:
 RECORDS = {
     "moves": Move,
     "debts": Debt,
+    "gone": Gone,
     "claims": Claim,
     "rows": Row,
     "posts": Post,

@@ -142,7 +142,8 @@ class Supervisor:
         self.thread.join()
         running = [listener for listener in self.listeners if listener.process]
         for listener in running:
-            listener.terminate()
+            if not listener.asked:  # a second signal would be a kill
+                listener.terminate()
         for listener in running:
             with suppress(subprocess.TimeoutExpired):
                 listener.process.wait(PATIENCE)

@@ -167,6 +167,8 @@ def kill_parent(nemesis: Nemesis, plan: PlannedFault, target: Target) -> Iterato
 @contextmanager
 def terminate(nemesis: Nemesis, plan: PlannedFault, target: Target) -> Iterator[None]:
     listener = nemesis.listener(plan)
+    if listener.asked:  # a second signal would be a kill
+        raise NotNow
     target.slots = [listener.slot]
     listener.terminate()
     yield

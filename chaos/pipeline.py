@@ -135,19 +135,18 @@ def answer_too_late(api: Pipeline, request: Request, chance: Random) -> Answer:
 
 def drip(api: Pipeline, request: Request, _chance: Random) -> Answer:
     """Its work is done, but the answer comes a byte at a time, longer than anybody waits."""
-    answer = api.work(request, seconds=0)
-    request.status = answer.status
+    request.status = api.work(request, seconds=0).status
     with suppress(OSError):
         request.connection.sendall(ACCEPTED.replace(b": 2", b": 90"))
         for _ in range(90):
             request.connection.sendall(b"x")
-            api.closing.wait(0.1)
+            if api.closing.wait(0.1):
+                raise Hangup
     raise Hangup
 
 
 def cut_answer(api: Pipeline, request: Request, chance: Random) -> Answer:
-    answer = api.work(request, seconds=0)
-    request.status = answer.status
+    request.status = api.work(request, seconds=0).status
     with suppress(OSError):
         request.connection.sendall(ACCEPTED[: chance.randrange(1, len(ACCEPTED))])
     raise Hangup

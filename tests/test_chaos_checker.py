@@ -1,0 +1,469 @@
+"""The checker of the chaos run: histories written by hand, of which each must be seen through."""
+
+import uuid
+from dataclasses import replace
+
+import pytest
+
+from chaos import history
+from chaos.checker import (
+    AFTER_LEAVING,
+    ATTEMPTS,
+    EARLY,
+    KEYS,
+    LOST,
+    OVERLAP,
+    PROCESS,
+    REPEATED,
+    check,
+)
+from chaos.history import Claim, Debt, Exit, Fault, Gone, History, Move, Post, Row
+
+TIMEOUT, LEASE = 2.0, 3.0
+ONE, OTHER = "host-101-aaaaaa", "host-202-bbbbbb"
+STAGES = {"img_gen": "vlm_analyze", "vlm_analyze": "yolo_detect"}
+
+
+class Script(History):
+    """A history of one job, told event by event. Every event may be left out, or told wrongly."""
+
+    def __init__(self):
+        routes = {f"{step}/done": stage for step, stage in STAGES.items()}
+        super().__init__(seed=1, began=0, calm=90, ended=100, timeout=TIMEOUT, routes=routes)
+        self.workers = {ONE: 1, OTHER: 2}
+
+    def move(self, at, step, status="done", debt=True):
+        """The job changes its state in a transaction of its own; the call it owes then."""
+        self.moves.append(Move("j", len(self.moves) + 1, at, step, status))
+        tx = self.moves[-1].tx
+        if self.debts and tx > 1:
+            self.gone.append(Gone("j", self.debts[-1].call, tx))
+        if debt and status == "done" and step in STAGES:
+            self.debts.append(Debt("j", 1000 + tx, STAGES[step], tx))
+
+    def claim(self, at, attempt=1, worker=ONE, call=None):
+        call = call or self.debts[-1].call
+        self.claims.append(Claim("j", call, attempt, worker, at, at + LEASE))
+
+    def post(self, finished, status=200, sent=True, arrived=None, key=None):
+        """The request of the latest claim; 0.1 s after it, if not said otherwise."""
+        claim = self.claims[-1]
+        self.posts.append(
+            Post("j", self.stage(claim), self.workers[claim.worker], key or f"key {claim.call}",
+                 claim.attempt, arrived or claim.at + 0.1, finished, status, sent, "work")
+        )  # fmt: skip
+
+    def row(self, finished, outcome="succeeded", http=None, claim=None, error=None):
+        """What the database says of the latest claim."""
+        claim = claim or self.claims[-1]
+        if outcome == "succeeded":
+            http = 200
+            self.gone.append(Gone("j", claim.call, 900 + len(self.gone)))
+        self.rows.append(
+            Row("j", claim.call, claim.attempt, self.stage(claim), claim.worker, claim.at, finished,
+                http, outcome, error)
+        )  # fmt: skip
+
+    def stage(self, claim):
+        return next(debt.stage for debt in self.debts if debt.call == claim.call)
+
+    def called(self, at, attempt=1, worker=ONE, seconds=0.3, outcome="succeeded", status=200):
+        """A claim, its request, and its row."""
+        self.claim(at, attempt, worker)
+        self.post(at + seconds, status)
+        self.row(at + seconds, outcome, None if outcome == "unknown" else status)
+
+    def fault(self, kind, reach, began, ended=None, slots=(1, 2), pids=()):
+        self.faults.append(Fault(kind, reach, began, ended or began, list(slots), list(pids)))
+
+    def kill(self, at, worker=ONE):
+        pids = [history.pid_of(worker)]
+        self.fault("kill -9 worker", "worker", at, slots=[self.workers[worker]], pids=pids)
+
+
+@pytest.fixture
+def script():
+    return Script()
+
+
+def kinds(script):
+    return {kind for kind, _ in check(script).findings}
+
+
+# --- what is allowed -----------------------------------------------------------------------
+
+
+def test_job_that_passes_two_stages_is_in_order(script):
+    script.move(1, "img_gen")
+    script.called(1.1)
+    script.move(1.3, "vlm_analyze", "running")
+    script.move(1.4, "vlm_analyze")
+    script.called(1.41, worker=OTHER)
+    verdict = check(script)
+    assert verdict.findings == [] and not verdict.repeats
+    # The first answer came after the job had moved on: nobody's fault.
+    assert dict(verdict.overlaps) == {}
+
+
+def test_refused_call_is_called_again(script):
+    script.move(1, "img_gen")
+    script.called(1.1, outcome="retry", status=500)
+    script.called(1.5, attempt=2, outcome="held", status=503)
+    script.called(2.9, attempt=3, outcome="failed", status=404)
+    script.called(9, attempt=4)
+    verdict = check(script)
+    assert verdict.findings == []
+    assert sum(verdict.repeats.values()) == 3
+
+
+def killed_in_a_call(script, accepted=True):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.post(1.5, sent=accepted)
+    script.kill(1.3)
+    script.claim(1.1 + LEASE, attempt=2, worker=OTHER)
+    script.row(1.1 + LEASE, "lost", claim=script.claims[0])
+    script.post(4.5)
+    script.row(4.5)
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_call_of_a_killed_worker_is_repeated_after_its_lease(accepted, script):
+    killed_in_a_call(script, accepted)
+    verdict = check(script)
+    assert verdict.findings == []
+    assert list(verdict.repeats) == [
+        ("" if accepted else "not ") + "accepted, the worker suffered: kill -9"
+    ]
+
+
+def test_call_without_an_answer_in_time_is_repeated_after_its_lease(script):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.post(5.0)
+    script.row(1.1 + TIMEOUT, "unknown")
+    script.called(1.1 + LEASE, attempt=2, worker=OTHER)
+    verdict = check(script)
+    assert verdict.findings == []
+    assert list(verdict.repeats) == ["accepted, but too late"]
+    assert list(verdict.overlaps) == ["the lease of the first had run out"]
+
+
+def test_result_that_could_not_be_written_is_repeated_after_its_lease(script):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.post(1.4)
+    script.fault("restart database, fast", "database", 1.2, 6.0)
+    script.claim(6.1, attempt=2, worker=OTHER)
+    script.row(6.1, "lost", claim=script.claims[0])
+    script.post(6.5)
+    script.row(6.2, claim=script.claims[0])
+    script.row(6.5)
+    verdict = check(script)
+    assert verdict.findings == []
+    assert list(verdict.repeats) == ["accepted, its result could not be written: no database"]
+
+
+def test_job_that_left_before_the_claim_need_not_be_called(script):
+    script.move(1, "img_gen")
+    script.move(2, "img_gen", "paused")
+    assert kinds(script) == set()
+
+
+def test_claim_that_finds_the_job_gone_is_skipped(script):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.move(1.1, None, None)
+    script.row(1.2, "skipped", error="the job has moved on: deleted")
+    assert kinds(script) == set()
+
+
+def test_claim_whose_answer_was_lost_is_given_back(script):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.fault("terminate backend", "database", 1.1)
+    script.called(1.3, attempt=2)
+    assert kinds(script) == set()
+
+
+def test_job_called_away_during_a_call_is_called_at_its_new_place(script):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.post(3.0)
+    script.row(3.0)
+    script.move(2, "vlm_analyze")
+    script.called(2.1, worker=OTHER)
+    verdict = check(script)
+    assert verdict.findings == []
+    assert list(verdict.overlaps) == ["the job had moved on meanwhile"]
+
+
+def test_missing_row_of_a_killed_worker_is_a_known_gap_while_leases_are_not_kept(script):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.post(1.5)
+    script.kill(1.3)
+    script.move(1.4, "vlm_analyze", "running")
+    verdict = check(script)
+    assert verdict.findings == [] and len(verdict.gaps) == 1
+    script.leases = True
+    assert kinds(script) == {ATTEMPTS}
+
+
+def test_processes_end_when_asked_or_killed(script):
+    script.exits = [Exit(1, 101, 0, 50, 0, True), Exit(2, 202, 0, 50, -9, False)]
+    script.kill(50, worker=OTHER)
+    assert kinds(script) == set()
+
+
+# --- lost ----------------------------------------------------------------------------------
+
+
+def test_arrival_without_a_call_is_lost(script):
+    script.move(1, "img_gen", debt=False)
+    script.move(2, "img_gen", "paused")
+    assert kinds(script) == {LOST}
+
+
+def test_arrival_that_was_never_called_is_lost(script):
+    script.move(1, "img_gen")
+    assert kinds(script) == {LOST}
+
+
+def test_arrival_that_was_only_refused_is_lost(script):
+    script.move(1, "img_gen")
+    script.called(1.1, outcome="failed", status=404)
+    assert kinds(script) == {LOST}
+
+
+def test_call_skipped_while_the_job_owed_it_is_lost(script):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.row(1.2, "skipped")
+    script.move(8, "img_gen", "paused")
+    assert kinds(script) == {LOST}
+
+
+def test_call_dropped_without_an_acceptance_is_lost_though_the_job_moved_later(script):
+    script.move(1, "img_gen")
+    script.gone.append(Gone("j", script.debts[-1].call, 77))
+    script.move(8, "img_gen", "paused")
+    assert kinds(script) == {LOST}
+
+
+def test_call_still_owed_at_the_end_is_lost(script):
+    script.owed = 1
+    assert kinds(script) == {LOST}
+
+
+# --- repeated ------------------------------------------------------------------------------
+
+
+def test_repeating_an_accepted_call_is_found(script):
+    script.move(1, "img_gen")
+    script.called(1.1)
+    script.called(1.1 + LEASE, attempt=2, worker=OTHER)
+    assert kinds(script) == {REPEATED}
+
+
+def test_accepted_call_taken_for_lost_without_a_fault_is_found(script):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.post(1.4)
+    script.claim(1.1 + LEASE, attempt=2, worker=OTHER)
+    script.row(1.1 + LEASE, "lost", claim=script.claims[0])
+    script.post(4.5)
+    script.row(4.5)
+    assert kinds(script) == {REPEATED, ATTEMPTS}
+
+
+def test_accepted_call_taken_for_unknown_without_a_fault_is_found(script):
+    script.move(1, "img_gen")
+    script.called(1.1, outcome="unknown")
+    script.called(1.1 + LEASE, attempt=2)
+    assert kinds(script) == {REPEATED}
+
+
+def test_attempt_after_a_late_acceptance_was_written_is_found(script):
+    killed_in_a_call(script)
+    script.rows.pop()  # the second attempt was refused instead
+    script.gone.clear()
+    script.posts[-1] = replace(script.posts[-1], status=500)
+    script.row(4.5, "retry", 500)
+    script.row(4.4, claim=script.claims[0])  # the first worker lived after all
+    script.called(6.0, attempt=3)
+    assert kinds(script) == {REPEATED}
+
+
+@pytest.mark.parametrize(("outcome", "status"), [("lost", None), ("unknown", None)])
+def test_repeat_before_the_lease_ran_out_is_found(outcome, status, script):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.post(2.0, status=None, sent=False)
+    script.row(2.5, outcome)
+    script.kill(1.2)
+    script.called(2.6, attempt=2, worker=OTHER)
+    assert kinds(script) == {EARLY}
+
+
+def test_operator_may_not_repeat_a_call_before_its_lease_ran_out(script):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.post(5.0, status=None, sent=False)
+    script.row(1.1 + TIMEOUT, "failed")
+    script.called(3.5, attempt=2, worker=OTHER)
+    assert kinds(script) == {EARLY, OVERLAP}
+
+
+# --- at once, and too late -----------------------------------------------------------------
+
+
+def test_two_requests_of_one_call_at_once_are_found(script):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.post(2.0)
+    script.row(2.0, "retry", 500)
+    script.posts[-1] = replace(script.posts[-1], status=500)
+    script.called(1.5, attempt=2, worker=OTHER)
+    assert OVERLAP in kinds(script)
+
+
+def test_claim_of_a_call_that_is_under_way_is_found(script):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.post(2.0, status=500)
+    script.row(2.0, "retry", 500)
+    script.claim(1.9, attempt=2, worker=OTHER)
+    script.post(2.5, arrived=2.1)
+    script.row(2.5)
+    assert EARLY in kinds(script)
+
+
+def test_call_claimed_after_the_job_left_is_found(script):
+    script.move(1, "img_gen")
+    script.move(2, "img_gen", "paused")
+    script.called(2.1)
+    assert kinds(script) == {AFTER_LEAVING}
+
+
+# --- attempts ------------------------------------------------------------------------------
+
+
+def test_request_without_a_claim_is_found(script):
+    script.move(1, "img_gen")
+    script.called(1.1)
+    script.posts.append(replace(script.posts[0], attempt=7, arrived=5, finished=5.1))
+    assert kinds(script) == {ATTEMPTS}
+
+
+def test_request_sent_twice_is_found(script):
+    script.move(1, "img_gen")
+    script.called(1.1)
+    script.posts.append(replace(script.posts[0], arrived=5, finished=5.1))
+    assert kinds(script) == {ATTEMPTS}
+
+
+def test_request_without_a_row_is_found(script):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.post(1.4)
+    script.move(2, "vlm_analyze", "running")
+    assert kinds(script) == {ATTEMPTS}
+
+
+def test_claim_that_came_to_nothing_without_a_fault_is_found(script):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.called(1.3, attempt=2)
+    assert kinds(script) == {ATTEMPTS}
+
+
+def test_row_without_a_claim_is_found(script):
+    script.move(1, "img_gen")
+    script.called(1.1)
+    script.rows.append(replace(script.rows[0], attempt=2))
+    assert kinds(script) == {ATTEMPTS}
+
+
+def test_acceptance_without_a_request_is_found(script):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.row(1.4)
+    assert kinds(script) == {ATTEMPTS}
+
+
+def test_acceptance_of_an_answer_that_was_cut_is_found(script):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.post(1.4, sent=False)
+    script.row(1.4)
+    assert kinds(script) == {ATTEMPTS}
+
+
+def test_other_status_than_was_answered_is_found(script):
+    script.move(1, "img_gen")
+    script.called(1.1)
+    script.posts[0] = replace(script.posts[0], status=201)
+    assert kinds(script) == {ATTEMPTS}
+
+
+def test_skipped_call_that_was_sent_is_found(script):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.post(1.4)
+    script.move(1.2, "img_gen", "paused")
+    script.row(1.4, "skipped")
+    assert kinds(script) == {ATTEMPTS}
+
+
+def test_call_recorded_though_no_job_arrived_is_found(script):
+    script.debts.append(Debt("j", 5, "vlm_analyze", 99))
+    assert kinds(script) == {ATTEMPTS}
+
+
+# --- keys, processes, files ----------------------------------------------------------------
+
+
+def test_two_keys_for_one_call_are_found(script):
+    script.move(1, "img_gen")
+    script.called(1.1, outcome="retry", status=500)
+    script.called(1.5, attempt=2)
+    script.posts[1] = replace(script.posts[1], key="another")
+    assert kinds(script) == {KEYS}
+
+
+def test_one_key_for_two_calls_is_found(script):
+    script.move(1, "img_gen")
+    script.called(1.1)
+    script.move(2, "img_gen", "paused")
+    script.move(3, "img_gen")
+    script.called(3.1)
+    assert kinds(script) == set()
+    script.posts[1] = replace(script.posts[1], key=script.posts[0].key)
+    assert kinds(script) == {KEYS}
+
+
+@pytest.mark.parametrize(("code", "asked"), [(1, True), (0, False), (-11, False)])
+def test_process_that_ends_unasked_or_badly_is_found(code, asked, script):
+    script.exits = [Exit(1, 101, 0, 50, code, asked)]
+    assert kinds(script) == {PROCESS}
+
+
+def test_traceback_is_found(script):
+    script.bugs = ["listener 1: KeyError: 'x'"]
+    assert kinds(script) == {PROCESS}
+
+
+def test_history_is_read_as_it_was_written(script, tmp_path):
+    killed_in_a_call(script)
+    script.write(tmp_path / "history.json")
+    again = history.read(tmp_path / "history.json")
+    assert vars(again) == vars(script)
+    assert check(again) == check(script)
+
+
+def test_file_that_is_no_history_is_refused_by_name(tmp_path):
+    file = tmp_path / f"{uuid.uuid4()}.json"
+    file.write_text('{"seed": 1}')
+    with pytest.raises(ValueError, match=file.name):
+        history.read(file)
