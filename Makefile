@@ -2,7 +2,7 @@
 # Settings come from the environment or .env; further arguments: make test ARGS="-k claim".
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run trigger verify status check test test-faults lint format test-image clean
+.PHONY: help demo run trigger verify status check test test-faults chaos soak lint format test-image clean
 
 PYTHON := .venv/bin/python
 READY := .venv/.ready
@@ -34,6 +34,12 @@ test: $(READY) ## run the tests, on a database of their own
 
 test-faults: $(READY) ## run the slow tests, which wait for deadlines to pass
 	@$(PYTHON) -m pytest -m slow -n 4 $(ARGS)
+
+chaos: $(READY) ## break everything at random for MINUTES= (3), by a plan of SEED=, and judge
+	@$(PYTHON) -m chaos run $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
+
+soak: $(READY) ## see what grows under a steady load of MINUTES= (30); plots to soak.svg
+	@$(PYTHON) -m chaos soak $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
 lint: $(READY) ## check style: Python and Dockerfile
 	@$(PYTHON) -m ruff check

@@ -11,8 +11,10 @@ import click
 
 from chaos import history
 from chaos.checker import check
-from chaos.report import report
+from chaos.plot import svg
+from chaos.report import report, soak_report
 from chaos.run import Run
+from chaos.soak import WORKERS, Soak
 
 
 @click.group(context_settings={"max_content_width": 100})
@@ -68,6 +70,28 @@ def check_file(file: Path) -> None:
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     sys.exit(0 if judge(happened) else 1)
+
+
+@cli.command()
+@click.option("--minutes", default=30.0, show_default=True, type=click.FloatRange(0.5, 24 * 60))
+@click.option("--rate", default=3.0, show_default=True, type=click.FloatRange(0.1, 50),
+              help="Jobs that arrive in a second; each is called five times.")  # fmt: skip
+@click.option("--plot", default="soak.svg", show_default=True, help="Write the picture there.",
+              type=click.Path(dir_okay=False, writable=True, path_type=Path))  # fmt: skip
+def soak(minutes: float, rate: float, plot: Path) -> None:
+    """A steady load, and what grows with it; exit 1 if anything does that should not."""
+    click.echo(f"{minutes:g} minutes, {sum(WORKERS)} workers, {rate:g} jobs a second")
+    with tempfile.TemporaryDirectory(prefix="soak-") as directory:
+        with Soak(rate, Path(directory)) as started:
+            seconds, series = started.measure(60 * minutes, click.echo)
+        bad = [ended for ended in started.supervisor.exits if ended.code or not ended.asked]
+    plot.write_text(svg(f"{minutes:g} minutes at {rate:g} jobs a second", seconds, series))
+    for line in soak_report(seconds, series):
+        click.echo(line)
+    click.echo(f"plot: {plot}")
+    for ended in bad:
+        click.echo(f"✗ listener {ended.slot} ended with exit code {ended.code}")
+    sys.exit(1 if bad or any(one.grows for one in series) else 0)
 
 
 def judge(happened: history.History) -> bool:

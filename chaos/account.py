@@ -3,7 +3,6 @@ call's attempts, and for each attempt its claim, its rows in stage_attempts and 
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from chaos.history import Claim, Fault, History, Post, Row, pid_of
@@ -46,6 +45,7 @@ class Call:
     left: float | None  # when the job moved on; None: never
     number: int | None = None
     dropped: bool = False  # taken off what is owed, and not because the job moved
+    forgotten: bool = False  # given up, and skipped without a claim, its job being deleted
     tries: dict[int, Try] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -107,7 +107,9 @@ class Account:
             call = self._by_number.get((row.job, row.call))
             if call and row.attempt in call.tries:
                 call.tries[row.attempt].rows.append(row)
-            elif row.outcome != "skipped":  # a deleted job's call is dropped without a claim
+            elif call and row.outcome == "skipped":
+                call.forgotten = True
+            else:
                 self.stray.append(f"{row} is of no claim")
 
     def read_posts(self) -> None:
@@ -139,8 +141,3 @@ class Account:
             and fault.began <= ended
             and fault.ended >= began
         ]
-
-    def all_tries(self) -> Iterator[tuple[Call, Try]]:
-        for call in self.calls:
-            for one in call.tries.values():
-                yield call, one

@@ -62,10 +62,10 @@ def lost(call: Call) -> Iterator[str]:
         owed = call.left is None or call.left > row.finished
         if row.outcome == "skipped" and owed and not accepted:
             yield f"{call}: attempt {row.attempt} was skipped while the job owed it"
-    paid = any(row.outcome == "succeeded" for row in rows)
-    if call.left is None and not paid:
+    outcomes = {row.outcome for row in rows}
+    if call.left is None and "succeeded" not in outcomes:
         yield f"{call}: the job never left, and nothing was accepted"
-    elif call.dropped and not paid and not any(row.outcome == "skipped" for row in rows):
+    elif call.dropped and not (call.forgotten or outcomes & {"succeeded", "skipped"}):
         yield f"{call}: it was dropped, and nothing was accepted"
 
 
@@ -160,7 +160,7 @@ def check_attempts(account: Account, call: Call, verdict: Verdict) -> None:
             verdict.findings.append((ATTEMPTS, f"{text} is lost, and nothing was done to it"))
         if one.posts and "skipped" in one.outcomes:
             verdict.findings.append((ATTEMPTS, f"{text} is recorded as skipped, but was sent"))
-        if not one.posts and (one.http or "succeeded" in one.outcomes):
+        if not one.posts and one.http:
             verdict.findings.append((ATTEMPTS, f"{text} has an answer, but was never sent"))
         elif "succeeded" in one.outcomes and not one.accepted:
             verdict.findings.append((ATTEMPTS, f"{text} is recorded as accepted, which it was not"))

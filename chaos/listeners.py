@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import config
 from chaos.history import Exit, Listening
 from demo.terminal import CHILD, GUARDIAN
 
@@ -22,6 +23,14 @@ BUG = re.compile(
 )
 RESTART_DELAY = 0.3  # seconds
 PATIENCE = 40.0  # seconds, for a stop
+
+
+def environment(settings: dict[str, object]) -> dict[str, str]:
+    """What a listener is told: these settings, and the defaults of all others, whatever the
+    caller's environment and `.env` say."""
+    given = {name: default or "" for name, (default, _) in config.SETTINGS.items()}
+    given |= {name: str(value) for name, value in settings.items()}
+    return os.environ | given | {"PYTHONIOENCODING": "utf-8"}
 
 
 class Listener:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from chaos.checker import Verdict
 from chaos.history import Fault, History
+from chaos.trend import Series
 from ops.watch import table
 
 SHOWN = 20  # findings; the file has all
@@ -101,3 +102,29 @@ def until_listening(history: History, fault: Fault) -> float | None:
 
 def shares(fault: Fault, other: Fault) -> bool:
     return other.began > fault.ended and bool(set(fault.slots) & set(other.slots))
+
+
+# --- soak ----------------------------------------------------------------------------------
+
+ROWS = 10  # of the table; the plot has all samples
+
+
+def soak_report(seconds: Sequence[float], series: Sequence[Series]) -> Iterator[str]:
+    last = len(seconds) - 1
+    chosen = sorted({round(n * last / (ROWS - 1)) for n in range(ROWS)})
+    head = ["", "unit", *(f"{seconds[n] / 60:.1f} min" for n in chosen), "growth", ""]
+    rows = [
+        [one.name, one.unit, *(f"{one.values[n]:.4g}" for n in chosen), f"{one.growth:+.3g}",
+         verdict_on(one)]
+        for one in series
+    ]  # fmt: skip
+    yield "\nMeasured, and the growth over the second half"
+    yield table(head, rows)
+    growing = [one.name for one in series if one.grows]
+    yield f"\n✗ grows: {', '.join(growing)}" if growing else "\n✓ flat"
+
+
+def verdict_on(series: Series) -> str:
+    if series.allowed is None:
+        return "not judged"
+    return "GROWS" if series.grows else "flat"

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import psycopg2
 
-import config
 import stages
 from chaos import audit, plan
 from chaos.application import Application
 from chaos.history import History
-from chaos.listeners import Listener, Supervisor
+from chaos.listeners import Listener, Supervisor, environment
 from chaos.nemesis import Nemesis, World
 from chaos.pipeline import Pipeline, url_of
 from chaos.proxy import Proxy
@@ -84,15 +83,13 @@ class Run:
         return slot > self.count // 2
 
     def environ(self, slot: int) -> dict[str, str]:
-        """What the listener of `slot` is told; nothing of the caller's settings or `.env`."""
         behind = self.is_behind(slot)
-        given = {name: default or "" for name, (default, _) in config.SETTINGS.items()}
-        given |= {name: str(value) for name, value in SETTINGS.items()} | self.database.settings()
+        given = SETTINGS | self.database.settings()
         given["STAGE_API_URL"] = url_of(slot, self.stage_proxy.port if behind else self.api.port)
-        given["HEARTBEAT_DIR"] = str(self.directory / f"heartbeats-{slot}")
+        given["HEARTBEAT_DIR"] = self.directory / f"heartbeats-{slot}"
         if behind:
-            given["DB_PORT"] = str(self.database_proxy.port)
-        return os.environ | given | {"PYTHONIOENCODING": "utf-8"}
+            given["DB_PORT"] = self.database_proxy.port
+        return environment(given)
 
     def listener(self, slot: int) -> Listener:
         return Listener(slot, 2 - slot % 2, self.environ(slot), self.directory)

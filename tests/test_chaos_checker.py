@@ -110,10 +110,26 @@ def test_refused_call_is_called_again(script):
     script.called(1.1, outcome="retry", status=500)
     script.called(1.5, attempt=2, outcome="held", status=503)
     script.called(2.9, attempt=3, outcome="failed", status=404)
-    script.called(9, attempt=4)
+    script.called(4, attempt=4)
     verdict = check(script)
     assert verdict.findings == []
-    assert sum(verdict.repeats.values()) == 3
+    assert verdict.repeats == {
+        "refused, 408, 425 or 5xx": 1,
+        "refused, 429 or 503": 1,
+        "given up, and retried by the operator": 1,
+    }
+
+
+def test_call_whose_connection_broke_is_repeated_though_the_stage_may_still_work(script):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.post(3, status=200, sent=False)
+    script.row(1.5, "retry")
+    script.called(1.7, attempt=2)
+    verdict = check(script)
+    assert verdict.findings == []
+    assert list(verdict.repeats) == ["not accepted: the connection broke"]
+    assert list(verdict.overlaps) == ["the connection of the first had broken"]
 
 
 def killed_in_a_call(script, accepted=True):
@@ -186,6 +202,24 @@ def test_claim_whose_answer_was_lost_is_given_back(script):
     assert kinds(script) == set()
 
 
+def test_calls_recorded_on_the_way_in_one_transaction_count_for_nothing(script):
+    script.move(1, "img_gen", "paused")
+    script.debts.append(Debt("j", 5, "vlm_analyze", script.moves[-1].tx))
+    assert kinds(script) == set()
+
+
+def test_given_up_call_of_a_deleted_job_is_dropped_without_a_claim(script):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.post(1.2, status=404)
+    script.row(1.2, "failed", 404)
+    script.move(2, None, None)
+    script.gone[:] = [Gone("j", script.debts[0].call, 77)]  # by a worker, not by the deletion
+    script.rows.append(replace(script.rows[0], attempt=2, outcome="skipped", http=None))
+    script.rows[-1] = replace(script.rows[-1], finished=3.0)
+    assert kinds(script) == set()
+
+
 def test_job_called_away_during_a_call_is_called_at_its_new_place(script):
     script.move(1, "img_gen")
     script.claim(1.1)
@@ -221,6 +255,13 @@ def test_processes_end_when_asked_or_killed(script):
 
 def test_arrival_without_a_call_is_lost(script):
     script.move(1, "img_gen", debt=False)
+    script.move(2, "img_gen", "paused")
+    assert kinds(script) == {LOST}
+
+
+def test_arrival_that_owes_another_stage_is_lost(script):
+    script.move(1, "img_gen")
+    script.debts[0] = replace(script.debts[0], stage="yolo_detect")
     script.move(2, "img_gen", "paused")
     assert kinds(script) == {LOST}
 
@@ -264,6 +305,29 @@ def test_repeating_an_accepted_call_is_found(script):
     script.called(1.1)
     script.called(1.1 + LEASE, attempt=2, worker=OTHER)
     assert kinds(script) == {REPEATED}
+
+
+def test_claim_at_the_moment_of_an_acceptance_is_found(script):
+    script.move(1, "img_gen")
+    script.called(1.1)
+    script.called(1.41, attempt=2, worker=OTHER)
+    assert kinds(script) == {REPEATED}
+
+
+def test_late_acceptance_may_come_too_late_for_a_claim_of_that_moment(script):
+    killed_in_a_call(script)
+    script.row(4.09, claim=script.claims[0])
+    assert kinds(script) == set()
+
+
+@pytest.mark.parametrize(
+    ("at", "slot", "worker"), [(1.0, 1, ONE), (4.2, 1, ONE), (1.3, 2, ONE), (1.3, 1, OTHER)]
+)
+def test_kill_of_another_time_place_or_worker_explains_nothing(at, slot, worker, script):
+    killed_in_a_call(script, accepted=False)
+    script.faults.clear()
+    script.fault("kill -9 worker", "worker", at, slots=[slot], pids=[history.pid_of(worker)])
+    assert kinds(script) == {ATTEMPTS}
 
 
 def test_accepted_call_taken_for_lost_without_a_fault_is_found(script):
@@ -339,6 +403,19 @@ def test_claim_of_a_call_that_is_under_way_is_found(script):
     assert EARLY in kinds(script)
 
 
+@pytest.mark.parametrize("claimed", [1.5, 4.5])
+def test_two_calls_of_one_job_at_once_are_found_where_it_had_not_left(claimed, script):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.post(6)
+    script.row(6)
+    script.move(5, "vlm_analyze")
+    script.claim(claimed, worker=OTHER)
+    script.post(5.5)
+    script.row(5.5)
+    assert kinds(script) == {OVERLAP}
+
+
 def test_call_claimed_after_the_job_left_is_found(script):
     script.move(1, "img_gen")
     script.move(2, "img_gen", "paused")
@@ -371,6 +448,29 @@ def test_request_without_a_row_is_found(script):
     assert kinds(script) == {ATTEMPTS}
 
 
+def test_request_before_its_claim_is_found(script):
+    script.move(1, "img_gen")
+    script.called(1.1)
+    script.posts[0] = replace(script.posts[0], arrived=1.0)
+    assert kinds(script) == {ATTEMPTS}
+
+
+def test_attempt_of_a_killed_worker_is_in_the_history_where_the_job_stayed(script):
+    killed_in_a_call(script)
+    script.rows = [row for row in script.rows if row.outcome != "lost"]
+    assert kinds(script) == {ATTEMPTS}
+
+
+def test_claim_of_a_killed_worker_is_in_the_history_though_it_was_never_sent(script):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.kill(1.15)
+    script.move(1.4, "vlm_analyze", "running")
+    assert kinds(script) == set()
+    script.leases = True
+    assert kinds(script) == {ATTEMPTS}
+
+
 def test_claim_that_came_to_nothing_without_a_fault_is_found(script):
     script.move(1, "img_gen")
     script.claim(1.1)
@@ -385,11 +485,13 @@ def test_row_without_a_claim_is_found(script):
     assert kinds(script) == {ATTEMPTS}
 
 
-def test_acceptance_without_a_request_is_found(script):
+@pytest.mark.parametrize(("outcome", "status"), [("succeeded", None), ("retry", 500)])
+def test_answer_without_a_request_is_found(outcome, status, script):
     script.move(1, "img_gen")
     script.claim(1.1)
-    script.row(1.4)
-    assert kinds(script) == {ATTEMPTS}
+    script.row(1.4, outcome, status)
+    script.called(1.6, attempt=2)
+    assert ATTEMPTS in kinds(script)
 
 
 def test_acceptance_of_an_answer_that_was_cut_is_found(script):
@@ -446,6 +548,17 @@ def test_one_key_for_two_calls_is_found(script):
 @pytest.mark.parametrize(("code", "asked"), [(1, True), (0, False), (-11, False)])
 def test_process_that_ends_unasked_or_badly_is_found(code, asked, script):
     script.exits = [Exit(1, 101, 0, 50, code, asked)]
+    assert kinds(script) == {PROCESS}
+
+
+@pytest.mark.parametrize(
+    "change", [{"began": 49}, {"began": 61}, {"slots": [1]}, {"reach": "database"}, {"kind": "x"}]
+)
+def test_process_killed_at_another_time_or_place_is_found(change, script):
+    script.exits = [Exit(2, 202, 50, 60, -9, False)]
+    script.kill(55, worker=OTHER)
+    assert kinds(script) == set()
+    script.faults[0] = replace(script.faults[0], **change)
     assert kinds(script) == {PROCESS}
 
 

@@ -1,0 +1,147 @@
+"""A steady load for a long time, and what grows with it: memory, file descriptors, tables, the
+time until a call is claimed.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
+
+import psycopg2
+
+from chaos.listeners import Listener, Supervisor, environment
+from chaos.trend import Series
+from demo.database import EmbeddedDatabase
+from demo.stage_api import StageApi
+from demo.terminal import run_command
+
+WORKERS = [1, 2]  # of each listener: one that is its own worker, and one with a parent
+SAMPLES = 180
+# The shortest history that can be set, so that a run of half an hour sees it pruned.
+SETTINGS = {"HISTORY_DAYS": "0.01", "LOG_LEVEL": "INFO", "SWEEP_INTERVAL": "5"}
+KEEP_JOBS = 60  # seconds: the application tidies up behind itself
+
+ADD = """
+INSERT INTO jobs (tenant_id, current_step, status)
+SELECT 'soak', 'img_gen', 'done' FROM generate_series(1, %s)
+"""
+TIDY = "DELETE FROM jobs WHERE created_at < now() - make_interval(secs => %s)"
+
+SIZES = """
+SELECT sum(pg_total_relation_size(c.oid)) FILTER (WHERE c.relname <> 'stage_attempts') / 1024.0,
+       sum(pg_total_relation_size(c.oid)) FILTER (WHERE c.relname = 'stage_attempts') / 1024.0,
+       sum(s.n_dead_tup) FILTER (WHERE c.relname <> 'stage_attempts')
+FROM pg_class AS c JOIN pg_stat_user_tables AS s ON s.relid = c.oid
+WHERE c.relname LIKE 'stage\\_%' OR c.relname = 'pipeline_stages'
+"""
+LATENCY = """
+SELECT percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (
+           ORDER BY 1000 * extract(epoch FROM a.started_at - j.created_at)::float8)
+FROM stage_attempts AS a JOIN jobs AS j USING (job_id)
+WHERE a.stage = 'vlm_analyze' AND a.attempt = 1
+  AND a.finished_at > now() - make_interval(secs => %s)
+"""
+
+# name, unit, growth in the second half that is none. The history grows until it is pruned.
+MEASURED = [
+    ("memory of all processes (PSS)", "MiB", 1.5),
+    ("memory of the largest (RSS)", "MiB", 1.0),
+    ("file descriptors", "", 1.0),
+    ("tables of what is owed", "KiB", 64.0),
+    ("dead rows in them", "", 1000.0),
+    ("claimed after, median", "ms", 10.0),
+    ("claimed after, 95%", "ms", 25.0),
+    ("calls finished", "a second", None),
+    ("history (stage_attempts)", "KiB", None),
+]
+
+
+class Soak:
+    """A context manager; `measure` is the run itself."""
+
+    def __init__(self, rate: float, directory: Path):
+        self.rate, self.directory = rate, directory
+        self.over = threading.Event()
+        self.answered = 0
+
+    def __enter__(self) -> "Soak":
+        with ExitStack() as stack:
+            self.database = stack.enter_context(EmbeddedDatabase())
+            self.api = StageApi(self.database.dsn(), delay=0.02, log=self.count)
+            stack.enter_context(self.api)
+            run_command("install", self.environ(0))
+            self.listeners = [
+                Listener(slot, workers, self.environ(slot), self.directory)
+                for slot, workers in enumerate(WORKERS, 1)
+            ]
+            self.supervisor = Supervisor(self.listeners)
+            stack.callback(self.supervisor.close)
+            self.conn = stack.enter_context(closing(psycopg2.connect(self.database.dsn())))
+            self.conn.autocommit = True
+            self.supervisor.start()
+            stack.callback(self.supervisor.stop)
+            self.application = threading.Thread(target=self.add_jobs, daemon=True)
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.stack.close()
+
+    def environ(self, slot: int) -> dict[str, str]:
+        given = SETTINGS | self.database.settings() | {"STAGE_API_URL": self.api.url}
+        return environment(given | {"HEARTBEAT_DIR": self.directory / f"heartbeats-{slot}"})
+
+    def count(self, _request) -> None:
+        self.answered += 1
+
+    def add_jobs(self) -> None:
+        with closing(psycopg2.connect(self.database.dsn())) as conn, conn.cursor() as cursor:
+            conn.autocommit = True
+            began, added = time.monotonic(), 0
+            while not self.over.wait(0.2):
+                due = int((time.monotonic() - began) * self.rate)
+                cursor.execute(ADD, [due - added])
+                cursor.execute(TIDY, [KEEP_JOBS])
+                added = due
+
+    def measure(
+        self, seconds: float, tell: Callable[[str], None]
+    ) -> tuple[list[float], list[Series]]:
+        """Sample until the time is over; when the samples were taken, and what they were."""
+        every = max(1.0, seconds / SAMPLES)
+        times, samples = [], []
+        self.application.start()
+        began = time.monotonic()
+        while (now := time.monotonic() - began) < seconds and not self.over.wait(every):
+            times.append(now)
+            samples.append(self.sample(every))
+            if len(times) % max(1, SAMPLES // 10) == 0:
+                tell(f"{now / 60:5.1f} min: {samples[-1][0]:.1f} MiB, {self.answered} calls so far")
+        columns = zip(*samples, strict=True)
+        measured = zip(MEASURED, columns, strict=True)
+        return times, [Series(*known, list(values)) for known, values in measured]
+
+    def sample(self, every: float) -> list[float]:
+        pids = [pid for each in self.listeners for pid in {*each.parent(), *each.pids()}]
+        self.api.requests.clear()  # this process need not remember them
+        answered, self.answered = self.answered, 0
+        with self.conn.cursor() as cursor:
+            cursor.execute(SIZES)
+            owed, history, dead = map(float, cursor.fetchone())
+            cursor.execute(LATENCY, [every])
+            median, slow = cursor.fetchone()[0] or (0.0, 0.0)
+        memory = [kilobytes(pid, "Pss") / 1024 for pid in pids]
+        largest = max((kilobytes(pid, "Rss") / 1024 for pid in pids), default=0.0)
+        files = sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids)
+        return [sum(memory), largest, files, owed, dead, median, slow, answered / every, history]
+
+
+def kilobytes(pid: int, what: str) -> int:
+    """Pss counts what processes share once; Rss for each of them."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith(f"{what}:"):
+                return int(line.split()[1])
+    return 0
