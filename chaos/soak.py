@@ -43,13 +43,14 @@ WHERE a.stage = 'vlm_analyze' AND a.attempt = 1
   AND a.finished_at > now() - make_interval(secs => %s)
 """
 
-# name, unit, growth in the second half that is none. The history grows until it is pruned.
+# name, unit, growth in the second half that is none. Dead rows are vacuumed away once a minute;
+# the history grows until it is pruned.
 MEASURED = [
     ("memory of all processes (PSS)", "MiB", 1.5),
     ("memory of the largest (RSS)", "MiB", 1.0),
-    ("file descriptors", "", 1.0),
+    ("file descriptors", "number", 1.0),
     ("tables of what is owed", "KiB", 64.0),
-    ("dead rows in them", "", 1000.0),
+    ("dead rows in them", "number", 5000.0),
     ("claimed after, median", "ms", 10.0),
     ("claimed after, 95%", "ms", 25.0),
     ("calls finished", "a second", None),
@@ -118,7 +119,7 @@ class Soak:
             times.append(now)
             samples.append(self.sample(every))
             if len(times) % max(1, SAMPLES // 10) == 0:
-                tell(f"{now / 60:5.1f} min: {samples[-1][0]:.1f} MiB, {self.answered} calls so far")
+                tell(f"{now / 60:5.1f} min: {samples[-1][0]:.1f} MiB")
         columns = zip(*samples, strict=True)
         measured = zip(MEASURED, columns, strict=True)
         return times, [Series(*known, list(values)) for known, values in measured]

@@ -1,0 +1,157 @@
+"""What the chaos and soak runs are made of: the plan, the bad network, the verdict on a trend."""
+
+import random
+import socket
+from contextlib import closing
+from xml.etree import ElementTree
+
+import pytest
+from waiting import PATIENCE, until
+
+from chaos import nemesis, pipeline, plan
+from chaos.application import ACTIONS
+from chaos.plot import svg
+from chaos.proxy import Proxy
+from chaos.trend import Series
+
+# --- the plan ------------------------------------------------------------------------------
+
+
+def test_same_seed_gives_the_same_plan():
+    assert plan.faults(7, 300) == plan.faults(7, 300)
+    assert plan.steps(7, 60, 3) == plan.steps(7, 60, 3)
+    decide = [plan.behaviour(7, "job", "planner", n, pipeline.WEIGHTS)[0] for n in range(200)]
+    again = [plan.behaviour(7, "job", "planner", n, pipeline.WEIGHTS)[0] for n in range(200)]
+    assert decide == again and len(set(decide)) > 5
+
+
+def test_other_seed_gives_another_plan():
+    assert plan.faults(7, 300) != plan.faults(8, 300)
+    assert plan.steps(7, 60, 3) != plan.steps(8, 60, 3)
+
+
+def test_longer_plan_begins_like_a_shorter_one():
+    short, long = plan.faults(7, 60), plan.faults(7, 300)
+    assert long[: len(short)] == short
+
+
+def test_everything_planned_can_be_done():
+    assert set(plan.FAULTS) == set(nemesis.KINDS)
+    kinds = {fault.kind for fault in plan.faults(7, 3600)}
+    assert kinds == set(plan.FAULTS)
+    assert {step.what for step in plan.steps(7, 300, 3)} == set(ACTIONS)
+
+
+# --- the bad network -----------------------------------------------------------------------
+
+
+class Echo:
+    """A connection through a proxy, both ends in hand."""
+
+    def __init__(self):
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.proxy = Proxy(self.server.getsockname()[1])
+        self.near, self.far = self.connect()
+
+    def connect(self):
+        near = socket.create_connection(("127.0.0.1", self.proxy.port), PATIENCE)
+        far, _ = self.server.accept()
+        far.settimeout(PATIENCE)
+        return near, far
+
+    def close(self):
+        for each in (self.proxy.listening, self.near, self.far, self.server):
+            each.close()
+
+
+@pytest.fixture
+def echo():
+    with closing(Echo()) as made, made.proxy:
+        yield made
+
+
+def test_network_passes_what_is_sent(echo):
+    echo.near.sendall(b"there")
+    assert echo.far.recv(10) == b"there"
+    echo.far.sendall(b"and back")
+    assert echo.near.recv(10) == b"and back"
+
+
+def test_stalled_network_passes_late_what_was_sent(echo):
+    echo.proxy.stall()
+    echo.near.sendall(b"late")
+    echo.far.settimeout(0.1)
+    with pytest.raises(TimeoutError):
+        echo.far.recv(10)
+    echo.proxy.heal()
+    echo.far.settimeout(PATIENCE)
+    assert echo.far.recv(10) == b"late"
+
+
+def test_dropped_connection_is_silent_for_good_and_a_new_one_works(echo):
+    echo.proxy.drop()
+    echo.near.sendall(b"lost")
+    echo.proxy.heal()
+    echo.near.sendall(b"lost as well")
+    near, far = echo.connect()
+    with near, far:
+        near.sendall(b"new")
+        assert far.recv(10) == b"new"
+    echo.far.settimeout(0.1)
+    with pytest.raises(TimeoutError):
+        echo.far.recv(10)
+    echo.near.close()
+    until(lambda: not echo.proxy.links, "the end of the dropped connection")
+
+
+def test_cut_network_closes_both_ends(echo):
+    echo.proxy.cut()
+    assert echo.near.recv(10) == echo.far.recv(10) == b""
+
+
+# --- the verdict on a trend ----------------------------------------------------------------
+
+
+def scattered(steepness: float, scatter: float = 1.0, count: int = 180) -> list[float]:
+    chance = random.Random(1)
+    return [100 + steepness * n + chance.uniform(-scatter, scatter) for n in range(count)]
+
+
+def series(values: list[float], allowed: float | None = 1.0) -> Series:
+    return Series("memory", "MiB", allowed, values)
+
+
+def test_leak_grows():
+    assert series(scattered(0.1)).grows
+    assert series(scattered(0.05, scatter=0)).growth == pytest.approx(0.05 * 89)
+
+
+@pytest.mark.parametrize("steepness", [0.0, -0.1, 0.005])
+def test_scatter_and_shrinking_do_not_grow(steepness):
+    assert not series(scattered(steepness)).grows
+
+
+def test_warming_up_is_no_growth():
+    assert not series([*range(90), *[90.0] * 90]).grows
+
+
+def test_outliers_are_no_growth():
+    values = scattered(0.0)
+    values[-3:] = [5000.0] * 3
+    assert not series(values).grows
+
+
+def test_saw_teeth_are_no_growth():
+    assert not series([n % 12 for n in range(180)]).grows
+
+
+def test_unjudged_series_does_not_grow():
+    assert not series(scattered(1.0), allowed=None).grows
+
+
+def test_plot_shows_every_series():
+    shown = [series(scattered(0.0)), series(scattered(0.5)), series([0.0] * 180, None)]
+    picture = ElementTree.fromstring(svg("A < B", list(range(180)), shown))
+    lines = picture.findall("{http://www.w3.org/2000/svg}polyline")
+    assert [len(line.get("points").split()) for line in lines] == [180] * 3
+    assert len({line.get("stroke") for line in lines}) == 3
