@@ -52,9 +52,10 @@ class Call:
         return f"call {self.number} of {self.stage} for job {self.job}"
 
     def posted(self) -> list[tuple[Try, Post]]:
-        """Its requests as they came, each with its attempt."""
-        found = [(one, post) for one in self.tries.values() for post in one.posts]
-        return sorted(found, key=lambda pair: pair[1].arrived)
+        """Its requests, each with its attempt, in the order of the claims: a network that stalls
+        may let an earlier one arrive later."""
+        ordered = sorted(self.tries.values(), key=lambda one: one.number)
+        return [(one, post) for one in ordered for post in one.posts]
 
 
 class Account:

@@ -13,8 +13,6 @@ RECONNECTING = 12.0
 def why_repeated(account: Account, first: Try, second: Try) -> str:
     """The reason for which `second` may follow `first`; empty where there is none."""
     outcomes = first.outcomes_by(second.claim.at)
-    if "succeeded" in outcomes and "lost" not in outcomes:
-        return ""
     if first.accepted:
         return why_unheard(account, first, second, outcomes)
     if "lost" in outcomes:

@@ -27,13 +27,13 @@ from demo.terminal import CHILD, run_command
 SETTINGS = {
     "STAGE_TIMEOUT": plan.STAGE_TIMEOUT,
     "LEASE_MARGIN": plan.LEASE_MARGIN,
-    "MAX_ATTEMPTS": 4,
+    "MAX_ATTEMPTS": 3,
     "RETRY_DELAY": 0.2,
     "SWEEP_INTERVAL": 1,
     "JOB_STATE_LISTENER_RECONNECT_DELAY": 0.3,
     "LOG_LEVEL": "INFO",
 }
-RETRY_EVERY = 8.0  # seconds between two `retry --all` of the operator
+RETRY_EVERY = 3.0  # seconds between two `retry --all` of the operator
 # A held stage is called again after a minute at the latest, a lease is over sooner.
 SETTLE_LIMIT = 150.0
 

@@ -165,6 +165,17 @@ def test_call_without_an_answer_in_time_is_repeated_after_its_lease(script):
     assert list(verdict.overlaps) == ["the lease of the first had run out"]
 
 
+def test_request_that_the_network_held_back_may_arrive_after_the_next_one(script):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.post(4.5, arrived=4.3, sent=False)
+    script.row(1.1 + TIMEOUT, "unknown")
+    script.called(1.1 + LEASE, attempt=2, worker=OTHER)
+    verdict = check(script)
+    assert verdict.findings == []
+    assert list(verdict.repeats) == ["not accepted: no answer in time"]
+
+
 def test_result_that_could_not_be_written_is_repeated_after_its_lease(script):
     script.move(1, "img_gen")
     script.claim(1.1)
