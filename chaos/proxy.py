@@ -11,8 +11,12 @@ class Link:
     """One connection: a thread for each direction. deaf: what is sent into it is lost."""
 
     def __init__(self, proxy: "Proxy", client: socket.socket):
-        self.proxy, self.client, self.deaf = proxy, client, proxy.dropping
+        self.proxy, self.client = proxy, client
         self.server: socket.socket | None = None
+        self.deaf = False
+        proxy.links.add(self)  # first, or drop() might miss it
+        if proxy.dropping:
+            self.deaf = True
         threading.Thread(target=self.run, daemon=True).start()
 
     def run(self) -> None:
@@ -64,7 +68,7 @@ class Proxy:
         with suppress(OSError):
             while True:
                 client, _ = self.listening.accept()
-                self.links.add(Link(self, client))
+                Link(self, client)
 
     def stall(self) -> None:
         """Hold everything back; heal() lets it through, late."""
