@@ -121,6 +121,8 @@ class Account:
                 slot = self.history.workers.get(one.claim.worker)
                 claimed[call.job, call.stage, one.number, slot].append(one)
         for post in self.history.posts:
+            if post.job is None and self.network_lost(post):
+                continue
             mine = claimed[post.job, post.stage, post.attempt, post.slot]
             before = [one for one in mine if one.claim.at <= post.arrived]
             latest_first = sorted(before, key=lambda one: -one.claim.at)
@@ -129,6 +131,15 @@ class Account:
                 chosen[0].posts.append(post)
             else:
                 self.stray.append(f"{post} was sent without a claim")
+
+    def network_lost(self, post: Post) -> bool:
+        return any(
+            fault.reach == "stage"
+            and post.slot in fault.slots
+            and fault.began <= post.finished
+            and fault.ended >= post.arrived - self.history.timeout
+            for fault in self.history.faults
+        )
 
     def faults(self, worker: str, began: float, ended: float, *reach: str) -> list[Fault]:
         """What was done to `worker`, or to what it needs, between two moments."""

@@ -77,10 +77,11 @@ class Row:
 class Post:
     """A request as the stage API saw it.
 
-    sent: the whole answer was written. status: None where there was none.
+    sent: the whole answer was written. status: None where there was none. job: None where the
+    network lost the body.
     """
 
-    job: str
+    job: str | None
     stage: str
     slot: int
     key: str
@@ -113,7 +114,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Exit:
-    """A listener process ended. asked: it had been sent SIGTERM."""
+    """A listener process ended. asked: it had been sent SIGTERM. ready: a worker had started."""
 
     slot: int
     pid: int
@@ -121,6 +122,7 @@ class Exit:
     at: float
     code: int
     asked: bool
+    ready: bool
 
 
 @dataclass(frozen=True)

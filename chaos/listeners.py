@@ -43,6 +43,7 @@ class Listener:
         self.slot, self.workers, self.environ = slot, workers, environ
         self.log = directory / f"listener-{slot}.log"
         self.asked = False  # sent SIGTERM
+        self.ready = False  # a worker has started
         self.started = 0.0
         self.names: list[str] = []
         self.listening: list[Listening] = []
@@ -52,7 +53,7 @@ class Listener:
 
     def start(self) -> None:
         command = [sys.executable, "listener.py", "run", "--workers", str(self.workers)]
-        self.asked, self.started = False, time.time()
+        self.asked, self.ready, self.started = False, False, time.time()
         self.process = subprocess.Popen(command, env=self.environ, **CHILD)
         # Should this program be killed, or should only a parent have been.
         guard = ["sh", "-c", GUARDIAN, str(self.process.pid)]
@@ -67,6 +68,7 @@ class Listener:
                 log.flush()
                 if found := STARTED.search(line):
                     self.names.append(found[1])
+                    self.ready = True
                 elif LISTENING in line:
                     self.listening.append(Listening(self.slot, time.time()))
                 elif BUG.search(line):
@@ -139,9 +141,9 @@ class Supervisor:
         process = listener.process
         if process is None or process.poll() is None:
             return False
-        times = {"started": listener.started, "at": time.time()}
-        code, asked = process.returncode, listener.asked
-        self.exits.append(Exit(listener.slot, process.pid, code=code, asked=asked, **times))
+        how = {"asked": listener.asked, "ready": listener.ready, "code": process.returncode}
+        how |= {"started": listener.started, "at": time.time()}
+        self.exits.append(Exit(listener.slot, process.pid, **how))
         listener.process = None
         return True
 

@@ -15,9 +15,10 @@ import psycopg2
 import stages
 from chaos import audit, plan
 from chaos.application import Application
+from chaos.faults import World
 from chaos.history import History
 from chaos.listeners import Listener, Supervisor, environment
-from chaos.nemesis import Nemesis, World
+from chaos.nemesis import Nemesis
 from chaos.pipeline import Pipeline, url_of
 from chaos.proxy import Proxy
 from demo.database import EmbeddedDatabase

@@ -256,7 +256,11 @@ def test_missing_row_of_a_killed_worker_is_a_known_gap_while_leases_are_not_kept
 
 
 def test_processes_end_when_asked_or_killed(script):
-    script.exits = [Exit(1, 101, 0, 50, 0, True), Exit(2, 202, 0, 50, -9, False)]
+    script.exits = [
+        Exit(1, 101, 0, 50, 0, True, True),
+        Exit(1, 102, 50, 50.1, -15, True, False),
+        Exit(2, 202, 0, 50, -9, False, True),
+    ]
     script.kill(50, worker=OTHER)
     assert kinds(script) == set()
 
@@ -444,6 +448,18 @@ def test_request_without_a_claim_is_found(script):
     assert kinds(script) == {ATTEMPTS}
 
 
+def test_request_without_a_body_is_found_unless_the_network_lost_it(script):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.post(1.2, status=400, sent=False)
+    script.row(1.2, "retry")
+    script.called(1.3, attempt=2)
+    script.posts[0] = replace(script.posts[0], job=None)
+    assert kinds(script) == {ATTEMPTS}
+    script.fault("drop stage network", "stage", 1, 3)
+    assert kinds(script) == set()
+
+
 def test_request_sent_twice_is_found(script):
     script.move(1, "img_gen")
     script.called(1.1)
@@ -556,9 +572,11 @@ def test_one_key_for_two_calls_is_found(script):
     assert kinds(script) == {KEYS}
 
 
-@pytest.mark.parametrize(("code", "asked"), [(1, True), (0, False), (-11, False)])
+@pytest.mark.parametrize(
+    ("code", "asked"), [(1, True), (0, False), (-11, False), (-15, True), (-15, False)]
+)
 def test_process_that_ends_unasked_or_badly_is_found(code, asked, script):
-    script.exits = [Exit(1, 101, 0, 50, code, asked)]
+    script.exits = [Exit(1, 101, 0, 50, code, asked, True)]
     assert kinds(script) == {PROCESS}
 
 
@@ -566,7 +584,7 @@ def test_process_that_ends_unasked_or_badly_is_found(code, asked, script):
     "change", [{"began": 49}, {"began": 61}, {"slots": [1]}, {"reach": "database"}, {"kind": "x"}]
 )
 def test_process_killed_at_another_time_or_place_is_found(change, script):
-    script.exits = [Exit(2, 202, 50, 60, -9, False)]
+    script.exits = [Exit(2, 202, 50, 60, -9, False, True)]
     script.kill(55, worker=OTHER)
     assert kinds(script) == set()
     script.faults[0] = replace(script.faults[0], **change)

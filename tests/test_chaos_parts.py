@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 from waiting import PATIENCE, until
 
-from chaos import nemesis, pipeline, plan
+from chaos import faults, pipeline, plan
 from chaos.application import ACTIONS
 from chaos.plot import svg
 from chaos.proxy import Proxy
@@ -36,7 +36,7 @@ def test_longer_plan_begins_like_a_shorter_one():
 
 
 def test_everything_planned_can_be_done():
-    assert set(plan.FAULTS) == set(nemesis.KINDS)
+    assert set(plan.FAULTS) == set(faults.KINDS)
     kinds = {fault.kind for fault in plan.faults(7, 3600)}
     assert kinds == set(plan.FAULTS)
     assert {step.what for step in plan.steps(7, 300, 3)} == set(ACTIONS)

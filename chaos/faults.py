@@ -1,0 +1,239 @@
+"""The faults: each is a context manager that begins it, and ends it when its time is over."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from dataclasses import dataclass, field
+
+import psycopg2
+
+import db
+from chaos.history import pid_of
+from chaos.listeners import Listener
+from chaos.pipeline import Pipeline
+from chaos.plan import PlannedFault
+from chaos.proxy import Proxy
+from demo.database import START_TIMEOUT, EmbeddedDatabase
+
+BACKENDS = """
+SELECT pid, application_name FROM pg_stat_activity
+WHERE starts_with(application_name, %s) ORDER BY backend_start
+"""
+TERMINATE = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE starts_with(application_name, %s)
+"""
+GARBAGE = ["", "{", "null", "[1]", '{"job_id": 1}', "x" * 7000, '{"job_id": {}, "status": []}']
+
+
+class NotNow(Exception):
+    """There is nothing to do this fault to."""
+
+
+@dataclass
+class Target:
+    """Whom a fault concerns, filled in as it begins: see history.Fault."""
+
+    reach: str
+    slots: list[int]
+    pids: list[int] = field(default_factory=list)
+
+
+@dataclass
+class World:
+    """What there is to break. behind: the slots of the listeners behind the proxies."""
+
+    database: EmbeddedDatabase
+    api: Pipeline
+    listeners: list[Listener]
+    database_proxy: Proxy
+    stage_proxy: Proxy
+    behind: list[int]
+    database_up: bool = True
+    frozen: set[int] = field(default_factory=set)  # backends
+
+    def query(self, sql: str, *params: object) -> list[tuple]:
+        with closing(psycopg2.connect(self.database.dsn(), connect_timeout=2)) as conn:
+            conn.autocommit = True
+            with conn.cursor() as cursor:
+                cursor.execute(sql, params)
+                return cursor.fetchall() if cursor.description else []
+
+    def every_slot(self) -> list[int]:
+        return [listener.slot for listener in self.listeners]
+
+    def listener(self, plan: PlannedFault, parents: bool = False) -> Listener:
+        among = [each for each in self.listeners if each.workers > 1 or not parents]
+        return among[plan.pick % len(among)]
+
+    def worker(self, plan: PlannedFault, target: Target) -> int:
+        """One worker process, by the plan's choice."""
+        listener = self.listener(plan)
+        pids = listener.pids()
+        if not pids:
+            raise NotNow
+        target.slots, target.pids = [listener.slot], [pids[plan.pick % len(pids)]]
+        return target.pids[0]
+
+    def backend(self, plan: PlannedFault, target: Target) -> int:
+        """The server's process for one worker, by the plan's choice."""
+        found = self.query(BACKENDS, db.WORKER_APPLICATION)
+        if not found:
+            raise NotNow
+        pid, name = found[plan.pick % len(found)]
+        target.reach, target.slots = "database", self.every_slot()
+        target.pids = [pid_of(name)]
+        return pid
+
+
+Context = AbstractContextManager[None]
+
+
+@contextmanager
+def kill_worker(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
+    os.kill(world.worker(plan, target), signal.SIGKILL)
+    yield
+
+
+@contextmanager
+def kill_parent(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
+    """Its workers go on with the call in hand, and then end by themselves."""
+    listener = world.listener(plan, parents=True)
+    target.slots = [listener.slot]
+    for pid in listener.parent():
+        target.pids = [pid]
+        os.kill(pid, signal.SIGKILL)
+    yield
+
+
+@contextmanager
+def terminate(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
+    listener = world.listener(plan)
+    if listener.asked:  # a second signal would be a kill
+        raise NotNow
+    target.slots = [listener.slot]
+    listener.terminate()
+    yield
+
+
+@contextmanager
+def freeze_worker(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
+    pid = world.worker(plan, target)
+    os.kill(pid, signal.SIGSTOP)
+    yield
+    os.kill(pid, signal.SIGCONT)
+
+
+@contextmanager
+def terminate_backend(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
+    pid = world.backend(plan, target)
+    world.query("SELECT pg_terminate_backend(%s)", pid)
+    yield
+
+
+@contextmanager
+def terminate_backends(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
+    target.reach, target.slots = "database", world.every_slot()
+    world.query(TERMINATE, db.WORKER_APPLICATION)
+    yield
+
+
+@contextmanager
+def kill_backend(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
+    """The server ends all connections and recovers, as after the kernel's OOM killer."""
+    os.kill(world.backend(plan, target), signal.SIGKILL)
+    target.pids = []
+    yield
+    end = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < end:
+        with suppress(psycopg2.Error):
+            world.query("SELECT")
+            break
+        time.sleep(0.05)
+
+
+@contextmanager
+def freeze_backend(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
+    """The kernel still acknowledges its packets: to the worker it is just silent."""
+    pid = world.backend(plan, target)
+    os.kill(pid, signal.SIGSTOP)
+    world.frozen.add(pid)
+    yield
+    if pid in world.frozen:
+        world.frozen.discard(pid)
+        os.kill(pid, signal.SIGCONT)
+
+
+def restart_database(mode: str) -> Callable[..., Context]:
+    @contextmanager
+    def restart(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
+        if not world.database_up:
+            raise NotNow
+        target.reach, target.slots = "database", world.every_slot()
+        for pid in world.frozen:  # it would never end, and the server waits for it
+            os.kill(pid, signal.SIGCONT)
+        world.frozen.clear()
+        world.database_up = False
+        world.database.stop(mode)
+        yield
+        world.database.start()
+        world.database_up = True
+
+    return restart
+
+
+def network(which: str, what: str) -> Callable[..., Context]:
+    @contextmanager
+    def disturb(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
+        proxy: Proxy = getattr(world, f"{which}_proxy")
+        if not proxy.passing.is_set():
+            raise NotNow
+        target.reach, target.slots = which, world.behind
+        getattr(proxy, what)()
+        yield
+        proxy.heal()
+
+    return disturb
+
+
+@contextmanager
+def restart_api(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
+    if world.api.closing.is_set():
+        raise NotNow
+    target.reach, target.slots = "stage", world.every_slot()
+    world.api.close(grace=0)
+    yield
+    world.api.start()
+
+
+@contextmanager
+def garbage(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
+    target.reach = "nothing"
+    for payload in GARBAGE:
+        world.query("SELECT pg_notify(%s, %s)", db.CHANNEL, payload)
+    yield
+
+
+KINDS: dict[str, Callable[..., Context]] = {
+    "kill -9 worker": kill_worker,
+    "kill -9 parent": kill_parent,
+    "SIGTERM": terminate,
+    "freeze worker": freeze_worker,
+    "freeze worker beyond its lease": freeze_worker,
+    "terminate backend": terminate_backend,
+    "terminate all backends": terminate_backends,
+    "kill -9 backend": kill_backend,
+    "freeze backend": freeze_backend,
+    "freeze backend beyond the deadline": freeze_backend,
+    "restart database, fast": restart_database("fast"),
+    "restart database, immediate": restart_database("immediate"),
+    "stall database network": network("database", "stall"),
+    "drop database network": network("database", "drop"),
+    "cut database network": network("database", "cut"),
+    "stall stage network": network("stage", "stall"),
+    "drop stage network": network("stage", "drop"),
+    "cut stage network": network("stage", "cut"),
+    "restart stage API": restart_api,
+    "malformed notifications": garbage,
+}
