@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 
 from chaos.history import Claim, Fault, History, Post, Row, pid_of
 
+ROUNDING = 0.001  # seconds
+
 
 @dataclass
 class Try:
-    """One attempt of a call."""
+    """One attempt of a call. leased_until: by what the database wrote and what it should have."""
 
     number: int
     claim: Claim
+    leased_until: float
     rows: list[Row] = field(default_factory=list)
     posts: list[Post] = field(default_factory=list)
 
@@ -101,7 +104,9 @@ class Account:
     def read_claims(self) -> None:
         for claim in self.history.claims:
             if call := self._by_number.get((claim.job, claim.call)):
-                call.tries[claim.attempt] = Try(claim.attempt, claim)
+                promised = claim.at + self.history.lease - ROUNDING
+                until = max(claim.until, promised)
+                call.tries[claim.attempt] = Try(claim.attempt, claim, until)
             else:
                 self.stray.append(f"{claim} is of no call")
         for row in self.history.rows:
@@ -121,7 +126,7 @@ class Account:
                 slot = self.history.workers.get(one.claim.worker)
                 claimed[call.job, call.stage, one.number, slot].append(one)
         for post in self.history.posts:
-            if post.job is None and self.network_lost(post):
+            if post.job is None and self.was_cut(post):
                 continue
             mine = claimed[post.job, post.stage, post.attempt, post.slot]
             before = [one for one in mine if one.claim.at <= post.arrived]
@@ -132,9 +137,10 @@ class Account:
             else:
                 self.stray.append(f"{post} was sent without a claim")
 
-    def network_lost(self, post: Post) -> bool:
+    def was_cut(self, post: Post) -> bool:
+        """By the network, or by the death of the worker that was sending it."""
         return any(
-            fault.reach == "stage"
+            fault.reach in ("stage", "worker")
             and post.slot in fault.slots
             and fault.began <= post.finished
             and fault.ended >= post.arrived - self.history.timeout

@@ -107,12 +107,17 @@ def too_early(call: Call) -> Iterator[str]:
     """An attempt that nobody knows the end of is followed by another only after its lease."""
     for first, second in pairwise(sorted(call.tries.values(), key=lambda one: one.number)):
         known = first.outcomes_by(second.claim.at)
-        unsure = "failed" in known and first.http is None and first.posts
+        unsure = "failed" in known and first.http is None and not broke(first)
         under_way = bool(first.posts) and not known
-        early = first.claim.until - second.claim.at
+        early = first.leased_until - second.claim.at
         if early > 0 and (known & {"unknown", "lost"} or unsure or under_way):
             said = ", ".join(sorted(known)) or "under way"
             yield f"{call}: attempt {second.number} {early:.3f} s too early, the one before: {said}"
+
+
+def broke(one: Try) -> bool:
+    """The connection was closed on a worker that waited: a refusal, as the README has it."""
+    return any("connection broke" in (row.error or "") for row in one.rows)
 
 
 # --- at once -------------------------------------------------------------------------------
@@ -135,9 +140,9 @@ def judge_overlap(earlier: tuple, later: tuple, verdict: Verdict) -> None:
     (call, first, _), (other, second, _) = sorted([earlier, later], key=lambda e: e[1].claim.at)
     if call is not other and call.left is not None and call.left <= second.claim.at:
         verdict.overlaps["the job had moved on meanwhile"] += 1
-    elif call is other and second.claim.at >= first.claim.until:
+    elif call is other and second.claim.at >= first.leased_until:
         verdict.overlaps["the lease of the first had run out"] += 1
-    elif call is other and "retry" in first.outcomes and first.http is None:
+    elif call is other and broke(first):
         verdict.overlaps["the connection of the first had broken"] += 1
     else:
         text = f"{call}, attempt {first.number}, and {other}, attempt {second.number}"

@@ -78,7 +78,7 @@ class Post:
     """A request as the stage API saw it.
 
     sent: the whole answer was written. status: None where there was none. job: None where the
-    network lost the body.
+    body never came.
     """
 
     job: str | None
@@ -137,8 +137,9 @@ class Listening:
 class History:
     """Everything about one run.
 
-    routes: stage by "step/status". workers: slot by name. owed: calls that were left at the end.
-    leases: the database keeps the claims under way in stage_leases.
+    timeout, lease: seconds that a call may take, and that it is nobody else's, as the listeners
+    were told. routes: stage by "step/status". workers: slot by name. owed: calls that were left
+    at the end. leases: the database keeps the claims under way in stage_leases.
     """
 
     seed: int
@@ -146,6 +147,7 @@ class History:
     calm: float
     ended: float
     timeout: float
+    lease: float
     routes: dict[str, str]
     leases: bool = False
     owed: int = 0

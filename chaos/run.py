@@ -158,6 +158,7 @@ class Run:
             calm=calm,
             ended=time.time(),
             timeout=plan.STAGE_TIMEOUT,
+            lease=plan.LEASE,
             routes={"/".join(state): stage.__name__ for state, stage in stages.PIPELINE.items()},
             leases=leases,
             owed=owed,

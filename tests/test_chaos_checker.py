@@ -29,7 +29,9 @@ class Script(History):
 
     def __init__(self):
         routes = {f"{step}/done": stage for step, stage in STAGES.items()}
-        super().__init__(seed=1, began=0, calm=90, ended=100, timeout=TIMEOUT, routes=routes)
+        super().__init__(
+            1, began=0, calm=90, ended=100, timeout=TIMEOUT, lease=LEASE, routes=routes
+        )
         self.workers = {ONE: 1, OTHER: 2}
 
     def move(self, at, step, status="done", debt=True):
@@ -120,15 +122,24 @@ def test_refused_call_is_called_again(script):
     }
 
 
-def test_call_whose_connection_broke_is_repeated_though_the_stage_may_still_work(script):
+@pytest.mark.parametrize(
+    ("outcome", "reason"),
+    [
+        ("retry", "not accepted: the connection broke"),
+        ("failed", "given up without an answer, and retried by the operator"),
+    ],
+)
+def test_call_whose_connection_broke_is_repeated_though_the_stage_may_still_work(
+    outcome, reason, script
+):
     script.move(1, "img_gen")
     script.claim(1.1)
     script.post(3, status=200, sent=False)
-    script.row(1.5, "retry")
+    script.row(1.5, outcome, error="connection broke while waiting: reset")
     script.called(1.7, attempt=2)
     verdict = check(script)
     assert verdict.findings == []
-    assert list(verdict.repeats) == ["not accepted: the connection broke"]
+    assert list(verdict.repeats) == [reason]
     assert list(verdict.overlaps) == ["the connection of the first had broken"]
 
 
@@ -407,6 +418,16 @@ def test_two_requests_of_one_call_at_once_are_found(script):
     assert OVERLAP in kinds(script)
 
 
+def test_lease_that_is_shorter_than_promised_is_found(script):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.claims[-1] = replace(script.claims[-1], until=1.6)
+    script.post(5.0)
+    script.row(1.1 + TIMEOUT, "unknown")
+    script.called(3.2, attempt=2, worker=OTHER)
+    assert kinds(script) == {EARLY, OVERLAP}
+
+
 def test_claim_of_a_call_that_is_under_way_is_found(script):
     script.move(1, "img_gen")
     script.claim(1.1)
@@ -448,7 +469,8 @@ def test_request_without_a_claim_is_found(script):
     assert kinds(script) == {ATTEMPTS}
 
 
-def test_request_without_a_body_is_found_unless_the_network_lost_it(script):
+@pytest.mark.parametrize("fault", ["network", "kill"])
+def test_request_without_a_body_is_found_unless_something_cut_it(fault, script):
     script.move(1, "img_gen")
     script.claim(1.1)
     script.post(1.2, status=400, sent=False)
@@ -456,7 +478,10 @@ def test_request_without_a_body_is_found_unless_the_network_lost_it(script):
     script.called(1.3, attempt=2)
     script.posts[0] = replace(script.posts[0], job=None)
     assert kinds(script) == {ATTEMPTS}
-    script.fault("drop stage network", "stage", 1, 3)
+    if fault == "kill":
+        script.kill(1.15)
+    else:
+        script.fault("drop stage network", "stage", 1, 3)
     assert kinds(script) == set()
 
 
