@@ -15,14 +15,13 @@ def why_repeated(account: Account, first: Try, second: Try) -> str:
     outcomes = first.outcomes_by(second.claim.at)
     if first.accepted:
         return why_unheard(account, first, second, outcomes)
-    if "lost" in outcomes:
+    if "lost" in outcomes or not outcomes:
         why = why_lost(account, first, second.claim.at)
         return f"not accepted, {why}" if why else ""
     for outcome, reason in REASONS.items():
         if outcome in outcomes:
             return reason if first.http or outcome == "unknown" else REASONS_WITHOUT_HTTP[outcome]
-    killed = account.faults(first.claim.worker, first.claim.at, second.claim.at)
-    return "not accepted, and the worker was killed" if killed else ""
+    return ""
 
 
 REASONS = {
