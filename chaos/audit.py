@@ -64,14 +64,20 @@ FROM chaos.audit WHERE place = 'stage_calls' AND new IS NULL ORDER BY seq
 """
 
 CLAIMS = """
-SELECT job, (new ->> 'call_id')::bigint AS call, (new ->> 'attempts')::integer AS attempt,
-       new ->> 'worker' AS worker,
-       extract(epoch FROM (new ->> 'started_at')::timestamptz)::float8 AS at,
-       extract(epoch FROM (new ->> 'due_at')::timestamptz)::float8 AS until
-FROM chaos.audit
-WHERE place = 'stage_calls' AND old ->> 'call_id' = new ->> 'call_id'
-  AND (old ->> 'attempts')::integer < (new ->> 'attempts')::integer
-ORDER BY seq
+SELECT c.job, (c.new ->> 'call_id')::bigint AS call, (c.new ->> 'attempts')::integer AS attempt,
+       c.new ->> 'worker' AS worker,
+       extract(epoch FROM (c.new ->> 'started_at')::timestamptz)::float8 AS at,
+       extract(epoch FROM (c.new ->> 'due_at')::timestamptz)::float8 AS until,
+       (SELECT extract(epoch FROM min(r.at))::float8 FROM chaos.audit AS r
+        WHERE r.job = c.job AND r.seq > c.seq AND r.place = 'stage_calls'
+          AND r.old @> jsonb_build_object('call_id', c.new -> 'call_id',
+                                          'attempts', c.new -> 'attempts')
+          AND r.new ->> 'call_id' = c.new ->> 'call_id'
+          AND r.old ->> 'worker' IS NOT NULL AND r.new ->> 'worker' IS NULL) AS released
+FROM chaos.audit AS c
+WHERE c.place = 'stage_calls' AND c.old ->> 'call_id' = c.new ->> 'call_id'
+  AND (c.old ->> 'attempts')::integer < (c.new ->> 'attempts')::integer
+ORDER BY c.seq
 """
 
 ROWS = """

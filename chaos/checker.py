@@ -176,13 +176,17 @@ def check_attempts(account: Account, call: Call, verdict: Verdict) -> None:
 
 
 def check_missing(account: Account, call: Call, one: Try, verdict: Verdict) -> None:
-    """Without a row: never begun and given back, or of a killed worker whose job moved on."""
-    done = account.faults(one.claim.worker, one.claim.at, one.claim.until + RECONNECTING)
-    killed = any(fault.kind.startswith("kill -9") for fault in done)
-    text = f"{call}: attempt {one.number} of {one.claim.worker} has no row"
-    if not one.posts and done and not (killed and account.history.leases):
+    """Without a row: given back without having begun, or of a killed worker whose job moved on."""
+    claim, leases = one.claim, account.history.leases
+    if claim.released and not one.posts:
         return
-    if killed and call.left is not None and not account.history.leases:
+    near = (claim.at - RECONNECTING, claim.until + RECONNECTING)
+    done = account.faults(claim.worker, *near) if call.left else []
+    killed = any(fault.kind.startswith("kill -9") for fault in done)
+    if done and not one.posts and not (killed and leases):
+        return  # given back as well, but the job's moving on had taken the row of its call
+    text = f"{call}: attempt {one.number} of {claim.worker} has no row"
+    if killed and not leases:
         verdict.gaps.append(text)
     else:
         verdict.findings.append((ATTEMPTS, text))

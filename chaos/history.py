@@ -47,7 +47,11 @@ class Gone:
 
 @dataclass(frozen=True)
 class Claim:
-    """A worker took attempt `attempt` of a call; nobody else may until `until`."""
+    """A worker took attempt `attempt` of a call; nobody else may until `until`.
+
+    released: when the worker let go of it, with a result or without; None: the job had moved on,
+    or the next claim took it over.
+    """
 
     job: str
     call: int
@@ -55,6 +59,7 @@ class Claim:
     worker: str
     at: float
     until: float
+    released: float | None = None
 
 
 @dataclass(frozen=True)

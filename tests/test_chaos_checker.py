@@ -219,8 +219,16 @@ def test_claim_that_finds_the_job_gone_is_skipped(script):
 def test_claim_whose_answer_was_lost_is_given_back(script):
     script.move(1, "img_gen")
     script.claim(1.1)
-    script.fault("terminate backend", "database", 1.1)
+    script.claims[-1] = replace(script.claims[-1], released=1.2)
     script.called(1.3, attempt=2)
+    assert kinds(script) == set()
+
+
+def test_claim_whose_answer_was_lost_leaves_no_trace_where_the_job_moved_on(script):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.fault("terminate backend", "database", 1.1)
+    script.move(1.2, "img_gen", "paused")
     assert kinds(script) == set()
 
 
@@ -528,6 +536,16 @@ def test_claim_that_came_to_nothing_without_a_fault_is_found(script):
     script.claim(1.1)
     script.called(1.3, attempt=2)
     assert kinds(script) == {ATTEMPTS}
+
+
+def test_claim_that_was_given_back_though_it_was_sent_is_found(script):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.claims[-1] = replace(script.claims[-1], released=1.5)
+    script.post(1.4, status=500)
+    script.fault("terminate backend", "database", 1.1)
+    script.called(1.6, attempt=2)
+    assert ATTEMPTS in kinds(script)
 
 
 def test_row_without_a_claim_is_found(script):
