@@ -125,8 +125,14 @@ def meddling(chance: random.Random, job: str, at: float) -> Step:
     return Step(at, job, what, state, chance.choice([0.0, 0.1, 1.0, LEASE + 0.5]))
 
 
+# One job in so many meets hardly anything but trouble, so that calls are given up as well.
+CURSED = 10
+
+
 def behaviour(seed: int, job: str, stage: str, nth: int, weights: dict[str, float]) -> tuple:
     """How the stage meets the `nth` request for a job: a name out of `weights`, and a chance
     that says how long things take."""
     chance = random.Random(f"{seed}/{job}/{stage}/{nth}")
+    if random.Random(f"{seed}/{job}").randrange(CURSED) == 0:
+        weights = weights | {"work": weights["work"] / 20, "hang": 10 * weights["hang"]}
     return chance.choices(list(weights), list(weights.values()))[0], chance

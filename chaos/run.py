@@ -34,7 +34,7 @@ SETTINGS = {
     "JOB_STATE_LISTENER_RECONNECT_DELAY": 0.3,
     "LOG_LEVEL": "INFO",
 }
-RETRY_EVERY = 3.0  # seconds between two `retry --all` of the operator
+RETRY_EVERY = 1.5  # seconds between two `retry --all` of the operator
 # A held stage is called again after a minute at the latest, a lease is over sooner.
 SETTLE_LIMIT = 150.0
 
