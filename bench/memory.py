@@ -1,7 +1,8 @@
 """What a worker process weighs after 10,000 calls and 200,000 notifications: python -m bench.memory
 
 The stage API answers at once. Half of the notifications arrive while the worker is waiting, the
-other half while it waits for the answer to a call and reads nothing.
+other half while it waits for the answer to a call and reads nothing. With --workers N what each
+further worker adds is its PSS: what processes share is counted once, a part to each.
 """
 
 import contextlib
@@ -43,10 +44,10 @@ LAST = "NOTIFY job_state_changed, 'the last one'"
 
 
 class Bench:
-    """An application, a stage API that always answers 200, and one worker process."""
+    """An application, a stage API that always answers 200, and the listener."""
 
-    def __init__(self, server: EmbeddedDatabase, directory: str):
-        self.settings = server.settings()
+    def __init__(self, server: EmbeddedDatabase, directory: str, workers: int):
+        self.settings, self.workers = server.settings(), workers
         with contextlib.closing(db.connect(config.read(self.settings))) as conn:
             apply(conn)
         self.app = psycopg2.connect(server.dsn())
@@ -59,14 +60,14 @@ class Bench:
         environ = self.settings | {"STAGE_API_URL": self.api.url, "HEARTBEAT_DIR": directory}
         Path(directory, ".env").touch()
         with self.log.open("w") as log:
-            self.worker = subprocess.Popen(
-                [sys.executable, ROOT / "listener.py"],
+            self.listener = subprocess.Popen(
+                [sys.executable, ROOT / "listener.py", "run", "--workers", str(workers)],
                 env={k: v for k, v in os.environ.items() if k not in config.SETTINGS} | environ,
                 cwd=directory,
                 stdout=log,
             )
         self.reading, self.heard = self.log.open(), 0
-        self.wait_for(lambda: "LISTEN" in self.reading.read())
+        self.wait_for(lambda: self.log.read_text().count("LISTEN '") == workers)
 
     def answer(self, request) -> Answer:
         self.api.requests.clear()  # this process need not remember them
@@ -77,7 +78,7 @@ class Bench:
     def wait_for(self, condition) -> None:
         end = time.monotonic() + PATIENCE
         while not condition():
-            if time.monotonic() > end or self.worker.poll() is not None:
+            if time.monotonic() > end or self.listener.poll() is not None:
                 raise SystemExit(
                     f"the worker did not get there; its log:\\n{self.log.read_text()[-2000:]}"
                 )
@@ -96,32 +97,43 @@ class Bench:
         self.wait_for(lambda: self.owed() == 0)
 
     def notify(self, count: int) -> None:
-        """In transactions of 10,000, and wait until the worker has heard them."""
-        heard = self.heard
+        """In transactions of 10,000, and wait until every worker has heard them."""
+        heard = self.heard + self.workers
         for _ in range(count // 10_000):
             self.execute(NOTIFY, 10_000)
         self.execute(LAST)
         self.answering.set()
-        self.wait_for(lambda: self.count_heard() > heard)
+        self.wait_for(lambda: self.count_heard() == heard)
 
     def count_heard(self) -> int:
         """How often the last notification of many was heard, by the log so far."""
         self.heard += sum("the last one" in line for line in self.reading)
         return self.heard
 
-    def memory(self) -> tuple[str, str]:
-        """Resident memory of the worker now and at its highest, in MiB."""
-        status = Path(f"/proc/{self.worker.pid}/status").read_text()
-        found = dict(line.split(":", 1) for line in status.splitlines())
-        return tuple(f"{int(found[key].split()[0]) / 1024:.1f}" for key in ("VmRSS", "VmHWM"))
+    def memory(self) -> list[str]:
+        """Of the largest worker: resident now and at its highest, PSS; the PSS of all. In MiB."""
+        parent = self.listener.pid
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        processes = {pid: kilobytes(pid) for pid in [parent, *children]}
+        workers = [processes[pid] for pid in children or [parent]]
+        sizes = [max(size[key] for size in workers) for key in ("VmRSS", "VmHWM", "Pss")]
+        sizes.append(sum(size["Pss"] for size in processes.values()))
+        return [f"{size / 1024:.1f}" for size in sizes]
 
     def close(self) -> None:
         self.answering.set()
-        self.worker.terminate()
-        self.worker.wait()
+        self.listener.terminate()
+        self.listener.wait()
         self.api.close()
         self.app.close()
         self.reading.close()
+
+
+def kilobytes(pid: int | str) -> dict[str, int]:
+    """What the kernel says about the memory of a process."""
+    files = (Path(f"/proc/{pid}/{name}") for name in ("status", "smaps_rollup"))
+    words = [line.split() for file in files for line in file.read_text().splitlines()]
+    return {word[0].rstrip(":"): int(word[1]) for word in words if word[-1] == "kB"}
 
 
 def measure(bench: Bench, calls: int, notifications: int):
@@ -143,17 +155,18 @@ def measure(bench: Bench, calls: int, notifications: int):
 @click.command()
 @click.option("--calls", default=10_000, show_default=True)
 @click.option("--notifications", default=200_000, show_default=True)
-def main(calls: int, notifications: int) -> None:
+@click.option("--workers", default=1, show_default=True)
+def main(calls: int, notifications: int, workers: int) -> None:
     rows = []
     with EmbeddedDatabase() as server, tempfile.TemporaryDirectory() as directory:
-        bench = Bench(server, directory)
+        bench = Bench(server, directory, workers)
         try:
-            for what, (now, highest) in measure(bench, calls, notifications):
-                rows.append([what, now, highest])
+            for what, sizes in measure(bench, calls, notifications):
+                rows.append([what, *sizes])
         finally:
             bench.close()
-    click.echo("Resident memory of one worker process, MiB:")
-    click.echo(table(["", "now", "highest"], rows))
+    click.echo(f"Memory of the largest of {workers} worker processes, MiB:")
+    click.echo(table(["", "resident", "highest", "PSS", "PSS of all"], rows))
 
 
 if __name__ == "__main__":
