@@ -5,17 +5,26 @@ of what became of it: an Answer, or an exception that says whether it may have b
 import json
 import signal
 import socket
+import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import formatdate, parsedate_to_datetime
 from http.cookiejar import DefaultCookiePolicy
 from types import SimpleNamespace
 
-import requests
 import urllib3
-from requests.adapters import HTTPAdapter
+
+# requests would bring its guesser of encodings, 3 MB a worker that nothing here asks for. It
+# does without (since 2.32), with a warning.
+sys.modules["charset_normalizer"] = None
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import requests
+    from requests.adapters import HTTPAdapter
+del sys.modules["charset_normalizer"]
 
 
 @dataclass(frozen=True)

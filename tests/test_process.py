@@ -155,6 +155,15 @@ def test_signal_before_a_child_can_receive_it_is_not_lost(script):
     assert process.wait(60) == 0
 
 
+# --- memory --------------------------------------------------------------------------------
+
+
+def test_listener_loads_no_guesser_of_encodings_and_says_nothing_about_it(script):
+    process = script("import listener; sys.exit('charset_normalizer' in sys.modules)")
+    assert process.stdout.read() == ""
+    assert process.wait(60) == 0
+
+
 # --- the log -------------------------------------------------------------------------------
 
 
