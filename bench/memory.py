@@ -104,6 +104,7 @@ class Bench:
         self.execute(LAST)
         self.answering.set()
         self.wait_for(lambda: self.count_heard() == heard)
+        self.make_calls(1)  # until the last one is heard and dropped
 
     def count_heard(self) -> int:
         """How often the last notification of many was heard, by the log so far."""
