@@ -2,6 +2,8 @@
 of what became of it: an Answer, or an exception that says whether it may have been sent.
 """
 
+import http.client
+import io
 import json
 import signal
 import socket
@@ -69,9 +71,39 @@ SOCKET_OPTIONS = [
 ]
 
 
+class WholeLines(io.BufferedReader):
+    """http.client takes the end of a connection for the end of a line, and of all headers."""
+
+    begun = False
+
+    def readline(self, size=-1):
+        line = super().readline(size)
+        if not line.endswith(b"\n") and len(line) != size and (line or self.begun):
+            raise urllib3.exceptions.ProtocolError("the answer was cut within a line")
+        self.begun = True
+        return line
+
+
+class Response(http.client.HTTPResponse):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.fp = WholeLines(self.fp.detach())
+
+
+class Pool(urllib3.HTTPConnectionPool):
+    class ConnectionCls(urllib3.HTTPConnectionPool.ConnectionCls):
+        response_class = Response
+
+
+class TlsPool(urllib3.HTTPSConnectionPool):
+    class ConnectionCls(urllib3.HTTPSConnectionPool.ConnectionCls):
+        response_class = Response
+
+
 class Adapter(HTTPAdapter):
     def init_poolmanager(self, *args, **kwargs):
         super().init_poolmanager(*args, **kwargs, socket_options=SOCKET_OPTIONS)
+        self.poolmanager.pool_classes_by_scheme = {"http": Pool, "https": TlsPool}
 
 
 class Session(requests.Session):
@@ -163,6 +195,10 @@ def read(response: requests.Response) -> str:
     raw, status = response.raw, response.status_code
     if status < 200:
         raise NoAnswer(f"status {status}, which is not a final answer")
+    # What http.client itself will hold the body to. "Transfer-Encoding: gzip, chunked" is read as
+    # whatever comes until the connection ends, and so is a length that is no number.
+    chunked = response.headers.get("Transfer-Encoding", "").lower() == "chunked"
+    framed = chunked or raw.length_remaining is not None
     beginning, size = b"", 0
     try:
         while chunk := raw.read(2**16, decode_content=False):
@@ -172,9 +208,7 @@ def read(response: requests.Response) -> str:
                 raise NoAnswer(f"the answer is longer than {BODY_LIMIT >> 20} MiB")
     except (urllib3.exceptions.HTTPError, OSError) as error:
         raise NoAnswer(f"status {status}, then {type(error).__name__}: {error}") from error
-    # A header cut by a closed connection reads as an empty 200.
-    framed = raw.chunked or response.headers.get("Content-Length", "").isdigit()
-    if 200 <= status < 300 and status != 204 and not framed:
+    if 200 <= status < 300 and not framed:
         raise NoAnswer(f"status {status}, but the answer may have been cut")
     return beginning.decode("utf-8", "replace")
 
