@@ -62,18 +62,23 @@ def one_of(*words: str) -> Callable[[str], str]:
 
 def host(text: str) -> str:
     """`docker --env-file` keeps an inline comment in the value: refuse it by name."""
-    if re.search(r"[\s#@/]", text) and not text.startswith("/"):
+    if not storable(text) or (re.search(r"[\s#@/]", text) and not text.startswith("/")):
         raise Allowed("a host name, an address or a socket directory, without spaces or comments")
     return text
 
 
+# A host of letters and digits, or an address in brackets: `requests` would refuse anything else at
+# every call. An @ in the path would be the end of a password that is not percent-encoded.
+HOST = r"(\w[\w.-]*|\[[\da-f:.]+(%25\w+)?\])"
+URL = re.compile(rf"https?://([^@/?#\\\s]*@)?{HOST}(:\d*)?(/[^@?#\s]*)?", re.ASCII | re.IGNORECASE)
+
+
 def http_url(text: str) -> str:
     try:
-        parts = urlsplit(text)
-        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+        usable = URL.fullmatch(text) and storable(text) and urlsplit(text).port != 0
     except ValueError:
         usable = False
-    if not usable or parts.query or parts.fragment or "@" in parts.path or re.search(r"\s", text):
+    if not usable:
         raise Allowed("a URL such as http://localhost:8011")
     return text.rstrip("/")
 
@@ -98,7 +103,14 @@ def database_url(text: str) -> str:
     return text
 
 
+def storable(value: str) -> bool:
+    """Whether database and file system can take it; what is no UTF-8 arrives as surrogates."""
+    return not re.search(r"[\0\ud800-\udfff]", value)
+
+
 def text(value: str) -> str:
+    if not storable(value):
+        raise Allowed("text in UTF-8 without NUL")
     return value
 
 
@@ -178,20 +190,22 @@ def parsed(name: str, given: str, parse: Callable[[str], Any]) -> Any:
     try:
         return parse(given)
     except Allowed as allowed:
-        # What stands before an @ may be a password.
-        shown = "***" if name in SECRET or "@" in given else repr(given)[:80]
+        # What stands before an @ may be a password, and so may a port that is no number.
+        secret = name in SECRET or re.search(r"@|//.*:\d*[^\d/]", given)
+        shown = "***" if secret else repr(given)[:80]
         raise SettingsError(f"{name}={shown} cannot be used: allowed is {allowed}") from None
 
 
 @lru_cache(maxsize=1)
 def settings() -> SimpleNamespace:
     """This process's settings, read at the first call."""
-    beside = [Path.cwd() / ".env", Path(__file__).parent / ".env"]
-    file = next((path for path in beside if path.is_file()), None)
+    beside = [Path(".env"), Path(__file__).parent / ".env"]
+    # Not Path.is_file(), which fails in a directory that is closed to us.
+    file = next((path for path in beside if os.path.isfile(path)), None)
     try:
         from_file = dotenv.dotenv_values(file, encoding="utf-8-sig") if file else {}
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{file} cannot be read as UTF-8: {error}") from None
+        raise SettingsError(f"{file.absolute()} cannot be read as UTF-8: {error}") from None
     return read({**{k: v for k, v in from_file.items() if v}, **os.environ})
 
 
@@ -228,6 +242,6 @@ def redactor(values: SimpleNamespace) -> Callable[[str], str]:
         for secret in secrets:
             message = message.replace(secret, "***")
         message = re.sub(r"(://[^:/@\s]*):[^@/\s]+@", r"\1:***@", message)
-        return re.sub(r"(?i)\b(password\s*=\s*)\S+", r"\1***", message)
+        return re.sub(r"(?i)(password\s*=\s*)\S+", r"\1***", message)
 
     return redact

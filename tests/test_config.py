@@ -93,11 +93,16 @@ BAD = {
     "DB_PORT": [*WHOLE, "65536", "5432,5433x"],
     "MAX_ATTEMPTS": [*WHOLE, "1001"],
     "LISTENER_WORKERS": [*WHOLE, "257"],
-    "DB_HOST": ["host.docker.internal  # 또는 실제 DB 호스트", "a b", "db/x", "db#1", "a\nb"],
+    "DB_HOST": ["host.docker.internal  # 또는 실제 DB 호스트", "a b", "db/x", "db#1", "a\nb",
+                "a\0b", "db\udcff"],
+    "DB_NAME": ["a\0b", "\udcff"],
+    "DB_USER": ["a\0b", "\udcff"],
+    "HEARTBEAT_DIR": ["/tmp/a\0b", "/tmp/\udcff"],
     "STAGE_API_URL": [
         "localhost:8011", "ftp://api", "http://", "http:///x", "http://api:99999", "http://a b",
         "http://api:x", "http://api?x=1", "http://api#x", "http://[::1", "http://api  # 주석",
-        "http://api\nHost: x",
+        "http://api\nHost: x", "http://*", "http://.", "http://a\x01b", "http://é", "http://a%zz",
+        "http://api:0", "http://api/\0",
     ],
     "DATABASE_URL": ["db.example", "mysql://db/x", "postgresql://db:5432/x?nonsense=1", "x=y"],
     "LOG_LEVEL": ["LOUD", "20", "INFO DEBUG", "INFO # 기본"],
@@ -109,7 +114,9 @@ BAD = {
 )
 def test_bad_value_is_one_line_with_name_value_and_what_is_allowed(name, value):
     message = refusal(name, value)
-    shown = "***" if name == "DATABASE_URL" else repr(value)[:80]
+    shown = repr(value)[:80]
+    if name == "DATABASE_URL" or value in ("http://api:x", "http://[::1"):  # may be a password
+        shown = "***"
     assert message.startswith(f"{name}={shown} cannot be used: allowed is ")
     assert len(message.splitlines()) == 1 and len(message) < 300
 
@@ -173,6 +180,11 @@ def test_no_database_is_one_line_that_names_the_ways_out():
         ("STAGE_API_URL", "http://user:hunter2#x@api"),
         ("STAGE_API_URL", "http://user:hunter2/x@api"),
         ("STAGE_API_URL", "user:hunter2@api"),
+        ("STAGE_API_URL", "http://user:hunter2\\@api"),
+        ("STAGE_API_URL", "http://user:hunter2"),
+        ("STAGE_API_URL", "http://user:2hunter2/x"),
+        ("DB_PASSWORD", "hunter2\0"),
+        ("DB_PASSWORD", "hunter2\udcff"),
         ("DB_HOST", "postgresql://app:hunter2@db/x"),
         ("DB_HOST", "app:hunter2@db"),
     ],
@@ -215,6 +227,7 @@ def test_password_of_another_url_is_replaced_too():
     redact = config.redactor(config.read({}))
     assert redact("at redis://:other@cache/0 too") == "at redis://:***@cache/0 too"
     assert redact("host=x password=other user=y") == "host=x password=*** user=y"
+    assert redact("sslpassword = other PGPASSWORD=other") == "sslpassword = *** PGPASSWORD=***"
 
 
 def test_short_password_does_not_eat_other_words():

@@ -41,8 +41,12 @@ def python(*args: str | Path, cwd: Path, path: Path = ROOT, **environ: str):
     )
 
 
+def shown_after(code: str, cwd: Path, path: Path = ROOT, **environ: str) -> str:
+    return python("-c", code + SHOW, cwd=cwd, path=path, **environ).stdout.strip()
+
+
 def shown(cwd: Path, path: Path = ROOT, **environ: str) -> str:
-    return python("-c", SHOW, cwd=cwd, path=path, **environ).stdout.strip()
+    return shown_after("", cwd, path, **environ)
 
 
 @pytest.fixture
@@ -102,6 +106,18 @@ def test_passwords_in_the_file_are_quoted_as_usual(tmp_path, line, password):
 def test_file_that_an_editor_marked_as_utf8_is_read_from_its_first_line(tmp_path):
     (tmp_path / ".env").write_text("DB_HOST=db\r\nDB_PORT=7\r\n", encoding="utf-8-sig")
     assert shown(tmp_path) == "db 7 None"
+
+
+def test_directory_that_was_removed_has_no_file(tmp_path, program):
+    (program / ".env").write_text("DB_HOST=beside")
+    gone = "import os; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone'); "
+    assert shown_after(gone, tmp_path, path=program) == "beside 5432 None"
+
+
+def test_directory_that_is_closed_to_us_has_no_file(tmp_path):
+    closed = "import config, os; os.mkdir('closed'); os.chdir('closed'); os.chmod('.', 0); "
+    closed += "os.geteuid() or os.setuid(65534); "  # no mode keeps root out
+    assert shown_after(closed, tmp_path) == "None 5432 None"
 
 
 def test_single_setting_can_be_imported_as_the_guide_shows(tmp_path):
