@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from email.utils import formatdate, parsedate_to_datetime
 from http.cookiejar import DefaultCookiePolicy
 from types import SimpleNamespace
+from urllib.parse import unquote, urlsplit
 
 import urllib3
 
@@ -107,6 +108,14 @@ class Adapter(HTTPAdapter):
 
 
 class Session(requests.Session):
+    def prepare_request(self, request):
+        """Name and password of the URL as bytes: as text, requests takes those of Latin-1 only."""
+        parts = urlsplit(request.url)
+        if parts.username is not None:
+            name, password = unquote(parts.username), unquote(parts.password or "")
+            request.auth = name.encode(), password.encode()
+        return super().prepare_request(request)
+
     def get_redirect_target(self, resp):
         """None: even where it does not follow, it would read the body and parse the target."""
         return None

@@ -152,12 +152,18 @@ def test_netrc_and_proxy_variables_are_ignored(accepting, tmp_path, monkeypatch)
     assert "authorization" not in accepting.requests[0].headers
 
 
-def test_credentials_of_the_url_are_sent_as_they_are(accepting, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("written", "sent"),
+    [("user:p%40ss", "user:p@ss"), ("이름:%EB%B9%84%EB%B0%80", "이름:비밀"), ("user", "user:")],
+)
+def test_credentials_of_the_url_are_sent_as_they_are(
+    accepting, tmp_path, monkeypatch, written, sent
+):
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login intruder password stolen\n")
     monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
-    make_call(accepting, url=accepting.url.replace("//", "//user:p%40ss@")).post("/api/x")
-    sent = accepting.requests[0].headers["authorization"].removeprefix("Basic ")
-    assert base64.b64decode(sent) == b"user:p@ss"
+    make_call(accepting, url=accepting.url.replace("//", f"//{written}@")).post("/api/x")
+    header = accepting.requests[0].headers["authorization"]
+    assert base64.b64decode(header.removeprefix("Basic ")).decode() == sent
 
 
 def test_base_path_of_the_url_is_kept(accepting):
