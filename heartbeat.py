@@ -97,11 +97,17 @@ class Beat:
 
 
 def heartbeats(directory: str) -> list[Beat]:
-    """Every worker that has a heartbeat file in `directory`."""
+    """Every worker that has a heartbeat file in `directory`; none where there is no such thing.
+
+    Raises:
+        OSError: it cannot be read; Path.glob would tell of an empty one.
+    """
     beats = []
-    for path in sorted(Path(directory).glob(f"*{SUFFIX}")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            beats.append(read_beat(path))
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for name in sorted(os.listdir(directory)):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                if name.endswith(SUFFIX):
+                    beats.append(read_beat(Path(directory, name)))
     return beats
 
 

@@ -69,7 +69,11 @@ class OneObject(OneLine):
 
 def set_up(settings: SimpleNamespace) -> None:
     """Log to standard output, where `docker logs … | grep` looks."""
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    if sys.stdout:  # None where it is closed
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    # What cannot be written, to a full disk or a pipe that nobody reads, is lost: logging would
+    # print it on standard error, with a traceback and its secrets.
+    logging.raiseExceptions = False
     handler = logging.StreamHandler(sys.stdout)
     formatter = OneObject if settings.LOG_FORMAT == "json" else OneLine
     handler.setFormatter(formatter(settings))

@@ -9,7 +9,7 @@ import psycopg2
 
 import config
 import db
-from logs import CONTROL
+from logs import CONTROL, LONGEST_LINE
 from ops.backfill import backfill
 from ops.check import check
 from ops.install import install, is_silent, require_installed, uninstall
@@ -39,11 +39,15 @@ EXIT_PROBLEM, EXIT_BAD_INPUT, EXIT_DATABASE_AWAY = 1, 2, 3
 
 def main(cli: click.Group) -> None:
     """Run the command line; every mistake becomes one line and its exit code."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows no arrow
+    if sys.stdout:  # None where it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows no arrow
     try:
         sys.exit(cli.main(prog_name="listener.py", standalone_mode=False) or 0)
     except BrokenPipeError:
         os._exit(EXIT_PROBLEM)
+    except OSError as error:
+        click.echo(f"error: {error}", err=True)
+        os._exit(EXIT_PROBLEM)  # a full disk would fail once more when Python flushes its output
     except (click.Abort, KeyboardInterrupt):
         fail("stopped", 130)
     except click.ClickException as error:
@@ -58,10 +62,7 @@ def main(cli: click.Group) -> None:
         fail(f"the database cannot be reached: {error}", EXIT_DATABASE_AWAY)
     except UnicodeEncodeError:
         fail("an argument is not valid UTF-8", EXIT_BAD_INPUT)
-    except (
-        psycopg2.errors.InvalidTextRepresentation,
-        psycopg2.errors.NumericValueOutOfRange,
-    ) as error:
+    except psycopg2.DataError as error:
         fail(f"not a job id of this database: {first_line(error)}", EXIT_BAD_INPUT)
     except psycopg2.errors.UndefinedTable as error:
         fail(f"{first_line(error)}: run `make trigger` (python listener.py install)", EXIT_PROBLEM)
@@ -83,5 +84,6 @@ def help_for(error: click.ClickException) -> str:
 def fail(message: str, code: int) -> None:
     with contextlib.suppress(config.SettingsError):  # which shows no secret itself
         message = config.redactor(config.settings())(message)
-    click.echo(f"error: {' '.join(message.split()).translate(CONTROL)}", err=True)
+    line = " ".join(message.split()).translate(CONTROL)[:LONGEST_LINE]
+    click.echo(f"error: {line}", err=True)
     sys.exit(code)

@@ -1,5 +1,6 @@
 """`check`: is the listener alive, for cron and HEALTHCHECK."""
 
+import math
 import sys
 
 import click
@@ -16,8 +17,15 @@ FROM stage_calls WHERE due_at <= now()
 """
 
 
+def a_number(_context, _option, seconds: float | None) -> float | None:
+    """FloatRange takes nan, and no lag is longer than that."""
+    if seconds is not None and math.isnan(seconds):
+        raise click.BadParameter("nan is not a number of seconds.")
+    return seconds
+
+
 @click.command(short_help="Exit 0 if every worker on this host is alive, 1 if not.")
-@click.option("--max-lag", type=click.FloatRange(min=0), metavar="SECONDS",
+@click.option("--max-lag", type=click.FloatRange(min=0), metavar="SECONDS", callback=a_number,
               help="Also ask the database: is a call overdue for longer?")  # fmt: skip
 def check(max_lag: float | None) -> None:
     """Exit 0 if every worker on this host is alive, 1 if not; one line says why.
@@ -33,7 +41,10 @@ def check(max_lag: float | None) -> None:
 
 
 def verdict(directory: str) -> tuple[bool, str]:
-    beats = heartbeats(directory)
+    try:
+        beats = heartbeats(directory)
+    except OSError as error:
+        return False, f"the heartbeats cannot be read ({error}): run check as the listener's user"
     for beat in beats:
         if beat.state == DEAD:
             return False, f"worker {beat.worker} (pid {beat.pid}) is dead; it was {beat.doing}"

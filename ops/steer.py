@@ -87,7 +87,7 @@ def retry(job_ids: tuple[str, ...], stage: str | None, all_: bool) -> None:
     for job_id in job_ids or [None]:
         found = make_due(conn, job_id, stage, all_)
         revived += found
-        if job_id and not found:
+        if job_id is not None and not found:
             refused.append(why_nothing_owed(conn, job_id))
         # At once: the next id may be one that ends this with an error.
         db.execute(conn, db.RING)

@@ -1,5 +1,6 @@
 """`status` and `job`: where everything stands."""
 
+import contextlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -59,8 +60,11 @@ def status(as_json: bool) -> None:
     given = {"stages": stages.stage_names(), "prefix": db.WORKER_APPLICATION}
     found = [row._asdict() for row in db.execute(conn, STAGES, given)]
     workers = [row._asdict() for row in db.execute(conn, WORKERS, given)]
+    beats = []
+    with contextlib.suppress(OSError):  # they may be another user's
+        beats = heartbeats(config.settings().HEARTBEAT_DIR)
     for row in workers:
-        row["doing"] = doing(row, heartbeats(config.settings().HEARTBEAT_DIR))
+        row["doing"] = doing(row, beats)
     if as_json:
         echo_json({"stages": found, "workers": workers})
         return

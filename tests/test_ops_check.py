@@ -31,6 +31,12 @@ def test_no_worker_is_not_ok_and_says_what_to_start(database, run_command, tmp_p
     )
 
 
+def test_heartbeats_that_cannot_be_read_are_not_taken_for_none(database, run_command):
+    told = line(run_command(database, "check", HEARTBEAT_DIR="/" + "x" * 300), 1)
+    assert told.startswith("the heartbeats cannot be read ([Errno 36] File name too long: ")
+    assert told.endswith("): run check as the listener's user")
+
+
 def test_idle_worker_is_alive_whatever_the_database_does(database, listener, run_command, tmp_path):
     listener(database)
     wait_until_idle(tmp_path)

@@ -1,7 +1,11 @@
 """Every mistake gets one line on stderr and its exit code; no secret and no trick gets through."""
 
+import os
 import re
+import subprocess
+import sys
 from contextlib import closing
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +13,7 @@ from click.testing import CliRunner
 
 import listener as program
 
+ROOT = Path(__file__).parent.parent
 COMMANDS = sorted(program.cli.commands)
 # Where no database answers.
 NOWHERE = SimpleNamespace(environ={"DB_HOST": "127.0.0.1", "DB_PORT": "1"})
@@ -53,6 +58,7 @@ MISTAKES = {
         "run",
     ),
     "check --max-lag -1": ("Invalid value for '--max-lag': -1.0 is not in the range x>=0", "check"),
+    "check --max-lag nan": ("Invalid value for '--max-lag': nan is not a number", "check"),
     "check --max-lag": ("Option '--max-lag' requires an argument.", ""),
     "job": ("Missing argument 'JOB_ID'.", "job"),
     "call": ("Missing argument 'JOB_ID'.", "call"),
@@ -208,6 +214,32 @@ def test_hostile_argument_is_refused_in_one_line(database, run_command, command,
     done = run_command(database, command, typed)
     assert done.refused(2)
     assert not CONTROL.search(done.err), done.err
+
+
+@pytest.mark.parametrize("id_type", ["date", "inet", "varchar(9)"])
+@pytest.mark.parametrize("command", ["job", "call", "retry"])
+def test_id_that_no_job_can_have_is_refused(empty_database, run_command, command, id_type):
+    columns = f"job_id {id_type} PRIMARY KEY, tenant_id text, current_step text, status text"
+    empty_database.rows(f"CREATE TABLE jobs ({columns})")
+    run_command(empty_database, "install")
+    refused = run_command(empty_database, command, "").refused(1 if "char" in id_type else 2)
+    assert "there is no job" in refused or "not a job id of this database" in refused
+
+
+@pytest.mark.parametrize("closed", [False, True], ids=["full", "closed"])
+@pytest.mark.parametrize(
+    ("typed", "code"), [("--help", 1), ("check", 1), ("job 7", 3), ("run --once", 3)]
+)
+def test_output_that_cannot_be_written_is_no_traceback(tmp_path, typed, code, closed):
+    (tmp_path / ".env").touch()
+    environ = os.environ | NOWHERE.environ | {"HEARTBEAT_DIR": str(tmp_path)}
+    command = [sys.executable, ROOT / "listener.py", *typed.split()]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, env=environ, cwd=tmp_path, stdout=full, text=True,
+                              stderr=subprocess.PIPE,
+                              preexec_fn=(lambda: os.close(1)) if closed else None)  # fmt: skip
+    assert done.returncode == (0 if closed and typed == "--help" else code)
+    assert "Traceback" not in done.stderr and "Arguments:" not in done.stderr
 
 
 def test_hostile_id_is_printed_escaped(empty_database, run_command):
