@@ -3,7 +3,7 @@
 import io
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +18,22 @@ from trigger import Trigger
 WITHOUT_HOLDS = "UPDATE pipeline_stages SET held_until = now() - interval '1 second'"
 
 
+@contextmanager
+def logged(settings: SimpleNamespace) -> Iterator[io.StringIO]:
+    """What a worker logs meanwhile, line by line as it would print it."""
+    output, logger = io.StringIO(), logging.getLogger("listener")
+    handler = logging.StreamHandler(output)
+    handler.setFormatter(logs.OneLine(settings))
+    logger.setLevel(settings.LOG_LEVEL)
+    logger.addHandler(handler)
+    logger.propagate = False  # pytest-xdist cannot pass on what pytest captures of it
+    try:
+        yield output
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = True
+
+
 class Caller:
     """A Trigger on a connection of its own; a context manager."""
 
@@ -26,21 +42,15 @@ class Caller:
         self.database = database
         self.conn = db.connect(self.settings, pinned=True)
         self.trigger = Trigger(self.settings, name)
-        self.output = io.StringIO()
-        self.handler = logging.StreamHandler(self.output)
-        self.handler.setFormatter(logs.OneLine(self.settings))
+        self.open = ExitStack()
 
     def __enter__(self) -> "Caller":
-        logger = logging.getLogger("listener")
-        logger.setLevel("INFO")
-        logger.addHandler(self.handler)
-        logger.propagate = False  # pytest-xdist cannot pass on what pytest captures of it
+        self.open.callback(self.conn.close)
+        self.output = self.open.enter_context(logged(self.settings))
         return self
 
     def __exit__(self, *_: object) -> None:
-        logging.getLogger("listener").removeHandler(self.handler)
-        logging.getLogger("listener").propagate = True
-        self.conn.close()
+        self.open.close()
 
     def claim(self) -> stages.Call | None:
         """Settle the last result and claim the next due call."""

@@ -1,12 +1,19 @@
 """`python listener.py …` as an operator types it: run to its end, its two outputs apart."""
 
+import contextlib
+import io
+import logging
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 import config
+import listener
+import ops
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,3 +60,24 @@ def run(
         timeout=60,
     )
     return Done(done.returncode, done.stdout, done.stderr)
+
+
+def run_here(environ: dict[str, str], *args: str) -> Done:
+    """The same in this process: a thousand times in the time of one. Not for `run`, which waits."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace") for _ in "12")
+    log = logging.getLogger("listener")
+    before = vars(log).copy()
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        for name in config.SETTINGS:
+            patch.setenv(name, environ.get(name, ""))
+        patch.setattr(sys, "argv", ["listener.py", *args])
+        config.settings.cache_clear()
+        stack.callback(config.settings.cache_clear)
+        stack.callback(vars(log).update, before)
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        with pytest.raises(SystemExit) as ended:
+            ops.main(listener.cli)
+    said = [(stream.flush(), stream.buffer.getvalue().decode())[1] for stream in (out, err)]
+    return Done(ended.value.code, *said)
