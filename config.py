@@ -7,6 +7,7 @@ this file. Every name below is documented with its default and unit in `.env.exa
 import os
 import re
 import shlex
+import ssl
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
@@ -83,6 +84,17 @@ def http_url(text: str) -> str:
     return text.rstrip("/")
 
 
+def certificates(text: str) -> str:
+    """A wrong path would otherwise be found out at the first call."""
+    try:
+        if not os.path.isfile(text):
+            raise ValueError
+        ssl.create_default_context(cafile=text)
+    except (OSError, ValueError):
+        raise Allowed("a readable file of certificates in PEM") from None
+    return text
+
+
 def database_url(text: str) -> str:
     """Also takes the SQLAlchemy spelling `postgresql+driver://`, which the guide's users have.
 
@@ -146,6 +158,7 @@ SETTINGS: dict[str, tuple[str | None, Callable[[str], Any]]] = {
     "DATABASE_URL": (None, database_url),
     "STAGE_API_URL": ("http://localhost:8011", http_url),
     "STAGE_API_TOKEN": (None, token),
+    "STAGE_API_CA_BUNDLE": (None, certificates),
     "STAGE_TIMEOUT": ("600", number(float, 0.1, 86400, SECONDS)),
     "LEASE_MARGIN": ("30", number(float, 1, 3600, SECONDS)),
     "MAX_ATTEMPTS": ("5", number(int, 1, 1000, "a whole number")),

@@ -130,6 +130,7 @@ class StageApi:
         self.session = Session()
         # No .netrc, which would replace credentials, and no proxy variables.
         self.session.trust_env = False
+        self.session.verify = settings.STAGE_API_CA_BUNDLE or True
         # Nor a cookie of one job's answer in the next job's call.
         self.session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         self.session.headers = {"User-Agent": "job-state-listener", "Accept-Encoding": "identity"}

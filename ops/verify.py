@@ -190,10 +190,9 @@ def check_stage_api(conn, settings) -> str:
             )
         except (requests.RequestException, OSError) as error:
             reason = str(stage_http.translated(error))
-            raise Bad(
-                f"stage API {redact(url)} does not answer ({reason})",
-                "start it, or set STAGE_API_URL",
-            ) from None
+            untrusted = "certificate verify failed" in reason
+            mend = "set STAGE_API_CA_BUNDLE" if untrusted else "start it, or set STAGE_API_URL"
+            raise Bad(f"stage API {redact(url)} does not answer ({reason})", mend) from None
         with contextlib.closing(answer):
             said.append(f"{redact(url)} answers (HTTP {answer.status_code} on /healthz)")
     return "stage API " + ", ".join(said)

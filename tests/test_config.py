@@ -1,5 +1,6 @@
 """Settings: what each may be, what is said about one that cannot be used, and that no secret is."""
 
+import certifi
 import pytest
 
 import config
@@ -15,6 +16,7 @@ DEFAULTS = {
     "DB_PASSWORD": None,
     "DATABASE_URL": None,
     "STAGE_API_URL": "http://localhost:8011",
+    "STAGE_API_CA_BUNDLE": None,
     "STAGE_TIMEOUT": 600.0,
     "LEASE_MARGIN": 30.0,
     "MAX_ATTEMPTS": 5,
@@ -64,6 +66,7 @@ GOOD = {
                      ("postgres://db/x", "postgres://db/x")],
     "STAGE_API_URL": [("http://api:8011/", "http://api:8011"), ("https://api", "https://api"),
                       ("http://u:p%40ss@[::1]:80/base", "http://u:p%40ss@[::1]:80/base")],
+    "STAGE_API_CA_BUNDLE": [(certifi.where(), certifi.where())],
     "STAGE_TIMEOUT": [("0.1", 0.1), ("86400", 86400)],
     "MAX_ATTEMPTS": [("1", 1), ("1000", 1000)],
     "LISTENER_WORKERS": [("256", 256)],
@@ -104,6 +107,7 @@ BAD = {
         "http://api\nHost: x", "http://*", "http://.", "http://a\x01b", "http://é", "http://a%zz",
         "http://api:0", "http://api/\0",
     ],
+    "STAGE_API_CA_BUNDLE": ["/no/such/file", "/", "/dev/zero", __file__, "ca.pem  # 인증서"],
     "DATABASE_URL": ["db.example", "mysql://db/x", "postgresql://db:5432/x?nonsense=1", "x=y"],
     "LOG_LEVEL": ["LOUD", "20", "INFO DEBUG", "INFO # 기본"],
 }  # fmt: skip

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from waiting import LISTENING, until, wait_until_idle
 
 import db
-import process
+import logs
 from demo.stage_api import StageApi
 from listener import Worker
 from ops.install import apply
@@ -98,7 +98,7 @@ def test_any_notification_is_one_line_and_no_error(database, tmp_path):
             assert len(lines) == len(payloads)
             for line in lines:
                 assert "Job 상태 변화 감지: job=" in line or "알 수 없는 알림 무시: " in line
-                assert line.translate(process.CONTROL) == line and len(line) < 5000
+                assert line.translate(logs.CONTROL) == line and len(line) < 5000
 
         notify()
 

@@ -1,52 +1,48 @@
 """TLS: until the handshake is over nothing was sent, and from then on it may have been."""
 
-import shutil
 import socket
 import ssl
-import subprocess
 import time
 
 import pytest
+import trustme
 from raw_server import OK, in_turn
 
 import config
 from stage_http import Answer, NoAnswer, StageApi, Unreachable
 
-if not shutil.which("openssl"):
-    pytest.skip("openssl, which makes the certificate, is not installed", allow_module_level=True)
-
-CERTIFICATE = [
-    "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
-    "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1",
-]  # fmt: skip
+HERE = "127.0.0.1"
 
 
 @pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    """The file of a certificate for 127.0.0.1 that nobody trusts, its key in it."""
-    file = tmp_path_factory.mktemp("tls") / "certificate.pem"
-    made = subprocess.run([*CERTIFICATE, "-keyout", "-"], check=True, capture_output=True)
-    file.write_bytes(made.stdout)
-    return file
+def authority() -> trustme.CA:
+    """A certificate authority that nobody trusts, unless told to."""
+    return trustme.CA()
 
 
-@pytest.fixture
-def tls(certificate):
+@pytest.fixture(scope="module")
+def bundle(authority, tmp_path_factory) -> str:
+    file = tmp_path_factory.mktemp("tls") / "ca.pem"
+    authority.cert_pem.write_to_path(file)
+    return str(file)
+
+
+def certified(authority: trustme.CA, name: str = HERE) -> ssl.SSLContext:
+    """What a server needs to show a certificate for `name`."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
+    authority.issue_cert(name).configure_cert(context)
     return context
 
 
 @pytest.fixture
-def trusting(certificate):
-    """trusting(url): a StageApi that trusts the certificate."""
+def tls(authority) -> ssl.SSLContext:
+    return certified(authority)
 
-    def make(url: str) -> StageApi:
-        api = StageApi(config.read({"STAGE_API_URL": url}))
-        api.session.verify = str(certificate)
-        return api
 
-    return make
+@pytest.fixture
+def trusting(bundle):
+    """trusting(url): a StageApi that trusts the authority."""
+    return lambda url: StageApi(config.read({"STAGE_API_URL": url, "STAGE_API_CA_BUNDLE": bundle}))
 
 
 def post(api: StageApi, left: float = 30.0) -> Answer:
@@ -68,11 +64,34 @@ def test_untrusted_certificate_is_not_sent(serve, tls):
     assert server.requests == []
 
 
-def test_environment_cannot_make_a_certificate_trusted(serve, tls, certificate, monkeypatch):
+def test_certificate_of_another_authority_or_for_another_host_is_not_sent(
+    serve, authority, trusting
+):
+    servers = [
+        serve(good, tls=certified(trustme.CA())),
+        serve(good, tls=certified(authority, "stage-api.example")),
+    ]
+    with pytest.raises(Unreachable, match="unable to get local issuer certificate"):
+        post(trusting(servers[0].url))
+    with pytest.raises(Unreachable, match=f"IP address mismatch.*'{HERE}'"):
+        post(trusting(servers[1].url))
+    assert [server.requests for server in servers] == [[], []]
+
+
+def test_environment_cannot_make_a_certificate_trusted(serve, tls, bundle, monkeypatch):
     for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
-        monkeypatch.setenv(name, str(certificate))
+        monkeypatch.setenv(name, bundle)
     with pytest.raises(Unreachable, match="certificate verify failed"):
         post(StageApi(config.read({"STAGE_API_URL": serve(good, tls=tls).url})))
+
+
+def test_verify_trusts_what_calls_trust(database, run_command, serve, tls, bundle):
+    url = serve(good, tls=tls).url
+    untrusted = run_command(database, "verify", STAGE_API_URL=url)
+    assert untrusted.code == 1 and "certificate verify failed" in untrusted.lines[-2]
+    assert untrusted.lines[-2].endswith(" → set STAGE_API_CA_BUNDLE")
+    trusted = run_command(database, "verify", STAGE_API_URL=url, STAGE_API_CA_BUNDLE=bundle)
+    assert trusted.code == 0 and f"stage API {url} answers (HTTP 200" in trusted.out
 
 
 def answer_plainly(connection) -> None:
