@@ -241,6 +241,26 @@ $ddl$, current_schema(), format('%I.stage_calls', current_schema()),
 END
 $do$;
 
+-- The owner of jobs can make our function run code of his own, by a column whose type has a
+-- cast of his: where a superuser installs, what is made belongs to the owner of jobs.
+DO $do$
+DECLARE
+    owner regrole := (SELECT j.relowner FROM pg_class AS j JOIN pg_roles AS r ON r.oid = j.relowner
+                      WHERE j.oid = 'jobs'::regclass AND NOT r.rolsuper
+                        AND (SELECT rolsuper FROM pg_roles WHERE rolname = current_user));
+    made  regclass;
+BEGIN
+    FOR made IN
+        SELECT c.oid FROM pg_class AS c JOIN pg_roles AS r ON r.oid = c.relowner
+        WHERE owner IS NOT NULL AND r.rolsuper AND c.oid = ANY (ARRAY[
+            to_regclass('pipeline_stages'), to_regclass('stage_calls'),
+            to_regclass('stage_attempts')])
+    LOOP
+        EXECUTE format('ALTER TABLE %s OWNER TO %s', made, owner);
+    END LOOP;
+END
+$do$;
+
 -- A function that is replaced keeps its owner, and would run with the rights of whoever made
 -- the first version: it belongs to the owner of the tables.
 DO $do$

@@ -46,7 +46,9 @@ WHERE i.indrelid = to_regclass('jobs') AND i.indisvalid AND a.attname = 'job_id'
 FUNCTION = """
 SELECT p.prosecdef AS definer,
        p.proconfig::text LIKE '%%search_path=pg_catalog%%' AS pinned,
-       strpos(p.prosrc, format('%%I.stage_calls', n.nspname)) > 0 AS here
+       strpos(p.prosrc, format('%%I.stage_calls', n.nspname)) > 0 AS here,
+       (SELECT rolsuper FROM pg_roles WHERE oid = p.proowner)
+           AND NOT (SELECT rolsuper FROM pg_roles WHERE oid = c.relowner) AS lent
 FROM pg_proc AS p, pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
 WHERE p.oid = to_regprocedure('notify_job_state_change()') AND c.oid = to_regclass('jobs')
 """
@@ -127,6 +129,11 @@ def check_function(conn, settings) -> str:
         raise Bad("function notify_job_state_change() is missing", INSTALL)
     if not (row.definer and row.pinned and row.here):
         raise Bad("function notify_job_state_change() is not the listener's", INSTALL)
+    if row.lent:
+        raise Bad(
+            "function notify_job_state_change() lends a superuser's rights to the owner of jobs",
+            f"{INSTALL}, as a superuser once more",
+        )
     return "function notify_job_state_change()"
 
 
