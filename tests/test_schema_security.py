@@ -178,60 +178,23 @@ def test_shadowing_functions_do_not_run_in_the_trigger(empty_database, make_role
     assert database.rows("SELECT stage FROM stage_calls") == []
 
 
-# --- the owner of jobs ---------------------------------------------------------------------
-
-# Their own type for a column, whose cast to what the function needs is a function of theirs.
-OWN_TYPE = """
-CREATE TABLE seen (rights text);
-GRANT INSERT ON seen TO PUBLIC;  -- for whoever it runs as
-CREATE TYPE own AS ENUM ('img_gen', 'done', '7');
-CREATE FUNCTION as_{into}(own) RETURNS {into} LANGUAGE plpgsql AS
-    $$ BEGIN INSERT INTO public.seen VALUES (current_user); RETURN $1::varchar; END $$;
-CREATE CAST (own AS {into}) WITH FUNCTION as_{into}(own);
-ALTER TABLE jobs ALTER {column} TYPE own USING {column}::varchar::own;
-"""
-OWN_CASTS = [("tenant_id", "text"), ("current_step", "text"), ("status", "text"),
-             ("tenant_id", "json")]  # fmt: skip
+SHADOWED_TYPES = ["text", "json", "boolean", "integer", "uuid", "timestamptz", "trigger", "record"]
 
 
-@pytest.fixture
-def others_jobs(each_server, make_database, make_role):
-    """An empty database in which jobs belongs to `owner`, an ordinary role."""
-    database = make_database(each_server, installed=False)
-    owner = make_role(database)
-    database.rows(f"GRANT CREATE ON SCHEMA public TO {owner}")
-    database.rows("CREATE TABLE jobs (job_id bigint PRIMARY KEY, tenant_id text, current_step text,"
-                  f" status text); ALTER TABLE jobs OWNER TO {owner}")  # fmt: skip
-    return database, owner
-
-
-@pytest.mark.parametrize(("column", "into"), OWN_CASTS)
-def test_owner_of_jobs_gets_no_rights_but_their_own(others_jobs, column, into):
-    database, owner = others_jobs
-    database.rows(f"SET ROLE {owner};" + OWN_TYPE.format(column=column, into=into))
-    with connected(database) as conn:  # a superuser
+def test_shadowing_types_and_relations_are_not_used(each_database, application):
+    """In public, and among the temporary ones of whoever changes a job."""
+    each_database.rows(f"GRANT CREATE ON SCHEMA public TO {application}; SET ROLE {application}")
+    for schema, name in itertools.product(["public", "pg_temp"], SHADOWED_TYPES):
+        each_database.rows(f'CREATE DOMAIN {schema}."{name}" AS pg_catalog.int4 CHECK (false)')
+    for schema, name in itertools.product(["public", "pg_temp"], ["pg_class", "pg_proc"]):
+        each_database.rows(f"CREATE TABLE {schema}.{name} (oid pg_catalog.oid)")
+    job = each_database.add_job("img_gen", "queued")
+    each_database.move(job, "img_gen", "done")
+    each_database.rows("RESET ROLE")
+    assert each_database.owed(job).stage == "vlm_analyze"
+    with connected(each_database) as conn:
         apply(conn)
-    database.rows("INSERT INTO jobs VALUES ('7', '7', 'img_gen', 'done')")
-    seen = {row.rights for row in database.rows("SELECT rights FROM seen")}
-    assert seen == {owner}
-    database.rows("RESET ROLE")
-    assert database.value("SELECT count(*) FROM stage_calls") == 1
-
-
-def test_rights_that_a_superuser_lent_are_taken_back(others_jobs, run_command):
-    database, owner = others_jobs
-    with connected(database) as conn:
-        apply(conn)
-    for made in (*GRANTS, "FUNCTION notify_job_state_change()"):
-        if made != "jobs":
-            kind = "" if made.startswith("FUNCTION") else "TABLE "
-            database.rows(f"ALTER {kind}{made} OWNER TO CURRENT_USER")
-    problem = "PROBLEM  function notify_job_state_change() lends a superuser's rights"
-    assert problem in run_command(database, "verify").out
-    run_command(database, "install")
-    assert problem not in run_command(database, "verify").out
-    of_ours = "SELECT DISTINCT relowner::regrole::text FROM pg_class WHERE relname = ANY (%s)"
-    assert [row.relowner for row in database.rows(of_ours, list(GRANTS))] == [owner]
+        assert claim(conn).owed
 
 
 # --- the listener's role -------------------------------------------------------------------

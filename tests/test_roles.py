@@ -1,0 +1,243 @@
+"""What each role can do in the database, and that it can do nothing else."""
+
+import itertools
+import json
+import re
+from contextlib import suppress
+
+import psycopg2
+import pytest
+from bell import Bell
+from claims import connected
+from test_schema_security import GRANTS
+from waiting import wait_until_idle
+
+import db
+from ops.install import apply
+
+OURS = [table for table in GRANTS if table != "jobs"]
+ROLES = {
+    "application": {"jobs": ["SELECT", "INSERT", "UPDATE", "DELETE"]},
+    "listener": GRANTS,
+    "monitor": {table: ["SELECT"] for table in ["jobs", *OURS]},
+    "stranger": {},
+}
+
+
+@pytest.fixture
+def role(each_database, make_role):
+    """role("listener"): the name of a role that has exactly these privileges."""
+
+    def make(kind: str) -> str:
+        name = make_role(each_database)
+        for table, privileges in ROLES[kind].items():
+            each_database.rows(f"GRANT {', '.join(privileges)} ON {table} TO {name}")
+        return name
+
+    return make
+
+
+# --- privileges ----------------------------------------------------------------------------
+
+PRIVILEGES = ["SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE", "REFERENCES", "TRIGGER"]
+
+
+@pytest.mark.parametrize("kind", ROLES)
+def test_role_has_its_privileges_and_no_other(each_database, role, kind):
+    name = role(kind)
+    held = {
+        (table, privilege)
+        for table, privilege in itertools.product(["jobs", *OURS], PRIVILEGES)
+        if each_database.value("SELECT has_table_privilege(%s, %s, %s)", name, table, privilege)
+    }
+    assert held == {(table, given) for table, all_ in ROLES[kind].items() for given in all_}
+    for privilege in ("USAGE", "SELECT", "UPDATE"):
+        sequence = "SELECT has_sequence_privilege(%s, 'stage_calls_call_id_seq', %s)"
+        assert not each_database.value(sequence, name, privilege)
+    function = "SELECT has_function_privilege(%s, 'notify_job_state_change()', 'EXECUTE')"
+    assert not each_database.value(function, name)
+
+
+FOR_NOBODY = [
+    "SELECT notify_job_state_change()",
+    "DROP FUNCTION notify_job_state_change() CASCADE",
+    "ALTER FUNCTION notify_job_state_change() RESET search_path",
+    "ALTER FUNCTION notify_job_state_change() SECURITY INVOKER",
+    "ALTER FUNCTION notify_job_state_change() OWNER TO CURRENT_USER",
+    "CREATE OR REPLACE FUNCTION notify_job_state_change() RETURNS trigger LANGUAGE plpgsql"
+    " SECURITY DEFINER AS $$ BEGIN RETURN NULL; END $$",
+    "GRANT EXECUTE ON FUNCTION notify_job_state_change() TO CURRENT_USER",
+    "ALTER TABLE jobs DISABLE TRIGGER job_state_change_trigger",
+    "DROP TRIGGER job_state_change_trigger ON jobs",
+    "ALTER TRIGGER job_state_change_trigger ON jobs RENAME TO mine",
+    "CREATE TRIGGER mine AFTER UPDATE ON jobs FOR EACH ROW"
+    " EXECUTE FUNCTION notify_job_state_change()",
+    "SET session_replication_role = replica",
+    "TRUNCATE jobs",
+    *[f"DROP TABLE {table}" for table in OURS],
+    *[f"ALTER TABLE {table} DISABLE TRIGGER ALL" for table in OURS],
+]  # fmt: skip
+ON_JOBS = ["INSERT INTO jobs DEFAULT VALUES", "UPDATE jobs SET status = 'x'", "DELETE FROM jobs",
+           "SELECT FROM jobs FOR UPDATE", "SELECT FROM jobs FOR KEY SHARE",
+           "LOCK TABLE jobs IN SHARE MODE"]  # fmt: skip
+REFUSED = {
+    "application": [
+        *[f"SELECT FROM {table}" for table in OURS],
+        *[f"LOCK TABLE {table} IN ACCESS SHARE MODE" for table in OURS],
+    ],
+    "listener": [
+        *ON_JOBS,
+        "INSERT INTO stage_calls (current_step, status, stage) VALUES ('x', 'y', 'z')",
+        "INSERT INTO pipeline_stages (current_step, status, stage) VALUES ('x', 'y', 'z')",
+        "DELETE FROM pipeline_stages",
+        "UPDATE stage_attempts SET outcome = 'succeeded'",
+    ],
+    "monitor": [
+        *ON_JOBS,
+        "UPDATE stage_calls SET due_at = now()",
+        "UPDATE pipeline_stages SET held_until = 'infinity'",
+        "DELETE FROM stage_attempts",
+    ],
+    "stranger": [*ON_JOBS, *[f"SELECT FROM {table}" for table in ["jobs", *OURS]]],
+}
+
+
+@pytest.mark.parametrize("kind", ROLES)
+def test_role_is_refused_what_is_not_its_business(each_database, role, kind):
+    job = each_database.add_job()
+    each_database.rows(f"SET ROLE {role(kind)}")
+    allowed = []
+    for statement in [*FOR_NOBODY, *REFUSED[kind]]:
+        with suppress(psycopg2.errors.InsufficientPrivilege):
+            each_database.rows(f"BEGIN; {statement}")
+            allowed.append(statement)
+        each_database.rows("ROLLBACK")
+    each_database.rows("RESET ROLE")
+    assert allowed == [] and each_database.owed(job).attempts == 0
+
+
+def test_monitor_may_look_and_no_more(each_database, role, run_command):
+    name = role("monitor")
+    job = each_database.add_job()
+    each_database.rows("UPDATE stage_calls SET due_at = 'infinity'")
+
+    def typed(command: str):
+        return run_command(each_database, *command.split(), DB_USER=name, DB_PASSWORD=name)
+
+    for looking in ("status", "status --json", f"job {job}"):
+        assert typed(looking).code == 0
+    for doing in ("retry --all", f"call {job}", "install", "uninstall --yes"):
+        assert re.search("permission denied|must be owner", typed(doing).refused(1))
+    assert "permission denied" in typed("run --once").lines[-1]
+    assert each_database.owed(job).given_up
+
+
+# --- the owner of jobs ---------------------------------------------------------------------
+
+# Their own type for a column, whose cast to what the function needs is a function of theirs.
+OWN_TYPE = """
+CREATE TABLE seen (rights text);
+GRANT INSERT ON seen TO PUBLIC;  -- for whoever it runs as
+CREATE TYPE own AS ENUM ('img_gen', 'done', '7');
+CREATE FUNCTION as_{into}(own) RETURNS {into} LANGUAGE plpgsql AS
+    $$ BEGIN INSERT INTO public.seen VALUES (current_user); RETURN $1::varchar; END $$;
+CREATE CAST (own AS {into}) WITH FUNCTION as_{into}(own);
+ALTER TABLE jobs ALTER {column} TYPE own USING {column}::varchar::own;
+"""
+OWN_CASTS = [("tenant_id", "text"), ("current_step", "text"), ("status", "text"),
+             ("tenant_id", "json")]  # fmt: skip
+
+
+@pytest.fixture
+def others_jobs(each_server, make_database, make_role):
+    """An empty database in which jobs belongs to `owner`, an ordinary role."""
+    database = make_database(each_server, installed=False)
+    owner = make_role(database)
+    database.rows(f"GRANT CREATE ON SCHEMA public TO {owner}")
+    database.rows("CREATE TABLE jobs (job_id bigint PRIMARY KEY, tenant_id text, current_step text,"
+                  f" status text); ALTER TABLE jobs OWNER TO {owner}")  # fmt: skip
+    return database, owner
+
+
+@pytest.mark.parametrize(("column", "into"), OWN_CASTS)
+def test_owner_of_jobs_gets_no_rights_but_their_own(others_jobs, column, into):
+    database, owner = others_jobs
+    database.rows(f"SET ROLE {owner};" + OWN_TYPE.format(column=column, into=into))
+    with connected(database) as conn:  # a superuser
+        apply(conn)
+    database.rows("INSERT INTO jobs VALUES ('7', '7', 'img_gen', 'done')")
+    seen = {row.rights for row in database.rows("SELECT rights FROM seen")}
+    assert seen == {owner}
+    database.rows("RESET ROLE")
+    assert database.value("SELECT count(*) FROM stage_calls") == 1
+
+
+def test_rights_that_a_superuser_lent_are_taken_back(others_jobs, run_command):
+    database, owner = others_jobs
+    with connected(database) as conn:
+        apply(conn)
+    for made in (*GRANTS, "FUNCTION notify_job_state_change()"):
+        if made != "jobs":
+            kind = "" if made.startswith("FUNCTION") else "TABLE "
+            database.rows(f"ALTER {kind}{made} OWNER TO CURRENT_USER")
+    problem = "PROBLEM  function notify_job_state_change() lends a superuser's rights"
+    assert problem in run_command(database, "verify").out
+    run_command(database, "install")
+    assert problem not in run_command(database, "verify").out
+    of_ours = "SELECT DISTINCT relowner::regrole::text FROM pg_class WHERE relname = ANY (%s)"
+    assert [row.relowner for row in database.rows(of_ours, list(GRANTS))] == [owner]
+
+
+# --- a session that its user has bent ------------------------------------------------------
+
+BENT = {
+    "search_path": "''", "row_security": "off", "DateStyle": "'SQL, DMY'",
+    "TimeZone": "'Asia/Seoul'",
+    "transform_null_equals": "on", "standard_conforming_strings": "off", "array_nulls": "off",
+    "extra_float_digits": "-15", "bytea_output": "escape", "enable_indexscan": "off",
+    "enable_nestloop": "off", "plan_cache_mode": "force_generic_plan", "default_tablespace": "''",
+    "quote_all_identifiers": "on", "check_function_bodies": "off", "client_min_messages": "error",
+    "default_transaction_isolation": "'read committed'", "synchronous_commit": "off",
+}  # fmt: skip
+
+
+def test_settings_of_a_session_do_not_bend_the_trigger(each_database, role):
+    each_database.rows(f"SET ROLE {role('application')}")
+    for name, value in BENT.items():
+        each_database.rows(f"SET {name} = {value}")
+    job = "7f1c6f4e-8f3c-4d53-9b1c-0c2b6b1f2a3d"
+    with Bell(each_database) as bell:
+        each_database.rows(
+            "INSERT INTO public.jobs (job_id, tenant_id, current_step, status)"
+            " VALUES (%s, 'a\"b\\\\c', 'overlay', 'done')", job,
+        )  # fmt: skip
+        [said] = bell.heard()
+    assert said == {
+        "job_id": job,
+        "current_step": "overlay",
+        "status": "done",
+        "tenant_id": 'a"b\\c',
+    }
+    each_database.rows("RESET ROLE; RESET ALL")
+    assert each_database.owed(job).stage == "vlm_judge"
+
+
+# --- anybody who can connect ---------------------------------------------------------------
+
+
+def test_bell_that_anybody_rings_calls_nothing(database, make_role, api, listener, tmp_path):
+    """It makes workers look, and they find what is owed, whatever was said."""
+    process = listener(database, api=api, SWEEP_INTERVAL=3600)
+    wait_until_idle(tmp_path)
+    queued, given_up = database.add_job("img_gen", "queued"), database.add_job("x", "y")
+    database.rows("INSERT INTO stage_calls (job_id, current_step, status, stage, due_at)"
+                  " VALUES (%s, 'x', 'y', 'planner', 'infinity')", given_up)  # fmt: skip
+    database.rows(f"SET ROLE {make_role(database)}")
+    for job in (queued, given_up, "no job"):
+        said = {"job_id": job, "current_step": "img_gen", "status": "done", "tenant_id": "t"}
+        database.rows("SELECT pg_notify(%s, %s)", db.CHANNEL, json.dumps(said))
+        process.wait_for_line(f"Job 상태 변화 감지: job={job}")
+    database.rows(f'NOTIFY "{db.WAKE_CHANNEL}"; RESET ROLE')
+    owing = database.add_job("overlay", "done")
+    database.wait_for("SELECT status = 'done' FROM jobs WHERE current_step = 'vlm_judge'")
+    assert [call.job_id for call in api.calls()] == [owing]
