@@ -111,8 +111,14 @@ def heartbeats(directory: str) -> list[Beat]:
     return beats
 
 
+def carefully(path: str, flags: int) -> int:
+    """An opener for what others may have put here: no link is followed, no pipe waited for."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
 def read_beat(path: Path) -> Beat:
-    said = json.loads(path.read_text())
+    with open(path, opener=carefully) as file:
+        said = json.loads(file.read(SIZE))
     now = time.monotonic()
     if not is_locked(path) or said["boot"] != boot_id():
         state = DEAD
@@ -123,7 +129,7 @@ def read_beat(path: Path) -> Beat:
 
 def is_locked(path: Path) -> bool:
     """Whether the process that made this file still lives, whatever pid was reused since."""
-    with open(path) as file:
+    with open(path, opener=carefully) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

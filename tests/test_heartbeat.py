@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+import stat
 import time
 from pathlib import Path
 
@@ -118,6 +119,24 @@ def test_foreign_and_broken_files_are_passed_over(beats):
     for name, text in {"empty": "", "cut": '{"pid": 1', "list": "[]", "other": "{}"}.items():
         (beats / f"{name}.heartbeat").write_text(text)
     assert states(beats) == {"one": ALIVE}
+
+
+def test_link_or_pipe_that_others_put_there_is_not_followed_nor_waited_for(beats):
+    Heartbeat(str(beats), "one").beat("waiting", 60)
+    os.mkfifo(beats / "pipe.heartbeat")
+    (beats / "endless.heartbeat").symlink_to("/dev/zero")
+    (beats / "two.heartbeat").symlink_to(beats / "kept")
+    (beats / "kept").write_text("kept")
+    assert states(beats) == {"one": ALIVE}
+    Heartbeat(str(beats), "two").beat("waiting", 60)  # says that it cannot, and goes on
+    assert states(beats) == {"one": ALIVE}
+    assert (beats / "kept").read_text() == "kept"
+
+
+def test_heartbeat_is_for_its_own_user_alone(beats):
+    Heartbeat(str(beats), "one").beat("waiting", 60)
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (beats, beats / "one.heartbeat")]
+    assert modes == [0o700, 0o600]
 
 
 def test_file_of_another_program_is_never_removed(beats):

@@ -192,6 +192,17 @@ def test_redirect_to_nonsense_is_a_redirect(serve, api, location):
     assert post(api(serve(answering(answer)).url)) == Answer(302)
 
 
+# --- cookies -------------------------------------------------------------------------------
+
+
+def test_cookie_of_one_answer_is_not_sent_with_the_next_call(serve, api):
+    answer = OK.replace(b"\r\n\r\n", b"\r\nSet-Cookie: session=stolen; Path=/\r\n\r\n")
+    server = serve(in_turn(answer))
+    stage_api = api(server.url)
+    assert [post(stage_api), post(stage_api)] == [Answer(200, "ok")] * 2
+    assert ["cookie" in request.headers for request in server.requests] == [False, False]
+
+
 # --- Retry-After ---------------------------------------------------------------------------
 
 
