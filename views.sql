@@ -4,37 +4,37 @@
 -- Nothing here depends on a column of jobs, which the application may change as it likes.
 
 CREATE OR REPLACE VIEW pipeline_overview AS
-SELECT p.stage, p.position, c.owed, c.due, l.calling, p.max_running, c.retrying, c.next_retry_at,
-       c.given_up, c.last_error, c.oldest_due_at, p.held_until,
-       p.held_until = 'infinity' AS paused, p.held_by, p.held_reason, p.timeout,
-       a.calls_last_hour, a.failures_last_hour, a.p50_seconds, a.p95_seconds
-FROM (SELECT stage, min(position) AS position, max(max_running) AS max_running,
-             max(timeout) AS timeout,
-             max(held_until) FILTER (WHERE held_until > now()) AS held_until,
-             max(held_by) FILTER (WHERE held_until > now()) AS held_by,
-             max(held_reason) FILTER (WHERE held_until > now()) AS held_reason
-      FROM (SELECT stage, position, max_running, timeout, held_until, held_by, held_reason
-            FROM pipeline_stages
-            UNION ALL  -- a stage that lost its route shows what it still owes
-            SELECT DISTINCT stage, NULL::integer, NULL::integer, NULL::double precision,
-                   NULL::timestamptz, NULL, NULL
-            FROM stage_calls
-            WHERE stage NOT IN (SELECT stage FROM pipeline_stages)) AS edge
-      GROUP BY stage) AS p
-CROSS JOIN LATERAL (
-    SELECT count(*) AS owed,
+SELECT stage, p.position, coalesce(c.owed, 0) AS owed, coalesce(c.due, 0) AS due,
+       coalesce(l.calling, 0) AS calling, p.max_running, coalesce(c.retrying, 0) AS retrying,
+       c.next_retry_at, coalesce(c.given_up, 0) AS given_up,
+       CASE WHEN c.given_up > 0 THEN (
+           SELECT g.last_error FROM stage_calls AS g
+           WHERE g.stage = c.stage AND g.due_at = 'infinity'
+           ORDER BY g.call_id DESC LIMIT 1) END AS last_error,
+       c.oldest_due_at, p.held_until, coalesce(p.held_until = 'infinity', false) AS paused,
+       p.held_by, p.held_reason, p.timeout,
+       coalesce(a.calls_last_hour, 0) AS calls_last_hour,
+       coalesce(a.failures_last_hour, 0) AS failures_last_hour, a.p50_seconds, a.p95_seconds
+FROM (
+    SELECT stage, min(position) AS position, max(max_running) AS max_running,
+           max(timeout) AS timeout,
+           max(held_until) FILTER (WHERE held_until > now()) AS held_until,
+           max(held_by) FILTER (WHERE held_until > now()) AS held_by,
+           max(held_reason) FILTER (WHERE held_until > now()) AS held_reason
+    FROM pipeline_stages GROUP BY stage) AS p
+FULL JOIN (  -- a stage that lost its route shows what it still owes
+    SELECT stage, count(*) AS owed,
            count(*) FILTER (WHERE due_at <= now()) AS due,
            count(*) FILTER (WHERE worker IS NULL AND attempts > 0
                               AND due_at < 'infinity') AS retrying,
            min(due_at) FILTER (WHERE worker IS NULL AND attempts > 0
                                  AND due_at < 'infinity') AS next_retry_at,
            count(*) FILTER (WHERE due_at = 'infinity') AS given_up,
-           (array_agg(last_error) FILTER (WHERE due_at = 'infinity'))[1] AS last_error,
            min(due_at) FILTER (WHERE due_at <= now()) AS oldest_due_at
-    FROM stage_calls WHERE stage_calls.stage = p.stage) AS c
-CROSS JOIN LATERAL (
-    SELECT count(*) AS calling FROM stage_leases
-    WHERE stage_leases.stage = p.stage AND leased_until > now()) AS l
+    FROM stage_calls GROUP BY stage) AS c USING (stage)
+LEFT JOIN (
+    SELECT stage, count(*) AS calling FROM stage_leases
+    WHERE leased_until > now() GROUP BY stage) AS l USING (stage)
 LEFT JOIN (
     SELECT stage, count(*) AS calls_last_hour,
            count(*) FILTER (WHERE outcome <> 'succeeded') AS failures_last_hour,
@@ -92,7 +92,7 @@ BEGIN
     IF EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'jobs'::regclass
                AND attname = 'updated_at' AND NOT attisdropped
                AND atttypid IN ('timestamptz'::regtype, 'timestamp'::regtype)) THEN
-        changed := '(to_jsonb(j) ->> ''updated_at'')::timestamptz';
+        changed := '(to_jsonb(r.j) ->> ''updated_at'')::timestamptz';
     END IF;
     EXECUTE format($ddl$
 CREATE OR REPLACE FUNCTION stalled_jobs()
@@ -101,24 +101,19 @@ RETURNS TABLE (job_id text, tenant_id text, current_step text, status text, stag
 LANGUAGE sql STABLE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $body$
-    WITH resting AS (
-        -- in a state that owes a call, but owes none
-        SELECT j.job_id, j.tenant_id::text, j.current_step::text, j.status::text, p.stage,
-               p.timeout, %2$s AS changed_at, false AS running
-        FROM %1$I.jobs AS j
-        JOIN %1$I.pipeline_stages AS p
-          ON p.current_step = j.current_step::text AND p.status = j.status::text
-        WHERE NOT EXISTS (SELECT FROM %1$I.stage_calls AS c WHERE c.job_id = j.job_id)
+    WITH place AS (  -- where a job that moves on is called, or being worked on
+        SELECT current_step, status, stage, timeout, false AS running
+        FROM %1$I.pipeline_stages
         UNION ALL
-        SELECT j.job_id, j.tenant_id::text, j.current_step::text, j.status::text, p.stage,
-               p.timeout, %2$s, true
+        SELECT DISTINCT stage, 'running', stage, timeout, true FROM %1$I.pipeline_stages
+    ), resting AS (
+        SELECT j, place.stage, place.timeout, place.running
         FROM %1$I.jobs AS j
-        JOIN (SELECT DISTINCT stage, timeout FROM %1$I.pipeline_stages) AS p
-          ON p.stage = j.current_step::text
-        WHERE j.status::text = 'running'
+        JOIN place ON place.current_step = j.current_step::text AND place.status = j.status::text
+        OFFSET 0  -- first, as most jobs are through and need not be looked up below
     )
-    SELECT r.job_id::text, r.tenant_id, r.current_step, r.status, r.stage,
-           greatest(r.changed_at, last.finished_at),
+    SELECT (r.j).job_id::text, (r.j).tenant_id::text, (r.j).current_step::text,
+           (r.j).status::text, r.stage, greatest(changed.at, last.finished_at),
            CASE WHEN r.running THEN 'running for longer than the timeout'
                 WHEN last.stage = r.stage AND last.outcome IN ('succeeded', 'skipped')
                 THEN 'accepted by the stage, but the job has not changed'
@@ -128,12 +123,14 @@ AS $body$
         SELECT max(a.finished_at) AS finished_at,
                (array_agg(a.stage ORDER BY a.finished_at DESC))[1] AS stage,
                (array_agg(a.outcome ORDER BY a.finished_at DESC))[1] AS outcome
-        FROM %1$I.stage_attempts AS a WHERE a.job_id = r.job_id) AS last
-    WHERE last.outcome IS DISTINCT FROM 'cancelled'
+        FROM %1$I.stage_attempts AS a WHERE a.job_id = (r.j).job_id) AS last
+    CROSS JOIN LATERAL (SELECT %2$s AS at) AS changed
+    WHERE NOT EXISTS (SELECT FROM %1$I.stage_calls AS c WHERE c.job_id = (r.j).job_id)
       AND NOT EXISTS (SELECT FROM %1$I.stage_leases AS l
-                      WHERE l.job_id = r.job_id AND l.leased_until > now())
-      AND CASE WHEN greatest(r.changed_at, last.finished_at) IS NULL THEN NOT r.running
-               ELSE greatest(r.changed_at, last.finished_at)
+                      WHERE l.job_id = (r.j).job_id AND l.leased_until > now())
+      AND last.outcome IS DISTINCT FROM 'cancelled'
+      AND CASE WHEN greatest(changed.at, last.finished_at) IS NULL THEN NOT r.running
+               ELSE greatest(changed.at, last.finished_at)
                     < now() - make_interval(secs => coalesce(r.timeout, 600)) END
 $body$
 $ddl$, current_schema(), changed);
