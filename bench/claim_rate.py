@@ -15,7 +15,7 @@ import config
 import db
 from demo.database import EmbeddedDatabase
 from ops.install import apply
-from ops.watch import table
+from ops.table import table
 from stages import stage_names
 
 SLICE = 100  # calls between two top-ups, which are not timed

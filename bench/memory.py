@@ -23,7 +23,7 @@ from demo.database import EmbeddedDatabase
 from demo.stage_api import StageApi
 from demo.stage_server import Answer
 from ops.install import apply
-from ops.watch import table
+from ops.table import table
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 300  # seconds

@@ -23,7 +23,7 @@ import config
 import db
 from demo.database import EmbeddedDatabase
 from ops.install import apply
-from ops.watch import table
+from ops.table import table
 
 ROOT = Path(__file__).parent.parent
 LISTENING, LOST = "LISTEN '", "리스너 오류 발생"

@@ -16,7 +16,7 @@ import config
 import db
 from demo.database import EmbeddedDatabase
 from ops.install import apply
-from ops.watch import table
+from ops.table import table
 
 NOTIFY_ONLY = """
 CREATE FUNCTION notify_only() RETURNS trigger LANGUAGE plpgsql AS $$

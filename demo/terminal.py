@@ -1,6 +1,5 @@
 """What the demo shows in the terminal: its own lines, and those of the listener it runs there."""
 
-import os
 import re
 import subprocess
 import sys
@@ -9,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
+
+from ops.table import paint
 
 STOP_LIMIT = 10  # seconds for the listener to finish what it has in hand
 COLOURS = {
@@ -53,11 +54,6 @@ def headline(text: str) -> None:
 def show(line: str) -> None:
     colour = next((COLOURS[word] for word in COLOURS if word in line), 0)
     print("   " + paint(TOO_LONG.sub("", line), colour))
-
-
-def paint(text: str, colour: int) -> str:
-    plain = not colour or os.environ.get("NO_COLOR") or not sys.stdout.isatty()
-    return text if plain else f"\033[{colour}m{text}\033[0m"
 
 
 def one_line(error: Exception) -> str:

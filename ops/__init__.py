@@ -13,11 +13,12 @@ from logs import CONTROL, LONGEST_LINE
 from ops.backfill import backfill
 from ops.check import check
 from ops.install import install, is_silent, require_installed, uninstall
+from ops.job import job
 from ops.problem import Problem
+from ops.status import status
 from ops.steer import cancel, make_due, pause, resume, retry, why_nothing_owed
 from ops.trial import test_job
 from ops.verify import verify
-from ops.watch import job, status
 
 __all__ = [
     "COMMANDS",
@@ -31,8 +32,10 @@ __all__ = [
     "why_nothing_owed",
 ]
 
-COMMANDS = [install, verify, uninstall, check, status, job, retry, cancel, pause, resume,
-            backfill, test_job]  # fmt: skip
+COMMANDS = [
+    install, verify, uninstall, check, status, job, retry, cancel, pause, resume,
+    backfill, test_job,
+]  # fmt: skip
 
 EXIT_PROBLEM, EXIT_BAD_INPUT, EXIT_DATABASE_AWAY = 1, 2, 3
 

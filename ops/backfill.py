@@ -12,7 +12,7 @@ import db
 from ops.install import require_installed
 from ops.problem import Problem
 from ops.since import Since
-from ops.watch import table
+from ops.table import table
 
 BATCH = 10_000  # jobs looked at in one statement, so that none runs long
 

@@ -13,7 +13,8 @@ import db
 import stages
 from ops.install import require_installed
 from ops.problem import Problem
-from ops.watch import WORKERS, plain
+from ops.status import WORKERS
+from ops.table import plain
 
 LOOK_EVERY = 0.2  # seconds
 WIDTH = 30

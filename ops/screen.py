@@ -1,0 +1,68 @@
+"""A picture drawn again and again: in place on a terminal, elsewhere one after the other."""
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterable
+
+import click
+
+from ops.table import Line, fitted
+
+# The alternate screen, without a cursor. Lines are erased before they are written: behind a
+# line that fills its row, some terminals would erase its last letter.
+ENTER, LEAVE = "\033[?1049h\033[?25l", "\033[?25h\033[?1049l"
+HOME, ERASE_LINE, ERASE_BELOW = "\033[H", "\033[K", "\033[J"
+
+
+class Screen:
+    """Where pictures are drawn, until Ctrl-C or SIGTERM ends the `with` as KeyboardInterrupt.
+
+    However it ends, the terminal is as it was before, with the last picture on it.
+
+    Args:
+        elsewhere: the columns of a picture where the output goes to no terminal.
+    """
+
+    def __init__(self, elsewhere: int):
+        self.elsewhere = elsewhere
+        self.in_place = sys.stdout.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
+        self.last: list[str] = []
+
+    def __enter__(self) -> "Screen":
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        if self.in_place:
+            signal.signal(signal.SIGTSTP, self.suspend)
+        return self
+
+    def draw(self, lines: Iterable[Line]) -> None:
+        before, self.last = self.last, fitted(lines, self.elsewhere)
+        if not self.in_place:
+            click.echo("\n".join(["", *self.last] if before else self.last))
+            return
+        if not before:
+            write(ENTER)
+        rows = shutil.get_terminal_size().lines
+        shown = self.last[:rows]
+        if len(self.last) > rows:
+            shown[-1] = f"… {len(self.last) - rows + 1} lines more than this terminal has"
+        rest = "\n" + ERASE_BELOW if len(shown) < rows else ""
+        write(HOME + "\n".join(ERASE_LINE + line for line in shown) + rest)
+
+    def suspend(self, *_: object) -> None:
+        """Ctrl-Z: the shell finds its own screen."""
+        write(LEAVE)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        write(ENTER)
+
+    def __exit__(self, *_: object) -> None:
+        if self.in_place and self.last:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C comes too late
+            write(LEAVE)
+            click.echo("\n".join(self.last), color=True)
+
+
+def write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,235 @@
+"""`status`: what every stage owes and how it does, what the workers do, what is wrong."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from types import SimpleNamespace
+from typing import Any
+
+import click
+import psycopg2
+
+import config
+import db
+from heartbeat import ALIVE, Beat, heartbeats
+from ops.screen import Screen
+from ops.table import JSON, RED, YELLOW, Line, clock, duration, echo_json, echo_lines, plain, table
+from ops.verify import QUEUE, Bad, check_triggers
+
+STAGES = """
+SELECT o.*, round(extract(epoch FROM now() - oldest_due_at))::bigint AS oldest_due_seconds,
+       round(extract(epoch FROM next_retry_at - now()))::bigint AS next_retry_seconds,
+       failures_last_hour / nullif(calls_last_hour, 0)::float8 AS failure_share
+FROM pipeline_overview AS o
+ORDER BY position NULLS LAST, stage
+"""
+
+# Who is connected, who has a call, who has a heartbeat on this host: a worker may have any of
+# them alone. An application_name is cut where an identifier would be.
+WORKERS = """
+SELECT coalesce(beat.worker, call.worker, session.worker) AS worker,
+       session.worker IS NOT NULL AS connected,
+       call.stage, call.job_id, call.call_id, call.attempt, call.started_at, call.leased_until,
+       extract(epoch FROM now() - coalesce(call.started_at, session.since))::float8 AS seconds
+FROM (SELECT substr(application_name, length(%(prefix)s) + 1) AS worker, backend_start AS since
+      FROM pg_stat_activity
+      WHERE datname = current_database() AND starts_with(application_name, %(prefix)s)) AS session
+FULL JOIN (SELECT *, left(worker, current_setting('max_identifier_length')::integer
+                                  - length(%(prefix)s)) AS short
+           FROM stage_leases WHERE leased_until > now()) AS call
+  ON call.short = session.worker
+FULL JOIN (SELECT worker, left(worker, current_setting('max_identifier_length')::integer
+                                       - length(%(prefix)s)) AS short
+           FROM unnest(%(beats)s::text[]) AS worker) AS beat
+  ON beat.short = coalesce(session.worker, call.short)
+ORDER BY call.started_at, worker
+"""
+
+
+# --- asking --------------------------------------------------------------------------------
+
+
+def look(conn, settings: SimpleNamespace) -> dict[str, Any]:
+    """All that status knows, as its JSON has it."""
+    stages = [row._asdict() for row in db.execute(conn, STAGES)]
+    for row in stages:
+        row["held_until"] = "infinity" if row["paused"] else row["held_until"]
+    problem = None
+    try:
+        check_triggers(conn, settings)
+    except Bad as bad:
+        problem = f"{bad} → {bad.mend}"
+    return {
+        "at": datetime.now().astimezone(),
+        "error": None,
+        "database": {
+            "name": conn.info.dbname,
+            "host": conn.info.host,
+            "port": conn.info.port,
+            "user": conn.info.user,
+            "version": conn.info.server_version // 10000,
+            "notification_queue_percent": db.execute(conn, QUEUE).fetchone()[0],
+        },
+        "triggers": {"ok": problem is None, "problem": problem},
+        "oldest_due_seconds": max(
+            (row["oldest_due_seconds"] for row in stages if row["due"]), default=None
+        ),
+        "calls_per_minute": round(sum(row["calls_last_hour"] for row in stages) / 60, 1),
+        "stages": stages,
+        "workers": workers(conn, settings),
+    }
+
+
+def workers(conn, settings: SimpleNamespace) -> list[dict[str, Any]]:
+    """Every worker that the database knows, or that has a heartbeat on this host."""
+    beats = {beat.worker: beat for beat in heartbeats(settings.HEARTBEAT_DIR)}
+    given = {"prefix": db.WORKER_APPLICATION, "beats": list(beats)}
+    found = []
+    for row in db.execute(conn, WORKERS, given):
+        beat = beats.get(row.worker)
+        seconds = beat.seconds if beat and not row.stage else row.seconds
+        more = {"heartbeat": beat and beat.state, "doing": doing(row, beat), "seconds": seconds}
+        found.append(row._asdict() | more)
+    return found
+
+
+def doing(row, beat: Beat | None) -> str:
+    """What a worker is doing. One that waits does so unseen by the database."""
+    text = beat.doing if beat else "connected"
+    if row.stage:
+        text = f"{row.stage} {row.job_id}"
+        if not row.connected:
+            text += f", not connected; its lease ends {clock(row.leased_until)}"
+    return text if beat is None or beat.state == ALIVE else f"{beat.state}: {text}"
+
+
+# --- showing -------------------------------------------------------------------------------
+
+HEADER = ["stage", "owed", "calling", "retry", "given\nup", "oldest\ndue", "calls\n/hour",
+          "failed", "p50", "p95"]  # fmt: skip
+LONGEST_WORKER = 21
+COLUMNS = 80  # where the output goes to no terminal that has its own
+
+
+def lines(said: dict[str, Any]) -> Iterator[Line]:
+    """What `look` has found, for a screen of 80 columns."""
+    base = said["database"]
+    where = f"{base['name']} on {base['host']}:{base['port']} as {base['user']}"
+    yield f"{where}, {clock(said['at'])}", 0
+    yield summary(said), 0
+    for problem in filter(None, (said["error"], said["triggers"]["problem"])):
+        yield f"PROBLEM  {plain(problem)}", RED
+    cells = [stage_cells(row) for row in said["stages"]]
+    yield from ((line, 0) for line in table(HEADER, cells, right=HEADER[1:]).split("\n"))
+    longest = max((len(row["stage"]) for row in said["stages"]), default=0)
+    for row in said["stages"]:
+        for text, colour in notes(row):
+            yield f"{row['stage']:{longest}}  {text}", colour
+    if any(row["given_up"] for row in said["stages"]):
+        yield "given up: python listener.py jobs --given-up, then retry JOB_ID", 0
+    yield from worker_lines(said["workers"])
+
+
+def summary(said: dict[str, Any]) -> str:
+    oldest, base = said["oldest_due_seconds"], said["database"]
+    due = "nothing is due" if oldest is None else f"oldest due {duration(oldest)}"
+    queue = f"NOTIFY queue {base['notification_queue_percent']}%"
+    triggers = "triggers on" if said["triggers"]["ok"] else "triggers BROKEN"
+    version = f"PostgreSQL {base['version']}"
+    return ", ".join([due, f"{said['calls_per_minute']:g} calls/min", version, queue, triggers])
+
+
+def stage_cells(row: dict[str, Any]) -> list[Any]:
+    limit, share = row["max_running"], row["failure_share"]
+    return [
+        row["stage"],
+        row["owed"],
+        f"{row['calling']}/{limit}" if limit else row["calling"],
+        row["retrying"],
+        row["given_up"],
+        duration(row["oldest_due_seconds"]),
+        row["calls_last_hour"],
+        "-" if share is None else f"{share:.0%}",
+        duration(row["p50_seconds"]),
+        duration(row["p95_seconds"]),
+    ]
+
+
+def notes(row: dict[str, Any]) -> Iterator[Line]:
+    """What is to be said about a stage beyond its numbers."""
+    said = []
+    if row["retrying"]:
+        seconds = row["next_retry_seconds"]
+        said.append(f"next retry {'in ' + duration(seconds) if seconds > 0 else 'due'}")
+    if row["paused"]:
+        said.append(f"paused by {row['held_by']}: {row['held_reason']}")
+    elif row["held_until"]:
+        until = clock(row["held_until"])
+        said.append(f"held until {until} by {row['held_by']}: {row['held_reason']}")
+    if said:
+        yield plain("; ".join(said)), YELLOW if row["held_until"] else 0
+    if row["given_up"]:
+        yield plain(f"given up: {row['last_error']}"), RED
+
+
+def worker_lines(found: list[dict[str, Any]]) -> Iterator[Line]:
+    if not found:
+        yield "no worker is connected: start python listener.py", YELLOW
+        return
+    cells = []
+    for row in found:
+        name = row["worker"]  # its end tells it from the others of its host
+        if len(name) > LONGEST_WORKER:
+            name = "…" + name[1 - LONGEST_WORKER :]
+        since = row["seconds"] and round(row["seconds"])
+        cells.append([name, duration(since), row["doing"]])
+    shown = table(["worker", "since", "doing"], cells, right=["since"]).split("\n")
+    bad = [row["heartbeat"] not in (None, ALIVE) for row in found]
+    yield from zip(shown, [0, *(RED if is_bad else 0 for is_bad in bad)], strict=True)
+
+
+# --- the command ---------------------------------------------------------------------------
+
+NAME = "job-state-listener status"
+
+
+@click.command(short_help="What every stage owes, and what the workers are doing.")
+@JSON
+@click.option("--watch", is_flag=True, help="Look again and again, until Ctrl-C.")
+@click.option("--interval", type=click.FloatRange(min=0.1), metavar="SECONDS",
+              help="Between two looks of --watch; default: 2.")  # fmt: skip
+def status(as_json: bool, watch: bool, interval: float | None) -> None:
+    """What every stage owes, calls, retries and gave up, and what the workers are doing.
+
+    calls/hour, failed, p50 and p95 are those of the last hour; p50 and p95 of accepted calls.
+    """
+    if interval and not watch:
+        raise click.UsageError("--interval needs --watch.", click.get_current_context())
+    looks = looking(config.settings(), interval or 2.0)
+    if not watch:
+        said = next(looks)
+        echo_json(said) if as_json else echo_lines(lines(said), COLUMNS)
+        return
+    with contextlib.suppress(KeyboardInterrupt), Screen(COLUMNS) as screen:
+        for said in looks:
+            echo_json(said) if as_json else screen.draw(lines(said))
+
+
+def looking(settings: SimpleNamespace, interval: float) -> Iterator[dict[str, Any]]:
+    """What is known, every `interval` seconds. Once it has begun, a lost database ends nothing."""
+    name = "job-state-listener status"
+    conn = db.connect(settings, name)
+    said = look(conn, settings)
+    while True:
+        yield said
+        time.sleep(interval)
+        try:
+            conn = conn or db.connect(settings, name)
+            said = look(conn, settings)
+        except psycopg2.Error as error:
+            reason = config.redactor(settings)(" ".join(str(error).split()))
+            lost = isinstance(error, db.CONNECTION_LOST)
+            conn = None if lost else conn
+            away = "the database is away" if lost else "the database refused"
+            said |= {"error": f"{away}, trying again: {reason}"}

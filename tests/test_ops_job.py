@@ -1,0 +1,102 @@
+"""`job`: where one job is, what it owes, and every attempt so far."""
+
+import json
+import re
+import uuid
+
+import pytest
+from busy import BEFORE, TIME
+
+from demo.stage_server import Answer
+
+
+def test_job_tells_what_it_owes(database, run_command, busy):
+    def owes(stage: str) -> str:
+        done = run_command(database, "job", busy[stage])
+        assert done.code == 0
+        where = f"job {busy[stage]} is at ({BEFORE[stage]}, done), tenant tenant"
+        assert done.lines[0] == where
+        name, rest = done.lines[1].removeprefix("owes: ").split(" ", 1)
+        assert name == stage
+        return rest.split(", ", 1)[1].partition(")")[0] + rest.partition(")")[2]
+
+    assert re.fullmatch(rf"1 attempts spent, \S+ is on it since {TIME}", owes("vlm_analyze"))
+    waits = r"1 attempts spent, due in \d+ \w+; last error: HTTP 500: no memory"
+    assert re.fullmatch(waits, owes("yolo_detect"))
+    assert "0 attempts spent, due now; last error: HTTP 503" in owes("planner")
+    assert owes("overlay") == (
+        "1 attempts spent, given up: HTTP 422: no text; python listener.py retry JOB_ID"
+    )
+    assert owes("vlm_judge") == "0 attempts spent, due now"
+
+
+def test_job_lists_every_attempt(database, api, listener, run_command):
+    answers = [Answer(500, b"first"), Answer(502)]
+    api.on("vlm_judge", lambda _: answers.pop(0) if answers else None)
+    listener(database, api=api)
+    job = database.add_job("overlay", "done")
+    database.wait_for("SELECT status = 'done' FROM jobs WHERE current_step = 'vlm_judge'")
+    database.wait_for("SELECT count(*) = 3 FROM stage_attempts")
+    done = run_command(database, "job", job)
+    assert done.lines[:2] == [f"job {job} is at (vlm_judge, done), tenant tenant", "owes: nothing"]
+    attempts = [line.split()[2:6] for line in done.lines[3:]]
+    assert done.lines[2].split() == (
+        ["started", "stage", "attempt", "outcome", "HTTP", "seconds", "error"]
+    )
+    assert attempts == [
+        ["vlm_judge", "1", "retry", "500"],
+        ["vlm_judge", "2", "retry", "502"],
+        ["vlm_judge", "3", "succeeded", "200"],
+    ]
+    assert done.lines[3].endswith("HTTP 500: first")
+
+
+def test_job_as_json_has_the_whole_error(database, run_command, busy):
+    database.rows("UPDATE stage_calls SET last_error = repeat('x', 1000) WHERE stage = 'overlay'")
+    said = json.loads(run_command(database, "job", "--json", busy["overlay"]).out)
+    assert said["job_id"] == busy["overlay"]
+    assert said["job"] == {"current_step": "planner", "status": "done", "tenant_id": "tenant"}
+    assert said["owes"]["given_up"]
+    assert said["owes"]["last_error"] == "x" * 1000
+    [attempt] = said["attempts"]
+    assert (attempt["outcome"], attempt["http_status"]) == ("failed", 422)
+
+
+def test_deleted_job_still_shows_its_history(database, api, listener, run_command):
+    listener(database, api=api)
+    job = database.add_job("overlay", "done")
+    database.wait_for("SELECT count(*) = 1 FROM stage_attempts WHERE outcome = 'succeeded'")
+    database.rows("DELETE FROM jobs")
+    done = run_command(database, "job", job)
+    assert done.lines[:2] == [f"job {job} was deleted", "owes: nothing"]
+    assert len(done.lines) == 4
+
+
+def test_job_that_never_owed_anything(database, run_command):
+    job = database.add_job("img_gen", "queued")
+    done = run_command(database, "job", job)
+    assert done.lines == [f"job {job} is at (img_gen, queued), tenant tenant", "owes: nothing"]
+
+
+@pytest.mark.parametrize("command", ["job", "retry", "call"])
+def test_unknown_job_gets_one_line_and_exit_1(database, run_command, command):
+    job = str(uuid.uuid4())
+    assert run_command(database, command, job).refused(1) == f"there is no job {job}"
+
+
+@pytest.mark.parametrize("command", ["job", "retry", "call"])
+def test_malformed_id_gets_one_line_and_exit_2(database, run_command, command):
+    refused = run_command(database, command, "no-such-id").refused(2)
+    assert refused == (
+        'not a job id of this database: invalid input syntax for type uuid: "no-such-id"'
+    )
+
+
+def test_number_that_no_id_can_be_gets_one_line_and_exit_2(empty_database, run_command):
+    empty_database.rows(
+        "CREATE TABLE jobs (job_id int PRIMARY KEY, tenant_id int, current_step text, status text)"
+    )
+    run_command(empty_database, "install")
+    refused = run_command(empty_database, "job", "99999999999").refused(2)
+    assert "99999999999" in refused
+    assert "out of range" in refused

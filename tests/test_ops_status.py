@@ -1,0 +1,210 @@
+"""`status`: every column with the real thing behind it."""
+
+import json
+import os
+import re
+import signal
+import threading
+
+import pytest
+from busy import TIME
+from claims import STAGES
+from waiting import PATIENCE, gate, pid_of, wait_for_call, wait_until_idle
+
+from demo.stage_api import StageApi
+
+NAMES = ["owed", "calling", "retry", "given up", "oldest due", "calls", "failed", "p50", "p95"]
+IDLE = ["0", "0", "0", "0", "-", "0", "-", "-", "-"]
+NO_WORKER = "no worker is connected: start python listener.py"
+
+
+class Status:
+    """What `status` printed: the summary, a row for each stage, and the lines below them."""
+
+    def __init__(self, done):
+        assert done.code == 0
+        assert [line for line in done.lines if len(line) > 80] == []
+        self.where, self.summary, *lines = done.lines
+        start = next(i for i, line in enumerate(lines) if line.startswith("stage "))
+        self.problems, rows = lines[: start - 1], lines[start + 1 :]
+        assert [*lines[start - 1].split(), *lines[start].split()] == (
+            ["given", "oldest", "calls", "stage", "owed", "calling", "retry", "up", "due", "/hour",
+             "failed", "p50", "p95"]
+        )  # fmt: skip
+        count = sum(re.match(r"\w+ +\d+ +\d", line) is not None for line in rows)
+        cells = [re.split(r" {2,}", line) for line in rows[:count]]
+        self.stages = {name: dict(zip(NAMES, row, strict=True)) for name, *row in cells}
+        self.rest = rows[count:]
+
+    def row(self, stage: str) -> list[str]:
+        return list(self.stages[stage].values())
+
+    @property
+    def workers(self) -> list[list[str]]:
+        """Name, since and doing of each."""
+        start = next(i for i, line in enumerate(self.rest) if line.startswith("worker "))
+        return [re.split(r" {2,}", line, maxsplit=2) for line in self.rest[start + 1 :]]
+
+
+def status(run_command, database, **settings) -> Status:
+    return Status(run_command(database, "status", **settings))
+
+
+def test_status_shows_every_situation(database, run_command, busy):
+    database.rows(
+        "UPDATE stage_calls SET due_at = now() - interval '3 h' WHERE stage = 'vlm_judge'"
+    )
+    database.add_job("overlay", "done")
+    said = status(run_command, database)
+    assert said.where.startswith(f"{database.name} on ")
+    assert said.summary.startswith("oldest due 3 h, 0.1 calls/min, PostgreSQL ")
+    assert said.summary.endswith(", NOTIFY queue 0%, triggers on")
+    assert said.row("vlm_analyze") == ["1", "1", "0", "0", "-", "0", "-", "-", "-"]
+    assert said.row("yolo_detect") == ["1", "0", "1", "0", "-", "1", "100%", "-", "-"]
+    assert said.row("planner")[:4] == ["1", "0", "1", "0"]
+    assert said.row("overlay") == ["1", "0", "0", "1", "-", "1", "100%", "-", "-"]
+    assert said.row("vlm_judge") == ["2", "0", "0", "0", "3 h", "0", "-", "-", "-"]
+    retry, held, given_up, hint, _, worker = said.rest
+    assert re.fullmatch(r"yolo_detect  next retry in \d+ (min|s)", retry)
+    assert re.match(rf"planner {{6}}next retry due; held until {TIME} by \S+", held)
+    assert given_up == "overlay      given up: HTTP 422: no text"
+    assert hint == "given up: python listener.py jobs --given-up, then retry JOB_ID"
+    assert worker.endswith(f"  vlm_analyze {busy['vlm_analyze']}")
+
+
+def test_status_as_json_says_the_same(database, run_command, busy):
+    said = json.loads("\n".join(run_command(database, "status", "--json").lines))
+    assert said["database"]["name"] == database.name
+    assert said["triggers"] == {"ok": True, "problem": None}
+    assert said["error"] is None
+    assert [stage["stage"] for stage in said["stages"]] == STAGES
+    by_name = {stage.pop("stage"): stage for stage in said["stages"]}
+    assert by_name["planner"]["held_reason"] == "HTTP 503"
+    assert by_name["planner"]["held_until"] and not by_name["planner"]["paused"]
+    columns = ("owed", "calling", "retrying", "given_up")
+    assert [by_name["overlay"][name] for name in columns] == [1, 0, 0, 1]
+    assert by_name["overlay"]["last_error"] == "HTTP 422: no text"
+    assert by_name["overlay"]["failure_share"] == 1.0
+    assert by_name["yolo_detect"]["next_retry_seconds"] > 0
+    assert by_name["vlm_judge"]["oldest_due_seconds"] >= 0
+    [worker] = said["workers"]
+    assert (worker["stage"], worker["job_id"]) == ("vlm_analyze", busy["vlm_analyze"])
+    assert (worker["connected"], worker["heartbeat"], worker["attempt"]) == (True, "alive", 1)
+
+
+def test_status_of_an_idle_database_without_workers(database, run_command):
+    said = status(run_command, database)
+    assert said.summary.startswith("nothing is due, 0 calls/min, ")
+    assert {stage: said.row(stage) for stage in said.stages} == dict.fromkeys(STAGES, IDLE)
+    assert said.rest == [NO_WORKER]
+
+
+ATTEMPTS = """
+INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at, finished_at,
+                            outcome)
+SELECT gen_random_uuid(), n, 1, 'planner', 'w', now() - n * interval '10 s', now(),
+       CASE n WHEN 5 THEN 'held' WHEN 6 THEN 'skipped' ELSE 'succeeded' END
+FROM generate_series(1, 6) AS n
+"""
+
+
+def test_status_shows_how_the_last_hour_went(database, run_command):
+    database.rows(ATTEMPTS)
+    database.rows(ATTEMPTS.replace("now()", "(now() - interval '61 minutes')"))
+    said = status(run_command, database)
+    assert said.row("planner")[5:] == ["5", "20%", "25 s", "38 s"]  # of 10, 20, 30 and 40 s
+    assert ", 0.1 calls/min, " in said.summary
+
+
+def test_status_shows_how_many_may_run(database, run_command, busy):
+    database.rows("UPDATE pipeline_stages SET max_running = 2 WHERE stage = 'vlm_analyze'")
+    assert status(run_command, database).stages["vlm_analyze"]["calling"] == "1/2"
+
+
+def test_status_shows_a_stage_that_lost_its_route_last(database, run_command):
+    database.add_job("img_gen", "done")
+    database.rows("DELETE FROM pipeline_stages WHERE stage = 'vlm_analyze'")
+    said = status(run_command, database)
+    assert list(said.stages) == [*STAGES[1:], "vlm_analyze"]
+    assert said.row("vlm_analyze")[:4] == ["1", "0", "0", "0"]
+
+
+@pytest.mark.parametrize(
+    ("broken", "problem"),
+    [
+        (
+            "ALTER TABLE jobs DISABLE TRIGGER job_state_insert_trigger",
+            "trigger job_state_insert_trigger is disabled → python listener.py install",
+        ),
+        (
+            "DROP TRIGGER job_state_change_trigger ON jobs",
+            "trigger job_state_change_trigger is missing on jobs → python listener.py install",
+        ),
+    ],
+    ids=["disabled", "missing"],
+)
+def test_status_tells_of_a_broken_trigger(database, run_command, broken, problem):
+    database.rows(broken)
+    done = run_command(database, "status")
+    assert done.lines[1].endswith(", triggers BROKEN")
+    assert done.lines[2].startswith(f"PROBLEM  {problem}"[:79])
+    said = json.loads(run_command(database, "status", "--json").out)
+    assert said["triggers"] == {"ok": False, "problem": problem}
+
+
+def test_status_shows_idle_workers(database, listener, run_command, tmp_path):
+    listener(database, "run", "--workers", "2")
+    wait_until_idle(tmp_path, workers=2)
+    doing = [doing for _, _, doing in status(run_command, database).workers]
+    assert doing == ["waiting for a job to change"] * 2
+
+
+def test_status_of_another_host_shows_what_the_database_knows(
+    database, api, listener, run_command, tmp_path
+):
+    listener(database, api=api)
+    wait_until_idle(tmp_path)
+    elsewhere = {"HEARTBEAT_DIR": tmp_path / "elsewhere"}
+    assert status(run_command, database, **elsewhere).workers[0][2] == "connected"
+    with gate(api):
+        job = database.add_job("img_gen", "done")
+        wait_for_call(api, job)
+        [worker] = status(run_command, database, **elsewhere).workers
+        assert worker[2] == f"vlm_analyze {job}"
+
+
+def test_worker_at_a_stage_that_has_taken_its_job_is_not_idle(database, listener, run_command):
+    taken, finish = threading.Event(), threading.Event()
+
+    def work(stage: str) -> float:
+        taken.set()
+        finish.wait(PATIENCE)
+        return 0.0
+
+    with StageApi(database.dsn, delay=work) as slow:
+        listener(database, api=slow)
+        job = database.add_job("planner", "done")
+        assert taken.wait(PATIENCE)
+        said, of_job = status(run_command, database), run_command(database, "job", job)
+        finish.set()
+    assert said.row("overlay")[:2] == ["0", "1"]
+    assert said.workers[0][2] == f"overlay {job}"
+    assert of_job.lines[1] == "owes: nothing"
+    assert re.fullmatch(
+        rf"called: overlay \(call \d+\), \S+ is on it since {TIME}", of_job.lines[2]
+    )
+
+
+def test_status_shows_a_killed_worker_until_its_lease_ends(database, api, listener, run_command):
+    with gate(api):
+        process = listener(database, api=api)
+        job = database.add_job("img_gen", "done")
+        wait_for_call(api, job)
+        os.kill(pid_of(database.owed(job).worker), signal.SIGKILL)
+        process.wait()
+        gone = "SELECT count(*) = 0 FROM pg_stat_activity WHERE application_name LIKE '%%worker%%'"
+        database.wait_for(gone + " AND datname = current_database()")
+        said = json.loads(run_command(database, "status", "--json").out)
+    [worker] = said["workers"]
+    assert (worker["connected"], worker["heartbeat"]) == (False, "dead")
+    assert worker["doing"].startswith(f"dead: vlm_analyze {job}, not connected; its lease ends ")
