@@ -14,6 +14,7 @@ from ops.backfill import backfill
 from ops.check import check
 from ops.install import install, is_silent, require_installed, uninstall
 from ops.job import job
+from ops.jobs import jobs
 from ops.problem import Problem
 from ops.status import status
 from ops.steer import cancel, make_due, pause, resume, retry, why_nothing_owed
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 COMMANDS = [
-    install, verify, uninstall, check, status, job, retry, cancel, pause, resume,
+    install, verify, uninstall, check, status, job, jobs, retry, cancel, pause, resume,
     backfill, test_job,
 ]  # fmt: skip
 

@@ -1,26 +1,29 @@
-"""`--since`: a span such as 2h, or a point in time."""
+"""`--since`: a span that ends now, such as 2h, or a date and time."""
 
 import re
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
+from typing import Any
 
 import click
 
-UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
 class Since(click.ParamType):
-    """Becomes a datetime with its time zone; without one, UTC is meant."""
+    """Becomes a time with its zone, which is this machine's where none is given."""
 
-    name = "since"
+    name = "span|time"
 
-    def convert(self, value, param, context) -> datetime:
+    def convert(self, value: Any, param, context) -> datetime:
         if isinstance(value, datetime):
             return value
-        now = datetime.now(timezone.utc)
-        if found := re.fullmatch(r"(\d{1,6})\s*(s|min|h|d|w)", value.strip()):
-            return now - timedelta(seconds=int(found[1]) * UNITS[found[2]])
         try:
-            given = datetime.fromisoformat(value.strip())
-        except ValueError:
-            self.fail(f"{value!r}: allowed is 30min, 2h, 3d or 2026-11-24 09:30", param, context)
-        return given if given.tzinfo else given.replace(tzinfo=timezone.utc)
+            if span := re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", value):
+                ago = timedelta(**{UNITS[span[2]]: float(span[1])})
+                return datetime.now().astimezone() - ago
+            return datetime.fromisoformat(re.sub("Z$", "+00:00", value)).astimezone()
+        except (ValueError, OverflowError):
+            self.fail(
+                f"{value!r} is neither a span such as 30m, 2h or 3d nor a time such as "
+                "2026-11-24 or '2026-11-24 05:12'.", param, context,
+            )  # fmt: skip

@@ -65,6 +65,12 @@ MISTAKES = {
     "job 7 8": ("Got unexpected extra argument (8).", "job"),
     "status --interval 5": ("--interval needs --watch.", "status"),
     "status --watch --interval 0": ("Invalid value for '--interval': 0.0 is not in", "status"),
+    "jobs --given-up --stalled": ("Give --given-up or --stalled, not both.", "jobs"),
+    "jobs --limit 0": ("Invalid value for '--limit': 0 is not in the range 1<=x<=10000.", "jobs"),
+    "jobs --since 2x": (
+        "Invalid value for '--since': '2x' is neither a span such as 30m, 2h or 3d nor a time",
+        "jobs",
+    ),
     "pause paint": ("Invalid value for 'STAGE': 'paint' is not one of 'vlm_analyze'", "pause"),
     "resume paint": ("Invalid value for 'STAGE': 'paint' is not one of 'vlm_analyze'", "resume"),
     "pause": ("Missing argument 'STAGE'", "pause"),
