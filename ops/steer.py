@@ -116,6 +116,8 @@ WITH gone AS (
 SELECT stage, CASE WHEN due_at > now() THEN worker END AS calling FROM gone
 """
 
+LEFT = "SELECT stage FROM stage_calls WHERE job_id = %(job_id)s"
+
 
 @click.command()
 @click.argument("job_id")
@@ -130,6 +132,9 @@ def cancel(job_id: str, reason: str) -> None:
     given = {"job_id": job_id, "by": operator(), "reason": reason}
     gone = db.execute(conn, CANCEL, given).fetchone()
     if gone is None:
+        if left := db.execute(conn, LEFT, given).fetchone():
+            held = f"another transaction holds its call to {left.stage}; nothing was changed"
+            raise Problem(f"job {job_id}: {held}: try again")
         raise Problem(why_nothing_owed(conn, job_id))
     ring(conn, f"job {job_id}: call to {gone.stage} cancelled by {operator()}: {reason}")
     click.echo(f"cancelled: job {job_id}, stage {gone.stage}".translate(CONTROL))

@@ -78,13 +78,13 @@ def test_job_that_never_owed_anything(database, run_command):
     assert done.lines == [f"job {job} is at (img_gen, queued), tenant tenant", "owes: nothing"]
 
 
-@pytest.mark.parametrize("command", ["job", "retry", "call"])
+@pytest.mark.parametrize("command", ["job", "retry", "call", "cancel"])
 def test_unknown_job_gets_one_line_and_exit_1(database, run_command, command):
     job = str(uuid.uuid4())
     assert run_command(database, command, job).refused(1) == f"there is no job {job}"
 
 
-@pytest.mark.parametrize("command", ["job", "retry", "call"])
+@pytest.mark.parametrize("command", ["job", "retry", "call", "cancel"])
 def test_malformed_id_gets_one_line_and_exit_2(database, run_command, command):
     refused = run_command(database, command, "no-such-id").refused(2)
     assert refused == (
