@@ -32,8 +32,6 @@ class Screen:
 
     def __enter__(self) -> "Screen":
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        if self.in_place:
-            signal.signal(signal.SIGTSTP, self.suspend)
         return self
 
     def draw(self, lines: Iterable[Line]) -> None:
@@ -42,6 +40,7 @@ class Screen:
             click.echo("\n".join(["", *self.last] if before else self.last))
             return
         if not before:
+            signal.signal(signal.SIGTSTP, self.suspend)
             write(ENTER)
         rows = shutil.get_terminal_size().lines
         shown = self.last[:rows]

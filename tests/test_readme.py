@@ -3,8 +3,12 @@
 import ast
 import inspect
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -192,6 +196,32 @@ def test_grants_are_what_a_listener_needs(database, make_role, api, listener):
     process = listener(database, "run", "--once", api=api, DB_USER=role, DB_PASSWORD=role)
     assert process.wait() == 0, process.output
     assert [a.outcome for a in database.attempts(job)][:1] == ["succeeded"]
+
+
+def test_job_set_back_is_called_again(database):
+    sql = Readme("README.md").block("sql", "UPDATE jobs")
+    job = database.add_job("vlm_judge", "running")
+    database.rows(sql.replace("JOB_ID", job))
+    assert database.owed(job).stage == "overlay"
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="bash is not installed")
+def test_completion_completes_commands_options_and_stages(tmp_path):
+    script = Readme("README.md").block("bash", "printf").replace("/srv/listener", str(ROOT))
+    script = script.replace(".venv/bin/python", sys.executable)
+    typed = """
+        for line in 'jsl pau' 'jsl pause pl' 'jsl status --w'; do
+            COMP_WORDS=($line) COMP_CWORD=$(($(wc -w <<< "$line") - 1)) COMPREPLY=()
+            _listenerpy_completion jsl && echo "${COMPREPLY[*]}"
+        done
+        complete -p jsl"""
+    (tmp_path / "bin").mkdir()
+    home = {"HOME": str(tmp_path), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    command = ["bash", "--norc", "-c", script + typed]
+    done = subprocess.run(command, env=home, capture_output=True, encoding="utf-8")
+    assert done.stdout.splitlines() == [
+        "pause", "planner", "--watch", "complete -o nosort -F _listenerpy_completion jsl",
+    ], done.stderr  # fmt: skip
 
 
 def test_example_of_a_stage_function_works(database, accepting, caller, add_stage):
