@@ -219,7 +219,7 @@ class Worker:
             return
         upkeep.reap(conn)
         upkeep.forget_deleted(conn, self.trigger.leases, self.name)
-        more = upkeep.prune(conn, self.settings.HISTORY_DAYS)
+        more = upkeep.keep_history(conn, self.settings.HISTORY_DAYS)
         self.next_upkeep = time.monotonic() + (0.0 if more else UPKEEP_INTERVAL)
         if self.settings.ALERT_COMMAND and time.monotonic() >= self.next_stalled:
             self.next_stalled = time.monotonic() + STALLED_INTERVAL

@@ -171,6 +171,24 @@ BEGIN
 END
 $do$;
 
+-- What the history adds up to, which is pruned, while a counter may never fall: the attempts
+-- that finished up to counted_until, by the seconds that they took at most.
+CREATE TABLE IF NOT EXISTS stage_totals (
+    stage          text NOT NULL,
+    outcome        text NOT NULL,
+    within_seconds double precision NOT NULL,
+    attempts       bigint NOT NULL,
+    microseconds   bigint NOT NULL,  -- of all of them: a whole number, so that no sum is rounded
+    PRIMARY KEY (stage, outcome, within_seconds)
+);
+
+-- One row: whoever counts locks it.
+CREATE TABLE IF NOT EXISTS stage_totals_mark (
+    one           boolean PRIMARY KEY DEFAULT true CHECK (one),
+    counted_until timestamptz NOT NULL DEFAULT '-infinity'
+);
+INSERT INTO stage_totals_mark DEFAULT VALUES ON CONFLICT DO NOTHING;
+
 -- Keeps the debt in step with the job, in the job's own transaction, then rings the bell.
 -- It runs with its owner's rights: the search path holds nothing that a user could put a
 -- function or an operator in, and the tables are named with their schema, filled in here.

@@ -2,6 +2,7 @@
 history that has grown old. Any worker does it for all, and nobody waits for it.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 
 from db import UNPINNED, execute
@@ -25,21 +26,84 @@ def reap(conn) -> int:
     return execute(conn, REAP).rowcount
 
 
-# One worker at a time, and in small batches: nobody else ever waits for it.
+# --- the history ---------------------------------------------------------------------------
+
+BATCH = 1000
+# Seconds that metrics tells accepted calls apart by; what takes longer is within infinity.
+BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
+BOUNDS = {
+    "within": [*BUCKETS, math.inf],
+    "bounds": [f"{seconds} s" for seconds in BUCKETS],
+}
+
+# Attempts by stage, outcome and the least of BUCKETS that is not exceeded; `rows` are theirs. A
+# clock that was set back makes a time negative, which no counter may be.
+TOTALS = """
+SELECT stage, outcome, (%(within)s::float8[])[1 + width_bucket(
+           finished_at - started_at - interval '1 microsecond', %(bounds)s::interval[]
+       )] AS within_seconds,
+       count(*) AS attempts,
+       (1000000 * extract(epoch FROM sum(greatest(finished_at - started_at, '0')))
+       )::bigint AS microseconds
+FROM {rows}
+GROUP BY stage, outcome, within_seconds
+"""
+
+# Attempts are counted once, in the order in which they finished. Those of the last minutes wait:
+# one that finished earlier may still be on its way to its commit.
+COUNT = f"""
+WITH mark AS (
+    SELECT counted_until FROM stage_totals_mark FOR UPDATE SKIP LOCKED
+), batch AS (
+    SELECT stage, outcome, started_at, finished_at FROM stage_attempts
+    WHERE finished_at > (SELECT counted_until FROM mark)
+      AND finished_at < now() - interval '5 minutes'
+    ORDER BY finished_at
+    FETCH FIRST %(batch)s ROWS WITH TIES
+), added AS (
+    INSERT INTO stage_totals AS t (stage, outcome, within_seconds, attempts, microseconds)
+    {TOTALS.format(rows="batch")}
+    ON CONFLICT (stage, outcome, within_seconds) DO UPDATE
+    SET attempts = t.attempts + excluded.attempts,
+        microseconds = t.microseconds + excluded.microseconds
+), moved AS (
+    UPDATE stage_totals_mark SET counted_until = (SELECT max(finished_at) FROM batch)
+    WHERE EXISTS (SELECT FROM batch)
+)
+SELECT count(*) FROM batch
+"""
+
+
+def count(conn, batch: int = BATCH) -> int:
+    """Add a batch of attempts to stage_totals, oldest first; how many."""
+    return execute(conn, COUNT, {"batch": batch} | BOUNDS).fetchone()[0]
+
+
+# One worker at a time, and in small batches: nobody else ever waits for it. What is not counted
+# yet stays.
 PRUNE = """
 DELETE FROM stage_attempts WHERE ctid = ANY (ARRAY(
     SELECT ctid FROM stage_attempts
     WHERE finished_at < now() - make_interval(secs => 86400 * %(days)s)
+      AND finished_at <= (SELECT counted_until FROM stage_totals_mark)
       AND (SELECT pg_try_advisory_xact_lock(hashtext('job_state_listener.prune')))
     ORDER BY finished_at
     LIMIT %(batch)s))
 """
 
 
-def prune(conn, days: float, batch: int = 1000) -> int:
+def prune(conn, days: float, batch: int = BATCH) -> int:
     """Delete a batch of the attempts that finished more than `days` ago; how many."""
     return execute(conn, PRUNE, {"days": days, "batch": batch}).rowcount
 
+
+def keep_history(conn, days: float) -> bool:
+    """Count a batch of attempts and prune another; whether there are more."""
+    done = count(conn), prune(conn, days)
+    return max(done) >= BATCH
+
+
+# --- deleted jobs, stalled stages ----------------------------------------------------------
 
 # A given-up call waits for a person; where its job was deleted there is nothing to wait for.
 FORGET = """

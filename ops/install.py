@@ -56,6 +56,7 @@ OBJECTS = """
 SELECT CASE relkind WHEN 'v' THEN 'view ' ELSE 'table ' END || relname AS name FROM pg_class
 WHERE oid IN (SELECT to_regclass(name) FROM unnest(ARRAY[
     'jobs', 'pipeline_stages', 'stage_calls', 'stage_leases', 'stage_slots', 'stage_attempts',
+    'stage_totals', 'stage_totals_mark',
     'pipeline_overview', 'stage_latency', 'given_up_calls']) AS name)
 UNION ALL
 SELECT 'function ' || proname || '()' FROM pg_proc
@@ -247,7 +248,8 @@ DROP TRIGGER IF EXISTS job_state_change_trigger ON jobs;
 DROP TRIGGER IF EXISTS job_state_insert_trigger ON jobs;
 DROP FUNCTION IF EXISTS notify_job_state_change(), stalled_jobs();
 DROP VIEW IF EXISTS pipeline_overview, stage_latency, given_up_calls;
-DROP TABLE IF EXISTS stage_attempts, stage_leases, stage_slots, stage_calls, pipeline_stages;
+DROP TABLE IF EXISTS stage_attempts, stage_leases, stage_slots, stage_calls, pipeline_stages,
+                     stage_totals, stage_totals_mark;
 """
 
 OPEN_CALLS = "SELECT count(*) FROM stage_calls"

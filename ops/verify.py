@@ -34,6 +34,8 @@ NEEDED = {
     "stage_leases": {"job_id", "call_id", "attempt", "stage", "worker", "leased_until"},
     "stage_slots": {"stage", "slot", "call_id", "attempt", "leased_until"},
     "stage_attempts": {"job_id", "call_id", "attempt", "stage", "outcome", "finished_at"},
+    "stage_totals": {"stage", "outcome", "within_seconds", "attempts", "microseconds"},
+    "stage_totals_mark": {"counted_until"},
 }
 
 ID_INDEX = """
@@ -66,7 +68,9 @@ FROM (VALUES ('jobs', 'SELECT'), ('pipeline_stages', 'SELECT'), ('pipeline_stage
              ('stage_calls', 'SELECT'), ('stage_calls', 'UPDATE'), ('stage_calls', 'DELETE'),
              ('stage_leases', 'SELECT'), ('stage_leases', 'INSERT'), ('stage_leases', 'DELETE'),
              ('stage_slots', 'SELECT'), ('stage_slots', 'UPDATE'), ('stage_attempts', 'SELECT'),
-             ('stage_attempts', 'INSERT'), ('stage_attempts', 'DELETE')
+             ('stage_attempts', 'INSERT'), ('stage_attempts', 'DELETE'),
+             ('stage_totals', 'SELECT'), ('stage_totals', 'INSERT'), ('stage_totals', 'UPDATE'),
+             ('stage_totals_mark', 'SELECT'), ('stage_totals_mark', 'UPDATE')
      ) AS needed (name, privilege)
 WHERE NOT has_table_privilege(to_regclass(needed.name), needed.privilege)
 """

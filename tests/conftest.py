@@ -312,7 +312,10 @@ class SharedDatabase(Database):
 
     def emptied(self) -> Database:
         self.rows("ROLLBACK; RESET ROLE; RESET ALL; DELETE FROM jobs; DELETE FROM stage_calls")
-        self.rows("DELETE FROM stage_attempts; DELETE FROM stage_leases; DELETE FROM stage_slots")
+        self.rows(
+            "DELETE FROM stage_attempts; DELETE FROM stage_leases; DELETE FROM stage_slots;"
+            " DELETE FROM stage_totals; UPDATE stage_totals_mark SET counted_until = DEFAULT"
+        )
         self.rows("UPDATE pipeline_stages SET held_until = NULL, hold_seconds = NULL,"
                   " held_reason = NULL, held_by = NULL, stalled_since = NULL")  # fmt: skip
         return self

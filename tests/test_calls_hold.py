@@ -1,4 +1,4 @@
-"""Stages that are held, the next due call, and the upkeep of the history."""
+"""Stages that are held, and the next due call."""
 
 from contextlib import closing
 
@@ -6,7 +6,6 @@ import pytest
 from claims import STAGES, claim, connected, held, result
 
 import calls
-import upkeep
 
 HOLD = (
     "SELECT held_until, hold_seconds, held_reason FROM pipeline_stages WHERE stage = 'vlm_analyze'"
@@ -214,54 +213,3 @@ def test_hold_that_never_ends_is_not_waited_for(database, conn):
     database.add_job()
     database.rows("UPDATE pipeline_stages SET held_until = 'infinity'")
     assert next_due(conn) is None
-
-
-# --- upkeep --------------------------------------------------------------------------------
-
-
-def add_history(database, count: int, days: float) -> None:
-    database.rows(
-        "INSERT INTO stage_attempts SELECT gen_random_uuid(), 1, 1, 'planner', 'w',"
-        " now() - make_interval(secs => 86400 * %s), now() - make_interval(secs => 86400 * %s),"
-        " 200, 'succeeded' FROM generate_series(1, %s)",
-        days, days, count,
-    )  # fmt: skip
-
-
-def test_old_history_is_pruned_in_batches_oldest_first(database, conn):
-    add_history(database, 15, days=40)
-    add_history(database, 10, days=31)
-    add_history(database, 5, days=29.9)
-    assert [upkeep.prune(conn, 30, batch=10) for _ in range(4)] == [10, 10, 5, 0]
-    assert database.value("SELECT count(*) FROM stage_attempts") == 5
-
-
-def test_pruning_takes_the_oldest_first(database, conn):
-    add_history(database, 5, days=31)
-    add_history(database, 5, days=40)
-    assert upkeep.prune(conn, 30, batch=5) == 5
-    sql = "SELECT count(*) FROM stage_attempts WHERE finished_at > now() - interval '35 days'"
-    assert database.value(sql) == 5
-
-
-def test_one_worker_prunes_at_a_time_and_no_other_waits(database, conn):
-    add_history(database, 20, days=40)
-    with connected(database) as other:
-        calls.execute(other, "BEGIN")
-        assert upkeep.prune(other, 30, batch=10) == 10
-        assert upkeep.prune(conn, 30, batch=10) == 0
-        calls.execute(other, "COMMIT")
-    assert upkeep.prune(conn, 30, batch=10) == 10
-
-
-def test_given_up_calls_of_deleted_jobs_are_forgotten_and_recorded(database, conn):
-    deleted, kept, unsettled = (database.add_job() for _ in range(3))
-    for _ in range(2):
-        calls.settle(conn, result(claim(conn), "failed"))
-    database.rows("DELETE FROM jobs WHERE job_id IN (%s, %s)", deleted, unsettled)
-    assert upkeep.forget_deleted(conn, ["planner"], "w") == 0
-    assert upkeep.forget_deleted(conn, STAGES, "w") == 1
-    assert database.owed(deleted) is None
-    assert [a.outcome for a in database.attempts(deleted)] == ["failed", "skipped"]
-    assert database.owed(kept).given_up
-    assert not database.owed(unsettled).given_up

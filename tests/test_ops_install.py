@@ -32,6 +32,8 @@ MADE = [
     "table stage_calls",
     "table stage_leases",
     "table stage_attempts",
+    "table stage_totals",
+    "table stage_totals_mark",
     "view pipeline_overview",
     "view stage_latency",
     "view given_up_calls",

@@ -206,6 +206,8 @@ GRANTS = {
     "stage_leases": ["SELECT", "INSERT", "DELETE"],
     "stage_slots": ["SELECT", "UPDATE"],
     "stage_attempts": ["SELECT", "INSERT", "DELETE"],
+    "stage_totals": ["SELECT", "INSERT", "UPDATE"],
+    "stage_totals_mark": ["SELECT", "UPDATE"],
 }
 
 
@@ -234,6 +236,7 @@ def one_of_everything(database, conn) -> None:
     database.rows("DELETE FROM jobs; UPDATE stage_calls SET due_at = 'infinity'")
     assert upkeep.forget_deleted(conn, ["overlay"], "w") == 1
     database.rows("UPDATE stage_attempts SET finished_at = finished_at - interval '2 days'")
+    assert upkeep.count(conn) == 6
     assert upkeep.prune(conn, days=1) + upkeep.prune(conn, days=0.5) == 6
     require_installed(conn)
     upkeep.tell_timeouts(conn, {"planner": 1.0})

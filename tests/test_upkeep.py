@@ -1,0 +1,181 @@
+"""Upkeep: history is counted once, pruned when it is old, and never in anybody's way."""
+
+import math
+import threading
+
+import pytest
+from claims import STAGES, claim, connected, result
+
+import calls
+import db
+import upkeep
+
+
+@pytest.fixture
+def database(shared_database):
+    return shared_database.emptied()
+
+
+@pytest.fixture
+def conn(database):
+    with connected(database) as conn:
+        yield conn
+
+
+@pytest.fixture
+def other(database):
+    with connected(database) as conn:
+        yield conn
+
+
+def add_history(database, count: int, days: float, seconds: float = 0, outcome="succeeded") -> None:
+    """So many attempts that finished `days` ago, after so many seconds."""
+    database.rows(
+        "INSERT INTO stage_attempts SELECT gen_random_uuid(), 1, 1, 'planner', 'w',"
+        " at - make_interval(secs => %s), at, 200, %s"
+        " FROM generate_series(1, %s) AS n,"
+        " LATERAL (SELECT now() - make_interval(secs => 86400 * %s + 0.000001 * n) AS at) AS t",
+        seconds, outcome, count, days,
+    )  # fmt: skip
+
+
+def totals(database) -> list[tuple]:
+    return database.rows(
+        "SELECT outcome, within_seconds, attempts, microseconds FROM stage_totals ORDER BY 1, 2"
+    )
+
+
+# --- counting ------------------------------------------------------------------------------
+
+
+def test_attempts_are_counted_in_batches_and_once(database, conn):
+    add_history(database, 25, days=1, seconds=3)
+    assert [upkeep.count(conn, batch=10) for _ in range(4)] == [10, 10, 5, 0]
+    assert totals(database) == [("succeeded", 5, 25, 75_000_000)]
+    add_history(database, 5, days=0.5, seconds=3)
+    assert upkeep.count(conn) == 5
+    assert totals(database) == [("succeeded", 5, 30, 90_000_000)]
+
+
+def test_attempts_that_finished_at_the_same_moment_are_counted_together(database, conn):
+    add_history(database, 12, days=1)
+    database.rows("UPDATE stage_attempts SET finished_at = now() - interval '1 day'")
+    assert [upkeep.count(conn, batch=5) for _ in range(2)] == [12, 0]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "within"),
+    [(-60, 0.1), (0, 0.1), (0.1, 0.1), (0.100001, 0.25), (30, 30), (600, 600), (601, math.inf)],
+)
+def test_bound_of_a_bucket_belongs_to_it(database, conn, seconds, within):
+    add_history(database, 1, days=1, seconds=seconds)
+    upkeep.count(conn)
+    assert totals(database) == [("succeeded", within, 1, max(0, round(seconds * 1e6)))]
+
+
+def test_attempts_of_the_last_minutes_are_left_for_later(database, conn):
+    """One that finished earlier may be committed later."""
+    add_history(database, 3, days=2 / 1440)
+    assert upkeep.count(conn) == 0
+    database.rows("UPDATE stage_attempts SET finished_at = finished_at - interval '1 hour'")
+    assert upkeep.count(conn) == 3
+
+
+def test_one_worker_counts_at_a_time_and_no_other_waits(database, conn, other):
+    add_history(database, 20, days=1)
+    db.execute(other, "BEGIN")
+    assert upkeep.count(other, batch=10) == 10
+    assert upkeep.count(conn, batch=10) == 0
+    db.execute(other, "COMMIT")
+    assert upkeep.count(conn, batch=100) == 10
+
+
+# Waits after its snapshot, as a busy machine would let it.
+WAITS = "WITH wait AS MATERIALIZED (SELECT pg_advisory_xact_lock_shared(7)), mark AS ("
+OF_MARK = "FROM stage_totals_mark, wait FOR UPDATE OF stage_totals_mark SKIP LOCKED"
+
+
+def test_worker_with_an_older_view_of_the_history_counts_nothing_twice(database, conn, other):
+    late = upkeep.COUNT.replace("WITH mark AS (", WAITS)
+    late = late.replace("FROM stage_totals_mark FOR UPDATE SKIP LOCKED", OF_MARK)
+    assert late.count("wait") == 2
+    add_history(database, 15, days=1)
+    database.rows("SELECT pg_advisory_lock(7)")
+    counted = []
+    thread = threading.Thread(
+        target=lambda: counted.append(
+            db.execute(
+                other, f"SET LOCAL lock_timeout = 0; {late}", {"batch": 10} | upkeep.BOUNDS
+            ).fetchone()[0]
+        )
+    )
+    thread.start()
+    database.wait_for("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+    assert upkeep.count(conn, batch=10) == 10
+    database.rows("SELECT pg_advisory_unlock(7)")
+    thread.join()
+    assert counted == [5]
+    assert totals(database) == [("succeeded", 0.1, 15, 0)]
+    assert upkeep.count(conn) == 0
+
+
+# --- pruning -------------------------------------------------------------------------------
+
+
+def test_old_history_is_pruned_in_batches(database, conn):
+    add_history(database, 15, days=40)
+    add_history(database, 10, days=31)
+    add_history(database, 5, days=29.9)
+    upkeep.count(conn)
+    assert [upkeep.prune(conn, 30, batch=10) for _ in range(4)] == [10, 10, 5, 0]
+    assert database.value("SELECT count(*) FROM stage_attempts") == 5
+
+
+def test_pruning_takes_the_oldest_first(database, conn):
+    add_history(database, 5, days=31)
+    add_history(database, 5, days=40)
+    upkeep.count(conn)
+    assert upkeep.prune(conn, 30, batch=5) == 5
+    sql = "SELECT count(*) FROM stage_attempts WHERE finished_at > now() - interval '35 days'"
+    assert database.value(sql) == 5
+
+
+def test_what_is_not_counted_yet_is_not_pruned(database, conn):
+    add_history(database, 10, days=40)
+    assert upkeep.prune(conn, 30) == 0
+    upkeep.count(conn, batch=4)
+    assert upkeep.prune(conn, 30) == 4
+
+
+def test_one_worker_prunes_at_a_time_and_no_other_waits(database, conn, other):
+    add_history(database, 20, days=40)
+    upkeep.count(conn)
+    db.execute(other, "BEGIN")
+    assert upkeep.prune(other, 30, batch=10) == 10
+    assert upkeep.prune(conn, 30, batch=10) == 0
+    db.execute(other, "COMMIT")
+    assert upkeep.prune(conn, 30, batch=10) == 10
+
+
+def test_there_is_more_to_do_only_where_a_batch_was_not_enough(database, conn):
+    """A few attempts grow old all the time: they are no reason to look after every call."""
+    add_history(database, 1001, days=40)
+    assert [upkeep.keep_history(conn, 30) for _ in range(3)] == [True, False, False]
+    assert database.value("SELECT count(*) FROM stage_attempts") == 0
+    assert totals(database) == [("succeeded", 0.1, 1001, 0)]
+
+
+# --- deleted jobs --------------------------------------------------------------------------
+
+
+def test_given_up_calls_of_deleted_jobs_are_forgotten_and_recorded(database, conn):
+    deleted, kept, unsettled = (database.add_job() for _ in range(3))
+    for _ in range(2):
+        calls.settle(conn, result(claim(conn), "failed"))
+    database.rows("DELETE FROM jobs WHERE job_id IN (%s, %s)", deleted, unsettled)
+    assert upkeep.forget_deleted(conn, ["planner"], "w") == 0
+    assert upkeep.forget_deleted(conn, STAGES, "w") == 1
+    assert database.owed(deleted) is None
+    assert [a.outcome for a in database.attempts(deleted)] == ["failed", "skipped"]
+    assert database.owed(kept).given_up
+    assert not database.owed(unsettled).given_up
