@@ -15,6 +15,7 @@ from ops.check import check
 from ops.install import install, is_silent, require_installed, uninstall
 from ops.job import job
 from ops.jobs import jobs
+from ops.metrics import metrics
 from ops.problem import Problem
 from ops.status import status
 from ops.steer import cancel, make_due, pause, resume, retry, why_nothing_owed
@@ -35,7 +36,7 @@ __all__ = [
 
 COMMANDS = [
     install, verify, uninstall, check, status, job, jobs, retry, cancel, pause, resume,
-    backfill, test_job,
+    backfill, test_job, metrics,
 ]  # fmt: skip
 
 EXIT_PROBLEM, EXIT_BAD_INPUT, EXIT_DATABASE_AWAY = 1, 2, 3

@@ -1,0 +1,231 @@
+"""`metrics`: where everything stands, in Prometheus' text format."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+import psycopg2
+
+import config
+import db
+import upkeep
+from logs import CONTROL
+from ops.install import difference
+from ops.verify import QUEUE, TRIGGERS
+from ops.watch import WORKERS
+from ops.whole import write_whole
+
+# --- what there is -------------------------------------------------------------------------
+
+# name: (type, help), in the order in which they are written.
+FAMILIES = {
+    "job_state_listener_up": (
+        "gauge",
+        "1 if the database answered; if 0, only the scrape's own metrics are there.",
+    ),
+    "job_state_listener_scrape_timestamp_seconds": ("gauge", "When these metrics were read."),
+    "job_state_listener_scrape_duration_seconds": ("gauge", "How long reading them took."),
+    "job_state_listener_workers_connected": ("gauge", "Workers connected to the database."),
+    "job_state_listener_owed_calls": ("gauge", "Calls that jobs owe, given-up ones included."),
+    "job_state_listener_due_calls": (
+        "gauge",
+        "Owed calls whose time has come, those of a held or paused stage included.",
+    ),
+    "job_state_listener_oldest_due_age_seconds": (
+        "gauge",
+        "How long the oldest due call has been due; 0 where none is.",
+    ),
+    "job_state_listener_running_calls": ("gauge", "Calls under way; status says calling."),
+    "job_state_listener_max_running_calls": (
+        "gauge",
+        "How many may be under way; only of stages with such a limit.",
+    ),
+    "job_state_listener_retrying_calls": ("gauge", "Owed calls that failed and are tried again."),
+    "job_state_listener_given_up_calls": ("gauge", "Owed calls that wait for a person."),
+    "job_state_listener_stage_held": (
+        "gauge",
+        "1 while nobody calls the stage because it was unreachable or asked for patience.",
+    ),
+    "job_state_listener_stage_paused": (
+        "gauge",
+        "1 while nobody calls the stage because a person paused it.",
+    ),
+    "job_state_listener_stalled_jobs": (
+        "gauge",
+        "Jobs that no call and no stage has moved on for longer than the stage's timeout.",
+    ),
+    "job_state_listener_attempts_total": (
+        "counter",
+        "Finished attempts by outcome; nothing was called where it is skipped or cancelled.",
+    ),
+    "job_state_listener_call_duration_seconds": (
+        "histogram",
+        "How long accepted calls took, those with the outcome succeeded.",
+    ),
+    "job_state_listener_database_trigger_enabled": (
+        "gauge",
+        "1 if the database trigger is there, ours and enabled; else calls go unrecorded.",
+    ),
+    "job_state_listener_routes_in_sync": (
+        "gauge",
+        "1 if the database has the routes of this stages.py; else workers do not start.",
+    ),
+    "job_state_listener_notification_queue_usage_ratio": (
+        "gauge",
+        "How full the server's NOTIFY queue is; at 1 the application's commits fail.",
+    ),
+}
+
+# As in the CHECK of stage_attempts.
+OUTCOMES = (
+    "succeeded", "held", "retry", "unknown", "failed", "skipped", "cancelled", "lost",
+)  # fmt: skip
+
+# Text that goes into a label: none of it ends the label, or steers a terminal.
+ESCAPED = {code: text.replace("\\", "\\\\") for code, text in CONTROL.items()}
+ESCAPED |= {ord("\n"): "\\n", ord("\\"): "\\\\", ord('"'): '\\"'}
+
+
+class Page:
+    """The text: every sample below the header of its family."""
+
+    def __init__(self) -> None:
+        self.lines: dict[str, list[str]] = {name: [] for name in FAMILIES}
+
+    def add(self, name: str, value: Any, suffix: str = "", **labels: str) -> None:
+        """A sample of job_state_listener_`name`; `suffix` is that of a histogram's part."""
+        name = f"job_state_listener_{name}"
+        pairs = ",".join(f'{key}="{text.translate(ESCAPED)}"' for key, text in labels.items())
+        labelled = f"{name}{suffix}{{{pairs}}}" if pairs else f"{name}{suffix}"
+        self.lines[name].append(f"{labelled} {value}")
+
+    def text(self) -> str:
+        lines = []
+        for name, (kind, words) in FAMILIES.items():
+            if self.lines[name]:
+                lines += [f"# HELP {name} {words}", f"# TYPE {name} {kind}", *self.lines[name]]
+        return "\n".join(lines) + "\n"
+
+
+# --- asking --------------------------------------------------------------------------------
+
+STAGES = """
+SELECT stage, owed, due, calling, max_running, retrying, given_up, held_until, paused,
+       coalesce(extract(epoch FROM now() - oldest_due_at), 0)::float8 AS oldest_due_age
+FROM pipeline_overview
+ORDER BY position NULLS LAST, stage
+"""
+
+STALLED = "SELECT stage, count(*) AS jobs FROM stalled_jobs() GROUP BY stage"
+
+RECENT = "stage_attempts WHERE finished_at > (SELECT counted_until FROM stage_totals_mark)"
+
+# In one statement, so that no attempt is between the two while a worker counts it. The planner
+# does not know how little there is after the mark, and would read all, or even sort it.
+COUNTERS = f"""
+SET LOCAL enable_seqscan = off;
+SET LOCAL enable_sort = off;
+SELECT stage, outcome, within_seconds, sum(attempts)::bigint AS attempts,
+       sum(microseconds)::bigint AS microseconds
+FROM (
+    SELECT stage, outcome, within_seconds, attempts, microseconds FROM stage_totals
+    UNION ALL
+    {upkeep.TOTALS.format(rows=RECENT)}) AS every
+GROUP BY stage, outcome, within_seconds
+"""
+
+
+def read_stages(conn, page: Page) -> None:
+    stages = db.execute(conn, STAGES).fetchall()
+    stalled = {row.stage: row.jobs for row in db.execute(conn, STALLED)}
+    for row in stages:
+        held = row.held_until is not None and not row.paused
+        values = {
+            "owed_calls": row.owed,
+            "due_calls": row.due,
+            "oldest_due_age_seconds": row.oldest_due_age,
+            "running_calls": row.calling,
+            "retrying_calls": row.retrying,
+            "given_up_calls": row.given_up,
+            "stage_held": int(held),
+            "stage_paused": int(bool(row.paused)),
+            "stalled_jobs": stalled.get(row.stage, 0),
+        }
+        if row.max_running:
+            values["max_running_calls"] = row.max_running
+        for name, value in values.items():
+            page.add(name, value, stage=row.stage)
+    read_counters(conn, page, [row.stage for row in stages])
+
+
+def read_counters(conn, page: Page, stages: Iterable[str]) -> None:
+    """The counters of `stages`, from zero on, and of every other stage in the history."""
+    rows = db.execute(conn, COUNTERS, upkeep.BOUNDS).fetchall()
+    for stage in dict.fromkeys([*stages, *sorted(row.stage for row in rows)]):
+        ours = [row for row in rows if row.stage == stage]
+        for outcome in OUTCOMES:
+            attempts = sum(row.attempts for row in ours if row.outcome == outcome)
+            page.add("attempts_total", attempts, stage=stage, outcome=outcome)
+        add_durations(page, stage, [row for row in ours if row.outcome == "succeeded"])
+
+
+def add_durations(page: Page, stage: str, accepted: list) -> None:
+    name = "call_duration_seconds"
+    for bound in (*upkeep.BUCKETS, math.inf):
+        calls = sum(row.attempts for row in accepted if row.within_seconds <= bound)
+        le = f"{bound:g}" if bound < math.inf else "+Inf"
+        page.add(name, calls, "_bucket", stage=stage, le=le)
+    page.add(name, sum(row.microseconds for row in accepted) / 1e6, "_sum", stage=stage)
+    page.add(name, sum(row.attempts for row in accepted), "_count", stage=stage)
+
+
+def read_all(conn, page: Page) -> None:
+    """Everything that the database knows.
+
+    Raises:
+        psycopg2.Error: some of it could not be read.
+    """
+    read_stages(conn, page)
+    given = {"prefix": db.WORKER_APPLICATION, "beats": []}
+    workers = {row.worker for row in db.execute(conn, WORKERS, given) if row.connected}
+    page.add("workers_connected", len(workers))
+    for row in db.execute(conn, TRIGGERS):
+        enabled = bool(row.ours and row.enabled in ("O", "A"))
+        page.add("database_trigger_enabled", int(enabled), trigger=row.name)
+    page.add("routes_in_sync", int(not difference(conn)))
+    full = db.execute(conn, QUEUE).fetchone()[0]
+    page.add("notification_queue_usage_ratio", full / 100)
+
+
+# --- the command ---------------------------------------------------------------------------
+
+
+@click.command(short_help="Print metrics for Prometheus.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="Replace FILE by them, whole or not at all.")  # fmt: skip
+def metrics(out: Path | None) -> None:
+    """Print metrics for Prometheus, in its text format.
+
+    Where the database cannot be read, job_state_listener_up is 0, and the exit code is not.
+    """
+    settings = config.settings()
+    config.require_database(settings)
+    page, failure, began = Page(), None, time.monotonic()
+    try:
+        with contextlib.closing(db.connect(settings, "job-state-listener metrics")) as conn:
+            read_all(conn, page)
+    except psycopg2.Error as error:
+        page, failure = Page(), error  # half of it would look as if the rest were gone
+    page.add("up", int(failure is None))
+    page.add("scrape_timestamp_seconds", round(time.time(), 3))
+    page.add("scrape_duration_seconds", round(time.monotonic() - began, 3))
+    if out:
+        write_whole(out, page.text())
+    else:
+        click.echo(page.text(), nl=False)
+    if failure:
+        raise failure
