@@ -1,0 +1,56 @@
+"""An example of ALERT_COMMAND: posts the alert to a chat webhook that takes {"text": …}, as those
+of Slack, Mattermost, Rocket.Chat and Google Chat do. It needs Python and nothing else:
+
+    export CHAT_WEBHOOK_URL=https://chat.example.com/hooks/…
+    ALERT_COMMAND="python3 demo/monitoring/chat_webhook.py" python listener.py
+
+The listener gives one JSON object on standard input: event, text, and what the event is about.
+"""
+
+import http.client
+import json
+import os
+import sys
+import urllib.error
+import urllib.request
+
+TIME_LIMIT = 5.0  # seconds; the listener ends a command after ten
+LONGEST = 2000
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirected POST becomes a GET, whose success says nothing."""
+
+    def redirect_request(self, *_):
+        return None
+
+
+def message(alert: dict) -> str:
+    """What the chat shows. Nothing in it is markup: an error could name everybody otherwise."""
+    text = f"{alert['event']}: {alert['text']}"[:LONGEST]
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def post(url: str, text: str) -> str | None:
+    """Post it; what went wrong, in words that do not quote the URL, which is a secret."""
+    body = json.dumps({"text": text}).encode()
+    try:
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        urllib.request.build_opener(NoRedirect).open(request, timeout=TIME_LIMIT).close()
+    except urllib.error.HTTPError as error:
+        return f"HTTP {error.code}"
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return type(getattr(error, "reason", error)).__name__
+    return None
+
+
+def main() -> None:
+    url = os.environ.get("CHAT_WEBHOOK_URL", "")
+    if not url.startswith(("http://", "https://")):
+        sys.exit("CHAT_WEBHOOK_URL is not set to a URL such as https://chat.example.com/hooks/…")
+    if problem := post(url, message(json.load(sys.stdin))):
+        sys.exit(f"the chat did not take the alert: {problem}")
+
+
+if __name__ == "__main__":
+    main()
