@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -201,6 +202,20 @@ def read_all(conn, page: Page) -> None:
     page.add("notification_queue_usage_ratio", full / 100)
 
 
+def scrape(settings: SimpleNamespace) -> tuple[Page, psycopg2.Error | None]:
+    """The metrics, and why they could not be read: half of them would look like all there are."""
+    page, failure, began = Page(), None, time.monotonic()
+    try:
+        with contextlib.closing(db.connect(settings, "job-state-listener metrics")) as conn:
+            read_all(conn, page)
+    except psycopg2.Error as error:
+        page, failure = Page(), error
+    page.add("up", int(failure is None))
+    page.add("scrape_timestamp_seconds", round(time.time(), 3))
+    page.add("scrape_duration_seconds", round(time.monotonic() - began, 3))
+    return page, failure
+
+
 # --- the command ---------------------------------------------------------------------------
 
 
@@ -212,17 +227,7 @@ def metrics(out: Path | None) -> None:
 
     Where the database cannot be read, job_state_listener_up is 0, and the exit code is not.
     """
-    settings = config.settings()
-    config.require_database(settings)
-    page, failure, began = Page(), None, time.monotonic()
-    try:
-        with contextlib.closing(db.connect(settings, "job-state-listener metrics")) as conn:
-            read_all(conn, page)
-    except psycopg2.Error as error:
-        page, failure = Page(), error  # half of it would look as if the rest were gone
-    page.add("up", int(failure is None))
-    page.add("scrape_timestamp_seconds", round(time.time(), 3))
-    page.add("scrape_duration_seconds", round(time.monotonic() - began, 3))
+    page, failure = scrape(config.settings())
     if out:
         write_whole(out, page.text())
     else:
