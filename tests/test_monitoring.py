@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_ops_metrics import Scraped
+from scraping import Scraped
 from test_readme import Readme
 from waiting import until
 

@@ -1,0 +1,44 @@
+"""The other end of `metrics`: its text, as Prometheus' own parser reads it."""
+
+import re
+
+from prometheus_client.parser import text_string_to_metric_families
+from test_ops_mistakes import CONTROL
+
+import upkeep
+from ops.metrics import OUTCOMES
+from ops.metrics import scrape as read_metrics
+
+PREFIX = "job_state_listener_"
+STAGES = ["vlm_analyze", "yolo_detect", "planner", "overlay", "vlm_judge"]
+
+
+class Scraped(dict):
+    """The samples of a text, as Prometheus' own parser reads them."""
+
+    def __init__(self, text: str):
+        assert text.endswith("\n") and not CONTROL.search(text), text
+        self.families = list(text_string_to_metric_families(text))
+        for sample in (sample for family in self.families for sample in family.samples):
+            key = (sample.name, *sorted(sample.labels.items()))
+            assert key not in self, f"{key} is there twice"
+            self[key] = sample.value
+
+    def of(self, name: str, **labels: str) -> float:
+        return self[(PREFIX + name, *sorted(labels.items()))]
+
+    def by_stage(self, name: str) -> dict[str, float]:
+        return {stage: self.of(name, stage=stage) for stage in STAGES}
+
+    def counters(self) -> dict[tuple, float]:
+        found = {key: n for key, n in self.items() if re.search("_total|_duration_", key[0])}
+        found.pop((PREFIX + "scrape_duration_seconds",))
+        assert len(found) == len(STAGES) * (len(OUTCOMES) + len(upkeep.BUCKETS) + 3)
+        return found
+
+
+def scrape(database) -> Scraped:
+    """What the command would print, parsed."""
+    page, failure = read_metrics(database.settings())
+    assert failure is None
+    return Scraped(page.text())
