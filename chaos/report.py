@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from chaos.checker import Verdict
 from chaos.history import Fault, History
 from chaos.trend import Series
-from ops.watch import table
+from ops.table import table
 
 SHOWN = 20  # findings; the file has all
 

@@ -17,6 +17,7 @@ from ops.job import job
 from ops.jobs import jobs
 from ops.metrics import metrics
 from ops.problem import Problem
+from ops.report import report
 from ops.status import status
 from ops.steer import cancel, make_due, pause, resume, retry, why_nothing_owed
 from ops.trial import test_job
@@ -36,7 +37,7 @@ __all__ = [
 
 COMMANDS = [
     install, verify, uninstall, check, status, job, jobs, retry, cancel, pause, resume,
-    backfill, test_job, metrics,
+    backfill, test_job, metrics, report,
 ]  # fmt: skip
 
 EXIT_PROBLEM, EXIT_BAD_INPUT, EXIT_DATABASE_AWAY = 1, 2, 3

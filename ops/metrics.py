@@ -16,8 +16,8 @@ import db
 import upkeep
 from logs import CONTROL
 from ops.install import difference
+from ops.status import WORKERS
 from ops.verify import QUEUE, TRIGGERS
-from ops.watch import WORKERS
 from ops.whole import write_whole
 
 # --- what there is -------------------------------------------------------------------------

@@ -73,7 +73,8 @@ def test_job(tenant: str, timeout: float | None, clean: bool) -> None:
     settings = config.settings()
     conn = db.connect(settings, "job-state-listener test-job")
     require_installed(conn)
-    if not db.execute(conn, WORKERS, {"prefix": db.WORKER_APPLICATION}).fetchone():
+    given = {"prefix": db.WORKER_APPLICATION, "beats": []}
+    if not any(row.connected for row in db.execute(conn, WORKERS, given)):
         raise Problem("no worker is connected: start python listener.py")
     first, names = route()
     job_id = make(conn, tenant, first)

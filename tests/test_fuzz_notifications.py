@@ -16,6 +16,7 @@ import db
 import logs
 from demo.stage_api import StageApi
 from listener import Worker
+from process import Stop
 from ops.install import apply
 
 # What a payload can be: no NUL, no surrogates, fewer than 8000 bytes.
@@ -70,7 +71,7 @@ def hearing(database, directory) -> Iterator[Callable[[str, object, int], list[s
         logged(settings) as output,
         closing(db.connect(settings)) as conn,
     ):
-        worker = Worker(settings, process.Stop(), [])
+        worker = Worker(settings, Stop(), [])
         db.listen(conn, settings)
 
         def hear(sql: str, given: object, count: int) -> list[str]:

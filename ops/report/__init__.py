@@ -1,0 +1,51 @@
+"""`report`: the pipeline as one page of HTML, for a browser, a mail or a printer."""
+
+from datetime import datetime
+from pathlib import Path
+
+import click
+import psycopg2
+
+import config
+import db
+from logs import CONTROL
+from ops.problem import Problem
+from ops.report.data import Report, collect
+from ops.report.page import page
+from ops.since import Since
+from ops.whole import write_whole
+
+
+@click.command(short_help="Write a page of HTML about the pipeline.")
+@click.option("--out", required=True, metavar="FILE.html",
+              help="Where to write it, whole or not at all; - is standard output.")  # fmt: skip
+@click.option("--since", default="24h", show_default=True, type=Since(), metavar="TIME",
+              help="How far back it goes: 24h, 7d or a date.")  # fmt: skip
+@click.option("--job", "job_ids", multiple=True, metavar="JOB_ID",
+              help="Show this job's timeline, not the slowest; may be repeated.")  # fmt: skip
+def report(out: str, since: datetime, job_ids: tuple[str, ...]) -> None:
+    """Write a page of HTML: where jobs wait, how calls went, what failed and why.
+
+    It is one file that needs no other file, no script and no network.
+    """
+    whole = page(read(since, job_ids))
+    if out == "-":
+        click.get_binary_stream("stdout").write(whole.encode())
+    else:
+        write_whole(Path(out), whole)
+        size = len(whole.encode()) / 1000
+        click.echo(f"wrote {out} ({size:.0f} kB)".translate(CONTROL))
+
+
+def read(since: datetime, job_ids: tuple[str, ...]) -> Report:
+    """Raises Problem where there is no such job, or no answer in time."""
+    settings = config.settings()
+    conn = db.connect(settings, "job-state-listener report")
+    try:
+        found = collect(conn, since, list(dict.fromkeys(job_ids)), config.redactor(settings))
+    except psycopg2.errors.QueryCanceled:
+        raise Problem("the database took too long to answer; try a later --since") from None
+    for timeline in found.timelines:
+        if not (timeline.job or timeline.attempts or timeline.owed):
+            raise Problem(f"there is no job {timeline.job_id}")
+    return found

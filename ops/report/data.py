@@ -1,0 +1,225 @@
+"""What `report` shows, out of the database: a few bounded queries, grouped and cut in SQL."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import db
+from ops.problem import Problem
+from ops.report.jobs import slowest_jobs, timeline
+
+# A bar of the charts over time is as long as the first of these (seconds) that makes at most
+# MOST_BARS of them.
+STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200]
+STEPS += [days * 86400 for days in (1, 2, 7, 14, 30, 90, 365)]
+MOST_BARS = 84
+
+# Of the histogram of seconds. Each bucket ends 26 % above the last: ten make a decade.
+BUCKETS_A_DECADE = 10
+SHORTEST = 0.001
+
+
+@dataclass(frozen=True)
+class Span:
+    """The time that the report is about, and the seconds of a bar of its charts."""
+
+    since: datetime
+    until: datetime
+    zone: str = "UTC"
+
+    @property
+    def seconds(self) -> float:
+        return (self.until - self.since).total_seconds()
+
+    @property
+    def step(self) -> int:
+        return next((step for step in STEPS if step * MOST_BARS >= self.seconds), STEPS[-1])
+
+    @property
+    def bars(self) -> int:
+        return math.ceil(self.seconds / self.step)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the page says. The rows of each list are those of the query of that name."""
+
+    database: str
+    span: Span
+    in_flight: int = 0
+    workers: int = 0
+    asked: bool = False  # for these timelines
+    stages: list = field(default_factory=list)
+    waiting: list = field(default_factory=list)
+    calls: list = field(default_factory=list)
+    durations: list = field(default_factory=list)
+    histogram: list = field(default_factory=list)
+    trend: list = field(default_factory=list)
+    slowest: list = field(default_factory=list)
+    given_up: list = field(default_factory=list)
+    stalled: list = field(default_factory=list)
+    timelines: list = field(default_factory=list)
+
+
+NOW = """
+SELECT now() AS until, %(since)s AS since, current_setting('TimeZone') AS zone,
+       (SELECT count(*) FROM (
+            SELECT job_id FROM stage_calls WHERE due_at < 'infinity'
+            UNION SELECT job_id FROM stage_leases WHERE leased_until > now()) AS job) AS in_flight,
+       (SELECT count(*) FROM pg_stat_activity
+        WHERE datname = current_database()
+          AND starts_with(application_name, %(prefix)s)) AS workers
+"""
+
+STAGES = "SELECT * FROM pipeline_overview ORDER BY position, stage"
+
+# A call under way whose job has moved on to `running` owes nothing any more: only its lease tells.
+WAITING = """
+SELECT stage, current_step, status, count(*) AS jobs,
+       count(*) FILTER (WHERE why = 'waiting') AS waiting,
+       count(*) FILTER (WHERE why = 'retrying') AS retrying,
+       count(*) FILTER (WHERE why = 'calling') AS calling,
+       count(*) FILTER (WHERE why = 'given_up') AS given_up,
+       percentile_cont(0.5) WITHIN GROUP (ORDER BY age) AS median_seconds,
+       max(age) AS longest_seconds
+FROM (SELECT stage, current_step, status,
+             CASE WHEN due_at = 'infinity' THEN 'given_up'
+                  WHEN worker IS NOT NULL AND due_at > now() THEN 'calling'
+                  WHEN worker IS NULL AND attempts > 0 THEN 'retrying'
+                  ELSE 'waiting' END AS why,
+             date_part('epoch', %(until)s - created_at) AS age
+      FROM stage_calls
+      UNION ALL
+      SELECT l.stage, l.stage, 'running', 'calling', date_part('epoch', %(until)s - l.started_at)
+      FROM stage_leases AS l
+      WHERE l.leased_until > now()
+        AND NOT EXISTS (SELECT FROM stage_calls AS c WHERE c.call_id = l.call_id)) AS call
+GROUP BY stage, current_step, status
+ORDER BY stage, status, current_step
+"""
+
+CALLS = """
+SELECT stage, outcome, count(*) AS calls,
+       floor(date_part('epoch', %(until)s - finished_at) / %(step)s)::integer AS back
+FROM stage_attempts
+WHERE finished_at > %(since)s AND finished_at <= %(until)s
+GROUP BY stage, outcome, back
+"""
+
+# Of the calls that were accepted, as in the views; the histogram shows the others beside them.
+DURATIONS = """
+SELECT stage, count(*) AS calls, max(seconds) AS longest,
+       percentile_cont(0.5) WITHIN GROUP (ORDER BY seconds) AS p50,
+       percentile_cont(0.95) WITHIN GROUP (ORDER BY seconds) AS p95
+FROM (SELECT stage, date_part('epoch', finished_at - started_at) AS seconds
+      FROM stage_attempts
+      WHERE finished_at > %(since)s AND finished_at <= %(until)s
+        AND outcome = 'succeeded') AS accepted
+GROUP BY stage
+"""
+
+HISTOGRAM = """
+SELECT stage, outcome = 'succeeded' AS accepted, count(*) AS calls,
+       floor(log(greatest(date_part('epoch', finished_at - started_at), %(shortest)s))
+             * %(a_decade)s)::integer AS bucket
+FROM stage_attempts
+WHERE finished_at > %(since)s AND finished_at <= %(until)s
+  AND outcome NOT IN ('skipped', 'cancelled')
+GROUP BY stage, accepted, bucket
+"""
+
+# Hours put together where the span is long: their medians weighed, their worst p95 kept.
+TREND = """
+SELECT stage, min(hour) AS began, max(hour) + interval '1 hour' AS ended,
+       sum(p50_seconds * (calls - failures)) / sum(calls - failures) AS p50,
+       max(p95_seconds) AS p95
+FROM stage_latency
+WHERE hour > %(since)s - interval '1 hour' AND hour <= %(until)s AND calls > failures
+GROUP BY stage, floor(date_part('epoch', %(until)s - hour) / %(step)s)
+ORDER BY stage, began
+"""
+
+# Texts are cut far beyond what is shown: half a secret would not be recognized as one. How
+# long a lost call took nobody knows.
+SLOWEST = """
+SELECT job_id::text, stage, attempt, outcome, http_status, started_at,
+       date_part('epoch', finished_at - started_at) AS seconds, left(error, 2000) AS error
+FROM stage_attempts
+WHERE finished_at > %(since)s AND finished_at <= %(until)s
+  AND outcome NOT IN ('skipped', 'cancelled', 'lost')
+ORDER BY finished_at - started_at DESC
+LIMIT 10
+"""
+
+GIVEN_UP = """
+SELECT stage, left(last_error, 2000) AS error, count(*) AS jobs,
+       min(owed_since) AS first, max(owed_since) AS last,
+       (array_agg(job_id::text ORDER BY owed_since DESC))[:3] AS job_ids,
+       (array_agg(left(tenant_id, 1000) ORDER BY owed_since DESC))[:3] AS tenants
+FROM given_up_calls
+GROUP BY stage, left(last_error, 2000)
+ORDER BY jobs DESC, last DESC
+LIMIT 10
+"""
+
+STALLED = """
+SELECT stage, current_step, status, reason, count(*) AS jobs, min(since) AS first,
+       max(since) AS last,
+       (array_agg(job_id ORDER BY since))[:3] AS job_ids,
+       (array_agg(left(tenant_id, 1000) ORDER BY since))[:3] AS tenants
+FROM stalled_jobs()
+GROUP BY stage, current_step, status, reason
+ORDER BY jobs DESC, first
+LIMIT 50
+"""
+
+
+def collect(conn, since: datetime, job_ids: Sequence[str], redact: Callable[[str], str]) -> Report:
+    """Everything since then, without secrets.
+
+    Args:
+        job_ids: whose timelines to show; those of the slowest jobs where it is empty.
+
+    Raises:
+        Problem: that is still to come.
+    """
+    given: dict[str, Any] = {"since": since, "prefix": db.WORKER_APPLICATION}
+
+    def ask(sql: str, **more: Any) -> list:
+        return [redacted(row, redact) for row in db.execute(conn, sql, given | more).fetchall()]
+
+    [now] = ask(NOW)
+    if now.since >= now.until:
+        raise Problem(f"--since {since:%F %T} is still to come")
+    span = Span(now.since, now.until, now.zone)
+    given["until"] = span.until
+    return Report(
+        database=redact(f"{conn.info.dbname} on {conn.info.host}:{conn.info.port}"),
+        span=span,
+        in_flight=now.in_flight,
+        workers=now.workers,
+        asked=bool(job_ids),
+        stages=ask(STAGES),
+        waiting=ask(WAITING),
+        calls=ask(CALLS, step=span.step),
+        durations=ask(DURATIONS),
+        histogram=ask(HISTOGRAM, shortest=SHORTEST, a_decade=BUCKETS_A_DECADE),
+        trend=ask(TREND, step=max(3600, span.step)),
+        slowest=ask(SLOWEST),
+        given_up=ask(GIVEN_UP),
+        stalled=ask(STALLED),
+        timelines=[timeline(ask, job_id) for job_id in job_ids or slowest_jobs(ask)],
+    )
+
+
+def redacted(row, redact: Callable[[str], str]):
+    """`row` with no secret in any text of it."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, list):
+            return [one(each) for each in value]
+        return redact(value) if isinstance(value, str) else value
+
+    return type(row)(*map(one, row))

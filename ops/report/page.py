@@ -1,0 +1,188 @@
+"""The page of `report`: a Report in, HTML out. Nothing here asks the database."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import stages
+from ops.report.charts import stack
+from ops.report.data import Report
+from ops.report.markup import Markup, attribute, clock, counted, join, section, share, span, text
+from ops.report.sections import NO_CALL, calls, durations, given_up, slowest, stalled, waits
+from ops.report.svg import WAITS, legend, patterns
+from ops.report.timelines import timelines
+
+CSS = Path(__file__).parent / "page.css"
+
+# A call that has been due for longer (seconds) is worth a word.
+LATE = 300
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>
+{css}</style>
+</head>
+<body>
+{patterns}
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+def page(report: Report) -> str:
+    """The whole page, which needs nothing but itself."""
+    parts = [heading(report), attention(report), figures(report), flow(report)]
+    if report.calls or report.waiting:
+        parts += [waits(report), durations(report), calls(report), slowest(report)]
+    else:
+        parts.append(quiet(report))
+    parts += [given_up(report), stalled(report), timelines(report), notes()]
+    until = f"{report.span.until:%Y-%m-%d %H:%M}"
+    return PAGE.format(
+        title=attribute(f"Pipeline report: {report.database}, {until}"),
+        # Not at import: the listener runs without it.
+        css=CSS.read_text(encoding="utf-8"),
+        patterns=patterns(),
+        body=join(filter(None, parts), "\n"),
+    )
+
+
+def heading(report: Report) -> Markup:
+    time = report.span
+    return Markup(
+        f"<header><h1>Pipeline report</h1><p>{text(report.database)}</p>"
+        f"<p>{span(time.seconds)}, from <time>{time.since:%Y-%m-%d %H:%M:%S}</time>"
+        f" to <time>{time.until:%Y-%m-%d %H:%M:%S}</time> ({text(time.zone)})</p></header>"
+    )
+
+
+# --- what needs a person, and the figures --------------------------------------------------
+
+
+def attention(report: Report) -> Markup:
+    """What a person has to look at, in a sentence each."""
+    found = [said for stage in report.stages if (said := trouble(report, stage))]
+    if not report.workers:
+        found.insert(0, text("No worker is connected, nothing is called: python listener.py"))
+    if count := sum(stage.given_up for stage in report.stages):
+        found.append(Markup(f'<a href="#given-up">{counted(count, "call")} given up</a>'))
+    if count := sum(row.jobs for row in report.stalled):
+        found.append(Markup(f'<a href="#stalled">{counted(count, "stalled job")}</a>'))
+    if not found:
+        return Markup('<p class="calm">Nothing is held, late, given up or stalled.</p>')
+    items = join(f"<li>{one}</li>" for one in found)
+    return Markup(f'<ul class="attention" aria-label="Needs a person">{items}</ul>')
+
+
+def trouble(report: Report, stage: Any) -> Markup:
+    """Why a stage is not called, or not soon enough."""
+    name, why = text(stage.stage, 60), text(stage.held_reason)
+    if stage.paused:
+        return Markup(f"{name} is paused by {text(stage.held_by, 60)}: {why}")
+    if stage.held_until:
+        return Markup(f"{name} is held until {clock(stage.held_until, report.span.until)}: {why}")
+    if (late := overdue(report, stage)) > LATE:
+        return Markup(f"{name} is behind: a call has been due for {span(late)}")
+    return Markup("")
+
+
+def overdue(report: Report, stage: Any) -> float:
+    """For how many seconds its oldest due call has been due; 0 where none is."""
+    return (report.span.until - stage.oldest_due_at).total_seconds() if stage.due else 0.0
+
+
+def figures(report: Report) -> Markup:
+    made = [row for row in report.calls if row.outcome not in NO_CALL]
+    total = sum(row.calls for row in made)
+    failed = sum(row.calls for row in made if row.outcome != "succeeded")
+    late = max((stage for stage in report.stages if stage.due), default=None,
+               key=lambda stage: overdue(report, stage))  # fmt: skip
+    given_up = sum(stage.given_up for stage in report.stages)
+    stuck = sum(row.jobs for row in report.stalled)
+    tiles = [
+        ("Jobs in flight", report.in_flight, counted(report.workers, "worker") + " connected"),
+        ("Calls", total, f"{total / report.span.seconds * 3600:,.0f} an hour"),
+        ("Failed", share(failed, total), f"{failed:,} of {total:,}" if total else "no calls"),
+        ("Oldest due", span(overdue(report, late) if late else None),
+         late.stage if late else "nothing is due"),
+        ("Given up", given_up, "wait for a person"),
+        ("Stalled", stuck, "stuck in their state"),
+    ]  # fmt: skip
+    bad = {"Given up": given_up, "Stalled": stuck}
+    return Markup(
+        '<dl class="figures">'
+        + join(
+            f'<div class="{"bad" if bad.get(name) else "good"}"><dt>{name}</dt>'
+            f"<dd>{text(value)}<small>{text(about, 40)}</small></dd></div>"
+            for name, value, about in tiles
+        )
+        + "</dl>"
+    )
+
+
+# --- the pipeline --------------------------------------------------------------------------
+
+
+def flow(report: Report) -> Markup:
+    waiting: Counter = Counter()
+    for row in report.waiting:
+        waiting[row.stage] += row.waiting
+    most = max((stage.owed + stage.calling for stage in report.stages), default=0)
+    cards = join(card(stage, waiting[stage.stage], max(most, 1)) for stage in report.stages)
+    about = "<p>A job owes a call to the next stage; the bars show where how many are.</p>"
+    legends = legend(WAITS, WAITS) if most else ""
+    return section("pipeline", "The pipeline", about, legends, f'<ol class="flow">{cards}</ol>')
+
+
+def card(stage: Any, waiting: int, most: int) -> str:
+    """One stage; its bar is as wide as the card where `most` calls are there."""
+    counts = {
+        "calling": stage.calling,
+        "waiting": waiting,
+        "retrying": stage.retrying,
+        "given_up": stage.given_up,
+    }
+    limit = f" of {stage.max_running}" if stage.max_running else ""
+    rows = join(
+        f'<div class="{"some" if count else "none"}"><dt>{name.replace("_", " ")}</dt>'
+        f"<dd>{count:,}{limit if name == 'calling' else ''}</dd></div>"
+        for name, count in {"owed": stage.owed, **counts}.items()
+    )
+    held = ""
+    if stage.held_until:
+        until = "paused" if stage.paused else f"held until {stage.held_until:%H:%M:%S}"
+        held = f'<p class="hold">{until}</p>'
+    hour = "no calls in the last hour"
+    if stage.calls_last_hour:
+        failed = share(stage.failures_last_hour, stage.calls_last_hour)
+        hour = f"last hour: {counted(stage.calls_last_hour, 'call')}, {failed} failed"
+    about = f"{stage.stage}: " + ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    return (
+        f"<li><h3>{text(stage.stage, 60)}</h3>{stack(counts, most, about)}"
+        f"<dl>{rows}</dl>{held}<p>{hour}</p></li>"
+    )
+
+
+def quiet(report: Report) -> Markup:
+    states = ", ".join(f"({step}, {status})" for step, status in stages.PIPELINE)
+    return Markup(
+        f'<p class="quiet">No call was made in the last {span(report.span.seconds)}, and no job '
+        f"waits for one. A job comes in when its row reaches one of the states {text(states, 500)}."
+        " Where some should have: python listener.py verify tells whether all is in place.</p>"
+    )
+
+
+def notes() -> Markup:
+    return Markup(
+        "<footer><p>A call that is repeated counts each time. Failed is what did not succeed; "
+        "skipped and cancelled calls were never made and do not count.</p></footer>"
+    )

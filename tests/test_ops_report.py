@@ -1,0 +1,239 @@
+"""`report`: what the page says is what the database has."""
+
+import re
+from contextlib import closing
+
+import pytest
+from claims import STAGES, claim, connected, result
+from reports import attempt, give_up, read
+
+import calls
+import db
+
+NO_WORKER = "No worker is connected, nothing is called: python listener.py"
+
+
+@pytest.fixture
+def database(shared_database):
+    return shared_database.emptied()
+
+
+# --- figures -------------------------------------------------------------------------------
+
+
+def test_empty_database_is_said_in_words_not_in_empty_charts(database):
+    shown = read(database)
+    assert list(shown.figures.values()) == ["0", "0", "–", "–", "0", "0"]
+    assert [card.text for card in shown.section("pipeline").all("h3")] == STAGES
+    assert "No call was made in the last 24 h, and no job waits for one." in shown.root.text
+    assert "(img_gen, done)" in shown.root.text
+    assert not shown.root.all("svg", "plot") and not shown.root.all("table")
+    assert [e.attributes["id"] for e in shown.root.all("section")] == ["pipeline"]
+
+
+def test_headline_counts_what_the_views_count(database):
+    for outcome in ["succeeded"] * 7 + ["retry", "unknown", "held", "skipped", "cancelled"]:
+        attempt(database, outcome=outcome)
+    attempt(database, ago=90_000)  # before the span
+    database.add_job("img_gen", "done")
+    give_up(database, database.add_job("planner", "done"), "HTTP 404")
+    database.rows("UPDATE stage_calls SET due_at = now() - interval '2 h' WHERE stage <> 'overlay'")
+    database.add_job("overlay", "running")
+    database.rows("UPDATE jobs SET updated_at = now() - interval '1 d' WHERE status = 'running'")
+    figures = read(database).figures
+    view = "SELECT sum(calls) AS calls, sum(failures) AS failures FROM stage_latency"
+    assert database.row(f"{view} WHERE hour > now() - interval '2 h'") == (10, 3)
+    assert figures == {
+        "Jobs in flight": "1",
+        "Calls": "10",
+        "Failed": "30 %",
+        "Oldest due": "2.0 h",
+        "Given up": "1",
+        "Stalled": "1",
+    }
+
+
+def test_flow_and_waits_show_where_jobs_are(database):
+    with connected(database) as conn:
+        for step in ["img_gen"] * 3 + ["overlay", "planner"]:
+            database.add_job(step, "done")
+        row = claim(conn, stages=["vlm_analyze"])
+        calls.settle(conn, result(row, "retry", delay=600.0))
+        claim(conn, stages=["vlm_analyze"])
+        row = claim(conn, stages=["vlm_judge"])
+        database.move(row.job_id, "vlm_judge", "running")  # owes nothing, but is being called
+        give_up(database, database.value("SELECT job_id FROM jobs WHERE current_step = 'planner'"),
+                "HTTP 404")  # fmt: skip
+        shown = read(database)
+    cards = {card.one("h3").text: card for card in shown.section("pipeline").one("ol").all("li")}
+    counts = {
+        stage: [int(number.text) for number in card.all("dd")] for stage, card in cards.items()
+    }
+    nothing = [0, 0, 0, 0, 0]
+    # owed, calling, waiting, retrying, given up
+    assert counts == {
+        "vlm_analyze": [3, 1, 1, 1, 0],
+        "yolo_detect": nothing,
+        "planner": nothing,
+        "overlay": [1, 0, 0, 0, 1],
+        "vlm_judge": [0, 1, 0, 0, 0],
+    }
+    assert [row[:4] for row in shown.table("waits")] == [
+        ["(img_gen, done)", "vlm_analyze", "3", "1 calling, 1 waiting, 1 retrying"],
+        ["(planner, done)", "overlay", "1", "1 given up"],
+        ["(vlm_judge, running)", "vlm_judge", "1", "1 calling"],
+    ]
+
+
+def test_paused_stage_is_named_so_where_its_jobs_wait(database):
+    database.add_job("yolo_detect", "done")
+    database.rows("UPDATE pipeline_stages SET held_until = 'infinity' WHERE stage = 'planner'")
+    shown = read(database)
+    assert [row[1] for row in shown.table("waits")] == ["planner (paused)"]
+    assert [e.text for e in shown.section("pipeline").all("p", "hold")] == ["paused"]
+
+
+def test_stage_that_lost_its_route_is_shown_as_well(database):
+    job = attempt(database, stage="old_stage")
+    database.rows("INSERT INTO stage_leases VALUES (%s, 1, 2, 'old_stage', 'w', now(),"
+                  " now() + interval '1 h')", job)  # fmt: skip
+    shown = read(database)
+    assert shown.table("waits")[0][:2] == ["(old_stage, running)", "old_stage"]
+    assert shown.table("calls") == [["old_stage", "1"]]
+    assert [e.text for e in shown.section("durations").all("h3")] == ["old_stage"]
+
+
+def test_waiting_time_is_that_since_the_job_arrived(database):
+    for minutes in (10, 30, 90):
+        job = database.add_job("img_gen", "done")
+        database.rows("UPDATE stage_calls SET created_at = now() - make_interval(mins => %s)"
+                      " WHERE job_id = %s", minutes, job)  # fmt: skip
+    [row] = read(database).table("waits")
+    assert row[4:] == ["30 min", "90 min"]
+
+
+def test_durations_are_those_of_accepted_calls(database):
+    for seconds in range(1, 10):
+        attempt(database, seconds=seconds)
+    attempt(database, outcome="unknown", seconds=500)
+    attempt(database, stage="overlay", outcome="held", seconds=0)
+    shown = read(database).section("durations")
+    planner, overlay = shown.all("div", "spread")
+    said = planner.all("svg", "plot")[0].attributes["aria-label"]
+    assert said == "planner; 10 calls, 10 % failed; p50 5.0 s; p95 8.6 s; longest 9.0 s"
+    assert [dd.text for dd in planner.all("dd")] == ["5.0 s", "8.6 s", "9.0 s"]
+    titles = [title.text for title in planner.all("title")]
+    count = re.compile(r"(\d+) accepted|(\d+) not accepted")
+    found = [match for title in titles for match in count.findall(title)]
+    assert sum(int(accepted or 0) for accepted, _ in found) == 9
+    assert sum(int(refused or 0) for _, refused in found) == 1
+    assert overlay.one("p").text == "1 call, 100 % failed" and not overlay.all("dd")
+
+
+def test_bars_over_time_add_up_by_outcome(database):
+    for hours in range(12):
+        attempt(database, ago=3600 * hours + 60)
+        attempt(database, ago=3600 * hours + 60, outcome="retry" if hours % 3 else "failed")
+    shown = read(database)
+    assert shown.table("calls") == [["planner", "12", "8", "4"]]
+    everything, failures = (chart.all("g") for chart in shown.section("calls").all("svg", "plot"))
+    assert len(everything) == len(failures) == 12
+    assert [len(bar.all("rect")) for bar in everything] == [2] * 12
+    assert [bar.one("rect").attributes["class"] for bar in failures].count("failed") == 4
+
+
+def test_slowest_calls_come_first_but_no_lost_one(database):
+    jobs = [attempt(database, seconds=seconds) for seconds in (3, 40, 5)]
+    attempt(database, outcome="lost", seconds=600)
+    rows = read(database).table("slowest")
+    assert [row[0] for row in rows] == [jobs[1], jobs[2], jobs[0]]
+    assert rows[0][1:4] == ["planner", "40 s", "succeeded"]
+
+
+def test_given_up_calls_are_grouped_by_their_error(database):
+    for error in ["HTTP 404"] * 4 + ["HTTP 422"]:
+        give_up(database, database.add_job("planner", "done", "acme"), error)
+    first, second = read(database).table("given-up")
+    assert first[:3] == ["HTTP 404", "overlay", "4"] and first[3].count("acme") == 3
+    assert second[:3] == ["HTTP 422", "overlay", "1"]
+
+
+def test_stalled_jobs_are_shown_with_the_reason(database):
+    job = database.add_job("overlay", "running", "acme")
+    database.rows("UPDATE jobs SET updated_at = now() - interval '3 h' WHERE job_id = %s", job)
+    [row] = read(database).table("stalled")
+    reason = "running for longer than the timeout"
+    assert row == [reason, "(overlay, running) stage overlay", "1", f"{job} acme", "3.0 h"]
+
+
+def test_what_needs_a_person_is_said_first(database):
+    def said() -> list[str]:
+        return [e.text for e in read(database).root.one("ul", "attention").all("li")]
+
+    assert said() == [NO_WORKER]
+    job = database.add_job("img_gen", "done")
+    give_up(database, database.add_job("vlm_analyze", "done"), "HTTP 404")
+    database.rows("UPDATE stage_calls SET due_at = now() - interval '1 h' WHERE job_id = %s", job)
+    hold = "UPDATE pipeline_stages SET held_until = %s, held_by = 'kim', held_reason = %s"
+    database.rows(f"{hold} WHERE stage = 'planner'", "infinity", "GPU")
+    database.rows(f"{hold} WHERE stage = 'overlay'", "2100-01-01 12:00", "HTTP 503")
+    found = said()
+    assert found[0] == NO_WORKER
+    assert found[1].startswith("vlm_analyze is behind: a call has been due for 60 min")
+    assert found[2] == "planner is paused by kim : GPU"
+    assert found[3].startswith("overlay is held until 01-01 ") and found[3].endswith(": HTTP 503")
+    assert found[4:] == ["1 call given up"]
+
+
+def test_connected_worker_and_nothing_wrong_is_said_too(database):
+    with closing(db.connect(database.settings(), db.WORKER_APPLICATION + "w")):
+        shown = read(database)
+    assert not shown.root.all("ul", "attention")
+    assert "Nothing is held, late, given up or stalled." in shown.root.text
+
+
+# --- one job -------------------------------------------------------------------------------
+
+
+def test_timeline_shows_attempts_by_outcome_and_the_wait(database):
+    job = database.add_job("yolo_detect", "done")
+    attempt(database, job, "yolo_detect", seconds=5, ago=300)
+    attempt(database, job, outcome="retry", error="HTTP 500: no memory", ago=200)
+    other = attempt(database, seconds=50)
+    shown = read(database, job).section("jobs")
+    assert [e.text for e in shown.all("article")[0].all("h3")] == [job]
+    assert other not in shown.text
+    detect, planner, _axis = shown.all("svg", "lane")
+    assert detect.attributes["aria-label"] == "yolo_detect; attempt 1 succeeded, 5.0 s"
+    assert planner.attributes["aria-label"] == (
+        "planner; attempt 2 retry, 1.0 s; waits to be called"
+    )
+    assert [rect.attributes["class"] for rect in planner.all("rect")] == ["retry"]
+    assert planner.one("title").text.endswith("attempt 2 retry, 1.0 s: HTTP 500: no memory")
+    assert len(planner.all("line", "wait")) == 2
+
+
+def test_timeline_shows_the_call_under_way(database):
+    job = database.add_job("img_gen", "done")
+    with connected(database) as conn:
+        assert claim(conn).job_id == job
+        [lane, _axis] = read(database, job).section("jobs").all("svg", "lane")
+    assert [rect.attributes["class"] for rect in lane.all("rect")] == ["calling"]
+    assert "waits" not in lane.attributes["aria-label"]
+
+
+def test_slowest_jobs_are_shown_where_none_is_asked_for(database):
+    quick, slow = attempt(database, seconds=1), attempt(database, seconds=9, ago=500)
+    attempt(database, slow, outcome="retry", ago=10)
+    shown = read(database).section("jobs")
+    assert [e.one("h3").text for e in shown.all("article")] == [slow, quick]
+
+
+def test_long_history_is_cut_and_says_so(database):
+    job = attempt(database)
+    database.rows("INSERT INTO stage_attempts SELECT job_id, 2, n, stage, worker, started_at,"
+                  " finished_at, NULL, 'held', NULL FROM stage_attempts,"
+                  " generate_series(1, 500) AS n")  # fmt: skip
+    article = read(database, job).section("jobs").one("article")
+    assert "earlier attempts are not shown" in article.text
+    assert len(article.all("rect")) == 60
