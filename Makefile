@@ -2,10 +2,12 @@
 # Settings come from the environment or .env; further arguments: make test ARGS="-k claim".
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run trigger verify status check test test-faults chaos soak lint format test-image clean
+.PHONY: help demo run trigger verify status check test test-faults chaos soak bench lint format \
+	test-image clean
 
 PYTHON := .venv/bin/python
 READY := .venv/.ready
+BENCH_READY := bench/.venv/.ready
 ARGS ?=
 
 help: ## list these targets
@@ -41,6 +43,9 @@ chaos: $(READY) ## break everything at random for MINUTES= (3), by a plan of SEE
 soak: $(READY) ## see what grows under a steady load of MINUTES= (30); plots to soak.svg
 	@$(PYTHON) -m chaos soak $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
+bench: $(BENCH_READY) ## measure against what people use instead; ARGS=--quick for a look
+	@bench/.venv/bin/python -m bench run $(ARGS)
+
 lint: $(READY) ## check style: Python and Dockerfile
 	@$(PYTHON) -m ruff check
 	@$(PYTHON) -m ruff format --check
@@ -54,7 +59,7 @@ test-image: $(READY) ## build the container image without an engine and try it (
 	@PYTHONPATH=. $(PYTHON) tests/try_image.py
 
 clean: ## remove .venv and caches
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv bench/.venv bench/node_modules .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): requirements.txt requirements-dev.txt
@@ -69,4 +74,16 @@ $(READY): requirements.txt requirements-dev.txt
 	echo "Setting up .venv with $$($$python --version); the first time takes a minute"; \
 	$(PYTHON) -m pip --version > /dev/null 2>&1 || $$python -m venv --clear .venv
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(BENCH_READY): $(READY) bench/requirements.txt bench/package.json
+	@echo 'Setting up bench/.venv; the first time takes a minute'
+	@$(PYTHON) -m venv bench/.venv
+	@bench/.venv/bin/python -m pip install --quiet --disable-pip-version-check -r bench/requirements.txt
+	@if command -v node > /dev/null && command -v npm > /dev/null; then \
+		npm install --prefix bench --no-package-lock --no-audit --no-fund --silent \
+			|| echo 'npm could not install graphile-worker: it is left out.'; \
+	else \
+		echo 'No node and npm on this machine: graphile-worker is left out.'; \
+	fi
 	@touch $@

@@ -14,26 +14,10 @@ import psycopg2.extensions
 
 import config
 import db
+from bench.pipeline import NOTIFY_ONLY
 from demo.database import EmbeddedDatabase
 from ops.install import apply
 from ops.table import table
-
-NOTIFY_ONLY = """
-CREATE FUNCTION notify_only() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-    IF (OLD.current_step IS DISTINCT FROM NEW.current_step
-       OR OLD.status IS DISTINCT FROM NEW.status) THEN
-        PERFORM pg_notify('job_state_changed', json_build_object(
-            'job_id', NEW.job_id, 'current_step', NEW.current_step,
-            'status', NEW.status, 'tenant_id', NEW.tenant_id)::text);
-    END IF;
-    RETURN NEW;
-END $$;
-CREATE TRIGGER notify_only AFTER UPDATE ON jobs FOR EACH ROW
-    WHEN (OLD.current_step IS DISTINCT FROM NEW.current_step
-       OR OLD.status IS DISTINCT FROM NEW.status)
-    EXECUTE FUNCTION notify_only();
-"""
 
 ADD_JOBS = """
 INSERT INTO jobs (tenant_id, current_step, status)

@@ -1,0 +1,155 @@
+"""Measure the listener side by side with what people use instead: python -m bench run"""
+
+import importlib
+import json
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+
+from bench import machine
+from bench.ceiling import ceiling
+from bench.database import Server
+from bench.harness import Bench
+from bench.peers.base import Peer
+from bench.report import OURS, Table, as_json, markdown
+from bench.stage_process import StageProcess
+from bench.workloads.backlog import Backlog
+from bench.workloads.base import Workload
+from bench.workloads.commits import Commits
+from bench.workloads.hop import Chain, Hop
+from bench.workloads.rest import Idle, Memory, Startup
+from bench.workloads.throughput import Burst, Slow
+
+RESULTS = Path(__file__).parent / "results"
+# Module and class; a module whose package is not installed is left out.
+PEERS = [("ours", "Ours"), ("ours", "OursQuiet"), ("references", "Floor"), ("references", "Bare"),
+         ("references", "NoTrigger"), ("references", "FirstDesign"), ("graphile", "Graphile"),
+         ("pgqueuer", "PgQueuer"), ("procrastinate", "Procrastinate")]  # fmt: skip
+WORKLOADS = [Hop, Chain, Burst, Slow, Commits, Startup, Memory, Idle, Backlog]
+
+
+def available_peers() -> tuple[list[Peer], dict[str, str]]:
+    """The peers that can run here, and why the others cannot."""
+    peers, missing = [], {}
+    for module, name in PEERS:
+        try:
+            peer = getattr(importlib.import_module(f"bench.peers.{module}"), name)()
+        except ImportError as error:
+            missing[module] = str(error)
+            continue
+        why = peer.unavailable()
+        if why:
+            missing[peer.name] = why
+        else:
+            peers.append(peer)
+    return peers, missing
+
+
+def measure(bench: Bench, workload: Workload, peers: list[Peer], repetitions: int) -> list[Table]:
+    """Every variant; the peers take turns, so that a busy moment of the machine meets all."""
+    tables = []
+    for variant in workload.variants(bench.quick):
+        table = Table(workload.name, workload.title, variant, workload.metrics)
+        tables.append(table)
+        for repetition in range(min(repetitions, workload.repetitions or repetitions)):
+            for peer in peers:
+                if not workload.applies(peer, variant):
+                    continue
+                began = time.monotonic()
+                try:
+                    numbers = workload.run(bench, peer, variant)
+                except (RuntimeError, TimeoutError) as error:
+                    table.failures[peer.name] = str(error)
+                    numbers = {}
+                table.add(peer.name, peer.kind, numbers)
+                say(workload.name, variant, peer.name, repetition, numbers, began)
+    return tables
+
+
+def say(workload: str, variant: str, peer: str, repetition: int, numbers: dict, began: float):
+    shown = " ".join(f"{name}={value:.2f}" for name, value in numbers.items()) or "FAILED"
+    where = f"{workload} {variant}".strip()
+    took = time.monotonic() - began
+    click.echo(f"{where:20} {peer:19} #{repetition + 1} {shown}  [{took:.0f} s]", err=True)
+
+
+def broken(tables: list[Table]) -> list[str]:
+    """What ours did wrong: a lost or repeated call makes every other figure worthless."""
+    found = []
+    for table in tables:
+        for count in ("lost", "repeated"):
+            if any(table.values.get(OURS, {}).get(count, [])):
+                found.append(f"ours has {count} calls in {table.workload} {table.variant}")
+        if OURS in table.failures:
+            found.append(f"ours failed in {table.workload} {table.variant}")
+    return found
+
+
+@click.group()
+def cli() -> None:
+    """Measure the listener side by side with what people use instead."""
+
+
+@cli.command("list")
+def show() -> None:
+    """What can be measured here, and what not."""
+    peers, missing = available_peers()
+    for workload in WORKLOADS:
+        click.echo(f"workload {workload.name:10} {workload.title}")
+    for peer in peers:
+        click.echo(f"peer     {peer.name}")
+    for name, why in missing.items():
+        click.echo(f"left out {name}: {why}")
+
+
+@cli.command()
+@click.option("--workload", "workloads", multiple=True,
+              type=click.Choice([workload.name for workload in WORKLOADS]))  # fmt: skip
+@click.option("--peer", "only", multiple=True, help="A name of `list`; may be repeated.")
+@click.option("--repetitions", type=click.IntRange(1), help="Default: 3, with --quick 1.")
+@click.option("--quick", is_flag=True, help="A look, in a few minutes: the figures are rough.")
+@click.option("--output", type=click.Path(path_type=Path), help="Without its suffix.")
+def run(workloads, only, repetitions, quick, output) -> None:
+    """Measure and report, to the terminal and to bench/results/.
+
+    Exit codes: 0 done; 1 ours lost or repeated a call; 2 bad input.
+    """
+    peers, missing = available_peers()
+    if unknown := set(only) - {peer.name for peer in peers}:
+        names = ", ".join(peer.name for peer in peers)
+        raise click.UsageError(f"no peer {', '.join(sorted(unknown))} here: there are {names}")
+    peers = [peer for peer in peers if not only or peer.name in only]
+    chosen = [w() for w in WORKLOADS if w.name in workloads]
+    chosen = chosen or [w() for w in WORKLOADS if w.quick or not quick]
+    facts = {"Machine": machine.machine()}
+    tables, notes = [], [f"left out: {name}: {why}" for name, why in missing.items()]
+    with ExitStack() as stack:
+        server, stages = stack.enter_context(Server()), stack.enter_context(StageProcess())
+        bench = Bench(server, stages, quick)
+        facts["PostgreSQL"] = machine.server(server.conn)
+        facts["Ceiling"] = ceiling(bench)
+        for workload in chosen:
+            tables += measure(bench, workload, peers, repetitions or (1 if quick else 3))
+            notes += workload.notes()
+    write(tables, facts, notes, output)
+    problems = broken(tables)
+    for problem in problems:
+        click.echo(f"PROBLEM: {problem}", err=True)
+    sys.exit(1 if problems else 0)
+
+
+def write(tables: list[Table], facts: dict, notes: list[str], output: Path | None) -> None:
+    output = output or RESULTS / time.strftime("%Y-%m-%d-%H%M%S")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    report = markdown(tables, facts, notes)
+    output.with_suffix(".md").write_text(report)
+    output.with_suffix(".json").write_text(json.dumps(as_json(tables, facts, notes), indent=1))
+    click.echo(report)
+    click.echo(f"written: {output}.md, {output}.json", err=True)
+
+
+if __name__ == "__main__":
+    cli()

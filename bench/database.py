@@ -1,0 +1,116 @@
+"""The server that all peers share, and a fresh database on it for every run.
+
+With DB_HOST set (and DB_PORT, DB_USER, DB_PASSWORD) that server, else an embedded one with the
+settings PostgreSQL comes with: every commit of every peer waits for the disk.
+"""
+
+import itertools
+import os
+from urllib.parse import quote
+
+import psycopg2
+
+from bench.pipeline import JOBS
+from bench.processes import tree_seconds
+from demo.database import EmbeddedDatabase
+
+OPTIONS = {"max_connections": 300, "fsync": "on", "synchronous_commit": "on"}
+
+CONNECTED = """
+SELECT count(*) FROM pg_stat_activity
+WHERE datname = %s AND backend_type = 'client backend' AND application_name <> 'bench'
+"""
+TRANSACTIONS = "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = %s"
+
+ADD_JOBS = """
+INSERT INTO jobs (tenant_id, current_step, status)
+SELECT 'bench', %s, 'running' FROM generate_series(1, %s)
+RETURNING job_id::text
+"""
+
+
+class Server:
+    """A context manager. embedded: the EmbeddedDatabase; None where DB_HOST says where it is."""
+
+    def __enter__(self) -> "Server":
+        self.embedded = None
+        if os.environ.get("DB_HOST"):
+            names = {"DB_HOST": "", "DB_PORT": "5432", "DB_USER": "postgres", "DB_PASSWORD": ""}
+            self.settings = {name: os.environ.get(name, value) for name, value in names.items()}
+        else:
+            self.embedded = EmbeddedDatabase(options=OPTIONS).start()
+            self.settings = self.embedded.settings()
+        self.numbers = itertools.count(1)
+        self.conn = self.connect(os.environ.get("DB_NAME") or "postgres")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.conn.close()
+        if self.embedded:
+            self.embedded.close()
+
+    def dsn(self, name: str) -> str:
+        user = quote(self.settings["DB_USER"], safe="")
+        if self.settings["DB_PASSWORD"]:
+            user += ":" + quote(self.settings["DB_PASSWORD"], safe="")
+        host, port = self.settings["DB_HOST"], self.settings["DB_PORT"]
+        return f"postgresql://{user}@{host}:{port}/{name}"
+
+    def connect(self, name: str):
+        conn = psycopg2.connect(self.dsn(name), application_name="bench")
+        conn.autocommit = True
+        return conn
+
+    def cpu(self) -> float:
+        """Seconds of CPU time that its processes have used; 0 where it is not ours to look at."""
+        return tree_seconds(self.embedded.pid) if self.embedded else 0.0
+
+    def value(self, sql: str, *params):
+        cursor = self.conn.cursor()
+        cursor.execute(sql, params)
+        return cursor.fetchone()[0]
+
+
+class Database:
+    """A database of its own, with `jobs` and nothing else; dropped at the end."""
+
+    def __init__(self, server: Server):
+        self.server, self.name = server, f"bench_{os.getpid()}_{next(server.numbers)}"
+        self.dsn = server.dsn(self.name)
+
+    def __enter__(self) -> "Database":
+        self.server.conn.cursor().execute(f"CREATE DATABASE {self.name}")
+        self.conn = self.server.connect(self.name)
+        self.execute(JOBS)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.conn.close()
+        self.server.conn.cursor().execute(f"DROP DATABASE {self.name} WITH (FORCE)")
+
+    def environ(self) -> dict[str, str]:
+        """What points our listener here."""
+        return self.server.settings | {"DB_NAME": self.name, "DATABASE_URL": ""}
+
+    def connect(self):
+        return self.server.connect(self.name)
+
+    def execute(self, sql: str, *params) -> list[tuple]:
+        cursor = self.conn.cursor()
+        cursor.execute(sql, params or None)
+        return cursor.fetchall() if cursor.description else []
+
+    def add_jobs(self, count: int, step: str = "img_gen") -> list[str]:
+        """Ids of new jobs in (step, running): they owe nothing yet."""
+        return [job for (job,) in self.execute(ADD_JOBS, step, count)]
+
+    def checkpoint(self) -> None:
+        """So that no run pays for what another has left."""
+        self.server.conn.cursor().execute("CHECKPOINT")
+
+    def transactions(self) -> int:
+        return self.server.value(TRANSACTIONS, self.name)
+
+    def connected(self) -> int:
+        """Connections of others than the benchmark itself."""
+        return self.server.value(CONNECTED, self.name)

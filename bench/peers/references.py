@@ -1,0 +1,58 @@
+"""Those that keep no books: what they cost is the least it can cost."""
+
+from pathlib import Path
+
+from bench.database import Database
+from bench.peers.base import Peer, Shape
+from bench.pipeline import NOTIFY_ONLY
+
+
+class Floor(Peer):
+    """A bare select() loop that POSTs with `requests`."""
+
+    name = "floor"
+    worker = "floor"
+    kind = "reference"
+    keeps_debts = False
+    best = (Shape(1), Shape(2), Shape(4))
+
+    def shape(self, in_flight: int) -> Shape:
+        return Shape(in_flight, 1)
+
+    def install(self, database: Database) -> None:
+        database.execute(NOTIFY_ONLY)
+
+
+class Bare(Floor):
+    """The same with http.client."""
+
+    name = "floor, http.client"
+
+    def environ(self, database: Database, api: str, directory: Path) -> dict[str, str]:
+        return {"BENCH_HTTP": "bare"}
+
+
+class NoTrigger(Floor):
+    """What the application pays without any of them."""
+
+    name = "no trigger"
+    calls = False
+
+    def install(self, database: Database) -> None:
+        pass
+
+
+class FirstDesign(Peer):
+    """The guide's, with asyncpg and httpx."""
+
+    name = "first design"
+    worker = "first_design"
+    keeps_debts = False
+    best = (Shape(1),)
+
+    def shape(self, in_flight: int) -> Shape:
+        """It has no limit: every notification is a task. More processes repeat each call."""
+        return Shape(in_flight, 1)
+
+    def install(self, database: Database) -> None:
+        database.execute(NOTIFY_ONLY)

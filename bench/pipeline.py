@@ -1,0 +1,66 @@
+"""What every program in the benchmark works on: the table, the five stages, one trigger for all
+that keep a queue. Imports nothing, as the memory of whoever imports it is measured.
+"""
+
+# state: the path of the stage that it owes
+ROUTES = {
+    ("img_gen", "done"): "/api/yh/llava/stage1/validate",
+    ("vlm_analyze", "done"): "/api/yh/yolo/detect",
+    ("yolo_detect", "done"): "/api/yh/planner",
+    ("planner", "done"): "/api/yh/overlay",
+    ("overlay", "done"): "/api/yh/llava/stage2/judge",
+}
+STEPS = [step for step, _ in ROUTES]  # each is done before its stage is called
+STAGES = [*STEPS[1:], "vlm_judge"]
+
+JOBS = """
+CREATE TABLE jobs (
+    job_id       uuid PRIMARY KEY DEFAULT gen_random_uuid(),
+    tenant_id    text,
+    current_step text,
+    status       text,
+    created_at   timestamptz NOT NULL DEFAULT now(),
+    updated_at   timestamptz NOT NULL DEFAULT now()
+)
+"""
+
+# The guide's trigger: nothing but NOTIFY.
+NOTIFY_ONLY = """
+CREATE FUNCTION notify_only() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF (OLD.current_step IS DISTINCT FROM NEW.current_step
+       OR OLD.status IS DISTINCT FROM NEW.status) THEN
+        PERFORM pg_notify('job_state_changed', json_build_object(
+            'job_id', NEW.job_id, 'current_step', NEW.current_step,
+            'status', NEW.status, 'tenant_id', NEW.tenant_id)::text);
+    END IF;
+    RETURN NEW;
+END $$;
+CREATE TRIGGER notify_only AFTER UPDATE ON jobs FOR EACH ROW
+    WHEN (OLD.current_step IS DISTINCT FROM NEW.current_step
+       OR OLD.status IS DISTINCT FROM NEW.status)
+    EXECUTE FUNCTION notify_only();
+"""
+
+_ENQUEUE = """
+CREATE FUNCTION enqueue_call() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    {statement}
+    RETURN NULL;
+END $$;
+CREATE TRIGGER enqueue_call AFTER UPDATE ON jobs FOR EACH ROW
+    WHEN (NEW.status = 'done'
+          AND NEW.current_step IN ('img_gen', 'vlm_analyze', 'yolo_detect', 'planner', 'overlay')
+          AND (OLD.current_step IS DISTINCT FROM NEW.current_step
+               OR OLD.status IS DISTINCT FROM NEW.status))
+    EXECUTE FUNCTION enqueue_call();
+"""
+
+# A queue's trigger runs only where a call is owed, and hands over what the call needs.
+CALL = """json_build_object('job_id', NEW.job_id, 'tenant_id', NEW.tenant_id,
+                             'current_step', NEW.current_step, 'status', NEW.status)"""
+
+
+def enqueueing_trigger(statement: str) -> str:
+    """A trigger that runs `statement`, in which CALL is the call's JSON, for each owed call."""
+    return _ENQUEUE.format(statement=statement)

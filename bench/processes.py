@@ -1,0 +1,105 @@
+"""Processes that a peer runs as: started, watched from outside through /proc, and stopped."""
+
+import os
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+STOP_LIMIT = 15  # seconds
+
+
+@dataclass
+class Weight:
+    """Memory of all processes of a peer together, in MiB."""
+
+    rss: float
+    pss: float
+
+
+class Processes:
+    """The processes of one peer; a context manager that leaves none of them behind."""
+
+    def __init__(self, commands: list[list[str]], environ: dict[str, str], directory: Path):
+        self.log_path = directory / "log"
+        self.log = self.log_path.open("ab")
+        self.started = time.monotonic()
+        self.processes = [
+            subprocess.Popen(
+                command, env=os.environ | environ | {"BENCH_NUMBER": str(number)}, cwd=directory,
+                stdout=self.log, stderr=self.log, start_new_session=True,
+            )
+            for number, command in enumerate(commands)
+        ]  # fmt: skip
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.terminate()
+        deadline = time.monotonic() + STOP_LIMIT
+        for process in self.processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        self.log.close()
+
+    def check(self) -> None:
+        """Raises RuntimeError with the end of the log where a process has ended."""
+        ended = [process.returncode for process in self.processes if process.poll() is not None]
+        if ended:
+            raise RuntimeError(f"ended with {ended}:\n{self.log_text()[-2000:]}")
+
+    def log_text(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def pids(self) -> list[int]:
+        """Of all processes, children included; not of a parent that only supervises."""
+        return [pid for process in self.processes for pid in descendants(process.pid)]
+
+    def weight(self) -> Weight:
+        rss = pss = 0
+        for pid in self.pids():
+            fields = dict(
+                line.split(":", 1) for line in _read(pid, "smaps_rollup").splitlines()[1:]
+            )
+            rss += int(fields["Rss"].split()[0])
+            pss += int(fields["Pss"].split()[0])
+        return Weight(rss / 1024, pss / 1024)
+
+    def cpu(self) -> float:
+        """Seconds of CPU time used so far."""
+        return sum(tree_seconds(process.pid) for process in self.processes)
+
+
+def descendants(pid: int) -> list[int]:
+    """`pid` and all that it has started."""
+    found = [pid]
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        with suppress(OSError):
+            for child in (task / "children").read_text().split():
+                found += descendants(int(child))
+    return found
+
+
+def cpu_seconds(pid: int) -> float:
+    """To the nanosecond, where /proc/PID/stat counts ticks of 10 ms."""
+    spent = 0
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        with suppress(OSError):
+            spent += int((task / "schedstat").read_text().split()[0])
+    return spent / 1e9
+
+
+def tree_seconds(pid: int) -> float:
+    """CPU time of `pid` and all that it has started and that still runs."""
+    return sum(map(cpu_seconds, descendants(pid)))
+
+
+def _read(pid: int, name: str) -> str:
+    return Path(f"/proc/{pid}/{name}").read_text()

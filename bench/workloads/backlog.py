@@ -1,0 +1,65 @@
+"""Whether a long queue, or dead rows that cannot be removed, make a call slower."""
+
+import contextlib
+
+from bench.harness import Bench
+from bench.peers.base import Peer, Shape
+from bench.stats import Metric
+from bench.workloads.base import Workload
+
+OLD_SNAPSHOT = "old snapshot"
+LIMIT = 300.0  # seconds for a peer to work off its backlog
+BATCH = 10_000
+
+MOVE_BATCH = """
+UPDATE jobs SET status = 'done'
+WHERE job_id IN (SELECT job_id FROM jobs WHERE status = 'running' LIMIT %s)
+"""
+
+
+class Backlog(Workload):
+    """The stage API answers at once and touches no job; what is left is claiming and settling."""
+
+    name = "backlog"
+    title = "Backlog: 100,000 owed calls, one worker, the stage answers at once"
+    quick = False
+    metrics = (
+        Metric("first calls/s", "", better="higher", digits=0),
+        Metric("last calls/s", "", better="higher", digits=0),
+        Metric("last / first", "", better="higher", headline=False),
+        Metric("calls", "", better="higher", digits=0, headline=False),
+        Metric("repeated", "calls", digits=0, headline=False),
+    )
+    repetitions = 1
+
+    def variants(self, quick: bool) -> list[str]:
+        return ["clean", OLD_SNAPSHOT]
+
+    def applies(self, peer: Peer, variant: str) -> bool:
+        return peer.calls and peer.keeps_debts
+
+    def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
+        owed, slice_ = (3_000, 300) if bench.quick else (100_000, 1_000)
+        with bench.installed(peer) as database, contextlib.ExitStack() as stack:
+            database.add_jobs(owed)
+            for left in range(owed, 0, -BATCH):
+                database.execute(MOVE_BATCH, min(left, BATCH))
+            if variant == OLD_SNAPSHOT:
+                holder = stack.enter_context(contextlib.closing(database.connect()))
+                holder.autocommit = False
+                holder.cursor().execute(
+                    "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; SELECT FROM jobs LIMIT 1"
+                )
+            bench.stages.reset("answer")
+            stack.enter_context(bench.started(peer, Shape(), database))
+            bench.finish(peer, owed, LIMIT)
+            record = bench.stages.record()
+        times = sorted(when for when, _, _ in record.arrived)
+        if len(times) < 2 * slice_:
+            raise RuntimeError(f"only {len(times)} calls within {LIMIT:.0f} s")
+        first = slice_ / (times[slice_ + 100] - times[100])  # the first 100 warm it up
+        last = slice_ / (times[-1] - times[-1 - slice_])
+        return {
+            "first calls/s": first, "last calls/s": last, "last / first": last / first,
+            "calls": len(times), "repeated": record.repeated,
+        }  # fmt: skip

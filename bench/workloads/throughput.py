@@ -1,0 +1,82 @@
+"""How many calls a second: of a burst of jobs, and of stages that take their time."""
+
+import time
+
+from bench.harness import MOVE_ALL, Bench
+from bench.peers.base import Peer, Shape
+from bench.pipeline import STAGES
+from bench.stats import Metric
+from bench.workloads.base import Workload
+
+BEST = "best"
+
+
+class Throughput(Workload):
+    """All jobs are moved in one transaction; timed from its commit to the last `done`."""
+
+    metrics = (
+        Metric("calls/s", "", better="higher", digits=0),
+        Metric("CPU", "ms/call"),
+        Metric("server CPU", "ms/call", headline=False),
+        Metric("lost", "calls", digits=0, headline=False),
+        Metric("repeated", "calls", digits=0, headline=False),
+    )
+
+    def measure(self, bench: Bench, peer: Peer, shape: Shape, count: int, delay: float):
+        expected = count * len(STAGES)
+        with bench.running(peer, shape) as (database, processes):
+            database.add_jobs(count)
+            bench.stages.reset("work", delay)
+            cpu, server = processes.cpu(), bench.server.cpu()
+            database.execute(MOVE_ALL)
+            began = time.monotonic()
+            bench.finish(peer, expected)
+            cpu, server = processes.cpu() - cpu, bench.server.cpu() - server
+            record = bench.stages.record()
+            finished = database.execute(
+                "SELECT count(*) FROM jobs WHERE current_step = 'vlm_judge' AND status = 'done'"
+            )[0][0]
+        lost = record.lost(expected)
+        if not lost and finished != count:
+            raise RuntimeError(f"{finished} of {count} jobs are finished, but no call is missing")
+        seconds = max(when for when, _, _ in record.done) - began
+        return {
+            "calls/s": len(record.done) / seconds,
+            "CPU": 1000 * cpu / len(record.arrived),
+            "server CPU": 1000 * server / len(record.arrived),
+            "lost": lost,
+            "repeated": record.repeated,
+        }
+
+
+class Burst(Throughput):
+    name = "burst"
+    title = "Burst: jobs moved all at once, five quick stages each"
+
+    def __init__(self):
+        self.best: dict[str, Shape] = {}
+
+    def variants(self, quick: bool) -> list[str]:
+        return ["1 in flight", "4 in flight"] if quick else ["1 in flight", "4 in flight", BEST]
+
+    def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
+        count = 100 if bench.quick else 1000
+        if variant != BEST:
+            return self.measure(bench, peer, peer.shape(int(variant.split()[0])), count, 0.0)
+        if peer.name not in self.best:
+            tried = {s: self.measure(bench, peer, s, count // 2, 0.0) for s in peer.best}
+            self.best[peer.name] = max(tried, key=lambda shape: tried[shape]["calls/s"])
+        return self.measure(bench, peer, self.best[peer.name], count, 0.0)
+
+    def notes(self) -> list[str]:
+        return [f"best of {name}: {shape}" for name, shape in self.best.items()]
+
+
+class Slow(Throughput):
+    name = "slow"
+    title = "Slow stages: 100 ms each, 16 calls in flight, 160 calls/s at best"
+    quick = False
+
+    def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
+        count = 64 if bench.quick else 320
+        return self.measure(bench, peer, peer.shape(16), count, 0.1)

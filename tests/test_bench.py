@@ -1,0 +1,85 @@
+"""The benchmark's arithmetic and its report; measuring itself is left to `make bench`."""
+
+from bench import pipeline
+from bench.report import Table, as_json, details, grid, markdown, summary_rows
+from bench.stats import Metric, Spread, best, percentile
+from demo.stage_api import STAGES
+
+RATE = Metric("calls/s", "", better="higher", digits=0)
+HOP = Metric("p50", "ms")
+
+
+def table(metric: Metric, **values: list[float]) -> Table:
+    """Of peers by name; `lost_…` is a peer that lost a call."""
+    made = Table("burst", "a title", "1 worker", (metric,))
+    kinds = {"ours": "ours", "floor": "reference"}
+    for name, numbers in values.items():
+        for number in numbers:
+            lost = {"lost": 1.0} if name.startswith("lost") else {}
+            made.add(name, kinds.get(name, "peer"), {metric.name: number} | lost)
+    return made
+
+
+def test_peers_are_measured_on_the_pipeline_of_the_demo():
+    paths = {path: (stage, step) for path, (stage, step) in STAGES.items()}
+    ours = zip(pipeline.ROUTES.items(), pipeline.STAGES, strict=True)
+    assert {path: (stage, state[0]) for (state, path), stage in ours} == paths
+
+
+def test_percentile_is_the_nearest_rank():
+    values = [float(n) for n in range(100, 0, -1)]
+    assert [percentile(values, p) for p in (0, 1, 50, 95, 99, 100)] == [1, 1, 50, 95, 99, 100]
+    assert percentile([3.0], 99) == 3
+
+
+def test_spread_shows_the_range_only_where_there_is_one():
+    assert Spread.of([1234.5]).text(1) == "1,234.5"
+    assert Spread.of([3.0, 1.0, 2.0]).text(0) == "2 (1–3)"
+
+
+def test_best_depends_on_what_is_better():
+    assert best({"a": 1.0, "b": 2.0}, "lower") == "a"
+    assert best({"a": 1.0, "b": 2.0}, "higher") == "b"
+    assert best({}, "lower") is None
+
+
+def test_summary_gives_ours_as_ratio_to_floor_and_best_peer():
+    made = table(RATE, ours=[90.0, 100.0, 110.0], floor=[200.0], slow=[40.0], quick=[80.0])
+    assert summary_rows(made) == [
+        ["burst (1 worker): calls/s ↑", "100", "200", "80 quick", "0.50", "1.25"]
+    ]
+
+
+def test_peer_that_lost_a_call_is_shown_and_not_compared_with():
+    made = table(RATE, ours=[100.0], lost_some=[900.0], other=[50.0])
+    assert summary_rows(made)[0][3:] == ["50 other", "–", "2.00"]
+    assert "| lost_some (lost calls) | 900     |" in details(made)
+
+
+def test_reference_is_not_the_best_peer():
+    made = table(HOP, ours=[3.0], floor=[1.0], other=[2.0])
+    assert summary_rows(made)[0][3:] == ["2.00 other", "3.00", "1.50"]
+
+
+def test_without_ours_there_is_nothing_to_compare():
+    assert summary_rows(table(HOP, other=[2.0])) == []
+
+
+def test_peer_that_failed_is_named_with_the_reason():
+    made = table(HOP, ours=[3.0])
+    made.add("other", "peer", {})
+    made.failures["other"] = "did not\nstart"
+    assert "other: did not start" in details(made)
+    assert summary_rows(made)[0][3] == "–"
+
+
+def test_grid_is_a_markdown_table():
+    assert grid(["", "a"], [["row", "1"]]) == "|     | a |\n|-----|---|\n| row | 1 |"
+
+
+def test_report_has_machine_and_every_value():
+    made, facts = table(HOP, ours=[3.0, 1.0]), {"Machine": {"cores": "2"}}
+    text = markdown([made], facts, ["a note"])
+    assert all(part in text for part in ("- cores: 2", "## burst: a title — 1 worker", "- a note"))
+    kept = as_json([made], facts, [])["results"][0]
+    assert kept["values"] == {"ours": {"p50": [3.0, 1.0]}} and kept["metrics"][0]["unit"] == "ms"
