@@ -8,10 +8,13 @@ from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
+import commands
 import pytest
+from claims import connected
 from click.testing import CliRunner
 
 import listener as program
+from ops.install import apply
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = sorted(program.cli.commands)
@@ -230,11 +233,13 @@ def test_hostile_argument_is_refused_in_one_line(database, run_command, command,
 
 @pytest.mark.parametrize("id_type", ["date", "inet", "varchar(9)"])
 @pytest.mark.parametrize("command", ["job", "call", "retry"])
-def test_id_that_no_job_can_have_is_refused(empty_database, run_command, command, id_type):
+def test_id_that_no_job_can_have_is_refused(empty_database, command, id_type):
     columns = f"job_id {id_type} PRIMARY KEY, tenant_id text, current_step text, status text"
     empty_database.rows(f"CREATE TABLE jobs ({columns})")
-    run_command(empty_database, "install")
-    refused = run_command(empty_database, command, "").refused(1 if "char" in id_type else 2)
+    with connected(empty_database) as conn:
+        apply(conn)
+    done = commands.run_here(empty_database.environ, command, "")
+    refused = done.refused(1 if "char" in id_type else 2)
     assert "there is no job" in refused or "not a job id of this database" in refused
 
 

@@ -5,6 +5,7 @@ import json
 import re
 from contextlib import suppress
 
+import commands
 import psycopg2
 import pytest
 from bell import Bell
@@ -25,13 +26,13 @@ ROLES = {
 
 
 @pytest.fixture
-def role(each_database, make_role):
-    """role("listener"): the name of a role that has exactly these privileges."""
+def grant(make_role):
+    """grant("listener", database): the name of a role that has exactly these privileges there."""
 
-    def make(kind: str) -> str:
-        name = make_role(each_database)
+    def make(kind: str, database) -> str:
+        name = make_role(database)
         for table, privileges in ROLES[kind].items():
-            each_database.rows(f"GRANT {', '.join(privileges)} ON {table} TO {name}")
+            database.rows(f"GRANT {', '.join(privileges)} ON {table} TO {name}")
         return name
 
     return make
@@ -43,8 +44,8 @@ PRIVILEGES = ["SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE", "REFERENCES", 
 
 
 @pytest.mark.parametrize("kind", ROLES)
-def test_role_has_its_privileges_and_no_other(each_database, role, kind):
-    name = role(kind)
+def test_role_has_its_privileges_and_no_other(each_database, grant, kind):
+    name = grant(kind, each_database)
     held = {
         (table, privilege)
         for table, privilege in itertools.product(["jobs", *OURS], PRIVILEGES)
@@ -103,9 +104,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", ROLES)
-def test_role_is_refused_what_is_not_its_business(each_database, role, kind):
+def test_role_is_refused_what_is_not_its_business(each_database, grant, kind):
     job = each_database.add_job()
-    each_database.rows(f"SET ROLE {role(kind)}")
+    each_database.rows(f"SET ROLE {grant(kind, each_database)}")
     allowed = []
     for statement in [*FOR_NOBODY, *REFUSED[kind]]:
         with suppress(psycopg2.errors.InsufficientPrivilege):
@@ -116,20 +117,17 @@ def test_role_is_refused_what_is_not_its_business(each_database, role, kind):
     assert allowed == [] and each_database.owed(job).attempts == 0
 
 
-def test_monitor_may_look_and_no_more(each_database, role, run_command):
-    name = role("monitor")
-    job = each_database.add_job()
-    each_database.rows("UPDATE stage_calls SET due_at = 'infinity'")
-
-    def typed(command: str):
-        return run_command(each_database, *command.split(), DB_USER=name, DB_PASSWORD=name)
+def test_monitor_may_look_and_no_more(database, grant):
+    name, job = grant("monitor", database), database.add_job()
+    database.rows("UPDATE stage_calls SET due_at = 'infinity'")
+    environ = database.environ | {"DB_USER": name, "DB_PASSWORD": name}
 
     for looking in ("status", "status --json", f"job {job}"):
-        assert typed(looking).code == 0
+        assert commands.run_here(environ, *looking.split()).code == 0
     for doing in ("retry --all", f"call {job}", "install", "uninstall --yes"):
-        assert re.search("permission denied|must be owner", typed(doing).refused(1))
-    assert "permission denied" in typed("run --once").lines[-1]
-    assert each_database.owed(job).given_up
+        refused = commands.run_here(environ, *doing.split()).refused(1)
+        assert re.search("permission denied|must be owner", refused)
+    assert database.owed(job).given_up
 
 
 # --- the owner of jobs ---------------------------------------------------------------------
@@ -148,20 +146,21 @@ OWN_CASTS = [("tenant_id", "text"), ("current_step", "text"), ("status", "text")
              ("tenant_id", "json")]  # fmt: skip
 
 
-@pytest.fixture
-def others_jobs(each_server, make_database, make_role):
-    """An empty database in which jobs belongs to `owner`, an ordinary role."""
-    database = make_database(each_server, installed=False)
+def ordinary_owner(database, make_role) -> str:
+    """An ordinary role, to which jobs belongs from now on."""
     owner = make_role(database)
     database.rows(f"GRANT CREATE ON SCHEMA public TO {owner}")
     database.rows("CREATE TABLE jobs (job_id bigint PRIMARY KEY, tenant_id text, current_step text,"
                   f" status text); ALTER TABLE jobs OWNER TO {owner}")  # fmt: skip
-    return database, owner
+    return owner
 
 
 @pytest.mark.parametrize(("column", "into"), OWN_CASTS)
-def test_owner_of_jobs_gets_no_rights_but_their_own(others_jobs, column, into):
-    database, owner = others_jobs
+def test_owner_of_jobs_gets_no_rights_but_their_own(
+    each_server, make_database, make_role, column, into
+):
+    database = make_database(each_server, installed=False)
+    owner = ordinary_owner(database, make_role)
     database.rows(f"SET ROLE {owner};" + OWN_TYPE.format(column=column, into=into))
     with connected(database) as conn:  # a superuser
         apply(conn)
@@ -172,8 +171,8 @@ def test_owner_of_jobs_gets_no_rights_but_their_own(others_jobs, column, into):
     assert database.value("SELECT count(*) FROM stage_calls") == 1
 
 
-def test_rights_that_a_superuser_lent_are_taken_back(others_jobs, run_command):
-    database, owner = others_jobs
+def test_rights_that_a_superuser_lent_are_taken_back(empty_database, make_role):
+    database, owner = empty_database, ordinary_owner(empty_database, make_role)
     with connected(database) as conn:
         apply(conn)
     for made in (*GRANTS, "FUNCTION notify_job_state_change()"):
@@ -181,9 +180,9 @@ def test_rights_that_a_superuser_lent_are_taken_back(others_jobs, run_command):
             kind = "" if made.startswith("FUNCTION") else "TABLE "
             database.rows(f"ALTER {kind}{made} OWNER TO CURRENT_USER")
     problem = "PROBLEM  function notify_job_state_change() lends a superuser's rights"
-    assert problem in run_command(database, "verify").out
-    run_command(database, "install")
-    assert problem not in run_command(database, "verify").out
+    assert problem in commands.run_here(database.environ, "verify").out
+    assert commands.run_here(database.environ, "install").code == 0
+    assert problem not in commands.run_here(database.environ, "verify").out
     of_ours = "SELECT DISTINCT relowner::regrole::text FROM pg_class WHERE relname = ANY (%s)"
     assert [row.relowner for row in database.rows(of_ours, list(GRANTS))] == [owner]
 
@@ -201,8 +200,8 @@ BENT = {
 }  # fmt: skip
 
 
-def test_settings_of_a_session_do_not_bend_the_trigger(each_database, role):
-    each_database.rows(f"SET ROLE {role('application')}")
+def test_settings_of_a_session_do_not_bend_the_trigger(each_database, grant):
+    each_database.rows(f"SET ROLE {grant('application', each_database)}")
     for name, value in BENT.items():
         each_database.rows(f"SET {name} = {value}")
     job = "7f1c6f4e-8f3c-4d53-9b1c-0c2b6b1f2a3d"
