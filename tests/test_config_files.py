@@ -111,7 +111,8 @@ def test_file_that_an_editor_marked_as_utf8_is_read_from_its_first_line(tmp_path
 def test_directory_that_was_removed_has_no_file(tmp_path, program):
     (program / ".env").write_text("DB_HOST=beside")
     gone = "import os; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone'); "
-    assert shown_after(gone, tmp_path, path=program) == "beside 5432 None"
+    (program / "show.py").write_text(gone + SHOW)
+    assert python(program / "show.py", cwd=tmp_path, path=program).stdout == "beside 5432 None\n"
 
 
 def test_directory_that_is_closed_to_us_has_no_file(tmp_path):
