@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import stages
 
-STAGE_TIMEOUT, LEASE_MARGIN = 2.0, 1.5  # seconds, as the listeners are told
+STAGE_TIMEOUT, LEASE_MARGIN = 2.0, 2.5  # seconds, as the listeners are told
 LEASE = STAGE_TIMEOUT + LEASE_MARGIN
 DATABASE_DEADLINE = 10.0  # db.DEADLINE: after that a worker gives a connection up
 
