@@ -44,7 +44,7 @@ class Listener:
         self.log = directory / f"listener-{slot}.log"
         self.asked = False  # sent SIGTERM
         self.ready = False  # a worker has started
-        self.started = 0.0
+        self.started = self.ended = 0.0
         self.names: list[str] = []
         self.listening: list[Listening] = []
         self.bugs: list[str] = []
@@ -130,27 +130,23 @@ class Supervisor:
         while not self.stopping.wait(0.05):
             for listener in self.listeners:
                 listener.dismiss_guardians()
-                if self.note_exit(listener):
-                    threading.Timer(RESTART_DELAY, self.restart, [listener]).start()
+                self.note_exit(listener)
+                if not listener.process and time.time() > listener.ended + RESTART_DELAY:
+                    listener.start()
 
-    def restart(self, listener: Listener) -> None:
-        if not self.stopping.is_set():
-            listener.start()
-
-    def note_exit(self, listener: Listener) -> bool:
+    def note_exit(self, listener: Listener) -> None:
         process = listener.process
         if process is None or process.poll() is None:
-            return False
+            return
         how = {"asked": listener.asked, "ready": listener.ready, "code": process.returncode}
-        how |= {"started": listener.started, "at": time.time()}
+        listener.ended = time.time()
+        how |= {"started": listener.started, "at": listener.ended}
         self.exits.append(Exit(listener.slot, process.pid, **how))
         listener.process = None
-        return True
 
     def stop(self) -> None:
         """Stop all of them as an operator would, and note how they end."""
-        self.stopping.set()
-        self.thread.join()
+        self.end_watch()
         running = [listener for listener in self.listeners if listener.process]
         for listener in running:
             if not listener.asked:  # a second signal would be a kill
@@ -163,7 +159,12 @@ class Supervisor:
                 os.killpg(listener.process.pid, signal.SIGKILL)
                 listener.bugs.append(f"listener {listener.slot} did not stop on SIGTERM")
 
-    def close(self) -> None:
+    def end_watch(self) -> None:
         self.stopping.set()
+        if self.thread.is_alive():
+            self.thread.join()
+
+    def close(self) -> None:
+        self.end_watch()
         for listener in self.listeners:
             listener.end_group()
