@@ -88,7 +88,7 @@ class Turns:
 
     LONGEST_WAIT = 1.0  # seconds: a worker that is stopped in its turn must not stop the others
     # Seconds for which a bell that is heard late may be one that was answered already.
-    GRACE = 0.01
+    GRACE = 0.02
 
     def __init__(self):
         self.file = tempfile.TemporaryFile()  # noqa: SIM115 (open for as long as this process)

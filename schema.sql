@@ -270,9 +270,10 @@ DECLARE
 BEGIN
     FOR made IN
         SELECT c.oid FROM pg_class AS c JOIN pg_roles AS r ON r.oid = c.relowner
-        WHERE owner IS NOT NULL AND r.rolsuper AND c.oid = ANY (ARRAY[
-            to_regclass('pipeline_stages'), to_regclass('stage_calls'),
-            to_regclass('stage_attempts')])
+        WHERE owner IS NOT NULL AND r.rolsuper AND c.oid IN (
+            SELECT to_regclass(name) FROM unnest(ARRAY[
+                'pipeline_stages', 'stage_calls', 'stage_leases', 'stage_slots',
+                'stage_attempts', 'stage_totals', 'stage_totals_mark']) AS name)
     LOOP
         EXECUTE format('ALTER TABLE %s OWNER TO %s', made, owner);
     END LOOP;

@@ -137,6 +137,24 @@ $ddl$, current_schema(), changed);
 END
 $do$;
 
+-- What lends its owner's rights belongs to the owner of the tables, as in schema.sql.
+DO $do$
+DECLARE
+    owner oid := (SELECT relowner FROM pg_class WHERE oid = 'stage_calls'::regclass);
+    made  regclass;
+BEGIN
+    FOR made IN
+        SELECT oid FROM pg_class WHERE relowner <> owner AND oid IN (
+            'pipeline_overview'::regclass, 'stage_latency'::regclass, 'given_up_calls'::regclass)
+    LOOP
+        EXECUTE format('ALTER VIEW %s OWNER TO %s', made, owner::regrole);
+    END LOOP;
+    IF owner <> (SELECT proowner FROM pg_proc WHERE oid = 'stalled_jobs()'::regprocedure) THEN
+        EXECUTE format('ALTER FUNCTION stalled_jobs() OWNER TO %s', owner::regrole);
+    END IF;
+END
+$do$;
+
 REVOKE ALL ON FUNCTION stalled_jobs() FROM PUBLIC;
 
 COMMENT ON FUNCTION stalled_jobs() IS

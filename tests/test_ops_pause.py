@@ -103,7 +103,8 @@ def test_call_under_way_is_finished_and_does_not_touch_the_pause(
         pause(run_command, database, "vlm_analyze")
         opened.set()
         outcome = "held" if answer else "succeeded"
-        database.wait_for("SELECT count(*) = 1 FROM stage_attempts WHERE outcome = %s", outcome)
+        finished = "SELECT count(*) = 1 FROM stage_attempts WHERE stage = 'vlm_analyze'"
+        database.wait_for(f"{finished} AND outcome = %s", outcome)
     wait_for_sweeps(database)
     assert paused(database, "vlm_analyze")
     assert len(api.calls(job, "vlm_analyze")) == 1

@@ -33,6 +33,9 @@ def grant(make_role):
         name = make_role(database)
         for table, privileges in ROLES[kind].items():
             database.rows(f"GRANT {', '.join(privileges)} ON {table} TO {name}")
+        if kind == "monitor":
+            with connected(database) as conn:
+                apply(conn, reader=name)
         return name
 
     return make
@@ -185,6 +188,10 @@ def test_rights_that_a_superuser_lent_are_taken_back(empty_database, make_role):
     assert problem not in commands.run_here(database.environ, "verify").out
     of_ours = "SELECT DISTINCT relowner::regrole::text FROM pg_class WHERE relname = ANY (%s)"
     assert [row.relowner for row in database.rows(of_ours, list(GRANTS))] == [owner]
+    lending = ["pipeline_overview", "stage_latency", "given_up_calls"]
+    assert [row.relowner for row in database.rows(of_ours, lending)] == [owner]
+    of_function = "SELECT proowner::regrole::text FROM pg_proc WHERE proname = 'stalled_jobs'"
+    assert database.value(of_function) == owner
 
 
 # --- a session that its user has bent ------------------------------------------------------

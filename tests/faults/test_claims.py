@@ -9,6 +9,7 @@ from tcp_proxy import TcpProxy
 from waiting import CLAIM, LISTENING, gate, wait_for_call, wait_for_sweeps, wait_until_idle
 
 import db
+import trigger
 from demo.stage_server import Answer
 
 PAY = "EXECUTE pay("
@@ -159,7 +160,10 @@ def pages_read(database, worker, claims: int = 20) -> int:
     return database.value(PAGES) - before
 
 
-def test_d8_claims_under_an_old_snapshot_read_little_more_than_without(database, caller):
+def test_d8_claims_under_an_old_snapshot_read_little_more_than_without(
+    database, caller, monkeypatch
+):
+    monkeypatch.setattr(trigger, "MARKED_FOR", 600.0)  # on a slow machine, too
     worker = caller("http://127.0.0.1:1")
     database.rows(LEFT_BEHIND)
     database.rows("VACUUM stage_calls")
@@ -179,5 +183,5 @@ def test_d9_idle_workers_ask_little_for_one_event(database, proxy, api, listener
     for _ in range(10):
         database.wait_for(SUCCEEDED, database.add_job("overlay", "done"))
         wait_until_idle(tmp_path, workers=8)
-    # One worker needs three: its claim, the settling, and a look for what is due next.
-    assert len(proxy.requests) - before <= 5 * 10
+    # A claim, the look of the one that is woken, the settling; and one that hears it late.
+    assert len(proxy.requests) - before < 8 * 10
