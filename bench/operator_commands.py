@@ -104,7 +104,7 @@ def plans(conn, job_id: str) -> None:
     }
     for what, (sql, given) in statements.items():
         click.echo(f"\n--- {what}")
-        for row in db.execute(conn, "EXPLAIN (ANALYZE, BUFFERS) " + sql, given):
+        for row in db.execute(conn, "EXPLAIN (ANALYZE, BUFFERS, TIMING OFF) " + sql, given):
             click.echo(row[0])
 
 

@@ -12,6 +12,17 @@ UPDATED = "since: jobs.updated_at"
 AGO = "UPDATE jobs SET updated_at = now() - %s::interval WHERE job_id = %s"
 
 
+@pytest.fixture
+def database(shared_database):
+    return shared_database.emptied()
+
+
+@pytest.fixture
+def own_database(server, make_database):
+    """One whose tables a test may alter."""
+    return make_database(server)
+
+
 def listed(run_command, database, *args: str, **settings) -> list[str]:
     """The lines below the heading, without the one that says what the times are."""
     done = run_command(database, "jobs", *args, **settings)
@@ -170,22 +181,22 @@ def test_time_without_a_zone_is_that_of_this_machine(database, run_command):
 
 
 @pytest.mark.parametrize("type_", ["timestamptz", "timestamp"])
-def test_created_at_counts_where_there_is_no_updated_at(database, run_command, type_):
-    database.rows(f"ALTER TABLE jobs DROP updated_at, ALTER created_at TYPE {type_}")
-    new, old = database.add_job("planner"), database.add_job("planner")
-    database.rows("UPDATE jobs SET created_at = now() - interval '3 h' WHERE job_id = %s", old)
-    done = run_command(database, "jobs", "--since", "2h")
+def test_created_at_counts_where_there_is_no_updated_at(own_database, run_command, type_):
+    own_database.rows(f"ALTER TABLE jobs DROP updated_at, ALTER created_at TYPE {type_}")
+    new, old = own_database.add_job("planner"), own_database.add_job("planner")
+    own_database.rows("UPDATE jobs SET created_at = now() - interval '3 h' WHERE job_id = %s", old)
+    done = run_command(own_database, "jobs", "--since", "2h")
     assert [done.lines[1].split()[0], *done.lines[2:]] == [new, "since: jobs.created_at"]
 
 
 @pytest.fixture
-def timeless(database):
+def timeless(own_database):
     """A table jobs that has no time of its own."""
-    database.rows(
+    own_database.rows(
         "ALTER TABLE jobs DROP created_at, DROP updated_at;"
         "ALTER TABLE jobs ADD updated_at text DEFAULT 'never'"
     )
-    return database
+    return own_database
 
 
 def test_own_record_counts_where_jobs_has_no_time(timeless, run_command):

@@ -35,7 +35,7 @@ def test_calls_of_a_paused_stage_pile_up_and_drain_when_it_is_resumed(
     database, api, listener, run_command
 ):
     pause(run_command, database)
-    listener(database, api=api, SWEEP_INTERVAL=1)
+    listener(database, api=api, SWEEP_INTERVAL=0.1)
     jobs = [database.add_job("yolo_detect", "done") for _ in range(3)]
     other = database.add_job("overlay", "done")
     database.wait_for("SELECT status = 'done' FROM jobs WHERE job_id = %s", other)
@@ -58,7 +58,7 @@ def test_pause_outlasts_a_restart_and_an_install(database, api, listener, run_co
     first.wait_for_line(LISTENING)
     assert first.stop() == 0
     assert run_command(database, "install").code == 0
-    listener(database, api=api, SWEEP_INTERVAL=1)
+    listener(database, api=api, SWEEP_INTERVAL=0.1)
     job = database.add_job("yolo_detect", "done")
     wait_for_sweeps(database)
     assert api.requests == [] and paused(database)
@@ -97,14 +97,16 @@ def test_call_under_way_is_finished_and_does_not_touch_the_pause(
     database, api, listener, run_command, answer
 ):
     with gate(api, answer=answer) as opened:
-        listener(database, api=api, SWEEP_INTERVAL=1)
+        listener(database, api=api, SWEEP_INTERVAL=0.1)
         job = database.add_job("img_gen", "done")
         wait_for_call(api, job)
         pause(run_command, database, "vlm_analyze")
         opened.set()
         outcome = "held" if answer else "succeeded"
-        finished = "SELECT count(*) = 1 FROM stage_attempts WHERE stage = 'vlm_analyze'"
-        database.wait_for(f"{finished} AND outcome = %s", outcome)
+        database.wait_for(
+            "SELECT count(*) = 1 FROM stage_attempts WHERE stage = 'vlm_analyze' AND outcome = %s",
+            outcome,
+        )
     wait_for_sweeps(database)
     assert paused(database, "vlm_analyze")
     assert len(api.calls(job, "vlm_analyze")) == 1
@@ -170,7 +172,7 @@ def test_cancelled_job_owes_again_when_its_state_changes(database, run_command):
 
 def test_call_under_way_goes_on_but_is_not_repeated(database, api, listener, run_command):
     with gate(api, answer=Answer(500)) as opened:
-        process = listener(database, api=api, SWEEP_INTERVAL=1)
+        process = listener(database, api=api, SWEEP_INTERVAL=0.1)
         job = database.add_job("img_gen", "done")
         wait_for_call(api, job)
         worker = database.owed(job).worker

@@ -3,12 +3,18 @@
 import json
 import re
 
+import pytest
 from claims import LEASE_OVER, STAGES, claim, connected, result
 
 import calls
 import upkeep
 
 LONG_AGO = "now() - interval '11 minutes'"  # STAGE_TIMEOUT is 10
+
+
+@pytest.fixture
+def database(shared_database):
+    return shared_database.emptied()
 
 
 def stalled(run_command, database, *args: str) -> list[tuple[str, str]]:

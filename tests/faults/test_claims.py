@@ -152,7 +152,7 @@ FROM pg_statio_user_tables WHERE relname = 'stage_calls'
 def pages_read(database, worker, claims: int = 20) -> int:
     """Pages of stage_calls that so many claims look at."""
     flush = "SELECT pg_stat_force_next_flush()"
-    database.rows(flush)
+    db.execute(worker.conn, flush)
     before = database.value(PAGES)
     for _ in range(claims):
         assert worker.claim()
