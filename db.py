@@ -207,6 +207,19 @@ NAME = re.compile(r"/\* (\w+) \*/")
 PLACEHOLDER = re.compile(r"%\((\w+)\)s")
 
 
+def run(conn: Connection, statements: Sequence[str], params: dict[str, Any]):
+    """Run `statements` as one transaction and return the cursor of the last.
+
+    A session prepares each once, as planning a claim costs more than running it. Not behind a
+    pooler, where the next transaction may have another session.
+    """
+    if not conn.prefix:
+        if new := [sql for sql in statements if sql not in conn.prepared]:
+            prepare(conn, new)
+        statements = [conn.prepared[sql] for sql in statements]
+    return execute(conn, ";".join(statements), params)
+
+
 def prepare(conn: Connection, statements: Sequence[str]) -> None:
     """PREPARE `statements`, each under the name in its first comment, in one round trip.
 

@@ -16,11 +16,12 @@ import calls
 import config
 import db
 import logs
+import settling
 import stage_http
 import stages
 import upkeep
 from alerts import Alerts
-from calls import Settlement
+from settling import Settlement
 
 log = logging.getLogger("listener.trigger")
 
@@ -258,7 +259,7 @@ class Trigger:
     def leave(self, conn) -> None:
         """Write the last result; give back what was claimed and not begun."""
         if self.result:
-            self.written(settled=calls.settle(conn, self.result))
+            self.written(settled=settling.settle(conn, self.result))
         self.resume(conn)
 
     def written(self, settled: bool) -> None:
@@ -275,5 +276,5 @@ class Trigger:
     def settle_locked(self, conn) -> None:
         """A stage may answer before it commits; once it has, its call can be settled."""
         if self.locked and time.monotonic() - self.locked_checked >= LOCKED_EVERY:
-            self.locked = [result for result in self.locked if not calls.settle(conn, result)]
+            self.locked = [result for result in self.locked if not settling.settle(conn, result)]
             self.locked_checked = time.monotonic()

@@ -13,6 +13,7 @@ import psycopg2
 import calls
 import config
 import db
+import settling
 from demo.database import EmbeddedDatabase
 from ops.install import apply
 from ops.table import table
@@ -50,7 +51,7 @@ class Worker:
             )
             after = self.stages.index(row.stage) + 1
             self.stages = self.stages[after:] + self.stages[:after]
-            self.settled = calls.Settlement(
+            self.settled = settling.Settlement(
                 row.job_id, row.call_id, row.attempt, row.stage, "bench", row.started_at,
                 outcome="succeeded", http_status=200,
             )  # fmt: skip

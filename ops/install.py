@@ -107,7 +107,8 @@ def difference(conn) -> list[str]:
 # A role may find another table jobs than the one that the triggers are on.
 PLACE = """
 SELECT to_regclass('jobs')::text AS jobs,
-       (SELECT string_agg(name, ', ') FROM unnest(ARRAY['stage_leases', 'stage_slots']) AS name
+       (SELECT string_agg(name, ', ') FROM unnest(ARRAY[
+            'stage_leases', 'stage_slots', 'stage_totals']) AS name
         WHERE to_regclass(name) IS NULL) AS missing,
        (SELECT count(DISTINCT relnamespace) FROM pg_class
         WHERE oid IN (to_regclass('jobs'), to_regclass('stage_calls'),

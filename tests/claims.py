@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import calls
 import db
-from calls import Settlement
+from settling import Settlement
 
 # As if every worker that has a call had been away for longer than its lease.
 LEASE_OVER = "".join(

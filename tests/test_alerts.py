@@ -9,8 +9,8 @@ from claims import claim, connected, result
 from waiting import until
 
 import alerts
-import calls
 import config
+import settling
 import upkeep
 from demo.stage_server import Answer
 
@@ -128,7 +128,7 @@ def accepted(database):
     """A connection, and a job that planner accepted two hours ago and has not moved since."""
     job = database.add_job("yolo_detect")
     with connected(database) as conn:
-        calls.settle(conn, result(claim(conn)))
+        settling.settle(conn, result(claim(conn)))
         database.rows("UPDATE stage_attempts SET finished_at = now() - interval '2 hours'")
         database.rows("UPDATE jobs SET updated_at = now() - interval '2 hours'")
         yield conn, job

@@ -6,8 +6,8 @@ from contextlib import closing
 import pytest
 from claims import LEASE_OVER, claim, connected, held, result
 
-import calls
 import db
+import settling
 import upkeep
 from trigger import Trigger
 
@@ -199,7 +199,7 @@ def test_call_is_taken_over_once_its_lease_has_run_out(database, conn, other):
 
 def test_call_that_was_given_back_is_not_recorded_as_lost(database, conn):
     job = database.add_job()
-    calls.settle(conn, result(claim(conn), "retry", delay=0))
+    settling.settle(conn, result(claim(conn), "retry", delay=0))
     assert claim(conn).attempt == 2
     assert [attempt.outcome for attempt in database.attempts(job)] == ["retry"]
 
@@ -208,7 +208,7 @@ def test_call_that_was_accepted_before_says_so(database, conn, stage):
     database.add_job()
     row = claim(conn)
     stage.cursor().execute("SELECT FROM stage_calls FOR UPDATE")
-    assert not calls.settle(conn, result(row))  # the worker that would try again dies here
+    assert not settling.settle(conn, result(row))  # the worker that would try again dies here
     stage.rollback()
     database.rows(LEASE_OVER)
     again = claim(conn, "second")
@@ -217,8 +217,8 @@ def test_call_that_was_accepted_before_says_so(database, conn, stage):
 
 def test_attempts_that_cost_nothing_are_not_spent(database, conn):
     database.add_job()
-    calls.settle(conn, held(claim(conn)))
-    calls.settle(conn, result(claim(conn, only=database.value("SELECT job_id FROM jobs")),
+    settling.settle(conn, held(claim(conn)))
+    settling.settle(conn, result(claim(conn, only=database.value("SELECT job_id FROM jobs")),
                               "retry", delay=0))  # fmt: skip
     database.rows("UPDATE pipeline_stages SET held_until = now()")
     row = claim(conn)

@@ -6,6 +6,7 @@ import pytest
 from claims import LEASE_OVER, claim, connected, held, result
 
 import calls
+import settling
 import upkeep
 from ops import make_due
 
@@ -46,7 +47,7 @@ def wait_of(database, job) -> float:
 def test_paid_call_is_gone_and_remembered(database, conn, outcome):
     job = database.add_job()
     row = claim(conn)
-    assert calls.settle(conn, result(row, outcome, http_status=202))
+    assert settling.settle(conn, result(row, outcome, http_status=202))
     assert database.owed(job) is None
     (attempt,) = database.attempts(job)
     assert (attempt.outcome, attempt.http_status, attempt.error) == (outcome, 202, None)
@@ -57,7 +58,7 @@ def test_paid_call_is_gone_and_remembered(database, conn, outcome):
 
 def test_retry_is_due_after_its_delay(database, conn):
     job = database.add_job()
-    assert calls.settle(conn, result(claim(conn), "retry", delay=7.5, error="HTTP 500"))
+    assert settling.settle(conn, result(claim(conn), "retry", delay=7.5, error="HTTP 500"))
     call = database.owed(job)
     assert (call.worker, call.started_at, call.last_error) == (None, None, "HTTP 500")
     assert (call.attempts, call.free_attempts) == (1, 0)
@@ -70,7 +71,7 @@ def test_retry_is_due_after_its_delay(database, conn):
 def test_unknown_result_is_not_repeated_before_the_lease_has_run_out(database, conn, delay, wait):
     job = database.add_job()
     row = claim(conn, lease=60)
-    assert calls.settle(conn, result(row, "unknown", delay=delay, after_lease=True))
+    assert settling.settle(conn, result(row, "unknown", delay=delay, after_lease=True))
     since = database.owed(job).due_at - row.started_at
     assert wait <= since.total_seconds() < wait + 60
     assert database.owed(job).worker is None
@@ -78,7 +79,7 @@ def test_unknown_result_is_not_repeated_before_the_lease_has_run_out(database, c
 
 def test_given_up_call_stays_for_ever(database, conn):
     job = database.add_job()
-    assert calls.settle(conn, result(claim(conn), "failed", http_status=400, error="HTTP 400"))
+    assert settling.settle(conn, result(claim(conn), "failed", http_status=400, error="HTTP 400"))
     call = database.owed(job)
     assert (call.given_up, call.last_error) == (True, "HTTP 400")
     assert claim(conn).call_id is None
@@ -86,7 +87,7 @@ def test_given_up_call_stays_for_ever(database, conn):
 
 def test_given_up_call_is_over_when_its_job_moves_on(database, conn):
     job = database.add_job()
-    calls.settle(conn, result(claim(conn), "failed"))
+    settling.settle(conn, result(claim(conn), "failed"))
     database.move(job, "img_gen", "queued")
     assert database.owed(job) is None
 
@@ -95,7 +96,7 @@ def test_retry_by_a_person_starts_afresh(database, conn):
     job = database.add_job()
     for _ in range(3):
         database.rows("UPDATE stage_calls SET due_at = now()")
-        calls.settle(conn, result(claim(conn), "failed"))
+        settling.settle(conn, result(claim(conn), "failed"))
     assert [row.job_id for row in make_due(conn, job)] == [job]
     row = claim(conn)
     assert (row.attempt, row.spent) == (4, 1)
@@ -105,7 +106,7 @@ def test_retry_by_a_person_starts_afresh(database, conn):
 def test_error_of_any_length_is_cut(database, conn):
     job = database.add_job()
     error = "한글'\\ %s\n" * 20_000
-    assert calls.settle(conn, result(claim(conn), "retry", delay=0, error=error))
+    assert settling.settle(conn, result(claim(conn), "retry", delay=0, error=error))
     assert database.owed(job).last_error == error[:2000]
     assert database.attempts(job)[0].error == error[:2000]
 
@@ -152,7 +153,7 @@ def test_worker_that_comes_back_late_leaves_the_call_alone(database, conn, outco
     claim(conn, "second")
     upkeep.reap(conn)
     call = database.owed(job)
-    assert calls.settle(conn, result(late, outcome, "late", **OUTCOMES[outcome]))
+    assert settling.settle(conn, result(late, outcome, "late", **OUTCOMES[outcome]))
     assert database.owed(job) == call
     assert [attempt.outcome for attempt in database.attempts(job)] == ["lost", outcome]
 
@@ -163,8 +164,8 @@ def test_call_that_was_accepted_late_says_so_to_the_next_claim(database, conn):
     database.rows(LEASE_OVER)
     second = claim(conn, "second")
     assert second.accepted is False
-    calls.settle(conn, result(late, "succeeded", "late"))
-    calls.settle(conn, result(second, "retry", "second", delay=0.0))
+    settling.settle(conn, result(late, "succeeded", "late"))
+    settling.settle(conn, result(second, "retry", "second", delay=0.0))
     assert claim(conn).accepted is True
 
 
@@ -174,11 +175,11 @@ def test_result_of_an_earlier_arrival_does_not_settle_the_next(database, conn):
     database.move(job, "img_gen", "queued")
     database.move(job, "img_gen", "done")
     call = database.owed(job)
-    assert calls.settle(conn, result(late, "failed"))
+    assert settling.settle(conn, result(late, "failed"))
     assert database.owed(job) == call
     claim(conn)
     call = database.owed(job)
-    assert calls.settle(conn, result(late))
+    assert settling.settle(conn, result(late))
     assert database.owed(job) == call
 
 
@@ -186,7 +187,7 @@ def test_result_of_another_worker_does_not_settle(database, conn):
     job = database.add_job()
     row = claim(conn, "one")
     call = database.owed(job)
-    assert calls.settle(conn, result(row, worker="another"))
+    assert settling.settle(conn, result(row, worker="another"))
     assert database.owed(job) == call
 
 
@@ -197,9 +198,9 @@ def test_result_of_another_worker_does_not_settle(database, conn):
 def test_settling_twice_is_as_good_as_once(database, conn, outcome):
     job = database.add_job()
     settled = result(claim(conn), outcome, **OUTCOMES[outcome])
-    assert calls.settle(conn, settled)
+    assert settling.settle(conn, settled)
     once = database.owed(job), database.attempts(job)
-    assert calls.settle(conn, settled)
+    assert settling.settle(conn, settled)
     assert claim(conn, stages=["planner"], settled=settled).unsettled is False
     assert (database.owed(job), database.attempts(job)) == once
 
@@ -207,10 +208,10 @@ def test_settling_twice_is_as_good_as_once(database, conn, outcome):
 def test_settling_again_leaves_the_next_attempt_alone(database, conn):
     job = database.add_job()
     settled = result(claim(conn), "retry", delay=0.0)
-    calls.settle(conn, settled)
+    settling.settle(conn, settled)
     claim(conn)
     call = database.owed(job)
-    assert calls.settle(conn, settled)
+    assert settling.settle(conn, settled)
     assert database.owed(job) == call
 
 
@@ -221,11 +222,11 @@ def test_answer_before_the_commit_is_settled_after_it(database, conn, stage):
     job = database.add_job()
     settled = result(claim(conn))
     stage.cursor().execute("UPDATE jobs SET current_step = 'vlm_analyze' WHERE job_id = %s", [job])
-    assert calls.settle(conn, settled) is False
+    assert settling.settle(conn, settled) is False
     assert [attempt.outcome for attempt in database.attempts(job)] == ["succeeded"]
-    assert calls.settle(conn, settled) is False
+    assert settling.settle(conn, settled) is False
     stage.commit()
-    assert calls.settle(conn, settled) is True
+    assert settling.settle(conn, settled) is True
     assert database.owed(job).stage == "yolo_detect"
     assert len(database.attempts(job)) == 1
 
@@ -236,7 +237,7 @@ def test_answer_before_a_rollback_is_settled_after_it(database, conn, stage):
     stage.cursor().execute("UPDATE jobs SET status = 'running' WHERE job_id = %s", [job])
     assert claim(conn, settled=settled).unsettled is True
     stage.rollback()
-    assert calls.settle(conn, settled) is True
+    assert settling.settle(conn, settled) is True
     assert claim(conn).attempt == 2
 
 
@@ -262,7 +263,7 @@ def test_only_own_claims_without_a_result_are_given_back(database, conn):
     assert database.owed(lost.job_id).worker is None
     assert database.owed(kept.job_id).worker == "w"
     assert database.owed(others.job_id).worker == "another"
-    assert calls.settle(conn, result(kept))
+    assert settling.settle(conn, result(kept))
 
 
 def test_giving_back_waits_for_no_row_that_a_stage_holds(database, conn, stage):
@@ -280,5 +281,5 @@ def test_result_of_a_call_given_back_changes_nothing(database, conn):
     settled = held(claim(conn))
     calls.give_back(conn, "w", [])
     call = database.owed(job)
-    assert calls.settle(conn, settled)
+    assert settling.settle(conn, settled)
     assert database.owed(job) == call

@@ -15,9 +15,9 @@ from waiting import LISTENING, until, wait_until_idle
 import db
 import logs
 from demo.stage_api import StageApi
-from listener import Worker
 from ops.install import apply
 from process import Stop
+from worker import Worker
 
 # What a payload can be: no NUL, no surrogates, fewer than 8000 bytes.
 TEXTS = st.text(st.characters(min_codepoint=1, exclude_categories=["Cs"]), max_size=40)

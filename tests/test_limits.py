@@ -9,6 +9,7 @@ from waiting import until
 
 import calls
 import db
+import settling
 import stages
 import upkeep
 from demo.stage_api import StageApi
@@ -62,7 +63,7 @@ def test_known_outcome_frees_the_slot(database, conn, outcome):
     database.add_job()
     row = claim(conn)
     assert database.value(FREE) == 0
-    assert calls.settle(conn, result(row, outcome, delay=3600))
+    assert settling.settle(conn, result(row, outcome, delay=3600))
     assert database.value(FREE) == 1
 
 
@@ -107,7 +108,7 @@ def test_late_result_frees_no_slot_of_another(database, conn, other):
     late = claim(conn, "late")
     database.rows(LEASE_OVER)
     claim(other, "second")
-    calls.settle(conn, result(late, "succeeded", "late"))
+    settling.settle(conn, result(late, "succeeded", "late"))
     assert database.value(FREE) == 0
 
 
@@ -166,7 +167,7 @@ def test_lease_outlives_the_debt_until_the_call_is_settled(database, conn):
     database.move(job, "vlm_analyze", "running")
     assert database.owed(job) is None
     assert database.rows(LEASES) == [("vlm_analyze", 1, "w")]
-    calls.settle(conn, result(row))
+    settling.settle(conn, result(row))
     assert database.rows(LEASES) == []
 
 

@@ -7,8 +7,8 @@ import pytest
 from claims import STAGES, claim, connected, result
 from reports import attempt, give_up, read
 
-import calls
 import db
+import settling
 
 NO_WORKER = "No worker is connected, nothing is called: python listener.py"
 
@@ -58,7 +58,7 @@ def test_flow_and_waits_show_where_jobs_are(database):
         for step in ["img_gen"] * 3 + ["overlay", "planner"]:
             database.add_job(step, "done")
         row = claim(conn, stages=["vlm_analyze"])
-        calls.settle(conn, result(row, "retry", delay=600.0))
+        settling.settle(conn, result(row, "retry", delay=600.0))
         claim(conn, stages=["vlm_analyze"])
         row = claim(conn, stages=["vlm_judge"])
         database.move(row.job_id, "vlm_judge", "running")  # owes nothing, but is being called

@@ -12,6 +12,7 @@ from claims import LEASE_OVER, claim, connected, held, result
 
 import calls
 import db
+import settling
 import upkeep
 from ops.install import apply, require_installed
 
@@ -214,13 +215,13 @@ GRANTS = {
 def one_of_everything(database, conn) -> None:
     """Every statement of a worker's life, each with a row that it concerns."""
     job = database.add_job()
-    assert calls.settle(conn, held(claim(conn), retry_after=2.5))
+    assert settling.settle(conn, held(claim(conn), retry_after=2.5))
     assert claim(conn).next_due > 0
     database.rows("UPDATE pipeline_stages SET held_until = now()")
     row = claim(conn, lease=30.5)
-    assert calls.settle(conn, held(row))
+    assert settling.settle(conn, held(row))
     database.rows("UPDATE pipeline_stages SET held_until = now()")
-    assert calls.settle(conn, result(claim(conn), "retry", delay=0.5, error="HTTP 500"))
+    assert settling.settle(conn, result(claim(conn), "retry", delay=0.5, error="HTTP 500"))
     database.rows("INSERT INTO stage_slots VALUES ('vlm_analyze', 1)")
     assert claim(conn, only=job).limited
     database.rows(LEASE_OVER)

@@ -6,7 +6,7 @@ import re
 import pytest
 from claims import LEASE_OVER, STAGES, claim, connected, result
 
-import calls
+import settling
 import upkeep
 
 LONG_AGO = "now() - interval '11 minutes'"  # STAGE_TIMEOUT is 10
@@ -30,7 +30,7 @@ def stalled(run_command, database, *args: str) -> list[tuple[str, str]]:
 def test_job_accepted_but_not_moved_on_is_stalled_after_the_timeout(database, run_command):
     job = database.add_job("planner", "done")
     with connected(database) as conn:
-        assert calls.settle(conn, result(claim(conn)))
+        assert settling.settle(conn, result(claim(conn)))
     assert stalled(run_command, database) == []
     database.rows(f"UPDATE jobs SET updated_at = {LONG_AGO}")
     assert stalled(run_command, database) == []

@@ -1,0 +1,244 @@
+"""A worker: it connects, works until the database is lost, waits, and connects again. Working is
+draining what is due, then waiting for a notification, a signal or the clock.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import random
+import secrets
+import socket
+import time
+from types import SimpleNamespace
+
+import psycopg2
+
+import db
+import logs
+import ops
+import stages
+import upkeep
+from heartbeat import Heartbeat
+from process import Stop, Turns
+from trigger import Trigger
+
+log = logging.getLogger("listener")
+
+UPKEEP_INTERVAL = 60.0
+STALLED_INTERVAL = 300.0
+# For so long after a lost connection, a statement sent on it may still take effect.
+DOUBTFUL = 600.0
+# What a heartbeat allows on top of what it announces: a few database deadlines, slow DNS.
+HEARTBEAT_MARGIN = 60.0
+
+
+class Worker:
+    """One process, one thread, one connection that both listens and queries."""
+
+    def __init__(
+        self,
+        settings: SimpleNamespace,
+        stop: Stop,
+        only: list[str],
+        once: bool = False,
+        turns: Turns | None = None,
+    ):
+        self.settings = settings
+        self.stop = stop
+        self.once = once
+        self.turns = turns
+        self.look_at = 0.0  # time.monotonic() of the next look, should nothing call for one
+        self.name = worker_name()
+        self.trigger = Trigger(settings, self.name, only)
+        self.heartbeat = Heartbeat(settings.HEARTBEAT_DIR, self.name)
+        self.checked = False  # whether the database knows this PIPELINE
+        self.hears = True
+        self.listens_lost = 0  # connections that ended with their LISTEN, one after the other
+        self.next_upkeep = self.next_stalled = time.monotonic()
+        self.doubtful_until = 0.0
+        self.reason, self.repeats = "", 0
+        db.stop = stop
+
+    # --- connect, work, and once more ---
+
+    def serve(self) -> None:
+        """Work until told to stop; a result that is not written yet outlasts even that.
+
+        Raises:
+            ops.Problem: the database does not know this PIPELINE.
+            psycopg2.Error: with `once`, which does not wait for better times.
+        """
+        log.info(
+            "Job State Listener 시작: worker=%s stages=%s", self.name, list(self.trigger.leases)
+        )
+        try:
+            while not self.stop.requested or self.trigger.result:
+                try:
+                    with contextlib.closing(self.connect()) as conn:
+                        self.work(conn)
+                        break
+                except Exception as error:
+                    hopeless = isinstance(error, ops.Problem) or self.once
+                    if hopeless and not self.trigger.result:
+                        raise
+                    self.wait_to_reconnect(error)
+        finally:
+            self.trigger.alerts.close()
+            self.heartbeat.close()
+        log.info("Job State Listener 중지됨: worker=%s", self.name)
+
+    def connect(self) -> db.Connection:
+        """LISTEN comes before the first look for due calls, so that nothing falls between."""
+        self.heartbeat.beat("connecting to the database", HEARTBEAT_MARGIN)
+        conn = db.connect(self.settings, db.WORKER_APPLICATION + self.name, pinned=True)
+        info = conn.info
+        log.info("PostgreSQL 연결 성공: %s:%s/%s", info.host, info.port, info.dbname)
+        if not self.checked:
+            ops.require_installed(conn)
+            upkeep.tell_timeouts(conn, stages.timeouts(self.settings))
+            self.checked = True
+        self.listen(conn)
+        self.trigger.resume(conn)
+        return conn
+
+    def listen(self, conn: db.Connection) -> None:
+        """LISTEN; where nothing would be heard, say so once and look every POLL_INTERVAL instead.
+
+        A queue that cannot be read makes LISTEN fail (58P01), or end the session (seen on 15
+        and 18): after two such ends a connection does without.
+        """
+        hears, why = False, "트랜잭션 풀러?"
+        if self.listens_lost < 2:
+            self.listens_lost += 1
+            try:
+                hears = db.listen(conn, self.settings)
+            except db.CONNECTION_LOST:
+                raise
+            except psycopg2.Error as error:
+                why = " ".join(str(error).split())
+            self.listens_lost = 0
+        else:
+            self.listens_lost, why = 1, "LISTEN이 연결을 끊음"
+        if hears and ops.is_silent(conn):
+            hears, why = False, "install --no-notify"
+        if hears:
+            log.info("LISTEN '%s' 시작", db.CHANNEL)
+        elif self.hears:
+            seconds = self.settings.POLL_INTERVAL
+            log.warning("알림이 전달되지 않음 (%s): LISTEN 대신 %g초마다 확인", why, seconds)
+        self.hears = hears
+
+    def wait_to_reconnect(self, error: Exception) -> None:
+        """Say what happened, each reason once and then only counted, and sleep."""
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        delay = self.settings.JOB_STATE_LISTENER_RECONNECT_DELAY * random.uniform(0.5, 1.0)
+        if reason != self.reason:
+            bug = error if not isinstance(error, psycopg2.Error) else None
+            log.error("리스너 오류 발생: %s", reason, exc_info=bug)
+            self.reason, self.repeats = reason, 0
+        self.repeats += 1
+        if self.repeats & (self.repeats - 1) == 0:
+            log.warning("재연결 시도: %.1f초 후 (%d번째)", delay, self.repeats)
+        self.heartbeat.beat(f"database away: {reason}", delay + HEARTBEAT_MARGIN)
+        self.doubtful_until = time.monotonic() + DOUBTFUL
+        if self.stop.requested and self.trigger.result:
+            time.sleep(delay)  # only to write a result: a second signal leaves at once
+        else:
+            self.stop.wait(delay)
+
+    def work(self, conn: db.Connection) -> None:
+        """Drain and wait, in turn, until told to stop."""
+        while not self.stop.requested:
+            if self.turns is None or self.turns.begin():
+                self.drain(conn)
+            self.look_at = time.monotonic() + self.settings.SWEEP_INTERVAL
+            self.reason, self.repeats = "", 0
+            if self.once:
+                break
+            while not (self.stop.requested or self.wait(conn)):
+                pass
+        self.trigger.leave(conn)
+
+    def drain(self, conn: db.Connection) -> None:
+        """Run every due call, one after the other."""
+        while not self.stop.requested:
+            self.upkeep(conn)
+            postponed = self.trigger.result is not None and self.trigger.result.delay is not None
+            call = self.trigger.next(conn)
+            if self.turns:
+                # There may be more due, or a time at which a postponed call will be.
+                self.turns.done(wake=call is not None and (self.turns.looking or postponed))
+            if call is None or self.stop.requested:
+                return
+            lease = self.trigger.leases[call.stage]
+            self.heartbeat.beat(f"calling {call.stage} for job {call.job_id}", lease)
+            self.trigger.run(call)
+            self.hear(conn)
+
+    def wait(self, conn: db.Connection) -> bool:
+        """Sleep until a notification, a signal, the next due call, or the sweep.
+
+        Returns whether to look for due calls: another worker may have been meant.
+        """
+        until = min(self.look_at, self.next_upkeep, self.trigger.next_look)
+        if not self.hears:
+            until = min(until, time.monotonic() + self.settings.POLL_INTERVAL)
+        if self.trigger.locked or self.trigger.alerts.look():
+            until = min(until, time.monotonic() + 1.0)
+        if time.monotonic() < self.doubtful_until:
+            self.trigger.resume(conn)
+        seconds = max(0.0, until - time.monotonic())
+        self.heartbeat.beat("waiting for a job to change", seconds + HEARTBEAT_MARGIN)
+        # A statement may already have read the notification from the socket.
+        if self.hear(conn):
+            return True
+        self.stop.wait(seconds, conn, *([self.turns] if self.turns else []))
+        heard, woken = self.hear(conn), self.turns is not None and self.turns.is_woken()
+        return bool(heard) or woken or time.monotonic() >= until
+
+    def hear(self, conn: db.Connection) -> int:
+        """Log what the bell said. It only means "look now": nothing depends on its words."""
+        notifications = db.hear(conn)
+        for notification in notifications:
+            if notification.channel == db.CHANNEL:
+                log_change(notification.payload)
+            elif notification.payload:  # what an operator did, in words
+                log.warning("운영자: %.500s", notification.payload)
+        return len(notifications)
+
+    def upkeep(self, conn: db.Connection) -> None:
+        """What any worker does for all, between two calls; history goes a batch at a time."""
+        if time.monotonic() < self.next_upkeep:
+            return
+        upkeep.reap(conn)
+        upkeep.forget_deleted(conn, self.trigger.leases, self.name)
+        more = upkeep.keep_history(conn, self.settings.HISTORY_DAYS)
+        self.next_upkeep = time.monotonic() + (0.0 if more else UPKEEP_INTERVAL)
+        if self.settings.ALERT_COMMAND and time.monotonic() >= self.next_stalled:
+            self.next_stalled = time.monotonic() + STALLED_INTERVAL
+            for row in upkeep.newly_stalled(conn):
+                log.error("정체된 단계: stage=%s jobs=%d", row.stage, row.jobs)
+                text = f"{row.jobs} jobs are stalled at {row.stage}: {row.reason}"
+                self.trigger.alerts.send("stalled", text, **row._asdict())
+
+
+def log_change(payload: str) -> None:
+    """One line for a job's change of state; INFO where a stage follows."""
+    try:
+        said = json.loads(payload)
+        job, state = said["job_id"], (said["current_step"], said["status"])
+        level = logging.INFO if state in stages.PIPELINE else logging.DEBUG
+        log.log(
+            level,
+            "[LISTENER] Job 상태 변화 감지: job=%s current_step=%s status=%s",
+            *(job, *state),
+            extra=logs.about(job=job, current_step=state[0], status=state[1]),
+        )
+    except (ValueError, TypeError, KeyError, RecursionError):
+        log.warning("알 수 없는 알림 무시: %.200s", payload)
+
+
+def worker_name() -> str:
+    """Unique even where a restarted container has the same host name and pid."""
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
