@@ -107,7 +107,7 @@ def too_early(call: Call) -> Iterator[str]:
     """An attempt that nobody knows the end of is followed by another only after its lease."""
     for first, second in pairwise(sorted(call.tries.values(), key=lambda one: one.number)):
         known = first.outcomes_by(second.claim.at)
-        unsure = "failed" in known and first.http is None and not broke(first)
+        unsure = "failed" in known and first.http is None and first.posts and not broke(first)
         under_way = bool(first.posts) and not known
         early = first.leased_until - second.claim.at
         if early > 0 and (known & {"unknown", "lost"} or unsure or under_way):

@@ -413,6 +413,14 @@ def test_operator_may_not_repeat_a_call_before_its_lease_ran_out(script):
     assert kinds(script) == {EARLY, OVERLAP}
 
 
+def test_call_given_up_without_being_sent_may_be_retried_at_once(script):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.row(1.1, "failed", error="the worker was lost during every attempt")
+    script.called(1.2, attempt=2)
+    assert kinds(script) == set()
+
+
 # --- at once, and too late -----------------------------------------------------------------
 
 
