@@ -49,8 +49,9 @@ FUNCTION = """
 SELECT p.prosecdef AS definer,
        p.proconfig::text LIKE '%%search_path=pg_catalog%%' AS pinned,
        strpos(p.prosrc, format('%%I.stage_calls', n.nspname)) > 0 AS here,
-       (SELECT rolsuper FROM pg_roles WHERE oid = p.proowner)
-           AND NOT (SELECT rolsuper FROM pg_roles WHERE oid = c.relowner) AS lent
+       NOT (SELECT rolsuper FROM pg_roles WHERE oid = c.relowner) AND (
+           SELECT bool_or(r.rolsuper) FROM pg_proc AS f JOIN pg_roles AS r ON r.oid = f.proowner
+           WHERE f.oid IN (p.oid, to_regprocedure('stalled_jobs()'))) AS lent
 FROM pg_proc AS p, pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
 WHERE p.oid = to_regprocedure('notify_job_state_change()') AND c.oid = to_regclass('jobs')
 """
@@ -135,7 +136,7 @@ def check_function(conn, settings) -> str:
         raise Bad("function notify_job_state_change() is not the listener's", INSTALL)
     if row.lent:
         raise Bad(
-            "function notify_job_state_change() lends a superuser's rights to the owner of jobs",
+            "our functions lend a superuser's rights to the owner of jobs",
             f"{INSTALL}, as a superuser once more",
         )
     return "function notify_job_state_change()"

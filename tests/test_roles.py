@@ -168,30 +168,33 @@ def test_owner_of_jobs_gets_no_rights_but_their_own(
     with connected(database) as conn:  # a superuser
         apply(conn)
     database.rows("INSERT INTO jobs VALUES ('7', '7', 'img_gen', 'done')")
-    seen = {row.rights for row in database.rows("SELECT rights FROM seen")}
-    assert seen == {owner}
     database.rows("RESET ROLE")
-    assert database.value("SELECT count(*) FROM stage_calls") == 1
+    assert database.value("DELETE FROM stage_calls RETURNING 1") == 1
+    assert len(database.rows("SELECT * FROM stalled_jobs()")) == 1
+    assert {row.rights for row in database.rows("SELECT rights FROM seen")} == {owner}
+
+
+LENDING = ["FUNCTION notify_job_state_change()", "FUNCTION stalled_jobs()"]
+# Of all that is in the schema, so also of what install will come to make.
+OWNERS = """
+SELECT relowner::regrole::text AS owner FROM pg_class
+WHERE relnamespace = 'public'::regnamespace
+UNION ALL
+SELECT proowner::regrole::text FROM pg_proc WHERE pronamespace = 'public'::regnamespace
+"""
 
 
 def test_rights_that_a_superuser_lent_are_taken_back(empty_database, make_role):
     database, owner = empty_database, ordinary_owner(empty_database, make_role)
     with connected(database) as conn:
         apply(conn)
-    for made in (*GRANTS, "FUNCTION notify_job_state_change()"):
-        if made != "jobs":
-            kind = "" if made.startswith("FUNCTION") else "TABLE "
-            database.rows(f"ALTER {kind}{made} OWNER TO CURRENT_USER")
-    problem = "PROBLEM  function notify_job_state_change() lends a superuser's rights"
+    for made in [*[f"TABLE {table}" for table in OURS], *LENDING]:
+        database.rows(f"ALTER {made} OWNER TO CURRENT_USER")
+    problem = "PROBLEM  our functions lend a superuser's rights to the owner of jobs"
     assert problem in commands.run_here(database.environ, "verify").out
     assert commands.run_here(database.environ, "install").code == 0
     assert problem not in commands.run_here(database.environ, "verify").out
-    of_ours = "SELECT DISTINCT relowner::regrole::text FROM pg_class WHERE relname = ANY (%s)"
-    assert [row.relowner for row in database.rows(of_ours, list(GRANTS))] == [owner]
-    lending = ["pipeline_overview", "stage_latency", "given_up_calls"]
-    assert [row.relowner for row in database.rows(of_ours, lending)] == [owner]
-    of_function = "SELECT proowner::regrole::text FROM pg_proc WHERE proname = 'stalled_jobs'"
-    assert database.value(of_function) == owner
+    assert {row.owner for row in database.rows(OWNERS)} == {owner}
 
 
 # --- a session that its user has bent ------------------------------------------------------
