@@ -69,7 +69,8 @@ def test_secrets_are_not_in_the_environment_of_the_command(database, api, listen
     file = tmp_path / "environment"
     script = "import os, sys; open(sys.argv[1], 'w').write(repr(dict(os.environ)) + 'END')"
     api.on("planner", lambda _: Answer(400))
-    listener(database, api=api, ALERT_COMMAND=python(script, file), STAGE_API_TOKEN="hunter2")
+    listener(database, api=api, ALERT_COMMAND=python(script, file),
+             STAGE_API_URL_OVERLAY="http://u:hunter2@localhost")  # fmt: skip
     database.add_job("yolo_detect")
     until(lambda: file.exists() and file.read_text().endswith("END"), "the command to run")
     assert "HEARTBEAT_DIR" in file.read_text()
