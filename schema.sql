@@ -203,54 +203,67 @@ SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off
 AS $body$
 DECLARE
-    payload text;
+    route   text;
     owed    boolean := false;
-    longest constant integer := 1900;  -- bytes a value may take: four make 7,999
+    payload text;
 BEGIN
     IF to_regclass(%2$L) IS NULL OR to_regclass(%3$L) IS NULL THEN
         RAISE WARNING 'Job State Listener: its tables are missing, so no call is recorded'
             USING HINT = 'Run: python listener.py install';
     ELSE
-        -- An open call is replaced, but not one of the same state that is under way: a row
-        -- that moves between partitions arrives again without having left.
-        INSERT INTO %1$I.stage_calls AS c (job_id, tenant_id, current_step, status, stage)
-        SELECT NEW.job_id, NEW.tenant_id::text, p.current_step, p.status, p.stage
-        FROM %1$I.pipeline_stages AS p
-        WHERE p.current_step = NEW.current_step::text AND p.status = NEW.status::text
-          AND NEW.job_id IS NOT NULL
-        ON CONFLICT (job_id) DO UPDATE
-        SET call_id = DEFAULT, tenant_id = excluded.tenant_id,
-            current_step = excluded.current_step, status = excluded.status,
-            stage = excluded.stage, created_at = excluded.created_at,
-            due_at = excluded.due_at, attempts = 0, free_attempts = 0,
-            worker = NULL, started_at = NULL, last_error = NULL
-        WHERE c.worker IS NULL
-           OR c.current_step <> excluded.current_step OR c.status <> excluded.status;
-        owed := FOUND;
-        IF NOT owed THEN
+        SELECT p.stage INTO route FROM %1$I.pipeline_stages AS p
+        WHERE p.current_step = NEW.current_step::text AND p.status = NEW.status::text;
+        IF NOT FOUND THEN
             DELETE FROM %1$I.stage_calls AS c
             WHERE c.job_id = NEW.job_id
               AND (c.current_step IS DISTINCT FROM NEW.current_step::text
                    OR c.status IS DISTINCT FROM NEW.status::text);
+        ELSIF NEW.job_id IS NOT NULL THEN
+            -- Nearly always there is no open call, and without the clauses for one the
+            -- trigger costs a twentieth less.
+            INSERT INTO %1$I.stage_calls (job_id, tenant_id, current_step, status, stage)
+            VALUES (NEW.job_id, NEW.tenant_id::text,
+                    NEW.current_step::text, NEW.status::text, route)
+            ON CONFLICT (job_id) DO NOTHING;
+            IF NOT FOUND THEN
+                -- An open call is replaced, but not one of the same state that is under
+                -- way: a row that moves between partitions arrives again without having left.
+                INSERT INTO %1$I.stage_calls AS c
+                    (job_id, tenant_id, current_step, status, stage)
+                VALUES (NEW.job_id, NEW.tenant_id::text,
+                        NEW.current_step::text, NEW.status::text, route)
+                ON CONFLICT (job_id) DO UPDATE
+                SET call_id = DEFAULT, tenant_id = excluded.tenant_id,
+                    current_step = excluded.current_step, status = excluded.status,
+                    stage = excluded.stage, created_at = excluded.created_at,
+                    due_at = excluded.due_at, attempts = 0, free_attempts = 0,
+                    worker = NULL, started_at = NULL, last_error = NULL
+                WHERE c.worker IS NULL
+                   OR c.current_step <> excluded.current_step
+                   OR c.status <> excluded.status;
+            END IF;
+            owed := FOUND;
         END IF;
     END IF;
 
     -- A new row that owes nothing is no change of state to anybody. With an argument the
     -- trigger rings no bell: workers look by themselves.
-    IF TG_NARGS > 0 OR TG_OP = 'INSERT' AND NOT owed THEN
+    IF TG_NARGS > 0 OR NOT owed AND TG_OP = 'INSERT' THEN
         RETURN NULL;
     END IF;
 
     payload := json_build_object('job_id', NEW.job_id, 'current_step', NEW.current_step,
                                  'status', NEW.status, 'tenant_id', NEW.tenant_id)::text;
     IF octet_length(payload) > 7999 THEN
-        -- NOTIFY would abort the application's transaction: null for what is long.
+        -- NOTIFY would abort the application's transaction: null for what is long. Four
+        -- values of 1,900 bytes and their names make 7,999.
         SELECT json_object_agg(field.key, CASE
-                   WHEN octet_length(field.value::text) <= longest THEN field.value END)::text
+                   WHEN octet_length(field.value::text) <= 1900 THEN field.value END)::text
         INTO payload
         FROM json_each(payload::json) AS field;
     END IF;
-    PERFORM pg_notify('job_state_changed', payload);
+    -- An assignment needs no executor, which PERFORM would start for every row.
+    payload := pg_notify('job_state_changed', payload);
     RETURN NULL;
 END
 $body$
