@@ -125,6 +125,22 @@ CLAIM = f"/* claim */ WITH due AS ({FIRST_DUE}){TAKE}"
 CLAIM_JOB = f"/* claim_job */ WITH due AS ({OPEN_CALL}){TAKE}"
 
 
+# A row that is locked is the newest, while the job beside it is as the statement began: where
+# the job moved between two states of one stage meanwhile, the claim is right after all.
+STILL_OWED = """
+SELECT count(*) > 0 FROM stage_calls AS c JOIN jobs AS j USING (job_id)
+WHERE c.job_id = %(job_id)s AND c.call_id = %(call_id)s AND c.attempts = %(attempt)s
+  AND c.worker = %(worker)s
+  AND j.current_step::text = c.current_step AND j.status::text = c.status
+"""
+
+
+def is_owed(conn, row, worker: str) -> bool:
+    """Whether the job of a claimed `row` is in the state that owes it, asked once more."""
+    given = {"job_id": row.job_id, "call_id": row.call_id, "attempt": row.attempt}
+    return execute(conn, STILL_OWED, given | {"worker": worker}).fetchone()[0]
+
+
 NOTHING = {"job_id": None, "call_id": None, "attempt": None, "freed": None}
 
 

@@ -99,6 +99,8 @@ class Trigger:
                 upkeep.reap(conn)
             self.take_turns(row.stage)
             call = self.call(conn, row, began)
+            if not row.owed:
+                row = row._replace(owed=calls.is_owed(conn, row, self.worker))
             self.result = self.refused(call, row, by_hand=only is not None)
             if self.result is None:
                 return call
@@ -146,7 +148,7 @@ class Trigger:
             )
             return self.settlement(call, "skipped", error="an earlier attempt was accepted")
         if call.spent > call.limits.max_attempts and not by_hand:
-            return self.failure(call, "failed", "the worker was lost during every attempt")
+            return self.failure(call, "failed", "nobody knows what became of the last attempt")
         return None
 
     def run(self, call: stages.Call) -> None:
@@ -209,7 +211,9 @@ class Trigger:
         """The settlement of an attempt that did not succeed, and its one line in the log."""
         error = self.redact(error)
         details["free"] = outcome == "held"
-        if outcome in ("retry", "unknown") and call.spent >= call.limits.max_attempts:
+        last = call.spent >= call.limits.max_attempts
+        # What got no answer may still run: it is given up once its lease is over, not before.
+        if outcome == "retry" and last:
             outcome, error = "failed", f"{error} (attempt {call.spent}, the last one)"
         level, then = logging.WARNING, ""
         if outcome == "held":
@@ -224,7 +228,7 @@ class Trigger:
             details["delay"] = self.backoff(call.spent)
             details["after_lease"] = outcome == "unknown"
             after = "리스 만료 후" if outcome == "unknown" else f"{details['delay']:.1f}초 후"
-            then = f"{after} 재시도 (Job이 그대로면)"
+            then = f"{after} {'포기' if last else '재시도'} (Job이 그대로면)"
         log.log(
             level,
             "파이프라인 단계 실행 실패: job=%s stage=%s attempt=%d/%d error=%s → %s",

@@ -6,6 +6,7 @@ from contextlib import closing
 import pytest
 from claims import LEASE_OVER, claim, connected, held, result
 
+import calls
 import db
 import settling
 import upkeep
@@ -256,3 +257,20 @@ def test_claim_hands_on_the_tenant_of_now(database, conn):
     database.add_job(tenant="before")
     database.rows("UPDATE jobs SET tenant_id = 'after'")
     assert claim(conn).tenant_id == "after"
+
+
+def test_job_that_moves_between_two_states_of_one_stage_during_the_claim_is_called(
+    database, conn, caller
+):
+    database.rows("UPDATE pipeline_stages SET stage = 'vlm_analyze' WHERE current_step = 'planner'")
+    job, worker = database.add_job(), caller("http://127.0.0.1:1", name="w")
+    row = claim(conn)
+    # As the claim's snapshot saw it: the job in one state, its newest call of the other.
+    database.move(job, "planner", "done")
+    database.rows("UPDATE stage_calls SET worker = 'w', attempts = 1")
+    moved = database.owed(job)
+    seen = row._replace(call_id=moved.call_id, current_step="planner", owed=False)
+    assert calls.is_owed(conn, seen, worker.trigger.worker)
+    database.move(job, "planner", "running")
+    assert not calls.is_owed(conn, seen, worker.trigger.worker)
+    database.rows("UPDATE pipeline_stages SET stage = 'overlay' WHERE current_step = 'planner'")
