@@ -49,6 +49,13 @@ def main(cli: click.Group) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows no arrow
     try:
         sys.exit(cli.main(prog_name="listener.py", standalone_mode=False) or 0)
+    except SystemExit as ending:
+        try:
+            if sys.stdout:
+                sys.stdout.flush()
+        except OSError:  # Python would fail once more, and end with 120
+            os._exit(ending.code or EXIT_PROBLEM)
+        raise
     except BrokenPipeError:
         os._exit(EXIT_PROBLEM)
     except OSError as error:

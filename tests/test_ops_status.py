@@ -66,7 +66,7 @@ def test_status_shows_every_situation(database, run_command, busy):
     assert said.row("vlm_judge") == ["2", "0", "0", "0", "3 h", "0", "-", "-", "-"]
     retry, held, given_up, hint, _, worker = said.rest
     assert re.fullmatch(r"yolo_detect  next retry in \d+ (min|s)", retry)
-    assert re.match(rf"planner {{6}}next retry due; held until {TIME} by \S+", held)
+    assert re.match(rf"planner {{6}}next retry (?:due|in 1 s); held until {TIME} by \S+", held)
     assert given_up == "overlay      given up: HTTP 422: no text"
     assert hint == "given up: python listener.py jobs --given-up, then retry JOB_ID"
     assert worker.endswith(f"  vlm_analyze {busy['vlm_analyze']}")
