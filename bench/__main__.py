@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -117,6 +118,7 @@ def run(workloads, only, repetitions, quick, output) -> None:
 
     Exit codes: 0 done; 1 ours lost or repeated a call; 2 bad input.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no process behind
     peers, missing = available_peers()
     if unknown := set(only) - {peer.name for peer in peers}:
         names = ", ".join(peer.name for peer in peers)

@@ -6,6 +6,7 @@ settings PostgreSQL comes with: every commit of every peer waits for the disk.
 
 import itertools
 import os
+import time
 from urllib.parse import quote
 
 import psycopg2
@@ -14,7 +15,12 @@ from bench.pipeline import JOBS
 from bench.processes import tree_seconds
 from demo.database import EmbeddedDatabase
 
-OPTIONS = {"max_connections": 300, "fsync": "on", "synchronous_commit": "on"}
+OPTIONS = {
+    "max_connections": 300,
+    "fsync": "on",
+    "synchronous_commit": "on",
+    "track_commit_timestamp": "on",
+}
 
 CONNECTED = """
 SELECT count(*) FROM pg_stat_activity
@@ -26,6 +32,11 @@ ADD_JOBS = """
 INSERT INTO jobs (tenant_id, current_step, status)
 SELECT 'bench', %s, 'running' FROM generate_series(1, %s)
 RETURNING job_id::text
+"""
+# Where the server does not keep them, there is nothing to ask for.
+COMMITTED = """
+SELECT job_id::text, extract(epoch FROM pg_xact_commit_timestamp(xmin))::float8 FROM jobs
+WHERE current_setting('track_commit_timestamp')::boolean
 """
 
 
@@ -110,6 +121,11 @@ class Database:
 
     def transactions(self) -> int:
         return self.server.value(TRANSACTIONS, self.name)
+
+    def committed(self) -> dict[str, float]:
+        """When the server began to commit the last change of each job, by time.monotonic()."""
+        offset = time.time() - time.monotonic()
+        return {job: when - offset for job, when in self.execute(COMMITTED)}
 
     def connected(self) -> int:
         """Connections of others than the benchmark itself."""

@@ -10,6 +10,7 @@ One asyncio process that reads just as much HTTP as is needed, moves the job as 
 import asyncio
 import gc
 import json
+import os
 import re
 import time
 
@@ -160,6 +161,8 @@ async def serve() -> None:
         lambda: Connection(api), "127.0.0.1", 0, backlog=2048
     )
     print(server.sockets[0].getsockname()[1], flush=True)
+    # The end of its standard input is the end of the harness, however that ended.
+    asyncio.get_running_loop().add_reader(0, os._exit, 0)
     gc.freeze()
     gc.disable()  # only between two measurements
     await server.serve_forever()

@@ -32,7 +32,11 @@ class StageProcess:
 
     def __enter__(self) -> "StageProcess":
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.stage_api"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "bench.stage_api"],
+            cwd=ROOT,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
         self.port = int(self.process.stdout.readline())
         self.connection = http.client.HTTPConnection("127.0.0.1", self.port)
@@ -41,6 +45,7 @@ class StageProcess:
     def __exit__(self, *_: object) -> None:
         self.process.terminate()
         self.process.wait()
+        self.process.stdin.close()
         self.process.stdout.close()
 
     @property

@@ -57,6 +57,7 @@ class Memory(Workload):
 class Idle(Workload):
     name = "idle"
     title = "At rest: workers with nothing to do, for each of them and a minute"
+    repetitions = 1
     quick = False
     metrics = (
         Metric("CPU", "ms", digits=1),
