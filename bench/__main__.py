@@ -62,8 +62,8 @@ def measure(bench: Bench, workload: Workload, peers: list[Peer], repetitions: in
                 began = time.monotonic()
                 try:
                     numbers = workload.run(bench, peer, variant)
-                except (RuntimeError, TimeoutError) as error:
-                    table.failures[peer.name] = str(error)
+                except Exception as error:  # the other peers are still to be measured
+                    table.failures[peer.name] = f"{type(error).__name__}: {error}"
                     numbers = {}
                 table.add(peer.name, peer.kind, numbers)
                 say(workload.name, variant, peer.name, repetition, numbers, began)

@@ -16,9 +16,10 @@ from bench.stage_process import StageProcess
 START_LIMIT = 60.0  # seconds
 SETTLE = 0.5  # seconds without a call, after which nothing is on its way
 WARM_UP = 20  # calls for each that can be in flight
-# Nothing has arrived for so long: what has not been called by now is lost. Those that keep debts
-# may have a poll interval of 30 s to find them by.
+# Nothing has arrived and nothing was done for so long: what has not been called by now is lost.
+# Those that keep debts may have a poll interval of 30 s to find them by.
 PATIENCE = {True: 45.0, False: 10.0}
+BUSY = 0.05  # seconds of CPU time in a second
 
 MOVE = "UPDATE jobs SET status = 'done', updated_at = now() WHERE job_id = %s"
 MOVE_ALL = """
@@ -69,7 +70,7 @@ class Bench:
                 database.add_jobs(count)
                 self.stages.reset("answer")
                 database.execute(MOVE_ALL)
-                self.finish(peer, count)
+                self.finish(peer, processes, count)
                 database.execute("DELETE FROM jobs")
                 self.rest(peer, shape, database)
             yield database, processes
@@ -85,15 +86,16 @@ class Bench:
         while answered != (answered := self.stages.wait(0, 0)):
             time.sleep(SETTLE)
 
-    def finish(self, peer: Peer, expected: int, limit: float = 3600.0) -> int:
-        """Block until so many calls are answered, or nothing comes any more; how many were."""
-        end, answered, since = time.monotonic() + limit, 0, time.monotonic()
-        while time.monotonic() < end and time.monotonic() - since < PATIENCE[peer.keeps_debts]:
-            now = self.stages.wait(expected, 1.0)
-            if now >= expected:
-                return now
-            if now != answered:
-                answered, since = now, time.monotonic()
+    def finish(self, peer: Peer, processes: Processes, expected: int, limit: float = 3600.0) -> int:
+        """Block until so many calls are answered, or nothing will come any more; how many were."""
+        end, since, seen, answered = time.monotonic() + limit, time.monotonic(), (0, 0.0), 0
+        while time.monotonic() < min(end, since + PATIENCE[peer.keeps_debts]):
+            answered, cpu = self.stages.wait(expected, 1.0), processes.cpu()
+            if answered >= expected:
+                break
+            if answered > seen[0] or cpu > seen[1] + BUSY:
+                since = time.monotonic()
+            seen = answered, cpu
         return answered
 
 

@@ -51,8 +51,8 @@ class Backlog(Workload):
                     "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; SELECT FROM jobs LIMIT 1"
                 )
             bench.stages.reset("answer")
-            stack.enter_context(bench.started(peer, Shape(), database))
-            bench.finish(peer, owed, LIMIT)
+            processes = stack.enter_context(bench.started(peer, Shape(), database))
+            bench.finish(peer, processes, owed, LIMIT)
             record = bench.stages.record()
         times = sorted(when for when, _, _ in record.arrived)
         if len(times) < 2 * slice_:

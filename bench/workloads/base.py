@@ -29,11 +29,7 @@ class Workload:
         return peer.calls
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
-        """One repetition: a value for each metric.
-
-        Raises:
-            RuntimeError, TimeoutError: the peer did not do its work; the message says more.
-        """
+        """One repetition: a value for each metric. Whatever it raises is shown in the report."""
         raise NotImplementedError
 
     def notes(self) -> list[str]:

@@ -50,7 +50,7 @@ class Memory(Workload):
             bench.stages.reset("answer")
             database.add_jobs(200)
             database.execute(MOVE_ALL)
-            bench.finish(peer, 200)
+            bench.finish(peer, processes, 200)
             return processes.weight()
 
 

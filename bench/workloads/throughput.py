@@ -30,7 +30,7 @@ class Throughput(Workload):
             cpu, server = processes.cpu(), bench.server.cpu()
             database.execute(MOVE_ALL)
             began = time.monotonic()
-            bench.finish(peer, expected)
+            bench.finish(peer, processes, expected)
             cpu, server = processes.cpu() - cpu, bench.server.cpu() - server
             record = bench.stages.record()
             finished = database.execute(
@@ -39,11 +39,12 @@ class Throughput(Workload):
         lost = record.lost(expected)
         if not lost and finished != count:
             raise RuntimeError(f"{finished} of {count} jobs are finished, but no call is missing")
-        seconds = max(when for when, _, _ in record.done) - began
+        seconds = max((when for when, _, _ in record.done), default=began + 1) - began
+        calls = max(1, len(record.arrived))
         return {
             "calls/s": len(record.done) / seconds,
-            "CPU": 1000 * cpu / len(record.arrived),
-            "server CPU": 1000 * server / len(record.arrived),
+            "CPU": 1000 * cpu / calls,
+            "server CPU": 1000 * server / calls,
             "lost": lost,
             "repeated": record.repeated,
         }
