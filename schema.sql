@@ -187,7 +187,6 @@ CREATE TABLE IF NOT EXISTS stage_totals_mark (
     one           boolean PRIMARY KEY DEFAULT true CHECK (one),
     counted_until timestamptz NOT NULL DEFAULT '-infinity'
 );
-INSERT INTO stage_totals_mark DEFAULT VALUES ON CONFLICT DO NOTHING;
 
 -- Keeps the debt in step with the job, in the job's own transaction, then rings the bell.
 -- It runs with its owner's rights: the search path holds nothing that a user could put a

@@ -19,6 +19,21 @@ SCHEMA = [ROOT / "schema.sql", ROOT / "views.sql"]
 # deadlock to us (deadlock_timeout is 1 s).
 LOCK_TIMEOUT = "SET LOCAL lock_timeout = '800ms'; "
 
+# The owner of our tables may have put triggers on them: what is written there is not to run
+# those with a superuser's rights. Until the end of the transaction.
+AS_OWNER = """
+DO $do$
+DECLARE
+    owner regrole := (SELECT c.relowner FROM pg_class AS c JOIN pg_roles AS r ON r.oid = c.relowner
+                      WHERE c.oid = 'pipeline_stages'::regclass AND NOT r.rolsuper);
+BEGIN
+    IF owner IS NOT NULL AND (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) THEN
+        EXECUTE format('SET LOCAL ROLE %s', owner);
+    END IF;
+END
+$do$;
+"""
+
 # A stage that gets slots may have calls under way, which take them.
 SYNC = """
 DELETE FROM pipeline_stages WHERE (current_step, status) NOT IN (
@@ -48,6 +63,7 @@ LEFT JOIN (SELECT *, row_number() OVER (PARTITION BY stage ORDER BY started_at) 
                                                   (stage_leases.call_id, stage_leases.attempt))
           ) AS l USING (stage, slot)
 ON CONFLICT DO NOTHING;
+INSERT INTO stage_totals_mark DEFAULT VALUES ON CONFLICT DO NOTHING;
 """
 
 ROUTES = "SELECT current_step, status, stage, max_running FROM pipeline_stages"
@@ -160,7 +176,7 @@ BEGIN
                    %(reader)s);
     EXECUTE format('GRANT EXECUTE ON FUNCTION stalled_jobs() TO %%I', %(reader)s);
 END
-$do$
+$do$;
 """
 
 
@@ -190,9 +206,9 @@ def apply(
     silent = "" if notify is None else str(not notify)
     script = LOCK_TIMEOUT + f"SET LOCAL job_state_listener.silent = '{silent}';"
     script += "".join(file.read_text() for file in SCHEMA)
-    script += fill_in(SYNC, params).decode()
     if reader:
         script += fill_in(READER, {"reader": reader}).decode()
+    script += AS_OWNER + fill_in(SYNC, params).decode()
     db.execute(conn, script)
 
 

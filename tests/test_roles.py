@@ -136,15 +136,20 @@ def test_monitor_may_look_and_no_more(database, grant):
 # --- the owner of jobs ---------------------------------------------------------------------
 
 # Their own type for a column, whose cast to what the function needs is a function of theirs.
-OWN_TYPE = """
+OWN_TABLE = """
 CREATE TABLE seen (rights text);
 GRANT INSERT ON seen TO PUBLIC;  -- for whoever it runs as
+"""
+OWN_TYPE = (
+    OWN_TABLE
+    + """
 CREATE TYPE own AS ENUM ('img_gen', 'done', '7');
 CREATE FUNCTION as_{into}(own) RETURNS {into} LANGUAGE plpgsql AS
     $$ BEGIN INSERT INTO public.seen VALUES (current_user); RETURN $1::varchar; END $$;
 CREATE CAST (own AS {into}) WITH FUNCTION as_{into}(own);
 ALTER TABLE jobs ALTER {column} TYPE own USING {column}::varchar::own;
 """
+)
 OWN_CASTS = [("tenant_id", "text"), ("current_step", "text"), ("status", "text"),
              ("tenant_id", "json")]  # fmt: skip
 
@@ -171,6 +176,29 @@ def test_owner_of_jobs_gets_no_rights_but_their_own(
     database.rows("RESET ROLE")
     assert database.value("DELETE FROM stage_calls RETURNING 1") == 1
     assert len(database.rows("SELECT * FROM stalled_jobs()")) == 1
+    assert {row.rights for row in database.rows("SELECT rights FROM seen")} == {owner}
+
+
+# Triggers of theirs on what install writes to, which run as whoever writes.
+SPYING = """
+CREATE FUNCTION spy() RETURNS trigger LANGUAGE plpgsql AS
+    $$ BEGIN INSERT INTO public.seen VALUES (current_user); RETURN NULL; END $$;
+"""
+SPY = "CREATE TRIGGER spy BEFORE INSERT OR UPDATE OR DELETE ON {} EXECUTE FUNCTION spy()"
+
+
+def test_install_of_a_superuser_runs_no_code_with_their_rights(
+    each_server, make_database, make_role
+):
+    database = make_database(each_server, installed=False)
+    owner = ordinary_owner(database, make_role)
+    with connected(database) as conn:  # a superuser
+        apply(conn)
+        database.rows(f"SET ROLE {owner}; {OWN_TABLE} {SPYING}")
+        for table in OURS:
+            database.rows(SPY.format(table))
+        apply(conn)
+        assert db.execute(conn, "SELECT current_user = session_user").fetchone()[0]
     assert {row.rights for row in database.rows("SELECT rights FROM seen")} == {owner}
 
 
