@@ -14,11 +14,11 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import formatdate, parsedate_to_datetime
-from http.cookiejar import DefaultCookiePolicy
 from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import urllib3
+from urllib3.util import parse_url
 
 # requests would bring its guesser of encodings, 3 MB a worker that nothing here asks for. It
 # does without (since 2.32), with a warning.
@@ -106,38 +106,45 @@ class Adapter(HTTPAdapter):
         super().init_poolmanager(*args, **kwargs, socket_options=SOCKET_OPTIONS)
         self.poolmanager.pool_classes_by_scheme = {"http": Pool, "https": TlsPool}
 
-
-class Session(requests.Session):
-    def prepare_request(self, request):
-        """Name and password of the URL as bytes: as text, requests takes those of Latin-1 only."""
-        parts = urlsplit(request.url)
-        if parts.username is not None:
-            name, password = unquote(parts.username), unquote(parts.password or "")
-            request.auth = name.encode(), password.encode()
-        return super().prepare_request(request)
-
-    def get_redirect_target(self, resp):
-        """None: even where it does not follow, it would read the body and parse the target."""
-        return None
+    def pool_for(self, request: requests.PreparedRequest, verify: bool | str):
+        """The connections that `request` would be sent on."""
+        pool = self.get_connection_with_tls_context(request, verify)
+        self.cert_verify(pool, request.url, verify, None)
+        return pool
 
 
 class StageApi:
-    """One worker's kept-alive connection to the stage API, at `url` or STAGE_API_URL."""
+    """One worker's kept-alive connection to the stage API, at `url` or STAGE_API_URL.
+
+    What never changes, from credentials to TLS, `requests` prepares once; a call is then sent
+    on the connection itself. So no redirect, cookie, .netrc or proxy variable is followed.
+    """
 
     def __init__(self, settings: SimpleNamespace, url: str | None = None):
         self.url = url or settings.STAGE_API_URL
-        self.used_at = 0.0
-        self.session = Session()
-        # No .netrc, which would replace credentials, and no proxy variables.
-        self.session.trust_env = False
-        self.session.verify = settings.STAGE_API_CA_BUNDLE or True
-        # Nor a cookie of one job's answer in the next job's call.
-        self.session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-        self.session.headers = {"User-Agent": "job-state-listener", "Accept-Encoding": "identity"}
+        self.verify = settings.STAGE_API_CA_BUNDLE or True
+        self.adapter = Adapter(pool_maxsize=1, max_retries=0)
+        headers = {
+            "User-Agent": "job-state-listener",
+            "Accept-Encoding": "identity",
+            "Content-Type": "application/json",
+        }
+        parts, auth = urlsplit(self.url), None
         if settings.STAGE_API_TOKEN:
-            self.session.headers["Authorization"] = f"Bearer {settings.STAGE_API_TOKEN}"
-        for scheme in ("http://", "https://"):
-            self.session.mount(scheme, Adapter(pool_maxsize=1, max_retries=0))
+            headers["Authorization"] = f"Bearer {settings.STAGE_API_TOKEN}"
+        elif parts.username is not None:
+            # As bytes: as text, requests takes those of Latin-1 only.
+            auth = unquote(parts.username).encode(), unquote(parts.password or "").encode()
+        self.request = requests.Request("POST", self.url, headers, auth=auth).prepare()
+        del self.request.headers["Content-Length"]  # that of no body
+        self.headers = dict(self.request.headers)
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection, if there is one; the next call makes another."""
+        self.adapter.close()
+        self.pool = self.adapter.pool_for(self.request, self.verify)
+        self.used_at = 0.0
 
     def post(self, path: str, body: dict, headers: dict[str, str], until: float) -> Answer:
         """One POST, over by `until` (time.monotonic()) whatever the server does.
@@ -148,17 +155,16 @@ class StageApi:
             NoAnswer: whether it ran is not known.
         """
         data = json.dumps(body, default=str, allow_nan=False).encode()
-        headers = {"Content-Type": "application/json", **headers}
         left = until - time.monotonic()
         if left <= 0:
             raise TimeoutError("the stage function used up its timeout before its POST")
-        if time.monotonic() - self.used_at > REUSE_WITHIN:
-            self.session.close()
+        if self.used_at and time.monotonic() - self.used_at > REUSE_WITHIN:
+            self.close()
         previous = signal.signal(signal.SIGALRM, raise_in_send)
         # Again every second, should a destructor have swallowed the first one.
         signal.setitimer(signal.ITIMER_REAL, left, 1.0)
         try:
-            answer = self.send(self.url + path, data, headers, left)
+            answer = self.send(path, data, headers, left)
             self.used_at = time.monotonic()
             return answer
         except CallDeadline as error:
@@ -166,27 +172,45 @@ class StageApi:
             failed = (Unreachable if unsent else NoAnswer)("no answer before the timeout")
         except NoAnswer as error:
             failed = error
-        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+        except (urllib3.exceptions.HTTPError, OSError) as error:
             failed = translated(error)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, previous)
         # Whatever this connection still holds must not be read as the next call's answer.
-        self.session.close()
+        self.close()
         raise failed
 
-    def send(self, url: str, data: bytes, headers: dict[str, str], left: float) -> Answer:
-        timeout = (min(CONNECT_TIMEOUT, left), left)
-        with self.session.post(
-            url, data=data, headers=headers, timeout=timeout, allow_redirects=False, stream=True
-        ) as response:
+    def send(self, path: str, data: bytes, headers: dict[str, str], left: float) -> Answer:
+        timeout = urllib3.Timeout(connect=min(CONNECT_TIMEOUT, left), read=left)
+        with self.open("POST", path, headers, timeout, data) as response:
             text = read(response)
             retry_after = parse_retry_after(response.headers)
-            return Answer(response.status_code, text, retry_after)
+            return Answer(response.status, text, retry_after)
+
+    def probe(self, path: str, seconds: float) -> int:
+        """The status of a GET of `path`.
+
+        Raises:
+            Unreachable, Interrupted, NoAnswer: the step of connecting or reading took longer than
+                `seconds`, or failed.
+        """
+        try:
+            with self.open("GET", path, {}, urllib3.Timeout(seconds)) as response:
+                return response.status
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise translated(error) from error
+
+    def open(self, method, path, headers, timeout, data=None) -> urllib3.BaseHTTPResponse:
+        target = parse_url(self.url + path).request_uri
+        return self.pool.urlopen(
+            method, target, data, self.headers | headers, timeout=timeout,
+            retries=False, redirect=False, preload_content=False,
+        )  # fmt: skip
 
 
 def raise_in_send(_number, frame) -> None:
-    """SIGALRM: `requests` timeouts are per read, so this ends the whole call.
+    """SIGALRM: the timeouts of urllib3 are per read, so this ends the whole call.
 
     An alarm that comes late, when the answer is complete, finds no `send` to interrupt.
     """
@@ -196,22 +220,22 @@ def raise_in_send(_number, frame) -> None:
         frame = frame.f_back
 
 
-def read(response: requests.Response) -> str:
+def read(response: urllib3.BaseHTTPResponse) -> str:
     """The beginning of the body, undecoded; the rest is read and dropped.
 
     Raises:
         NoAnswer: the answer is cut, endless, or not a final one, or may have been cut.
     """
-    raw, status = response.raw, response.status_code
+    status = response.status
     if status < 200:
         raise NoAnswer(f"status {status}, which is not a final answer")
     # What http.client itself will hold the body to. "Transfer-Encoding: gzip, chunked" is read as
     # whatever comes until the connection ends, and so is a length that is no number.
     chunked = response.headers.get("Transfer-Encoding", "").lower() == "chunked"
-    framed = chunked or raw.length_remaining is not None
+    framed = chunked or response.length_remaining is not None
     beginning, size = b"", 0
     try:
-        while chunk := raw.read(2**16, decode_content=False):
+        while chunk := response.read(2**16, decode_content=False):
             size += len(chunk)
             beginning = beginning or chunk[:2000]
             if size > BODY_LIMIT:
@@ -224,7 +248,7 @@ def read(response: requests.Response) -> str:
 
 
 def translated(error: Exception) -> Exception:
-    """What an exception of requests or urllib3 says about the request (requests 2.34).
+    """What an exception of urllib3 says about the request (urllib3 2.8).
 
     Only a failure inside urllib3's `connect`, TLS included, was certainly not sent.
     """
@@ -238,7 +262,7 @@ def translated(error: Exception) -> Exception:
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """`error` and what it was made from: requests and urllib3 wrap in three ways."""
+    """`error` and what it was made from: urllib3 wraps in three ways."""
     seen: list[BaseException] = []
     while isinstance(error, BaseException) and error not in seen:
         seen.append(error)

@@ -1,13 +1,11 @@
 """`verify`: everything the listener needs, one line each, with the command that mends it."""
 
-import contextlib
 import select
 import sys
 from collections.abc import Callable, Iterator
 
 import click
 import psycopg2
-import requests
 
 import config
 import db
@@ -197,16 +195,12 @@ def check_stage_api(conn, settings) -> str:
     said = []
     for url, api in apis.items():
         try:
-            answer = api.session.get(
-                f"{url}/healthz", timeout=5, allow_redirects=False, stream=True
-            )
-        except (requests.RequestException, OSError) as error:
-            reason = str(stage_http.translated(error))
-            untrusted = "certificate verify failed" in reason
+            status = api.probe("/healthz", seconds=5)
+        except (stage_http.Unreachable, stage_http.Interrupted, stage_http.NoAnswer) as error:
+            untrusted = "certificate verify failed" in str(error)
             mend = "set STAGE_API_CA_BUNDLE" if untrusted else "start it, or set STAGE_API_URL"
-            raise Bad(f"stage API {redact(url)} does not answer ({reason})", mend) from None
-        with contextlib.closing(answer):
-            said.append(f"{redact(url)} answers (HTTP {answer.status_code} on /healthz)")
+            raise Bad(f"stage API {redact(url)} does not answer ({error})", mend) from None
+        said.append(f"{redact(url)} answers (HTTP {status} on /healthz)")
     return "stage API " + ", ".join(said)
 
 
