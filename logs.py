@@ -35,7 +35,9 @@ class OneLine(logging.Formatter):
         self.redact = redactor(settings)
 
     def said(self, record: logging.LogRecord) -> str:
-        message = self.redact(record.getMessage()).translate(CONTROL)
+        message = self.redact(record.getMessage())
+        if not message.isprintable():
+            message = message.translate(CONTROL)
         return message[:LONGEST_LINE] + "…" if len(message) > LONGEST_LINE else message
 
     def format(self, record: logging.LogRecord) -> str:

@@ -42,38 +42,38 @@ class Settlement:
         return self.stage if self.limited and self.outcome != "unknown" else None
 
 
-# A worker that comes back late, its attempt taken for lost, still adds what it knows: a claim
-# never repeats a call of which any attempt was accepted.
-RECORD = """/* record */
-INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at, finished_at,
-                            http_status, outcome, error)
-VALUES (%(job_id)s, %(call_id)s, %(attempt)s, %(stage)s, %(worker)s, %(started_at)s, now(),
-        %(http_status)s, %(outcome)s, left(%(error)s, 2000))
-ON CONFLICT DO NOTHING
-"""
-
-END_LEASE = """/* end_lease */
-DELETE FROM stage_leases WHERE call_id = %(call_id)s AND attempt = %(attempt)s
-"""
-
-FREE_SLOT = """/* free_slot */
-UPDATE stage_slots SET leased_until = '-infinity'
-WHERE stage = %(freed)s AND call_id = %(call_id)s AND attempt = %(attempt)s
-"""
+# The attempt goes to the history, its lease ends. A worker that comes back late, its attempt
+# taken for lost, still adds what it knows: a claim never repeats a call of which any attempt
+# was accepted.
+RECORDED = """
+WITH recorded AS (
+    INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at, finished_at,
+                                http_status, outcome, error)
+    VALUES (%(job_id)s, %(call_id)s, %(attempt)s, %(stage)s, %(worker)s, %(started_at)s, now(),
+            %(http_status)s, %(outcome)s, left(%(error)s, 2000))
+    ON CONFLICT DO NOTHING
+), ended AS (
+    DELETE FROM stage_leases WHERE call_id = %(call_id)s AND attempt = %(attempt)s
+)"""
 
 # Settling never waits for the stage's own transaction, which may still hold the row of the
 # call when the stage answers: hence SKIP LOCKED.
-PAY = f"""/* pay */
+PAY = f"""/* pay */{RECORDED}
 DELETE FROM stage_calls WHERE job_id = ({MINE} FOR UPDATE SKIP LOCKED)
 """
 
-POSTPONE = f"""/* postpone */
+POSTPONE = f"""/* postpone */{RECORDED}
 UPDATE stage_calls
 SET worker = NULL, started_at = NULL, last_error = left(%(error)s, 2000),
     free_attempts = free_attempts + %(free)s,
     due_at = greatest(CASE WHEN %(after_lease)s THEN due_at END,
                       coalesce(now() + make_interval(secs => %(delay)s), 'infinity'))
 WHERE job_id = ({MINE} FOR UPDATE SKIP LOCKED)
+"""
+
+FREE_SLOT = """/* free_slot */
+UPDATE stage_slots SET leased_until = '-infinity'
+WHERE stage = %(freed)s AND call_id = %(call_id)s AND attempt = %(attempt)s
 """
 
 # Each hold is twice as long as the one before, up to a minute, unless the stage asked for a
@@ -106,7 +106,7 @@ def statements_for(settled: Settlement | None) -> list[str]:
     if settled is None:
         return []
     paid = settled.outcome in ("succeeded", "skipped")
-    statements = [RECORD, END_LEASE, PAY if paid else POSTPONE]
+    statements = [PAY if paid else POSTPONE]
     if settled.outcome == "succeeded":
         statements.append(LIFT)
     if settled.hold:
