@@ -126,8 +126,7 @@ class Connection(psycopg2.extensions.connection):
         super().__init__(*args, **kwargs)
         self.prepared: dict[str, str] = {}  # the EXECUTE of every statement that is prepared
 
-    # Behind a transaction pooler nothing is ever heard.
-    hears = True
+    listens = False
 
 
 def connect(
@@ -262,16 +261,22 @@ def is_pooled(conn: Connection) -> bool:
 LISTEN = f'LISTEN "{CHANNEL}"; LISTEN "{WAKE_CHANNEL}"'
 
 
-def listen(conn: Connection, settings: SimpleNamespace) -> bool:
-    """LISTEN to the bell; False where it would never be heard."""
-    if conn.prefix and not hears_a_bell(conn, settings):
-        return False
+def listen(conn: Connection) -> None:
     execute(conn, LISTEN)
-    return True
+    conn.listens = True
 
 
-def hears_a_bell(conn: Connection, settings: SimpleNamespace) -> bool:
-    """Ring a bell of our own, from a second connection: our own session would always hear it."""
+def unlisten(conn: Connection) -> None:
+    execute(conn, "UNLISTEN *")
+    conn.listens = False
+
+
+def can_hear(conn: Connection, settings: SimpleNamespace) -> bool:
+    """Whether notifications arrive. Behind a pooler a bell of our own is rung, from a second
+    connection: our own session would always hear it.
+    """
+    if not conn.prefix:
+        return True
     channel = f"job_state_listener_{secrets.token_hex(8)}"
     execute(conn, f'LISTEN "{channel}"')
     with contextlib.closing(connect(settings)) as other:

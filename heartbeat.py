@@ -38,6 +38,7 @@ class Heartbeat:
     def __init__(self, directory: str, name: str):
         self.path = Path(directory) / f"{name}{SUFFIX}"
         self.since = self.doing = self.file = None
+        self.valid_until = 0.0
         self.failed = False
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -51,8 +52,11 @@ class Heartbeat:
         now = time.monotonic()
         if doing != self.doing:
             self.doing, self.since = doing, now
+        elif abs(now + seconds - self.valid_until) < 1.0:
+            return  # the same as it says already
+        self.valid_until = now + seconds
         said = {"pid": os.getpid(), "worker": self.path.stem, "doing": doing[:200]}
-        said |= {"since": self.since, "valid_until": now + seconds, "boot": boot_id()}
+        said |= {"since": self.since, "valid_until": self.valid_until, "boot": boot_id()}
         text = json.dumps(said)
         if self.file is not None:
             try:

@@ -18,7 +18,7 @@ import ops
 import process
 import stages
 from heartbeat import Heartbeat
-from process import Stop, Turns
+from process import Stop, Watch
 from trigger import Trigger
 from worker import HEARTBEAT_MARGIN, Worker, worker_name
 
@@ -68,11 +68,12 @@ def run(workers: int | None = None, only: tuple[str, ...] = (), once: bool = Fal
         config.require_database(settings)
     logs.set_up(settings)
 
-    def work(role: str) -> int:
+    def work(role: str, number: int = 1) -> int:
         stop = Stop(role)
+        watch.number = number - 1
         try:
             if settings.ENABLE_JOB_STATE_LISTENER:
-                Worker(settings, stop, list(only), once, turns).serve()
+                Worker(settings, stop, list(only), once, watch).serve()
             else:
                 idle(settings, stop)
             return 0
@@ -85,10 +86,10 @@ def run(workers: int | None = None, only: tuple[str, ...] = (), once: bool = Fal
             return ops.EXIT_DATABASE_AWAY if away else ops.EXIT_PROBLEM
 
     count = workers or settings.LISTENER_WORKERS
-    turns = Turns() if count > 1 else None
+    watch = Watch(count)
     if count == 1:
         sys.exit(work("worker"))
-    sys.exit(process.run_workers(count, lambda number: work("child"), restart=not once))
+    sys.exit(process.run_workers(count, lambda number: work("child", number), restart=not once))
 
 
 @cli.command(short_help="Run the call that JOB_ID owes, now and in this process.")

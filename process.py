@@ -3,13 +3,13 @@
 import contextlib
 import fcntl
 import gc
+import itertools
 import logging
 import mmap
 import os
 import select
 import signal
 import socket
-import struct
 import tempfile
 import time
 from collections.abc import Callable
@@ -73,79 +73,74 @@ class Stop:
                 pass
 
 
-# --- taking turns --------------------------------------------------------------------------
+# --- the watch -----------------------------------------------------------------------------
 
-LOOKING, WAITING = 0, 1  # bytes of the file that stand for the two locks
+BUSY, IDLE, ON_WATCH = range(3)  # what a worker says of itself, a byte for each
+LOOKED_AT, UPKEEP_AT = range(2)  # time.monotonic() of anybody's last look, of the next upkeep
 
 
-class Turns:
-    """Idle workers of one parent that hear the same bell look one at a time.
+class Watch:
+    """One of the idle workers of a parent is on watch: it listens for all of them, and wakes
+    another for each bell. So a NOTIFY wakes one process and not all, and one asks the database.
 
-    Who hears it while another looks, or has just looked, waits for its turn; who hears it while
-    another waits already need not look: that one will see what rang. Who finds a call wakes one
-    more, which looks at once.
+    What the workers say of themselves is in memory that they share. The watch is a lock, which
+    is free again when its owner dies.
     """
 
-    LONGEST_WAIT = 1.0  # seconds: a worker that is stopped in its turn must not stop the others
-    # Seconds for which a bell that is heard late may be one that was answered already.
-    GRACE = 0.02
-
-    def __init__(self):
+    def __init__(self, workers: int = 1):
+        self.number = 0  # of this worker: set after the fork
+        self.states = mmap.mmap(-1, workers)
+        self.times = memoryview(mmap.mmap(-1, 16)).cast("d")
+        self.pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(workers)]
+        for end in itertools.chain(*self.pairs):
+            end.setblocking(False)
         self.file = tempfile.TemporaryFile()  # noqa: SIM115 (open for as long as this process)
-        self.last = mmap.mmap(-1, 8)  # time.monotonic() when a look began, shared by all
-        self.receiving, self.sending = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.receiving.setblocking(False)
-        self.sending.setblocking(False)
-        self.woken = self.looking = False
 
-    def begin(self) -> bool:
-        """Whether to look for a due call now; then say done() after the look."""
-        late = not self.woken and time.monotonic() - self.last_look() < self.GRACE
-        self.looking = not late and self.lock(LOOKING)
-        if not self.looking and (self.woken or self.lock(WAITING)):
-            began = time.monotonic()
-            until = began if self.woken else self.last_look() + self.GRACE
-            while time.monotonic() < until or not self.lock(LOOKING):
-                if time.monotonic() - began > self.LONGEST_WAIT:
-                    break
-                time.sleep(0.0005)
-            self.unlock(WAITING)
-            self.looking = True
-        self.woken = False
-        if self.looking:
-            self.last[:] = struct.pack("d", time.monotonic())
-        return self.looking
+    def begin_look(self) -> None:
+        """Before a look for due calls, which will see whatever this worker was woken for."""
+        self.states[self.number] = BUSY
+        self.is_woken()
+        self.times[LOOKED_AT] = time.monotonic()
 
-    def last_look(self) -> float:
-        return struct.unpack("d", self.last[:])[0]
+    def leave(self) -> None:
+        """Be busy, or without a connection: another takes the watch, and looks."""
+        self.states[self.number] = BUSY
+        fcntl.lockf(self.file, fcntl.LOCK_UN)
+        self.wake_another()
 
-    def done(self, wake: bool) -> None:
-        """After a look; `wake` one of the others."""
-        if self.looking:
-            self.unlock(LOOKING)
-        if wake:
-            with contextlib.suppress(OSError):  # enough of them are woken already
-                self.sending.send(b".")
-        self.looking = False
+    def rest(self) -> bool:
+        """After a look that found nothing. Whether this worker is the one on watch."""
+        # In this order: who gives the watch up while this worker does not get it must see it idle.
+        self.states[self.number] = IDLE
+        try:
+            # Of a process, unlike flock's: the file was opened before the fork.
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return False
+        self.states[self.number] = ON_WATCH
+        return True
 
-    def fileno(self) -> int:
-        return self.receiving.fileno()
-
-    def is_woken(self) -> bool:
-        """Whether it is this worker that was woken."""
-        with contextlib.suppress(BlockingIOError):
-            self.woken = bool(self.receiving.recv(1))
-        return self.woken
-
-    def lock(self, byte: int) -> bool:
-        # Of a process, unlike flock's: the file was opened before the fork.
-        with contextlib.suppress(BlockingIOError, PermissionError):
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-            return True
+    def wake_another(self) -> bool:
+        """Wake another idle worker, the one on watch only where there is no other."""
+        for state in (IDLE, ON_WATCH):
+            for number, said in enumerate(bytes(self.states)):
+                if said == state and number != self.number:
+                    self.states[number] = BUSY
+                    with contextlib.suppress(OSError):  # full of such bytes already
+                        self.pairs[number][1].send(b".")
+                    return True
         return False
 
-    def unlock(self, byte: int) -> None:
-        fcntl.lockf(self.file, fcntl.LOCK_UN, 1, byte)
+    def fileno(self) -> int:
+        return self.pairs[self.number][0].fileno()
+
+    def is_woken(self) -> bool:
+        """Whether another one woke this worker."""
+        woken = False
+        with contextlib.suppress(BlockingIOError):
+            while self.pairs[self.number][0].recv(1):
+                woken = True
+        return woken
 
 
 # --- several workers -----------------------------------------------------------------------

@@ -5,6 +5,7 @@ draining what is due, then waiting for a notification, a signal or the clock.
 import contextlib
 import json
 import logging
+import math
 import os
 import random
 import secrets
@@ -20,7 +21,7 @@ import ops
 import stages
 import upkeep
 from heartbeat import Heartbeat
-from process import Stop, Turns
+from process import LOOKED_AT, UPKEEP_AT, Stop, Watch
 from trigger import Trigger
 
 log = logging.getLogger("listener")
@@ -29,6 +30,8 @@ UPKEEP_INTERVAL = 60.0
 STALLED_INTERVAL = 300.0
 # For so long after a lost connection, a statement sent on it may still take effect.
 DOUBTFUL = 600.0
+# Whom the one on watch woke should look within so many seconds, or it looks itself.
+ANSWERED_WITHIN = 1.0
 # What a heartbeat allows on top of what it announces: a few database deadlines, slow DNS.
 HEARTBEAT_MARGIN = 60.0
 
@@ -42,20 +45,21 @@ class Worker:
         stop: Stop,
         only: list[str],
         once: bool = False,
-        turns: Turns | None = None,
+        watch: Watch | None = None,
     ):
         self.settings = settings
         self.stop = stop
         self.once = once
-        self.turns = turns
-        self.look_at = 0.0  # time.monotonic() of the next look, should nothing call for one
+        self.watch = watch or Watch()
+        self.woke_at = -math.inf  # when this worker, on watch, woke another
+        self.looked_at = 0.0  # time.monotonic() of the last look
         self.name = worker_name()
         self.trigger = Trigger(settings, self.name, only)
         self.heartbeat = Heartbeat(settings.HEARTBEAT_DIR, self.name)
         self.checked = False  # whether the database knows this PIPELINE
         self.hears = True
         self.listens_lost = 0  # connections that ended with their LISTEN, one after the other
-        self.next_upkeep = self.next_stalled = time.monotonic()
+        self.next_stalled = time.monotonic()
         self.doubtful_until = 0.0
         self.reason, self.repeats = "", 0
         db.stop = stop
@@ -112,7 +116,8 @@ class Worker:
         if self.listens_lost < 2:
             self.listens_lost += 1
             try:
-                hears = db.listen(conn, self.settings)
+                if hears := db.can_hear(conn, self.settings):
+                    db.listen(conn)
             except db.CONNECTION_LOST:
                 raise
             except psycopg2.Error as error:
@@ -142,6 +147,7 @@ class Worker:
             log.warning("재연결 시도: %.1f초 후 (%d번째)", delay, self.repeats)
         self.heartbeat.beat(f"database away: {reason}", delay + HEARTBEAT_MARGIN)
         self.doubtful_until = time.monotonic() + DOUBTFUL
+        self.watch.leave()
         if self.stop.requested and self.trigger.result:
             time.sleep(delay)  # only to write a result: a second signal leaves at once
         else:
@@ -150,9 +156,10 @@ class Worker:
     def work(self, conn: db.Connection) -> None:
         """Drain and wait, in turn, until told to stop."""
         while not self.stop.requested:
-            if self.turns is None or self.turns.begin():
-                self.drain(conn)
-            self.look_at = time.monotonic() + self.settings.SWEEP_INTERVAL
+            self.drain(conn)
+            if time.monotonic() < self.doubtful_until:
+                self.trigger.resume(conn)
+            self.looked_at = time.monotonic()
             self.reason, self.repeats = "", 0
             if self.once:
                 break
@@ -162,15 +169,18 @@ class Worker:
 
     def drain(self, conn: db.Connection) -> None:
         """Run every due call, one after the other."""
+        rested = True
         while not self.stop.requested:
             self.upkeep(conn)
             postponed = self.trigger.result is not None and self.trigger.result.delay is not None
+            self.watch.begin_look()
             call = self.trigger.next(conn)
-            if self.turns:
-                # There may be more due, or a time at which a postponed call will be.
-                self.turns.done(wake=call is not None and (self.turns.looking or postponed))
             if call is None or self.stop.requested:
                 return
+            # There may be more due, or a time at which a postponed call will be.
+            if rested or postponed:
+                self.watch.leave()
+            rested = False
             lease = self.trigger.leases[call.stage]
             self.heartbeat.beat(f"calling {call.stage} for job {call.job_id}", lease)
             self.trigger.run(call)
@@ -181,21 +191,38 @@ class Worker:
 
         Returns whether to look for due calls: another worker may have been meant.
         """
-        until = min(self.look_at, self.next_upkeep, self.trigger.next_look)
-        if not self.hears:
-            until = min(until, time.monotonic() + self.settings.POLL_INTERVAL)
-        if self.trigger.locked or self.trigger.alerts.look():
-            until = min(until, time.monotonic() + 1.0)
-        if time.monotonic() < self.doubtful_until:
-            self.trigger.resume(conn)
-        seconds = max(0.0, until - time.monotonic())
-        self.heartbeat.beat("waiting for a job to change", seconds + HEARTBEAT_MARGIN)
+        on_watch = self.watch.rest()
+        if self.hears and on_watch != conn.listens:
+            if on_watch:
+                db.listen(conn)
+                return True  # for what rang before
+            db.unlisten(conn)
+        look_at, now = self.next_look(on_watch), time.monotonic()
+        self.heartbeat.beat("waiting for a job to change", look_at - now + HEARTBEAT_MARGIN)
         # A statement may already have read the notification from the socket.
-        if self.hear(conn):
+        if not (heard := self.hear(conn)):
+            # The watch is free again where a worker died; a program that runs is looked after.
+            patient = on_watch and not self.trigger.alerts.look()
+            self.stop.wait(min(look_at - now, math.inf if patient else 1.0), conn, self.watch)
+            heard = self.hear(conn)
+        if heard and on_watch and self.watch.wake_another():
+            self.woke_at = time.monotonic()
+        elif self.watch.is_woken() or (heard and on_watch):
             return True
-        self.stop.wait(seconds, conn, *([self.turns] if self.turns else []))
-        heard, woken = self.hear(conn), self.turns is not None and self.turns.is_woken()
-        return bool(heard) or woken or time.monotonic() >= until
+        return time.monotonic() >= self.next_look(on_watch)
+
+    def next_look(self, on_watch: bool) -> float:
+        """time.monotonic() at which to look, should nothing call for it before."""
+        alone = on_watch and not self.hears
+        every = self.settings.POLL_INTERVAL if alone else self.settings.SWEEP_INTERVAL
+        if self.trigger.locked:
+            every = min(every, 1.0)
+        times = [self.looked_at + every, self.trigger.next_look]
+        if on_watch:
+            times.append(self.watch.times[UPKEEP_AT])
+            if self.watch.times[LOOKED_AT] < self.woke_at:
+                times.append(self.woke_at + ANSWERED_WITHIN)
+        return min(times)
 
     def hear(self, conn: db.Connection) -> int:
         """Log what the bell said. It only means "look now": nothing depends on its words."""
@@ -209,12 +236,14 @@ class Worker:
 
     def upkeep(self, conn: db.Connection) -> None:
         """What any worker does for all, between two calls; history goes a batch at a time."""
-        if time.monotonic() < self.next_upkeep:
+        if time.monotonic() < self.watch.times[UPKEEP_AT]:
             return
+        self.watch.times[UPKEEP_AT] = time.monotonic() + UPKEEP_INTERVAL
         upkeep.reap(conn)
         upkeep.forget_deleted(conn, self.trigger.leases, self.name)
         more = upkeep.keep_history(conn, self.settings.HISTORY_DAYS)
-        self.next_upkeep = time.monotonic() + (0.0 if more else UPKEEP_INTERVAL)
+        if more:
+            self.watch.times[UPKEEP_AT] = 0.0
         if self.settings.ALERT_COMMAND and time.monotonic() >= self.next_stalled:
             self.next_stalled = time.monotonic() + STALLED_INTERVAL
             for row in upkeep.newly_stalled(conn):

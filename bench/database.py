@@ -4,9 +4,12 @@ With DB_HOST set (and DB_PORT, DB_USER, DB_PASSWORD) that server, else an embedd
 settings PostgreSQL comes with: every commit of every peer waits for the disk.
 """
 
+import contextlib
 import itertools
 import os
+import re
 import time
+from collections.abc import Iterator
 from urllib.parse import quote
 
 import psycopg2
@@ -20,13 +23,18 @@ OPTIONS = {
     "fsync": "on",
     "synchronous_commit": "on",
     "track_commit_timestamp": "on",
+    "logging_collector": "on",
+    "log_line_prefix": "%d %a ",
 }
+# Whatever a client sends to be executed, however many statements it holds.
+QUERY = r"^{} (?!bench )\S.* LOG:  (statement|execute [^:]*): "
 
 CONNECTED = """
 SELECT count(*) FROM pg_stat_activity
 WHERE datname = %s AND backend_type = 'client backend' AND application_name <> 'bench'
 """
-TRANSACTIONS = "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = %s"
+LOG = "SELECT coalesce(pg_read_file(pg_current_logfile()), '')"
+LOGGED = "SELECT setting = %s FROM pg_settings WHERE name = 'log_statement'"
 
 ADD_JOBS = """
 INSERT INTO jobs (tenant_id, current_step, status)
@@ -76,10 +84,18 @@ class Server:
         """Seconds of CPU time that its processes have used; 0 where it is not ours to look at."""
         return tree_seconds(self.embedded.pid) if self.embedded else 0.0
 
+    def log(self, what: str) -> None:
+        """Have every session log its statements ("all") or not ("none")."""
+        self.value(f"ALTER SYSTEM SET log_statement = '{what}'")
+        self.value("SELECT pg_reload_conf()")
+        while not self.value(LOGGED, what):
+            time.sleep(0.01)
+        time.sleep(0.2)  # the other sessions are told by a signal, too
+
     def value(self, sql: str, *params):
         cursor = self.conn.cursor()
         cursor.execute(sql, params)
-        return cursor.fetchone()[0]
+        return cursor.fetchone()[0] if cursor.description else None
 
 
 class Database:
@@ -119,8 +135,22 @@ class Database:
         """So that no run pays for what another has left."""
         self.server.conn.cursor().execute("CHECKPOINT")
 
-    def transactions(self) -> int:
-        return self.server.value(TRANSACTIONS, self.name)
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[list[int]]:
+        """One number once it is left: the queries that others than the benchmark sent meanwhile.
+
+        A backend that only hears of a notification runs a transaction, but no query.
+        """
+        found: list[int] = []
+        if not self.server.embedded:
+            yield found
+            return
+        self.server.log("all")
+        before = len(self.server.value(LOG))
+        yield found
+        self.server.log("none")
+        text = self.server.value(LOG)[before:]
+        found.append(len(re.findall(QUERY.format(self.name), text, re.MULTILINE)))
 
     def committed(self) -> dict[str, float]:
         """When the server began to commit the last change of each job, by time.monotonic()."""

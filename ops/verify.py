@@ -175,9 +175,10 @@ def check_privileges(conn, settings) -> str:
 
 
 def check_listen(conn, settings) -> str:
-    if not db.listen(conn, settings):
+    if not db.can_hear(conn, settings):
         mend = "connect past the pooler (DB_HOST, DB_PORT); until then workers poll every second"
         raise Bad("notifications do not arrive: a transaction pooler sits in between", mend)
+    db.listen(conn)
     db.execute(conn, f'NOTIFY "{db.WAKE_CHANNEL}"')
     select.select([conn], [], [], 1.0)
     if not db.hear(conn):

@@ -72,7 +72,7 @@ def hearing(database, directory) -> Iterator[Callable[[str, object, int], list[s
         closing(db.connect(settings)) as conn,
     ):
         worker = Worker(settings, Stop(), [])
-        db.listen(conn, settings)
+        db.listen(conn)
 
         def hear(sql: str, given: object, count: int) -> list[str]:
             said, heard = output.tell(), []

@@ -133,7 +133,7 @@ def test_slot_that_is_freed_and_not_taken_wakes_those_who_wait(database, conn, o
     limit(database, 1)
     for step in ("img_gen", "img_gen", "overlay"):
         database.add_job(step)
-    db.listen(other, database.settings())
+    db.listen(other)
     row = claim(conn)
     assert claim(other).stage == "vlm_judge"
     assert claim(conn, stages=["vlm_judge"], settled=result(row)).call_id is None
@@ -144,7 +144,7 @@ def test_slot_that_is_taken_again_at_once_wakes_nobody(database, conn, other):
     limit(database, 1)
     for _ in range(3):
         database.add_job()
-    db.listen(other, database.settings())
+    db.listen(other)
     row = claim(conn)
     assert claim(conn, settled=result(row)).limited
     assert heard(other) == 0
@@ -153,7 +153,7 @@ def test_slot_that_is_taken_again_at_once_wakes_nobody(database, conn, other):
 def test_slot_nobody_waits_for_wakes_nobody(database, conn, other):
     limit(database, 1)
     database.add_job()
-    db.listen(other, database.settings())
+    db.listen(other)
     assert claim(conn, settled=result(claim(conn))).call_id is None
     assert heard(other) == 0
 

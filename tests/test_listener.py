@@ -126,7 +126,7 @@ def test_burst_of_notifications_is_heard_to_its_end(database, api, listener, tmp
 
 def test_hear_takes_every_notification_and_keeps_none(database):
     with closing(db.connect(database.settings())) as conn:
-        db.listen(conn, database.settings())
+        db.listen(conn)
         heard = 0
         for _ in range(4):
             database.rows(

@@ -7,7 +7,6 @@ from bench.harness import MOVE_ALL, Bench, first_arrival
 from bench.peers.base import Peer, Shape
 from bench.stats import Metric
 from bench.workloads.base import Workload
-from bench.workloads.hop import STATISTICS_DELAY
 
 
 class Startup(Workload):
@@ -62,7 +61,7 @@ class Idle(Workload):
     metrics = (
         Metric("CPU", "ms", digits=1),
         Metric("server CPU", "ms", digits=1, headline=False),
-        Metric("transactions", "", digits=1),
+        Metric("queries", "", digits=1),
     )
 
     def variants(self, quick: bool) -> list[str]:
@@ -74,17 +73,11 @@ class Idle(Workload):
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
         shape, seconds = Shape(int(variant.split()[0])), 15.0 if bench.quick else 60.0
         with bench.running(peer, shape) as (database, processes):
-            time.sleep(STATISTICS_DELAY)
-            before = self.look(bench, database, processes)
-            time.sleep(seconds)
-            after = self.look(bench, database, processes)
+            before = processes.cpu(), bench.server.cpu()
+            with database.counted() as queries:
+                time.sleep(seconds)
+            after = processes.cpu(), bench.server.cpu()
         per = shape.processes * seconds / 60
-        cpu, server, transactions = (b - a for a, b in zip(before, after, strict=True))
-        return {
-            "CPU": 1000 * cpu / per, "server CPU": 1000 * server / per,
-            "transactions": transactions / per,
-        }  # fmt: skip
-
-    def look(self, bench: Bench, database, processes) -> tuple[float, float, int]:
-        """CPU seconds of the peer and of the whole server, transactions; so far."""
-        return processes.cpu(), bench.server.cpu(), database.transactions()
+        cpu, server = (b - a for a, b in zip(before, after, strict=True))
+        found = {"CPU": 1000 * cpu / per, "server CPU": 1000 * server / per}
+        return found | {"queries": count / per for count in queries}

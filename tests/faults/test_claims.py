@@ -183,5 +183,5 @@ def test_d9_idle_workers_ask_little_for_one_event(database, proxy, api, listener
     for _ in range(10):
         database.wait_for(SUCCEEDED, database.add_job("overlay", "done"))
         wait_until_idle(tmp_path, workers=8)
-    # A claim, the look of the one that is woken, the settling; and one that hears it late.
-    assert len(proxy.requests) - before < 8 * 10
+    # A claim, the look of the one that is woken, the settling; one may have been woken before.
+    assert len(proxy.requests) - before <= 3 * 10 + 2

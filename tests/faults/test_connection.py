@@ -61,7 +61,7 @@ def processes(server) -> list[int]:
 
 
 def test_a3_notifications_of_a_terminated_backend_are_a_lost_connection(database, conn):
-    db.listen(conn, database.settings())
+    db.listen(conn)
     database.rows("SELECT pg_terminate_backend(%s)", conn.info.backend_pid)
     with pytest.raises(db.ConnectionLost):
         while True:

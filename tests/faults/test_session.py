@@ -134,7 +134,7 @@ def test_a14_client_encoding_of_the_environment_has_no_say(encoding, database, a
 
 
 def test_a16_session_never_stays_in_a_transaction(database, conn):
-    db.listen(conn, database.settings())
+    db.listen(conn)
     calls.claim(conn, leases={"planner": 1}, worker="w")
     db.query(conn, "SELECT 1")
     with pytest.raises(psycopg2.Error):
