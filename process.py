@@ -76,7 +76,8 @@ class Stop:
 # --- the watch -----------------------------------------------------------------------------
 
 BUSY, IDLE, ON_WATCH = range(3)  # what a worker says of itself, a byte for each
-LOOKED_AT, UPKEEP_AT = range(2)  # time.monotonic() of anybody's last look, of the next upkeep
+# Times that they share, by time.monotonic(): of anybody's last look, and of what is done next.
+LOOKED_AT, REAP_AT, HISTORY_AT, STALLED_AT = range(4)
 
 
 class Watch:
@@ -90,7 +91,7 @@ class Watch:
     def __init__(self, workers: int = 1):
         self.number = 0  # of this worker: set after the fork
         self.states = mmap.mmap(-1, workers)
-        self.times = memoryview(mmap.mmap(-1, 16)).cast("d")
+        self.times = memoryview(mmap.mmap(-1, 32)).cast("d")
         self.pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(workers)]
         for end in itertools.chain(*self.pairs):
             end.setblocking(False)

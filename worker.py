@@ -21,13 +21,14 @@ import ops
 import stages
 import upkeep
 from heartbeat import Heartbeat
-from process import LOOKED_AT, UPKEEP_AT, Stop, Watch
+from process import HISTORY_AT, LOOKED_AT, REAP_AT, STALLED_AT, Stop, Watch
 from trigger import Trigger
 
 log = logging.getLogger("listener")
 
-UPKEEP_INTERVAL = 60.0
-STALLED_INTERVAL = 300.0
+# Seconds between two rounds of upkeep.
+REAP_INTERVAL = 60.0
+HISTORY_INTERVAL = STALLED_INTERVAL = 300.0
 # For so long after a lost connection, a statement sent on it may still take effect.
 DOUBTFUL = 600.0
 # Whom the one on watch woke should look within so many seconds, or it looks itself.
@@ -59,7 +60,6 @@ class Worker:
         self.checked = False  # whether the database knows this PIPELINE
         self.hears = True
         self.listens_lost = 0  # connections that ended with their LISTEN, one after the other
-        self.next_stalled = time.monotonic()
         self.doubtful_until = 0.0
         self.reason, self.repeats = "", 0
         db.stop = stop
@@ -219,7 +219,7 @@ class Worker:
             every = min(every, 1.0)
         times = [self.looked_at + every, self.trigger.next_look]
         if on_watch:
-            times.append(self.watch.times[UPKEEP_AT])
+            times += self.watch.times[REAP_AT], self.watch.times[HISTORY_AT]
             if self.watch.times[LOOKED_AT] < self.woke_at:
                 times.append(self.woke_at + ANSWERED_WITHIN)
         return min(times)
@@ -236,20 +236,25 @@ class Worker:
 
     def upkeep(self, conn: db.Connection) -> None:
         """What any worker does for all, between two calls; history goes a batch at a time."""
-        if time.monotonic() < self.watch.times[UPKEEP_AT]:
-            return
-        self.watch.times[UPKEEP_AT] = time.monotonic() + UPKEEP_INTERVAL
-        upkeep.reap(conn)
-        upkeep.forget_deleted(conn, self.trigger.leases, self.name)
-        more = upkeep.keep_history(conn, self.settings.HISTORY_DAYS)
-        if more:
-            self.watch.times[UPKEEP_AT] = 0.0
-        if self.settings.ALERT_COMMAND and time.monotonic() >= self.next_stalled:
-            self.next_stalled = time.monotonic() + STALLED_INTERVAL
+        if self.is_time(REAP_AT, REAP_INTERVAL):
+            upkeep.reap(conn)
+        if self.is_time(HISTORY_AT, HISTORY_INTERVAL):
+            upkeep.forget_deleted(conn, self.trigger.leases, self.name)
+            if upkeep.keep_history(conn, self.settings.HISTORY_DAYS):
+                self.watch.times[HISTORY_AT] = 0.0  # there is more
+        if self.settings.ALERT_COMMAND and self.is_time(STALLED_AT, STALLED_INTERVAL):
             for row in upkeep.newly_stalled(conn):
                 log.error("정체된 단계: stage=%s jobs=%d", row.stage, row.jobs)
                 text = f"{row.jobs} jobs are stalled at {row.stage}: {row.reason}"
                 self.trigger.alerts.send("stalled", text, **row._asdict())
+
+    def is_time(self, what: int, interval: float) -> bool:
+        """Whether to do it now, and then not for `interval` seconds, whoever of the workers."""
+        now = time.monotonic()
+        if now < self.watch.times[what]:
+            return False
+        self.watch.times[what] = now + interval
+        return True
 
 
 def log_change(payload: str) -> None:
