@@ -39,7 +39,9 @@ def idle(settings: SimpleNamespace, stop: Stop) -> None:
 # --- the command line ----------------------------------------------------------------------
 
 
-@click.group(invoke_without_command=True, context_settings={"max_content_width": 100})
+@click.group(
+    cls=ops.Commands, invoke_without_command=True, context_settings={"max_content_width": 100}
+)
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Let a PostgreSQL table drive a pipeline of HTTP services.
@@ -101,23 +103,21 @@ def call(job_id: str) -> None:
     away from it for STAGE_TIMEOUT + LEASE_MARGIN seconds. Neither a back-off nor a hold nor
     having been given up keeps it from being run.
     """
+    from ops import steer  # as little as a worker does
+
     settings = config.settings()
     logs.set_up(settings)
     conn = db.connect(settings, "job-state-listener call", pinned=True)
     ops.require_installed(conn)
     trigger = Trigger(settings, worker_name())
-    ops.make_due(conn, job_id)
+    steer.make_due(conn, job_id)
     owed = trigger.next(conn, only=job_id)
     if owed is None:
-        raise ops.Problem(ops.why_nothing_owed(conn, job_id))
+        raise ops.Problem(steer.why_nothing_owed(conn, job_id))
     trigger.run(owed)
     outcome = trigger.result.outcome
     trigger.leave(conn)
     sys.exit(0 if outcome == "succeeded" else 1)
-
-
-for command in ops.COMMANDS:
-    cli.add_command(command)
 
 
 if __name__ == "__main__":

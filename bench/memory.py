@@ -97,13 +97,13 @@ class Bench:
         self.wait_for(lambda: self.owed() == 0)
 
     def notify(self, count: int) -> None:
-        """In transactions of 10,000, and wait until every worker has heard them."""
-        heard = self.heard + self.workers
+        """In transactions of 10,000, and wait until they are heard: one worker listens for all."""
+        heard = self.heard + 1
         for _ in range(count // 10_000):
             self.execute(NOTIFY, 10_000)
         self.execute(LAST)
         self.answering.set()
-        self.wait_for(lambda: self.count_heard() == heard)
+        self.wait_for(lambda: self.count_heard() >= heard)
         self.make_calls(1)  # until the last one is heard and dropped
 
     def count_heard(self) -> int:

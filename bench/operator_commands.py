@@ -76,7 +76,8 @@ def commands(job_id: str) -> list[str]:
         "jobs --given-up", "jobs --stalled", "jobs --tenant tenant-7", "jobs --since 2h",
         "metrics",
     ]  # fmt: skip
-    return [line for line in known if line[0] == "-" or line.split()[0] in listener.cli.commands]
+    there = listener.cli.list_commands(None)
+    return [line for line in known if line[0] == "-" or line.split()[0] in there]
 
 
 def seconds(environ: dict[str, str], line: str, times: int) -> list[float]:

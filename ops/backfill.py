@@ -9,8 +9,8 @@ import click
 
 import config
 import db
-from ops.install import require_installed
 from ops.problem import Problem
+from ops.routes import require_installed
 from ops.since import Since
 from ops.table import table
 

@@ -15,7 +15,7 @@ import config
 import db
 import upkeep
 from logs import CONTROL
-from ops.install import difference
+from ops.routes import difference
 from ops.status import WORKERS
 from ops.verify import QUEUE, TRIGGERS
 from ops.whole import write_whole

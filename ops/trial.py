@@ -11,8 +11,8 @@ import psycopg2
 import config
 import db
 import stages
-from ops.install import require_installed
 from ops.problem import Problem
+from ops.routes import require_installed
 from ops.status import WORKERS
 from ops.table import plain
 

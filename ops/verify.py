@@ -11,7 +11,7 @@ import config
 import db
 import stage_http
 import stages
-from ops.install import difference
+from ops.routes import difference
 
 INSTALL = "python listener.py install"
 AGAIN = "python listener.py uninstall, then install"

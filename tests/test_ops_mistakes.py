@@ -17,7 +17,7 @@ import listener as program
 from ops.install import apply
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = sorted(program.cli.commands)
+COMMANDS = program.cli.list_commands(None)
 # Where no database answers.
 NOWHERE = SimpleNamespace(environ={"DB_HOST": "127.0.0.1", "DB_PORT": "1"})
 ASKING = ["install", "verify", "retry --all", "job 7", "call 7"]
@@ -34,7 +34,7 @@ def test_help_explains_the_command_and_each_option(command):
     usage, _, begins = done.output.split("\n")[:3]
     assert usage.startswith(f"Usage: listener.py {command}".rstrip())
     assert begins[2].isupper()
-    options = (program.cli.commands[command] if command else program.cli).params
+    options = (program.cli.get_command(None, command) if command else program.cli).params
     for option in options:
         if option.param_type_name == "option":
             assert option.help.endswith((".", "?"))

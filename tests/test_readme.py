@@ -121,9 +121,9 @@ def test_env_example_as_it_is_changes_no_default():
 # --- commands ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(program.cli.commands))
+@pytest.mark.parametrize("name", program.cli.list_commands(None))
 def test_every_command_and_option_is_documented_and_has_help(readme, name):
-    command = program.cli.commands[name]
+    command = program.cli.get_command(None, name)
     assert readme.mentions(f"listener.py {name}") and command.get_short_help_str()
     for option in command.params:
         if isinstance(option, click.Option):
@@ -136,7 +136,9 @@ def test_every_command_line_can_be_parsed(readme):
     assert len(lines) >= 10
     for line in lines:
         name, *args = shlex.split(line, comments=True) or ["run"]
-        program.cli.commands[name].make_context(name, args)  # raises on what it does not know
+        program.cli.get_command(None, name).make_context(
+            name, args
+        )  # raises on what it does not know
 
 
 @pytest.mark.parametrize("file", ["README.md", "README.ko.md", "CONTRIBUTING.md"])

@@ -14,7 +14,8 @@ import calls
 import db
 import settling
 import upkeep
-from ops.install import apply, require_installed
+from ops.install import apply
+from ops.routes import require_installed
 
 ROOT = Path(__file__).parent.parent
 

@@ -4,7 +4,8 @@ from bell import Bell
 from claims import connected
 from waiting import wait_until_idle
 
-from ops.install import apply, is_silent
+from ops.install import apply
+from ops.routes import is_silent
 
 OBJECTS = "SELECT oid, tgname FROM pg_trigger WHERE tgrelid = 'jobs'::regclass ORDER BY tgname"
 

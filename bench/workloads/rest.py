@@ -80,4 +80,4 @@ class Idle(Workload):
         per = shape.processes * seconds / 60
         cpu, server = (b - a for a, b in zip(before, after, strict=True))
         found = {"CPU": 1000 * cpu / per, "server CPU": 1000 * server / per}
-        return found | {"queries": count / per for count in queries}
+        return found | ({"queries": queries[0] / per} if queries else {})
