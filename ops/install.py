@@ -1,5 +1,6 @@
 """`install` and `uninstall`: the database's part, and its copy of PIPELINE."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +34,12 @@ BEGIN
     END IF;
 END
 $do$;
+"""
+
+# What schema.sql makes the function and the triggers from.
+ASKED = """
+SELECT set_config('job_state_listener.silent', %(silent)s, true),
+       set_config('job_state_listener.routes', %(routes)s, true);
 """
 
 # A stage that gets slots may have calls under way, which take them.
@@ -122,7 +129,9 @@ def apply(
     }
     fill_in = conn.cursor().mogrify
     silent = "" if notify is None else str(not notify)
-    script = LOCK_TIMEOUT + f"SET LOCAL job_state_listener.silent = '{silent}';"
+    edges = [[*state, stage] for state, (stage, _) in routes.items()]
+    asked = {"silent": silent, "routes": json.dumps(edges)}
+    script = LOCK_TIMEOUT + fill_in(ASKED, asked).decode()
     script += "".join(file.read_text() for file in SCHEMA)
     if reader:
         script += fill_in(READER, {"reader": reader}).decode()

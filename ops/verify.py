@@ -61,6 +61,14 @@ FROM unnest(ARRAY['job_state_change_trigger', 'job_state_insert_trigger']) AS wa
 LEFT JOIN pg_trigger AS t ON t.tgname = wanted.name AND t.tgrelid = to_regclass('jobs')
 """
 
+# The function holds the routes as they were when it was made.
+STALE = """
+SELECT count(*) > 0 FROM pipeline_stages AS r, pg_proc AS p
+WHERE p.oid = to_regprocedure('notify_job_state_change()')
+  AND strpos(p.prosrc, format('= %%L AND NEW.status::text = %%L THEN %%L',
+                              r.current_step, r.status, r.stage)) = 0
+"""
+
 PRIVILEGES = """
 SELECT string_agg(needed.privilege || ' on ' || needed.name, ', ') AS missing
 FROM (VALUES ('jobs', 'SELECT'), ('pipeline_stages', 'SELECT'), ('pipeline_stages', 'UPDATE'),
@@ -160,6 +168,8 @@ def check_routes(conn, settings) -> str:
         differences = ["pipeline_stages is missing"]
     if differences:
         raise Bad(f"routes differ: {'; '.join(differences)}", INSTALL)
+    if db.execute(conn, STALE, {}).fetchone()[0]:
+        raise Bad("the function notify_job_state_change() does not know all routes", INSTALL)
     return f"routes: {len(stages.PIPELINE)} states of PIPELINE are in the database"
 
 

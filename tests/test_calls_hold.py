@@ -6,6 +6,8 @@ import pytest
 from claims import STAGES, claim, connected, held, result
 
 import settling
+import stages
+from ops.install import apply
 
 HOLD = (
     "SELECT held_until, hold_seconds, held_reason FROM pipeline_stages WHERE stage = 'vlm_analyze'"
@@ -74,9 +76,11 @@ def test_held_stage_is_claimed_by_nobody_and_does_not_stop_the_others(database, 
     assert claim(conn, only=waiting).job_id == waiting  # a person may
 
 
-def test_hold_covers_every_state_of_its_stage(server, make_database):
+def test_hold_covers_every_state_of_its_stage(server, make_database, monkeypatch):
+    monkeypatch.setitem(stages.PIPELINE, ("img_gen", "again"), stages.vlm_analyze)
     database = make_database(server)
-    database.rows("INSERT INTO pipeline_stages VALUES ('img_gen', 'again', 'vlm_analyze')")
+    with connected(database) as conn:
+        apply(conn)
     database.add_job("img_gen", "done")
     database.add_job("img_gen", "again")
     with connected(database) as conn:

@@ -96,9 +96,10 @@ def test_install_beside_existing_jobs_leaves_their_rows(empty_database, run_comm
 def test_install_names_what_left_the_pipeline(database, run_command):
     database.rows(
         "INSERT INTO pipeline_stages VALUES ('retired', 'done', 'old_stage');"
+        "INSERT INTO stage_calls (job_id, current_step, status, stage)"
+        " VALUES (gen_random_uuid(), 'retired', 'done', 'old_stage');"
         "UPDATE pipeline_stages SET stage = 'other' WHERE current_step = 'planner'"
     )
-    database.add_job("retired", "done")
     done = run_command(database, "install")
     said = words(done)
     assert said["(retired, done) → old_stage"] == "removed"

@@ -101,6 +101,12 @@ DAMAGE = {
         "routes differ: planner, failed → nothing in stages.py, x in the database",
         INSTALL,
     ),
+    "route that the function was not told": (
+        "DO $$ BEGIN EXECUTE replace(pg_get_functiondef('notify_job_state_change()'::regprocedure),"
+        " quote_literal('overlay'), quote_literal('x')); END $$",
+        "the function notify_job_state_change() does not know all routes",
+        INSTALL,
+    ),
     "history missing": (
         "DROP TABLE stage_attempts CASCADE",
         "table stage_attempts is missing",

@@ -10,6 +10,7 @@ from bell import Bell
 
 import calls
 import db
+import stages
 from ops.install import DROP, apply
 
 # What the guide told its users to run.
@@ -175,6 +176,31 @@ def test_open_calls_survive_the_loss_of_the_triggers(database):
     database.rows("DROP FUNCTION notify_job_state_change() CASCADE")
     install(database)
     assert database.owed(job) == call
+
+
+AWKWARD = [("it's", 'a \\ "b"'), ("%s %1$I %", "$body$"), ("", "한글\n"), ("planner", " done")]
+
+
+def test_trigger_follows_the_routes_at_once(each_database, monkeypatch):
+    job = each_database.add_job("img_gen", "queued")
+    with closing(each_database.connect()) as application:  # keeps its plans
+
+        def stage_owed(step: str, status: str) -> str | None:
+            move = "UPDATE jobs SET current_step = 'x'; UPDATE jobs SET (current_step, status) ="
+            application.cursor().execute(f"{move} (%s, %s)", [step, status])
+            return call.stage if (call := each_database.owed(job)) else None
+
+        assert stage_owed("img_gen", "done") == "vlm_analyze"
+        added = dict.fromkeys(AWKWARD, stages.planner) | {("img_gen", "done"): stages.overlay}
+        monkeypatch.setattr(stages, "PIPELINE", stages.PIPELINE | added)
+        with closing(db.connect(each_database.settings())) as conn:
+            apply(conn)
+            assert {stage_owed(*state) for state in AWKWARD} == {"planner"}
+            assert stage_owed("img_gen", "done") == "overlay"
+            monkeypatch.setattr(stages, "PIPELINE", {("img_gen", "done"): stages.overlay})
+            apply(conn)
+        assert stage_owed(*AWKWARD[0]) is None
+        assert stage_owed("img_gen", "done") == "overlay"
 
 
 def owed_in_schema(database, schema: str, **settings) -> bool:

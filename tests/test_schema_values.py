@@ -9,6 +9,7 @@ from bell import Bell
 from claims import claim, connected
 from conftest import Database
 
+import stages
 from ops.install import apply
 
 KEYS = {"job_id", "current_step", "status", "tenant_id"}
@@ -192,7 +193,6 @@ def partitioned_database(each_server):
 @pytest.fixture
 def partitioned(partitioned_database):
     partitioned_database.rows("DELETE FROM jobs; DELETE FROM stage_calls")
-    partitioned_database.rows("UPDATE pipeline_stages SET status = 'done'")
     return partitioned_database
 
 
@@ -225,8 +225,10 @@ def test_partition_added_later_is_covered(partitioned):
     assert partitioned.owed(1).stage == "vlm_analyze"
 
 
-def test_move_between_partitions_in_the_same_state_keeps_the_call_in_hand(partitioned):
-    partitioned.rows("UPDATE pipeline_stages SET status = 'ready' WHERE current_step = 'img_gen'")
+def test_move_between_partitions_in_the_same_state_keeps_the_call_in_hand(partitioned, monkeypatch):
+    monkeypatch.setitem(stages.PIPELINE, ("img_gen", "ready"), stages.vlm_analyze)
+    with connected(partitioned) as conn:
+        apply(conn)
     partitioned.rows("INSERT INTO jobs VALUES (1, 'near', 'img_gen', 'ready')")
     call_id = claimed(partitioned).call_id
     partitioned.rows("UPDATE jobs SET tenant_id = 'far'")
