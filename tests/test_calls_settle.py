@@ -8,7 +8,7 @@ from claims import LEASE_OVER, claim, connected, held, result
 import calls
 import settling
 import upkeep
-from ops import make_due
+from ops.steer import make_due
 
 
 @pytest.fixture
