@@ -28,6 +28,7 @@ class Peer:
     kind: "ours"; "peer", that ours is compared with; "reference", that keeps no books.
     calls: False for what only has a trigger.
     keeps_debts: whether a call is still owed where nobody was listening when the job moved.
+    hears: False for what looks every second, where to measure the latency is to measure that.
     best: the shapes to try for the largest throughput.
     """
 
@@ -36,6 +37,7 @@ class Peer:
     kind = "peer"
     calls = True
     keeps_debts = True
+    hears = True
     best: tuple[Shape, ...] = ()
 
     def shape(self, in_flight: int) -> Shape:

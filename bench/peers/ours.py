@@ -41,6 +41,7 @@ class OursQuiet(Ours):
 
     name = "ours, no NOTIFY"
     options = ("--no-notify",)
+    hears = False
 
     def unavailable(self) -> str | None:
         done = subprocess.run([*LISTENER, "install", "--help"], capture_output=True, text=True)

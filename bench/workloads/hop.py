@@ -33,7 +33,7 @@ class Hop(Workload):
         return ["1 worker"] if quick else ["1 worker", "32 workers"]
 
     def applies(self, peer: Peer, variant: str) -> bool:
-        return peer.calls and (peer.keeps_debts or variant == "1 worker")
+        return peer.calls and peer.hears and (peer.keeps_debts or variant == "1 worker")
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
         shape = Shape(int(variant.split()[0]))
@@ -81,6 +81,9 @@ class Chain(Workload):
         Metric("p99", "ms"),
         Metric("job p50", "ms", digits=1, headline=False),
     )
+
+    def applies(self, peer: Peer, variant: str) -> bool:
+        return peer.calls and peer.hears
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
         with bench.running(peer, Shape()) as (database, _):
