@@ -53,8 +53,12 @@ class StageProcess:
         return f"http://127.0.0.1:{self.port}"
 
     def ask(self, what: str, **body: Any) -> dict:
-        self.connection.request("POST", f"/bench/{what}", json.dumps(body))
-        return json.loads(self.connection.getresponse().read())
+        try:
+            self.connection.request("POST", f"/bench/{what}", json.dumps(body))
+            return json.loads(self.connection.getresponse().read())
+        except BaseException:
+            self.connection.close()  # the next question is asked on another one
+            raise
 
     def connect(self, dsn: str) -> None:
         """Work on this database, until `disconnect`."""
