@@ -1,10 +1,8 @@
-"""The connection: made, listened to, and never waited for without a deadline. Driver errors are
-translated here, once: whatever makes a connection useless becomes ConnectionLost.
+"""The connection: made, and never waited for without a deadline. Driver errors are translated
+here, once: whatever makes a connection useless becomes ConnectionLost.
 """
 
-import contextlib
 import re
-import secrets
 import select
 import time
 from collections.abc import Sequence
@@ -182,6 +180,14 @@ def prepare_session(conn: Connection, session: dict[str, str]) -> None:
         execute(conn, commands)
 
 
+BACKEND_PID = "SELECT pg_catalog.pg_backend_pid()"
+
+
+def is_pooled(conn: Connection) -> bool:
+    """Whether something sits in between: a pooler makes up the pid it reports at connect."""
+    return execute(conn, BACKEND_PID).fetchone()[0] != conn.info.backend_pid
+
+
 def execute(conn: Connection, sql: str, params: dict[str, Any] | None = None):
     """Run `sql` and return its cursor. Several statements in one are one transaction.
 
@@ -246,66 +252,6 @@ def is_lost(conn: Connection, error: psycopg2.Error) -> bool:
     if error.pgcode is None:
         return isinstance(error, psycopg2.OperationalError) or type(error) is psycopg2.DatabaseError
     return error.pgcode.startswith(LOST)
-
-
-# --- listening -----------------------------------------------------------------------------
-
-BACKEND_PID = "SELECT pg_catalog.pg_backend_pid()"
-
-
-def is_pooled(conn: Connection) -> bool:
-    """Whether something sits in between: a pooler makes up the pid it reports at connect."""
-    return execute(conn, BACKEND_PID).fetchone()[0] != conn.info.backend_pid
-
-
-LISTEN = f'LISTEN "{CHANNEL}"; LISTEN "{WAKE_CHANNEL}"'
-
-
-def listen(conn: Connection) -> None:
-    execute(conn, LISTEN)
-    conn.listens = True
-
-
-def unlisten(conn: Connection) -> None:
-    execute(conn, "UNLISTEN *")
-    conn.listens = False
-
-
-def can_hear(conn: Connection, settings: SimpleNamespace) -> bool:
-    """Whether notifications arrive. Behind a pooler a bell of our own is rung, from a second
-    connection: our own session would always hear it.
-    """
-    if not conn.prefix:
-        return True
-    channel = f"job_state_listener_{secrets.token_hex(8)}"
-    execute(conn, f'LISTEN "{channel}"')
-    with contextlib.closing(connect(settings)) as other:
-        execute(other, f'NOTIFY "{channel}"')
-    select.select([conn], [], [], 1.0)
-    heard = any(notify.channel == channel for notify in hear(conn))
-    execute(conn, f'UNLISTEN "{channel}"')
-    return heard
-
-
-def hear(conn: Connection) -> list[psycopg2.extensions.Notify]:
-    """Take every notification that has arrived: from the socket, or read by an earlier execute.
-
-    One poll may deliver only part of a burst, and the first poll after the backend died
-    returns normally: so poll until the socket has nothing more to say.
-
-    Raises:
-        ConnectionLost
-    """
-    heard = []
-    try:
-        while True:
-            conn.poll()
-            heard += conn.notifies
-            conn.notifies.clear()
-            if len(heard) >= ENOUGH or not select.select([conn], [], [], 0)[0]:
-                return heard
-    except psycopg2.Error as error:
-        raise ConnectionLost(" ".join(str(error).split())) from error
 
 
 # --- what a stage function asks ------------------------------------------------------------

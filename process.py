@@ -95,7 +95,8 @@ class Watch:
         self.pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(workers)]
         for end in itertools.chain(*self.pairs):
             end.setblocking(False)
-        self.file = tempfile.TemporaryFile()  # noqa: SIM115 (open for as long as this process)
+        # Open for as long as this process; one worker alone needs no lock.
+        self.file = tempfile.TemporaryFile() if workers > 1 else None  # noqa: SIM115
 
     def begin_look(self) -> None:
         """Before a look for due calls, which will see whatever this worker was woken for."""
@@ -106,7 +107,8 @@ class Watch:
     def leave(self) -> None:
         """Be busy, or without a connection: another takes the watch, and looks."""
         self.states[self.number] = BUSY
-        fcntl.lockf(self.file, fcntl.LOCK_UN)
+        if self.file:
+            fcntl.lockf(self.file, fcntl.LOCK_UN)
         self.wake_another()
 
     def rest(self) -> bool:
@@ -114,8 +116,8 @@ class Watch:
         # In this order: who gives the watch up while this worker does not get it must see it idle.
         self.states[self.number] = IDLE
         try:
-            # Of a process, unlike flock's: the file was opened before the fork.
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self.file:  # of a process, unlike flock's: it was opened before the fork
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             return False
         self.states[self.number] = ON_WATCH

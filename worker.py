@@ -17,6 +17,7 @@ import psycopg2
 
 import db
 import logs
+import notifications
 import ops
 import stages
 import upkeep
@@ -116,8 +117,8 @@ class Worker:
         if self.listens_lost < 2:
             self.listens_lost += 1
             try:
-                if hears := db.can_hear(conn, self.settings):
-                    db.listen(conn)
+                if hears := notifications.can_hear(conn, self.settings):
+                    notifications.listen(conn)
             except db.CONNECTION_LOST:
                 raise
             except psycopg2.Error as error:
@@ -194,21 +195,23 @@ class Worker:
         on_watch = self.watch.rest()
         if self.hears and on_watch != conn.listens:
             if on_watch:
-                db.listen(conn)
+                notifications.listen(conn)
                 return True  # for what rang before
-            db.unlisten(conn)
+            notifications.unlisten(conn)
         look_at, now = self.next_look(on_watch), time.monotonic()
         self.heartbeat.beat("waiting for a job to change", look_at - now + HEARTBEAT_MARGIN)
         # A statement may already have read the notification from the socket.
         if not (heard := self.hear(conn)):
-            # The watch is free again where a worker died; a program that runs is looked after.
-            patient = on_watch and not self.trigger.alerts.look()
-            self.stop.wait(min(look_at - now, math.inf if patient else 1.0), conn, self.watch)
+            # A program that runs is looked after; the watch is free again where a worker died.
+            restless = self.trigger.alerts.look() or not on_watch
+            self.stop.wait(min(look_at - now, 1.0 if restless else math.inf), conn, self.watch)
             heard = self.hear(conn)
-        if heard and on_watch and self.watch.wake_another():
-            self.woke_at = time.monotonic()
-        elif self.watch.is_woken() or (heard and on_watch):
+        if self.watch.is_woken():
             return True
+        if heard and on_watch:
+            self.woke_at = time.monotonic()
+            if not self.watch.wake_another():
+                return True
         return time.monotonic() >= self.next_look(on_watch)
 
     def next_look(self, on_watch: bool) -> float:
@@ -226,13 +229,13 @@ class Worker:
 
     def hear(self, conn: db.Connection) -> int:
         """Log what the bell said. It only means "look now": nothing depends on its words."""
-        notifications = db.hear(conn)
-        for notification in notifications:
+        heard = notifications.hear(conn)
+        for notification in heard:
             if notification.channel == db.CHANNEL:
                 log_change(notification.payload)
             elif notification.payload:  # what an operator did, in words
                 log.warning("운영자: %.500s", notification.payload)
-        return len(notifications)
+        return len(heard)
 
     def upkeep(self, conn: db.Connection) -> None:
         """What any worker does for all, between two calls; history goes a batch at a time."""

@@ -9,6 +9,7 @@ import psycopg2
 
 import config
 import db
+import notifications
 import stage_http
 import stages
 from ops.routes import difference
@@ -185,13 +186,13 @@ def check_privileges(conn, settings) -> str:
 
 
 def check_listen(conn, settings) -> str:
-    if not db.can_hear(conn, settings):
+    if not notifications.can_hear(conn, settings):
         mend = "connect past the pooler (DB_HOST, DB_PORT); until then workers poll every second"
         raise Bad("notifications do not arrive: a transaction pooler sits in between", mend)
-    db.listen(conn)
+    notifications.listen(conn)
     db.execute(conn, f'NOTIFY "{db.WAKE_CHANNEL}"')
     select.select([conn], [], [], 1.0)
-    if not db.hear(conn):
+    if not notifications.hear(conn):
         raise Bad("our own notification did not arrive", "python listener.py verify, once more")
     used = db.execute(conn, QUEUE).fetchone()[0]
     if used >= 50:

@@ -14,6 +14,7 @@ from waiting import LISTENING, until, wait_until_idle
 
 import db
 import logs
+import notifications
 from demo.stage_api import StageApi
 from ops.install import apply
 from process import Stop
@@ -72,7 +73,7 @@ def hearing(database, directory) -> Iterator[Callable[[str, object, int], list[s
         closing(db.connect(settings)) as conn,
     ):
         worker = Worker(settings, Stop(), [])
-        db.listen(conn)
+        notifications.listen(conn)
 
         def hear(sql: str, given: object, count: int) -> list[str]:
             said, heard = output.tell(), []

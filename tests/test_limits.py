@@ -9,6 +9,7 @@ from waiting import until
 
 import calls
 import db
+import notifications
 import settling
 import stages
 import upkeep
@@ -126,14 +127,14 @@ def test_call_by_hand_waits_for_a_slot_like_any_other(database, conn, run_comman
 
 def heard(conn) -> int:
     db.execute(conn, "SELECT 1")
-    return sum(n.channel == db.WAKE_CHANNEL for n in db.hear(conn))
+    return sum(n.channel == db.WAKE_CHANNEL for n in notifications.hear(conn))
 
 
 def test_slot_that_is_freed_and_not_taken_wakes_those_who_wait(database, conn, other):
     limit(database, 1)
     for step in ("img_gen", "img_gen", "overlay"):
         database.add_job(step)
-    db.listen(other)
+    notifications.listen(other)
     row = claim(conn)
     assert claim(other).stage == "vlm_judge"
     assert claim(conn, stages=["vlm_judge"], settled=result(row)).call_id is None
@@ -144,7 +145,7 @@ def test_slot_that_is_taken_again_at_once_wakes_nobody(database, conn, other):
     limit(database, 1)
     for _ in range(3):
         database.add_job()
-    db.listen(other)
+    notifications.listen(other)
     row = claim(conn)
     assert claim(conn, settled=result(row)).limited
     assert heard(other) == 0
@@ -153,7 +154,7 @@ def test_slot_that_is_taken_again_at_once_wakes_nobody(database, conn, other):
 def test_slot_nobody_waits_for_wakes_nobody(database, conn, other):
     limit(database, 1)
     database.add_job()
-    db.listen(other)
+    notifications.listen(other)
     assert claim(conn, settled=result(claim(conn))).call_id is None
     assert heard(other) == 0
 

@@ -8,6 +8,7 @@ from tcp_proxy import TcpProxy
 from waiting import AWAY, CLAIM, LISTENING, RECONNECTING, terminate_backends, wait_until_idle
 
 import db
+import notifications
 from demo.stage_server import Answer
 
 ON_TIME = {"SWEEP_INTERVAL": 3600}  # nothing that a test waits for comes from the sweep
@@ -96,7 +97,7 @@ def test_listens_before_the_first_look_for_due_calls(database, api, listener):
         looked.release()
         database.wait_for(DONE, 1)
         order = b"".join(proxy.requests)
-        assert order.index(db.LISTEN.encode()) < order.index(CLAIM.encode())
+        assert order.index(notifications.LISTEN.encode()) < order.index(CLAIM.encode())
 
 
 def test_notification_read_with_the_answer_to_a_statement_is_not_slept_over(
@@ -126,7 +127,7 @@ def test_burst_of_notifications_is_heard_to_its_end(database, api, listener, tmp
 
 def test_hear_takes_every_notification_and_keeps_none(database):
     with closing(db.connect(database.settings())) as conn:
-        db.listen(conn)
+        notifications.listen(conn)
         heard = 0
         for _ in range(4):
             database.rows(
@@ -135,10 +136,10 @@ def test_hear_takes_every_notification_and_keeps_none(database):
             )
             # A statement of ours reads what has arrived: it must not be lost on the way.
             db.execute(conn, "SELECT 1")
-            heard += len(db.hear(conn))
+            heard += len(notifications.hear(conn))
             assert not conn.notifies
         while heard < 20_000:
-            heard += len(db.hear(conn))
+            heard += len(notifications.hear(conn))
         assert heard == 20_000
 
 

@@ -12,6 +12,7 @@ from claims import LEASE_OVER, claim, connected, held, result
 
 import calls
 import db
+import notifications
 import settling
 import upkeep
 from ops.install import apply
@@ -255,7 +256,7 @@ def listener_role(each_database, make_role):
 def test_listener_role_needs_these_grants_and_no_more(each_database, listener_role):
     with connected(each_database, DB_USER=listener_role, DB_PASSWORD=listener_role) as conn:
         one_of_everything(each_database, conn)
-        db.listen(conn)
+        notifications.listen(conn)
 
 
 def test_listener_role_needs_each_of_its_grants(database, make_role):

@@ -25,6 +25,7 @@ from waiting import (
 
 import calls
 import db
+import notifications
 from demo.stage_api import StageApi
 from ops.check import verdict
 
@@ -61,11 +62,11 @@ def processes(server) -> list[int]:
 
 
 def test_a3_notifications_of_a_terminated_backend_are_a_lost_connection(database, conn):
-    db.listen(conn)
+    notifications.listen(conn)
     database.rows("SELECT pg_terminate_backend(%s)", conn.info.backend_pid)
     with pytest.raises(db.ConnectionLost):
         while True:
-            db.hear(conn)
+            notifications.hear(conn)
 
 
 def test_a3_statement_on_a_terminated_backend_is_a_lost_connection(database, conn):
@@ -74,7 +75,7 @@ def test_a3_statement_on_a_terminated_backend_is_a_lost_connection(database, con
         with pytest.raises(db.ConnectionLost):
             db.execute(conn, "SELECT 1")
     with pytest.raises(db.ConnectionLost):
-        db.hear(conn)
+        notifications.hear(conn)
 
 
 @pytest.mark.parametrize("code", ["40001", "40P01", "55P03", "57014"])

@@ -15,6 +15,7 @@ from waiting import LISTENING, RECONNECTING, backends, until, wait_until_idle
 
 import calls
 import db
+import notifications
 from demo.database import SYSTEM_INSTALLS, EmbeddedDatabase
 from demo.stage_server import Answer
 from faults.network import require_root
@@ -134,14 +135,16 @@ def test_a14_client_encoding_of_the_environment_has_no_say(encoding, database, a
 
 
 def test_a16_session_never_stays_in_a_transaction(database, conn):
-    db.listen(conn)
+    notifications.listen(conn)
     calls.claim(conn, leases={"planner": 1}, worker="w")
     db.query(conn, "SELECT 1")
     with pytest.raises(psycopg2.Error):
         db.query(conn, "CREATE TABLE written ()")
     assert conn.info.transaction_status == psycopg2.extensions.TRANSACTION_STATUS_IDLE
     database.rows(f'NOTIFY "{db.CHANNEL}"')
-    assert [n.channel for n in until(lambda: db.hear(conn), "a notification")] == [db.CHANNEL]
+    assert [n.channel for n in until(lambda: notifications.hear(conn), "a notification")] == [
+        db.CHANNEL
+    ]
 
 
 def test_a11_application_sees_no_setting_of_ours(database, conn):
