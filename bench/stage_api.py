@@ -1,4 +1,4 @@
-"""The stage API of the benchmark: python -m bench.stage_api prints its port and serves.
+"""The stage API of the benchmark: python -m bench.stage_api ADDRESS prints its port and serves.
 
 One asyncio process that reads just as much HTTP as is needed, moves the job as a real stage does
 (running, work, done, answer), and remembers when what arrived. Two ways of working:
@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import re
+import sys
 import time
 
 import asyncpg
@@ -158,7 +159,7 @@ class Connection(asyncio.Protocol):
 async def serve() -> None:
     api = StageApi()
     server = await asyncio.get_running_loop().create_server(
-        lambda: Connection(api), "127.0.0.1", 0, backlog=2048
+        lambda: Connection(api), sys.argv[1], 0, backlog=2048
     )
     print(server.sockets[0].getsockname()[1], flush=True)
     # The end of its standard input is the end of the harness, however that ended.

@@ -28,18 +28,21 @@ class Record:
 
 
 class StageProcess:
-    """`python -m bench.stage_api` as a context manager."""
+    """`python -m bench.stage_api` as a context manager, at an address of this machine."""
+
+    def __init__(self, host: str = "127.0.0.1"):
+        self.host = host
 
     def __enter__(self) -> "StageProcess":
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.stage_api"],
+            [sys.executable, "-m", "bench.stage_api", self.host],
             cwd=ROOT,
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
         self.port = int(self.process.stdout.readline())
-        self.connection = http.client.HTTPConnection("127.0.0.1", self.port)
+        self.connection = http.client.HTTPConnection(self.host, self.port)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -50,7 +53,7 @@ class StageProcess:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def ask(self, what: str, **body: Any) -> dict:
         try:

@@ -1,0 +1,207 @@
+"""How the listener's cost grows: bench/.venv/bin/python -m bench.scaling
+
+With workers, with machines (network namespaces, so only as root), with the calls that are owed
+and with the history that is kept. What it prints is what docs/SCALING.md quotes.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import psycopg2
+
+import config
+import db
+import upkeep
+from bench import claim_rate, operator_commands
+from bench.database import OPTIONS, Server
+from bench.harness import Bench
+from bench.peers.base import Shape
+from bench.peers.ours import LISTENER, Ours
+from bench.stage_process import StageProcess
+from bench.workloads.hop import Hop
+from bench.workloads.rest import Memory
+from bench.workloads.throughput import Burst
+from demo.database import EmbeddedDatabase
+from ops.install import apply
+from ops.table import table
+
+BURST = 200  # jobs, five calls each
+KEPT = "SELECT pg_size_pretty(pg_total_relation_size('stage_attempts'))"
+CALLS = 2000  # that are timed with each length of the queue
+WORKERS_EACH = 4  # of a machine
+NET = "10.199.{}"
+
+
+def hop_cells(bench: Bench, peer: Ours, shape: Shape) -> list[str]:
+    found = Hop().run(bench, peer, f"{shape.processes} workers")
+    return [f"{found['p50']:.2f}", f"{found['p95']:.2f}", f"{found['queries']:.1f}"]
+
+
+def workers(sizes: list[int]) -> str:
+    rows = []
+    with Server() as server, StageProcess() as stages:
+        bench, peer = Bench(server, stages), Ours()
+        for count in sizes:
+            shape = Shape(count)
+            burst = Burst().measure(bench, peer, shape, BURST, 0.0)
+            memory = Memory().weigh(bench, peer, shape)
+            cells = [f"{burst['calls/s']:.0f}", f"{memory.pss:.0f}"]
+            rows.append([str(count), *hop_cells(bench, peer, shape), *cells])
+    header = ["workers", "hop p50, ms", "p95", "queries an event", "burst, calls/s", "PSS, MiB"]
+    return table(header, rows)
+
+
+# --- several machines ----------------------------------------------------------------------
+
+
+class Machines(Ours):
+    """As many machines as `processes` says, each with its own WORKERS_EACH."""
+
+    name = "machines"
+
+    def commands(self, shape: Shape) -> list[list[str]]:
+        run = [*LISTENER, "run", "--workers", str(WORKERS_EACH)]
+        return [["ip", "netns", "exec", f"bench{n}", *run] for n in range(shape.processes)]
+
+    def connections(self, shape: Shape) -> int:
+        return shape.processes * WORKERS_EACH
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True)
+
+
+@contextlib.contextmanager
+def namespaces(count: int) -> Iterator[None]:
+    """Machines bench0, bench1, …, each joined to this one by a cable of its own."""
+    with contextlib.ExitStack() as stack:
+        for number in range(count):
+            name, net = f"bench{number}", NET.format(number)
+            ip("netns", "add", name)
+            stack.callback(ip, "netns", "delete", name)
+            ip("link", "add", name, "type", "veth", "peer", "name", "cable", "netns", name)
+            ip("address", "add", f"{net}.1/24", "dev", name)
+            ip("link", "set", name, "up")
+            ip("-n", name, "address", "add", f"{net}.2/24", "dev", "cable")
+            for device in ("cable", "lo"):
+                ip("-n", name, "link", "set", device, "up")
+            ip("-n", name, "route", "add", "default", "via", f"{net}.1")
+        yield
+
+
+def machines(sizes: list[int]) -> str:
+    here, rows = NET.format(0) + ".1", []
+    with (
+        namespaces(max(sizes)),
+        EmbeddedDatabase(options=OPTIONS | {"listen_addresses": "*"}) as embedded,
+    ):
+        with contextlib.closing(psycopg2.connect(embedded.dsn())) as conn, conn.cursor() as cursor:
+            cursor.execute("SHOW hba_file")
+            with Path(cursor.fetchone()[0]).open("a") as file:
+                file.write(f"host all all {NET.format(0)}.0/16 trust\n")
+            cursor.execute("SELECT pg_reload_conf()")
+        os.environ |= embedded.settings() | {"DB_HOST": here}
+        with Server() as server, StageProcess(here) as stages:
+            server.embedded = embedded
+            bench = Bench(server, stages)
+            for count in sizes:
+                cells = hop_cells(bench, Machines(), Shape(count))
+                rows.append([str(count), str(count * WORKERS_EACH), *cells])
+            server.embedded = None
+    return table(["machines", "workers", "hop p50, ms", "p95", "queries an event"], rows)
+
+
+# --- backlog and history -------------------------------------------------------------------
+
+
+def timed(action) -> float:
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def claim_cell(settings) -> str:
+    worker = claim_rate.Worker(settings)
+    with contextlib.closing(worker.conn):
+        worker.work(200)
+        return f"{CALLS / timed(lambda: worker.work(CALLS)):.0f}"
+
+
+def backlog(sizes: list[int]) -> str:
+    rows = []
+    with EmbeddedDatabase() as server:
+        settings = config.read(server.settings())
+        with contextlib.closing(db.connect(settings)) as conn:
+            apply(conn)
+        app = psycopg2.connect(server.dsn())
+        app.autocommit = True
+        for size in sizes:
+            cursor = app.cursor()
+            cursor.execute("TRUNCATE jobs, stage_calls, stage_attempts, stage_leases")
+            for left in range(size, 0, -10_000):
+                cursor.execute(claim_rate.ADD_JOBS, [min(left, 10_000)])
+            cursor.execute("SELECT pg_size_pretty(pg_total_relation_size('stage_calls'))")
+            rows.append([f"{size:,}", claim_cell(settings), cursor.fetchone()[0]])
+        app.close()
+    return table(["calls owed", "claimed and settled a second", "stage_calls"], rows)
+
+
+def milliseconds(action) -> str:
+    return f"{1000 * min(timed(action) for _ in range(5)):.0f}"
+
+
+def history_cells(server: EmbeddedDatabase, size: int) -> list[str]:
+    settings = config.read(server.settings())
+    with contextlib.closing(db.connect(settings)) as conn:
+        apply(conn)
+        operator_commands.fill(server, {"attempts": size, "jobs": 30_000})
+        cells = [
+            claim_cell(settings),
+            milliseconds(lambda: upkeep.count(conn)),
+            milliseconds(lambda: upkeep.prune(conn, 20.0)),
+            db.execute(conn, KEPT).fetchone()[0],
+        ]
+        job = str(db.execute(conn, operator_commands.A_JOB).fetchone()[0])
+    for line in ("status", f"job {job}", "metrics"):
+        cells.append(f"{min(operator_commands.seconds(server.settings(), line, 3)):.2f}")
+    return cells
+
+
+def history(sizes: list[int]) -> str:
+    rows = []
+    for size in sizes:
+        with EmbeddedDatabase(options={"fsync": "off"}) as server:
+            rows.append([f"{size:,}", *history_cells(server, size)])
+    header = ["attempts kept", "claims/s", "count 1,000, ms", "prune 1,000, ms", "stage_attempts",
+              "status, s", "job, s", "metrics, s"]  # fmt: skip
+    return table(header, rows)
+
+
+PARTS = {
+    "workers": (workers, [1, 2, 4, 8, 16, 32, 64]),
+    "machines": (machines, [1, 2, 4]),
+    "backlog": (backlog, [1_000, 10_000, 100_000, 1_000_000]),
+    "history": (history, [100_000, 1_000_000, 10_000_000]),
+}
+
+
+@click.command()
+@click.argument("parts", nargs=-1, type=click.Choice(list(PARTS)))
+@click.option("--sizes", help="Separated by commas, instead of the usual ones.")
+def main(parts: tuple[str, ...], sizes: str | None) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no process behind
+    for part in parts or PARTS:
+        measure, usual = PARTS[part]
+        click.echo(measure([int(size) for size in sizes.split(",")] if sizes else usual))
+        click.echo()
+
+
+if __name__ == "__main__":
+    main()
