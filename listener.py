@@ -4,6 +4,7 @@ This is its command line: `run` starts workers (worker.py), `call` runs one call
 and the operator's commands come from ops/.
 """
 
+import gc
 import logging
 import sys
 from types import SimpleNamespace
@@ -88,6 +89,9 @@ def run(workers: int | None = None, only: tuple[str, ...] = (), once: bool = Fal
             return ops.EXIT_DATABASE_AWAY if away else ops.EXIT_PROBLEM
 
     count = workers or settings.LISTENER_WORKERS
+    # What is there by now stays: a collection would go through all of it, and a worker's would
+    # write to, and so copy, what it shares with the others.
+    gc.freeze()
     watch = Watch(count)
     if count == 1:
         sys.exit(work("worker"))

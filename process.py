@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import gc
 import itertools
 import logging
 import mmap
@@ -195,8 +194,6 @@ def run_workers(count: int, work: Callable[[int], int], restart: bool = True) ->
     stop = Stop("parent")
     signal.signal(signal.SIGCHLD, lambda *_: None)  # only to wake the select
     slots = [Slot(number) for number in range(1, count + 1)]
-    # A collection in a worker would write to, and so copy, all it shares with the others.
-    gc.freeze()
     code = passed_on = 0
     while slots:
         for slot in slots:
