@@ -1,12 +1,14 @@
 """Claims and results whose connection dies on the way, and calls that others make hard to find."""
 
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
 import pytest
 from claims import claim, connected
 from tcp_proxy import TcpProxy
-from waiting import CLAIM, LISTENING, gate, wait_for_call, wait_for_sweeps, wait_until_idle
+from waiting import CLAIM, LISTENING, WORKERS, gate, wait_for_call, wait_for_sweeps, wait_until_idle
 
 import db
 import trigger
@@ -185,3 +187,38 @@ def test_d9_idle_workers_ask_little_for_one_event(database, proxy, api, listener
         wait_until_idle(tmp_path, workers=8)
     # A claim, the look of the one that is woken, the settling; one may have been woken before.
     assert len(proxy.requests) - before <= 3 * 10 + 2
+
+
+def test_d9_worker_that_is_killed_leaves_the_watch_to_another(database, api, listener, tmp_path):
+    api.on("vlm_judge", lambda _request: Answer(200))
+    process = listener(database, "run", "--workers", "3", api=api, SWEEP_INTERVAL=3600)
+    wait_until_idle(tmp_path, workers=3)
+    for pid in process.children():  # one of them is on watch
+        os.kill(pid, signal.SIGKILL)
+        database.wait_for(SUCCEEDED, database.add_job("overlay", "done"))
+
+
+def test_d9_worker_that_is_frozen_on_watch_delays_calls_until_a_sweep(
+    database, api, listener, tmp_path
+):
+    api.on("vlm_judge", lambda _request: Answer(200))
+    process = listener(database, "run", "--workers", "2", api=api, SWEEP_INTERVAL=1)
+    wait_until_idle(tmp_path, workers=2)
+    for pid in process.children():
+        os.kill(pid, signal.SIGSTOP)
+        database.wait_for(SUCCEEDED, database.add_job("overlay", "done"))
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_d9_worker_that_is_cut_off_leaves_the_watch_to_another(database, api, listener, tmp_path):
+    api.on("vlm_judge", lambda _request: Answer(200))
+    slow = {"SWEEP_INTERVAL": 3600, "JOB_STATE_LISTENER_RECONNECT_DELAY": 600}
+    process = listener(database, "run", "--workers", "2", api=api, **slow)
+    wait_until_idle(tmp_path, workers=2)
+    on_watch = (
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        f" WHERE {WORKERS} AND query NOT LIKE %s"
+    )
+    assert database.rows(on_watch, "UNLISTEN%") == [(True,)]
+    process.wait_for_line("리스너 오류 발생")
+    database.wait_for(SUCCEEDED, database.add_job("overlay", "done"))
