@@ -2,32 +2,19 @@
 of what became of it: an Answer, or an exception that says whether it may have been sent.
 """
 
-import http.client
-import io
 import json
 import signal
-import socket
-import sys
 import time
 import traceback
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import formatdate, parsedate_to_datetime
 from types import SimpleNamespace
-from urllib.parse import unquote, urlsplit
 
 import urllib3
 from urllib3.util import parse_url
 
-# requests would bring its guesser of encodings, 3 MB a worker that nothing here asks for. It
-# does without (since 2.32), with a warning.
-sys.modules["charset_normalizer"] = None
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import requests
-    from requests.adapters import HTTPAdapter
-del sys.modules["charset_normalizer"]
+from stage_connection import Adapter, prepared
 
 
 @dataclass(frozen=True)
@@ -61,57 +48,6 @@ REUSE_WITHIN = 1.0
 BODY_LIMIT = 16 * 2**20
 LONGEST_RETRY_AFTER = 3600.0
 
-# A dead peer is noticed within about 40 s of a call's silence.
-SOCKET_OPTIONS = [
-    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 20),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
-    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 40_000),
-]
-
-
-class WholeLines(io.BufferedReader):
-    """http.client takes the end of a connection for the end of a line, and of all headers."""
-
-    begun = False
-
-    def readline(self, size=-1):
-        line = super().readline(size)
-        if not line.endswith(b"\n") and len(line) != size and (line or self.begun):
-            raise urllib3.exceptions.ProtocolError("the answer was cut within a line")
-        self.begun = True
-        return line
-
-
-class Response(http.client.HTTPResponse):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.fp = WholeLines(self.fp.detach())
-
-
-class Pool(urllib3.HTTPConnectionPool):
-    class ConnectionCls(urllib3.HTTPConnectionPool.ConnectionCls):
-        response_class = Response
-
-
-class TlsPool(urllib3.HTTPSConnectionPool):
-    class ConnectionCls(urllib3.HTTPSConnectionPool.ConnectionCls):
-        response_class = Response
-
-
-class Adapter(HTTPAdapter):
-    def init_poolmanager(self, *args, **kwargs):
-        super().init_poolmanager(*args, **kwargs, socket_options=SOCKET_OPTIONS)
-        self.poolmanager.pool_classes_by_scheme = {"http": Pool, "https": TlsPool}
-
-    def pool_for(self, request: requests.PreparedRequest, verify: bool | str):
-        """The connections that `request` would be sent on."""
-        pool = self.get_connection_with_tls_context(request, verify)
-        self.cert_verify(pool, request.url, verify, None)
-        return pool
-
 
 class StageApi:
     """One worker's kept-alive connection to the stage API, at `url` or STAGE_API_URL.
@@ -124,19 +60,7 @@ class StageApi:
         self.url = url or settings.STAGE_API_URL
         self.verify = settings.STAGE_API_CA_BUNDLE or True
         self.adapter = Adapter(pool_maxsize=1, max_retries=0)
-        headers = {
-            "User-Agent": "job-state-listener",
-            "Accept-Encoding": "identity",
-            "Content-Type": "application/json",
-        }
-        parts, auth = urlsplit(self.url), None
-        if settings.STAGE_API_TOKEN:
-            headers["Authorization"] = f"Bearer {settings.STAGE_API_TOKEN}"
-        elif parts.username is not None:
-            # As bytes: as text, requests takes those of Latin-1 only.
-            auth = unquote(parts.username).encode(), unquote(parts.password or "").encode()
-        self.request = requests.Request("POST", self.url, headers, auth=auth).prepare()
-        del self.request.headers["Content-Length"]  # that of no body
+        self.request = prepared(self.url, settings.STAGE_API_TOKEN)
         self.headers = dict(self.request.headers)
         self.close()
 
