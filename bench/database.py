@@ -25,6 +25,7 @@ OPTIONS = {
     "track_commit_timestamp": "on",
     "logging_collector": "on",
     "log_line_prefix": "%d %a ",
+    "log_rotation_size": "0",
 }
 # Whatever a client sends to be executed, however many statements it holds.
 QUERY = r"^{} (?!bench )\S.* LOG:  (statement|execute [^:]*): "
