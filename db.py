@@ -124,7 +124,7 @@ class Connection(psycopg2.extensions.connection):
         super().__init__(*args, **kwargs)
         self.prepared: dict[str, str] = {}  # the EXECUTE of every statement that is prepared
 
-    listens = False
+    listens = False  # it has executed LISTEN, and no UNLISTEN since
 
 
 def connect(

@@ -23,7 +23,7 @@ import stages
 import upkeep
 from heartbeat import Heartbeat
 from process import HISTORY_AT, LOOKED_AT, REAP_AT, STALLED_AT, Stop, Watch
-from trigger import Trigger
+from trigger import LOCKED_EVERY, Trigger
 
 log = logging.getLogger("listener")
 
@@ -219,7 +219,7 @@ class Worker:
         alone = on_watch and not self.hears
         every = self.settings.POLL_INTERVAL if alone else self.settings.SWEEP_INTERVAL
         if self.trigger.locked:
-            every = min(every, 1.0)
+            every = min(every, LOCKED_EVERY)
         times = [self.looked_at + every, self.trigger.next_look]
         if on_watch:
             times += self.watch.times[REAP_AT], self.watch.times[HISTORY_AT]

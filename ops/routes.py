@@ -8,7 +8,6 @@ from ops.problem import Problem
 
 ROUTES = "SELECT current_step, status, stage, max_running FROM pipeline_stages"
 
-
 Route = tuple[str, int | None]  # stage, max_running
 
 
@@ -21,7 +20,7 @@ def routes_of(pipeline: dict) -> dict[tuple[str, str], Route]:
 
 
 def routes_in(conn) -> dict[tuple[str, str], Route]:
-    """The routes that the database trigger knows."""
+    """The routes as the last install wrote them."""
     found = db.execute(conn, ROUTES)
     return {(row.current_step, row.status): (row.stage, row.max_running) for row in found}
 
