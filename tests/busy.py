@@ -24,4 +24,6 @@ def busy(database, api, listener):
         process.wait_for_line("파이프라인 단계 실행 실패", count=3)
         jobs["vlm_analyze"] = database.add_job("img_gen", "done")
         wait_for_call(api, jobs["vlm_analyze"])
+        # Only the stage is held by now, no longer this call of it.
+        database.wait_for("SELECT due_at <= now() FROM stage_calls WHERE stage = 'planner'")
         yield jobs
