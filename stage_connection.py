@@ -1,12 +1,14 @@
-"""How a stage API is reached: what `requests` prepares once for all calls, and connections that
-notice a dead peer and a line that was cut.
+"""How a stage API is reached: the headers that `requests` prepares once for all calls, and a
+connection that notices a dead peer and a line that was cut.
 """
 
 import http.client
 import io
+import os
 import socket
 import sys
 import warnings
+from collections.abc import Callable
 from urllib.parse import unquote, urlsplit
 
 import urllib3
@@ -17,7 +19,6 @@ sys.modules["charset_normalizer"] = None
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import requests
-    from requests.adapters import HTTPAdapter
 del sys.modules["charset_normalizer"]
 
 # A dead peer is noticed within about 40 s of a call's silence.
@@ -50,41 +51,62 @@ class Response(http.client.HTTPResponse):
         self.fp = WholeLines(self.fp.detach())
 
 
-class Pool(urllib3.HTTPConnectionPool):
-    class ConnectionCls(urllib3.HTTPConnectionPool.ConnectionCls):
-        response_class = Response
+def answering(conn) -> None:
+    """The request is sent: do what there is to do while the stage works."""
+    if conn.meanwhile:
+        conn.meanwhile(conn.sock)
 
 
-class TlsPool(urllib3.HTTPSConnectionPool):
-    class ConnectionCls(urllib3.HTTPSConnectionPool.ConnectionCls):
-        response_class = Response
+class Waiting:
+    """What both kinds of connection have in common."""
+
+    response_class = Response
+    meanwhile: Callable[[socket.socket], None] | None = None
+
+    def getresponse(self):
+        answering(self)
+        return super().getresponse()
 
 
-class Adapter(HTTPAdapter):
-    def init_poolmanager(self, *args, **kwargs):
-        super().init_poolmanager(*args, **kwargs, socket_options=SOCKET_OPTIONS)
-        self.poolmanager.pool_classes_by_scheme = {"http": Pool, "https": TlsPool}
-
-    def pool_for(self, request: requests.PreparedRequest, verify: bool | str):
-        """The connections that `request` would be sent on."""
-        pool = self.get_connection_with_tls_context(request, verify)
-        self.cert_verify(pool, request.url, verify, None)
-        return pool
+class Connection(Waiting, urllib3.connection.HTTPConnection):
+    pass
 
 
-def prepared(url: str, token: str | None) -> requests.PreparedRequest:
-    """What every POST to `url` has in common: its headers, with the token or the URL's user."""
-    headers = {
+class TlsConnection(Waiting, urllib3.connection.HTTPSConnection):
+    pass
+
+
+def connection(url: str, ca_bundle: str | None) -> Connection | TlsConnection:
+    """What calls to `url` are sent on, one after the other; not connected yet.
+
+    Args:
+        ca_bundle: a file or directory of certificates to trust; None: those of `requests`.
+    """
+    parts = urllib3.util.parse_url(url)
+    host = parts.host.strip("[]")
+    if parts.scheme != "https":
+        return Connection(host, parts.port, socket_options=SOCKET_OPTIONS)
+    trusted = ca_bundle or requests.certs.where()
+    where = "ca_cert_dir" if os.path.isdir(trusted) else "ca_certs"
+    return TlsConnection(
+        host, parts.port, socket_options=SOCKET_OPTIONS, cert_reqs="CERT_REQUIRED",
+        **{where: trusted},
+    )  # fmt: skip
+
+
+def headers(url: str, token: str | None) -> dict[str, str]:
+    """What every call to `url` has in common, with the token or the URL's user."""
+    given = {
         "User-Agent": "job-state-listener",
         "Accept-Encoding": "identity",
         "Content-Type": "application/json",
     }
     parts, auth = urlsplit(url), None
     if token:
-        headers["Authorization"] = f"Bearer {token}"
+        given["Authorization"] = f"Bearer {token}"
     elif parts.username is not None:
         # As bytes: as text, requests takes those of Latin-1 only.
         auth = unquote(parts.username).encode(), unquote(parts.password or "").encode()
-    request = requests.Request("POST", url, headers, auth=auth).prepare()
-    del request.headers["Content-Length"]  # that of no body
-    return request
+    prepared = requests.Request("POST", url, given, auth=auth).prepare()
+    del prepared.headers["Content-Length"]  # that of no body
+    return dict(prepared.headers)

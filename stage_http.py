@@ -2,11 +2,15 @@
 of what became of it: an Answer, or an exception that says whether it may have been sent.
 """
 
+import contextlib
+import functools
+import http.client
 import json
 import signal
+import socket
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import formatdate, parsedate_to_datetime
 from types import SimpleNamespace
@@ -14,7 +18,7 @@ from types import SimpleNamespace
 import urllib3
 from urllib3.util import parse_url
 
-from stage_connection import Adapter, prepared
+from stage_connection import answering, connection, headers
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,10 @@ class NoAnswer(Exception):
     """Sent, and nobody can know what became of it: time ran out, or the answer was cut."""
 
 
+# What urllib3 raises, wrapped or as it comes from below.
+FAILED = (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)
+
+
 class CallDeadline(BaseException):
     """Raised by the alarm inside a POST; no `except Exception` on the way may swallow it."""
 
@@ -58,20 +66,27 @@ class StageApi:
 
     def __init__(self, settings: SimpleNamespace, url: str | None = None):
         self.url = url or settings.STAGE_API_URL
-        self.verify = settings.STAGE_API_CA_BUNDLE or True
-        self.adapter = Adapter(pool_maxsize=1, max_retries=0)
-        self.request = prepared(self.url, settings.STAGE_API_TOKEN)
-        self.headers = dict(self.request.headers)
-        self.close()
+        self.headers = headers(self.url, settings.STAGE_API_TOKEN)
+        self.connection = connection(self.url, settings.STAGE_API_CA_BUNDLE)
+        self.used_at = 0.0
 
     def close(self) -> None:
         """Close the connection, if there is one; the next call makes another."""
-        self.adapter.close()
-        self.pool = self.adapter.pool_for(self.request, self.verify)
+        self.connection.close()
         self.used_at = 0.0
 
-    def post(self, path: str, body: dict, headers: dict[str, str], until: float) -> Answer:
+    def post(
+        self,
+        path: str,
+        body: dict,
+        headers: dict[str, str],
+        until: float,
+        meanwhile: Callable[[socket.socket], None] | None = None,
+    ) -> Answer:
         """One POST, over by `until` (time.monotonic()) whatever the server does.
+
+        Args:
+            meanwhile: what to do while the stage works, given the socket of the answer.
 
         Raises:
             Unreachable: it was not sent.
@@ -87,6 +102,7 @@ class StageApi:
         previous = signal.signal(signal.SIGALRM, raise_in_send)
         # Again every second, should a destructor have swallowed the first one.
         signal.setitimer(signal.ITIMER_REAL, left, 1.0)
+        self.connection.meanwhile = meanwhile
         try:
             answer = self.send(path, data, headers, left)
             self.used_at = time.monotonic()
@@ -96,9 +112,10 @@ class StageApi:
             failed = (Unreachable if unsent else NoAnswer)("no answer before the timeout")
         except NoAnswer as error:
             failed = error
-        except (urllib3.exceptions.HTTPError, OSError) as error:
+        except FAILED as error:
             failed = translated(error)
         finally:
+            self.connection.meanwhile = None
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, previous)
         # Whatever this connection still holds must not be read as the next call's answer.
@@ -106,8 +123,7 @@ class StageApi:
         raise failed
 
     def send(self, path: str, data: bytes, headers: dict[str, str], left: float) -> Answer:
-        timeout = urllib3.Timeout(connect=min(CONNECT_TIMEOUT, left), read=left)
-        with self.open("POST", path, headers, timeout, data) as response:
+        with self.open("POST", path, headers, left, data) as response:
             text = read(response)
             retry_after = parse_retry_after(response.headers)
             return Answer(response.status, text, retry_after)
@@ -120,17 +136,29 @@ class StageApi:
                 `seconds`, or failed.
         """
         try:
-            with self.open("GET", path, {}, urllib3.Timeout(seconds)) as response:
+            with self.open("GET", path, {}, seconds) as response:
                 return response.status
-        except (urllib3.exceptions.HTTPError, OSError) as error:
+        except FAILED as error:
             raise translated(error) from error
 
-    def open(self, method, path, headers, timeout, data=None) -> urllib3.BaseHTTPResponse:
-        target = parse_url(self.url + path).request_uri
-        return self.pool.urlopen(
-            method, target, data, self.headers | headers, timeout=timeout,
-            retries=False, redirect=False, preload_content=False,
-        )  # fmt: skip
+    def open(self, method, path, headers, seconds, data=None) -> urllib3.BaseHTTPResponse:
+        conn = self.connection
+        if conn.sock is not None and not conn.is_connected:
+            conn.close()  # by the server, meanwhile
+        if conn.sock is None:
+            conn.timeout = min(CONNECT_TIMEOUT, seconds)
+            conn.connect()
+        conn.timeout = seconds  # of a read
+        conn.sock.settimeout(seconds)
+        with contextlib.suppress(BrokenPipeError):  # there may be an answer all the same
+            conn.request(method, target(self.url + path), data, self.headers | headers,
+                         preload_content=False)  # fmt: skip
+        return conn.getresponse()
+
+
+@functools.lru_cache(maxsize=64)
+def target(url: str) -> str:
+    return parse_url(url).request_uri
 
 
 def raise_in_send(_number, frame) -> None:
@@ -139,6 +167,8 @@ def raise_in_send(_number, frame) -> None:
     An alarm that comes late, when the answer is complete, finds no `send` to interrupt.
     """
     while frame is not None:
+        if frame.f_code is answering.__code__:
+            return  # what is done meanwhile goes to its end
         if frame.f_code is StageApi.send.__code__:
             raise CallDeadline
         frame = frame.f_back

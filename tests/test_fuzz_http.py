@@ -27,6 +27,7 @@ def outcome(url: str, left: float) -> Answer | Exception:
     except (Unreachable, Interrupted, NoAnswer) as error:
         return error
     finally:
+        api.close()
         assert time.monotonic() - began < PATIENCE
 
 

@@ -76,7 +76,8 @@ def test_any_url_of_a_stage_api_can_be_called_or_is_refused(before, after):
     with RawServer(in_turn(OK)) as server:
         values = read(STAGE_API_URL=server.url.replace("//", f"//{before}@") + f"/{after}")
         if values:
-            answer = StageApi(values).post("/x", {}, {}, time.monotonic() + 20)
+            with closing(StageApi(values)) as api:
+                answer = api.post("/x", {}, {}, time.monotonic() + 20)
             assert answer == Answer(200, "ok")
             [request] = server.requests
             assert request.head.count("\n") == len(request.headers)
@@ -88,7 +89,7 @@ def test_any_url_of_a_stage_api_can_be_called_or_is_refused(before, after):
 def test_url_of_a_stage_api_that_is_taken_has_a_host_to_look_for(url):
     values = read(STAGE_API_URL=url)
     if values:
-        assert StageApi(values).pool.host
+        assert StageApi(values).connection.host
 
 
 SECRET = "hunter2hunter2"
