@@ -13,6 +13,7 @@ import psycopg2
 import psycopg2.extensions
 import psycopg2.extras
 
+import logs
 from config import require_database
 
 CHANNEL = "job_state_changed"
@@ -96,6 +97,7 @@ def wait_with_deadline(conn) -> None:
     connection in here deadlocks.
     """
     allowed, started = DEADLINE, time.monotonic()
+    logs.write()
     while (state := conn.poll()) != psycopg2.extensions.POLL_OK:
         # What piled up during a long call comes before the answer; all of it means "look now".
         del conn.notifies[:-ENOUGH]

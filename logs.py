@@ -69,6 +69,33 @@ class OneObject(OneLine):
         return json.dumps(said, ensure_ascii=False).translate(IN_JSON)
 
 
+class Held(logging.StreamHandler):
+    """Holds lines until the process waits for something anyway: see `write`.
+
+    Warnings are written at once, and so is everything that a person looks at.
+    """
+
+    def __init__(self, stream):
+        super().__init__(stream)
+        self.held: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.held.append(record)
+        if record.levelno >= logging.WARNING or (self.stream and self.stream.isatty()):
+            self.flush()
+
+    def flush(self) -> None:  # also by logging.shutdown
+        held, self.held = self.held, []
+        for record in held:
+            super().emit(record)
+
+
+def write() -> None:
+    """Write what is held; called before every wait, which it then does not lengthen."""
+    for handler in logging.getLogger("listener").handlers:
+        handler.flush()
+
+
 def set_up(settings: SimpleNamespace) -> None:
     """Log to standard output, where `docker logs … | grep` looks."""
     if sys.stdout:  # None where it is closed
@@ -76,7 +103,7 @@ def set_up(settings: SimpleNamespace) -> None:
     # What cannot be written, to a full disk or a pipe that nobody reads, is lost: logging would
     # print it on standard error, with a traceback and its secrets.
     logging.raiseExceptions = False
-    handler = logging.StreamHandler(sys.stdout)
+    handler = Held(sys.stdout)
     formatter = OneObject if settings.LOG_FORMAT == "json" else OneLine
     handler.setFormatter(formatter(settings))
     root = logging.getLogger("listener")

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import logs
+
 log = logging.getLogger("listener.process")
 
 # A worker that ends with this code would fail again: its parent stops instead.
@@ -62,6 +64,7 @@ class Stop:
 
     def wait(self, seconds: float, *others) -> None:
         """Sleep until a signal, until one of `others` is readable, or for `seconds`."""
+        logs.write()
         if not self.requested:
             select.select([self, *others], [], [], max(0.0, seconds))
         self.drain()
