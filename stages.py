@@ -7,6 +7,7 @@ its state a line in PIPELINE, and run `make trigger`. What it can bear stands ab
     def vlm_analyze(call): ...
 """
 
+import socket
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -145,6 +146,8 @@ class Call:
     limits: Limits = Limits()
     limited: bool = False  # holds one of max_running
     answer: Answer | None = None  # of the last POST
+    # What this worker does while the stage works, given the socket of the answer.
+    meanwhile: Callable[[socket.socket], None] | None = None
 
     def post(self, path: str, **fields: Any) -> Answer:
         """POST {"job_id", "tenant_id", **fields} to `path` of the stage API.
@@ -164,7 +167,7 @@ class Call:
             "X-Attempt": str(self.attempt),
         }
         self.answer = None
-        self.answer = self.api.post(path, body, headers, self.until)
+        self.answer = self.api.post(path, body, headers, self.until, self.meanwhile)
         return self.answer
 
     def fetch_one(self, sql: str, **params: Any):

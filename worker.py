@@ -78,14 +78,14 @@ class Worker:
             "Job State Listener 시작: worker=%s stages=%s", self.name, list(self.trigger.leases)
         )
         try:
-            while not self.stop.requested or self.trigger.result:
+            while not self.stop.requested or self.trigger.results:
                 try:
                     with contextlib.closing(self.connect()) as conn:
                         self.work(conn)
                         break
                 except Exception as error:
                     hopeless = isinstance(error, ops.Problem) or self.once
-                    if hopeless and not self.trigger.result:
+                    if hopeless and not self.trigger.results:
                         raise
                     self.wait_to_reconnect(error)
         finally:
@@ -149,7 +149,7 @@ class Worker:
         self.heartbeat.beat(f"database away: {reason}", delay + HEARTBEAT_MARGIN)
         self.doubtful_until = time.monotonic() + DOUBTFUL
         self.watch.leave()
-        if self.stop.requested and self.trigger.result:
+        if self.stop.requested and self.trigger.results:
             time.sleep(delay)  # only to write a result: a second signal leaves at once
         else:
             self.stop.wait(delay)
@@ -173,7 +173,7 @@ class Worker:
         rested = True
         while not self.stop.requested:
             self.upkeep(conn)
-            postponed = self.trigger.result is not None and self.trigger.result.delay is not None
+            postponed = any(result.delay is not None for result in self.trigger.results)
             self.watch.begin_look()
             call = self.trigger.next(conn)
             if call is None or self.stop.requested:
@@ -184,7 +184,7 @@ class Worker:
             rested = False
             lease = self.trigger.leases[call.stage]
             self.heartbeat.beat(f"calling {call.stage} for job {call.job_id}", lease)
-            self.trigger.run(call)
+            self.trigger.run(call, conn)
             self.hear(conn)
 
     def wait(self, conn: db.Connection) -> bool:

@@ -27,7 +27,7 @@ HOLD = "SELECT hold_seconds, held_until > now() AS held FROM pipeline_stages WHE
 def test_back_off_doubles_up_to_five_minutes_with_full_jitter(delay, spent):
     trigger = Trigger(config.read({"RETRY_DELAY": str(delay)}), "worker")
     longest = min(300, delay * 2 ** (spent - 1))
-    waits = [trigger.backoff(spent) for _ in range(200)]
+    waits = [trigger.judge.backoff(spent) for _ in range(200)]
     assert all(0 <= wait <= longest for wait in waits)
     assert min(waits) < longest / 4 and max(waits) > longest * 3 / 4
 

@@ -1,0 +1,116 @@
+"""What the result of a call means (the outcome table of the README): its settlement, and its one
+line in the log.
+"""
+
+import logging
+import random
+import time
+import traceback
+from types import SimpleNamespace
+from typing import Any
+
+import config
+import db
+import logs
+import stage_http
+import stages
+from settling import Settlement
+
+log = logging.getLogger("listener.trigger")
+
+LONGEST_BACKOFF = 300.0
+
+
+def about(call: stages.Call, **more: Any) -> dict[str, Any]:
+    return logs.about(job=call.job_id, stage=call.stage, attempt=call.spent, **more)
+
+
+class Judge:
+    """Decides for one worker what becomes of a call that ended so or so."""
+
+    def __init__(self, settings: SimpleNamespace, worker: str):
+        self.settings = settings
+        self.worker = worker
+        self.redact = config.redactor(settings)
+
+    def judged(self, call: stages.Call, answer: stage_http.Answer, seconds: float) -> Settlement:
+        """What the answer's status means (the outcome table of the README)."""
+        status = answer.status
+        if 200 <= status < 300:
+            log.info(
+                "파이프라인 단계 실행 성공: job=%s stage=%s status=%d (%.2f초)",
+                *(call.job_id, call.stage, status, seconds),
+                extra=about(call, status=status, duration=round(seconds, 3)),
+            )
+            return self.settlement(call, "succeeded", http_status=status)
+        error = f"HTTP {status}: {answer.text}".rstrip(": ")
+        if status in (429, 503):
+            wait = answer.retry_after
+            return self.failure(call, "held", error, http_status=status, retry_after=wait)
+        if status in (408, 425) or status >= 500:
+            return self.failure(call, "retry", error, http_status=status)
+        return self.failure(call, "failed", error, http_status=status)
+
+    def raised(self, call: stages.Call, error: BaseException, seconds: float) -> Settlement:
+        """A bug in the stage function, or a value it misses; an accepted call stays accepted."""
+        if not isinstance(error, (stages.MissingValue, *db.CONNECTION_LOST)):
+            log.error("단계 함수 오류: job=%s stage=%s", call.job_id, call.stage, exc_info=error,
+                      extra=about(call))  # fmt: skip
+        if call.answer and 200 <= call.answer.status < 300:
+            return self.judged(call, call.answer, seconds)
+        # Not indented as the code of a SyntaxError is, and before any notes.
+        said = [t for t in traceback.format_exception_only(error) if not t.startswith(" ")]
+        return self.failure(call, "retry", said[0].strip())
+
+    def failure(self, call: stages.Call, outcome: str, error: str, **details: Any) -> Settlement:
+        """The settlement of an attempt that did not succeed, and its one line in the log."""
+        error = self.redact(error)
+        details["free"] = outcome == "held"
+        last = call.spent >= call.limits.max_attempts
+        # What got no answer may still run: it is given up once its lease is over, not before.
+        if outcome == "retry" and last:
+            outcome, error = "failed", f"{error} (attempt {call.spent}, the last one)"
+        level, then = logging.WARNING, ""
+        if outcome == "held":
+            details |= {"hold": True, "delay": 1.0}
+            wait = details.get("retry_after")
+            then = (
+                f"단계 보류 {wait:.0f}초" if wait else "단계 보류, 응답할 때까지 간격을 늘려 재시도"
+            )
+        elif outcome == "failed":
+            level, then = logging.ERROR, f"포기: python listener.py retry {call.job_id}"
+        else:
+            details["delay"] = self.backoff(call.spent)
+            details["after_lease"] = outcome == "unknown"
+            after = "리스 만료 후" if outcome == "unknown" else f"{details['delay']:.1f}초 후"
+            then = f"{after} {'포기' if last else '재시도'} (Job이 그대로면)"
+        log.log(
+            level,
+            "파이프라인 단계 실행 실패: job=%s stage=%s attempt=%d/%d error=%s → %s",
+            *(call.job_id, call.stage, call.spent, call.limits.max_attempts, error[:500], then),
+            extra=about(
+                call,
+                status=details.get("http_status"),
+                duration=round(time.monotonic() - call.began, 3),
+                outcome=outcome,
+                error=error,
+            ),
+        )
+        return self.settlement(call, outcome, error=error, **details)
+
+    def backoff(self, spent: int) -> float:
+        """Seconds until the next attempt: exponential, with full jitter."""
+        return random.uniform(0, min(LONGEST_BACKOFF, self.settings.RETRY_DELAY * 2 ** (spent - 1)))
+
+    def settlement(self, call: stages.Call, outcome: str, **details: Any) -> Settlement:
+        return Settlement(
+            job_id=call.job_id,
+            call_id=call.call_id,
+            attempt=call.attempt,
+            stage=call.stage,
+            worker=self.worker,
+            started_at=call.started_at,
+            limited=call.limited,
+            outcome=outcome,
+            **details,
+        )

@@ -1,0 +1,163 @@
+"""What a worker does while a quick stage works: it settles the result before, and claims the next
+call; and gives it back where that call would have to wait.
+"""
+
+import pytest
+from raw_server import OK, in_turn
+from waiting import PATIENCE, until
+
+import db
+import trigger
+
+BUSY = b"HTTP/1.1 503 Busy\r\nRetry-After: 60\r\nContent-Length: 0\r\n\r\n"
+LEASES = "SELECT job_id FROM stage_leases WHERE worker = 'caller' ORDER BY started_at"
+# Until the claim that a worker makes meanwhile waits for a lock.
+WAITING = """
+SELECT count(*) = 1 FROM pg_stat_activity
+WHERE pid = %s AND wait_event_type = 'Lock'
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_clock(monkeypatch):
+    """On however slow a machine: every stage is a quick one, and its answer is waited for."""
+    monkeypatch.setattr(trigger, "QUICK", PATIENCE)
+    monkeypatch.setattr(trigger, "PATIENCE", PATIENCE)
+
+
+def then(*behaviours):
+    """A server's behaviour: OK twice, then what each of `behaviours` returns; kept alive."""
+    left = [lambda: OK, lambda: OK, *behaviours]
+
+    def answer(connection) -> None:
+        while connection.receive():
+            connection.send(left.pop(0)() if left else OK)
+
+    return answer
+
+
+def make(worker, count: int) -> list[str]:
+    """Claim and run so many calls; the job of each."""
+    made = []
+    for _ in range(count):
+        call = worker.claim()
+        worker.trigger.run(call, worker.conn)
+        made.append(call.job_id)
+    return made
+
+
+def outcomes(database, jobs: list[str]) -> list[list[str]]:
+    return [[attempt.outcome for attempt in database.attempts(job)] for job in jobs]
+
+
+def test_next_call_is_claimed_and_last_result_written_while_the_stage_works(
+    database, serve, caller
+):
+    jobs = [database.add_job() for _ in range(4)]
+    seen = []
+
+    def look() -> bytes:
+        until(lambda: (jobs[3],) in database.rows(LEASES), "a claim ahead")
+        seen.extend(outcomes(database, jobs[:2]))
+        return OK
+
+    worker = caller(serve(then(look)).url)
+    assert make(worker, 3) == jobs[:3]
+    assert seen == [["succeeded"], ["succeeded"]]
+    assert make(worker, 1) == jobs[3:] and worker.claim() is None
+    assert outcomes(database, jobs) == [["succeeded"]] * 4
+    assert database.rows(LEASES) == [] and database.value("SELECT count(*) FROM stage_calls") == 0
+
+
+def test_nothing_is_claimed_ahead_after_a_slow_call(database, accepting, caller, monkeypatch):
+    monkeypatch.setattr(trigger, "QUICK", 0)
+    for _ in range(4):
+        database.add_job()
+    worker = caller(accepting.url)
+    make(worker, 3)
+    assert worker.trigger.ahead is None and len(database.rows(LEASES)) == 1
+
+
+def test_call_claimed_ahead_is_another_workers_where_the_stage_turns_slow(
+    database, serve, caller, monkeypatch
+):
+    monkeypatch.setattr(trigger, "PATIENCE", 0.01)
+    jobs = [database.add_job() for _ in range(4)]
+    other = []
+
+    def wait() -> bytes:
+        until(lambda: database.owed(jobs[3]).free_attempts, "the call to be given back")
+        other.append(second.claim().job_id)
+        return OK
+
+    server = serve(then(wait))
+    worker, second = caller(server.url), caller(server.url, name="second")
+    make(worker, 3)
+    assert other == [jobs[3]] and worker.claim() is None
+    assert outcomes(database, jobs) == [["succeeded"]] * 3 + [[]]
+    assert database.owed(jobs[3]).worker == "second"
+
+
+def test_call_claimed_ahead_is_not_sent_to_a_stage_that_fails(database, serve, caller):
+    jobs = [database.add_job() for _ in range(4)]
+    server = serve(then(lambda: BUSY))
+    worker = caller(server.url)
+    make(worker, 3)
+    assert worker.trigger.ahead.job_id == jobs[3]
+    assert worker.claim() is None and len(server.requests) == 3
+    owed = database.owed(jobs[3])
+    assert (owed.worker, owed.attempts - owed.free_attempts) == (None, 0)
+    assert database.rows(LEASES) == []
+
+
+def test_call_claimed_ahead_is_given_back_on_leaving(database, accepting, caller):
+    jobs = [database.add_job() for _ in range(4)]
+    worker = caller(accepting.url)
+    make(worker, 3)
+    worker.trigger.leave(worker.conn)
+    assert outcomes(database, jobs) == [["succeeded"]] * 3 + [[]]
+    assert caller(accepting.url, name="second").claim().job_id == jobs[3]
+    assert len(accepting.requests) == 3
+
+
+def test_answer_outlives_a_connection_lost_while_looking_ahead(database, serve, caller):
+    jobs = [database.add_job() for _ in range(4)]
+    lock = database.connect()
+    lock.autocommit = False
+
+    def cut() -> bytes:
+        pid = worker.conn.info.backend_pid
+        database.wait_for(WAITING, pid)
+        database.rows("SELECT pg_terminate_backend(%s)", pid)
+        return OK
+
+    worker = caller(serve(then(cut)).url)
+    make(worker, 2)
+    call = worker.claim()
+    lock.cursor().execute("LOCK TABLE stage_attempts")
+    with pytest.raises(db.ConnectionLost):
+        worker.trigger.run(call, worker.conn)
+    lock.close()
+    assert [result.job_id for result in worker.trigger.results] == jobs[1:3]
+    worker.conn = db.connect(worker.settings, pinned=True)
+    worker.trigger.resume(worker.conn)
+    assert make(worker, 1) == jobs[3:] and worker.claim() is None
+    assert outcomes(database, jobs) == [["succeeded"]] * 4
+
+
+def test_single_job_is_not_asked_for_twice(database, accepting, caller):
+    worker = caller(accepting.url)
+    for _ in range(3):
+        database.add_job()
+        make(worker, 1)
+        assert worker.trigger.ahead is None and len(database.rows(LEASES)) == 1
+        assert worker.claim() is None
+
+
+def test_answers_in_turn_are_each_their_own_jobs(database, serve, caller):
+    statuses = [b"HTTP/1.1 %d x\r\nContent-Length: 0\r\n\r\n" % n for n in (200, 200, 200, 400)]
+    jobs = [database.add_job() for _ in range(4)]
+    worker = caller(serve(in_turn(*statuses)).url)
+    make(worker, 4)
+    assert worker.claim() is None
+    assert outcomes(database, jobs) == [["succeeded"]] * 3 + [["failed"]]
