@@ -62,6 +62,10 @@ class Judge:
         said = [t for t in traceback.format_exception_only(error) if not t.startswith(" ")]
         return self.failure(call, "retry", said[0].strip())
 
+    def interrupted(self, call: stages.Call) -> Settlement:
+        """What escaped was no answer and no error of the call: nobody knows what became of it."""
+        return self.settlement(call, "unknown", error="interrupted", after_lease=True, delay=0)
+
     def failure(self, call: stages.Call, outcome: str, error: str, **details: Any) -> Settlement:
         """The settlement of an attempt that did not succeed, and its one line in the log."""
         error = self.redact(error)

@@ -209,14 +209,12 @@ class Trigger:
             logs.write()  # whatever its function does
         call.meanwhile = functools.partial(self.meanwhile, call, conn)
         self.running, began = call, time.monotonic()
-        # Should anything escape from here, nobody knows what became of the call.
-        result = self.judge.settlement(
-            call, "unknown", error="interrupted", after_lease=True, delay=0
-        )
         try:
-            result = self.attempt(call)
+            self.results.append(self.attempt(call))
+        except BaseException:
+            self.results.append(self.judge.interrupted(call))
+            raise
         finally:
-            self.results.append(result)
             self.running = None
             self.quick = time.monotonic() - began < QUICK
         if self.ahead_failed:
