@@ -183,27 +183,44 @@ def claim(
     return run(conn, statements, params).fetchone()
 
 
-# Claims of this worker that it never began, because their answer was lost or it has to stop.
-# They are due again, so the other workers are told to look.
+# Claims of this worker that it never began: their answer was lost, it has to stop, or it claimed
+# ahead in vain. They are due again, so the other workers are told to look. Where the application
+# holds the row of a call its lease stays, for another time; where it is gone, nothing is owed.
 GIVE_BACK = f"""
-WITH ended AS (
-    DELETE FROM stage_leases
+WITH claimed AS (
+    SELECT job_id, call_id, attempt FROM stage_leases
     WHERE worker = %(worker)s AND call_id <> ALL (%(keep)s::bigint[])
-    RETURNING job_id, call_id, attempt
+), open AS (
+    SELECT c.job_id, c.call_id FROM stage_calls AS c JOIN claimed USING (job_id, call_id)
+    WHERE c.attempts = claimed.attempt
+    FOR UPDATE OF c SKIP LOCKED
+), ended AS (
+    DELETE FROM stage_leases AS l USING claimed
+    WHERE (l.call_id, l.attempt) = (claimed.call_id, claimed.attempt)
+      AND (l.call_id IN (SELECT call_id FROM open)
+           OR NOT EXISTS (SELECT FROM stage_calls AS c
+                          WHERE c.job_id = l.job_id AND c.call_id = l.call_id
+                            AND c.attempts = l.attempt))
+    RETURNING l.call_id, l.attempt
 ), freed AS (
     UPDATE stage_slots AS s SET leased_until = '-infinity'
     FROM ended AS e WHERE s.call_id = e.call_id AND s.attempt = e.attempt
 ), given_back AS (
     UPDATE stage_calls
     SET worker = NULL, started_at = NULL, due_at = now(), free_attempts = free_attempts + 1
-    WHERE job_id IN (SELECT c.job_id FROM stage_calls AS c JOIN ended AS e USING (job_id)
-                     WHERE c.call_id = e.call_id AND c.attempts = e.attempt
-                     FOR UPDATE OF c SKIP LOCKED)
+    WHERE job_id IN (SELECT job_id FROM open)
 )
-SELECT count(*), CASE WHEN count(*) > 0 THEN {WAKE} END FROM ended
+SELECT ended.calls AS given_back, claimed.calls - ended.calls AS locked,
+       CASE WHEN ended.calls > 0 THEN {WAKE} END AS woken
+FROM (SELECT count(*) AS calls FROM ended) AS ended,
+     (SELECT count(*) AS calls FROM claimed) AS claimed
 """
 
 
-def give_back(conn, worker: str, keep: Sequence[int]) -> int:
-    """Free what `worker` claimed and did not begin; `keep` are the calls it has results for."""
-    return execute(conn, GIVE_BACK, {"worker": worker, "keep": list(keep)}).fetchone()[0]
+def give_back(conn, worker: str, keep: Sequence[int]):
+    """Free what `worker` claimed and did not begin; `keep` are the calls it has results for.
+
+    Returns:
+        A row: how many were `given_back`, and how many are `locked` by the application.
+    """
+    return execute(conn, GIVE_BACK, {"worker": worker, "keep": list(keep)}).fetchone()

@@ -153,6 +153,7 @@ def connect(
     if settings.DATABASE_URL:
         target = psycopg2.extensions.parse_dsn(settings.DATABASE_URL)
     options = {"application_name": name} | CONNECTION | {k: v for k, v in target.items() if v}
+    logs.write()
     # Without the callback libpq keeps connect_timeout itself, for each host in turn.
     psycopg2.extensions.set_wait_callback(None)
     try:

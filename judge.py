@@ -1,5 +1,5 @@
-"""What the result of a call means (the outcome table of the README): its settlement, and its one
-line in the log.
+"""What becomes of a call: whether it is made, and what its result means (the outcome table of the
+README). Each end is a settlement, and one line in the log.
 """
 
 import logging
@@ -32,6 +32,46 @@ class Judge:
         self.settings = settings
         self.worker = worker
         self.redact = config.redactor(settings)
+
+    def refused(self, call: stages.Call, row, by_hand: bool) -> Settlement | None:
+        """The result of a claim that must not be called; None where it must."""
+        if not row.owed:
+            now = f"({row.job_step}, {row.job_status})" if row.job_found else "deleted"
+            log.info(
+                "Job 상태가 변경되어 스킵: job=%s stage=%s 현재=%s",
+                *(call.job_id, call.stage, now),
+                extra=about(call),
+            )
+            return self.settlement(call, "skipped", error=f"the job has moved on: {now}")
+        if row.accepted:
+            log.info(
+                "이미 수락된 호출이라 스킵: job=%s stage=%s",
+                *(call.job_id, call.stage),
+                extra=about(call),
+            )
+            return self.settlement(call, "skipped", error="an earlier attempt was accepted")
+        if call.spent > call.limits.max_attempts and not by_hand:
+            error = "nobody knows what became of the last attempt"
+            return self.failure(call, "failed", error)
+        return None
+
+    def outcome(self, call: stages.Call) -> Settlement:
+        """Run the stage function of `call`; what came of it."""
+        began = time.monotonic()
+        try:
+            function = stages.PIPELINE[call.current_step, call.status]
+            answer = function(call) or call.answer
+            if not isinstance(answer, stage_http.Answer):
+                raise TypeError(f"stage function {call.stage} must return call.post(...)")
+            return self.judged(call, answer, time.monotonic() - began)
+        except stage_http.Unreachable as error:
+            return self.failure(call, "held", f"stage API unreachable: {error}")
+        except stage_http.NoAnswer as error:
+            return self.failure(call, "unknown", str(error))
+        except stage_http.Interrupted as error:
+            return self.failure(call, "retry", f"connection broke while waiting: {error}")
+        except (Exception, SystemExit) as error:
+            return self.raised(call, error, time.monotonic() - began)
 
     def judged(self, call: stages.Call, answer: stage_http.Answer, seconds: float) -> Settlement:
         """What the answer's status means (the outcome table of the README)."""

@@ -52,6 +52,7 @@ class Stop:
     def handle(self, number, _frame) -> None:
         self.signals += 1
         if self.role == "worker" and self.signals > 1:
+            logs.write()
             os._exit(128 + number)
 
     @property

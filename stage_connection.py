@@ -84,12 +84,14 @@ def connection(url: str, ca_bundle: str | None) -> Connection | TlsConnection:
     """
     parts = urllib3.util.parse_url(url)
     host = parts.host.strip("[]")
+    # Without a port, http.client looks for one behind the last colon of an IPv6 address.
+    port = parts.port or (443 if parts.scheme == "https" else 80)
     if parts.scheme != "https":
-        return Connection(host, parts.port, socket_options=SOCKET_OPTIONS)
+        return Connection(host, port, socket_options=SOCKET_OPTIONS)
     trusted = ca_bundle or requests.certs.where()
     where = "ca_cert_dir" if os.path.isdir(trusted) else "ca_certs"
     return TlsConnection(
-        host, parts.port, socket_options=SOCKET_OPTIONS, cert_reqs="CERT_REQUIRED",
+        host, port, socket_options=SOCKET_OPTIONS, cert_reqs="CERT_REQUIRED",
         **{where: trusted},
     )  # fmt: skip
 

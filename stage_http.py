@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import urllib3
 from urllib3.util import parse_url
 
+import logs
 from stage_connection import answering, connection, headers
 
 
@@ -114,6 +115,9 @@ class StageApi:
             failed = error
         except FAILED as error:
             failed = translated(error)
+        except BaseException:
+            self.close()
+            raise
         finally:
             self.connection.meanwhile = None
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -140,17 +144,22 @@ class StageApi:
                 return response.status
         except FAILED as error:
             raise translated(error) from error
+        finally:
+            self.close()
 
     def open(self, method, path, headers, seconds, data=None) -> urllib3.BaseHTTPResponse:
         conn = self.connection
         if conn.sock is not None and not conn.is_connected:
             conn.close()  # by the server, meanwhile
         if conn.sock is None:
+            self.used_at = 0.0
+            logs.write()
             conn.timeout = min(CONNECT_TIMEOUT, seconds)
             conn.connect()
         conn.timeout = seconds  # of a read
         conn.sock.settimeout(seconds)
-        with contextlib.suppress(BrokenPipeError):  # there may be an answer all the same
+        # There may be an answer all the same.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             conn.request(method, target(self.url + path), data, self.headers | headers,
                          preload_content=False)  # fmt: skip
         return conn.getresponse()

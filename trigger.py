@@ -1,5 +1,5 @@
-"""One call from claim to settled: look its state up in PIPELINE, run the stage function, and keep
-what came of it until the database has it.
+"""One call from claim to settled: claim it, have it made, and keep what came of it until the
+database has it.
 """
 
 import dataclasses
@@ -16,7 +16,6 @@ import calls
 import db
 import logs
 import settling
-import stage_http
 import stages
 import upkeep
 from alerts import Alerts
@@ -30,10 +29,11 @@ LOCKED_EVERY = 1.0
 # How long a claim may leave out what was due before the last one: so late, at the most, is a
 # call that was committed late.
 MARKED_FOR = 1.0
-# A call that took at most so many seconds was a quick one.
+# A stage is quick where its last call, stage function and all, took at most so many seconds.
 QUICK = 0.02
-# A call that was claimed ahead waits for the one before it so many seconds at the most.
-PATIENCE = 0.05
+# For so many seconds a call that was claimed ahead waits for the answer to the one before it, and
+# this old it may be when its turn comes: the job may have moved on since.
+PATIENCE, LONGEST_AHEAD = 0.05, 0.2
 
 
 class Trigger:
@@ -54,9 +54,10 @@ class Trigger:
         self.judge = Judge(settings, worker)
         self.results: list[Settlement] = []  # not written yet
         self.locked: list[Settlement] = []  # recorded, but the stage still holds the row
+        self.not_given_back = 0  # calls that the application holds the rows of
         self.locked_checked = 0.0
         self.running: stages.Call | None = None
-        self.quick = False  # the last call was a quick one
+        self.quick: set[str] = set()  # stages
         self.in_a_row = 0  # claims that found a call, one after the other
         self.ahead: stages.Call | None = None  # claimed while the one before it was running
         self.ahead_failed: Exception | None = None
@@ -73,8 +74,10 @@ class Trigger:
         """
         self.ahead = None
         kept = [*self.locked, *self.results, *([self.running] if self.running else [])]
-        if given_back := calls.give_back(conn, self.worker, [call.call_id for call in kept]):
-            log.info("시작하지 않은 호출 %d건을 되돌림", given_back)
+        found = calls.give_back(conn, self.worker, [call.call_id for call in kept])
+        self.not_given_back = found.locked
+        if found.given_back:
+            log.info("시작하지 않은 호출 %d건을 되돌림", found.given_back)
 
     def next(self, conn, only: Any = None) -> stages.Call | None:
         """The next due call, which is claimed; the last result is settled with the claim.
@@ -82,18 +85,21 @@ class Trigger:
         Args:
             only: a job id: take what this job owes, due or not.
         """
-        if self.ahead and self.results[-1].outcome == "succeeded":
-            call, self.ahead = self.ahead, None
+        if self.ahead is None:
+            return self.claim(conn, only)
+        call, self.ahead = self.ahead, None
+        good = self.results[-1].outcome == "succeeded" and is_fresh(call)
+        if not good or call.stage not in self.quick:
+            self.write(conn)  # else while this call is running
+        if good:
             return call
-        if self.ahead:
-            self.resume(conn)
+        self.resume(conn)
         return self.claim(conn, only)
 
     def claim(self, conn, only: Any = None) -> stages.Call | None:
         """Settle what is not, and claim the next due call: one round trip but for exceptions."""
         self.settle_locked(conn)
-        while len(self.results) > 1:  # where a connection was lost while a stage worked
-            self.written(settled=settling.settle(conn, self.results[0]))
+        self.write(conn, but=1)  # two, where a connection was lost while a stage worked
         while True:
             began = time.monotonic()
             if began - self.marked > MARKED_FOR:
@@ -118,31 +124,38 @@ class Trigger:
             call = self.call(conn, row, began)
             if not row.owed:
                 row = row._replace(owed=calls.is_owed(conn, row, self.worker))
-            refused = self.refused(call, row, by_hand=only is not None)
+            refused = self.judge.refused(call, row, by_hand=only is not None)
             if refused is None:
                 return call
             self.results.append(refused)
 
     def meanwhile(self, call: stages.Call, conn, answer: socket.socket) -> None:
-        """While the stage works: write the log; where it is a quick one, look ahead."""
-        logs.write()
-        # A new connection may have more to say than the answer, such as TLS tickets.
-        if conn is not None and self.quick and self.in_a_row > 1 and call.api.used_at:
-            self.look_ahead(conn, answer)
+        """While the stage works: write the log and the result before, maybe look ahead.
 
-    def look_ahead(self, conn, answer: socket.socket) -> None:
-        """Settle the result before the call that is running, claim the one after it.
-
-        That is given back, for others to take, where the stage is not so quick this time. What
-        goes wrong is raised by `run`: nothing may come between a stage and its answer.
+        What goes wrong is raised by `run`: nothing may come between a stage and its answer.
         """
+        logs.write()
+        if conn is None or self.ahead_failed:
+            return
+        # A new connection may have more to say than the answer, such as TLS tickets.
+        quick = call.stage in self.quick and call.api.used_at
+        stopping = db.stop is not None and db.stop.requested
         try:
-            if self.ahead is None:
-                self.ahead = self.claim(conn)
-            if self.ahead and not select.select([answer], [], [], PATIENCE)[0]:
-                self.resume(conn)
+            if quick and self.in_a_row > 1 and not stopping:
+                self.look_ahead(conn, answer)
+            else:
+                self.write(conn)
         except Exception as error:
             self.ahead_failed = error
+
+    def look_ahead(self, conn, answer: socket.socket) -> None:
+        """Claim the call after the one that is running; give it back, for others to take, where
+        the stage is not so quick this time.
+        """
+        if self.ahead is None:
+            self.ahead = self.claim(conn)
+        if self.ahead and not select.select([answer], [], [], PATIENCE)[0]:
+            self.resume(conn)
 
     def call(self, conn, row, began: float) -> stages.Call:
         return stages.Call(
@@ -169,28 +182,6 @@ class Trigger:
         after = list(self.leases).index(stage) + 1
         self.leases = dict(order[after:] + order[:after])
 
-    def refused(self, call: stages.Call, row, by_hand: bool) -> Settlement | None:
-        """The result of a claim that must not be called; None where it must."""
-        if not row.owed:
-            now = f"({row.job_step}, {row.job_status})" if row.job_found else "deleted"
-            log.info(
-                "Job 상태가 변경되어 스킵: job=%s stage=%s 현재=%s",
-                *(call.job_id, call.stage, now),
-                extra=about(call),
-            )
-            return self.judge.settlement(call, "skipped", error=f"the job has moved on: {now}")
-        if row.accepted:
-            log.info(
-                "이미 수락된 호출이라 스킵: job=%s stage=%s",
-                *(call.job_id, call.stage),
-                extra=about(call),
-            )
-            return self.judge.settlement(call, "skipped", error="an earlier attempt was accepted")
-        if call.spent > call.limits.max_attempts and not by_hand:
-            error = "nobody knows what became of the last attempt"
-            return self.judge.failure(call, "failed", error)
-        return None
-
     def run(self, call: stages.Call, conn=None) -> None:
         """Run the stage function of `call` and keep what came of it in `results`.
 
@@ -205,44 +196,32 @@ class Trigger:
             *(call.job_id, call.stage, call.spent, call.limits.max_attempts),
             extra=about(call),
         )
-        if not self.quick:
+        if call.stage not in self.quick:
             logs.write()  # whatever its function does
         call.meanwhile = functools.partial(self.meanwhile, call, conn)
         self.running, began = call, time.monotonic()
         try:
-            self.results.append(self.attempt(call))
+            self.results.append(self.judge.outcome(call))
         except BaseException:
             self.results.append(self.judge.interrupted(call))
             raise
         finally:
             self.running = None
-            self.quick = time.monotonic() - began < QUICK
+        quick = time.monotonic() - began < QUICK and self.results[-1].outcome == "succeeded"
+        (self.quick.add if quick else self.quick.discard)(call.stage)
         if self.ahead_failed:
             error, self.ahead_failed = self.ahead_failed, None
             raise error
 
-    def attempt(self, call: stages.Call) -> Settlement:
-        began = time.monotonic()
-        try:
-            function = stages.PIPELINE[call.current_step, call.status]
-            answer = function(call) or call.answer
-            if not isinstance(answer, stage_http.Answer):
-                raise TypeError(f"stage function {call.stage} must return call.post(...)")
-            return self.judge.judged(call, answer, time.monotonic() - began)
-        except stage_http.Unreachable as error:
-            return self.judge.failure(call, "held", f"stage API unreachable: {error}")
-        except stage_http.NoAnswer as error:
-            return self.judge.failure(call, "unknown", str(error))
-        except stage_http.Interrupted as error:
-            return self.judge.failure(call, "retry", f"connection broke while waiting: {error}")
-        except (Exception, SystemExit) as error:
-            return self.judge.raised(call, error, time.monotonic() - began)
-
     def leave(self, conn) -> None:
         """Write what is left; give back what was claimed and not begun."""
-        while self.results:
-            self.written(settled=settling.settle(conn, self.results[0]))
+        self.write(conn)
         self.resume(conn)
+
+    def write(self, conn, but: int = 0) -> None:
+        """Settle the results, `but` so many."""
+        while len(self.results) > but:
+            self.written(settled=settling.settle(conn, self.results[0]))
 
     def written(self, settled: bool) -> None:
         """The first result is recorded; where the stage still holds the row, it is kept."""
@@ -255,8 +234,19 @@ class Trigger:
             about = {"job": result.job_id, "stage": result.stage, "error": result.error}
             self.alerts.send("given_up", text, **about, http_status=result.http_status)
 
+    @property
+    def waits(self) -> bool:
+        """Whether the application holds rows that are to be settled or given back."""
+        return bool(self.locked or self.not_given_back)
+
     def settle_locked(self, conn) -> None:
         """A stage may answer before it commits; once it has, its call can be settled."""
-        if self.locked and time.monotonic() - self.locked_checked >= LOCKED_EVERY:
+        if self.waits and time.monotonic() - self.locked_checked >= LOCKED_EVERY:
+            if self.not_given_back:
+                self.resume(conn)
             self.locked = [result for result in self.locked if not settling.settle(conn, result)]
             self.locked_checked = time.monotonic()
+
+
+def is_fresh(call: stages.Call) -> bool:
+    return time.monotonic() - call.began < LONGEST_AHEAD

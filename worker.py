@@ -218,7 +218,7 @@ class Worker:
         """time.monotonic() at which to look, should nothing call for it before."""
         alone = on_watch and not self.hears
         every = self.settings.POLL_INTERVAL if alone else self.settings.SWEEP_INTERVAL
-        if self.trigger.locked:
+        if self.trigger.waits:
             every = min(every, LOCKED_EVERY)
         times = [self.looked_at + every, self.trigger.next_look]
         if on_watch:

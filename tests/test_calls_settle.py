@@ -247,7 +247,7 @@ def test_answer_before_a_rollback_is_settled_after_it(database, conn, stage):
 def test_claim_whose_answer_was_lost_is_given_back(database, conn):
     job = database.add_job()
     claim(conn)
-    assert calls.give_back(conn, "w", []) == 1
+    assert calls.give_back(conn, "w", []).given_back == 1
     call = database.owed(job)
     assert (call.worker, call.started_at, call.attempts, call.free_attempts) == (None, None, 1, 1)
     row = claim(conn)
@@ -259,21 +259,27 @@ def test_only_own_claims_without_a_result_are_given_back(database, conn):
     for _ in range(3):
         database.add_job()
     kept, lost, others = claim(conn), claim(conn), claim(conn, "another")
-    assert calls.give_back(conn, "w", [kept.call_id]) == 1
+    assert calls.give_back(conn, "w", [kept.call_id]).given_back == 1
     assert database.owed(lost.job_id).worker is None
     assert database.owed(kept.job_id).worker == "w"
     assert database.owed(others.job_id).worker == "another"
     assert settling.settle(conn, result(kept))
 
 
-def test_giving_back_waits_for_no_row_that_a_stage_holds(database, conn, stage):
-    database.add_job()
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+def test_giving_back_waits_for_no_row_that_a_stage_holds(database, conn, stage, end):
+    job = database.add_job()
     claim(conn)
     stage.cursor().execute("UPDATE jobs SET status = 'running'")
-    assert calls.give_back(conn, "w", []) == 1
-    assert database.rows("SELECT * FROM stage_leases") == []
-    stage.commit()
-    assert database.rows("SELECT FROM stage_calls") == []
+    found = calls.give_back(conn, "w", [])
+    assert (found.given_back, found.locked) == (0, 1)
+    assert len(database.rows("SELECT * FROM stage_leases")) == 1
+    getattr(stage, end)()
+    found = calls.give_back(conn, "w", [])
+    assert (found.given_back, found.locked) == (1, 0)
+    assert database.rows("SELECT FROM stage_leases") == []
+    owed = database.owed(job)
+    assert owed is None if end == "commit" else (owed.worker, owed.free_attempts) == (None, 1)
 
 
 def test_result_of_a_call_given_back_changes_nothing(database, conn):

@@ -145,6 +145,49 @@ def test_answer_outlives_a_connection_lost_while_looking_ahead(database, serve, 
     assert outcomes(database, jobs) == [["succeeded"]] * 4
 
 
+def test_job_that_moved_on_since_is_left_alone(database, accepting, caller, monkeypatch):
+    monkeypatch.setattr(trigger, "LONGEST_AHEAD", 0)
+    jobs = [database.add_job() for _ in range(4)]
+    worker = caller(accepting.url)
+    make(worker, 1)
+    call = worker.claim()
+    worker.trigger.run(call, worker.conn)
+    database.move(jobs[2], "img_gen", "failed")
+    assert make(worker, 1) == jobs[3:] and len(accepting.requests) == 3
+    assert outcomes(database, jobs) == [["succeeded"], ["succeeded"], [], []]
+
+
+def test_result_is_written_before_a_stage_that_is_not_known_as_quick(database, accepting, caller):
+    jobs = [database.add_job(), database.add_job(), database.add_job("planner")]
+    database.rows(
+        "UPDATE stage_calls SET due_at = due_at - interval '1 s' WHERE stage <> 'overlay'"
+    )
+    worker = caller(accepting.url)
+    worker.trigger.leases = {s: worker.trigger.leases[s] for s in ("vlm_analyze", "overlay")}
+    worker.trigger.take_turns = lambda stage: None
+    make(worker, 2)
+    assert worker.trigger.ahead.stage == "overlay"
+    worker.claim()
+    assert outcomes(database, jobs) == [["succeeded"], ["succeeded"], []]
+
+
+def test_result_is_written_while_a_stage_works_that_is_not_quick(
+    database, serve, caller, monkeypatch
+):
+    jobs = [database.add_job() for _ in range(4)]
+
+    def look() -> bytes:
+        until(lambda: outcomes(database, jobs[1:2]) == [["succeeded"]], "the result before")
+        return OK
+
+    worker = caller(serve(then(look)).url)
+    make(worker, 2)
+    call = worker.claim()
+    worker.trigger.quick.clear()
+    worker.trigger.run(call, worker.conn)
+    assert worker.trigger.ahead is None
+
+
 def test_single_job_is_not_asked_for_twice(database, accepting, caller):
     worker = caller(accepting.url)
     for _ in range(3):

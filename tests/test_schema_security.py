@@ -235,7 +235,7 @@ def one_of_everything(database, conn) -> None:
     )
     database.add_job("planner", "done")
     claim(conn)
-    assert calls.give_back(conn, "w", keep=[1]) == 1
+    assert calls.give_back(conn, "w", keep=[1]).given_back == 1
     database.rows("DELETE FROM jobs; UPDATE stage_calls SET due_at = 'infinity'")
     assert upkeep.forget_deleted(conn, ["overlay"], "w") == 1
     database.rows("UPDATE stage_attempts SET finished_at = finished_at - interval '2 days'")

@@ -232,3 +232,18 @@ def test_retry_after_date_is_seconds_from_now(serve, api):
     date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 600))
     answer = f"HTTP/1.1 429 Wait\r\nRetry-After: {date}\r\nContent-Length: 0\r\n\r\n".encode()
     assert 500 < post(api(serve(answering(answer)).url)).retry_after <= 600
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "port"),
+    [
+        ("http://[::1]", "::1", 80),
+        ("https://[::1]/api", "::1", 443),
+        ("http://[::1]:8011/api", "::1", 8011),
+        ("http://[fe80::1%25lo]/x", "fe80::1%lo", 80),
+        ("https://stages.example", "stages.example", 443),
+    ],
+)
+def test_address_is_what_the_url_says(url, host, port):
+    connection = StageApi(config.read({"STAGE_API_URL": url})).connection
+    assert (connection.host, connection.port) == (host, port)
