@@ -142,7 +142,7 @@ def test_stage_is_newly_stalled_once_until_nothing_of_it_is(database, accepted):
     assert upkeep.newly_stalled(conn) == []
     database.move(job, "planner", "done")
     assert upkeep.newly_stalled(conn) == []
-    assert database.rows("SELECT FROM pipeline_stages WHERE stalled_since IS NOT NULL") == []
+    assert database.rows("SELECT 1 FROM pipeline_stages WHERE stalled_since IS NOT NULL") == []
 
 
 def test_newly_stalled_stage_is_told(database, accepted, api, run_command, told):

@@ -277,7 +277,7 @@ def test_giving_back_waits_for_no_row_that_a_stage_holds(database, conn, stage, 
     getattr(stage, end)()
     found = calls.give_back(conn, "w", [])
     assert (found.given_back, found.locked) == (1, 0)
-    assert database.rows("SELECT FROM stage_leases") == []
+    assert database.rows("SELECT 1 FROM stage_leases") == []
     owed = database.owed(job)
     assert owed is None if end == "commit" else (owed.worker, owed.free_attempts) == (None, 1)
 

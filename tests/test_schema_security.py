@@ -88,8 +88,8 @@ def shadowed(each_database, application):
 
 def test_temporary_tables_of_the_caller_are_not_used(shadowed):
     job = shadowed.add_job("img_gen", "done")
-    assert shadowed.rows("SELECT FROM pg_temp.stage_calls") == []
-    assert shadowed.rows("SELECT FROM stolen") == []
+    assert shadowed.rows("SELECT 1 FROM pg_temp.stage_calls") == []
+    assert shadowed.rows("SELECT 1 FROM stolen") == []
     shadowed.rows("RESET ROLE; RESET search_path")
     assert shadowed.value("SELECT stage FROM public.stage_calls WHERE job_id = %s", job) == (
         "vlm_analyze"
@@ -101,7 +101,7 @@ def test_temporary_tables_do_not_stand_in_for_missing_ones(shadowed):
         other.cursor().execute("DROP TABLE stage_calls, pipeline_stages CASCADE")
     shadowed.add_job("img_gen", "done")
     assert shadowed.rows("SELECT * FROM stolen") == []
-    assert shadowed.rows("SELECT FROM pg_temp.stage_calls") == []
+    assert shadowed.rows("SELECT 1 FROM pg_temp.stage_calls") == []
 
 
 @pytest.mark.parametrize("tables", ["stage_calls, pipeline_stages", "stage_calls"])

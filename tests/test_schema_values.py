@@ -120,7 +120,7 @@ def test_job_id_of_any_type_is_owed_and_claimed(empty_database, id_type):
     row = claimed(database)
     assert (row.job_id, row.owed) == (job, True)
     database.rows("UPDATE jobs SET status = 'running' WHERE job_id = %s", job)
-    assert database.rows("SELECT FROM stage_calls") == []
+    assert database.rows("SELECT 1 FROM stage_calls") == []
 
 
 def test_text_id_of_any_length_is_owed(empty_database):
