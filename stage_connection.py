@@ -57,8 +57,8 @@ def answering(conn) -> None:
         conn.meanwhile(conn.sock)
 
 
-class Waiting:
-    """What both kinds of connection have in common."""
+class WithMeanwhile:
+    """A connection that does something between a request and its answer."""
 
     response_class = Response
     meanwhile: Callable[[socket.socket], None] | None = None
@@ -68,11 +68,11 @@ class Waiting:
         return super().getresponse()
 
 
-class Connection(Waiting, urllib3.connection.HTTPConnection):
+class Connection(WithMeanwhile, urllib3.connection.HTTPConnection):
     pass
 
 
-class TlsConnection(Waiting, urllib3.connection.HTTPSConnection):
+class TlsConnection(WithMeanwhile, urllib3.connection.HTTPSConnection):
     pass
 
 

@@ -61,8 +61,8 @@ LONGEST_RETRY_AFTER = 3600.0
 class StageApi:
     """One worker's kept-alive connection to the stage API, at `url` or STAGE_API_URL.
 
-    What never changes, from credentials to TLS, `requests` prepares once; a call is then sent
-    on the connection itself. So no redirect, cookie, .netrc or proxy variable is followed.
+    Its headers are prepared once, by `requests`; a call is then sent on the connection itself. So
+    no redirect, cookie, .netrc or proxy variable is followed.
     """
 
     def __init__(self, settings: SimpleNamespace, url: str | None = None):
