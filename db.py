@@ -97,7 +97,6 @@ def wait_with_deadline(conn) -> None:
     connection in here deadlocks.
     """
     allowed, started = DEADLINE, time.monotonic()
-    logs.write()
     while (state := conn.poll()) != psycopg2.extensions.POLL_OK:
         # What piled up during a long call comes before the answer; all of it means "look now".
         del conn.notifies[:-ENOUGH]
