@@ -119,7 +119,7 @@ def call(job_id: str) -> None:
     if owed is None:
         raise ops.Problem(steer.why_nothing_owed(conn, job_id))
     trigger.run(owed)
-    outcome = trigger.results[-1].outcome
+    outcome = trigger.results.unwritten[-1].outcome
     trigger.leave(conn)
     sys.exit(0 if outcome == "succeeded" else 1)
 

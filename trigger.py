@@ -1,26 +1,24 @@
-"""One call from claim to settled: claim it, have it made, and keep what came of it until the
-database has it.
-"""
+"""One call from claim to settled: claim it, have it made, see that its result is written."""
 
-import dataclasses
 import functools
 import logging
 import math
 import select
+import signal
 import socket
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import calls
 import db
 import logs
-import settling
 import stages
 import upkeep
 from alerts import Alerts
 from judge import Judge, about
-from settling import Settlement
+from results import Results
 
 log = logging.getLogger("listener.trigger")
 
@@ -32,8 +30,10 @@ MARKED_FOR = 1.0
 # A stage is quick where its last call, stage function and all, took at most so many seconds.
 QUICK = 0.02
 # For so many seconds a call that was claimed ahead waits for the answer to the one before it, and
-# this old it may be when its turn comes: the job may have moved on since.
-PATIENCE, LONGEST_AHEAD = 0.05, 0.2
+# a result that is not written for the POST of the next.
+PATIENCE = 0.05
+# This old a call that was claimed ahead may be when its turn comes: the job may have moved on.
+LONGEST_AHEAD = 0.2
 
 
 class Trigger:
@@ -52,15 +52,14 @@ class Trigger:
         }
         self.alerts = Alerts(settings)
         self.judge = Judge(settings, worker)
-        self.results: list[Settlement] = []  # not written yet
-        self.locked: list[Settlement] = []  # recorded, but the stage still holds the row
+        self.results = Results(self.alerts)
         self.not_given_back = 0  # calls that the application holds the rows of
         self.locked_checked = 0.0
         self.running: stages.Call | None = None
         self.quick: set[str] = set()  # stages
         self.in_a_row = 0  # claims that found a call, one after the other
         self.ahead: stages.Call | None = None  # claimed while the one before it was running
-        self.ahead_failed: Exception | None = None
+        self.failed_meanwhile: Exception | None = None
         self.next_look = 0.0  # time.monotonic() at which the next call will be due
         # When the last claimed call of a stage was due: what is before it need not be passed
         # again by every claim. A call that was committed late is before it, too.
@@ -73,8 +72,8 @@ class Trigger:
         On a new connection that is a claim whose answer was lost; the rest has its result.
         """
         self.ahead = None
-        kept = [*self.locked, *self.results, *([self.running] if self.running else [])]
-        found = calls.give_back(conn, self.worker, [call.call_id for call in kept])
+        running = [self.running.call_id] if self.running else []
+        found = calls.give_back(conn, self.worker, self.results.call_ids() + running)
         self.not_given_back = found.locked
         if found.given_back:
             log.info("시작하지 않은 호출 %d건을 되돌림", found.given_back)
@@ -88,9 +87,9 @@ class Trigger:
         if self.ahead is None:
             return self.claim(conn, only)
         call, self.ahead = self.ahead, None
-        good = self.results[-1].outcome == "succeeded" and is_fresh(call)
+        good = self.results.unwritten[-1].outcome == "succeeded" and is_fresh(call)
         if not good or call.stage not in self.quick:
-            self.write(conn)  # else while this call is running
+            self.results.write(conn)  # else while this call is running
         if good:
             return call
         self.resume(conn)
@@ -99,7 +98,7 @@ class Trigger:
     def claim(self, conn, only: Any = None) -> stages.Call | None:
         """Settle what is not, and claim the next due call: one round trip but for exceptions."""
         self.settle_locked(conn)
-        self.write(conn, but=1)  # two, where a connection was lost while a stage worked
+        self.results.write(conn, but=1)  # two, where a connection was lost while a stage worked
         while True:
             began = time.monotonic()
             if began - self.marked > MARKED_FOR:
@@ -108,11 +107,11 @@ class Trigger:
                 conn,
                 leases=self.leases,
                 worker=self.worker,
-                settled=self.results[0] if self.results else None,
+                settled=next(iter(self.results.unwritten), None),
                 only=only,
                 marks=self.marks,
             )
-            self.written(settled=not row.unsettled)
+            self.results.written(settled=not row.unsettled)
             self.in_a_row = self.in_a_row + 1 if row.call_id is not None else 0
             if row.call_id is None:
                 self.next_look = math.inf if row.next_due is None else began + row.next_due
@@ -127,26 +126,31 @@ class Trigger:
             refused = self.judge.refused(call, row, by_hand=only is not None)
             if refused is None:
                 return call
-            self.results.append(refused)
+            self.results.unwritten.append(refused)
 
     def meanwhile(self, call: stages.Call, conn, answer: socket.socket) -> None:
-        """While the stage works: write the log and the result before, maybe look ahead.
-
-        What goes wrong is raised by `run`: nothing may come between a stage and its answer.
-        """
+        """While the stage works: write the log and the result before, maybe look ahead."""
         logs.write()
-        if conn is None or self.ahead_failed:
-            return
         # A new connection may have more to say than the answer, such as TLS tickets.
         quick = call.stage in self.quick and call.api.used_at
         stopping = db.stop is not None and db.stop.requested
-        try:
+        if conn is not None and not self.failed_meanwhile:
             if quick and self.in_a_row > 1 and not stopping:
-                self.look_ahead(conn, answer)
+                self.try_now(self.look_ahead, conn, answer)
             else:
-                self.write(conn)
+                self.try_now(self.results.write, conn)
+
+    def on_alarm(self, conn, *_signal) -> None:
+        """SIGALRM: the function of a quick stage takes its time before its POST."""
+        logs.write()
+        self.try_now(self.results.write, conn)
+
+    def try_now(self, do: Callable[..., None], *given: Any) -> None:
+        """What goes wrong is raised by `run`: nothing may come between a stage and its answer."""
+        try:
+            do(*given)
         except Exception as error:
-            self.ahead_failed = error
+            self.failed_meanwhile = error
 
     def look_ahead(self, conn, answer: socket.socket) -> None:
         """Claim the call after the one that is running; give it back, for others to take, where
@@ -173,7 +177,7 @@ class Trigger:
             began=began,
             until=began + self.limits[row.stage].timeout,
             api=self.apis[row.stage],
-            query=functools.partial(db.query, conn),
+            query=functools.partial(self.query, conn),
         )
 
     def take_turns(self, stage: str) -> None:
@@ -201,50 +205,45 @@ class Trigger:
         call.meanwhile = functools.partial(self.meanwhile, call, conn)
         self.running, began = call, time.monotonic()
         try:
-            self.results.append(self.judge.outcome(call))
+            if conn is not None and call.stage in self.quick:
+                signal.signal(signal.SIGALRM, functools.partial(self.on_alarm, conn))
+                signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+            result = self.judge.outcome(call)
         except BaseException:
-            self.results.append(self.judge.interrupted(call))
+            result = self.judge.interrupted(call)
             raise
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             self.running = None
-        quick = time.monotonic() - began < QUICK and self.results[-1].outcome == "succeeded"
+            self.results.unwritten.append(result)
+        quick = time.monotonic() - began < QUICK and result.outcome == "succeeded"
         (self.quick.add if quick else self.quick.discard)(call.stage)
-        if self.ahead_failed:
-            error, self.ahead_failed = self.ahead_failed, None
+        if self.failed_meanwhile:
+            error, self.failed_meanwhile = self.failed_meanwhile, None
             raise error
+
+    def query(self, conn, sql: str, params: dict[str, Any] | None = None) -> list:
+        """What a stage function asks for, which no alarm may come between."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        self.try_now(self.results.write, conn)
+        return db.query(conn, sql, params)
 
     def leave(self, conn) -> None:
         """Write what is left; give back what was claimed and not begun."""
-        self.write(conn)
+        self.results.write(conn)
         self.resume(conn)
-
-    def write(self, conn, but: int = 0) -> None:
-        """Settle the results, `but` so many."""
-        while len(self.results) > but:
-            self.written(settled=settling.settle(conn, self.results[0]))
-
-    def written(self, settled: bool) -> None:
-        """The first result is recorded; where the stage still holds the row, it is kept."""
-        result = self.results.pop(0) if self.results else None
-        if result and not settled:
-            # Its hold, if any, has begun: settling it again must not lengthen it.
-            self.locked.append(dataclasses.replace(result, hold=False))
-        if result and result.outcome == "failed":
-            text = f"job {result.job_id}: {result.stage} was given up: {result.error}"
-            about = {"job": result.job_id, "stage": result.stage, "error": result.error}
-            self.alerts.send("given_up", text, **about, http_status=result.http_status)
 
     @property
     def waits(self) -> bool:
         """Whether the application holds rows that are to be settled or given back."""
-        return bool(self.locked or self.not_given_back)
+        return bool(self.results.locked or self.not_given_back)
 
     def settle_locked(self, conn) -> None:
-        """A stage may answer before it commits; once it has, its call can be settled."""
+        """Settle, or give back, what the application held the rows of."""
         if self.waits and time.monotonic() - self.locked_checked >= LOCKED_EVERY:
             if self.not_given_back:
                 self.resume(conn)
-            self.locked = [result for result in self.locked if not settling.settle(conn, result)]
+            self.results.settle_locked(conn)
             self.locked_checked = time.monotonic()
 
 

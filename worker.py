@@ -78,14 +78,14 @@ class Worker:
             "Job State Listener 시작: worker=%s stages=%s", self.name, list(self.trigger.leases)
         )
         try:
-            while not self.stop.requested or self.trigger.results:
+            while not self.stop.requested or self.trigger.results.unwritten:
                 try:
                     with contextlib.closing(self.connect()) as conn:
                         self.work(conn)
                         break
                 except Exception as error:
                     hopeless = isinstance(error, ops.Problem) or self.once
-                    if hopeless and not self.trigger.results:
+                    if hopeless and not self.trigger.results.unwritten:
                         raise
                     self.wait_to_reconnect(error)
         finally:
@@ -149,7 +149,7 @@ class Worker:
         self.heartbeat.beat(f"database away: {reason}", delay + HEARTBEAT_MARGIN)
         self.doubtful_until = time.monotonic() + DOUBTFUL
         self.watch.leave()
-        if self.stop.requested and self.trigger.results:
+        if self.stop.requested and self.trigger.results.unwritten:
             time.sleep(delay)  # only to write a result: a second signal leaves at once
         else:
             self.stop.wait(delay)
@@ -173,7 +173,7 @@ class Worker:
         rested = True
         while not self.stop.requested:
             self.upkeep(conn)
-            postponed = any(result.delay is not None for result in self.trigger.results)
+            postponed = any(result.delay is not None for result in self.trigger.results.unwritten)
             self.watch.begin_look()
             call = self.trigger.next(conn)
             if call is None or self.stop.requested:

@@ -2,11 +2,15 @@
 call; and gives it back where that call would have to wait.
 """
 
+import threading
+import time
+
 import pytest
 from raw_server import OK, in_turn
 from waiting import PATIENCE, until
 
 import db
+import stages
 import trigger
 
 BUSY = b"HTTP/1.1 503 Busy\r\nRetry-After: 60\r\nContent-Length: 0\r\n\r\n"
@@ -138,7 +142,7 @@ def test_answer_outlives_a_connection_lost_while_looking_ahead(database, serve, 
     with pytest.raises(db.ConnectionLost):
         worker.trigger.run(call, worker.conn)
     lock.close()
-    assert [result.job_id for result in worker.trigger.results] == jobs[1:3]
+    assert [result.job_id for result in worker.trigger.results.unwritten] == jobs[1:3]
     worker.conn = db.connect(worker.settings, pinned=True)
     worker.trigger.resume(worker.conn)
     assert make(worker, 1) == jobs[3:] and worker.claim() is None
@@ -169,6 +173,78 @@ def test_result_is_written_before_a_stage_that_is_not_known_as_quick(database, a
     assert worker.trigger.ahead.stage == "overlay"
     worker.claim()
     assert outcomes(database, jobs) == [["succeeded"], ["succeeded"], []]
+
+
+@pytest.fixture
+def third(database, accepting, caller, monkeypatch):
+    """third(before): call three jobs, the third after its stage function has done `before`; the
+    worker, and the jobs."""
+
+    def third(before):
+        def vlm_analyze(call):
+            before(call, worker, jobs)
+            return call.post("/")
+
+        jobs = [database.add_job() for _ in range(3)]
+        worker = caller(accepting.url)
+        make(worker, 2)
+        monkeypatch.setattr(trigger, "PATIENCE", 0.01)
+        monkeypatch.setitem(stages.PIPELINE, ("img_gen", "done"), vlm_analyze)
+        worker.trigger.run(worker.claim(), worker.conn)
+        return worker, jobs
+
+    return third
+
+
+def test_result_is_written_where_the_next_stage_function_hangs(database, third):
+    def hang(_call, _worker, jobs):
+        until(lambda: outcomes(database, jobs[1:2]) == [["succeeded"]], "the result before")
+
+    worker, jobs = third(hang)
+    assert worker.claim() is None
+    assert outcomes(database, jobs) == [["succeeded"]] * 3
+
+
+def test_result_is_written_before_a_stage_function_asks_the_database(database, third):
+    seen = []
+
+    def ask(call, worker, _jobs):
+        lock = database.connect()
+        lock.autocommit = False
+        lock.cursor().execute("LOCK TABLE stage_attempts")
+        unlocking = threading.Thread(target=unlock, args=(lock, worker.conn.info.backend_pid))
+        unlocking.start()
+        seen.append(call.query("SELECT count(*) FROM stage_attempts")[0].count)
+        unlocking.join()
+
+    def unlock(lock, pid):
+        database.wait_for(WAITING, pid)  # and past its alarm, which finds the connection in use
+        time.sleep(2 * trigger.PATIENCE)
+        lock.close()
+
+    worker, jobs = third(ask)
+    assert seen == [2] and worker.claim() is None
+    assert outcomes(database, jobs) == [["succeeded"]] * 3
+
+
+def test_hanging_stage_function_still_makes_its_call_when_the_database_is_lost(
+    database, accepting, third
+):
+    workers = []
+
+    def lose(_call, worker, _jobs):
+        workers.append(worker)
+        database.rows("SELECT pg_terminate_backend(%s)", worker.conn.info.backend_pid)
+        until(lambda: worker.trigger.failed_meanwhile, "the connection to be missed")
+
+    with pytest.raises(db.ConnectionLost):
+        third(lose)
+    (worker,) = workers
+    assert len(accepting.requests) == 3
+    assert [result.outcome for result in worker.trigger.results.unwritten] == ["succeeded"] * 2
+    worker.conn = db.connect(worker.settings, pinned=True)
+    worker.trigger.resume(worker.conn)
+    assert worker.claim() is None and database.rows(LEASES) == []
 
 
 def test_result_is_written_while_a_stage_works_that_is_not_quick(

@@ -123,7 +123,7 @@ def test_result_is_recorded_at_once_and_does_not_wait(database, accepting, calle
     job = answer_before_commit(database, stage, worker)
     assert [a.outcome for a in database.attempts(job)] == ["succeeded"]
     assert database.owed(job).worker == "caller"  # as others see it
-    assert len(worker.trigger.locked) == 1
+    assert len(worker.trigger.results.locked) == 1
 
 
 @pytest.mark.parametrize("end", ["commit", "rollback"])
@@ -131,10 +131,10 @@ def test_call_is_settled_later_and_never_made_twice(database, accepting, caller,
     worker = caller(accepting.url)
     job = answer_before_commit(database, stage, worker)
     worker.trigger.locked_checked = 0.0
-    assert worker.claim() is None and len(worker.trigger.locked) == 1
+    assert worker.claim() is None and len(worker.trigger.results.locked) == 1
     getattr(stage, end)()
     worker.trigger.locked_checked = 0.0
-    assert worker.claim() is None and worker.trigger.locked == []
+    assert worker.claim() is None and worker.trigger.results.locked == []
     assert database.owed(job) is None and len(accepting.requests) == 1
     assert [a.outcome for a in database.attempts(job)] == ["succeeded"]
 
