@@ -1,6 +1,10 @@
-"""Hearing what the database announces: LISTEN, whether anything would arrive, and all that has."""
+"""Hearing what the database announces: LISTEN, whether anything would arrive, all that has, and
+the lines that the log has of it.
+"""
 
 import contextlib
+import json
+import logging
 import secrets
 import select
 from types import SimpleNamespace
@@ -9,6 +13,10 @@ import psycopg2
 import psycopg2.extensions
 
 import db
+import logs
+import stages
+
+log = logging.getLogger("listener")
 
 LISTEN = f'LISTEN "{db.CHANNEL}"; LISTEN "{db.WAKE_CHANNEL}"'
 
@@ -58,3 +66,69 @@ def hear(conn: db.Connection) -> list[psycopg2.extensions.Notify]:
                 return heard
     except psycopg2.Error as error:
         raise db.ConnectionLost(" ".join(str(error).split())) from error
+
+
+class Bell:
+    """What a worker hears. It only means "look now": nothing depends on its words."""
+
+    def __init__(self, settings: SimpleNamespace):
+        self.settings = settings
+        self.rings = True  # else a worker looks every POLL_INTERVAL
+        self.listens_lost = 0  # connections that ended with their LISTEN, one after the other
+
+    def listen(self, conn: db.Connection, silent: bool) -> None:
+        """LISTEN on a new connection, and say once where no change would be heard.
+
+        A queue that cannot be read makes LISTEN fail (58P01), or end the session (seen on 15
+        and 18): after two such ends a connection does without.
+
+        Args:
+            silent: the triggers ring no bell (`install --no-notify`).
+        """
+        rings, why = False, "트랜잭션 풀러?"
+        if self.listens_lost < 2:
+            self.listens_lost += 1
+            try:
+                if rings := can_hear(conn, self.settings):
+                    listen(conn)
+            except db.CONNECTION_LOST:
+                raise
+            except psycopg2.Error as error:
+                why = " ".join(str(error).split())
+            self.listens_lost = 0
+        else:
+            self.listens_lost, why = 1, "LISTEN이 연결을 끊음"
+        if rings and silent:  # an operator's word is heard all the same
+            rings, why = False, "install --no-notify"
+        if rings:
+            log.info("LISTEN '%s' 시작", db.CHANNEL)
+        elif self.rings:
+            seconds = self.settings.POLL_INTERVAL
+            log.warning("알림이 전달되지 않음 (%s): LISTEN 대신 %g초마다 확인", why, seconds)
+        self.rings = rings
+
+    def hear(self, conn: db.Connection) -> int:
+        """Log what has been announced; how much that was."""
+        heard = hear(conn)
+        for notification in heard:
+            if notification.channel == db.CHANNEL:
+                log_change(notification.payload)
+            elif notification.payload:  # what an operator did, in words
+                log.warning("운영자: %.500s", notification.payload)
+        return len(heard)
+
+
+def log_change(payload: str) -> None:
+    """One line for a job's change of state; INFO where a stage follows."""
+    try:
+        said = json.loads(payload)
+        job, state = said["job_id"], (said["current_step"], said["status"])
+        level = logging.INFO if state in stages.PIPELINE else logging.DEBUG
+        log.log(
+            level,
+            "[LISTENER] Job 상태 변화 감지: job=%s current_step=%s status=%s",
+            *(job, *state),
+            extra=logs.about(job=job, current_step=state[0], status=state[1]),
+        )
+    except (ValueError, TypeError, KeyError, RecursionError):
+        log.warning("알 수 없는 알림 무시: %.200s", payload)

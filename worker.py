@@ -3,7 +3,6 @@ draining what is due, then waiting for a notification, a signal or the clock.
 """
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -16,7 +15,6 @@ from types import SimpleNamespace
 import psycopg2
 
 import db
-import logs
 import notifications
 import ops
 import stages
@@ -59,8 +57,7 @@ class Worker:
         self.trigger = Trigger(settings, self.name, only)
         self.heartbeat = Heartbeat(settings.HEARTBEAT_DIR, self.name)
         self.checked = False  # whether the database knows this PIPELINE
-        self.hears = True
-        self.listens_lost = 0  # connections that ended with their LISTEN, one after the other
+        self.bell = notifications.Bell(settings)
         self.doubtful_until = 0.0
         self.reason, self.repeats = "", 0
         db.stop = stop
@@ -103,37 +100,9 @@ class Worker:
             ops.require_installed(conn)
             upkeep.tell_timeouts(conn, stages.timeouts(self.settings))
             self.checked = True
-        self.listen(conn)
+        self.bell.listen(conn, silent=ops.is_silent(conn))
         self.trigger.resume(conn)
         return conn
-
-    def listen(self, conn: db.Connection) -> None:
-        """LISTEN; where nothing would be heard, say so once and look every POLL_INTERVAL instead.
-
-        A queue that cannot be read makes LISTEN fail (58P01), or end the session (seen on 15
-        and 18): after two such ends a connection does without.
-        """
-        hears, why = False, "트랜잭션 풀러?"
-        if self.listens_lost < 2:
-            self.listens_lost += 1
-            try:
-                if hears := notifications.can_hear(conn, self.settings):
-                    notifications.listen(conn)
-            except db.CONNECTION_LOST:
-                raise
-            except psycopg2.Error as error:
-                why = " ".join(str(error).split())
-            self.listens_lost = 0
-        else:
-            self.listens_lost, why = 1, "LISTEN이 연결을 끊음"
-        if hears and ops.is_silent(conn):
-            hears, why = False, "install --no-notify"
-        if hears:
-            log.info("LISTEN '%s' 시작", db.CHANNEL)
-        elif self.hears:
-            seconds = self.settings.POLL_INTERVAL
-            log.warning("알림이 전달되지 않음 (%s): LISTEN 대신 %g초마다 확인", why, seconds)
-        self.hears = hears
 
     def wait_to_reconnect(self, error: Exception) -> None:
         """Say what happened, each reason once and then only counted, and sleep."""
@@ -185,7 +154,7 @@ class Worker:
             lease = self.trigger.leases[call.stage]
             self.heartbeat.beat(f"calling {call.stage} for job {call.job_id}", lease)
             self.trigger.run(call, conn)
-            self.hear(conn)
+            self.bell.hear(conn)
 
     def wait(self, conn: db.Connection) -> bool:
         """Sleep until a notification, a signal, the next due call, or the sweep.
@@ -193,7 +162,7 @@ class Worker:
         Returns whether to look for due calls: another worker may have been meant.
         """
         on_watch = self.watch.rest()
-        if self.hears and on_watch != conn.listens:
+        if self.bell.rings and on_watch != conn.listens:
             if on_watch:
                 notifications.listen(conn)
                 return True  # for what rang before
@@ -201,11 +170,11 @@ class Worker:
         look_at, now = self.next_look(on_watch), time.monotonic()
         self.heartbeat.beat("waiting for a job to change", look_at - now + HEARTBEAT_MARGIN)
         # A statement may already have read the notification from the socket.
-        if not (heard := self.hear(conn)):
+        if not (heard := self.bell.hear(conn)):
             # A program that runs is looked after; the watch is free again where a worker died.
             restless = self.trigger.alerts.look() or not on_watch
             self.stop.wait(min(look_at - now, 1.0 if restless else math.inf), conn, self.watch)
-            heard = self.hear(conn)
+            heard = self.bell.hear(conn)
         if self.watch.is_woken():
             return True
         if heard and on_watch:
@@ -216,7 +185,7 @@ class Worker:
 
     def next_look(self, on_watch: bool) -> float:
         """time.monotonic() at which to look, should nothing call for it before."""
-        alone = on_watch and not self.hears
+        alone = on_watch and not self.bell.rings
         every = self.settings.POLL_INTERVAL if alone else self.settings.SWEEP_INTERVAL
         if self.trigger.waits:
             every = min(every, LOCKED_EVERY)
@@ -226,16 +195,6 @@ class Worker:
             if self.watch.times[LOOKED_AT] < self.woke_at:
                 times.append(self.woke_at + ANSWERED_WITHIN)
         return min(times)
-
-    def hear(self, conn: db.Connection) -> int:
-        """Log what the bell said. It only means "look now": nothing depends on its words."""
-        heard = notifications.hear(conn)
-        for notification in heard:
-            if notification.channel == db.CHANNEL:
-                log_change(notification.payload)
-            elif notification.payload:  # what an operator did, in words
-                log.warning("운영자: %.500s", notification.payload)
-        return len(heard)
 
     def upkeep(self, conn: db.Connection) -> None:
         """What any worker does for all, between two calls; history goes a batch at a time."""
@@ -258,22 +217,6 @@ class Worker:
             return False
         self.watch.times[what] = now + interval
         return True
-
-
-def log_change(payload: str) -> None:
-    """One line for a job's change of state; INFO where a stage follows."""
-    try:
-        said = json.loads(payload)
-        job, state = said["job_id"], (said["current_step"], said["status"])
-        level = logging.INFO if state in stages.PIPELINE else logging.DEBUG
-        log.log(
-            level,
-            "[LISTENER] Job 상태 변화 감지: job=%s current_step=%s status=%s",
-            *(job, *state),
-            extra=logs.about(job=job, current_step=state[0], status=state[1]),
-        )
-    except (ValueError, TypeError, KeyError, RecursionError):
-        log.warning("알 수 없는 알림 무시: %.200s", payload)
 
 
 def worker_name() -> str:

@@ -78,7 +78,7 @@ def hearing(database, directory) -> Iterator[Callable[[str, object, int], list[s
         def hear(sql: str, given: object, count: int) -> list[str]:
             said, heard = output.tell(), []
             database.rows(sql, given)
-            until(lambda: heard.append(worker.hear(conn)) or sum(heard) >= count, "every bell")
+            until(lambda: heard.append(worker.bell.hear(conn)) or sum(heard) >= count, "every bell")
             output.seek(said)
             return output.read().split("\n")[:-1]
 
