@@ -154,10 +154,9 @@ SET held_until = NULL, hold_seconds = NULL, held_reason = NULL, held_by = NULL
 FROM pipeline_stages AS before
 WHERE p.stage = %(stage)s AND p.held_until > now()
   AND (before.current_step, before.status) = (p.current_step, p.status)
-RETURNING before.held_by, before.held_reason
+RETURNING before.held_by, before.held_reason,
+          (SELECT count(*) FROM stage_calls AS c WHERE c.stage = p.stage) AS owed
 """
-
-OWED_BY_STAGE = "SELECT count(*) FROM stage_calls WHERE stage = %(stage)s"
 
 STAGE = click.argument("stage", type=click.Choice(stages.stage_names()), metavar="STAGE")
 
@@ -189,9 +188,8 @@ def resume(stage: str) -> None:
         click.echo(f"{stage} was neither paused nor held")
         return
     ring(conn, f"{stage} resumed by {operator()}")
-    count = db.execute(conn, OWED_BY_STAGE, {"stage": stage}).fetchone()[0]
     was = f"{lifted.held_by}: {lifted.held_reason}".translate(CONTROL)
-    click.echo(f"resumed: {stage}, which owes {count} calls (was held by {was})")
+    click.echo(f"resumed: {stage}, which owes {lifted.owed} calls (was held by {was})")
 
 
 def operator() -> str:
