@@ -133,6 +133,12 @@ def test_a4_deadlock_in_a_worker_is_tried_again_without_reconnecting(database, a
     assert RECONNECTING not in process.output
 
 
+def new_session_is_read_only(database) -> bool:
+    with closing(database.connect()) as conn, conn.cursor() as cursor:
+        cursor.execute("SHOW default_transaction_read_only")
+        return cursor.fetchone() == ("on",)
+
+
 def test_a12_server_that_became_read_only_is_left_and_found_again(
     own_server, make_database, listener, tmp_path
 ):
@@ -145,8 +151,8 @@ def test_a12_server_that_became_read_only_is_left_and_found_again(
         job = database.add_job("overlay", "queued")
         database.rows(read_only.format("on"))
         database.rows("SELECT pg_reload_conf()")
-        database.wait_for("SELECT setting = 'on' FROM pg_file_settings WHERE name = %s",
-                          "default_transaction_read_only")  # fmt: skip
+        # Whoever connects now is read-only: so is, with its next statement, whoever is connected.
+        until(lambda: new_session_is_read_only(database), "the server to read its configuration")
         database.move(job, "overlay", "done")
         process.wait_for_line("read-only")
         database.rows(read_only.format("off"))
