@@ -218,8 +218,8 @@ def test_result_is_written_before_a_stage_function_asks_the_database(database, t
         unlocking.join()
 
     def unlock(lock, pid):
-        database.wait_for(WAITING, pid)  # and past its alarm, which finds the connection in use
-        time.sleep(2 * trigger.PATIENCE)
+        database.wait_for(WAITING, pid)
+        time.sleep(2 * trigger.PATIENCE)  # an alarm would find the connection in use
         lock.close()
 
     worker, jobs = third(ask)
