@@ -5,6 +5,7 @@ a program that fails or hangs costs the listener nothing but a line in its log.
 import contextlib
 import json
 import logging
+import math
 import os
 import subprocess
 import tempfile
@@ -65,8 +66,13 @@ class Alerts:
         self.waiting.append(json.dumps(said, default=str, ensure_ascii=False).encode() + b"\n")
         self.look()
 
+    @property
+    def next_look(self) -> float:
+        """time.monotonic() at which a run that has not ended is ended."""
+        return min((run.until for run in self.running), default=math.inf)
+
     def look(self) -> bool:
-        """End what is over, start what waits; whether to look again soon."""
+        """End what is over, start what waits; whether something still runs."""
         self.running = [run for run in self.running if not run.ended()]
         while self.waiting and len(self.running) < AT_ONCE:
             self.start(self.waiting.popleft())

@@ -1,68 +1,232 @@
-"""What is owed: claiming the next due call, knowing when to look again, giving calls back.
+"""What jobs owe: claiming calls for idle workers, settling results, giving back what never began.
 
-Each statement is a constant above the small function that runs it, and those that a session
-prepares begin with their name. All times are the database's.
+Each statement is a constant above the small function that runs it. All times are the database's.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from db import execute, run
-from settling import MINE, WAITING, WAKE, Settlement, parameters, statements_for
+import psycopg2
 
-# A stage with max_running has slots: one that is free, as far as this snapshot knows.
-LIMITED = "SELECT FROM stage_slots AS s WHERE s.stage = wanted.stage"
-FREE = f"{LIMITED} AND s.leased_until <= now()"
-# Locking it is what makes the limit exact. The call is locked first, so that a slot which a
-# worker has locked is one that it takes.
-SLOT = """
-    LEFT JOIN LATERAL (
-        SELECT s.slot FROM stage_slots AS s
-        WHERE s.stage = open.stage AND s.leased_until <= now()
-        LIMIT 1
-        FOR UPDATE SKIP LOCKED) AS free ON true"""
+from db import CONNECTION_LOST, WAKE_CHANNEL, Statement, execute, run
 
-WANTED = """unnest(%(stages)s::text[], %(leases)s::float8[], %(since)s::timestamptz[])
-      AS wanted (stage, lease, since)"""
+log = logging.getLogger("listener")
 
-# The stages are tried in the order given, and the first one with a due call wins. A row that
-# the stage's own transaction holds is passed by, and so is a stage that is held or full. Dead
-# entries of the index that an old snapshot elsewhere keeps are passed by as far as `since` says.
-FIRST_DUE = f"""
-    SELECT open.*, wanted.lease, free.slot
+
+@dataclass
+class Result:
+    """What came of an attempt, on its way to the database."""
+
+    job_id: str  # as the database writes it
+    call_id: int
+    attempt: int
+    stage: str
+    worker: str
+    started_at: str
+    outcome: str
+    http_status: int | None = None
+    error: str | None = None
+    delay: float | None = None  # seconds until it is due again; None: never
+    after_lease: bool = False  # not before the lease has run out
+    free: bool = False  # does not count towards max_attempts
+    hold: bool = False  # nobody calls this stage for a while
+    retry_after: float | None = None  # seconds the stage asked for
+    seconds: float = 0.0  # how long the attempt took, for the log
+    trace: str | None = None  # the traceback of a bug in the stage function, for the log
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A stage to claim calls of.
+
+    Args:
+        lease: seconds for which nobody else may take such a call.
+        most: so many calls at the most.
+        share: so many before any other stage gets more than its share.
+        limited: the stage has max_running.
+        since: calls that were due before are passed by, should an old snapshot elsewhere keep
+            their dead index entries; None: everything is looked at.
+    """
+
+    stage: str
+    lease: float
+    most: int
+    share: int
+    limited: bool = False
+    since: datetime | None = None
+
+
+# --- settling ------------------------------------------------------------------------------
+
+# The results as rows: what a row of stage_attempts has, of the types that it has there, and what
+# else is known.
+RESULTS = """
+    SELECT * FROM ROWS FROM (
+        json_populate_recordset(NULL::stage_attempts, %(results)s::json),
+        json_to_recordset(%(results)s::json)
+            AS (delay float8, after_lease boolean, free integer, hold boolean, retry_after float8)
+    ) AS r"""
+
+# The fence: only the attempt that holds the claim may settle the call.
+FENCE = """c.job_id = r.job_id AND c.call_id = r.call_id AND c.attempts = r.attempt
+      AND c.worker = r.worker"""
+
+# Each attempt goes to the history and its lease ends, except that of a call without an answer:
+# its stage may still be working. An attempt that was taken for lost still adds what it knows: a
+# claim never repeats a call of which any attempt was accepted.
+# SKIP LOCKED, as the stage's own transaction may still hold the row of the call when it answers.
+# The first success of a call that began after the stage was held lifts the hold, but no pause.
+SETTLE = Statement(
+    "settle",
+    f"""
+WITH result AS ({RESULTS}
+), recorded AS (
+    INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at, finished_at,
+                                http_status, outcome, error)
+    SELECT job_id, call_id, attempt, stage, worker, started_at, now(), http_status, outcome,
+           left(error, 2000)
+    FROM result
+    ON CONFLICT DO NOTHING
+), ended AS (
+    DELETE FROM stage_leases AS l USING result AS r
+    WHERE l.call_id = r.call_id AND l.attempt = r.attempt AND r.outcome <> 'unknown'
+), unanswered AS (
+    UPDATE stage_leases AS l SET unanswered = true FROM result AS r
+    WHERE l.call_id = r.call_id AND l.attempt = r.attempt AND r.outcome = 'unknown'
+), mine AS (
+    SELECT r.* FROM result AS r JOIN stage_calls AS c ON {FENCE}
+    FOR UPDATE OF c SKIP LOCKED
+), paid AS (
+    DELETE FROM stage_calls AS c USING mine AS r
+    WHERE c.job_id = r.job_id AND r.outcome IN ('succeeded', 'skipped')
+), postponed AS (
+    UPDATE stage_calls AS c
+    SET worker = NULL, started_at = NULL, last_error = left(r.error, 2000),
+        free_attempts = c.free_attempts + r.free,
+        due_at = greatest(CASE WHEN r.after_lease THEN c.due_at END,
+                          coalesce(now() + make_interval(secs => r.delay), 'infinity'))
+    FROM mine AS r
+    WHERE c.job_id = r.job_id AND r.outcome NOT IN ('succeeded', 'skipped')
+), held AS (
+    SELECT p.current_step, p.status
+    FROM (SELECT stage, max(started_at) AS started_at FROM result
+          WHERE outcome = 'succeeded' GROUP BY stage) AS s
+    JOIN pipeline_stages AS p ON p.stage = s.stage
+    WHERE p.held_until - make_interval(secs => p.hold_seconds) < s.started_at
+    ORDER BY p.current_step, p.status
+    FOR UPDATE OF p
+)
+UPDATE pipeline_stages AS p
+SET held_until = NULL, hold_seconds = NULL, held_reason = NULL, held_by = NULL
+FROM held WHERE (p.current_step, p.status) = (held.current_step, held.status)
+""",
+)
+
+# Each hold is twice as long as the one before, up to a minute, unless the stage asked for a time.
+# Results of calls that were under way when the hold began do not lengthen it, and none touches a
+# person's pause, which is a hold until infinity.
+HOLD = Statement(
+    "hold",
+    f"""
+WITH result AS ({RESULTS}
+), asking AS (
+    SELECT DISTINCT ON (stage) stage, worker, started_at, error, retry_after FROM result
+    WHERE hold ORDER BY stage, retry_after DESC NULLS LAST, started_at DESC
+), length AS (
+    SELECT p.current_step, p.status, a.worker, a.error,
+           coalesce(a.retry_after, least(60, 2 * coalesce(p.hold_seconds, 0.5))) AS seconds
+    FROM pipeline_stages AS p JOIN asking AS a ON a.stage = p.stage
+    WHERE p.held_until IS NULL
+       OR p.held_until < now() + make_interval(secs => a.retry_after)
+       OR (p.held_until <= now()
+           AND p.held_until - make_interval(secs => p.hold_seconds) < a.started_at)
+    ORDER BY p.current_step, p.status
+    FOR UPDATE OF p
+)
+UPDATE pipeline_stages AS p
+SET held_until = now() + make_interval(secs => length.seconds), hold_seconds = length.seconds,
+    held_reason = left(length.error, 500), held_by = length.worker
+FROM length WHERE (p.current_step, p.status) = (length.current_step, length.status)
+""",
+)
+
+# What SETTLE could not settle, because the stage's own transaction holds the row of the call.
+UNSETTLED_CALLS = f"""
+    SELECT r.call_id FROM ({RESULTS}) AS r JOIN stage_calls AS c ON {FENCE}"""
+
+UNSETTLED = Statement(
+    "unsettled", f"SELECT ARRAY({UNSETTLED_CALLS}) AS unsettled, pg_notify('{WAKE_CHANNEL}', '')"
+)
+
+
+# --- claiming ------------------------------------------------------------------------------
+
+# A limit is exact because whoever claims locks its row first, in the order of the names, and
+# counts the leases in the next statement, whose snapshot is then newer.
+LOCK_LIMITS = Statement(
+    "lock_limits",
+    """
+SELECT FROM stage_limits AS l
+WHERE l.name = ANY (%(stages)s::text[]) AND EXISTS (
+    SELECT FROM stage_calls AS c WHERE c.stage = l.name AND c.due_at <= now())
+ORDER BY l.name
+FOR UPDATE OF l
+""",
+)
+
+WANTED = """unnest(%(stages)s::text[], %(leases)s::float8[], %(since)s::timestamptz[],
+                %(skip)s::integer[], %(most)s::integer[])
+      AS wanted (stage, lease, since, skip, most)"""
+
+# A request for the same job and stage may still be running.
+UNDER_WAY = """
+    SELECT FROM stage_leases AS l
+    WHERE l.job_id = c.job_id AND l.stage = c.stage AND l.leased_until > now()"""
+
+# The stages are tried in the order given. A row that the stage's own transaction holds is passed
+# by, and so is a stage that is held or full. A call that was never tried is due whatever the clock
+# says: the sweep finds it though the database's clock was set back.
+DUE = f"""
+    SELECT open.*, wanted.lease
     FROM {WANTED}
+    LEFT JOIN LATERAL (
+        SELECT s.max_running - (SELECT count(*) FROM stage_leases AS l
+                                WHERE l.stage = s.name AND l.leased_until > now()) AS free
+        FROM stage_limits AS s WHERE s.name = wanted.stage) AS places ON true
     CROSS JOIN LATERAL (
-        SELECT c.job_id, c.call_id, c.stage, c.attempts, c.worker, c.due_at
+        SELECT c.job_id, c.call_id, c.worker, c.due_at
         FROM stage_calls AS c
-        WHERE c.stage = wanted.stage AND c.due_at >= wanted.since AND c.due_at <= now()
+        WHERE c.stage = wanted.stage AND c.due_at >= wanted.since AND c.due_at < 'infinity'
+          AND c.due_at <= CASE WHEN %(sweep)s THEN 'infinity' ELSE now() END
+          AND (c.due_at <= now() OR c.attempts = 0)
           AND NOT EXISTS (SELECT FROM pipeline_stages AS p
                           WHERE p.stage = wanted.stage AND p.held_until > now())
-          AND (NOT EXISTS ({LIMITED}) OR EXISTS ({FREE}))
+          AND NOT EXISTS ({UNDER_WAY})
         ORDER BY c.due_at
-        LIMIT 1
-        FOR UPDATE OF c SKIP LOCKED) AS open{SLOT}
-    WHERE free.slot IS NOT NULL OR NOT EXISTS ({LIMITED})
-    LIMIT 1"""
-
-# A person may take a call that is not due, but never one that a worker is on, or that may still
-# be running because nobody knows what became of it; nor one more than max_running.
-OPEN_CALL = f"""
-    SELECT open.*, wanted.lease, free.slot
-    FROM (
-        SELECT c.job_id, c.call_id, c.stage, c.attempts, c.worker, c.due_at
-        FROM stage_calls AS c
-        WHERE c.job_id = %(only)s
-          AND (c.due_at <= now() OR (c.worker IS NULL AND (
-              SELECT a.outcome FROM stage_attempts AS a
-              WHERE a.job_id = c.job_id AND a.call_id = c.call_id AND a.attempt = c.attempts
-              LIMIT 1) IS DISTINCT FROM 'unknown'))
+        OFFSET wanted.skip
+        LIMIT greatest(0, least(wanted.most, places.free - wanted.skip))
         FOR UPDATE OF c SKIP LOCKED) AS open
-    JOIN {WANTED} ON wanted.stage = open.stage{SLOT}
-    WHERE free.slot IS NOT NULL OR NOT EXISTS ({LIMITED})"""
+    LIMIT %(free)s"""
 
-# When the next call will be due. One that is due by now and was passed by is waited for by the
-# sweep, not by a timer.
+# A person may take a call that is not due, but none that may still be running, and none more than
+# max_running.
+DUE_BY_HAND = f"""
+    SELECT c.job_id, c.call_id, c.worker, c.due_at, wanted.lease
+    FROM {WANTED}
+    JOIN stage_calls AS c ON c.stage = wanted.stage
+    LEFT JOIN stage_limits AS s ON s.name = wanted.stage
+    WHERE c.job_id = %(only)s AND NOT EXISTS ({UNDER_WAY})
+      AND (s.max_running IS NULL
+           OR s.max_running > (SELECT count(*) FROM stage_leases AS l
+                               WHERE l.stage = s.name AND l.leased_until > now()))
+    FOR UPDATE OF c SKIP LOCKED"""
+
+# When the next call will be due, in seconds. One that is due by now and was passed by is waited
+# for by the sweep, not by a timer.
 NEXT_DUE = f"""
     SELECT extract(epoch FROM min(coming.due_at) - now())::float8
     FROM {WANTED}
@@ -78,9 +242,9 @@ NEXT_DUE = f"""
         LIMIT 1) AS coming
     WHERE coming.due_at < 'infinity'"""
 
-# Takes the call found, for as long as its lease. The job's state is looked up in this same
-# statement. Always one row: it also says whether the result sent before it was settled, or when
-# to look again, and wakes the others where that result freed a slot which is not taken here.
+# Takes the calls found, each for as long as its lease. The state of the job is looked up in this
+# same statement. There is always a row, as it also says which results could not be settled and
+# when to look again.
 TAKE = f"""
 , claimed AS (
     UPDATE stage_calls AS c
@@ -88,31 +252,24 @@ TAKE = f"""
         due_at = now() + make_interval(secs => due.lease)
     FROM due
     WHERE c.job_id = due.job_id
-    RETURNING c.*, due.worker AS worker_before, due.due_at AS was_due_at, due.slot
+    RETURNING c.*, due.worker AS worker_before, due.due_at AS was_due_at
 ), leased AS (
     INSERT INTO stage_leases (job_id, call_id, attempt, stage, worker, started_at, leased_until)
     SELECT job_id, call_id, attempts, stage, worker, started_at, due_at FROM claimed
-), slot AS (
-    UPDATE stage_slots AS s
-    SET call_id = claimed.call_id, attempt = claimed.attempts, leased_until = claimed.due_at
-    FROM claimed WHERE s.stage = claimed.stage AND s.slot = claimed.slot
 )
-SELECT claimed.call_id, claimed.job_id, claimed.current_step, claimed.status, claimed.stage,
-       claimed.attempts AS attempt, claimed.attempts - claimed.free_attempts AS spent,
-       claimed.started_at, claimed.worker_before IS NOT NULL AS taken_over,
-       claimed.was_due_at, claimed.slot IS NOT NULL AS limited,
+SELECT claimed.call_id, claimed.job_id, claimed.job_id::text AS key, claimed.current_step,
+       claimed.status, claimed.stage, claimed.attempts AS attempt,
+       claimed.attempts - claimed.free_attempts AS spent, claimed.started_at::text,
+       claimed.worker_before IS NOT NULL AS taken_over, claimed.was_due_at,
        job.tenant_id, job.found IS NOT NULL AS job_found,
        job.current_step AS job_step, job.status AS job_status,
        (job.current_step, job.status) IS NOT DISTINCT FROM
            (claimed.current_step, claimed.status) AS owed,
-       claimed.attempts > 1 AND (
-           SELECT true FROM stage_attempts AS a
-           WHERE a.job_id = claimed.job_id AND a.call_id = claimed.call_id
-             AND a.outcome = 'succeeded'
-           LIMIT 1) IS NOT NULL AS accepted,
-       EXISTS ({MINE}) AS unsettled,
-       CASE WHEN claimed.call_id IS NULL THEN ({NEXT_DUE}) END AS next_due,
-       CASE WHEN claimed.stage IS DISTINCT FROM %(freed)s AND {WAITING} THEN {WAKE} END AS woken
+       EXISTS (SELECT FROM stage_attempts AS a
+               WHERE a.job_id = claimed.job_id AND a.call_id = claimed.call_id
+                 AND a.outcome = 'succeeded') AS accepted,
+       ARRAY({UNSETTLED_CALLS}) AS unsettled,
+       CASE WHEN (SELECT count(*) FROM claimed) < %(free)s THEN ({NEXT_DUE}) END AS next_due
 FROM (VALUES (1)) AS always
 LEFT JOIN claimed ON true
 LEFT JOIN LATERAL (
@@ -120,13 +277,98 @@ LEFT JOIN LATERAL (
     FROM jobs AS j
     WHERE j.job_id = claimed.job_id
     LIMIT 1) AS job ON true
+ORDER BY claimed.was_due_at
 """
-CLAIM = f"/* claim */ WITH due AS ({FIRST_DUE}){TAKE}"
-CLAIM_JOB = f"/* claim_job */ WITH due AS ({OPEN_CALL}){TAKE}"
+CLAIM = Statement("claim", f"WITH due AS ({DUE}){TAKE}")
+CLAIM_BY_HAND = Statement("claim_by_hand", f"WITH due AS ({DUE_BY_HAND}){TAKE}")
 
 
-# A row that is locked is the newest, while the job beside it is as the statement began: where
-# the job moved between two states of one stage meanwhile, the claim is right after all.
+@dataclass(frozen=True)
+class Turn:
+    """What one round trip brought about.
+
+    claimed: the rows of the calls that were claimed, the one due longest first.
+    unsettled: calls whose row the stage's own transaction holds: settle them again later.
+    next_due: seconds until the next call will be due; None where none will.
+    """
+
+    claimed: list
+    unsettled: list[int]
+    next_due: float | None = None
+
+
+def settle_and_claim(
+    conn,
+    results: Sequence[Result],
+    wanted: Sequence[Wanted],
+    free: int,
+    worker: str,
+    *,
+    sweep: bool = False,
+    only: Any = None,
+) -> Turn:
+    """Settle all `results` and claim up to `free` calls: one round trip, one commit.
+
+    Args:
+        wanted: the stages to choose from, those whose turn it is first.
+        free: how many workers are idle; 0: only settle, and wake the other listeners, as a
+            place under a limit may be free now.
+        worker: in whose name.
+        sweep: also take calls that were never tried and whose time, by the clock, has not come.
+        only: a job id: claim what this job owes, due or not.
+
+    Raises:
+        psycopg2.Error: and nothing of it has happened, unless the connection was lost.
+    """
+    statements, params = [], {"results": as_json(conn, results)}
+    if results:
+        statements.append(SETTLE)
+    if any(result.hold for result in results):
+        statements.append(HOLD)
+    if not (free and wanted):
+        row = run(conn, [*statements, UNSETTLED], params).fetchone()
+        return Turn([], row.unsettled)
+    if any(stage.limited for stage in wanted):
+        statements.append(LOCK_LIMITS)
+    params |= places(wanted) | {"free": free, "worker": worker, "sweep": sweep, "only": only}
+    statements.append(CLAIM if only is None else CLAIM_BY_HAND)
+    rows = run(conn, statements, params).fetchall()
+    claimed = [row for row in rows if row.call_id is not None]
+    return Turn(claimed, rows[0].unsettled, rows[0].next_due)
+
+
+def places(wanted: Sequence[Wanted]) -> dict[str, str]:
+    """`wanted` as arrays: first each stage with its share, then each with what is left."""
+    rows = [(w.stage, w.lease, w.since or "-infinity", 0, min(w.share, w.most)) for w in wanted]
+    rows += [
+        (w.stage, w.lease, w.since or "-infinity", w.share, w.most - w.share)
+        for w in wanted
+        if w.most > w.share
+    ]
+    names = ("stages", "leases", "since", "skip", "most")
+    return dict(zip(names, map(array, zip(*rows, strict=True)), strict=True))
+
+
+def array(values: Iterable[Any]) -> str:
+    """`values`, which hold no quotes, as PostgreSQL reads an array: cheaper than an expression."""
+    return "{" + ",".join(f'"{value}"' for value in values) + "}"
+
+
+def as_json(conn, results: Sequence[Result]) -> str:
+    """`results` as this database can store them."""
+    utf8 = conn.info.parameter_status("server_encoding") == "UTF8"
+    rows = []
+    for result in results:
+        row = asdict(result) | {"free": int(result.free)}
+        if result.error is not None:
+            error = result.error.encode("utf-8" if utf8 else "ascii", "backslashreplace").decode()
+            row["error"] = error.replace("\0", "\\0")
+        rows.append(row)
+    return json.dumps(rows, ensure_ascii=False)
+
+
+# FOR UPDATE returns the latest version of a call, but the job beside it comes from the statement's
+# snapshot. Where the job moved between two states of one stage meanwhile, the claim is right.
 STILL_OWED = """
 SELECT count(*) > 0 FROM stage_calls AS c JOIN jobs AS j USING (job_id)
 WHERE c.job_id = %(job_id)s AND c.call_id = %(call_id)s AND c.attempts = %(attempt)s
@@ -137,59 +379,111 @@ WHERE c.job_id = %(job_id)s AND c.call_id = %(call_id)s AND c.attempts = %(attem
 
 def is_owed(conn, row, worker: str) -> bool:
     """Whether the job of a claimed `row` is in the state that owes it, asked once more."""
-    given = {"job_id": row.job_id, "call_id": row.call_id, "attempt": row.attempt}
+    given = {"job_id": row.key, "call_id": row.call_id, "attempt": row.attempt}
     return execute(conn, STILL_OWED, given | {"worker": worker}).fetchone()[0]
 
 
-def array(values: Iterable[Any]) -> str:
-    """`values`, which hold no quotes, as PostgreSQL reads an array: cheaper than an expression."""
-    return "{" + ",".join(f'"{value}"' for value in values) + "}"
+# --- what cannot be written, or was never begun --------------------------------------------
+
+# A row of its own: 22 data, 23 constraint, 54 a limit of the server, such as the length of an index
+# entry. Anything else would fail for every row.
+FAULT_OF_THE_ROW = ("22", "23", "54")
 
 
-NOTHING = {"job_id": None, "call_id": None, "attempt": None, "freed": None}
+def in_parts(
+    conn, results: Sequence[Result], wanted: Sequence[Wanted], free: int, worker: str
+) -> Turn:
+    """What settle_and_claim could not do at once: each result alone, then a claim of one call.
 
+    What fails alone is one failed call.
 
-def claim(
-    conn,
-    *,
-    leases: Mapping[str, float],
-    worker: str,
-    settled: Settlement | None = None,
-    only: Any = None,
-    marks: Mapping[str, datetime] | None = None,
-):
-    """Settle `settled`, if given, and claim the next due call: one round trip, one commit.
-
-    Args:
-        leases: the stages to choose from, most wanted first, each with the seconds for which
-            no other worker may take its call.
-        only: a job id: claim what this job owes, due or not.
-        marks: since when to look in a stage, at first; everything is looked at before this
-            says that nothing is due.
-
-    Returns:
-        A row; its `call_id` is None where nothing was due, and `next_due` then the seconds until
-        something is. `unsettled` is True where the stage's own transaction holds the row of
-        `settled`: settle it again later. `taken_over`: another worker's lease on it ran out.
+    Raises:
+        psycopg2.Error: the fault is not that of a row.
     """
-    wanted = [(stage, lease, "-infinity") for stage, lease in leases.items()]
-    if marks:
-        late = [(stage, lease, marks.get(stage, since)) for stage, lease, since in wanted]
-        wanted = late + wanted
-    stages, seconds, since = map(array, zip(*wanted, strict=True))
-    params = {"stages": stages, "leases": seconds, "since": since, "worker": worker, "only": only}
-    params |= parameters(conn, settled) if settled else NOTHING
-    statements = [*statements_for(settled), CLAIM if only is None else CLAIM_JOB]
-    return run(conn, statements, params).fetchone()
+    unsettled = [result.call_id for result in results if not settle_alone(conn, result)]
+    for stage in wanted[: free and len(wanted)]:
+        try:
+            turn = settle_and_claim(conn, [], [stage], 1, worker)
+        except psycopg2.errors.LockNotAvailable:
+            continue  # somebody holds the row of its limit
+        except psycopg2.Error as error:
+            if not (error.pgcode or "").startswith(FAULT_OF_THE_ROW):
+                raise
+            job_id = give_up_first(conn, stage.stage, " ".join(str(error).split()))
+            log.error(
+                "포기 (호출을 가져올 수 없음): job=%s stage=%s %s", job_id, stage.stage, error
+            )
+        else:
+            if turn.claimed:
+                return Turn(turn.claimed, unsettled, 0.0)
+    return Turn([], unsettled, 0.0 if free else None)
 
 
-# Claims of this worker that it never began: their answer was lost, it has to stop, or it claimed
-# ahead in vain. They are due again, so the other workers are told to look. Where the application
-# holds the row of a call its lease stays, for another time; where it is gone, nothing is owed.
+def settle_alone(conn, result: Result) -> bool:
+    """Write one result, in whatever form the database takes it; False where the row is locked."""
+    try:
+        return not settle_and_claim(conn, [result], [], 0, result.worker).unsettled
+    except psycopg2.Error as error:
+        if not (error.pgcode or "").startswith(FAULT_OF_THE_ROW):
+            raise
+        reason = f"its result ({result.outcome}) cannot be recorded: {' '.join(str(error).split())}"
+    log.error("결과를 기록할 수 없음: job=%s stage=%s %s", result.job_id, result.stage, reason)
+    ascii_only = reason.encode("ascii", "backslashreplace").decode()
+    try:
+        params = {"results": as_json(conn, [replace(result, error=ascii_only)])}
+        execute(conn, SETTLE_WITHOUT_HISTORY, params)
+    except CONNECTION_LOST:
+        raise
+    except psycopg2.Error as error:
+        log.error("리스 만료 후 다시 확인됨: job=%s %s", result.job_id, error)
+    return True
+
+
+# For a result that the history does not take: only the call itself is paid, or given up.
+SETTLE_WITHOUT_HISTORY = f"""
+WITH result AS ({RESULTS}
+), ended AS (
+    DELETE FROM stage_leases AS l USING result AS r
+    WHERE l.call_id = r.call_id AND l.attempt = r.attempt
+), paid AS (
+    DELETE FROM stage_calls AS c USING result AS r
+    WHERE {FENCE} AND r.outcome IN ('succeeded', 'skipped')
+)
+UPDATE stage_calls AS c
+SET worker = NULL, started_at = NULL, due_at = 'infinity', last_error = left(r.error, 500)
+FROM result AS r
+WHERE {FENCE} AND r.outcome NOT IN ('succeeded', 'skipped')
+"""
+
+
+# The call that a claim of this stage would take first.
+GIVE_UP_FIRST = """
+UPDATE stage_calls SET due_at = 'infinity', worker = NULL, last_error = left(%(error)s, 500)
+WHERE job_id = (
+    SELECT c.job_id FROM stage_calls AS c
+    WHERE c.stage = %(stage)s AND c.due_at <= now()
+      AND NOT EXISTS (SELECT FROM pipeline_stages AS p
+                      WHERE p.stage = c.stage AND p.held_until > now())
+    ORDER BY c.due_at LIMIT 1
+    FOR UPDATE OF c SKIP LOCKED)
+RETURNING job_id::text
+"""
+
+
+def give_up_first(conn, stage: str, error: str) -> str | None:
+    """Give up the first due call of `stage`, which cannot be claimed; the id of its job."""
+    row = execute(conn, GIVE_UP_FIRST, {"stage": stage, "error": error}).fetchone()
+    return row and row.job_id
+
+
+# Claims of this listener that it never began: their answer was lost, or their lease would not
+# have covered the call. They are due again, so the other listeners are told to look. Where the
+# application holds the row of a call its lease stays, for another time; where it is gone, nothing
+# is owed.
 GIVE_BACK = f"""
 WITH claimed AS (
     SELECT job_id, call_id, attempt FROM stage_leases
-    WHERE worker = %(worker)s AND call_id <> ALL (%(keep)s::bigint[])
+    WHERE worker = %(worker)s AND NOT unanswered AND call_id <> ALL (%(keep)s::bigint[])
 ), open AS (
     SELECT c.job_id, c.call_id FROM stage_calls AS c JOIN claimed USING (job_id, call_id)
     WHERE c.attempts = claimed.attempt
@@ -201,24 +495,21 @@ WITH claimed AS (
            OR NOT EXISTS (SELECT FROM stage_calls AS c
                           WHERE c.job_id = l.job_id AND c.call_id = l.call_id
                             AND c.attempts = l.attempt))
-    RETURNING l.call_id, l.attempt
-), freed AS (
-    UPDATE stage_slots AS s SET leased_until = '-infinity'
-    FROM ended AS e WHERE s.call_id = e.call_id AND s.attempt = e.attempt
+    RETURNING l.call_id
 ), given_back AS (
     UPDATE stage_calls
     SET worker = NULL, started_at = NULL, due_at = now(), free_attempts = free_attempts + 1
     WHERE job_id IN (SELECT job_id FROM open)
 )
 SELECT ended.calls AS given_back, claimed.calls - ended.calls AS locked,
-       CASE WHEN ended.calls > 0 THEN {WAKE} END AS woken
+       CASE WHEN ended.calls > 0 THEN pg_notify('{WAKE_CHANNEL}', '') END AS woken
 FROM (SELECT count(*) AS calls FROM ended) AS ended,
      (SELECT count(*) AS calls FROM claimed) AS claimed
 """
 
 
-def give_back(conn, worker: str, keep: Sequence[int]):
-    """Free what `worker` claimed and did not begin; `keep` are the calls it has results for.
+def give_back(conn, worker: str, keep: Iterable[int]):
+    """Free what `worker` claimed and never began; `keep` are the calls under way or with a result.
 
     Returns:
         A row: how many were `given_back`, and how many are `locked` by the application.

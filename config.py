@@ -163,7 +163,7 @@ SETTINGS: dict[str, tuple[str | None, Callable[[str], Any]]] = {
     "LEASE_MARGIN": ("30", number(float, 1, 3600, SECONDS)),
     "MAX_ATTEMPTS": ("5", number(int, 1, 1000, "a whole number")),
     "RETRY_DELAY": ("5", number(float, 0.01, 3600, SECONDS)),
-    "LISTENER_WORKERS": ("1", number(int, 1, 256, "a whole number")),
+    "LISTENER_WORKERS": ("4", number(int, 1, 256, "a whole number")),
     "SWEEP_INTERVAL": ("30", number(float, 0.1, 3600, SECONDS)),
     "POLL_INTERVAL": ("1", number(float, 0.05, 3600, SECONDS)),
     "HISTORY_DAYS": ("30", number(float, 0.01, 36500, "a number of days")),

@@ -2,10 +2,12 @@
 here, once: whatever makes a connection useless becomes ConnectionLost.
 """
 
+import contextlib
 import re
 import select
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,15 +15,14 @@ import psycopg2
 import psycopg2.extensions
 import psycopg2.extras
 
-import logs
 from config import require_database
 
 CHANNEL = "job_state_changed"
 # For our own commands: "look now", without pretending that a job changed.
 WAKE_CHANNEL = "job_state_listener_wake"
 RING = f'NOTIFY "{WAKE_CHANNEL}"'
-# A worker's application_name is this and its name, for pg_stat_activity and `status`.
-WORKER_APPLICATION = "job-state-listener worker "
+# A listener's application_name is this and its name, for pg_stat_activity and `status`.
+LISTENER_APPLICATION = "job-state-listener run "
 
 # No database call may block longer (seconds). A frozen server still acknowledges packets, so
 # neither keepalives nor statement_timeout would end the wait.
@@ -55,8 +56,8 @@ PINNED = {
 }
 # For a person's query, and for one that reads all of jobs.
 UNPINNED = "".join(f"SET LOCAL {name} = DEFAULT; " for name in PINNED)
-# lock_timeout is shorter than deadlock_timeout: where a worker and the application would wait
-# for each other, the worker gives way. The isolation may be anything by default.
+# lock_timeout is shorter than deadlock_timeout: where a listener and the application would
+# wait for each other, the listener gives way. The isolation may be anything by default.
 SESSION = {
     "jit": "off",
     "default_transaction_isolation": "read committed",
@@ -65,7 +66,7 @@ SESSION = {
     "lock_timeout": "500ms",
     "idle_in_transaction_session_timeout": "60s",
 }
-# When the server notices that a worker vanished with its host: by default after two hours.
+# When the server notices that a listener vanished with its host: by default after two hours.
 # Behind a pooler it is the pooler's connection, and none of our business.
 PEER = {
     "tcp_keepalives_idle": "15s",
@@ -86,19 +87,17 @@ TRY_AGAIN = ("40", "55P03", "57014")
 # 0A000: a column of jobs has another type than when a statement was prepared.
 LOST = ("08", "25006", "53300", "57P0", "0A000")
 
-# Set by a process that can be told to stop: see wait_with_deadline.
-stop = None
 
-
-def wait_with_deadline(conn) -> None:
+def wait_with_deadline(conn: "Connection") -> None:
     """psycopg2's wait callback: waits for `conn`, at most DEADLINE seconds.
 
     A stop shortens the wait to STOP_DEADLINE. Raising is the only safe way out: closing the
     connection in here deadlocks.
     """
+    stop = getattr(conn, "stop", None)  # not every connection is of our class
     allowed, started = DEADLINE, time.monotonic()
     while (state := conn.poll()) != psycopg2.extensions.POLL_OK:
-        # What piled up during a long call comes before the answer; all of it means "look now".
+        # What piled up meanwhile comes before the answer; all of it means "look now".
         del conn.notifies[:-ENOUGH]
         now, watched = time.monotonic(), []
         if stop is not None and not stop.requested:
@@ -120,28 +119,56 @@ class Connection(psycopg2.extensions.connection):
 
     # Put before every statement behind a pooler, where a session's settings would leak.
     prefix = ""
+    # What wakes a wait for the server: `requested`, and a file descriptor that select() takes.
+    stop = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.prepared: dict[str, str] = {}  # the EXECUTE of every statement that is prepared
-
-    listens = False  # it has executed LISTEN, and no UNLISTEN since
+        self.prepared: dict[str, str] = {}  # by name: the EXECUTE of every prepared statement
 
 
 def connect(
-    settings: SimpleNamespace, name: str = "job-state-listener", pinned: bool = False
+    settings: SimpleNamespace,
+    name: str = "job-state-listener",
+    pinned: bool = False,
+    stop: Any = None,
+    trying: Callable[[str], None] = lambda host: None,
 ) -> Connection:
     """An autocommit connection with a deadline on every call.
 
     Args:
         name: how pg_stat_activity shows it.
         pinned: for claiming and settling, whose plans are the same whatever the statistics.
+        stop: shortens the wait for an answer once it is `requested`.
+        trying: told each host before it is tried, which takes CONNECTION["connect_timeout"] for
+            each of its addresses.
 
     Raises:
         SettingsError: no database is configured.
         ConnectionLost: it cannot be reached, whatever the reason.
     """
     require_database(settings)
+    reasons = []
+    for target in targets(settings):
+        trying(target.get("host") or target.get("hostaddr") or "")
+        try:
+            conn = connect_to({"application_name": name} | CONNECTION | target)
+        except psycopg2.Error as error:
+            reasons.append(" ".join(str(error).split()))
+            continue
+        conn.stop = stop
+        try:
+            conn.autocommit = True
+            prepare_session(conn, SESSION | PINNED if pinned else SESSION)
+        except psycopg2.Error:
+            conn.close()
+            raise
+        return conn
+    raise ConnectionLost("; ".join(reasons))
+
+
+def targets(settings: SimpleNamespace) -> Iterator[dict[str, str]]:
+    """What libpq is to be told, once for each host that is given."""
     target = {
         "host": settings.DB_HOST,
         "port": settings.DB_PORT,
@@ -151,23 +178,37 @@ def connect(
     }
     if settings.DATABASE_URL:
         target = psycopg2.extensions.parse_dsn(settings.DATABASE_URL)
-    options = {"application_name": name} | CONNECTION | {k: v for k, v in target.items() if v}
-    logs.write()
-    # Without the callback libpq keeps connect_timeout itself, for each host in turn.
+    target = {name: str(value) for name, value in target.items() if value}
+    lists = {name: target[name].split(",") for name in ("host", "hostaddr", "port")
+             if name in target}  # fmt: skip
+    count = max((len(lists[name]) for name in ("host", "hostaddr") if name in lists), default=1)
+    if any(len(given) not in (1, count) for given in lists.values()):
+        yield target  # libpq says what does not match
+        return
+    for number in range(count):
+        one = {name: given[number % len(given)] for name, given in lists.items()}
+        yield target | one
+
+
+# For every connection of this process; a worker, whose stage functions may have connections of
+# their own, does without: COPY is refused while there is such a callback.
+psycopg2.extensions.set_wait_callback(wait_with_deadline)
+
+
+@contextlib.contextmanager
+def without_callback() -> Iterator[None]:
+    """Wait for the server in libpq itself."""
+    before = psycopg2.extensions.get_wait_callback()
     psycopg2.extensions.set_wait_callback(None)
     try:
-        conn = psycopg2.connect(connection_factory=Connection, **options)
-    except psycopg2.Error as error:
-        raise ConnectionLost(" ".join(str(error).split())) from None
+        yield
     finally:
-        psycopg2.extensions.set_wait_callback(wait_with_deadline)
-    try:
-        conn.autocommit = True
-        prepare_session(conn, SESSION | PINNED if pinned else SESSION)
-    except psycopg2.Error:
-        conn.close()
-        raise
-    return conn
+        psycopg2.extensions.set_wait_callback(before)
+
+
+def connect_to(options: dict[str, Any]) -> Connection:
+    with without_callback():  # libpq keeps connect_timeout itself
+        return psycopg2.connect(connection_factory=Connection, **options)
 
 
 def prepare_session(conn: Connection, session: dict[str, str]) -> None:
@@ -197,7 +238,7 @@ def execute(conn: Connection, sql: str, params: dict[str, Any] | None = None):
         ConnectionLost: connect again; whether the statement took effect is not known.
         psycopg2.Error: the statement's own fault; the connection is still good.
     """
-    for chances_left in (2, 1, 0):
+    for chances_left in (1, 0):
         try:
             cursor = conn.cursor(cursor_factory=psycopg2.extras.NamedTupleCursor)
             cursor.execute(conn.prefix + sql, params)
@@ -210,35 +251,43 @@ def execute(conn: Connection, sql: str, params: dict[str, Any] | None = None):
     raise AssertionError("unreachable")
 
 
-NAME = re.compile(r"/\* (\w+) \*/")
+@dataclass(frozen=True)
+class Statement:
+    """A statement that a session prepares under its name."""
+
+    name: str
+    sql: str
+
+
 PLACEHOLDER = re.compile(r"%\((\w+)\)s")
 
 
-def run(conn: Connection, statements: Sequence[str], params: dict[str, Any]):
+def run(conn: Connection, statements: Sequence[Statement], params: dict[str, Any]):
     """Run `statements` as one transaction and return the cursor of the last.
 
     A session prepares each once, as planning a claim costs more than running it. Not behind a
     pooler, where the next transaction may have another session.
     """
-    if not conn.prefix:
-        if new := [sql for sql in statements if sql not in conn.prepared]:
-            prepare(conn, new)
-        statements = [conn.prepared[sql] for sql in statements]
-    return execute(conn, ";".join(statements), params)
+    if conn.prefix:
+        return execute(conn, ";".join(one.sql for one in statements), params)
+    if new := [one for one in statements if one.name not in conn.prepared]:
+        prepare(conn, new)
+    return execute(conn, ";".join(conn.prepared[one.name] for one in statements), params)
 
 
-def prepare(conn: Connection, statements: Sequence[str]) -> None:
-    """PREPARE `statements`, each under the name in its first comment, in one round trip.
+def prepare(conn: Connection, statements: Sequence[Statement]) -> None:
+    """PREPARE `statements` in one round trip; conn.prepared has the EXECUTE of each.
 
-    The types of their parameters follow from their use. conn.prepared has the EXECUTE of each.
+    The types of their parameters follow from their use.
     """
     commands, executes = [], {}
-    for sql in statements:
-        name = NAME.match(sql)[1]
-        given = list(dict.fromkeys(PLACEHOLDER.findall(sql)))
-        numbered = PLACEHOLDER.sub(lambda found, given=given: f"${given.index(found[1]) + 1}", sql)
-        commands.append(f"PREPARE {name} AS {numbered}")
-        executes[sql] = f"EXECUTE {name}({', '.join(f'%({value})s' for value in given)})"
+    for one in statements:
+        given = list(dict.fromkeys(PLACEHOLDER.findall(one.sql)))
+        number = {name: f"${position}" for position, name in enumerate(given, 1)}
+        sql = PLACEHOLDER.sub(lambda found, number=number: number[found[1]], one.sql)
+        commands.append(f"PREPARE {one.name} AS {sql}")
+        arguments = ", ".join(f"%({name})s" for name in given)
+        executes[one.name] = f"EXECUTE {one.name}" + (f"({arguments})" if given else "")
     execute(conn, ";".join(commands))
     conn.prepared.update(executes)
 
@@ -258,19 +307,21 @@ def is_lost(conn: Connection, error: psycopg2.Error) -> bool:
 
 # --- what a stage function asks ------------------------------------------------------------
 
-READ_ONLY = "SET TRANSACTION READ ONLY; " + UNPINNED
+# Set after connecting: as an option of the connection it would defeat target_session_attrs.
+READ_ONLY = "SET TRANSACTION READ ONLY; "
 
 
-def query(conn: Connection, sql: str, params: dict[str, Any] | None = None) -> list:
-    """The rows of a read-only query, as named tuples.
+def query(settings: SimpleNamespace, sql: str, params: dict[str, Any] | None = None) -> list:
+    """The rows of a read-only query on a connection of its own, as named tuples.
 
     Raises:
         ConnectionLost: and it really is: an attempt to write looks like a standby elsewhere.
         psycopg2.Error: the query's own fault.
     """
-    try:
-        return execute(conn, READ_ONLY + sql, params).fetchall()
-    except ConnectionLost as lost:
-        if not conn.closed and isinstance(lost.__cause__, psycopg2.Error):
-            raise lost.__cause__ from None
-        raise
+    with contextlib.closing(connect(settings, "job-state-listener lookup")) as conn:
+        try:
+            return execute(conn, READ_ONLY + sql, params).fetchall()
+        except ConnectionLost as lost:
+            if not conn.closed and isinstance(lost.__cause__, psycopg2.Error):
+                raise lost.__cause__ from None
+            raise

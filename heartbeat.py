@@ -1,5 +1,5 @@
-"""The heartbeat: a small file for each worker that says what it is doing and until when that may
-take. Workers write it, `check` reads it, and neither asks the database.
+"""The heartbeat: a small file for each listener that says what it is doing and until when that may
+take. The listener writes it, `check` reads it, and neither asks the database.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ class Heartbeat:
     """A file that is locked for as long as this process lives, whatever pid is reused later.
 
     It keeps its size, so a full disk cannot leave it empty. Where it cannot be written the
-    worker says so once and goes on.
+    listener says so once and goes on.
     """
 
     def __init__(self, directory: str, name: str):
@@ -48,14 +48,14 @@ class Heartbeat:
             self.warn(error)
 
     def beat(self, doing: str, seconds: float) -> None:
-        """Say that this worker is `doing` something that may take up to `seconds`."""
+        """Say that this listener is `doing` something that may take up to `seconds`."""
         now = time.monotonic()
         if doing != self.doing:
             self.doing, self.since = doing, now
         elif abs(now + seconds - self.valid_until) < 1.0:
             return  # the same as it says already
         self.valid_until = now + seconds
-        said = {"pid": os.getpid(), "worker": self.path.stem, "doing": doing[:200]}
+        said = {"pid": os.getpid(), "listener": self.path.stem, "doing": doing[:200]}
         said |= {"since": self.since, "valid_until": self.valid_until, "boot": boot_id()}
         text = json.dumps(said)
         if self.file is not None:
@@ -70,16 +70,21 @@ class Heartbeat:
             log.warning("heartbeat 파일을 쓸 수 없음 (작업은 계속): %s", error)
         self.failed = True
 
+    def leave(self) -> None:
+        """In a forked child: the file is locked for as long as anybody has it open."""
+        if self.file is not None:
+            os.close(self.file)
+            self.file = None
+
     def close(self) -> None:
         if self.file is not None:
             with contextlib.suppress(OSError):
                 self.path.unlink()
-            os.close(self.file)
-            self.file = None
+        self.leave()
 
 
 def make_locked(path: Path) -> int:
-    """Open and lock `path`, once more where another worker's remove_dead came in between."""
+    """Open and lock `path`, once more where another listener's remove_dead came in between."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -93,7 +98,7 @@ def make_locked(path: Path) -> int:
 class Beat:
     """What a heartbeat file says; `state` is DEAD, HANGING or ALIVE."""
 
-    worker: str
+    listener: str
     pid: int
     state: str
     doing: str
@@ -101,7 +106,7 @@ class Beat:
 
 
 def heartbeats(directory: str) -> list[Beat]:
-    """Every worker that has a heartbeat file in `directory`; none where there is no such thing.
+    """Every listener that has a heartbeat file in `directory`; none where there is no such thing.
 
     Raises:
         OSError: it cannot be read; Path.glob would tell of an empty one.
@@ -128,7 +133,7 @@ def read_beat(path: Path) -> Beat:
         state = DEAD
     else:
         state = ALIVE if now <= said["valid_until"] else HANGING
-    return Beat(said["worker"], said["pid"], state, said["doing"], max(0.0, now - said["since"]))
+    return Beat(said["listener"], said["pid"], state, said["doing"], max(0.0, now - said["since"]))
 
 
 def is_locked(path: Path) -> bool:

@@ -1,38 +1,356 @@
 """Job State Listener: hears that a job finished a stage and calls the next one.
 
-This is its command line: `run` starts workers (worker.py), `call` runs one call in this process,
-and the operator's commands come from ops/.
+The loop: one process, one thread, one connection. It settles what came back from its workers,
+claims calls for those that are idle, and waits in one select(). Below it is the command line.
 """
 
+import contextlib
 import gc
 import logging
+import math
+import os
+import random
+import secrets
+import select
+import socket
 import sys
+import time
+from collections import Counter, OrderedDict
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import click
 import psycopg2
 
+import calls
 import config
 import db
 import logs
+import notifications
 import ops
-import process
 import stages
+import trigger
+from alerts import Alerts
+from calls import Result, Turn, Wanted
 from heartbeat import Heartbeat
-from process import Stop, Watch
-from trigger import Trigger
-from worker import HEARTBEAT_MARGIN, Worker, worker_name
+from signals import Signals
+from stages import Call
+from trigger import boottime
+from upkeep import Upkeep, reap, tell_timeouts
+from workers import Workers
 
 log = logging.getLogger("listener")
 
+# The longest sleep, and what a heartbeat allows for a few statements on top of it (seconds). One
+# that is frozen is noticed within the sum.
+LONGEST_SLEEP = 5.0
+HEARTBEAT_MARGIN = 20.0
+# How often to look whether a stage has let go of the row of a call that it has answered.
+AGAIN_EVERY = 1.0
+# For so long a claim passes by what was due before the last one. A call that was committed late
+# waits that long at the most.
+MARKED_FOR = 1.0
+# After a lost connection, a statement that was sent on it may still take effect for so long.
+DOUBTFUL = 600.0
+# After so many calls of a stage without an answer, one at a time until it answers.
+UNANSWERED = 2
+# Accepted calls that are remembered, should a new primary have forgotten them.
+REMEMBERED = 10_000
 
-def idle(settings: SimpleNamespace, stop: Stop) -> None:
+
+class Listener:
+    """Hears, claims and settles; its workers call."""
+
+    def __init__(self, settings: SimpleNamespace, signals: Signals, size: int,
+                 only: tuple[str, ...] = (), once: bool = False):  # fmt: skip
+        self.settings, self.signals, self.once = settings, signals, once
+        self.name = listener_name()
+        self.limits = stages.stage_limits(settings)
+        # The stages that are called, the one whose turn it is first.
+        self.order = [stage for stage in self.limits if not only or stage in only]
+        self.heartbeat = Heartbeat(settings.HEARTBEAT_DIR, self.name)
+        self.workers = Workers(settings, size, signals, self.heartbeat)
+        self.alerts = Alerts(settings)
+        self.bell = notifications.Bell(settings)
+        self.upkeep = Upkeep(settings, self.order, self.name, self.alerts)
+
+        self.unwritten: list[Result] = []  # outlive the connection
+        self.locked: list[Result] = []  # recorded, but the stage still holds the row of the call
+        self.accepted: OrderedDict[tuple, None] = OrderedDict()
+        self.unanswered: Counter[str] = Counter()  # by stage, one after the other
+        self.marks: dict[str, Any] = {}  # by stage: when the last claimed call was due
+
+        # All by time.monotonic().
+        self.look_at = self.sweep_at = self.again_at = self.marked_at = 0.0
+        self.doubtful_until = -math.inf  # something may be claimed in our name and not be known
+        self.checked = False  # whether the database knows this PIPELINE
+        self.nothing_due = False
+        self.stops_obeyed = 0
+        self.reason, self.repeats = "", 0  # of the lost connection
+
+    # --- connect, work, and once more ---
+
+    def serve(self) -> None:
+        """Work until told to stop; a result that is not written yet outlasts even that.
+
+        Raises:
+            ops.Problem: the database does not know this PIPELINE.
+            psycopg2.Error: with `once`, which does not wait for better times.
+        """
+        log.info("Job State Listener 시작: listener=%s workers=%d stages=%s",
+                 self.name, self.workers.size, self.order)  # fmt: skip
+        try:
+            while not self.finished():
+                try:
+                    with contextlib.closing(self.connect()) as conn:
+                        self.work(conn)
+                except Exception as error:
+                    hopeless = isinstance(error, ops.Problem) or self.once
+                    if hopeless and not self.workers.calls and not self.unwritten:
+                        raise
+                    self.wait_to_reconnect(error)
+        finally:
+            self.workers.stop()
+            self.alerts.close()
+            self.heartbeat.close()
+        log.info("Job State Listener 중지됨: listener=%s", self.name)
+
+    def connect(self) -> db.Connection:
+        """LISTEN comes before the first look for due calls, so that nothing falls between."""
+        self.workers.conn = None
+        name = db.LISTENER_APPLICATION + self.name
+        conn = db.connect(self.settings, name, True, self.signals, self.beat_for_host)
+        self.beat("asking the database", LONGEST_SLEEP)
+        info = conn.info
+        log.info("PostgreSQL 연결 성공: %s:%s/%s", info.host, info.port, info.dbname)
+        if not self.checked:
+            ops.require_installed(conn)
+            tell_timeouts(conn, stages.timeouts(self.settings))
+            self.checked = True
+        self.bell.listen(conn, silent=ops.is_silent(conn))
+        self.workers.conn = conn
+        self.give_back(conn)
+        self.look_at = self.sweep_at = 0.0
+        return conn
+
+    def work(self, conn: db.Connection) -> None:
+        """The loop."""
+        while not self.finished():
+            self.workers.start_missing()
+            for call in self.settle_and_claim(conn):
+                self.give(call)
+            self.upkeep.run(conn)
+            self.hear(conn)
+            self.collect(self.wait(min(self.next_look, self.upkeep.next_run), conn))
+
+    def wait_to_reconnect(self, error: Exception) -> None:
+        """Say what happened, each reason once and then only counted; calls under way go on."""
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        delay = self.settings.JOB_STATE_LISTENER_RECONNECT_DELAY * random.uniform(0.5, 1.0)
+        if reason != self.reason:
+            bug = error if not isinstance(error, psycopg2.Error) else None
+            log.error("리스너 오류 발생: %s", reason, exc_info=bug)
+            self.reason, self.repeats = reason, 0
+        self.repeats += 1
+        if self.repeats & (self.repeats - 1) == 0:
+            log.warning("재연결 시도: %.1f초 후 (%d번째)", delay, self.repeats)
+        until = time.monotonic() + delay
+        self.doubtful_until = time.monotonic() + DOUBTFUL
+        while time.monotonic() < until and not self.finished():
+            self.collect(self.wait(until))
+
+    def finished(self) -> bool:
+        if self.workers.calls or self.unwritten:
+            return False
+        return self.signals.requested or (self.once and self.nothing_due)
+
+    # --- one turn ---
+
+    def settle_and_claim(self, conn: db.Connection) -> list[Call]:
+        """Settle all results and claim a call for each idle worker: one round trip, one commit."""
+        now, began = time.monotonic(), boottime()
+        free = 0 if self.signals.requested else len(self.workers.idle)
+        if not self.unwritten and now < self.next_look:
+            return []
+        if now >= self.again_at:
+            self.again_at = now + AGAIN_EVERY
+            self.unwritten, self.locked = self.unwritten + self.locked, []
+            if now < self.doubtful_until:
+                self.give_back(conn)
+        sweep = free > 0 and now >= self.sweep_at
+        wanted = self.wanted(free, now, sweep)
+        try:
+            turn = calls.settle_and_claim(
+                conn, self.unwritten, wanted, free, self.name, sweep=sweep
+            )
+        except db.CONNECTION_LOST:
+            raise
+        except psycopg2.Error as error:
+            log.warning("한 건씩 다시 시도: %s", " ".join(str(error).split()))
+            turn = calls.in_parts(conn, self.unwritten, wanted, free, self.name)
+        self.settled(turn)
+        self.plan(turn, free, now, sweep)
+        return self.claimed(conn, turn, began)
+
+    def wanted(self, free: int, now: float, sweep: bool) -> list[Wanted]:
+        """The stages to claim calls of, and how many of each."""
+        if sweep or now - self.marked_at > MARKED_FOR:
+            self.marks, self.marked_at = {}, now
+        found = []
+        for stage in self.order:
+            limits, most = self.limits[stage], free
+            if self.unanswered[stage] >= UNANSWERED:
+                most = max(0, 1 - sum(call.stage == stage for call in self.workers.calls))
+            if most:
+                lease = limits.timeout + self.settings.LEASE_MARGIN
+                share = -(-free // len(self.order))
+                found.append(Wanted(stage, lease, most, share, limits.max_running is not None,
+                                    self.marks.get(stage)))  # fmt: skip
+        return found
+
+    def settled(self, turn: Turn) -> None:
+        """The results are in the database; those whose row is locked are settled again later."""
+        self.reason, self.repeats = "", 0
+        again = set(turn.unsettled)
+        # Its hold, if any, has begun: settling it again must not lengthen it.
+        self.locked += [replace(r, hold=False) for r in self.unwritten if r.call_id in again]
+        self.unwritten = []
+
+    def plan(self, turn: Turn, free: int, now: float, sweep: bool) -> None:
+        """When to look again."""
+        if sweep:
+            every = self.settings.SWEEP_INTERVAL if self.bell.rings else self.settings.POLL_INTERVAL
+            self.sweep_at = now + every
+        self.nothing_due = False
+        if len(turn.claimed) >= free:
+            self.look_at = 0.0  # there may be more, as soon as a worker is idle
+            if not sweep:
+                self.marks |= {row.stage: row.was_due_at for row in turn.claimed}
+        elif self.marks:
+            self.look_at, self.marks = 0.0, {}  # there may be something before the marks
+        else:
+            self.look_at = now + (math.inf if turn.next_due is None else turn.next_due)
+            self.nothing_due = not turn.claimed
+
+    def claimed(self, conn: db.Connection, turn: Turn, began: float) -> list[Call]:
+        """The calls to make; the result of those that must not be made is there already."""
+        to_make = []
+        for row in turn.claimed:
+            self.order.remove(row.stage)
+            self.order.append(row.stage)
+            if row.taken_over:
+                reap(conn)
+            covered_until = began + self.settings.LEASE_MARGIN
+            call = stages.claimed_call(row, self.limits[row.stage], self.name, covered_until)
+            owed = row.owed or calls.is_owed(conn, row, self.name)
+            accepted = row.accepted or (row.call_id, row.key) in self.accepted
+            refused = trigger.refused(call, row, owed, accepted)
+            if refused is None:
+                to_make.append(call)
+            else:
+                self.keep(call, refused)
+        return to_make
+
+    def give(self, call: Call) -> None:
+        trigger.log_begin(call)
+        self.workers.give(call)
+
+    # --- what comes in ---
+
+    def wait(self, until: float, conn: db.Connection | None = None) -> list:
+        """Sleep until something can be read, or until time.monotonic() is `until`."""
+        now = time.monotonic()
+        until = min(until, self.workers.next_deadline, self.alerts.next_look, now + LONGEST_SLEEP)
+        seconds = 0.0 if self.unwritten and conn else max(0.0, until - now)
+        doing = "waiting for a job to change" if conn else f"database away: {self.reason}"
+        self.beat("making calls" if conn and self.workers.calls else doing, seconds)
+        reading = [self.signals, *self.workers.reading, *([conn] if conn else [])]
+        ready, _, _ = select.select(reading, self.workers.writing, [], seconds)
+        self.signals.drain()
+        self.obey()
+        self.alerts.look()
+        return ready
+
+    @property
+    def next_look(self) -> float:
+        """time.monotonic() of the next look for due calls; needs an idle worker."""
+        times = [self.again_at] if self.locked else []
+        if self.workers.idle and not self.signals.requested:
+            times += [self.look_at, self.sweep_at]
+        return min(times, default=math.inf)
+
+    def hear(self, conn: db.Connection) -> None:
+        """Whatever is announced only means: look now. A statement may have read it already."""
+        if self.bell.hear(conn):
+            self.look_at = 0.0
+
+    def collect(self, ready: list) -> None:
+        """Take the results of calls that have ended."""
+        for call, ended in self.workers.collect(ready):
+            trigger.log_end(call, ended)
+            if ended.outcome == "released":
+                self.doubtful_until = max(self.doubtful_until, time.monotonic() + AGAIN_EVERY)
+                self.look_at = self.again_at = 0.0
+                continue
+            answered = ended.http_status is not None
+            if answered or ended.outcome == "unknown":
+                self.unanswered[call.stage] = 0 if answered else self.unanswered[call.stage] + 1
+            self.keep(call, ended)
+
+    def keep(self, call: Call, ended: Result) -> None:
+        """Keep a result until the database has it."""
+        self.unwritten.append(ended)
+        if ended.outcome == "succeeded":
+            self.accepted[call.call_id, call.key] = None
+            if len(self.accepted) > REMEMBERED:
+                self.accepted.popitem(last=False)
+        trigger.alert_given_up(self.alerts, ended)
+
+    def give_back(self, conn: db.Connection) -> None:
+        """Free what was claimed in our name and never begun, as its answer was lost."""
+        keep = [call.call_id for call in self.workers.calls]
+        keep += [result.call_id for result in (*self.locked, *self.unwritten)]
+        found = calls.give_back(conn, self.name, keep)
+        if found.locked:
+            self.doubtful_until = max(self.doubtful_until, time.monotonic() + 2 * AGAIN_EVERY)
+        if found.given_back:
+            log.info("시작하지 않은 호출 %d건을 되돌림", found.given_back)
+
+    def obey(self) -> None:
+        """The first signal: claim no more. The second: leave at once, the leases cover."""
+        if len(self.signals.stops) > 1:
+            self.workers.stop()
+            self.heartbeat.close()
+            raise SystemExit(128 + self.signals.stops[-1])
+        if len(self.signals.stops) > self.stops_obeyed:
+            self.stops_obeyed = len(self.signals.stops)
+            waited = ", ".join(f"{call.stage} {call.job_id}" for call in self.workers.calls)
+            if waited:
+                log.info(
+                    "중지 요청: 진행 중인 호출을 기다림 (%s), 한 번 더 요청하면 바로 중지", waited
+                )
+
+    def beat(self, doing: str, seconds: float) -> None:
+        self.heartbeat.beat(doing, seconds + HEARTBEAT_MARGIN)
+
+    def beat_for_host(self, host: str) -> None:
+        self.beat("connecting to the database", db.CONNECTION["connect_timeout"])
+
+
+def listener_name() -> str:
+    """Unique even where a restarted container has the same host name and pid."""
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+
+
+def idle(settings: SimpleNamespace, signals: Signals) -> None:
     """Disabled: stay alive and do nothing, so that no container restarts in a circle."""
     log.warning("Job State Listener 비활성화됨: ENABLE_JOB_STATE_LISTENER=false, 대기만 함")
-    heartbeat = Heartbeat(settings.HEARTBEAT_DIR, worker_name())
-    while not stop.requested:
+    heartbeat = Heartbeat(settings.HEARTBEAT_DIR, listener_name())
+    while not signals.requested:
         heartbeat.beat("disabled by ENABLE_JOB_STATE_LISTENER=false", 2 * HEARTBEAT_MARGIN)
-        stop.wait(HEARTBEAT_MARGIN)
+        select.select([signals], [], [], HEARTBEAT_MARGIN)
+        signals.drain()
     heartbeat.close()
     log.info("Job State Listener 중지됨")
 
@@ -58,44 +376,33 @@ def cli(context: click.Context) -> None:
 
 
 @cli.command()
-@click.option(
-    "--workers", type=click.IntRange(1, 256), help="Worker processes; default: LISTENER_WORKERS."
-)
+@click.option("--workers", type=click.IntRange(1, 256),
+              help="Calls at once on this host; default: LISTENER_WORKERS.")  # fmt: skip
 @click.option("--stage", "only", multiple=True, type=click.Choice(stages.stage_names()),
               help="Call only this stage; may be repeated.")  # fmt: skip
-@click.option("--once", is_flag=True, help="Run what is due now, then exit.")
+@click.option("--once", is_flag=True, help="Run until nothing is due, then exit: for cron.")
 def run(workers: int | None = None, only: tuple[str, ...] = (), once: bool = False) -> None:
     """Listen, and call the next stage of every job that finishes one."""
     settings = config.settings()
     if settings.ENABLE_JOB_STATE_LISTENER:
         config.require_database(settings)
     logs.set_up(settings)
-
-    def work(role: str, number: int = 1) -> int:
-        stop = Stop(role)
-        watch.number = number - 1
-        try:
-            if settings.ENABLE_JOB_STATE_LISTENER:
-                Worker(settings, stop, list(only), once, watch).serve()
-            else:
-                idle(settings, stop)
-            return 0
-        except ops.Problem as problem:
-            log.error("시작할 수 없음: %s", problem)
-            return process.EXIT_CANNOT_START
-        except psycopg2.Error as error:  # only --once gives up
-            log.error("리스너 오류 발생: %s", " ".join(str(error).split()))
-            away = isinstance(error, db.CONNECTION_LOST)
-            return ops.EXIT_DATABASE_AWAY if away else ops.EXIT_PROBLEM
-
-    count = workers or settings.LISTENER_WORKERS
     # What is there by now stays: a collection would go through all of it, and a worker's would
     # write to, and so copy, what it shares with the others.
     gc.freeze()
-    watch = Watch(count)
-    if count == 1:
-        sys.exit(work("worker"))
-    sys.exit(process.run_workers(count, lambda number: work("child", number), restart=not once))
+    signals = Signals()
+    try:
+        if settings.ENABLE_JOB_STATE_LISTENER:
+            Listener(settings, signals, workers or settings.LISTENER_WORKERS, only, once).serve()
+        else:
+            idle(settings, signals)
+    except ops.Problem as problem:
+        log.error("시작할 수 없음: %s", problem)
+        sys.exit(ops.EXIT_CANNOT_START)
+    except psycopg2.Error as error:  # only --once gives up
+        log.error("리스너 오류 발생: %s", " ".join(str(error).split()))
+        away = isinstance(error, db.CONNECTION_LOST)
+        sys.exit(ops.EXIT_DATABASE_AWAY if away else ops.EXIT_PROBLEM)
 
 
 @cli.command(short_help="Run the call that JOB_ID owes, now and in this process.")
@@ -103,25 +410,17 @@ def run(workers: int | None = None, only: tuple[str, ...] = (), once: bool = Fal
 def call(job_id: str) -> None:
     """Run the call that JOB_ID owes, now and in this process; exit 0 only if it succeeded.
 
-    To step through it: python -m pdb listener.py call JOB_ID. The claim keeps every worker
-    away from it for STAGE_TIMEOUT + LEASE_MARGIN seconds. Neither a back-off nor a hold nor
-    having been given up keeps it from being run.
+    To step through it: python -m pdb listener.py call JOB_ID. The claim keeps every listener
+    away from it for its timeout and LEASE_MARGIN; a call that outlasts that at the prompt is not
+    made. Neither a back-off nor a hold nor having been given up keeps it from being run.
     """
-    from ops import steer  # as little as a worker does
+    from ops import steer  # `run` does without
 
     settings = config.settings()
     logs.set_up(settings)
     conn = db.connect(settings, "job-state-listener call", pinned=True)
     ops.require_installed(conn)
-    trigger = Trigger(settings, worker_name())
-    steer.make_due(conn, job_id)
-    owed = trigger.next(conn, only=job_id)
-    if owed is None:
-        raise ops.Problem(steer.why_nothing_owed(conn, job_id))
-    trigger.run(owed)
-    outcome = trigger.results.unwritten[-1].outcome
-    trigger.leave(conn)
-    sys.exit(0 if outcome == "succeeded" else 1)
+    sys.exit(0 if steer.call_by_hand(conn, settings, listener_name(), job_id) else 1)
 
 
 if __name__ == "__main__":

@@ -40,11 +40,17 @@ class OneLine(logging.Formatter):
             message = message.translate(CONTROL)
         return message[:LONGEST_LINE] + "…" if len(message) > LONGEST_LINE else message
 
+    def trace(self, record: logging.LogRecord) -> str:
+        """The traceback: of this process, or as text from a worker."""
+        said = getattr(record, "about", {}).get("traceback", "")
+        if record.exc_info:
+            said = self.formatException(record.exc_info)
+        return self.redact(said)[-LONGEST_TRACE:].rstrip("\n")
+
     def format(self, record: logging.LogRecord) -> str:
         record.message, record.asctime = self.said(record), self.formatTime(record)
         line = self.formatMessage(record)
-        if record.exc_info:
-            trace = self.redact(self.formatException(record.exc_info))[-LONGEST_TRACE:]
+        if trace := self.trace(record):
             lines = [text.translate(CONTROL)[:LONGEST_LINE] for text in trace.split("\n")]
             line += "".join(f"\n    | {text}" for text in lines)
         return line
@@ -64,38 +70,9 @@ class OneObject(OneLine):
         for name, value in getattr(record, "about", {}).items():
             plain = value is None or isinstance(value, (int, float))
             said[name] = value if plain else self.redact(str(value))[:LONGEST_LINE]
-        if record.exc_info:
-            said["traceback"] = self.redact(self.formatException(record.exc_info))[-LONGEST_TRACE:]
+        if trace := self.trace(record):
+            said["traceback"] = trace
         return json.dumps(said, ensure_ascii=False).translate(IN_JSON)
-
-
-class Held(logging.StreamHandler):
-    """Holds lines until the process waits for something anyway: see `write`.
-
-    Warnings are written at once, and so is everything that a person looks at.
-    """
-
-    def __init__(self, stream):
-        super().__init__(stream)
-        self.held: list[logging.LogRecord] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.held.append(record)
-        if record.levelno >= logging.WARNING or (self.stream and self.stream.isatty()):
-            self.flush()
-
-    def flush(self) -> None:  # also by logging.shutdown
-        held, self.held = self.held, []
-        for record in held:
-            super().emit(record)
-
-
-def write() -> None:
-    """Write what is held; called before every wait that may be long. Not before a statement's:
-    while this process is busy the server finds its processor taken (2% of the time of a hop).
-    """
-    for handler in logging.getLogger("listener").handlers:
-        handler.flush()
 
 
 def set_up(settings: SimpleNamespace) -> None:
@@ -105,7 +82,7 @@ def set_up(settings: SimpleNamespace) -> None:
     # What cannot be written, to a full disk or a pipe that nobody reads, is lost: logging would
     # print it on standard error, with a traceback and its secrets.
     logging.raiseExceptions = False
-    handler = Held(sys.stdout)
+    handler = logging.StreamHandler(sys.stdout)
     formatter = OneObject if settings.LOG_FORMAT == "json" else OneLine
     handler.setFormatter(formatter(settings))
     root = logging.getLogger("listener")

@@ -23,12 +23,6 @@ LISTEN = f'LISTEN "{db.CHANNEL}"; LISTEN "{db.WAKE_CHANNEL}"'
 
 def listen(conn: db.Connection) -> None:
     db.execute(conn, LISTEN)
-    conn.listens = True
-
-
-def unlisten(conn: db.Connection) -> None:
-    db.execute(conn, "UNLISTEN *")
-    conn.listens = False
 
 
 def can_hear(conn: db.Connection, settings: SimpleNamespace) -> bool:
@@ -69,11 +63,11 @@ def hear(conn: db.Connection) -> list[psycopg2.extensions.Notify]:
 
 
 class Bell:
-    """What a worker hears. It only means "look now": nothing depends on its words."""
+    """What a listener hears. It only means "look now": nothing depends on its words."""
 
     def __init__(self, settings: SimpleNamespace):
         self.settings = settings
-        self.rings = True  # else a worker looks every POLL_INTERVAL
+        self.rings = True  # else the listener looks every POLL_INTERVAL
         self.listens_lost = 0  # connections that ended with their LISTEN, one after the other
 
     def listen(self, conn: db.Connection, silent: bool) -> None:

@@ -1,15 +1,9 @@
 -- Job State Listener: the database's part.
 --
--- Apply with `make trigger` (python listener.py install), which also fills
--- pipeline_stages from stages.py. Applying it again changes nothing that is right
--- already, and never touches a row of jobs. PostgreSQL 13 or later.
-
--- Everything goes beside jobs, wherever the search path finds it.
-SELECT pg_catalog.set_config('search_path', pg_catalog.format('%I, pg_temp', coalesce(
-    (SELECT n.nspname FROM pg_catalog.pg_class AS c
-     JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
-     WHERE c.oid = pg_catalog.to_regclass('jobs')),
-    pg_catalog.current_schema())), true);
+-- Apply with `make trigger` (python listener.py install), which first brings an earlier
+-- version up to this one (ops/migrations.py), and then fills pipeline_stages and stage_limits
+-- from stages.py. Applying it again changes nothing that is right already, and never touches
+-- a row of jobs. PostgreSQL 13 or later.
 
 -- The application's own table, made only where there is none.
 CREATE TABLE IF NOT EXISTS jobs (
@@ -40,27 +34,11 @@ CREATE TABLE IF NOT EXISTS pipeline_stages (
     PRIMARY KEY (current_step, status)
 );
 
--- The first version of this table had fewer columns. ALTER TABLE locks it, even for nothing.
-DO $do$
-BEGIN
-    IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'pipeline_stages'::regclass
-                   AND attname = 'held_by') THEN
-        ALTER TABLE pipeline_stages
-            ADD COLUMN position integer, ADD COLUMN timeout double precision,
-            ADD COLUMN stalled_since timestamptz, ADD COLUMN held_by text;
-    END IF;
-END
-$do$;
-
--- A stage with max_running has so many slots; a claim needs a free one. Rows that can be locked
--- make the limit exact: nothing that is counted could be.
-CREATE TABLE IF NOT EXISTS stage_slots (
-    stage        text NOT NULL,
-    slot         integer NOT NULL,
-    call_id      bigint,
-    attempt      integer,
-    leased_until timestamptz NOT NULL DEFAULT '-infinity',
-    PRIMARY KEY (stage, slot)
+-- How many calls of a stage may be under way at once, over all listeners; only of stages with
+-- max_running. Whoever claims locks the row, and then counts stage_leases.
+CREATE TABLE IF NOT EXISTS stage_limits (
+    name        text PRIMARY KEY,
+    max_running integer NOT NULL CHECK (max_running > 0)
 );
 
 -- job_id has the type it has in jobs, but as wide as that type goes: jobs may be widened
@@ -108,7 +86,8 @@ BEGIN
     $ddl$, id_type);
 
     -- Who is calling what: one row per attempt under way. A stage that sets its job running
-    -- has paid the debt, but its call goes on, and its worker may yet be lost.
+    -- has paid the debt, but its call goes on, and its worker may yet be lost. An attempt that
+    -- got no answer keeps its row until the lease is over, as the stage may still be working.
     EXECUTE format($ddl$
         CREATE TABLE IF NOT EXISTS stage_leases (
             job_id       %s NOT NULL,
@@ -118,6 +97,7 @@ BEGIN
             worker       text NOT NULL,
             started_at   timestamptz NOT NULL,
             leased_until timestamptz NOT NULL,
+            unanswered   boolean NOT NULL DEFAULT false,
             PRIMARY KEY (call_id, attempt)
         ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000)
     $ddl$, id_type);
@@ -149,20 +129,18 @@ BEGIN
         )
     $ddl$, id_type);
 
-    -- The first version knew no 'cancelled', and its due_at began with now().
-    IF NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = 'stage_attempts'::regclass
-                   AND pg_get_constraintdef(oid) LIKE '%cancelled%') THEN
-        ALTER TABLE stage_calls ALTER COLUMN due_at SET DEFAULT clock_timestamp();
-        ALTER TABLE stage_attempts DROP CONSTRAINT stage_attempts_outcome_check;
-        ALTER TABLE stage_attempts ADD CONSTRAINT stage_attempts_outcome_check CHECK (
-            outcome IN ('succeeded', 'held', 'retry', 'unknown', 'failed', 'skipped',
-                        'cancelled', 'lost')) NOT VALID;
-    END IF;
-
     -- CREATE INDEX IF NOT EXISTS would lock a table that is in use, even for nothing.
     IF to_regclass('stage_calls_due_idx') IS NULL THEN
         -- Serves the claim: the first due call of a stage, without sorting.
         CREATE INDEX stage_calls_due_idx ON stage_calls (stage, due_at);
+    END IF;
+    IF to_regclass('stage_leases_job_idx') IS NULL THEN
+        -- Serves the claim: is a request of the same job still under way?
+        CREATE INDEX stage_leases_job_idx ON stage_leases (job_id);
+    END IF;
+    IF to_regclass('stage_leases_stage_idx') IS NULL THEN
+        -- Serves the claim: how many calls of a limited stage are under way?
+        CREATE INDEX stage_leases_stage_idx ON stage_leases (stage);
     END IF;
     IF to_regclass('stage_attempts_finished_idx') IS NULL THEN
         -- Serves the pruning of history and every question about a span of time.
@@ -287,8 +265,9 @@ BEGIN
         SELECT c.oid FROM pg_class AS c JOIN pg_roles AS r ON r.oid = c.relowner
         WHERE owner IS NOT NULL AND r.rolsuper AND c.oid IN (
             SELECT to_regclass(name) FROM unnest(ARRAY[
-                'pipeline_stages', 'stage_calls', 'stage_leases', 'stage_slots',
-                'stage_attempts', 'stage_totals', 'stage_totals_mark']) AS name)
+                'pipeline_stages', 'stage_calls', 'stage_leases', 'stage_limits',
+                'stage_attempts', 'stage_totals', 'stage_totals_mark', 'stage_slots',
+                'job_state_listener_schema']) AS name)
     LOOP
         EXECUTE format('ALTER TABLE %s OWNER TO %s', made, owner);
     END LOOP;

@@ -1,25 +1,21 @@
-"""HTTP: one POST to the stage API, over in time whatever the server does, and an honest account
-of what became of it: an Answer, or an exception that says whether it may have been sent.
+"""HTTP: one POST to the stage API with `requests`, and an honest account of what became of it: an
+Answer, or an exception that says whether it may have been sent.
 """
 
-import contextlib
-import functools
 import http.client
+import io
 import json
-import signal
 import socket
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import formatdate, parsedate_to_datetime
 from types import SimpleNamespace
+from urllib.parse import unquote, urlsplit
 
+import requests
 import urllib3
-from urllib3.util import parse_url
-
-import logs
-from stage_connection import answering, connection, headers
+from requests.adapters import HTTPAdapter
 
 
 @dataclass(frozen=True)
@@ -43,94 +39,87 @@ class NoAnswer(Exception):
     """Sent, and nobody can know what became of it: time ran out, or the answer was cut."""
 
 
-# What urllib3 raises, wrapped or as it comes from below.
-FAILED = (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)
+class TimeIsUp(Exception):
+    """Not sent: the time for this call was over before its POST."""
 
 
-class CallDeadline(BaseException):
-    """Raised by the alarm inside a POST; no `except Exception` on the way may swallow it."""
-
+# What `requests` and urllib3 raise, wrapped or as it comes from below.
+FAILED = (
+    requests.RequestException,
+    urllib3.exceptions.HTTPError,
+    http.client.HTTPException,
+    OSError,
+)
 
 CONNECT_TIMEOUT = 5.0
 # Servers close idle connections, gunicorn after 2 s: a POST sent into that moment dies unseen.
 REUSE_WITHIN = 1.0
+TEXT_LIMIT = 2000
 BODY_LIMIT = 16 * 2**20
 LONGEST_RETRY_AFTER = 3600.0
 
+# A dead peer is noticed within about 40 s of a call's silence.
+SOCKET_OPTIONS = [
+    (socket.IPPROTO_TCP, getattr(socket, name), value)
+    for name, value in {
+        "TCP_NODELAY": 1,
+        "TCP_KEEPIDLE": 20,
+        "TCP_KEEPINTVL": 5,
+        "TCP_KEEPCNT": 4,
+        "TCP_USER_TIMEOUT": 40_000,  # milliseconds
+    }.items()
+    if hasattr(socket, name)  # macOS has not all of them
+] + [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+
+
+# --- one POST ------------------------------------------------------------------------------
+
 
 class StageApi:
-    """One worker's kept-alive connection to the stage API, at `url` or STAGE_API_URL.
+    """The stage API at `url`, or at STAGE_API_URL, on one kept-alive connection.
 
-    Its headers are prepared once, by `requests`; a call is then sent on the connection itself. So
-    no redirect, cookie, .netrc or proxy variable is followed.
+    A request is prepared by `requests` and sent with an adapter alone. So no redirect is followed,
+    no cookie, .netrc or proxy variable is used, and nothing is sent twice.
     """
 
     def __init__(self, settings: SimpleNamespace, url: str | None = None):
         self.url = url or settings.STAGE_API_URL
-        self.headers = headers(self.url, settings.STAGE_API_TOKEN)
-        self.connection = connection(self.url, settings.STAGE_API_CA_BUNDLE)
+        self.verify = settings.STAGE_API_CA_BUNDLE or True
+        self.prepared = prepared(self.url, settings.STAGE_API_TOKEN)
+        self.session = requests.Session()
+        self.session.trust_env = False
+        self.session.mount("http", WholeAnswers())
+        self.adapter = self.session.get_adapter(self.url)
         self.used_at = 0.0
 
     def close(self) -> None:
         """Close the connection, if there is one; the next call makes another."""
-        self.connection.close()
-        self.used_at = 0.0
+        self.adapter.poolmanager.clear()
 
-    def post(
-        self,
-        path: str,
-        body: dict,
-        headers: dict[str, str],
-        until: float,
-        meanwhile: Callable[[socket.socket], None] | None = None,
-    ) -> Answer:
-        """One POST, over by `until` (time.monotonic()) whatever the server does.
+    def post(self, path: str, body: dict, headers: dict[str, str], until: float) -> Answer:
+        """One POST. Each wait for the server ends at `until` (time.monotonic()).
 
-        Args:
-            meanwhile: what to do while the stage works, given the socket of the answer.
+        An answer that comes drop by drop may take longer: the listener ends such a worker.
 
         Raises:
-            Unreachable: it was not sent.
+            Unreachable, TimeIsUp: it was not sent.
             Interrupted: the connection broke while waiting.
             NoAnswer: whether it ran is not known.
         """
         data = json.dumps(body, default=str, allow_nan=False).encode()
+        if time.monotonic() - self.used_at > REUSE_WITHIN:
+            self.close()
         left = until - time.monotonic()
         if left <= 0:
-            raise TimeoutError("the stage function used up its timeout before its POST")
-        if self.used_at and time.monotonic() - self.used_at > REUSE_WITHIN:
-            self.close()
-        previous = signal.signal(signal.SIGALRM, raise_in_send)
-        # Again every second, should a destructor have swallowed the first one.
-        signal.setitimer(signal.ITIMER_REAL, left, 1.0)
-        self.connection.meanwhile = meanwhile
+            raise TimeIsUp("the time for this call was over before its POST")
         try:
-            answer = self.send(path, data, headers, left)
-            self.used_at = time.monotonic()
-            return answer
-        except CallDeadline as error:
-            unsent = while_connecting(error)
-            failed = (Unreachable if unsent else NoAnswer)("no answer before the timeout")
-        except NoAnswer as error:
-            failed = error
-        except FAILED as error:
-            failed = translated(error)
+            return self.send("POST", path, headers, left, data)
         except BaseException:
+            # What this connection still holds must not be read as the next call's answer.
             self.close()
             raise
         finally:
-            self.connection.meanwhile = None
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, previous)
-        # Whatever this connection still holds must not be read as the next call's answer.
-        self.close()
-        raise failed
-
-    def send(self, path: str, data: bytes, headers: dict[str, str], left: float) -> Answer:
-        with self.open("POST", path, headers, left, data) as response:
-            text = read(response)
-            retry_after = parse_retry_after(response.headers)
-            return Answer(response.status, text, retry_after)
+            self.used_at = time.monotonic()
 
     def probe(self, path: str, seconds: float) -> int:
         """The status of a GET of `path`.
@@ -140,67 +129,65 @@ class StageApi:
                 `seconds`, or failed.
         """
         try:
-            with self.open("GET", path, {}, seconds) as response:
-                return response.status
-        except FAILED as error:
-            raise translated(error) from error
+            return self.send("GET", path, {}, seconds).status
         finally:
             self.close()
 
-    def open(self, method, path, headers, seconds, data=None) -> urllib3.BaseHTTPResponse:
-        conn = self.connection
-        if conn.sock is not None and not conn.is_connected:
-            conn.close()  # by the server, meanwhile
-        if conn.sock is None:
-            self.used_at = 0.0
-            logs.write()
-            conn.timeout = min(CONNECT_TIMEOUT, seconds)
-            conn.connect()
-        conn.timeout = seconds  # of a read
-        conn.sock.settimeout(seconds)
-        # There may be an answer all the same.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            conn.request(method, target(self.url + path), data, self.headers | headers,
-                         preload_content=False)  # fmt: skip
-        return conn.getresponse()
+    def send(self, method: str, path: str, headers, seconds: float, data=None) -> Answer:
+        request = self.prepared.copy()
+        request.prepare_method(method)
+        request.prepare_url(self.url + path, None)
+        request.prepare_body(data, None)
+        request.headers.update(headers)
+        timeout = (min(CONNECT_TIMEOUT, seconds), seconds)
+        try:
+            response = self.adapter.send(request, stream=True, timeout=timeout, verify=self.verify)
+            return answer_of(response)
+        except FAILED as error:
+            raise translated(error) from error
 
 
-@functools.lru_cache(maxsize=64)
-def target(url: str) -> str:
-    return parse_url(url).request_uri
+def prepared(url: str, token: str | None) -> requests.PreparedRequest:
+    """What every request to `url` has in common, with the token or the URL's user."""
+    headers = {
+        "User-Agent": "job-state-listener",
+        "Accept-Encoding": "identity",
+        "Content-Type": "application/json",
+    }
+    parts, auth = urlsplit(url), None
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    elif parts.username is not None:
+        # As bytes: as text, requests takes those of Latin-1 only.
+        auth = unquote(parts.username).encode(), unquote(parts.password or "").encode()
+    return requests.Request("POST", url, headers, auth=auth).prepare()
 
 
-def raise_in_send(_number, frame) -> None:
-    """SIGALRM: the timeouts of urllib3 are per read, so this ends the whole call.
-
-    An alarm that comes late, when the answer is complete, finds no `send` to interrupt.
-    """
-    while frame is not None:
-        if frame.f_code is answering.__code__:
-            return  # what is done meanwhile goes to its end
-        if frame.f_code is StageApi.send.__code__:
-            raise CallDeadline
-        frame = frame.f_back
-
-
-def read(response: urllib3.BaseHTTPResponse) -> str:
-    """The beginning of the body, undecoded; the rest is read and dropped.
+def answer_of(response: requests.Response) -> Answer:
+    """The answer, once all of it is here.
 
     Raises:
         NoAnswer: the answer is cut, endless, or not a final one, or may have been cut.
     """
-    status = response.status
+    with response:
+        retry_after = parse_retry_after(response.headers)
+        return Answer(response.status_code, read(response.raw), retry_after)
+
+
+def read(raw: urllib3.BaseHTTPResponse) -> str:
+    """The beginning of the body, undecoded; the rest is read and dropped."""
+    status = raw.status
     if status < 200:
         raise NoAnswer(f"status {status}, which is not a final answer")
     # What http.client itself will hold the body to. "Transfer-Encoding: gzip, chunked" is read as
     # whatever comes until the connection ends, and so is a length that is no number.
-    chunked = response.headers.get("Transfer-Encoding", "").lower() == "chunked"
-    framed = chunked or response.length_remaining is not None
+    chunked = raw.headers.get("Transfer-Encoding", "").lower() == "chunked"
+    framed = chunked or raw.length_remaining is not None
     beginning, size = b"", 0
     try:
-        while chunk := response.read(2**16, decode_content=False):
+        while chunk := raw.read(2**16, decode_content=False):
             size += len(chunk)
-            beginning = beginning or chunk[:2000]
+            beginning = beginning or chunk[:TEXT_LIMIT]
             if size > BODY_LIMIT:
                 raise NoAnswer(f"the answer is longer than {BODY_LIMIT >> 20} MiB")
     except (urllib3.exceptions.HTTPError, OSError) as error:
@@ -208,38 +195,6 @@ def read(response: urllib3.BaseHTTPResponse) -> str:
     if 200 <= status < 300 and not framed:
         raise NoAnswer(f"status {status}, but the answer may have been cut")
     return beginning.decode("utf-8", "replace")
-
-
-def translated(error: Exception) -> Exception:
-    """What an exception of urllib3 says about the request (urllib3 2.8).
-
-    Only a failure inside urllib3's `connect`, TLS included, was certainly not sent.
-    """
-    causes = list(chain(error))
-    text = f"{type(causes[-1]).__name__}: {causes[-1]}"
-    if any(map(while_connecting, causes)):
-        return Unreachable(text)
-    if any(isinstance(cause, ConnectionError) for cause in causes):
-        return Interrupted(text)
-    return NoAnswer(text)
-
-
-def chain(error: BaseException) -> Iterator[BaseException]:
-    """`error` and what it was made from: urllib3 wraps in three ways."""
-    seen: list[BaseException] = []
-    while isinstance(error, BaseException) and error not in seen:
-        seen.append(error)
-        yield error
-        wrapped = [getattr(error, "reason", None), *error.args]
-        inner = [value for value in wrapped if isinstance(value, BaseException)]
-        error = inner[0] if inner else error.__cause__ or error.__context__
-
-
-def while_connecting(error: BaseException) -> bool:
-    return any(
-        frame.f_code.co_name == "connect" and frame.f_globals["__name__"] == "urllib3.connection"
-        for frame, _ in traceback.walk_tb(error.__traceback__)
-    )
 
 
 def parse_retry_after(headers: Mapping[str, str]) -> float | None:
@@ -258,3 +213,97 @@ def parse_retry_after(headers: Mapping[str, str]) -> float | None:
     except (ValueError, TypeError, OverflowError):
         return None
     return min(seconds, LONGEST_RETRY_AFTER) if seconds > 0 else None
+
+
+# --- what an exception means ---------------------------------------------------------------
+
+
+def translated(error: Exception) -> Exception:
+    """What an exception of `requests` or urllib3 says about the request.
+
+    Where no connection could be made, Honest has raised Unreachable before.
+    """
+    causes = list(chain(error))
+    text = f"{type(causes[-1]).__name__}: {causes[-1]}"
+    if any(isinstance(cause, ConnectionError) for cause in causes):
+        return Interrupted(text)
+    return NoAnswer(text)
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """`error` and what it was made from: urllib3 wraps in three ways."""
+    seen: list[BaseException] = []
+    while isinstance(error, BaseException) and error not in seen:
+        seen.append(error)
+        yield error
+        wrapped = [getattr(error, "reason", None), *error.args]
+        inner = [value for value in wrapped if isinstance(value, BaseException)]
+        error = inner[0] if inner else error.__cause__ or error.__context__
+
+
+# --- the connection ------------------------------------------------------------------------
+
+
+class WholeLines(io.BufferedReader):
+    """http.client takes the end of a connection for the end of a line, and of all headers."""
+
+    begun = False
+
+    def readline(self, size=-1):
+        line = super().readline(size)
+        if not line.endswith(b"\n") and len(line) != size and (line or self.begun):
+            raise urllib3.exceptions.ProtocolError("the answer was cut within a line")
+        self.begun = True
+        return line
+
+
+class WholeResponse(http.client.HTTPResponse):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.fp = WholeLines(self.fp.detach())
+
+    def _read_status(self):
+        """http.client reads past 100 only, not past the other interim answers (RFC 9110, 15.2)."""
+        while True:
+            version, status, reason = super()._read_status()
+            if status not in range(102, 200):
+                return version, status, reason
+            http.client.parse_headers(self.fp)
+
+
+class Honest:
+    """A connection that says so where nothing was sent, and takes only a whole head."""
+
+    response_class = WholeResponse
+
+    def connect(self) -> None:
+        try:
+            super().connect()
+        except FAILED as error:
+            cause = list(chain(error))[-1]
+            # No exception that urllib3 or requests would catch on its way up.
+            raise Unreachable(f"{type(cause).__name__}: {cause}") from error
+
+
+class HttpConnection(Honest, urllib3.connection.HTTPConnection):
+    pass
+
+
+class HttpsConnection(Honest, urllib3.connection.HTTPSConnection):
+    pass
+
+
+class HttpPool(urllib3.HTTPConnectionPool):
+    ConnectionCls = HttpConnection
+
+
+class HttpsPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = HttpsConnection
+
+
+class WholeAnswers(HTTPAdapter):
+    """The adapter of `requests`, with our connections."""
+
+    def init_poolmanager(self, *args, **kwargs):
+        super().init_poolmanager(*args, socket_options=SOCKET_OPTIONS, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = {"http": HttpPool, "https": HttpsPool}

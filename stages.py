@@ -7,7 +7,6 @@ its state a line in PIPELINE, and run `make trigger`. What it can bear stands ab
     def vlm_analyze(call): ...
 """
 
-import socket
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 import config
+import db
 from stage_http import Answer, StageApi
 
 
@@ -128,7 +128,11 @@ def stage_apis(settings: SimpleNamespace) -> dict[str, StageApi]:
 
 @dataclass
 class Call:
-    """One call that a job owes: the argument of a stage function."""
+    """One call that a job owes: the argument of a stage function.
+
+    The listener fills in what it claimed and sends it to a worker, which adds `api`, `settings`
+    and `until`.
+    """
 
     job_id: Any
     tenant_id: Any
@@ -138,22 +142,23 @@ class Call:
     call_id: int
     attempt: int
     spent: int  # attempts that count towards max_attempts, this one included
-    started_at: Any  # the database's time of the claim
-    began: float  # time.monotonic() before the claim
-    until: float  # and by which the whole call must be over
-    api: StageApi
-    query: Callable[[str, dict[str, Any]], list]  # runs a read-only statement
-    limits: Limits = Limits()
-    limited: bool = False  # holds one of max_running
+    max_attempts: int
+    timeout: float  # seconds for the whole call
+    started_at: str  # the database's time of the claim
+    listener: str  # who claimed it
+    key: str  # job_id as the database writes it
+    leased_until: float  # trigger.boottime() at which others may take it over
+    api: StageApi | None = None
+    settings: SimpleNamespace | None = None
+    until: float = 0.0  # time.monotonic() by which the whole call must be over
     answer: Answer | None = None  # of the last POST
-    # What this worker does while the stage works, given the socket of the answer.
-    meanwhile: Callable[[socket.socket], None] | None = None
 
     def post(self, path: str, **fields: Any) -> Answer:
         """POST {"job_id", "tenant_id", **fields} to `path` of the stage API.
 
         Raises:
             Unreachable, Interrupted, NoAnswer: see there; a stage function lets them pass.
+            TimeIsUp: the stage function used up its timeout before this; nothing was sent.
             ValueError: `path` does not begin with a slash, or a field is NaN or infinite.
         """
         if not path.startswith("/"):
@@ -167,23 +172,52 @@ class Call:
             "X-Attempt": str(self.attempt),
         }
         self.answer = None
-        self.answer = self.api.post(path, body, headers, self.until, self.meanwhile)
+        self.answer = self.api.post(path, body, headers, self.until)
         return self.answer
 
     def fetch_one(self, sql: str, **params: Any):
         """The one row that the body needs, as a named tuple; %(job_id)s and %(tenant_id)s are set.
 
+        It is asked for on a read-only connection of its own, which is then closed.
+
         Raises:
             MissingValue: there is no such row, or a column of it is NULL.
+            db.ConnectionLost: no database; a stage function lets it pass, and the call is due
+                again without having spent an attempt.
+            psycopg2.Error: the query's own fault.
         """
         given = {"job_id": self.job_id, "tenant_id": self.tenant_id, **params}
-        rows = self.query(sql, given)
+        rows = db.query(self.settings, sql, given)
         if not rows:
             raise MissingValue(f"no row for this job in: {' '.join(sql.split())}")
         missing = [name for name, value in rows[0]._asdict().items() if value is None]
         if missing:
             raise MissingValue(f"{', '.join(missing)} is NULL in: {' '.join(sql.split())}")
         return rows[0]
+
+
+def claimed_call(row: Any, limits: Limits, listener: str, covered_until: float) -> Call:
+    """The call of a claimed row (see calls.TAKE).
+
+    Args:
+        covered_until: trigger.boottime() at which the lease ends, but for the call's timeout.
+    """
+    return Call(
+        job_id=row.job_id,
+        tenant_id=row.tenant_id,
+        current_step=row.current_step,
+        status=row.status,
+        stage=row.stage,
+        call_id=row.call_id,
+        attempt=row.attempt,
+        spent=row.spent,
+        max_attempts=limits.max_attempts,
+        timeout=limits.timeout,
+        started_at=row.started_at,
+        listener=listener,
+        key=row.key,
+        leased_until=covered_until + limits.timeout,
+    )
 
 
 class MissingValue(LookupError):

@@ -1,251 +1,266 @@
-"""One call from claim to settled: claim it, have it made, see that its result is written."""
+"""One call: run its stage function, and say what the outcome means (the README has the table).
 
-import functools
+A worker does this in a process of its own, `call JOB_ID` in the command's. Neither needs a
+connection to the database; what came of the call is a Result, which the listener writes.
+"""
+
+import bdb
 import logging
-import math
-import select
-import signal
-import socket
+import os
+import random
 import time
-from collections.abc import Callable
+import traceback
 from types import SimpleNamespace
 from typing import Any
 
-import calls
+import requests
+
+import config
 import db
 import logs
+import stage_http
 import stages
-import upkeep
 from alerts import Alerts
-from judge import Judge, about
-from results import Results
+from calls import Result
+from stages import Call
 
 log = logging.getLogger("listener.trigger")
 
-# How often to look whether a stage has let go of the row of a call it has answered.
-LOCKED_EVERY = 1.0
-# How long a claim may leave out what was due before the last one: so late, at the most, is a
-# call that was committed late.
-MARKED_FOR = 1.0
-# A stage is quick where its last call, stage function and all, took at most so many seconds.
-QUICK = 0.02
-# For so many seconds a call that was claimed ahead waits for the answer to the one before it, and
-# a result that is not written for the POST of the next.
-PATIENCE = 0.05
-# This old a call that was claimed ahead may be when its turn comes: the job may have moved on.
-LONGEST_AHEAD = 0.2
+LONGEST_BACKOFF = 300.0  # seconds
+# Seconds after its timeout at which the listener ends a call that has not ended itself.
+GRACE = 0.5
+
+
+def boottime() -> float:
+    """Seconds by a clock that also counts while this machine, or container, is suspended."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+def refused(call: Call, row: Any, owed: bool, accepted: bool) -> Result | None:
+    """The result of a claim that must not be called; None where it must.
+
+    Args:
+        row: of the claim: `job_found`, `job_step` and `job_status` say where the job is now.
+        owed: the job is still in the state that owes the call.
+        accepted: an earlier attempt of it was accepted.
+    """
+    if not owed:
+        now = f"({row.job_step}, {row.job_status})" if row.job_found else "deleted"
+        log.info("Job 상태가 변경되어 스킵: job=%s stage=%s 현재=%s", call.job_id, call.stage, now,
+                 extra=about(call))  # fmt: skip
+        return result(call, "skipped", error=f"the job has moved on: {now}")
+    if accepted:
+        log.info("이미 수락된 호출이라 스킵: job=%s stage=%s", call.job_id, call.stage,
+                 extra=about(call))  # fmt: skip
+        return result(call, "skipped", error="an earlier attempt was accepted")
+    if call.spent > call.max_attempts:
+        ended = failure(call, "failed", "nobody knows what became of the last attempt", 0)
+        log_end(call, ended)
+        return ended
+    return None
 
 
 class Trigger:
-    """Takes calls one at a time. Outlives its connection: an unwritten result is kept."""
+    """Runs calls, one at a time, in the process that it is in."""
 
-    def __init__(self, settings: SimpleNamespace, worker: str, only: list[str] | None = None):
+    def __init__(self, settings: SimpleNamespace):
         self.settings = settings
-        self.worker = worker
-        self.limits = stages.stage_limits(settings)
+        self.redact = config.redactor(settings)
         self.apis = stages.stage_apis(settings)
-        # The stages that are called, the one whose turn it is first; seconds.
-        self.leases = {
-            stage: limits.timeout + settings.LEASE_MARGIN
-            for stage, limits in self.limits.items()
-            if not only or stage in only
-        }
-        self.alerts = Alerts(settings)
-        self.judge = Judge(settings, worker)
-        self.results = Results(self.alerts)
-        self.not_given_back = 0  # calls that the application holds the rows of
-        self.locked_checked = 0.0
-        self.running: stages.Call | None = None
-        self.quick: set[str] = set()  # stages
-        self.in_a_row = 0  # claims that found a call, one after the other
-        self.ahead: stages.Call | None = None  # claimed while the one before it was running
-        self.failed_meanwhile: Exception | None = None
-        self.next_look = 0.0  # time.monotonic() at which the next call will be due
-        # When the last claimed call of a stage was due: what is before it need not be passed
-        # again by every claim. A call that was committed late is before it, too.
-        self.marks: dict[str, Any] = {}
-        self.marked = 0.0
 
-    def resume(self, conn) -> None:
-        """Give back what was claimed for this worker and never begun.
-
-        On a new connection that is a claim whose answer was lost; the rest has its result.
-        """
-        self.ahead = None
-        running = [self.running.call_id] if self.running else []
-        found = calls.give_back(conn, self.worker, self.results.call_ids() + running)
-        self.not_given_back = found.locked
-        if found.given_back:
-            log.info("시작하지 않은 호출 %d건을 되돌림", found.given_back)
-
-    def next(self, conn, only: Any = None) -> stages.Call | None:
-        """The next due call, which is claimed; the last result is settled with the claim.
+    def run(self, call: Call, by_hand: bool = False) -> Result:
+        """Run the stage function of `call`; what came of it.
 
         Args:
-            only: a job id: take what this job owes, due or not.
+            by_hand: a person watches, maybe in pdb: the call may take as long as its lease.
+
+        Returns:
+            A Result; its outcome is "released" where the call was not made, because another
+            listener may take it over before it would end.
         """
-        if self.ahead is None:
-            return self.claim(conn, only)
-        call, self.ahead = self.ahead, None
-        good = self.results.unwritten[-1].outcome == "succeeded" and is_fresh(call)
-        if not good or call.stage not in self.quick:
-            self.results.write(conn)  # else while this call is running
-        if good:
-            return call
-        self.resume(conn)
-        return self.claim(conn, only)
-
-    def claim(self, conn, only: Any = None) -> stages.Call | None:
-        """Settle what is not, and claim the next due call: one round trip but for exceptions."""
-        self.settle_locked(conn)
-        self.results.write(conn, but=1)  # two, where a connection was lost while a stage worked
-        while True:
-            began = time.monotonic()
-            if began - self.marked > MARKED_FOR:
-                self.marks, self.marked = {}, began
-            row = calls.claim(
-                conn,
-                leases=self.leases,
-                worker=self.worker,
-                settled=next(iter(self.results.unwritten), None),
-                only=only,
-                marks=self.marks,
-            )
-            self.results.written(settled=not row.unsettled)
-            self.in_a_row = self.in_a_row + 1 if row.call_id is not None else 0
-            if row.call_id is None:
-                self.next_look = math.inf if row.next_due is None else began + row.next_due
-                return None
-            self.marks[row.stage] = row.was_due_at
-            if row.taken_over:
-                upkeep.reap(conn)
-            self.take_turns(row.stage)
-            call = self.call(conn, row, began)
-            if not row.owed:
-                row = row._replace(owed=calls.is_owed(conn, row, self.worker))
-            refused = self.judge.refused(call, row, by_hand=only is not None)
-            if refused is None:
-                return call
-            self.results.unwritten.append(refused)
-
-    def meanwhile(self, call: stages.Call, conn, answer: socket.socket) -> None:
-        """While the stage works: write the log and the result before, maybe look ahead."""
-        logs.write()
-        # A new connection may have more to say than the answer, such as TLS tickets.
-        quick = call.stage in self.quick and call.api.used_at
-        stopping = db.stop is not None and db.stop.requested
-        if conn is not None and not self.failed_meanwhile:
-            if quick and self.in_a_row > 1 and not stopping:
-                self.try_now(self.look_ahead, conn, answer)
-            else:
-                self.try_now(self.results.write, conn)
-
-    def on_alarm(self, conn, *_signal) -> None:
-        """SIGALRM: the function of a quick stage takes its time before its POST."""
-        logs.write()
-        self.try_now(self.results.write, conn)
-
-    def try_now(self, do: Callable[..., None], *given: Any) -> None:
-        """What goes wrong is raised by `run`: nothing may come between a stage and its answer."""
+        began, process = time.monotonic(), os.getpid()
+        left = call.leased_until - boottime() - GRACE
+        if left < call.timeout:
+            return result(call, "released")
+        call.until = began + (left if by_hand else call.timeout)
+        call.api, call.settings = self.apis[call.stage], self.settings
         try:
-            do(*given)
-        except Exception as error:
-            self.failed_meanwhile = error
-
-    def look_ahead(self, conn, answer: socket.socket) -> None:
-        """Claim the call after the one that is running; give it back, for others to take, where
-        the stage is not so quick this time.
-        """
-        if self.ahead is None:
-            self.ahead = self.claim(conn)
-        if self.ahead and not select.select([answer], [], [], PATIENCE)[0]:
-            self.resume(conn)
-
-    def call(self, conn, row, began: float) -> stages.Call:
-        return stages.Call(
-            job_id=row.job_id,
-            tenant_id=row.tenant_id,
-            current_step=row.current_step,
-            status=row.status,
-            stage=row.stage,
-            call_id=row.call_id,
-            attempt=row.attempt,
-            spent=row.spent,
-            started_at=row.started_at,
-            limited=row.limited,
-            limits=self.limits[row.stage],
-            began=began,
-            until=began + self.limits[row.stage].timeout,
-            api=self.apis[row.stage],
-            query=functools.partial(self.query, conn),
-        )
-
-    def take_turns(self, stage: str) -> None:
-        """Every stage gets its turn, however long another one's queue is."""
-        order = list(self.leases.items())
-        after = list(self.leases).index(stage) + 1
-        self.leases = dict(order[after:] + order[:after])
-
-    def run(self, call: stages.Call, conn=None) -> None:
-        """Run the stage function of `call` and keep what came of it in `results`.
-
-        Args:
-            conn: where the next call may be claimed meanwhile.
-
-        Raises:
-            psycopg2.Error: from doing that.
-        """
-        log.info(
-            "[TRIGGER] 파이프라인 단계 트리거: job=%s stage=%s attempt=%d/%d",
-            *(call.job_id, call.stage, call.spent, call.limits.max_attempts),
-            extra=about(call),
-        )
-        if call.stage not in self.quick:
-            logs.write()  # whatever its function does
-        call.meanwhile = functools.partial(self.meanwhile, call, conn)
-        self.running, began = call, time.monotonic()
-        try:
-            if conn is not None and call.stage in self.quick:
-                signal.signal(signal.SIGALRM, functools.partial(self.on_alarm, conn))
-                signal.setitimer(signal.ITIMER_REAL, PATIENCE)
-            result = self.judge.outcome(call)
-        except BaseException:
-            result = self.judge.interrupted(call)
-            raise
+            ended = self.outcome(call, by_hand)
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            self.running = None
-            self.results.unwritten.append(result)
-        quick = time.monotonic() - began < QUICK and result.outcome == "succeeded"
-        (self.quick.add if quick else self.quick.discard)(call.stage)
-        if self.failed_meanwhile:
-            error, self.failed_meanwhile = self.failed_meanwhile, None
-            raise error
+            if os.getpid() != process:  # a child that the stage function forked, and that came back
+                os._exit(0)
+        ended.seconds = time.monotonic() - began
+        return ended
 
-    def query(self, conn, sql: str, params: dict[str, Any] | None = None) -> list:
-        """What a stage function asks for, which no alarm may come between."""
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        self.try_now(self.results.write, conn)
-        return db.query(conn, sql, params)
+    def outcome(self, call: Call, by_hand: bool) -> Result:
+        try:
+            return self.judged(call, answer_of(call))
+        except stage_http.Unreachable as error:
+            return self.failure(call, "held", f"stage API unreachable: {error}", hold=True)
+        except stage_http.NoAnswer as error:
+            return self.failure(call, "unknown", str(error))
+        except stage_http.Interrupted as error:
+            return self.failure(call, "retry", f"connection broke while waiting: {error}")
+        except db.ConnectionLost as error:
+            return self.failure(call, "held", f"no database for the stage function: {error}")
+        except stage_http.TimeIsUp as error:
+            return result(call, "released") if by_hand else self.raised(call, error)
+        except BaseException as error:
+            if by_hand and isinstance(error, (KeyboardInterrupt, bdb.BdbQuit)):
+                return self.failure(call, "unknown", "stopped by hand")
+            return self.raised(call, error)
 
-    def leave(self, conn) -> None:
-        """Write what is left; give back what was claimed and not begun."""
-        self.results.write(conn)
-        self.resume(conn)
+    def judged(self, call: Call, answer: stage_http.Answer) -> Result:
+        """What the answer's status means."""
+        status = answer.status
+        if 200 <= status < 300:
+            return result(call, "succeeded", http_status=status)
+        error = f"HTTP {status}: {answer.text}".rstrip(": ")
+        if status in (429, 503):
+            wait = answer.retry_after
+            return self.failure(call, "held", error, hold=True, http_status=status,
+                                retry_after=wait)  # fmt: skip
+        if status in (409, 504):  # it is, or may be, still being worked on
+            return self.failure(call, "unknown", error, http_status=status)
+        if status in (408, 425) or status >= 500:
+            return self.failure(call, "retry", error, http_status=status)
+        return self.failure(call, "failed", error, http_status=status)
 
-    @property
-    def waits(self) -> bool:
-        """Whether the application holds rows that are to be settled or given back."""
-        return bool(self.results.locked or self.not_given_back)
+    def raised(self, call: Call, error: BaseException) -> Result:
+        """A bug in the stage function, or a value it misses; an accepted call stays accepted."""
+        expected = isinstance(error, (stages.MissingValue, stage_http.TimeIsUp))
+        trace = None if expected else self.redact("".join(traceback.format_exception(error)))
+        if call.answer and 200 <= call.answer.status < 300:
+            ended = self.judged(call, call.answer)
+        else:
+            # Not indented as the code of a SyntaxError is, and before any notes.
+            said = [t for t in traceback.format_exception_only(error) if not t.startswith(" ")]
+            ended = self.failure(call, "retry", said[0].strip())
+        ended.trace = trace
+        return ended
 
-    def settle_locked(self, conn) -> None:
-        """Settle, or give back, what the application held the rows of."""
-        if self.waits and time.monotonic() - self.locked_checked >= LOCKED_EVERY:
-            if self.not_given_back:
-                self.resume(conn)
-            self.results.settle_locked(conn)
-            self.locked_checked = time.monotonic()
+    def failure(self, call: Call, outcome: str, error: str, **details: Any) -> Result:
+        return failure(call, outcome, self.redact(error), self.settings.RETRY_DELAY, **details)
 
 
-def is_fresh(call: stages.Call) -> bool:
-    return time.monotonic() - call.began < LONGEST_AHEAD
+def answer_of(call: Call) -> stage_http.Answer:
+    """Run the stage function; the answer that it returns, whoever sent the request.
+
+    Raises:
+        NoAnswer, Unreachable, Interrupted: also where the function used `requests` itself.
+        Exception: what the function raised.
+    """
+    try:
+        answer = stages.PIPELINE[call.current_step, call.status](call) or call.answer
+    except requests.HTTPError as error:  # raise_for_status()
+        answer = error.response
+    except requests.ConnectTimeout as error:
+        raise stage_http.Unreachable(str(error)) from error
+    except (requests.ConnectionError, requests.Timeout) as error:
+        raise stage_http.NoAnswer(str(error)) from error
+    if isinstance(answer, requests.Response):
+        retry_after = stage_http.parse_retry_after(answer.headers)
+        text = answer.text[: stage_http.TEXT_LIMIT]
+        answer = stage_http.Answer(answer.status_code, text, retry_after)
+    if not isinstance(answer, stage_http.Answer):
+        raise TypeError(f"stage function {call.stage} must return call.post(...)")
+    return answer
+
+
+# --- results -------------------------------------------------------------------------------
+
+
+def result(call: Call, outcome: str, **details: Any) -> Result:
+    """What came of `call`, to be written under the fence of its claim."""
+    return Result(
+        job_id=call.key,
+        call_id=call.call_id,
+        attempt=call.attempt,
+        stage=call.stage,
+        worker=call.listener,
+        started_at=call.started_at,
+        outcome=outcome,
+        **details,
+    )
+
+
+def failure(call: Call, outcome: str, error: str, retry_delay: float, **details: Any) -> Result:
+    """The result of an attempt that did not succeed, and when it is due again."""
+    last = call.spent >= call.max_attempts
+    # What got no answer may still run: it is given up once its lease is over, not before.
+    if outcome == "retry" and last:
+        outcome, error = "failed", f"{error} (attempt {call.spent}, the last one)"
+    if outcome == "held":
+        details |= {"free": True, "delay": 1.0}
+    elif outcome != "failed":
+        details |= {"delay": backoff(call.spent, retry_delay), "after_lease": outcome == "unknown"}
+    return result(call, outcome, error=error, **details)
+
+
+def backoff(spent: int, retry_delay: float) -> float:
+    """Seconds until the next attempt: exponential, with full jitter."""
+    doubled = min(spent - 1, 32)  # 2.0 ** 1024 would overflow
+    return random.uniform(0, min(LONGEST_BACKOFF, retry_delay * 2**doubled))
+
+
+# --- what the log says ---------------------------------------------------------------------
+
+
+def about(call: Call, **more: Any) -> dict[str, Any]:
+    return logs.about(job=call.job_id, stage=call.stage, attempt=call.spent, **more)
+
+
+def log_begin(call: Call) -> None:
+    log.info(
+        "[TRIGGER] 파이프라인 단계 트리거: job=%s stage=%s attempt=%d/%d",
+        *(call.job_id, call.stage, call.spent, call.max_attempts),
+        extra=about(call),
+    )
+
+
+def log_end(call: Call, ended: Result) -> None:
+    """The one line of a call's end; before it the traceback of a bug in the stage function."""
+    if ended.trace:
+        extra = about(call, traceback=ended.trace)
+        log.error("단계 함수 오류: job=%s stage=%s", call.job_id, call.stage, extra=extra)
+    if ended.outcome == "succeeded":
+        log.info(
+            "파이프라인 단계 실행 성공: job=%s stage=%s status=%d (%.2f초)",
+            *(call.job_id, call.stage, ended.http_status, ended.seconds),
+            extra=about(call, status=ended.http_status, duration=round(ended.seconds, 3)),
+        )
+    elif ended.outcome == "released":
+        log.warning("리스가 모자라 호출하지 않고 되돌림: job=%s stage=%s", call.job_id, call.stage)
+    else:
+        log.log(
+            logging.ERROR if ended.outcome == "failed" else logging.WARNING,
+            "파이프라인 단계 실행 실패: job=%s stage=%s attempt=%d/%d error=%s → %s",
+            *(call.job_id, call.stage, call.spent, call.max_attempts),
+            *(ended.error[:500], what_next(call, ended)),
+            extra=about(
+                call,
+                status=ended.http_status,
+                duration=round(ended.seconds, 3),
+                outcome=ended.outcome,
+                error=ended.error,
+            ),
+        )
+
+
+def what_next(call: Call, ended: Result) -> str:
+    if ended.outcome == "failed":
+        return f"포기: python listener.py retry {call.job_id}"
+    if ended.hold and ended.retry_after:
+        return f"단계 보류 {ended.retry_after:.0f}초"
+    if ended.hold:
+        return "단계 보류, 응답할 때까지 간격을 늘려 재시도"
+    then = "포기" if call.spent >= call.max_attempts and not ended.free else "재시도"
+    when = "리스 만료 후" if ended.after_lease else f"{ended.delay:.1f}초 후"
+    return f"{when} {then} (Job이 그대로면)"
+
+
+def alert_given_up(alerts: Alerts, ended: Result) -> None:
+    if ended.outcome == "failed":
+        text = f"job {ended.job_id}: {ended.stage} was given up: {ended.error}"
+        about = {"job": ended.job_id, "stage": ended.stage, "error": ended.error}
+        alerts.send("given_up", text, **about, http_status=ended.http_status)

@@ -1,13 +1,58 @@
-"""Upkeep, between two calls: attempts of workers that are gone, calls of jobs that are gone, and
-history that has grown old. Any worker does it for all, and nobody waits for it.
+"""Upkeep, beside the calls: attempts of listeners that are gone, calls of jobs that are gone,
+history that has grown old, jobs that rest. Any listener does it for all.
 """
 
+import logging
 import math
+import time
 from collections.abc import Iterable, Mapping
+from types import SimpleNamespace
 
+from alerts import Alerts
 from db import UNPINNED, execute
 
-# A worker that never came back. Should it do so after all, it adds what it knows.
+log = logging.getLogger("listener")
+
+# Seconds between two rounds.
+REAP_INTERVAL = 60.0
+HISTORY_INTERVAL = STALLED_INTERVAL = 300.0
+
+
+class Upkeep:
+    """Does what is due of it, a batch at a time, so that no call waits for long."""
+
+    def __init__(self, settings: SimpleNamespace, stages: Iterable[str], name: str, alerts: Alerts):
+        self.settings, self.stages, self.name, self.alerts = settings, list(stages), name, alerts
+        # By time.monotonic().
+        self.reap_at = self.history_at = 0.0
+        self.stalled_at = 0.0 if settings.ALERT_COMMAND else math.inf
+
+    @property
+    def next_run(self) -> float:
+        """time.monotonic() at which something is due."""
+        return min(self.reap_at, self.history_at, self.stalled_at)
+
+    def run(self, conn) -> None:
+        now = time.monotonic()
+        if now >= self.reap_at:
+            reap(conn)
+            self.reap_at = now + REAP_INTERVAL
+        if now >= self.history_at:
+            forget_deleted(conn, self.stages, self.name)
+            more = keep_history(conn, self.settings.HISTORY_DAYS)
+            self.history_at = now + (0.0 if more else HISTORY_INTERVAL)
+        if now >= self.stalled_at:
+            for row in newly_stalled(conn):
+                log.error("정체된 단계: stage=%s jobs=%d", row.stage, row.jobs)
+                text = f"{row.jobs} jobs are stalled at {row.stage}: {row.reason}"
+                self.alerts.send("stalled", text, **row._asdict())
+            self.stalled_at = now + STALLED_INTERVAL
+
+
+# --- leases that ran out -------------------------------------------------------------------
+
+# A listener that never came back. Should it do so after all, it adds what it knows. What got no
+# answer has its row in the history.
 REAP = """
 WITH over AS (
     DELETE FROM stage_leases WHERE leased_until <= now() RETURNING *
@@ -15,8 +60,8 @@ WITH over AS (
 INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at, finished_at,
                             outcome, error)
 SELECT job_id, call_id, attempt, stage, worker, started_at, now(), 'lost',
-       'the worker did not come back before its lease ran out'
-FROM over
+       'the listener did not come back before its lease ran out'
+FROM over WHERE NOT unanswered
 ON CONFLICT DO NOTHING
 """
 
@@ -79,7 +124,7 @@ def count(conn, batch: int = BATCH) -> int:
     return execute(conn, COUNT, {"batch": batch} | BOUNDS).fetchone()[0]
 
 
-# One worker at a time, and in small batches: nobody else ever waits for it. What is not counted
+# One listener at a time, and in small batches: nobody else ever waits for it. What is not counted
 # yet stays.
 PRUNE = """
 DELETE FROM stage_attempts WHERE ctid = ANY (ARRAY(
@@ -127,7 +172,7 @@ def forget_deleted(conn, stages: Iterable[str], worker: str) -> int:
     return execute(conn, FORGET, {"stages": list(stages), "worker": worker}).rowcount
 
 
-# A worker knows STAGE_TIMEOUT, which stalled_jobs() and people read from here.
+# A listener knows STAGE_TIMEOUT, which stalled_jobs() and people read from here.
 TELL_TIMEOUTS = """
 UPDATE pipeline_stages AS p SET timeout = told.timeout
 FROM unnest(%(stages)s::text[], %(timeouts)s::float8[]) AS told (stage, timeout)
@@ -141,7 +186,7 @@ def tell_timeouts(conn, timeouts: Mapping[str, float]) -> None:
     execute(conn, TELL_TIMEOUTS, given)
 
 
-# One worker sees it first, and marks the stage until nothing of it is stalled any more.
+# One listener sees it first, and marks the stage until nothing of it is stalled any more.
 NEWLY_STALLED = """
 WITH stalled AS (
     SELECT stage, count(*) AS jobs, max(reason) AS reason FROM stalled_jobs() GROUP BY stage
@@ -159,5 +204,5 @@ SELECT DISTINCT stage, jobs, reason FROM marked WHERE jobs IS NOT NULL
 
 
 def newly_stalled(conn) -> list:
-    """The stages (stage, jobs, reason) that were not stalled when any worker looked before."""
+    """The stages (stage, jobs, reason) that were not stalled when any listener looked before."""
     return execute(conn, UNPINNED + NEWLY_STALLED).fetchall()

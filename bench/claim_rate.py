@@ -9,11 +9,11 @@ import time
 
 import click
 import psycopg2
+import settling
 
 import calls
 import config
 import db
-import settling
 from demo.database import EmbeddedDatabase
 from ops.install import apply
 from ops.table import table

@@ -15,6 +15,7 @@ from ops.problem import Problem
 from ops.routes import is_silent, require_installed
 
 __all__ = [
+    "EXIT_CANNOT_START",
     "EXIT_DATABASE_AWAY",
     "EXIT_PROBLEM",
     "Commands",
@@ -33,10 +34,11 @@ COMMANDS = {
 }  # fmt: skip
 
 EXIT_PROBLEM, EXIT_BAD_INPUT, EXIT_DATABASE_AWAY = 1, 2, 3
+EXIT_CANNOT_START = EXIT_BAD_INPUT
 
 
 class Commands(click.Group):
-    """A group that also has the operator's commands, each imported when it is asked for: a worker
+    """A group that also has the operator's commands, each imported when it is asked for: `run`
     needs none, and all of them take 2 MB.
     """
 

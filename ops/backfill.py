@@ -16,7 +16,7 @@ from ops.table import table
 
 BATCH = 10_000  # jobs looked at in one statement, so that none runs long
 
-# Calls whose job has moved on unseen. Not those under way: their worker will see it.
+# Calls whose job has moved on unseen. Not those under way: their listener will see it.
 OUTDATED = """
 FROM stage_calls AS c
 WHERE c.worker IS NULL AND NOT EXISTS (

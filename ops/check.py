@@ -24,13 +24,14 @@ def a_number(_context, _option, seconds: float | None) -> float | None:
     return seconds
 
 
-@click.command(short_help="Exit 0 if every worker on this host is alive, 1 if not.")
+@click.command(short_help="Exit 0 if every listener on this host is alive, 1 if not.")
 @click.option("--max-lag", type=click.FloatRange(min=0), metavar="SECONDS", callback=a_number,
               help="Also ask the database: is a call overdue for longer?")  # fmt: skip
 def check(max_lag: float | None) -> None:
-    """Exit 0 if every worker on this host is alive, 1 if not; one line says why.
+    """Exit 0 if every listener on this host is alive, 1 if not; one line says why.
 
-    Reads only the heartbeat files: a database that is away is no reason to restart workers.
+    Reads only the heartbeat files: a database that is away is no reason to restart it, and a call
+    that takes long is none either.
     """
     settings = config.settings()
     alive, line = verdict(settings.HEARTBEAT_DIR)
@@ -47,13 +48,16 @@ def verdict(directory: str) -> tuple[bool, str]:
         return False, f"the heartbeats cannot be read ({error}): run check as the listener's user"
     for beat in beats:
         if beat.state == DEAD:
-            return False, f"worker {beat.worker} (pid {beat.pid}) is dead; it was {beat.doing}"
+            return False, f"listener {beat.listener} (pid {beat.pid}) is dead; it was {beat.doing}"
         if beat.state == HANGING:
-            return False, f"worker {beat.worker} hangs: {beat.seconds:.0f} s {beat.doing}"
+            return False, f"listener {beat.listener} hangs: {beat.seconds:.0f} s {beat.doing}"
     if not beats:
-        return False, f"no worker is running: no heartbeat in {directory}; start python listener.py"
+        return (
+            False,
+            f"no listener is running: no heartbeat in {directory}; start python listener.py",
+        )
     doing = "; ".join(sorted({beat.doing for beat in beats if beat.state == ALIVE}))
-    return True, f"{len(beats)} worker{'s' * (len(beats) > 1)} alive: {doing}"
+    return True, f"{len(beats)} listener{'s' * (len(beats) > 1)} alive: {doing}"
 
 
 def lag(settings, max_lag: float, line: str) -> tuple[bool, str]:

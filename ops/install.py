@@ -10,12 +10,21 @@ import psycopg2
 import config
 import db
 import stages
+from ops import migrations
 from ops.problem import Problem
 from ops.routes import is_silent, routes_in, routes_of, shown
 
 ROOT = Path(__file__).parent.parent
 # One after the other, in one transaction.
 SCHEMA = [ROOT / "schema.sql", ROOT / "views.sql"]
+
+# What install makes, and uninstall removes. stage_slots is that of version 1.
+TABLES = (
+    "pipeline_stages", "stage_limits", "stage_calls", "stage_leases", "stage_attempts",
+    "stage_totals", "stage_totals_mark", "job_state_listener_schema", "stage_slots",
+)  # fmt: skip
+VIEWS = ("pipeline_overview", "stage_latency", "given_up_calls")
+TRIGGERS = ("job_state_change_trigger", "job_state_insert_trigger")
 
 # Waiting longer for the lock on jobs would make the application wait behind us, or lose a
 # deadlock to us (deadlock_timeout is 1 s).
@@ -42,7 +51,6 @@ SELECT set_config('job_state_listener.silent', %(silent)s, true),
        set_config('job_state_listener.routes', %(routes)s, true);
 """
 
-# A stage that gets slots may have calls under way, which take them.
 SYNC = """
 DELETE FROM pipeline_stages WHERE (current_step, status) NOT IN (
     SELECT * FROM unnest(%(steps)s::text[], %(statuses)s::text[]));
@@ -58,36 +66,33 @@ FROM (SELECT o.job_id, p.stage
       WHERE o.stage <> p.stage
       FOR UPDATE OF o SKIP LOCKED) AS renamed
 WHERE c.job_id = renamed.job_id;
-DELETE FROM stage_slots AS s
+DELETE FROM stage_limits AS l
 WHERE NOT EXISTS (SELECT FROM pipeline_stages AS p
-                  WHERE p.stage = s.stage AND s.slot <= p.max_running);
-INSERT INTO stage_slots (stage, slot, call_id, attempt, leased_until)
-SELECT p.stage, slot, l.call_id, l.attempt, coalesce(l.leased_until, '-infinity')
-FROM (SELECT DISTINCT stage, max_running FROM pipeline_stages) AS p
-CROSS JOIN generate_series(1, p.max_running) AS slot
-LEFT JOIN (SELECT *, row_number() OVER (PARTITION BY stage ORDER BY started_at) AS slot
-           FROM stage_leases WHERE NOT EXISTS (
-               SELECT FROM stage_slots AS s WHERE (s.call_id, s.attempt) =
-                                                  (stage_leases.call_id, stage_leases.attempt))
-          ) AS l USING (stage, slot)
-ON CONFLICT DO NOTHING;
+                  WHERE p.stage = l.name AND p.max_running IS NOT NULL);
+INSERT INTO stage_limits (name, max_running)
+SELECT stage, min(max_running) FROM pipeline_stages WHERE max_running IS NOT NULL GROUP BY stage
+ON CONFLICT (name) DO UPDATE SET max_running = excluded.max_running
+WHERE stage_limits.max_running <> excluded.max_running;
 INSERT INTO stage_totals_mark DEFAULT VALUES ON CONFLICT DO NOTHING;
 """
 
 OBJECTS = """
 SELECT CASE relkind WHEN 'v' THEN 'view ' ELSE 'table ' END || relname AS name FROM pg_class
-WHERE oid IN (SELECT to_regclass(name) FROM unnest(ARRAY[
-    'jobs', 'pipeline_stages', 'stage_calls', 'stage_leases', 'stage_slots', 'stage_attempts',
-    'stage_totals', 'stage_totals_mark',
-    'pipeline_overview', 'stage_latency', 'given_up_calls']) AS name)
+WHERE oid IN (SELECT to_regclass(name) FROM unnest(%(names)s::text[]) AS name)
 UNION ALL
 SELECT 'function ' || proname || '()' FROM pg_proc
 WHERE oid IN (to_regprocedure('notify_job_state_change()'), to_regprocedure('stalled_jobs()'))
 UNION ALL
 SELECT 'trigger ' || tgname || ' on jobs' FROM pg_trigger
-WHERE tgrelid = to_regclass('jobs')
-  AND tgname IN ('job_state_change_trigger', 'job_state_insert_trigger')
+WHERE tgrelid = to_regclass('jobs') AND tgname = ANY (%(triggers)s)
 """
+
+
+def objects(conn) -> list[str]:
+    """What is there of jobs, and of what install makes."""
+    given = {"names": ["jobs", *TABLES, *VIEWS], "triggers": list(TRIGGERS)}
+    return [row.name for row in db.execute(conn, OBJECTS, given)]
+
 
 ORPHANS = "SELECT count(*) FROM stage_calls WHERE stage <> ALL (%(stages)s)"
 
@@ -131,7 +136,7 @@ def apply(
     silent = "" if notify is None else str(not notify)
     edges = [[*state, stage] for state, (stage, _) in routes.items()]
     asked = {"silent": silent, "routes": json.dumps(edges)}
-    script = LOCK_TIMEOUT + fill_in(ASKED, asked).decode()
+    script = migrations.script() + LOCK_TIMEOUT + fill_in(ASKED, asked).decode()
     script += "".join(file.read_text() for file in SCHEMA)
     if reader:
         script += fill_in(READER, {"reader": reader}).decode()
@@ -142,8 +147,8 @@ def apply(
 @click.command(short_help="Create or update tables, function, triggers and routes.")
 @click.option("--reader", metavar="ROLE", help="A role that may read the views, for dashboards.")
 @click.option("--notify/--no-notify", default=None,
-              help="Whether changes of jobs are announced; without, workers look every "
-                   "POLL_INTERVAL. Default: as it was, at first announced.")  # fmt: skip
+              help="Whether changes of jobs are announced; without, listeners look "
+                   "every POLL_INTERVAL. Default: as it was, at first announced.")  # fmt: skip
 def install(reader: str | None, notify: bool | None) -> None:
     """Create tables, functions, triggers and views, and copy PIPELINE into the database.
 
@@ -151,11 +156,12 @@ def install(reader: str | None, notify: bool | None) -> None:
     """
     settings = config.settings()
     conn = db.connect(settings, "job-state-listener install")
-    before = {row.name for row in db.execute(conn, OBJECTS)}
+    before = set(objects(conn))
     try:
-        before_routes = routes_in(conn)
+        before_routes, version = routes_in(conn), migrations.version(conn)
     except psycopg2.errors.UndefinedTable:
-        before_routes = {}
+        before_routes, version = {}, migrations.LATEST
+    migrations.require_not_newer(conn)
     try:
         apply(conn, settings, reader, notify)
         # A stage may be called more often now.
@@ -164,21 +170,24 @@ def install(reader: str | None, notify: bool | None) -> None:
         raise Problem(f"there is no role {reader}; nothing was changed") from None
     except psycopg2.errors.LockNotAvailable:
         raise Problem(
-            "jobs is locked by another transaction; nothing was changed: try again"
+            "another transaction holds a lock on jobs or on our tables, or another install is "
+            "under way; nothing was changed: try again"
         ) from None
     routes = routes_of(stages.PIPELINE)
     info = conn.info
     click.echo(f"database {info.dbname} on {info.host}:{info.port} as {info.user}")
-    for row in db.execute(conn, OBJECTS):
-        kept = "checked" if row.name.startswith("function") else "kept"
-        click.echo(f"  {kept if row.name in before else 'created':7}  {row.name}")
+    if version < migrations.LATEST:
+        click.echo(f"  migrated from version {version} to {migrations.LATEST}")
+    for name in objects(conn):
+        kept = "checked" if name.startswith("function") else "kept"
+        click.echo(f"  {kept if name in before else 'created':7}  {name}")
     for (step, status), route in routes.items():
         known = before_routes.get((step, status)) == route
         click.echo(f"  {'kept' if known else 'routed':7}  ({step}, {status}) → {shown(route)}")
     for step, status in before_routes.keys() - routes.keys():
         click.echo(f"  removed  ({step}, {status}) → {shown(before_routes[step, status])}")
     if is_silent(conn):
-        click.echo("  note: nothing is announced; workers look every POLL_INTERVAL: restart them")
+        click.echo("  note: nothing is announced; listeners look every POLL_INTERVAL: restart them")
     if reader:
         click.echo(f"  granted  the views to {reader}")
     orphans = db.execute(conn, ORPHANS, {"stages": stages.stage_names()}).fetchone()[0]
@@ -187,13 +196,12 @@ def install(reader: str | None, notify: bool | None) -> None:
     click.echo("Next: python listener.py verify, then python listener.py")
 
 
-DROP = """
+DROP = f"""
 DROP TRIGGER IF EXISTS job_state_change_trigger ON jobs;
 DROP TRIGGER IF EXISTS job_state_insert_trigger ON jobs;
 DROP FUNCTION IF EXISTS notify_job_state_change(), stalled_jobs();
-DROP VIEW IF EXISTS pipeline_overview, stage_latency, given_up_calls;
-DROP TABLE IF EXISTS stage_attempts, stage_leases, stage_slots, stage_calls, pipeline_stages,
-                     stage_totals, stage_totals_mark;
+DROP VIEW IF EXISTS {", ".join(VIEWS)};
+DROP TABLE IF EXISTS {", ".join(TABLES)};
 """
 
 OPEN_CALLS = "SELECT count(*) FROM stage_calls"
@@ -205,7 +213,7 @@ def uninstall(yes: bool) -> None:
     """Remove exactly what install made. The table jobs and its rows stay."""
     settings = config.settings()
     conn = db.connect(settings, "job-state-listener uninstall")
-    there = [row.name for row in db.execute(conn, OBJECTS) if row.name != "table jobs"]
+    there = [name for name in objects(conn) if name != "table jobs"]
     if not there:
         click.echo("nothing to remove")
         return

@@ -15,8 +15,8 @@ import config
 import db
 import upkeep
 from logs import CONTROL
+from ops.listeners import connected
 from ops.routes import difference
-from ops.status import WORKERS
 from ops.verify import QUEUE, TRIGGERS
 from ops.whole import write_whole
 
@@ -30,7 +30,7 @@ FAMILIES = {
     ),
     "job_state_listener_scrape_timestamp_seconds": ("gauge", "When these metrics were read."),
     "job_state_listener_scrape_duration_seconds": ("gauge", "How long reading them took."),
-    "job_state_listener_workers_connected": ("gauge", "Workers connected to the database."),
+    "job_state_listener_listeners_connected": ("gauge", "Listeners connected to the database."),
     "job_state_listener_owed_calls": ("gauge", "Calls that jobs owe, given-up ones included."),
     "job_state_listener_due_calls": (
         "gauge",
@@ -73,7 +73,7 @@ FAMILIES = {
     ),
     "job_state_listener_routes_in_sync": (
         "gauge",
-        "1 if the database has the routes of this stages.py; else workers do not start.",
+        "1 if the database has the routes of this stages.py; else listeners do not start.",
     ),
     "job_state_listener_notification_queue_usage_ratio": (
         "gauge",
@@ -125,7 +125,7 @@ STALLED = "SELECT stage, count(*) AS jobs FROM stalled_jobs() GROUP BY stage"
 
 RECENT = "stage_attempts WHERE finished_at > (SELECT counted_until FROM stage_totals_mark)"
 
-# In one statement, so that no attempt is between the two while a worker counts it. The planner
+# In one statement, so that no attempt is between the two while a listener counts it. The planner
 # does not know how little there is after the mark, and would read all, or even sort it.
 COUNTERS = f"""
 SET LOCAL enable_seqscan = off;
@@ -191,9 +191,7 @@ def read_all(conn, page: Page) -> None:
         psycopg2.Error: some of it could not be read.
     """
     read_stages(conn, page)
-    given = {"prefix": db.WORKER_APPLICATION, "beats": []}
-    workers = {row.worker for row in db.execute(conn, WORKERS, given) if row.connected}
-    page.add("workers_connected", len(workers))
+    page.add("listeners_connected", len(connected(conn)))
     for row in db.execute(conn, TRIGGERS):
         enabled = bool(row.ours and row.enabled in ("O", "A"))
         page.add("database_trigger_enabled", int(enabled), trigger=row.name)

@@ -4,6 +4,7 @@ import psycopg2
 
 import db
 import stages
+from ops import migrations
 from ops.problem import Problem
 
 ROUTES = "SELECT current_step, status, stage, max_running FROM pipeline_stages"
@@ -45,9 +46,6 @@ def difference(conn) -> list[str]:
 # A role may find another table jobs than the one that the triggers are on.
 PLACE = """
 SELECT to_regclass('jobs')::text AS jobs,
-       (SELECT string_agg(name, ', ') FROM unnest(ARRAY[
-            'stage_leases', 'stage_slots', 'stage_totals']) AS name
-        WHERE to_regclass(name) IS NULL) AS missing,
        (SELECT count(DISTINCT relnamespace) FROM pg_class
         WHERE oid IN (to_regclass('jobs'), to_regclass('stage_calls'),
                       to_regclass('pipeline_stages'))) AS schemas,
@@ -67,13 +65,13 @@ def require_installed(conn) -> None:
     except psycopg2.errors.InsufficientPrivilege as error:
         reason = str(error).strip()
         raise Problem(f"{reason}: see 'Roles and grants' in README.md") from None
+    if reason := migrations.refusal(conn):
+        raise Problem(reason)
     if differences:
         raise Problem(f"the routes differ ({'; '.join(differences)}): {mend}")
     place = db.execute(conn, PLACE).fetchone()
     if place.jobs is None:
         raise Problem(f"there is no table jobs on the search path: {mend}")
-    if place.missing:
-        raise Problem(f"the tables are of an earlier version, without {place.missing}: {mend}")
     if place.schemas != 1 or place.triggers != 2:
         raise Problem(f"the table {place.jobs} that this role sees has no triggers of ours: {mend}")
 

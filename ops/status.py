@@ -1,4 +1,4 @@
-"""`status`: what every stage owes and how it does, what the workers do, what is wrong."""
+"""`status`: what every stage owes and how it does, what the listeners do, what is wrong."""
 
 import contextlib
 import time
@@ -12,7 +12,9 @@ import psycopg2
 
 import config
 import db
-from heartbeat import ALIVE, Beat, heartbeats
+from heartbeat import ALIVE
+from ops import migrations
+from ops.listeners import listeners
 from ops.screen import Screen
 from ops.table import JSON, RED, YELLOW, Line, clock, duration, echo_json, echo_lines, plain, table
 from ops.verify import QUEUE, Bad, check_triggers
@@ -23,27 +25,6 @@ SELECT o.*, round(extract(epoch FROM now() - oldest_due_at))::bigint AS oldest_d
        failures_last_hour / nullif(calls_last_hour, 0)::float8 AS failure_share
 FROM pipeline_overview AS o
 ORDER BY position NULLS LAST, stage
-"""
-
-# Who is connected, who has a call, who has a heartbeat on this host: a worker may have any of
-# them alone. An application_name is cut where an identifier would be.
-WORKERS = """
-SELECT coalesce(beat.worker, call.worker, session.worker) AS worker,
-       session.worker IS NOT NULL AS connected,
-       call.stage, call.job_id, call.call_id, call.attempt, call.started_at, call.leased_until,
-       extract(epoch FROM now() - coalesce(call.started_at, session.since))::float8 AS seconds
-FROM (SELECT substr(application_name, length(%(prefix)s) + 1) AS worker, backend_start AS since
-      FROM pg_stat_activity
-      WHERE datname = current_database() AND starts_with(application_name, %(prefix)s)) AS session
-FULL JOIN (SELECT *, left(worker, current_setting('max_identifier_length')::integer
-                                  - length(%(prefix)s)) AS short
-           FROM stage_leases WHERE leased_until > now()) AS call
-  ON call.short = session.worker
-FULL JOIN (SELECT worker, left(worker, current_setting('max_identifier_length')::integer
-                                       - length(%(prefix)s)) AS short
-           FROM unnest(%(beats)s::text[]) AS worker) AS beat
-  ON beat.short = coalesce(session.worker, call.short)
-ORDER BY call.started_at, worker
 """
 
 
@@ -69,6 +50,7 @@ def look(conn, settings: SimpleNamespace) -> dict[str, Any]:
             "port": conn.info.port,
             "user": conn.info.user,
             "version": conn.info.server_version // 10000,
+            "schema_version": migrations.version(conn),
             "notification_queue_percent": db.execute(conn, QUEUE).fetchone()[0],
         },
         "triggers": {"ok": problem is None, "problem": problem},
@@ -77,38 +59,16 @@ def look(conn, settings: SimpleNamespace) -> dict[str, Any]:
         ),
         "calls_per_minute": round(sum(row["calls_last_hour"] for row in stages) / 60, 1),
         "stages": stages,
-        "workers": workers(conn, settings),
+        "listeners": listeners(conn, settings),
     }
-
-
-def workers(conn, settings: SimpleNamespace) -> list[dict[str, Any]]:
-    """Every worker that the database knows, or that has a heartbeat on this host."""
-    beats = {beat.worker: beat for beat in heartbeats(settings.HEARTBEAT_DIR)}
-    given = {"prefix": db.WORKER_APPLICATION, "beats": list(beats)}
-    found = []
-    for row in db.execute(conn, WORKERS, given):
-        beat = beats.get(row.worker)
-        seconds = beat.seconds if beat and not row.stage else row.seconds
-        more = {"heartbeat": beat and beat.state, "doing": doing(row, beat), "seconds": seconds}
-        found.append(row._asdict() | more)
-    return found
-
-
-def doing(row, beat: Beat | None) -> str:
-    """What a worker is doing. One that waits does so unseen by the database."""
-    text = beat.doing if beat else "connected"
-    if row.stage:
-        text = f"{row.stage} {row.job_id}"
-        if not row.connected:
-            text += f", not connected; its lease ends {clock(row.leased_until)}"
-    return text if beat is None or beat.state == ALIVE else f"{beat.state}: {text}"
 
 
 # --- showing -------------------------------------------------------------------------------
 
 HEADER = ["stage", "owed", "calling", "retry", "given\nup", "oldest\ndue", "calls\n/hour",
           "failed", "p50", "p95"]  # fmt: skip
-LONGEST_WORKER = 21
+LONGEST_LISTENER = 21
+MOST_CALLS = 10  # of one listener
 COLUMNS = 80  # where the output goes to no terminal that has its own
 
 
@@ -128,7 +88,7 @@ def lines(said: dict[str, Any]) -> Iterator[Line]:
             yield f"{row['stage']:{longest}}  {text}", colour
     if any(row["given_up"] for row in said["stages"]):
         yield "given up: python listener.py jobs --given-up, then retry JOB_ID", 0
-    yield from worker_lines(said["workers"])
+    yield from listener_lines(said["listeners"])
 
 
 def summary(said: dict[str, Any]) -> str:
@@ -136,7 +96,7 @@ def summary(said: dict[str, Any]) -> str:
     due = "nothing is due" if oldest is None else f"oldest due {duration(oldest)}"
     queue = f"NOTIFY queue {base['notification_queue_percent']}%"
     triggers = "triggers on" if said["triggers"]["ok"] else "triggers BROKEN"
-    version = f"PostgreSQL {base['version']}"
+    version = f"PostgreSQL {base['version']}, schema {base['schema_version']}"
     return ", ".join([due, f"{said['calls_per_minute']:g} calls/min", version, queue, triggers])
 
 
@@ -173,20 +133,28 @@ def notes(row: dict[str, Any]) -> Iterator[Line]:
         yield plain(f"given up: {row['last_error']}"), RED
 
 
-def worker_lines(found: list[dict[str, Any]]) -> Iterator[Line]:
+def listener_lines(found: list[dict[str, Any]]) -> Iterator[Line]:
+    """A line for each listener, and below it one for each of its oldest calls."""
     if not found:
-        yield "no worker is connected: start python listener.py", YELLOW
+        yield "no listener is connected: start python listener.py", YELLOW
         return
-    cells = []
+    cells, colours = [], [0]
     for row in found:
-        name = row["worker"]  # its end tells it from the others of its host
-        if len(name) > LONGEST_WORKER:
-            name = "…" + name[1 - LONGEST_WORKER :]
-        since = row["seconds"] and round(row["seconds"])
-        cells.append([name, duration(since), row["doing"]])
-    shown = table(["worker", "since", "doing"], cells, right=["since"]).split("\n")
-    bad = [row["heartbeat"] not in (None, ALIVE) for row in found]
-    yield from zip(shown, [0, *(RED if is_bad else 0 for is_bad in bad)], strict=True)
+        name = row["listener"]  # its end tells it from the others of its host
+        if len(name) > LONGEST_LISTENER:
+            name = "…" + name[1 - LONGEST_LISTENER :]
+        cells.append([name, duration(row["seconds"] and round(row["seconds"])), row["doing"]])
+        colours.append(0 if row["heartbeat"] in (None, ALIVE) else RED)
+        for call in row["calls"][:MOST_CALLS]:
+            unanswered = ", no answer" * call["unanswered"]
+            doing = plain(f"{call['stage']} {call['job_id']}{unanswered}")
+            cells.append(["", duration(round(call["seconds"])), doing])
+            colours.append(0)
+        if more := len(row["calls"]) - MOST_CALLS:
+            cells += [["", "", f"and {more} more"]] * (more > 0)
+            colours += [0] * (more > 0)
+    shown = table(["listener", "since", "doing"], cells, right=["since"]).split("\n")
+    yield from zip(shown, colours, strict=True)
 
 
 # --- the command ---------------------------------------------------------------------------
@@ -194,13 +162,13 @@ def worker_lines(found: list[dict[str, Any]]) -> Iterator[Line]:
 NAME = "job-state-listener status"
 
 
-@click.command(short_help="What every stage owes, and what the workers are doing.")
+@click.command(short_help="What every stage owes, and what the listeners are doing.")
 @JSON
 @click.option("--watch", is_flag=True, help="Look again and again, until Ctrl-C.")
 @click.option("--interval", type=click.FloatRange(min=0.1), metavar="SECONDS",
               help="Between two looks of --watch; default: 2.")  # fmt: skip
 def status(as_json: bool, watch: bool, interval: float | None) -> None:
-    """What every stage owes, calls, retries and gave up, and what the workers are doing.
+    """What every stage owes, calls, retries and gave up, and what the listeners are doing.
 
     calls/hour, failed, p50 and p95 are those of the last hour; p50 and p95 of accepted calls.
     """

@@ -4,12 +4,17 @@ import contextlib
 import getpass
 import os
 import socket
+from types import SimpleNamespace
 
 import click
 
+import calls
 import config
 import db
 import stages
+import trigger
+from alerts import Alerts
+from calls import Wanted
 from logs import CONTROL
 from ops.problem import Problem
 
@@ -31,16 +36,16 @@ def make_due(conn, job_id: str | None = None, stage: str | None = None, all_: bo
 
 
 OWED = """
-SELECT job.current_step, job.status, c.stage, c.worker, c.due_at, c.due_at > now() AS later,
-       job.found, c.attempts,
-       (SELECT count(*) FROM stage_slots AS s WHERE s.stage = c.stage) AS slots,
-       EXISTS (SELECT FROM stage_slots AS s
-               WHERE s.stage = c.stage AND s.leased_until <= now()) AS free,
-       EXISTS (SELECT FROM stage_attempts AS a
-               WHERE a.job_id = c.job_id AND a.call_id = c.call_id AND a.attempt = c.attempts
-                 AND a.outcome = 'unknown') AS unknown
+SELECT job.current_step, job.status, c.stage, c.due_at, job.found,
+       l.worker AS calling, l.unanswered, l.leased_until, s.max_running,
+       s.max_running <= (SELECT count(*) FROM stage_leases AS m
+                         WHERE m.stage = c.stage AND m.leased_until > now()) AS full
 FROM (VALUES (1)) AS always
 LEFT JOIN stage_calls AS c ON c.job_id = %(job_id)s
+LEFT JOIN LATERAL (SELECT * FROM stage_leases
+                   WHERE job_id = c.job_id AND stage = c.stage AND leased_until > now()
+                   ORDER BY leased_until DESC LIMIT 1) AS l ON true
+LEFT JOIN stage_limits AS s ON s.name = c.stage
 LEFT JOIN LATERAL (SELECT true AS found, j.current_step::text, j.status::text FROM jobs AS j
                    WHERE j.job_id = %(job_id)s LIMIT 1) AS job ON true
 """
@@ -49,17 +54,19 @@ LEFT JOIN LATERAL (SELECT true AS found, j.current_step::text, j.status::text FR
 def why_nothing_owed(conn, job_id: str) -> str:
     """One line on why a job's call cannot be taken, or retried, now."""
     row = db.execute(conn, OWED, {"job_id": job_id}).fetchone()
-    if row.worker and row.later:
-        return (
-            f"job {job_id}: {row.worker} is calling {row.stage}; its lease ends {row.due_at:%F %T}"
-        )
-    if row.unknown and row.later:
+    if row.unanswered:
         return (
             f"job {job_id}: its last call of {row.stage} got no answer and may still be running; "
             f"it is due again {row.due_at:%F %T}"
         )
-    if row.slots and not row.free:
-        return f"job {job_id}: {row.stage} is at its limit of {row.slots} calls at once; try again"
+    if row.calling:
+        return (
+            f"job {job_id}: {row.calling} is calling {row.stage}; its lease ends "
+            f"{row.leased_until:%F %T}"
+        )
+    if row.full:
+        limit = f"its limit of {row.max_running} calls at once"
+        return f"job {job_id}: {row.stage} is at {limit}; try again"
     if row.stage:
         return (
             f"job {job_id} owes a call to {row.stage}, due {row.due_at:%F %T}; it is not given up"
@@ -67,6 +74,40 @@ def why_nothing_owed(conn, job_id: str) -> str:
     if not row.found:
         return f"there is no job {job_id}"
     return f"job {job_id} owes no call: it is at ({row.current_step}, {row.status})"
+
+
+def call_by_hand(conn, settings: SimpleNamespace, name: str, job_id: str) -> bool:
+    """Run the call that a job owes in this process; whether it succeeded.
+
+    Raises:
+        Problem: it owes none, or none that may be made now.
+    """
+    make_due(conn, job_id)
+    limits, alerts = stages.stage_limits(settings), Alerts(settings)
+    wanted = [Wanted(stage, limit.timeout + settings.LEASE_MARGIN, 1, 1,
+                     limit.max_running is not None) for stage, limit in limits.items()]  # fmt: skip
+    began = trigger.boottime()
+    turn = calls.settle_and_claim(conn, [], wanted, 1, name, only=job_id)
+    if not turn.claimed:
+        raise Problem(why_nothing_owed(conn, job_id))
+    [row] = turn.claimed
+    call = stages.claimed_call(row, limits[row.stage], name, began + settings.LEASE_MARGIN)
+    # A person may try once more than max_attempts.
+    call.max_attempts = max(call.max_attempts, call.spent)
+    owed = row.owed or calls.is_owed(conn, row, name)
+    ended = trigger.refused(call, row, owed, row.accepted)
+    if ended is None:
+        trigger.log_begin(call)
+        with db.without_callback():  # the stage function may have connections of its own
+            ended = trigger.Trigger(settings).run(call, by_hand=True)
+        trigger.log_end(call, ended)
+    if ended.outcome == "released":
+        calls.give_back(conn, name, [])
+        return False
+    calls.settle_and_claim(conn, [ended], [], 0, name)
+    trigger.alert_given_up(alerts, ended)
+    alerts.close()
+    return ended.outcome == "succeeded"
 
 
 @click.command()
@@ -203,5 +244,5 @@ RING_WITH = f"SELECT pg_notify('{db.WAKE_CHANNEL}', left(%(words)s, 1000))"
 
 
 def ring(conn, words: str) -> None:
-    """Wake the workers, who log the words."""
+    """Wake the listeners, who log the words."""
     db.execute(conn, RING_WITH, {"words": words})

@@ -11,9 +11,9 @@ import psycopg2
 import config
 import db
 import stages
+from ops.listeners import connected
 from ops.problem import Problem
 from ops.routes import require_installed
-from ops.status import WORKERS
 from ops.table import plain
 
 LOOK_EVERY = 0.2  # seconds
@@ -73,9 +73,8 @@ def test_job(tenant: str, timeout: float | None, clean: bool) -> None:
     settings = config.settings()
     conn = db.connect(settings, "job-state-listener test-job")
     require_installed(conn)
-    given = {"prefix": db.WORKER_APPLICATION, "beats": []}
-    if not any(row.connected for row in db.execute(conn, WORKERS, given)):
-        raise Problem("no worker is connected: start python listener.py")
+    if not connected(conn):
+        raise Problem("no listener is connected: start python listener.py")
     first, names = route()
     job_id = make(conn, tenant, first)
     click.echo(plain(f"job {job_id}: ({first[0]}, {first[1]}), tenant {tenant}"))

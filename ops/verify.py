@@ -12,6 +12,7 @@ import db
 import notifications
 import stage_http
 import stages
+from ops import migrations
 from ops.routes import difference
 
 INSTALL = "python listener.py install"
@@ -30,12 +31,14 @@ NEEDED = {
     "jobs": {"job_id", "tenant_id", "current_step", "status"},
     "pipeline_stages": {"current_step", "status", "stage", "max_running", "held_until", "held_by"},
     "stage_calls": {"job_id", "call_id", "stage", "due_at", "attempts", "free_attempts", "worker"},
-    "stage_leases": {"job_id", "call_id", "attempt", "stage", "worker", "leased_until"},
-    "stage_slots": {"stage", "slot", "call_id", "attempt", "leased_until"},
+    "stage_limits": {"name", "max_running"},
+    "stage_leases": {"job_id", "call_id", "attempt", "stage", "worker", "leased_until",
+                     "unanswered"},
     "stage_attempts": {"job_id", "call_id", "attempt", "stage", "outcome", "finished_at"},
     "stage_totals": {"stage", "outcome", "within_seconds", "attempts", "microseconds"},
     "stage_totals_mark": {"counted_until"},
-}
+    "job_state_listener_schema": {"version"},
+}  # fmt: skip
 
 ID_INDEX = """
 SELECT count(*) > 0 FROM pg_index AS i
@@ -74,8 +77,9 @@ PRIVILEGES = """
 SELECT string_agg(needed.privilege || ' on ' || needed.name, ', ') AS missing
 FROM (VALUES ('jobs', 'SELECT'), ('pipeline_stages', 'SELECT'), ('pipeline_stages', 'UPDATE'),
              ('stage_calls', 'SELECT'), ('stage_calls', 'UPDATE'), ('stage_calls', 'DELETE'),
-             ('stage_leases', 'SELECT'), ('stage_leases', 'INSERT'), ('stage_leases', 'DELETE'),
-             ('stage_slots', 'SELECT'), ('stage_slots', 'UPDATE'), ('stage_attempts', 'SELECT'),
+             ('stage_leases', 'SELECT'), ('stage_leases', 'INSERT'), ('stage_leases', 'UPDATE'),
+             ('stage_leases', 'DELETE'), ('stage_limits', 'SELECT'), ('stage_limits', 'UPDATE'),
+             ('job_state_listener_schema', 'SELECT'), ('stage_attempts', 'SELECT'),
              ('stage_attempts', 'INSERT'), ('stage_attempts', 'DELETE'),
              ('stage_totals', 'SELECT'), ('stage_totals', 'INSERT'), ('stage_totals', 'UPDATE'),
              ('stage_totals_mark', 'SELECT'), ('stage_totals_mark', 'UPDATE')
@@ -132,7 +136,9 @@ def check_tables(conn, settings) -> str:
         raise Bad(
             "jobs has no index that begins with job_id", "CREATE UNIQUE INDEX ON jobs (job_id)"
         )
-    return f"tables and columns, job_id is {id_types[0]}"
+    if reason := migrations.refusal(conn):
+        raise Bad(*reason.split(": ", 1))
+    return f"tables and columns of version {migrations.LATEST}, job_id is {id_types[0]}"
 
 
 def check_function(conn, settings) -> str:
@@ -158,7 +164,7 @@ def check_triggers(conn, settings) -> str:
             raise Bad(f"trigger {row.name} runs another function", INSTALL)
         if row.enabled not in ("O", "A"):
             raise Bad(f"trigger {row.name} is disabled", INSTALL)
-    quiet = ", without NOTIFY: workers look every POLL_INTERVAL" * rows[0].silent
+    quiet = ", without NOTIFY: listeners look every POLL_INTERVAL" * rows[0].silent
     return f"triggers job_state_change_trigger, job_state_insert_trigger, enabled on jobs{quiet}"
 
 
@@ -187,7 +193,7 @@ def check_privileges(conn, settings) -> str:
 
 def check_listen(conn, settings) -> str:
     if not notifications.can_hear(conn, settings):
-        mend = "connect past the pooler (DB_HOST, DB_PORT); until then workers poll every second"
+        mend = "connect past the pooler (DB_HOST, DB_PORT); until then listeners poll every second"
         raise Bad("notifications do not arrive: a transaction pooler sits in between", mend)
     notifications.listen(conn)
     db.execute(conn, f'NOTIFY "{db.WAKE_CHANNEL}"')

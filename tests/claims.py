@@ -2,9 +2,10 @@
 
 from contextlib import contextmanager
 
+from settling import Settlement
+
 import calls
 import db
-from settling import Settlement
 
 # As if every worker that has a call had been away for longer than its lease.
 LEASE_OVER = "".join(

@@ -5,12 +5,12 @@ import shlex
 import sys
 
 import pytest
+import settling
 from claims import claim, connected, result
 from waiting import until
 
 import alerts
 import config
-import settling
 import upkeep
 from demo.stage_server import Answer
 

@@ -4,11 +4,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
+import settling
 from claims import LEASE_OVER, claim, connected, held, result
 
 import calls
 import db
-import settling
 import upkeep
 from trigger import Trigger
 

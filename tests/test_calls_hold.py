@@ -3,9 +3,9 @@
 from contextlib import closing
 
 import pytest
+import settling
 from claims import STAGES, claim, connected, held, result
 
-import settling
 import stages
 from ops.install import apply
 

@@ -3,10 +3,10 @@
 from contextlib import closing
 
 import pytest
+import settling
 from claims import LEASE_OVER, claim, connected, held, result
 
 import calls
-import settling
 import upkeep
 from ops.steer import make_due
 

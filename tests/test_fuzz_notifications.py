@@ -10,15 +10,15 @@ from conftest import Database
 from fuzzing import fuzzed, joined
 from hypothesis import example, given
 from hypothesis import strategies as st
+from process import Stop
 from waiting import LISTENING, until, wait_until_idle
+from worker import Worker
 
 import db
 import logs
 import notifications
 from demo.stage_api import StageApi
 from ops.install import apply
-from process import Stop
-from worker import Worker
 
 # What a payload can be: no NUL, no surrogates, fewer than 8000 bytes.
 TEXTS = st.text(st.characters(min_codepoint=1, exclude_categories=["Cs"]), max_size=40)

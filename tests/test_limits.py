@@ -3,6 +3,7 @@
 from contextlib import closing
 
 import pytest
+import settling
 from claims import LEASE_OVER, claim, connected, result
 from commands import ROOT
 from waiting import until
@@ -10,7 +11,6 @@ from waiting import until
 import calls
 import db
 import notifications
-import settling
 import stages
 import upkeep
 from demo.stage_api import StageApi

@@ -3,6 +3,7 @@ SQL in any order, with several workers and a clock that the test moves.
 """
 
 import pytest
+import settling
 from claims import connected, result
 from fuzzing import fuzzed
 from hypothesis import settings
@@ -17,7 +18,6 @@ from hypothesis.stateful import (
 )
 
 import calls
-import settling
 import upkeep
 from ops.steer import CANCEL, PAUSE, RESUME, make_due
 

@@ -1,9 +1,8 @@
 """`backfill`: what was missed is found and called once; what was accepted is not repeated."""
 
 import pytest
-from claims import claim, connected, result
-
 import settling
+from claims import claim, connected, result
 
 REPLICA = "SET session_replication_role = {}"
 

@@ -4,11 +4,11 @@ import re
 from contextlib import closing
 
 import pytest
+import settling
 from claims import STAGES, claim, connected, result
 from reports import attempt, give_up, read
 
 import db
-import settling
 
 NO_WORKER = "No worker is connected, nothing is called: python listener.py"
 

@@ -5,11 +5,11 @@ from contextlib import closing
 
 import psycopg2
 import pytest
+import settling
 from claims import STAGES, claim, connected, held, result
 
 import calls
 import db
-import settling
 import upkeep
 
 QUIET = "".join(

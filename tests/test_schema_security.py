@@ -7,13 +7,13 @@ from pathlib import Path
 
 import psycopg2
 import pytest
+import settling
 from bell import Bell
 from claims import LEASE_OVER, claim, connected, held, result
 
 import calls
 import db
 import notifications
-import settling
 import upkeep
 from ops.install import apply
 from ops.routes import require_installed

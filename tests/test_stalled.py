@@ -4,9 +4,9 @@ import json
 import re
 
 import pytest
+import settling
 from claims import LEASE_OVER, STAGES, claim, connected, result
 
-import settling
 import upkeep
 
 LONG_AGO = "now() - interval '11 minutes'"  # STAGE_TIMEOUT is 10

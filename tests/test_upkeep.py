@@ -4,10 +4,10 @@ import math
 import threading
 
 import pytest
+import settling
 from claims import STAGES, claim, connected, result
 
 import db
-import settling
 import upkeep
 
 

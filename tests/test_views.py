@@ -2,9 +2,9 @@
 
 import psycopg2
 import pytest
+import settling
 from claims import LEASE_OVER, STAGES, claim, connected, result
 
-import settling
 import upkeep
 from ops.install import apply
 

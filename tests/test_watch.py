@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Iterator
 
 import pytest
-
 from process import LOOKED_AT, Watch
 
 

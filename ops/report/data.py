@@ -49,7 +49,7 @@ class Report:
     database: str
     span: Span
     in_flight: int = 0
-    workers: int = 0
+    listeners: int = 0
     asked: bool = False  # for these timelines
     stages: list = field(default_factory=list)
     waiting: list = field(default_factory=list)
@@ -70,7 +70,7 @@ SELECT now() AS until, %(since)s AS since, current_setting('TimeZone') AS zone,
             UNION SELECT job_id FROM stage_leases WHERE leased_until > now()) AS job) AS in_flight,
        (SELECT count(*) FROM pg_stat_activity
         WHERE datname = current_database()
-          AND starts_with(application_name, %(prefix)s)) AS workers
+          AND starts_with(application_name, %(prefix)s)) AS listeners
 """
 
 STAGES = "SELECT * FROM pipeline_overview ORDER BY position, stage"
@@ -185,7 +185,7 @@ def collect(conn, since: datetime, job_ids: Sequence[str], redact: Callable[[str
     Raises:
         Problem: that is still to come.
     """
-    given: dict[str, Any] = {"since": since, "prefix": db.WORKER_APPLICATION}
+    given: dict[str, Any] = {"since": since, "prefix": db.LISTENER_APPLICATION}
 
     def ask(sql: str, **more: Any) -> list:
         return [redacted(row, redact) for row in db.execute(conn, sql, given | more).fetchall()]
@@ -199,7 +199,7 @@ def collect(conn, since: datetime, job_ids: Sequence[str], redact: Callable[[str
         database=redact(f"{conn.info.dbname} on {conn.info.host}:{conn.info.port}"),
         span=span,
         in_flight=now.in_flight,
-        workers=now.workers,
+        listeners=now.listeners,
         asked=bool(job_ids),
         stages=ask(STAGES),
         waiting=ask(WAITING),

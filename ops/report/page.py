@@ -71,8 +71,8 @@ def heading(report: Report) -> Markup:
 def attention(report: Report) -> Markup:
     """What a person has to look at, in a sentence each."""
     found = [said for stage in report.stages if (said := trouble(report, stage))]
-    if not report.workers:
-        found.insert(0, text("No worker is connected, nothing is called: python listener.py"))
+    if not report.listeners:
+        found.insert(0, text("No listener is connected, nothing is called: python listener.py"))
     if count := sum(stage.given_up for stage in report.stages):
         found.append(Markup(f'<a href="#given-up">{counted(count, "call")} given up</a>'))
     if count := sum(row.jobs for row in report.stalled):
@@ -109,7 +109,7 @@ def figures(report: Report) -> Markup:
     given_up = sum(stage.given_up for stage in report.stages)
     stuck = sum(row.jobs for row in report.stalled)
     tiles = [
-        ("Jobs in flight", report.in_flight, counted(report.workers, "worker") + " connected"),
+        ("Jobs in flight", report.in_flight, counted(report.listeners, "listener") + " connected"),
         ("Calls", total, f"{total / report.span.seconds * 3600:,.0f} an hour"),
         ("Failed", share(failed, total), f"{failed:,} of {total:,}" if total else "no calls"),
         ("Oldest due", span(overdue(report, late) if late else None),

@@ -17,7 +17,7 @@ OUTCOMES = {
     "retry": "retry: refused for now",
     "held": "held: unreachable or busy",
     "unknown": "unknown: no answer",
-    "lost": "lost: its worker is gone",
+    "lost": "lost: its listener is gone",
     "failed": "failed: given up",
     "skipped": "skipped: the job had moved on",
     "cancelled": "cancelled by a person",

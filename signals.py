@@ -1,0 +1,54 @@
+"""Signals that wake a select(): being told to stop, and the end of a child process."""
+
+import contextlib
+import signal
+import socket
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class Signals:
+    """Counts what was received. The handlers do nothing else; the loop looks and decides."""
+
+    def __init__(self):
+        self.stops: list[int] = []  # the signals that asked to stop
+        self.child_ended = False
+        self.receiving, self.sending = socket.socketpair()
+        self.receiving.setblocking(False)
+        self.sending.setblocking(False)
+        signal.set_wakeup_fd(self.sending.fileno(), warn_on_full_buffer=False)
+        for number in STOPPING:
+            signal.signal(number, self.stop)
+        signal.signal(signal.SIGCHLD, self.child)
+
+    def stop(self, number, _frame) -> None:
+        self.stops.append(number)
+
+    def child(self, _number, _frame) -> None:
+        self.child_ended = True
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process was told to stop."""
+        return bool(self.stops)
+
+    def fileno(self) -> int:
+        return self.receiving.fileno()
+
+    def drain(self) -> None:
+        """Take what woke the select()."""
+        with contextlib.suppress(BlockingIOError):
+            while self.receiving.recv(4096):
+                pass
+
+    def leave(self) -> None:
+        """In a forked child: it is told nothing by these signals, and the parent not by its own.
+
+        Handlers that do nothing, and not SIG_IGN, which the programs that it starts would inherit.
+        """
+        signal.set_wakeup_fd(-1)
+        for number in STOPPING:
+            signal.signal(number, lambda *_: None)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self.receiving.close()
+        self.sending.close()

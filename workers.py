@@ -1,0 +1,331 @@
+"""The workers: processes that the listener forks, each of which makes one call at a time.
+
+The first half is the listener's side, the second what happens in a worker. A worker knows nothing
+of claiming: it is given a Call through a socket and gives back a Result.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import psycopg2
+import psycopg2.extensions
+
+import calls
+import db
+import trigger
+from calls import Result
+from heartbeat import Heartbeat
+from signals import Signals
+from stages import Call
+from trigger import GRACE, Trigger, boottime
+
+log = logging.getLogger("listener.workers")
+
+# A worker is replaced after so many calls: what a stage function leaks stays small.
+CALLS = 500
+# Seconds before another process is started, where one could not be, or ended without a call.
+RESTART_DELAY = 1.0
+
+LENGTH = struct.Struct("!I")
+
+
+def packed(message: Call | Result) -> bytes:
+    """A message between listener and worker: its length, then JSON."""
+    data = json.dumps(vars(message), default=str).encode()
+    return LENGTH.pack(len(data)) + data
+
+
+class Worker:
+    """One worker process as the listener sees it."""
+
+    def __init__(self, pid: int, end: socket.socket):
+        self.pid = pid
+        self.end = end
+        self.end.setblocking(False)
+        self.is_open = True
+        self.call: Call | None = None
+        self.began = 0.0  # time.monotonic() at which it was given this call
+        self.until = math.inf  # time.monotonic() at which the process is killed
+        self.made = 0
+        self.unsent = b""
+        self.received = bytearray()
+
+    def fileno(self) -> int:
+        return self.end.fileno()
+
+    def give(self, call: Call) -> None:
+        self.unsent = packed(call)
+        self.call, self.made, self.began = call, self.made + 1, time.monotonic()
+        self.until = self.began + call.timeout + GRACE
+        self.send()
+
+    def send(self) -> None:
+        """Send what the socket takes now; that the worker has died is noticed elsewhere."""
+        with contextlib.suppress(OSError):
+            self.unsent = self.unsent[self.end.send(self.unsent) :]
+
+    def receive(self) -> Result | None:
+        """The result, once all of it is here. A closed end gives the process a moment to end.
+
+        Raises:
+            Exception: a stage function has written to this socket.
+        """
+        try:
+            while chunk := self.end.recv(2**16):
+                self.received += chunk
+            self.is_open = False
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.is_open = False
+        if not self.is_open:
+            self.until = min(self.until, time.monotonic() + GRACE)
+        size = LENGTH.size
+        if len(self.received) >= size:
+            size += LENGTH.unpack_from(self.received)[0]
+        if len(self.received) < size or not self.received:
+            return None
+        result = Result(**json.loads(self.received[LENGTH.size : size]))
+        self.received, self.call, self.until = bytearray(), None, math.inf
+        return result
+
+    def has_ended(self) -> bool:
+        """Whether the process has ended by itself. Its pid stays taken until `kill`."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def kill(self) -> int | None:
+        """Kill it, and what it started; its exit code where it is known, negative for a signal."""
+        with contextlib.suppress(OSError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.end.close()
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        return os.waitstatus_to_exitcode(status) if pid else None
+
+
+class Workers:
+    """`size` workers. They are forked from the listener and have nothing of its connection."""
+
+    def __init__(
+        self, settings: SimpleNamespace, size: int, signals: Signals, heartbeat: Heartbeat
+    ):
+        self.settings, self.size = settings, size
+        self.signals, self.heartbeat = signals, heartbeat
+        self.trigger = Trigger(settings)
+        self.conn: db.Connection | None = None  # the listener's, while there is one
+        self.all: list[Worker] = []
+        self.dying: list[int] = []  # pids that were killed and not yet waited for
+        self.start_at = 0.0  # time.monotonic() before which no process is started
+
+    @property
+    def idle(self) -> list[Worker]:
+        return [worker for worker in self.all if worker.call is None and worker.is_open]
+
+    @property
+    def calls(self) -> list[Call]:
+        """The calls under way."""
+        return [worker.call for worker in self.all if worker.call is not None]
+
+    @property
+    def reading(self) -> list[Worker]:
+        """For select(): a result may come from them."""
+        return [worker for worker in self.all if worker.is_open]
+
+    @property
+    def writing(self) -> list[Worker]:
+        """For select(): they have not taken all of their call yet."""
+        return [worker for worker in self.all if worker.unsent]
+
+    @property
+    def next_deadline(self) -> float:
+        """time.monotonic() at which there is something to do, whatever the workers say."""
+        times = [worker.until for worker in self.all]
+        if len(self.all) < self.size:
+            times.append(self.start_at)
+        return min(times, default=math.inf)
+
+    def start_missing(self) -> None:
+        """Fork until there are `size` of them, unless that failed a moment ago."""
+        while len(self.all) < self.size and time.monotonic() >= self.start_at:
+            try:
+                self.all.append(self.start())
+            except OSError as error:
+                self.start_at = time.monotonic() + RESTART_DELAY
+                log.error("워커를 시작할 수 없음: %s → %.0f초 후 재시도", error, RESTART_DELAY)
+
+    def start(self) -> Worker:
+        ours, theirs = socket.socketpair()
+        pid = os.fork()
+        if pid == 0:
+            live(self, theirs, [ours, *(worker.end for worker in self.all)])
+        theirs.close()
+        with contextlib.suppress(OSError):
+            os.setpgid(pid, pid)  # as the child does: whoever comes first
+        return Worker(pid, ours)
+
+    def give(self, call: Call) -> None:
+        """Have `call` made by an idle worker, whose last result is written."""
+        worker = self.idle[0]
+        if worker.made >= CALLS:
+            with contextlib.suppress(OSError):  # then it goes on for a while
+                self.all.append(self.start())
+                self.end(worker, has_ended=False)
+                worker = self.all[-1]
+        worker.give(call)
+
+    def collect(self, ready: Iterable[Any]) -> list[tuple[Call, Result]]:
+        """What has come back, also of calls whose worker died or came to its deadline."""
+        ready, now, ended = set(ready), time.monotonic(), []
+        children, self.signals.child_ended = self.signals.child_ended, False
+        if children:
+            self.dying = [pid for pid in self.dying if not os.waitpid(pid, os.WNOHANG)[0]]
+        for worker in list(self.all):
+            if worker.unsent:
+                worker.send()
+            if not (worker in ready or children or now >= worker.until):
+                continue
+            call, has_ended = worker.call, worker.has_ended()
+            if (result := received(worker)) is not None:
+                ended.append((call, result))
+            if has_ended or now >= worker.until:
+                reason = self.end(worker, has_ended)
+                if worker.call is not None:
+                    ended.append((call, self.lost(worker, reason)))
+        return ended
+
+    def end(self, worker: Worker, has_ended: bool) -> str:
+        """Another worker will take its place; why, in words."""
+        self.all.remove(worker)
+        code = worker.kill()
+        if code is None:
+            self.dying.append(worker.pid)
+        if worker.made == 0:
+            self.start_at = time.monotonic() + RESTART_DELAY
+            log.error("호출 없이 종료된 워커: %s → %.0f초 후 재시작", code, RESTART_DELAY)
+        if has_ended and code is not None and code < 0:
+            return f"its worker was killed by {signal.Signals(-code).name}"
+        if has_ended:
+            return f"its worker exited with {code}"
+        if not worker.is_open:
+            return "its worker closed its connection to the listener"
+        seconds = worker.call.timeout if worker.call else 0
+        return f"no answer within {seconds:g} s, so its worker was killed"
+
+    def lost(self, worker: Worker, reason: str) -> Result:
+        """What came of a call whose worker did not live to say it: nobody knows."""
+        ended = trigger.failure(worker.call, "unknown", reason, self.settings.RETRY_DELAY)
+        ended.seconds = time.monotonic() - worker.began
+        return ended
+
+    def stop(self) -> None:
+        """Kill all of them: idle ones, or a person is in a hurry and the leases cover."""
+        for worker in list(self.all):
+            worker.kill()
+        self.all = []
+
+
+def received(worker: Worker) -> Result | None:
+    try:
+        return worker.receive()
+    except Exception as error:  # a stage function has written to this socket
+        log.error("워커가 알 수 없는 것을 보냄: %s", error)
+        worker.until = 0.0
+        return None
+
+
+# --- in a worker ---------------------------------------------------------------------------
+
+
+def live(workers: Workers, end: socket.socket, others: list[socket.socket]) -> None:
+    """The life of a worker, from the fork to its end; does not return."""
+    code = 1
+    try:
+        if workers.conn is not None and not workers.conn.closed:
+            # Whatever happens in here, and however it ends, nothing can reach the server.
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, workers.conn.fileno())
+            os.close(null)
+        with contextlib.suppress(OSError):
+            os.setpgid(0, 0)
+        workers.signals.leave()
+        workers.heartbeat.leave()
+        for other in others:
+            other.close()
+        psycopg2.extensions.set_wait_callback(None)  # see db.without_callback
+        make_calls(workers, end)
+        code = 0
+    except BaseException:
+        log.exception("워커 오류")
+    finally:
+        flush_output()
+        os._exit(code)
+
+
+def make_calls(workers: Workers, end: socket.socket) -> None:
+    """One call after the other, for as long as the listener lives."""
+    last: tuple[Call, Result] | None = None
+    for call in given(end):
+        last = None  # is written: only then does the listener give a worker its next call
+        arm(call)
+        result = workers.trigger.run(call)
+        flush_output()
+        last = call, result
+        try:
+            end.sendall(packed(result))
+        except OSError:
+            break
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    if last is not None:
+        settle_as_orphan(workers.settings, *last)
+
+
+def given(end: socket.socket) -> Iterator[Call]:
+    """Each call that the listener gives, until it is gone."""
+    with end.makefile("rb") as file:
+        while len(head := file.read(LENGTH.size)) == LENGTH.size:
+            yield Call(**json.loads(file.read(LENGTH.unpack(head)[0])))
+
+
+def arm(call: Call) -> None:
+    """Have the kernel end this process with its lease, should the listener be frozen or gone."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, max(0.001, call.leased_until - boottime()))
+
+
+def settle_as_orphan(settings: SimpleNamespace, call: Call, result: Result) -> None:
+    """The listener is gone: write the result here, as long as the lease lasts.
+
+    It may have been written already; the fence makes that harmless.
+    """
+    if result.outcome == "released":
+        return
+    arm(call)
+    while True:
+        try:
+            with contextlib.closing(
+                db.connect(settings, db.LISTENER_APPLICATION + call.listener, pinned=True)
+            ) as conn:
+                calls.settle_and_claim(conn, [result], [], 0, call.listener)
+            log.warning("리스너가 사라져 워커가 결과를 기록함: job=%s stage=%s outcome=%s",
+                        call.job_id, call.stage, result.outcome)  # fmt: skip
+            return
+        except psycopg2.Error as error:
+            log.warning("워커가 결과를 기록할 수 없음: %s", " ".join(str(error).split()))
+            time.sleep(settings.JOB_STATE_LISTENER_RECONNECT_DELAY)
+
+
+def flush_output() -> None:
+    """What a stage function printed is kept, however the process ends."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # full, closed, not there
+            stream.flush()
