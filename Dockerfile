@@ -19,6 +19,7 @@ USER 10001
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=30s --timeout=10s --start-period=10s CMD ["python", "listener.py", "check"]
 
-# docker run IMAGE is the listener; docker run IMAGE install, verify, status … are its commands.
+# docker run --init IMAGE is the listener; docker run IMAGE install, verify, status … are its
+# commands. --init reaps what stage functions leave behind.
 ENTRYPOINT ["python", "listener.py"]
 CMD ["run"]

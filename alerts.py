@@ -2,7 +2,6 @@
 a program that fails or hangs costs the listener nothing but a line in its log.
 """
 
-import contextlib
 import json
 import logging
 import math
@@ -32,7 +31,8 @@ class Run:
     output: IO[bytes]
     until: float  # time.monotonic()
 
-    def ended(self) -> bool:
+    def end_if_over(self) -> bool:
+        """End it where its time is over; whether it has ended."""
         if self.process.poll() is None and time.monotonic() < self.until:
             return False
         if self.process.poll() is None:
@@ -73,7 +73,7 @@ class Alerts:
 
     def look(self) -> bool:
         """End what is over, start what waits; whether something still runs."""
-        self.running = [run for run in self.running if not run.ended()]
+        self.running = [run for run in self.running if not run.end_if_over()]
         while self.waiting and len(self.running) < AT_ONCE:
             self.start(self.waiting.popleft())
         return bool(self.running)
@@ -81,23 +81,30 @@ class Alerts:
     def start(self, said: bytes) -> None:
         # Data goes to standard input alone: no shell, no argument, no variable can be made of it.
         environ = {name: value for name, value in os.environ.items() if not is_secret(name)}
-        output = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the run has ended)
         try:
-            process = subprocess.Popen(
-                self.command, stdin=subprocess.PIPE, stdout=output, stderr=output,
-                env=environ, start_new_session=True,
-            )  # fmt: skip
+            output = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the run has ended)
+            # A file, and no pipe that could be full where nobody reads it.
+            with tempfile.TemporaryFile() as given:
+                given.write(said)
+                given.seek(0)
+                process = subprocess.Popen(
+                    self.command, stdin=given, stdout=output, stderr=output,
+                    env=environ, start_new_session=True,
+                )  # fmt: skip
         except OSError as error:
-            output.close()
             log.error("알림 명령 실패: %s: %s", self.command[0], error.strerror)
             return
         self.running.append(Run(process, output, time.monotonic() + TIME_LIMIT))
-        with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
-            pipe.write(said)  # shorter than a pipe holds: this never blocks
 
-    def close(self) -> None:
-        """Let what runs come to its end, which TIME_LIMIT brings about."""
-        while self.look():
+    def close(self, hurry: bool = False) -> None:
+        """Let what waits and what runs come to its end, which TIME_LIMIT brings about.
+
+        Args:
+            hurry: what waits is logged as not sent, and what runs goes on by itself.
+        """
+        while hurry and self.waiting:
+            log.error("중지하느라 보내지 못한 알림: %s", self.waiting.popleft().decode().strip())
+        while not hurry and self.look():
             time.sleep(0.05)
 
 

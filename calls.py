@@ -166,13 +166,13 @@ UNSETTLED = Statement(
 # --- claiming ------------------------------------------------------------------------------
 
 # A limit is exact because whoever claims locks its row first, in the order of the names, and
-# counts the leases in the next statement, whose snapshot is then newer.
+# counts the leases in the next statement, whose snapshot is then newer. Also where nothing of the
+# stage is due: that statement may see a call that this one does not see yet.
 LOCK_LIMITS = Statement(
     "lock_limits",
     """
 SELECT FROM stage_limits AS l
-WHERE l.name = ANY (%(stages)s::text[]) AND EXISTS (
-    SELECT FROM stage_calls AS c WHERE c.stage = l.name AND c.due_at <= now())
+WHERE l.name = ANY (%(stages)s::text[])
 ORDER BY l.name
 FOR UPDATE OF l
 """,
@@ -242,15 +242,26 @@ NEXT_DUE = f"""
         LIMIT 1) AS coming
     WHERE coming.due_at < 'infinity'"""
 
-# Takes the calls found, each for as long as its lease. The state of the job is looked up in this
+# Whether a place under a limit is free that was not before, is not taken here, and is waited for.
+FREED = f"""
+    SELECT FROM (SELECT r.stage, count(*) AS places FROM ({RESULTS}) AS r
+                 WHERE r.outcome <> 'unknown' GROUP BY r.stage) AS freed
+    JOIN stage_limits AS s ON s.name = freed.stage
+    WHERE freed.places > (SELECT count(*) FROM claimed WHERE claimed.stage = freed.stage)
+      AND EXISTS (SELECT FROM stage_calls AS c
+                  WHERE c.stage = freed.stage AND c.due_at <= now())"""
+
+# Takes the calls found, each for as long as its lease. All are found before the first is taken,
+# which is what the ORDER BY is for: OFFSET does not count a row that this command has updated,
+# and so passed by calls that were due. The state of the job is looked up in this
 # same statement. There is always a row, as it also says which results could not be settled and
-# when to look again.
+# when to look again, and wakes the other listeners where there is a place for one of their calls.
 TAKE = f"""
 , claimed AS (
     UPDATE stage_calls AS c
     SET attempts = c.attempts + 1, worker = %(worker)s, started_at = now(),
         due_at = now() + make_interval(secs => due.lease)
-    FROM due
+    FROM (SELECT * FROM due ORDER BY due_at) AS due
     WHERE c.job_id = due.job_id
     RETURNING c.*, due.worker AS worker_before, due.due_at AS was_due_at
 ), leased AS (
@@ -269,7 +280,8 @@ SELECT claimed.call_id, claimed.job_id, claimed.job_id::text AS key, claimed.cur
                WHERE a.job_id = claimed.job_id AND a.call_id = claimed.call_id
                  AND a.outcome = 'succeeded') AS accepted,
        ARRAY({UNSETTLED_CALLS}) AS unsettled,
-       CASE WHEN (SELECT count(*) FROM claimed) < %(free)s THEN ({NEXT_DUE}) END AS next_due
+       CASE WHEN (SELECT count(*) FROM claimed) < %(free)s THEN ({NEXT_DUE}) END AS next_due,
+       CASE WHEN EXISTS ({FREED}) THEN pg_notify('{WAKE_CHANNEL}', '') END AS woken
 FROM (VALUES (1)) AS always
 LEFT JOIN claimed ON true
 LEFT JOIN LATERAL (
@@ -325,6 +337,8 @@ def settle_and_claim(
         statements.append(SETTLE)
     if any(result.hold for result in results):
         statements.append(HOLD)
+    if not results and not wanted:
+        return Turn([], [])
     if not (free and wanted):
         row = run(conn, [*statements, UNSETTLED], params).fetchone()
         return Turn([], row.unsettled)
@@ -359,7 +373,8 @@ def as_json(conn, results: Sequence[Result]) -> str:
     utf8 = conn.info.parameter_status("server_encoding") == "UTF8"
     rows = []
     for result in results:
-        row = asdict(result) | {"free": int(result.free)}
+        # The traceback is for the log alone: it may hold text that no database takes.
+        row = asdict(result) | {"free": int(result.free), "trace": None}
         if result.error is not None:
             error = result.error.encode("utf-8" if utf8 else "ascii", "backslashreplace").decode()
             row["error"] = error.replace("\0", "\\0")
@@ -457,13 +472,14 @@ WHERE {FENCE} AND r.outcome NOT IN ('succeeded', 'skipped')
 
 
 # The call that a claim of this stage would take first.
-GIVE_UP_FIRST = """
+GIVE_UP_FIRST = f"""
 UPDATE stage_calls SET due_at = 'infinity', worker = NULL, last_error = left(%(error)s, 500)
 WHERE job_id = (
     SELECT c.job_id FROM stage_calls AS c
     WHERE c.stage = %(stage)s AND c.due_at <= now()
       AND NOT EXISTS (SELECT FROM pipeline_stages AS p
                       WHERE p.stage = c.stage AND p.held_until > now())
+      AND NOT EXISTS ({UNDER_WAY})
     ORDER BY c.due_at LIMIT 1
     FOR UPDATE OF c SKIP LOCKED)
 RETURNING job_id::text

@@ -315,13 +315,12 @@ def query(settings: SimpleNamespace, sql: str, params: dict[str, Any] | None = N
     """The rows of a read-only query on a connection of its own, as named tuples.
 
     Raises:
-        ConnectionLost: and it really is: an attempt to write looks like a standby elsewhere.
+        ConnectionLost: there is no database. Not where the query itself loses the connection: one
+            that always does so is to be given up some time.
         psycopg2.Error: the query's own fault.
     """
     with contextlib.closing(connect(settings, "job-state-listener lookup")) as conn:
         try:
             return execute(conn, READ_ONLY + sql, params).fetchall()
         except ConnectionLost as lost:
-            if not conn.closed and isinstance(lost.__cause__, psycopg2.Error):
-                raise lost.__cause__ from None
-            raise
+            raise lost.__cause__ or lost from None

@@ -79,12 +79,14 @@ class Listener:
         self.locked: list[Result] = []  # recorded, but the stage still holds the row of the call
         self.accepted: OrderedDict[tuple, None] = OrderedDict()
         self.unanswered: Counter[str] = Counter()  # by stage, one after the other
+        self.was_full = False  # the last claim found a call for every idle worker
         self.marks: dict[str, Any] = {}  # by stage: when the last claimed call was due
 
         # All by time.monotonic().
         self.look_at = self.sweep_at = self.again_at = self.marked_at = 0.0
         self.doubtful_until = -math.inf  # something may be claimed in our name and not be known
         self.checked = False  # whether the database knows this PIPELINE
+        self.refusal: ops.Problem | None = None  # why this program must not go on
         self.nothing_due = False
         self.stops_obeyed = 0
         self.reason, self.repeats = "", 0  # of the lost connection
@@ -105,15 +107,18 @@ class Listener:
                 try:
                     with contextlib.closing(self.connect()) as conn:
                         self.work(conn)
+                except ops.Problem as problem:
+                    self.refusal = problem  # calls under way are finished
                 except Exception as error:
-                    hopeless = isinstance(error, ops.Problem) or self.once
-                    if hopeless and not self.workers.calls and not self.unwritten:
+                    if self.once and not self.workers.calls and not self.unwritten:
                         raise
                     self.wait_to_reconnect(error)
         finally:
             self.workers.stop()
-            self.alerts.close()
+            self.alerts.close(hurry=self.signals.requested)
             self.heartbeat.close()
+        if self.refusal:
+            raise self.refusal
         log.info("Job State Listener 중지됨: listener=%s", self.name)
 
     def connect(self) -> db.Connection:
@@ -163,14 +168,19 @@ class Listener:
     def finished(self) -> bool:
         if self.workers.calls or self.unwritten:
             return False
-        return self.signals.requested or (self.once and self.nothing_due)
+        return self.is_stopping or (self.once and self.nothing_due)
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether no further call is claimed."""
+        return self.signals.requested or self.refusal is not None
 
     # --- one turn ---
 
     def settle_and_claim(self, conn: db.Connection) -> list[Call]:
         """Settle all results and claim a call for each idle worker: one round trip, one commit."""
         now, began = time.monotonic(), boottime()
-        free = 0 if self.signals.requested else len(self.workers.idle)
+        free = 0 if self.is_stopping else len(self.workers.idle)
         if not self.unwritten and now < self.next_look:
             return []
         if now >= self.again_at:
@@ -222,10 +232,11 @@ class Listener:
         if sweep:
             every = self.settings.SWEEP_INTERVAL if self.bell.rings else self.settings.POLL_INTERVAL
             self.sweep_at = now + every
-        self.nothing_due = False
-        if len(turn.claimed) >= free:
+        self.nothing_due, was_full = False, self.was_full
+        self.was_full = len(turn.claimed) >= free
+        if self.was_full:
             self.look_at = 0.0  # there may be more, as soon as a worker is idle
-            if not sweep:
+            if was_full and not sweep:
                 self.marks |= {row.stage: row.was_due_at for row in turn.claimed}
         elif self.marks:
             self.look_at, self.marks = 0.0, {}  # there may be something before the marks
@@ -262,7 +273,8 @@ class Listener:
         """Sleep until something can be read, or until time.monotonic() is `until`."""
         now = time.monotonic()
         until = min(until, self.workers.next_deadline, self.alerts.next_look, now + LONGEST_SLEEP)
-        seconds = 0.0 if self.unwritten and conn else max(0.0, until - now)
+        waits = not (self.finished() or (self.unwritten and conn))
+        seconds = max(0.0, until - now) if waits else 0.0
         doing = "waiting for a job to change" if conn else f"database away: {self.reason}"
         self.beat("making calls" if conn and self.workers.calls else doing, seconds)
         reading = [self.signals, *self.workers.reading, *([conn] if conn else [])]
@@ -276,7 +288,7 @@ class Listener:
     def next_look(self) -> float:
         """time.monotonic() of the next look for due calls; needs an idle worker."""
         times = [self.again_at] if self.locked else []
-        if self.workers.idle and not self.signals.requested:
+        if self.workers.idle and not self.is_stopping:
             times += [self.look_at, self.sweep_at]
         return min(times, default=math.inf)
 
@@ -321,7 +333,6 @@ class Listener:
         """The first signal: claim no more. The second: leave at once, the leases cover."""
         if len(self.signals.stops) > 1:
             self.workers.stop()
-            self.heartbeat.close()
             raise SystemExit(128 + self.signals.stops[-1])
         if len(self.signals.stops) > self.stops_obeyed:
             self.stops_obeyed = len(self.signals.stops)

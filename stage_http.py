@@ -6,6 +6,7 @@ import http.client
 import io
 import json
 import socket
+import ssl
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -51,6 +52,13 @@ FAILED = (
     OSError,
 )
 
+NOT_CONNECTED = (
+    urllib3.exceptions.NewConnectionError,
+    urllib3.exceptions.ConnectTimeoutError,
+    urllib3.exceptions.ProxyError,
+    ssl.SSLCertVerificationError,
+)
+
 CONNECT_TIMEOUT = 5.0
 # Servers close idle connections, gunicorn after 2 s: a POST sent into that moment dies unseen.
 REUSE_WITHIN = 1.0
@@ -86,10 +94,7 @@ class StageApi:
         self.url = url or settings.STAGE_API_URL
         self.verify = settings.STAGE_API_CA_BUNDLE or True
         self.prepared = prepared(self.url, settings.STAGE_API_TOKEN)
-        self.session = requests.Session()
-        self.session.trust_env = False
-        self.session.mount("http", WholeAnswers())
-        self.adapter = self.session.get_adapter(self.url)
+        self.adapter = WholeAnswers()
         self.used_at = 0.0
 
     def close(self) -> None:
@@ -219,12 +224,12 @@ def parse_retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def translated(error: Exception) -> Exception:
-    """What an exception of `requests` or urllib3 says about the request.
-
-    Where no connection could be made, Honest has raised Unreachable before.
-    """
+    """What an exception of `requests` or urllib3 says about the request."""
     causes = list(chain(error))
     text = f"{type(causes[-1]).__name__}: {causes[-1]}"
+    # Of a stage function's own request; a connection of ours has said so itself (see Honest).
+    if any(isinstance(cause, NOT_CONNECTED) for cause in causes):
+        return Unreachable(text)
     if any(isinstance(cause, ConnectionError) for cause in causes):
         return Interrupted(text)
     return NoAnswer(text)
@@ -275,6 +280,10 @@ class Honest:
     """A connection that says so where nothing was sent, and takes only a whole head."""
 
     response_class = WholeResponse
+
+    def __init__(self, host: str, *args, **kwargs):
+        # The zone of a link-local address, which requests leaves encoded (RFC 6874).
+        super().__init__(host.replace("%25", "%"), *args, **kwargs)
 
     def connect(self) -> None:
         try:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import requests
+from requests.exceptions import ChunkedEncodingError
 
 import config
 import db
@@ -95,20 +96,12 @@ class Trigger:
     def outcome(self, call: Call, by_hand: bool) -> Result:
         try:
             return self.judged(call, answer_of(call))
-        except stage_http.Unreachable as error:
-            return self.failure(call, "held", f"stage API unreachable: {error}", hold=True)
-        except stage_http.NoAnswer as error:
-            return self.failure(call, "unknown", str(error))
-        except stage_http.Interrupted as error:
-            return self.failure(call, "retry", f"connection broke while waiting: {error}")
-        except db.ConnectionLost as error:
-            return self.failure(call, "held", f"no database for the stage function: {error}")
-        except stage_http.TimeIsUp as error:
-            return result(call, "released") if by_hand else self.raised(call, error)
         except BaseException as error:
-            if by_hand and isinstance(error, (KeyboardInterrupt, bdb.BdbQuit)):
-                return self.failure(call, "unknown", "stopped by hand")
-            return self.raised(call, error)
+            if not is_accepted(call):
+                return self.raised(call, error, by_hand)
+            ended = self.judged(call, call.answer)  # whatever the stage function did next
+            ended.trace = self.trace(error)
+            return ended
 
     def judged(self, call: Call, answer: stage_http.Answer) -> Result:
         """What the answer's status means."""
@@ -126,21 +119,37 @@ class Trigger:
             return self.failure(call, "retry", error, http_status=status)
         return self.failure(call, "failed", error, http_status=status)
 
-    def raised(self, call: Call, error: BaseException) -> Result:
-        """A bug in the stage function, or a value it misses; an accepted call stays accepted."""
-        expected = isinstance(error, (stages.MissingValue, stage_http.TimeIsUp))
-        trace = None if expected else self.redact("".join(traceback.format_exception(error)))
-        if call.answer and 200 <= call.answer.status < 300:
-            ended = self.judged(call, call.answer)
-        else:
-            # Not indented as the code of a SyntaxError is, and before any notes.
-            said = [t for t in traceback.format_exception_only(error) if not t.startswith(" ")]
-            ended = self.failure(call, "retry", said[0].strip())
-        ended.trace = trace
+    def raised(self, call: Call, error: BaseException, by_hand: bool) -> Result:
+        """What an exception of the stage function means."""
+        if isinstance(error, stage_http.Unreachable):
+            return self.failure(call, "held", f"stage API unreachable: {error}", hold=True)
+        if isinstance(error, stage_http.NoAnswer):
+            return self.failure(call, "unknown", str(error))
+        if isinstance(error, stage_http.Interrupted):
+            return self.failure(call, "retry", f"connection broke while waiting: {error}")
+        if isinstance(error, db.ConnectionLost):
+            return self.failure(call, "held", f"no database for the stage function: {error}")
+        if by_hand and isinstance(error, stage_http.TimeIsUp):
+            return result(call, "released")
+        if by_hand and isinstance(error, (KeyboardInterrupt, bdb.BdbQuit)):
+            return self.failure(call, "unknown", "stopped by hand")
+        # A bug, or a value that it misses. The line is not indented as the code of a SyntaxError
+        # is, and comes before any notes.
+        said = [t for t in traceback.format_exception_only(error) if not t.startswith(" ")]
+        ended = self.failure(call, "retry", said[0].strip())
+        ended.trace = self.trace(error)
         return ended
 
+    def trace(self, error: BaseException) -> str | None:
+        """The traceback of a bug."""
+        if isinstance(error, (stages.MissingValue, stage_http.TimeIsUp)):
+            return None
+        text = self.redact("".join(traceback.format_exception(error)))
+        return text[-logs.LONGEST_TRACE :]
+
     def failure(self, call: Call, outcome: str, error: str, **details: Any) -> Result:
-        return failure(call, outcome, self.redact(error), self.settings.RETRY_DELAY, **details)
+        error = self.redact(error)[: logs.LONGEST_LINE]
+        return failure(call, outcome, error, self.settings.RETRY_DELAY, **details)
 
 
 def answer_of(call: Call) -> stage_http.Answer:
@@ -151,20 +160,32 @@ def answer_of(call: Call) -> stage_http.Answer:
         Exception: what the function raised.
     """
     try:
-        answer = stages.PIPELINE[call.current_step, call.status](call) or call.answer
+        answer = stages.PIPELINE[call.current_step, call.status](call)
+        if answer is None:
+            answer = call.answer
+        if isinstance(answer, requests.Response):
+            answer = answer_in(answer)
     except requests.HTTPError as error:  # raise_for_status()
-        answer = error.response
-    except requests.ConnectTimeout as error:
-        raise stage_http.Unreachable(str(error)) from error
-    except (requests.ConnectionError, requests.Timeout) as error:
-        raise stage_http.NoAnswer(str(error)) from error
-    if isinstance(answer, requests.Response):
-        retry_after = stage_http.parse_retry_after(answer.headers)
-        text = answer.text[: stage_http.TEXT_LIMIT]
-        answer = stage_http.Answer(answer.status_code, text, retry_after)
+        if error.response is None or is_accepted(call):
+            raise
+        answer = answer_in(error.response)
+    except (requests.ConnectionError, requests.Timeout, ChunkedEncodingError) as error:
+        raise stage_http.translated(error) from error
     if not isinstance(answer, stage_http.Answer):
         raise TypeError(f"stage function {call.stage} must return call.post(...)")
     return answer
+
+
+def answer_in(response: requests.Response) -> stage_http.Answer:
+    """The answer to a request that the stage function sent itself."""
+    # Not response.text, which guesses the encoding from all of a body, however long.
+    text = (response.content or b"")[: stage_http.TEXT_LIMIT].decode("utf-8", "replace")
+    retry_after = stage_http.parse_retry_after(response.headers)
+    return stage_http.Answer(response.status_code, text, retry_after)
+
+
+def is_accepted(call: Call) -> bool:
+    return call.answer is not None and 200 <= call.answer.status < 300
 
 
 # --- results -------------------------------------------------------------------------------

@@ -5,11 +5,15 @@ history that has grown old, jobs that rest. Any listener does it for all.
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
+from typing import Any
+
+import psycopg2
 
 from alerts import Alerts
-from db import UNPINNED, execute
+from db import CONNECTION_LOST, UNPINNED, execute
+from ops import migrations
 
 log = logging.getLogger("listener")
 
@@ -33,20 +37,38 @@ class Upkeep:
         return min(self.reap_at, self.history_at, self.stalled_at)
 
     def run(self, conn) -> None:
+        """Do what is due. What the database refuses is said once a round, and stops nothing else.
+
+        Raises:
+            ConnectionLost
+            Problem: a newer program has installed.
+        """
         now = time.monotonic()
         if now >= self.reap_at:
-            reap(conn)
             self.reap_at = now + REAP_INTERVAL
+            migrations.require_not_newer(conn)
+            self.attempt(reap, conn)
         if now >= self.history_at:
-            forget_deleted(conn, self.stages, self.name)
-            more = keep_history(conn, self.settings.HISTORY_DAYS)
-            self.history_at = now + (0.0 if more else HISTORY_INTERVAL)
+            self.history_at = now + HISTORY_INTERVAL
+            self.attempt(forget_deleted, conn, self.stages, self.name)
+            if self.attempt(keep_history, conn, self.settings.HISTORY_DAYS):
+                self.history_at = now  # there is more
         if now >= self.stalled_at:
-            for row in newly_stalled(conn):
+            self.stalled_at = now + STALLED_INTERVAL
+            for row in self.attempt(newly_stalled, conn) or []:
                 log.error("정체된 단계: stage=%s jobs=%d", row.stage, row.jobs)
                 text = f"{row.jobs} jobs are stalled at {row.stage}: {row.reason}"
                 self.alerts.send("stalled", text, **row._asdict())
-            self.stalled_at = now + STALLED_INTERVAL
+
+    def attempt(self, do: Callable, conn, *given: Any) -> Any:
+        try:
+            return do(conn, *given)
+        except CONNECTION_LOST:
+            raise
+        except psycopg2.Error as error:
+            said = " ".join(str(error).split())
+            log.error("정리 작업 실패 (다음 차례에 다시 시도): %s: %s", do.__name__, said)
+            return None
 
 
 # --- leases that ran out -------------------------------------------------------------------

@@ -38,6 +38,7 @@ CALLS = 500
 RESTART_DELAY = 1.0
 
 LENGTH = struct.Struct("!I")
+LARGEST = 2**20  # bytes of a result; more was not written by us
 
 
 def packed(message: Call | Result) -> bytes:
@@ -94,6 +95,8 @@ class Worker:
         size = LENGTH.size
         if len(self.received) >= size:
             size += LENGTH.unpack_from(self.received)[0]
+        if size > LARGEST:
+            raise ValueError(f"a message of {size} bytes")
         if len(self.received) < size or not self.received:
             return None
         result = Result(**json.loads(self.received[LENGTH.size : size]))
@@ -291,7 +294,8 @@ def make_calls(workers: Workers, end: socket.socket) -> None:
 
 def given(end: socket.socket) -> Iterator[Call]:
     """Each call that the listener gives, until it is gone."""
-    with end.makefile("rb") as file:
+    # A listener that dies with a result unread resets the connection.
+    with contextlib.suppress(OSError), end.makefile("rb") as file:
         while len(head := file.read(LENGTH.size)) == LENGTH.size:
             yield Call(**json.loads(file.read(LENGTH.unpack(head)[0])))
 

@@ -20,16 +20,16 @@ from bench.stage_process import StageProcess
 from bench.workloads.backlog import Backlog
 from bench.workloads.base import Workload
 from bench.workloads.commits import Commits
-from bench.workloads.hop import Chain, Hop
+from bench.workloads.hop import Hop
 from bench.workloads.rest import Idle, Memory, Startup
 from bench.workloads.throughput import Burst, Slow
 
 RESULTS = Path(__file__).parent / "results"
 # Module and class; a module whose package is not installed is left out.
-PEERS = [("ours", "Ours"), ("ours", "OursQuiet"), ("references", "Floor"), ("references", "Bare"),
+PEERS = [("ours", "Ours"), ("ours", "Before"), ("ours", "OursQuiet"), ("references", "Floor"),
          ("references", "NoTrigger"), ("references", "FirstDesign"), ("graphile", "Graphile"),
          ("pgqueuer", "PgQueuer"), ("procrastinate", "Procrastinate")]  # fmt: skip
-WORKLOADS = [Hop, Chain, Burst, Slow, Commits, Startup, Memory, Idle, Backlog]
+WORKLOADS = [Hop, Burst, Slow, Commits, Startup, Memory, Idle, Backlog]
 
 
 def available_peers() -> tuple[list[Peer], dict[str, str]]:

@@ -1,6 +1,7 @@
-"""How many calls a second one worker can settle and claim: python -m bench.claim_rate
+"""How many calls a second a listener can settle and claim: python -m bench.claim_rate
 
-With queues of different length, and with what each call costs in round trips and commits.
+With queues of different length and numbers of workers, and with what each call costs in round
+trips and commits.
 """
 
 import contextlib
@@ -9,17 +10,17 @@ import time
 
 import click
 import psycopg2
-import settling
 
 import calls
 import config
 import db
+from calls import Result, Wanted
 from demo.database import EmbeddedDatabase
 from ops.install import apply
 from ops.table import table
 from stages import stage_names
 
-SLICE = 100  # calls between two top-ups, which are not timed
+SLICE = 64  # calls between two top-ups, which are not timed
 
 ADD_JOBS = """
 INSERT INTO jobs (tenant_id, current_step, status)
@@ -33,44 +34,53 @@ ENDED = "SELECT count(*) = 0 FROM pg_stat_activity WHERE pid = %s"
 LOG = "SELECT pg_read_file(pg_current_logfile())"
 
 
-class Worker:
-    """The database's side of a busy worker: every call is accepted at once."""
+class Turns:
+    """The database's side of a busy listener: every call is accepted at once."""
 
-    def __init__(self, settings):
-        self.conn = db.connect(settings, pinned=True)
+    def __init__(self, settings, workers: int = 1):
+        self.conn, self.workers = db.connect(settings, pinned=True), workers
         self.stages = stage_names()
-        self.settled = None
+        self.results: list[Result] = []
 
-    def work(self, count: int) -> None:
-        for _ in range(count):
-            row = calls.claim(
-                self.conn,
-                leases=dict.fromkeys(self.stages, 630),
-                worker="bench",
-                settled=self.settled,
-            )
-            after = self.stages.index(row.stage) + 1
-            self.stages = self.stages[after:] + self.stages[:after]
-            self.settled = settling.Settlement(
-                row.job_id, row.call_id, row.attempt, row.stage, "bench", row.started_at,
-                outcome="succeeded", http_status=200,
-            )  # fmt: skip
+    def take(self, count: int) -> None:
+        """`count` calls, as many a turn as there are workers."""
+        for _ in range(count // self.workers):
+            share = -(-self.workers // len(self.stages))
+            wanted = [Wanted(stage, 630, self.workers, share) for stage in self.stages]
+            turn = calls.settle_and_claim(self.conn, self.results, wanted, self.workers, "bench")
+            self.results = []
+            for row in turn.claimed:
+                self.stages.remove(row.stage)
+                self.stages.append(row.stage)
+                self.results.append(accepted(row))
 
 
-def rate(app, settings, queue: int, seconds: float) -> float:
+def accepted(row) -> Result:
+    return Result(
+        job_id=row.key,
+        call_id=row.call_id,
+        attempt=row.attempt,
+        stage=row.stage,
+        worker="bench",
+        started_at=row.started_at,
+        outcome="succeeded",
+        http_status=200,
+    )
+
+
+def rate(app, settings, queue: int, workers: int, seconds: float) -> float:
     """Calls a second with about `queue` calls owed."""
-    app.execute("TRUNCATE jobs, stage_calls")
+    app.execute("TRUNCATE jobs, stage_calls, stage_leases")
     for left in range(queue, 0, -10_000):
         app.execute(ADD_JOBS, [min(left, 10_000)])
-    worker, done, spent = Worker(settings), 0, 0.0
-    with contextlib.closing(worker.conn):
-        worker.work(min(queue, SLICE) // 2)
+    turns, done, spent = Turns(settings, workers), 0, 0.0
+    with contextlib.closing(turns.conn):
         while spent < seconds:
-            app.execute(ADD_JOBS, [SLICE // 2])
+            app.execute(ADD_JOBS, [SLICE])
             began = time.perf_counter()
-            worker.work(SLICE // 2)
+            turns.take(SLICE)
             spent += time.perf_counter() - began
-            done += SLICE // 2
+            done += SLICE
     return done / spent
 
 
@@ -85,17 +95,17 @@ def cost(app, watch, settings, count: int = 200) -> tuple[float, float]:
     Args:
         watch: a cursor in another database, so that its own commits do not count.
     """
-    app.execute("TRUNCATE jobs, stage_calls")
+    app.execute("TRUNCATE jobs, stage_calls, stage_leases")
     app.execute(ADD_JOBS, [2 * count])
     app.connection.close()
     commits = []
     for calls_made in (0, count):
         before = value(watch, COMMITS)
-        worker = Worker(settings)
-        pid = worker.conn.info.backend_pid
-        db.execute(worker.conn, "SET log_statement = 'all'")
-        worker.work(calls_made)
-        worker.conn.close()
+        turns = Turns(settings)
+        pid = turns.conn.info.backend_pid
+        db.execute(turns.conn, "SET log_statement = 'all'")
+        turns.take(calls_made)
+        turns.conn.close()
         while not value(watch, ENDED, pid):  # its statistics arrive with its end
             time.sleep(0.05)
         commits.append(value(watch, COMMITS) - before)
@@ -105,7 +115,7 @@ def cost(app, watch, settings, count: int = 200) -> tuple[float, float]:
 
 
 @click.command()
-@click.option("--seconds", default=8.0, show_default=True, help="For each length of the queue.")
+@click.option("--seconds", default=8.0, show_default=True, help="For each line.")
 @click.option("--major", default=18, show_default=True, help="PostgreSQL version.")
 def main(seconds: float, major: int) -> None:
     options = {"logging_collector": "on", "log_line_prefix": "%p "}
@@ -117,13 +127,15 @@ def main(seconds: float, major: int) -> None:
         app.autocommit = watch.autocommit = True
         rows = []
         for queue in (100, 20_000, 100_000):
-            per_second = rate(app.cursor(), settings, queue, seconds)
-            rows.append([f"{queue:,}", f"{per_second:.0f}", f"{1000 / per_second:.2f}"])
+            for workers in (1, 16):
+                per_second = rate(app.cursor(), settings, queue, workers, seconds)
+                spent = f"{1000 / per_second:.2f}"
+                rows.append([f"{queue:,}", str(workers), f"{per_second:.0f}", spent])
         round_trips, commits = cost(app.cursor(), watch.cursor(), settings)
         watch.close()
-    click.echo(f"PostgreSQL {major}, one worker, every call settled and the next one claimed:")
-    click.echo(table(["calls owed", "calls/s", "ms per call"], rows))
-    click.echo(f"a call costs {round_trips:.2f} round trips and {commits:.2f} commits")
+    click.echo(f"PostgreSQL {major}, every call settled and the next ones claimed:")
+    click.echo(table(["calls owed", "workers", "calls/s", "ms per call"], rows))
+    click.echo(f"with one worker a call costs {round_trips:.2f} round trips, {commits:.2f} commits")
 
 
 if __name__ == "__main__":

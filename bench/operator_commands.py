@@ -22,7 +22,8 @@ from demo.database import EmbeddedDatabase
 from ops.install import apply
 from ops.job import ATTEMPTS
 from ops.jobs import ANY, GIVEN_UP, STATES, TIMES
-from ops.status import STAGES, WORKERS
+from ops.listeners import CALLS, SESSIONS
+from ops.status import STAGES
 from ops.table import table
 
 ROOT = Path(__file__).parent.parent
@@ -95,7 +96,8 @@ def plans(conn, job_id: str) -> None:
     body = db.execute(conn, BODY).fetchone()[0].replace("%", "%%")
     statements = {
         "status, its stages": (STAGES, {}),
-        "status, its workers": (WORKERS, {"prefix": db.WORKER_APPLICATION, "beats": []}),
+        "status, its listeners": (SESSIONS, {"prefix": db.LISTENER_APPLICATION}),
+        "status, their calls": (CALLS, {}),
         "job, its attempts": (ATTEMPTS, {"job_id": job_id}),
         "jobs": (STATES, FILTERS),
         "jobs --stage planner": (ANY_JOB, FILTERS | {"stage": "planner"}),

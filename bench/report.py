@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 
 from bench.stats import Metric, Spread, best, ratio
 
-OURS, FLOOR = "ours", "floor"
+OURS, BEFORE, FLOOR = "ours", "before", "floor"
 
 
 @dataclass
@@ -53,6 +53,8 @@ def markdown(tables: list[Table], facts: dict[str, dict[str, str]], notes: list[
     if rows := [row for table in tables for row in summary_rows(table)]:
         header = ["", "ours", "floor", "best peer", "ours / floor", "ours / best peer"]
         parts.append("## Ours against floor and best peer\n\n" + grid(header, rows))
+    if rows := [row for table in tables for row in before_rows(table)]:
+        parts.append("## Ours against before\n\n" + grid(["", "ours", BEFORE, "ratio"], rows))
     parts += [details(table) for table in tables]
     if notes:
         parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in notes))
@@ -67,10 +69,8 @@ def summary_rows(table: Table) -> list[list[str]]:
         if not metric.headline or OURS not in medians:
             continue
         floor, peer = medians.get(FLOOR), table.best_peer(metric)
-        name = " ".join(filter(None, [table.workload, f"({table.variant})" * bool(table.variant)]))
-        arrow = "↓" if metric.better == "lower" else "↑"
         rows.append([
-            f"{name}: {metric.name}{', ' * bool(metric.unit)}{metric.unit} {arrow}",
+            named(table, metric),
             number(medians[OURS], metric),
             number(floor, metric),
             f"{number(medians[peer], metric)} {peer}" if peer else "–",
@@ -78,6 +78,24 @@ def summary_rows(table: Table) -> list[list[str]]:
             quotient(medians[OURS], medians[peer] if peer else None),
         ])  # fmt: skip
     return rows
+
+
+def before_rows(table: Table) -> list[list[str]]:
+    """A row for each metric that both have."""
+    rows = []
+    for metric in table.metrics:
+        medians = table.medians(metric)
+        if OURS in medians and BEFORE in medians:
+            both = medians[OURS], medians[BEFORE]
+            shown = (number(value, metric) for value in both)
+            rows.append([named(table, metric), *shown, quotient(*both)])
+    return rows
+
+
+def named(table: Table, metric: Metric) -> str:
+    name = " ".join(filter(None, [table.workload, f"({table.variant})" * bool(table.variant)]))
+    arrow = "↓" if metric.better == "lower" else "↑"
+    return f"{name}: {metric.name}{', ' * bool(metric.unit)}{metric.unit} {arrow}"
 
 
 def details(table: Table) -> str:

@@ -1,7 +1,7 @@
 """How the listener's cost grows: bench/.venv/bin/python -m bench.scaling
 
-With workers, with machines (network namespaces, so only as root), with the calls that are owed
-and with the history that is kept. What it prints is what docs/SCALING.md quotes.
+With calls at once, with machines (network namespaces, so only as root), with the calls that are
+owed and with the history that is kept. What it prints is what docs/SCALING.md quotes.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from bench import claim_rate, operator_commands
 from bench.database import OPTIONS, Server
 from bench.harness import Bench
 from bench.peers.base import Shape
-from bench.peers.ours import LISTENER, Ours
+from bench.peers.ours import Ours
 from bench.stage_process import StageProcess
 from bench.workloads.hop import Hop
 from bench.workloads.rest import Memory
@@ -39,8 +39,8 @@ WORKERS_EACH = 4  # of a machine
 NET = "10.199.{}"
 
 
-def hop_cells(bench: Bench, peer: Ours, shape: Shape) -> list[str]:
-    found = Hop().run(bench, peer, f"{shape.processes} workers")
+def hop_cells(bench: Bench, peer: Ours, count: int) -> list[str]:
+    found = Hop().run(bench, peer, f"room for {count} calls")
     return [f"{found['p50']:.2f}", f"{found['p95']:.2f}", f"{found['queries']:.1f}"]
 
 
@@ -49,11 +49,11 @@ def workers(sizes: list[int]) -> str:
     with Server() as server, StageProcess() as stages:
         bench, peer = Bench(server, stages), Ours()
         for count in sizes:
-            shape = Shape(count)
+            shape = peer.shape(count)
             burst = Burst().measure(bench, peer, shape, BURST, 0.0)
             memory = Memory().weigh(bench, peer, shape)
             cells = [f"{burst['calls/s']:.0f}", f"{memory.pss:.0f}"]
-            rows.append([str(count), *hop_cells(bench, peer, shape), *cells])
+            rows.append([str(count), *hop_cells(bench, peer, count), *cells])
     header = ["workers", "hop p50, ms", "p95", "queries an event", "burst, calls/s", "PSS, MiB"]
     return table(header, rows)
 
@@ -62,16 +62,16 @@ def workers(sizes: list[int]) -> str:
 
 
 class Machines(Ours):
-    """As many machines as `processes` says, each with its own WORKERS_EACH."""
+    """A listener with WORKERS_EACH on each of several machines."""
 
     name = "machines"
 
-    def commands(self, shape: Shape) -> list[list[str]]:
-        run = [*LISTENER, "run", "--workers", str(WORKERS_EACH)]
-        return [["ip", "netns", "exec", f"bench{n}", *run] for n in range(shape.processes)]
+    def shape(self, in_flight: int) -> Shape:
+        return Shape(in_flight // WORKERS_EACH, WORKERS_EACH)
 
-    def connections(self, shape: Shape) -> int:
-        return shape.processes * WORKERS_EACH
+    def commands(self, shape: Shape) -> list[list[str]]:
+        runs = enumerate(super().commands(shape))
+        return [["ip", "netns", "exec", f"bench{number}", *run] for number, run in runs]
 
 
 def ip(*words: str) -> None:
@@ -112,7 +112,7 @@ def machines(sizes: list[int]) -> str:
             server.embedded = embedded
             bench = Bench(server, stages)
             for count in sizes:
-                cells = hop_cells(bench, Machines(), Shape(count))
+                cells = hop_cells(bench, Machines(), count * WORKERS_EACH)
                 rows.append([str(count), str(count * WORKERS_EACH), *cells])
             server.embedded = None
     return table(["machines", "workers", "hop p50, ms", "p95", "queries an event"], rows)
@@ -128,10 +128,10 @@ def timed(action) -> float:
 
 
 def claim_cell(settings) -> str:
-    worker = claim_rate.Worker(settings)
-    with contextlib.closing(worker.conn):
-        worker.work(200)
-        return f"{CALLS / timed(lambda: worker.work(CALLS)):.0f}"
+    turns = claim_rate.Turns(settings)
+    with contextlib.closing(turns.conn):
+        turns.take(200)
+        return f"{CALLS / timed(lambda: turns.take(CALLS)):.0f}"
 
 
 def backlog(sizes: list[int]) -> str:

@@ -26,7 +26,7 @@ def cli() -> None:
 @click.option("--seed", type=int, help="Which plan; default: a new one, which is printed.")
 @click.option("--minutes", default=3.0, show_default=True, type=click.FloatRange(0.1, 24 * 60))
 @click.option("--listeners", default=4, show_default=True, type=click.IntRange(1, 32),
-              help="Every second one has two workers, the later half a bad network.")  # fmt: skip
+              help="Every second one has four workers, the later half a bad network.")  # fmt: skip
 @click.option("--rate", default=2.5, show_default=True, type=click.FloatRange(0.1, 50),
               help="Jobs that arrive in a second.")  # fmt: skip
 @click.option("--record", type=click.Path(dir_okay=False, writable=True, path_type=Path),
@@ -80,7 +80,7 @@ def check_file(file: Path) -> None:
               type=click.Path(dir_okay=False, writable=True, path_type=Path))  # fmt: skip
 def soak(minutes: float, rate: float, plot: Path) -> None:
     """A steady load, and what grows with it; exit 1 if anything does that should not."""
-    click.echo(f"{minutes:g} minutes, {sum(WORKERS)} workers, {rate:g} jobs a second")
+    click.echo(f"{minutes:g} minutes, {WORKERS} workers, {rate:g} jobs a second")
     with tempfile.TemporaryDirectory(prefix="soak-") as directory:
         with Soak(rate, Path(directory)) as started:
             seconds, series = started.measure(60 * minutes, click.echo)

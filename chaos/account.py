@@ -37,6 +37,11 @@ class Try:
     def http(self) -> int | None:
         return next((row.http for row in self.rows if row.http), None)
 
+    @property
+    def error(self) -> str:
+        """What its rows say, one after the other."""
+        return " ".join(row.error or "" for row in self.rows)
+
 
 @dataclass
 class Call:
@@ -123,7 +128,7 @@ class Account:
         claimed = defaultdict(list)
         for call in self.calls:
             for one in call.tries.values():
-                slot = self.history.workers.get(one.claim.worker)
+                slot = self.history.listeners.get(one.claim.worker)
                 claimed[call.job, call.stage, one.number, slot].append(one)
         for post in self.history.posts:
             if post.job is None and self.was_cut(post):
@@ -138,18 +143,25 @@ class Account:
                 self.stray.append(f"{post} was sent without a claim")
 
     def was_cut(self, post: Post) -> bool:
-        """By the network, or by the death of the worker that was sending it."""
+        """By the network, or by the death of whoever was sending it."""
         return any(
-            fault.reach in ("stage", "worker")
+            fault.reach in ("stage", "worker", "listener")
             and post.slot in fault.slots
             and fault.began <= post.finished
             and fault.ended >= post.arrived - self.history.timeout
             for fault in self.history.faults
         )
 
-    def faults(self, worker: str, began: float, ended: float, *reach: str) -> list[Fault]:
-        """What was done to `worker`, or to what it needs, between two moments."""
-        slot, pid = self.history.workers.get(worker), pid_of(worker)
+    def mischief(self, call: Call, one: Try) -> str | None:
+        """What the stage function was to do at this attempt."""
+        return self.history.mischief.get(f"{call.job}/{call.stage}/{one.number}")
+
+    def faults(self, listener: str, began: float, ended: float, *reach: str) -> list[Fault]:
+        """What was done to `listener`, or to what it needs, between two moments.
+
+        Of its workers only what was done to any of them: not which call that one was making.
+        """
+        slot, pid = self.history.listeners.get(listener), pid_of(listener)
         return [
             fault
             for fault in self.history.faults

@@ -39,6 +39,7 @@ class Application:
         self.dsn, self.steps = dsn, steps
         self.stop = threading.Event()
         self.put_back = 0
+        self.errors: list[str] = []  # statements that failed, though the database was there
 
     def run(self) -> None:
         """Carry out every step when its time has come, several at once."""
@@ -61,6 +62,9 @@ class Application:
                 self.stop.wait(0.2)
             except psycopg2.errors.UniqueViolation:
                 return  # that commit had succeeded after all
+            except psycopg2.Error as error:
+                self.errors.append(f"the application could not {step.what}: {error}".strip())
+                return
 
     def look_after(self) -> None:
         while not self.stop.wait(1.0):

@@ -5,7 +5,7 @@ and the questions that turn it into a History's records afterwards.
 import psycopg2
 import psycopg2.extras
 
-from chaos.history import Claim, Debt, Gone, Move, Row
+from chaos.history import Claim, Debt, Gone, Lease, Move, Row
 
 # track_commit_timestamp gives each row the moment its transaction committed; what was rolled
 # back leaves none. The rows of one job follow each other as its row lock let them.
@@ -38,6 +38,8 @@ CREATE TRIGGER chaos_update AFTER UPDATE ON jobs FOR EACH ROW
     WHEN ((OLD.current_step, OLD.status) IS DISTINCT FROM (NEW.current_step, NEW.status))
     EXECUTE FUNCTION chaos.record();
 CREATE TRIGGER chaos_any AFTER INSERT OR UPDATE OR DELETE ON stage_calls
+    FOR EACH ROW EXECUTE FUNCTION chaos.record();
+CREATE TRIGGER chaos_insert_delete AFTER INSERT OR DELETE ON stage_leases
     FOR EACH ROW EXECUTE FUNCTION chaos.record();
 """
 
@@ -80,6 +82,19 @@ WHERE c.place = 'stage_calls' AND c.old ->> 'call_id' = c.new ->> 'call_id'
 ORDER BY c.seq
 """
 
+LEASES = """
+SELECT (row ->> 'call_id')::bigint AS call, (row ->> 'attempt')::integer AS attempt,
+       row ->> 'stage' AS stage,
+       extract(epoch FROM (row ->> 'started_at')::timestamptz)::float8 AS claimed,
+       extract(epoch FROM min(at) FILTER (WHERE new IS NOT NULL))::float8 AS began,
+       extract(epoch FROM (row ->> 'leased_until')::timestamptz)::float8 AS until,
+       extract(epoch FROM min(at) FILTER (WHERE new IS NULL))::float8 AS ended
+FROM (SELECT coalesce(new, old) - 'unanswered' AS row, new, pg_xact_commit_timestamp(tx::xid) AS at
+      FROM chaos.audit WHERE place = 'stage_leases') AS changes
+GROUP BY row
+ORDER BY began
+"""
+
 ROWS = """
 SELECT job_id::text AS job, call_id AS call, attempt, stage, worker,
        extract(epoch FROM started_at)::float8 AS started,
@@ -89,7 +104,7 @@ FROM stage_attempts ORDER BY started_at, attempt
 """
 
 RECORDS = {"moves": (MOVES, Move), "debts": (DEBTS, Debt), "gone": (GONE, Gone),
-           "claims": (CLAIMS, Claim), "rows": (ROWS, Row)}  # fmt: skip
+           "claims": (CLAIMS, Claim), "leases": (LEASES, Lease), "rows": (ROWS, Row)}  # fmt: skip
 
 
 def install(conn: psycopg2.extensions.connection) -> None:
@@ -100,6 +115,7 @@ def records(conn: psycopg2.extensions.connection) -> dict[str, list]:
     """What the database knows, by the names that a History gives it."""
     found = {}
     with conn.cursor(cursor_factory=psycopg2.extras.RealDictCursor) as cursor:
+        cursor.execute("ANALYZE chaos.audit")
         for name, (sql, kind) in RECORDS.items():
             cursor.execute(sql)
             found[name] = [kind(**row) for row in cursor.fetchall()]
@@ -107,22 +123,16 @@ def records(conn: psycopg2.extensions.connection) -> dict[str, list]:
     return found
 
 
-# A lease may outlast its call: of a dead worker, until somebody finds it.
-OWED = "SELECT count(*) FROM stage_calls"
-LEASES = "SELECT to_regclass('stage_leases') IS NOT NULL"
-LEASED = "SELECT count(*) FROM stage_leases"
-
-
-def has_leases(conn: psycopg2.extensions.connection) -> bool:
-    return ask(conn, LEASES)
+# A lease may outlast its call: of a dead listener, until somebody finds it. That of a call without
+# an answer does as well, but its attempt is in the history.
+OWED = """
+SELECT (SELECT count(*) FROM stage_calls)
+     + (SELECT count(*) FROM stage_leases WHERE NOT unanswered)
+"""
 
 
 def owed(conn: psycopg2.extensions.connection) -> int:
     """Calls that are owed, and claims that nothing became of yet."""
-    return ask(conn, OWED) + (ask(conn, LEASED) if has_leases(conn) else 0)
-
-
-def ask(conn: psycopg2.extensions.connection, sql: str):
     with conn.cursor() as cursor:
-        cursor.execute(sql)
+        cursor.execute(OWED)
         return cursor.fetchone()[0]

@@ -12,11 +12,11 @@ from itertools import pairwise
 
 from chaos.account import Account, Call, Try
 from chaos.history import Exit, History
-from chaos.reasons import RECONNECTING, why_lost, why_repeated
+from chaos.reasons import DIED, RECONNECTING, why_dead, why_lost, why_repeated
 
 LOST, REPEATED, OVERLAP = "lost arrival", "repeated accepted call", "two calls at once"
 AFTER_LEAVING, ATTEMPTS, KEYS = "call after leaving", "unequal attempts", "idempotency key"
-EARLY, PROCESS = "repeated before its lease ran out", "process"
+EARLY, PROCESS, LIMIT = "repeated before its lease ran out", "process", "more than max_running"
 
 # Seconds after which a row that was committed is seen by every statement that begins.
 VISIBLE = 0.05
@@ -24,13 +24,11 @@ VISIBLE = 0.05
 
 @dataclass
 class Verdict:
-    """findings: (kind, text). repeats: how many of each allowed reason. gaps: attempts of killed
-    workers without a row, their jobs having moved on."""
+    """findings: (kind, text). repeats, overlaps: how many of each allowed reason."""
 
     findings: list[tuple[str, str]] = field(default_factory=list)
     repeats: Counter = field(default_factory=Counter)
     overlaps: Counter = field(default_factory=Counter)
-    gaps: list[str] = field(default_factory=list)
 
 
 def check(history: History) -> Verdict:
@@ -44,6 +42,7 @@ def check(history: History) -> Verdict:
         check_repeats(account, call, verdict)
         check_attempts(account, call, verdict)
     check_overlaps(account, verdict)
+    verdict.findings += [(LIMIT, text) for text in over_limits(history)]
     verdict.findings += [(KEYS, text) for text in wrong_keys(account)]
     verdict.findings += [(PROCESS, text) for text in wrong_exits(account)]
     verdict.findings += [(PROCESS, bug) for bug in history.bugs]
@@ -82,7 +81,7 @@ def after_leaving(call: Call) -> Iterator[str]:
 def check_repeats(account: Account, call: Call, verdict: Verdict) -> None:
     posted = [one for one, _ in call.posted()]
     for first, second in pairwise(posted):
-        reason = why_repeated(account, first, second)
+        reason = why_repeated(account, call, first, second)
         accepted = first.accepted or was_accepted(call, second)
         if first is second:
             continue  # see check_attempts
@@ -117,7 +116,7 @@ def too_early(call: Call) -> Iterator[str]:
 
 def broke(one: Try) -> bool:
     """The connection was closed on a worker that waited: a refusal, as the README has it."""
-    return any("connection broke" in (row.error or "") for row in one.rows)
+    return "connection broke" in one.error
 
 
 # --- at once -------------------------------------------------------------------------------
@@ -138,7 +137,8 @@ def check_overlaps(account: Account, verdict: Verdict) -> None:
 
 def judge_overlap(earlier: tuple, later: tuple, verdict: Verdict) -> None:
     (call, first, _), (other, second, _) = sorted([earlier, later], key=lambda e: e[1].claim.at)
-    if call is not other and call.left is not None and call.left <= second.claim.at:
+    left = call.left is not None and call.left <= second.claim.at
+    if call is not other and left and not is_under_way(call, first, other, second):
         verdict.overlaps["the job had moved on meanwhile"] += 1
     elif call is other and second.claim.at >= first.leased_until:
         verdict.overlaps["the lease of the first had run out"] += 1
@@ -147,6 +147,29 @@ def judge_overlap(earlier: tuple, later: tuple, verdict: Verdict) -> None:
     else:
         text = f"{call}, attempt {first.number}, and {other}, attempt {second.number}"
         verdict.findings.append((OVERLAP, text))
+
+
+def is_under_way(call: Call, first: Try, other: Call, second: Try) -> bool:
+    """Whether the lease of `first` kept the same stage from being called for this job again."""
+    known = first.outcomes_by(second.claim.at) - {"unknown"}
+    return call.stage == other.stage and second.claim.at < first.leased_until and not known
+
+
+def over_limits(history: History) -> Iterator[str]:
+    """Calls that were claimed while max_running others of their stage were under way.
+
+    Whoever claims them takes turns, so the leases of a stage are committed in the order in which
+    they were counted.
+    """
+    for stage, most in history.limits.items():
+        mine = [lease for lease in history.leases if lease.stage == stage]
+        for n, lease in enumerate(mine):
+            running = sum(
+                one.until > lease.claimed and (one.ended is None or one.ended > lease.began)
+                for one in mine[: n + 1]
+            )
+            if running > most:
+                yield f"call {lease.call} of {stage} was claimed as number {running} of {most}"
 
 
 # --- attempts, keys, processes -------------------------------------------------------------
@@ -162,8 +185,10 @@ def check_attempts(account: Account, call: Call, verdict: Verdict) -> None:
             check_missing(account, call, one, verdict)
             continue
         ends = [row.finished for row in one.rows if row.outcome == "lost"]
-        if ends and not why_lost(account, one, ends[0]):
+        if ends and not why_lost(account, call, one, ends[0]):
             verdict.findings.append((ATTEMPTS, f"{text} is lost, and nothing was done to it"))
+        if one.error.startswith(DIED) and not why_dead(account, call, one):
+            verdict.findings.append((PROCESS, f"{text}: {one.error}, and nothing was done to it"))
         if one.posts and "skipped" in one.outcomes:
             verdict.findings.append((ATTEMPTS, f"{text} is recorded as skipped, but was sent"))
         if not one.posts and one.http:
@@ -176,20 +201,17 @@ def check_attempts(account: Account, call: Call, verdict: Verdict) -> None:
 
 
 def check_missing(account: Account, call: Call, one: Try, verdict: Verdict) -> None:
-    """Without a row: given back without having begun, or of a killed worker whose job moved on."""
-    claim, leases = one.claim, account.history.leases
+    """Without a row: given back without having begun."""
+    claim = one.claim
     if claim.released and not one.posts:
         return
     near = (claim.at - RECONNECTING, claim.until + RECONNECTING)
     done = account.faults(claim.worker, *near) if call.left else []
-    killed = any(fault.kind.startswith("kill -9") for fault in done)
-    if done and not one.posts and not (killed and leases):
+    killed = any(fault.kind.startswith("kill -9 listener") for fault in done)
+    if done and not one.posts and not killed:
         return  # given back as well, but the job's moving on had taken the row of its call
     text = f"{call}: attempt {one.number} of {claim.worker} has no row"
-    if killed and not leases:
-        verdict.gaps.append(text)
-    else:
-        verdict.findings.append((ATTEMPTS, text))
+    verdict.findings.append((ATTEMPTS, text))
 
 
 def wrong_keys(account: Account) -> Iterator[str]:
@@ -214,7 +236,7 @@ def wrong_exits(account: Account) -> Iterator[str]:
 def was_killed(account: Account, ended: Exit) -> bool:
     return any(
         fault.kind.startswith("kill -9")
-        and fault.reach == "worker"
+        and fault.reach == "listener"
         and ended.slot in fault.slots
         and ended.started <= fault.began <= ended.at
         for fault in account.history.faults

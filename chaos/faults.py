@@ -13,7 +13,7 @@ import db
 from chaos.history import pid_of
 from chaos.listeners import Listener
 from chaos.pipeline import Pipeline
-from chaos.plan import PlannedFault
+from chaos.plan import SWEEP_INTERVAL, PlannedFault
 from chaos.proxy import Proxy
 from demo.database import START_TIMEOUT, EmbeddedDatabase
 
@@ -63,22 +63,29 @@ class World:
     def every_slot(self) -> list[int]:
         return [listener.slot for listener in self.listeners]
 
-    def listener(self, plan: PlannedFault, parents: bool = False) -> Listener:
-        among = [each for each in self.listeners if each.workers > 1 or not parents]
-        return among[plan.pick % len(among)]
+    def listener(self, plan: PlannedFault) -> Listener:
+        return self.listeners[plan.pick % len(self.listeners)]
 
-    def worker(self, plan: PlannedFault, target: Target) -> int:
-        """One worker process, by the plan's choice."""
+    def processes(self, plan: PlannedFault, target: Target) -> list[int]:
+        """The pids of one listener, by the plan's choice, and of its workers."""
         listener = self.listener(plan)
         pids = listener.pids()
         if not pids:
             raise NotNow
-        target.slots, target.pids = [listener.slot], [pids[plan.pick % len(pids)]]
-        return target.pids[0]
+        target.slots, target.pids = [listener.slot], pids[:1]
+        return pids
+
+    def worker(self, plan: PlannedFault, target: Target) -> int:
+        """One of its workers, likewise."""
+        _, *workers = self.processes(plan, target)
+        if not workers:
+            raise NotNow
+        target.reach = "worker"
+        return workers[plan.pick % len(workers)]
 
     def backend(self, plan: PlannedFault, target: Target) -> int:
-        """The server's process for one worker, by the plan's choice."""
-        found = self.query(BACKENDS, db.WORKER_APPLICATION)
+        """The server's process for one listener, by the plan's choice."""
+        found = self.query(BACKENDS, db.LISTENER_APPLICATION)
         if not found:
             raise NotNow
         pid, name = found[plan.pick % len(found)]
@@ -97,13 +104,18 @@ def kill_worker(world: World, plan: PlannedFault, target: Target) -> Iterator[No
 
 
 @contextmanager
-def kill_parent(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
-    """Its workers go on with the call in hand, and then end by themselves."""
-    listener = world.listener(plan, parents=True)
-    target.slots = [listener.slot]
-    for pid in listener.parent():
-        target.pids = [pid]
-        os.kill(pid, signal.SIGKILL)
+def kill_listener(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
+    """Its workers finish the call in hand, write what came of it, and end."""
+    os.kill(world.processes(plan, target)[0], signal.SIGKILL)
+    yield
+
+
+@contextmanager
+def kill_all(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
+    """As a container or a host ends that loses its power."""
+    for pid in world.processes(plan, target):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     yield
 
 
@@ -119,10 +131,52 @@ def terminate(world: World, plan: PlannedFault, target: Target) -> Iterator[None
 
 @contextmanager
 def freeze_worker(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
-    pid = world.worker(plan, target)
-    os.kill(pid, signal.SIGSTOP)
+    with frozen(world.worker(plan, target)):
+        yield
+
+
+@contextmanager
+def freeze_listener(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
+    """Its workers go on; nobody takes their results, and nobody ends them but their lease."""
+    with frozen(world.processes(plan, target)[0]):
+        yield
+
+
+@contextmanager
+def freeze_all(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
+    """As `docker pause` does."""
+    with frozen(*world.processes(plan, target)):
+        yield
+
+
+@contextmanager
+def frozen(*pids: int) -> Iterator[None]:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
     yield
-    os.kill(pid, signal.SIGCONT)
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+@contextmanager
+def freeze_between(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
+    """The listener has sent a claim, which is committed while the listener does not run.
+
+    Its backend is frozen until the claim must have been sent.
+    """
+    backend = world.backend(plan, target)
+    listener = target.pids[0]
+    os.kill(backend, signal.SIGSTOP)
+    try:
+        time.sleep(SWEEP_INTERVAL + 0.2)
+        os.kill(listener, signal.SIGSTOP)
+    finally:
+        os.kill(backend, signal.SIGCONT)
+    target.reach = "listener"
+    yield
+    os.kill(listener, signal.SIGCONT)
 
 
 @contextmanager
@@ -135,7 +189,7 @@ def terminate_backend(world: World, plan: PlannedFault, target: Target) -> Itera
 @contextmanager
 def terminate_backends(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
     target.reach, target.slots = "database", world.every_slot()
-    world.query(TERMINATE, db.WORKER_APPLICATION)
+    world.query(TERMINATE, db.LISTENER_APPLICATION)
     yield
 
 
@@ -155,7 +209,7 @@ def kill_backend(world: World, plan: PlannedFault, target: Target) -> Iterator[N
 
 @contextmanager
 def freeze_backend(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
-    """The kernel still acknowledges its packets: to the worker it is just silent."""
+    """The kernel still acknowledges its packets: to the listener it is just silent."""
     pid = world.backend(plan, target)
     os.kill(pid, signal.SIGSTOP)
     world.frozen.add(pid)
@@ -217,10 +271,15 @@ def garbage(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
 
 KINDS: dict[str, Callable[..., Context]] = {
     "kill -9 worker": kill_worker,
-    "kill -9 parent": kill_parent,
+    "kill -9 listener": kill_listener,
+    "kill -9 listener and workers": kill_all,
     "SIGTERM": terminate,
     "freeze worker": freeze_worker,
     "freeze worker beyond its lease": freeze_worker,
+    "freeze listener": freeze_listener,
+    "freeze listener beyond its leases": freeze_listener,
+    "freeze listener between claim and call": freeze_between,
+    "freeze listener and workers": freeze_all,
     "terminate backend": terminate_backend,
     "terminate all backends": terminate_backends,
     "kill -9 backend": kill_backend,

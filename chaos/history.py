@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 
-def pid_of(worker: str) -> int:
-    """The process of a worker; its name is host-pid-random."""
-    return int(worker.split("-")[-2])
+def pid_of(listener: str) -> int:
+    """The process of a listener; its name is host-pid-random."""
+    return int(listener.split("-")[-2])
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class Gone:
 
 @dataclass(frozen=True)
 class Claim:
-    """A worker took attempt `attempt` of a call; nobody else may until `until`.
+    """A listener took attempt `attempt` of a call; nobody else may until `until`.
 
-    released: when the worker let go of it, with a result or without; None: the job had moved on,
-    or the next claim took it over.
+    released: when it let go of it, with a result or without; None: the job had moved on, or the
+    next claim took it over.
     """
 
     job: str
@@ -60,6 +60,23 @@ class Claim:
     at: float
     until: float
     released: float | None = None
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A row of stage_leases.
+
+    claimed: the time of its claim; began, ended: when the claim was committed, and the end of the
+    row; None where it is there still.
+    """
+
+    call: int
+    attempt: int
+    stage: str
+    claimed: float
+    began: float
+    until: float
+    ended: float | None
 
 
 @dataclass(frozen=True)
@@ -106,7 +123,7 @@ class Post:
 class Fault:
     """What the nemesis did. slots: the listeners concerned; pids: their processes, if only some.
 
-    reach: "worker", "database" or "stage": what was out of order for them.
+    reach: "worker", "listener", "database" or "stage": what was out of order for them.
     """
 
     kind: str
@@ -119,7 +136,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Exit:
-    """A listener process ended. asked: it had been sent SIGTERM. ready: a worker had started."""
+    """A listener process ended. asked: it had been sent SIGTERM. ready: it had said its name."""
 
     slot: int
     pid: int
@@ -132,7 +149,7 @@ class Exit:
 
 @dataclass(frozen=True)
 class Listening:
-    """A worker said that it listens."""
+    """A listener said that it listens."""
 
     slot: int
     at: float
@@ -143,8 +160,9 @@ class History:
     """Everything about one run.
 
     timeout, lease: seconds that a call may take, and that it is nobody else's, as the listeners
-    were told. routes: stage by "step/status". workers: slot by name. owed: calls that were left
-    at the end. leases: the database keeps the claims under way in stage_leases.
+    were told. routes: stage by "step/status". limits: max_running by stage. listeners: slot by
+    name. owed: calls that were left at the end. orphans: results that a worker wrote, as its
+    listener was gone. mischief: what a stage function was to do, by "job/stage/attempt".
     """
 
     seed: int
@@ -154,18 +172,21 @@ class History:
     timeout: float
     lease: float
     routes: dict[str, str]
-    leases: bool = False
+    limits: dict[str, int] = field(default_factory=dict)
     owed: int = 0
+    orphans: int = 0
     moves: list[Move] = field(default_factory=list)
     debts: list[Debt] = field(default_factory=list)
     gone: list[Gone] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
+    leases: list[Lease] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     posts: list[Post] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     exits: list[Exit] = field(default_factory=list)
     listening: list[Listening] = field(default_factory=list)
-    workers: dict[str, int] = field(default_factory=dict)
+    listeners: dict[str, int] = field(default_factory=dict)
+    mischief: dict[str, str] = field(default_factory=dict)
     bugs: list[str] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
@@ -177,6 +198,7 @@ RECORDS = {
     "debts": Debt,
     "gone": Gone,
     "claims": Claim,
+    "leases": Lease,
     "rows": Row,
     "posts": Post,
     "faults": Fault,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,13 +15,11 @@ import config
 from chaos.history import Exit, Listening
 from demo.terminal import CHILD, GUARDIAN
 
-STARTED = re.compile(r"Job State Listener 시작: worker=(\S+)")
+STARTED = re.compile(r"Job State Listener 시작: listener=(\S+)")
 LISTENING = "LISTEN 'job_state_changed' 시작"
-# The last line of a traceback. A worker that was frozen between claim and POST says it like this,
-# and has not sent anything.
-BUG = re.compile(
-    r"^    \| (?!TimeoutError: the stage function used up)[\w.]+(Error|Exception|Exit)\b"
-)
+ORPHAN = "리스너가 사라져 워커가 결과를 기록함"
+# The last line of a traceback.
+BUG = re.compile(r"^    \| [\w.]+(Error|Exception|Exit)\b")
 RESTART_DELAY = 0.3  # seconds
 PATIENCE = 40.0  # seconds, for a stop
 
@@ -34,28 +33,30 @@ def environment(settings: dict[str, object]) -> dict[str, str]:
 
 
 class Listener:
-    """One place for `python listener.py run`; its process comes and goes.
+    """One place for a listener; its process comes and goes.
 
-    workers: how many worker processes it has; more than one means a parent and its children.
+    program: what runs it, as arguments of Python.
     """
 
-    def __init__(self, slot: int, workers: int, environ: dict[str, str], directory: Path):
-        self.slot, self.workers, self.environ = slot, workers, environ
+    def __init__(self, slot: int, workers: int, environ: dict[str, str], directory: Path,
+                 program: Sequence[str] = ("listener.py",)):  # fmt: skip
+        self.slot, self.workers, self.environ, self.program = slot, workers, environ, program
         self.log = directory / f"listener-{slot}.log"
         self.asked = False  # sent SIGTERM
-        self.ready = False  # a worker has started
+        self.ready = False  # it has said that it starts
         self.started = self.ended = 0.0
         self.names: list[str] = []
         self.listening: list[Listening] = []
         self.bugs: list[str] = []
+        self.orphans = 0  # results that a worker wrote, as its listener was gone
         self.process: subprocess.Popen | None = None
-        self.guardians: dict[int, subprocess.Popen] = {}  # by process group
+        self.guardians: dict[int, subprocess.Popen] = {}  # by session
 
     def start(self) -> None:
-        command = [sys.executable, "listener.py", "run", "--workers", str(self.workers)]
+        command = [sys.executable, *self.program, "run", "--workers", str(self.workers)]
         self.asked, self.ready, self.started = False, False, time.time()
         self.process = subprocess.Popen(command, env=self.environ, **CHILD)
-        # Should this program be killed, or should only a parent have been.
+        # Should this program be killed, or should only the listener have been.
         guard = ["sh", "-c", GUARDIAN, str(self.process.pid)]
         silent = {"stdin": subprocess.PIPE, "stderr": subprocess.DEVNULL, "start_new_session": True}
         self.guardians[self.process.pid] = subprocess.Popen(guard, **silent)
@@ -71,45 +72,52 @@ class Listener:
                     self.ready = True
                 elif LISTENING in line:
                     self.listening.append(Listening(self.slot, time.time()))
+                elif ORPHAN in line:
+                    self.orphans += 1
                 elif BUG.search(line):
                     self.bugs.append(f"listener {self.slot}: {line.strip()[:300]}")
 
-    def parent(self) -> list[int]:
-        """The pid of the process that was started, if it runs."""
-        process = self.process
-        return [process.pid] if process else []
-
     def pids(self) -> list[int]:
-        """Those of the worker processes."""
-        found = self.parent()
-        if found and self.workers > 1:
-            with suppress(OSError):
-                path = Path(f"/proc/{found[0]}/task/{found[0]}/children")
-                return [int(pid) for pid in path.read_text().split()]
+        """The pid of the listener, and those of its workers; empty while it does not run."""
+        process = self.process
+        if process is None:
             return []
-        return found
+        workers = ""
+        with suppress(OSError):
+            workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        return [process.pid, *map(int, workers.split())]
 
     def terminate(self) -> None:
         self.asked = True
-        for pid in self.parent():
+        for pid in self.pids()[:1]:
             os.kill(pid, signal.SIGTERM)
 
     def dismiss_guardians(self) -> None:
-        """Of groups that are gone: their number may soon be another's."""
-        for group, guardian in list(self.guardians.items()):
-            try:
-                os.killpg(group, 0)
-            except ProcessLookupError:
-                guardian.kill()
-                guardian.wait()
-                guardian.stdin.close()
-                del self.guardians[group]
+        """Of sessions that are gone: their number may soon be another's."""
+        ended = [sid for sid in self.guardians if self.process is None or sid != self.process.pid]
+        there = sessions() if ended else set()
+        for session in set(ended) - there:
+            guardian = self.guardians.pop(session)
+            guardian.kill()
+            guardian.wait()
+            guardian.stdin.close()
 
-    def end_group(self) -> None:
+    def end_all(self) -> None:
         """Whatever is left of all its processes."""
         self.dismiss_guardians()
         for guardian in self.guardians.values():
             guardian.communicate()
+
+
+def sessions() -> set[int]:
+    """The session of every process there is."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _parent, _group, session = path.read_text().rpartition(")")[2].split()[:4]
+            if state != "Z":
+                found.add(int(session))
+    return found
 
 
 class Supervisor:
@@ -156,7 +164,7 @@ class Supervisor:
                 listener.process.wait(PATIENCE)
             self.note_exit(listener)
             if listener.process:
-                os.killpg(listener.process.pid, signal.SIGKILL)
+                listener.process.kill()
                 listener.bugs.append(f"listener {listener.slot} did not stop on SIGTERM")
 
     def end_watch(self) -> None:
@@ -167,4 +175,4 @@ class Supervisor:
     def close(self) -> None:
         self.end_watch()
         for listener in self.listeners:
-            listener.end_group()
+            listener.end_all()

@@ -49,7 +49,7 @@ class Nemesis:
                 return False
 
     def begin(self, plan: PlannedFault) -> None:
-        target = Target("worker", [])
+        target = Target("listener", [])
         context = KINDS[plan.kind](self.world, plan, target)
         began = time.time()
         try:

@@ -1,5 +1,5 @@
-"""The seeded plan: which faults come when, what the application does with each job, and how the
-stage API answers each request.
+"""The seeded plan: which faults come when, what the application does with each job, how the stage
+API answers each request, and which stage functions misbehave.
 
 The same seed gives the same plan. How processes and packets interleave is the machine's doing, so
 two runs of one plan are alike, not identical.
@@ -13,15 +13,21 @@ import stages
 
 STAGE_TIMEOUT, LEASE_MARGIN = 2.0, 2.5  # seconds, as the listeners are told
 LEASE = STAGE_TIMEOUT + LEASE_MARGIN
-DATABASE_DEADLINE = 10.0  # db.DEADLINE: after that a worker gives a connection up
+SWEEP_INTERVAL = 1.0
+DATABASE_DEADLINE = 10.0  # db.DEADLINE: after that a listener gives a connection up
 
 # kind: (how often, shortest and longest duration in seconds)
 FAULTS = {
-    "kill -9 worker": (8, 0.0, 0.0),
-    "kill -9 parent": (2, 0.0, 0.0),
+    "kill -9 worker": (4, 0.0, 0.0),
+    "kill -9 listener": (4, 0.0, 0.0),
+    "kill -9 listener and workers": (3, 0.0, 0.0),
     "SIGTERM": (4, 0.0, 0.0),
-    "freeze worker": (5, 0.2, 1.5),
+    "freeze worker": (2, 0.2, 1.5),
     "freeze worker beyond its lease": (3, LEASE + 0.5, LEASE + 4),
+    "freeze listener": (2, 0.2, 1.5),
+    "freeze listener beyond its leases": (2, LEASE + 0.5, LEASE + 4),
+    "freeze listener between claim and call": (3, 0.5, LEASE + 2),
+    "freeze listener and workers": (3, 0.5, LEASE + 4),
     "terminate backend": (3, 0.0, 0.0),
     "terminate all backends": (2, 0.0, 0.0),
     "kill -9 backend": (1, 0.0, 0.0),
@@ -136,3 +142,25 @@ def behaviour(seed: int, job: str, stage: str, nth: int, weights: dict[str, floa
     if random.Random(f"{seed}/{job}").randrange(CURSED) == 0:
         weights = weights | {"work": weights["work"] / 20, "hang": 10 * weights["hang"]}
     return chance.choices(list(weights), list(weights.values()))[0], chance
+
+
+# What a stage function may do at one of a call's first attempts, and how often in a thousand.
+MISCHIEF = {
+    "compute in C": 5,
+    "block": 5,
+    "exit": 5,
+    "crash": 5,
+    "post, then compute in C": 5,
+    "post, then raise": 5,
+    "post, then fork": 5,
+}
+TRIED = 3  # later attempts are left alone, so that every job comes through
+
+
+def mischief(seed: int, job: str, stage: str, attempt: int) -> str | None:
+    """What the stage function does at this attempt instead of just calling; mostly nothing."""
+    if attempt > TRIED:
+        return None
+    chance = random.Random(f"{seed}/mischief/{job}/{stage}/{attempt}")
+    nothing = 1000 - sum(MISCHIEF.values())
+    return chance.choices([None, *MISCHIEF], [nothing, *MISCHIEF.values()])[0]

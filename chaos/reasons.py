@@ -2,21 +2,28 @@
 kept its result from being known.
 """
 
-from chaos.account import Account, Try
+from chaos.account import Account, Call, Try
 
-# Seconds within which a worker's clockwork, and this program's, may differ from the plan.
+# Seconds within which a listener's clockwork, and this program's, may differ from the plan.
 SLACK = 0.5
-# A worker that lost its connection reconnects and writes what it has within this.
+# A listener that lost its connection reconnects and writes what it has within this.
 RECONNECTING = 12.0
+# A worker whose listener is gone has written its result so many seconds after the answer.
+ORPHAN_WRITES = 1.5
+
+# What a row says of a call whose worker did not live to say it.
+KILLED, DIED = "its worker was killed by SIGKILL", "its worker "
+# What a stage function does that loses the answer it has.
+LOSES_ANSWER = ("post, then compute in C",)
 
 
-def why_repeated(account: Account, first: Try, second: Try) -> str:
+def why_repeated(account: Account, call: Call, first: Try, second: Try) -> str:
     """The reason for which `second` may follow `first`; empty where there is none."""
     outcomes = first.outcomes_by(second.claim.at)
     if first.accepted:
-        return why_unheard(account, first, second, outcomes)
+        return why_unheard(account, call, first, second, outcomes)
     if "lost" in outcomes or not outcomes:
-        why = why_lost(account, first, second.claim.at)
+        why = why_lost(account, call, first, second.claim.at)
         return f"not accepted, {why}" if why else ""
     for outcome, reason in REASONS.items():
         if outcome in outcomes:
@@ -37,30 +44,61 @@ REASONS_WITHOUT_HTTP = {
 }
 
 
-def why_unheard(account: Account, first: Try, second: Try, outcomes: set[str]) -> str:
+def why_unheard(account: Account, call: Call, first: Try, second: Try, outcomes: set[str]) -> str:
     """Why an accepted attempt was not known to be accepted when the next one was claimed."""
     post = next(post for post in first.posts if post.accepted)
     claim = first.claim
     if "lost" in outcomes or not outcomes:
-        why = why_lost(account, first, second.claim.at)
+        why = why_lost(account, call, first, second.claim.at)
         return f"accepted, {why}" if why else ""
     if outcomes & {"unknown", "failed", "retry"}:
         if post.finished > claim.at + account.history.timeout - SLACK:
             return "accepted, but too late"
         if account.faults(claim.worker, post.arrived, post.finished + SLACK, "stage"):
             return "accepted, but the network lost the answer"
-        if account.faults(claim.worker, claim.at, claim.until, "worker"):
+        if account.mischief(call, first) in LOSES_ANSWER:
+            return "accepted, but the stage function never returned"
+        ended = max(row.finished for row in first.rows)
+        done = account.faults(claim.worker, claim.at, ended, "worker", "listener")
+        if KILLED in first.error and any(fault.kind == "kill -9 worker" for fault in done):
+            return "accepted, but the worker was killed"
+        if any(fault.kind.startswith("freeze") for fault in done):
             return "accepted, but the worker was frozen"
     return ""
 
 
-def why_lost(account: Account, one: Try, when: float) -> str:
-    """What kept a worker from writing its result before `when`."""
-    worker, began = one.claim.worker, one.claim.at
-    done = account.faults(worker, began, when, "worker")
-    for kind in ("kill -9", "freeze"):
-        if any(fault.kind.startswith(kind) for fault in done):
-            return f"the worker suffered: {kind}"
-    if account.faults(worker, began - RECONNECTING, when, "database"):
+def why_lost(account: Account, call: Call, one: Try, when: float) -> str:
+    """What kept everybody from writing the result before `when`."""
+    listener, began = one.claim.worker, one.claim.at
+    done = account.faults(listener, began, when, "listener")
+    kinds = {fault.kind for fault in done}
+    if "kill -9 listener and workers" in kinds:
+        return "all was killed"
+    if any(kind.startswith("freeze") for kind in kinds):
+        return "the listener was frozen"
+    if account.faults(listener, began - RECONNECTING, when, "database"):
         return "its result could not be written: no database"
+    if "kill -9 listener" in kinds and not could_be_written(account, call, one):
+        return "the listener was killed, and no answer came in time"
     return ""
+
+
+def could_be_written(account: Account, call: Call, one: Try) -> bool:
+    """Whether a worker without a listener had an answer early enough to write it."""
+    answered = [post for post in one.posts if post.sent and post.status is not None]
+    if account.mischief(call, one) in LOSES_ANSWER:
+        return False
+    if account.faults(one.claim.worker, one.claim.at, one.leased_until, "stage", "worker"):
+        return False
+    return any(post.finished < one.leased_until - ORPHAN_WRITES for post in answered)
+
+
+def why_dead(account: Account, call: Call, one: Try) -> str:
+    """What ended the worker that was making the call."""
+    if account.mischief(call, one) in ("exit", "crash"):
+        return "mischief of the stage function"
+    ended = max(row.finished for row in one.rows)
+    # A listener that waits for the database does not look at its workers: their lease ends them.
+    reach = ["worker", "listener"] + ["database"] * one.error.endswith("SIGALRM")
+    done = account.faults(one.claim.worker, one.claim.at, ended, *reach)
+    return next((fault.kind for fault in done), "")

@@ -26,9 +26,6 @@ def report(history: History, verdict: Verdict) -> Iterator[str]:
     ):
         yield f"\n{title}"
         yield table(["", "number"], [[name, count] for name, count in counted.most_common()])
-    if verdict.gaps:
-        yield f"\nKnown gap: {len(verdict.gaps)} attempts of killed workers have no row, their"
-        yield "jobs having moved on"
     yield ""
     kinds = Counter(kind for kind, _ in verdict.findings)
     if not kinds:
@@ -54,7 +51,9 @@ def figures(history: History) -> list[tuple[str, int]]:
         ("attempts claimed", len(history.claims)),
         ("requests", len(history.posts)),
         ("requests accepted", sum(post.accepted for post in history.posts)),
-        ("worker processes started", len(history.workers)),
+        ("listeners started", len(history.listeners)),
+        ("results written by workers without a listener", history.orphans),
+        ("attempts at which a stage function misbehaved", len(history.mischief)),
     ]
 
 

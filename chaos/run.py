@@ -20,17 +20,19 @@ from chaos.history import History
 from chaos.listeners import Listener, Supervisor, environment
 from chaos.nemesis import Nemesis
 from chaos.pipeline import Pipeline, url_of
+from chaos.program import LIMITED
 from chaos.proxy import Proxy
 from demo.database import EmbeddedDatabase
-from demo.terminal import CHILD, run_command
+from demo.terminal import CHILD
 
+PROGRAM = ("-m", "chaos.program")
 # Short, so that minutes are enough for thousands of calls.
 SETTINGS = {
     "STAGE_TIMEOUT": plan.STAGE_TIMEOUT,
     "LEASE_MARGIN": plan.LEASE_MARGIN,
     "MAX_ATTEMPTS": 3,
     "RETRY_DELAY": 0.2,
-    "SWEEP_INTERVAL": 1,
+    "SWEEP_INTERVAL": plan.SWEEP_INTERVAL,
     "JOB_STATE_LISTENER_RECONNECT_DELAY": 0.3,
     "LOG_LEVEL": "INFO",
 }
@@ -42,7 +44,8 @@ SETTLE_LIMIT = 150.0
 class Run:
     """A context manager; `happen` is the run itself.
 
-    listeners: how many. Every second has two workers, the later half is behind the proxies.
+    listeners: how many. Every second has four workers, the others one; the later half is behind
+        the proxies.
     rate: jobs a second.
     """
 
@@ -62,7 +65,7 @@ class Run:
             self.api = stack.enter_context(Pipeline(self.database.dsn(), self.seed))
             self.database_proxy = stack.enter_context(Proxy(self.database.port))
             self.stage_proxy = stack.enter_context(Proxy(self.api.port))
-            run_command("install", self.environ(1))
+            self.command("install")
             with closing(self.connect()) as conn:
                 audit.install(conn)
             self.supervisor = Supervisor([self.listener(1 + n) for n in range(self.count)])
@@ -88,12 +91,18 @@ class Run:
         given = SETTINGS | self.database.settings()
         given["STAGE_API_URL"] = url_of(slot, self.stage_proxy.port if behind else self.api.port)
         given["HEARTBEAT_DIR"] = self.directory / f"heartbeats-{slot}"
+        given["CHAOS_SEED"] = self.seed
         if behind:
             given["DB_PORT"] = self.database_proxy.port
         return environment(given)
 
     def listener(self, slot: int) -> Listener:
-        return Listener(slot, 2 - slot % 2, self.environ(slot), self.directory)
+        workers = 1 if slot % 2 else 4
+        return Listener(slot, workers, self.environ(slot), self.directory, PROGRAM)
+
+    def command(self, *words: str) -> None:
+        command = [sys.executable, *PROGRAM, *words]
+        subprocess.run(command, env=self.environ(1), timeout=60, **CHILD)
 
     def connect(self) -> psycopg2.extensions.connection:
         conn = psycopg2.connect(self.database.dsn())
@@ -133,9 +142,8 @@ class Run:
 
     def operate(self) -> None:
         """The operator, who retries what was given up."""
-        command = [sys.executable, "listener.py", "retry", "--all"]
         while not self.over.wait(1.0 if self.api.calm.is_set() else RETRY_EVERY):
-            subprocess.run(command, env=self.environ(1), timeout=60, **CHILD)
+            self.command("retry", "--all")
 
     def settle(self, tell: Callable[[str], None]) -> int:
         """Wait until nothing is owed; how much is, should that take too long."""
@@ -151,7 +159,9 @@ class Run:
         self.api.wait_for(lambda api: all(r.finished for r in api.requests), 60)
         listeners = self.supervisor.listeners
         with closing(self.connect()) as conn:
-            known, leases = audit.records(conn), audit.has_leases(conn)
+            known = audit.records(conn)
+        stage_of = {debt.call: debt.stage for debt in known["debts"]}
+        attempts = {(claim.job, stage_of[claim.call], claim.attempt) for claim in known["claims"]}
         return History(
             seed=self.seed,
             began=began,
@@ -160,13 +170,19 @@ class Run:
             timeout=plan.STAGE_TIMEOUT,
             lease=plan.LEASE,
             routes={"/".join(state): stage.__name__ for state, stage in stages.PIPELINE.items()},
-            leases=leases,
+            limits=LIMITED,
             owed=owed,
+            orphans=sum(each.orphans for each in listeners),
             posts=sorted(self.api.posts, key=lambda post: post.arrived),
             faults=self.nemesis.faults,
             exits=self.supervisor.exits,
             listening=[heard for each in listeners for heard in each.listening],
-            workers={name: each.slot for each in listeners for name in each.names},
-            bugs=[bug for each in listeners for bug in each.bugs],
+            listeners={name: each.slot for each in listeners for name in each.names},
+            mischief={
+                "/".join(map(str, of)): what
+                for of in attempts
+                if (what := plan.mischief(self.seed, *of))
+            },
+            bugs=[*self.application.errors, *(bug for each in listeners for bug in each.bugs)],
             **known,
         )

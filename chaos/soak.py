@@ -1,5 +1,5 @@
-"""A steady load for a long time, and what grows with it: memory, file descriptors, tables, the
-time until a call is claimed.
+"""A steady load for a long time, and what grows with it: memory of the listener and of its workers,
+file descriptors, tables, the time until a call is claimed.
 """
 
 import threading
@@ -16,7 +16,7 @@ from demo.database import EmbeddedDatabase
 from demo.stage_api import StageApi
 from demo.terminal import run_command
 
-WORKERS = [1, 2]  # of each listener: one that is its own worker, and one with a parent
+WORKERS = 4
 SAMPLES = 180
 # The shortest history that can be set, so that a run of half an hour sees it pruned.
 SETTINGS = {"HISTORY_DAYS": "0.01", "LOG_LEVEL": "INFO", "SWEEP_INTERVAL": "5"}
@@ -46,7 +46,8 @@ WHERE a.stage = 'vlm_analyze' AND a.attempt = 1
 # name, unit, growth in the second half that is none. Dead rows are vacuumed away once a minute;
 # the history grows until it is pruned.
 MEASURED = [
-    ("memory of all processes (PSS)", "MiB", 1.5),
+    ("memory of the listener (PSS)", "MiB", 1.0),
+    ("memory of its workers (PSS)", "MiB", 1.5),
     ("memory of the largest (RSS)", "MiB", 1.0),
     ("file descriptors", "number", 1.0),
     ("tables of what is owed", "KiB", 64.0),
@@ -71,12 +72,9 @@ class Soak:
             self.database = stack.enter_context(EmbeddedDatabase())
             self.api = StageApi(self.database.dsn(), delay=0.02, log=self.count)
             stack.enter_context(self.api)
-            run_command("install", self.environ(0))
-            self.listeners = [
-                Listener(slot, workers, self.environ(slot), self.directory)
-                for slot, workers in enumerate(WORKERS, 1)
-            ]
-            self.supervisor = Supervisor(self.listeners)
+            run_command("install", self.environ())
+            self.listener = Listener(1, WORKERS, self.environ(), self.directory)
+            self.supervisor = Supervisor([self.listener])
             stack.callback(self.supervisor.close)
             self.conn = stack.enter_context(closing(psycopg2.connect(self.database.dsn())))
             self.conn.autocommit = True
@@ -90,9 +88,9 @@ class Soak:
         self.over.set()
         self.stack.close()
 
-    def environ(self, slot: int) -> dict[str, str]:
+    def environ(self) -> dict[str, str]:
         given = SETTINGS | self.database.settings() | {"STAGE_API_URL": self.api.url}
-        return environment(given | {"HEARTBEAT_DIR": self.directory / f"heartbeats-{slot}"})
+        return environment(given | {"HEARTBEAT_DIR": self.directory / "heartbeats"})
 
     def count(self, _request) -> None:
         self.answered += 1
@@ -119,13 +117,13 @@ class Soak:
             times.append(now)
             samples.append(self.sample(every))
             if len(times) % max(1, SAMPLES // 10) == 0:
-                tell(f"{now / 60:5.1f} min: {samples[-1][0]:.1f} MiB")
+                tell("{:5.1f} min: {:.1f} and {:.1f} MiB".format(now / 60, *samples[-1][:2]))
         columns = zip(*samples, strict=True)
         measured = zip(MEASURED, columns, strict=True)
         return times, [Series(*known, list(values)) for known, values in measured]
 
     def sample(self, every: float) -> list[float]:
-        pids = [pid for each in self.listeners for pid in {*each.parent(), *each.pids()}]
+        pids = self.listener.pids()
         self.api.requests.clear()  # this process need not remember them
         answered, self.answered = self.answered, 0
         with self.conn.cursor() as cursor:
@@ -133,10 +131,17 @@ class Soak:
             owed, history, dead = map(float, cursor.fetchone())
             cursor.execute(LATENCY, [every])
             median, slow = cursor.fetchone()[0] or (0.0, 0.0)
-        memory = [kilobytes(pid, "Pss") / 1024 for pid in pids]
+        own, *others = [kilobytes(pid, "Pss") / 1024 for pid in pids] or [0.0]
         largest = max((kilobytes(pid, "Rss") / 1024 for pid in pids), default=0.0)
-        files = sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids)
-        return [sum(memory), largest, files, owed, dead, median, slow, answered / every, history]
+        files = sum(map(descriptors, pids))
+        rate = answered / every
+        return [own, sum(others), largest, files, owed, dead, median, slow, rate, history]
+
+
+def descriptors(pid: int) -> int:
+    with suppress(OSError):  # a worker that was replaced meanwhile
+        return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    return 0
 
 
 def kilobytes(pid: int, what: str) -> int:

@@ -35,8 +35,15 @@ CHILD = {
     "start_new_session": True,
 }
 
-# SIGKILL leaves the demo no time to stop its child, but closes the pipe this small shell reads.
-GUARDIAN = 'read -r _; kill -KILL "-$0"'
+# SIGKILL leaves the demo no time to stop its child, but closes the pipe this small shell reads. It
+# kills the listener, and then the workers, which are process groups of their own in its session.
+GUARDIAN = """
+read -r _
+kill -KILL "-$0"
+for file in /proc/[0-9]*/stat; do
+    read -r pid rest < "$file" && set -- ${rest##*) } && [ "$4" = "$0" ] && kill -KILL "$pid"
+done
+"""
 
 signals: list[int] = []  # only looked at between steps, so that nothing is left half started
 

@@ -30,21 +30,6 @@ TRIGGERS = ("job_state_change_trigger", "job_state_insert_trigger")
 # deadlock to us (deadlock_timeout is 1 s).
 LOCK_TIMEOUT = "SET LOCAL lock_timeout = '800ms'; "
 
-# The owner of our tables may have put triggers on them: what is written there is not to run
-# those with a superuser's rights. Until the end of the transaction.
-AS_OWNER = """
-DO $do$
-DECLARE
-    owner regrole := (SELECT c.relowner FROM pg_class AS c JOIN pg_roles AS r ON r.oid = c.relowner
-                      WHERE c.oid = 'pipeline_stages'::regclass AND NOT r.rolsuper);
-BEGIN
-    IF owner IS NOT NULL AND (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) THEN
-        EXECUTE format('SET LOCAL ROLE %s', owner);
-    END IF;
-END
-$do$;
-"""
-
 # What schema.sql makes the function and the triggers from.
 ASKED = """
 SELECT set_config('job_state_listener.silent', %(silent)s, true),
@@ -140,7 +125,7 @@ def apply(
     script += "".join(file.read_text() for file in SCHEMA)
     if reader:
         script += fill_in(READER, {"reader": reader}).decode()
-    script += AS_OWNER + fill_in(SYNC, params).decode()
+    script += migrations.AS_OWNER + fill_in(SYNC, params).decode()
     db.execute(conn, script)
 
 

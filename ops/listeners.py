@@ -61,9 +61,9 @@ def listeners(conn, settings: SimpleNamespace) -> list[dict[str, Any]]:
 def doing(beat: Beat | None, is_connected: bool, calls: list[dict[str, Any]]) -> str:
     """What a listener is doing; its calls go on though it is frozen, gone or not connected."""
     text = beat.doing if beat else "connected" if is_connected else "not connected"
-    if calls:
-        ends = max(call["leased_until"] for call in calls)
-        text = f"{len(calls)} call{'s' * (len(calls) > 1)} under way"
-        if not is_connected:
-            text += f", not connected; the last lease ends {clock(ends)}"
+    if under_way := sum(not call["unanswered"] for call in calls):
+        text = f"{under_way} call{'s' * (under_way > 1)} under way"
+        text += ", not connected" * (not is_connected)
+    if calls and not is_connected:
+        text += f"; the last lease ends {clock(max(call['leased_until'] for call in calls))}"
     return text if beat is None or beat.state == ALIVE else f"{beat.state}: {text}"

@@ -19,12 +19,20 @@ STEPS = {
             outcome IN ('succeeded', 'held', 'retry', 'unknown', 'failed', 'skipped',
                         'cancelled', 'lost')) NOT VALID;
     """,
-    # One listener a host. Places under max_running are counted from stage_leases. A listener of
-    # version 1 that still runs may settle its calls, but finds no slot for another one.
+    # One listener a host. Places under max_running are counted from stage_leases, and a call that
+    # got no answer has one until it is due again. A listener of version 1 that still runs may
+    # settle its calls, but finds no slot for another one.
     2: """
         ALTER TABLE IF EXISTS stage_leases
             ADD COLUMN IF NOT EXISTS unanswered boolean NOT NULL DEFAULT false;
         IF to_regclass('stage_slots') IS NOT NULL THEN
+            INSERT INTO stage_leases (job_id, call_id, attempt, stage, worker, started_at,
+                                      leased_until, unanswered)
+            SELECT a.job_id, a.call_id, a.attempt, a.stage, a.worker, a.started_at, c.due_at, true
+            FROM stage_calls AS c JOIN stage_attempts AS a
+                ON (a.job_id, a.call_id, a.attempt) = (c.job_id, c.call_id, c.attempts)
+            WHERE a.outcome = 'unknown' AND c.worker IS NULL
+              AND c.due_at > now() AND c.due_at < 'infinity';
             DELETE FROM stage_slots;
             INSERT INTO stage_slots (stage, slot, leased_until)
             SELECT DISTINCT stage, 1, 'infinity'::timestamptz FROM pipeline_stages;
@@ -44,18 +52,44 @@ SELECT pg_catalog.set_config('search_path', pg_catalog.format('%I, pg_temp', coa
     pg_catalog.current_schema())), true);
 """
 
+# The owner of our tables may have put triggers on them: what is written there is not to run
+# those with a superuser's rights. Until the end of the transaction, or RESET ROLE.
+AS_OWNER = """
+DO $do$
+DECLARE
+    owner regrole := (SELECT c.relowner FROM pg_class AS c JOIN pg_roles AS r ON r.oid = c.relowner
+                      WHERE c.oid = to_regclass('pipeline_stages') AND NOT r.rolsuper);
+BEGIN
+    IF owner IS NOT NULL AND (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) THEN
+        EXECUTE format('SET LOCAL ROLE %s', owner);
+    END IF;
+END
+$do$;
+"""
+
+# A table that is new has nobody's triggers. It belongs to whom the others belong to.
 MARK = f"""
-CREATE TABLE IF NOT EXISTS job_state_listener_schema (
-    one     boolean PRIMARY KEY DEFAULT true CHECK (one),
-    version integer NOT NULL
-);
-INSERT INTO job_state_listener_schema (version)
-SELECT CASE
-    WHEN to_regclass('stage_calls') IS NULL THEN {LATEST}
-    WHEN EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('pipeline_stages')
-                 AND attname = 'held_by') THEN 1
-    ELSE 0 END
-WHERE NOT EXISTS (SELECT FROM job_state_listener_schema);
+DO $mark$
+DECLARE
+    owner regrole := (SELECT relowner FROM pg_class WHERE oid = to_regclass('pipeline_stages'));
+BEGIN
+    IF to_regclass('job_state_listener_schema') IS NULL THEN
+        CREATE TABLE job_state_listener_schema (
+            one     boolean PRIMARY KEY DEFAULT true CHECK (one),
+            version integer NOT NULL
+        );
+        INSERT INTO job_state_listener_schema (version) SELECT CASE
+            WHEN to_regclass('stage_calls') IS NULL THEN {LATEST}
+            WHEN EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('pipeline_stages')
+                         AND attname = 'held_by') THEN 1
+            ELSE 0 END;
+        IF (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) THEN
+            EXECUTE 'ALTER TABLE job_state_listener_schema OWNER TO '
+                || coalesce(owner::text, 'CURRENT_USER');
+        END IF;
+    END IF;
+END
+$mark$;
 """
 
 STEP = """
@@ -73,7 +107,7 @@ $step$;
 def script() -> str:
     """What brings an installation of any released version to this one, in one transaction."""
     steps = (STEP.format(version=number, statements=text) for number, text in STEPS.items())
-    return BEGIN + MARK + "".join(steps)
+    return BEGIN + MARK + AS_OWNER + "".join(steps) + "RESET ROLE;"
 
 
 FOUND = "SELECT to_regclass('job_state_listener_schema') IS NOT NULL AS marked"
@@ -104,6 +138,6 @@ def refusal(conn) -> str | None:
 
 
 def require_not_newer(conn) -> None:
-    """Raises Problem where a newer program has installed; an older one would undo its work."""
+    """Raises Problem where a newer program has installed."""
     if version(conn) > LATEST:
-        raise Problem(f"nothing was changed: {refusal(conn)}")
+        raise Problem(refusal(conn))

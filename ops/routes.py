@@ -59,14 +59,14 @@ def require_installed(conn) -> None:
     """Raises Problem where the database does not know this PIPELINE."""
     mend = "run `make trigger` (python listener.py install)"
     try:
-        differences = difference(conn)
+        differences, refusal = difference(conn), migrations.refusal(conn)
     except psycopg2.errors.UndefinedTable:
         raise Problem(f"the listener's tables are missing: {mend}") from None
     except psycopg2.errors.InsufficientPrivilege as error:
         reason = str(error).strip()
         raise Problem(f"{reason}: see 'Roles and grants' in README.md") from None
-    if reason := migrations.refusal(conn):
-        raise Problem(reason)
+    if refusal:
+        raise Problem(refusal)
     if differences:
         raise Problem(f"the routes differ ({'; '.join(differences)}): {mend}")
     place = db.execute(conn, PLACE).fetchone()

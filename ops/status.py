@@ -15,6 +15,7 @@ import db
 from heartbeat import ALIVE
 from ops import migrations
 from ops.listeners import listeners
+from ops.problem import Problem
 from ops.screen import Screen
 from ops.table import JSON, RED, YELLOW, Line, clock, duration, echo_json, echo_lines, plain, table
 from ops.verify import QUEUE, Bad, check_triggers
@@ -32,8 +33,15 @@ ORDER BY position NULLS LAST, stage
 
 
 def look(conn, settings: SimpleNamespace) -> dict[str, Any]:
-    """All that status knows, as its JSON has it."""
+    """All that status knows, as its JSON has it.
+
+    Raises:
+        Problem: the database's part is older than this program.
+    """
     stages = [row._asdict() for row in db.execute(conn, STAGES)]
+    version, refusal = migrations.version(conn), migrations.refusal(conn)
+    if version < migrations.LATEST:
+        raise Problem(refusal)
     for row in stages:
         row["held_until"] = "infinity" if row["paused"] else row["held_until"]
     problem = None
@@ -50,7 +58,8 @@ def look(conn, settings: SimpleNamespace) -> dict[str, Any]:
             "port": conn.info.port,
             "user": conn.info.user,
             "version": conn.info.server_version // 10000,
-            "schema_version": migrations.version(conn),
+            "schema_version": version,
+            "schema_problem": refusal,
             "notification_queue_percent": db.execute(conn, QUEUE).fetchone()[0],
         },
         "triggers": {"ok": problem is None, "problem": problem},
@@ -76,9 +85,10 @@ def lines(said: dict[str, Any]) -> Iterator[Line]:
     """What `look` has found, for a screen of 80 columns."""
     base = said["database"]
     where = f"{base['name']} on {base['host']}:{base['port']} as {base['user']}"
-    yield f"{where}, {clock(said['at'])}", 0
+    yield f"{where}, schema {base['schema_version']}, {clock(said['at'])}", 0
     yield summary(said), 0
-    for problem in filter(None, (said["error"], said["triggers"]["problem"])):
+    problems = said["error"], base["schema_problem"], said["triggers"]["problem"]
+    for problem in filter(None, problems):
         yield f"PROBLEM  {plain(problem)}", RED
     cells = [stage_cells(row) for row in said["stages"]]
     yield from ((line, 0) for line in table(HEADER, cells, right=HEADER[1:]).split("\n"))
@@ -96,7 +106,7 @@ def summary(said: dict[str, Any]) -> str:
     due = "nothing is due" if oldest is None else f"oldest due {duration(oldest)}"
     queue = f"NOTIFY queue {base['notification_queue_percent']}%"
     triggers = "triggers on" if said["triggers"]["ok"] else "triggers BROKEN"
-    version = f"PostgreSQL {base['version']}, schema {base['schema_version']}"
+    version = f"PostgreSQL {base['version']}"
     return ", ".join([due, f"{said['calls_per_minute']:g} calls/min", version, queue, triggers])
 
 
@@ -138,28 +148,29 @@ def listener_lines(found: list[dict[str, Any]]) -> Iterator[Line]:
     if not found:
         yield "no listener is connected: start python listener.py", YELLOW
         return
-    cells, colours = [], [0]
+    cells = []
     for row in found:
         name = row["listener"]  # its end tells it from the others of its host
         if len(name) > LONGEST_LISTENER:
             name = "…" + name[1 - LONGEST_LISTENER :]
         cells.append([name, duration(row["seconds"] and round(row["seconds"])), row["doing"]])
-        colours.append(0 if row["heartbeat"] in (None, ALIVE) else RED)
-        for call in row["calls"][:MOST_CALLS]:
-            unanswered = ", no answer" * call["unanswered"]
-            doing = plain(f"{call['stage']} {call['job_id']}{unanswered}")
-            cells.append(["", duration(round(call["seconds"])), doing])
-            colours.append(0)
-        if more := len(row["calls"]) - MOST_CALLS:
-            cells += [["", "", f"and {more} more"]] * (more > 0)
-            colours += [0] * (more > 0)
-    shown = table(["listener", "since", "doing"], cells, right=["since"]).split("\n")
-    yield from zip(shown, colours, strict=True)
+    header, *shown = table(["listener", "since", "doing"], cells, right=["since"]).split("\n")
+    yield header, 0
+    for row, line in zip(found, shown, strict=True):
+        yield line, 0 if row["heartbeat"] in (None, ALIVE) else RED
+        yield from ((text, 0) for text in call_lines(row["calls"]))
+
+
+def call_lines(calls: list[dict[str, Any]]) -> Iterator[str]:
+    for call in calls[:MOST_CALLS]:
+        unanswered = "  no answer" * call["unanswered"]
+        about = plain(f"{call['stage']} {call['job_id']}")
+        yield f"{duration(round(call['seconds'])):>8}  {about}{unanswered}"
+    if len(calls) > MOST_CALLS:
+        yield f"{'':8}  and {len(calls) - MOST_CALLS} more"
 
 
 # --- the command ---------------------------------------------------------------------------
-
-NAME = "job-state-listener status"
 
 
 @click.command(short_help="What every stage owes, and what the listeners are doing.")

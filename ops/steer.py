@@ -105,6 +105,8 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, job_id: str) -> boo
         calls.give_back(conn, name, [])
         return False
     calls.settle_and_claim(conn, [ended], [], 0, name)
+    if ended.outcome == "skipped":
+        raise Problem(why_nothing_owed(conn, job_id))
     trigger.alert_given_up(alerts, ended)
     alerts.close()
     return ended.outcome == "succeeded"

@@ -18,8 +18,8 @@ def busy(database, api, listener):
     api.on("planner", lambda _: Answer(503, headers={"Retry-After": "1800"}))
     api.on("overlay", lambda _: Answer(422, b"no text"))
     with gate(api):
-        process = listener(database, "run", *[f"--stage={s}" for s in STAGES[:-1]], api=api,
-                           RETRY_DELAY=3600)  # fmt: skip
+        only = [f"--stage={stage}" for stage in STAGES[:-1]]
+        process = listener(database, "run", "--workers=1", *only, api=api, RETRY_DELAY=3600)
         jobs = {stage: database.add_job(BEFORE[stage], "done") for stage in STAGES[1:]}
         process.wait_for_line("파이프라인 단계 실행 실패", count=3)
         jobs["vlm_analyze"] = database.add_job("img_gen", "done")

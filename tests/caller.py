@@ -2,6 +2,8 @@
 
 import io
 import logging
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from types import SimpleNamespace
@@ -9,11 +11,15 @@ from types import SimpleNamespace
 import pytest
 from raw_server import OK, RawServer, in_turn
 
+import calls
 import db
 import logs
 import stages
+import trigger
+from calls import Result
+from listener import Listener
 from ops.install import apply
-from trigger import Trigger
+from trigger import boottime
 
 WITHOUT_HOLDS = "UPDATE pipeline_stages SET held_until = now() - interval '1 second'"
 
@@ -35,33 +41,66 @@ def logged(settings: SimpleNamespace) -> Iterator[io.StringIO]:
 
 
 class Caller:
-    """A Trigger on a connection of its own; a context manager."""
+    """A listener's turns, and one worker's, in the test's own process; a context manager."""
 
     def __init__(self, database, url: str, name: str = "caller", **settings: object):
+        self.directory = tempfile.TemporaryDirectory()
+        settings = {"HEARTBEAT_DIR": self.directory.name} | settings
         self.settings = database.settings(STAGE_API_URL=url, **settings)
         self.database = database
         self.conn = db.connect(self.settings, pinned=True)
-        self.trigger = Trigger(self.settings, name)
+        quiet = SimpleNamespace(stops=[], requested=False, child_ended=False)
+        self.listener = Listener(self.settings, quiet, 1)
+        self.listener.name = name
+        self.listener.bell.rings = True
+        self.trigger = self.listener.workers.trigger
         self.open = ExitStack()
 
     def __enter__(self) -> "Caller":
         self.open.callback(self.conn.close)
+        self.open.callback(self.directory.cleanup)
+        self.open.callback(self.listener.heartbeat.close)
         self.output = self.open.enter_context(logged(self.settings))
         return self
 
     def __exit__(self, *_: object) -> None:
         self.open.close()
 
-    def claim(self) -> stages.Call | None:
-        """Settle the last result and claim the next due call."""
-        return self.trigger.next(self.conn)
+    def claim(self, only: object = None) -> stages.Call | None:
+        """Settle what there is and claim the next due call, or what the job `only` owes."""
+        listener = self.listener
+        while True:
+            began = boottime()
+            wanted = listener.wanted(1, time.monotonic(), sweep=True)
+            turn = calls.settle_and_claim(
+                self.conn, listener.unwritten, wanted, 1, listener.name, sweep=True, only=only
+            )
+            listener.settled(turn)
+            if found := listener.claimed(self.conn, turn, began):
+                return found[0]
+            if not turn.claimed:
+                return None
+
+    def run(self, call: stages.Call) -> Result:
+        """Have `call` made, as a worker does; its result is kept."""
+        trigger.log_begin(call)
+        ended = self.trigger.run(call)
+        trigger.log_end(call, ended)
+        self.listener.keep(call, ended)
+        return ended
+
+    def settle(self, conn=None) -> None:
+        """Write what is unwritten."""
+        unwritten, name = self.listener.unwritten, self.listener.name
+        turn = calls.settle_and_claim(conn or self.conn, unwritten, [], 0, name)
+        self.listener.settled(turn)
 
     def call(self) -> SimpleNamespace:
         """Claim the due call, run it, settle it: the row that the history has of it."""
         call = self.claim()
         assert call is not None, "nothing is due"
-        self.trigger.run(call)
-        self.trigger.leave(self.conn)
+        self.run(call)
+        self.settle()
         return self.database.attempts(call.job_id)[-1]
 
     def call_again(self) -> SimpleNamespace:
@@ -93,9 +132,9 @@ def caller(database) -> Iterator[Callable[..., Caller]]:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., RawServer]]:
-    """serve(*behaviours, tls=None): a RawServer."""
+    """serve(*behaviours, **options): a RawServer."""
     with ExitStack() as stack:
-        yield lambda *behaviours, tls=None: stack.enter_context(RawServer(*behaviours, tls=tls))
+        yield lambda *behaviours, **options: stack.enter_context(RawServer(*behaviours, **options))
 
 
 @pytest.fixture

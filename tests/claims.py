@@ -1,28 +1,26 @@
-"""A worker's side of calls.py, short enough to write tests in."""
+"""A listener's side of calls.py, short enough to write tests in: one claim, one result."""
 
+from collections.abc import Iterable
 from contextlib import contextmanager
-
-from settling import Settlement
+from types import SimpleNamespace
+from typing import Any
 
 import calls
 import db
+from calls import Result, Turn, Wanted
 
-# As if every worker that has a call had been away for longer than its lease.
+# As if every listener that has calls under way had been away for longer than their leases.
 LEASE_OVER = "".join(
     f"UPDATE {table} SET {column} = now() - interval '1 second'"
     f" WHERE {column} BETWEEN now() AND '9999-01-01';"
-    for table, column in (
-        ("stage_calls", "due_at"),
-        ("stage_leases", "leased_until"),
-        ("stage_slots", "leased_until"),
-    )
+    for table, column in (("stage_calls", "due_at"), ("stage_leases", "leased_until"))
 )
 STAGES = ["vlm_analyze", "yolo_detect", "planner", "overlay", "vlm_judge"]
 
 
 @contextmanager
 def connected(database, **settings):
-    """A connection as a worker has it."""
+    """A connection as a listener has it."""
     conn = db.connect(database.settings(**settings), pinned=True)
     try:
         yield conn
@@ -30,21 +28,49 @@ def connected(database, **settings):
         conn.close()
 
 
-def claim(conn, worker: str = "w", stages=STAGES, lease: float = 60, **given):
-    """The next due call of any stage."""
-    return calls.claim(conn, leases=dict.fromkeys(stages, lease), worker=worker, **given)
+def wanted(stages: Iterable[str] = STAGES, lease: float = 60, most: int = 1, **given) -> list:
+    """Any stage, up to `most` calls of each; `limited` may be a set of stages."""
+    limited, share = given.pop("limited", set(stages)), given.pop("share", most)
+    return [Wanted(stage, lease, most, share, stage in limited, **given) for stage in stages]
 
 
-def result(row, outcome: str = "succeeded", worker: str = "w", **details) -> Settlement:
+def claim_many(
+    conn, free: int, worker: str = "w", stages=STAGES, results=(), lease: float = 60,
+    sweep: bool = False, only: Any = None, **given,
+) -> Turn:  # fmt: skip
+    """Settle `results` and claim up to `free` calls."""
+    found = wanted(stages, lease, free, **given)
+    return calls.settle_and_claim(conn, results, found, free, worker, sweep=sweep, only=only)
+
+
+def claim(conn, worker: str = "w", stages=STAGES, settled: Result | None = None, **given):
+    """The next due call of any stage; its call_id is None where there is none."""
+    turn = claim_many(conn, 1, worker, stages, [settled] if settled else [], **given)
+    if turn.claimed:
+        return turn.claimed[0]
+    return SimpleNamespace(call_id=None, unsettled=turn.unsettled, next_due=turn.next_due)
+
+
+def settle(conn, *results: Result) -> bool:
+    """Write results; False where the stage's own transaction holds a row of theirs."""
+    return not calls.settle_and_claim(conn, results, [], 0, "w").unsettled
+
+
+def result(row, outcome: str = "succeeded", worker: str = "w", **details) -> Result:
     """What came of the claimed `row`."""
-    same = ("job_id", "call_id", "attempt", "stage", "limited")
-    of_row = {name: getattr(row, name) for name in same}
-    return Settlement(
-        **of_row, worker=worker, started_at=row.started_at, outcome=outcome, **details
+    return Result(
+        job_id=row.key,
+        call_id=row.call_id,
+        attempt=row.attempt,
+        stage=row.stage,
+        worker=worker,
+        started_at=row.started_at,
+        outcome=outcome,
+        **details,
     )
 
 
-def held(row, worker: str = "w", **details) -> Settlement:
+def held(row, worker: str = "w", **details) -> Result:
     """The stage of `row` could not be reached, or asked for patience."""
     given = {"delay": 0.0, "free": True, "hold": True, "error": "refused"} | details
     return result(row, "held", worker, **given)

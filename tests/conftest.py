@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -171,6 +171,7 @@ class Listener:
         program: Path = PROGRAM,
     ):
         self.lines: list[str] = []
+        self.orphans: list[int] = []
         self._arrived: queue.Queue[str | None] = queue.Queue()
         self.process = subprocess.Popen(
             [*within, sys.executable, str(program), *args],
@@ -230,11 +231,22 @@ class Listener:
         return [int(pid) for pid in path.read_text().split()]
 
     def kill(self) -> None:
+        """Kill it with its workers and whatever they started."""
+        groups = self.children() if self.process.poll() is None else []
+        self.orphans += [pid for pid in groups if pid not in self.orphans]
         if self.process.poll() is None:
-            for pid in [*self.children(), self.pid]:
-                os.kill(pid, signal.SIGKILL)
-            self.wait()
+            os.kill(self.pid, signal.SIGKILL)
+        for pid in self.orphans:
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        self.wait()
         self.process.stdout.close()
+
+    def kill_alone(self) -> None:
+        """Kill the listener, and leave its workers to themselves."""
+        self.orphans += self.children()
+        os.kill(self.pid, signal.SIGKILL)
+        self.process.wait(PATIENCE)
 
 
 @pytest.fixture(scope="session")
@@ -313,7 +325,7 @@ class SharedDatabase(Database):
     def emptied(self) -> Database:
         self.rows("ROLLBACK; RESET ROLE; RESET ALL; DELETE FROM jobs; DELETE FROM stage_calls")
         self.rows(
-            "DELETE FROM stage_attempts; DELETE FROM stage_leases; DELETE FROM stage_slots;"
+            "DELETE FROM stage_attempts; DELETE FROM stage_leases;"
             " DELETE FROM stage_totals; UPDATE stage_totals_mark SET counted_until = DEFAULT"
         )
         self.rows("UPDATE pipeline_stages SET held_until = NULL, hold_seconds = NULL,"

@@ -92,18 +92,21 @@ def in_turn(*answers: bytes) -> Behaviour:
 
 
 class RawServer:
-    """Listens on 127.0.0.1; a context manager.
+    """Listens on 127.0.0.1, or on the IPv6 address `host`; a context manager.
 
     The n-th connection gets the n-th behaviour, and the last one is for all that follow. A
     behaviour's connection is closed when it returns.
     """
 
-    def __init__(self, *behaviours: Behaviour, tls: ssl.SSLContext | None = None):
+    def __init__(
+        self, *behaviours: Behaviour, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1"
+    ):
         self.behaviours, self.tls = behaviours, tls
         self.requests: list[Received] = []
         self.connections = 0
         self.closing = threading.Event()
-        self._listening = socket.create_server(("127.0.0.1", 0), backlog=64)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listening = socket.create_server((host, 0), family=family, backlog=64)
         self._open: list[socket.socket] = []
         self._bugs: list[Exception] = []
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
@@ -111,7 +114,8 @@ class RawServer:
 
     @property
     def url(self) -> str:
-        host, port = self._listening.getsockname()
+        host, port = self._listening.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
         return f"http{'s' if self.tls else ''}://{host}:{port}"
 
     def _accept(self) -> None:

@@ -5,8 +5,7 @@ import shlex
 import sys
 
 import pytest
-import settling
-from claims import claim, connected, result
+from claims import claim, connected, result, settle
 from waiting import until
 
 import alerts
@@ -129,7 +128,7 @@ def accepted(database):
     """A connection, and a job that planner accepted two hours ago and has not moved since."""
     job = database.add_job("yolo_detect")
     with connected(database) as conn:
-        settling.settle(conn, result(claim(conn)))
+        settle(conn, result(claim(conn)))
         database.rows("UPDATE stage_attempts SET finished_at = now() - interval '2 hours'")
         database.rows("UPDATE jobs SET updated_at = now() - interval '2 hours'")
         yield conn, job

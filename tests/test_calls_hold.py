@@ -3,8 +3,7 @@
 from contextlib import closing
 
 import pytest
-import settling
-from claims import STAGES, claim, connected, held, result
+from claims import STAGES, claim, connected, held, result, settle
 
 import stages
 from ops.install import apply
@@ -38,7 +37,7 @@ def hold(database):
 def test_unreachable_stage_is_held_twice_as_long_each_time_up_to_a_minute(database, conn):
     job, lengths = database.add_job(), []
     for _ in range(8):
-        assert settling.settle(conn, held(claim(conn), error="connection refused"))
+        assert settle(conn, held(claim(conn), error="connection refused"))
         assert claim(conn).call_id is None
         lengths.append(hold(database).hold_seconds)
         database.rows(HOLD_OVER)
@@ -52,7 +51,7 @@ def test_unreachable_stage_is_held_twice_as_long_each_time_up_to_a_minute(databa
 def test_stage_is_held_for_as_long_as_it_asks(database, conn, seconds):
     database.add_job()
     row = claim(conn)
-    assert settling.settle(conn, held(row, retry_after=seconds))
+    assert settle(conn, held(row, retry_after=seconds))
     assert hold(database).hold_seconds == seconds
     finished = database.value("SELECT finished_at FROM stage_attempts")
     assert (hold(database).held_until - finished).total_seconds() == seconds
@@ -63,13 +62,13 @@ def test_longer_wait_asked_for_counts_and_a_shorter_one_does_not(database, conn)
         database.add_job()
     rows = [claim(conn) for _ in range(3)]
     for row, seconds in zip(rows, (100.0, 500.0, 2.0), strict=True):
-        settling.settle(conn, held(row, retry_after=seconds))
+        settle(conn, held(row, retry_after=seconds))
     assert hold(database).hold_seconds == 500
 
 
 def test_held_stage_is_claimed_by_nobody_and_does_not_stop_the_others(database, conn):
     waiting, planned = database.add_job("img_gen", "done"), database.add_job("planner", "done")
-    settling.settle(conn, held(claim(conn)))
+    settle(conn, held(claim(conn)))
     with connected(database) as other:
         assert claim(other, "other").job_id == planned
         assert claim(other, "other").call_id is None
@@ -84,7 +83,7 @@ def test_hold_covers_every_state_of_its_stage(server, make_database, monkeypatch
     database.add_job("img_gen", "done")
     database.add_job("img_gen", "again")
     with connected(database) as conn:
-        settling.settle(conn, held(claim(conn), retry_after=60))
+        settle(conn, held(claim(conn), retry_after=60))
         assert claim(conn).call_id is None
     assert len(database.rows(HOLD + " AND held_until > now()")) == 2
 
@@ -93,24 +92,24 @@ def test_calls_begun_before_a_hold_do_not_lengthen_it(database, conn):
     for _ in range(5):
         database.add_job()
     rows = [claim(conn) for _ in range(5)]
-    settling.settle(conn, held(rows[0], error="first"))
+    settle(conn, held(rows[0], error="first"))
     begun = hold(database)
-    settling.settle(conn, held(rows[1]))
-    settling.settle(conn, held(rows[2]))
+    settle(conn, held(rows[1]))
+    settle(conn, held(rows[2]))
     assert hold(database) == begun
     database.rows("UPDATE pipeline_stages SET held_until = now(), hold_seconds = 0")
     over = hold(database)
-    settling.settle(conn, held(rows[3]))
+    settle(conn, held(rows[3]))
     assert hold(database) == over
 
 
 def test_holding_twice_with_one_result_is_as_good_as_once(database, conn):
     database.add_job()
     settled = held(claim(conn))
-    settling.settle(conn, settled)
+    settle(conn, settled)
     database.rows("UPDATE pipeline_stages SET held_until = now(), hold_seconds = 0")
     over = hold(database)
-    settling.settle(conn, settled)
+    settle(conn, settled)
     assert hold(database) == over
 
 
@@ -119,12 +118,12 @@ def test_holding_twice_with_one_result_is_as_good_as_once(database, conn):
 
 def test_success_of_a_call_begun_after_the_hold_lifts_it(database, conn):
     job = database.add_job()
-    settling.settle(conn, held(claim(conn), retry_after=600))
+    settle(conn, held(claim(conn), retry_after=600))
     row = claim(conn, only=job)
-    assert settling.settle(conn, result(row))
+    assert settle(conn, result(row))
     assert tuple(hold(database)) == (None, None, None)
     database.add_job()
-    settling.settle(conn, held(claim(conn)))
+    settle(conn, held(claim(conn)))
     assert hold(database).hold_seconds == 1
 
 
@@ -132,25 +131,25 @@ def test_success_of_a_call_begun_before_the_hold_does_not_lift_it(database, conn
     for _ in range(2):
         database.add_job()
     rows = [claim(conn), claim(conn)]
-    settling.settle(conn, held(rows[0]))
+    settle(conn, held(rows[0]))
     begun = hold(database)
-    settling.settle(conn, result(rows[1]))
+    settle(conn, result(rows[1]))
     assert hold(database) == begun
 
 
 def test_success_of_another_stage_lifts_nothing(database, conn):
     database.add_job("img_gen", "done")
-    settling.settle(conn, held(claim(conn)))
+    settle(conn, held(claim(conn)))
     database.add_job("planner", "done")
-    settling.settle(conn, result(claim(conn)))
+    settle(conn, result(claim(conn)))
     assert hold(database).hold_seconds == 1
 
 
 @pytest.mark.parametrize("outcome", ["retry", "failed", "skipped"])
 def test_only_a_success_lifts_a_hold(database, conn, outcome):
     job = database.add_job()
-    settling.settle(conn, held(claim(conn)))
-    settling.settle(conn, result(claim(conn, only=job), outcome, delay=0))
+    settle(conn, held(claim(conn)))
+    settle(conn, result(claim(conn, only=job), outcome, delay=0))
     assert hold(database).hold_seconds == 1
 
 
@@ -169,7 +168,7 @@ def test_nothing_is_coming_where_nothing_is_owed(database, conn):
 def test_retry_is_next_when_its_delay_is_over(database, conn):
     for delay in (900.0, 300.0):
         database.add_job()
-        settling.settle(conn, result(claim(conn), "retry", delay=delay))
+        settle(conn, result(claim(conn), "retry", delay=delay))
     assert 0 < next_due(conn) <= 300
     assert next_due(conn, ["planner"]) is None
 
@@ -182,9 +181,9 @@ def test_lease_is_next_when_it_runs_out(database, conn):
 
 def test_given_up_call_is_never_next(database, conn):
     database.add_job()
-    settling.settle(conn, result(claim(conn), "failed"))
+    settle(conn, result(claim(conn), "failed"))
     assert next_due(conn) is None
-    settling.settle(conn, held(claim(conn, only=database.value("SELECT job_id FROM jobs"))))
+    settle(conn, held(claim(conn, only=database.value("SELECT job_id FROM jobs"))))
     database.rows("UPDATE stage_calls SET due_at = 'infinity'")
     assert next_due(conn) is None
 
@@ -198,7 +197,7 @@ def test_due_call_that_was_passed_by_is_not_waited_for(database, conn):
 
 def test_call_of_a_held_stage_is_next_when_the_hold_ends(database, conn):
     database.add_job()
-    settling.settle(conn, held(claim(conn), retry_after=700))
+    settle(conn, held(claim(conn), retry_after=700))
     assert 60 < next_due(conn) <= 700
     database.rows("UPDATE stage_calls SET due_at = now() + interval '2000 seconds'")
     assert 700 < next_due(conn) <= 2000
@@ -206,10 +205,10 @@ def test_call_of_a_held_stage_is_next_when_the_hold_ends(database, conn):
 
 def test_held_stage_without_calls_is_not_waited_for(database, conn):
     job = database.add_job()
-    settling.settle(conn, held(claim(conn), retry_after=700))
+    settle(conn, held(claim(conn), retry_after=700))
     database.move(job, "img_gen", "queued")
     database.add_job("planner", "done")
-    settling.settle(conn, result(claim(conn), "retry", delay=1500.0))
+    settle(conn, result(claim(conn), "retry", delay=1500.0))
     assert 700 < next_due(conn) <= 1500
 
 

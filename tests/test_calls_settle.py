@@ -1,13 +1,15 @@
 """Settling: what each outcome leaves behind, who may settle, and doing it twice."""
 
 from contextlib import closing
+from dataclasses import replace
 
+import psycopg2
 import pytest
-import settling
-from claims import LEASE_OVER, claim, connected, held, result
+from claims import LEASE_OVER, claim, claim_many, connected, held, result, settle, wanted
 
 import calls
 import upkeep
+from ops.install import apply
 from ops.steer import make_due
 
 
@@ -47,18 +49,18 @@ def wait_of(database, job) -> float:
 def test_paid_call_is_gone_and_remembered(database, conn, outcome):
     job = database.add_job()
     row = claim(conn)
-    assert settling.settle(conn, result(row, outcome, http_status=202))
+    assert settle(conn, result(row, outcome, http_status=202))
     assert database.owed(job) is None
     (attempt,) = database.attempts(job)
     assert (attempt.outcome, attempt.http_status, attempt.error) == (outcome, 202, None)
     assert (attempt.call_id, attempt.attempt, attempt.stage) == (row.call_id, 1, "vlm_analyze")
-    assert (attempt.worker, attempt.started_at) == ("w", row.started_at)
+    assert attempt.worker == "w"
     assert attempt.finished_at >= attempt.started_at
 
 
 def test_retry_is_due_after_its_delay(database, conn):
     job = database.add_job()
-    assert settling.settle(conn, result(claim(conn), "retry", delay=7.5, error="HTTP 500"))
+    assert settle(conn, result(claim(conn), "retry", delay=7.5, error="HTTP 500"))
     call = database.owed(job)
     assert (call.worker, call.started_at, call.last_error) == (None, None, "HTTP 500")
     assert (call.attempts, call.free_attempts) == (1, 0)
@@ -71,15 +73,15 @@ def test_retry_is_due_after_its_delay(database, conn):
 def test_unknown_result_is_not_repeated_before_the_lease_has_run_out(database, conn, delay, wait):
     job = database.add_job()
     row = claim(conn, lease=60)
-    assert settling.settle(conn, result(row, "unknown", delay=delay, after_lease=True))
-    since = database.owed(job).due_at - row.started_at
+    assert settle(conn, result(row, "unknown", delay=delay, after_lease=True))
+    since = database.owed(job).due_at - database.attempts(job)[0].started_at
     assert wait <= since.total_seconds() < wait + 60
     assert database.owed(job).worker is None
 
 
 def test_given_up_call_stays_for_ever(database, conn):
     job = database.add_job()
-    assert settling.settle(conn, result(claim(conn), "failed", http_status=400, error="HTTP 400"))
+    assert settle(conn, result(claim(conn), "failed", http_status=400, error="HTTP 400"))
     call = database.owed(job)
     assert (call.given_up, call.last_error) == (True, "HTTP 400")
     assert claim(conn).call_id is None
@@ -87,7 +89,7 @@ def test_given_up_call_stays_for_ever(database, conn):
 
 def test_given_up_call_is_over_when_its_job_moves_on(database, conn):
     job = database.add_job()
-    settling.settle(conn, result(claim(conn), "failed"))
+    settle(conn, result(claim(conn), "failed"))
     database.move(job, "img_gen", "queued")
     assert database.owed(job) is None
 
@@ -96,7 +98,7 @@ def test_retry_by_a_person_starts_afresh(database, conn):
     job = database.add_job()
     for _ in range(3):
         database.rows("UPDATE stage_calls SET due_at = now()")
-        settling.settle(conn, result(claim(conn), "failed"))
+        settle(conn, result(claim(conn), "failed"))
     assert [row.job_id for row in make_due(conn, job)] == [job]
     row = claim(conn)
     assert (row.attempt, row.spent) == (4, 1)
@@ -106,7 +108,7 @@ def test_retry_by_a_person_starts_afresh(database, conn):
 def test_error_of_any_length_is_cut(database, conn):
     job = database.add_job()
     error = "한글'\\ %s\n" * 20_000
-    assert settling.settle(conn, result(claim(conn), "retry", delay=0, error=error))
+    assert settle(conn, result(claim(conn), "retry", delay=0, error=error))
     assert database.owed(job).last_error == error[:2000]
     assert database.attempts(job)[0].error == error[:2000]
 
@@ -121,7 +123,6 @@ def test_settling_and_claiming_are_one_transaction(database, conn):
     next_row = claim(conn, settled=result(row))
     assert database.value("SELECT txid_current()") == before + 2
     assert {row.job_id, next_row.job_id} == {first, second}
-    assert next_row.unsettled is False
     assert database.owed(row.job_id) is None
     assert database.owed(next_row.job_id).worker == "w"
 
@@ -129,7 +130,7 @@ def test_settling_and_claiming_are_one_transaction(database, conn):
 def test_result_is_written_although_nothing_is_due(database, conn):
     job = database.add_job()
     row = claim(conn, settled=result(claim(conn)))
-    assert (row.call_id, row.unsettled) == (None, False)
+    assert (row.call_id, row.unsettled) == (None, [])
     assert database.owed(job) is None
 
 
@@ -146,14 +147,14 @@ OUTCOMES = {
 
 
 @pytest.mark.parametrize("outcome", OUTCOMES)
-def test_worker_that_comes_back_late_leaves_the_call_alone(database, conn, outcome):
+def test_listener_that_comes_back_late_leaves_the_call_alone(database, conn, outcome):
     job = database.add_job()
     late = claim(conn, "late")
     database.rows(LEASE_OVER)
     claim(conn, "second")
     upkeep.reap(conn)
     call = database.owed(job)
-    assert settling.settle(conn, result(late, outcome, "late", **OUTCOMES[outcome]))
+    assert settle(conn, result(late, outcome, "late", **OUTCOMES[outcome]))
     assert database.owed(job) == call
     assert [attempt.outcome for attempt in database.attempts(job)] == ["lost", outcome]
 
@@ -164,8 +165,8 @@ def test_call_that_was_accepted_late_says_so_to_the_next_claim(database, conn):
     database.rows(LEASE_OVER)
     second = claim(conn, "second")
     assert second.accepted is False
-    settling.settle(conn, result(late, "succeeded", "late"))
-    settling.settle(conn, result(second, "retry", "second", delay=0.0))
+    settle(conn, result(late, "succeeded", "late"))
+    settle(conn, result(second, "retry", "second", delay=0.0))
     assert claim(conn).accepted is True
 
 
@@ -175,19 +176,19 @@ def test_result_of_an_earlier_arrival_does_not_settle_the_next(database, conn):
     database.move(job, "img_gen", "queued")
     database.move(job, "img_gen", "done")
     call = database.owed(job)
-    assert settling.settle(conn, result(late, "failed"))
+    assert settle(conn, result(late, "failed"))
     assert database.owed(job) == call
     claim(conn)
     call = database.owed(job)
-    assert settling.settle(conn, result(late))
+    assert settle(conn, result(late))
     assert database.owed(job) == call
 
 
-def test_result_of_another_worker_does_not_settle(database, conn):
+def test_result_of_another_listener_does_not_settle(database, conn):
     job = database.add_job()
     row = claim(conn, "one")
     call = database.owed(job)
-    assert settling.settle(conn, result(row, worker="another"))
+    assert settle(conn, result(row, worker="another"))
     assert database.owed(job) == call
 
 
@@ -198,20 +199,20 @@ def test_result_of_another_worker_does_not_settle(database, conn):
 def test_settling_twice_is_as_good_as_once(database, conn, outcome):
     job = database.add_job()
     settled = result(claim(conn), outcome, **OUTCOMES[outcome])
-    assert settling.settle(conn, settled)
+    assert settle(conn, settled)
     once = database.owed(job), database.attempts(job)
-    assert settling.settle(conn, settled)
-    assert claim(conn, stages=["planner"], settled=settled).unsettled is False
+    assert settle(conn, settled)
+    assert claim(conn, stages=["planner"], settled=settled).unsettled == []
     assert (database.owed(job), database.attempts(job)) == once
 
 
 def test_settling_again_leaves_the_next_attempt_alone(database, conn):
     job = database.add_job()
     settled = result(claim(conn), "retry", delay=0.0)
-    settling.settle(conn, settled)
+    settle(conn, settled)
     claim(conn)
     call = database.owed(job)
-    assert settling.settle(conn, settled)
+    assert settle(conn, settled)
     assert database.owed(job) == call
 
 
@@ -222,11 +223,11 @@ def test_answer_before_the_commit_is_settled_after_it(database, conn, stage):
     job = database.add_job()
     settled = result(claim(conn))
     stage.cursor().execute("UPDATE jobs SET current_step = 'vlm_analyze' WHERE job_id = %s", [job])
-    assert settling.settle(conn, settled) is False
+    assert settle(conn, settled) is False
     assert [attempt.outcome for attempt in database.attempts(job)] == ["succeeded"]
-    assert settling.settle(conn, settled) is False
+    assert settle(conn, settled) is False
     stage.commit()
-    assert settling.settle(conn, settled) is True
+    assert settle(conn, settled) is True
     assert database.owed(job).stage == "yolo_detect"
     assert len(database.attempts(job)) == 1
 
@@ -235,10 +236,112 @@ def test_answer_before_a_rollback_is_settled_after_it(database, conn, stage):
     job = database.add_job()
     settled = result(claim(conn), "retry", delay=0.0, error="HTTP 500")
     stage.cursor().execute("UPDATE jobs SET status = 'running' WHERE job_id = %s", [job])
-    assert claim(conn, settled=settled).unsettled is True
+    assert claim(conn, settled=settled).unsettled == [settled.call_id]
     stage.rollback()
-    assert settling.settle(conn, settled) is True
+    assert settle(conn, settled) is True
     assert claim(conn).attempt == 2
+
+
+# --- what the database refuses -------------------------------------------------------------
+
+REFUSED = {
+    "an outcome that the history does not know": {"outcome": "never heard of"},
+    "a delay that ends after the end of time": {"outcome": "retry", "delay": 1e13},
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_result_that_the_database_refuses_costs_only_itself(database, conn, why):
+    for _ in range(12):
+        database.add_job()
+    rows = claim_many(conn, 10).claimed
+    results = [result(row) for row in rows]
+    results[4] = replace(results[4], **REFUSED[why])
+    with pytest.raises(psycopg2.DatabaseError):
+        settle(conn, *results)
+    assert database.rows("SELECT 1 FROM stage_attempts") == []
+    turn = calls.in_parts(conn, results, wanted(), 10, "w")
+    assert turn.unsettled == [] and len(turn.claimed) == 1
+    assert len(claim_many(conn, 10).claimed) == 1
+    for number, row in enumerate(rows):
+        if number != 4:
+            assert database.owed(row.job_id) is None
+            assert [a.outcome for a in database.attempts(row.job_id)] == ["succeeded"]
+    assert database.value("SELECT count(*) FROM stage_leases") == 2
+
+
+def test_result_that_cannot_be_recorded_gives_its_call_up_and_says_why(database, conn):
+    job = database.add_job()
+    settled = result(claim(conn), "never heard of", error="HTTP 418")
+    calls.in_parts(conn, [settled], wanted(), 1, "w")
+    call = database.owed(job)
+    assert call.given_up and call.worker is None
+    assert call.last_error.startswith("its result (never heard of) cannot be recorded:")
+
+
+LONG = "SELECT string_agg(md5(n::text), '') FROM generate_series(1, 84) AS n"
+
+
+@pytest.mark.parametrize(("outcome", "owes"), [("succeeded", False), ("failed", True)])
+def test_call_whose_id_is_too_long_for_the_history_is_settled_all_the_same(
+    empty_database, outcome, owes
+):
+    database = empty_database
+    database.rows("CREATE TABLE jobs (job_id text PRIMARY KEY, tenant_id text, current_step text,"
+                  " status text)")  # fmt: skip
+    with connected(database) as conn:
+        apply(conn)
+        # It fits into the index of stage_calls, and not into that of stage_attempts.
+        long = database.value(f"SELECT left(({LONG}), 2688)")
+        database.rows("INSERT INTO jobs VALUES (%s, 't', 'img_gen', 'done')", long)
+        database.rows("INSERT INTO jobs VALUES ('other', 't', 'img_gen', 'done')")
+        rows = claim_many(conn, 2).claimed
+        results = [result(row, outcome) for row in rows]
+        with pytest.raises(psycopg2.errors.ProgramLimitExceeded):
+            settle(conn, *results)
+        assert calls.in_parts(conn, results, wanted(), 2, "w").unsettled == []
+        assert (database.owed(long) is not None) == owes
+        assert [a.outcome for a in database.attempts("other")] == [outcome]
+        assert database.rows("SELECT 1 FROM stage_leases") == []
+
+
+def test_fault_of_more_than_one_row_gives_nothing_up(database, conn):
+    job = database.add_job()
+    settled = result(claim(conn))
+    database.add_job()
+    with closing(database.connect()) as elsewhere:
+        elsewhere.cursor().execute("BEGIN; LOCK TABLE stage_attempts")
+        with pytest.raises(psycopg2.errors.LockNotAvailable):
+            calls.in_parts(conn, [settled], wanted(), 1, "w")
+    assert (database.owed(job).worker, database.owed(job).attempts) == ("w", 1)
+    assert database.rows("SELECT 1 FROM stage_calls WHERE due_at = 'infinity'") == []
+
+
+POISON = "UPDATE stage_calls SET attempts = 2147483647 WHERE job_id = %s"
+
+
+def test_call_that_cannot_be_claimed_is_given_up_and_the_next_one_is_claimed(database, conn):
+    poisoned, next_job, other = (database.add_job(s) for s in ("img_gen", "img_gen", "overlay"))
+    database.rows(POISON, poisoned)
+    with pytest.raises(psycopg2.errors.NumericValueOutOfRange):
+        claim_many(conn, 4)
+    assert [row.job_id for row in calls.in_parts(conn, [], wanted(), 4, "w").claimed] == [other]
+    call = database.owed(poisoned)
+    assert call.given_up and "integer out of range" in call.last_error
+    assert [row.job_id for row in claim_many(conn, 4).claimed] == [next_job]
+
+
+def test_call_that_cannot_be_claimed_does_not_give_up_one_that_is_passed_by(database, conn):
+    """The first due call by the clock may be one whose last request is still under way."""
+    waiting, poisoned = database.add_job(), database.add_job()
+    assert claim(conn).job_id == waiting
+    database.move(waiting, "img_gen", "queued")
+    database.move(waiting, "img_gen", "done")
+    database.rows("UPDATE stage_calls SET due_at = now() WHERE job_id = %s", poisoned)
+    database.rows(POISON, poisoned)
+    calls.in_parts(conn, [], wanted(), 4, "w")
+    assert database.owed(poisoned).given_up
+    assert not database.owed(waiting).given_up
 
 
 # --- claims nobody knows about -------------------------------------------------------------
@@ -263,7 +366,29 @@ def test_only_own_claims_without_a_result_are_given_back(database, conn):
     assert database.owed(lost.job_id).worker is None
     assert database.owed(kept.job_id).worker == "w"
     assert database.owed(others.job_id).worker == "another"
-    assert settling.settle(conn, result(kept))
+    assert settle(conn, result(kept))
+
+
+def test_lease_of_a_call_without_an_answer_is_not_given_back(database, conn):
+    job = database.add_job()
+    settle(conn, result(claim(conn), "unknown", delay=0, after_lease=True))
+    assert calls.give_back(conn, "w", []).given_back == 0
+    [lease] = database.rows("SELECT unanswered FROM stage_leases")
+    assert lease.unanswered
+    call = database.owed(job)
+    assert (call.attempts, call.free_attempts) == (1, 0)
+    assert claim(conn).call_id is None
+
+
+def test_lease_of_a_call_without_an_answer_ends_unrecorded(database, conn):
+    job = database.add_job()
+    settle(conn, result(claim(conn), "unknown", delay=0, after_lease=True))
+    assert upkeep.reap(conn) == 0
+    assert len(database.rows("SELECT 1 FROM stage_leases")) == 1
+    database.rows(LEASE_OVER)
+    upkeep.reap(conn)
+    assert database.rows("SELECT 1 FROM stage_leases") == []
+    assert [attempt.outcome for attempt in database.attempts(job)] == ["unknown"]
 
 
 @pytest.mark.parametrize("end", ["commit", "rollback"])
@@ -287,5 +412,5 @@ def test_result_of_a_call_given_back_changes_nothing(database, conn):
     settled = held(claim(conn))
     calls.give_back(conn, "w", [])
     call = database.owed(job)
-    assert settling.settle(conn, settled)
+    assert settle(conn, settled)
     assert database.owed(job) == call

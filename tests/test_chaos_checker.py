@@ -11,13 +11,14 @@ from chaos.checker import (
     ATTEMPTS,
     EARLY,
     KEYS,
+    LIMIT,
     LOST,
     OVERLAP,
     PROCESS,
     REPEATED,
     check,
 )
-from chaos.history import Claim, Debt, Exit, Fault, Gone, History, Move, Post, Row
+from chaos.history import Claim, Debt, Exit, Fault, Gone, History, Lease, Move, Post, Row
 
 TIMEOUT, LEASE = 2.0, 3.0
 ONE, OTHER = "host-101-aaaaaa", "host-202-bbbbbb"
@@ -32,7 +33,7 @@ class Script(History):
         super().__init__(
             1, began=0, calm=90, ended=100, timeout=TIMEOUT, lease=LEASE, routes=routes
         )
-        self.workers = {ONE: 1, OTHER: 2}
+        self.listeners = {ONE: 1, OTHER: 2}
 
     def move(self, at, step, status="done", debt=True):
         """The job changes its state in a transaction of its own; the call it owes then."""
@@ -51,7 +52,7 @@ class Script(History):
         """The request of the latest claim; 0.1 s after it, if not said otherwise."""
         claim = self.claims[-1]
         self.posts.append(
-            Post("j", self.stage(claim), self.workers[claim.worker], key or f"key {claim.call}",
+            Post("j", self.stage(claim), self.listeners[claim.worker], key or f"key {claim.call}",
                  claim.attempt, arrived or claim.at + 0.1, finished, status, sent, "work")
         )  # fmt: skip
 
@@ -78,9 +79,9 @@ class Script(History):
     def fault(self, kind, reach, began, ended=None, slots=(1, 2), pids=()):
         self.faults.append(Fault(kind, reach, began, ended or began, list(slots), list(pids)))
 
-    def kill(self, at, worker=ONE):
-        pids = [history.pid_of(worker)]
-        self.fault("kill -9 worker", "worker", at, slots=[self.workers[worker]], pids=pids)
+    def kill(self, at, worker=ONE, kind="kill -9 listener and workers", reach="listener"):
+        pids, slots = [history.pid_of(worker)], [self.listeners[worker]]
+        self.fault(kind, reach, at, slots=slots, pids=pids)
 
 
 @pytest.fixture
@@ -155,13 +156,47 @@ def killed_in_a_call(script, accepted=True):
 
 
 @pytest.mark.parametrize("accepted", [True, False])
-def test_call_of_a_killed_worker_is_repeated_after_its_lease(accepted, script):
+def test_call_that_was_killed_with_its_listener_is_repeated_after_its_lease(accepted, script):
     killed_in_a_call(script, accepted)
     verdict = check(script)
     assert verdict.findings == []
+    assert list(verdict.repeats) == [("" if accepted else "not ") + "accepted, all was killed"]
+
+
+def test_call_whose_listener_alone_was_killed_is_repeated_where_no_answer_came(script):
+    killed_in_a_call(script, accepted=False)
+    script.faults.clear()
+    script.kill(1.3, kind="kill -9 listener")
+    verdict = check(script)
+    assert verdict.findings == []
     assert list(verdict.repeats) == [
-        ("" if accepted else "not ") + "accepted, the worker suffered: kill -9"
+        "not accepted, the listener was killed, and no answer came in time"
     ]
+
+
+def died_in_a_call(script, error):
+    """The stage had accepted, the worker did not live to say so."""
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.post(1.3)
+    script.row(1.4, "unknown", error=error)
+    script.called(1.1 + LEASE, attempt=2)
+
+
+def test_accepted_call_whose_worker_was_killed_is_repeated_after_its_lease(script):
+    died_in_a_call(script, "its worker was killed by SIGKILL")
+    script.kill(1.35, kind="kill -9 worker", reach="worker")
+    verdict = check(script)
+    assert verdict.findings == []
+    assert list(verdict.repeats) == ["accepted, but the worker was killed"]
+
+
+def test_accepted_call_whose_stage_function_never_returned_is_repeated_after_its_lease(script):
+    died_in_a_call(script, "no answer within 2 s, so its worker was killed")
+    script.mischief = {"j/vlm_analyze/1": "post, then compute in C"}
+    verdict = check(script)
+    assert verdict.findings == []
+    assert list(verdict.repeats) == ["accepted, but the stage function never returned"]
 
 
 def test_call_without_an_answer_in_time_is_repeated_after_its_lease(script):
@@ -262,18 +297,6 @@ def test_job_called_away_during_a_call_is_called_at_its_new_place(script):
     assert list(verdict.overlaps) == ["the job had moved on meanwhile"]
 
 
-def test_missing_row_of_a_killed_worker_is_a_known_gap_while_leases_are_not_kept(script):
-    script.move(1, "img_gen")
-    script.claim(1.1)
-    script.post(1.5)
-    script.kill(1.3)
-    script.move(1.4, "vlm_analyze", "running")
-    verdict = check(script)
-    assert verdict.findings == [] and len(verdict.gaps) == 1
-    script.leases = True
-    assert kinds(script) == {ATTEMPTS}
-
-
 def test_processes_end_when_asked_or_killed(script):
     script.exits = [
         Exit(1, 101, 0, 50, 0, True, True),
@@ -357,11 +380,49 @@ def test_late_acceptance_may_come_too_late_for_a_claim_of_that_moment(script):
 @pytest.mark.parametrize(
     ("at", "slot", "worker"), [(1.0, 1, ONE), (4.2, 1, ONE), (1.3, 2, ONE), (1.3, 1, OTHER)]
 )
-def test_kill_of_another_time_place_or_worker_explains_nothing(at, slot, worker, script):
+def test_kill_of_another_time_place_or_listener_explains_nothing(at, slot, worker, script):
     killed_in_a_call(script, accepted=False)
-    script.faults.clear()
-    script.fault("kill -9 worker", "worker", at, slots=[slot], pids=[history.pid_of(worker)])
+    pids = [history.pid_of(worker)]
+    script.faults[0] = replace(script.faults[0], began=at, ended=at, slots=[slot], pids=pids)
     assert kinds(script) == {ATTEMPTS}
+
+
+def test_worker_must_write_what_was_answered_though_its_listener_was_killed(script):
+    killed_in_a_call(script)
+    script.faults.clear()
+    script.kill(1.3, kind="kill -9 listener")
+    assert kinds(script) == {REPEATED, ATTEMPTS}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {},  # nothing was done to it
+        {"kind": "kill -9 worker", "reach": "worker", "at": 4.0},
+        {"kind": "kill -9 worker", "reach": "worker", "at": 1.35, "worker": OTHER},
+    ],
+)
+def test_accepted_call_whose_worker_died_without_a_fault_is_found(fault, script):
+    died_in_a_call(script, "its worker was killed by SIGKILL")
+    if fault:
+        script.kill(**fault)
+    assert kinds(script) == {REPEATED, PROCESS}
+
+
+def test_killed_worker_explains_no_call_but_its_own(script):
+    died_in_a_call(script, "no answer within 2 s, so its worker was killed")
+    script.kill(1.35, kind="kill -9 worker", reach="worker")
+    assert kinds(script) == {REPEATED}
+
+
+@pytest.mark.parametrize("planned", [None, "crash"])
+def test_worker_that_crashes_though_nobody_planned_it_is_found(planned, script):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.row(1.2, "unknown", error="its worker was killed by SIGSEGV")
+    script.called(1.1 + LEASE, attempt=2)
+    script.mischief = {"j/vlm_analyze/1": planned}
+    assert kinds(script) == (set() if planned else {PROCESS})
 
 
 def test_accepted_call_taken_for_lost_without_a_fault_is_found(script):
@@ -468,6 +529,46 @@ def test_two_calls_of_one_job_at_once_are_found_where_it_had_not_left(claimed, s
     assert kinds(script) == {OVERLAP}
 
 
+@pytest.mark.parametrize("outcome", [None, "unknown", "retry"])
+def test_same_stage_called_for_a_job_that_came_back_during_the_lease_is_found(outcome, script):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.post(3, status=500)
+    if outcome:
+        script.row(1.5, outcome)
+    first = script.claims[-1]
+    script.move(1.6, "img_gen", "paused")
+    script.move(1.7, "img_gen")
+    script.called(1.8, worker=OTHER)
+    if not outcome:
+        script.row(3, "retry", 500, claim=first)
+    assert kinds(script) == (set() if outcome == "retry" else {OVERLAP})
+
+
+def leases(*spans):
+    """Of one stage; each is claimed, committed and at an end at these times."""
+    return [
+        Lease(number, 1, "vlm_analyze", claimed, began, claimed + LEASE, ended)
+        for number, (claimed, began, ended) in enumerate(spans)
+    ]
+
+
+def test_stage_that_is_full_is_not_called(script):
+    script.limits = {"vlm_analyze": 2}
+    script.leases = leases((1, 1.1, 2.0), (1, 1.2, 5.0), (1.9, 2.1, None), (4.1, 4.2, None))
+    assert kinds(script) == set()
+    script.limits = {"vlm_analyze": 1}
+    assert kinds(script) == {LIMIT}
+
+
+def test_limit_is_exceeded_until_the_lease_has_ended_or_run_out(script):
+    script.limits = {"vlm_analyze": 1}
+    script.leases = leases((1, 1.1, None), (3.9, 4.0, None))
+    assert kinds(script) == {LIMIT}
+    script.leases = leases((1, 1.1, None), (4.0, 4.1, None))
+    assert kinds(script) == set()
+
+
 def test_call_claimed_after_the_job_left_is_found(script):
     script.move(1, "img_gen")
     script.move(2, "img_gen", "paused")
@@ -523,19 +624,17 @@ def test_request_before_its_claim_is_found(script):
     assert kinds(script) == {ATTEMPTS}
 
 
-def test_attempt_of_a_killed_worker_is_in_the_history_where_the_job_stayed(script):
+def test_attempt_of_a_killed_listener_is_in_the_history_where_the_job_stayed(script):
     killed_in_a_call(script)
     script.rows = [row for row in script.rows if row.outcome != "lost"]
     assert kinds(script) == {ATTEMPTS}
 
 
-def test_claim_of_a_killed_worker_is_in_the_history_though_it_was_never_sent(script):
+def test_claim_of_a_killed_listener_is_in_the_history_though_it_was_never_sent(script):
     script.move(1, "img_gen")
     script.claim(1.1)
     script.kill(1.15)
     script.move(1.4, "vlm_analyze", "running")
-    assert kinds(script) == set()
-    script.leases = True
     assert kinds(script) == {ATTEMPTS}
 
 

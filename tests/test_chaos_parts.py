@@ -1,18 +1,24 @@
 """What the chaos and soak runs are made of: the plan, the bad network, the verdict on a trend."""
 
+import os
 import random
+import select
+import signal
 import socket
+import subprocess
+import sys
 from contextlib import closing
 from xml.etree import ElementTree
 
 import pytest
 from waiting import PATIENCE, until
 
-from chaos import faults, pipeline, plan
+from chaos import faults, pipeline, plan, program
 from chaos.application import ACTIONS
 from chaos.plot import svg
 from chaos.proxy import Proxy
 from chaos.trend import Series
+from demo.terminal import CHILD, GUARDIAN
 
 # --- the plan ------------------------------------------------------------------------------
 
@@ -40,6 +46,48 @@ def test_everything_planned_can_be_done():
     kinds = {fault.kind for fault in plan.faults(7, 3600)}
     assert kinds == set(plan.FAULTS)
     assert {step.what for step in plan.steps(7, 300, 3)} == set(ACTIONS)
+    assert set(plan.MISCHIEF) == program.BEFORE.keys() | program.AFTER.keys()
+
+
+def test_mischief_is_planned_for_the_first_attempts_alone():
+    planned = [[plan.mischief(7, f"job {n}", "planner", attempt) for n in range(2000)]
+               for attempt in (1, plan.TRIED + 1)]  # fmt: skip
+    assert set(planned[0]) == {None, *plan.MISCHIEF}
+    assert planned[0].count(None) > 1800
+    assert set(planned[1]) == {None}
+
+
+# --- the processes -------------------------------------------------------------------------
+
+# A listener's shape: a process whose child leads a process group of its own.
+PROCESSES = """
+import os, subprocess, time
+child = subprocess.Popen(["sleep", "1000"], preexec_fn=os.setpgrp)
+print(child.pid, flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("killed_before", [False, True])
+def test_guardian_ends_a_listener_and_workers_that_have_outlived_it(killed_before):
+    command = [sys.executable, "-c", PROCESSES]
+    with subprocess.Popen(command, **CHILD) as process:
+        worker = os.pidfd_open(int(process.stdout.readline()))
+        guardian = subprocess.Popen(
+            ["sh", "-c", GUARDIAN, str(process.pid)],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        if killed_before:
+            process.kill()
+            process.wait()
+        guardian.communicate()
+        assert process.wait(PATIENCE) == -signal.SIGKILL
+    try:
+        assert select.select([worker], [], [], PATIENCE)[0], "the worker lives"
+    finally:
+        os.close(worker)
 
 
 # --- the bad network -----------------------------------------------------------------------

@@ -1,7 +1,6 @@
-"""Whatever anybody NOTIFYs, a worker hears it: one line each, and it goes on."""
+"""Whatever anybody NOTIFYs, a listener hears it: one line each, and it goes on."""
 
 import json
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
@@ -10,9 +9,7 @@ from conftest import Database
 from fuzzing import fuzzed, joined
 from hypothesis import example, given
 from hypothesis import strategies as st
-from process import Stop
 from waiting import LISTENING, until, wait_until_idle
-from worker import Worker
 
 import db
 import logs
@@ -52,45 +49,28 @@ PAYLOADS = (TEXTS | SHAPED | BROKEN | st.integers(900, 3900).map(deep)).map(
 
 
 @contextmanager
-def signals_kept() -> Iterator[None]:
-    """A worker's Stop takes them over."""
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    signal.set_wakeup_fd(-1)
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
-    db.stop = None
-
-
-@contextmanager
-def hearing(database, directory) -> Iterator[Callable[[str, object, int], list[str]]]:
-    """hear(sql, given, count): what a worker logs when `sql` rings so many bells."""
-    settings = database.settings(HEARTBEAT_DIR=directory, LOG_LEVEL="DEBUG")
-    with (
-        signals_kept(),
-        logged(settings) as output,
-        closing(db.connect(settings)) as conn,
-    ):
-        worker = Worker(settings, Stop(), [])
+def hearing(database) -> Iterator[Callable[[str, object, int], list[str]]]:
+    """hear(sql, given, count): what a listener logs when `sql` rings so many bells."""
+    settings = database.settings(LOG_LEVEL="DEBUG")
+    with logged(settings) as output, closing(db.connect(settings)) as conn:
+        bell = notifications.Bell(settings)
         notifications.listen(conn)
 
         def hear(sql: str, given: object, count: int) -> list[str]:
             said, heard = output.tell(), []
             database.rows(sql, given)
-            until(lambda: heard.append(worker.bell.hear(conn)) or sum(heard) >= count, "every bell")
+            until(lambda: heard.append(bell.hear(conn)) or sum(heard) >= count, "every bell")
             output.seek(said)
             return output.read().split("\n")[:-1]
 
         yield hear
-        worker.heartbeat.close()
 
 
 RING = f"SELECT pg_notify('{db.CHANNEL}', n) FROM unnest(%s::text[]) AS n"
 
 
-def test_any_notification_is_one_line_and_no_error(database, tmp_path):
-    with hearing(database, tmp_path) as hear:
+def test_any_notification_is_one_line_and_no_error(database):
+    with hearing(database) as hear:
 
         @fuzzed(100)
         @given(payloads=st.lists(PAYLOADS, unique=True, max_size=5))

@@ -1,10 +1,13 @@
-"""max_running: exact over all workers, and no stage waits for another's slot."""
+"""max_running: exact over all listeners, and no stage waits for a place of another."""
 
-from contextlib import closing
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 
+import psycopg2
 import pytest
-import settling
-from claims import LEASE_OVER, claim, connected, result
+from claims import LEASE_OVER, STAGES, claim, claim_many, connected, result, settle, wanted
 from commands import ROOT
 from waiting import until
 
@@ -17,19 +20,19 @@ from demo.stage_api import StageApi
 from ops.install import apply
 
 LEASES = "SELECT stage, attempt, worker FROM stage_leases"
-FREE = "SELECT count(*) FROM stage_slots WHERE leased_until <= now()"
+UNDER_WAY = "SELECT count(*) FROM stage_leases WHERE stage = %s AND leased_until > now()"
 
 
-def limit(database, running: int | None, stage: str = "vlm_analyze") -> None:
-    """Let `stage` have `running` slots, as install would."""
-    database.rows("DELETE FROM stage_slots WHERE stage = %s", stage)
-    insert = "INSERT INTO stage_slots SELECT %s, generate_series(1, %s)"
-    database.rows(insert, stage, running or 0)
+def limit(database, running: int, stage: str = "vlm_analyze") -> None:
+    """Let `stage` have `running` calls at once, as install would."""
+    database.rows("INSERT INTO stage_limits VALUES (%s, %s)", stage, running)
 
 
 @pytest.fixture
 def database(shared_database):
-    return shared_database.emptied()
+    shared_database.rows("DELETE FROM stage_limits")
+    yield shared_database.emptied()
+    shared_database.rows("DELETE FROM stage_limits")
 
 
 @pytest.fixture
@@ -44,40 +47,47 @@ def other(database):
         yield conn
 
 
-# --- slots ---------------------------------------------------------------------------------
+# --- places --------------------------------------------------------------------------------
 
 
 def test_full_stage_is_passed_by_and_the_others_go_on(database, conn):
     limit(database, 1)
     for step in ("img_gen", "img_gen", "overlay"):
         database.add_job(step)
-    first = claim(conn)
-    assert (first.stage, first.limited) == ("vlm_analyze", True)
-    second = claim(conn)
-    assert (second.stage, second.limited) == ("vlm_judge", False)
+    assert claim(conn).stage == "vlm_analyze"
+    assert claim(conn).stage == "vlm_judge"
     assert claim(conn).call_id is None
 
 
+@pytest.mark.parametrize("share", [1, 8])
+def test_claim_of_many_takes_no_more_than_there_are_places(database, conn, share):
+    limit(database, 3)
+    for step in ["img_gen"] * 5 + ["overlay"] * 2:
+        database.add_job(step)
+    claimed = [row.stage for row in claim_many(conn, 8, share=share).claimed]
+    assert Counter(claimed) == {"vlm_analyze": 3, "vlm_judge": 2}
+    assert claim_many(conn, 8).claimed == []
+
+
 @pytest.mark.parametrize("outcome", ["succeeded", "retry", "failed", "held", "skipped"])
-def test_known_outcome_frees_the_slot(database, conn, outcome):
+def test_known_outcome_frees_the_place(database, conn, outcome):
     limit(database, 1)
-    database.add_job()
+    database.add_job(), database.add_job()
     row = claim(conn)
-    assert database.value(FREE) == 0
-    assert settling.settle(conn, result(row, outcome, delay=3600))
-    assert database.value(FREE) == 1
+    assert claim(conn).call_id is None
+    assert settle(conn, result(row, outcome, delay=3600))
+    assert claim(conn).call_id
 
 
-def test_settling_and_claiming_in_one_takes_the_slot_that_it_frees(database, conn):
+def test_settling_and_claiming_in_one_takes_the_place_that_it_frees(database, conn):
     limit(database, 1)
-    first, second = database.add_job(), database.add_job()
+    jobs = {database.add_job() for _ in range(3)}
     row = claim(conn)
-    again = claim(conn, settled=result(row))
-    assert {row.job_id, again.job_id} == {first, second}
-    assert database.value(FREE) == 0
+    again = claim_many(conn, 4, results=[result(row)]).claimed
+    assert len(again) == 1 and {row.job_id, again[0].job_id} < jobs
 
 
-def test_slot_of_an_unknown_call_is_free_only_after_its_lease(database, conn):
+def test_place_of_an_unknown_call_is_free_only_after_its_lease(database, conn):
     limit(database, 1)
     database.add_job(), database.add_job()
     row = claim(conn)
@@ -86,7 +96,7 @@ def test_slot_of_an_unknown_call_is_free_only_after_its_lease(database, conn):
     assert claim(conn).call_id
 
 
-def test_slot_of_a_lost_worker_is_free_after_its_lease(database, conn, other):
+def test_place_of_a_lost_listener_is_free_after_its_lease(database, conn, other):
     limit(database, 1)
     database.add_job()
     claim(conn, "lost")
@@ -95,7 +105,7 @@ def test_slot_of_a_lost_worker_is_free_after_its_lease(database, conn, other):
     assert claim(other).taken_over
 
 
-def test_call_given_back_frees_its_slot(database, conn):
+def test_call_given_back_frees_its_place(database, conn):
     limit(database, 1)
     database.add_job()
     claim(conn)
@@ -103,23 +113,146 @@ def test_call_given_back_frees_its_slot(database, conn):
     assert claim(conn).call_id
 
 
-def test_late_result_frees_no_slot_of_another(database, conn, other):
+def test_late_result_frees_no_place_of_another(database, conn, other):
     limit(database, 1)
     database.add_job()
     late = claim(conn, "late")
     database.rows(LEASE_OVER)
-    claim(other, "second")
-    settling.settle(conn, result(late, "succeeded", "late"))
-    assert database.value(FREE) == 0
+    assert claim(other, "second").call_id
+    settle(conn, result(late, "succeeded", "late"))
+    database.add_job()
+    assert claim(conn).call_id is None
 
 
-def test_call_by_hand_waits_for_a_slot_like_any_other(database, conn, run_command):
+def test_call_by_hand_waits_for_a_place_like_any_other(database, conn, run_command):
     limit(database, 1)
     database.add_job()
     claim(conn)
     job = database.add_job()
     refused = run_command(database, "call", job).refused(1)
     assert refused == f"job {job}: vlm_analyze is at its limit of 1 calls at once; try again"
+
+
+# --- at the same time ----------------------------------------------------------------------
+
+
+def patient(conn):
+    """It waits for a lock for as long as it takes."""
+    db.execute(conn, "SET lock_timeout = 0")
+    return conn
+
+
+def is_waiting(database, conn) -> bool:
+    waits = "SELECT wait_event_type = 'Lock' FROM pg_stat_activity WHERE pid = %s"
+    return database.value(waits, conn.info.backend_pid)
+
+
+@contextmanager
+def holding_limit(database, stage: str):
+    """Another transaction holds the row of this limit meanwhile."""
+    with closing(database.connect()) as holder:
+        holder.autocommit = False
+        holder.cursor().execute("SELECT FROM stage_limits WHERE name = %s FOR UPDATE", [stage])
+        yield
+
+
+TWO_JOBS = """
+INSERT INTO jobs (current_step, status) VALUES ('yolo_detect', 'done'), ('yolo_detect', 'done')
+"""
+LATER = "UPDATE stage_calls SET due_at = now() + interval '1 hour'"
+
+
+@pytest.mark.parametrize(("arrive", "sweep"), [("SELECT", False), (LATER, True)])
+def test_limit_is_exact_although_calls_arrive_between_lock_and_claim(
+    database, conn, other, arrive, sweep
+):
+    limit(database, 1), limit(database, 1, "planner")
+    database.add_job("img_gen")
+    patient(conn), patient(other)
+    with ThreadPoolExecutor(2) as pool, closing(database.connect()) as application:
+        application.cursor().execute(f"BEGIN; {TWO_JOBS}")
+        with holding_limit(database, "vlm_analyze"):
+            first = pool.submit(claim_many, conn, 8, "first", sweep=sweep)
+            until(lambda: is_waiting(database, conn), "the first to wait for the limit")
+            application.cursor().execute(f"COMMIT; {arrive}")
+            db.execute(other, "BEGIN")
+            second = pool.submit(claim_many, other, 8, "second", ["planner"], sweep=sweep)
+            until(lambda: second.done() or is_waiting(database, other), "the second to claim")
+        first.result()
+        second.result()
+        db.execute(other, "COMMIT")
+    assert database.value(UNDER_WAY, "planner") == 1
+
+
+def test_limit_is_exact_for_two_people_at_once(database, conn, other):
+    limit(database, 1)
+    jobs = [database.add_job(), database.add_job()]
+    database.rows("UPDATE stage_calls SET due_at = now() + interval '1 hour', attempts = 1")
+    patient(other)
+    db.execute(conn, "BEGIN")
+    assert claim(conn, only=jobs[0]).call_id
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(claim, other, only=jobs[1])
+        until(lambda: second.done() or is_waiting(database, other), "the second to claim")
+        db.execute(conn, "COMMIT")
+        assert second.result().call_id is None
+
+
+class Stages:
+    """How many calls each stage has in hand, as the stages themselves would count."""
+
+    def __init__(self):
+        self.now, self.most, self.lock = Counter(), Counter(), threading.Lock()
+
+    def begin(self, rows) -> None:
+        with self.lock:
+            self.now.update(row.stage for row in rows)
+            self.most |= self.now
+
+    def end(self, rows) -> None:
+        with self.lock:
+            self.now.subtract(row.stage for row in rows)
+
+
+def test_limits_are_exact_over_listeners_that_claim_many_at_once(database):
+    limit(database, 1), limit(database, 2, "planner")
+    steps, counted, done = ("img_gen", "yolo_detect", "overlay"), Stages(), Counter()
+    jobs = 360
+    for number in range(90):
+        database.add_job(steps[number % 3])
+
+    def listen(name: str) -> None:
+        rows = []
+        with connected(database) as conn:
+            patient(conn)
+            while sum(done.values()) < jobs:
+                counted.end(rows)  # before another listener can know
+                results = [result(row, worker=name) for row in rows]
+                rows = claim_many(conn, 4, name, results=results, share=1).claimed
+                counted.begin(rows)
+                done.update(row.stage for row in rows)
+            counted.end(rows)
+
+    with ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(listen, name) for name in "abcd"]
+        for number in range(90, jobs):  # they arrive meanwhile
+            database.add_job(steps[number % 3])
+        for one in running:
+            one.result()
+    assert done == {"vlm_analyze": 120, "planner": 120, "vlm_judge": 120}
+    assert (counted.most["vlm_analyze"], counted.most["planner"]) == (1, 2)
+    assert counted.most["vlm_judge"] > 2
+
+
+def test_limit_whose_row_is_locked_stops_no_other_stage(database, conn):
+    limit(database, 1)
+    limited, free = database.add_job("img_gen"), database.add_job("overlay")
+    with holding_limit(database, "vlm_analyze"):
+        with pytest.raises(psycopg2.errors.LockNotAvailable):
+            claim_many(conn, 4)
+        turn = calls.in_parts(conn, [], wanted(STAGES), 4, "w")
+        assert [row.job_id for row in turn.claimed] == [free]
+    assert claim(conn).job_id == limited
 
 
 # --- waking --------------------------------------------------------------------------------
@@ -130,7 +263,7 @@ def heard(conn) -> int:
     return sum(n.channel == db.WAKE_CHANNEL for n in notifications.hear(conn))
 
 
-def test_slot_that_is_freed_and_not_taken_wakes_those_who_wait(database, conn, other):
+def test_place_that_is_freed_and_not_taken_wakes_those_who_wait(database, conn, other):
     limit(database, 1)
     for step in ("img_gen", "img_gen", "overlay"):
         database.add_job(step)
@@ -141,17 +274,27 @@ def test_slot_that_is_freed_and_not_taken_wakes_those_who_wait(database, conn, o
     assert heard(other) == 1
 
 
-def test_slot_that_is_taken_again_at_once_wakes_nobody(database, conn, other):
+def test_place_that_is_freed_by_a_listener_that_claims_nothing_wakes_those_who_wait(
+    database, conn, other
+):
+    limit(database, 1)
+    database.add_job(), database.add_job()
+    notifications.listen(other)
+    assert settle(conn, result(claim(conn)))
+    assert heard(other) == 1
+
+
+def test_place_that_is_taken_again_at_once_wakes_nobody(database, conn, other):
     limit(database, 1)
     for _ in range(3):
         database.add_job()
     notifications.listen(other)
     row = claim(conn)
-    assert claim(conn, settled=result(row)).limited
+    assert claim(conn, settled=result(row)).call_id
     assert heard(other) == 0
 
 
-def test_slot_nobody_waits_for_wakes_nobody(database, conn, other):
+def test_place_nobody_waits_for_wakes_nobody(database, conn, other):
     limit(database, 1)
     database.add_job()
     notifications.listen(other)
@@ -168,11 +311,11 @@ def test_lease_outlives_the_debt_until_the_call_is_settled(database, conn):
     database.move(job, "vlm_analyze", "running")
     assert database.owed(job) is None
     assert database.rows(LEASES) == [("vlm_analyze", 1, "w")]
-    settling.settle(conn, result(row))
+    settle(conn, result(row))
     assert database.rows(LEASES) == []
 
 
-def test_worker_lost_while_its_job_runs_leaves_a_lost_attempt(database, conn):
+def test_listener_lost_while_its_job_runs_leaves_a_lost_attempt(database, conn):
     job = database.add_job()
     claim(conn, "lost")
     database.move(job, "vlm_analyze", "running")
@@ -200,28 +343,31 @@ def declare():
         vars(function).pop("limits", None)
 
 
-def test_install_makes_as_many_slots_as_are_declared(server, make_database, declare):
+LIMITS = "SELECT name, max_running FROM stage_limits"
+
+
+def test_install_knows_the_limits_that_are_declared(server, make_database, declare):
     database = make_database(server)
     with closing(db.connect(database.settings())) as conn:
-        for running, slots in ((2, [1, 2]), (3, [1, 2, 3]), (1, [1]), (None, [])):
+        for running in (2, 3, 1, None):
             declare(stages.planner, max_running=running)
             apply(conn)
-            found = database.rows("SELECT slot FROM stage_slots WHERE stage = 'planner' ORDER BY 1")
-            assert [row.slot for row in found] == slots
+            expected = [] if running is None else [("planner", running)]
+            assert database.rows(LIMITS) == expected
 
 
 def test_calls_under_way_count_as_soon_as_there_is_a_limit(server, make_database, declare):
     database = make_database(server)
-    jobs = [database.add_job("yolo_detect") for _ in range(3)]
+    for _ in range(3):
+        database.add_job("yolo_detect")
     with connected(database) as conn:
-        row = claim(conn)
+        assert claim(conn).call_id
         declare(stages.planner, max_running=2)
         apply(conn)
-        assert claim(conn).limited and claim(conn).call_id is None
-        assert row.job_id in jobs and database.value(FREE) == 0
+        assert claim(conn).call_id and claim(conn).call_id is None
 
 
-def test_worker_does_not_start_with_another_limit_than_the_database(database, run_command):
+def test_listener_does_not_start_with_another_limit_than_the_database(database, run_command):
     with closing(database.connect()) as conn:
         conn.cursor().execute("UPDATE pipeline_stages SET max_running = 2 WHERE stage = 'planner'")
     done = run_command(database, "run", "--once")
@@ -241,11 +387,10 @@ def test_impossible_limit_is_refused_where_it_is_declared(given):
 def test_timeout_and_attempts_of_a_stage_win_over_the_settings(database, caller, serve, declare):
     declare(stages.vlm_analyze, timeout=7, max_attempts=1)
     database.add_job(), database.add_job("overlay")
-    worker = caller("http://127.0.0.1:1", STAGE_TIMEOUT=50, LEASE_MARGIN=3, MAX_ATTEMPTS=4)
-    first, second = worker.claim(), worker.claim()
-    assert (first.limits.timeout, first.limits.max_attempts) == (7, 1)
-    assert (second.limits.timeout, second.limits.max_attempts) == (50, 4)
-    assert first.until - first.began == pytest.approx(7)
+    listener = caller("http://127.0.0.1:1", STAGE_TIMEOUT=50, LEASE_MARGIN=3, MAX_ATTEMPTS=4)
+    first, second = listener.claim(), listener.claim()
+    assert (first.timeout, first.max_attempts) == (7, 1)
+    assert (second.timeout, second.max_attempts) == (50, 4)
     leases = database.rows("SELECT extract(epoch FROM leased_until - started_at)::int AS s,"
                            " stage FROM stage_leases")  # fmt: skip
     assert {row.stage: row.s for row in leases} == {"vlm_analyze": 10, "vlm_judge": 53}

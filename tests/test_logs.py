@@ -1,61 +1,71 @@
-"""When lines of the log are written: as a worker begins to wait, and not before its next step."""
+"""The lines of the log: one event, one line, no secrets, whatever the data."""
 
-import io
 import logging
+import sys
 
 import pytest
 
-import logs
+import config
+from logs import LONGEST_LINE, OneLine
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+def line(message: str, *args: object, exc_info=None, **settings: str) -> str:
+    record = logging.LogRecord("listener", logging.INFO, "", 1, message, args, exc_info)
+    return OneLine(config.read(settings)).format(record)
 
 
-@pytest.fixture
-def log_to():
-    """log_to(stream): the listener's log, written there."""
-    log, added = logging.getLogger("listener"), []
-
-    def log_to(stream) -> logging.Logger:
-        added.append(logs.Held(stream))
-        log.addHandler(added[-1])
-        log.setLevel(logging.INFO)
-        return log
-
-    yield log_to
-    for handler in added:
-        log.removeHandler(handler)
+@pytest.mark.parametrize("character", ["\n", "\r", "\x00", "\x1b", "\x85", "\u2028", "\u2029"])
+def test_data_cannot_begin_a_line_of_its_own(character):
+    text = line("job=%s", f"a{character}2025-01-01 INFO [1] forged")
+    assert character not in text
+    assert len(text.splitlines()) == 1
 
 
-def test_lines_are_held_until_they_are_to_be_written(log_to):
-    stream = io.StringIO()
-    log = log_to(stream)
-    log.info("one")
-    log.info("two")
-    assert stream.getvalue() == ""
-    logs.write()
-    logs.write()
-    assert stream.getvalue() == "one\ntwo\n"
+def test_korean_and_emoji_stay_readable():
+    assert line("Job 상태 변화 감지: %s", "작업 🎨").endswith("Job 상태 변화 감지: 작업 🎨")
 
 
-def test_warning_is_written_at_once_after_what_came_before(log_to):
-    stream = io.StringIO()
-    log = log_to(stream)
-    log.info("one")
-    log.warning("two")
-    assert stream.getvalue() == "one\ntwo\n"
+def test_long_line_is_cut():
+    text = line("job=%s", "x" * 10 * LONGEST_LINE)
+    assert text.endswith("x…")
+    assert len(text) < LONGEST_LINE + 100
 
 
-def test_terminal_sees_every_line_at_once(log_to):
-    stream = Terminal()
-    log_to(stream).info("one")
-    assert stream.getvalue() == "one\n"
+SECRETS = {
+    "DB_PASSWORD": "pw-of-db",
+    "STAGE_API_URL": "http://me:pw-of%2Fapi@127.0.0.1",
+    "DATABASE_URL": "postgresql://me:pw%2Fof-url@host/jobs",
+}
 
 
-def test_what_is_held_is_written_at_the_end(log_to):
-    stream = io.StringIO()
-    log_to(stream).info("one")
-    logging.shutdown([lambda: logging.getLogger("listener").handlers[-1]])
-    assert stream.getvalue() == "one\n"
+@pytest.mark.parametrize(
+    "secret", ["pw-of-db", "pw-of%2Fapi", "pw-of/api", "pw%2Fof-url", "pw/of-url"]
+)
+def test_known_secrets_are_replaced_wherever_they_stand(secret):
+    assert secret not in line("could not use '%s' here", secret, **SECRETS)
+    assert line("before %s after", secret, **SECRETS).endswith("before *** after")
+
+
+@pytest.mark.parametrize("text", ["http://someone:else@host/path", "host=h password = else"])
+def test_what_looks_like_a_secret_is_replaced(text):
+    assert "else" not in line(text)
+
+
+def raised(text: str):
+    try:
+        raise ValueError(text)
+    except ValueError:
+        return sys.exc_info()
+
+
+def test_every_line_of_a_traceback_is_marked():
+    error = raised("first\n2025-01-01 00:00:00,000 INFO [1] forged\r\x1b[2Jend")
+    first, *trace = line("단계 함수 오류", exc_info=error).split("\n")
+    assert first.endswith("단계 함수 오류")
+    assert all(text.startswith("    | ") for text in trace)
+    assert "    | 2025-01-01 00:00:00,000 INFO [1] forged\\r\\x1b[2Jend" in trace
+
+
+def test_traceback_shows_no_secret_and_is_bounded():
+    assert "pw-of-db" not in line("오류", exc_info=raised("with pw-of-db"), **SECRETS)
+    assert len(line("오류", exc_info=raised("y" * 1_000_000))) < 25_000

@@ -1,10 +1,11 @@
 """A model of claim, settle, move on, expire, hold, pause, retry and cancel, held against the real
-SQL in any order, with several workers and a clock that the test moves.
+SQL in any order, with several listeners and a clock that the test moves.
 """
 
+import itertools
+
 import pytest
-import settling
-from claims import connected, result
+from claims import claim_many, connected, result, settle
 from fuzzing import fuzzed
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -27,10 +28,10 @@ ROUTED = {
     ("yolo_detect", "done"): "planner",
 }
 STATES = [*ROUTED, ("vlm_analyze", "running"), ("planner", "failed")]
-LIMITED, SLOTS = "vlm_analyze", 2
+LIMITED, LIMIT = "vlm_analyze", 2
 STAGES = list(ROUTED.values())
 LEASE = 100
-WORKERS = ["a", "b", "c"]
+LISTENERS = ["a", "b", "c"]
 DETAILS = {
     "succeeded": {},
     "retry": {"delay": 20.0},
@@ -42,22 +43,23 @@ DETAILS = {
 CLOCKS = {
     "stage_calls": ["due_at", "started_at"],
     "stage_leases": ["leased_until", "started_at"],
-    "stage_slots": ["leased_until"],
     "pipeline_stages": ["held_until"],
     "stage_attempts": ["started_at", "finished_at"],
 }
 
 
 class Pipeline(RuleBasedStateMachine):
-    """Jobs as the application moves them, beside what the workers hold and have been told."""
+    """Jobs as the application moves them, beside what the listeners hold and have been told."""
 
     def __init__(self, database, conns):
         super().__init__()
         self.database, self.conns = database, conns
         self.states: dict[str, tuple[str, str]] = {}
         self.paid: set[str] = set()  # owe nothing, although they rest in a routed state
-        self.held: dict[str, object] = {}  # what each worker has claimed and not settled
-        self.late: list[tuple[str, object]] = []  # claims whose worker was taken for lost
+        # What each listener has claimed and not settled; claims that were taken for lost.
+        self.held: dict[str, list] = {name: [] for name in LISTENERS}
+        self.late: list[tuple[str, object]] = []
+        self.unanswered: list = []  # claims whose lease outlasts their result
         self.accepted: set[tuple] = set()  # (job, call) of which an attempt succeeded
         self.seen: set[tuple] = set()  # (job, call, attempt) that was handed out
         self.paused: set[str] = set()
@@ -67,8 +69,8 @@ class Pipeline(RuleBasedStateMachine):
     @initialize()
     def empty(self):
         self.database.emptied()
-        self.database.rows("INSERT INTO stage_slots SELECT %s, generate_series(1, %s)",
-                           LIMITED, SLOTS)  # fmt: skip
+        self.database.rows("DELETE FROM stage_limits")
+        self.database.rows("INSERT INTO stage_limits VALUES (%s, %s)", LIMITED, LIMIT)
 
     # --- the application ---
 
@@ -100,54 +102,71 @@ class Pipeline(RuleBasedStateMachine):
             self.database.rows("DELETE FROM jobs WHERE job_id = %s", job)
             self.paid.discard(job)
 
-    # --- the workers ---
+    # --- the listeners ---
 
-    @rule(worker=st.sampled_from(WORKERS))
-    def claim(self, worker):
-        if worker in self.held:
-            return
-        conn = self.conns[worker]
-        row = calls.claim(conn, leases=dict.fromkeys(STAGES, LEASE), worker=worker)
-        if row.call_id is None:
-            return
-        job, attempt = str(row.job_id), (row.job_id, row.call_id, row.attempt)
+    @rule(
+        name=st.sampled_from(LISTENERS),
+        free=st.integers(1, 4),
+        outcomes=st.lists(st.sampled_from(sorted(DETAILS)), max_size=4),
+        sweep=st.booleans(),
+    )
+    def turn(self, name, free, outcomes, sweep):
+        """Settle some of what is in hand, and claim as much as there is room for, at once."""
+        ended = list(zip(self.held[name], outcomes, strict=False))
+        self.held[name] = self.held[name][len(ended) :]
+        self.unanswered += [row for row, outcome in ended if outcome == "unknown"]
+        results = [self.told(row, name, outcome) for row, outcome in ended]
+        before = [self.database.owed(row.job_id) for row, _ in ended]
+        stages = sorted(STAGES, key=lambda stage: stage == LIMITED)
+        turn = claim_many(self.conns[name], free, name, stages, results, LEASE, sweep, share=1)
+        self.after_results(name, ended, before, [row.job_id for row in turn.claimed])
+        assert turn.unsettled == [] and len(turn.claimed) <= free
+        for row in turn.claimed:
+            self.claimed(name, row)
+
+    def claimed(self, name, row):
+        job, attempt = row.key, (row.job_id, row.call_id, row.attempt)
         assert attempt not in self.seen and row.stage not in self.paused
         assert row.accepted == ((row.job_id, row.call_id) in self.accepted)
         assert row.owed == (self.states.get(job) == (row.current_step, row.status))
-        assert row.limited == (row.stage == LIMITED)
-        holding = [r for r in self.held.values() if r.job_id == row.job_id]
-        assert all(r.call_id != row.call_id for r in holding), "two workers at one call"
+        under_way = [*itertools.chain(*self.held.values()), *self.unanswered]
+        assert (row.job_id, row.stage) not in [(r.job_id, r.stage) for r in under_way]
         self.seen.add(attempt)
         if row.owed and not row.accepted:
-            self.held[worker] = row
+            self.held[name].append(row)
             return
-        assert settling.settle(conn, result(row, "skipped", worker))
+        assert settle(self.conns[name], result(row, "skipped", name))
         if row.accepted and job in self.states:
             self.paid.add(job)
 
-    @rule(worker=st.sampled_from(WORKERS), outcome=st.sampled_from(sorted(DETAILS)))
-    def settle(self, worker, outcome):
-        if row := self.held.pop(worker, None):
-            self.write(row, worker, outcome)
+    @rule(name=st.sampled_from(LISTENERS))
+    def give_back(self, name):
+        """The answer of a claim was lost with the connection; what is in hand is kept."""
+        keep = [row.call_id for row in self.held[name]]
+        keep += [row.call_id for who, row in self.late if who == name]
+        assert calls.give_back(self.conns[name], name, keep).locked == 0
 
     @rule(outcome=st.sampled_from(sorted(DETAILS)))
     def settle_late(self, outcome):
         if self.late:
-            worker, row = self.late.pop()
-            self.write(row, worker, outcome)
+            name, row = self.late.pop()
+            before = self.database.owed(row.job_id)
+            assert settle(self.conns[name], self.told(row, name, outcome))
+            self.after_results(name, [(row, outcome)], [before], [])
 
-    def write(self, row, worker, outcome):
-        before = self.database.owed(row.job_id)
-        mine = before and (before.call_id, before.attempts, before.worker) == (
-            row.call_id, row.attempt, worker)  # fmt: skip
-        told = result(row, outcome, worker, error="error", **DETAILS[outcome])
-        assert settling.settle(self.conns[worker], told)
-        if outcome == "succeeded":
-            self.accepted.add((row.job_id, row.call_id))
-        if not mine:  # a late result changes no call
-            assert self.database.owed(row.job_id) == before
-        elif outcome == "succeeded":
-            self.paid.add(str(row.job_id))
+    def told(self, row, name, outcome):
+        return result(row, outcome, name, error="error", **DETAILS[outcome])
+
+    def after_results(self, name, ended, before, claimed):
+        for (row, outcome), call in zip(ended, before, strict=True):
+            mine = call and (call.call_id, call.attempts, call.worker) == (
+                row.call_id, row.attempt, name)  # fmt: skip
+            if outcome == "succeeded":
+                self.accepted.add((row.job_id, row.call_id))
+            if mine and outcome == "succeeded":
+                self.paid.add(row.key)
+            elif not mine and row.job_id not in claimed:  # a late result changes no call
+                assert self.database.owed(row.job_id) == call
 
     @rule(seconds=st.sampled_from([5, 30, LEASE + 1]))
     def wait(self, seconds):
@@ -155,8 +174,9 @@ class Pipeline(RuleBasedStateMachine):
             moved = ", ".join(f"{c} = {c} - make_interval(secs => {seconds})" for c in columns)
             self.database.rows(f"UPDATE {table} SET {moved}")
         if seconds > LEASE:
-            self.late += self.held.items()
-            self.held.clear()
+            self.late += [(name, row) for name, rows in self.held.items() for row in rows]
+            self.held = {name: [] for name in LISTENERS}
+            self.unanswered.clear()
 
     @rule()
     def reap(self):
@@ -203,7 +223,7 @@ class Pipeline(RuleBasedStateMachine):
     @invariant()
     def no_limit_is_exceeded(self):
         running = "SELECT count(*) FROM stage_leases WHERE stage = %s AND leased_until > now()"
-        assert self.database.value(running, LIMITED) <= SLOTS
+        assert self.database.value(running, LIMITED) <= LIMIT
 
     @invariant()
     def every_attempt_is_under_way_or_in_the_history(self):
@@ -214,7 +234,7 @@ class Pipeline(RuleBasedStateMachine):
 
 @pytest.fixture
 def conns(shared_database):
-    """A connection of every worker."""
+    """A connection of every listener."""
     with (
         connected(shared_database) as a,
         connected(shared_database) as b,

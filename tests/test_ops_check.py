@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from waiting import gate, until, wait_for_call, wait_until_idle
 
-from heartbeat import DEAD, Beat, Heartbeat, heartbeats
+from heartbeat import Beat, Heartbeat, heartbeats
 
 AWAY = {"DB_PORT": 1}
 
@@ -24,10 +24,11 @@ def line(done, code: int) -> str:
     return text.partition(": ")[2]
 
 
-def test_no_worker_is_not_ok_and_says_what_to_start(database, run_command, tmp_path):
+def test_no_listener_is_not_ok_and_says_what_to_start(database, run_command, tmp_path):
     told = line(run_command(database, "check"), 1)
+    directory = tmp_path / "heartbeats"
     assert told == (
-        f"no worker is running: no heartbeat in {tmp_path / 'heartbeats'}; start python listener.py"
+        f"no listener is running: no heartbeat in {directory}; start python listener.py"
     )
 
 
@@ -37,59 +38,70 @@ def test_heartbeats_that_cannot_be_read_are_not_taken_for_none(database, run_com
     assert told.endswith("): run check as the listener's user")
 
 
-def test_idle_worker_is_alive_whatever_the_database_does(database, listener, run_command, tmp_path):
+def test_idle_listener_is_alive_whatever_the_database_does(
+    database, listener, run_command, tmp_path
+):
     listener(database)
     wait_until_idle(tmp_path)
     told = line(run_command(database, "check", **AWAY), 0)
-    assert told == "1 worker alive: waiting for a job to change"
+    assert told == "1 listener alive: waiting for a job to change"
 
 
-def test_worker_without_its_database_is_alive(database, listener, run_command):
-    process = listener(database, **AWAY)
+def test_listener_without_its_database_is_alive(database, listener, run_command, tmp_path):
+    process = listener(database, **AWAY, JOB_STATE_LISTENER_RECONNECT_DELAY=3600)
     process.wait_for_line("재연결 시도")
-    assert "1 worker alive: database away: ConnectionLost: " in line(
-        run_command(database, "check"), 0
+    until(lambda: "database away" in beats(tmp_path)[0].doing, "its heartbeat says so")
+    assert line(run_command(database, "check"), 0).startswith(
+        "1 listener alive: database away: ConnectionLost: "
     )
 
 
-def test_long_call_is_no_hang(database, api, listener, run_command):
-    with gate(api):
-        listener(database, api=api)
-        job = database.add_job("img_gen", "done")
-        wait_for_call(api, job)
-        told = line(run_command(database, "check"), 0)
-        assert told == f"1 worker alive: calling vlm_analyze for job {job}"
-
-
-def test_killed_worker_is_named_with_what_it_did(database, api, listener, run_command, tmp_path):
+@pytest.fixture
+def calling(database, api, listener, tmp_path):
+    """A listener with a call under way."""
     with gate(api):
         process = listener(database, api=api)
-        job = database.add_job("img_gen", "done")
-        wait_for_call(api, job)
-        process.kill()
-        [beat] = beats(tmp_path)
-        told = line(run_command(database, "check"), 1)
-        doing = f"calling vlm_analyze for job {job}"
-        assert told == f"worker {beat.worker} (pid {beat.pid}) is dead; it was {doing}"
+        wait_for_call(api, database.add_job("img_gen", "done"))
+        until(lambda: beats(tmp_path)[0].doing == "making calls", "its heartbeat says so")
+        yield process
 
 
-def test_one_dead_worker_of_three_is_enough(database, listener, run_command, tmp_path):
-    process = listener(database, "run", "--workers", "3")
-    wait_until_idle(tmp_path, workers=3)
-    assert line(run_command(database, "check"), 0).startswith("3 workers alive: waiting")
-    process.signal(signal.SIGSTOP)  # else the parent would start another one
-    os.kill(process.children()[1], signal.SIGKILL)
-    until(lambda: DEAD in [beat.state for beat in beats(tmp_path)], "a dead worker")
+def test_listener_with_a_call_under_way_is_alive(database, calling, run_command):
+    assert line(run_command(database, "check"), 0) == "1 listener alive: making calls"
+
+
+def test_killed_listener_is_dead_though_its_workers_go_on(database, calling, run_command, tmp_path):
+    calling.kill_alone()
+    [beat] = beats(tmp_path)
+    told = line(run_command(database, "check"), 1)
+    assert told == f"listener {beat.listener} (pid {beat.pid}) is dead; it was making calls"
+
+
+def test_one_dead_listener_of_two_is_enough(database, listener, run_command, tmp_path):
+    first, _ = listener(database), listener(database)
+    wait_until_idle(tmp_path, listeners=2)
+    assert line(run_command(database, "check"), 0).startswith("2 listeners alive: waiting")
+    first.kill()
     assert "is dead; it was waiting for a job" in line(run_command(database, "check"), 1)
 
 
-def test_worker_past_its_time_hangs(database, run_command, tmp_path):
+def test_listener_is_alive_whatever_becomes_of_its_workers(
+    database, listener, run_command, tmp_path
+):
+    process = listener(database)
+    wait_until_idle(tmp_path)
+    for pid in process.children():
+        os.kill(pid, signal.SIGSTOP)
+    assert line(run_command(database, "check"), 0).startswith("1 listener alive: ")
+
+
+def test_listener_past_its_time_hangs(database, run_command, tmp_path):
     heartbeat = Heartbeat(str(tmp_path / "heartbeats"), "stuck")
-    heartbeat.beat("calling overlay for job 7", -1)
+    heartbeat.beat("making calls", -1)
     try:
         told = line(run_command(database, "check"), 1)
-        assert told.startswith("worker stuck hangs: ")
-        assert told.endswith(" s calling overlay for job 7")
+        assert told.startswith("listener stuck hangs: ")
+        assert told.endswith(" s making calls")
     finally:
         heartbeat.close()
 
@@ -97,19 +109,19 @@ def test_worker_past_its_time_hangs(database, run_command, tmp_path):
 def test_disabled_listener_is_ok(database, listener, run_command):
     listener(database, ENABLE_JOB_STATE_LISTENER="false").wait_for_line("비활성화됨")
     told = line(run_command(database, "check"), 0)
-    assert told == "1 worker alive: disabled by ENABLE_JOB_STATE_LISTENER=false"
+    assert told == "1 listener alive: disabled by ENABLE_JOB_STATE_LISTENER=false"
 
 
 def test_stopped_listener_is_not_ok(database, listener, run_command, tmp_path):
     process = listener(database)
     wait_until_idle(tmp_path)
     process.stop()
-    assert "no worker is running" in line(run_command(database, "check"), 1)
+    assert "no listener is running" in line(run_command(database, "check"), 1)
 
 
 @pytest.fixture
 def waiting(database, listener, tmp_path):
-    """A worker for one stage only, and a call of another that nobody takes."""
+    """A listener for one stage only, and a call of another that nobody takes."""
     listener(database, "run", "--stage", "planner")
     wait_until_idle(tmp_path)
     job = database.add_job("img_gen", "done")
@@ -126,7 +138,7 @@ def test_overdue_call_is_not_ok_with_max_lag(database, run_command, waiting):
 
 def test_lag_below_the_limit_is_ok_and_shown(database, run_command, waiting):
     told = line(run_command(database, "check", "--max-lag", "7200"), 0)
-    assert told.startswith("1 worker alive: waiting for a job to change; oldest due call 36")
+    assert told.startswith("1 listener alive: waiting for a job to change; oldest due call 36")
 
 
 def test_given_up_call_is_no_lag(database, run_command, waiting):

@@ -4,8 +4,6 @@ from contextlib import closing
 
 import pytest
 
-NOTHING_CHANGED = "jobs is locked by another transaction; nothing was "
-
 # Everything in a database that somebody made, but for rows.
 OBJECTS = """
 SELECT 'class', c.oid, relname::text FROM pg_class AS c
@@ -28,12 +26,13 @@ ROUTES = [
 MADE = [
     "table jobs",
     "table pipeline_stages",
-    "table stage_slots",
+    "table stage_limits",
     "table stage_calls",
     "table stage_leases",
     "table stage_attempts",
     "table stage_totals",
     "table stage_totals_mark",
+    "table job_state_listener_schema",
     "view pipeline_overview",
     "view stage_latency",
     "view given_up_calls",
@@ -115,7 +114,10 @@ def test_locked_jobs_stop_an_install_with_one_line_and_nothing_changed(empty_dat
     with closing(empty_database.connect()) as application:
         application.cursor().execute("BEGIN; INSERT INTO jobs VALUES ('a')")
         refused = run_command(empty_database, "install").refused(1)
-        assert refused == NOTHING_CHANGED + "changed: try again"
+        assert refused == (
+            "another transaction holds a lock on jobs or on our tables, or another install is "
+            "under way; nothing was changed: try again"
+        )
     assert empty_database.rows(OBJECTS) == before
 
 
@@ -197,7 +199,7 @@ def test_locked_jobs_stop_an_uninstall_with_one_line_and_nothing_changed(databas
     with closing(database.connect()) as application:
         application.cursor().execute("BEGIN; LOCK TABLE jobs IN ROW EXCLUSIVE MODE")
         refused = run_command(database, "uninstall", "--yes").refused(1)
-        assert refused == NOTHING_CHANGED + "removed: try again"
+        assert refused == "jobs is locked by another transaction; nothing was removed: try again"
     assert database.rows(OBJECTS) == before
 
 

@@ -52,7 +52,7 @@ def test_every_situation_of_a_call_is_counted_where_it_is(database, api, listene
         }
         assert attempts == dict.fromkeys(OUTCOMES, 0) | {outcome: 1}
     assert found.by_stage("stalled_jobs") == dict.fromkeys(STAGES, 0)
-    assert found.of("workers_connected") == 1
+    assert found.of("listeners_connected") == 1
 
 
 def test_idle_database_has_every_series_at_zero(database):
@@ -61,19 +61,20 @@ def test_idle_database_has_every_series_at_zero(database):
     for name in ("owed", "due", "running", "retrying", "given_up"):
         assert set(found.by_stage(f"{name}_calls").values()) == {0}
     assert set(found.by_stage("oldest_due_age_seconds").values()) == {0}
-    assert found.of("workers_connected") == 0
+    assert found.of("listeners_connected") == 0
     triggers = ("job_state_change_trigger", "job_state_insert_trigger")
     assert [found.of("database_trigger_enabled", trigger=name) for name in triggers] == [1, 1]
     assert (found.of("routes_in_sync"), found.of("notification_queue_usage_ratio")) == (1, 0)
 
 
-def test_workers_are_counted_once_each_while_they_work(database, api, listener, tmp_path):
-    listener(database, "run", "--workers", "2", api=api)
-    wait_until_idle(tmp_path, workers=2)
+def test_listeners_are_counted_and_not_their_workers(database, api, listener, tmp_path):
+    for _ in range(2):
+        listener(database, "run", "--workers", "8", api=api)
+    wait_until_idle(tmp_path, listeners=2)
     with gate(api):
         job = database.add_job("img_gen", "done")
         wait_for_call(api, job)
-        assert scrape(database).of("workers_connected") == 2
+        assert scrape(database).of("listeners_connected") == 2
 
 
 def test_accepted_job_that_does_not_change_is_stalled(database, accepting, caller):

@@ -158,7 +158,7 @@ def test_database_that_does_not_exist_exits_3(database, run_command):
 def test_database_without_our_tables_gets_told_what_to_run(empty_database, run_command, typed):
     done = run_command(empty_database, *typed.split())
     assert done.code == 1
-    if not typed.startswith("check"):  # its one line says that no worker runs
+    if not typed.startswith("check"):  # its one line says that no listener runs
         assert "run `make trigger` (python listener.py install)" in done.refused(1)
 
 
@@ -178,7 +178,8 @@ def test_role_without_grants_gets_one_line_that_says_where_they_are(
 
 def test_once_with_half_the_grants_ends_and_says_why(database, run_command, make_role):
     role = make_role(database)
-    database.rows(f"GRANT SELECT ON pipeline_stages, jobs TO {role}")
+    some = "pipeline_stages, jobs, job_state_listener_schema"
+    database.rows(f"GRANT SELECT ON {some} TO {role}")
     done = run_command(database, "run", "--once", DB_USER=role, DB_PASSWORD=role)
     assert done.code == 1
     assert "permission denied for table pipeline_stages" in (done.out + done.err).splitlines()[-1]
@@ -196,7 +197,7 @@ def hostile(database) -> str:
     job = database.add_job("planner", "done", HOSTILE)
     database.rows(
         "UPDATE stage_calls SET due_at = 'infinity', last_error = %s, attempts = 1;"
-        "INSERT INTO stage_attempts SELECT job_id, call_id, 1, stage, 'worker', now(), now(), 500,"
+        "INSERT INTO stage_attempts SELECT job_id, call_id, 1, stage, 'w', now(), now(), 500,"
         " 'failed', %s FROM stage_calls;"
         "UPDATE pipeline_stages SET held_until = now() + interval '1 h', held_reason = %s"
         " WHERE stage = 'planner'",

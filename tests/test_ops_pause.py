@@ -78,9 +78,9 @@ def test_pause_is_shown_in_status_with_its_reason(database, run_command):
     assert "paused" not in run_command(database, "status").out
 
 
-def test_worker_on_watch_logs_what_the_operator_did(database, api, listener, run_command, tmp_path):
-    process = listener(database, "run", "--workers", "2", api=api)
-    wait_until_idle(tmp_path, workers=2)
+def test_listener_logs_what_the_operator_did(database, api, listener, run_command, tmp_path):
+    process = listener(database, api=api)
+    wait_until_idle(tmp_path)
     pause(run_command, database, "planner", "--reason", "GPU\nmaintenance")
     said = f"운영자: planner paused by {OPERATOR}: GPU\\nmaintenance"
     assert process.wait_for_line("운영자: ", count=1).endswith(said)

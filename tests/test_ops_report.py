@@ -10,7 +10,7 @@ from reports import attempt, give_up, read
 
 import db
 
-NO_WORKER = "No worker is connected, nothing is called: python listener.py"
+NO_LISTENER = "No listener is connected, nothing is called: python listener.py"
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_what_needs_a_person_is_said_first(database):
     def said() -> list[str]:
         return [e.text for e in read(database).root.one("ul", "attention").all("li")]
 
-    assert said() == [NO_WORKER]
+    assert said() == [NO_LISTENER]
     job = database.add_job("img_gen", "done")
     give_up(database, database.add_job("vlm_analyze", "done"), "HTTP 404")
     database.rows("UPDATE stage_calls SET due_at = now() - interval '1 h' WHERE job_id = %s", job)
@@ -178,15 +178,15 @@ def test_what_needs_a_person_is_said_first(database):
     database.rows(f"{hold} WHERE stage = 'planner'", "infinity", "GPU")
     database.rows(f"{hold} WHERE stage = 'overlay'", "2100-01-01 12:00", "HTTP 503")
     found = said()
-    assert found[0] == NO_WORKER
+    assert found[0] == NO_LISTENER
     assert found[1].startswith("vlm_analyze is behind: a call has been due for 60 min")
     assert found[2] == "planner is paused by kim : GPU"
     assert found[3].startswith("overlay is held until 01-01 ") and found[3].endswith(": HTTP 503")
     assert found[4:] == ["1 call given up"]
 
 
-def test_connected_worker_and_nothing_wrong_is_said_too(database):
-    with closing(db.connect(database.settings(), db.WORKER_APPLICATION + "w")):
+def test_connected_listener_and_nothing_wrong_is_said_too(database):
+    with closing(db.connect(database.settings(), db.LISTENER_APPLICATION + "w")):
         shown = read(database)
     assert not shown.root.all("ul", "attention")
     assert "Nothing is held, late, given up or stalled." in shown.root.text

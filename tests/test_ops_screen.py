@@ -37,7 +37,7 @@ def watch(tmp_path):
 
 def test_watch_draws_in_place_what_changes(database, watch):
     terminal = watch(database)
-    assert "nothing is due, " in terminal.wait_for("no worker is connected")
+    assert "nothing is due, " in terminal.wait_for("no listener is connected")
     database.add_job("img_gen", "done")
     assert "oldest due " in terminal.wait_for("vlm_analyze     1 ")
     assert "\n\n" not in terminal.pictures[-1].rstrip("\n")
@@ -45,19 +45,19 @@ def test_watch_draws_in_place_what_changes(database, watch):
 
 def test_ctrl_c_gives_the_terminal_back_with_the_last_picture(database, watch):
     terminal = watch(database)
-    terminal.wait_for("no worker is connected")
+    terminal.wait_for("no listener is connected")
     terminal.type("\x03")
     assert terminal.wait() == 0
     assert terminal.output.count(ENTER) == terminal.output.count(LEAVE) == 1
     after = terminal.output.split(LEAVE)[1]
     assert re.search(r"^stage +owed", after, re.MULTILINE)
-    assert after.rstrip().endswith("no worker is connected: start python listener.py\033[0m")
+    assert after.rstrip().endswith("no listener is connected: start python listener.py\033[0m")
     assert "Traceback" not in terminal.output
 
 
 def test_sigterm_gives_the_terminal_back_too(database, watch):
     terminal = watch(database)
-    terminal.wait_for("no worker is connected")
+    terminal.wait_for("no listener is connected")
     terminal.process.terminate()
     assert terminal.wait() == 0
     assert LEAVE in terminal.output
@@ -65,12 +65,12 @@ def test_sigterm_gives_the_terminal_back_too(database, watch):
 
 def test_ctrl_z_gives_the_terminal_back_until_it_goes_on(database, watch):
     terminal = watch(database)
-    terminal.wait_for("no worker is connected")
+    terminal.wait_for("no listener is connected")
     terminal.type("\x1a")
     until(lambda: LEAVE in terminal.output, "the terminal is given back")
     until(lambda: state(terminal.process.pid) == "T", "it is stopped")
     terminal.process.send_signal(signal.SIGCONT)
-    terminal.wait_for("no worker is connected")
+    terminal.wait_for("no listener is connected")
     assert terminal.output.count(ENTER) == 2
 
 
@@ -81,7 +81,7 @@ def state(pid: int) -> str:
 
 def test_watch_survives_a_lost_database(server, database, watch):
     terminal = watch(database)
-    terminal.wait_for("no worker is connected")
+    terminal.wait_for("no listener is connected")
     with closing(server.connect()) as conn:
         cursor = conn.cursor()
         cursor.execute(f"ALTER DATABASE {database.name} ALLOW_CONNECTIONS false")
@@ -99,7 +99,7 @@ def test_watch_survives_a_lost_database(server, database, watch):
 
 def test_watch_goes_on_where_a_statement_fails(database, watch):
     terminal = watch(database)
-    terminal.wait_for("no worker is connected")
+    terminal.wait_for("no listener is connected")
     database.rows("ALTER VIEW pipeline_overview RENAME TO hidden")
     terminal.wait_for("PROBLEM  the database refused, trying again: relation ")
     database.rows("ALTER VIEW hidden RENAME TO pipeline_overview")
@@ -108,10 +108,10 @@ def test_watch_goes_on_where_a_statement_fails(database, watch):
 
 def test_watch_uses_one_connection(database, watch):
     terminal = watch(database)
-    terminal.wait_for("no worker is connected")
+    terminal.wait_for("no listener is connected")
     sessions = database.rows(f"SELECT pid FROM pg_stat_activity WHERE {SESSION}")
     for _ in range(3):
-        terminal.wait_for("no worker is connected")
+        terminal.wait_for("no listener is connected")
     assert database.rows(f"SELECT pid FROM pg_stat_activity WHERE {SESSION}") == sessions
     assert len(sessions) == 1
 

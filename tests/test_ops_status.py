@@ -1,21 +1,21 @@
 """`status`: every column with the real thing behind it."""
 
 import json
-import os
 import re
-import signal
 import threading
 
 import pytest
 from busy import TIME
 from claims import STAGES
-from waiting import PATIENCE, gate, pid_of, wait_for_call, wait_until_idle
+from waiting import LISTENERS, PATIENCE, gate, until, wait_for_call, wait_until_idle
 
 from demo.stage_api import StageApi
+from heartbeat import Heartbeat, heartbeats
+from ops.migrations import LATEST
 
 NAMES = ["owed", "calling", "retry", "given up", "oldest due", "calls", "failed", "p50", "p95"]
 IDLE = ["0", "0", "0", "0", "-", "0", "-", "-", "-"]
-NO_WORKER = "no worker is connected: start python listener.py"
+NO_LISTENER = "no listener is connected: start python listener.py"
 
 
 class Status:
@@ -40,10 +40,10 @@ class Status:
         return list(self.stages[stage].values())
 
     @property
-    def workers(self) -> list[list[str]]:
-        """Name, since and doing of each."""
-        start = next(i for i, line in enumerate(self.rest) if line.startswith("worker "))
-        return [re.split(r" {2,}", line, maxsplit=2) for line in self.rest[start + 1 :]]
+    def listeners(self) -> list[list[str]]:
+        """Name, since and doing of each listener; since and doing of each call below it."""
+        start = next(i for i, line in enumerate(self.rest) if line.startswith("listener "))
+        return [re.split(r" {2,}", line.strip(), maxsplit=2) for line in self.rest[start + 1 :]]
 
 
 def status(run_command, database, **settings) -> Status:
@@ -56,7 +56,7 @@ def test_status_shows_every_situation(database, run_command, busy):
     )
     database.add_job("overlay", "done")
     said = status(run_command, database)
-    assert said.where.startswith(f"{database.name} on ")
+    assert re.match(rf"{database.name} on .+, schema {LATEST}, {TIME}$", said.where)
     assert said.summary.startswith("oldest due 3 h, 0.1 calls/min, PostgreSQL ")
     assert said.summary.endswith(", NOTIFY queue 0%, triggers on")
     assert said.row("vlm_analyze") == ["1", "1", "0", "0", "-", "0", "-", "-", "-"]
@@ -64,12 +64,13 @@ def test_status_shows_every_situation(database, run_command, busy):
     assert said.row("planner")[:4] == ["1", "0", "1", "0"]
     assert said.row("overlay") == ["1", "0", "0", "1", "-", "1", "100%", "-", "-"]
     assert said.row("vlm_judge") == ["2", "0", "0", "0", "3 h", "0", "-", "-", "-"]
-    retry, held, given_up, hint, _, worker = said.rest
+    retry, held, given_up, hint, _, making, call = said.rest
     assert re.fullmatch(r"yolo_detect  next retry in \d+ (min|s)", retry)
     assert re.match(rf"planner {{6}}next retry (?:due|in 1 s); held until {TIME} by \S+", held)
     assert given_up == "overlay      given up: HTTP 422: no text"
     assert hint == "given up: python listener.py jobs --given-up, then retry JOB_ID"
-    assert worker.endswith(f"  vlm_analyze {busy['vlm_analyze']}")
+    assert making.endswith("  1 call under way")
+    assert re.fullmatch(rf" +\S+ s  vlm_analyze {busy['vlm_analyze']}", call)
 
 
 def test_status_as_json_says_the_same(database, run_command, busy):
@@ -87,16 +88,19 @@ def test_status_as_json_says_the_same(database, run_command, busy):
     assert by_name["overlay"]["failure_share"] == 1.0
     assert by_name["yolo_detect"]["next_retry_seconds"] > 0
     assert by_name["vlm_judge"]["oldest_due_seconds"] >= 0
-    [worker] = said["workers"]
-    assert (worker["stage"], worker["job_id"]) == ("vlm_analyze", busy["vlm_analyze"])
-    assert (worker["connected"], worker["heartbeat"], worker["attempt"]) == (True, "alive", 1)
+    assert said["database"]["schema_version"] == LATEST
+    [listener] = said["listeners"]
+    assert (listener["connected"], listener["heartbeat"]) == (True, "alive")
+    [call] = listener["calls"]
+    assert (call["stage"], call["job_id"]) == ("vlm_analyze", busy["vlm_analyze"])
+    assert (call["attempt"], call["unanswered"]) == (1, False)
 
 
-def test_status_of_an_idle_database_without_workers(database, run_command):
+def test_status_of_an_idle_database_without_listeners(database, run_command):
     said = status(run_command, database)
     assert said.summary.startswith("nothing is due, 0 calls/min, ")
     assert {stage: said.row(stage) for stage in said.stages} == dict.fromkeys(STAGES, IDLE)
-    assert said.rest == [NO_WORKER]
+    assert said.rest == [NO_LISTENER]
 
 
 ATTEMPTS = """
@@ -152,11 +156,11 @@ def test_status_tells_of_a_broken_trigger(database, run_command, broken, problem
     assert said["triggers"] == {"ok": False, "problem": problem}
 
 
-def test_status_shows_idle_workers(database, listener, run_command, tmp_path):
-    listener(database, "run", "--workers", "2")
-    wait_until_idle(tmp_path, workers=2)
-    doing = [doing for _, _, doing in status(run_command, database).workers]
-    assert doing == ["waiting for a job to change"] * 2
+def test_status_shows_one_line_for_an_idle_listener(database, listener, run_command, tmp_path):
+    listener(database, "run", "--workers", "8")
+    wait_until_idle(tmp_path)
+    [[_, _, doing]] = status(run_command, database).listeners
+    assert doing == "waiting for a job to change"
 
 
 def test_status_of_another_host_shows_what_the_database_knows(
@@ -165,15 +169,16 @@ def test_status_of_another_host_shows_what_the_database_knows(
     listener(database, api=api)
     wait_until_idle(tmp_path)
     elsewhere = {"HEARTBEAT_DIR": tmp_path / "elsewhere"}
-    assert status(run_command, database, **elsewhere).workers[0][2] == "connected"
+    assert status(run_command, database, **elsewhere).listeners[0][2] == "connected"
     with gate(api):
         job = database.add_job("img_gen", "done")
         wait_for_call(api, job)
-        [worker] = status(run_command, database, **elsewhere).workers
-        assert worker[2] == f"vlm_analyze {job}"
+        making, call = status(run_command, database, **elsewhere).listeners
+    assert making[2] == "1 call under way"
+    assert call[1] == f"vlm_analyze {job}"
 
 
-def test_worker_at_a_stage_that_has_taken_its_job_is_not_idle(database, listener, run_command):
+def test_listener_at_a_stage_that_has_taken_its_job_is_not_idle(database, listener, run_command):
     taken, finish = threading.Event(), threading.Event()
 
     def work(stage: str) -> float:
@@ -188,23 +193,91 @@ def test_worker_at_a_stage_that_has_taken_its_job_is_not_idle(database, listener
         said, of_job = status(run_command, database), run_command(database, "job", job)
         finish.set()
     assert said.row("overlay")[:2] == ["0", "1"]
-    assert said.workers[0][2] == f"overlay {job}"
+    assert said.listeners[1][1] == f"overlay {job}"
     assert of_job.lines[1] == "owes: nothing"
     assert re.fullmatch(
         rf"called: overlay \(call \d+\), \S+ is on it since {TIME}", of_job.lines[2]
     )
 
 
-def test_status_shows_a_killed_worker_until_its_lease_ends(database, api, listener, run_command):
+def test_status_shows_the_oldest_calls_and_how_many_more(
+    database, api, listener, run_command, tmp_path
+):
     with gate(api):
+        listener(database, "run", "--workers", "12", api=api)
+        wait_until_idle(tmp_path)
+        jobs = [database.add_job("img_gen", "done") for _ in range(12)]
+        for job in jobs:
+            wait_for_call(api, job)
+        making, *calls, more = status(run_command, database).listeners
+    assert making[2] == "12 calls under way"
+    assert len(calls) == 10 and calls[0][1] == f"vlm_analyze {jobs[0]}"
+    assert more == ["and 2 more"]
+
+
+def test_call_without_an_answer_is_shown_until_its_lease_is_over(
+    database, api, listener, run_command
+):
+    """Its stage may still be at it, but the listener is free for others."""
+    with gate(api):
+        process = listener(database, api=api, STAGE_TIMEOUT=0.2)
+        job = database.add_job("img_gen", "done")
+        process.wait_for_line("실행 실패")
+        database.wait_for("SELECT unanswered FROM stage_leases")
+        said, of_job = status(run_command, database), run_command(database, "job", job)
+        refused = run_command(database, "call", job, api=api).refused(1)
+    idle, call = said.listeners
+    assert idle[2] == "waiting for a job to change"
+    assert call[1:] == [f"vlm_analyze {job}", "no answer"]
+    assert said.row("vlm_analyze")[:4] == ["1", "1", "1", "0"]
+    assert ", due in " in of_job.lines[1] and "; last error: " in of_job.lines[1]
+    assert refused.startswith(f"job {job}: its last call of vlm_analyze got no answer and may ")
+
+
+def test_frozen_listener_is_hanging(database, listener, run_command, tmp_path):
+    """Its heartbeat is written in its name by the test, as it would take 25 s otherwise."""
+    heartbeat = Heartbeat(str(tmp_path / "heartbeats"), "stuck")
+    heartbeat.beat("waiting for a job to change", -1)
+    try:
+        [[name, _, doing]] = status(run_command, database).listeners
+    finally:
+        heartbeat.close()
+    assert (name, doing) == ("stuck", "hanging: waiting for a job to change")
+
+
+def test_calls_of_a_killed_listener_are_shown_until_they_end(
+    database, api, listener, run_command, tmp_path
+):
+    with gate(api) as opened:
         process = listener(database, api=api)
         job = database.add_job("img_gen", "done")
         wait_for_call(api, job)
-        os.kill(pid_of(database.owed(job).worker), signal.SIGKILL)
-        process.wait()
-        gone = "SELECT count(*) = 0 FROM pg_stat_activity WHERE application_name LIKE '%%worker%%'"
-        database.wait_for(gone + " AND datname = current_database()")
+        directory = str(tmp_path / "heartbeats")
+        until(lambda: heartbeats(directory)[0].doing == "making calls", "its heartbeat says so")
+        process.kill_alone()
+        database.wait_for(f"SELECT count(*) = 0 FROM pg_stat_activity WHERE {LISTENERS}")
         said = json.loads(run_command(database, "status", "--json").out)
-    [worker] = said["workers"]
-    assert (worker["connected"], worker["heartbeat"]) == (False, "dead")
-    assert worker["doing"].startswith(f"dead: vlm_analyze {job}, not connected; its lease ends ")
+        opened.set()
+        database.wait_for("SELECT count(*) = 0 FROM stage_leases")
+        [[_, _, dead]] = status(run_command, database).listeners
+    [killed] = said["listeners"]
+    assert (killed["connected"], killed["heartbeat"]) == (False, "dead")
+    assert killed["doing"].startswith("dead: 1 call under way, not connected; the last lease ends ")
+    assert [call["job_id"] for call in killed["calls"]] == [job]
+    assert dead == "dead: making calls"
+
+
+def test_status_names_what_an_older_database_needs(database, run_command):
+    database.rows("DROP TABLE stage_limits CASCADE; DROP TABLE job_state_listener_schema;"
+                  "ALTER TABLE stage_leases DROP COLUMN unanswered")  # fmt: skip
+    assert run_command(database, "status").refused(1) == (
+        f"the database's part is of version 1, this program needs {LATEST}: "
+        "run `make trigger` (python listener.py install)"
+    )
+
+
+def test_status_works_on_a_newer_database_and_says_so(database, run_command):
+    database.rows("UPDATE job_state_listener_schema SET version = 99")
+    said = status(run_command, database)
+    [problem] = said.problems
+    assert problem.startswith("PROBLEM  the database's part is of version 99, newer than this ")

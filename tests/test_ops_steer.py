@@ -123,7 +123,7 @@ def test_call_of_a_job_that_owes_nothing_exits_1(database, api, run_command):
     assert api.requests == []
 
 
-def test_call_that_a_worker_is_on_is_left_to_it(database, api, listener, run_command):
+def test_call_that_a_listener_makes_is_left_to_it(database, api, listener, run_command):
     with gate(api):
         listener(database, api=api)
         job = database.add_job("img_gen", "done")

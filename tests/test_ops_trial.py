@@ -11,12 +11,12 @@ STAGES = ["vlm_analyze", "yolo_detect", "planner", "overlay", "vlm_judge"]
 
 
 @pytest.fixture
-def worker(database, api, listener):
+def running(database, api, listener):
     """A listener that is ready."""
     listener(database, api=api, MAX_ATTEMPTS=2).wait_for_line(LISTENING)
 
 
-def test_job_that_gets_through_prints_every_hop(database, run_command, worker):
+def test_job_that_gets_through_prints_every_hop(database, run_command, running):
     done = run_command(database, "test-job")
     assert done.code == 0
     made, *hops, passed = done.lines
@@ -27,14 +27,14 @@ def test_job_that_gets_through_prints_every_hop(database, run_command, worker):
     assert database.state(job) == ("vlm_judge", "done")
 
 
-def test_clean_leaves_nothing_of_the_job(database, run_command, worker):
+def test_clean_leaves_nothing_of_the_job(database, run_command, running):
     done = run_command(database, "test-job", "--clean")
     assert done.code == 0 and done.lines[-1].endswith("and its history are deleted")
     for table in ("jobs", "stage_calls", "stage_attempts"):
         assert database.value(f"SELECT count(*) FROM {table}") == 0
 
 
-def test_given_up_stage_is_named_with_its_error(database, api, run_command, worker):
+def test_given_up_stage_is_named_with_its_error(database, api, run_command, running):
     api.on("planner", lambda _: Answer(422, b"no text"))
     done = run_command(database, "test-job")
     assert done.code == 1
@@ -42,20 +42,20 @@ def test_given_up_stage_is_named_with_its_error(database, api, run_command, work
     assert [line.split()[0] for line in done.out.splitlines()[1:]] == STAGES[:2]
 
 
-def test_stage_that_fails_the_job_is_named(database, api, run_command, worker):
+def test_stage_that_fails_the_job_is_named(database, api, run_command, running):
     api.on("overlay", lambda request: api.work(request, "failed"))
     done = run_command(database, "test-job")
     assert done.code == 1 and "stalls at overlay: the stage set it to failed" in done.err
 
 
-def test_stage_that_changes_nothing_is_named(database, api, run_command, worker):
+def test_stage_that_changes_nothing_is_named(database, api, run_command, running):
     api.on("yolo_detect", lambda _: Answer(202))
     done = run_command(database, "test-job", "--timeout", "0.5")
     assert done.code == 1
     assert "stalls at yolo_detect: accepted, but the job has not changed" in done.err
 
 
-def test_paused_stage_is_named_with_who_did_it(database, run_command, worker):
+def test_paused_stage_is_named_with_who_did_it(database, run_command, running):
     run_command(database, "pause", "vlm_analyze", "--reason", "new GPU")
     done = run_command(database, "test-job", "--timeout", "0.5", "--clean")
     assert done.code == 1
@@ -63,9 +63,9 @@ def test_paused_stage_is_named_with_who_did_it(database, run_command, worker):
     assert database.value("SELECT count(*) FROM jobs") == 0
 
 
-def test_without_a_worker_no_job_is_made(database, run_command):
+def test_without_a_listener_no_job_is_made(database, run_command):
     refused = run_command(database, "test-job").refused(1)
-    assert refused == "no worker is connected: start python listener.py"
+    assert refused == "no listener is connected: start python listener.py"
     assert database.value("SELECT count(*) FROM jobs") == 0
 
 
@@ -84,7 +84,7 @@ def test_id_of_any_type(empty_database, run_command, listener, column):
     assert done.code == 1 and "stalls at vlm_analyze: held by" in done.err
 
 
-def test_table_that_wants_more_says_what(database, run_command, worker):
+def test_table_that_wants_more_says_what(database, run_command, running):
     database.rows("ALTER TABLE jobs ADD COLUMN image text NOT NULL")
     done = run_command(database, "test-job")
     assert 'null value in column "image"' in done.refused(1)

@@ -9,6 +9,7 @@ from test_schema_security import GRANTS
 
 import db
 from ops.install import DROP, apply
+from ops.migrations import LATEST
 from ops.verify import run_checks
 
 INSTALL = "python listener.py install"
@@ -41,7 +42,7 @@ def test_everything_in_place_is_eight_lines_and_exit_0(each_database, api, run_c
     whole = "\n".join(line.removeprefix("ok       ") for line in done.lines)
     assert re.fullmatch(
         rf"PostgreSQL \d+, {each_database.name} on .+ as .+\n"
-        r"tables and columns, job_id is uuid\n"
+        rf"tables and columns of version {LATEST}, job_id is uuid\n"
         r"function notify_job_state_change\(\)\n"
         r"triggers job_state_change_trigger, job_state_insert_trigger, enabled on jobs\n"
         r"routes: 5 states of PIPELINE are in the database\n"

@@ -7,10 +7,10 @@ from datetime import timedelta
 
 import pytest
 from waiting import (
+    LISTENERS,
     LISTENING,
-    WORKERS,
+    PATIENCE,
     gate,
-    pid_of,
     terminate_backends,
     wait_for_call,
     wait_until_idle,
@@ -52,9 +52,11 @@ def test_jobs_that_finished_while_no_listener_ran_are_called(database, api, list
     assert len(api.calls()) == 2
 
 
-def test_four_workers_call_every_stage_of_200_jobs_exactly_once(database, api, listener):
-    process = listener(database, "run", "--workers", "4", api=api)
-    process.wait_for_line(LISTENING, count=4)
+def test_four_listeners_call_every_stage_of_200_jobs_exactly_once(
+    database, api, listener, tmp_path
+):
+    processes = [listener(database, api=api) for _ in range(4)]
+    wait_until_idle(tmp_path, listeners=4)
     database.rows(
         "INSERT INTO jobs (tenant_id, current_step, status)"
         " SELECT 'tenant', 'img_gen', 'done' FROM generate_series(1, 200)"
@@ -63,11 +65,23 @@ def test_four_workers_call_every_stage_of_200_jobs_exactly_once(database, api, l
     counts = Counter((call.job_id, call.stage) for call in api.calls())
     assert len(counts) == 1000
     assert set(counts.values()) == {1}
-    assert process.stop() == 0
+    assert [process.stop() for process in processes] == [0] * 4
     assert database.value("SELECT count(DISTINCT worker) FROM stage_attempts") == 4
     assert database.rows(
         "SELECT outcome, count(*) FROM stage_attempts WHERE outcome <> 'skipped' GROUP BY 1"
     ) == [("succeeded", 1000)]
+
+
+def test_workers_are_calls_at_once(database, api, listener):
+    process = listener(database, "run", "--workers", "3", api=api)
+    with gate(api, answer=Answer(200)) as opened:
+        jobs = [database.add_job() for _ in range(4)]
+        api.wait_for(lambda api: len(api.calls()) == 3, PATIENCE)
+        assert len(process.children()) == 3
+        assert sum(database.owed(job).attempts for job in jobs) == 3  # nothing is claimed ahead
+        opened.set()
+        database.wait_for("SELECT count(*) = 4 FROM stage_attempts WHERE outcome = 'succeeded'")
+    assert len(api.calls()) == 4
 
 
 def test_rollback_and_update_without_change_call_nothing(database, api, listener, tmp_path):
@@ -84,7 +98,7 @@ def test_rollback_and_update_without_change_call_nothing(database, api, listener
     assert [call.job_id for call in api.calls()] == [last]
 
 
-def test_killed_worker_is_followed_by_the_same_call_after_the_lease(
+def test_killed_host_is_followed_by_the_same_call_after_the_lease(
     database, api, listener, tmp_path
 ):
     lease = {"STAGE_TIMEOUT": 1, "LEASE_MARGIN": 1, "SWEEP_INTERVAL": 0.1}
@@ -94,7 +108,7 @@ def test_killed_worker_is_followed_by_the_same_call_after_the_lease(
         before = wait_for_call(api, job)
         first_try = database.owed(job)
         assert first_try.due_at - first_try.started_at == timedelta(seconds=2)
-        first.signal(signal.SIGKILL)
+        first.kill()  # with its workers
         listener(database, api=api, **lease)
         again = wait_for_call(api, job, count=2)
         assert database.owed(job).started_at >= first_try.due_at
@@ -111,18 +125,18 @@ def test_killed_worker_is_followed_by_the_same_call_after_the_lease(
 def test_killed_worker_is_replaced_and_its_call_made_again(database, api, listener):
     lease = {"STAGE_TIMEOUT": 1, "LEASE_MARGIN": 1, "SWEEP_INTERVAL": 0.1}
     with gate(api, answer=Answer(200)) as opened:
-        process = listener(database, "run", "--workers", "2", api=api, **lease)
-        process.wait_for_line(LISTENING, count=2)
+        process = listener(database, "run", "--workers", "1", api=api, **lease)
         job = database.add_job()
         wait_for_call(api, job)
         owed = database.owed(job)
-        os.kill(pid_of(owed.worker), signal.SIGKILL)
+        [worker] = process.children()
+        os.kill(worker, signal.SIGKILL)
+        line = process.wait_for_line("실행 실패")
+        assert "error=its worker was killed by SIGKILL → 리스 만료 후" in line
         opened.set()
-        process.wait_for_line("종료됨 (-9)")
-        process.wait_for_line("Job State Listener 시작", count=3)
         database.wait_for(SUCCEEDED, 1, job)
-    assert len(process.children()) == 2
-    assert [row.outcome for row in database.attempts(job)] == ["lost", "succeeded"]
+    assert len(process.children()) == 1 and process.children() != [worker]
+    assert [row.outcome for row in database.attempts(job)] == ["unknown", "succeeded"]
     assert database.attempts(job)[1].started_at >= owed.due_at
     assert len(api.calls(job)) == 2
 
@@ -206,7 +220,7 @@ def test_application_is_not_blocked_during_a_call(database, api, listener):
         listener(database, api=api)
         job = database.add_job()
         wait_for_call(api, job)
-        sessions = f"SELECT state, xact_start FROM pg_stat_activity WHERE {WORKERS}"
+        sessions = f"SELECT state, xact_start FROM pg_stat_activity WHERE {LISTENERS}"
         assert database.rows(sessions) == [("idle", None)]
         database.rows("SET lock_timeout = '10s'")
         database.move(job, "vlm_judge", "done")
@@ -229,7 +243,7 @@ def test_given_up_job_does_not_stop_the_others(database, api, listener, tmp_path
 def test_throttled_stage_does_not_stop_the_other_stages(database, api, listener):
     api.on("yolo_detect", lambda _request: Answer(503, headers={"Retry-After": "3600"}))
     held = [database.add_job("vlm_analyze", "done") for _ in range(5)]
-    listener(database, api=api)
+    listener(database, "run", "--workers", "1", api=api)
     database.wait_for("SELECT held_until > now() FROM pipeline_stages WHERE stage = 'yolo_detect'")
     job = database.add_job("yolo_detect", "done")
     database.wait_for(ALL_THROUGH, 1)

@@ -263,7 +263,7 @@ def test_settings_of_a_session_do_not_bend_the_trigger(each_database, grant):
 
 
 def test_bell_that_anybody_rings_calls_nothing(database, make_role, api, listener, tmp_path):
-    """It makes workers look, and they find what is owed, whatever was said."""
+    """It makes listeners look, and they find what is owed, whatever was said."""
     process = listener(database, api=api, SWEEP_INTERVAL=3600)
     wait_until_idle(tmp_path)
     queued, given_up = database.add_job("img_gen", "queued"), database.add_job("x", "y")

@@ -7,8 +7,8 @@ from pathlib import Path
 import psycopg2.extensions
 import pytest
 from bell import Bell
+from claims import claim, connected
 
-import calls
 import db
 import stages
 from ops.install import DROP, apply
@@ -209,8 +209,8 @@ def owed_in_schema(database, schema: str, **settings) -> bool:
     assert len(finish(database)) == 1
     elsewhere = "SELECT count(*) FROM pg_class WHERE relname LIKE %s AND relnamespace::regnamespace"
     assert database.value(elsewhere + " <> %s::regnamespace", "%stage%", schema) == 0
-    with closing(db.connect(database.settings(**settings))) as conn:
-        return calls.claim(conn, leases={"vlm_analyze": 9}, worker="w").owed
+    with connected(database, **settings) as conn:
+        return claim(conn).owed
 
 
 def test_jobs_are_found_by_the_search_path_of_the_role(empty_database, make_role):

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import psycopg2
 import pytest
-import settling
 from bell import Bell
-from claims import LEASE_OVER, claim, connected, held, result
+from claims import LEASE_OVER, claim, connected, held, result, settle
 
 import calls
 import db
 import notifications
 import upkeep
+from ops import migrations
 from ops.install import apply
 from ops.routes import require_installed
 
@@ -206,26 +206,30 @@ GRANTS = {
     "jobs": ["SELECT"],
     "pipeline_stages": ["SELECT", "UPDATE"],
     "stage_calls": ["SELECT", "UPDATE", "DELETE"],
-    "stage_leases": ["SELECT", "INSERT", "DELETE"],
-    "stage_slots": ["SELECT", "UPDATE"],
+    "stage_limits": ["SELECT", "UPDATE"],
+    "stage_leases": ["SELECT", "INSERT", "UPDATE", "DELETE"],
     "stage_attempts": ["SELECT", "INSERT", "DELETE"],
     "stage_totals": ["SELECT", "INSERT", "UPDATE"],
     "stage_totals_mark": ["SELECT", "UPDATE"],
+    "job_state_listener_schema": ["SELECT"],
 }
 
 
+EMPTY = "TRUNCATE jobs, stage_calls, stage_attempts, stage_leases, stage_limits"
+
+
 def one_of_everything(database, conn) -> None:
-    """Every statement of a worker's life, each with a row that it concerns."""
+    """Every statement of a listener's life, each with a row that it concerns."""
     job = database.add_job()
-    assert settling.settle(conn, held(claim(conn), retry_after=2.5))
+    assert settle(conn, held(claim(conn), retry_after=2.5))
     assert claim(conn).next_due > 0
     database.rows("UPDATE pipeline_stages SET held_until = now()")
     row = claim(conn, lease=30.5)
-    assert settling.settle(conn, held(row))
+    assert settle(conn, held(row))
     database.rows("UPDATE pipeline_stages SET held_until = now()")
-    assert settling.settle(conn, result(claim(conn), "retry", delay=0.5, error="HTTP 500"))
-    database.rows("INSERT INTO stage_slots VALUES ('vlm_analyze', 1)")
-    assert claim(conn, only=job).limited
+    assert settle(conn, result(claim(conn), "retry", delay=0.5, error="HTTP 500"))
+    database.rows("INSERT INTO stage_limits VALUES ('vlm_analyze', 1)")
+    assert claim(conn, only=job).call_id
     database.rows(LEASE_OVER)
     row = claim(conn)  # the one before is lost
     assert row.taken_over and upkeep.reap(conn) == 1
@@ -236,11 +240,13 @@ def one_of_everything(database, conn) -> None:
     database.add_job("planner", "done")
     claim(conn)
     assert calls.give_back(conn, "w", keep=[1]).given_back == 1
+    assert settle(conn, result(claim(conn), "unknown", delay=0, after_lease=True))
     database.rows("DELETE FROM jobs; UPDATE stage_calls SET due_at = 'infinity'")
     assert upkeep.forget_deleted(conn, ["overlay"], "w") == 1
     database.rows("UPDATE stage_attempts SET finished_at = finished_at - interval '2 days'")
-    assert upkeep.count(conn) == 6
-    assert upkeep.prune(conn, days=1) + upkeep.prune(conn, days=0.5) == 6
+    assert upkeep.count(conn) == 7
+    assert upkeep.prune(conn, days=1) + upkeep.prune(conn, days=0.5) == 7
+    migrations.require_not_newer(conn)
     require_installed(conn)
     upkeep.tell_timeouts(conn, {"planner": 1.0})
 
@@ -266,13 +272,13 @@ def test_listener_role_needs_each_of_its_grants(database, make_role):
         database.rows(f"GRANT {privilege} ON {table} TO {role}")
     with connected(database, DB_USER=role, DB_PASSWORD=role) as conn:
         for privilege, table in given:
-            database.rows("TRUNCATE jobs, stage_calls, stage_attempts, stage_leases, stage_slots")
+            database.rows(EMPTY)
             database.rows("UPDATE pipeline_stages SET held_until = NULL")
             database.rows(f"REVOKE {privilege} ON {table} FROM {role}")
             with pytest.raises(psycopg2.errors.InsufficientPrivilege, match=table):
                 one_of_everything(database, conn)
             database.rows(f"GRANT {privilege} ON {table} TO {role}")
-        database.rows("TRUNCATE jobs, stage_calls, stage_attempts, stage_leases, stage_slots")
+        database.rows(EMPTY)
         one_of_everything(database, conn)
 
 

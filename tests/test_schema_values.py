@@ -192,7 +192,7 @@ def partitioned_database(each_server):
 
 @pytest.fixture
 def partitioned(partitioned_database):
-    partitioned_database.rows("DELETE FROM jobs; DELETE FROM stage_calls")
+    partitioned_database.rows("DELETE FROM jobs; DELETE FROM stage_calls; DELETE FROM stage_leases")
     return partitioned_database
 
 

@@ -1,18 +1,17 @@
 """A call is over in time and in bounded memory, and its connection is only reused while fresh."""
 
 import gzip
-import signal
-import sys
 import time
 import tracemalloc
 from contextlib import contextmanager
 
 import pytest
+from conftest import ROOT
 from raw_server import OK, in_turn
 
 import config
 import stage_http
-from stage_http import Answer, NoAnswer, StageApi, Unreachable
+from stage_http import Answer, NoAnswer, StageApi
 
 HEAD = b"HTTP/1.1 200 OK\r\n"
 MEBIBYTE = 2**20
@@ -31,12 +30,32 @@ def post(api: StageApi, left: float = 30.0) -> Answer:
 good = in_turn(OK)
 
 
-# --- the total deadline --------------------------------------------------------------------
+# --- deadlines -----------------------------------------------------------------------------
 
 
 def silent(connection) -> None:
     connection.receive()
     connection.closing.wait(30)
+
+
+def silent_within(connection) -> None:
+    connection.answer(HEAD + b"Content-Length: 100\r\n\r\nx")
+    connection.closing.wait(30)
+
+
+@pytest.mark.parametrize("behaviour", [silent, silent_within])
+def test_server_that_falls_silent_is_not_waited_for(serve, api, behaviour):
+    stage_api = api(serve(behaviour, good).url)
+    with pytest.raises(NoAnswer, match="timed out"):
+        post(stage_api, left=0.5)
+    assert post(stage_api) == Answer(200, "ok")
+
+
+def test_request_that_nobody_reads_ends_at_its_deadline(serve, api):
+    stage_api = api(serve(lambda connection: connection.closing.wait(30), good).url)
+    with pytest.raises(NoAnswer, match="timed out"):
+        stage_api.post("/x", {"text": "x" * 2**24}, {}, time.monotonic() + 2)
+    assert post(stage_api) == Answer(200, "ok")
 
 
 def body_drip(connection) -> None:
@@ -59,61 +78,47 @@ def chunk_drip(connection) -> None:
     connection.drip(b"1\r\nx\r\n")
 
 
-DRIPS = [silent, body_drip, header_drip, interim_drip, chunk_drip]
+@pytest.mark.parametrize("behaviour", [body_drip, header_drip, interim_drip, chunk_drip])
+def test_call_whose_answer_comes_drop_by_drop_ends_at_its_deadline(
+    database, serve, listener, behaviour
+):
+    process = listener(database, STAGE_API_URL=serve(behaviour).url, STAGE_TIMEOUT=1)
+    assert_killed(database, process, database.add_job())
 
 
-@pytest.mark.parametrize("behaviour", DRIPS)
-def test_call_ends_at_its_deadline_and_the_session_stays_usable(serve, api, behaviour):
-    stage_api = api(serve(behaviour, good).url)
-    with pytest.raises(NoAnswer, match="before the timeout"):
-        post(stage_api, left=0.5)
-    assert post(stage_api) == Answer(200, "ok")
+def test_call_whose_name_is_looked_up_for_ever_ends_at_its_deadline(database, listener, tmp_path):
+    # As a resolver that does not answer: nothing of Python's runs within getaddrinfo().
+    program = tmp_path / "hanging.py"
+    program.write_text(HANGING_LOOKUP)
+    process = listener(
+        database, "run", program=program, STAGE_API_URL="http://stage.example", STAGE_TIMEOUT=1
+    )
+    assert_killed(database, process, database.add_job())
 
 
-def test_request_that_nobody_reads_ends_at_its_deadline(serve, api):
-    stage_api = api(serve(lambda connection: connection.closing.wait(30), good).url)
-    with pytest.raises(NoAnswer, match="before the timeout"):
-        stage_api.post("/x", {"text": "x" * 2**24}, {}, time.monotonic() + 2)
-    assert post(stage_api) == Answer(200, "ok")
+HANGING_LOOKUP = f"""
+import ctypes, socket, sys
+sys.path.insert(0, {str(ROOT)!r})
+import listener, ops
+known = socket.getaddrinfo
+def lookup(host, *args, **options):
+    if host == "stage.example":
+        ctypes.PyDLL(None).sleep(600)  # and holds the interpreter's lock meanwhile
+    return known(host, *args, **options)
+socket.getaddrinfo = lookup
+ops.main(listener.cli)
+"""
 
 
-@pytest.fixture
-def alarm_handler():
-    """A handler for SIGALRM that was there before us."""
-
-    def handler(_number, _frame):
-        raise AssertionError("an alarm was left behind")
-
-    before = signal.signal(signal.SIGALRM, handler)
-    yield handler
-    signal.signal(signal.SIGALRM, before)
-
-
-@pytest.mark.parametrize(
-    ("behaviour", "outcome"),
-    [(good, None), (silent, NoAnswer), (lambda connection: connection.answer(HEAD), NoAnswer)],
-    ids=["answered", "timed out", "cut"],
-)
-def test_alarm_is_disarmed_and_its_handler_restored(serve, api, alarm_handler, behaviour, outcome):
-    stage_api = api(serve(behaviour).url)
-    if outcome is None:
-        post(stage_api, left=30)
-    else:
-        with pytest.raises(outcome):
-            post(stage_api, left=0.5)
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-    assert signal.getsignal(signal.SIGALRM) is alarm_handler
-
-
-def test_alarm_is_disarmed_where_nothing_was_sent(api, alarm_handler):
-    with pytest.raises(Unreachable):
-        post(api("http://stage-api.invalid"))
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-    assert signal.getsignal(signal.SIGALRM) is alarm_handler
-
-
-def test_alarm_that_comes_after_the_answer_does_nothing():
-    assert stage_http.raise_in_send(signal.SIGALRM, sys._getframe()) is None
+def assert_killed(database, process, job: str) -> None:
+    """The call's worker was killed, and another one has taken its place."""
+    line = process.wait_for_line("파이프라인 단계 실행 실패")
+    assert f"job={job} stage=vlm_analyze" in line
+    assert "error=no answer within 1 s, so its worker was killed → 리스 만료 후" in line
+    database.wait_for("SELECT outcome = 'unknown' FROM stage_attempts WHERE job_id = %s", job)
+    assert (database.owed(job).attempts, database.owed(job).free_attempts) == (1, 0)
+    assert process.stop() == 0
+    assert process.output.count("실행 실패") == 1
 
 
 # --- bounded memory ------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import threading
 from contextlib import closing
 
 import pytest
-from waiting import LISTENING, PATIENCE, wait_for_call, wait_for_sweeps, wait_until_idle
+from waiting import PATIENCE, wait_for_call, wait_for_sweeps, wait_until_idle
 
 from demo.stage_server import Answer
 
@@ -41,18 +41,19 @@ class OpenTransaction:
 
 
 @pytest.mark.parametrize(("how", "calls"), [("commit", 1), ("rollback", 2)])
-def test_open_transaction_keeps_other_workers_away_after_the_lease(
-    how, calls, database, api, listener
+def test_open_transaction_keeps_other_listeners_away_after_the_lease(
+    how, calls, database, api, listener, tmp_path
 ):
     lease = {"STAGE_TIMEOUT": 0.2, "LEASE_MARGIN": 1, "SWEEP_INTERVAL": 0.1}
-    process = listener(database, "run", "--workers", "2", api=api, **lease)
-    process.wait_for_line(LISTENING, count=2)
+    for _ in range(2):
+        listener(database, api=api, **lease)
+    wait_until_idle(tmp_path, listeners=2)
     with closing(OpenTransaction(api, "running")) as stage:
         api.on("vlm_analyze", stage)
         job = database.add_job()
         wait_for_call(api, job)
         database.wait_for("SELECT due_at <= now() FROM stage_calls WHERE job_id = %s", job)
-        wait_for_sweeps(database, workers=2)
+        wait_for_sweeps(database, listeners=2)
         assert len(api.calls(job)) == 1
         stage.end(how)
         if how == "commit":

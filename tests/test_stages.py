@@ -11,7 +11,8 @@ from raw_server import OK, in_turn
 import config
 import stages
 from demo.stage_server import Answer
-from stage_http import StageApi
+from stage_http import StageApi, TimeIsUp
+from trigger import boottime
 
 PATHS = {
     "vlm_analyze": "/api/yh/llava/stage1/validate",
@@ -24,10 +25,11 @@ JOB = "7c2e4a1e-0000-4000-8000-000000000001"
 
 
 def make_call(server, url: str = "", **changed) -> stages.Call:
+    settings = config.read({"STAGE_API_URL": url or server.url})
     owed = dict(job_id=JOB, tenant_id="tenant", current_step="img_gen", status="done")
-    owed |= dict(stage="vlm_analyze", call_id=1, attempt=1, spent=1, started_at=None)
-    api = StageApi(config.read({"STAGE_API_URL": url or server.url}))
-    owed |= dict(began=time.monotonic(), until=time.monotonic() + 30, api=api, query=None)
+    owed |= dict(stage="vlm_analyze", call_id=1, attempt=1, spent=1, max_attempts=5, timeout=30)
+    owed |= dict(started_at="now", listener="l", key=JOB, leased_until=boottime() + 60)
+    owed |= dict(api=StageApi(settings), settings=settings, until=time.monotonic() + 30)
     return stages.Call(**(owed | changed))
 
 
@@ -137,7 +139,7 @@ def test_answer_is_kept_in_the_call(accepting):
 
 
 def test_nothing_is_sent_once_the_time_is_used_up(accepting):
-    with pytest.raises(TimeoutError, match="its timeout"):
+    with pytest.raises(TimeIsUp, match="before its POST"):
         make_call(accepting, until=time.monotonic()).post("/api/x")
     assert accepting.connections == 0
 

@@ -4,8 +4,7 @@ import json
 import re
 
 import pytest
-import settling
-from claims import LEASE_OVER, STAGES, claim, connected, result
+from claims import LEASE_OVER, STAGES, claim, connected, result, settle
 
 import upkeep
 
@@ -30,7 +29,7 @@ def stalled(run_command, database, *args: str) -> list[tuple[str, str]]:
 def test_job_accepted_but_not_moved_on_is_stalled_after_the_timeout(database, run_command):
     job = database.add_job("planner", "done")
     with connected(database) as conn:
-        assert settling.settle(conn, result(claim(conn)))
+        assert settle(conn, result(claim(conn)))
     assert stalled(run_command, database) == []
     database.rows(f"UPDATE jobs SET updated_at = {LONG_AGO}")
     assert stalled(run_command, database) == []

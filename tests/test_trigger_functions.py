@@ -1,12 +1,22 @@
 """Stage functions as people write them: what they may ask, and what their mistakes cost."""
 
+import asyncio
 import json
+import os
+import signal
+import ssl
+from datetime import timedelta
 
 import pytest
-from raw_server import in_turn
+import requests
+import trustme
+from conftest import ROOT
+from raw_server import OK, answering, in_turn
+from test_stage_http import black_hole
+from waiting import AWAY, wait_until_idle
 
-import db
 import stages
+from trigger import boottime
 
 ERROR = b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n"
 TABLE = "CREATE TABLE texts (job_id uuid, text text, proposal_id bigint)"
@@ -26,22 +36,74 @@ def fails(error: BaseException):
 # --- mistakes ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "error", [RuntimeError("broken"), KeyError("x"), OSError(24, "files"), SystemExit(0)]
-)
+class Unprintable(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+MISTAKES = {
+    "RuntimeError: broken": RuntimeError("broken"),
+    "KeyError: 'x'": KeyError("x"),
+    "OSError: [Errno 24] files": OSError(24, "files"),
+    "SyntaxError: here": SyntaxError("here", ("stages.py", 7, 1, "def x(")),
+    "asyncio.exceptions.CancelledError": asyncio.CancelledError(),
+    "KeyboardInterrupt": KeyboardInterrupt(),
+    "GeneratorExit": GeneratorExit(),
+    "SystemExit: 0": SystemExit(0),
+}
+
+
+@pytest.mark.parametrize(("text", "error"), MISTAKES.items(), ids=MISTAKES)
 def test_exception_is_a_failed_attempt_with_a_traceback(
-    database, accepting, caller, add_stage, error
+    database, accepting, caller, add_stage, text, error
 ):
     add_stage(fails(error))
     job = database.add_job("x")
     worker = caller(accepting.url, MAX_ATTEMPTS=2)
     attempt = worker.call()
-    assert attempt.outcome == "retry"
-    assert attempt.error == f"{type(error).__name__}: {error}"
+    assert (attempt.outcome, attempt.error) == ("retry", text)
     assert f"job={job} stage=failing" in worker.line("단계 함수 오류")
+    assert f"job={job} stage=failing attempt=1/2 error={text} → " in worker.line("실행 실패")
     assert worker.line("Traceback") and worker.line("raise error")
     assert worker.call_again().outcome == "failed"
     assert database.owed(job).given_up and accepting.connections == 0
+
+
+def test_exception_that_cannot_be_printed_is_named(database, accepting, caller, add_stage):
+    add_stage(fails(Unprintable()))
+    database.add_job("x")
+    worker = caller(accepting.url)
+    attempt = worker.call()
+    assert attempt.outcome == "retry" and "Unprintable: <exception str() failed>" in attempt.error
+    assert "Unprintable" in worker.line("실행 실패")
+
+
+def program(tmp_path, *lines: str):
+    """A listener whose vlm_judge does what `lines` say."""
+    path = tmp_path / "program.py"
+    path.write_text("\n".join([
+        "import asyncio, sys",
+        f"sys.path.insert(0, {str(ROOT)!r})",
+        "import listener, ops, stages",
+        "def vlm_judge(call):",
+        *[f"    {line}" for line in lines],
+        "stages.PIPELINE['overlay', 'done'] = vlm_judge",
+        "ops.main(listener.cli)",
+    ]))  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize("error", ["KeyboardInterrupt", "SystemExit(3)", "asyncio.CancelledError"])
+def test_worker_outlives_what_its_function_raises(database, api, listener, tmp_path, error):
+    raising = program(tmp_path, f"if call.attempt == 1: raise {error}", "return call.post('/x')")
+    process = listener(database, "run", "--workers", "1", api=api, program=raising)
+    wait_until_idle(tmp_path)
+    before = process.children()
+    job = database.add_job("overlay", "done")
+    database.wait_for("SELECT count(*) = 2 FROM stage_attempts WHERE job_id = %s", job)
+    assert database.attempts(job)[0].outcome == "retry"
+    assert process.children() == before
+    assert process.stop() == 0
 
 
 @pytest.mark.skipif(not hasattr(Exception, "add_note"), reason="Python 3.11 has notes first")
@@ -116,18 +178,49 @@ def find_nothing(call):
     call.fetch_one("SELECT 1 WHERE false")
 
 
-@pytest.mark.parametrize("then", [raise_error, lose_connection, find_nothing, lambda call: 42])
+def send_elsewhere(call):
+    requests.post("http://127.0.0.1:9")
+
+
+def be_refused_elsewhere(call):
+    response = requests.Response()
+    response.status_code = 500
+    response.raise_for_status()
+
+
+def be_interrupted(call):
+    raise KeyboardInterrupt
+
+
+AFTERWARDS = [raise_error, lose_connection, find_nothing, send_elsewhere, be_refused_elsewhere,
+              be_interrupted, lambda call: 42]  # fmt: skip
+
+
+@pytest.mark.parametrize("then", AFTERWARDS)
 def test_accepted_call_stays_accepted_whatever_the_function_does_next(
     database, accepting, caller, add_stage, then
 ):
     add_stage(posts_and(then))
     job = database.add_job("x")
-    worker = caller(accepting.url)
-    worker.trigger.run(worker.claim())
-    second = caller(accepting.url, name="second")
-    worker.trigger.leave(second.conn)
-    assert [a.outcome for a in database.attempts(job)] == ["succeeded"]
+    assert caller(accepting.url).call().outcome == "succeeded"
     assert database.owed(job) is None and len(accepting.requests) == 1
+
+
+def posts_twice(call):
+    call.post("/api/x")
+    call.post("/api/y")
+
+
+@pytest.mark.parametrize(
+    ("answers", "outcome"),
+    [([ERROR, OK], "succeeded"), ([OK, ERROR], "retry"), ([OK, OK[:-1]], "unknown")],
+)
+def test_last_of_several_posts_counts(database, serve, caller, add_stage, answers, outcome):
+    add_stage(posts_twice)
+    database.add_job("x")
+    server = serve(in_turn(*answers))
+    assert caller(server.url, STAGE_TIMEOUT=1).call().outcome == outcome
+    assert len(server.requests) == 2
 
 
 def test_exception_after_a_refusal_is_retried(database, serve, caller, add_stage):
@@ -144,6 +237,124 @@ def test_nan_in_a_field_is_a_failed_attempt(database, accepting, caller, add_sta
     assert attempt.outcome == "retry" and "JSON" in attempt.error
     assert accepting.connections == 0
 
+
+# --- requests of its own -------------------------------------------------------------------
+
+
+def sends(**options):
+    """A stage function that sends its request itself."""
+
+    def own_request(call):
+        return requests.post(call.api.url + "/api/x", json={"id": call.key}, **options)
+
+    return own_request
+
+
+def reply(status: int, *headers: bytes) -> bytes:
+    return b"\r\n".join([b"HTTP/1.1 %d X" % status, b"Content-Length: 2", *headers, b"", b"no"])
+
+
+STATUSES = {
+    200: "succeeded", 204: "succeeded", 302: "failed", 404: "failed", 409: "unknown",
+    429: "held", 500: "retry", 503: "held", 504: "unknown",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("status", "outcome"), STATUSES.items())
+def test_response_of_its_own_request_counts_as_that_of_post(
+    database, serve, caller, add_stage, status, outcome
+):
+    add_stage(sends(allow_redirects=False))
+    database.add_job("x")
+    answer = b"HTTP/1.1 204 X\r\n\r\n" if status == 204 else reply(status, b"Retry-After: 7")
+    attempt = caller(serve(in_turn(answer)).url).call()
+    assert (attempt.outcome, attempt.http_status) == (outcome, status)
+    assert attempt.error == (None if outcome == "succeeded" else f"HTTP {status}: no")
+    holds = database.rows("SELECT hold_seconds FROM pipeline_stages WHERE held_until > now()")
+    assert holds == ([(7,)] if outcome == "held" else [])
+
+
+@pytest.mark.parametrize(("status", "outcome"), [(404, "failed"), (500, "retry"), (503, "held")])
+def test_raise_for_status_says_what_the_answer_says(
+    database, serve, caller, add_stage, status, outcome
+):
+    def raising(call):
+        response = sends()(call)
+        response.raise_for_status()
+        return response
+
+    add_stage(raising)
+    database.add_job("x")
+    worker = caller(serve(in_turn(reply(status))).url)
+    attempt = worker.call()
+    assert (attempt.outcome, attempt.http_status) == (outcome, status)
+    assert attempt.error == f"HTTP {status}: no" and "Traceback" not in worker.output.getvalue()
+
+
+def test_http_error_without_an_answer_is_named(database, accepting, caller, add_stage):
+    add_stage(fails(requests.HTTPError("made up")))
+    database.add_job("x")
+    attempt = caller(accepting.url).call()
+    assert (attempt.outcome, attempt.error) == ("retry", "requests.exceptions.HTTPError: made up")
+
+
+def silent(connection) -> None:
+    connection.receive()
+    connection.closing.wait(30)
+
+
+def reset(connection) -> None:
+    connection.receive()
+    connection.reset()
+
+
+def untrusted(serve) -> str:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
+    return serve(in_turn(OK), tls=context).url
+
+
+BROKEN = {
+    "read timeout": (silent, {"timeout": 0.3}, "unknown", "timed out"),
+    "cut": (answering(OK[:-1]), {}, "unknown", "IncompleteRead"),
+    "cut in a stream": (answering(OK[:-1]), {"stream": True}, "unknown", "IncompleteRead"),
+    "reset": (reset, {}, "retry", "connection broke while waiting: ConnectionResetError"),
+}
+
+
+@pytest.mark.parametrize(("behaviour", "options", "outcome", "text"), BROKEN.values(), ids=BROKEN)
+def test_own_request_that_breaks_is_told_apart(
+    database, serve, caller, add_stage, behaviour, options, outcome, text
+):
+    add_stage(sends(**options))
+    database.add_job("x")
+    worker = caller(serve(behaviour).url)
+    attempt = worker.call()
+    assert attempt.outcome == outcome and text in attempt.error
+    assert "Traceback" not in worker.output.getvalue()
+
+
+@pytest.mark.parametrize(
+    "url", [lambda _: "http://127.0.0.1:9", lambda _: "http://stage-api.invalid", untrusted],
+    ids=["refused", "DNS", "TLS"],
+)  # fmt: skip
+def test_own_request_that_cannot_connect_holds_the_stage(database, serve, caller, add_stage, url):
+    add_stage(sends())
+    job = database.add_job("x")
+    attempt = caller(url(serve)).call()
+    assert attempt.outcome == "held" and attempt.error.startswith("stage API unreachable: ")
+    assert database.owed(job).free_attempts == 1
+    assert database.value("SELECT hold_seconds FROM pipeline_stages WHERE held_until > now()") == 1
+
+
+def test_own_request_whose_connect_times_out_holds_the_stage(database, caller, add_stage):
+    add_stage(sends(timeout=0.3))
+    database.add_job("x")
+    with black_hole() as url:
+        assert caller(url).call().outcome == "held"
+
+
+# --- texts ---------------------------------------------------------------------------------
 
 ODD_TEXTS = {
     "surrogate": "lone \ud800 surrogate",
@@ -269,20 +480,50 @@ def test_query_that_fails_is_a_failed_attempt(database, accepting, asking, sql, 
     attempt = worker.call()
     assert (attempt.outcome, attempt.error[: len(error)]) == ("retry", error)
     assert worker.line("Traceback") and accepting.connections == 0
-    assert (database.owed(job).free_attempts, database.value("SELECT count(*) FROM texts")) == (
-        0,
-        0,
-    )
-    assert db.query(worker.conn, "SELECT 1") == [(1,)]  # the connection is still good
+    assert database.owed(job).free_attempts == 0
+    assert database.value("SELECT count(*) FROM texts") == 0
 
 
-def test_lost_connection_is_a_failed_attempt_and_sends_nothing(database, accepting, caller, asking):
+def test_lookup_without_a_database_costs_no_attempt_and_holds_nothing(database, asking):
+    worker, job = asking("SELECT 1 AS one")
+    call, there = worker.claim(), vars(worker.settings).copy()
+    vars(worker.settings).update(AWAY)
+    worker.run(call)
+    vars(worker.settings).update(there)
+    worker.settle()
+    [attempt], owed = database.attempts(job), database.owed(job)
+    assert attempt.outcome == "held"
+    assert attempt.error.startswith("no database for the stage function: ")
+    assert (owed.attempts, owed.free_attempts, owed.worker) == (1, 1, None)
+    assert owed.due_at - attempt.finished_at == timedelta(seconds=1)
+    assert database.value("SELECT count(*) FROM pipeline_stages WHERE held_until > now()") == 0
+    assert "Traceback" not in worker.output.getvalue()
+    assert worker.call_again().outcome == "succeeded"
+
+
+def test_lookup_that_loses_its_connection_sends_nothing_and_is_an_attempt(
+    database, accepting, asking
+):
     worker, job = asking("SELECT pg_terminate_backend(pg_backend_pid())")
-    worker.trigger.run(worker.claim())
-    worker.trigger.leave(caller(accepting.url, name="second").conn)
-    assert [a.outcome for a in database.attempts(job)] == ["retry"]
-    assert (database.owed(job).attempts, database.owed(job).free_attempts) == (1, 0)
+    assert worker.call().outcome == "retry"
+    assert database.owed(job).free_attempts == 0
     assert accepting.connections == 0
+
+
+def test_lookup_leaves_no_connection_while_the_stage_works(database, serve, caller, add_stage):
+    def looking(call):
+        found = call.fetch_one("SELECT pg_backend_pid() AS pid")
+        return call.post("/api/x", pid=found.pid)
+
+    def check(connection) -> None:
+        pid = json.loads(connection.receive().body)["pid"]
+        gone = "SELECT count(*) = 0 FROM pg_stat_activity WHERE pid = %s"
+        database.wait_for(gone, pid)
+        connection.send(OK)
+
+    add_stage(looking)
+    database.add_job("x")
+    assert caller(serve(check).url).call().outcome == "succeeded"
 
 
 def test_query_is_planned_as_usual(database, accepting, asking):
@@ -292,4 +533,68 @@ def test_query_is_planned_as_usual(database, accepting, asking):
     worker.call()
     found = json.loads(accepting.requests[0].body)
     assert {name: found[name] for name in names} == database.row(settings)._asdict()
-    assert set(db.execute(worker.conn, settings).fetchone()) == {"off"}  # for our own again
+
+
+# --- a lease that does not cover the call --------------------------------------------------
+
+
+def test_call_that_its_lease_does_not_cover_is_not_made(database, accepting, asking):
+    worker, _ = asking("SELECT 1 AS one")
+    call = worker.claim()
+    call.leased_until = boottime() + call.timeout
+    assert worker.trigger.run(call).outcome == "released"
+    assert accepting.connections == 0
+
+
+def test_call_that_a_frozen_worker_did_not_begin_in_time_is_released(
+    database, api, listener, tmp_path
+):
+    lease = {"STAGE_TIMEOUT": 30, "LEASE_MARGIN": 1}
+    process = listener(database, "run", "--workers", "1", api=api, **lease)
+    wait_until_idle(tmp_path)
+    [worker] = process.children()
+    os.kill(worker, signal.SIGSTOP)
+    job = database.add_job("overlay", "done")
+    late = "SELECT clock_timestamp() > started_at + interval '1 s' FROM stage_calls"
+    database.wait_for(late)
+    os.kill(worker, signal.SIGCONT)
+    process.wait_for_line("리스가 모자라 호출하지 않고 되돌림")
+    database.wait_for("SELECT outcome = 'succeeded' FROM stage_attempts WHERE job_id = %s", job)
+    [made] = api.calls(job)
+    assert made.headers["X-Attempt"] == "2"
+    assert process.children() == [worker] and process.stop() == 0
+
+
+# --- by hand -------------------------------------------------------------------------------
+
+AT_THE_PROMPT = "break stages.vlm_judge\ncontinue\n"
+
+
+def test_call_that_outlasts_its_lease_at_the_prompt_is_released(database, api, run_command):
+    job = database.add_job("overlay", "done")
+    typed = AT_THE_PROMPT + "import time; time.sleep(4)\ncontinue\nq\n"
+    lease = {"STAGE_TIMEOUT": 1, "LEASE_MARGIN": 3}
+    done = run_command(database, "call", job, api=api, stdin=typed, python=("-m", "pdb"), **lease)
+    assert "리스가 모자라 호출하지 않고 되돌림" in done.out
+    assert "The program exited via sys.exit(). Exit status: 1" in done.out
+    owed = database.owed(job)
+    assert (owed.attempts, owed.free_attempts, owed.worker) == (1, 1, None)
+    assert database.value("SELECT count(*) FROM stage_leases") == 0 and not api.calls()
+
+
+def test_call_that_takes_its_time_at_the_prompt_is_made(database, api, run_command):
+    job = database.add_job("overlay", "done")
+    typed = AT_THE_PROMPT + "import time; time.sleep(2)\ncontinue\nq\n"
+    done = run_command(
+        database, "call", job, api=api, stdin=typed, python=("-m", "pdb"), STAGE_TIMEOUT=1
+    )
+    assert "The program exited via sys.exit(). Exit status: 0" in done.out
+    assert database.state(job) == ("vlm_judge", "done")
+
+
+def test_call_that_is_left_at_the_prompt_is_not_known(database, api, run_command):
+    job = database.add_job("overlay", "done")
+    run_command(database, "call", job, api=api, stdin=AT_THE_PROMPT + "q\n", python=("-m", "pdb"))
+    [attempt] = database.attempts(job)
+    assert (attempt.outcome, attempt.error) == ("unknown", "stopped by hand")
+    assert not api.calls()

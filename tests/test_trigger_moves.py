@@ -77,7 +77,7 @@ def test_result_of_a_job_that_moved_on_meanwhile_is_recorded(database, accepting
     worker = caller(accepting.url)
     call = worker.claim()
     database.move(job, "vlm_analyze", "done")
-    worker.trigger.run(call)
+    worker.run(call)
     assert worker.claim().stage == "yolo_detect"
     assert [a.outcome for a in database.attempts(job)] == ["succeeded"]
 
@@ -113,9 +113,16 @@ def answer_before_commit(database, stage, worker, lease_over: bool = False) -> s
     stage.cursor().execute(
         "UPDATE jobs SET current_step = 'vlm_analyze', status = 'running' WHERE job_id = %s", (job,)
     )
-    worker.trigger.run(call)
+    worker.run(call)
     assert worker.claim() is None
     return job
+
+
+def settle_again(worker) -> None:
+    """What the listener does every second while the stage holds the row of a call."""
+    listener = worker.listener
+    listener.unwritten, listener.locked = listener.locked, []
+    worker.settle()
 
 
 def test_result_is_recorded_at_once_and_does_not_wait(database, accepting, caller, stage):
@@ -123,18 +130,18 @@ def test_result_is_recorded_at_once_and_does_not_wait(database, accepting, calle
     job = answer_before_commit(database, stage, worker)
     assert [a.outcome for a in database.attempts(job)] == ["succeeded"]
     assert database.owed(job).worker == "caller"  # as others see it
-    assert len(worker.trigger.results.locked) == 1
+    assert len(worker.listener.locked) == 1
 
 
 @pytest.mark.parametrize("end", ["commit", "rollback"])
 def test_call_is_settled_later_and_never_made_twice(database, accepting, caller, stage, end):
     worker = caller(accepting.url)
     job = answer_before_commit(database, stage, worker)
-    worker.trigger.locked_checked = 0.0
-    assert worker.claim() is None and len(worker.trigger.results.locked) == 1
+    settle_again(worker)
+    assert len(worker.listener.locked) == 1
     getattr(stage, end)()
-    worker.trigger.locked_checked = 0.0
-    assert worker.claim() is None and worker.trigger.results.locked == []
+    settle_again(worker)
+    assert worker.listener.locked == []
     assert database.owed(job) is None and len(accepting.requests) == 1
     assert [a.outcome for a in database.attempts(job)] == ["succeeded"]
 
@@ -154,8 +161,7 @@ def test_failure_before_a_rollback_is_settled_later(database, serve, caller, sta
     worker = caller(server.url)
     job = answer_before_commit(database, stage, worker)
     stage.rollback()
-    worker.trigger.locked_checked = 0.0
-    worker.claim()
+    settle_again(worker)
     owed = database.owed(job)
     assert (owed.worker, owed.attempts, owed.last_error) == (None, 1, "HTTP 500")
 
@@ -163,7 +169,7 @@ def test_failure_before_a_rollback_is_settled_later(database, serve, caller, sta
 def test_leaving_keeps_the_call_from_being_made_again(database, accepting, caller, stage):
     worker = caller(accepting.url)
     job = answer_before_commit(database, stage, worker)
-    worker.trigger.leave(worker.conn)
+    worker.settle()
     stage.rollback()
     database.rows(LEASE_OVER)
     second = caller(accepting.url, name="second")

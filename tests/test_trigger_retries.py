@@ -4,15 +4,17 @@ import itertools
 import os
 import resource
 from contextlib import closing
+from datetime import timedelta
 
 import pytest
 from claims import LEASE_OVER
 from raw_server import OK, answering, in_turn
+from waiting import wait_until_idle
 
-import config
 import db
 from ops.steer import make_due
-from trigger import Trigger
+from stages import limits
+from trigger import backoff
 
 ERROR = b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n"
 BUSY = b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"
@@ -23,13 +25,25 @@ HOLD = "SELECT hold_seconds, held_until > now() AS held FROM pipeline_stages WHE
 
 
 @pytest.mark.parametrize("delay", [0.01, 5, 3600])
-@pytest.mark.parametrize("spent", [1, 2, 3, 6, 7, 40, 999])
+@pytest.mark.parametrize("spent", [1, 2, 3, 6, 7, 40, 999, 5000])
 def test_back_off_doubles_up_to_five_minutes_with_full_jitter(delay, spent):
-    trigger = Trigger(config.read({"RETRY_DELAY": str(delay)}), "worker")
-    longest = min(300, delay * 2 ** (spent - 1))
-    waits = [trigger.judge.backoff(spent) for _ in range(200)]
+    longest = min(300, delay * 2 ** min(spent - 1, 99))
+    waits = [backoff(spent, delay) for _ in range(200)]
     assert all(0 <= wait <= longest for wait in waits)
     assert min(waits) < longest / 4 and max(waits) > longest * 3 / 4
+
+
+def test_stage_may_be_tried_thousands_of_times(database, serve, caller, add_stage):
+    @limits(max_attempts=5000)
+    def patient(call):
+        return call.post("/api/x")
+
+    add_stage(patient)
+    job = database.add_job("x")
+    database.rows("UPDATE stage_calls SET attempts = 4000")
+    attempt = caller(serve(in_turn(ERROR)).url).call()
+    assert (attempt.outcome, attempt.attempt) == ("retry", 4001)
+    assert database.owed(job).due_at - attempt.finished_at <= timedelta(minutes=5)
 
 
 # --- giving up -----------------------------------------------------------------------------
@@ -56,7 +70,7 @@ def test_last_attempt_without_an_answer_is_given_up_once_its_lease_is_over(datab
     assert worker.call().outcome == "unknown"
     assert "리스 만료 후 포기" in worker.line("실행 실패")
     # The stage may still be at work: not even a person gets the call before the lease is over.
-    assert not database.owed(job).given_up and worker.trigger.next(worker.conn, only=job) is None
+    assert not database.owed(job).given_up and worker.claim(only=job) is None
     database.rows(LEASE_OVER)
     assert worker.claim() is None
     assert [a.outcome for a in database.attempts(job)] == ["unknown", "failed"]
@@ -138,8 +152,8 @@ def test_success_that_began_before_the_hold_does_not_lift_it(database, serve, ca
     early = caller(serve(in_turn(OK)).url, name="early")
     call = early.claim()
     caller(serve(in_turn(BUSY)).url).call()
-    early.trigger.run(call)
-    early.trigger.leave(early.conn)
+    early.run(call)
+    early.settle()
     assert database.row(HOLD, "vlm_analyze").held
 
 
@@ -150,23 +164,25 @@ def test_calls_under_way_when_the_hold_began_do_not_lengthen_it(database, serve,
         database.add_job()
         begun.append(worker.claim())
     for worker, call in zip(workers, begun, strict=True):
-        worker.trigger.run(call)
-        worker.trigger.leave(worker.conn)
+        worker.run(call)
+        worker.settle()
     assert database.row(HOLD, "vlm_analyze").hold_seconds == 1
 
 
-def test_worker_that_runs_out_of_file_descriptors_lives_on(database, api, listener):
-    process = listener(database, api=api)
-    process.wait_for_line("LISTEN 'job_state_changed' 시작")
-    limits = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
-    open_files = {int(file) for file in os.listdir(f"/proc/{process.pid}/fd")}
+def test_worker_that_runs_out_of_file_descriptors_lives_on(database, api, listener, tmp_path):
+    process = listener(database, "run", "--workers", "1", api=api)
+    wait_until_idle(tmp_path)
+    [worker] = process.children()
+    limits = resource.prlimit(worker, resource.RLIMIT_NOFILE)
+    open_files = {int(file) for file in os.listdir(f"/proc/{worker}/fd")}
     lowest_free = next(file for file in itertools.count() if file not in open_files)
-    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+    resource.prlimit(worker, resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
     job = database.add_job()
     assert "Too many open files" in process.wait_for_line("파이프라인 단계 실행 실패")
-    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, limits)
+    resource.prlimit(worker, resource.RLIMIT_NOFILE, limits)
     database.wait_for("SELECT status = 'done' FROM jobs WHERE current_step = 'vlm_judge'")
     assert [call.stage for call in api.calls(job)][:2] == ["vlm_analyze", "yolo_detect"]
+    assert process.children() == [worker]
     assert process.stop() == 0
 
 
@@ -195,8 +211,8 @@ def test_late_result_leaves_the_call_alone_once_the_lease_was_taken_over(databas
     second = caller(serve(in_turn(OK)).url, name="second")
     assert second.claim().attempt == 2
     before = database.owed(job)
-    late.trigger.run(call)
-    late.trigger.leave(late.conn)
+    late.run(call)
+    late.settle()
     assert database.owed(job) == before
     known = [(a.worker, a.outcome) for a in database.attempts(job)]
     assert known == [("late", "lost"), ("late", "failed")]
@@ -206,10 +222,10 @@ def test_late_success_is_still_settled_where_nobody_took_the_call_over(database,
     job = database.add_job()
     late = caller(serve(in_turn(OK)).url, name="late")
     call = late.claim()
-    late.trigger.run(call)
+    late.run(call)
     database.rows(LEASE_OVER)
     with closing(db.connect(late.settings)) as conn:
-        late.trigger.leave(conn)
+        late.settle(conn)
     assert [a.outcome for a in database.attempts(job)] == ["succeeded"]
     assert database.owed(job) is None
 

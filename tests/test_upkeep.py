@@ -4,8 +4,7 @@ import math
 import threading
 
 import pytest
-import settling
-from claims import STAGES, claim, connected, result
+from claims import STAGES, claim, connected, result, settle
 
 import db
 import upkeep
@@ -171,7 +170,7 @@ def test_there_is_more_to_do_only_where_a_batch_was_not_enough(database, conn):
 def test_given_up_calls_of_deleted_jobs_are_forgotten_and_recorded(database, conn):
     deleted, kept, unsettled = (database.add_job() for _ in range(3))
     for _ in range(2):
-        settling.settle(conn, result(claim(conn), "failed"))
+        settle(conn, result(claim(conn), "failed"))
     database.rows("DELETE FROM jobs WHERE job_id IN (%s, %s)", deleted, unsettled)
     assert upkeep.forget_deleted(conn, ["planner"], "w") == 0
     assert upkeep.forget_deleted(conn, STAGES, "w") == 1

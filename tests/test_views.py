@@ -2,8 +2,7 @@
 
 import psycopg2
 import pytest
-import settling
-from claims import LEASE_OVER, STAGES, claim, connected, result
+from claims import LEASE_OVER, STAGES, claim, connected, result, settle
 
 import upkeep
 from ops.install import apply
@@ -47,9 +46,9 @@ def test_overview_has_a_row_for_each_stage_in_order(database):
 def test_overview_counts_every_situation(database, conn):
     for _ in range(5):
         database.add_job()
-    settling.settle(conn, result(claim(conn), "failed", error="HTTP 404"))
-    settling.settle(conn, result(claim(conn), "retry", delay=100, error="HTTP 500"))
-    settling.settle(conn, result(claim(conn)))
+    settle(conn, result(claim(conn), "failed", error="HTTP 404"))
+    settle(conn, result(claim(conn), "retry", delay=100, error="HTTP 500"))
+    settle(conn, result(claim(conn)))
     running = claim(conn)
     database.move(running.job_id, "vlm_analyze", "running")
     row = overview(database)
@@ -81,7 +80,7 @@ def test_stage_without_a_route_shows_what_it_still_owes(database):
 def test_latency_is_by_stage_and_hour(database, conn):
     for outcome in ("succeeded", "succeeded", "retry", "skipped"):
         database.add_job()
-        settling.settle(conn, result(claim(conn), outcome, delay=1000))
+        settle(conn, result(claim(conn), outcome, delay=1000))
     took = "UPDATE stage_attempts SET started_at = finished_at - interval '4 s'"
     database.rows(took)
     [row] = database.rows("SELECT * FROM stage_latency")
@@ -93,7 +92,7 @@ def test_latency_is_by_stage_and_hour(database, conn):
 def test_given_up_calls_say_since_when_and_why(database, conn):
     job = database.add_job()
     assert database.rows("SELECT * FROM given_up_calls") == []
-    settling.settle(conn, result(claim(conn), "failed", error="HTTP 404"))
+    settle(conn, result(claim(conn), "failed", error="HTTP 404"))
     [row] = database.rows("SELECT * FROM given_up_calls")
     assert (row.job_id, row.stage, row.attempts) == (job, "vlm_analyze", 1)
     assert row.last_error == "HTTP 404" and row.given_up_at >= row.owed_since
@@ -112,7 +111,7 @@ def test_every_view_is_commented(database):
 
 def test_accepted_job_is_stalled_once_its_stage_had_time(database, conn):
     job = database.add_job()
-    settling.settle(conn, result(claim(conn)))
+    settle(conn, result(claim(conn)))
     assert stalled(database) == []
     age(database)
     [row] = stalled(database)
@@ -153,7 +152,7 @@ def test_job_that_was_never_recorded_is_stalled(database):
 def test_waiting_retrying_and_given_up_jobs_are_not_stalled(database, conn, step):
     for outcome in ("retry", "failed"):
         database.add_job(step)
-        settling.settle(conn, result(claim(conn), outcome, delay=1000))
+        settle(conn, result(claim(conn), outcome, delay=1000))
     database.add_job(step)
     age(database)
     assert stalled(database) == []
@@ -173,7 +172,7 @@ def test_stalled_needs_no_column_that_jobs_may_lack(server, make_database):
     with connected(database) as conn:
         apply(conn)
         database.rows("INSERT INTO jobs VALUES (1, 1, 'img_gen', 'done')")
-        settling.settle(conn, result(claim(conn)))
+        settle(conn, result(claim(conn)))
         database.rows(OLD.format("stage_attempts", "finished_at"))
         assert [row.job_id for row in stalled(database)] == ["1"]
 
@@ -181,7 +180,7 @@ def test_stalled_needs_no_column_that_jobs_may_lack(server, make_database):
 def test_timeout_of_the_stage_decides(database, conn):
     upkeep.tell_timeouts(conn, {"vlm_analyze": 3 * 3600.0})
     database.add_job()
-    settling.settle(conn, result(claim(conn)))
+    settle(conn, result(claim(conn)))
     age(database)
     assert stalled(database) == []
     upkeep.tell_timeouts(conn, {"vlm_analyze": 3600.0})

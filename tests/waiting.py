@@ -15,11 +15,11 @@ PATIENCE = 60.0
 
 # The address of a database that is not there: refused at once.
 AWAY = {"DB_HOST": "127.0.0.1", "DB_PORT": 1}
-# A worker's look for due calls, as the server hears it.
+# A look for due calls, as the server hears it.
 CLAIM = "EXECUTE claim("
 LISTENING = "LISTEN 'job_state_changed' 시작"
 RECONNECTING = "재연결 시도"
-WORKERS = "datname = current_database() AND application_name LIKE 'job-state-listener worker %%'"
+LISTENERS = "datname = current_database() AND application_name LIKE 'job-state-listener run %%'"
 
 
 def until(predicate: Callable[[], object], what: str, timeout: float = PATIENCE):
@@ -31,50 +31,58 @@ def until(predicate: Callable[[], object], what: str, timeout: float = PATIENCE)
     return value
 
 
-def wait_until_idle(directory: Path, workers: int = 1) -> None:
-    """Block until so many workers have looked for due calls, found none, and wait."""
+def wait_until_idle(directory: Path, listeners: int = 1) -> None:
+    """Block until so many listeners have looked for due calls, found none, and wait."""
 
     def waiting() -> bool:
         beats = heartbeats(str(directory / "heartbeats"))
         doing = [beat.doing for beat in beats if beat.state == ALIVE]
-        return doing == ["waiting for a job to change"] * workers
+        return doing == ["waiting for a job to change"] * listeners
 
-    until(waiting, f"{workers} waiting workers")
+    until(waiting, f"{listeners} waiting listeners")
 
 
-def wait_for_sweeps(database, workers: int = 1, times: int = 3) -> None:
-    """Block until each worker has looked for due calls so many times from now on."""
+def wait_for_sweeps(database, listeners: int = 1, times: int = 3) -> None:
+    """Block until each listener has looked for due calls so many times from now on."""
     start = database.value("SELECT clock_timestamp()")
     looks: set[tuple] = set()
 
     def looked() -> bool:
         looks.update(
             database.rows(
-                f"SELECT pid, query_start FROM pg_stat_activity WHERE {WORKERS}"
+                f"SELECT pid, query_start FROM pg_stat_activity WHERE {LISTENERS}"
                 " AND query LIKE %s AND query_start > %s",
                 f"%{CLAIM}%",
                 start,
             )
         )
         by_pid = [pid for pid, _ in looks]
-        return sum(by_pid.count(pid) >= times for pid in set(by_pid)) >= workers
+        return sum(by_pid.count(pid) >= times for pid in set(by_pid)) >= listeners
 
-    until(looked, f"{times} sweeps of {workers} workers")
+    until(looked, f"{times} sweeps of {listeners} listeners")
 
 
 def backends(database) -> list[int]:
-    """The server processes of the workers that are connected."""
-    return [row.pid for row in database.rows(f"SELECT pid FROM pg_stat_activity WHERE {WORKERS}")]
+    """The server processes of the listeners that are connected."""
+    return [row.pid for row in database.rows(f"SELECT pid FROM pg_stat_activity WHERE {LISTENERS}")]
 
 
-def pid_of(worker: str) -> int:
-    """The process of a worker; its name is host-pid-random."""
-    return int(worker.split("-")[-2])
+def pid_of(listener: str) -> int:
+    """The process of a listener; its name is host-pid-random."""
+    return int(listener.split("-")[-2])
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended; where nobody reaps it, it stays as a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def terminate_backends(database) -> None:
     assert backends(database)
-    database.rows(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {WORKERS}")
+    database.rows(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {LISTENERS}")
 
 
 @contextmanager

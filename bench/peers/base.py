@@ -25,7 +25,8 @@ class Peer:
     """One way to do the job.
 
     name: as in the tables; worker: the module of bench.workers that runs as one of its processes.
-    kind: "ours"; "peer", that ours is compared with; "reference", that keeps no books.
+    kind: "ours"; "before", an earlier version of it; "peer", that ours is compared with;
+        "reference", that keeps no books.
     calls: False for what only has a trigger.
     keeps_debts: whether a call is still owed where nobody was listening when the job moved.
     hears: False for what looks every second, where to measure the latency is to measure that.

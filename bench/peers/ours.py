@@ -1,4 +1,7 @@
-"""Our listener, as its users run it: python listener.py install, python listener.py run."""
+"""Our listener, as its users run it: python listener.py install, python listener.py run.
+
+`before` is another checkout of it, the directory named by BENCH_BEFORE.
+"""
 
 import os
 import subprocess
@@ -8,41 +11,60 @@ from pathlib import Path
 from bench.database import Database
 from bench.peers.base import ROOT, Peer, Shape
 
-LISTENER = [sys.executable, str(ROOT / "listener.py")]
-
 
 class Ours(Peer):
     name = "ours"
     kind = "ours"
-    best = (Shape(1), Shape(2), Shape(3), Shape(4), Shape(6))
+    best = (Shape(1, 2), Shape(1, 4), Shape(1, 8), Shape(1, 16), Shape(1, 32))
+    options: tuple[str, ...] = ()
 
-    def shape(self, in_flight: int) -> Shape:
-        """One call in flight for each process."""
-        return Shape(in_flight, 1)
+    @property
+    def root(self) -> Path:
+        return ROOT
+
+    @property
+    def listener(self) -> list[str]:
+        return [sys.executable, str(self.root / "listener.py")]
 
     def install(self, database: Database) -> None:
         environ = os.environ | database.environ()
-        subprocess.run([*LISTENER, "install", *self.options], env=environ, check=True,
-                       cwd=ROOT, stdout=subprocess.DEVNULL)  # fmt: skip
-
-    options: tuple[str, ...] = ()
+        subprocess.run([*self.listener, "install", *self.options], env=environ, check=True,
+                       cwd=self.root, stdout=subprocess.DEVNULL)  # fmt: skip
 
     def commands(self, shape: Shape) -> list[list[str]]:
-        return [[*LISTENER, "run", "--workers", str(shape.processes)]]
+        """A listener has one worker for each call in flight."""
+        return [[*self.listener, "run", "--workers", str(shape.in_flight)]] * shape.processes
 
     def environ(self, database: Database, api: str, directory: Path) -> dict[str, str]:
         (directory / ".env").touch()  # so that nobody's own has a say
         told = {"STAGE_API_URL": api, "HEARTBEAT_DIR": str(directory / "heartbeats")}
-        return database.environ() | told
+        return database.environ() | told | {"PYTHONPATH": str(self.root)}
 
 
 class OursQuiet(Ours):
-    """With a trigger that only writes the debt; the workers poll."""
+    """With a trigger that only writes the debt; the listener polls."""
 
     name = "ours, no NOTIFY"
     options = ("--no-notify",)
     hears = False
 
+
+class Before(Ours):
+    """What the change to be measured started from."""
+
+    name = "before"
+    kind = "before"
+
+    @property
+    def root(self) -> Path:
+        return Path(os.environ["BENCH_BEFORE"]).resolve()
+
+    def connections(self, shape: Shape) -> int:
+        """Each of its workers had its own."""
+        return shape.processes * shape.in_flight
+
     def unavailable(self) -> str | None:
-        done = subprocess.run([*LISTENER, "install", "--help"], capture_output=True, text=True)
-        return None if "--no-notify" in done.stdout else "install has no --no-notify"
+        if not os.environ.get("BENCH_BEFORE"):
+            return "BENCH_BEFORE names no other checkout"
+        there = (self.root / "listener.py").exists()
+        return None if there else f"BENCH_BEFORE: no listener.py in {self.root}"

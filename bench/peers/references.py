@@ -1,7 +1,5 @@
 """Those that keep no books: what they cost is the least it can cost."""
 
-from pathlib import Path
-
 from bench.database import Database
 from bench.peers.base import Peer, Shape
 from bench.pipeline import NOTIFY_ONLY
@@ -21,15 +19,6 @@ class Floor(Peer):
 
     def install(self, database: Database) -> None:
         database.execute(NOTIFY_ONLY)
-
-
-class Bare(Floor):
-    """The same with http.client."""
-
-    name = "floor, http.client"
-
-    def environ(self, database: Database, api: str, directory: Path) -> dict[str, str]:
-        return {"BENCH_HTTP": "bare"}
 
 
 class NoTrigger(Floor):

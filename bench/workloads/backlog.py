@@ -3,7 +3,7 @@
 import contextlib
 
 from bench.harness import Bench
-from bench.peers.base import Peer, Shape
+from bench.peers.base import Peer
 from bench.stats import Metric
 from bench.workloads.base import Workload
 
@@ -21,7 +21,7 @@ class Backlog(Workload):
     """The stage API answers at once and touches no job; what is left is claiming and settling."""
 
     name = "backlog"
-    title = "Backlog: 100,000 owed calls, one worker, the stage answers at once"
+    title = "Backlog: 100,000 owed calls, one at a time, the stage answers at once"
     quick = False
     metrics = (
         Metric("first calls/s", "", better="higher", digits=0),
@@ -51,7 +51,7 @@ class Backlog(Workload):
                     "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; SELECT FROM jobs LIMIT 1"
                 )
             bench.stages.reset("answer")
-            processes = stack.enter_context(bench.started(peer, Shape(), database))
+            processes = stack.enter_context(bench.started(peer, peer.shape(1), database))
             bench.finish(peer, processes, owed, LIMIT)
             record = bench.stages.record()
         times = sorted(when for when, _, _ in record.arrived)

@@ -4,18 +4,22 @@ import gc
 import time
 
 from bench.harness import MOVE, Bench
-from bench.peers.base import Peer, Shape
-from bench.pipeline import STAGES, STEPS
+from bench.peers.base import Peer
+from bench.pipeline import STEPS
 from bench.stats import Metric, percentile
 from bench.workloads.base import Workload
 
-PAUSE = 0.02  # seconds between two jobs, in which every worker comes to rest
+PAUSE = 0.02  # seconds between two jobs, in which everything comes to rest
 COUNTED = 50  # jobs moved while queries are counted, which takes time
 PERCENTILES = (50, 95, 99)
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
     return {f"p{percent}": percentile(seconds, percent) * 1000 for percent in PERCENTILES}
+
+
+def room(variant: str) -> int:
+    return int(variant.split()[2])
 
 
 class Hop(Workload):
@@ -30,14 +34,13 @@ class Hop(Workload):
     )
 
     def variants(self, quick: bool) -> list[str]:
-        return ["1 worker"] if quick else ["1 worker", "32 workers"]
+        return ["room for 1 call", "room for 32 calls"]
 
     def applies(self, peer: Peer, variant: str) -> bool:
-        return peer.calls and peer.hears and (peer.keeps_debts or variant == "1 worker")
+        return peer.calls and peer.hears and (peer.keeps_debts or room(variant) == 1)
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
-        shape = Shape(int(variant.split()[0]))
-        with bench.running(peer, shape) as (database, _):
+        with bench.running(peer, peer.shape(room(variant))) as (database, _):
             jobs = self.add_jobs(database, 40 if bench.quick else 200)
             bench.stages.reset("answer")
             moved = self.move(bench, database, jobs)
@@ -70,33 +73,3 @@ class Hop(Workload):
             time.sleep(PAUSE)
         gc.enable()
         return moved
-
-
-class Chain(Workload):
-    name = "chain"
-    title = "Chain: one job at a time through five stages, from each `done` to the next call"
-    metrics = (
-        Metric("p50", "ms"),
-        Metric("p95", "ms"),
-        Metric("p99", "ms"),
-        Metric("job p50", "ms", digits=1, headline=False),
-    )
-
-    def applies(self, peer: Peer, variant: str) -> bool:
-        return peer.calls and peer.hears
-
-    def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
-        with bench.running(peer, Shape()) as (database, _):
-            jobs = database.add_jobs(10 if bench.quick else 50)
-            bench.stages.reset("work")
-            for number, job in enumerate(jobs, 1):
-                database.execute(MOVE, job)
-                if bench.stages.wait(number * len(STAGES), 20) < number * len(STAGES):
-                    raise TimeoutError(f"job {number} of {len(jobs)} did not pass within 20 s")
-                time.sleep(PAUSE)
-            record = bench.stages.record()
-        done = {(job, stage): when for when, job, stage in record.done}
-        arrived = {(job, stage): when for when, job, stage in record.arrived}
-        hops = [when - done[job, stage - 1] for (job, stage), when in arrived.items() if stage]
-        whole = [done[job, len(STAGES) - 1] - arrived[job, 0] for job in jobs]
-        return percentiles(hops) | {"job p50": percentile(whole, 50) * 1000}

@@ -7,6 +7,7 @@ from bench.harness import MOVE_ALL, Bench, first_arrival
 from bench.peers.base import Peer, Shape
 from bench.stats import Metric
 from bench.workloads.base import Workload
+from bench.workloads.hop import room
 
 
 class Startup(Workload):
@@ -19,7 +20,7 @@ class Startup(Workload):
         with bench.installed(peer) as database:
             for _ in range(1 if bench.quick else 3):
                 bench.stages.reset("answer")
-                with bench.started(peer, Shape(), database) as processes:
+                with bench.started(peer, peer.shape(1), database) as processes:
                     times.append(first_arrival(bench, database, processes) - processes.started)
                 database.execute("DELETE FROM jobs")
         return {"seconds": statistics.median(times)}
@@ -27,21 +28,21 @@ class Startup(Workload):
 
 class Memory(Workload):
     name = "memory"
-    title = "Memory of a worker process after 200 calls"
+    title = "Memory of all processes after 200 calls, with room for one call at a time"
     quick = False
     metrics = (
         Metric("resident", "MiB", digits=1),
         Metric("proportional", "MiB", digits=1),
-        Metric("each further one", "MiB", digits=1),
+        Metric("each further call", "MiB", digits=1),
     )
     FURTHER = 3
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
-        one, several = (self.weigh(bench, peer, Shape(n)) for n in (1, 1 + self.FURTHER))
+        one, several = (self.weigh(bench, peer, peer.shape(n)) for n in (1, 1 + self.FURTHER))
         return {
             "resident": one.rss,
             "proportional": one.pss,
-            "each further one": (several.pss - one.pss) / self.FURTHER,
+            "each further call": (several.pss - one.pss) / self.FURTHER,
         }
 
     def weigh(self, bench: Bench, peer: Peer, shape: Shape):
@@ -55,7 +56,7 @@ class Memory(Workload):
 
 class Idle(Workload):
     name = "idle"
-    title = "At rest: workers with nothing to do, for each of them and a minute"
+    title = "At rest: nothing to do for a minute"
     repetitions = 1
     quick = False
     metrics = (
@@ -65,19 +66,18 @@ class Idle(Workload):
     )
 
     def variants(self, quick: bool) -> list[str]:
-        return ["1 worker"] if quick else ["1 worker", "32 workers"]
+        return ["room for 1 call"] if quick else ["room for 1 call", "room for 32 calls"]
 
     def applies(self, peer: Peer, variant: str) -> bool:
         return peer.kind != "reference"
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
-        shape, seconds = Shape(int(variant.split()[0])), 15.0 if bench.quick else 60.0
+        shape, seconds = peer.shape(room(variant)), 15.0 if bench.quick else 60.0
         with bench.running(peer, shape) as (database, processes):
             before = processes.cpu(), bench.server.cpu()
             with database.counted() as queries:
                 time.sleep(seconds)
             after = processes.cpu(), bench.server.cpu()
-        per = shape.processes * seconds / 60
-        cpu, server = (b - a for a, b in zip(before, after, strict=True))
-        found = {"CPU": 1000 * cpu / per, "server CPU": 1000 * server / per}
-        return found | ({"queries": queries[0] / per} if queries else {})
+        cpu, server = (60 / seconds * (b - a) for a, b in zip(before, after, strict=True))
+        found = {"CPU": 1000 * cpu, "server CPU": 1000 * server}
+        return found | ({"queries": 60 / seconds * queries[0]} if queries else {})

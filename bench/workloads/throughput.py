@@ -17,7 +17,8 @@ class Throughput(Workload):
     metrics = (
         Metric("calls/s", "", better="higher", digits=0),
         Metric("CPU", "ms/call"),
-        Metric("server CPU", "ms/call", headline=False),
+        Metric("server CPU", "ms/call"),
+        Metric("connections", "", digits=0, headline=False),
         Metric("lost", "calls", digits=0, headline=False),
         Metric("repeated", "calls", digits=0, headline=False),
     )
@@ -32,6 +33,7 @@ class Throughput(Workload):
             began = time.monotonic()
             bench.finish(peer, processes, expected)
             cpu, server = processes.cpu() - cpu, bench.server.cpu() - server
+            connections = database.connected()
             record = bench.stages.record()
             finished = database.execute(
                 "SELECT count(*) FROM jobs WHERE current_step = 'vlm_judge' AND status = 'done'"
@@ -45,6 +47,7 @@ class Throughput(Workload):
             "calls/s": len(record.done) / seconds,
             "CPU": 1000 * cpu / calls,
             "server CPU": 1000 * server / calls,
+            "connections": connections,
             "lost": lost,
             "repeated": record.repeated,
         }
@@ -58,7 +61,8 @@ class Burst(Throughput):
         self.best: dict[str, Shape] = {}
 
     def variants(self, quick: bool) -> list[str]:
-        return ["1 in flight", "4 in flight"] if quick else ["1 in flight", "4 in flight", BEST]
+        sizes = (1, 16) if quick else (1, 4, 16, 64)
+        return [*(f"{size} in flight" for size in sizes), *([] if quick else [BEST])]
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
         count = 100 if bench.quick else 1000
@@ -77,9 +81,13 @@ class Burst(Throughput):
 
 class Slow(Throughput):
     name = "slow"
-    title = "Slow stages: 100 ms each, 16 calls in flight, 160 calls/s at best"
+    title = "Slow stages: 100 ms each, at best 10 calls/s for each that is in flight"
     quick = False
 
+    def variants(self, quick: bool) -> list[str]:
+        return [f"{size} in flight" for size in (16, 64)]
+
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
-        count = 64 if bench.quick else 320
-        return self.measure(bench, peer, peer.shape(16), count, 0.1)
+        in_flight = int(variant.split()[0])
+        count = in_flight * (4 if bench.quick else 20)
+        return self.measure(bench, peer, peer.shape(in_flight), count, 0.1)

@@ -29,7 +29,7 @@ FAULTS = {
     # NOTIFY
     "B1": "a payload of 8,000 bytes and more",
     "B2": "the notification queue is pinned and fills",
-    "B3": "a worker that does not read during a long call",
+    "B3": "a listener that does not read",
     "B4": "NOTIFY takes a lock across all databases at commit",
     "B5": "equal notifications are folded, a rollback is silent",
     "B6": "other channels, other databases, two-phase commit",
@@ -54,7 +54,7 @@ FAULTS = {
     "D6": "rows that others hold are passed by",
     "D7": "a call is committed late",
     "D8": "an old snapshot elsewhere keeps dead rows",
-    "D9": "every idle worker wakes for every notification",
+    "D9": "every idle listener wakes for every notification",
     # HTTP
     "H1": "an answer that drips",
     "H2": "an answer that is cut",
@@ -92,7 +92,7 @@ ELSEWHERE = {
     "A5": [
         "test_listener::test_database_down_at_start_is_waited_for_and_logged_once",
         "test_pipeline::test_database_restart_loses_nothing_and_repeats_nothing",
-        "test_heartbeat::test_database_that_is_away_is_no_reason_to_restart_a_worker",
+        "test_heartbeat::test_database_that_is_away_is_no_reason_to_restart_a_listener",
     ],
     "A17": [
         "test_listener::test_listens_before_the_first_look_for_due_calls",
@@ -138,14 +138,16 @@ ELSEWHERE = {
     "D1": ["test_pipeline::test_result_outlasts_a_backend_terminated_during_the_call"],
     "D2": [
         "test_calls::test_call_is_taken_over_once_its_lease_has_run_out",
-        "test_stage_transaction::test_open_transaction_keeps_other_workers_away_after_the_lease",
+        "test_stage_transaction::test_open_transaction_keeps_other_listeners_away_after_the_lease",
     ],
     "D3": ["test_pipeline::test_application_is_not_blocked_during_a_call"],
     "D4": [
-        "test_calls_settle::test_worker_that_comes_back_late_leaves_the_call_alone",
+        "test_calls_settle::test_listener_that_comes_back_late_leaves_the_call_alone",
         "test_trigger_retries::test_late_result_leaves_the_call_alone_once_the_lease_was_taken_over",
     ],
-    "H1": ["test_stage_http_limits::test_call_ends_at_its_deadline_and_the_session_stays_usable"],
+    "H1": [
+        "test_stage_http_limits::test_call_whose_answer_comes_drop_by_drop_ends_at_its_deadline"
+    ],
     "H2": ["test_stage_http::test_answer_that_may_have_been_cut_is_not_known"],
     "H3": [
         "test_stage_http_limits::test_long_answer_is_dropped_and_not_known",
@@ -171,21 +173,25 @@ ELSEWHERE = {
     "H10": ["test_stage_http::test_retry_after_is_safely_read_and_clamped"],
     "H12": [
         "test_stages::test_hostile_text_arrives_intact_in_the_body_and_in_no_header",
-        "test_process::test_data_cannot_begin_a_line_of_its_own",
+        "test_logs::test_data_cannot_begin_a_line_of_its_own",
         "test_trigger_log::test_answer_cannot_forge_a_line",
     ],
     "H13": ["test_trigger_retries::test_worker_that_runs_out_of_file_descriptors_lives_on"],
-    "P2": ["test_process::test_signal_ends_the_wait", "test_stop::test_signal_ends_an_idle_worker"],
+    "P2": ["test_stop::test_signal_ends_an_idle_listener_and_its_workers"],
     "P3": [
-        "test_stage_http_limits::test_alarm_that_comes_after_the_answer_does_nothing",
-        "test_stop::test_claim_that_arrives_together_with_the_signal_is_given_back",
+        "test_stop::test_claim_that_arrives_together_with_the_signal_is_called_and_waited_for",
     ],
     "P4": [
         "test_stop::test_signal_lets_the_call_finish_and_starts_no_other",
-        "test_pipeline::test_killed_worker_is_followed_by_the_same_call_after_the_lease",
+        "test_orphans::test_answers_that_come_after_the_listener_was_killed_are_recorded",
+        "test_orphans::test_answers_that_the_killed_listener_had_not_read_are_recorded",
+        "test_pipeline::test_killed_host_is_followed_by_the_same_call_after_the_lease",
     ],
     "P5": ["test_heartbeat::test_full_disk_is_no_reason_to_stop"],
-    "P6": ["test_heartbeat::test_long_call_is_not_a_hang"],
+    "P6": [
+        "test_heartbeat::test_long_call_is_not_a_hang",
+        "test_heartbeat::test_stopped_listener_is_noticed_soon_though_its_worker_is_in_a_long_call",
+    ],
     "P7": ["test_heartbeat::test_heartbeat_of_another_boot_is_dead"],
     "P8": ["test_heartbeat::test_freed_lock_means_dead_although_the_pid_lives"],
 }

@@ -1,20 +1,21 @@
 """Claims and results whose connection dies on the way, and calls that others make hard to find."""
 
 import os
-import signal
+import socket
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
 import pytest
 from claims import claim, connected
 from tcp_proxy import TcpProxy
-from waiting import CLAIM, LISTENING, WORKERS, gate, wait_for_call, wait_for_sweeps, wait_until_idle
+from waiting import CLAIM, LISTENING, gate, wait_for_call, wait_for_sweeps, wait_until_idle
 
 import db
-import trigger
 from demo.stage_server import Answer
+from listener import Listener
+from workers import Worker
 
-PAY = "EXECUTE pay("
+SETTLE = "EXECUTE settle("
 SUCCEEDED = "SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s AND outcome = 'succeeded'"
 
 
@@ -58,7 +59,7 @@ def test_d5_settling_whose_answer_was_lost_is_repeated_without_harm(
     process = listener(database, api=api, **proxy.settings)
     wait_until_idle(tmp_path)
     api.on("overlay", lambda _request: Answer(200))
-    settled = proxy.hold_answer(PAY)
+    settled = proxy.hold_answer(SETTLE)
     job = database.add_job("planner", "done")
     settled.wait()
     next_job = database.add_job("overlay", "done")
@@ -73,7 +74,8 @@ def test_d5_settling_whose_answer_was_lost_is_repeated_without_harm(
 def test_d5_claim_that_commits_after_the_reconnect_is_found_again(
     database, proxy, api, listener, tmp_path
 ):
-    process = listener(database, api=api, **proxy.settings, SWEEP_INTERVAL=0.1)
+    settings = {"SWEEP_INTERVAL": 0.1, **proxy.settings}
+    process = listener(database, "run", "--workers", "1", api=api, **settings)
     wait_until_idle(tmp_path)
     late = proxy.hold_request(CLAIM)
     late.wait()
@@ -96,7 +98,7 @@ def test_d5_claim_that_commits_after_the_reconnect_is_found_again(
 def test_d6_call_that_the_application_hides_is_found_without_a_bell(
     database, api, listener, tmp_path
 ):
-    listener(database, api=api, SWEEP_INTERVAL=0.1)
+    listener(database, "run", "--workers", "1", api=api, SWEEP_INTERVAL=0.1)
     wait_until_idle(tmp_path)
     with closing(database.connect()) as application:
         application.autocommit = False
@@ -151,74 +153,49 @@ FROM pg_statio_user_tables WHERE relname = 'stage_calls'
 """
 
 
-def pages_read(database, worker, claims: int = 20) -> int:
+def with_idle_worker(listener: Listener) -> Listener:
+    """One that asks for a call in each of its turns, and makes none."""
+    ours, _ = socket.socketpair()
+    listener.workers.all = [Worker(os.getpid(), ours)]
+    return listener
+
+
+def pages_read(database, claiming, claims: int = 20) -> int:
     """Pages of stage_calls that so many claims look at."""
-    flush = "SELECT pg_stat_force_next_flush()"
-    db.execute(worker.conn, flush)
+    listener, flush = with_idle_worker(claiming.listener), "SELECT pg_stat_force_next_flush()"
+    assert listener.settle_and_claim(claiming.conn)  # the first one is a sweep
+    assert listener.settle_and_claim(claiming.conn)  # and the next knows nothing yet
+    db.execute(claiming.conn, flush)
     before = database.value(PAGES)
     for _ in range(claims):
-        assert worker.claim()
-    db.execute(worker.conn, flush)
+        assert listener.settle_and_claim(claiming.conn)
+    db.execute(claiming.conn, flush)
     return database.value(PAGES) - before
 
 
 def test_d8_claims_under_an_old_snapshot_read_little_more_than_without(
     database, caller, monkeypatch
 ):
-    monkeypatch.setattr(trigger, "MARKED_FOR", 600.0)  # on a slow machine, too
-    worker = caller("http://127.0.0.1:1")
+    monkeypatch.setattr("listener.MARKED_FOR", 600.0)  # on a slow machine, too
+    monkeypatch.setattr("listener.AGAIN_EVERY", 600.0)
+    claiming = caller("http://127.0.0.1:1", SWEEP_INTERVAL=3600)
     database.rows(LEFT_BEHIND)
     database.rows("VACUUM stage_calls")
-    clean = pages_read(database, worker)
+    clean = pages_read(database, claiming)
     with old_snapshot(database):
         database.rows("DELETE FROM stage_calls; " + LEFT_BEHIND)
-        worker.claim()
-        assert pages_read(database, worker) <= 1.25 * clean
+        claiming.listener.marks.clear()
+        assert pages_read(database, claiming) <= 1.25 * clean
 
 
 def test_d9_idle_workers_ask_little_for_one_event(database, proxy, api, listener, tmp_path):
     api.on("vlm_judge", lambda _request: Answer(200))
     quiet = {"SWEEP_INTERVAL": 3600, **proxy.settings}
     listener(database, "run", "--workers", "8", api=api, **quiet)
-    wait_until_idle(tmp_path, workers=8)
+    wait_until_idle(tmp_path)
     before = len(proxy.requests)
     for _ in range(10):
         database.wait_for(SUCCEEDED, database.add_job("overlay", "done"))
-        wait_until_idle(tmp_path, workers=8)
-    # A claim, the look of the one that is woken, the settling; one may have been woken before.
+        wait_until_idle(tmp_path)
+    # A claim, the settling, and one more look where the bell is heard only after the claim.
     assert len(proxy.requests) - before <= 3 * 10 + 2
-
-
-def test_d9_worker_that_is_killed_leaves_the_watch_to_another(database, api, listener, tmp_path):
-    api.on("vlm_judge", lambda _request: Answer(200))
-    process = listener(database, "run", "--workers", "3", api=api, SWEEP_INTERVAL=3600)
-    wait_until_idle(tmp_path, workers=3)
-    for pid in process.children():  # one of them is on watch
-        os.kill(pid, signal.SIGKILL)
-        database.wait_for(SUCCEEDED, database.add_job("overlay", "done"))
-
-
-def test_d9_worker_that_is_frozen_on_watch_delays_calls_until_a_sweep(
-    database, api, listener, tmp_path
-):
-    api.on("vlm_judge", lambda _request: Answer(200))
-    process = listener(database, "run", "--workers", "2", api=api, SWEEP_INTERVAL=1)
-    wait_until_idle(tmp_path, workers=2)
-    for pid in process.children():
-        os.kill(pid, signal.SIGSTOP)
-        database.wait_for(SUCCEEDED, database.add_job("overlay", "done"))
-        os.kill(pid, signal.SIGCONT)
-
-
-def test_d9_worker_that_is_cut_off_leaves_the_watch_to_another(database, api, listener, tmp_path):
-    api.on("vlm_judge", lambda _request: Answer(200))
-    slow = {"SWEEP_INTERVAL": 3600, "JOB_STATE_LISTENER_RECONNECT_DELAY": 600}
-    process = listener(database, "run", "--workers", "2", api=api, **slow)
-    wait_until_idle(tmp_path, workers=2)
-    on_watch = (
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-        f" WHERE {WORKERS} AND query NOT LIKE %s"
-    )
-    assert database.rows(on_watch, "UNLISTEN%") == [(True,)]
-    process.wait_for_line("리스너 오류 발생")
-    database.wait_for(SUCCEEDED, database.add_job("overlay", "done"))

@@ -1,4 +1,4 @@
-"""What breaks between a worker and its database, and what must come of it."""
+"""What breaks between a listener and its database, and what must come of it."""
 
 import os
 import signal
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psycopg2
 import pytest
+from claims import claim
 from conftest import ROOT
 from tcp_proxy import TcpProxy
 from waiting import (
@@ -23,7 +24,6 @@ from waiting import (
     wait_until_idle,
 )
 
-import calls
 import db
 import notifications
 from demo.stage_api import StageApi
@@ -82,10 +82,10 @@ def test_a3_statement_on_a_terminated_backend_is_a_lost_connection(database, con
 def test_a4_passing_errors_are_tried_again_on_the_same_connection(code, database, conn):
     database.rows("CREATE SEQUENCE tries")
     database.rows(
-        "CREATE FUNCTION fail_twice() RETURNS bigint LANGUAGE plpgsql AS $$ BEGIN"
-        f" IF nextval('tries') < 3 THEN RAISE SQLSTATE '{code}'; END IF; RETURN lastval(); END $$"
+        "CREATE FUNCTION fail_first() RETURNS bigint LANGUAGE plpgsql AS $$ BEGIN"
+        f" IF nextval('tries') < 2 THEN RAISE SQLSTATE '{code}'; END IF; RETURN lastval(); END $$"
     )
-    assert db.execute(conn, "SELECT fail_twice() AS tries").fetchone().tries == 3
+    assert db.execute(conn, "SELECT fail_first() AS tries").fetchone().tries == 2
 
 
 def test_a4_errors_that_do_not_pass_are_raised_and_the_connection_stays_good(conn):
@@ -94,7 +94,7 @@ def test_a4_errors_that_do_not_pass_are_raised_and_the_connection_stays_good(con
     with pytest.raises(psycopg2.errors.DivisionByZero):
         db.execute(conn, "SELECT 1/0")
     with pytest.raises(psycopg2.errors.InvalidTextRepresentation):
-        calls.claim(conn, leases={"planner": 1}, worker="w", only="no uuid")
+        claim(conn, only="no uuid")
     assert db.execute(conn, "SELECT 1 AS one").fetchone().one == 1
 
 
@@ -104,7 +104,7 @@ def test_a4_errors_of_a_server_that_cannot_serve_are_a_lost_connection(code, con
         db.execute(conn, f"DO $$ BEGIN RAISE SQLSTATE '{code}'; END $$")
 
 
-# --- workers and their connection ----------------------------------------------------------
+# --- a listener and its connection ---------------------------------------------------------
 
 
 def test_a3_terminated_backend_is_noticed_at_once(database, api, listener, tmp_path):
@@ -117,7 +117,7 @@ def test_a3_terminated_backend_is_noticed_at_once(database, api, listener, tmp_p
     assert len(api.calls(job)) == 1
 
 
-def test_a4_deadlock_in_a_worker_is_tried_again_without_reconnecting(database, api, listener):
+def test_a4_deadlock_of_a_claim_is_tried_again_without_reconnecting(database, api, listener):
     database.rows("CREATE SEQUENCE tries")
     database.rows(
         "CREATE FUNCTION fail_once() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
@@ -248,11 +248,9 @@ def test_a8_stop_does_not_wait_for_a_frozen_server(own_server, make_database, li
 
 SPIN = """
 import os, signal, time
-import config, db, process
-db.stop = process.Stop()
-conn = db.connect(config.settings())
-signal.signal(signal.SIGALRM, lambda *_: None)
-os.kill(os.getpid(), signal.SIGALRM)
+import config, db, signals
+conn = db.connect(config.settings(), stop=signals.Signals())
+os.kill(os.getpid(), signal.SIGCHLD)
 before = time.process_time()
 db.execute(conn, "SELECT pg_sleep(1)")
 print(time.process_time() - before)
@@ -260,7 +258,7 @@ print(time.process_time() - before)
 
 
 def test_a8_signal_that_is_no_stop_does_not_make_the_wait_spin(database):
-    """The alarm of a call writes to the wakeup socket as well."""
+    """The end of a worker writes to the wakeup socket as well."""
     environ = os.environ | database.environ
     command = [sys.executable, "-c", SPIN]
     seconds = subprocess.run(command, env=environ, cwd=ROOT, check=True, capture_output=True).stdout

@@ -75,7 +75,7 @@ def test_a6_connect_that_nobody_answers_is_given_up_and_tried_again(network, rem
     process.wait_for_line(LISTENING)
 
 
-def test_a9_server_forgets_a_worker_that_vanished_with_its_host(
+def test_a9_server_forgets_a_listener_that_vanished_with_its_host(
     network, remote, listener, tmp_path
 ):
     process = listener(remote, within=network.within, DB_HOST=network.here, SWEEP_INTERVAL=3600)

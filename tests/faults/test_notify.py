@@ -94,7 +94,7 @@ def test_b2_queue_that_fills_is_a_problem_that_verify_names(
     assert run_command(database, "verify", api=api).code == 0
 
 
-def test_b2_idle_worker_pins_nothing(database, listener, tmp_path):
+def test_b2_idle_listener_pins_nothing(database, listener, tmp_path):
     listener(database, SWEEP_INTERVAL=3600)
     wait_until_idle(tmp_path)
     ring(database, 2000, 7000)
@@ -168,7 +168,7 @@ def unreadable_queue(server, database) -> Iterator[None]:
         yield
 
 
-def test_b7_worker_whose_listen_fails_looks_every_second(bell_server, database, api, listener):
+def test_b7_listener_whose_listen_fails_looks_every_second(bell_server, database, api, listener):
     process = listener(database, api=api, SWEEP_INTERVAL=3600)
     process.wait_for_line(LISTENING)
     with unreadable_queue(bell_server, database):

@@ -19,7 +19,7 @@ from faults.network import require_root
 from heartbeat import ALIVE, HANGING, Heartbeat, heartbeats
 from ops.check import verdict
 
-PAY = "EXECUTE pay("
+SETTLE = "EXECUTE settle("
 SUCCEEDED = "SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s AND outcome = 'succeeded'"
 
 
@@ -37,7 +37,7 @@ def beats(tmp_path) -> Path:
 def test_p1_first_process_of_a_container_hears_sigterm(database, listener, beats):
     require_root("unshare")
     process = listener(database, within=["unshare", "--pid", "--fork", "--kill-child"])
-    until(lambda: [beat.pid for beat in heartbeats(str(beats))] == [1], "a worker with pid 1")
+    until(lambda: [beat.pid for beat in heartbeats(str(beats))] == [1], "a listener with pid 1")
     (pid,) = process.children()
     os.kill(pid, signal.SIGTERM)
     assert process.wait() == 0
@@ -59,7 +59,7 @@ def test_p3_signal_between_the_answer_and_its_settling_loses_nothing(
     with TcpProxy(database.environ) as proxy:
         process = listener(database, api=api, **proxy.settings)
         wait_until_idle(tmp_path)
-        settling = getattr(proxy, f"hold_{stops}")(PAY)
+        settling = getattr(proxy, f"hold_{stops}")(SETTLE)
         job = database.add_job("overlay", "done")
         settling.wait()
         process.signal(signal.SIGTERM)
@@ -130,7 +130,7 @@ def test_p7_clock_that_jumps_changes_nothing(database, api, listener, run_comman
 # --- those who look ------------------------------------------------------------------------
 
 
-def test_p8_overlapping_checks_do_not_take_each_other_for_a_worker(beats):
+def test_p8_overlapping_checks_do_not_take_each_other_for_a_listener(beats):
     living, dead = Heartbeat(str(beats), "living"), Heartbeat(str(beats), "dead")
     for heartbeat in (living, dead):
         heartbeat.beat("waiting", 60)
@@ -140,11 +140,11 @@ def test_p8_overlapping_checks_do_not_take_each_other_for_a_worker(beats):
         with pytest.raises(BlockingIOError):
             fcntl.flock(second, fcntl.LOCK_SH | fcntl.LOCK_NB)
         alive, line = verdict(str(beats))
-    assert not alive and "worker dead" in line
+    assert not alive and "listener dead" in line
 
 
 @pytest.mark.slow
-def test_p9_worker_whose_output_nobody_reads_is_seen_to_hang(database, listener, beats, tmp_path):
+def test_p9_listener_whose_output_nobody_reads_is_seen_to_hang(database, listener, beats, tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
@@ -159,7 +159,7 @@ def test_p9_worker_whose_output_nobody_reads_is_seen_to_hang(database, listener,
     def states() -> list[str]:
         return [beat.state for beat in heartbeats(str(beats))]
 
-    until(lambda: states() == [HANGING], "a hanging worker", 180)
+    until(lambda: states() == [HANGING], "a hanging listener", 180)
     assert not verdict(str(beats))[0]
 
     def read_on() -> bool:
@@ -167,5 +167,5 @@ def test_p9_worker_whose_output_nobody_reads_is_seen_to_hang(database, listener,
             os.read(reader, 1 << 20)
         return states() == [ALIVE]
 
-    until(read_on, "a living worker")
+    until(read_on, "a living listener")
     os.close(reader)

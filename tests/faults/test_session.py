@@ -1,7 +1,8 @@
-"""What a worker's session is, and what it must not be: open, shared, or telling secrets."""
+"""What a listener's session is, and what it must not be: open, shared, or telling secrets."""
 
 import os
 import shutil
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import closing
@@ -10,10 +11,17 @@ from pathlib import Path
 
 import psycopg2
 import pytest
+from claims import claim
 from conftest import Database, Server
-from waiting import LISTENING, RECONNECTING, backends, until, wait_until_idle
+from waiting import (
+    LISTENING,
+    RECONNECTING,
+    backends,
+    terminate_backends,
+    until,
+    wait_until_idle,
+)
 
-import calls
 import db
 import notifications
 from demo.database import SYSTEM_INSTALLS, EmbeddedDatabase
@@ -36,7 +44,7 @@ def test_a9_session_has_every_limit_that_frees_what_it_held(database, conn):
 
 
 @pytest.mark.slow
-def test_a9_statement_of_a_killed_worker_ends_by_itself(database, listener):
+def test_a9_statement_of_a_killed_listener_ends_by_itself(database, listener):
     database.rows(
         "CREATE FUNCTION sleep() RETURNS trigger LANGUAGE plpgsql AS"
         " $$ BEGIN PERFORM pg_sleep(3600); RETURN NEW; END $$;"
@@ -56,7 +64,10 @@ def test_a9_statement_of_a_killed_worker_ends_by_itself(database, listener):
 OTHER_NAMES = ("unshare", "-m", "sh", "-c", 'mount --bind "$0" /etc/resolv.conf && exec "$@"')
 
 
-def test_a10_slow_name_lookup_outlasts_neither_lease_nor_heartbeat(database, listener, tmp_path):
+@pytest.mark.parametrize(("timeout", "outcome"), [(1, "unknown"), (60, "held")])
+def test_a10_slow_name_lookup_outlasts_neither_lease_nor_heartbeat(
+    timeout, outcome, database, listener, tmp_path
+):
     require_root("unshare", "mount")
     resolver, directory = tmp_path / "resolv.conf", str(tmp_path / "heartbeats")
     address = f"127.53.{os.getpid() // 256 % 256}.{os.getpid() % 256}"
@@ -68,16 +79,16 @@ def test_a10_slow_name_lookup_outlasts_neither_lease_nor_heartbeat(database, lis
             database,
             within=[*OTHER_NAMES, resolver],
             STAGE_API_URL="http://stage-api.example",
-            STAGE_TIMEOUT=1,
+            STAGE_TIMEOUT=timeout,
         )
-        until(lambda: "calling vlm_judge" in verdict(directory)[1], "a call")
+        until(lambda: "making calls" in verdict(directory)[1], "a call")
         while not database.attempts(job):
             assert verdict(directory)[0]
         process.stop()
-    held = database.attempts(job)[0]
-    assert held.outcome == "held"
-    lookup, margin = held.finished_at - held.started_at, database.settings().LEASE_MARGIN
-    assert timedelta(seconds=2) < lookup < timedelta(seconds=1 + margin)
+    attempt = database.attempts(job)[0]
+    assert attempt.outcome == outcome
+    lookup, margin = attempt.finished_at - attempt.started_at, database.settings().LEASE_MARGIN
+    assert timedelta(seconds=1) < lookup < timedelta(seconds=timeout + margin)
 
 
 # --- encryption and encoding ---------------------------------------------------------------
@@ -136,15 +147,23 @@ def test_a14_client_encoding_of_the_environment_has_no_say(encoding, database, a
 
 def test_a16_session_never_stays_in_a_transaction(database, conn):
     notifications.listen(conn)
-    calls.claim(conn, leases={"planner": 1}, worker="w")
-    db.query(conn, "SELECT 1")
-    with pytest.raises(psycopg2.Error):
-        db.query(conn, "CREATE TABLE written ()")
+    claim(conn)
     assert conn.info.transaction_status == psycopg2.extensions.TRANSACTION_STATUS_IDLE
     database.rows(f'NOTIFY "{db.CHANNEL}"')
     assert [n.channel for n in until(lambda: notifications.hear(conn), "a notification")] == [
         db.CHANNEL
     ]
+
+
+def test_a16_lookup_of_a_stage_function_writes_nothing_and_leaves_no_session(database):
+    settings = database.settings()
+    assert db.query(settings, "SELECT 1 AS one")[0].one == 1
+    with pytest.raises(psycopg2.errors.ReadOnlySqlTransaction):
+        db.query(settings, "CREATE TABLE written ()")
+    database.wait_for(
+        "SELECT count(*) = 0 FROM pg_stat_activity"
+        " WHERE datname = current_database() AND application_name LIKE '%%lookup'"
+    )
 
 
 def test_a11_application_sees_no_setting_of_ours(database, conn):
@@ -162,17 +181,34 @@ def sockets_to(port: int, pid: int) -> set[str]:
     return inodes & {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink()}
 
 
-def test_a15_workers_share_no_connection_and_their_parent_has_none(
+def test_a15_listener_has_one_connection_and_its_workers_have_none(
     database, api, listener, tmp_path
 ):
     process = listener(database, "run", "--workers", "3", api=api)
-    wait_until_idle(tmp_path, workers=3)
+    wait_until_idle(tmp_path)
     port = int(database.environ["DB_PORT"])
-    assert sockets_to(port, process.pid) == set()
-    each = [sockets_to(port, pid) for pid in process.children()]
-    assert [len(sockets) for sockets in each] == [1, 1, 1]
-    assert len(set.union(*each)) == 3
-    assert len(backends(database)) == 3
+    assert len(sockets_to(port, process.pid)) == 1
+    assert [sockets_to(port, pid) for pid in process.children()] == [set()] * 3
+    assert len(backends(database)) == 1
+
+
+def test_a15_workers_started_after_a_reconnect_have_no_connection_either(
+    database, api, listener, tmp_path
+):
+    process = listener(database, "run", "--workers", "3", api=api)
+    wait_until_idle(tmp_path)
+    terminate_backends(database)
+    process.wait_for_line(LISTENING, count=2)
+    before = process.children()
+    os.kill(before[0], signal.SIGKILL)
+    until(lambda: len(set(process.children()) - {before[0]}) == 3, "another worker")
+    port = int(database.environ["DB_PORT"])
+    wait_until_idle(tmp_path)
+    until(
+        lambda: all(sockets_to(port, pid) == set() for pid in process.children()),
+        "workers without a connection",
+    )
+    assert len(backends(database)) == 1
 
 
 # --- secrets -------------------------------------------------------------------------------

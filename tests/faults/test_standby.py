@@ -1,4 +1,4 @@
-"""A standby and a failover: a worker belongs on the server that takes its writes."""
+"""A standby and a failover: a listener belongs on the server that takes its writes."""
 
 from collections.abc import Iterator
 
@@ -60,7 +60,7 @@ def test_a12_standby_is_refused_until_it_is_promoted(primary, standby, api, list
     assert len(api.calls(job)) == 1
 
 
-def test_a12_worker_follows_a_failover_and_keeps_its_result(primary, standby, api, listener):
+def test_a12_listener_follows_a_failover_and_keeps_its_result(primary, standby, api, listener):
     hosts = f"{standby.environ['DB_HOST']},{primary.environ['DB_HOST']}"
     with gate(api, answer=Answer(200)) as opened:
         process = listener(primary, api=api, DB_HOST=hosts)

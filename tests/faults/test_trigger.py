@@ -11,7 +11,7 @@ from waiting import LISTENING, RECONNECTING, wait_until_idle
 from ops.install import apply
 
 SUCCEEDED = "SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s AND outcome = 'succeeded'"
-OURS = "pipeline_stages, stage_calls, stage_leases, stage_slots, stage_attempts CASCADE"
+OURS = "pipeline_stages, stage_limits, stage_calls, stage_leases, stage_attempts CASCADE"
 
 
 def install(database) -> None:
@@ -38,7 +38,9 @@ def test_c4_update_of_many_jobs_without_our_tables_starts_no_subtransactions(
     assert database.value(next_id) - before < 50
 
 
-def test_c4_worker_outlasts_the_loss_of_our_tables(database, api, listener, run_command, tmp_path):
+def test_c4_listener_outlasts_the_loss_of_our_tables(
+    database, api, listener, run_command, tmp_path
+):
     process = listener(database, api=api, SWEEP_INTERVAL=0.1)
     wait_until_idle(tmp_path)
     database.rows(f"DROP TABLE {OURS}")
@@ -145,7 +147,7 @@ def test_c6_data_only_restore_owes_a_call_for_every_job_that_waits(server, datab
 # --- jobs that are hidden ------------------------------------------------------------------
 
 
-def test_c9_worker_that_may_not_see_a_job_drops_nothing(database, api, listener, make_role):
+def test_c9_listener_that_may_not_see_a_job_drops_nothing(database, api, listener, make_role):
     role = make_role(database)
     for table, privileges in GRANTS.items():
         database.rows(f"GRANT {', '.join(privileges)} ON {table} TO {role}")

@@ -1,0 +1,179 @@
+"""The listener is killed, stopped, or late: no answer is lost, no call is made beside another."""
+
+import os
+import signal
+
+import pytest
+from stage_functions import POST, program
+from tcp_proxy import TcpProxy
+from waiting import (
+    CLAIM,
+    LISTENERS,
+    gate,
+    is_gone,
+    until,
+    wait_for_call,
+    wait_until_idle,
+)
+
+from demo.stage_api import StageApi
+from demo.stage_server import Answer
+
+STAGE = "vlm_judge"
+TOO_SHORT = "리스가 모자라 호출하지 않고 되돌림"
+SUCCEEDED = "SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s AND outcome = 'succeeded'"
+ALL_SUCCEEDED = "SELECT count(*) = %s FROM stage_attempts WHERE outcome = 'succeeded'"
+CLAIMED_FOR = (
+    "SELECT clock_timestamp() - started_at > make_interval(secs => %s) FROM stage_calls"
+    " WHERE job_id = %s AND worker IS NOT NULL"
+)
+
+
+# --- killed --------------------------------------------------------------------------------
+
+
+def test_answers_that_come_after_the_listener_was_killed_are_recorded(database, api, listener):
+    with gate(api, STAGE, Answer(200)) as opened:
+        process = listener(database, "run", "--workers", "16", api=api)
+        jobs = [database.add_job("overlay") for _ in range(16)]
+        api.wait_for(lambda api: len(api.calls()) == 16)
+        workers = process.children()
+        process.kill_alone()
+        opened.set()
+        database.wait_for(ALL_SUCCEEDED, 16)
+        until(lambda: all(map(is_gone, workers)), "the end of the workers")
+    assert database.value("SELECT count(*) FROM stage_calls") == 0
+    assert database.value("SELECT count(*) FROM stage_leases") == 0
+    assert listener(database, "run", "--once", api=api).wait() == 0
+    assert sorted(call.job_id for call in api.calls()) == sorted(jobs)
+    database.wait_for(f"SELECT count(*) = 0 FROM pg_stat_activity WHERE {LISTENERS}")
+
+
+def test_answers_that_the_killed_listener_had_not_read_are_recorded(
+    database, api, listener, tmp_path
+):
+    body = f"answer = {POST.removeprefix('return ')}\nos.write(1, b'answered\\n')\nreturn answer"
+    with gate(api, STAGE, Answer(200)) as opened:
+        process = listener(database, api=api, program=program(tmp_path, body, 60))
+        for _ in range(4):
+            database.add_job("overlay")
+        api.wait_for(lambda api: len(api.calls()) == 4)
+        process.signal(signal.SIGSTOP)
+        opened.set()
+        process.wait_for_line("answered", count=4)
+        assert database.value("SELECT count(*) FROM stage_attempts") == 0
+        process.kill_alone()
+        database.wait_for(ALL_SUCCEEDED, 4)
+    assert listener(database, "run", "--once", api=api).wait() == 0
+    assert len(api.calls()) == 4
+
+
+def test_idle_workers_of_a_killed_listener_end(database, listener, tmp_path):
+    process = listener(database)
+    wait_until_idle(tmp_path)
+    workers = process.children()
+    process.kill_alone()
+    until(lambda: all(map(is_gone, workers)), "the end of the workers")
+
+
+def test_answer_is_recorded_although_listener_and_database_were_gone(
+    own_server, make_database, listener
+):
+    database = make_database(own_server)
+    with StageApi(database.dsn) as api, gate(api, STAGE, Answer(200)) as opened:
+        process = listener(database, api=api)
+        job = database.add_job("overlay")
+        wait_for_call(api, job)
+        own_server.embedded.stop("immediate")
+        process.kill_alone()
+        opened.set()
+        process.wait_for_line("워커가 결과를 기록할 수 없음", count=2)
+        own_server.embedded.start()
+        database.conn = database.connect()
+        database.wait_for(SUCCEEDED, job)
+        assert len(api.calls()) == 1
+
+
+# --- stopped, and going on later -----------------------------------------------------------
+
+
+def test_worker_of_a_stopped_listener_ends_with_its_lease(database, api, listener, tmp_path):
+    workers, gone = [], []
+
+    def answer(_request) -> Answer:
+        if not workers:
+            workers.extend(first.children())
+            api.closing.wait(60)
+        gone.append(is_gone(workers[0]))
+        return Answer(200)
+
+    api.on(STAGE, answer)
+    endless = program(tmp_path, "call.until = time.monotonic() + 600\n" + POST, 1)
+    first = listener(database, "run", "--workers", "1", api=api, program=endless, LEASE_MARGIN=1)
+    job = database.add_job("overlay")
+    wait_for_call(api, job)
+    first.signal(signal.SIGSTOP)
+    listener(database, api=api, LEASE_MARGIN=1)
+    database.wait_for(SUCCEEDED, job)
+    assert gone == [True]
+    first.signal(signal.SIGCONT)
+    first.wait_for_line("its worker was killed by SIGALRM")
+    other = database.add_job("overlay")
+    database.wait_for(SUCCEEDED, other)
+    assert len(api.calls(job)) == 2
+
+
+@pytest.mark.parametrize("who", ["worker", "listener"])
+def test_call_that_comes_too_late_for_its_lease_is_not_made_but_claimed_again(
+    who, database, api, listener, tmp_path
+):
+    """Its lease of 6 s has to cover its 5 s: stopped for more than the margin between the two."""
+    with TcpProxy(database.environ) as proxy:
+        process = listener(database, "run", "--workers", "1", api=api, **proxy.settings,
+                           STAGE_TIMEOUT=5, LEASE_MARGIN=1, SWEEP_INTERVAL=3600)  # fmt: skip
+        wait_until_idle(tmp_path)
+        claimed, (worker,) = None, process.children()
+        if who == "worker":
+            os.kill(worker, signal.SIGSTOP)
+        else:
+            claimed = proxy.hold_answer(CLAIM)
+        job = database.add_job("overlay")
+        database.wait_for(CLAIMED_FOR, 1, job)
+        if claimed:
+            claimed.release()
+        os.kill(worker, signal.SIGCONT)
+        assert job in process.wait_for_line(TOO_SHORT)
+        database.wait_for(SUCCEEDED, job)
+        assert [call.headers["X-Attempt"] for call in api.calls(job)] == ["2"]
+        (attempt,) = database.attempts(job)
+        assert attempt.attempt == 2
+        assert "attempt=1/5" in process.wait_for_line("[TRIGGER]", count=2)  # none was spent
+
+
+def test_call_that_its_worker_never_began_is_made_again_after_its_lease(
+    database, api, listener, tmp_path
+):
+    process = listener(database, "run", "--workers", "1", api=api,
+                       STAGE_TIMEOUT=1, LEASE_MARGIN=1)  # fmt: skip
+    wait_until_idle(tmp_path)
+    os.kill(process.children()[0], signal.SIGSTOP)
+    job = database.add_job("overlay")
+    process.wait_for_line("no answer within 1 s, so its worker was killed")
+    database.wait_for(SUCCEEDED, job)
+    assert [row.outcome for row in database.attempts(job)] == ["unknown", "succeeded"]
+    assert len(api.calls(job)) == 1
+
+
+def test_stage_has_its_whole_timeout_however_long_the_claim_took(database, api, listener, tmp_path):
+    body = "print('left', call.until - time.monotonic(), flush=True)\n"
+    with TcpProxy(database.environ) as proxy:
+        process = listener(database, api=api, **proxy.settings, SWEEP_INTERVAL=3600,
+                           program=program(tmp_path, body + POST, 2))  # fmt: skip
+        wait_until_idle(tmp_path)
+        claimed = proxy.hold_answer(CLAIM)
+        job = database.add_job("overlay")
+        database.wait_for(CLAIMED_FOR, 2.5, job)
+        claimed.release()
+        database.wait_for(SUCCEEDED, job)
+        assert float(process.wait_for_line("left").split()[-1]) > 1.5
+    assert len(api.calls(job)) == 1

@@ -1,0 +1,145 @@
+"""What a listener and its workers do together: turns are fair, prompt, cheap, and lose nothing."""
+
+import pytest
+from faults.test_connection import frozen
+from stage_functions import COMPUTE, POST, program
+from tcp_proxy import TcpProxy
+from waiting import (
+    LISTENING,
+    RECONNECTING,
+    backends,
+    gate,
+    terminate_backends,
+    wait_for_call,
+    wait_until_idle,
+)
+
+import db
+from demo.stage_api import StageApi
+from demo.stage_server import Answer
+
+STAGE = "vlm_judge"
+SUCCEEDED = "SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s AND outcome = 'succeeded'"
+
+
+def test_idle_workers_take_all_that_is_due_of_one_stage_in_one_turn(database, api, listener):
+    jobs = [database.add_job("overlay") for _ in range(3)]
+    with gate(api, STAGE, Answer(200)):
+        listener(database, "run", "--workers", "3", api=api, SWEEP_INTERVAL=3600)
+        api.wait_for(lambda api: len(api.calls()) == 3)
+        assert database.value("SELECT count(DISTINCT started_at) FROM stage_leases") == 1
+    assert sorted(call.job_id for call in api.calls()) == sorted(jobs)
+
+
+def test_accepted_call_is_on_record_while_the_next_stage_function_computes(
+    database, api, listener, tmp_path
+):
+    body = f"if call.tenant_id == 'endless':\n    os.write(1, b'computing\\n'); {COMPUTE}\n{POST}"
+    process = listener(database, "run", "--workers", "1", api=api,
+                       program=program(tmp_path, body, 600))  # fmt: skip
+    first = database.add_job("overlay")
+    wait_for_call(api, first)
+    database.add_job("overlay", tenant="endless")
+    process.wait_for_line("computing")
+    database.wait_for(SUCCEEDED, first)
+    assert database.owed(first) is None
+
+
+UNDER_WAY = "SELECT count(*) FROM stage_leases WHERE stage = 'vlm_analyze' AND NOT unanswered"
+
+
+def test_stage_that_does_not_answer_has_one_worker_until_it_answers(database, api, listener):
+    with gate(api):
+        process = listener(database, "run", "--workers", "3", api=api, STAGE_TIMEOUT=2)
+        for _ in range(8):
+            database.add_job()
+        process.wait_for_line("파이프라인 단계 실행 실패", count=3)
+        for _ in range(3):
+            job = database.add_job("overlay")
+            database.wait_for(SUCCEEDED, job)
+            assert database.value(UNDER_WAY) <= 1
+    database.wait_for("SELECT count(*) >= 5 FROM stage_attempts"
+                      " WHERE stage = 'vlm_analyze' AND outcome = 'succeeded'")  # fmt: skip
+
+
+def test_call_that_a_new_primary_forgot_is_not_repeated(database, api, listener, tmp_path):
+    with gate(api, STAGE, Answer(200)) as opened:
+        process = listener(database, api=api, SWEEP_INTERVAL=3600)
+        job = database.add_job("overlay")
+        wait_for_call(api, job)
+        call_id = database.owed(job).call_id
+        opened.set()
+        database.wait_for(SUCCEEDED, job)
+    database.rows("DELETE FROM stage_attempts")
+    database.rows(
+        "INSERT INTO stage_calls (job_id, tenant_id, call_id, current_step, status, stage)"
+        " OVERRIDING SYSTEM VALUE VALUES (%s, 'tenant', %s, 'overlay', 'done', 'vlm_judge')",
+        job,
+        call_id,
+    )
+    database.rows(db.RING)
+    assert job in process.wait_for_line("이미 수락된 호출이라 스킵")
+    database.wait_for("SELECT outcome = 'skipped' FROM stage_attempts WHERE job_id = %s", job)
+    assert database.owed(job) is None
+    assert len(api.calls()) == 1
+
+
+def test_idle_listener_with_many_workers_is_one_connection_and_few_statements(
+    database, api, listener, tmp_path
+):
+    api.on(STAGE, lambda _request: Answer(200))
+    with TcpProxy(database.environ) as proxy:
+        listener(database, "run", "--workers", "32", api=api, **proxy.settings,
+                 SWEEP_INTERVAL=3600)  # fmt: skip
+        wait_until_idle(tmp_path)
+        assert len(backends(database)) == len(proxy.links) == 1
+        before = len(proxy.requests)
+        for _ in range(5):
+            database.wait_for(SUCCEEDED, database.add_job("overlay"))
+        wait_until_idle(tmp_path)
+        assert len(proxy.requests) - before <= 3 * 5
+        assert len(backends(database)) == len(proxy.links) == 1
+
+
+# --- the database goes away during calls ---------------------------------------------------
+
+
+def stop_server(database, process) -> None:
+    database.server.embedded.stop("immediate")
+    process.wait_for_line(RECONNECTING)
+
+
+def terminate(database, process) -> None:
+    terminate_backends(database)
+    process.wait_for_line(RECONNECTING)
+
+
+def freeze(database, process) -> None:
+    """Its next statement is not answered."""
+    with frozen(backends(database)):
+        database.add_job("img_gen")
+        process.wait_for_line("did not answer within 10 s")
+        process.wait_for_line(LISTENING, count=2)
+
+
+@pytest.mark.parametrize(
+    "lose", [stop_server, terminate, pytest.param(freeze, marks=pytest.mark.slow)]
+)
+def test_answers_that_come_while_the_database_is_away_are_each_recorded_once(
+    lose, own_server, make_database, listener
+):
+    database = make_database(own_server)
+    with StageApi(database.dsn) as api, gate(api, STAGE, Answer(200)) as opened:
+        process = listener(database, "run", "--workers", "5", api=api)
+        jobs = [database.add_job("overlay") for _ in range(4)]
+        api.wait_for(lambda api: len(api.calls(stage=STAGE)) == 4)
+        lose(database, process)
+        opened.set()
+        process.wait_for_line("파이프라인 단계 실행 성공", count=4)
+        if lose is stop_server:
+            own_server.embedded.start()
+            database.conn = database.connect()
+        for job in jobs:
+            database.wait_for(SUCCEEDED, job)
+            assert database.owed(job) is None
+        assert sorted(call.job_id for call in api.calls(stage=STAGE)) == sorted(jobs)

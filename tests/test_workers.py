@@ -1,0 +1,219 @@
+"""Worker processes: whatever a stage function does to its own, it costs that one call."""
+
+import os
+import resource
+import signal
+
+import pytest
+from stage_functions import COMPUTE, POST, program
+from waiting import backends, gate, is_gone, until, wait_for_call, wait_until_idle
+
+FAILED = "파이프라인 단계 실행 실패"
+SUCCEEDED = "SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s AND outcome = 'succeeded'"
+
+
+# --- a call that ends its worker -----------------------------------------------------------
+
+HANGS = "no answer within 1 s, so its worker was killed"
+FATAL = {
+    "exits": ("os._exit(3)", "its worker exited with 3"),
+    "exits well": ("os._exit(0)", "its worker exited with 0"),
+    "crashes": ("import ctypes; ctypes.string_at(0)", "its worker was killed by SIGSEGV"),
+    "is killed": ("os.kill(os.getpid(), signal.SIGKILL)", "its worker was killed by SIGKILL"),
+    "computes": (COMPUTE, HANGS),
+    "blocks signals": (
+        "signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals()); time.sleep(600)",
+        HANGS,
+    ),
+    "catches everything": (
+        "while True:\n    try: time.sleep(600)\n    except BaseException: pass",
+        HANGS,
+    ),
+    "waits for a thread": (
+        "thread = threading.Thread(target=time.sleep, args=[600]); thread.start(); thread.join()",
+        HANGS,
+    ),
+    "prints into a full pipe": ("os.dup2(os.pipe()[1], 1); print('x' * 2**20)", HANGS),
+    "closes all files": (
+        "os.closerange(0, 1024); time.sleep(600)",
+        "its worker closed its connection to the listener",
+    ),
+    "writes into all files": (
+        "for fd in range(3, 256):\n    try: os.write(fd, b'x' * 100)\n    except OSError: pass\n"
+        + POST,
+        "its worker",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FATAL)
+def test_call_that_ends_its_worker_is_one_unknown_call(what, database, api, listener, tmp_path):
+    body, says = FATAL[what]
+    timeout = 1 if "closes" not in what else 60
+    process = listener(database, api=api, program=program(tmp_path, body, timeout))
+    wait_until_idle(tmp_path)
+    before = backends(database)
+    job = database.add_job("overlay")
+    line = process.wait_for_line(FAILED)
+    assert f"job={job} stage=vlm_judge attempt=1/5" in line and says in line
+    assert "리스 만료 후 재시도" in line
+    other = database.add_job("planner")
+    database.wait_for(SUCCEEDED, other)
+    (attempt,) = database.attempts(job)
+    assert attempt.outcome == "unknown" and says in attempt.error
+    assert backends(database) == before
+    until(lambda: len(process.children()) == 4, "another worker")
+    assert process.output.count(f"{FAILED}: job={job}") == 1
+
+
+def test_call_is_left_alone_until_its_lease_is_over(database, api, listener, tmp_path):
+    died = tmp_path / "died"
+    body = f"if not os.path.exists({str(died)!r}):\n    open({str(died)!r}, 'w'); os._exit(3)\n"
+    process = listener(database, api=api, program=program(tmp_path, body + POST, 1),
+                       LEASE_MARGIN=1)  # fmt: skip
+    job = database.add_job("overlay")
+    process.wait_for_line(FAILED)
+    (lease,) = database.wait_for("SELECT leased_until FROM stage_leases WHERE unanswered")
+    database.wait_for(SUCCEEDED, job)
+    lost, made = database.attempts(job)
+    assert (lost.outcome, made.outcome) == ("unknown", "succeeded")
+    assert made.started_at >= lease
+    assert [call.headers["X-Attempt"] for call in api.calls(job)] == ["2"]
+
+
+# --- a call that leaves something behind ---------------------------------------------------
+
+HARMLESS = {
+    "forks a child that returns": (
+        "pid = os.fork()\nif pid == 0:\n    return None\nos.waitpid(pid, 0)"
+    ),
+    "forks a child that raises": "pid = os.fork()\nif pid == 0:\n    1 / 0\nos.waitpid(pid, 0)",
+    "sets an alarm": "signal.signal(signal.SIGALRM, lambda *_: None); signal.alarm(600)",
+    "sets an alarm without a handler": "signal.alarm(600)",
+    "has handlers": "for number in (1, 2, 15): signal.signal(number, signal.SIG_IGN)",
+    "starts threads": "threading.Thread(target=time.sleep, args=[600], daemon=True).start()",
+    "prints": "print('x' * 10_000)",
+    "closes its output": "sys.stdout.close(); sys.stderr.close()",
+    "changes directory": "os.chdir('/')",
+}
+
+
+@pytest.mark.parametrize("what", HARMLESS)
+def test_call_that_meddles_with_its_process_succeeds_and_so_does_the_next(
+    what, database, api, listener, tmp_path
+):
+    process = listener(database, "run", "--workers", "1", api=api,
+                       program=program(tmp_path, f"{HARMLESS[what]}\n{POST}", 60))  # fmt: skip
+    wait_until_idle(tmp_path)
+    workers = process.children()
+    for _ in range(2):
+        job = database.add_job("overlay")
+        database.wait_for(SUCCEEDED, job)
+        assert len(api.calls(job)) == 1
+    assert process.children() == workers
+    assert FAILED not in process.output
+    assert process.stop() == 0
+
+
+def test_programs_that_a_call_starts_obey_sigterm(database, api, listener, tmp_path):
+    body = "print('ended with', subprocess.call(['sh', '-c', 'kill -TERM $$; sleep 600']))\n"
+    process = listener(database, api=api, program=program(tmp_path, body + POST, 60))
+    database.add_job("overlay")
+    process.wait_for_line(f"ended with {-signal.SIGTERM}")
+
+
+STARTS_PROGRAM = "print('started', subprocess.Popen(['sleep', '600']).pid, flush=True)\n"
+
+
+def pid_in(line: str) -> int:
+    return int(line.split()[-1])
+
+
+def test_programs_that_a_hanging_call_started_end_with_its_worker(
+    database, api, listener, tmp_path
+):
+    body = STARTS_PROGRAM + "time.sleep(600)"
+    process = listener(database, api=api, program=program(tmp_path, body, 1))
+    database.add_job("overlay")
+    started = pid_in(process.wait_for_line("started"))
+    process.wait_for_line(FAILED)
+    until(lambda: is_gone(started), "the end of what the call started")
+
+
+def test_programs_that_calls_left_behind_end_when_their_worker_is_replaced(
+    database, api, listener, tmp_path
+):
+    more = "workers.CALLS = 1"
+    process = listener(database, "run", "--workers", "1", api=api,
+                       program=program(tmp_path, STARTS_PROGRAM + POST, 60, more))  # fmt: skip
+    for number in (1, 2):
+        database.wait_for(SUCCEEDED, database.add_job("overlay"))
+        process.wait_for_line("started", count=number)
+    until(lambda: is_gone(pid_in(process.wait_for_line("started"))), "the end of the first")
+    assert not is_gone(pid_in(process.wait_for_line("started", count=2)))
+
+
+@pytest.mark.slow
+def test_stage_function_may_have_a_connection_of_its_own(database, api, listener, tmp_path):
+    body = (
+        "import io, psycopg2\n"
+        f"conn = psycopg2.connect({database.dsn!r})\n"
+        "conn.cursor().execute('CREATE TEMPORARY TABLE t (n int); SELECT pg_sleep(11)')\n"
+        "conn.cursor().copy_expert('COPY t FROM STDIN', io.StringIO('7\\n'))\n"
+        "conn.close()\n"
+    )
+    process = listener(database, api=api, program=program(tmp_path, body + POST, 60))
+    job = database.add_job("overlay")
+    database.wait_for(SUCCEEDED, job)
+    assert FAILED not in process.output
+
+
+# --- starting and replacing them -----------------------------------------------------------
+
+
+def test_worker_is_replaced_after_so_many_calls(database, api, listener, tmp_path):
+    body = "print('made by', os.getpid(), flush=True)\n"
+    process = listener(database, "run", "--workers", "1", api=api,
+                       program=program(tmp_path, body + POST, 60, "workers.CALLS = 2"))  # fmt: skip
+    for _ in range(5):
+        database.wait_for(SUCCEEDED, database.add_job("overlay"))
+    pids = [pid_in(process.wait_for_line("made by", count=n)) for n in range(1, 6)]
+    assert pids[0] == pids[1] != pids[2] == pids[3] != pids[4]
+    assert process.children() == [pids[4]]
+    assert "ERROR" not in process.output
+
+
+def test_idle_worker_that_is_killed_is_replaced(database, api, listener, tmp_path):
+    process = listener(database, "run", "--workers", "1", api=api, SWEEP_INTERVAL=3600)
+    wait_until_idle(tmp_path)
+    os.kill(process.children()[0], signal.SIGKILL)
+    process.wait_for_line("호출 없이 종료된 워커: -9 → 1초 후 재시작")
+    job = database.add_job("overlay")
+    database.wait_for(SUCCEEDED, job)
+    assert len(process.children()) == 1
+
+
+def test_worker_that_cannot_be_started_is_started_later(database, api, listener, tmp_path):
+    process = listener(database, "run", "--workers", "1", api=api, SWEEP_INTERVAL=3600)
+    wait_until_idle(tmp_path)
+    limits = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (1, limits[1]))
+    os.kill(process.children()[0], signal.SIGKILL)
+    process.wait_for_line("워커를 시작할 수 없음")
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, limits)
+    database.wait_for(SUCCEEDED, database.add_job("overlay"))
+
+
+def test_death_of_one_worker_leaves_the_calls_of_the_others_alone(
+    database, api, listener, tmp_path
+):
+    with gate(api) as opened:
+        process = listener(database, "run", "--workers", "2", api=api,
+                           program=program(tmp_path, "os._exit(3)"))  # fmt: skip
+        job = database.add_job()
+        wait_for_call(api, job)
+        database.add_job("overlay")
+        process.wait_for_line("its worker exited with 3")
+        opened.set()
+        database.wait_for(SUCCEEDED + " AND stage = 'vlm_analyze'", job)
+    assert len(api.calls(job, "vlm_analyze")) == 1
