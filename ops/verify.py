@@ -77,12 +77,12 @@ PRIVILEGES = """
 SELECT string_agg(needed.privilege || ' on ' || needed.name, ', ') AS missing
 FROM (VALUES ('jobs', 'SELECT'), ('pipeline_stages', 'SELECT'), ('pipeline_stages', 'UPDATE'),
              ('stage_calls', 'SELECT'), ('stage_calls', 'UPDATE'), ('stage_calls', 'DELETE'),
-             ('stage_leases', 'SELECT'), ('stage_leases', 'INSERT'), ('stage_leases', 'UPDATE'),
-             ('stage_leases', 'DELETE'), ('stage_limits', 'SELECT'), ('stage_limits', 'UPDATE'),
-             ('job_state_listener_schema', 'SELECT'), ('stage_attempts', 'SELECT'),
-             ('stage_attempts', 'INSERT'), ('stage_attempts', 'DELETE'),
-             ('stage_totals', 'SELECT'), ('stage_totals', 'INSERT'), ('stage_totals', 'UPDATE'),
-             ('stage_totals_mark', 'SELECT'), ('stage_totals_mark', 'UPDATE')
+             ('stage_limits', 'SELECT'), ('stage_limits', 'UPDATE'), ('stage_leases', 'SELECT'),
+             ('stage_leases', 'INSERT'), ('stage_leases', 'UPDATE'), ('stage_leases', 'DELETE'),
+             ('stage_attempts', 'SELECT'), ('stage_attempts', 'INSERT'),
+             ('stage_attempts', 'DELETE'), ('stage_totals', 'SELECT'), ('stage_totals', 'INSERT'),
+             ('stage_totals', 'UPDATE'), ('stage_totals_mark', 'SELECT'),
+             ('stage_totals_mark', 'UPDATE'), ('job_state_listener_schema', 'SELECT')
      ) AS needed (name, privilege)
 WHERE NOT has_table_privilege(to_regclass(needed.name), needed.privilege)
 """
