@@ -5,9 +5,11 @@ Each statement is a constant above the small function that runs it. All times ar
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
+from operator import attrgetter
 from typing import Any
 
 import psycopg2
@@ -35,6 +37,8 @@ class Result:
     free: bool = False  # does not count towards max_attempts
     hold: bool = False  # nobody calls this stage for a while
     retry_after: float | None = None  # seconds the stage asked for
+    after_hold: bool = False  # was claimed after a hold of its stage, which its success lifts
+    limited: bool = False  # its stage has max_running
     seconds: float = 0.0  # how long the attempt took, for the log
     trace: str | None = None  # the traceback of a bug in the stage function, for the log
 
@@ -62,47 +66,76 @@ class Wanted:
 
 # --- settling ------------------------------------------------------------------------------
 
-# The results as rows: what a row of stage_attempts has, of the types that it has there, and what
-# else is known.
-RESULTS = """
+PAID = ("succeeded", "skipped")  # outcomes after which nothing is owed any more
+
+# Results as rows, of the types that stage_attempts has.
+RESULTS = "SELECT * FROM json_populate_recordset(NULL::stage_attempts, %(results)s::json)"
+# The same with what else is known of those that are called again, or given up.
+FAILURES = """
     SELECT * FROM ROWS FROM (
-        json_populate_recordset(NULL::stage_attempts, %(results)s::json),
-        json_to_recordset(%(results)s::json)
+        json_populate_recordset(NULL::stage_attempts, %(failures)s::json),
+        json_to_recordset(%(failures)s::json)
             AS (delay float8, after_lease boolean, free integer, hold boolean, retry_after float8)
     ) AS r"""
 
-# The fence: only the attempt that holds the claim may settle the call.
-FENCE = """c.job_id = r.job_id AND c.call_id = r.call_id AND c.attempts = r.attempt
-      AND c.worker = r.worker"""
-
-# Each attempt goes to the history and its lease ends, except that of a call without an answer:
-# its stage may still be working. An attempt that was taken for lost still adds what it knows: a
-# claim never repeats a call of which any attempt was accepted.
-# SKIP LOCKED, as the stage's own transaction may still hold the row of the call when it answers.
-# The first success of a call that began after the stage was held lifts the hold, but no pause.
-SETTLE = Statement(
-    "settle",
-    f"""
-WITH result AS ({RESULTS}
-), recorded AS (
+# Each attempt goes to the history. One that was taken for lost still adds what it knows: a claim
+# never repeats a call of which any attempt was accepted.
+RECORDED = """
     INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at, finished_at,
                                 http_status, outcome, error)
     SELECT job_id, call_id, attempt, stage, worker, started_at, now(), http_status, outcome,
            left(error, 2000)
     FROM result
-    ON CONFLICT DO NOTHING
+    ON CONFLICT DO NOTHING"""
+
+# The fence: only the attempt that holds the claim may settle the call.
+FENCE = """c.job_id = r.job_id AND c.call_id = r.call_id AND c.attempts = r.attempt
+      AND c.worker = r.worker"""
+
+# SKIP LOCKED, as the stage's own transaction may still hold the row of the call when it answers.
+MINE = f"""
+    SELECT r.* FROM result AS r JOIN stage_calls AS c ON {FENCE}
+    FOR UPDATE OF c SKIP LOCKED"""
+
+# What could not be settled for that reason is left to the last statement of the transaction, which
+# tells it, in a setting that ends with the transaction.
+UNSETTLED = "current_setting('job_state_listener.unsettled', true)"
+TELL_UNSETTLED = f"""
+SELECT set_config('job_state_listener.unsettled',
+                  concat({UNSETTLED}, string_agg(c.call_id || ' ', '')), true)
+FROM result AS r JOIN stage_calls AS c ON {FENCE}
+WHERE c.call_id NOT IN (SELECT call_id FROM mine)"""
+
+# A call that was accepted, or whose job has moved on.
+PAY = Statement(
+    "pay",
+    f"""
+WITH result AS ({RESULTS}
+), recorded AS ({RECORDED}
+), ended AS (
+    DELETE FROM stage_leases AS l USING result AS r
+    WHERE l.call_id = r.call_id AND l.attempt = r.attempt
+), mine AS ({MINE}
+), paid AS (
+    DELETE FROM stage_calls AS c USING mine WHERE c.job_id = mine.job_id
+)
+{TELL_UNSETTLED}
+""",
+)
+
+# Every other one. The lease of a call without an answer stays: its stage may still be working.
+POSTPONE = Statement(
+    "postpone",
+    f"""
+WITH result AS ({FAILURES}
+), recorded AS ({RECORDED}
 ), ended AS (
     DELETE FROM stage_leases AS l USING result AS r
     WHERE l.call_id = r.call_id AND l.attempt = r.attempt AND r.outcome <> 'unknown'
 ), unanswered AS (
     UPDATE stage_leases AS l SET unanswered = true FROM result AS r
     WHERE l.call_id = r.call_id AND l.attempt = r.attempt AND r.outcome = 'unknown'
-), mine AS (
-    SELECT r.* FROM result AS r JOIN stage_calls AS c ON {FENCE}
-    FOR UPDATE OF c SKIP LOCKED
-), paid AS (
-    DELETE FROM stage_calls AS c USING mine AS r
-    WHERE c.job_id = r.job_id AND r.outcome IN ('succeeded', 'skipped')
+), mine AS ({MINE}
 ), postponed AS (
     UPDATE stage_calls AS c
     SET worker = NULL, started_at = NULL, last_error = left(r.error, 2000),
@@ -110,19 +143,22 @@ WITH result AS ({RESULTS}
         due_at = greatest(CASE WHEN r.after_lease THEN c.due_at END,
                           coalesce(now() + make_interval(secs => r.delay), 'infinity'))
     FROM mine AS r
-    WHERE c.job_id = r.job_id AND r.outcome NOT IN ('succeeded', 'skipped')
-), held AS (
-    SELECT p.current_step, p.status
-    FROM (SELECT stage, max(started_at) AS started_at FROM result
-          WHERE outcome = 'succeeded' GROUP BY stage) AS s
-    JOIN pipeline_stages AS p ON p.stage = s.stage
-    WHERE p.held_until - make_interval(secs => p.hold_seconds) < s.started_at
-    ORDER BY p.current_step, p.status
-    FOR UPDATE OF p
+    WHERE c.job_id = r.job_id
 )
+{TELL_UNSETTLED}
+""",
+)
+
+# A success lifts the hold of its stage, but not where the call began before the hold did, and not
+# a person's pause.
+LIFT = Statement(
+    "lift",
+    """
 UPDATE pipeline_stages AS p
 SET held_until = NULL, hold_seconds = NULL, held_reason = NULL, held_by = NULL
-FROM held WHERE (p.current_step, p.status) = (held.current_step, held.status)
+FROM unnest(%(accepted)s::text[], %(accepted_at)s::timestamptz[]) AS a (stage, started_at)
+WHERE p.stage = a.stage
+  AND p.held_until - make_interval(secs => p.hold_seconds) < a.started_at
 """,
 )
 
@@ -132,9 +168,9 @@ FROM held WHERE (p.current_step, p.status) = (held.current_step, held.status)
 HOLD = Statement(
     "hold",
     f"""
-WITH result AS ({RESULTS}
-), asking AS (
-    SELECT DISTINCT ON (stage) stage, worker, started_at, error, retry_after FROM result
+WITH asking AS (
+    SELECT DISTINCT ON (stage) stage, worker, started_at, error, retry_after
+    FROM ({FAILURES}) AS result
     WHERE hold ORDER BY stage, retry_after DESC NULLS LAST, started_at DESC
 ), length AS (
     SELECT p.current_step, p.status, a.worker, a.error,
@@ -154,13 +190,8 @@ FROM length WHERE (p.current_step, p.status) = (length.current_step, length.stat
 """,
 )
 
-# What SETTLE could not settle, because the stage's own transaction holds the row of the call.
-UNSETTLED_CALLS = f"""
-    SELECT r.call_id FROM ({RESULTS}) AS r JOIN stage_calls AS c ON {FENCE}"""
-
-UNSETTLED = Statement(
-    "unsettled", f"SELECT ARRAY({UNSETTLED_CALLS}) AS unsettled, pg_notify('{WAKE_CHANNEL}', '')"
-)
+# The last statement of a turn that claims nothing.
+TELL = Statement("tell", f"SELECT {UNSETTLED} AS unsettled, pg_notify('{WAKE_CHANNEL}', '')")
 
 
 # --- claiming ------------------------------------------------------------------------------
@@ -183,9 +214,10 @@ WANTED = """unnest(%(stages)s::text[], %(leases)s::float8[], %(since)s::timestam
       AS wanted (stage, lease, since, skip, most)"""
 
 # A request for the same job and stage may still be running.
+# The stage is no condition for an index: that on the stage alone would be read as a whole.
 UNDER_WAY = """
     SELECT FROM stage_leases AS l
-    WHERE l.job_id = c.job_id AND l.stage = c.stage AND l.leased_until > now()"""
+    WHERE l.job_id = c.job_id AND l.stage || '' = c.stage AND l.leased_until > now()"""
 
 # The stages are tried in the order given. A row that the stage's own transaction holds is passed
 # by, and so is a stage that is held or full. A call that was never tried is due whatever the clock
@@ -215,47 +247,22 @@ DUE = f"""
 # A person may take a call that is not due, but none that may still be running, and none more than
 # max_running.
 DUE_BY_HAND = f"""
-    SELECT c.job_id, c.call_id, c.worker, c.due_at, wanted.lease
-    FROM {WANTED}
-    JOIN stage_calls AS c ON c.stage = wanted.stage
-    LEFT JOIN stage_limits AS s ON s.name = wanted.stage
-    WHERE c.job_id = %(only)s AND NOT EXISTS ({UNDER_WAY})
-      AND (s.max_running IS NULL
-           OR s.max_running > (SELECT count(*) FROM stage_leases AS l
-                               WHERE l.stage = s.name AND l.leased_until > now()))
-    FOR UPDATE OF c SKIP LOCKED"""
-
-# When the next call will be due, in seconds. One that is due by now and was passed by is waited
-# for by the sweep, not by a timer.
-NEXT_DUE = f"""
-    SELECT extract(epoch FROM min(coming.due_at) - now())::float8
-    FROM {WANTED}
-    LEFT JOIN LATERAL (
-        SELECT max(p.held_until) AS until FROM pipeline_stages AS p
-        WHERE p.stage = wanted.stage AND p.held_until > now()) AS held ON true
-    CROSS JOIN LATERAL (
-        SELECT greatest(c.due_at, held.until) AS due_at
-        FROM stage_calls AS c
-        WHERE c.stage = wanted.stage AND c.due_at < 'infinity'
-          AND c.due_at > CASE WHEN held.until IS NULL THEN now() ELSE '-infinity' END
-        ORDER BY c.due_at
-        LIMIT 1) AS coming
-    WHERE coming.due_at < 'infinity'"""
-
-# Whether a place under a limit is free that was not before, is not taken here, and is waited for.
-FREED = f"""
-    SELECT FROM (SELECT r.stage, count(*) AS places FROM ({RESULTS}) AS r
-                 WHERE r.outcome <> 'unknown' GROUP BY r.stage) AS freed
-    JOIN stage_limits AS s ON s.name = freed.stage
-    WHERE freed.places > (SELECT count(*) FROM claimed WHERE claimed.stage = freed.stage)
-      AND EXISTS (SELECT FROM stage_calls AS c
-                  WHERE c.stage = freed.stage AND c.due_at <= now())"""
+    SELECT open.job_id, open.call_id, open.worker, open.due_at, wanted.lease
+    FROM (SELECT c.job_id, c.call_id, c.stage, c.worker, c.due_at
+          FROM stage_calls AS c
+          WHERE c.job_id = %(only)s AND NOT EXISTS ({UNDER_WAY})
+          FOR UPDATE OF c SKIP LOCKED) AS open
+    JOIN {WANTED} ON wanted.stage = open.stage
+    LEFT JOIN stage_limits AS s ON s.name = open.stage
+    WHERE s.max_running IS NULL
+       OR s.max_running > (SELECT count(*) FROM stage_leases AS l
+                           WHERE l.stage = s.name AND l.leased_until > now())
+    LIMIT 1"""
 
 # Takes the calls found, each for as long as its lease. All are found before the first is taken,
 # which is what the ORDER BY is for: OFFSET does not count a row that this command has updated,
-# and so passed by calls that were due. The state of the job is looked up in this
-# same statement. There is always a row, as it also says which results could not be settled and
-# when to look again, and wakes the other listeners where there is a place for one of their calls.
+# and so passed by calls that were due. The state of the job is looked up in this same statement.
+# There is always a row, as it also says which results could not be settled.
 TAKE = f"""
 , claimed AS (
     UPDATE stage_calls AS c
@@ -279,9 +286,9 @@ SELECT claimed.call_id, claimed.job_id, claimed.job_id::text AS key, claimed.cur
        EXISTS (SELECT FROM stage_attempts AS a
                WHERE a.job_id = claimed.job_id AND a.call_id = claimed.call_id
                  AND a.outcome = 'succeeded') AS accepted,
-       ARRAY({UNSETTLED_CALLS}) AS unsettled,
-       CASE WHEN (SELECT count(*) FROM claimed) < %(free)s THEN ({NEXT_DUE}) END AS next_due,
-       CASE WHEN EXISTS ({FREED}) THEN pg_notify('{WAKE_CHANNEL}', '') END AS woken
+       EXISTS (SELECT FROM pipeline_stages AS p
+               WHERE p.stage = claimed.stage AND p.hold_seconds IS NOT NULL) AS after_hold,
+       {UNSETTLED} AS unsettled
 FROM (VALUES (1)) AS always
 LEFT JOIN claimed ON true
 LEFT JOIN LATERAL (
@@ -289,7 +296,6 @@ LEFT JOIN LATERAL (
     FROM jobs AS j
     WHERE j.job_id = claimed.job_id
     LIMIT 1) AS job ON true
-ORDER BY claimed.was_due_at
 """
 CLAIM = Statement("claim", f"WITH due AS ({DUE}){TAKE}")
 CLAIM_BY_HAND = Statement("claim_by_hand", f"WITH due AS ({DUE_BY_HAND}){TAKE}")
@@ -301,12 +307,10 @@ class Turn:
 
     claimed: the rows of the calls that were claimed, the one due longest first.
     unsettled: calls whose row the stage's own transaction holds: settle them again later.
-    next_due: seconds until the next call will be due; None where none will.
     """
 
     claimed: list
     unsettled: list[int]
-    next_due: float | None = None
 
 
 def settle_and_claim(
@@ -332,54 +336,104 @@ def settle_and_claim(
     Raises:
         psycopg2.Error: and nothing of it has happened, unless the connection was lost.
     """
-    statements, params = [], {"results": as_json(conn, results)}
-    if results:
-        statements.append(SETTLE)
-    if any(result.hold for result in results):
-        statements.append(HOLD)
-    if not results and not wanted:
+    paid = [result for result in results if result.outcome in PAID]
+    failures = [result for result in results if result.outcome not in PAID]
+    lifting = {r.stage: r.started_at for r in paid if r.after_hold and r.outcome == "succeeded"}
+    limited = any(stage.limited for stage in wanted)
+    claim = (CLAIM if only is None else CLAIM_BY_HAND) if free and wanted else TELL
+    needed = {
+        PAY: paid, LIFT: lifting, POSTPONE: failures, HOLD: any(r.hold for r in failures),
+        LOCK_LIMITS: limited and free, claim: True,
+    }  # fmt: skip
+    params = {
+        "results": as_json(conn, paid),
+        "failures": as_json(conn, failures),
+        "accepted": array(lifting),
+        "accepted_at": array(lifting.values()),
+        **places(wanted),
+        **{"free": free, "worker": worker, "sweep": sweep, "only": only},
+    }
+    if claim is TELL and not results:
         return Turn([], [])
-    if not (free and wanted):
-        row = run(conn, [*statements, UNSETTLED], params).fetchone()
-        return Turn([], row.unsettled)
-    if any(stage.limited for stage in wanted):
-        statements.append(LOCK_LIMITS)
-    params |= places(wanted) | {"free": free, "worker": worker, "sweep": sweep, "only": only}
-    statements.append(CLAIM if only is None else CLAIM_BY_HAND)
-    rows = run(conn, statements, params).fetchall()
+    rows = run(conn, [statement for statement, is_needed in needed.items() if is_needed], params)
+    rows = rows.fetchall()
+    unsettled = [int(call_id) for call_id in (rows[0].unsettled or "").split()]
+    if claim is TELL:
+        return Turn([], unsettled)
     claimed = [row for row in rows if row.call_id is not None]
-    return Turn(claimed, rows[0].unsettled, rows[0].next_due)
+    freed = Counter(r.stage for r in results if r.limited and r.outcome != "unknown")
+    if free_places := freed - Counter(row.stage for row in claimed):
+        execute(conn, WAKE_WAITING, {"stages": list(free_places)})
+    return Turn(sorted(claimed, key=attrgetter("was_due_at")), unsettled)
+
+
+# A place under a limit is free and was not taken: the other listeners look whether it is theirs.
+WAKE_WAITING = f"""
+SELECT pg_notify('{WAKE_CHANNEL}', '') WHERE EXISTS (
+    SELECT FROM stage_calls WHERE stage = ANY (%(stages)s::text[]) AND due_at <= now())
+"""
 
 
 def places(wanted: Sequence[Wanted]) -> dict[str, str]:
     """`wanted` as arrays: first each stage with its share, then each with what is left."""
-    rows = [(w.stage, w.lease, w.since or "-infinity", 0, min(w.share, w.most)) for w in wanted]
-    rows += [
-        (w.stage, w.lease, w.since or "-infinity", w.share, w.most - w.share)
-        for w in wanted
-        if w.most > w.share
-    ]
-    names = ("stages", "leases", "since", "skip", "most")
-    return dict(zip(names, map(array, zip(*rows, strict=True)), strict=True))
+    rest = [stage for stage in wanted if stage.most > stage.share]
+    both = [*wanted, *rest]
+    return {
+        "stages": array([w.stage for w in both]),
+        "leases": array([w.lease for w in both]),
+        "since": array([w.since or "-infinity" for w in both]),
+        "skip": array([0] * len(wanted) + [w.share for w in rest]),
+        "most": array([min(w.share, w.most) for w in wanted] + [w.most - w.share for w in rest]),
+    }
 
 
 def array(values: Iterable[Any]) -> str:
     """`values`, which hold no quotes, as PostgreSQL reads an array: cheaper than an expression."""
-    return "{" + ",".join(f'"{value}"' for value in values) + "}"
+    quoted = '","'.join(map(str, values))
+    return f'{{"{quoted}"}}' if quoted else "{}"
+
+
+ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
 def as_json(conn, results: Sequence[Result]) -> str:
     """`results` as this database can store them."""
+    if not results:
+        return "[]"
     utf8 = conn.info.parameter_status("server_encoding") == "UTF8"
     rows = []
     for result in results:
         # The traceback is for the log alone: it may hold text that no database takes.
-        row = asdict(result) | {"free": int(result.free), "trace": None}
+        row = vars(result) | {"free": int(result.free), "trace": None}
         if result.error is not None:
             error = result.error.encode("utf-8" if utf8 else "ascii", "backslashreplace").decode()
             row["error"] = error.replace("\0", "\\0")
         rows.append(row)
-    return json.dumps(rows, ensure_ascii=False)
+    return ENCODER.encode(rows)
+
+
+# When the next call will be due, in seconds. One that is due by now and was passed by is waited
+# for by the sweep, not by a timer.
+NEXT_DUE = """
+SELECT extract(epoch FROM min(coming.due_at) - now())::float8
+FROM unnest(%(stages)s::text[]) AS wanted (stage)
+LEFT JOIN LATERAL (
+    SELECT max(p.held_until) AS until FROM pipeline_stages AS p
+    WHERE p.stage = wanted.stage AND p.held_until > now()) AS held ON true
+CROSS JOIN LATERAL (
+    SELECT greatest(c.due_at, held.until) AS due_at
+    FROM stage_calls AS c
+    WHERE c.stage = wanted.stage AND c.due_at < 'infinity'
+      AND c.due_at > CASE WHEN held.until IS NULL THEN now() ELSE '-infinity' END
+    ORDER BY c.due_at
+    LIMIT 1) AS coming
+WHERE coming.due_at < 'infinity'
+"""
+
+
+def next_due(conn, stages: Iterable[str]) -> float | None:
+    """Seconds until the next call of these stages will be due; None where none will."""
+    return execute(conn, NEXT_DUE, {"stages": list(stages)}).fetchone()[0]
 
 
 # FOR UPDATE returns the latest version of a call, but the job beside it comes from the statement's
@@ -430,8 +484,8 @@ def in_parts(
             )
         else:
             if turn.claimed:
-                return Turn(turn.claimed, unsettled, 0.0)
-    return Turn([], unsettled, 0.0 if free else None)
+                return Turn(turn.claimed, unsettled)
+    return Turn([], unsettled)
 
 
 def settle_alone(conn, result: Result) -> bool:

@@ -238,6 +238,10 @@ def require_database(values: SimpleNamespace) -> None:
         )
 
 
+PASSWORD_IN_URL = re.compile(r"(://[^:/@\s]*):[^@/\s]+@")
+PASSWORD_NAMED = re.compile(r"(?i)(password\s*=\s*)\S+")
+
+
 def redactor(values: SimpleNamespace) -> Callable[[str], str]:
     """A function that replaces every secret of `values`, and what looks like one, by ***."""
     known = {values.DB_PASSWORD, values.STAGE_API_TOKEN}
@@ -254,7 +258,10 @@ def redactor(values: SimpleNamespace) -> Callable[[str], str]:
     def redact(message: str) -> str:
         for secret in secrets:
             message = message.replace(secret, "***")
-        message = re.sub(r"(://[^:/@\s]*):[^@/\s]+@", r"\1:***@", message)
-        return re.sub(r"(?i)(password\s*=\s*)\S+", r"\1***", message)
+        if "://" in message:
+            message = PASSWORD_IN_URL.sub(r"\1:***@", message)
+        if "password" in message.lower():
+            message = PASSWORD_NAMED.sub(r"\1***", message)
+        return message
 
     return redact

@@ -84,6 +84,7 @@ class Listener:
 
         # All by time.monotonic().
         self.look_at = self.sweep_at = self.again_at = self.marked_at = 0.0
+        self.due_at = 0.0  # when the next call will be due, as far as is known
         self.doubtful_until = -math.inf  # something may be claimed in our name and not be known
         self.checked = False  # whether the database knows this PIPELINE
         self.refusal: ops.Problem | None = None  # why this program must not go on
@@ -144,7 +145,8 @@ class Listener:
         while not self.finished():
             self.workers.start_missing()
             for call in self.settle_and_claim(conn):
-                self.give(call)
+                self.workers.give(call)
+                trigger.log_begin(call)
             self.upkeep.run(conn)
             self.hear(conn)
             self.collect(self.wait(min(self.next_look, self.upkeep.next_run), conn))
@@ -200,7 +202,7 @@ class Listener:
             log.warning("한 건씩 다시 시도: %s", " ".join(str(error).split()))
             turn = calls.in_parts(conn, self.unwritten, wanted, free, self.name)
         self.settled(turn)
-        self.plan(turn, free, now, sweep)
+        self.plan(conn, turn, free, sweep)
         return self.claimed(conn, turn, began)
 
     def wanted(self, free: int, now: float, sweep: bool) -> list[Wanted]:
@@ -225,13 +227,16 @@ class Listener:
         again = set(turn.unsettled)
         # Its hold, if any, has begun: settling it again must not lengthen it.
         self.locked += [replace(r, hold=False) for r in self.unwritten if r.call_id in again]
+        if any(result.delay is not None for result in self.unwritten):
+            self.due_at = 0.0
         self.unwritten = []
 
-    def plan(self, turn: Turn, free: int, now: float, sweep: bool) -> None:
+    def plan(self, conn: db.Connection, turn: Turn, free: int, sweep: bool) -> None:
         """When to look again."""
+        now = time.monotonic()
         if sweep:
             every = self.settings.SWEEP_INTERVAL if self.bell.rings else self.settings.POLL_INTERVAL
-            self.sweep_at = now + every
+            self.sweep_at, self.due_at = now + every, 0.0
         self.nothing_due, was_full = False, self.was_full
         self.was_full = len(turn.claimed) >= free
         if self.was_full:
@@ -241,7 +246,10 @@ class Listener:
         elif self.marks:
             self.look_at, self.marks = 0.0, {}  # there may be something before the marks
         else:
-            self.look_at = now + (math.inf if turn.next_due is None else turn.next_due)
+            if free and now >= self.due_at:
+                seconds = calls.next_due(conn, self.order)
+                self.due_at = math.inf if seconds is None else now + seconds
+            self.look_at = self.due_at
             self.nothing_due = not turn.claimed
 
     def claimed(self, conn: db.Connection, turn: Turn, began: float) -> list[Call]:
@@ -263,10 +271,6 @@ class Listener:
                 self.keep(call, refused)
         return to_make
 
-    def give(self, call: Call) -> None:
-        trigger.log_begin(call)
-        self.workers.give(call)
-
     # --- what comes in ---
 
     def wait(self, until: float, conn: db.Connection | None = None) -> list:
@@ -279,7 +283,8 @@ class Listener:
         self.beat("making calls" if conn and self.workers.calls else doing, seconds)
         reading = [self.signals, *self.workers.reading, *([conn] if conn else [])]
         ready, _, _ = select.select(reading, self.workers.writing, [], seconds)
-        self.signals.drain()
+        if self.signals in ready:
+            self.signals.drain()
         self.obey()
         self.alerts.look()
         return ready

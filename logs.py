@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import time
 from datetime import datetime, timezone
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,14 @@ class OneLine(logging.Formatter):
     def __init__(self, settings: SimpleNamespace):
         super().__init__("%(asctime)s %(levelname)s [%(process)d] %(message)s")
         self.redact = redactor(settings)
+        self.second, self.shown = -1, ""  # the last second, and how it is written
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        second = int(record.created)
+        if second != self.second:
+            self.second = second
+            self.shown = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+        return f"{self.shown},{int(record.msecs):03d}"
 
     def said(self, record: logging.LogRecord) -> str:
         message = self.redact(record.getMessage())
@@ -45,6 +54,8 @@ class OneLine(logging.Formatter):
         said = getattr(record, "about", {}).get("traceback", "")
         if record.exc_info:
             said = self.formatException(record.exc_info)
+        if not said:
+            return ""
         return self.redact(said)[-LONGEST_TRACE:].rstrip("\n")
 
     def format(self, record: logging.LogRecord) -> str:
@@ -82,6 +93,8 @@ def set_up(settings: SimpleNamespace) -> None:
     # What cannot be written, to a full disk or a pipe that nobody reads, is lost: logging would
     # print it on standard error, with a traceback and its secrets.
     logging.raiseExceptions = False
+    # What no line of ours says need not be found out (see "Optimization" in the docs of logging).
+    logging._srcfile, logging.logThreads, logging.logMultiprocessing = None, False, False
     handler = logging.StreamHandler(sys.stdout)
     formatter = OneObject if settings.LOG_FORMAT == "json" else OneLine
     handler.setFormatter(formatter(settings))

@@ -135,7 +135,7 @@ BEGIN
         CREATE INDEX stage_calls_due_idx ON stage_calls (stage, due_at);
     END IF;
     IF to_regclass('stage_leases_job_idx') IS NULL THEN
-        -- Serves the claim: is a request of the same job still under way?
+        -- Serves the claim: is a request for the same job still under way?
         CREATE INDEX stage_leases_job_idx ON stage_leases (job_id);
     END IF;
     IF to_regclass('stage_leases_stage_idx') IS NULL THEN

@@ -99,7 +99,7 @@ class StageApi:
 
     def close(self) -> None:
         """Close the connection, if there is one; the next call makes another."""
-        self.adapter.poolmanager.clear()
+        self.adapter.forget()
 
     def post(self, path: str, body: dict, headers: dict[str, str], until: float) -> Answer:
         """One POST. Each wait for the server ends at `until` (time.monotonic()).
@@ -140,8 +140,7 @@ class StageApi:
 
     def send(self, method: str, path: str, headers, seconds: float, data=None) -> Answer:
         request = self.prepared.copy()
-        request.prepare_method(method)
-        request.prepare_url(self.url + path, None)
+        request.method, request.url = method, requests.utils.requote_uri(self.url + path)
         request.prepare_body(data, None)
         request.headers.update(headers)
         timeout = (min(CONNECT_TIMEOUT, seconds), seconds)
@@ -311,7 +310,18 @@ class HttpsPool(urllib3.HTTPSConnectionPool):
 
 
 class WholeAnswers(HTTPAdapter):
-    """The adapter of `requests`, with our connections."""
+    """The adapter of `requests`, with our connections, all to one server."""
+
+    pool: urllib3.HTTPConnectionPool | None = None
+
+    def get_connection_with_tls_context(self, request, verify, proxies=None, cert=None):
+        self.pool = self.pool or super().get_connection_with_tls_context(request, verify)
+        return self.pool
+
+    def forget(self) -> None:
+        """Close the connection; the next request makes another."""
+        self.poolmanager.clear()
+        self.pool = None
 
     def init_poolmanager(self, *args, **kwargs):
         super().init_poolmanager(*args, socket_options=SOCKET_OPTIONS, **kwargs)

@@ -148,6 +148,8 @@ class Call:
     listener: str  # who claimed it
     key: str  # job_id as the database writes it
     leased_until: float  # trigger.boottime() at which others may take it over
+    after_hold: bool = False  # its stage was held before
+    limited: bool = False  # its stage has max_running
     api: StageApi | None = None
     settings: SimpleNamespace | None = None
     until: float = 0.0  # time.monotonic() by which the whole call must be over
@@ -217,6 +219,8 @@ def claimed_call(row: Any, limits: Limits, listener: str, covered_until: float) 
         listener=listener,
         key=row.key,
         leased_until=covered_until + limits.timeout,
+        after_hold=row.after_hold,
+        limited=limits.max_running is not None,
     )
 
 

@@ -200,6 +200,8 @@ def result(call: Call, outcome: str, **details: Any) -> Result:
         stage=call.stage,
         worker=call.listener,
         started_at=call.started_at,
+        after_hold=call.after_hold,
+        limited=call.limited,
         outcome=outcome,
         **details,
     )

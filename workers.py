@@ -38,12 +38,14 @@ CALLS = 500
 RESTART_DELAY = 1.0
 
 LENGTH = struct.Struct("!I")
+ENCODER = json.JSONEncoder(default=str)
+CHUNK = 2**16
 LARGEST = 2**20  # bytes of a result; more was not written by us
 
 
 def packed(message: Call | Result) -> bytes:
     """A message between listener and worker: its length, then JSON."""
-    data = json.dumps(vars(message), default=str).encode()
+    data = ENCODER.encode(vars(message)).encode()
     return LENGTH.pack(len(data)) + data
 
 
@@ -76,22 +78,28 @@ class Worker:
         with contextlib.suppress(OSError):
             self.unsent = self.unsent[self.end.send(self.unsent) :]
 
+    def read(self) -> None:
+        """Take what has arrived. A closed end gives the process a moment to end by itself."""
+        chunk = b"-" * CHUNK
+        while len(chunk) == CHUNK:
+            try:
+                chunk = self.end.recv(CHUNK)
+            except BlockingIOError:
+                return
+            except OSError:
+                chunk = b""
+            self.received += chunk
+        if not chunk:
+            self.is_open = False
+            self.until = min(self.until, time.monotonic() + GRACE)
+
     def receive(self) -> Result | None:
-        """The result, once all of it is here. A closed end gives the process a moment to end.
+        """The result, once all of it is here.
 
         Raises:
             Exception: a stage function has written to this socket.
         """
-        try:
-            while chunk := self.end.recv(2**16):
-                self.received += chunk
-            self.is_open = False
-        except BlockingIOError:
-            pass
-        except OSError:
-            self.is_open = False
-        if not self.is_open:
-            self.until = min(self.until, time.monotonic() + GRACE)
+        self.read()
         size = LENGTH.size
         if len(self.received) >= size:
             size += LENGTH.unpack_from(self.received)[0]

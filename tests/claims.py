@@ -48,7 +48,8 @@ def claim(conn, worker: str = "w", stages=STAGES, settled: Result | None = None,
     turn = claim_many(conn, 1, worker, stages, [settled] if settled else [], **given)
     if turn.claimed:
         return turn.claimed[0]
-    return SimpleNamespace(call_id=None, unsettled=turn.unsettled, next_due=turn.next_due)
+    due = calls.next_due(conn, stages)
+    return SimpleNamespace(call_id=None, unsettled=turn.unsettled, next_due=due)
 
 
 def settle(conn, *results: Result) -> bool:
@@ -58,6 +59,7 @@ def settle(conn, *results: Result) -> bool:
 
 def result(row, outcome: str = "succeeded", worker: str = "w", **details) -> Result:
     """What came of the claimed `row`."""
+    details = {"limited": True} | details
     return Result(
         job_id=row.key,
         call_id=row.call_id,
@@ -65,6 +67,7 @@ def result(row, outcome: str = "succeeded", worker: str = "w", **details) -> Res
         stage=row.stage,
         worker=worker,
         started_at=row.started_at,
+        after_hold=row.after_hold,
         outcome=outcome,
         **details,
     )

@@ -1,8 +1,7 @@
 """`backfill`: what was missed is found and called once; what was accepted is not repeated."""
 
 import pytest
-import settling
-from claims import claim, connected, result
+from claims import claim, connected, result, settle
 
 REPLICA = "SET session_replication_role = {}"
 
@@ -67,7 +66,7 @@ def test_call_that_was_made_before_is_left_alone(database, run_command, outcome)
         if outcome == "cancelled":
             run_command(database, "cancel", job)
         else:
-            settling.settle(conn, result(claim(conn)))
+            settle(conn, result(claim(conn)))
     done = run_command(database, "backfill", "--apply")
     left = f"left alone, as their call was made before: 1 {outcome}; see jobs --stalled"
     assert done.lines == [left, "0 calls recorded"]
@@ -77,7 +76,7 @@ def test_call_that_was_made_before_is_left_alone(database, run_command, outcome)
 def test_job_that_came_back_to_an_earlier_state_unseen_is_called(database, unseen, run_command):
     job = database.add_job("planner")
     with connected(database) as conn:
-        settling.settle(conn, result(claim(conn)))
+        settle(conn, result(claim(conn)))
     unseen("UPDATE jobs SET current_step = 'yolo_detect'")
     run_command(database, "backfill", "--apply")
     assert database.owed(job).stage == "planner"

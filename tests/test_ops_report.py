@@ -4,8 +4,7 @@ import re
 from contextlib import closing
 
 import pytest
-import settling
-from claims import STAGES, claim, connected, result
+from claims import STAGES, claim, connected, result, settle
 from reports import attempt, give_up, read
 
 import db
@@ -58,7 +57,7 @@ def test_flow_and_waits_show_where_jobs_are(database):
         for step in ["img_gen"] * 3 + ["overlay", "planner"]:
             database.add_job(step, "done")
         row = claim(conn, stages=["vlm_analyze"])
-        settling.settle(conn, result(row, "retry", delay=600.0))
+        settle(conn, result(row, "retry", delay=600.0))
         claim(conn, stages=["vlm_analyze"])
         row = claim(conn, stages=["vlm_judge"])
         database.move(row.job_id, "vlm_judge", "running")  # owes nothing, but is being called

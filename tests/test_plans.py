@@ -67,7 +67,8 @@ def parameters(database, conn) -> dict:
     job = database.value("SELECT coalesce(min(job_id::text), gen_random_uuid()::text) FROM jobs")
     now = str(database.value("SELECT now()"))
     results = [Result(job, 1, 1, "vlm_analyze", "w", now, "retry", delay=5.0)]
-    given = {"results": calls.as_json(conn, results), "only": job, "free": 8, "worker": "w"}
+    both = dict.fromkeys(("results", "failures"), calls.as_json(conn, results))
+    given = both | {"only": job, "free": 8, "worker": "w", "accepted": "{}", "accepted_at": "{}"}
     given |= calls.places(wanted(most=8, share=2)) | {"sweep": False}
     return given | {"days": 30, "batch": 100, **upkeep.BOUNDS}
 
@@ -78,12 +79,14 @@ JOB = "Index Scan using jobs_pkey on jobs"
 HISTORY = "Index Scan using stage_attempts_pkey on stage_attempts"
 BY_TIME = "Index Scan using stage_attempts_finished_idx on stage_attempts"
 PLANS = {
-    calls.SETTLE: {BY_JOB},
+    calls.PAY: {BY_JOB},
+    calls.POSTPONE: {BY_JOB},
+    calls.LIFT: set(),
     calls.HOLD: set(),
     calls.LOCK_LIMITS: set(),
     calls.CLAIM: {BY_DUE, BY_JOB, JOB, HISTORY},
-    calls.CLAIM_BY_HAND: {BY_DUE, BY_JOB, JOB, HISTORY},
-    calls.UNSETTLED: {BY_JOB},
+    calls.CLAIM_BY_HAND: {BY_JOB, JOB, HISTORY},
+    calls.NEXT_DUE: {BY_DUE},
     upkeep.COUNT: {BY_TIME},
     upkeep.PRUNE: {BY_TIME, "Tid Scan on stage_attempts"},
 }

@@ -15,7 +15,7 @@ from demo.stage_server import Answer
 from listener import Listener
 from workers import Worker
 
-SETTLE = "EXECUTE settle("
+SETTLE = "EXECUTE pay("
 SUCCEEDED = "SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s AND outcome = 'succeeded'"
 
 

@@ -19,7 +19,7 @@ from faults.network import require_root
 from heartbeat import ALIVE, HANGING, Heartbeat, heartbeats
 from ops.check import verdict
 
-SETTLE = "EXECUTE settle("
+SETTLE = "EXECUTE pay("
 SUCCEEDED = "SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s AND outcome = 'succeeded'"
 
 
