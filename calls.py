@@ -93,9 +93,13 @@ FENCE = """c.job_id = r.job_id AND c.call_id = r.call_id AND c.attempts = r.atte
       AND c.worker = r.worker"""
 
 # SKIP LOCKED, as the stage's own transaction may still hold the row of the call when it answers.
+# Where a plan is made while the queue is empty, the planner thinks that a whole index is read as
+# cheaply as one row of it, and would do so for a join, and later with a full queue. So rows are
+# looked up one by one (LATERAL … LIMIT 1), or by a list of their keys (= ANY (ARRAY(…))).
 MINE = f"""
-    SELECT r.* FROM result AS r JOIN stage_calls AS c ON {FENCE}
-    FOR UPDATE OF c SKIP LOCKED"""
+    SELECT r.* FROM result AS r CROSS JOIN LATERAL (
+        SELECT c.job_id FROM stage_calls AS c WHERE {FENCE}
+        LIMIT 1 FOR UPDATE SKIP LOCKED) AS c"""
 
 # What could not be settled for that reason is left to the last statement of the transaction, which
 # tells it, in a setting that ends with the transaction.
@@ -103,7 +107,8 @@ UNSETTLED = "current_setting('job_state_listener.unsettled', true)"
 TELL_UNSETTLED = f"""
 SELECT set_config('job_state_listener.unsettled',
                   concat({UNSETTLED}, string_agg(c.call_id || ' ', '')), true)
-FROM result AS r JOIN stage_calls AS c ON {FENCE}
+FROM result AS r CROSS JOIN LATERAL (
+    SELECT c.call_id FROM stage_calls AS c WHERE {FENCE} LIMIT 1) AS c
 WHERE c.call_id NOT IN (SELECT call_id FROM mine)"""
 
 # A call that was accepted, or whose job has moved on.
@@ -114,10 +119,11 @@ WITH result AS ({RESULTS}
 ), recorded AS ({RECORDED}
 ), ended AS (
     DELETE FROM stage_leases AS l USING result AS r
-    WHERE l.call_id = r.call_id AND l.attempt = r.attempt
+    WHERE l.call_id = ANY (ARRAY(SELECT call_id FROM result))
+      AND l.call_id = r.call_id AND l.attempt = r.attempt
 ), mine AS ({MINE}
 ), paid AS (
-    DELETE FROM stage_calls AS c USING mine WHERE c.job_id = mine.job_id
+    DELETE FROM stage_calls WHERE job_id = ANY (ARRAY(SELECT job_id FROM mine))
 )
 {TELL_UNSETTLED}
 """,
@@ -131,10 +137,12 @@ WITH result AS ({FAILURES}
 ), recorded AS ({RECORDED}
 ), ended AS (
     DELETE FROM stage_leases AS l USING result AS r
-    WHERE l.call_id = r.call_id AND l.attempt = r.attempt AND r.outcome <> 'unknown'
+    WHERE l.call_id = ANY (ARRAY(SELECT call_id FROM result))
+      AND l.call_id = r.call_id AND l.attempt = r.attempt AND r.outcome <> 'unknown'
 ), unanswered AS (
     UPDATE stage_leases AS l SET unanswered = true FROM result AS r
-    WHERE l.call_id = r.call_id AND l.attempt = r.attempt AND r.outcome = 'unknown'
+    WHERE l.call_id = ANY (ARRAY(SELECT call_id FROM result))
+      AND l.call_id = r.call_id AND l.attempt = r.attempt AND r.outcome = 'unknown'
 ), mine AS ({MINE}
 ), postponed AS (
     UPDATE stage_calls AS c
@@ -143,7 +151,7 @@ WITH result AS ({FAILURES}
         due_at = greatest(CASE WHEN r.after_lease THEN c.due_at END,
                           coalesce(now() + make_interval(secs => r.delay), 'infinity'))
     FROM mine AS r
-    WHERE c.job_id = r.job_id
+    WHERE c.job_id = ANY (ARRAY(SELECT job_id FROM mine)) AND c.job_id = r.job_id
 )
 {TELL_UNSETTLED}
 """,
@@ -217,7 +225,8 @@ WANTED = """unnest(%(stages)s::text[], %(leases)s::float8[], %(since)s::timestam
 # The stage is no condition for an index: that on the stage alone would be read as a whole.
 UNDER_WAY = """
     SELECT FROM stage_leases AS l
-    WHERE l.job_id = c.job_id AND l.stage || '' = c.stage AND l.leased_until > now()"""
+    WHERE l.job_id = c.job_id AND l.stage || '' = c.stage AND l.leased_until > now()
+    OFFSET 0"""
 
 # The stages are tried in the order given. A row that the stage's own transaction holds is passed
 # by, and so is a stage that is held or full. A call that was never tried is due whatever the clock
@@ -269,7 +278,7 @@ TAKE = f"""
     SET attempts = c.attempts + 1, worker = %(worker)s, started_at = now(),
         due_at = now() + make_interval(secs => due.lease)
     FROM (SELECT * FROM due ORDER BY due_at) AS due
-    WHERE c.job_id = due.job_id
+    WHERE c.job_id = ANY (ARRAY(SELECT job_id FROM due)) AND c.job_id = due.job_id
     RETURNING c.*, due.worker AS worker_before, due.due_at AS was_due_at
 ), leased AS (
     INSERT INTO stage_leases (job_id, call_id, attempt, stage, worker, started_at, leased_until)
@@ -556,7 +565,7 @@ WITH claimed AS (
     WHERE worker = %(worker)s AND NOT unanswered AND call_id <> ALL (%(keep)s::bigint[])
 ), open AS (
     SELECT c.job_id, c.call_id FROM stage_calls AS c JOIN claimed USING (job_id, call_id)
-    WHERE c.attempts = claimed.attempt
+    WHERE c.job_id = ANY (ARRAY(SELECT job_id FROM claimed)) AND c.attempts = claimed.attempt
     FOR UPDATE OF c SKIP LOCKED
 ), ended AS (
     DELETE FROM stage_leases AS l USING claimed
@@ -569,7 +578,7 @@ WITH claimed AS (
 ), given_back AS (
     UPDATE stage_calls
     SET worker = NULL, started_at = NULL, due_at = now(), free_attempts = free_attempts + 1
-    WHERE job_id IN (SELECT job_id FROM open)
+    WHERE job_id = ANY (ARRAY(SELECT job_id FROM open))
 )
 SELECT ended.calls AS given_back, claimed.calls - ended.calls AS locked,
        CASE WHEN ended.calls > 0 THEN pg_notify('{WAKE_CHANNEL}', '') END AS woken
