@@ -20,7 +20,7 @@ from config import require_database
 CHANNEL = "job_state_changed"
 # For our own commands: "look now", without pretending that a job changed.
 WAKE_CHANNEL = "job_state_listener_wake"
-RING = f'NOTIFY "{WAKE_CHANNEL}"'
+WAKE = f'NOTIFY "{WAKE_CHANNEL}"'
 # A listener's application_name is this and its name, for pg_stat_activity and `status`.
 LISTENER_APPLICATION = "job-state-listener run "
 

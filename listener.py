@@ -72,7 +72,7 @@ class Listener:
         self.heartbeat = Heartbeat(settings.HEARTBEAT_DIR, self.name)
         self.workers = Workers(settings, size, signals, self.heartbeat)
         self.alerts = Alerts(settings)
-        self.bell = notifications.Bell(settings)
+        self.hearing = notifications.Hearing(settings)
         self.upkeep = Upkeep(settings, self.order, self.name, self.alerts)
 
         self.unwritten: list[Result] = []  # outlive the connection
@@ -134,7 +134,7 @@ class Listener:
             ops.require_installed(conn)
             tell_timeouts(conn, stages.timeouts(self.settings))
             self.checked = True
-        self.bell.listen(conn, silent=ops.is_silent(conn))
+        self.hearing.listen(conn, silent=ops.is_silent(conn))
         self.workers.conn = conn
         self.give_back(conn)
         self.look_at = self.sweep_at = 0.0
@@ -144,11 +144,12 @@ class Listener:
         """The loop."""
         while not self.finished():
             self.workers.start_missing()
-            for call in self.settle_and_claim(conn):
+            claimed = self.settle_and_claim(conn)
+            self.hear(conn)
+            for call in claimed:
                 self.workers.give(call)
                 trigger.log_begin(call)
             self.upkeep.run(conn)
-            self.hear(conn)
             self.collect(self.wait(min(self.next_look, self.upkeep.next_run), conn))
 
     def wait_to_reconnect(self, error: Exception) -> None:
@@ -235,7 +236,11 @@ class Listener:
         """When to look again."""
         now = time.monotonic()
         if sweep:
-            every = self.settings.SWEEP_INTERVAL if self.bell.rings else self.settings.POLL_INTERVAL
+            every = (
+                self.settings.SWEEP_INTERVAL
+                if self.hearing.is_told
+                else self.settings.POLL_INTERVAL
+            )
             self.sweep_at, self.due_at = now + every, 0.0
         self.nothing_due, was_full = False, self.was_full
         self.was_full = len(turn.claimed) >= free
@@ -299,7 +304,7 @@ class Listener:
 
     def hear(self, conn: db.Connection) -> None:
         """Whatever is announced only means: look now. A statement may have read it already."""
-        if self.bell.hear(conn):
+        if self.hearing.hear(conn):
             self.look_at = 0.0
 
     def collect(self, ready: list) -> None:

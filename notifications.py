@@ -62,12 +62,12 @@ def hear(conn: db.Connection) -> list[psycopg2.extensions.Notify]:
         raise db.ConnectionLost(" ".join(str(error).split())) from error
 
 
-class Bell:
+class Hearing:
     """What a listener hears. It only means "look now": nothing depends on its words."""
 
     def __init__(self, settings: SimpleNamespace):
         self.settings = settings
-        self.rings = True  # else the listener looks every POLL_INTERVAL
+        self.is_told = True  # else the listener looks every POLL_INTERVAL
         self.listens_lost = 0  # connections that ended with their LISTEN, one after the other
 
     def listen(self, conn: db.Connection, silent: bool) -> None:
@@ -79,11 +79,11 @@ class Bell:
         Args:
             silent: the triggers ring no bell (`install --no-notify`).
         """
-        rings, why = False, "트랜잭션 풀러?"
+        is_told, why = False, "트랜잭션 풀러?"
         if self.listens_lost < 2:
             self.listens_lost += 1
             try:
-                if rings := can_hear(conn, self.settings):
+                if is_told := can_hear(conn, self.settings):
                     listen(conn)
             except db.CONNECTION_LOST:
                 raise
@@ -92,14 +92,14 @@ class Bell:
             self.listens_lost = 0
         else:
             self.listens_lost, why = 1, "LISTEN이 연결을 끊음"
-        if rings and silent:  # an operator's word is heard all the same
-            rings, why = False, "install --no-notify"
-        if rings:
+        if is_told and silent:  # an operator's word is heard all the same
+            is_told, why = False, "install --no-notify"
+        if is_told:
             log.info("LISTEN '%s' 시작", db.CHANNEL)
-        elif self.rings:
+        elif self.is_told:
             seconds = self.settings.POLL_INTERVAL
             log.warning("알림이 전달되지 않음 (%s): LISTEN 대신 %g초마다 확인", why, seconds)
-        self.rings = rings
+        self.is_told = is_told
 
     def hear(self, conn: db.Connection) -> int:
         """Log what has been announced; how much that was."""

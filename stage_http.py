@@ -229,6 +229,8 @@ def translated(error: Exception) -> Exception:
     # Of a stage function's own request; a connection of ours has said so itself (see Honest).
     if any(isinstance(cause, NOT_CONNECTED) for cause in causes):
         return Unreachable(text)
+    if any(isinstance(cause, (TimeoutError, requests.ReadTimeout)) for cause in causes):
+        return NoAnswer(f"no answer in time ({text})")
     if any(isinstance(cause, ConnectionError) for cause in causes):
         return Interrupted(text)
     return NoAnswer(text)

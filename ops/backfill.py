@@ -112,7 +112,7 @@ def backfill(really: bool, since: datetime | None) -> None:
         click.echo(f"left alone, as their call was made before: {what}; see jobs --stalled")
     count = sum(missed.values())
     if really:
-        db.execute(conn, db.RING)
+        db.execute(conn, db.WAKE)
         click.echo(f"{count} calls recorded")
     elif count or moved:
         click.echo(f"{count} calls are missing; record them: python listener.py backfill --apply")

@@ -150,7 +150,7 @@ def install(reader: str | None, notify: bool | None) -> None:
     try:
         apply(conn, settings, reader, notify)
         # A stage may be called more often now.
-        db.execute(conn, db.RING)
+        db.execute(conn, db.WAKE)
     except psycopg2.errors.UndefinedObject:
         raise Problem(f"there is no role {reader}; nothing was changed") from None
     except psycopg2.errors.LockNotAvailable:

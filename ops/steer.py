@@ -133,7 +133,7 @@ def retry(job_ids: tuple[str, ...], stage: str | None, all_: bool) -> None:
         if job_id is not None and not found:
             refused.append(why_nothing_owed(conn, job_id))
         # At once: the next id may be one that ends this with an error.
-        db.execute(conn, db.RING)
+        db.execute(conn, db.WAKE)
         for row in found:
             click.echo(f"due again: job {row.job_id}, stage {row.stage}".translate(CONTROL))
     if refused:
@@ -179,7 +179,7 @@ def cancel(job_id: str, reason: str) -> None:
             held = f"another transaction holds its call to {left.stage}; nothing was changed"
             raise Problem(f"job {job_id}: {held}: try again")
         raise Problem(why_nothing_owed(conn, job_id))
-    ring(conn, f"job {job_id}: call to {gone.stage} cancelled by {operator()}: {reason}")
+    wake_listeners(conn, f"job {job_id}: call to {gone.stage} cancelled by {operator()}: {reason}")
     click.echo(f"cancelled: job {job_id}, stage {gone.stage}".translate(CONTROL))
     if gone.calling:
         click.echo(f"{gone.calling} is calling it right now; that call goes on, but only once")
@@ -217,7 +217,7 @@ def pause(stage: str, reason: str) -> None:
     done = db.execute(conn, PAUSE, {"stage": stage, "reason": reason, "by": operator()})
     if not done.rowcount:
         raise Problem(f"the database does not know {stage}: run `make trigger`")
-    ring(conn, f"{stage} paused by {operator()}: {reason}")
+    wake_listeners(conn, f"{stage} paused by {operator()}: {reason}")
     click.echo(f"paused: {stage}; python listener.py resume {stage}")
 
 
@@ -230,7 +230,7 @@ def resume(stage: str) -> None:
     if lifted is None:
         click.echo(f"{stage} was neither paused nor held")
         return
-    ring(conn, f"{stage} resumed by {operator()}")
+    wake_listeners(conn, f"{stage} resumed by {operator()}")
     was = f"{lifted.held_by}: {lifted.held_reason}".translate(CONTROL)
     click.echo(f"resumed: {stage}, which owes {lifted.owed} calls (was held by {was})")
 
@@ -242,9 +242,9 @@ def operator() -> str:
     return f"uid {os.getuid()}@{socket.gethostname()}"
 
 
-RING_WITH = f"SELECT pg_notify('{db.WAKE_CHANNEL}', left(%(words)s, 1000))"
+WAKE_WITH = f"SELECT pg_notify('{db.WAKE_CHANNEL}', left(%(words)s, 1000))"
 
 
-def ring(conn, words: str) -> None:
+def wake_listeners(conn, words: str) -> None:
     """Wake the listeners, who log the words."""
-    db.execute(conn, RING_WITH, {"words": words})
+    db.execute(conn, WAKE_WITH, {"words": words})

@@ -52,7 +52,7 @@ class Caller:
         quiet = SimpleNamespace(stops=[], requested=False, child_ended=False)
         self.listener = Listener(self.settings, quiet, 1)
         self.listener.name = name
-        self.listener.bell.rings = True
+        self.listener.hearing.is_told = True
         self.trigger = self.listener.workers.trigger
         self.open = ExitStack()
 

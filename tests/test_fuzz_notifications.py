@@ -53,7 +53,7 @@ def hearing(database) -> Iterator[Callable[[str, object, int], list[str]]]:
     """hear(sql, given, count): what a listener logs when `sql` rings so many bells."""
     settings = database.settings(LOG_LEVEL="DEBUG")
     with logged(settings) as output, closing(db.connect(settings)) as conn:
-        bell = notifications.Bell(settings)
+        bell = notifications.Hearing(settings)
         notifications.listen(conn)
 
         def hear(sql: str, given: object, count: int) -> list[str]:

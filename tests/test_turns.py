@@ -77,7 +77,7 @@ def test_call_that_a_new_primary_forgot_is_not_repeated(database, api, listener,
         job,
         call_id,
     )
-    database.rows(db.RING)
+    database.rows(db.WAKE)
     assert job in process.wait_for_line("이미 수락된 호출이라 스킵")
     database.wait_for("SELECT outcome = 'skipped' FROM stage_attempts WHERE job_id = %s", job)
     assert database.owed(job) is None
