@@ -145,12 +145,19 @@ class Listener:
         while not self.finished():
             self.workers.start_missing()
             claimed = self.settle_and_claim(conn)
-            self.hear(conn)
             for call in claimed:
                 self.workers.give(call)
-                trigger.log_begin(call)
+            try:
+                self.hear(conn)  # what the claim has read, and maybe not seen
+            finally:
+                self.hearing.log()
+                for call in claimed:
+                    trigger.log_begin(call)
             self.upkeep.run(conn)
-            self.collect(self.wait(min(self.next_look, self.upkeep.next_run), conn))
+            ready = self.wait(min(self.next_look, self.upkeep.next_run), conn)
+            self.collect(ready)
+            if conn in ready:
+                self.hear(conn)
 
     def wait_to_reconnect(self, error: Exception) -> None:
         """Say what happened, each reason once and then only counted; calls under way go on."""

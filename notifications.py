@@ -69,6 +69,7 @@ class Hearing:
         self.settings = settings
         self.is_told = True  # else the listener looks every POLL_INTERVAL
         self.listens_lost = 0  # connections that ended with their LISTEN, one after the other
+        self.heard: list[psycopg2.extensions.Notify] = []  # and not logged yet
 
     def listen(self, conn: db.Connection, silent: bool) -> None:
         """LISTEN on a new connection, and say once where no change would be heard.
@@ -101,15 +102,20 @@ class Hearing:
             log.warning("알림이 전달되지 않음 (%s): LISTEN 대신 %g초마다 확인", why, seconds)
         self.is_told = is_told
 
-    def hear(self, conn: db.Connection) -> int:
-        """Log what has been announced; how much that was."""
+    def hear(self, conn: db.Connection) -> bool:
+        """Take what has been announced, to be logged by `log`; whether that was anything."""
         heard = hear(conn)
+        self.heard += heard
+        return bool(heard)
+
+    def log(self) -> None:
+        """Log what was heard."""
+        heard, self.heard = self.heard, []
         for notification in heard:
             if notification.channel == db.CHANNEL:
                 log_change(notification.payload)
             elif notification.payload:  # what an operator did, in words
                 log.warning("운영자: %.500s", notification.payload)
-        return len(heard)
 
 
 def log_change(payload: str) -> None:

@@ -57,9 +57,10 @@ def hearing(database) -> Iterator[Callable[[str, object, int], list[str]]]:
         notifications.listen(conn)
 
         def hear(sql: str, given: object, count: int) -> list[str]:
-            said, heard = output.tell(), []
+            said = output.tell()
             database.rows(sql, given)
-            until(lambda: heard.append(bell.hear(conn)) or sum(heard) >= count, "every bell")
+            until(lambda: bell.hear(conn) and len(bell.heard) >= count or not count, "every bell")
+            bell.log()
             output.seek(said)
             return output.read().split("\n")[:-1]
 
