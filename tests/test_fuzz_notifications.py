@@ -59,7 +59,7 @@ def hearing(database) -> Iterator[Callable[[str, object, int], list[str]]]:
         def hear(sql: str, given: object, count: int) -> list[str]:
             said = output.tell()
             database.rows(sql, given)
-            until(lambda: bell.hear(conn) and len(bell.heard) >= count or not count, "every bell")
+            until(lambda: (bell.hear(conn) and len(bell.heard) >= count) or not count, "every bell")
             bell.log()
             output.seek(said)
             return output.read().split("\n")[:-1]
