@@ -163,6 +163,7 @@ def install(reader: str | None, notify: bool | None) -> None:
     click.echo(f"database {info.dbname} on {info.host}:{info.port} as {info.user}")
     if version < migrations.LATEST:
         click.echo(f"  migrated from version {version} to {migrations.LATEST}")
+        click.echo("  note: a listener of that version begins no more calls: start the new one")
     for name in objects(conn):
         kept = "checked" if name.startswith("function") else "kept"
         click.echo(f"  {kept if name in before else 'created':7}  {name}")

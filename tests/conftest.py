@@ -171,7 +171,7 @@ class Listener:
         program: Path = PROGRAM,
     ):
         self.lines: list[str] = []
-        self.orphans: list[int] = []
+        self.workers: dict[int, str | None] = {}  # pid: when it started
         self._arrived: queue.Queue[str | None] = queue.Queue()
         self.process = subprocess.Popen(
             [*within, sys.executable, str(program), *args],
@@ -230,23 +230,35 @@ class Listener:
         path = Path(f"/proc/{self.pid}/task/{self.pid}/children")
         return [int(pid) for pid in path.read_text().split()]
 
+    def remember_workers(self) -> None:
+        """Know them again, though their listener is gone and a pid may be given to another."""
+        if self.process.poll() is None:
+            self.workers |= {pid: started(pid) for pid in self.children()}
+
     def kill(self) -> None:
         """Kill it with its workers and whatever they started."""
-        groups = self.children() if self.process.poll() is None else []
-        self.orphans += [pid for pid in groups if pid not in self.orphans]
+        self.remember_workers()
         if self.process.poll() is None:
             os.kill(self.pid, signal.SIGKILL)
-        for pid in self.orphans:
-            with suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
+        for pid, since in self.workers.items():
+            if since is not None and started(pid) == since:
+                with suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
         self.wait()
         self.process.stdout.close()
 
     def kill_alone(self) -> None:
         """Kill the listener, and leave its workers to themselves."""
-        self.orphans += self.children()
+        self.remember_workers()
         os.kill(self.pid, signal.SIGKILL)
         self.process.wait(PATIENCE)
+
+
+def started(pid: int) -> str | None:
+    """When a process started, by the clock of the kernel; None where there is none."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    return None
 
 
 @pytest.fixture(scope="session")
