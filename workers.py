@@ -187,7 +187,7 @@ class Workers:
     def give(self, call: Call) -> None:
         """Have `call` made by an idle worker, whose last result is written."""
         worker = self.idle[0]
-        if worker.made >= CALLS:
+        if worker.made >= CALLS or worker.has_ended():
             with contextlib.suppress(OSError):  # then it goes on for a while
                 self.all.append(self.start())
                 self.end(worker, has_ended=False)

@@ -93,6 +93,9 @@ def could_be_written(account: Account, call: Call, one: Try) -> bool:
     return any(post.finished < one.leased_until - ORPHAN_WRITES for post in answered)
 
 
+UNNOTICED = 0.5  # seconds
+
+
 def why_dead(account: Account, call: Call, one: Try) -> str:
     """What ended the worker that was making the call."""
     if account.mischief(call, one) in ("exit", "crash"):
@@ -100,5 +103,6 @@ def why_dead(account: Account, call: Call, one: Try) -> str:
     ended = max(row.finished for row in one.rows)
     # A listener that waits for the database does not look at its workers: their lease ends them.
     reach = ["worker", "listener"] + ["database"] * one.error.endswith("SIGALRM")
-    done = account.faults(one.claim.worker, one.claim.at, ended, *reach)
+    # A worker that is killed while it is idle may be given a call before its end is noticed.
+    done = account.faults(one.claim.worker, one.claim.at - UNNOTICED, ended, *reach)
     return next((fault.kind for fault in done), "")

@@ -1,6 +1,7 @@
 """Worker processes: whatever a stage function does to its own, it costs that one call."""
 
 import os
+import re
 import resource
 import signal
 
@@ -126,7 +127,7 @@ STARTS_PROGRAM = "print('started', subprocess.Popen(['sleep', '600']).pid, flush
 
 
 def pid_in(line: str) -> int:
-    return int(line.split()[-1])
+    return int(re.search(r"started (\d+)", line)[1])  # a line of the log may follow it
 
 
 def test_programs_that_a_hanging_call_started_end_with_its_worker(
