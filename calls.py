@@ -297,7 +297,7 @@ SELECT claimed.call_id, claimed.job_id, claimed.job_id::text AS key, claimed.cur
                  AND a.outcome = 'succeeded') AS accepted,
        EXISTS (SELECT FROM pipeline_stages AS p
                WHERE p.stage = claimed.stage AND p.hold_seconds IS NOT NULL) AS after_hold,
-       {UNSETTLED} AS unsettled
+       {UNSETTLED} AS unsettled, now() AS asked_at
 FROM (VALUES (1)) AS always
 LEFT JOIN claimed ON true
 LEFT JOIN LATERAL (
@@ -316,10 +316,12 @@ class Turn:
 
     claimed: the rows of the calls that were claimed, the one due longest first.
     unsettled: calls whose row the stage's own transaction holds: settle them again later.
+    asked_at: the database's time of the claim; None where it was more than one.
     """
 
     claimed: list
     unsettled: list[int]
+    asked_at: datetime | None = None
 
 
 def settle_and_claim(
@@ -373,7 +375,8 @@ def settle_and_claim(
     freed = Counter(r.stage for r in results if r.limited and r.outcome != "unknown")
     if free_places := freed - Counter(row.stage for row in claimed):
         execute(conn, WAKE_WAITING, {"stages": list(free_places)})
-    return Turn(sorted(claimed, key=attrgetter("was_due_at")), unsettled)
+    claimed.sort(key=attrgetter("was_due_at"))
+    return Turn(claimed, unsettled, rows[0].asked_at)
 
 
 # A place under a limit is free and was not taken: the other listeners look whether it is theirs.
@@ -422,7 +425,7 @@ def as_json(conn, results: Sequence[Result]) -> str:
 
 
 # When the next call will be due, in seconds. One that is due by now and was passed by is waited
-# for by the sweep, not by a timer.
+# for by the sweep, not by a timer. The end of a hold counts, too: a call may come meanwhile.
 NEXT_DUE = """
 SELECT extract(epoch FROM min(coming.due_at) - now())::float8
 FROM unnest(%(stages)s::text[]) AS wanted (stage)
@@ -430,19 +433,25 @@ LEFT JOIN LATERAL (
     SELECT max(p.held_until) AS until FROM pipeline_stages AS p
     WHERE p.stage = wanted.stage AND p.held_until > now()) AS held ON true
 CROSS JOIN LATERAL (
-    SELECT greatest(c.due_at, held.until) AS due_at
-    FROM stage_calls AS c
-    WHERE c.stage = wanted.stage AND c.due_at < 'infinity'
-      AND c.due_at > CASE WHEN held.until IS NULL THEN now() ELSE '-infinity' END
-    ORDER BY c.due_at
-    LIMIT 1) AS coming
+    SELECT greatest(held.until, (
+        SELECT c.due_at FROM stage_calls AS c
+        WHERE c.stage = wanted.stage AND c.due_at < 'infinity'
+          AND c.due_at > CASE WHEN held.until IS NULL
+                              THEN coalesce(%(asked_at)s::timestamptz, now()) ELSE '-infinity' END
+        ORDER BY c.due_at
+        LIMIT 1)) AS due_at) AS coming
 WHERE coming.due_at < 'infinity'
 """
 
 
-def next_due(conn, stages: Iterable[str]) -> float | None:
-    """Seconds until the next call of these stages will be due; None where none will."""
-    return execute(conn, NEXT_DUE, {"stages": list(stages)}).fetchone()[0]
+def next_due(conn, stages: Iterable[str], asked_at: datetime | None = None) -> float | None:
+    """Seconds until the next call of these stages will be due; None where none will.
+
+    Args:
+        asked_at: of the last claim; what has become due since then is due now.
+    """
+    given = {"stages": list(stages), "asked_at": asked_at}
+    return execute(conn, NEXT_DUE, given).fetchone()[0]
 
 
 # FOR UPDATE returns the latest version of a call, but the job beside it comes from the statement's

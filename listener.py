@@ -85,6 +85,7 @@ class Listener:
         # All by time.monotonic().
         self.look_at = self.sweep_at = self.again_at = self.marked_at = 0.0
         self.due_at = 0.0  # when the next call will be due, as far as is known
+        self.asks, self.asked_at = False, None  # whether to ask, and since when
         self.doubtful_until = -math.inf  # something may be claimed in our name and not be known
         self.checked = False  # whether the database knows this PIPELINE
         self.refusal: ops.Problem | None = None  # why this program must not go on
@@ -153,6 +154,8 @@ class Listener:
                 self.hearing.log()
                 for call in claimed:
                     trigger.log_begin(call)
+            if self.asks:
+                self.ask_when(conn)
             self.upkeep.run(conn)
             ready = self.wait(min(self.next_look, self.upkeep.next_run), conn)
             self.collect(ready)
@@ -258,11 +261,15 @@ class Listener:
         elif self.marks:
             self.look_at, self.marks = 0.0, {}  # there may be something before the marks
         else:
-            if free and now >= self.due_at:
-                seconds = calls.next_due(conn, self.order)
-                self.due_at = math.inf if seconds is None else now + seconds
-            self.look_at = self.due_at
+            self.asked_at, self.asks = turn.asked_at, free > 0 and now >= self.due_at
+            self.look_at = self.due_at if now < self.due_at else math.inf
             self.nothing_due = not turn.claimed
+
+    def ask_when(self, conn: db.Connection) -> None:
+        """Ask when the next call will be due, where a claim found less than there are workers."""
+        seconds = calls.next_due(conn, self.order, self.asked_at)
+        self.due_at = math.inf if seconds is None else time.monotonic() + seconds
+        self.look_at, self.asks = min(self.look_at, self.due_at), False
 
     def claimed(self, conn: db.Connection, turn: Turn, began: float) -> list[Call]:
         """The calls to make; the result of those that must not be made is there already."""

@@ -3,8 +3,9 @@
 from contextlib import closing
 
 import pytest
-from claims import STAGES, claim, connected, held, result, settle
+from claims import STAGES, claim, claim_many, connected, held, result, settle
 
+import calls
 import stages
 from ops.install import apply
 
@@ -183,9 +184,6 @@ def test_given_up_call_is_never_next(database, conn):
     database.add_job()
     settle(conn, result(claim(conn), "failed"))
     assert next_due(conn) is None
-    settle(conn, held(claim(conn, only=database.value("SELECT job_id FROM jobs"))))
-    database.rows("UPDATE stage_calls SET due_at = 'infinity'")
-    assert next_due(conn) is None
 
 
 def test_due_call_that_was_passed_by_is_not_waited_for(database, conn):
@@ -203,13 +201,18 @@ def test_call_of_a_held_stage_is_next_when_the_hold_ends(database, conn):
     assert 700 < next_due(conn) <= 2000
 
 
-def test_held_stage_without_calls_is_not_waited_for(database, conn):
-    job = database.add_job()
+def test_end_of_a_hold_is_waited_for_as_a_call_may_come_meanwhile(database, conn):
+    database.add_job()
     settle(conn, held(claim(conn), retry_after=700))
-    database.move(job, "img_gen", "queued")
-    database.add_job("planner", "done")
-    settle(conn, result(claim(conn), "retry", delay=1500.0))
-    assert 700 < next_due(conn) <= 1500
+    database.rows("DELETE FROM stage_calls")
+    assert 60 < next_due(conn) <= 700
+
+
+def test_what_has_become_due_since_the_claim_is_due_now(database, conn):
+    turn = claim_many(conn, 1)
+    database.add_job()
+    assert calls.next_due(conn, STAGES) is None
+    assert calls.next_due(conn, STAGES, turn.asked_at) <= 0
 
 
 def test_hold_that_never_ends_is_not_waited_for(database, conn):

@@ -69,7 +69,7 @@ def parameters(database, conn) -> dict:
     results = [Result(job, 1, 1, "vlm_analyze", "w", now, "retry", delay=5.0)]
     both = dict.fromkeys(("results", "failures"), calls.as_json(conn, results))
     given = both | {"only": job, "free": 8, "worker": "w", "accepted": "{}", "accepted_at": "{}"}
-    given |= calls.places(wanted(most=8, share=2)) | {"sweep": False}
+    given |= calls.places(wanted(most=8, share=2)) | {"sweep": False, "asked_at": now}
     return given | {"days": 30, "batch": 100, **upkeep.BOUNDS}
 
 
