@@ -123,7 +123,10 @@ def test_programs_that_a_call_starts_obey_sigterm(database, api, listener, tmp_p
     process.wait_for_line(f"ended with {-signal.SIGTERM}")
 
 
-STARTS_PROGRAM = "print('started', subprocess.Popen(['sleep', '600']).pid, flush=True)\n"
+# In one write, as the listener writes to the same pipe.
+STARTS_PROGRAM = (
+    "print('started %d\\n' % subprocess.Popen(['sleep', '600']).pid, end='', flush=True)\n"
+)
 
 
 def pid_in(line: str) -> int:
