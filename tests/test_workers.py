@@ -130,7 +130,7 @@ STARTS_PROGRAM = (
 
 
 def pid_in(line: str) -> int:
-    return int(re.search(r"started (\d+)", line)[1])  # a line of the log may follow it
+    return int(re.search(r"(?:started|made by) (\d+)", line)[1])  # a line of the log may follow it
 
 
 def test_programs_that_a_hanging_call_started_end_with_its_worker(
@@ -176,7 +176,7 @@ def test_stage_function_may_have_a_connection_of_its_own(database, api, listener
 
 
 def test_worker_is_replaced_after_so_many_calls(database, api, listener, tmp_path):
-    body = "print('made by', os.getpid(), flush=True)\n"
+    body = "print('made by %d\\n' % os.getpid(), end='', flush=True)\n"
     process = listener(database, "run", "--workers", "1", api=api,
                        program=program(tmp_path, body + POST, 60, "workers.CALLS = 2"))  # fmt: skip
     for _ in range(5):
