@@ -70,7 +70,7 @@ PAID = ("succeeded", "skipped")  # outcomes after which nothing is owed any more
 
 # Results as rows, of the types that stage_attempts has.
 RESULTS = "SELECT * FROM json_populate_recordset(NULL::stage_attempts, %(results)s::json)"
-# The same with what else is known of those that are called again, or given up.
+# The results of calls that are retried or given up have a few columns more.
 FAILURES = """
     SELECT * FROM ROWS FROM (
         json_populate_recordset(NULL::stage_attempts, %(failures)s::json),
@@ -93,16 +93,16 @@ FENCE = """c.job_id = r.job_id AND c.call_id = r.call_id AND c.attempts = r.atte
       AND c.worker = r.worker"""
 
 # SKIP LOCKED, as the stage's own transaction may still hold the row of the call when it answers.
-# Where a plan is made while the queue is empty, the planner thinks that a whole index is read as
-# cheaply as one row of it, and would do so for a join, and later with a full queue. So rows are
-# looked up one by one (LATERAL … LIMIT 1), or by a list of their keys (= ANY (ARRAY(…))).
+# A generic plan that is made while the queue is empty may join by scanning a whole index, and is
+# kept when the queue is full. So rows are looked up one by one (LATERAL … LIMIT 1), or by a list
+# of their keys (= ANY (ARRAY(…))), which leaves the planner only index conditions.
 MINE = f"""
     SELECT r.* FROM result AS r CROSS JOIN LATERAL (
         SELECT c.job_id FROM stage_calls AS c WHERE {FENCE}
         LIMIT 1 FOR UPDATE SKIP LOCKED) AS c"""
 
-# What could not be settled for that reason is left to the last statement of the transaction, which
-# tells it, in a setting that ends with the transaction.
+# The ids of calls that were skipped because they are locked. Only the last statement of the
+# transaction can return rows, so the ids are handed to it in a transaction-local setting.
 UNSETTLED = "current_setting('job_state_listener.unsettled', true)"
 TELL_UNSETTLED = f"""
 SELECT set_config('job_state_listener.unsettled',
@@ -129,7 +129,7 @@ WITH result AS ({RESULTS}
 """,
 )
 
-# Every other one. The lease of a call without an answer stays: its stage may still be working.
+# All other outcomes. A call without an answer keeps its lease, as its stage may still be working.
 POSTPONE = Statement(
     "postpone",
     f"""
