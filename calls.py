@@ -23,13 +23,15 @@ log = logging.getLogger("listener")
 class Result:
     """What came of an attempt, on its way to the database."""
 
-    job_id: str  # as the database writes it
+    job_id: str  # the row's id as the database writes it
     call_id: int
     attempt: int
     stage: str
     worker: str
     started_at: str
     outcome: str
+    table_name: str = "jobs"  # whose row it is
+    spent: int | None = None  # attempts that count towards max_attempts, this one included
     http_status: int | None = None
     error: str | None = None
     delay: float | None = None  # seconds until it is due again; None: never
@@ -39,6 +41,7 @@ class Result:
     retry_after: float | None = None  # seconds the stage asked for
     after_hold: bool = False  # was claimed after a hold of its stage, which its success lifts
     limited: bool = False  # its stage has max_running
+    is_told: bool = False  # people have been told of it
     seconds: float = 0.0  # how long the attempt took, for the log
     trace: str | None = None  # the traceback of a bug in the stage function, for the log
 
@@ -81,10 +84,10 @@ FAILURES = """
 # Each attempt goes to the history. One that was taken for lost still adds what it knows: a claim
 # never repeats a call of which any attempt was accepted.
 RECORDED = """
-    INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at, finished_at,
-                                http_status, outcome, error)
-    SELECT job_id, call_id, attempt, stage, worker, started_at, now(), http_status, outcome,
-           left(error, 2000)
+    INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, spent, stage, worker,
+                                started_at, finished_at, http_status, outcome, error)
+    SELECT job_id, table_name, call_id, attempt, spent, stage, worker, started_at, now(),
+           http_status, outcome, left(error, 2000)
     FROM result
     ON CONFLICT DO NOTHING"""
 
@@ -124,6 +127,7 @@ WITH result AS ({RESULTS}
 ), mine AS ({MINE}
 ), paid AS (
     DELETE FROM stage_calls WHERE job_id = ANY (ARRAY(SELECT job_id FROM mine))
+                              AND call_id = ANY (ARRAY(SELECT call_id FROM mine))
 )
 {TELL_UNSETTLED}
 """,
@@ -151,7 +155,8 @@ WITH result AS ({FAILURES}
         due_at = greatest(CASE WHEN r.after_lease THEN c.due_at END,
                           coalesce(now() + make_interval(secs => r.delay), 'infinity'))
     FROM mine AS r
-    WHERE c.job_id = ANY (ARRAY(SELECT job_id FROM mine)) AND c.job_id = r.job_id
+    WHERE c.job_id = ANY (ARRAY(SELECT job_id FROM mine))
+      AND c.job_id = r.job_id AND c.call_id = r.call_id
 )
 {TELL_UNSETTLED}
 """,
@@ -181,20 +186,22 @@ WITH asking AS (
     FROM ({FAILURES}) AS result
     WHERE hold ORDER BY stage, retry_after DESC NULLS LAST, started_at DESC
 ), length AS (
-    SELECT p.current_step, p.status, a.worker, a.error,
+    SELECT p.table_name, p.join_of, p.current_step, p.status, a.worker, a.error,
            coalesce(a.retry_after, least(60, 2 * coalesce(p.hold_seconds, 0.5))) AS seconds
     FROM pipeline_stages AS p JOIN asking AS a ON a.stage = p.stage
     WHERE p.held_until IS NULL
        OR p.held_until < now() + make_interval(secs => a.retry_after)
        OR (p.held_until <= now()
            AND p.held_until - make_interval(secs => p.hold_seconds) < a.started_at)
-    ORDER BY p.current_step, p.status
+    ORDER BY p.table_name, p.join_of, p.current_step, p.status
     FOR UPDATE OF p
 )
 UPDATE pipeline_stages AS p
 SET held_until = now() + make_interval(secs => length.seconds), hold_seconds = length.seconds,
     held_reason = left(length.error, 500), held_by = length.worker
-FROM length WHERE (p.current_step, p.status) = (length.current_step, length.status)
+FROM length
+WHERE (p.table_name, p.join_of, p.current_step, p.status)
+      = (length.table_name, length.join_of, length.current_step, length.status)
 """,
 )
 
@@ -221,11 +228,12 @@ WANTED = """unnest(%(stages)s::text[], %(leases)s::float8[], %(since)s::timestam
                 %(skip)s::integer[], %(most)s::integer[])
       AS wanted (stage, lease, since, skip, most)"""
 
-# A request for the same job and stage may still be running.
+# A request for the same row and stage may still be running.
 # The stage is no condition for an index: that on the stage alone would be read as a whole.
 UNDER_WAY = """
     SELECT FROM stage_leases AS l
-    WHERE l.job_id = c.job_id AND l.stage || '' = c.stage AND l.leased_until > now()
+    WHERE l.job_id = c.job_id AND l.table_name = c.table_name AND l.stage || '' = c.stage
+      AND l.leased_until > now()
     OFFSET 0"""
 
 # The stages are tried in the order given. A row that the stage's own transaction holds is passed
@@ -259,7 +267,7 @@ DUE_BY_HAND = f"""
     SELECT open.job_id, open.call_id, open.worker, open.due_at, wanted.lease
     FROM (SELECT c.job_id, c.call_id, c.stage, c.worker, c.due_at
           FROM stage_calls AS c
-          WHERE c.job_id = %(only)s AND NOT EXISTS ({UNDER_WAY})
+          WHERE c.job_id = %(only)s AND c.call_id = %(only_call)s AND NOT EXISTS ({UNDER_WAY})
           FOR UPDATE OF c SKIP LOCKED) AS open
     JOIN {WANTED} ON wanted.stage = open.stage
     LEFT JOIN stage_limits AS s ON s.name = open.stage
@@ -278,20 +286,27 @@ TAKE = f"""
     SET attempts = c.attempts + 1, worker = %(worker)s, started_at = now(),
         due_at = now() + make_interval(secs => due.lease)
     FROM (SELECT * FROM due ORDER BY due_at) AS due
-    WHERE c.job_id = ANY (ARRAY(SELECT job_id FROM due)) AND c.job_id = due.job_id
+    WHERE c.job_id = ANY (ARRAY(SELECT job_id FROM due))
+      AND c.job_id = due.job_id AND c.call_id = due.call_id
     RETURNING c.*, due.worker AS worker_before, due.due_at AS was_due_at
 ), leased AS (
-    INSERT INTO stage_leases (job_id, call_id, attempt, stage, worker, started_at, leased_until)
-    SELECT job_id, call_id, attempts, stage, worker, started_at, due_at FROM claimed
+    INSERT INTO stage_leases (job_id, table_name, call_id, attempt, stage, worker, started_at,
+                              leased_until)
+    SELECT job_id, table_name, call_id, attempts, stage, worker, started_at, due_at FROM claimed
 )
-SELECT claimed.call_id, claimed.job_id, claimed.job_id::text AS key, claimed.current_step,
-       claimed.status, claimed.stage, claimed.attempts AS attempt,
-       claimed.attempts - claimed.free_attempts AS spent, claimed.started_at::text,
+SELECT claimed.call_id, claimed.job_id, claimed.job_id::text AS key, claimed.table_name,
+       claimed.join_of, claimed.current_step, claimed.status, claimed.stage,
+       claimed.attempts AS attempt, claimed.attempts - claimed.free_attempts AS spent,
+       claimed.started_at::text,
        claimed.worker_before IS NOT NULL AS taken_over, claimed.was_due_at,
-       job.tenant_id, job.found IS NOT NULL AS job_found,
-       job.current_step AS job_step, job.status AS job_status,
-       (job.current_step, job.status) IS NOT DISTINCT FROM
-           (claimed.current_step, claimed.status) AS owed,
+       job.tenant_id, job.parent_id, job.is_there IS NOT NULL AS job_found,
+       job.current_step AS job_step, job.status AS job_status, job.is_complete,
+       CASE WHEN claimed.join_of = ''
+            THEN (job.current_step, job.status) IS NOT DISTINCT FROM
+                 (claimed.current_step, claimed.status)
+            ELSE job.is_there AND job.is_complete
+                 AND (claimed.attempts - claimed.free_attempts = 1 OR job.has_moved IS NOT TRUE)
+       END IS TRUE AS owed,
        EXISTS (SELECT FROM stage_attempts AS a
                WHERE a.job_id = claimed.job_id AND a.call_id = claimed.call_id
                  AND a.outcome = 'succeeded') AS accepted,
@@ -300,11 +315,8 @@ SELECT claimed.call_id, claimed.job_id, claimed.job_id::text AS key, claimed.cur
        {UNSETTLED} AS unsettled, now() AS asked_at
 FROM (VALUES (1)) AS always
 LEFT JOIN claimed ON true
-LEFT JOIN LATERAL (
-    SELECT true AS found, j.tenant_id, j.current_step::text, j.status::text
-    FROM jobs AS j
-    WHERE j.job_id = claimed.job_id
-    LIMIT 1) AS job ON true
+LEFT JOIN LATERAL stage_call_row(claimed.table_name, claimed.join_of, claimed.job_id) AS job
+    ON true
 """
 CLAIM = Statement("claim", f"WITH due AS ({DUE}){TAKE}")
 CLAIM_BY_HAND = Statement("claim_by_hand", f"WITH due AS ({DUE_BY_HAND}){TAKE}")
@@ -332,7 +344,7 @@ def settle_and_claim(
     worker: str,
     *,
     sweep: bool = False,
-    only: Any = None,
+    only: tuple[Any, int] | None = None,
 ) -> Turn:
     """Settle all `results` and claim up to `free` calls: one round trip, one commit.
 
@@ -342,7 +354,7 @@ def settle_and_claim(
             place under a limit may be free now.
         worker: in whose name.
         sweep: also take calls that were never tried and whose time, by the clock, has not come.
-        only: a job id: claim what this job owes, due or not.
+        only: the row's id and the call's: claim this call, due or not.
 
     Raises:
         psycopg2.Error: and nothing of it has happened, unless the connection was lost.
@@ -362,8 +374,10 @@ def settle_and_claim(
         "accepted": array(lifting),
         "accepted_at": array(lifting.values()),
         **places(wanted),
-        **{"free": free, "worker": worker, "sweep": sweep, "only": only},
+        **{"free": free, "worker": worker, "sweep": sweep},
     }
+    if only is not None:
+        params["only"], params["only_call"] = only
     if claim is TELL and not results:
         return Turn([], [])
     rows = run(conn, [statement for statement, is_needed in needed.items() if is_needed], params)
@@ -457,10 +471,11 @@ def next_due(conn, stages: Iterable[str], asked_at: datetime | None = None) -> f
 # FOR UPDATE returns the latest version of a call, but the job beside it comes from the statement's
 # snapshot. Where the job moved between two states of one stage meanwhile, the claim is right.
 STILL_OWED = """
-SELECT count(*) > 0 FROM stage_calls AS c JOIN jobs AS j USING (job_id)
+SELECT count(*) > 0
+FROM stage_calls AS c CROSS JOIN stage_call_row(c.table_name, c.join_of, c.job_id) AS j
 WHERE c.job_id = %(job_id)s AND c.call_id = %(call_id)s AND c.attempts = %(attempt)s
-  AND c.worker = %(worker)s
-  AND j.current_step::text = c.current_step AND j.status::text = c.status
+  AND c.worker = %(worker)s AND c.join_of = ''
+  AND j.current_step = c.current_step AND j.status = c.status
 """
 
 
@@ -468,6 +483,69 @@ def is_owed(conn, row, worker: str) -> bool:
     """Whether the job of a claimed `row` is in the state that owes it, asked once more."""
     given = {"job_id": row.key, "call_id": row.call_id, "attempt": row.attempt}
     return execute(conn, STILL_OWED, given | {"worker": worker}).fetchone()[0]
+
+
+# --- stages that fail by themselves --------------------------------------------------------
+
+# Which results are of rows that their stage has set to failed, where no stage follows from that.
+# What the row owed went with its state; a join's call is still there.
+SET_FAILED = f"""
+SELECT r.call_id
+FROM ({RESULTS}) AS r CROSS JOIN LATERAL stage_call_row(r.table_name, '', r.job_id) AS j
+WHERE (j.current_step, j.status) = (r.stage, 'failed')
+  AND NOT EXISTS (SELECT FROM stage_calls AS c
+                  WHERE c.job_id = r.job_id AND c.call_id = r.call_id AND c.join_of = '')
+  AND NOT EXISTS (SELECT FROM pipeline_stages AS p
+                  WHERE p.table_name = r.table_name AND p.join_of = ''
+                    AND (p.current_step, p.status) = (r.stage, 'failed'))
+"""
+
+
+def set_failed(conn, results: Sequence[Result]) -> set[int]:
+    """The ids of those calls whose stage has set the row to failed."""
+    if not results:
+        return set()
+    return {row.call_id for row in execute(conn, SET_FAILED, {"results": as_json(conn, results)})}
+
+
+# Where (stage, 'failed') leads to the stage again, the call goes on counting where the one before
+# it ended, whatever that was answered.
+SPENT_BEFORE = """
+SELECT coalesce(spent, attempt) AS spent, error FROM stage_attempts
+WHERE job_id = %(job_id)s AND table_name = %(table)s AND stage = %(stage)s
+  AND call_id <> %(call_id)s AND outcome NOT IN ('skipped', 'cancelled')
+ORDER BY finished_at DESC
+LIMIT 1
+"""
+
+
+def spent_before(conn, row):
+    """What was `spent` on the call before that of a claimed `row`, and its `error`; or None."""
+    given = {"job_id": row.key, "table": row.table_name, "stage": row.stage}
+    return execute(conn, SPENT_BEFORE, given | {"call_id": row.call_id}).fetchone()
+
+
+# The claim itself counts for nothing. Where the application holds the row of the call, it is about
+# to owe something else.
+PUT_OFF = """
+WITH mine AS (
+    SELECT job_id, call_id FROM stage_calls
+    WHERE job_id = %(job_id)s AND call_id = %(call_id)s AND attempts = 1 AND worker = %(worker)s
+    FOR UPDATE SKIP LOCKED
+), ended AS (
+    DELETE FROM stage_leases WHERE call_id = %(call_id)s AND attempt = 1
+)
+UPDATE stage_calls AS c
+SET attempts = 1 + %(spent)s, free_attempts = 1, worker = NULL, started_at = NULL,
+    last_error = left(%(error)s, 2000), due_at = now() + make_interval(secs => %(delay)s)
+FROM mine WHERE c.job_id = mine.job_id AND c.call_id = mine.call_id
+"""
+
+
+def put_off(conn, row, worker: str, spent: int, delay: float, error: str | None) -> None:
+    """Let the first claim of a call wait for `delay` seconds, with `spent` attempts behind it."""
+    given = {"job_id": row.key, "call_id": row.call_id, "worker": worker}
+    execute(conn, PUT_OFF, given | {"spent": spent, "delay": delay, "error": error})
 
 
 # --- what cannot be written, or was never begun --------------------------------------------
@@ -546,8 +624,8 @@ WHERE {FENCE} AND r.outcome NOT IN ('succeeded', 'skipped')
 # The call that a claim of this stage would take first.
 GIVE_UP_FIRST = f"""
 UPDATE stage_calls SET due_at = 'infinity', worker = NULL, last_error = left(%(error)s, 500)
-WHERE job_id = (
-    SELECT c.job_id FROM stage_calls AS c
+WHERE (job_id, call_id) = (
+    SELECT c.job_id, c.call_id FROM stage_calls AS c
     WHERE c.stage = %(stage)s AND c.due_at <= now()
       AND NOT EXISTS (SELECT FROM pipeline_stages AS p
                       WHERE p.stage = c.stage AND p.held_until > now())
@@ -588,6 +666,7 @@ WITH claimed AS (
     UPDATE stage_calls
     SET worker = NULL, started_at = NULL, due_at = now(), free_attempts = free_attempts + 1
     WHERE job_id = ANY (ARRAY(SELECT job_id FROM open))
+      AND call_id = ANY (ARRAY(SELECT call_id FROM open))
 )
 SELECT ended.calls AS given_back, claimed.calls - ended.calls AS locked,
        CASE WHEN ended.calls > 0 THEN pg_notify('{WAKE_CHANNEL}', '') END AS woken

@@ -20,6 +20,8 @@ from config import require_database
 CHANNEL = "job_state_changed"
 # For our own commands: "look now", without pretending that a job changed.
 WAKE_CHANNEL = "job_state_listener_wake"
+# From the trigger of a table with joins: look whether a parent has all of its rows.
+JOIN_CHANNEL = "job_state_listener_join"
 WAKE = f'NOTIFY "{WAKE_CHANNEL}"'
 # A listener's application_name is this and its name, for pg_stat_activity and `status`.
 LISTENER_APPLICATION = "job-state-listener run "

@@ -26,16 +26,18 @@ import psycopg2
 import calls
 import config
 import db
+import joins
 import logs
 import notifications
 import ops
-import stages
+import pipeline
 import trigger
 from alerts import Alerts
-from calls import Result, Turn, Wanted
+from calls import PAID, Result, Turn, Wanted
 from heartbeat import Heartbeat
+from ops.stage import StageName
+from pipeline import Call
 from signals import Signals
-from stages import Call
 from trigger import boottime
 from upkeep import Upkeep, reap, tell_timeouts
 from workers import Workers
@@ -66,7 +68,7 @@ class Listener:
                  only: tuple[str, ...] = (), once: bool = False):  # fmt: skip
         self.settings, self.signals, self.once = settings, signals, once
         self.name = listener_name()
-        self.limits = stages.stage_limits(settings)
+        self.limits = pipeline.stage_limits(settings)
         # The stages that are called, the one whose turn it is first.
         self.order = [stage for stage in self.limits if not only or stage in only]
         self.heartbeat = Heartbeat(settings.HEARTBEAT_DIR, self.name)
@@ -84,6 +86,7 @@ class Listener:
 
         # All by time.monotonic().
         self.look_at = self.sweep_at = self.again_at = self.marked_at = 0.0
+        self.join_at = 0.0 if pipeline.joins() else math.inf
         self.due_at = 0.0  # when the next call will be due, as far as is known
         self.asks, self.asked_at = False, None  # whether to ask, and since when
         self.doubtful_until = -math.inf  # something may be claimed in our name and not be known
@@ -133,7 +136,7 @@ class Listener:
         log.info("PostgreSQL 연결 성공: %s:%s/%s", info.host, info.port, info.dbname)
         if not self.checked:
             ops.require_installed(conn)
-            tell_timeouts(conn, stages.timeouts(self.settings))
+            tell_timeouts(conn, pipeline.timeouts(self.settings))
             self.checked = True
         self.hearing.listen(conn, silent=ops.is_silent(conn))
         self.workers.conn = conn
@@ -196,12 +199,15 @@ class Listener:
         free = 0 if self.is_stopping else len(self.workers.idle)
         if not self.unwritten and now < self.next_look:
             return []
+        if now >= min(self.join_at, self.sweep_at) and pipeline.joins():
+            self.join_at = now if joins.look(conn) else math.inf
         if now >= self.again_at:
             self.again_at = now + AGAIN_EVERY
             self.unwritten, self.locked = self.unwritten + self.locked, []
             if now < self.doubtful_until:
                 self.give_back(conn)
         sweep = free > 0 and now >= self.sweep_at
+        self.tell_failed(conn)
         wanted = self.wanted(free, now, sweep)
         try:
             turn = calls.settle_and_claim(
@@ -242,6 +248,22 @@ class Listener:
             self.due_at = 0.0
         self.unwritten = []
 
+    def tell_failed(self, conn: db.Connection) -> None:
+        """Tell people of the calls that have failed: given up, or set failed by their stage."""
+        failures = [r for r in self.unwritten if r.outcome not in PAID and not r.is_told]
+        asked = [r for r in failures if r.http_status is not None or r.outcome != "held"]
+        set_failed = calls.set_failed(conn, asked)
+        for result in failures:
+            if result.call_id in set_failed:
+                result.outcome, result.delay, result.hold = "failed", None, False
+                result.error = f"{result.error} ({trigger.SET_FAILED})"
+                trigger.tell_failed(
+                    self.alerts, result.table_name, result.job_id, result.stage, result.error
+                )
+            else:
+                trigger.alert_given_up(self.alerts, result)
+            result.is_told = result.outcome == "failed"
+
     def plan(self, conn: db.Connection, turn: Turn, free: int, sweep: bool) -> None:
         """When to look again."""
         now = time.monotonic()
@@ -280,15 +302,45 @@ class Listener:
             if row.taken_over:
                 reap(conn)
             covered_until = began + self.settings.LEASE_MARGIN
-            call = stages.claimed_call(row, self.limits[row.stage], self.name, covered_until)
+            call = pipeline.claimed_call(row, self.limits[row.stage], self.name, covered_until)
             owed = row.owed or calls.is_owed(conn, row, self.name)
             accepted = row.accepted or (row.call_id, row.key) in self.accepted
             refused = trigger.refused(call, row, owed, accepted)
-            if refused is None:
-                to_make.append(call)
-            else:
+            if refused is not None:
+                if row.join_of and row.job_found and not (row.is_complete or accepted):
+                    joins.reopen(conn, row)
+                    self.join_at = 0.0
                 self.keep(call, refused)
+            elif not self.is_put_off(conn, call, row):
+                if row.join_of and call.spent == 1:
+                    joins.note_parent(conn, row)
+                to_make.append(call)
         return to_make
+
+    def is_put_off(self, conn: db.Connection, call: Call, row: Any) -> bool:
+        """Whether a call that (stage, 'failed') owes to that stage must wait, or is given up.
+
+        It takes over attempts and back-off of the call before it, or a stage that always fails
+        would be called for ever.
+        """
+        if call.attempt > 1 or (call.current_step, call.status) != (call.stage, "failed"):
+            return False
+        reap(conn)  # the call before it may be one that was lost
+        before = calls.spent_before(conn, row)
+        if before is None:
+            return False
+        error = f"{before.error or trigger.SET_FAILED}"
+        if before.spent >= call.max_attempts:
+            call.spent = before.spent
+            ended = trigger.failure(call, "failed", f"{error} (attempt {call.spent}, the last one)",
+                                    0)  # fmt: skip
+            trigger.log_end(call, ended)
+            self.keep(call, ended)
+        else:
+            delay = trigger.backoff(before.spent, self.settings.RETRY_DELAY)
+            calls.put_off(conn, row, self.name, before.spent, delay, error)
+            self.look_at = self.due_at = 0.0
+        return True
 
     # --- what comes in ---
 
@@ -313,13 +365,15 @@ class Listener:
         """time.monotonic() of the next look for due calls; needs an idle worker."""
         times = [self.again_at] if self.locked else []
         if self.workers.idle and not self.is_stopping:
-            times += [self.look_at, self.sweep_at]
+            times += [self.look_at, self.sweep_at, self.join_at]
         return min(times, default=math.inf)
 
     def hear(self, conn: db.Connection) -> None:
         """Whatever is announced only means: look now. A statement may have read it already."""
-        if self.hearing.hear(conn):
+        if heard := self.hearing.hear(conn):
             self.look_at = 0.0
+            if db.JOIN_CHANNEL in heard and pipeline.joins():
+                self.join_at = 0.0
 
     def collect(self, ready: list) -> None:
         """Take the results of calls that have ended."""
@@ -341,7 +395,6 @@ class Listener:
             self.accepted[call.call_id, call.key] = None
             if len(self.accepted) > REMEMBERED:
                 self.accepted.popitem(last=False)
-        trigger.alert_given_up(self.alerts, ended)
 
     def give_back(self, conn: db.Connection) -> None:
         """Free what was claimed in our name and never begun, as its answer was lost."""
@@ -413,7 +466,7 @@ def cli(context: click.Context) -> None:
 @cli.command()
 @click.option("--workers", type=click.IntRange(1, 256),
               help="Calls at once on this host; default: LISTENER_WORKERS.")  # fmt: skip
-@click.option("--stage", "only", multiple=True, type=click.Choice(stages.stage_names()),
+@click.option("--stage", "only", multiple=True, type=StageName(), metavar="STAGE",
               help="Call only this stage; may be repeated.")  # fmt: skip
 @click.option("--once", is_flag=True, help="Run until nothing is due, then exit: for cron.")
 def run(workers: int | None = None, only: tuple[str, ...] = (), once: bool = False) -> None:

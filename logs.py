@@ -24,6 +24,13 @@ def about(**fields: Any) -> dict[str, Any]:
     return {"about": fields}
 
 
+def ids(of: dict[str, Any]) -> str:
+    """The ids of a row, as lines of the log begin: `job=…`, or each with its column's name."""
+    if len(of) == 1:
+        return f"job={next(iter(of.values()))}"
+    return " ".join(f"{name}={value}" for name, value in of.items())
+
+
 class OneLine(logging.Formatter):
     """One event, one line: control characters in data are escaped, secrets are replaced.
 

@@ -11,18 +11,25 @@ from types import SimpleNamespace
 
 import psycopg2
 import psycopg2.extensions
+from psycopg2.extensions import quote_ident
 
 import db
 import logs
-import stages
+import pipeline
+from pipeline import Route, Table
 
 log = logging.getLogger("listener")
 
-LISTEN = f'LISTEN "{db.CHANNEL}"; LISTEN "{db.WAKE_CHANNEL}"'
-
 
 def listen(conn: db.Connection) -> None:
-    db.execute(conn, LISTEN)
+    channels = [*channels_of_tables(), db.WAKE_CHANNEL, db.JOIN_CHANNEL]
+    execute = "; ".join(f"LISTEN {quote_ident(channel, conn)}" for channel in channels)
+    db.execute(conn, execute)
+
+
+def channels_of_tables() -> dict[str, Table]:
+    """Where the tables of the pipeline announce changes, and which of them does."""
+    return {table.channel: table for table in pipeline.tables().values() if table.channel}
 
 
 def can_hear(conn: db.Connection, settings: SimpleNamespace) -> bool:
@@ -96,39 +103,50 @@ class Hearing:
         if is_told and silent:  # an operator's word is heard all the same
             is_told, why = False, "install --no-notify"
         if is_told:
-            log.info("LISTEN '%s' 시작", db.CHANNEL)
+            for channel in channels_of_tables():
+                log.info("LISTEN '%s' 시작", channel)
         elif self.is_told:
             seconds = self.settings.POLL_INTERVAL
             log.warning("알림이 전달되지 않음 (%s): LISTEN 대신 %g초마다 확인", why, seconds)
         self.is_told = is_told
 
-    def hear(self, conn: db.Connection) -> bool:
-        """Take what has been announced, to be logged by `log`; whether that was anything."""
+    def hear(self, conn: db.Connection) -> set[str]:
+        """Take what has been announced, to be logged by `log`; the channels that it came on."""
         heard = hear(conn)
         self.heard += heard
-        return bool(heard)
+        return {notification.channel for notification in heard}
 
     def log(self) -> None:
         """Log what was heard."""
         heard, self.heard = self.heard, []
+        tables = channels_of_tables() if heard else {}
         for notification in heard:
-            if notification.channel == db.CHANNEL:
-                log_change(notification.payload)
+            if table := tables.get(notification.channel):
+                log_change(notification.payload, table)
             elif notification.payload:  # what an operator did, in words
                 log.warning("운영자: %.500s", notification.payload)
 
 
-def log_change(payload: str) -> None:
-    """One line for a job's change of state; INFO where a stage follows."""
+def log_change(payload: str, table: Table) -> None:
+    """One line for a row's change of state; INFO where a stage follows."""
     try:
         said = json.loads(payload)
-        job, state = said["job_id"], (said["current_step"], said["status"])
-        level = logging.INFO if state in stages.PIPELINE else logging.DEBUG
+        step, status = said["current_step"], said["status"]
+        ids = logs.ids({name: said[name] for name in table.ids})
+        level = logging.INFO if is_routed(table, step, status) else logging.DEBUG
         log.log(
             level,
-            "[LISTENER] Job 상태 변화 감지: job=%s current_step=%s status=%s",
-            *(job, *state),
-            extra=logs.about(job=job, current_step=state[0], status=state[1]),
+            "[LISTENER] Job 상태 변화 감지: %s current_step=%s status=%s",
+            *(ids, step, status),
+            extra=logs.about(job=said[table.ids[-1]], current_step=step, status=status),
         )
     except (ValueError, TypeError, KeyError, RecursionError):
         log.warning("알 수 없는 알림 무시: %.200s", payload)
+
+
+def is_routed(table: Table, step: str, status: str) -> bool:
+    """Whether a stage follows from a state of a row."""
+    joins = (key for key in pipeline.joins().values() if key.table == table)
+    return Route(table.name, "", step, status) in pipeline.routes() or any(
+        (key.step, key.status) == (step, status) for key in joins
+    )

@@ -1,9 +1,10 @@
--- Job State Listener: the database's part.
+-- Job State Listener: the database's tables.
 --
 -- Apply with `make trigger` (python listener.py install), which first brings an earlier
--- version up to this one (ops/migrations.py), and then fills pipeline_stages and stage_limits
--- from stages.py. Applying it again changes nothing that is right already, and never touches
--- a row of jobs. PostgreSQL 13 or later.
+-- version up to this one (ops/migrations.py), then makes the triggers (triggers.sql) and views
+-- (views.sql), and fills pipeline_tables, pipeline_stages and stage_limits from stages.py.
+-- Applying it again changes nothing that is right already, and never touches a row of the
+-- application's tables. PostgreSQL 13 or later.
 
 -- The application's own table, made only where there is none.
 CREATE TABLE IF NOT EXISTS jobs (
@@ -13,6 +14,17 @@ CREATE TABLE IF NOT EXISTS jobs (
     status       text,
     created_at   timestamptz NOT NULL DEFAULT now(),
     updated_at   timestamptz NOT NULL DEFAULT now()
+);
+
+-- The tables whose rows go through stages, as stages.py declares them.
+CREATE TABLE IF NOT EXISTS pipeline_tables (
+    name          text COLLATE "C" PRIMARY KEY,
+    position      integer NOT NULL,
+    id_column     text NOT NULL,
+    tenant_column text,  -- NULL: the parent has it
+    parent_table  text,
+    parent_column text,
+    channel       text  -- where changes are announced
 );
 
 -- What stages.py says, one row per edge of PIPELINE, and what holds a stage.
@@ -31,7 +43,12 @@ CREATE TABLE IF NOT EXISTS pipeline_stages (
     hold_seconds double precision,
     held_reason  text,
     held_by      text,
-    PRIMARY KEY (current_step, status)
+    -- Whose row owes the call. Of a join that is the parent, while the state is that of every row
+    -- of child_table.
+    table_name   text COLLATE "C" NOT NULL DEFAULT 'jobs',
+    join_of      text COLLATE "C" NOT NULL DEFAULT '',
+    child_table  text,
+    PRIMARY KEY (table_name, join_of, current_step, status)
 );
 
 -- How many calls of a stage may be under way at once, over all listeners; only of stages with
@@ -61,10 +78,11 @@ BEGIN
     INTO id_type
     FROM pg_attribute WHERE attrelid = 'jobs'::regclass AND attname = 'job_id';
 
-    -- What is owed now: at most one open call per job. Small, so that its plans hold.
+    -- What is owed now: at most one open call per row, and one per join of a parent. job_id is the
+    -- row's id, whatever its table calls it. Small, so that its plans hold.
     EXECUTE format($ddl$
         CREATE TABLE IF NOT EXISTS stage_calls (
-            job_id        %s PRIMARY KEY,
+            job_id        %s NOT NULL,
             tenant_id     text,
             call_id       bigint GENERATED ALWAYS AS IDENTITY (CACHE 32),
             current_step  text NOT NULL,
@@ -80,7 +98,10 @@ BEGIN
             free_attempts integer NOT NULL DEFAULT 0,
             worker        text,
             started_at    timestamptz,
-            last_error    text
+            last_error    text,
+            table_name    text COLLATE "C" NOT NULL DEFAULT 'jobs',
+            join_of       text COLLATE "C" NOT NULL DEFAULT '',
+            PRIMARY KEY (job_id, table_name, join_of)
             -- No CHECK here: each one costs the application 3 µs a row.
         ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000)
     $ddl$, id_type);
@@ -98,6 +119,7 @@ BEGIN
             started_at   timestamptz NOT NULL,
             leased_until timestamptz NOT NULL,
             unanswered   boolean NOT NULL DEFAULT false,
+            table_name   text COLLATE "C" NOT NULL DEFAULT 'jobs',
             PRIMARY KEY (call_id, attempt)
         ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000)
     $ddl$, id_type);
@@ -123,9 +145,44 @@ BEGIN
                 'cancelled',  -- a person dropped the call; nothing was called
                 'lost')),     -- the worker never came back; its lease ran out
             error        text,
+            table_name   text COLLATE "C" NOT NULL DEFAULT 'jobs',
+            -- Attempts that count towards max_attempts, this one included.
+            spent        integer,
             -- Serves `job JOB_ID`, and makes settling twice harmless. An attempt taken for
             -- lost has a second row where its worker came back after all.
             PRIMARY KEY (job_id, call_id, attempt, outcome)
+        )
+    $ddl$, id_type);
+
+    -- "Look whether every row of this parent is in the state." The trigger of the child's table
+    -- appends rows, which nobody else writes, so that no transaction of the application waits for
+    -- another. A listener takes them (joins.py).
+    EXECUTE format($ddl$
+        CREATE TABLE IF NOT EXISTS stage_looks (
+            parent_id  %s NOT NULL,
+            join_of    text COLLATE "C" NOT NULL,
+            look_id    bigint GENERATED ALWAYS AS IDENTITY (CACHE 32),
+            -- A row came to the state; else one that was missing from it went away.
+            arrived    boolean NOT NULL,
+            PRIMARY KEY (parent_id, join_of, look_id)
+        ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000)
+    $ddl$, id_type);
+
+    -- What became of a join, one row per parent, kept for as long as the parent: its rows rest in
+    -- the state, so whether the call was made cannot be seen from them.
+    EXECUTE format($ddl$
+        CREATE TABLE IF NOT EXISTS stage_joins (
+            parent_id     %s NOT NULL,
+            join_of       text COLLATE "C" NOT NULL,
+            -- A row came to the state, and no call is recorded for it yet, as others are missing.
+            is_open       boolean NOT NULL,
+            recorded_at   timestamptz,
+            -- Where the parent was when the call was first claimed: once it has moved on, the call
+            -- is not repeated.
+            is_noted      boolean NOT NULL DEFAULT false,
+            parent_step   text,
+            parent_status text,
+            PRIMARY KEY (parent_id, join_of)
         )
     $ddl$, id_type);
 
@@ -166,92 +223,6 @@ CREATE TABLE IF NOT EXISTS stage_totals_mark (
     counted_until timestamptz NOT NULL DEFAULT '-infinity'
 );
 
--- Keeps the debt in step with the job, in the job's own transaction, then rings the bell.
--- It runs with its owner's rights: the search path holds nothing that a user could put a
--- function or an operator in, and its table is named with its schema, filled in here. So are the
--- routes: looking into pipeline_stages for every row was a third of what the trigger cost.
--- The plan is pinned: planned while stage_calls was empty, the DELETE made an UPDATE of
--- 20,000 jobs take 14 s.
-DO $do$
-DECLARE
-    -- What `install` asks for; else as they were.
-    routes jsonb := coalesce(
-        nullif(current_setting('job_state_listener.routes', true), '')::jsonb,
-        (SELECT jsonb_agg(jsonb_build_array(current_step, status, stage)) FROM pipeline_stages));
-BEGIN
-    EXECUTE format('CREATE OR REPLACE FUNCTION notify_job_state_change() RETURNS trigger'
-        ' LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp'
-        ' SET enable_seqscan = off AS %L', format($body$
-DECLARE
-    route   text;
-    owed    boolean := false;
-    payload text;
-BEGIN
-    IF to_regclass(%1$L) IS NULL THEN
-        RAISE WARNING 'Job State Listener: its tables are missing, so no call is recorded'
-            USING HINT = 'Run: python listener.py install';
-    ELSE
-        route := CASE %2$s END;
-        IF route IS NULL THEN
-            DELETE FROM %1$s AS c
-            WHERE c.job_id = NEW.job_id
-              AND (c.current_step IS DISTINCT FROM NEW.current_step::text
-                   OR c.status IS DISTINCT FROM NEW.status::text);
-        ELSIF NEW.job_id IS NOT NULL THEN
-            -- Nearly always there is no open call, and without the clauses for one the
-            -- trigger costs a twentieth less.
-            INSERT INTO %1$s (job_id, tenant_id, current_step, status, stage)
-            VALUES (NEW.job_id, NEW.tenant_id::text,
-                    NEW.current_step::text, NEW.status::text, route)
-            ON CONFLICT (job_id) DO NOTHING;
-            IF NOT FOUND THEN
-                -- An open call is replaced, but not one of the same state that is under
-                -- way: a row that moves between partitions arrives again without having left.
-                INSERT INTO %1$s AS c (job_id, tenant_id, current_step, status, stage)
-                VALUES (NEW.job_id, NEW.tenant_id::text,
-                        NEW.current_step::text, NEW.status::text, route)
-                ON CONFLICT (job_id) DO UPDATE
-                SET call_id = DEFAULT, tenant_id = excluded.tenant_id,
-                    current_step = excluded.current_step, status = excluded.status,
-                    stage = excluded.stage, created_at = excluded.created_at,
-                    due_at = excluded.due_at, attempts = 0, free_attempts = 0,
-                    worker = NULL, started_at = NULL, last_error = NULL
-                WHERE c.worker IS NULL
-                   OR c.current_step <> excluded.current_step
-                   OR c.status <> excluded.status;
-            END IF;
-            owed := FOUND;
-        END IF;
-    END IF;
-
-    -- A new row that owes nothing is no change of state to anybody. With an argument the
-    -- trigger rings no bell: workers look by themselves.
-    IF TG_NARGS > 0 OR NOT owed AND TG_OP = 'INSERT' THEN
-        RETURN NULL;
-    END IF;
-
-    payload := json_build_object('job_id', NEW.job_id, 'current_step', NEW.current_step,
-                                 'status', NEW.status, 'tenant_id', NEW.tenant_id)::text;
-    IF octet_length(payload) > 7999 THEN
-        -- NOTIFY would abort the application's transaction: null for what is long. Four
-        -- values of 1,900 bytes and their names make 7,999.
-        SELECT json_object_agg(field.key, CASE
-                   WHEN octet_length(field.value::text) <= 1900 THEN field.value END)::text
-        INTO payload
-        FROM json_each(payload::json) AS field;
-    END IF;
-    -- An assignment needs no executor, which PERFORM would start for every row.
-    payload := pg_notify('job_state_changed', payload);
-    RETURN NULL;
-END
-$body$, format('%I.stage_calls', current_schema()), coalesce((
-    SELECT string_agg(format(
-        'WHEN NEW.current_step::text = %L AND NEW.status::text = %L THEN %L',
-        route ->> 0, route ->> 1, route ->> 2), ' ')
-    FROM jsonb_array_elements(routes) AS route), 'WHEN false THEN NULL')));
-END
-$do$;
-
 -- The owner of jobs can make our function run code of his own, by a column whose type has a
 -- cast of his: where a superuser installs, what is made belongs to the owner of jobs.
 DO $do$
@@ -265,72 +236,11 @@ BEGIN
         SELECT c.oid FROM pg_class AS c JOIN pg_roles AS r ON r.oid = c.relowner
         WHERE owner IS NOT NULL AND r.rolsuper AND c.oid IN (
             SELECT to_regclass(name) FROM unnest(ARRAY[
-                'pipeline_stages', 'stage_calls', 'stage_leases', 'stage_limits',
-                'stage_attempts', 'stage_totals', 'stage_totals_mark', 'stage_slots',
-                'job_state_listener_schema']) AS name)
+                'pipeline_tables', 'pipeline_stages', 'stage_calls', 'stage_leases',
+                'stage_limits', 'stage_looks', 'stage_joins', 'stage_attempts', 'stage_totals',
+                'stage_totals_mark', 'stage_slots', 'job_state_listener_schema']) AS name)
     LOOP
         EXECUTE format('ALTER TABLE %s OWNER TO %s', made, owner);
-    END LOOP;
-END
-$do$;
-
--- A function that is replaced keeps its owner, and would run with the rights of whoever made
--- the first version: it belongs to the owner of the tables.
-DO $do$
-DECLARE
-    owner regrole := (SELECT relowner FROM pg_class WHERE oid = 'stage_calls'::regclass);
-BEGIN
-    IF owner <> (SELECT proowner FROM pg_proc
-                 WHERE oid = 'notify_job_state_change()'::regprocedure) THEN
-        EXECUTE format('ALTER FUNCTION notify_job_state_change() OWNER TO %s', owner);
-    END IF;
-END
-$do$;
-
--- Nobody else may hang a function with our rights on a table of their own.
-REVOKE ALL ON FUNCTION notify_job_state_change() FROM PUBLIC;
-
--- Triggers are made only where they are missing or different: making one locks jobs.
-DO $do$
-DECLARE
-    wanted record;
-    found  pg_trigger;
-    silent boolean := coalesce(
-        -- What `install --no-notify` or `--notify` asks for; else as it was.
-        nullif(current_setting('job_state_listener.silent', true), '')::boolean,
-        (SELECT tgnargs > 0 FROM pg_trigger WHERE tgrelid = 'jobs'::regclass
-         AND tgname = 'job_state_change_trigger'),
-        false);
-BEGIN
-    FOR wanted IN SELECT * FROM (VALUES
-        ('job_state_change_trigger', 17, $ddl$
-            CREATE TRIGGER job_state_change_trigger
-                AFTER UPDATE ON jobs
-                FOR EACH ROW
-                WHEN (OLD.current_step IS DISTINCT FROM NEW.current_step
-                   OR OLD.status IS DISTINCT FROM NEW.status)
-                EXECUTE FUNCTION notify_job_state_change(%s)$ddl$),
-        -- Rows that are born in a routed state, and rows moved between partitions.
-        ('job_state_insert_trigger', 5, $ddl$
-            CREATE TRIGGER job_state_insert_trigger
-                AFTER INSERT ON jobs
-                FOR EACH ROW
-                EXECUTE FUNCTION notify_job_state_change(%s)$ddl$)
-    ) AS t (name, type, ddl)
-    LOOP
-        SELECT * INTO found FROM pg_trigger
-        WHERE tgrelid = 'jobs'::regclass AND tgname = wanted.name;
-        IF found.oid IS NULL
-           OR found.tgfoid <> 'notify_job_state_change()'::regprocedure
-           OR found.tgtype <> wanted.type  -- bits: 1 row, 4 insert, 16 update
-           OR found.tgattr::text <> ''
-           OR (found.tgnargs > 0) <> silent
-           OR (found.tgqual IS NULL) <> (wanted.name = 'job_state_insert_trigger') THEN
-            EXECUTE format('DROP TRIGGER IF EXISTS %I ON jobs', wanted.name);
-            EXECUTE format(wanted.ddl, CASE WHEN silent THEN quote_literal('silent') END);
-        ELSIF found.tgenabled NOT IN ('O', 'A') THEN  -- disabled, or for replicas only
-            EXECUTE format('ALTER TABLE jobs ENABLE TRIGGER %I', wanted.name);
-        END IF;
     END LOOP;
 END
 $do$;

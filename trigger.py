@@ -19,11 +19,11 @@ from requests.exceptions import ChunkedEncodingError
 import config
 import db
 import logs
+import pipeline
 import stage_http
-import stages
 from alerts import Alerts
 from calls import Result
-from stages import Call
+from pipeline import Call
 
 log = logging.getLogger("listener.trigger")
 
@@ -47,11 +47,14 @@ def refused(call: Call, row: Any, owed: bool, accepted: bool) -> Result | None:
     """
     if not owed:
         now = f"({row.job_step}, {row.job_status})" if row.job_found else "deleted"
-        log.info("Job 상태가 변경되어 스킵: job=%s stage=%s 현재=%s", call.job_id, call.stage, now,
+        if call.join and row.job_found and not row.is_complete:
+            now = f"not every row is in {call.join}"
+        ids = logs.ids(call.ids)
+        log.info("Job 상태가 변경되어 스킵: %s stage=%s 현재=%s", ids, call.stage, now,
                  extra=about(call))  # fmt: skip
         return result(call, "skipped", error=f"the job has moved on: {now}")
     if accepted:
-        log.info("이미 수락된 호출이라 스킵: job=%s stage=%s", call.job_id, call.stage,
+        log.info("이미 수락된 호출이라 스킵: %s stage=%s", logs.ids(call.ids), call.stage,
                  extra=about(call))  # fmt: skip
         return result(call, "skipped", error="an earlier attempt was accepted")
     if call.spent > call.max_attempts:
@@ -67,7 +70,7 @@ class Trigger:
     def __init__(self, settings: SimpleNamespace):
         self.settings = settings
         self.redact = config.redactor(settings)
-        self.apis = stages.stage_apis(settings)
+        self.apis = pipeline.stage_apis(settings)
 
     def run(self, call: Call, by_hand: bool = False) -> Result:
         """Run the stage function of `call`; what came of it.
@@ -142,7 +145,7 @@ class Trigger:
 
     def trace(self, error: BaseException) -> str | None:
         """The traceback of a bug."""
-        if isinstance(error, (stages.MissingValue, stage_http.TimeIsUp)):
+        if isinstance(error, (pipeline.MissingValue, stage_http.TimeIsUp)):
             return None
         text = self.redact("".join(traceback.format_exception(error)))
         return text[-logs.LONGEST_TRACE :]
@@ -160,7 +163,7 @@ def answer_of(call: Call) -> stage_http.Answer:
         Exception: what the function raised.
     """
     try:
-        answer = stages.PIPELINE[call.current_step, call.status](call)
+        answer = pipeline.routes()[call.route](call)
         if answer is None:
             answer = call.answer
         if isinstance(answer, requests.Response):
@@ -195,8 +198,10 @@ def result(call: Call, outcome: str, **details: Any) -> Result:
     """What came of `call`, to be written under the fence of its claim."""
     return Result(
         job_id=call.key,
+        table_name=call.table,
         call_id=call.call_id,
         attempt=call.attempt,
+        spent=call.spent - bool(details.get("free")),
         stage=call.stage,
         worker=call.listener,
         started_at=call.started_at,
@@ -230,13 +235,14 @@ def backoff(spent: int, retry_delay: float) -> float:
 
 
 def about(call: Call, **more: Any) -> dict[str, Any]:
-    return logs.about(job=call.job_id, stage=call.stage, attempt=call.spent, **more)
+    row = {} if call.table == pipeline.JOBS.name else {"table": call.table, "id": call.key}
+    return logs.about(job=call.job_id, stage=call.stage, attempt=call.spent, **row, **more)
 
 
 def log_begin(call: Call) -> None:
     log.info(
-        "[TRIGGER] 파이프라인 단계 트리거: job=%s stage=%s attempt=%d/%d",
-        *(call.job_id, call.stage, call.spent, call.max_attempts),
+        "[TRIGGER] 파이프라인 단계 트리거: %s stage=%s attempt=%d/%d",
+        *(logs.ids(call.ids), call.stage, call.spent, call.max_attempts),
         extra=about(call),
     )
 
@@ -245,20 +251,22 @@ def log_end(call: Call, ended: Result) -> None:
     """The one line of a call's end; before it the traceback of a bug in the stage function."""
     if ended.trace:
         extra = about(call, traceback=ended.trace)
-        log.error("단계 함수 오류: job=%s stage=%s", call.job_id, call.stage, extra=extra)
+        log.error("단계 함수 오류: %s stage=%s", logs.ids(call.ids), call.stage, extra=extra)
     if ended.outcome == "succeeded":
         log.info(
-            "파이프라인 단계 실행 성공: job=%s stage=%s status=%d (%.2f초)",
-            *(call.job_id, call.stage, ended.http_status, ended.seconds),
+            "파이프라인 단계 실행 성공: %s stage=%s status=%d (%.2f초)",
+            *(logs.ids(call.ids), call.stage, ended.http_status, ended.seconds),
             extra=about(call, status=ended.http_status, duration=round(ended.seconds, 3)),
         )
     elif ended.outcome == "released":
-        log.warning("리스가 모자라 호출하지 않고 되돌림: job=%s stage=%s", call.job_id, call.stage)
+        log.warning(
+            "리스가 모자라 호출하지 않고 되돌림: %s stage=%s", logs.ids(call.ids), call.stage
+        )
     else:
         log.log(
             logging.ERROR if ended.outcome == "failed" else logging.WARNING,
-            "파이프라인 단계 실행 실패: job=%s stage=%s attempt=%d/%d error=%s → %s",
-            *(call.job_id, call.stage, call.spent, call.max_attempts),
+            "파이프라인 단계 실행 실패: %s stage=%s attempt=%d/%d error=%s → %s",
+            *(logs.ids(call.ids), call.stage, call.spent, call.max_attempts),
             *(ended.error[:500], what_next(call, ended)),
             extra=about(
                 call,
@@ -272,7 +280,7 @@ def log_end(call: Call, ended: Result) -> None:
 
 def what_next(call: Call, ended: Result) -> str:
     if ended.outcome == "failed":
-        return f"포기: python listener.py retry {call.job_id}"
+        return f"포기: python listener.py retry {call.key}"
     if ended.hold and ended.retry_after:
         return f"단계 보류 {ended.retry_after:.0f}초"
     if ended.hold:
@@ -287,3 +295,16 @@ def alert_given_up(alerts: Alerts, ended: Result) -> None:
         text = f"job {ended.job_id}: {ended.stage} was given up: {ended.error}"
         about = {"job": ended.job_id, "stage": ended.stage, "error": ended.error}
         alerts.send("given_up", text, **about, http_status=ended.http_status)
+
+
+SET_FAILED = "set failed by its stage"
+
+
+def tell_failed(alerts: Alerts, table: str, key: str, stage: str, error: str) -> None:
+    """Say that a stage has set its row to failed, and how a person sends it back."""
+    back = pipeline.sent_back(table, key, stage)
+    row = f"job={key}" if table == pipeline.JOBS.name else f"{pipeline.tables()[table].id}={key}"
+    log.error("단계가 failed로 설정함: %s stage=%s error=%s → %s", row, stage, error[:500], back,
+              extra=logs.about(job=key, table=table, stage=stage, error=error))  # fmt: skip
+    text = f"{row}: {stage} set it to failed: {error}; to send it back: {back}"
+    alerts.send("failed_by_stage", text, job=key, table=table, stage=stage, error=error, sql=back)

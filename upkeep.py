@@ -11,6 +11,7 @@ from typing import Any
 
 import psycopg2
 
+import trigger
 from alerts import Alerts
 from db import CONNECTION_LOST, UNPINNED, execute
 from ops import migrations
@@ -19,7 +20,7 @@ log = logging.getLogger("listener")
 
 # Seconds between two rounds.
 REAP_INTERVAL = 60.0
-HISTORY_INTERVAL = STALLED_INTERVAL = 300.0
+HISTORY_INTERVAL = STALLED_INTERVAL = FAILED_INTERVAL = 300.0
 
 
 class Upkeep:
@@ -28,13 +29,13 @@ class Upkeep:
     def __init__(self, settings: SimpleNamespace, stages: Iterable[str], name: str, alerts: Alerts):
         self.settings, self.stages, self.name, self.alerts = settings, list(stages), name, alerts
         # By time.monotonic().
-        self.reap_at = self.history_at = 0.0
+        self.reap_at = self.history_at = self.failed_at = 0.0
         self.stalled_at = 0.0 if settings.ALERT_COMMAND else math.inf
 
     @property
     def next_run(self) -> float:
         """time.monotonic() at which something is due."""
-        return min(self.reap_at, self.history_at, self.stalled_at)
+        return min(self.reap_at, self.history_at, self.failed_at, self.stalled_at)
 
     def run(self, conn) -> None:
         """Do what is due. What the database refuses is said once a round, and stops nothing else.
@@ -53,6 +54,10 @@ class Upkeep:
             self.attempt(forget_deleted, conn, self.stages, self.name)
             if self.attempt(keep_history, conn, self.settings.HISTORY_DAYS):
                 self.history_at = now  # there is more
+        if now >= self.failed_at:
+            self.failed_at = now + FAILED_INTERVAL
+            for row in self.attempt(newly_failed, conn) or []:
+                trigger.tell_failed(self.alerts, row.table_name, row.job_id, row.stage, row.error)
         if now >= self.stalled_at:
             self.stalled_at = now + STALLED_INTERVAL
             for row in self.attempt(newly_stalled, conn) or []:
@@ -79,9 +84,9 @@ REAP = """
 WITH over AS (
     DELETE FROM stage_leases WHERE leased_until <= now() RETURNING *
 )
-INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at, finished_at,
-                            outcome, error)
-SELECT job_id, call_id, attempt, stage, worker, started_at, now(), 'lost',
+INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, stage, worker, started_at,
+                            finished_at, outcome, error)
+SELECT job_id, table_name, call_id, attempt, stage, worker, started_at, now(), 'lost',
        'the listener did not come back before its lease ran out'
 FROM over WHERE NOT unanswered
 ON CONFLICT DO NOTHING
@@ -177,12 +182,12 @@ FORGET = """
 WITH gone AS (
     DELETE FROM stage_calls AS c
     WHERE c.due_at = 'infinity' AND c.stage = ANY (%(stages)s)
-      AND NOT EXISTS (SELECT FROM jobs AS j WHERE j.job_id = c.job_id)
+      AND (stage_call_row(c.table_name, '', c.job_id)).is_there IS NULL
     RETURNING c.*
 )
-INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at, finished_at,
-                            outcome, error)
-SELECT job_id, call_id, attempts + 1, stage, %(worker)s, now(), now(),
+INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, stage, worker, started_at,
+                            finished_at, outcome, error)
+SELECT job_id, table_name, call_id, attempts + 1, stage, %(worker)s, now(), now(),
        'skipped', 'the job was deleted'
 FROM gone
 ON CONFLICT DO NOTHING
@@ -215,14 +220,44 @@ WITH stalled AS (
 ), marked AS (
     UPDATE pipeline_stages AS p
     SET stalled_since = CASE WHEN q.jobs IS NOT NULL THEN now() END
-    FROM (SELECT e.current_step, e.status, s.jobs, s.reason
+    FROM (SELECT e.table_name, e.join_of, e.current_step, e.status, s.jobs, s.reason
           FROM pipeline_stages AS e LEFT JOIN stalled AS s USING (stage)) AS q
-    WHERE (p.current_step, p.status) = (q.current_step, q.status)
+    WHERE (p.table_name, p.join_of, p.current_step, p.status)
+          = (q.table_name, q.join_of, q.current_step, q.status)
       AND (p.stalled_since IS NULL) = (q.jobs IS NOT NULL)
     RETURNING p.stage, q.jobs, q.reason
 )
 SELECT DISTINCT stage, jobs, reason FROM marked WHERE jobs IS NOT NULL
 """
+
+
+# Rows that their stage has set to failed after it had answered, or without an answer. The row in
+# the history is made once, whichever listener looks first.
+NEWLY_FAILED = """
+WITH failed AS (
+    SELECT r.table_name, r.stage, r.reason, last.*
+    FROM resting_rows() AS r CROSS JOIN LATERAL (
+        SELECT a.job_id, a.call_id, a.attempt, a.spent, a.worker, a.started_at
+        FROM stage_attempts AS a
+        WHERE a.job_id = r.id AND a.table_name = r.table_name AND a.stage = r.stage
+          AND a.outcome NOT IN ('skipped', 'cancelled')
+          AND a.finished_at > now() - interval '1 day'
+        ORDER BY a.finished_at DESC LIMIT 1) AS last
+    WHERE r.kind = 'failed'
+)
+INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, spent, stage, worker, started_at,
+                            finished_at, outcome, error)
+SELECT job_id, table_name, call_id, attempt, spent, stage, worker, started_at, now(), 'failed',
+       left(reason, 2000)
+FROM failed
+ON CONFLICT DO NOTHING
+RETURNING job_id::text, table_name, stage, error
+"""
+
+
+def newly_failed(conn) -> list:
+    """The rows that their stage has set to failed, and of which nobody has been told."""
+    return execute(conn, UNPINNED + NEWLY_FAILED).fetchall()
 
 
 def newly_stalled(conn) -> list:

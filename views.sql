@@ -1,7 +1,7 @@
 -- Job State Listener: what people and dashboards read.
 --
--- Applied by `make trigger` after schema.sql, in the same transaction and search path.
--- Nothing here depends on a column of jobs, which the application may change as it likes.
+-- Applied by `make trigger` after triggers.sql, in the same transaction and search path.
+-- No view depends on a column of the application's, which it may change as it likes.
 
 CREATE OR REPLACE VIEW pipeline_overview AS
 SELECT stage, p.position, coalesce(c.owed, 0) AS owed, coalesce(c.due, 0) AS due,
@@ -74,47 +74,118 @@ SELECT c.job_id, c.tenant_id, c.stage, c.current_step, c.status, c.call_id,
        c.attempts - c.free_attempts AS attempts, c.created_at AS owed_since,
        (SELECT max(a.finished_at) FROM stage_attempts AS a
         WHERE a.job_id = c.job_id AND a.call_id = c.call_id) AS given_up_at,
-       c.last_error
+       c.last_error, c.table_name, c.join_of
 FROM stage_calls AS c
 WHERE c.due_at = 'infinity';
 
 COMMENT ON VIEW given_up_calls IS
     'Job State Listener, a row per call that waits for a person: python listener.py retry JOB_ID';
 
--- A function with its text in quotes, as a view would keep the application from altering jobs.
--- It may be read by a role that may not read jobs: names are qualified as in
--- notify_job_state_change().
+-- Functions with their text in quotes, as a view would keep the application from altering its
+-- tables. They may be read by a role that may not read those: names are qualified as in the
+-- trigger functions. Of a row, only the columns that are needed are read, by name: another one may
+-- hold what cannot be converted, or megabytes.
 DO $do$
 DECLARE
-    changed text := 'NULL::timestamptz';
+    asked   constant jsonb := current_setting('job_state_listener.pipeline')::jsonb;
+    schema  constant text := current_schema();
+    id_type constant text := (SELECT format_type(atttypid, -1) FROM pg_attribute
+                              WHERE attrelid = 'stage_calls'::regclass AND attname = 'job_id');
+    resting text;
+    joined  text;
 BEGIN
-    -- Where jobs says when it last changed, that counts; it need not.
-    IF EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'jobs'::regclass
-               AND attname = 'updated_at' AND NOT attisdropped
-               AND atttypid IN ('timestamptz'::regtype, 'timestamp'::regtype)) THEN
-        changed := '(to_jsonb(r.j) ->> ''updated_at'')::timestamptz';
-    END IF;
+    SELECT string_agg(format($rows$
+        SELECT %1$L::text AS table_name, r.%2$I::%10$s AS id, %3$s AS tenant_id,
+               r.current_step::text AS current_step, r.status::text AS status, %4$s AS changed_at,
+               place.stage, place.timeout, place.kind
+        FROM %5$I.%6$I AS r%7$s
+        JOIN place ON place.table_name = %1$L AND place.current_step = r.current_step::text
+                  AND place.status = r.status::text$rows$,
+        t.name, t.id_column,
+        coalesce('r.' || quote_ident(t.tenant_column) || '::text',
+                 'p.' || quote_ident(p.tenant_column) || '::text', 'NULL::text'),
+        -- Where a row says when it last changed, that counts; it need not. A timestamp without
+        -- time zone may be any zone's, and a time to come is wrong.
+        CASE WHEN EXISTS (SELECT FROM pg_attribute
+                          WHERE attrelid = to_regclass(format('%I', t.name))
+                            AND attname = 'updated_at' AND NOT attisdropped
+                            AND atttypid = 'timestamptz'::regtype)
+             THEN 'CASE WHEN r.updated_at <= now() THEN r.updated_at END'
+             ELSE 'NULL::timestamptz' END,
+        schema, t.name,
+        CASE WHEN t.tenant_column IS NULL AND p.tenant_column IS NOT NULL
+             THEN format(' LEFT JOIN %I.%I AS p ON p.%I = r.%I', schema, p.name, p.id_column,
+                         t.parent_column) END,
+        NULL, NULL, id_type), ' UNION ALL')
+    INTO resting
+    FROM jsonb_to_recordset(asked -> 'tables') AS t (
+             name text, id_column text, tenant_column text, parent_table text, parent_column text)
+    LEFT JOIN jsonb_to_recordset(asked -> 'tables') AS p (
+             name text, id_column text, tenant_column text) ON p.name = t.parent_table;
+
+    -- A join whose call was made, while neither its rows nor the parent have changed since.
+    SELECT string_agg(format($rows$
+        UNION ALL
+        SELECT 'stalled', %1$L, m.parent_id, m.parent_id::text, %2$s, r.current_step::text, r.status::text, %3$L,
+               greatest(m.recorded_at, last.finished_at),
+               'accepted by the stage, but the job has not changed'
+        FROM %4$I.stage_joins AS m
+        JOIN %4$I.%5$I AS r ON r.%6$I = m.parent_id
+            AND (r.current_step::text, r.status::text)
+                IS NOT DISTINCT FROM (m.parent_step, m.parent_status)
+        CROSS JOIN LATERAL (
+            SELECT max(a.finished_at) AS finished_at,
+                   (array_agg(a.outcome ORDER BY a.finished_at DESC))[1] AS outcome
+            FROM %4$I.stage_attempts AS a
+            WHERE a.job_id = m.parent_id AND a.table_name = %1$L AND a.stage = %3$L) AS last
+        WHERE m.join_of = %7$L AND m.is_noted AND NOT m.is_open
+          AND last.outcome IS DISTINCT FROM 'cancelled'
+          AND greatest(m.recorded_at, last.finished_at)
+              < now() - make_interval(secs => %8$s)
+          AND NOT EXISTS (SELECT FROM %4$I.stage_calls AS c
+                          WHERE c.job_id = m.parent_id AND c.table_name = %1$L)
+          AND NOT EXISTS (SELECT FROM %4$I.stage_leases AS l
+                          WHERE l.job_id = m.parent_id AND l.table_name = %1$L
+                            AND l.leased_until > now())
+          AND %4$I.stage_join_is_complete(%7$L, m.parent_id)$rows$,
+        t.name, coalesce('r.' || quote_ident(t.tenant_column) || '::text', 'NULL::text'), r.stage, schema,
+        t.name, t.id_column, r.join_of, coalesce(r.timeout, 600)), '')
+    INTO joined
+    FROM jsonb_to_recordset(asked -> 'routes') AS r (
+             table_name text, join_of text, stage text, timeout double precision)
+    JOIN jsonb_to_recordset(asked -> 'tables') AS t (
+             name text, id_column text, tenant_column text) ON t.name = r.table_name
+    WHERE r.join_of <> '';
+
     EXECUTE format($ddl$
-CREATE OR REPLACE FUNCTION stalled_jobs()
-RETURNS TABLE (job_id text, tenant_id text, current_step text, status text, stage text,
-               since timestamptz, reason text)
+CREATE OR REPLACE FUNCTION resting_rows()
+RETURNS TABLE (kind text, table_name text, id %4$s, job_id text, tenant_id text,
+               current_step text, status text, stage text, since timestamptz, reason text)
 LANGUAGE sql STABLE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $body$
-    WITH place AS (  -- where a job that moves on is called, or being worked on
-        SELECT current_step, status, stage, timeout, false AS running
+    WITH place AS (  -- where a row that moves on is called, or worked on, or has failed
+        SELECT table_name, current_step, status, stage, timeout, 'owed' AS kind
+        FROM %1$I.pipeline_stages WHERE join_of = ''
+        UNION ALL
+        SELECT DISTINCT table_name, stage, 'running', stage, timeout, 'running'
         FROM %1$I.pipeline_stages
         UNION ALL
-        SELECT DISTINCT stage, 'running', stage, timeout, true FROM %1$I.pipeline_stages
-    ), resting AS (
-        SELECT j, place.stage, place.timeout, place.running
-        FROM %1$I.jobs AS j
-        JOIN place ON place.current_step = j.current_step::text AND place.status = j.status::text
-        OFFSET 0  -- first, as most jobs are through and need not be looked up below
+        SELECT DISTINCT table_name, stage, 'failed', stage, timeout, 'failed'
+        FROM %1$I.pipeline_stages AS s
+        WHERE NOT EXISTS (SELECT FROM %1$I.pipeline_stages AS f
+                          WHERE (f.table_name, f.join_of, f.current_step, f.status)
+                                = (s.table_name, '', s.stage, 'failed'))
+    ), resting AS (%2$s
+        OFFSET 0  -- first, as most rows are through and need not be looked up below
     )
-    SELECT (r.j).job_id::text, (r.j).tenant_id::text, (r.j).current_step::text,
-           (r.j).status::text, r.stage, greatest(changed.at, last.finished_at),
-           CASE WHEN r.running THEN 'running for longer than the timeout'
+    SELECT CASE WHEN r.kind = 'failed' THEN 'failed' ELSE 'stalled' END, r.table_name,
+           r.id, r.id::text, r.tenant_id, r.current_step, r.status, r.stage,
+           greatest(r.changed_at, last.finished_at),
+           CASE WHEN r.kind = 'failed'
+                THEN 'set failed by its stage' || coalesce(': ' || CASE
+                     WHEN last.stage = r.stage THEN last.error END, '')
+                WHEN r.kind = 'running' THEN 'running for longer than the timeout'
                 WHEN last.stage = r.stage AND last.outcome IN ('succeeded', 'skipped')
                 THEN 'accepted by the stage, but the job has not changed'
                 ELSE 'its call was never recorded: python listener.py backfill' END
@@ -122,41 +193,63 @@ AS $body$
     CROSS JOIN LATERAL (  -- ordered inside: by the index on finished_at it would read them all
         SELECT max(a.finished_at) AS finished_at,
                (array_agg(a.stage ORDER BY a.finished_at DESC))[1] AS stage,
-               (array_agg(a.outcome ORDER BY a.finished_at DESC))[1] AS outcome
-        FROM %1$I.stage_attempts AS a WHERE a.job_id = (r.j).job_id) AS last
-    CROSS JOIN LATERAL (SELECT %2$s AS at) AS changed
-    WHERE NOT EXISTS (SELECT FROM %1$I.stage_calls AS c WHERE c.job_id = (r.j).job_id)
+               (array_agg(a.outcome ORDER BY a.finished_at DESC))[1] AS outcome,
+               (array_agg(a.error ORDER BY a.finished_at DESC))[1] AS error
+        FROM %1$I.stage_attempts AS a
+        WHERE a.job_id = r.id AND a.table_name = r.table_name) AS last
+    WHERE NOT EXISTS (SELECT FROM %1$I.stage_calls AS c
+                      WHERE c.job_id = r.id AND c.table_name = r.table_name)
       AND NOT EXISTS (SELECT FROM %1$I.stage_leases AS l
-                      WHERE l.job_id = (r.j).job_id AND l.leased_until > now())
-      AND last.outcome IS DISTINCT FROM 'cancelled'
-      AND CASE WHEN greatest(changed.at, last.finished_at) IS NULL THEN NOT r.running
-               ELSE greatest(changed.at, last.finished_at)
-                    < now() - make_interval(secs => coalesce(r.timeout, 600)) END
+                      WHERE l.job_id = r.id AND l.table_name = r.table_name
+                        AND l.leased_until > now())
+      AND (r.kind = 'failed' OR last.outcome IS DISTINCT FROM 'cancelled'
+           AND CASE WHEN greatest(r.changed_at, last.finished_at) IS NULL
+                    THEN r.kind <> 'running'
+                    ELSE greatest(r.changed_at, last.finished_at)
+                         < now() - make_interval(secs => coalesce(r.timeout, 600)) END)%3$s
 $body$
-$ddl$, current_schema(), changed);
+$ddl$, schema, resting, coalesce(joined, ''), id_type);
+
+    EXECUTE format($ddl$
+CREATE OR REPLACE FUNCTION stalled_jobs()
+RETURNS TABLE (job_id text, tenant_id text, current_step text, status text, stage text,
+               since timestamptz, reason text)
+LANGUAGE sql STABLE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $body$
+    SELECT job_id, tenant_id, current_step, status, stage, since, reason
+    FROM %I.resting_rows() WHERE kind = 'stalled'
+$body$
+$ddl$, schema);
 END
 $do$;
 
--- What lends its owner's rights belongs to the owner of the tables, as in schema.sql.
+-- What lends its owner's rights belongs to the owner of the tables, as in triggers.sql.
 DO $do$
 DECLARE
     owner oid := (SELECT relowner FROM pg_class WHERE oid = 'stage_calls'::regclass);
-    made  regclass;
+    made  text;
 BEGIN
     FOR made IN
-        SELECT oid FROM pg_class WHERE relowner <> owner AND oid IN (
+        SELECT oid::regclass FROM pg_class WHERE relowner <> owner AND oid IN (
             'pipeline_overview'::regclass, 'stage_latency'::regclass, 'given_up_calls'::regclass)
     LOOP
         EXECUTE format('ALTER VIEW %s OWNER TO %s', made, owner::regrole);
     END LOOP;
-    IF owner <> (SELECT proowner FROM pg_proc WHERE oid = 'stalled_jobs()'::regprocedure) THEN
-        EXECUTE format('ALTER FUNCTION stalled_jobs() OWNER TO %s', owner::regrole);
-    END IF;
+    FOR made IN
+        SELECT oid::regprocedure FROM pg_proc WHERE proowner <> owner AND oid IN (
+            'stalled_jobs()'::regprocedure, 'resting_rows()'::regprocedure)
+    LOOP
+        EXECUTE format('ALTER FUNCTION %s OWNER TO %s', made, owner::regrole);
+    END LOOP;
 END
 $do$;
 
-REVOKE ALL ON FUNCTION stalled_jobs() FROM PUBLIC;
+REVOKE ALL ON FUNCTION stalled_jobs(), resting_rows() FROM PUBLIC;
 
 COMMENT ON FUNCTION stalled_jobs() IS
     'Job State Listener, a row per job that no call and no stage moves on: accepted, running or '
     'never recorded, for longer than the timeout of its stage';
+COMMENT ON FUNCTION resting_rows() IS
+    'Job State Listener, a row per row of any table that no call and no stage moves on: stalled, '
+    'or failed, as its stage set it';

@@ -26,8 +26,8 @@ import db
 import trigger
 from calls import Result
 from heartbeat import Heartbeat
+from pipeline import Call
 from signals import Signals
-from stages import Call
 from trigger import GRACE, Trigger, boottime
 
 log = logging.getLogger("listener.workers")

@@ -18,7 +18,7 @@ from calls import Result, Wanted
 from demo.database import EmbeddedDatabase
 from ops.install import apply
 from ops.table import table
-from stages import stage_names
+from pipeline import stage_names
 
 SLICE = 64  # calls between two top-ups, which are not timed
 

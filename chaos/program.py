@@ -11,9 +11,10 @@ import signal
 import time
 from collections.abc import Callable
 
-import stages
 from chaos import plan
-from stages import PIPELINE, Answer, Call
+from pipeline import Call, limits
+from stage_http import Answer
+from stages import PIPELINE
 
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
 LIMITED = {"planner": 3}  # max_running
@@ -74,7 +75,7 @@ def mischievous(function: Callable[[Call], Answer]) -> Callable[[Call], Answer]:
             AFTER[planned](call)
         return answer
 
-    return stages.limits(max_running=LIMITED.get(function.__name__))(stage)
+    return limits(max_running=LIMITED.get(function.__name__))(stage)
 
 
 if __name__ == "__main__":

@@ -9,22 +9,23 @@ import psycopg2
 
 import config
 import db
-import stages
+import pipeline
 from ops import migrations
 from ops.problem import Problem
-from ops.routes import is_silent, routes_in, routes_of, shown
+from ops.routes import is_silent, known, shown
+from ops.tables import require_usable
 
 ROOT = Path(__file__).parent.parent
 # One after the other, in one transaction.
-SCHEMA = [ROOT / "schema.sql", ROOT / "views.sql"]
+SCHEMA = [ROOT / "schema.sql", ROOT / "triggers.sql", ROOT / "views.sql"]
 
 # What install makes, and uninstall removes. stage_slots is that of version 1.
 TABLES = (
-    "pipeline_stages", "stage_limits", "stage_calls", "stage_leases", "stage_attempts",
-    "stage_totals", "stage_totals_mark", "job_state_listener_schema", "stage_slots",
+    "pipeline_tables", "pipeline_stages", "stage_limits", "stage_calls", "stage_leases",
+    "stage_looks", "stage_joins", "stage_attempts", "stage_totals", "stage_totals_mark",
+    "job_state_listener_schema", "stage_slots",
 )  # fmt: skip
 VIEWS = ("pipeline_overview", "stage_latency", "given_up_calls")
-TRIGGERS = ("job_state_change_trigger", "job_state_insert_trigger")
 
 # Waiting longer for the lock on jobs would make the application wait behind us, or lose a
 # deadlock to us (deadlock_timeout is 1 s).
@@ -33,24 +34,34 @@ LOCK_TIMEOUT = "SET LOCAL lock_timeout = '800ms'; "
 # What schema.sql makes the function and the triggers from.
 ASKED = """
 SELECT set_config('job_state_listener.silent', %(silent)s, true),
-       set_config('job_state_listener.routes', %(routes)s, true);
+       set_config('job_state_listener.pipeline', %(pipeline)s, true);
 """
 
 SYNC = """
-DELETE FROM pipeline_stages WHERE (current_step, status) NOT IN (
-    SELECT * FROM unnest(%(steps)s::text[], %(statuses)s::text[]));
-INSERT INTO pipeline_stages (current_step, status, stage, max_running, timeout, position)
-SELECT * FROM unnest(%(steps)s::text[], %(statuses)s::text[], %(stages)s::text[],
-                     %(max_running)s::integer[], %(timeouts)s::float8[]) WITH ORDINALITY
-ON CONFLICT (current_step, status) DO UPDATE
+DELETE FROM pipeline_tables;
+INSERT INTO pipeline_tables
+SELECT t.* FROM jsonb_populate_recordset(
+    NULL::pipeline_tables, current_setting('job_state_listener.pipeline')::jsonb -> 'tables') AS t;
+CREATE TEMPORARY TABLE wanted_stages ON COMMIT DROP AS
+SELECT r.table_name, r.join_of, r.child_table, r.current_step, r.status, r.stage, r.max_running,
+       r.timeout, r.position
+FROM jsonb_populate_recordset(
+    NULL::pipeline_stages, current_setting('job_state_listener.pipeline')::jsonb -> 'routes') AS r;
+DELETE FROM pipeline_stages WHERE (table_name, join_of, current_step, status) NOT IN (
+    SELECT table_name, join_of, current_step, status FROM wanted_stages);
+INSERT INTO pipeline_stages (table_name, join_of, child_table, current_step, status, stage,
+                             max_running, timeout, position)
+SELECT * FROM wanted_stages
+ON CONFLICT (table_name, join_of, current_step, status) DO UPDATE
 SET stage = excluded.stage, max_running = excluded.max_running, timeout = excluded.timeout,
-    position = excluded.position;
+    position = excluded.position, child_table = excluded.child_table;
 UPDATE stage_calls AS c SET stage = renamed.stage
-FROM (SELECT o.job_id, p.stage
-      FROM stage_calls AS o JOIN pipeline_stages AS p USING (current_step, status)
+FROM (SELECT o.job_id, o.call_id, p.stage
+      FROM stage_calls AS o
+      JOIN pipeline_stages AS p USING (table_name, join_of, current_step, status)
       WHERE o.stage <> p.stage
       FOR UPDATE OF o SKIP LOCKED) AS renamed
-WHERE c.job_id = renamed.job_id;
+WHERE c.job_id = renamed.job_id AND c.call_id = renamed.call_id;
 DELETE FROM stage_limits AS l
 WHERE NOT EXISTS (SELECT FROM pipeline_stages AS p
                   WHERE p.stage = l.name AND p.max_running IS NOT NULL);
@@ -61,21 +72,32 @@ WHERE stage_limits.max_running <> excluded.max_running;
 INSERT INTO stage_totals_mark DEFAULT VALUES ON CONFLICT DO NOTHING;
 """
 
-OBJECTS = """
+# Whatever our functions are hung on, and they themselves.
+OURS = """
+SELECT p.oid, p.proname FROM pg_proc AS p
+WHERE p.pronamespace = (SELECT relnamespace FROM pg_class WHERE oid = coalesce(
+          to_regclass('stage_calls'), to_regclass('jobs')))
+  AND (p.proname IN ('notify_job_state_change', 'stalled_jobs', 'resting_rows', 'stage_call_row',
+                     'stage_join_is_complete')
+       OR p.prorettype = 'trigger'::regtype AND p.proname ^@ 'job_state_listener_')
+"""
+
+OBJECTS = f"""
 SELECT CASE relkind WHEN 'v' THEN 'view ' ELSE 'table ' END || relname AS name FROM pg_class
 WHERE oid IN (SELECT to_regclass(name) FROM unnest(%(names)s::text[]) AS name)
 UNION ALL
-SELECT 'function ' || proname || '()' FROM pg_proc
-WHERE oid IN (to_regprocedure('notify_job_state_change()'), to_regprocedure('stalled_jobs()'))
+SELECT 'function ' || proname || '()' FROM ({OURS}) AS ours
 UNION ALL
-SELECT 'trigger ' || tgname || ' on jobs' FROM pg_trigger
-WHERE tgrelid = to_regclass('jobs') AND tgname = ANY (%(triggers)s)
+SELECT 'trigger ' || t.tgname || ' on ' || c.relname
+FROM pg_trigger AS t JOIN ({OURS}) AS ours ON ours.oid = t.tgfoid
+JOIN pg_class AS c ON c.oid = t.tgrelid
+WHERE t.tgparentid = 0
 """
 
 
 def objects(conn) -> list[str]:
     """What is there of jobs, and of what install makes."""
-    given = {"names": ["jobs", *TABLES, *VIEWS], "triggers": list(TRIGGERS)}
+    given = {"names": ["jobs", *TABLES, *VIEWS]}
     return [row.name for row in db.execute(conn, OBJECTS, given)]
 
 
@@ -106,27 +128,54 @@ def apply(
     Args:
         settings: whose STAGE_TIMEOUT counts; those of this process by default.
         reader: a role that may read the views.
-        notify: whether the triggers ring the bell; None: as before, at first yes.
+        notify: whether the triggers notify; None: as before, at first yes.
+
+    Raises:
+        Problem: a table of PIPELINE cannot be used.
     """
-    routes = routes_of(stages.PIPELINE)
-    timeouts = stages.timeouts(settings or config.settings())
-    params = {
-        "steps": [step for step, _ in routes],
-        "statuses": [status for _, status in routes],
-        "stages": [stage for stage, _ in routes.values()],
-        "max_running": [limit for _, limit in routes.values()],
-        "timeouts": [timeouts[stage] for stage, _ in routes.values()],
-    }
+    require_usable(conn)
     fill_in = conn.cursor().mogrify
     silent = "" if notify is None else str(not notify)
-    edges = [[*state, stage] for state, (stage, _) in routes.items()]
-    asked = {"silent": silent, "routes": json.dumps(edges)}
+    asked = {"silent": silent, "pipeline": json.dumps(described(settings or config.settings()))}
     script = migrations.script() + LOCK_TIMEOUT + fill_in(ASKED, asked).decode()
     script += "".join(file.read_text() for file in SCHEMA)
     if reader:
         script += fill_in(READER, {"reader": reader}).decode()
-    script += migrations.AS_OWNER + fill_in(SYNC, params).decode()
+    script += migrations.AS_OWNER + SYNC
     db.execute(conn, script)
+
+
+def described(settings: SimpleNamespace) -> dict[str, list]:
+    """The tables and routes of PIPELINE, as rows of pipeline_tables and pipeline_stages."""
+    timeouts = pipeline.timeouts(settings)
+    tables = [
+        {
+            "name": table.name,
+            "position": position,
+            "id_column": table.id,
+            "tenant_column": table.tenant,
+            "parent_table": pipeline.parent_name(table),
+            "parent_column": table.parent and table.parent[1],
+            "channel": table.channel,
+        }
+        for position, table in enumerate(pipeline.tables().values(), 1)
+    ]
+    routes = [
+        {
+            "table_name": route.table,
+            "join_of": route.join,
+            "child_table": key.table.name if route.join else None,
+            "current_step": route.step,
+            "status": route.status,
+            "stage": function.__name__,
+            "max_running": pipeline.limits_of(function).max_running,
+            "timeout": timeouts[function.__name__],
+            "position": position,
+        }
+        for position, (key, function) in enumerate(pipeline.pipeline().items(), 1)
+        for route in [pipeline.route_of(key)]
+    ]
+    return {"tables": tables, "routes": routes}
 
 
 @click.command(short_help="Create or update tables, function, triggers and routes.")
@@ -143,7 +192,7 @@ def install(reader: str | None, notify: bool | None) -> None:
     conn = db.connect(settings, "job-state-listener install")
     before = set(objects(conn))
     try:
-        before_routes, version = routes_in(conn), migrations.version(conn)
+        before_routes, version = known(conn), migrations.version(conn)
     except psycopg2.errors.UndefinedTable:
         before_routes, version = {}, migrations.LATEST
     migrations.require_not_newer(conn)
@@ -158,7 +207,7 @@ def install(reader: str | None, notify: bool | None) -> None:
             "another transaction holds a lock on jobs or on our tables, or another install is "
             "under way; nothing was changed: try again"
         ) from None
-    routes = routes_of(stages.PIPELINE)
+    routes = pipeline.stages_of_routes()
     info = conn.info
     click.echo(f"database {info.dbname} on {info.host}:{info.port} as {info.user}")
     if version < migrations.LATEST:
@@ -167,25 +216,37 @@ def install(reader: str | None, notify: bool | None) -> None:
     for name in objects(conn):
         kept = "checked" if name.startswith("function") else "kept"
         click.echo(f"  {kept if name in before else 'created':7}  {name}")
-    for (step, status), route in routes.items():
-        known = before_routes.get((step, status)) == route
-        click.echo(f"  {'kept' if known else 'routed':7}  ({step}, {status}) → {shown(route)}")
-    for step, status in before_routes.keys() - routes.keys():
-        click.echo(f"  removed  ({step}, {status}) → {shown(before_routes[step, status])}")
+    for route, stage in routes.items():
+        done = "kept" if before_routes.get(route) == stage else "routed"
+        click.echo(f"  {done:7}  {route} → {shown(stage)}")
+    for route in before_routes.keys() - routes.keys():
+        click.echo(f"  removed  {route} → {shown(before_routes[route])}")
     if is_silent(conn):
         click.echo("  note: nothing is announced; listeners look every POLL_INTERVAL: restart them")
     if reader:
         click.echo(f"  granted  the views to {reader}")
-    orphans = db.execute(conn, ORPHANS, {"stages": stages.stage_names()}).fetchone()[0]
+    orphans = db.execute(conn, ORPHANS, {"stages": pipeline.stage_names()}).fetchone()[0]
     if orphans:
         click.echo(f"  note: {orphans} open calls belong to stages that PIPELINE no longer has")
     click.echo("Next: python listener.py verify, then python listener.py")
 
 
 DROP = f"""
-DROP TRIGGER IF EXISTS job_state_change_trigger ON jobs;
-DROP TRIGGER IF EXISTS job_state_insert_trigger ON jobs;
-DROP FUNCTION IF EXISTS notify_job_state_change(), stalled_jobs();
+DO $do$
+DECLARE
+    made record;
+BEGIN
+    FOR made IN
+        SELECT t.tgname AS name, t.tgrelid::regclass AS place
+        FROM pg_trigger AS t JOIN ({OURS}) AS ours ON ours.oid = t.tgfoid WHERE t.tgparentid = 0
+    LOOP
+        EXECUTE 'DROP TRIGGER ' || quote_ident(made.name) || ' ON ' || made.place;
+    END LOOP;
+    FOR made IN SELECT oid::regprocedure AS name FROM ({OURS}) AS ours LOOP
+        EXECUTE 'DROP FUNCTION ' || made.name;
+    END LOOP;
+END
+$do$;
 DROP VIEW IF EXISTS {", ".join(VIEWS)};
 DROP TABLE IF EXISTS {", ".join(TABLES)};
 """

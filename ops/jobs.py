@@ -8,10 +8,10 @@ import click
 
 import config
 import db
-import stages
 from ops.job import situation
 from ops.problem import Problem
 from ops.since import Since
+from ops.stage import StageName
 from ops.table import JSON, Line, clipped, duration, echo_json, echo_lines, plain, table
 
 # In the order of the pipeline: the states of a stage, and last the one that leads on.
@@ -142,7 +142,7 @@ def listing(conn, settings, given_up: bool, stalled: bool, since: datetime | Non
 @click.command(short_help="How many jobs are in which state, or which jobs they are.")
 @click.option(
     "--stage",
-    type=click.Choice(stages.stage_names()),
+    type=StageName(),
     help="Jobs that owe this stage a call, or are in it and not done.",
 )
 @click.option("--given-up", is_flag=True, help="Jobs whose call was given up.")

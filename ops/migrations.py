@@ -38,6 +38,25 @@ STEPS = {
             SELECT DISTINCT stage, 1, 'infinity'::timestamptz FROM pipeline_stages;
         END IF;
     """,
+    # Calls of rows of more tables than jobs, and of joins.
+    3: """
+        ALTER TABLE pipeline_stages
+            ADD COLUMN table_name text COLLATE "C" NOT NULL DEFAULT 'jobs',
+            ADD COLUMN join_of text COLLATE "C" NOT NULL DEFAULT '',
+            ADD COLUMN child_table text,
+            DROP CONSTRAINT pipeline_stages_pkey,
+            ADD PRIMARY KEY (table_name, join_of, current_step, status);
+        ALTER TABLE stage_calls
+            ADD COLUMN table_name text COLLATE "C" NOT NULL DEFAULT 'jobs',
+            ADD COLUMN join_of text COLLATE "C" NOT NULL DEFAULT '',
+            DROP CONSTRAINT stage_calls_pkey,
+            ADD PRIMARY KEY (job_id, table_name, join_of);
+        ALTER TABLE IF EXISTS stage_leases
+            ADD COLUMN table_name text COLLATE "C" NOT NULL DEFAULT 'jobs';
+        ALTER TABLE stage_attempts
+            ADD COLUMN table_name text COLLATE "C" NOT NULL DEFAULT 'jobs',
+            ADD COLUMN spent integer;
+    """,
 }
 LATEST = max(STEPS)
 

@@ -3,44 +3,61 @@
 import psycopg2
 
 import db
-import stages
+import pipeline
 from ops import migrations
 from ops.problem import Problem
+from pipeline import Route
 
-ROUTES = "SELECT current_step, status, stage, max_running FROM pipeline_stages"
+Stage = tuple[str, int | None]  # its name and max_running
 
-Route = tuple[str, int | None]  # stage, max_running
+# Also of version 2, whose routes were all of jobs.
+ROUTES = """
+SELECT coalesce(to_jsonb(p) ->> 'table_name', 'jobs') AS table_name,
+       coalesce(to_jsonb(p) ->> 'join_of', '') AS join_of,
+       current_step, status, stage, max_running
+FROM pipeline_stages AS p
+"""
 
 
-def routes_of(pipeline: dict) -> dict[tuple[str, str], Route]:
-    """What leads where, and how many of it may run at once."""
+def known(conn) -> dict[Route, Stage]:
+    """The routes as the last install wrote them."""
     return {
-        state: (function.__name__, getattr(function, "limits", stages.Limits()).max_running)
-        for state, function in pipeline.items()
+        Route(row.table_name, row.join_of, row.current_step, row.status): (
+            row.stage,
+            row.max_running,
+        )
+        for row in db.execute(conn, ROUTES)
     }
 
 
-def routes_in(conn) -> dict[tuple[str, str], Route]:
-    """The routes as the last install wrote them."""
-    found = db.execute(conn, ROUTES)
-    return {(row.current_step, row.status): (row.stage, row.max_running) for row in found}
-
-
-def shown(route: Route | None) -> str:
-    if route is None:
+def shown(stage: Stage | None) -> str:
+    if stage is None:
         return "nothing"
-    return route[0] if route[1] is None else f"{route[0]} (max_running {route[1]})"
+    return stage[0] if stage[1] is None else f"{stage[0]} (max_running {stage[1]})"
+
+
+TABLES = """
+SELECT name, id_column, tenant_column, parent_table, parent_column, channel FROM pipeline_tables
+"""
 
 
 def difference(conn) -> list[str]:
-    """What PIPELINE and pipeline_stages do not agree on, in words."""
-    ours, theirs = routes_of(stages.PIPELINE), routes_in(conn)
-    return [
-        f"{state[0]}, {state[1]} → {shown(ours.get(state))} in stages.py, "
-        f"{shown(theirs.get(state))} in the database"
-        for state in sorted(ours.keys() | theirs.keys())
-        if ours.get(state) != theirs.get(state)
+    """What PIPELINE and the database's copy of it do not agree on, in words."""
+    ours, theirs = pipeline.stages_of_routes(), known(conn)
+    found = [
+        f"{route} → {shown(ours.get(route))} in {pipeline.module().__name__}.py, "
+        f"{shown(theirs.get(route))} in the database"
+        for route in sorted(ours.keys() | theirs.keys())
+        if ours.get(route) != theirs.get(route)
     ]
+    rows = {row.name: tuple(row) for row in db.execute(conn, TABLES)}
+    for table in pipeline.tables().values():
+        parent, column = pipeline.parent_name(table), table.parent and table.parent[1]
+        if rows.get(table.name) != (
+            table.name, table.id, table.tenant, parent, column, table.channel,
+        ):  # fmt: skip
+            found.append(f"the database knows table {table.name} otherwise, or not")
+    return found
 
 
 # A role may find another table jobs than the one that the triggers are on.
@@ -59,7 +76,9 @@ def require_installed(conn) -> None:
     """Raises Problem where the database does not know this PIPELINE."""
     mend = "run `make trigger` (python listener.py install)"
     try:
-        differences, refusal = difference(conn), migrations.refusal(conn)
+        known(conn)
+        refusal = migrations.refusal(conn)
+        differences = [] if refusal else difference(conn)
     except psycopg2.errors.UndefinedTable:
         raise Problem(f"the listener's tables are missing: {mend}") from None
     except psycopg2.errors.InsufficientPrivilege as error:

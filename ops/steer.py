@@ -11,12 +11,13 @@ import click
 import calls
 import config
 import db
-import stages
+import pipeline
 import trigger
 from alerts import Alerts
-from calls import Wanted
+from calls import Turn, Wanted
 from logs import CONTROL
 from ops.problem import Problem
+from ops.stage import StageName
 
 # What was spent so far no longer counts; attempts itself never falls (see schema.sql).
 RETRY = """
@@ -76,6 +77,9 @@ def why_nothing_owed(conn, job_id: str) -> str:
     return f"job {job_id} owes no call: it is at ({row.current_step}, {row.status})"
 
 
+OPEN_CALL = "SELECT call_id FROM stage_calls WHERE job_id = %(job_id)s ORDER BY due_at LIMIT 1"
+
+
 def call_by_hand(conn, settings: SimpleNamespace, name: str, job_id: str) -> bool:
     """Run the call that a job owes in this process; whether it succeeded.
 
@@ -83,15 +87,17 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, job_id: str) -> boo
         Problem: it owes none, or none that may be made now.
     """
     make_due(conn, job_id)
-    limits, alerts = stages.stage_limits(settings), Alerts(settings)
+    limits, alerts = pipeline.stage_limits(settings), Alerts(settings)
     wanted = [Wanted(stage, limit.timeout + settings.LEASE_MARGIN, 1, 1,
                      limit.max_running is not None) for stage, limit in limits.items()]  # fmt: skip
     began = trigger.boottime()
-    turn = calls.settle_and_claim(conn, [], wanted, 1, name, only=job_id)
+    owed = db.execute(conn, OPEN_CALL, {"job_id": job_id}).fetchone()
+    only = (job_id, owed.call_id) if owed else None
+    turn = calls.settle_and_claim(conn, [], wanted, 1, name, only=only) if only else Turn([], [])
     if not turn.claimed:
         raise Problem(why_nothing_owed(conn, job_id))
     [row] = turn.claimed
-    call = stages.claimed_call(row, limits[row.stage], name, began + settings.LEASE_MARGIN)
+    call = pipeline.claimed_call(row, limits[row.stage], name, began + settings.LEASE_MARGIN)
     # A person may try once more than max_attempts.
     call.max_attempts = max(call.max_attempts, call.spent)
     owed = row.owed or calls.is_owed(conn, row, name)
@@ -115,7 +121,7 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, job_id: str) -> boo
 @click.command()
 @click.argument("job_ids", nargs=-1, metavar="[JOB_ID]...")
 @click.option(
-    "--stage", type=click.Choice(stages.stage_names()), help="Every given-up call of this stage."
+    "--stage", type=StageName(), metavar="STAGE", help="Every given-up call of this stage."
 )
 @click.option("--all", "all_", is_flag=True, help="Every given-up call.")
 def retry(job_ids: tuple[str, ...], stage: str | None, all_: bool) -> None:
@@ -201,7 +207,7 @@ RETURNING before.held_by, before.held_reason,
           (SELECT count(*) FROM stage_calls AS c WHERE c.stage = p.stage) AS owed
 """
 
-STAGE = click.argument("stage", type=click.Choice(stages.stage_names()), metavar="STAGE")
+STAGE = click.argument("stage", type=StageName(), metavar="STAGE")
 
 
 @click.command(short_help="Call STAGE no more, on any machine, until it is resumed.")

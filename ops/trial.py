@@ -10,7 +10,7 @@ import psycopg2
 
 import config
 import db
-import stages
+import pipeline
 from ops.listeners import connected
 from ops.problem import Problem
 from ops.routes import require_installed
@@ -78,7 +78,7 @@ def test_job(tenant: str, timeout: float | None, clean: bool) -> None:
     first, names = route()
     job_id = make(conn, tenant, first)
     click.echo(plain(f"job {job_id}: ({first[0]}, {first[1]}), tenant {tenant}"))
-    limits = stages.timeouts(settings)
+    limits = pipeline.timeouts(settings)
     if timeout:
         limits = dict.fromkeys(limits, timeout)
     try:
@@ -92,10 +92,10 @@ def test_job(tenant: str, timeout: float | None, clean: bool) -> None:
 
 def route() -> tuple[tuple[str, str], list[str]]:
     """The state that PIPELINE begins with, and the stages that follow from it."""
-    first = state = next(iter(stages.PIPELINE))
+    first = state = next(iter(pipeline.pipeline()))
     names: list[str] = []
-    while state in stages.PIPELINE and stages.PIPELINE[state].__name__ not in names:
-        names.append(stages.PIPELINE[state].__name__)
+    while state in pipeline.pipeline() and pipeline.pipeline()[state].__name__ not in names:
+        names.append(pipeline.pipeline()[state].__name__)
         state = (names[-1], "done")
     return first, names
 
@@ -154,7 +154,7 @@ def looks(conn, job_id) -> Iterator:
 
 def before(names: list[str], number: int) -> tuple[str, str]:
     """The state that leads to the stage of this number."""
-    return (names[number - 1], "done") if number else next(iter(stages.PIPELINE))
+    return (names[number - 1], "done") if number else next(iter(pipeline.pipeline()))
 
 
 def stalled(conn, row, stage: str, late: bool, attempts: int) -> str | None:

@@ -10,8 +10,8 @@ import psycopg2
 import config
 import db
 import notifications
+import pipeline
 import stage_http
-import stages
 from ops import migrations
 from ops.routes import difference
 
@@ -29,8 +29,13 @@ WHERE attrelid = to_regclass(%(table)s) AND attnum > 0 AND NOT attisdropped
 
 NEEDED = {
     "jobs": {"job_id", "tenant_id", "current_step", "status"},
-    "pipeline_stages": {"current_step", "status", "stage", "max_running", "held_until", "held_by"},
-    "stage_calls": {"job_id", "call_id", "stage", "due_at", "attempts", "free_attempts", "worker"},
+    "pipeline_tables": {"name", "id_column", "parent_table", "parent_column", "channel"},
+    "pipeline_stages": {"table_name", "join_of", "current_step", "status", "stage", "max_running",
+                        "held_until", "held_by"},
+    "stage_calls": {"job_id", "table_name", "join_of", "call_id", "stage", "due_at", "attempts",
+                    "free_attempts", "worker"},
+    "stage_looks": {"parent_id", "join_of", "arrived"},
+    "stage_joins": {"parent_id", "join_of", "is_open", "recorded_at", "is_noted"},
     "stage_limits": {"name", "max_running"},
     "stage_leases": {"job_id", "call_id", "attempt", "stage", "worker", "leased_until",
                      "unanswered"},
@@ -75,8 +80,13 @@ WHERE p.oid = to_regprocedure('notify_job_state_change()')
 
 PRIVILEGES = """
 SELECT string_agg(needed.privilege || ' on ' || needed.name, ', ') AS missing
-FROM (VALUES ('jobs', 'SELECT'), ('pipeline_stages', 'SELECT'), ('pipeline_stages', 'UPDATE'),
-             ('stage_calls', 'SELECT'), ('stage_calls', 'UPDATE'), ('stage_calls', 'DELETE'),
+FROM (SELECT name, 'SELECT' FROM pipeline_tables
+      UNION ALL
+      VALUES ('pipeline_tables', 'SELECT'), ('pipeline_stages', 'SELECT'),
+             ('pipeline_stages', 'UPDATE'), ('stage_calls', 'SELECT'), ('stage_calls', 'INSERT'),
+             ('stage_calls', 'UPDATE'), ('stage_calls', 'DELETE'), ('stage_looks', 'SELECT'),
+             ('stage_looks', 'INSERT'), ('stage_looks', 'DELETE'), ('stage_joins', 'SELECT'),
+             ('stage_joins', 'INSERT'), ('stage_joins', 'UPDATE'), ('stage_joins', 'DELETE'),
              ('stage_limits', 'SELECT'), ('stage_limits', 'UPDATE'), ('stage_leases', 'SELECT'),
              ('stage_leases', 'INSERT'), ('stage_leases', 'UPDATE'), ('stage_leases', 'DELETE'),
              ('stage_attempts', 'SELECT'), ('stage_attempts', 'INSERT'),
@@ -177,7 +187,7 @@ def check_routes(conn, settings) -> str:
         raise Bad(f"routes differ: {'; '.join(differences)}", INSTALL)
     if db.execute(conn, STALE, {}).fetchone()[0]:
         raise Bad("the function notify_job_state_change() does not know all routes", INSTALL)
-    return f"routes: {len(stages.PIPELINE)} states of PIPELINE are in the database"
+    return f"routes: {len(pipeline.routes())} states of PIPELINE are in the database"
 
 
 def check_privileges(conn, settings) -> str:
@@ -209,7 +219,7 @@ def check_listen(conn, settings) -> str:
 
 def check_stage_api(conn, settings) -> str:
     redact = config.redactor(settings)
-    apis = {api.url: api for api in stages.stage_apis(settings).values()}
+    apis = {api.url: api for api in pipeline.stage_apis(settings).values()}
     said = []
     for url, api in apis.items():
         try:

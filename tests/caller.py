@@ -14,6 +14,7 @@ from raw_server import OK, RawServer, in_turn
 import calls
 import db
 import logs
+import pipeline
 import stages
 import trigger
 from calls import Result
@@ -66,7 +67,7 @@ class Caller:
     def __exit__(self, *_: object) -> None:
         self.open.close()
 
-    def claim(self, only: object = None) -> stages.Call | None:
+    def claim(self, only: object = None) -> pipeline.Call | None:
         """Settle what there is and claim the next due call, or what the job `only` owes."""
         listener = self.listener
         while True:
@@ -81,7 +82,7 @@ class Caller:
             if not turn.claimed:
                 return None
 
-    def run(self, call: stages.Call) -> Result:
+    def run(self, call: pipeline.Call) -> Result:
         """Have `call` made, as a worker does; its result is kept."""
         trigger.log_begin(call)
         ended = self.trigger.run(call)

@@ -34,12 +34,18 @@ def wanted(stages: Iterable[str] = STAGES, lease: float = 60, most: int = 1, **g
     return [Wanted(stage, lease, most, share, stage in limited, **given) for stage in stages]
 
 
+CALL_OF = "SELECT call_id FROM stage_calls WHERE job_id = %(job_id)s AND join_of = ''"
+
+
 def claim_many(
     conn, free: int, worker: str = "w", stages=STAGES, results=(), lease: float = 60,
     sweep: bool = False, only: Any = None, **given,
 ) -> Turn:  # fmt: skip
     """Settle `results` and claim up to `free` calls."""
     found = wanted(stages, lease, free, **given)
+    if only is not None:  # the call of a job
+        row = db.execute(conn, CALL_OF, {"job_id": only}).fetchone()
+        only = (only, row.call_id if row else -1)
     return calls.settle_and_claim(conn, results, found, free, worker, sweep=sweep, only=only)
 
 

@@ -28,7 +28,7 @@ from demo.database import EmbeddedDatabase, available_majors
 from demo.stage_api import StageApi
 from ops.install import apply
 
-pytest_plugins = ["busy", "caller"]
+pytest_plugins = ["busy", "caller", "variants"]
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = ROOT / "listener.py"

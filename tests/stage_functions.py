@@ -9,9 +9,9 @@ PROGRAM = """
 import sys
 sys.path.insert(0, {root!r})
 import os, re, signal, subprocess, threading, time
-import listener, ops, stages, workers
+import listener, ops, pipeline, stages, workers
 
-@stages.limits(timeout={timeout})
+@pipeline.limits(timeout={timeout})
 def vlm_judge(call):
 {body}
 

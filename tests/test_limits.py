@@ -14,6 +14,7 @@ from waiting import until
 import calls
 import db
 import notifications
+import pipeline
 import stages
 import upkeep
 from demo.stage_api import StageApi
@@ -335,7 +336,7 @@ def declare():
     changed = []
 
     def declared(function, **given) -> None:
-        stages.limits(**given)(function)
+        pipeline.limits(**given)(function)
         changed.append(function)
 
     yield declared
@@ -381,7 +382,7 @@ def test_listener_does_not_start_with_another_limit_than_the_database(database, 
 def test_impossible_limit_is_refused_where_it_is_declared(given):
     [name] = given
     with pytest.raises(ValueError, match=name):
-        stages.limits(**given)(lambda call: None)
+        pipeline.limits(**given)(lambda call: None)
 
 
 def test_timeout_and_attempts_of_a_stage_win_over_the_settings(database, caller, serve, declare):
@@ -401,8 +402,9 @@ def test_timeout_and_attempts_of_a_stage_win_over_the_settings(database, caller,
 LIMITED = """
 import sys
 sys.path.insert(0, {root!r})
+import pipeline
 import stages
-stages.limits(max_running=2)(stages.vlm_analyze)
+pipeline.limits(max_running=2)(stages.vlm_analyze)
 import listener, ops
 ops.main(listener.cli)
 """

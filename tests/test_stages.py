@@ -9,6 +9,7 @@ import pytest
 from raw_server import OK, in_turn
 
 import config
+import pipeline
 import stages
 from demo.stage_server import Answer
 from stage_http import StageApi, TimeIsUp
@@ -24,13 +25,13 @@ PATHS = {
 JOB = "7c2e4a1e-0000-4000-8000-000000000001"
 
 
-def make_call(server, url: str = "", **changed) -> stages.Call:
+def make_call(server, url: str = "", **changed) -> pipeline.Call:
     settings = config.read({"STAGE_API_URL": url or server.url})
     owed = dict(job_id=JOB, tenant_id="tenant", current_step="img_gen", status="done")
     owed |= dict(stage="vlm_analyze", call_id=1, attempt=1, spent=1, max_attempts=5, timeout=30)
     owed |= dict(started_at="now", listener="l", key=JOB, leased_until=boottime() + 60)
     owed |= dict(api=StageApi(settings), settings=settings, until=time.monotonic() + 30)
-    return stages.Call(**(owed | changed))
+    return pipeline.Call(**(owed | changed))
 
 
 def test_call_is_a_post_of_json_with_job_and_tenant_alone(accepting):
@@ -129,7 +130,7 @@ def test_state_before_a_stage_leads_to_its_path(accepting, stage):
 
 
 def test_pipeline_has_the_five_stages_and_no_more():
-    assert stages.stage_names() == list(PATHS)
+    assert pipeline.stage_names() == list(PATHS)
     assert len(stages.PIPELINE) == 5
 
 

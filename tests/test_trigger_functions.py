@@ -436,7 +436,7 @@ def test_query_without_a_row_is_a_failed_attempt_that_says_so(accepting, asking)
     worker, _ = asking(FIND)
     attempt = worker.call()
     assert attempt.outcome == "retry"
-    assert attempt.error == f"stages.MissingValue: no row for this job in: {FIND}"
+    assert attempt.error == f"pipeline.MissingValue: no row for this job in: {FIND}"
     assert accepting.connections == 0
     assert "Traceback" not in worker.output.getvalue()
 
@@ -450,7 +450,7 @@ def test_null_is_a_failed_attempt_that_names_the_column(
 ):
     worker, job = asking(FIND)
     database.rows(ADD, job, *values)
-    assert worker.call().error.startswith(f"stages.MissingValue: {missing} is NULL in: ")
+    assert worker.call().error.startswith(f"pipeline.MissingValue: {missing} is NULL in: ")
     assert accepting.connections == 0
 
 

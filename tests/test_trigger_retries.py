@@ -13,7 +13,7 @@ from waiting import wait_until_idle
 
 import db
 from ops.steer import make_due
-from stages import limits
+from pipeline import limits
 from trigger import backoff
 
 ERROR = b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n"

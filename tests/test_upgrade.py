@@ -9,6 +9,7 @@ import pytest
 from claims import LEASE_OVER, STAGES, claim, claim_many, connected, result, settle
 from waiting import until
 
+import pipeline
 import stages
 from ops import migrations
 from ops.install import apply
@@ -61,7 +62,7 @@ class OldWorker:
 @pytest.fixture
 def limit():
     """max_running of planner, as the installed version 1 has it."""
-    stages.limits(max_running=2)(stages.planner)
+    pipeline.limits(max_running=2)(stages.planner)
     yield
     del stages.planner.limits
 

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import stages
+import pipeline
 from ops.report.charts import stack
 from ops.report.data import Report
 from ops.report.markup import Markup, attribute, clock, counted, join, section, share, span, text
@@ -173,7 +173,7 @@ def card(stage: Any, waiting: int, most: int) -> str:
 
 
 def quiet(report: Report) -> Markup:
-    states = ", ".join(f"({step}, {status})" for step, status in stages.PIPELINE)
+    states = ", ".join(map(str, pipeline.routes()))
     return Markup(
         f'<p class="quiet">No call was made in the last {span(report.span.seconds)}, and no job '
         f"waits for one. A job comes in when its row reaches one of the states {text(states, 500)}."

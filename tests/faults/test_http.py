@@ -8,8 +8,8 @@ from raw_server import OK, answering, in_turn
 from waiting import RECONNECTING
 
 import config
+from pipeline import quoted
 from stage_http import Answer, StageApi
-from stages import quoted
 
 HEAD = b"HTTP/1.1 200 OK\r\n"
 ODD = [

@@ -1,0 +1,102 @@
+"""Joins: a call that a parent owes once every row that belongs to it is in a state.
+
+Nothing is counted in the application's transactions, which may overlap in any order. The trigger of
+the child's table appends a row to stage_looks, and a listener looks at the parent afterwards: the
+row of the arrival that commits last becomes visible together with the states of all, so the look
+that takes it finds every row in place.
+"""
+
+from typing import Any
+
+from db import Statement, execute, run
+
+# Looks are taken by one listener at a time. The lock is a statement of its own, before the one that
+# looks, whose snapshot is then newer than what the other listener has recorded.
+LOCK_JOINS = Statement(
+    "lock_joins",
+    """
+SELECT pg_advisory_xact_lock(hashtextextended('job_state_listener.joins',
+                                              'stage_looks'::regclass::oid::bigint))
+FROM (SELECT FROM stage_looks LIMIT 1) AS any_look
+""",
+)
+
+# All looks of at most so many parents. A call is recorded where every row is in place, and one of
+# them arrived since the last call was recorded: going away alone makes no second call.
+LOOK = Statement(
+    "look",
+    """
+WITH parents AS (
+    SELECT DISTINCT parent_id, join_of FROM (
+        SELECT parent_id, join_of FROM stage_looks ORDER BY parent_id, join_of LIMIT 4000) AS first
+    ORDER BY parent_id, join_of LIMIT 1000
+), taken AS (
+    DELETE FROM stage_looks AS l USING parents AS p
+    WHERE l.parent_id = ANY (ARRAY(SELECT parent_id FROM parents))
+      AND l.parent_id = p.parent_id AND l.join_of = p.join_of
+    RETURNING l.parent_id, l.join_of, l.arrived
+), looked AS (
+    SELECT parent_id, join_of, bool_or(arrived) AS has_arrived FROM taken
+    GROUP BY parent_id, join_of
+), asked AS (
+    SELECT l.parent_id, l.join_of, l.has_arrived OR coalesce(m.is_open, false) AS is_open,
+           m.parent_id IS NOT NULL AS is_known,
+           stage_join_is_complete(l.join_of, l.parent_id) AS is_complete
+    FROM looked AS l LEFT JOIN LATERAL (
+        SELECT j.parent_id, j.is_open FROM stage_joins AS j
+        WHERE j.parent_id = l.parent_id AND j.join_of = l.join_of LIMIT 1) AS m ON true
+), remembered AS (
+    INSERT INTO stage_joins AS j (parent_id, join_of, is_open, recorded_at)
+    SELECT parent_id, join_of, is_open AND NOT is_complete,
+           CASE WHEN is_open AND is_complete THEN now() END
+    FROM asked WHERE is_open OR is_known
+    ON CONFLICT (parent_id, join_of) DO UPDATE
+    SET is_open = excluded.is_open,
+        recorded_at = coalesce(excluded.recorded_at, j.recorded_at),
+        is_noted = j.is_noted AND excluded.recorded_at IS NULL
+), recorded AS (
+    INSERT INTO stage_calls AS c (job_id, table_name, join_of, tenant_id, current_step, status,
+                                  stage)
+    SELECT a.parent_id, p.table_name, p.join_of,
+           (stage_call_row(p.table_name, '', a.parent_id)).tenant_id #>> '{}',
+           p.current_step, p.status, p.stage
+    FROM asked AS a JOIN pipeline_stages AS p ON p.join_of = a.join_of
+    WHERE a.is_open AND a.is_complete
+    ON CONFLICT (job_id, table_name, join_of) DO UPDATE
+    SET call_id = DEFAULT, tenant_id = excluded.tenant_id, stage = excluded.stage,
+        created_at = excluded.created_at, due_at = excluded.due_at, attempts = 0,
+        free_attempts = 0, worker = NULL, started_at = NULL, last_error = NULL
+)
+SELECT count(*) FROM parents
+""",
+)
+
+
+def look(conn) -> bool:
+    """Look at the parents whose rows have changed; whether there may be more of them."""
+    return run(conn, [LOCK_JOINS, LOOK], {}).fetchone()[0] > 0
+
+
+# Where the parent is when the call of a join is first made, and so long as no attempt of it counts.
+NOTE = """
+UPDATE stage_joins SET is_noted = true, parent_step = %(step)s, parent_status = %(status)s
+WHERE parent_id = %(parent_id)s AND join_of = %(join)s
+"""
+
+
+def note_parent(conn, row: Any) -> None:
+    """Keep where the parent of a claimed `row` is, before its call is made."""
+    given = {"step": row.job_step, "status": row.job_status}
+    execute(conn, NOTE, given | {"parent_id": row.key, "join": row.join_of})
+
+
+# Skipped as a row has left the state, without having been accepted: whatever comes back, or goes
+# away for good, completes the join again.
+REOPEN = """
+INSERT INTO stage_looks (parent_id, join_of, arrived) VALUES (%(parent_id)s, %(join)s, true)
+"""
+
+
+def reopen(conn, row: Any) -> None:
+    """Look again at the parent of a claimed `row`, whose call is not made."""
+    execute(conn, REOPEN, {"parent_id": row.key, "join": row.join_of})

@@ -1,0 +1,21 @@
+"""The name of a stage on the command line."""
+
+import difflib
+
+import click
+
+import pipeline
+
+
+class StageName(click.ParamType):
+    """A stage of PIPELINE, which is read only when a name is given."""
+
+    name = "stage"
+
+    def convert(self, value: str, param, context) -> str:
+        names = pipeline.stage_names()
+        if value in names:
+            return value
+        near = difflib.get_close_matches(value, names, 1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        self.fail(f"{value!r} is no stage: {meant}There are {', '.join(names)}", param, context)

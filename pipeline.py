@@ -1,0 +1,465 @@
+"""What a pipeline is written with: tables, states, limits, and the call that a stage function gets.
+
+stages.py, or the module that PIPELINE_MODULE names, is written with it.
+"""
+
+import functools
+import importlib
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Union
+from urllib.parse import quote
+
+import config
+import db
+from stage_http import Answer, StageApi
+
+# --- tables and states ---------------------------------------------------------------------
+
+# The name of a table goes into that of its trigger function, which PostgreSQL would cut.
+LONGEST_NAME = 40
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose rows go through stages. Called with a step and a status, it is a key of
+    PIPELINE; `jobs` needs none, its keys are plain tuples.
+
+    Args:
+        name: of the table, which is in the schema of jobs and has the columns current_step and
+            status.
+        id: the column that identifies a row, unique by itself.
+        parent: a Table, or "jobs", and the column of this table that holds the parent's id.
+        channel: where changes of its rows are announced; None: nowhere.
+        tenant: the column with the tenant; None: the parent knows it.
+
+    Raises:
+        ValueError: one of them cannot be used.
+    """
+
+    name: str
+    id: str
+    parent: tuple[Union["Table", str], str] | None = None
+    channel: str | None = None
+    tenant: str | None = None
+
+    def __post_init__(self):
+        if not 0 < len(self.name.encode()) <= LONGEST_NAME:
+            raise ValueError(f"Table({self.name!r}): its name may have {LONGEST_NAME} bytes")
+        if self.channel is not None and not 0 < len(self.channel.encode()) < 64:
+            raise ValueError(f"Table({self.name!r}): channel={self.channel!r} is no channel")
+        if self.parent is not None and (
+            not isinstance(self.parent, tuple)
+            or len(self.parent) != 2
+            or not (self.parent[0] == "jobs" or isinstance(self.parent[0], Table))
+        ):
+            raise ValueError(
+                f"Table({self.name!r}): parent={self.parent!r}: allowed is ('jobs', COLUMN) or "
+                "(TABLE, COLUMN), the column being the one here that holds the parent's id"
+            )
+
+    @property
+    def ids(self) -> list[str]:
+        """The columns that identify a row: its own id, and its parent's."""
+        return [self.id, self.parent[1]] if self.parent else [self.id]
+
+    def __call__(self, step: str, status: str) -> "State":
+        """The state of a row."""
+        return State(self, step, status)
+
+    def every(self, step: str, status: str) -> "State":
+        """All rows of a parent are in this state, and it has one at least: called once for the
+        parent.
+
+        Raises:
+            ValueError: the table has no parent.
+        """
+        if self.parent is None:
+            raise ValueError(f"Table({self.name!r}).every needs a parent")
+        return State(self, step, status, every=True)
+
+
+@dataclass(frozen=True)
+class State:
+    """A key of PIPELINE: a row of `table`, or every row of a parent, is in (step, status)."""
+
+    table: Table
+    step: str
+    status: str
+    every: bool = False
+
+
+JOBS = Table("jobs", id="job_id", channel=db.CHANNEL, tenant="tenant_id")
+
+
+class Route(NamedTuple):
+    """A state as the database knows it: what owes a call of a stage.
+
+    table: whose row owes it; of a join, the parent's.
+    join: the name of a join; "" for a row's own state.
+    """
+
+    table: str
+    join: str
+    step: str
+    status: str
+
+    def __str__(self) -> str:
+        if self.join:
+            return f"every {self.join}"
+        state = f"({self.step}, {self.status})"
+        return state if self.table == JOBS.name else f"{self.table} {state}"
+
+
+def route_of(key: State | tuple[str, str]) -> Route:
+    """A key of PIPELINE as the database knows it."""
+    if not isinstance(key, State):
+        return Route(JOBS.name, "", *key)
+    if key.every:
+        return Route(parent_name(key.table), join_name(key), key.step, key.status)
+    return Route(key.table.name, "", key.step, key.status)
+
+
+def join_name(state: State) -> str:
+    return f"{state.table.name} ({state.step}, {state.status})"
+
+
+def parent_name(table: Table) -> str | None:
+    """The table of the parents; None where there are none."""
+    parent = table.parent and table.parent[0]
+    return parent.name if isinstance(parent, Table) else parent
+
+
+# --- limits --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a stage can bear.
+
+    Args:
+        max_running: calls at once, counted over all workers and machines; None: no limit.
+        timeout: seconds for a whole call; None: STAGE_TIMEOUT.
+        max_attempts: then the call is given up; None: MAX_ATTEMPTS.
+    """
+
+    max_running: int | None = None
+    timeout: float | None = None
+    max_attempts: int | None = None
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value!r} of a stage: allowed is more than 0, or None")
+
+
+def limits(**given: Any) -> Callable:
+    """Declare the Limits of the stage function below."""
+
+    def declare(function: Callable) -> Callable:
+        function.limits = Limits(**given)
+        return function
+
+    return declare
+
+
+# --- the pipeline in use -------------------------------------------------------------------
+
+
+@functools.cache
+def module():
+    """The module with PIPELINE, which PIPELINE_MODULE names.
+
+    Raises:
+        SettingsError: there is none, or it cannot be used.
+    """
+    name = getattr(config.settings(), "PIPELINE_MODULE", "stages")
+    try:
+        found = importlib.import_module(name)
+        pipeline = found.PIPELINE
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise config.SettingsError(f"{name} cannot be imported: {error}") from error
+        raise config.SettingsError(
+            f"PIPELINE_MODULE={name}: there is no such module; allowed is one that Python finds "
+            "beside listener.py, such as stages"
+        ) from None
+    except AttributeError:
+        raise config.SettingsError(f"PIPELINE_MODULE={name}: it has no PIPELINE") from None
+    except Exception as error:
+        raise config.SettingsError(
+            f"{name} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    try:
+        check(pipeline)
+    except ValueError as error:
+        raise config.SettingsError(f"PIPELINE of {name}: {error}") from None
+    return found
+
+
+def check(pipeline: Any) -> None:
+    """Raises ValueError where `pipeline` is no PIPELINE."""
+    if not isinstance(pipeline, dict) or not pipeline:
+        raise ValueError("it must be a dict of states and stage functions")
+    declared: dict[str, Table] = {}
+    for key, function in pipeline.items():
+        if not callable(function) or not hasattr(function, "__name__"):
+            raise ValueError(f"{key!r}: {function!r} is no function")
+        state = (key.step, key.status) if isinstance(key, State) else key
+        words = state if isinstance(state, tuple) else ()
+        if len(words) != 2 or not all(isinstance(word, str) and word for word in words):
+            raise ValueError(f"{key!r} is no state: allowed is (step, status), or a Table's")
+        for table in chain_of(key):
+            if declared.setdefault(table.name, table) != table:
+                raise ValueError(f"table {table.name} is declared in two ways")
+            if table.name == JOBS.name and table.parent:
+                raise ValueError("table jobs cannot have a parent")
+
+
+def chain_of(key: Any) -> list[Table]:
+    """The table of a key, its parent, and so on; none for a plain tuple."""
+    found, table = [], key.table if isinstance(key, State) else None
+    while isinstance(table, Table):
+        found.append(table)
+        table = table.parent and table.parent[0]
+    return found
+
+
+def pipeline() -> dict[Any, Callable]:
+    """PIPELINE of the module in use."""
+    return module().PIPELINE
+
+
+def routes() -> dict[Route, Callable]:
+    """Which stage function follows from what."""
+    return {route_of(key): function for key, function in pipeline().items()}
+
+
+def tables() -> dict[str, Table]:
+    """The tables whose rows go through stages, by name; always with jobs, and that first."""
+    found = {JOBS.name: JOBS}
+    for key in pipeline():
+        found |= {table.name: table for table in reversed(chain_of(key))}
+    return found
+
+
+def joins() -> dict[str, State]:
+    """The joins by name."""
+    keys = (key for key in pipeline() if isinstance(key, State) and key.every)
+    return {join_name(key): key for key in keys}
+
+
+def stage_names() -> list[str]:
+    """The stages in the order of PIPELINE, each once."""
+    return list(dict.fromkeys(function.__name__ for function in pipeline().values()))
+
+
+def limits_of(function: Callable) -> Limits:
+    """What its stage can bear, as far as it is declared."""
+    return getattr(function, "limits", Limits())
+
+
+def stages_of_routes() -> dict[Route, tuple[str, int | None]]:
+    """What leads where, and how many of it may run at once."""
+    return {route: (f.__name__, limits_of(f).max_running) for route, f in routes().items()}
+
+
+# For a person, who sees what it does.
+SEND_BACK = "UPDATE {table} SET current_step = '{step}', status = '{status}' WHERE {id} = '{key}'"
+
+
+def sent_back(table: str, key: str, stage: str) -> str:
+    """The SQL that brings a row back to the state from which `stage` is called."""
+    for route, function in routes().items():
+        if function.__name__ == stage and route.table == table and not route.join:
+            step, status, id_ = (text.replace("'", "''") for text in (*route[2:], key))
+            given = {"table": table, "id": tables()[table].id, "key": id_}
+            return SEND_BACK.format(step=step, status=status, **given)
+    return f"python listener.py retry {key}"
+
+
+def stage_limits(settings: SimpleNamespace) -> dict[str, Limits]:
+    """The Limits of every stage; what it does not declare is as in `settings`."""
+    declared = {f.__name__: limits_of(f) for f in pipeline().values()}
+    return {
+        stage: Limits(
+            given.max_running,
+            given.timeout or settings.STAGE_TIMEOUT,
+            given.max_attempts or settings.MAX_ATTEMPTS,
+        )
+        for stage, given in declared.items()
+    }
+
+
+def timeouts(settings: SimpleNamespace) -> dict[str, float]:
+    """Seconds for a whole call of every stage."""
+    return {stage: given.timeout for stage, given in stage_limits(settings).items()}
+
+
+def stage_apis(settings: SimpleNamespace) -> dict[str, StageApi]:
+    """The API of every stage; those with the same base URL share one.
+
+    Raises:
+        SettingsError: a STAGE_API_URL_… names no stage.
+    """
+    names = {stage.upper(): stage for stage in stage_names()}
+    for unknown in settings.STAGE_API_URLS.keys() - names.keys():
+        allowed = " or ".join(config.STAGE_URL + name for name in names)
+        raise config.SettingsError(
+            f"{config.STAGE_URL}{unknown}: there is no such stage; allowed is {allowed}"
+        )
+    urls = {
+        stage: settings.STAGE_API_URLS.get(name, settings.STAGE_API_URL)
+        for name, stage in names.items()
+    }
+    apis = {url: StageApi(settings, url) for url in urls.values()}
+    return {stage: apis[url] for stage, url in urls.items()}
+
+
+# --- what a stage function works with ------------------------------------------------------
+
+
+@dataclass
+class Call:
+    """One call that a row owes: the argument of a stage function.
+
+    The listener fills in what it claimed and sends it to a worker, which adds `api`, `settings`
+    and `until`. `job_id` is the row's id, or its parent's where the row has one; `ids` are both,
+    by the names of their columns.
+    """
+
+    job_id: Any
+    tenant_id: Any
+    current_step: str
+    status: str
+    stage: str
+    call_id: int
+    attempt: int
+    spent: int  # attempts that count towards max_attempts, this one included
+    max_attempts: int
+    timeout: float  # seconds for the whole call
+    started_at: str  # the database's time of the claim
+    listener: str  # who claimed it
+    key: str  # the row's id as the database writes it
+    leased_until: float  # trigger.boottime() at which others may take it over
+    table: str = JOBS.name
+    join: str = ""
+    ids: dict[str, Any] = field(default_factory=dict)
+    after_hold: bool = False  # its stage was held before
+    limited: bool = False  # its stage has max_running
+    api: StageApi | None = None
+    settings: SimpleNamespace | None = None
+    until: float = 0.0  # time.monotonic() by which the whole call must be over
+    answer: Answer | None = None  # of the last POST
+
+    def __post_init__(self):
+        self.ids = self.ids or {JOBS.id: self.job_id}
+
+    @property
+    def route(self) -> Route:
+        return Route(self.table, self.join, self.current_step, self.status)
+
+    def post(self, path: str, **fields: Any) -> Answer:
+        """POST {"job_id", "tenant_id", **fields} to `path` of the stage API.
+
+        Where the row of another table owes the call, its own id comes first, under the name of
+        its column.
+
+        Raises:
+            Unreachable, Interrupted, NoAnswer: see there; a stage function lets them pass.
+            TimeIsUp: the stage function used up its timeout before this; nothing was sent.
+            ValueError: `path` does not begin with a slash, or a field is NaN or infinite.
+        """
+        if not path.startswith("/"):
+            raise ValueError(f"the path of a stage begins with a slash: {path!r}")
+        body = {**self.ids, "tenant_id": self.tenant_id, **fields}
+        headers = {
+            # Not the id itself: a text id could smuggle a header.
+            "Idempotency-Key": str(
+                uuid.uuid5(uuid.NAMESPACE_OID, f"{self.key}/{self.stage}/{self.call_id}")
+            ),
+            "X-Attempt": str(self.attempt),
+        }
+        self.answer = None
+        self.answer = self.api.post(path, body, headers, self.until)
+        return self.answer
+
+    def fetch_one(self, sql: str, **params: Any):
+        """The one row that the body needs, as a named tuple; %(job_id)s and %(tenant_id)s are set,
+        and the row's own id under the name of its column.
+
+        It is asked for on a read-only connection of its own, which is then closed.
+
+        Raises:
+            MissingValue: there is no such row, or a column of it is NULL.
+            db.ConnectionLost: no database; a stage function lets it pass, and the call is due
+                again without having spent an attempt.
+            psycopg2.Error: the query's own fault.
+        """
+        rows = self.query(sql, params)
+        if not rows:
+            raise MissingValue(f"no row for this job in: {' '.join(sql.split())}")
+        missing = [name for name, value in rows[0]._asdict().items() if value is None]
+        if missing:
+            raise MissingValue(f"{', '.join(missing)} is NULL in: {' '.join(sql.split())}")
+        return rows[0]
+
+    def fetch_value(self, sql: str, **params: Any) -> Any:
+        """A value that the body can do without: the first column of the first row; None where
+        there is no row, or it is NULL. Asked for and raising as `fetch_one`.
+        """
+        rows = self.query(sql, params)
+        return rows[0][0] if rows else None
+
+    def query(self, sql: str, params: dict[str, Any]) -> list:
+        given = {"job_id": self.job_id, **self.ids, "tenant_id": self.tenant_id, **params}
+        return db.query(self.settings, sql, given)
+
+
+def claimed_call(row: Any, limits: Limits, listener: str, covered_until: float) -> Call:
+    """The call of a claimed row (see calls.TAKE).
+
+    Args:
+        covered_until: trigger.boottime() at which the lease ends, but for the call's timeout.
+    """
+    table = tables()[row.table_name]
+    ids = dict(zip(table.ids, (row.job_id, row.parent_id), strict=False))
+    return Call(
+        job_id=row.job_id if table.parent is None else row.parent_id,
+        tenant_id=row.tenant_id,
+        current_step=row.current_step,
+        status=row.status,
+        stage=row.stage,
+        call_id=row.call_id,
+        attempt=row.attempt,
+        spent=row.spent,
+        max_attempts=limits.max_attempts,
+        timeout=limits.timeout,
+        started_at=row.started_at,
+        listener=listener,
+        key=row.key,
+        leased_until=covered_until + limits.timeout,
+        table=row.table_name,
+        join=row.join_of,
+        ids=ids,
+        after_hold=row.after_hold,
+        limited=limits.max_running is not None,
+    )
+
+
+class MissingValue(LookupError):
+    """What a stage needs is not in the database."""
+
+
+def quoted(value: Any) -> str:
+    """`value` as one segment of a path: call.post(f"/api/jobs/{quoted(call.job_id)}/run").
+
+    Raises:
+        ValueError: it is empty, "." or "..", which no quoting keeps from changing the path.
+    """
+    text = str(value)
+    if text in ("", ".", ".."):
+        raise ValueError(f"{text!r} cannot be part of a path")
+    return quote(text, safe="")

@@ -1,0 +1,343 @@
+-- Job State Listener: the functions and triggers, made for the tables of the pipeline.
+--
+-- Applied by `make trigger` after schema.sql, in the same transaction and search path. They are
+-- generated here: which tables and states there are is filled in as text.
+
+-- What they are made for: `install` says it; else it is as it was.
+DO $do$
+DECLARE
+    known constant jsonb := jsonb_build_object(
+        'tables', coalesce(
+            (SELECT jsonb_agg(to_jsonb(t) ORDER BY t.position) FROM pipeline_tables AS t),
+            '[{"name": "jobs", "position": 1, "id_column": "job_id",
+               "tenant_column": "tenant_id", "channel": "job_state_changed"}]'),
+        'routes', coalesce((SELECT jsonb_agg(to_jsonb(r)) FROM pipeline_stages AS r), '[]'));
+BEGIN
+    IF coalesce(current_setting('job_state_listener.pipeline', true), '') = '' THEN
+        PERFORM set_config('job_state_listener.pipeline', known::text, true);
+    END IF;
+END
+$do$;
+
+-- The trigger function of each table keeps the debt in step with the row, in the transaction that
+-- moves it, and then notifies. That of jobs is notify_job_state_change(), that of another table
+-- job_state_listener_TABLE().
+-- It runs with its owner's rights: the search path holds nothing that a user could put a
+-- function or an operator in, and its tables are named with their schema, filled in here. So are
+-- the routes: looking into pipeline_stages for every row was a third of what the trigger cost.
+-- The plan is pinned: planned while stage_calls was empty, the DELETE made an UPDATE of
+-- 20,000 jobs take 14 s.
+DO $do$
+DECLARE
+    asked  constant jsonb := current_setting('job_state_listener.pipeline')::jsonb;
+    schema constant text := current_schema();
+    t      record;
+    routes text;  -- the rows' own, as a CASE
+    looks  text;  -- what a change means for the joins of the rows' parents
+    fields text;  -- of the notification
+    -- An id of any length fits into the index of its own table, but not into one of more columns.
+    too_long constant text := (
+        SELECT CASE WHEN typlen < 0 THEN 'octet_length(%s::text) > 2000' ELSE 'false' END
+        FROM pg_attribute JOIN pg_type ON pg_type.oid = atttypid
+        WHERE attrelid = 'stage_calls'::regclass AND attname = 'job_id');
+BEGIN
+    FOR t IN SELECT * FROM jsonb_to_recordset(asked -> 'tables') AS x (
+        name text, id_column text, tenant_column text, parent_table text, parent_column text,
+        channel text)
+    LOOP
+        SELECT string_agg(format(
+            'WHEN NEW.current_step::text = %L AND NEW.status::text = %L THEN %L',
+            r.current_step, r.status, r.stage), ' ' ORDER BY r.position)
+        INTO routes
+        FROM jsonb_to_recordset(asked -> 'routes') AS r (
+            table_name text, join_of text, current_step text, status text, stage text,
+            position integer)
+        WHERE r.table_name = t.name AND r.join_of = '';
+
+        -- A row that came to the state, to another parent, or both: look at its parent. One that
+        -- was not in the state and went away may have been the last that its parent waited for.
+        SELECT string_agg(format($look$
+        IF (NEW.current_step::text = %1$L AND NEW.status::text = %2$L) IS TRUE
+           AND (TG_OP = 'INSERT' OR OLD.%3$I IS DISTINCT FROM NEW.%3$I
+                OR (OLD.current_step::text = %1$L AND OLD.status::text = %2$L) IS NOT TRUE)
+           AND NEW.%3$I IS NOT NULL AND NOT %6$s THEN
+            INSERT INTO %5$I.stage_looks (parent_id, join_of, arrived)
+            VALUES (NEW.%3$I, %4$L, true);
+            looked := true;
+        END IF;
+        IF TG_OP <> 'INSERT'
+           AND (OLD.current_step::text = %1$L AND OLD.status::text = %2$L) IS NOT TRUE
+           AND (TG_OP = 'DELETE' OR OLD.%3$I IS DISTINCT FROM NEW.%3$I)
+           AND OLD.%3$I IS NOT NULL AND NOT %7$s THEN
+            INSERT INTO %5$I.stage_looks (parent_id, join_of, arrived)
+            VALUES (OLD.%3$I, %4$L, false);
+            looked := true;
+        END IF;$look$, r.current_step, r.status, t.parent_column, r.join_of, schema,
+            format(too_long, 'NEW.' || quote_ident(t.parent_column)),
+            format(too_long, 'OLD.' || quote_ident(t.parent_column))), '')
+            || $look$
+        IF looked AND TG_NARGS = 0 THEN
+            payload := pg_notify('job_state_listener_join', '');
+        END IF;
+        IF TG_OP = 'DELETE' OR TG_OP = 'UPDATE'
+           AND OLD.current_step IS NOT DISTINCT FROM NEW.current_step
+           AND OLD.status IS NOT DISTINCT FROM NEW.status THEN
+            RETURN NULL;
+        END IF;$look$
+        INTO looks
+        FROM jsonb_to_recordset(asked -> 'routes') AS r (
+            child_table text, join_of text, current_step text, status text)
+        WHERE r.child_table = t.name;
+
+        fields := format('%L, NEW.%I, ', t.id_column, t.id_column)
+            || coalesce(quote_literal(t.parent_column) || ', NEW.' || quote_ident(t.parent_column) || ', ', '')
+            || $$'current_step', NEW.current_step, 'status', NEW.status$$
+            || coalesce(', ' || quote_literal(t.tenant_column) || ', NEW.'
+                        || quote_ident(t.tenant_column), '');
+
+        EXECUTE format('CREATE OR REPLACE FUNCTION %I() RETURNS trigger'
+            ' LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp'
+            ' SET enable_seqscan = off AS %L',
+            CASE t.name WHEN 'jobs' THEN 'notify_job_state_change'
+                 ELSE 'job_state_listener_' || t.name END,
+            format($body$
+DECLARE
+    route   text;
+    owed    boolean := false;
+    looked  boolean := false;
+    payload text;
+BEGIN
+    IF to_regclass(%1$L) IS NULL THEN
+        RAISE WARNING 'Job State Listener: its tables are missing, so no call is recorded'
+            USING HINT = 'Run: python listener.py install';
+    ELSE%3$s
+        route := CASE %2$s END;
+        IF route IS NULL THEN
+            DELETE FROM %1$s AS c
+            WHERE c.job_id = NEW.%4$I AND c.table_name = %6$L AND c.join_of = ''
+              AND (c.current_step IS DISTINCT FROM NEW.current_step::text
+                   OR c.status IS DISTINCT FROM NEW.status::text);
+        ELSIF %8$s THEN
+            RAISE WARNING 'Job State Listener: an id of more than 2,000 bytes, no call is recorded';
+        ELSIF NEW.%4$I IS NOT NULL THEN
+            -- Nearly always there is no open call, and without the clauses for one the
+            -- trigger costs a twentieth less.
+            INSERT INTO %1$s (job_id, table_name, tenant_id, current_step, status, stage)
+            VALUES (NEW.%4$I, %6$L, %5$s,
+                    NEW.current_step::text, NEW.status::text, route)
+            ON CONFLICT (job_id, table_name, join_of) DO NOTHING;
+            IF NOT FOUND THEN
+                -- An open call is replaced, but not one of the same state that is under
+                -- way: a row that moves between partitions arrives again without having left.
+                INSERT INTO %1$s AS c (job_id, table_name, tenant_id, current_step, status, stage)
+                VALUES (NEW.%4$I, %6$L, %5$s,
+                        NEW.current_step::text, NEW.status::text, route)
+                ON CONFLICT (job_id, table_name, join_of) DO UPDATE
+                SET call_id = DEFAULT, tenant_id = excluded.tenant_id,
+                    current_step = excluded.current_step, status = excluded.status,
+                    stage = excluded.stage, created_at = excluded.created_at,
+                    due_at = excluded.due_at, attempts = 0, free_attempts = 0,
+                    worker = NULL, started_at = NULL, last_error = NULL
+                WHERE c.worker IS NULL
+                   OR c.current_step <> excluded.current_step
+                   OR c.status <> excluded.status;
+            END IF;
+            owed := FOUND;
+        END IF;
+    END IF;
+
+    -- A new row that owes nothing is no change of state to anybody. With an argument the
+    -- trigger does not notify: listeners poll.
+    IF TG_NARGS > 0 OR TG_OP = 'DELETE' OR NOT owed AND TG_OP = 'INSERT' THEN
+        RETURN NULL;
+    END IF;
+%7$s    RETURN NULL;
+END
+$body$, format('%I.stage_calls', schema), coalesce(routes, 'WHEN false THEN NULL'),
+            coalesce(looks, ''), t.id_column,
+            coalesce('NEW.' || quote_ident(t.tenant_column) || '::text', 'NULL'), t.name,
+            CASE WHEN t.channel IS NOT NULL THEN format($notify$
+    payload := json_build_object(%1$s)::text;
+    IF octet_length(payload) > 7999 THEN
+        -- NOTIFY would abort the application's transaction: null for what is long. Four
+        -- values of 1,900 bytes and their names make 7,999, five of 1,500 less.
+        SELECT json_object_agg(field.key, CASE
+                   WHEN octet_length(field.value::text) <= %2$s THEN field.value END)::text
+        INTO payload
+        FROM json_each(payload::json) AS field;
+    END IF;
+    -- An assignment needs no executor, which PERFORM would start for every row.
+    payload := pg_notify(%3$L, payload);
+$notify$, fields, CASE WHEN t.name = 'jobs' THEN 1900 ELSE 1500 END, t.channel) END,
+            format(too_long, 'NEW.' || quote_ident(t.id_column))));
+    END LOOP;
+END
+$do$;
+
+-- stage_join_is_complete(): whether a parent has rows, and all of them are in the state. STABLE, so
+-- that it sees what the statement that asks sees.
+-- stage_call_row(): where the row that owes a call is now; of a join that is the parent, and
+-- whether the join is complete, and whether the parent has moved since it was first claimed.
+-- Both name the tables of the application, which a constant statement cannot.
+DO $do$
+DECLARE
+    asked    constant jsonb := current_setting('job_state_listener.pipeline')::jsonb;
+    schema   constant text := current_schema();
+    id_type  constant text := (SELECT format_type(atttypid, -1) FROM pg_attribute
+                               WHERE attrelid = 'stage_calls'::regclass AND attname = 'job_id');
+    branches text;
+BEGIN
+    SELECT string_agg(format($branch$
+    IF a_join = %1$L THEN
+        RETURN (SELECT coalesce(bool_and((r.current_step::text = %2$L AND r.status::text = %3$L)
+                                         IS TRUE), false)
+                FROM %4$I.%5$I AS r WHERE r.%6$I = a_parent);
+    END IF;$branch$, r.join_of, r.current_step, r.status, schema, t.name, t.parent_column), '')
+    INTO branches
+    FROM jsonb_to_recordset(asked -> 'routes') AS r (
+             child_table text, join_of text, current_step text, status text)
+    JOIN jsonb_to_recordset(asked -> 'tables') AS t (name text, parent_column text)
+        ON t.name = r.child_table;
+
+    EXECUTE format('CREATE OR REPLACE FUNCTION stage_join_is_complete(a_join text, a_parent %s)'
+        ' RETURNS boolean LANGUAGE plpgsql STABLE AS %L', id_type,
+        format(E'\nBEGIN%s\n    RETURN false;\nEND\n', branches));
+
+    SELECT string_agg(format($branch$
+    IF a_table = %1$L THEN
+        SELECT true, to_jsonb(%2$s), r.current_step::text, r.status::text, %3$s
+        INTO is_there, tenant_id, current_step, status, parent_id
+        FROM %4$I.%5$I AS r%6$s WHERE r.%7$I = an_id LIMIT 1;
+    END IF;$branch$, t.name,
+        CASE WHEN t.tenant_column IS NOT NULL THEN format('r.%I', t.tenant_column)
+             WHEN p.tenant_column IS NOT NULL THEN format('p.%I', p.tenant_column)
+             ELSE 'NULL::text' END,
+        coalesce('r.' || quote_ident(t.parent_column), 'NULL'), schema, t.name,
+        CASE WHEN t.tenant_column IS NULL AND p.tenant_column IS NOT NULL
+             THEN format(' LEFT JOIN %I.%I AS p ON p.%I = r.%I', schema, p.name, p.id_column,
+                         t.parent_column) END, t.id_column), '')
+    INTO branches
+    FROM jsonb_to_recordset(asked -> 'tables') AS t (
+             name text, id_column text, tenant_column text, parent_table text, parent_column text)
+    LEFT JOIN jsonb_to_recordset(asked -> 'tables') AS p (
+             name text, id_column text, tenant_column text) ON p.name = t.parent_table;
+
+    EXECUTE format('CREATE OR REPLACE FUNCTION stage_call_row('
+        'a_table text, a_join text, an_id %1$s, OUT is_there boolean, OUT tenant_id jsonb,'
+        ' OUT current_step text, OUT status text, OUT parent_id %1$s, OUT is_complete boolean,'
+        ' OUT has_moved boolean) LANGUAGE plpgsql STABLE AS %2$L', id_type, format($body$
+BEGIN%1$s
+    IF a_join <> '' THEN
+        is_complete := %2$I.stage_join_is_complete(a_join, an_id);
+        SELECT m.is_noted AND (m.parent_step, m.parent_status)
+                              IS DISTINCT FROM (stage_call_row.current_step, stage_call_row.status)
+        INTO has_moved
+        FROM %2$I.stage_joins AS m WHERE m.parent_id = an_id AND m.join_of = a_join;
+    END IF;
+END
+$body$, branches, schema));
+END
+$do$;
+
+-- A function that is replaced keeps its owner, and would run with the rights of whoever made
+-- the first version: it belongs to the owner of the tables. Nobody else may hang a function with
+-- our rights on a table of their own.
+DO $do$
+DECLARE
+    owner regrole := (SELECT relowner FROM pg_class WHERE oid = 'stage_calls'::regclass);
+    made  record;
+BEGIN
+    FOR made IN
+        SELECT p.oid::regprocedure AS name, p.proowner <> owner AS foreign_owned,
+               p.prorettype = 'trigger'::regtype AS is_trigger
+        FROM pg_proc AS p
+        WHERE p.pronamespace = quote_ident(current_schema())::regnamespace
+          AND (p.proname IN ('notify_job_state_change', 'stage_call_row', 'stage_join_is_complete')
+               OR p.prorettype = 'trigger'::regtype AND p.proname ^@ 'job_state_listener_')
+    LOOP
+        IF made.foreign_owned THEN
+            EXECUTE format('ALTER FUNCTION %s OWNER TO %s', made.name, owner);
+        END IF;
+        IF made.is_trigger THEN
+            EXECUTE format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', made.name);
+        END IF;
+    END LOOP;
+END
+$do$;
+
+-- Triggers are made only where they are missing or different, and removed from tables that are no
+-- longer in the pipeline: each locks its table.
+DO $do$
+DECLARE
+    asked  constant jsonb := current_setting('job_state_listener.pipeline')::jsonb;
+    wanted record;
+    found  pg_trigger;
+    gone   record;
+    silent boolean := coalesce(
+        -- What `install --no-notify` or `--notify` asks for; else as it was.
+        nullif(current_setting('job_state_listener.silent', true), '')::boolean,
+        (SELECT tgnargs > 0 FROM pg_trigger WHERE tgrelid = 'jobs'::regclass
+         AND tgname = 'job_state_change_trigger'),
+        false);
+BEGIN
+    FOR gone IN
+        SELECT t.tgname AS name, t.tgrelid::regclass AS place, p.oid::regprocedure AS function
+        FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid
+        WHERE p.pronamespace = quote_ident(current_schema())::regnamespace
+          AND p.proname ^@ 'job_state_listener_' AND t.tgparentid = 0
+          AND NOT EXISTS (SELECT FROM jsonb_to_recordset(asked -> 'tables') AS x (name text)
+                          WHERE to_regclass(format('%I', x.name)) = t.tgrelid
+                            AND (t.tgname <> 'job_state_listener_delete' OR EXISTS (
+                                SELECT FROM jsonb_to_recordset(asked -> 'routes')
+                                    AS r (child_table text) WHERE r.child_table = x.name)))
+    LOOP
+        EXECUTE format('DROP TRIGGER %I ON %s', gone.name, gone.place);
+    END LOOP;
+
+    FOR wanted IN
+        SELECT to_regclass(format('%I', x.name)) AS place, made.*,
+               CASE x.name WHEN 'jobs' THEN 'job_state_' || made.event || '_trigger'
+                    ELSE 'job_state_listener_' || made.event END AS name,
+               (CASE x.name WHEN 'jobs' THEN 'notify_job_state_change'
+                     ELSE format('%I', 'job_state_listener_' || x.name) END || '()')::regprocedure
+                   AS function,
+               CASE made.event WHEN 'change' THEN
+                   'WHEN (OLD.current_step IS DISTINCT FROM NEW.current_step'
+                   ' OR OLD.status IS DISTINCT FROM NEW.status'
+                   || CASE WHEN joins.are THEN format(' OR OLD.%1$I IS DISTINCT FROM NEW.%1$I',
+                                                      x.parent_column) ELSE '' END
+                   || ')' ELSE '' END AS condition
+        FROM jsonb_to_recordset(asked -> 'tables') AS x (name text, parent_column text)
+        CROSS JOIN LATERAL (
+            SELECT count(*) > 0 AS are
+            FROM jsonb_to_recordset(asked -> 'routes') AS r (child_table text)
+            WHERE r.child_table = x.name) AS joins
+        CROSS JOIN (VALUES
+            ('change', 'UPDATE', 17),  -- bits of tgtype: 1 row, 4 insert, 8 delete, 16 update
+            -- Rows that are born in a routed state, and rows moved between partitions.
+            ('insert', 'INSERT', 5),
+            ('delete', 'DELETE', 9)) AS made (event, statement, type)
+        WHERE made.event <> 'delete' OR joins.are
+    LOOP
+        SELECT * INTO found FROM pg_trigger
+        WHERE tgrelid = wanted.place AND tgname = wanted.name;
+        IF found.oid IS NULL
+           OR found.tgfoid <> wanted.function
+           OR found.tgtype <> wanted.type
+           OR found.tgattr::text <> ''
+           OR (found.tgnargs > 0) <> silent
+           OR cardinality(string_to_array(pg_get_triggerdef(found.oid), 'IS DISTINCT FROM'))
+              <> cardinality(string_to_array(wanted.condition, 'IS DISTINCT FROM'))
+                 + (wanted.condition = '')::integer THEN
+            EXECUTE format('DROP TRIGGER IF EXISTS %I ON %s', wanted.name, wanted.place);
+            EXECUTE format('CREATE TRIGGER %I AFTER %s ON %s FOR EACH ROW %s'
+                           ' EXECUTE FUNCTION %s(%s)',
+                           wanted.name, wanted.statement, wanted.place, wanted.condition,
+                           wanted.function::regproc,
+                           CASE WHEN silent THEN quote_literal('silent') END);
+        ELSIF found.tgenabled NOT IN ('O', 'A') THEN  -- disabled, or for replicas only
+            EXECUTE format('ALTER TABLE %s ENABLE TRIGGER %I', wanted.place, wanted.name);
+        END IF;
+    END LOOP;
+END
+$do$;
