@@ -14,10 +14,15 @@ from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import dotenv
 import psycopg2.extensions
+
+from redaction import redactor
+
+
+__all__ = ["SETTINGS", "SettingsError", "read", "redactor", "require_database", "settings"]
 
 
 class SettingsError(Exception):
@@ -236,32 +241,3 @@ def require_database(values: SimpleNamespace) -> None:
             "no database is set: give DB_HOST or DATABASE_URL (see .env.example), "
             "or try `make demo`, which brings its own"
         )
-
-
-PASSWORD_IN_URL = re.compile(r"(://[^:/@\s]*):[^@/\s]+@")
-PASSWORD_NAMED = re.compile(r"(?i)(password\s*=\s*)\S+")
-
-
-def redactor(values: SimpleNamespace) -> Callable[[str], str]:
-    """A function that replaces every secret of `values`, and what looks like one, by ***."""
-    known = {values.DB_PASSWORD, values.STAGE_API_TOKEN}
-    for url in (values.STAGE_API_URL, *values.STAGE_API_URLS.values()):
-        password = urlsplit(url).password or ""
-        known |= {password, unquote(password)}
-    if values.DATABASE_URL:
-        known.add(psycopg2.extensions.parse_dsn(values.DATABASE_URL).get("password"))
-        # As it was written, percent signs and all: that is how errors quote it.
-        known.update(re.findall(r"://[^:/@]*:([^@]*)@", values.DATABASE_URL))
-    # Replacing a text of three letters would eat the log's own words.
-    secrets = sorted((s for s in known if s and len(s) > 3), key=len, reverse=True)
-
-    def redact(message: str) -> str:
-        for secret in secrets:
-            message = message.replace(secret, "***")
-        if "://" in message:
-            message = PASSWORD_IN_URL.sub(r"\1:***@", message)
-        if "password" in message.lower():
-            message = PASSWORD_NAMED.sub(r"\1***", message)
-        return message
-
-    return redact

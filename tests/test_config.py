@@ -1,5 +1,7 @@
 """Settings: what each may be, what is said about one that cannot be used, and that no secret is."""
 
+from urllib.parse import unquote
+
 import certifi
 import pytest
 
@@ -217,7 +219,7 @@ REDACTED = {
 @pytest.mark.parametrize("written", REDACTED.values(), ids=REDACTED)
 @pytest.mark.parametrize("name", ["DATABASE_URL", "STAGE_API_URL", "DB_PASSWORD"])
 def test_secret_is_replaced_however_it_is_written(name, written):
-    plain = config.unquote(written)
+    plain = unquote(written)
     scheme = "postgresql" if name == "DATABASE_URL" else "http"
     url = f"{scheme}://user:{written}@host/x"
     redact = config.redactor(config.read({name: plain if name == "DB_PASSWORD" else url}))

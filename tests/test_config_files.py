@@ -51,8 +51,9 @@ def shown(cwd: Path, path: Path = ROOT, **environ: str) -> str:
 
 @pytest.fixture
 def program(tmp_path):
-    """A copy of config.py in a directory of its own."""
+    """A copy of config.py, and of what it imports, in a directory of its own."""
     (tmp_path / "program").mkdir()
+    shutil.copy(ROOT / "redaction.py", tmp_path / "program")
     return Path(shutil.copy(ROOT / "config.py", tmp_path / "program")).parent
 
 

@@ -1,0 +1,129 @@
+"""Secrets are replaced by *** in whatever is logged, stored or printed, in every spelling in which
+they can come back: a stage API may show our own headers in its error page.
+"""
+
+import base64
+import re
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from types import SimpleNamespace
+from urllib.parse import unquote, urlsplit
+
+import psycopg2.extensions
+
+# Replacing a text of three letters would eat the log's own words.
+SHORTEST = 4
+# No text of ours is cut that is shorter than this.
+SHORTEST_CUT = 200
+
+PASSWORD_IN_URL = re.compile(r"(://[^:/@\s]*):[^@/\s]+@")
+PASSWORD_NAMED = re.compile(r"(?i)(password\s*=\s*)\S+")
+AUTHORIZATION = re.compile(
+    r"(?i)(authorization\W{1,12}(?:b['\"])?(?:basic|bearer|token)(?:\s|%20)+)[\w.~+/=-]+"
+)
+# What only a text has that was encoded: percent signs, backslashes, HTML entities, + for a space.
+ENCODED = re.compile(r"[%\\&+]")
+NAMED = {'"': "quot", "&": "amp", "'": "apos", "<": "lt", ">": "gt"}
+
+
+def secrets_in(values: SimpleNamespace) -> Iterator[str | None]:
+    """Every secret of the settings, also as `requests` sends it."""
+    yield from (values.DB_PASSWORD, values.STAGE_API_TOKEN)
+    for url in (values.STAGE_API_URL, *values.STAGE_API_URLS.values()):
+        user, password = urlsplit(url).username, urlsplit(url).password
+        if user is not None:
+            sent = f"{unquote(user)}:{unquote(password or '')}".encode()
+            yield base64.b64encode(sent).decode().rstrip("=")
+            yield from (password or user, unquote(password or user))
+    if values.DATABASE_URL:
+        yield psycopg2.extensions.parse_dsn(values.DATABASE_URL).get("password")
+        # As it was written, percent signs and all: that is how errors quote it.
+        yield from re.findall(r"://[^:/@]*:([^@]*)@", values.DATABASE_URL)
+
+
+def redactor(values: SimpleNamespace) -> "Redactor":
+    """What replaces every secret of `values`, and what looks like one, by ***."""
+    return Redactor(secrets_in(values))
+
+
+class Redactor:
+    """Called with a text, gives it back without its secrets."""
+
+    def __init__(self, secrets: Iterable[str | None]):
+        known = {secret for secret in secrets if secret and len(secret) >= SHORTEST}
+        self.secrets = sorted(known, key=len, reverse=True)
+
+    def __call__(self, message: str) -> str:
+        for secret in self.secrets:
+            message = message.replace(secret, "***")
+        if ENCODED.search(message):
+            for secret in self.secrets:
+                if not secret.isascii() or not secret.isalnum():
+                    message = pattern(secret).sub("***", message)
+        if "://" in message:
+            message = PASSWORD_IN_URL.sub(r"\1:***@", message)
+        lower = message.lower()
+        if "password" in lower:
+            message = PASSWORD_NAMED.sub(r"\1***", message)
+        if "authorization" in lower:
+            message = AUTHORIZATION.sub(r"\1***", message)
+        if len(message) >= SHORTEST_CUT and self.secrets:
+            message = "\n".join(map(self.without_a_beginning, message.split("\n")))
+        return message
+
+    def without_a_beginning(self, line: str) -> str:
+        """`line`, whose end may be the beginning of a secret that was cut."""
+        if len(line) < SHORTEST_CUT:
+            return line
+        for secret in self.secrets:
+            for found in pattern(secret[:SHORTEST]).finditer(line, max(0, len(line) - 4096)):
+                if ends_within(secret, line, found.end()):
+                    return line[: found.start()] + "***"
+        return line
+
+
+# What a cut leaves of an encoded letter, or of one of several bytes.
+HALF = re.compile(r"[%\\&][\w%\\&#;]{0,40}|[\ufffd…]*")
+
+
+def ends_within(secret: str, line: str, position: int) -> bool:
+    """Whether `line` ends before `secret` does, whose first letters end at `position`."""
+    before = position
+    for letter in secret[SHORTEST:]:
+        found = pattern(letter).match(line, position)
+        if found is None:  # half of this letter, or of the one before: &a of &amp;
+            return any(HALF.fullmatch(line, start) for start in (position, before))
+        before, position = position, found.end()
+    return False
+
+
+@lru_cache(maxsize=1024)
+def pattern(text: str) -> re.Pattern:
+    """Matches `text` however it is spelled, letter by letter."""
+    return re.compile("".join(spelled(letter) for letter in text))
+
+
+def spelled(letter: str) -> str:
+    """A regular expression of what becomes of one letter in URLs, JSON, HTML, Python, C.
+
+    Backslashes are doubled where JSON is put into JSON.
+    """
+    if letter.isascii() and letter.isalnum():
+        return letter
+    raw = letter.encode("utf-8", "surrogatepass")
+    units = letter.encode("utf-16-be", "surrogatepass").hex()
+    ways = [
+        "".join(f"%(?:25)*(?i:{byte:02x})" for byte in raw),
+        "".join(rf"\\+u(?i:{units[i : i + 4]})" for i in range(0, len(units), 4)),
+        "".join(rf"\\+x(?i:{byte:02x})" for byte in raw),
+        rf"\\+x(?i:{ord(letter):02x})",
+        rf"\\+U(?i:{ord(letter):08x})",
+        rf"\\*&(?:amp;)*#0*{ord(letter)};",
+        rf"\\*&(?:amp;)*#[xX]0*(?i:{ord(letter):x});",
+        rf"\\*{re.escape(letter)}" if letter != "\\" else r"\\+",
+    ]
+    if letter in NAMED:
+        ways.insert(0, rf"\\*&(?:amp;)*{NAMED[letter]};")
+    if letter == " ":
+        ways.append(r"\+")
+    return f"(?:{'|'.join(ways)})"
