@@ -4,22 +4,29 @@ The environment wins over `.env`, which is looked for in the working directory a
 this file. Every name below is documented with its default and unit in `.env.example`.
 """
 
+import keyword
 import os
 import re
 import shlex
 import ssl
-import tempfile
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
-import dotenv
+import dotenv.parser
 import psycopg2.extensions
 
 from redaction import redactor
+
+if not hasattr(os, "fork"):  # every program of ours imports this module first
+    sys.stderr.write(
+        "error: this runs on Linux, and on macOS for development; on Windows use Docker or WSL\n"
+    )
+    sys.exit(2)
 
 
 __all__ = ["SETTINGS", "SettingsError", "read", "redactor", "require_database", "settings"]
@@ -146,6 +153,28 @@ def command(text: str) -> list[str]:
         raise Allowed("a program and its arguments, with quotes that are closed") from None
 
 
+def module(text: str) -> str:
+    """The name of a Python module as `import` takes it, with dots or without."""
+    parts = text.split(".")
+    named = all(part.isidentifier() and not keyword.iskeyword(part) for part in parts)
+    if not named or parts[-1] == "py":  # the name of a file
+        raise Allowed("the name of a Python module, such as stages or examples.variants.stages")
+    return text
+
+
+def directory_for_heartbeats() -> str:
+    """The same for the listener and for `check`, whatever else happens to the file systems.
+
+    tempfile.gettempdir() fails on a read-only root, and chooses by writing a file, so a disk that
+    is full now and not later gives two answers. /dev/shm can be written in any container.
+    """
+    given = [os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP")]
+    for place in [*filter(None, given), "/tmp", "/var/tmp", "/dev/shm"]:  # noqa: S108
+        if os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK):
+            return os.path.join(place, "job-state-listener")
+    return "/tmp/job-state-listener"  # noqa: S108 (the heartbeat says that it cannot be written)
+
+
 SECONDS = "a number of seconds"
 SECRET = {"DB_PASSWORD", "DATABASE_URL", "STAGE_API_TOKEN"}
 # STAGE_API_URL_VLM_ANALYZE: where the stage vlm_analyze is, should it be elsewhere.
@@ -154,6 +183,8 @@ STAGE_URL = "STAGE_API_URL_"
 # name: (default, parser). The order is the order of `.env.example`.
 SETTINGS: dict[str, tuple[str | None, Callable[[str], Any]]] = {
     "ENABLE_JOB_STATE_LISTENER": ("true", boolean),
+    "LISTENER_ENABLED": (None, boolean),
+    "PIPELINE_MODULE": ("stages", module),
     "JOB_STATE_LISTENER_RECONNECT_DELAY": ("5", number(float, 0.1, 3600, SECONDS)),
     "DB_HOST": (None, host),
     "DB_PORT": ("5432", number(int, 1, 65535, "a port")),
@@ -172,40 +203,68 @@ SETTINGS: dict[str, tuple[str | None, Callable[[str], Any]]] = {
     "SWEEP_INTERVAL": ("30", number(float, 0.1, 3600, SECONDS)),
     "POLL_INTERVAL": ("1", number(float, 0.05, 3600, SECONDS)),
     "HISTORY_DAYS": ("30", number(float, 0.01, 36500, "a number of days")),
-    "HEARTBEAT_DIR": (str(Path(tempfile.gettempdir()) / "job-state-listener"), text),
+    "HEARTBEAT_DIR": (directory_for_heartbeats(), text),
     "ALERT_COMMAND": (None, command),
     "LOG_LEVEL": ("INFO", one_of("DEBUG", "INFO", "WARNING", "ERROR")),
     "LOG_FORMAT": ("text", one_of("text", "json")),
 }
 
 
-def read(environ: dict[str, str]) -> SimpleNamespace:
+# What another one that is set makes of no account: it is read where it can be, and never refused.
+OVERRULED = {
+    "DATABASE_URL": ("DB_HOST", "DB_PORT", "DB_NAME", "DB_USER", "DB_PASSWORD"),
+    "LISTENER_ENABLED": ("ENABLE_JOB_STATE_LISTENER",),
+}
+
+
+def read(environ: Mapping[str, str]) -> SimpleNamespace:
     """The settings of `environ`, one attribute a name. An empty value counts as not set.
 
-    STAGE_API_URLS has the base URLs of single stages, by the stage's name in capitals.
+    LISTENER_ENABLED is what counts, whichever setting said it. STAGE_API_URLS has the base URLs of
+    single stages, by the stage's name in capitals. WARNINGS has what was passed over.
 
     Raises:
         SettingsError: naming the variable, its value (unless secret) and what is allowed.
     """
-    values = SimpleNamespace()
+    given = {name: value.strip() for name, value in environ.items() if value and value.strip()}
+    overruled = {name for by, names in OVERRULED.items() if by in given for name in names}
+    values = SimpleNamespace(WARNINGS=[], READ_FROM={})
     for name, (default, parse) in SETTINGS.items():
-        given = environ.get(name, "").strip() or default
-        setattr(values, name, None if given is None else parsed(name, given, parse))
+        if name == "DB_PORT" and "://" in given.get(name, "") and not overruled:
+            values.WARNINGS.append(not_a_port(given.pop(name)))
+        value = given.get(name, default)
+        try:
+            setattr(values, name, None if value is None else parsed(name, value, parse))
+        except SettingsError:
+            if name not in overruled:
+                raise
+            setattr(values, name, None)
     values.STAGE_API_URLS = {
-        name.removeprefix(STAGE_URL): parsed(name, given.strip(), http_url)
-        for name, given in environ.items()
-        if name.startswith(STAGE_URL) and given.strip()
+        name.removeprefix(STAGE_URL): parsed(name, value, http_url)
+        for name, value in given.items()
+        if name.startswith(STAGE_URL)
     }
     urls = [values.STAGE_API_URL, *values.STAGE_API_URLS.values()]
     if values.STAGE_API_TOKEN and any(urlsplit(url).username is not None for url in urls):
         raise SettingsError(
             "STAGE_API_TOKEN cannot be used with a user in a STAGE_API_URL: give one of them"
         )
+    if values.LISTENER_ENABLED is None:
+        values.LISTENER_ENABLED = values.ENABLE_JOB_STATE_LISTENER
     return values
+
+
+def not_a_port(text: str) -> str:
+    """Kubernetes sets NAME_PORT=tcp://… for every service, so for one that is called db."""
+    default = SETTINGS["DB_PORT"][0]
+    shown = repr(re.sub(r"//[^@]*@", "//***@", text))[:80]
+    return f"DB_PORT={shown} is passed over, {default} is used: Kubernetes sets it for a service db"
 
 
 def parsed(name: str, given: str, parse: Callable[[str], Any]) -> Any:
     try:
+        if name not in MAY_BE_QUOTED and in_quotes(given):
+            raise Allowed("this without its quotes, which `docker --env-file` keeps")
         return parse(given)
     except Allowed as allowed:
         # What stands before an @ may be a password, and so may a port that is no number.
@@ -214,17 +273,70 @@ def parsed(name: str, given: str, parse: Callable[[str], Any]) -> Any:
         raise SettingsError(f"{name}={shown} cannot be used: allowed is {allowed}") from None
 
 
+# A password may be anything, and a command is split as a shell does it.
+MAY_BE_QUOTED = {"DB_PASSWORD", "ALERT_COMMAND"}
+
+
+def in_quotes(text: str) -> bool:
+    return len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+
+
 @lru_cache(maxsize=1)
 def settings() -> SimpleNamespace:
-    """This process's settings, read at the first call."""
+    """This process's settings, read at the first call; READ_FROM says where each name was."""
     beside = [Path(".env"), Path(__file__).parent / ".env"]
     # Not Path.is_file(), which fails in a directory that is closed to us.
     file = next((path for path in beside if os.path.isfile(path)), None)
+    from_file, unread = ({}, []) if file is None else values_in(file)
+    values = read(from_file | os.environ)
+    values.WARNINGS += unread
+    values.READ_FROM = {name: str(file.absolute()) for name in from_file}
+    values.READ_FROM |= dict.fromkeys(os.environ, "the environment")
+    return values
+
+
+REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*)\}")
+SINGLE_QUOTED = re.compile(r"\s*(export\s+)?[^=\s]+\s*=\s*'")
+SOME_NAME = re.compile(r"\s*(?:export\s+)?(\w+)")
+
+
+def values_in(file: Path) -> tuple[dict[str, str], list[str]]:
+    """What a `.env` file says, and a warning for each line that cannot be read.
+
+    ${NAME} is what that name is set to, except in single quotes. Where nothing is set the text
+    stays as it is: python-dotenv would cut it out of a password.
+
+    Raises:
+        SettingsError: the file cannot be read, or the line of a setting of ours.
+    """
     try:
-        from_file = dotenv.dotenv_values(file, encoding="utf-8-sig") if file else {}
+        with open(file, encoding="utf-8-sig") as stream:
+            lines = list(dotenv.parser.parse_stream(stream))
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{file.absolute()} cannot be read as UTF-8: {error}") from None
-    return read({**{k: v for k, v in from_file.items() if v}, **os.environ})
+    found: dict[str, str] = {}
+    unread = []
+    for line in lines:
+        if line.error:
+            unread.append(f"{file.absolute()}: line {line.original.line} cannot be read")
+            name = SOME_NAME.match(line.original.string)
+            if name and name[1] in SETTINGS:
+                raise SettingsError(f"{unread[-1]}: {name[1]} has a quote that ends too early")
+        elif line.key and line.value:
+            known = found | os.environ
+            found[line.key] = line.value
+            if not SINGLE_QUOTED.match(line.original.string):
+                found[line.key] = REFERENCE.sub(lambda r, k=known: k.get(r[1], r[0]), line.value)
+    return found, unread
+
+
+def why_off(values: SimpleNamespace) -> str | None:
+    """The setting that keeps the listener off, and where it was read; None where none does."""
+    if values.LISTENER_ENABLED:
+        return None
+    given = ("LISTENER_ENABLED", "ENABLE_JOB_STATE_LISTENER")
+    name = next((name for name in given if name in values.READ_FROM), given[1])
+    return f"{name}=false in {values.READ_FROM.get(name, 'the settings')}"
 
 
 def __getattr__(name: str):

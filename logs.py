@@ -108,3 +108,5 @@ def set_up(settings: SimpleNamespace) -> None:
     root = logging.getLogger("listener")
     root.handlers, root.propagate = [handler], False
     root.setLevel(settings.LOG_LEVEL)
+    for said in settings.WARNINGS:
+        root.warning("설정: %s", said)

@@ -34,14 +34,20 @@ def check(max_lag: float | None) -> None:
     that takes long is none either.
     """
     settings = config.settings()
-    alive, line = verdict(settings.HEARTBEAT_DIR)
+    alive, line = verdict(settings.HEARTBEAT_DIR, config.why_off(settings))
     if alive and max_lag is not None:
         alive, line = lag(settings, max_lag, line)
-    click.echo(f"{'ok' if alive else 'not ok'}: {line.translate(CONTROL)}")
+    line = config.redactor(settings)(line).translate(CONTROL)
+    click.echo(f"{'ok' if alive else 'not ok'}: {line}")
     sys.exit(0 if alive else 1)
 
 
-def verdict(directory: str) -> tuple[bool, str]:
+def verdict(directory: str, off: str | None = None) -> tuple[bool, str]:
+    """Whether all is well, and why.
+
+    Args:
+        off: the setting that would keep a listener from working.
+    """
     try:
         beats = heartbeats(directory)
     except OSError as error:
@@ -52,10 +58,8 @@ def verdict(directory: str) -> tuple[bool, str]:
         if beat.state == HANGING:
             return False, f"listener {beat.listener} hangs: {beat.seconds:.0f} s {beat.doing}"
     if not beats:
-        return (
-            False,
-            f"no listener is running: no heartbeat in {directory}; start python listener.py",
-        )
+        then = f"it is off by {off}" if off else "start python listener.py"
+        return False, f"no listener is running: no heartbeat in {directory}; {then}"
     doing = "; ".join(sorted({beat.doing for beat in beats if beat.state == ALIVE}))
     return True, f"{len(beats)} listener{'s' * (len(beats) > 1)} alive: {doing}"
 

@@ -232,9 +232,15 @@ def check_stage_api(conn, settings) -> str:
     return "stage API " + ", ".join(said)
 
 
+def check_enabled(conn, settings) -> str:
+    if off := config.why_off(settings):
+        raise Bad(f"the listener is off: {off}", "set LISTENER_ENABLED=true")
+    return "the listener is enabled"
+
+
 CHECKS: list[Callable] = [
     check_server, check_tables, check_function, check_triggers, check_routes, check_privileges,
-    check_listen, check_stage_api,
+    check_listen, check_stage_api, check_enabled,
 ]  # fmt: skip
 
 
@@ -258,6 +264,8 @@ def verify() -> None:
     settings = config.settings()
     conn = db.connect(settings, "job-state-listener verify")
     redact = config.redactor(settings)
+    for said in settings.WARNINGS:
+        click.echo(f"note     {said}")
     bad = 0
     for good, text in run_checks(conn, settings):
         bad += not good

@@ -10,6 +10,10 @@ from config import SettingsError
 
 DEFAULTS = {
     "ENABLE_JOB_STATE_LISTENER": True,
+    "LISTENER_ENABLED": True,
+    "PIPELINE_MODULE": "stages",
+    "WARNINGS": [],
+    "READ_FROM": {},
     "JOB_STATE_LISTENER_RECONNECT_DELAY": 5.0,
     "DB_HOST": None,
     "DB_PORT": 5432,
@@ -63,6 +67,8 @@ GOOD = {
     "DB_HOST": [("host.docker.internal", "host.docker.internal"), ("::1", "::1"),
                 ("/var/run/postgresql", "/var/run/postgresql"), ("a,b", "a,b")],
     "DB_PORT": [("1", 1), ("65535", 65535)],
+    "LISTENER_ENABLED": [("true", True), ("off", False)],
+    "PIPELINE_MODULE": [("stages", "stages"), ("a.b_2.c", "a.b_2.c"), ("단계", "단계")],
     "DB_PASSWORD": [("p@ss #'\"%40 💥", "p@ss #'\"%40 💥")],
     "DATABASE_URL": [(URL, URL), ("host=db dbname=x", "host=db dbname=x"),
                      ("postgres://db/x", "postgres://db/x")],
@@ -89,6 +95,9 @@ SECONDS = ["0", "-1", "soon", "5s", "nan", "inf", "1e9", "5  # 초", "5 5", "0,5
 WHOLE = ["0", "-1", "1.5", "1e3", "many", "nan", "9" * 5000, "0x10", "5 # five"]
 BAD = {
     "ENABLE_JOB_STATE_LISTENER": ["maybe", "2", "true  # 활성화", "참", "tru"],
+    "LISTENER_ENABLED": ["maybe", "tru"],
+    "PIPELINE_MODULE": ["stages.py", "a/b", "a-b", ".a", "a..b", "a.", "1a",
+                        "a b", "import", "a,b"],
     "JOB_STATE_LISTENER_RECONNECT_DELAY": SECONDS,
     "STAGE_TIMEOUT": SECONDS,
     "LEASE_MARGIN": SECONDS,
@@ -144,6 +153,61 @@ def test_nothing_that_is_given_breaks_more_than_its_setting(name):
             assert str(refused).startswith(f"{name}=")
             assert len(str(refused).splitlines()) == 1 and len(str(refused)) < 300
             assert str(refused).isprintable()
+
+
+QUOTED = ["DB_HOST", "DB_PORT", "DB_NAME", "STAGE_API_URL", "STAGE_API_TOKEN", "DATABASE_URL",
+          "LOG_LEVEL", "HEARTBEAT_DIR", "PIPELINE_MODULE"]  # fmt: skip
+
+
+@pytest.mark.parametrize("quote", ['"', "'"])
+@pytest.mark.parametrize("name", QUOTED)
+def test_quotes_that_docker_keeps_are_named(name, quote):
+    assert "without its quotes, which `docker --env-file` keeps" in refusal(
+        name, f"{quote}x{quote}"
+    )
+
+
+def test_quotes_may_be_part_of_a_password_and_of_a_command():
+    values = config.read({"DB_PASSWORD": "'x'", "ALERT_COMMAND": '"/a b/c"'})
+    assert (values.DB_PASSWORD, values.ALERT_COMMAND) == ("'x'", ["/a b/c"])
+
+
+# --- what another setting decides ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DB_PORT", "tcp://10.0.0.1:5432"),
+        ("DB_PORT", "x"),
+        ("DB_HOST", "db  # 또는"),
+        ("DB_USER", "\0"),
+    ],
+)
+def test_what_database_url_decides_is_not_refused(name, value):
+    values = config.read({"DATABASE_URL": URL, name: value})
+    assert (values.DATABASE_URL, values.WARNINGS) == (URL, [])
+    assert refusal(name, value) if "://" not in value else True
+
+
+@pytest.mark.parametrize(
+    "value", ["tcp://10.0.0.1:5432", "udp://[::1]:5432", "tcp://u:hunter2@h:1"]
+)
+def test_port_that_kubernetes_sets_is_passed_over_with_a_line(value):
+    values = config.read({"DB_HOST": "db", "DB_PORT": value})
+    [said] = values.WARNINGS
+    assert values.DB_PORT == 5432
+    assert said.startswith("DB_PORT='") and "Kubernetes" in said and "hunter2" not in said
+
+
+@pytest.mark.parametrize(
+    ("ours", "shared", "enabled"),
+    [("true", "false", True), ("false", "true", False), ("", "false", False), ("", "true", True),
+     ("", "", True), ("true", "nonsense", True)],
+)  # fmt: skip
+def test_listener_enabled_alone_counts_where_it_is_set(ours, shared, enabled):
+    given = {"LISTENER_ENABLED": ours, "ENABLE_JOB_STATE_LISTENER": shared}
+    assert config.read(given).LISTENER_ENABLED is enabled
 
 
 # --- the database --------------------------------------------------------------------------

@@ -104,6 +104,46 @@ def test_passwords_in_the_file_are_quoted_as_usual(tmp_path, line, password):
     assert shown(tmp_path) == f"db 5432 {password}"
 
 
+@pytest.mark.parametrize(
+    ("line", "password"),
+    [
+        ('DB_PASSWORD="a${no_such_name}b"', "a${no_such_name}b"),
+        ("DB_PASSWORD=a${no_such_name}b", "a${no_such_name}b"),
+        ("DB_PASSWORD='a${HOME}b'", "a${HOME}b"),
+        ("export DB_PASSWORD='a${HOME}b'", "a${HOME}b"),
+        ('DB_PASSWORD="a$HOME$1$$b"', "a$HOME$1$$b"),
+        ("DB_PASSWORD='${'", "${"),
+        ("POSTGRES=x$y\nDB_PASSWORD=${POSTGRES}", "x$y"),
+        ("DB_PASSWORD=${FROM_OUTSIDE}", "outside"),
+    ],
+)
+def test_dollar_in_a_password_is_what_the_file_says(tmp_path, line, password):
+    (tmp_path / ".env").write_text(f"DB_HOST=db\n{line}\n")
+    assert shown(tmp_path, FROM_OUTSIDE="outside") == f"db 5432 {password}"
+
+
+def test_url_can_be_put_together_of_other_names(tmp_path):
+    (tmp_path / ".env").write_text(
+        "DB_USER=app\nDB_PASSWORD=x\nDATABASE_URL=postgresql://${DB_USER}:${DB_PASSWORD}@db/y\n"
+    )
+    show = "import config; print(config.settings().DATABASE_URL)"
+    assert python("-c", show, cwd=tmp_path).stdout == "postgresql://app:x@db/y\n"
+
+
+@pytest.mark.parametrize(
+    "line", ["DB_PASSWORD='it's'", 'export DB_PASSWORD="a" b"', "DB_PASSWORD='a"]
+)
+def test_line_whose_quotes_cannot_be_read_is_one_line(tmp_path, line):
+    (tmp_path / ".env").write_text(f"DB_HOST=db\n{line}\n")
+    said = refused(tmp_path, "status")
+    assert said.endswith("line 2 cannot be read: DB_PASSWORD has a quote that ends too early")
+
+
+def test_line_of_another_program_that_cannot_be_read_is_passed_over(tmp_path):
+    (tmp_path / ".env").write_text("OTHER='it's'\nDB_HOST=db\n")
+    assert shown(tmp_path) == "db 5432 None"
+
+
 def test_file_that_an_editor_marked_as_utf8_is_read_from_its_first_line(tmp_path):
     (tmp_path / ".env").write_text("DB_HOST=db\r\nDB_PORT=7\r\n", encoding="utf-8-sig")
     assert shown(tmp_path) == "db 7 None"
@@ -132,6 +172,60 @@ def test_single_setting_can_be_imported_as_the_guide_shows(tmp_path):
 def test_unknown_setting_cannot_be_imported():
     with pytest.raises(ImportError):
         exec("from config import ENABLE_EVERYTHING")
+
+
+WHY_OFF = "import config; print(config.why_off(config.settings()))"
+
+
+@pytest.mark.parametrize("name", ["LISTENER_ENABLED", "ENABLE_JOB_STATE_LISTENER"])
+def test_what_keeps_the_listener_off_is_named_with_its_place(tmp_path, name):
+    (tmp_path / ".env").write_text(f"{name}=false\n")
+    told = python("-c", WHY_OFF, cwd=tmp_path).stdout
+    assert told == f"{name}=false in {tmp_path / '.env'}\n"
+    told = python("-c", WHY_OFF, cwd=tmp_path, **{name: "0"}).stdout
+    assert told == f"{name}=false in the environment\n"
+    assert python("-c", WHY_OFF, cwd=tmp_path, LISTENER_ENABLED="1").stdout == "None\n"
+
+
+def test_environment_is_named_where_it_turns_off_what_the_file_turns_on(tmp_path):
+    (tmp_path / ".env").write_text("LISTENER_ENABLED=true\nENABLE_JOB_STATE_LISTENER=true\n")
+    told = python("-c", WHY_OFF, cwd=tmp_path, LISTENER_ENABLED="false").stdout
+    assert told == "LISTENER_ENABLED=false in the environment\n"
+
+
+# --- a root that cannot be written ---------------------------------------------------------
+
+DIRECTORY = "import config; print(config.settings().HEARTBEAT_DIR)"
+# As on a read-only root: os.access says what the file system allows, also to root.
+CLOSED = "import os; os.access = lambda path, mode: path.startswith({!r}); "
+
+
+@pytest.mark.parametrize(
+    ("writable", "chosen"),
+    [("/tmp", "/tmp"), ("/var", "/var/tmp"), ("/dev", "/dev/shm"), ("/nowhere", "/tmp")],
+)
+def test_heartbeats_are_kept_where_something_can_be_written(tmp_path, writable, chosen):
+    (tmp_path / ".env").touch()
+    told = python("-c", CLOSED.format(writable) + DIRECTORY, cwd=tmp_path, TMPDIR="")
+    assert told.stdout == f"{chosen}/job-state-listener\n", told.stderr
+
+
+def test_temporary_directory_of_the_environment_comes_first(tmp_path):
+    (tmp_path / ".env").touch()
+    told = python("-c", DIRECTORY, cwd=tmp_path, TMPDIR=str(tmp_path))
+    assert told.stdout == f"{tmp_path}/job-state-listener\n"
+    told = python("-c", DIRECTORY, cwd=tmp_path, TMPDIR="/no/such/directory")
+    assert told.stdout == "/tmp/job-state-listener\n"
+
+
+def test_system_without_fork_is_one_line(tmp_path):
+    program = "import os, runpy, sys; del os.fork; sys.argv = ['listener.py', 'check']; "
+    program += f"runpy.run_path({str(ROOT / 'listener.py')!r}, run_name='__main__')"
+    ended = python("-c", program, cwd=tmp_path)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == (
+        "error: this runs on Linux, and on macOS for development; on Windows use Docker or WSL\n"
+    )
 
 
 # --- through the command -------------------------------------------------------------------

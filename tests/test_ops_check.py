@@ -32,6 +32,12 @@ def test_no_listener_is_not_ok_and_says_what_to_start(database, run_command, tmp
     )
 
 
+@pytest.mark.parametrize("name", ["LISTENER_ENABLED", "ENABLE_JOB_STATE_LISTENER"])
+def test_no_listener_where_it_is_off_names_the_setting(database, run_command, name):
+    told = line(run_command(database, "check", **{name: "false"}), 1)
+    assert told.endswith(f"; it is off by {name}=false in the environment")
+
+
 def test_heartbeats_that_cannot_be_read_are_not_taken_for_none(database, run_command):
     told = line(run_command(database, "check", HEARTBEAT_DIR="/" + "x" * 300), 1)
     assert told.startswith("the heartbeats cannot be read ([Errno 36] File name too long: ")
