@@ -15,7 +15,7 @@ import psycopg2
 import psycopg2.extensions
 import psycopg2.extras
 
-from config import require_database
+import config
 
 CHANNEL = "job_state_changed"
 # For our own commands: "look now", without pretending that a job changed.
@@ -54,12 +54,16 @@ PINNED = {
     "enable_hashjoin": "off",
     "enable_mergejoin": "off",
     "enable_sort": "off",
+    "enable_indexscan": "on",
+    "enable_indexonlyscan": "on",
+    "enable_nestloop": "on",
     "plan_cache_mode": "force_generic_plan",
 }
 # For a person's query, and for one that reads all of jobs.
 UNPINNED = "".join(f"SET LOCAL {name} = DEFAULT; " for name in PINNED)
 # lock_timeout is shorter than deadlock_timeout: where a listener and the application would
-# wait for each other, the listener gives way. The isolation may be anything by default.
+# wait for each other, the listener gives way. ALTER ROLE or ALTER DATABASE may have set any of
+# these: what could end or cut our session, or change what it answers, is set here.
 SESSION = {
     "jit": "off",
     "default_transaction_isolation": "read committed",
@@ -67,7 +71,14 @@ SESSION = {
     "statement_timeout": "8s",
     "lock_timeout": "500ms",
     "idle_in_transaction_session_timeout": "60s",
+    "IntervalStyle": "postgres",
+    "extra_float_digits": "1",
+    "array_nulls": "on",
+    "quote_all_identifiers": "off",
 }
+# The same, from a version of the server on (PostgreSQL 14 is 140000). A session that rests is no
+# fault, and statement_timeout bounds our transactions, none of which waits for anything else.
+SINCE = {140000: {"idle_session_timeout": "0"}, 170000: {"transaction_timeout": "0"}}
 # When the server notices that a listener vanished with its host: by default after two hours.
 # Behind a pooler it is the pooler's connection, and none of our business.
 PEER = {
@@ -149,14 +160,14 @@ def connect(
         SettingsError: no database is configured.
         ConnectionLost: it cannot be reached, whatever the reason.
     """
-    require_database(settings)
+    config.require_database(settings)
     reasons = []
     for target in targets(settings):
         trying(target.get("host") or target.get("hostaddr") or "")
         try:
             conn = connect_to({"application_name": name} | CONNECTION | target)
         except psycopg2.Error as error:
-            reasons.append(" ".join(str(error).split()))
+            reasons.append(" ".join(str(error).split()) + hint(settings, str(error)))
             continue
         conn.stop = stop
         try:
@@ -167,6 +178,17 @@ def connect(
             raise
         return conn
     raise ConnectionLost("; ".join(reasons))
+
+
+def hint(settings: SimpleNamespace, reason: str) -> str:
+    """What a person may not think of, after some reasons for which a server refuses."""
+    if "session is read-only" in reason:
+        # Not overruled: it is how a database is closed to writes before it is moved elsewhere.
+        return " (a standby, or default_transaction_read_only is set for the role or the database)"
+    quoted = not settings.DATABASE_URL and config.in_quotes(settings.DB_PASSWORD or "")
+    if quoted and "authentication failed" in reason:
+        return " (DB_PASSWORD has quotes around it, which `docker --env-file` keeps)"
+    return ""
 
 
 def targets(settings: SimpleNamespace) -> Iterator[dict[str, str]]:
@@ -216,6 +238,9 @@ def connect_to(options: dict[str, Any]) -> Connection:
 def prepare_session(conn: Connection, session: dict[str, str]) -> None:
     """Set the session up, in a way that also holds behind a pooler."""
     pooled = is_pooled(conn)
+    for version, more in SINCE.items():
+        if conn.info.server_version >= version:
+            session = session | more
     setting = "SET LOCAL {} = '{}'; " if pooled else "SET {} = '{}'; "
     session = session if pooled else session | PEER
     commands = "".join(setting.format(name, value) for name, value in session.items())
