@@ -175,7 +175,7 @@ def module():
     Raises:
         SettingsError: there is none, or it cannot be used.
     """
-    name = getattr(config.settings(), "PIPELINE_MODULE", "stages")
+    name = config.settings().PIPELINE_MODULE
     try:
         found = importlib.import_module(name)
         pipeline = found.PIPELINE

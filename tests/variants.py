@@ -46,6 +46,9 @@ PIPELINE = {
 }
 
 
+OWED = "SELECT table_name, job_id::text, stage FROM stage_calls ORDER BY 1, 2, 3"
+
+
 class Variants:
     """Rows of jobs_variants in a test's database."""
 
@@ -66,8 +69,7 @@ class Variants:
 
     def owed(self) -> list[tuple]:
         """What is owed: (table, id, stage), the joins' too."""
-        return [tuple(row) for row in self.database.rows(
-            "SELECT table_name, job_id::text, stage FROM stage_calls ORDER BY 1, 2, 3")]  # fmt: skip
+        return [tuple(row) for row in self.database.rows(OWED)]
 
 
 @pytest.fixture
