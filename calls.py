@@ -642,6 +642,20 @@ def give_up_first(conn, stage: str, error: str) -> str | None:
     return row and row.job_id
 
 
+REVIVE = """
+UPDATE stage_calls SET due_at = now() + interval '1 second', free_attempts = free_attempts + 1
+WHERE (job_id, call_id) = (
+    SELECT job_id, call_id FROM stage_calls
+    WHERE job_id = %(job_id)s AND call_id = %(call_id)s AND due_at = 'infinity'
+    FOR UPDATE SKIP LOCKED)
+"""
+
+
+def revive(conn, result: Result) -> None:
+    """Make a call due again that was given up, though the fault was its stage's."""
+    execute(conn, REVIVE, {"job_id": result.job_id, "call_id": result.call_id})
+
+
 # Claims of this listener that it never began: their answer was lost, or their lease would not
 # have covered the call. They are due again, so the other listeners are told to look. Where the
 # application holds the row of a call its lease stays, for another time; where it is gone, nothing

@@ -15,7 +15,7 @@ import select
 import socket
 import sys
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +34,7 @@ import pipeline
 import trigger
 from alerts import Alerts
 from calls import PAID, Result, Turn, Wanted
+from health import StageHealth
 from heartbeat import Heartbeat
 from ops.stage import StageName
 from pipeline import Call
@@ -55,8 +56,6 @@ AGAIN_EVERY = 1.0
 MARKED_FOR = 1.0
 # After a lost connection, a statement that was sent on it may still take effect for so long.
 DOUBTFUL = 600.0
-# After so many calls of a stage without an answer, one at a time until it answers.
-UNANSWERED = 2
 # Accepted calls that are remembered, should a new primary have forgotten them.
 REMEMBERED = 10_000
 
@@ -80,7 +79,7 @@ class Listener:
         self.unwritten: list[Result] = []  # outlive the connection
         self.locked: list[Result] = []  # recorded, but the stage still holds the row of the call
         self.accepted: OrderedDict[tuple, None] = OrderedDict()
-        self.unanswered: Counter[str] = Counter()  # by stage, one after the other
+        self.health = StageHealth(settings, self.alerts)
         self.was_full = False  # the last claim found a call for every idle worker
         self.marks: dict[str, Any] = {}  # by stage: when the last claimed call was due
 
@@ -218,7 +217,7 @@ class Listener:
         except psycopg2.Error as error:
             log.warning("한 건씩 다시 시도: %s", " ".join(str(error).split()))
             turn = calls.in_parts(conn, self.unwritten, wanted, free, self.name)
-        self.settled(turn)
+        self.settled(conn, turn)
         self.plan(conn, turn, free, sweep)
         return self.claimed(conn, turn, began)
 
@@ -228,17 +227,16 @@ class Listener:
             self.marks, self.marked_at = {}, now
         found = []
         for stage in self.order:
-            limits, most = self.limits[stage], free
-            if self.unanswered[stage] >= UNANSWERED:
-                most = max(0, 1 - sum(call.stage == stage for call in self.workers.calls))
-            if most:
+            limits = self.limits[stage]
+            under_way = sum(call.stage == stage for call in self.workers.calls)
+            if most := self.health.most(stage, free, under_way):
                 lease = limits.timeout + self.settings.LEASE_MARGIN
                 share = -(-free // len(self.order))
                 found.append(Wanted(stage, lease, most, share, limits.max_running is not None,
                                     self.marks.get(stage)))  # fmt: skip
         return found
 
-    def settled(self, turn: Turn) -> None:
+    def settled(self, conn: db.Connection, turn: Turn) -> None:
         """The results are in the database; those whose row is locked are settled again later."""
         self.reason, self.repeats = "", 0
         again = set(turn.unsettled)
@@ -247,6 +245,12 @@ class Listener:
         if any(result.delay is not None for result in self.unwritten):
             self.due_at = 0.0
         self.unwritten = []
+        for result in self.health.revived:
+            log.warning(
+                "포기한 호출을 되살림 (단계의 문제): job=%s stage=%s", result.job_id, result.stage
+            )
+            calls.revive(conn, result)
+        self.health.revived = []
 
     def tell_failed(self, conn: db.Connection) -> None:
         """Tell people of the calls that have failed: given up, or set failed by their stage."""
@@ -372,20 +376,20 @@ class Listener:
         """Whatever is announced only means: look now. A statement may have read it already."""
         if heard := self.hearing.hear(conn):
             self.look_at = 0.0
+            if db.WAKE_CHANNEL in heard:
+                self.due_at = 0.0  # a hold may have ended before its time
             if db.JOIN_CHANNEL in heard and pipeline.joins():
                 self.join_at = 0.0
 
     def collect(self, ready: list) -> None:
         """Take the results of calls that have ended."""
         for call, ended in self.workers.collect(ready):
+            ended = self.health.revised(call, ended)
             trigger.log_end(call, ended)
             if ended.outcome == "released":
                 self.doubtful_until = max(self.doubtful_until, time.monotonic() + AGAIN_EVERY)
                 self.look_at = self.again_at = 0.0
                 continue
-            answered = ended.http_status is not None
-            if answered or ended.outcome == "unknown":
-                self.unanswered[call.stage] = 0 if answered else self.unanswered[call.stage] + 1
             self.keep(call, ended)
 
     def keep(self, call: Call, ended: Result) -> None:

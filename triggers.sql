@@ -37,7 +37,7 @@ DECLARE
     fields text;  -- of the notification
     -- An id of any length fits into the index of its own table, but not into one of more columns.
     too_long constant text := (
-        SELECT CASE WHEN typlen < 0 THEN 'octet_length(%s::text) > 2000' ELSE 'false' END
+        SELECT CASE WHEN typlen < 0 THEN 'octet_length(%s::text) > 2600' ELSE 'false' END
         FROM pg_attribute JOIN pg_type ON pg_type.oid = atttypid
         WHERE attrelid = 'stage_calls'::regclass AND attname = 'job_id');
 BEGIN
@@ -118,7 +118,7 @@ BEGIN
               AND (c.current_step IS DISTINCT FROM NEW.current_step::text
                    OR c.status IS DISTINCT FROM NEW.status::text);
         ELSIF %8$s THEN
-            RAISE WARNING 'Job State Listener: an id of more than 2,000 bytes, no call is recorded';
+            RAISE WARNING 'Job State Listener: an id of more than 2,600 bytes, no call is recorded';
         ELSIF NEW.%4$I IS NOT NULL THEN
             -- Nearly always there is no open call, and without the clauses for one the
             -- trigger costs a twentieth less.

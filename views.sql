@@ -98,7 +98,7 @@ BEGIN
         SELECT %1$L::text AS table_name, r.%2$I::%10$s AS id, %3$s AS tenant_id,
                r.current_step::text AS current_step, r.status::text AS status, %4$s AS changed_at,
                place.stage, place.timeout, place.kind
-        FROM %5$I.%6$I AS r%7$s
+        FROM (SELECT NULL::timestamptz AS updated_at) AS absent CROSS JOIN %5$I.%6$I AS r%7$s
         JOIN place ON place.table_name = %1$L AND place.current_step = r.current_step::text
                   AND place.status = r.status::text$rows$,
         t.name, t.id_column,
@@ -106,12 +106,11 @@ BEGIN
                  'p.' || quote_ident(p.tenant_column) || '::text', 'NULL::text'),
         -- Where a row says when it last changed, that counts; it need not. A timestamp without
         -- time zone may be any zone's, and a time to come is wrong.
-        CASE WHEN EXISTS (SELECT FROM pg_attribute
-                          WHERE attrelid = to_regclass(format('%I', t.name))
-                            AND attname = 'updated_at' AND NOT attisdropped
-                            AND atttypid = 'timestamptz'::regtype)
-             THEN 'CASE WHEN r.updated_at <= now() THEN r.updated_at END'
-             ELSE 'NULL::timestamptz' END,
+        -- The name is that of `absent` where the table has no such column, or has it no more.
+        format('(SELECT c.at FROM (SELECT CASE WHEN pg_typeof(updated_at) = ''timestamptz''::regtype'
+               ' THEN (to_jsonb(updated_at) #>> ''{}'')::timestamptz END AS at'
+               ' FROM %I.%I AS x WHERE x.%I = r.%I LIMIT 1) AS c WHERE c.at <= now())',
+               schema, t.name, t.id_column, t.id_column),
         schema, t.name,
         CASE WHEN t.tenant_column IS NULL AND p.tenant_column IS NOT NULL
              THEN format(' LEFT JOIN %I.%I AS p ON p.%I = r.%I', schema, p.name, p.id_column,

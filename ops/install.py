@@ -111,7 +111,7 @@ BEGIN
     EXECUTE format('GRANT USAGE ON SCHEMA %%I TO %%I', current_schema(), %(reader)s);
     EXECUTE format('GRANT SELECT ON pipeline_overview, stage_latency, given_up_calls TO %%I',
                    %(reader)s);
-    EXECUTE format('GRANT EXECUTE ON FUNCTION stalled_jobs() TO %%I', %(reader)s);
+    EXECUTE format('GRANT EXECUTE ON FUNCTION stalled_jobs(), resting_rows() TO %%I', %(reader)s);
 END
 $do$;
 """

@@ -15,9 +15,13 @@ SELECT a.attname AS name,
        EXISTS (SELECT FROM pg_index AS i
                WHERE i.indrelid = a.attrelid AND i.indisvalid AND i.indpred IS NULL
                  AND i.indkey[0] = a.attnum) AS is_indexed,
-       EXISTS (SELECT FROM pg_index AS i
-               WHERE i.indrelid = a.attrelid AND i.indisvalid AND i.indisunique
-                 AND i.indpred IS NULL AND i.indnkeyatts = 1 AND i.indkey[0] = a.attnum)
+       -- A partitioned table can have no such index, unless it is partitioned by its id.
+       c.relkind = 'p' AND EXISTS (
+               SELECT FROM pg_index AS i
+               WHERE i.indrelid = a.attrelid AND i.indisvalid AND i.indkey[0] = a.attnum)
+           OR EXISTS (SELECT FROM pg_index AS i
+                      WHERE i.indrelid = a.attrelid AND i.indisvalid AND i.indisunique
+                        AND i.indpred IS NULL AND i.indnkeyatts = 1 AND i.indkey[0] = a.attnum)
            AS is_unique,
        EXISTS (SELECT FROM pg_opclass AS o JOIN pg_am AS m ON m.oid = o.opcmethod
                WHERE m.amname = 'btree' AND o.opcdefault
@@ -25,6 +29,7 @@ SELECT a.attname AS name,
                       SELECT FROM pg_cast AS c WHERE c.castsource = a.atttypid
                         AND c.casttarget = o.opcintype AND c.castmethod = 'b'))) AS is_comparable
 FROM pg_attribute AS a JOIN pg_type AS t ON t.oid = a.atttypid
+JOIN pg_class AS c ON c.oid = a.attrelid
 WHERE a.attrelid = %(table)s::regclass AND a.attnum > 0 AND NOT a.attisdropped
 """
 
@@ -53,7 +58,10 @@ def faults(conn) -> Iterator[str]:
             if table.name != pipeline.JOBS.name:  # which schema.sql makes
                 yield f"there is no table {table.name} beside jobs"
             continue
-        columns = {row.name: row for row in db.execute(conn, COLUMNS, {"table": place.name})}
+        columns = {
+            row.name: row
+            for row in db.execute(conn, COLUMNS, {"table": place.name, "tenant": table.tenant})
+        }
         needed = [
             table.id,
             table.tenant,

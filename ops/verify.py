@@ -83,16 +83,20 @@ SELECT string_agg(needed.privilege || ' on ' || needed.name, ', ') AS missing
 FROM (SELECT name, 'SELECT' FROM pipeline_tables
       UNION ALL
       VALUES ('pipeline_tables', 'SELECT'), ('pipeline_stages', 'SELECT'),
-             ('pipeline_stages', 'UPDATE'), ('stage_calls', 'SELECT'), ('stage_calls', 'INSERT'),
-             ('stage_calls', 'UPDATE'), ('stage_calls', 'DELETE'), ('stage_looks', 'SELECT'),
-             ('stage_looks', 'INSERT'), ('stage_looks', 'DELETE'), ('stage_joins', 'SELECT'),
-             ('stage_joins', 'INSERT'), ('stage_joins', 'UPDATE'), ('stage_joins', 'DELETE'),
+             ('pipeline_stages', 'UPDATE'), ('stage_calls', 'SELECT'), ('stage_calls', 'UPDATE'),
+             ('stage_calls', 'DELETE'),
              ('stage_limits', 'SELECT'), ('stage_limits', 'UPDATE'), ('stage_leases', 'SELECT'),
              ('stage_leases', 'INSERT'), ('stage_leases', 'UPDATE'), ('stage_leases', 'DELETE'),
              ('stage_attempts', 'SELECT'), ('stage_attempts', 'INSERT'),
              ('stage_attempts', 'DELETE'), ('stage_totals', 'SELECT'), ('stage_totals', 'INSERT'),
              ('stage_totals', 'UPDATE'), ('stage_totals_mark', 'SELECT'),
              ('stage_totals_mark', 'UPDATE'), ('job_state_listener_schema', 'SELECT')
+      UNION ALL
+      SELECT * FROM (VALUES
+          ('stage_calls', 'INSERT'), ('stage_looks', 'SELECT'), ('stage_looks', 'INSERT'),
+          ('stage_looks', 'DELETE'), ('stage_joins', 'SELECT'), ('stage_joins', 'INSERT'),
+          ('stage_joins', 'UPDATE'), ('stage_joins', 'DELETE')) AS for_joins
+      WHERE EXISTS (SELECT FROM pipeline_stages WHERE join_of <> '')
      ) AS needed (name, privilege)
 WHERE NOT has_table_privilege(to_regclass(needed.name), needed.privilege)
 """

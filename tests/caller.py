@@ -23,6 +23,7 @@ from ops.install import apply
 from trigger import boottime
 
 WITHOUT_HOLDS = "UPDATE pipeline_stages SET held_until = now() - interval '1 second'"
+CALL_OF = "SELECT call_id FROM stage_calls WHERE job_id = %s AND join_of = ''"
 
 
 @contextmanager
@@ -70,13 +71,16 @@ class Caller:
     def claim(self, only: object = None) -> pipeline.Call | None:
         """Settle what there is and claim the next due call, or what the job `only` owes."""
         listener = self.listener
+        if only is not None:
+            only = (only, self.database.value(CALL_OF, only))
         while True:
             began = boottime()
             wanted = listener.wanted(1, time.monotonic(), sweep=True)
+            listener.tell_failed(self.conn)
             turn = calls.settle_and_claim(
                 self.conn, listener.unwritten, wanted, 1, listener.name, sweep=True, only=only
             )
-            listener.settled(turn)
+            listener.settled(self.conn, turn)
             if found := listener.claimed(self.conn, turn, began):
                 return found[0]
             if not turn.claimed:
@@ -85,16 +89,17 @@ class Caller:
     def run(self, call: pipeline.Call) -> Result:
         """Have `call` made, as a worker does; its result is kept."""
         trigger.log_begin(call)
-        ended = self.trigger.run(call)
+        ended = self.listener.health.revised(call, self.trigger.run(call))
         trigger.log_end(call, ended)
         self.listener.keep(call, ended)
         return ended
 
     def settle(self, conn=None) -> None:
         """Write what is unwritten."""
+        self.listener.tell_failed(conn or self.conn)
         unwritten, name = self.listener.unwritten, self.listener.name
         turn = calls.settle_and_claim(conn or self.conn, unwritten, [], 0, name)
-        self.listener.settled(turn)
+        self.listener.settled(self.conn, turn)
 
     def call(self) -> SimpleNamespace:
         """Claim the due call, run it, settle it: the row that the history has of it."""

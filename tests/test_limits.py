@@ -374,7 +374,7 @@ def test_listener_does_not_start_with_another_limit_than_the_database(database, 
     done = run_command(database, "run", "--once")
     database.rows("UPDATE pipeline_stages SET max_running = NULL")
     assert done.code == 2
-    differ = "yolo_detect, done → planner in stages.py, planner (max_running 2) in the database"
+    differ = "(yolo_detect, done) → planner in stages.py, planner (max_running 2) in the database"
     assert differ in done.out
 
 

@@ -68,14 +68,20 @@ def parameters(database, conn) -> dict:
     now = str(database.value("SELECT now()"))
     results = [Result(job, 1, 1, "vlm_analyze", "w", now, "retry", delay=5.0)]
     both = dict.fromkeys(("results", "failures"), calls.as_json(conn, results))
-    given = both | {"only": job, "free": 8, "worker": "w", "accepted": "{}", "accepted_at": "{}"}
+    given = both | {
+        "only": job,
+        "only_call": 1,
+        "free": 8,
+        "worker": "w",
+        "accepted": "{}",
+        "accepted_at": "{}",
+    }
     given |= calls.places(wanted(most=8, share=2)) | {"sweep": False, "asked_at": now}
     return given | {"days": 30, "batch": 100, **upkeep.BOUNDS}
 
 
 BY_DUE = "Index Scan using stage_calls_due_idx on stage_calls"
 BY_JOB = "Index Scan using stage_calls_pkey on stage_calls"
-JOB = "Index Scan using jobs_pkey on jobs"
 HISTORY = "Index Scan using stage_attempts_pkey on stage_attempts"
 BY_TIME = "Index Scan using stage_attempts_finished_idx on stage_attempts"
 PLANS = {
@@ -84,8 +90,8 @@ PLANS = {
     calls.LIFT: set(),
     calls.HOLD: set(),
     calls.LOCK_LIMITS: set(),
-    calls.CLAIM: {BY_DUE, BY_JOB, JOB, HISTORY},
-    calls.CLAIM_BY_HAND: {BY_JOB, JOB, HISTORY},
+    calls.CLAIM: {BY_DUE, BY_JOB, HISTORY},
+    calls.CLAIM_BY_HAND: {BY_JOB, HISTORY},
     calls.NEXT_DUE: {BY_DUE},
     upkeep.COUNT: {BY_TIME},
     upkeep.PRUNE: {BY_TIME, "Tid Scan on stage_attempts"},

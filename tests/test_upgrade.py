@@ -28,10 +28,16 @@ def install_released(database, version: int) -> None:
     database.conn.cursor().execute(read(f"version_{version}.sql"))
 
 
+# Columns that are new in version 3, and what an earlier one's rows have there.
+NEW = {"table_name": "jobs", "join_of": "", "child_table": None, "spent": None}
+
+
 def rows_of(database, table: str, columns: str = "*") -> list[dict]:
-    """All rows of a table, whatever order its columns are in."""
+    """All rows of a table, whatever order its columns are in, but for those that are NEW."""
     found = database.rows(f"SELECT {columns} FROM {table} AS t ORDER BY t::text")
-    return [row._asdict() for row in found]
+    rows = [row._asdict() for row in found]
+    assert all(row.pop(name, value) == value for row in rows for name, value in NEW.items())
+    return rows
 
 
 class OldWorker:
@@ -126,8 +132,8 @@ def test_upgrade_keeps_what_is_owed_leased_given_up_and_held(database, old):
     for table in OURS:
         if table != "stage_leases":
             assert rows_of(database, table) == before[table]
-    leases = database.rows("SELECT * FROM stage_leases WHERE NOT unanswered ORDER BY call_id")
-    kept = [lease._asdict() for lease in leases]
+    leases = [lease for lease in rows_of(database, "stage_leases") if not lease["unanswered"]]
+    kept = sorted(leases, key=lambda lease: lease["call_id"])
     expected = sorted(before["stage_leases"], key=lambda lease: lease["call_id"])
     assert [lease | {"unanswered": False} for lease in expected] == kept
     assert database.rows("SELECT * FROM stage_limits") == [("planner", 2)]
@@ -253,6 +259,55 @@ def test_upgrade_from_the_first_release_keeps_everything(each_server, make_datab
         assert [row.key for row in claim_many(conn, 8).claimed] == [owed]
         database.rows(LEASE_OVER)
         assert claim(conn, only=in_hand).taken_over
+
+
+# --- from version 2 ------------------------------------------------------------------------
+
+
+def test_upgrade_gives_the_calls_of_version_2_their_table(each_server, make_database):
+    database = make_database(each_server, installed=False)
+    install_released(database, 2)
+    owed, in_hand, running, given_up, unanswered = (database.add_job() for _ in range(5))
+    calling = "UPDATE stage_calls SET worker = 'old', attempts = 1, due_at = now() + interval '1 h'"
+    leased = ("INSERT INTO stage_leases SELECT job_id, call_id, 1, stage, 'old', now(), now()"
+              " + interval '1 h', %s FROM stage_calls WHERE job_id = %s")  # fmt: skip
+    for job in (in_hand, running):
+        database.rows(f"{calling} WHERE job_id = %s", job)
+        database.rows(leased, False, job)
+    database.rows("UPDATE stage_calls SET attempts = 1, due_at = now() + interval '1 h'"
+                  " WHERE job_id = %s", unanswered)  # fmt: skip
+    database.rows(leased, True, unanswered)
+    database.move(running, "vlm_analyze", "running")
+    database.rows("UPDATE stage_calls SET due_at = 'infinity', attempts = 5 WHERE job_id = %s",
+                  given_up)  # fmt: skip
+    database.rows("INSERT INTO stage_attempts SELECT job_id, call_id, 5, stage, 'old', now(),"
+                  " now(), 400, 'failed' FROM stage_calls WHERE job_id = %s", given_up)  # fmt: skip
+    tables = ("pipeline_stages", "stage_calls", "stage_leases", "stage_attempts")
+    before = [rows_of(database, table) for table in tables]
+    upgrade(database)
+    assert [rows_of(database, table) for table in tables] == before
+    with connected(database) as conn:
+        assert migrations.version(conn) == migrations.LATEST
+        # What may be under way is not claimed, and what the old listener has is settled by it.
+        [row] = claim_many(conn, 8).claimed
+        assert row.key == owed
+        settle(conn, result(row))
+        database.rows(LEASE_OVER)
+        taken = claim_many(conn, 8).claimed
+        assert {row.key for row in taken} == {in_hand, unanswered}
+        settle(conn, *map(result, taken))
+    assert [row.job_id for row in database.rows("SELECT job_id FROM stage_calls")] == [given_up]
+
+
+def test_upgrade_from_version_2_twice_changes_nothing_more(each_server, make_database):
+    database = make_database(each_server, installed=False)
+    install_released(database, 2)
+    upgrade(database)
+    before = database.rows("SELECT oid, relname, relfilenode FROM pg_class WHERE relname ~ 'stage'")
+    upgrade(database)
+    assert before == database.rows(
+        "SELECT oid, relname, relfilenode FROM pg_class WHERE relname ~ 'stage'"
+    )
 
 
 # --- versions ------------------------------------------------------------------------------
