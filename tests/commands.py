@@ -4,11 +4,14 @@ import contextlib
 import io
 import logging
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import launcher
 import pytest
 
 import config
@@ -50,9 +53,12 @@ def run(
         python: the interpreter's own options, such as ("-m", "pdb").
     """
     ours = {k: v for k, v in os.environ.items() if k not in config.SETTINGS and k[:2] != "PG"}
+    environ = ours | environ
+    if not python and launcher.can_launch(environ):
+        return Done(*launched(environ, directory, args, stdin))
     done = subprocess.run(
         [sys.executable, *python, str(ROOT / "listener.py"), *args],
-        env=ours | environ,
+        env=environ,
         cwd=directory,
         input=stdin,
         capture_output=True,
@@ -60,6 +66,25 @@ def run(
         timeout=60,
     )
     return Done(done.returncode, done.stdout, done.stderr)
+
+
+def launched(
+    environ: dict[str, str], directory: Path, args: tuple[str, ...], stdin: str
+) -> tuple[int, str, str]:
+    """The exit code and what was written, by way of files: no pipe that could fill."""
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
+        files[0].write(stdin.encode())
+        files[0].seek(0)
+        process = launcher.Launched(args, environ, directory, [file.fileno() for file in files])
+        try:
+            code = process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            raise
+        for file in files[1:]:
+            file.seek(0)
+        return code, *(file.read().decode() for file in files[1:])
 
 
 def run_here(environ: dict[str, str], *args: str) -> Done:

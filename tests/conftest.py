@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import commands
+import launcher
 import psycopg2
 import psycopg2.extras
 import pytest
@@ -28,10 +29,13 @@ from demo.database import EmbeddedDatabase, available_majors
 from demo.stage_api import StageApi
 from ops.install import apply
 
+# The programs that the tests start should not compile every module anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 pytest_plugins = ["busy", "caller", "variants"]
 
-ROOT = Path(__file__).parent.parent
-PROGRAM = ROOT / "listener.py"
+PROGRAM = launcher.PROGRAM
+ROOT = PROGRAM.parent
 # Long enough for a busy machine; nothing waits this long unless it fails.
 PATIENCE = 60.0
 
@@ -173,15 +177,19 @@ class Listener:
         self.lines: list[str] = []
         self.workers: dict[int, str | None] = {}  # pid: when it started
         self._arrived: queue.Queue[str | None] = queue.Queue()
-        self.process = subprocess.Popen(
-            [*within, sys.executable, str(program), *args],
-            env={k: v for k, v in os.environ.items() if k not in config.SETTINGS} | environ,
-            cwd=directory,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            encoding="utf-8",
-        )
+        environ = {k: v for k, v in os.environ.items() if k not in config.SETTINGS} | environ
+        if within or program != PROGRAM or not launcher.can_launch(environ):
+            self.process = subprocess.Popen(
+                [*within, sys.executable, str(program), *args],
+                env=environ,
+                cwd=directory,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                encoding="utf-8",
+            )
+        else:
+            self.process = launcher.start(args, environ, directory)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 

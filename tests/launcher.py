@@ -1,0 +1,145 @@
+"""`python listener.py …` in a fork of a process that has imported the program already.
+
+Importing takes half a second of CPU, and the tests start the program a thousand times. The fork is
+a process of its own in all else: it has its environment, directory and standard streams, and runs
+the same file as `__main__`.
+"""
+
+import gc
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+PROGRAM = Path(__file__).parent.parent / "listener.py"
+# Variables that only a new interpreter reads.
+READ_AT_START = ("PYTHON", "LC_", "LANG", "LD_")
+
+
+class Launched:
+    """A running program, with what the tests use of subprocess.Popen."""
+
+    def __init__(self, args: tuple, environ: dict, directory: Path, streams: list[int]):
+        request = json.dumps([[str(PROGRAM), *args], environ, str(directory)]).encode()
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            socket.send_fds(_launcher(), [request], [theirs.fileno(), *streams])
+        self.pid = int(self._socket.recv(10))
+        self.returncode: int | None = None
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            self._socket.settimeout(timeout)
+            try:
+                self.returncode = int(self._socket.recv(10))
+            except (TimeoutError, BlockingIOError):
+                raise subprocess.TimeoutExpired("listener.py", timeout) from None
+            self._socket.close()
+        return self.returncode
+
+    def poll(self) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def start(args: tuple, environ: dict, directory: Path) -> Launched:
+    """A program with its two outputs in one, to be read line by line from `stdout`."""
+    read, write = os.pipe()
+    with open(os.devnull) as nothing:
+        process = Launched(args, environ, directory, [nothing.fileno(), write, write])
+    os.close(write)
+    process.stdout = open(read, encoding="utf-8")  # noqa: SIM115
+    return process
+
+
+def can_launch(environ: dict) -> bool:
+    """False where a variable differs that only a new interpreter reads."""
+    changed = {name for name, _ in environ.items() ^ os.environ.items()}
+    return not any(name.startswith(READ_AT_START) for name in changed)
+
+
+@cache
+def _launcher() -> socket.socket:
+    """Where a launcher of this process takes requests; it ends when this process does."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        streams = {"stdin": theirs, "stdout": subprocess.DEVNULL}
+        subprocess.Popen([sys.executable, __file__], **streams)
+    return ours
+
+
+def serve(requests: socket.socket) -> None:
+    """For every request, fork a process that forks the program and tells how it ended."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes in between
+    while True:
+        request, descriptors, _, _ = socket.recv_fds(requests, 1 << 18, 4)
+        if not request:
+            return
+        if os.fork() == 0:
+            requests.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            return launch(*json.loads(request), *descriptors)
+        close(descriptors)
+
+
+def launch(argv: list, environ: dict, directory: str, answer: int, *streams: int) -> None:
+    pid = os.fork()
+    if pid == 0:
+        os.close(answer)
+        return become(argv, environ, directory, streams)
+    close(streams)
+    with socket.socket(fileno=answer) as caller:
+        caller.send(str(pid).encode())
+        _, status = os.waitpid(pid, 0)
+        caller.send(str(os.waitstatus_to_exitcode(status)).encode())
+    os._exit(0)
+
+
+def become(argv: list, environ: dict, directory: str, streams: tuple) -> None:
+    """What exec does, for a program that is in memory."""
+    for number, descriptor in enumerate(streams):
+        os.dup2(descriptor, number)
+    close(streams)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    errors = {"buffering": 1, "errors": "backslashreplace"}
+    sys.stderr = open(2, "w", closefd=False, **errors)  # noqa: SIM115
+    os.chdir(directory)
+    os.environ.clear()
+    os.environ.update(environ)
+    time.tzset()
+    sys.argv = argv
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    main.__file__ = argv[0]
+    exec(CODE, vars(main))
+
+
+def close(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(PROGRAM.parent)
+    import listener  # noqa: F401
+    import ops
+
+    for name in ops.COMMANDS.values():
+        importlib.import_module(f"ops.{name}")
+    CODE = compile(PROGRAM.read_bytes(), PROGRAM, "exec")
+    gc.freeze()
+    serve(socket.socket(fileno=os.dup(0)))
