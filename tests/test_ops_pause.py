@@ -114,7 +114,7 @@ def test_call_under_way_is_finished_and_does_not_touch_the_pause(
 
 def test_resume_ends_a_hold_that_nobody_asked_for(database, api, listener, run_command):
     api.on("planner", lambda _: Answer(503, headers={"Retry-After": "3000"}))
-    listener(database, api=api)
+    listener(database, api=api, SWEEP_INTERVAL=1)
     job = database.add_job("yolo_detect", "done")
     database.wait_for("SELECT held_until > now() FROM pipeline_stages WHERE stage = 'planner'")
     api.on("planner", None)
