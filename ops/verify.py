@@ -211,8 +211,11 @@ def check_listen(conn, settings) -> str:
         raise Bad("notifications do not arrive: a transaction pooler sits in between", mend)
     notifications.listen(conn)
     db.execute(conn, f'NOTIFY "{db.WAKE_CHANNEL}"')
-    select.select([conn], [], [], 1.0)
-    if not notifications.hear(conn):
+    heard = notifications.hear(conn)  # most often it comes with the answer to NOTIFY
+    if not heard:
+        select.select([conn], [], [], 1.0)
+        heard = notifications.hear(conn)
+    if not heard:
         raise Bad("our own notification did not arrive", "python listener.py verify, once more")
     used = db.execute(conn, QUEUE).fetchone()[0]
     if used >= 50:
