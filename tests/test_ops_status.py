@@ -206,12 +206,14 @@ def test_status_shows_the_oldest_calls_and_how_many_more(
     with gate(api):
         listener(database, "run", "--workers", "12", api=api)
         wait_until_idle(tmp_path)
-        jobs = [database.add_job("img_gen", "done") for _ in range(12)]
-        for job in jobs:
-            wait_for_call(api, job)
+        oldest = database.add_job("img_gen", "done")
+        wait_for_call(api, oldest)  # those that are claimed together are of one age
+        for _ in range(11):
+            database.add_job("img_gen", "done")
+        api.wait_for(lambda api: len(api.calls()) == 12, PATIENCE)
         making, *calls, more = status(run_command, database).listeners
     assert making[2] == "12 calls under way"
-    assert len(calls) == 10 and calls[0][1] == f"vlm_analyze {jobs[0]}"
+    assert len(calls) == 10 and calls[0][1] == f"vlm_analyze {oldest}"
     assert more == ["and 2 more"]
 
 

@@ -117,7 +117,8 @@ def test_call_that_meddles_with_its_process_succeeds_and_so_does_the_next(
 
 
 def test_programs_that_a_call_starts_obey_sigterm(database, api, listener, tmp_path):
-    body = "print('ended with', subprocess.call(['sh', '-c', 'kill -TERM $$; sleep 600']))\n"
+    command = "['sh', '-c', 'kill -TERM $$; sleep 600']"
+    body = f"print('ended with %d\\n' % subprocess.call({command}), end='')\n"
     process = listener(database, api=api, program=program(tmp_path, body + POST, 60))
     database.add_job("overlay")
     process.wait_for_line(f"ended with {-signal.SIGTERM}")
