@@ -72,11 +72,12 @@ def launched(
     environ: dict[str, str], directory: Path, args: tuple[str, ...], stdin: str
 ) -> tuple[int, str, str]:
     """The exit code and what was written, by way of files: no pipe that could fill."""
+    argv = [str(ROOT / "listener.py"), *args]
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
         files[0].write(stdin.encode())
         files[0].seek(0)
-        process = launcher.Launched(args, environ, directory, [file.fileno() for file in files])
+        process = launcher.Launched(argv, environ, directory, [file.fileno() for file in files])
         try:
             code = process.wait(60)
         except subprocess.TimeoutExpired:

@@ -34,13 +34,18 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 pytest_plugins = ["busy", "caller", "variants"]
 
-PROGRAM = launcher.PROGRAM
-ROOT = PROGRAM.parent
+ROOT = Path(__file__).parent.parent
+PROGRAM = ROOT / "listener.py"
 # Long enough for a busy machine; nothing waits this long unless it fails.
 PATIENCE = 60.0
 MAJORS = available_majors()
 
 _number = itertools.count(1)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """For `-n auto`: a test waits as long as it works, so two cores have time for four."""
+    return max(4, os.cpu_count())
 
 
 class Server:
@@ -179,9 +184,10 @@ class Listener:
         self.workers: dict[int, str | None] = {}  # pid: when it started
         self._arrived: queue.Queue[str | None] = queue.Queue()
         environ = {k: v for k, v in os.environ.items() if k not in config.SETTINGS} | environ
-        if within or program != PROGRAM or not launcher.can_launch(environ):
+        argv = [str(program), *args]
+        if within or not launcher.can_launch(environ):
             self.process = subprocess.Popen(
-                [*within, sys.executable, str(program), *args],
+                [*within, sys.executable, *argv],
                 env=environ,
                 cwd=directory,
                 stdout=subprocess.PIPE,
@@ -190,7 +196,7 @@ class Listener:
                 encoding="utf-8",
             )
         else:
-            self.process = launcher.start(args, environ, directory)
+            self.process = launcher.start(argv, environ, directory)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 

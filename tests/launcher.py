@@ -2,7 +2,7 @@
 
 Importing takes half a second of CPU, and the tests start the program a thousand times. The fork is
 a process of its own in all else: it has its environment, directory and standard streams, and runs
-the same file as `__main__`.
+the same file as `__main__`. A program of a test that changes something first is started so, too.
 """
 
 import gc
@@ -20,7 +20,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-PROGRAM = Path(__file__).parent.parent / "listener.py"
+ROOT = Path(__file__).parent.parent
 # Variables that only a new interpreter reads.
 READ_AT_START = ("PYTHON", "LC_", "LANG", "LD_")
 
@@ -28,8 +28,8 @@ READ_AT_START = ("PYTHON", "LC_", "LANG", "LD_")
 class Launched:
     """A running program, with what the tests use of subprocess.Popen."""
 
-    def __init__(self, args: tuple, environ: dict, directory: Path, streams: list[int]):
-        request = json.dumps([[str(PROGRAM), *args], environ, str(directory)]).encode()
+    def __init__(self, argv: list[str], environ: dict, directory: Path, streams: list[int]):
+        request = json.dumps([argv, environ, str(directory)]).encode()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             socket.send_fds(_launcher(), [request], [theirs.fileno(), *streams])
@@ -56,11 +56,11 @@ class Launched:
             os.kill(self.pid, number)
 
 
-def start(args: tuple, environ: dict, directory: Path) -> Launched:
+def start(argv: list[str], environ: dict, directory: Path) -> Launched:
     """A program with its two outputs in one, to be read line by line from `stdout`."""
     read, write = os.pipe()
     with open(os.devnull) as nothing:
-        process = Launched(args, environ, directory, [nothing.fileno(), write, write])
+        process = Launched(argv, environ, directory, [nothing.fileno(), write, write])
     os.close(write)
     process.stdout = open(read, encoding="utf-8")  # noqa: SIM115
     return process
@@ -125,7 +125,7 @@ def become(argv: list, environ: dict, directory: str, streams: tuple) -> None:
     sys.argv = argv
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__file__ = argv[0]
-    exec(CODE, vars(main))
+    exec(compile(Path(argv[0]).read_bytes(), argv[0], "exec"), vars(main))
 
 
 def close(descriptors: Sequence[int]) -> None:
@@ -134,12 +134,11 @@ def close(descriptors: Sequence[int]) -> None:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(PROGRAM.parent)
+    sys.path[0] = str(ROOT)
     import listener  # noqa: F401
     import ops
 
     for name in ops.COMMANDS.values():
         importlib.import_module(f"ops.{name}")
-    CODE = compile(PROGRAM.read_bytes(), PROGRAM, "exec")
     gc.freeze()
     serve(socket.socket(fileno=os.dup(0)))
