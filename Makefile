@@ -32,7 +32,7 @@ check: $(READY) ## tell whether the listener on this machine is alive
 	@$(PYTHON) listener.py check $(ARGS)
 
 test: $(READY) ## run the tests, on a database of their own
-	@$(PYTHON) -m pytest -n auto $(ARGS)
+	@$(PYTHON) -m pytest -n auto --dist worksteal $(ARGS)
 
 test-faults: $(READY) ## run the slow tests, which wait for deadlines to pass
 	@$(PYTHON) -m pytest -m slow -n 4 $(ARGS)

@@ -8,6 +8,11 @@ from raw_server import answering, in_turn
 RETRY_DELAY = timedelta(seconds=5)
 
 
+@pytest.fixture
+def database(shared_database):
+    return shared_database.emptied()
+
+
 def reply(status: int, *headers: str, body: str = "words of the stage") -> bytes:
     lines = [f"HTTP/1.1 {status} Status", f"Content-Length: {len(body)}", *headers]
     return "\r\n".join([*lines, "", body]).encode()

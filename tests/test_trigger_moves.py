@@ -11,6 +11,11 @@ from raw_server import in_turn
 SKIPPED = "Job 상태가 변경되어 스킵"
 
 
+@pytest.fixture
+def database(shared_database):
+    return shared_database.emptied()
+
+
 def move_unseen(database, job: str, step: str, status: str) -> None:
     """Move a job past the database trigger, as replication and restores do."""
     with closing(database.connect()) as conn:
