@@ -15,6 +15,8 @@ from pathlib import Path
 log = logging.getLogger("listener.heartbeat")
 
 SIZE = 4096  # bytes, spaces included
+# Seconds between attempts to make the file, where that fails.
+AGAIN = 1.0
 # Nobody else's file, should HEARTBEAT_DIR be a shared directory.
 SUFFIX = ".heartbeat"
 DEAD, HANGING, ALIVE = "dead", "hanging", "alive"
@@ -40,12 +42,22 @@ class Heartbeat:
         self.since = self.doing = self.file = None
         self.valid_until = 0.0
         self.failed = False
+        self.make_at = 0.0  # time.monotonic() before which the file is not made
+        self.make()
+
+    def make(self) -> None:
+        """Make the file: at the start, and where a cleaner has removed it or its directory."""
+        self.leave()
+        self.make_at = time.monotonic() + AGAIN
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            remove_dead(directory)
+            remove_dead(str(self.path.parent))
             self.file = make_locked(self.path)
         except OSError as error:
             self.warn(error)
+
+    def is_in_place(self) -> bool:
+        return self.file is not None and is_same(self.path, self.file)
 
     def beat(self, doing: str, seconds: float) -> None:
         """Say that this listener is `doing` something that may take up to `seconds`."""
@@ -58,6 +70,8 @@ class Heartbeat:
         said = {"pid": os.getpid(), "listener": self.path.stem, "doing": doing[:200]}
         said |= {"since": self.since, "valid_until": self.valid_until, "boot": boot_id()}
         text = json.dumps(said)
+        if not self.is_in_place() and now >= self.make_at:
+            self.make()
         if self.file is not None:
             try:
                 os.pwrite(self.file, text.encode().ljust(SIZE)[:SIZE], 0)
@@ -77,7 +91,7 @@ class Heartbeat:
             self.file = None
 
     def close(self) -> None:
-        if self.file is not None:
+        if self.is_in_place():
             with contextlib.suppress(OSError):
                 self.path.unlink()
         self.leave()
@@ -88,10 +102,17 @@ def make_locked(path: Path) -> int:
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         fcntl.flock(file, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):
-            if os.stat(path).st_ino == os.fstat(file).st_ino:
-                return file
+        if is_same(path, file):
+            return file
         os.close(file)
+
+
+def is_same(path: Path, file: int) -> bool:
+    """Whether `path` is the open `file`, and no other one that took its place."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file))
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -127,7 +148,10 @@ def carefully(path: str, flags: int) -> int:
 
 def read_beat(path: Path) -> Beat:
     with open(path, opener=carefully) as file:
-        said = json.loads(file.read(SIZE))
+        text = file.read(SIZE)
+    if not text and is_locked(path):  # made just now, or on a full disk
+        return Beat(path.stem, 0, ALIVE, "something that it cannot write down: disk full?", 0.0)
+    said = json.loads(text)
     now = time.monotonic()
     if not is_locked(path) or said["boot"] != boot_id():
         state = DEAD

@@ -3,12 +3,15 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import stat
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from conftest import PROGRAM
 from waiting import AWAY, RECONNECTING, gate, until, wait_for_call, wait_until_idle
 
 from heartbeat import ALIVE, DEAD, HANGING, Heartbeat, heartbeats
@@ -151,6 +154,101 @@ def test_file_of_another_program_is_never_removed(beats):
     (beats / "orders.json").write_text("{}")
     Heartbeat(str(beats), "one").close()
     assert [path.name for path in beats.iterdir()] == ["orders.json"]
+
+
+# --- what a cleaner or a full disk does to it ----------------------------------------------
+
+
+def remove_file(heartbeat: Heartbeat) -> None:
+    heartbeat.path.unlink()
+
+
+def remove_directory(heartbeat: Heartbeat) -> None:
+    shutil.rmtree(heartbeat.path.parent)
+
+
+def replace_directory(heartbeat: Heartbeat) -> None:
+    heartbeat.path.parent.rename(heartbeat.path.parent.with_name("moved"))
+    heartbeat.path.parent.mkdir()
+
+
+def replace_file(heartbeat: Heartbeat) -> None:
+    """As a copy that was restored from a backup: nobody holds its lock."""
+    text = heartbeat.path.read_text()
+    heartbeat.path.unlink()
+    heartbeat.path.write_text(text)
+
+
+REMOVALS = [remove_file, remove_directory, replace_directory, replace_file]
+
+
+@pytest.mark.parametrize("remove", REMOVALS)
+def test_heartbeat_that_was_removed_is_made_anew(beats, remove):
+    heartbeat = Heartbeat(str(beats), "one")
+    heartbeat.beat("waiting", 60)
+    remove(heartbeat)
+    heartbeat.make_at = 0.0
+    heartbeat.beat("calling", 60)
+    assert verdict(str(beats)) == (True, "1 listener alive: calling")
+    heartbeat.close()
+    assert list(beats.iterdir()) == []
+
+
+@pytest.mark.parametrize("remove", REMOVALS)
+def test_listener_whose_heartbeat_was_removed_is_alive(database, listener, beats, tmp_path, remove):
+    process = listener(database, SWEEP_INTERVAL=0.2)
+    wait_until_idle(tmp_path)
+    (file,) = beats.iterdir()
+    remove(SimpleNamespace(path=file))
+    until(lambda: verdict(str(beats))[0], "a heartbeat")
+    assert states(beats) == {file.stem: ALIVE}
+    assert process.stop() == 0
+    assert list(beats.iterdir()) == []
+
+
+def test_heartbeat_leaves_the_file_of_another_listener_in_its_place(beats):
+    heartbeat = Heartbeat(str(beats), "one")
+    heartbeat.beat("waiting", 60)
+    remove_file(heartbeat)
+    other = Heartbeat(str(beats), "one")
+    other.beat("waiting", 60)
+    heartbeat.close()
+    assert states(beats) == {"one": ALIVE}
+
+
+def test_directory_that_can_be_made_only_later_is_made_then(tmp_path):
+    (tmp_path / "file").touch()
+    heartbeat = Heartbeat(str(tmp_path / "file" / "beats"), "one")
+    heartbeat.beat("waiting", 60)
+    (tmp_path / "file").unlink()
+    heartbeat.make_at = 0.0
+    heartbeat.beat("calling", 60)
+    assert states(tmp_path / "file" / "beats") == {"one": ALIVE}
+
+
+def test_listener_that_starts_on_a_full_disk_is_alive(beats):
+    heartbeat = Heartbeat(str(beats), "one")  # an empty file: there was no room for more
+    alive, line = verdict(str(beats))
+    assert alive and "disk full?" in line
+    die(heartbeat)
+    assert verdict(str(beats))[0] is False
+
+
+def test_listener_on_a_disk_that_was_full_at_its_start(database, api, listener, beats, tmp_path):
+    full = tmp_path / "full.py"
+    full.write_text(
+        "import resource, runpy, sys\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))\n"
+        f"sys.path.insert(0, {str(PROGRAM.parent)!r})\n"
+        f"runpy.run_path({str(PROGRAM)!r}, run_name='__main__')\n"
+    )
+    process = listener(database, api=api, program=full, SWEEP_INTERVAL=0.2)
+    process.wait_for_line("heartbeat 파일을 쓸 수 없음")
+    database.add_job("overlay", "done")
+    database.wait_for("SELECT count(*) = 1 FROM jobs WHERE current_step = 'vlm_judge'")
+    assert verdict(str(beats))[0] is True
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    until(lambda: "waiting for a job" in verdict(str(beats))[1], "a heartbeat")
 
 
 # --- listeners and `check` -----------------------------------------------------------------
