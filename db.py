@@ -32,6 +32,8 @@ DEADLINE = 10.0
 STOP_DEADLINE = 3.0
 # Notifications that are kept at a time: 400,000 unread ones took 130 MB.
 ENOUGH = 10_000
+# As many more before one answer, for so many seconds: it will not come in time (see `hear`).
+FLOOD, FLOODED_AFTER = 50_000, 1.0
 
 # Noticed within about 7 s: an idle half-open connection by the keepalives, an unacknowledged
 # query only by tcp_user_timeout (milliseconds).
@@ -109,10 +111,15 @@ def wait_with_deadline(conn: "Connection") -> None:
     """
     stop = getattr(conn, "stop", None)  # not every connection is of our class
     allowed, started = DEADLINE, time.monotonic()
+    began = started
     while (state := conn.poll()) != psycopg2.extensions.POLL_OK:
         # What piled up meanwhile comes before the answer; all of it means "look now".
-        del conn.notifies[:-ENOUGH]
+        if len(conn.notifies) > ENOUGH:
+            conn.dropped = getattr(conn, "dropped", 0) + len(conn.notifies) - ENOUGH
+            del conn.notifies[:-ENOUGH]
         now, watched = time.monotonic(), []
+        if getattr(conn, "dropped", 0) > FLOOD and now - began > FLOODED_AFTER:
+            raise ConnectionLost("the answer is behind a flood of notifications")
         if stop is not None and not stop.requested:
             watched = [stop]
         elif stop is not None and allowed == DEADLINE:
@@ -134,6 +141,7 @@ class Connection(psycopg2.extensions.connection):
     prefix = ""
     # What wakes a wait for the server: `requested`, and a file descriptor that select() takes.
     stop = None
+    dropped = 0  # notifications that piled up before an answer, and were not kept
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

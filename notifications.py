@@ -7,6 +7,7 @@ import json
 import logging
 import secrets
 import select
+import time
 from types import SimpleNamespace
 
 import psycopg2
@@ -19,6 +20,19 @@ import pipeline
 from pipeline import Route, Table
 
 log = logging.getLogger("listener")
+
+
+# Anybody who can connect can NOTIFY. What is heard is logged as long as it does not come faster,
+# for longer than a burst, than so many a second; then it is only counted.
+BURST, PER_SECOND = 10_000, 1000
+OTHERS_BURST, OTHERS_PER_SECOND = 1000, 10
+# More than these at once, and then a second, and the listener does without for DEAF_FOR seconds:
+# whatever it asks is answered behind all that it has to be told.
+FLOOD_PER_SECOND = 5000
+DEAF_FOR = 60.0
+# Characters taken from the connection at a time, whatever else waits in the socket.
+ENOUGH_TEXT = 4_000_000
+LONGEST_ID, LONGEST_WORD = 200, 100
 
 
 def listen(conn: db.Connection) -> None:
@@ -57,16 +71,39 @@ def hear(conn: db.Connection) -> list[psycopg2.extensions.Notify]:
     Raises:
         ConnectionLost
     """
-    heard = []
+    heard, size = [], 0
     try:
         while True:
             conn.poll()
             heard += conn.notifies
+            size += sum(len(notify.payload) for notify in conn.notifies)
             conn.notifies.clear()
-            if len(heard) >= db.ENOUGH or not select.select([conn], [], [], 0)[0]:
+            enough = len(heard) >= db.ENOUGH or size >= ENOUGH_TEXT
+            if enough or not select.select([conn], [], [], 0)[0]:
                 return heard
     except psycopg2.Error as error:
         raise db.ConnectionLost(" ".join(str(error).split())) from error
+
+
+class Allowance:
+    """So many at once, and then so many a second."""
+
+    def __init__(self, burst: float, per_second: float):
+        self.burst = self.left = burst
+        self.per_second = per_second
+        self.looked_at = time.monotonic()
+        self.passed_over = 0
+
+    def allows(self, count: int = 1) -> bool:
+        """Take `count` off; where so many are not left, they are passed over."""
+        now = time.monotonic()
+        self.left = min(self.burst, self.left + (now - self.looked_at) * self.per_second)
+        self.looked_at = now
+        if self.left < count:
+            self.passed_over += count
+            return False
+        self.left -= count
+        return True
 
 
 class Hearing:
@@ -77,6 +114,12 @@ class Hearing:
         self.is_told = True  # else the listener looks every POLL_INTERVAL
         self.listens_lost = 0  # connections that ended with their LISTEN, one after the other
         self.heard: list[psycopg2.extensions.Notify] = []  # and not logged yet
+        self.changes = Allowance(BURST, PER_SECOND)
+        self.others = Allowance(OTHERS_BURST, OTHERS_PER_SECOND)  # words, and what is not known
+        self.pace = Allowance(db.FLOOD, FLOOD_PER_SECOND)
+        self.told_at = 0.0  # time.monotonic() at which passed over ones were told last
+        self.conn: db.Connection | None = None  # the last one
+        self.deaf_until: float | None = None  # time.monotonic(), after a flood
 
     def listen(self, conn: db.Connection, silent: bool) -> None:
         """LISTEN on a new connection, and say once where no change would be heard.
@@ -87,7 +130,12 @@ class Hearing:
         Args:
             silent: the triggers ring no bell (`install --no-notify`).
         """
-        is_told, why = False, "트랜잭션 풀러?"
+        is_told, why, self.deaf_until = False, "트랜잭션 풀러?", None
+        if self.conn is not None and self.conn.dropped > db.FLOOD:
+            self.conn = None
+            self.do_without()
+            return
+        self.conn = conn
         if self.listens_lost < 2:
             self.listens_lost += 1
             try:
@@ -114,34 +162,66 @@ class Hearing:
         """Take what has been announced, to be logged by `log`; the channels that it came on."""
         heard = hear(conn)
         self.heard += heard
+        now, count, conn.dropped = time.monotonic(), len(heard) + conn.dropped, 0
+        if self.deaf_until is None and not self.pace.allows(count):
+            db.execute(conn, "UNLISTEN *")
+            self.do_without()
+        elif self.deaf_until is not None and now >= self.deaf_until:
+            listen(conn)
+            self.is_told, self.deaf_until, self.pace.left = True, None, db.FLOOD
+            log.info("LISTEN '%s' 시작", db.CHANNEL)
+            return {db.CHANNEL, db.WAKE_CHANNEL, db.JOIN_CHANNEL}  # what came meanwhile
         return {notification.channel for notification in heard}
 
+    def do_without(self) -> None:
+        """After a flood: look every POLL_INTERVAL for a while."""
+        self.is_told, self.deaf_until = False, time.monotonic() + DEAF_FOR
+        log.warning("알림이 너무 많음: %.0f초 동안 LISTEN 대신 %g초마다 확인",
+                    DEAF_FOR, self.settings.POLL_INTERVAL)  # fmt: skip
+
     def log(self) -> None:
-        """Log what was heard."""
+        """Log what was heard, as far as it is allowed: nobody knows who sent it."""
         heard, self.heard = self.heard, []
         tables = channels_of_tables() if heard else {}
         for notification in heard:
             if table := tables.get(notification.channel):
-                log_change(notification.payload, table)
-            elif notification.payload:  # what an operator did, in words
-                log.warning("운영자: %.500s", notification.payload)
+                if not self.changes.allows() or log_change(notification.payload, table):
+                    continue
+                if self.others.allows():
+                    log.warning("알 수 없는 알림 무시: %.200s", notification.payload)
+            elif notification.payload and self.others.allows():
+                # In words, by `pause` and `resume`, but anybody can.
+                log.info("알림으로 온 말 (누구나 보낼 수 있음, 서버 프로세스 %d): %.500s",
+                         notification.pid, notification.payload)  # fmt: skip
+        self.tell_passed_over()
+
+    def tell_passed_over(self) -> None:
+        """Once a second, how many were not logged."""
+        count = self.changes.passed_over + self.others.passed_over
+        if count and time.monotonic() - self.told_at >= 1.0:
+            log.warning("알림 %d건은 로그에 남기지 않음: 너무 많음", count)
+            self.told_at = time.monotonic()
+            self.changes.passed_over = self.others.passed_over = 0
 
 
-def log_change(payload: str, table: Table) -> None:
-    """One line for a row's change of state; INFO where a stage follows."""
+def log_change(payload: str, table: Table) -> bool:
+    """One line for a row's change of state, INFO where a stage follows; whether it is one."""
     try:
         said = json.loads(payload)
         step, status = said["current_step"], said["status"]
-        ids = logs.ids({name: said[name] for name in table.ids})
         level = logging.INFO if is_routed(table, step, status) else logging.DEBUG
-        log.log(
-            level,
-            "[LISTENER] Job 상태 변화 감지: %s current_step=%s status=%s",
-            *(ids, step, status),
-            extra=logs.about(job=said[table.ids[-1]], current_step=step, status=status),
-        )
+        ids = {name: cut(said[name], LONGEST_ID) for name in table.ids}
+        if log.isEnabledFor(level):
+            step, status = cut(step, LONGEST_WORD), cut(status, LONGEST_WORD)
+            log.log(
+                level,
+                "[LISTENER] Job 상태 변화 감지: %s current_step=%s status=%s",
+                *(logs.ids(ids), step, status),
+                extra=logs.about(job=ids[table.ids[-1]], current_step=step, status=status),
+            )
+        return True
     except (ValueError, TypeError, KeyError, RecursionError):
-        log.warning("알 수 없는 알림 무시: %.200s", payload)
+        return False
 
 
 def is_routed(table: Table, step: str, status: str) -> bool:
@@ -150,3 +230,8 @@ def is_routed(table: Table, step: str, status: str) -> bool:
     return Route(table.name, "", step, status) in pipeline.routes() or any(
         (key.step, key.status) == (step, status) for key in joins
     )
+
+
+def cut(value: object, longest: int) -> object:
+    """A number, or the beginning of a text."""
+    return value if isinstance(value, int) else str(value)[:longest]

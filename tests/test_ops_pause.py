@@ -82,11 +82,11 @@ def test_listener_logs_what_the_operator_did(database, api, listener, run_comman
     process = listener(database, api=api)
     wait_until_idle(tmp_path)
     pause(run_command, database, "planner", "--reason", "GPU\nmaintenance")
-    said = f"운영자: planner paused by {OPERATOR}: GPU\\nmaintenance"
-    assert process.wait_for_line("운영자: ", count=1).endswith(said)
+    said = f"): planner paused by {OPERATOR}: GPU\\nmaintenance"
+    assert process.wait_for_line("알림으로 온 말 (누구나", count=1).endswith(said)
     run_command(database, "resume", "planner")
-    assert process.wait_for_line("운영자: ", count=2).endswith(
-        f"운영자: planner resumed by {OPERATOR}"
+    assert process.wait_for_line("알림으로 온 말 (누구나", count=2).endswith(
+        f"): planner resumed by {OPERATOR}"
     )
 
 
@@ -114,7 +114,7 @@ def test_call_under_way_is_finished_and_does_not_touch_the_pause(
 
 def test_resume_ends_a_hold_that_nobody_asked_for(database, api, listener, run_command):
     api.on("planner", lambda _: Answer(503, headers={"Retry-After": "3000"}))
-    listener(database, api=api, SWEEP_INTERVAL=1)
+    listener(database, api=api)
     job = database.add_job("yolo_detect", "done")
     database.wait_for("SELECT held_until > now() FROM pipeline_stages WHERE stage = 'planner'")
     api.on("planner", None)

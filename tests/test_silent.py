@@ -42,7 +42,7 @@ def test_listener_polls_and_still_hears_the_operator(
     database.add_job("overlay")
     database.wait_for("SELECT status = 'done' FROM jobs WHERE current_step = 'vlm_judge'")
     run_command(database, "pause", "planner")
-    process.wait_for_line("운영자: planner paused by")
+    process.wait_for_line("): planner paused by")
 
 
 def test_verify_says_that_nothing_is_announced(database, api, run_command):

@@ -110,7 +110,7 @@ def test_b3_listener_with_a_long_call_under_way_hears_a_flood(database, api, lis
             ring(database, 10_000, 10)
         wait_for_empty_queue(database)
         opened.set()
-    process.wait_for_line(f"감지: job={database.add_job('overlay', 'done')}")
+    process.wait_for_line(f"트리거: job={database.add_job('overlay', 'done')}")
     assert memory(process.pid) - before < 16
     assert len(api.calls(job)) == 1
 
@@ -121,7 +121,7 @@ def test_p10_notifications_are_drained_and_dropped(database, listener, tmp_path)
     before = memory(process.pid)
     for _ in range(10):
         ring(database, 10_000, 10)
-    process.wait_for_line(f"감지: job={database.add_job()}")
+    process.wait_for_line(f"트리거: job={database.add_job()}")
     assert memory(process.pid) - before < 16
 
 
