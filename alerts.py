@@ -2,10 +2,12 @@
 a program that fails or hangs costs the listener nothing but a line in its log.
 """
 
+import contextlib
 import json
 import logging
 import math
 import os
+import signal
 import subprocess
 import tempfile
 import time
@@ -36,7 +38,8 @@ class Run:
         if self.process.poll() is None and time.monotonic() < self.until:
             return False
         if self.process.poll() is None:
-            self.process.kill()
+            with contextlib.suppress(OSError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # and what it started
             self.process.wait()
             log.error("알림 명령 실패: %.0f초 안에 끝나지 않아 중단함", TIME_LIMIT)
         elif self.process.returncode:
@@ -82,9 +85,9 @@ class Alerts:
         # Data goes to standard input alone: no shell, no argument, no variable can be made of it.
         environ = {name: value for name, value in os.environ.items() if not is_secret(name)}
         try:
-            output = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the run has ended)
+            output = scratch_file()
             # A file, and no pipe that could be full where nobody reads it.
-            with tempfile.TemporaryFile() as given:
+            with scratch_file() as given:
                 given.write(said)
                 given.seek(0)
                 process = subprocess.Popen(
@@ -106,6 +109,13 @@ class Alerts:
             log.error("중지하느라 보내지 못한 알림: %s", self.waiting.popleft().decode().strip())
         while not hurry and self.look():
             time.sleep(0.05)
+
+
+def scratch_file() -> IO[bytes]:
+    """A file without a name; in memory where that is possible, so on a full or read-only disk."""
+    with contextlib.suppress(AttributeError, OSError):  # not on macOS
+        return os.fdopen(os.memfd_create("alert"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 def is_secret(name: str) -> bool:

@@ -3,10 +3,11 @@
 import json
 import shlex
 import sys
+import tempfile
 
 import pytest
 from claims import claim, connected, result, settle
-from waiting import until
+from waiting import is_gone, until
 
 import alerts
 import config
@@ -102,6 +103,29 @@ def test_command_that_hangs_is_ended_and_delays_no_call(monkeypatch, tmp_path):
     [run] = hanging.running
     hanging.close()
     assert run.process.returncode == -9 and not hanging.running
+
+
+def test_command_that_hangs_is_ended_with_what_it_started(monkeypatch, tmp_path):
+    file = tmp_path / "pid"
+    script = (
+        "import os, pathlib, sys, time; pid = os.fork()\n"
+        "if pid: pathlib.Path(sys.argv[1]).write_text(f'{pid}.')\n"
+        "time.sleep(600)"
+    )
+    hanging = alerts.Alerts(config.read({"ALERT_COMMAND": python(script, file)}))
+    hanging.send("given_up", "text")
+    until(lambda: file.exists() and file.read_text().endswith("."), "its child")
+    hanging.running[0].until = 0.0
+    assert hanging.look() is False
+    until(lambda: is_gone(int(file.read_text()[:-1])), "the end of its child")
+
+
+def test_alert_is_sent_though_no_file_can_be_made(monkeypatch, told):
+    monkeypatch.setattr(tempfile, "tempdir", "/no/such/directory")
+    sending = alerts.Alerts(config.read({"ALERT_COMMAND": told.command}))
+    sending.send("given_up", "read-only")
+    sending.close()
+    assert [said["text"] for said in told()] == ["read-only"]
 
 
 def test_more_alerts_than_may_run_at_once_wait_their_turn(told):

@@ -1,0 +1,66 @@
+"""What was started and left behind becomes no zombie, also where the listener is process 1."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+UNSHARE = ["unshare", "--pid", "--fork", "--mount-proc"]
+
+
+@pytest.fixture(scope="module")
+def as_process_1():
+    """as_process_1(script): what it prints as process 1 of a namespace of its own."""
+    if subprocess.run([*UNSHARE, "true"], capture_output=True).returncode:
+        pytest.skip("a pid namespace needs root")
+
+    def run(script: str) -> str:
+        command = [*UNSHARE, sys.executable, "-c", script]
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+        )
+        return done.stdout
+
+    return run
+
+
+# A child that leaves a grandchild behind, which ends; and a child of ours that has ended.
+START = """
+import os, time
+from orphans import reap_orphans
+ours = os.fork()
+if ours == 0: os._exit(7)
+child = os.fork()
+if child == 0:
+    for _ in range(3):
+        if os.fork() == 0:
+            os._exit(0)
+    os._exit(0)
+os.waitpid(child, 0)
+found = []
+while len(found) < 3:
+    found += reap_orphans([ours])
+"""
+
+
+def test_orphans_of_process_1_are_reaped(as_process_1):
+    assert as_process_1(START + "print(len(found), reap_orphans([ours]))") == "3 []\n"
+
+
+def test_child_that_somebody_waits_for_is_left_alone(as_process_1):
+    waited = "print(os.waitstatus_to_exitcode(os.waitpid(ours, 0)[1]))"
+    assert as_process_1(START + waited) == "7\n"
+
+
+def test_other_processes_reap_nothing():
+    script = START.replace("while len(found) < 3:", "for _ in range(3):") + "print(found)"
+    command = [sys.executable, "-c", script]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_compose_gives_the_listener_an_init():
+    text = Path(ROOT, "compose.yaml").read_text()
+    service = text.split("\n  listener:\n")[1].split("\n\n")[0]
+    assert "init: true" in service
