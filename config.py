@@ -22,12 +22,12 @@ import psycopg2.extensions
 
 from redaction import redactor
 
-if not hasattr(os, "fork"):  # every program of ours imports this module first
+if not (hasattr(os, "fork") and hasattr(os, "waitid")):  # all of our programs import this first
     sys.stderr.write(
-        "error: this runs on Linux, and on macOS for development; on Windows use Docker or WSL\n"
+        "error: this runs on Linux, and for development on macOS with Python 3.13 or later;"
+        " on Windows use Docker or WSL\n"
     )
     sys.exit(2)
-
 
 __all__ = ["SETTINGS", "SettingsError", "read", "redactor", "require_database", "settings"]
 

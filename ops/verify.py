@@ -9,6 +9,7 @@ import psycopg2
 
 import config
 import db
+import hosts
 import notifications
 import pipeline
 import stage_http
@@ -239,6 +240,15 @@ def check_stage_api(conn, settings) -> str:
     return "stage API " + ", ".join(said)
 
 
+def check_hosts(conn, settings) -> str:
+    if (left := hosts.connections_left(conn)) < hosts.FEW:
+        raise Bad(f"{left} more connections to the database are left",
+                  "end sessions (pg_stat_activity), or raise the limit")  # fmt: skip
+    if hosts.is_several(settings) and (problem := hosts.split_brain(settings)):
+        raise Bad(problem, "stop the old one")
+    return f"{left} more connections are left"
+
+
 def check_enabled(conn, settings) -> str:
     if off := config.why_off(settings):
         raise Bad(f"the listener is off: {off}", "set LISTENER_ENABLED=true")
@@ -247,7 +257,7 @@ def check_enabled(conn, settings) -> str:
 
 CHECKS: list[Callable] = [
     check_server, check_tables, check_function, check_triggers, check_routes, check_privileges,
-    check_listen, check_stage_api, check_enabled,
+    check_listen, check_stage_api, check_hosts, check_enabled,
 ]  # fmt: skip
 
 

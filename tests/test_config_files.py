@@ -218,16 +218,6 @@ def test_temporary_directory_of_the_environment_comes_first(tmp_path):
     assert told.stdout == "/tmp/job-state-listener\n"
 
 
-def test_system_without_fork_is_one_line(tmp_path):
-    program = "import os, runpy, sys; del os.fork; sys.argv = ['listener.py', 'check']; "
-    program += f"runpy.run_path({str(ROOT / 'listener.py')!r}, run_name='__main__')"
-    ended = python("-c", program, cwd=tmp_path)
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == (
-        "error: this runs on Linux, and on macOS for development; on Windows use Docker or WSL\n"
-    )
-
-
 # --- through the command -------------------------------------------------------------------
 
 

@@ -1,0 +1,116 @@
+"""Connections that are left, and two of several hosts that are primary at once."""
+
+import subprocess
+from contextlib import ExitStack, closing
+
+import commands
+import pytest
+from claims import connected
+from conftest import Database, Server
+from faults.standby import Standby
+from waiting import until
+
+import hosts
+from demo.database import EmbeddedDatabase
+
+
+@pytest.fixture
+def limited(each_database, make_role):
+    """An ordinary role that may look at everything of ours."""
+    name = make_role(each_database)
+    each_database.rows(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {name}")
+    each_database.role = {"DB_USER": name, "DB_PASSWORD": name}
+    return each_database
+
+
+def left(database) -> int:
+    with connected(database, **database.role) as conn:
+        return hosts.connections_left(conn)
+
+
+def test_each_session_is_one_connection_less_for_an_ordinary_role(limited):
+    limited.rows(f"ALTER DATABASE {limited.name} CONNECTION LIMIT 20")
+    before = left(limited)
+    with ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(closing(limited.connect()))
+        assert left(limited) == before - 3
+
+
+@pytest.mark.parametrize("target", ["role", "database"])
+def test_limit_of_a_role_or_a_database_counts(limited, target):
+    name = {"role": f"ROLE {limited.role['DB_USER']}", "database": f"DATABASE {limited.name}"}
+    limited.rows(f"ALTER {name[target]} CONNECTION LIMIT 4")
+    assert left(limited) in (2, 3)
+
+
+def test_verify_says_that_connections_run_out(limited):
+    limited.rows(f"ALTER ROLE {limited.role['DB_USER']} CONNECTION LIMIT 2")
+    done = commands.run_here(limited.environ | limited.role, "verify")
+    assert "PROBLEM  1 more connections to the database are left → end sessions" in done.out
+
+
+# --- two primaries -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair():
+    """A primary and its standby, and an environ that has both hosts."""
+    with EmbeddedDatabase(options={"fsync": "off"}) as embedded:
+        server = Server(embedded.settings(), embedded)
+        with closing(Database(server, server.create_installed())) as primary, \
+             Standby(embedded) as following:  # fmt: skip
+            standby = Database(Server(following.settings(), following), primary.name)
+            both = f"{primary.environ['DB_HOST']},{standby.environ['DB_HOST']}"
+            primary.both = primary.environ | {"DB_HOST": both}
+            yield primary, standby
+            standby.conn.close()
+            following.stop("immediate")
+
+
+def test_old_primary_that_still_answers_is_named(pair, monkeypatch):
+    primary, standby = pair
+    settings = primary.settings(DB_HOST=primary.both["DB_HOST"])
+    assert hosts.split_brain(settings) is None
+    assert "two primaries" not in commands.run_here(primary.both, "verify").out
+
+    standby.rows("SELECT pg_promote()")
+    said = (f"two primaries: {standby.environ['DB_HOST']}:{standby.environ['DB_PORT']} is on"
+            f" timeline 2, but {primary.environ['DB_HOST']}:{primary.environ['DB_PORT']} on 1"
+            " takes writes as well")  # fmt: skip
+    assert hosts.split_brain(settings) == said
+    assert f"PROBLEM  {said} → stop the old one" in commands.run_here(primary.both, "verify").out
+
+    for name, value in primary.both.items():
+        monkeypatch.setenv(name, value)
+    watch = hosts.Watch(settings)
+    assert watch.look() is None and watch.process is None  # it is too early
+    watch.look_at = 0.0
+    assert until(watch.look, "what it finds") == said
+    watch.look_at = 0.0
+    until(lambda: (watch.look(), watch.process)[1] is None, "another look")
+    assert watch.look() is None  # the same is said once
+    watch.close()
+
+
+def test_one_host_is_never_looked_at(database):
+    watch = hosts.Watch(database.settings())
+    assert watch.look() is None and watch.process is None
+    assert not hosts.is_several(database.settings())
+
+
+def test_host_that_is_away_is_no_primary(database):
+    settings = database.settings(DB_HOST=f"{database.environ['DB_HOST']},127.0.0.3")
+    assert len(hosts.timelines(settings)) == 1 and hosts.split_brain(settings) is None
+
+
+def test_look_that_fails_or_hangs_says_nothing(database, monkeypatch):
+    watch = hosts.Watch(database.settings())
+    for program in ("/bin/false", "/no/such/program"):
+        monkeypatch.setattr(hosts.sys, "executable", program)
+        watch.look_at = 0.0
+        until(lambda: (watch.look(), watch.process)[1] is None, "its end")
+    monkeypatch.setattr(hosts, "TIME_LIMIT", -1.0)
+    watch.process = subprocess.Popen(["sleep", "600"], stdout=subprocess.PIPE, text=True)
+    until(lambda: (watch.look(), watch.process)[1] is None, "its end")
+    assert watch.said == ""
