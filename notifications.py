@@ -36,9 +36,10 @@ LONGEST_ID, LONGEST_WORD = 200, 100
 
 
 def listen(conn: db.Connection) -> None:
-    channels = [*channels_of_tables(), db.WAKE_CHANNEL, db.JOIN_CHANNEL]
-    execute = "; ".join(f"LISTEN {quote_ident(channel, conn)}" for channel in channels)
-    db.execute(conn, execute)
+    channels = [*channels_of_tables(), db.WAKE_CHANNEL]
+    if pipeline.joins():
+        channels.append(db.JOIN_CHANNEL)
+    db.execute(conn, "; ".join(f"LISTEN {quote_ident(channel, conn)}" for channel in channels))
 
 
 def channels_of_tables() -> dict[str, Table]:

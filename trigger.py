@@ -163,7 +163,10 @@ def answer_of(call: Call) -> stage_http.Answer:
         Exception: what the function raised.
     """
     try:
-        answer = pipeline.routes()[call.route](call)
+        routes = pipeline.routes()
+        if call.route not in routes:
+            raise LookupError(f"PIPELINE has no {call.route} any more")
+        answer = routes[call.route](call)
         if answer is None:
             answer = call.answer
         if isinstance(answer, requests.Response):

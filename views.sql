@@ -113,8 +113,8 @@ BEGIN
                schema, t.name, t.id_column, t.id_column),
         schema, t.name,
         CASE WHEN t.tenant_column IS NULL AND p.tenant_column IS NOT NULL
-             THEN format(' LEFT JOIN %I.%I AS p ON p.%I = r.%I', schema, p.name, p.id_column,
-                         t.parent_column) END,
+             THEN format(' LEFT JOIN (SELECT %I AS id, %I FROM %I.%I) AS p ON p.id = r.%I',
+                         p.id_column, p.tenant_column, schema, p.name, t.parent_column) END,
         NULL, NULL, id_type), ' UNION ALL')
     INTO resting
     FROM jsonb_to_recordset(asked -> 'tables') AS t (

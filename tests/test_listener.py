@@ -8,7 +8,6 @@ from tcp_proxy import TcpProxy
 from waiting import AWAY, CLAIM, LISTENING, RECONNECTING, terminate_backends, wait_until_idle
 
 import db
-import notifications
 from demo.stage_server import Answer
 
 ON_TIME = {"SWEEP_INTERVAL": 3600}  # nothing that a test waits for comes from the sweep
@@ -97,7 +96,7 @@ def test_listens_before_the_first_look_for_due_calls(database, api, listener):
         looked.release()
         database.wait_for(DONE, 1)
         order = b"".join(proxy.requests)
-        assert order.index(notifications.LISTEN.encode()) < order.index(CLAIM.encode())
+        assert order.index(b'LISTEN "job_state_changed"') < order.index(CLAIM.encode())
 
 
 def test_notification_read_with_the_answer_to_a_statement_is_not_slept_over(

@@ -382,7 +382,7 @@ def test_function_that_left_pipeline_is_a_failed_attempt(database, accepting, ca
     worker = caller(accepting.url)
     del stages.PIPELINE["x", "done"]
     attempt = worker.call()
-    assert attempt.outcome == "retry" and "'x', 'done'" in attempt.error
+    assert attempt.outcome == "retry" and "PIPELINE has no (x, done)" in attempt.error
     assert accepting.connections == 0 and not database.owed(job).given_up
 
 
