@@ -8,6 +8,7 @@ from tcp_proxy import TcpProxy
 from waiting import AWAY, CLAIM, LISTENING, RECONNECTING, terminate_backends, wait_until_idle
 
 import db
+import notifications
 from demo.stage_server import Answer
 
 ON_TIME = {"SWEEP_INTERVAL": 3600}  # nothing that a test waits for comes from the sweep
