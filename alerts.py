@@ -70,6 +70,10 @@ class Alerts:
         self.look()
 
     @property
+    def pids(self) -> list[int]:
+        return [run.process.pid for run in self.running]
+
+    @property
     def next_look(self) -> float:
         """time.monotonic() at which a run that has not ended is ended."""
         return min((run.until for run in self.running), default=math.inf)

@@ -107,6 +107,10 @@ class Watch:
         is_new, self.said = bool(said) and said != self.said, said
         return said if is_new else None
 
+    @property
+    def pids(self) -> list[int]:
+        return [self.process.pid] if self.process else []
+
     def close(self) -> None:
         if self.process is not None:
             self.process.kill()

@@ -26,6 +26,7 @@ import psycopg2
 import calls
 import config
 import db
+import hosts
 import joins
 import logs
 import notifications
@@ -37,6 +38,7 @@ from calls import PAID, Result, Turn, Wanted
 from health import StageHealth
 from heartbeat import Heartbeat
 from ops.stage import StageName
+from orphans import reap_orphans
 from pipeline import Call
 from signals import Signals
 from trigger import boottime
@@ -73,6 +75,7 @@ class Listener:
         self.heartbeat = Heartbeat(settings.HEARTBEAT_DIR, self.name)
         self.workers = Workers(settings, size, signals, self.heartbeat)
         self.alerts = Alerts(settings)
+        self.hosts = hosts.Watch(settings)
         self.hearing = notifications.Hearing(settings)
         self.upkeep = Upkeep(settings, self.order, self.name, self.alerts)
 
@@ -120,6 +123,7 @@ class Listener:
         finally:
             self.workers.stop()
             self.alerts.close(hurry=self.signals.requested)
+            self.hosts.close()
             self.heartbeat.close()
         if self.refusal:
             raise self.refusal
@@ -137,6 +141,8 @@ class Listener:
             ops.require_installed(conn)
             tell_timeouts(conn, pipeline.timeouts(self.settings))
             self.checked = True
+            if (left := hosts.connections_left(conn)) < hosts.FEW:
+                log.warning("남은 데이터베이스 연결이 %d개뿐", left)
         self.hearing.listen(conn, silent=ops.is_silent(conn))
         self.workers.conn = conn
         self.give_back(conn)
@@ -362,6 +368,11 @@ class Listener:
             self.signals.drain()
         self.obey()
         self.alerts.look()
+        if problem := self.hosts.look():
+            log.error("프라이머리가 둘: %s", problem)
+            self.alerts.send("split_brain", problem)
+        if self.signals.child_ended:
+            reap_orphans([*self.workers.pids, *self.alerts.pids, *self.hosts.pids])
         return ready
 
     @property
@@ -374,12 +385,15 @@ class Listener:
 
     def hear(self, conn: db.Connection) -> None:
         """Whatever is announced only means: look now. A statement may have read it already."""
+        was_told = self.hearing.is_told
         if heard := self.hearing.hear(conn):
             self.look_at = 0.0
             if db.WAKE_CHANNEL in heard:
                 self.due_at = 0.0  # a hold may have ended before its time
             if db.JOIN_CHANNEL in heard and pipeline.joins():
                 self.join_at = 0.0
+        if was_told and not self.hearing.is_told:  # sweeps come sooner from now on
+            self.sweep_at = 0.0
 
     def collect(self, ready: list) -> None:
         """Take the results of calls that have ended."""
@@ -437,10 +451,11 @@ def listener_name() -> str:
 
 def idle(settings: SimpleNamespace, signals: Signals) -> None:
     """Disabled: stay alive and do nothing, so that no container restarts in a circle."""
-    log.warning("Job State Listener 비활성화됨: ENABLE_JOB_STATE_LISTENER=false, 대기만 함")
+    off = config.why_off(settings)
+    log.warning("Job State Listener 비활성화됨: %s, 대기만 함", off)
     heartbeat = Heartbeat(settings.HEARTBEAT_DIR, listener_name())
     while not signals.requested:
-        heartbeat.beat("disabled by ENABLE_JOB_STATE_LISTENER=false", 2 * HEARTBEAT_MARGIN)
+        heartbeat.beat(f"disabled by {off}", 2 * HEARTBEAT_MARGIN)
         select.select([signals], [], [], HEARTBEAT_MARGIN)
         signals.drain()
     heartbeat.close()
@@ -476,7 +491,7 @@ def cli(context: click.Context) -> None:
 def run(workers: int | None = None, only: tuple[str, ...] = (), once: bool = False) -> None:
     """Listen, and call the next stage of every job that finishes one."""
     settings = config.settings()
-    if settings.ENABLE_JOB_STATE_LISTENER:
+    if settings.LISTENER_ENABLED:
         config.require_database(settings)
     logs.set_up(settings)
     # What is there by now stays: a collection would go through all of it, and a worker's would
@@ -484,7 +499,7 @@ def run(workers: int | None = None, only: tuple[str, ...] = (), once: bool = Fal
     gc.freeze()
     signals = Signals()
     try:
-        if settings.ENABLE_JOB_STATE_LISTENER:
+        if settings.LISTENER_ENABLED:
             Listener(settings, signals, workers or settings.LISTENER_WORKERS, only, once).serve()
         else:
             idle(settings, signals)

@@ -148,6 +148,11 @@ class Workers:
         return [worker.call for worker in self.all if worker.call is not None]
 
     @property
+    def pids(self) -> list[int]:
+        """Of all processes that are not reaped yet."""
+        return [*(worker.pid for worker in self.all), *self.dying]
+
+    @property
     def reading(self) -> list[Worker]:
         """For select(): a result may come from them."""
         return [worker for worker in self.all if worker.is_open]

@@ -115,7 +115,9 @@ def test_listener_past_its_time_hangs(database, run_command, tmp_path):
 def test_disabled_listener_is_ok(database, listener, run_command):
     listener(database, ENABLE_JOB_STATE_LISTENER="false").wait_for_line("비활성화됨")
     told = line(run_command(database, "check"), 0)
-    assert told == "1 listener alive: disabled by ENABLE_JOB_STATE_LISTENER=false"
+    assert told == (
+        "1 listener alive: disabled by ENABLE_JOB_STATE_LISTENER=false in the environment"
+    )
 
 
 def test_stopped_listener_is_not_ok(database, listener, run_command, tmp_path):

@@ -209,6 +209,26 @@ def test_disabled_listener_idles_until_told_to_stop(database, api, listener):
     assert not api.calls()
 
 
+def test_listener_that_is_enabled_by_name_runs_beside_a_shared_file(database, api, listener):
+    shared = {"ENABLE_JOB_STATE_LISTENER": "false", "LISTENER_ENABLED": "true"}
+    listener(database, api=api, **shared)
+    database.add_job("overlay", "done")
+    database.wait_for("SELECT status = 'done' FROM jobs WHERE current_step = 'vlm_judge'")
+
+
+def test_listener_that_is_off_by_name_idles_whatever_is_shared(database, listener):
+    process = listener(database, LISTENER_ENABLED="false", ENABLE_JOB_STATE_LISTENER="true")
+    process.wait_for_line("비활성화됨: LISTENER_ENABLED=false in the environment")
+    assert process.stop() == 0
+
+
+def test_last_connections_are_said_at_the_start(database, make_role, listener):
+    name = make_role(database)
+    database.rows(f"ALTER ROLE {name} SUPERUSER CONNECTION LIMIT 2")
+    process = listener(database, DB_USER=name, DB_PASSWORD=name)
+    process.wait_for_line("남은 데이터베이스 연결이 1개뿐")
+
+
 def test_disabled_listener_needs_no_database(database, listener):
     process = listener(database, ENABLE_JOB_STATE_LISTENER="false", DB_HOST="")
     process.wait_for_line("ENABLE_JOB_STATE_LISTENER=false")

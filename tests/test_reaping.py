@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from waiting import until
 
-UNSHARE = ["unshare", "--pid", "--fork", "--mount-proc"]
+from demo.stage_server import Answer
+
+UNSHARE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +61,26 @@ def test_other_processes_reap_nothing():
     script = START.replace("while len(found) < 3:", "for _ in range(3):") + "print(found)"
     command = [sys.executable, "-c", script]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_listener_that_is_process_1_has_no_zombies(database, api, listener, tmp_path):
+    if subprocess.run([*UNSHARE, "true"], capture_output=True).returncode:
+        pytest.skip("a pid namespace needs root")
+    leave = tmp_path / "leave.sh"
+    leave.write_text("#!/bin/sh\n(sleep 0.1 &)\n")
+    leave.chmod(0o755)
+    api.on("vlm_judge", lambda _: Answer(422))
+    process = listener(database, api=api, within=UNSHARE, ALERT_COMMAND=leave)
+    database.add_job("overlay", "done")
+    process.wait_for_line("실행 실패")
+    program = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
+    children = Path(f"/proc/{program}/task/{program}/children")
+
+    def only_workers() -> bool:
+        return len(children.read_text().split()) == 4
+
+    until(lambda: not only_workers(), "the alert")
+    until(only_workers, "no process but the workers")
 
 
 def test_compose_gives_the_listener_an_init():
