@@ -311,20 +311,18 @@ def run(conn: Connection, statements: Sequence[Statement], params: dict[str, Any
 
 
 def prepare(conn: Connection, statements: Sequence[Statement]) -> None:
-    """PREPARE `statements` in one round trip; conn.prepared has the EXECUTE of each.
+    """PREPARE `statements`; conn.prepared has the EXECUTE of each.
 
-    The types of their parameters follow from their use.
+    Each in a round trip of its own: should the next one fail, the server still knows it. The types
+    of their parameters follow from their use.
     """
-    commands, executes = [], {}
     for one in statements:
         given = list(dict.fromkeys(PLACEHOLDER.findall(one.sql)))
         number = {name: f"${position}" for position, name in enumerate(given, 1)}
         sql = PLACEHOLDER.sub(lambda found, number=number: number[found[1]], one.sql)
-        commands.append(f"PREPARE {one.name} AS {sql}")
+        execute(conn, f"PREPARE {one.name} AS {sql}")
         arguments = ", ".join(f"%({name})s" for name in given)
-        executes[one.name] = f"EXECUTE {one.name}" + (f"({arguments})" if given else "")
-    execute(conn, ";".join(commands))
-    conn.prepared.update(executes)
+        conn.prepared[one.name] = f"EXECUTE {one.name}" + (f"({arguments})" if given else "")
 
 
 def is_lost(conn: Connection, error: psycopg2.Error) -> bool:
