@@ -207,7 +207,7 @@ BEGIN
     IF a_table = %1$L THEN
         SELECT true, to_jsonb(%2$s), r.current_step::text, r.status::text, %3$s
         INTO is_there, tenant_id, current_step, status, parent_id
-        FROM %4$I.%5$I AS r%6$s WHERE r.%7$I = an_id LIMIT 1;
+        FROM %4$I.%5$I AS r%6$s WHERE r.%7$I = an_id LIMIT 1;%8$s
     END IF;$branch$, t.name,
         CASE WHEN t.tenant_column IS NOT NULL THEN format('r.%I', t.tenant_column)
              WHEN p.tenant_column IS NOT NULL THEN format('p.%I', p.tenant_column)
@@ -215,12 +215,17 @@ BEGIN
         coalesce('r.' || quote_ident(t.parent_column), 'NULL'), schema, t.name,
         CASE WHEN t.tenant_column IS NULL AND p.tenant_column IS NOT NULL
              THEN format(' LEFT JOIN %I.%I AS p ON p.%I = r.%I', schema, p.name, p.id_column,
-                         t.parent_column) END, t.id_column), '')
+                         t.parent_column) END, t.id_column,
+        -- The parent has it from its own parent.
+        CASE WHEN t.tenant_column IS NULL AND p.tenant_column IS NULL AND p.parent_table IS NOT NULL
+             THEN format('
+        tenant_id := (%I.stage_call_row(%L, %L, parent_id)).tenant_id;', schema, p.name, '') END), '')
     INTO branches
     FROM jsonb_to_recordset(asked -> 'tables') AS t (
              name text, id_column text, tenant_column text, parent_table text, parent_column text)
     LEFT JOIN jsonb_to_recordset(asked -> 'tables') AS p (
-             name text, id_column text, tenant_column text) ON p.name = t.parent_table;
+             name text, id_column text, tenant_column text, parent_table text)
+        ON p.name = t.parent_table;
 
     EXECUTE format('CREATE OR REPLACE FUNCTION stage_call_row('
         'a_table text, a_join text, an_id %1$s, OUT is_there boolean, OUT tenant_id jsonb,'
