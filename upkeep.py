@@ -31,6 +31,7 @@ class Upkeep:
         # By time.monotonic().
         self.reap_at = self.history_at = self.failed_at = 0.0
         self.stalled_at = 0.0 if settings.ALERT_COMMAND else math.inf
+        self.parents_after: Any = None  # how far forget_parents has come
 
     @property
     def next_run(self) -> float:
@@ -52,6 +53,7 @@ class Upkeep:
         if now >= self.history_at:
             self.history_at = now + HISTORY_INTERVAL
             self.attempt(forget_deleted, conn, self.stages, self.name)
+            self.parents_after = self.attempt(forget_parents, conn, self.parents_after)
             if self.attempt(keep_history, conn, self.settings.HISTORY_DAYS):
                 self.history_at = now  # there is more
         if now >= self.failed_at:
@@ -197,6 +199,39 @@ ON CONFLICT DO NOTHING
 def forget_deleted(conn, stages: Iterable[str], worker: str) -> int:
     """Drop the given-up calls of deleted jobs, with a row in the history; how many."""
     return execute(conn, FORGET, {"stages": list(stages), "worker": worker}).rowcount
+
+
+# There is one row of stage_joins a parent, for as long as that lives. They are gone through in the
+# order of the ids, a batch a round. Rows of a join that PIPELINE no longer has stay: whose they are
+# is not known, and it may come back.
+FORGET_PARENTS = """
+WITH batch AS (
+    SELECT parent_id, join_of FROM stage_joins
+    WHERE %(after)s IS NULL OR parent_id >= %(after)s
+    ORDER BY parent_id, join_of LIMIT %(batch)s
+), gone AS (
+    DELETE FROM stage_joins AS j USING pipeline_stages AS p
+    WHERE (j.parent_id, j.join_of) IN (SELECT parent_id, join_of FROM batch)
+      AND p.join_of = j.join_of
+      AND (stage_call_row(p.table_name, '', j.parent_id)).is_there IS NULL
+)
+SELECT count(*) AS found,
+       (SELECT parent_id FROM batch ORDER BY parent_id DESC LIMIT 1) AS last
+FROM batch
+"""
+
+
+def forget_parents(conn, after: Any = None, batch: int = BATCH) -> Any:
+    """Drop what is known of the joins of deleted parents, of a batch of them.
+
+    Args:
+        after: what the last batch returned.
+
+    Returns:
+        The id that the next batch begins with; None: with the first.
+    """
+    found = execute(conn, FORGET_PARENTS, {"after": after, "batch": batch}).fetchone()
+    return found.last if found.found == batch else None
 
 
 # A listener knows STAGE_TIMEOUT, which stalled_jobs() and people read from here.
