@@ -8,27 +8,32 @@ that takes it finds every row in place.
 
 from typing import Any
 
-from db import Statement, execute, run
+from db import WAKE_CHANNEL, Statement, execute, run
 
-# Looks are taken by one listener at a time. The lock is a statement of its own, before the one that
-# looks, whose snapshot is then newer than what the other listener has recorded.
+# Looks are taken by one listener at a time: else one could take that a row came, another that the
+# last one that was missing went away, and neither would know of the other. The lock is a statement
+# of its own, before the one that looks, whose snapshot is then newer than what the listener before
+# has recorded. It is not waited for, as its holder may be frozen. Whether it was given is handed on
+# in a transaction-local setting.
 LOCK_JOINS = Statement(
     "lock_joins",
     """
-SELECT pg_advisory_xact_lock(hashtextextended('job_state_listener.joins',
-                                              'stage_looks'::regclass::oid::bigint))
-FROM (SELECT FROM stage_looks LIMIT 1) AS any_look
+SELECT set_config('job_state_listener.looks', pg_try_advisory_xact_lock(
+    hashtextextended('job_state_listener.joins', 'stage_looks'::regclass::oid::bigint))::text, true)
 """,
 )
 
 # All looks of at most so many parents. A call is recorded where every row is in place, and one of
-# them arrived since the last call was recorded: going away alone makes no second call.
+# them arrived since the last call was recorded: going away alone makes no second call. There may be
+# more calls than this listener has workers, so the others are woken.
 LOOK = Statement(
     "look",
-    """
+    f"""
 WITH parents AS (
     SELECT DISTINCT parent_id, join_of FROM (
-        SELECT parent_id, join_of FROM stage_looks ORDER BY parent_id, join_of LIMIT 4000) AS first
+        SELECT parent_id, join_of FROM stage_looks
+        WHERE current_setting('job_state_listener.looks')::boolean
+        ORDER BY parent_id, join_of LIMIT 4000) AS first
     ORDER BY parent_id, join_of LIMIT 1000
 ), taken AS (
     DELETE FROM stage_looks AS l USING parents AS p
@@ -58,7 +63,7 @@ WITH parents AS (
     INSERT INTO stage_calls AS c (job_id, table_name, join_of, tenant_id, current_step, status,
                                   stage)
     SELECT a.parent_id, p.table_name, p.join_of,
-           (stage_call_row(p.table_name, '', a.parent_id)).tenant_id #>> '{}',
+           (stage_call_row(p.table_name, '', a.parent_id)).tenant_id #>> '{{}}',
            p.current_step, p.status, p.stage
     FROM asked AS a JOIN pipeline_stages AS p ON p.join_of = a.join_of
     WHERE a.is_open AND a.is_complete
@@ -66,15 +71,23 @@ WITH parents AS (
     SET call_id = DEFAULT, tenant_id = excluded.tenant_id, stage = excluded.stage,
         created_at = excluded.created_at, due_at = excluded.due_at, attempts = 0,
         free_attempts = 0, worker = NULL, started_at = NULL, last_error = NULL
+    RETURNING c.call_id
 )
-SELECT count(*) FROM parents
+SELECT CASE WHEN current_setting('job_state_listener.looks')::boolean
+            THEN (SELECT count(*) FROM parents) END AS parents,
+       CASE WHEN EXISTS (SELECT FROM recorded)
+            THEN pg_notify('{WAKE_CHANNEL}', '') END AS woken
 """,
 )
 
 
-def look(conn) -> bool:
-    """Look at the parents whose rows have changed; whether there may be more of them."""
-    return run(conn, [LOCK_JOINS, LOOK], {}).fetchone()[0] > 0
+def look(conn) -> int | None:
+    """Look at the parents whose rows have changed.
+
+    Returns:
+        How many; where it is not 0 there may be more. None: another listener is looking.
+    """
+    return run(conn, [LOCK_JOINS, LOOK], {}).fetchone().parents
 
 
 # Where the parent is when the call of a join is first made, and so long as no attempt of it counts.

@@ -205,7 +205,7 @@ class Listener:
         if not self.unwritten and now < self.next_look:
             return []
         if now >= min(self.join_at, self.sweep_at) and pipeline.joins():
-            self.join_at = now if joins.look(conn) else math.inf
+            self.look_at_parents(conn, now)
         if now >= self.again_at:
             self.again_at = now + AGAIN_EVERY
             self.unwritten, self.locked = self.unwritten + self.locked, []
@@ -226,6 +226,21 @@ class Listener:
         self.settled(conn, turn)
         self.plan(conn, turn, free, sweep)
         return self.claimed(conn, turn, began)
+
+    def look_at_parents(self, conn: db.Connection, now: float) -> None:
+        """Record what joins owe. What keeps that from being done keeps no other call from it."""
+        try:
+            parents = joins.look(conn)
+        except db.CONNECTION_LOST:
+            raise
+        except psycopg2.Error as error:
+            if self.once:
+                raise
+            log.error("조인 확인 실패 (%.0f초 후 다시 시도): %s", LONGEST_SLEEP,
+                      " ".join(str(error).split()))  # fmt: skip
+            self.join_at = now + LONGEST_SLEEP
+        else:  # another listener that is looking may have begun too early to see it all
+            self.join_at = now + (AGAIN_EVERY if parents is None else 0 if parents else math.inf)
 
     def wanted(self, free: int, now: float, sweep: bool) -> list[Wanted]:
         """The stages to claim calls of, and how many of each."""
@@ -295,7 +310,7 @@ class Listener:
         else:
             self.asked_at, self.asks = turn.asked_at, free > 0 and now >= self.due_at
             self.look_at = self.due_at if now < self.due_at else math.inf
-            self.nothing_due = not turn.claimed
+            self.nothing_due = not turn.claimed and self.join_at == math.inf
 
     def ask_when(self, conn: db.Connection) -> None:
         """Ask when the next call will be due, where a claim found less than there are workers."""
