@@ -487,25 +487,26 @@ def is_owed(conn, row, worker: str) -> bool:
 
 # --- stages that fail by themselves --------------------------------------------------------
 
-# Which results are of rows that their stage has set to failed, where no stage follows from that.
-# What the row owed went with its state; a join's call is still there.
+# Which results are of rows that their stage has set to failed, and whether a stage follows from
+# that. What the row owed went with its state; a join's call is still there.
 SET_FAILED = f"""
-SELECT r.call_id
+SELECT r.call_id,
+       EXISTS (SELECT FROM pipeline_stages AS p
+               WHERE p.table_name = r.table_name AND p.join_of = ''
+                 AND (p.current_step, p.status) = (r.stage, 'failed')) AS is_routed
 FROM ({RESULTS}) AS r CROSS JOIN LATERAL stage_call_row(r.table_name, '', r.job_id) AS j
 WHERE (j.current_step, j.status) = (r.stage, 'failed')
   AND NOT EXISTS (SELECT FROM stage_calls AS c
                   WHERE c.job_id = r.job_id AND c.call_id = r.call_id AND c.join_of = '')
-  AND NOT EXISTS (SELECT FROM pipeline_stages AS p
-                  WHERE p.table_name = r.table_name AND p.join_of = ''
-                    AND (p.current_step, p.status) = (r.stage, 'failed'))
 """
 
 
-def set_failed(conn, results: Sequence[Result]) -> set[int]:
-    """The ids of those calls whose stage has set the row to failed."""
+def set_failed(conn, results: Sequence[Result]) -> dict[int, bool]:
+    """Of the calls whose stage has set the row to failed: whether a stage follows from that."""
     if not results:
-        return set()
-    return {row.call_id for row in execute(conn, SET_FAILED, {"results": as_json(conn, results)})}
+        return {}
+    rows = execute(conn, SET_FAILED, {"results": as_json(conn, results)})
+    return {row.call_id: row.is_routed for row in rows}
 
 
 # Where (stage, 'failed') leads to the stage again, the call goes on counting where the one before
@@ -525,18 +526,21 @@ def spent_before(conn, row):
     return execute(conn, SPENT_BEFORE, given | {"call_id": row.call_id}).fetchone()
 
 
-# The claim itself counts for nothing. Where the application holds the row of the call, it is about
-# to owe something else.
+# The claim itself counts for nothing. Its number becomes that of the last attempt where it can, as
+# an attempt whose listener is lost leaves no other account of what is spent. Where the application
+# holds the row of the call, it is about to owe something else.
 PUT_OFF = """
 WITH mine AS (
     SELECT job_id, call_id FROM stage_calls
-    WHERE job_id = %(job_id)s AND call_id = %(call_id)s AND attempts = 1 AND worker = %(worker)s
+    WHERE job_id = %(job_id)s AND call_id = %(call_id)s AND attempts = %(attempt)s
+      AND worker = %(worker)s
     FOR UPDATE SKIP LOCKED
 ), ended AS (
-    DELETE FROM stage_leases WHERE call_id = %(call_id)s AND attempt = 1
+    DELETE FROM stage_leases WHERE call_id = %(call_id)s AND attempt = %(attempt)s
 )
 UPDATE stage_calls AS c
-SET attempts = 1 + %(spent)s, free_attempts = 1, worker = NULL, started_at = NULL,
+SET attempts = greatest(%(attempt)s, %(spent)s),
+    free_attempts = greatest(%(attempt)s - %(spent)s, 0), worker = NULL, started_at = NULL,
     last_error = left(%(error)s, 2000), due_at = now() + make_interval(secs => %(delay)s)
 FROM mine WHERE c.job_id = mine.job_id AND c.call_id = mine.call_id
 """
@@ -544,7 +548,7 @@ FROM mine WHERE c.job_id = mine.job_id AND c.call_id = mine.call_id
 
 def put_off(conn, row, worker: str, spent: int, delay: float, error: str | None) -> None:
     """Let the first claim of a call wait for `delay` seconds, with `spent` attempts behind it."""
-    given = {"job_id": row.key, "call_id": row.call_id, "worker": worker}
+    given = {"job_id": row.key, "call_id": row.call_id, "attempt": row.attempt, "worker": worker}
     execute(conn, PUT_OFF, given | {"spent": spent, "delay": delay, "error": error})
 
 

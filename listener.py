@@ -277,9 +277,19 @@ class Listener:
         """Tell people of the calls that have failed: given up, or set failed by their stage."""
         failures = [r for r in self.unwritten if r.outcome not in PAID and not r.is_told]
         asked = [r for r in failures if r.http_status is not None or r.outcome != "held"]
-        set_failed = calls.set_failed(conn, asked)
+        try:
+            is_routed = calls.set_failed(conn, asked)
+        except db.CONNECTION_LOST:
+            raise
+        except psycopg2.Error as error:  # the look for rows that rest finds them, too
+            log.warning("failed 상태 확인 실패: %s", " ".join(str(error).split()))
+            is_routed = {}
         for result in failures:
-            if result.call_id in set_failed:
+            if is_routed.get(result.call_id):
+                # Nothing is given up: the call that follows from it goes on counting.
+                result.is_told = True
+                continue
+            if result.call_id in is_routed:
                 result.outcome, result.delay, result.hold = "failed", None, False
                 result.error = f"{result.error} ({trigger.SET_FAILED})"
                 trigger.tell_failed(
@@ -348,11 +358,11 @@ class Listener:
         It takes over attempts and back-off of the call before it, or a stage that always fails
         would be called for ever.
         """
-        if call.attempt > 1 or (call.current_step, call.status) != (call.stage, "failed"):
+        if call.spent > 1 or (call.current_step, call.status) != (call.stage, "failed"):
             return False
         reap(conn)  # the call before it may be one that was lost
         before = calls.spent_before(conn, row)
-        if before is None:
+        if before is None or before.spent < 1:
             return False
         error = f"{before.error or trigger.SET_FAILED}"
         if before.spent >= call.max_attempts:
