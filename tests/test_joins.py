@@ -1,38 +1,659 @@
-"""Joins: a call once every row of a parent is there."""
+"""Joins: a call of a parent, once every row that belongs to it is there."""
 
-from contextlib import closing
+import itertools
+import json
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 
+import psycopg2
 import pytest
-from claims import claim_many, connected, result, settle
-from variants import PIPELINE, TABLE, Variants
+from claims import LEASE_OVER, claim_many, connected, result, settle
+from conftest import ROOT
+from psycopg2 import errors
+from psycopg2.extensions import (
+    ISOLATION_LEVEL_READ_COMMITTED,
+    ISOLATION_LEVEL_REPEATABLE_READ,
+    ISOLATION_LEVEL_SERIALIZABLE,
+)
+from raw_server import OK, in_turn
+from variants import MOVE, PIPELINE, TABLE, VARIANTS, Variants, install, stage
+from waiting import PATIENCE
 
 import db
 import joins
-from ops.install import apply
+import upkeep
+from demo.stage_server import Answer
+from pipeline import Table
+
+JOIN = "jobs_variants (iou_eval, done)"
+BAD = b"HTTP/1.1 500 No\r\nContent-Length: 2\r\n\r\nno"
+SLOWLY = b"HTTP/1.1 503 Later\r\nContent-Length: 0\r\nRetry-After: 3600\r\n\r\n"
+NEVER = b"HTTP/1.1 504 Gateway Timeout\r\nContent-Length: 0\r\n\r\n"
 
 
 @pytest.fixture
-def variants(database, use_pipeline) -> Variants:
-    use_pipeline(PIPELINE)
-    database.rows(TABLE)
-    with closing(db.connect(database.settings())) as conn:
-        apply(conn)
-    return Variants(database)
+def conn(variants):
+    with connected(variants.database) as conn:
+        yield conn
 
 
-def test_join_is_owed_once_the_last_row_has_come(variants):
-    database = variants.database
-    job = database.add_job("img_gen", "queued")
+def claim_join(conn, stages=("ad_copy",)):
+    """The one call that joins owe, after a look."""
+    joins.look(conn)
+    [row] = claim_many(conn, 1, stages=list(stages)).claimed
+    return row
+
+
+def joined(variants: Variants, count: int = 2) -> tuple[str, list[str]]:
+    """A job all of whose variants have come, and they."""
+    job = variants.database.add_job("img_gen", "queued")
+    ids = variants.add(job, count=count)
+    variants.finish(*ids)
+    return job, ids
+
+
+# --- when it is owed -----------------------------------------------------------------------
+
+
+def test_join_is_owed_once_the_last_row_has_come(variants, conn):
+    job = variants.database.add_job("img_gen", "queued")
     first, second = variants.add(job, count=2)
+    variants.finish(first)
+    joins.look(conn)
+    assert variants.owed() == []
+    variants.finish(second)
+    row = claim_join(conn)
+    assert (row.key, row.table_name, row.tenant_id, row.owed) == (job, "jobs", "tenant", True)
+    settle(conn, result(row))
+    assert not joins.look(conn)
+    assert variants.owed() == []
+
+
+def test_row_that_is_born_in_the_state_counts_as_one_that_came(variants, conn):
+    job = variants.database.add_job("img_gen", "queued")
+    variants.add(job, "iou_eval", "done", count=3)
+    assert claim_join(conn).key == job
+
+
+def test_parent_without_rows_owes_nothing(variants, conn):
+    job = variants.database.add_job("img_gen", "queued")
+    [only] = variants.add(job)
+    variants.delete(only)
+    joins.look(conn)
+    assert variants.owed() == []
+
+
+def test_last_row_that_is_missing_may_be_deleted_or_given_away(variants, conn):
+    jobs = [joined(variants)[0] for _ in range(2)]
+    late = [variants.add(job)[0] for job in jobs]
+    while joins.look(conn):
+        pass
+    assert [owed for owed in variants.owed() if owed[2] == "ad_copy"] == []
+    variants.delete(late[0])
+    variants.give(late[1], variants.database.add_job("img_gen", "queued"))
+    joins.look(conn)
+    assert variants.owed() == sorted(("jobs", job, "ad_copy") for job in jobs)
+
+
+def test_row_that_has_come_may_be_given_to_a_parent_that_waits_for_none_else(variants, conn):
+    _, [variant] = joined(variants, 1)
+    other, _ = joined(variants, 1)
+    for _ in range(2):
+        settle(conn, result(claim_join(conn)))
+    variants.give(variant, other)
+    assert claim_join(conn).key == other
+
+
+# --- commits that overlap ------------------------------------------------------------------
+
+LEVELS = (
+    ISOLATION_LEVEL_READ_COMMITTED,
+    ISOLATION_LEVEL_REPEATABLE_READ,
+    ISOLATION_LEVEL_SERIALIZABLE,
+)
+DELETE = "DELETE FROM jobs_variants WHERE job_variants_id = %s"
+GIVE = "UPDATE jobs_variants SET job_id = %s WHERE job_variants_id = %s"
+ADD = "INSERT INTO jobs_variants SELECT gen_random_uuid(), job_id, 'iou_eval', 'done'" \
+      " FROM jobs_variants WHERE job_variants_id = %s"  # fmt: skip
+
+
+class Application:
+    """Moves the three rows of a parent at the same time, each in a transaction of its own."""
+
+    def __init__(self, database, limbo: str):
+        self.limbo = limbo
+        self.conns = [psycopg2.connect(database.dsn) for _ in range(3)]
+
+    def close(self) -> None:
+        for conn in self.conns:
+            conn.close()
+
+    def move_all(self, parents: list[tuple]) -> None:
+        with ThreadPoolExecutor(3) as pool:
+            for rows, extra, chance in parents:
+                self.move_rows(pool, rows, extra, chance)
+
+    def move_rows(self, pool, rows: list[str], extra: str | None, chance: random.Random) -> None:
+        """All have moved their row before the first of them commits; chance says in which order."""
+        order = chance.sample(range(3), 3)
+        moved, turns = threading.Barrier(3), [threading.Event() for _ in range(4)]
+        turns[0].set()
+        plans = [(chance.choice(LEVELS), chance.choice(WAYS)) for _ in rows]
+        leave = chance.choice(LEAVING)
+
+        def run(number: int) -> None:
+            conn, mine = self.conns[number], order.index(number)
+            level, way = plans[number]
+            leaves = extra and mine == 1
+
+            def transaction(way: Callable) -> None:
+                with conn.cursor() as cursor:
+                    way(cursor, rows[number])
+                    if leaves:
+                        leave(cursor, extra, self.limbo)
+
+            def again() -> None:
+                conn.rollback()
+                conn.set_isolation_level(ISOLATION_LEVEL_READ_COMMITTED)
+                transaction(move)
+
+            conn.set_isolation_level(level)
+            try:
+                try:
+                    transaction(way)
+                except errors.SerializationFailure:  # again, as such an application does
+                    again()
+                moved.wait(PATIENCE)
+                assert turns[mine].wait(PATIENCE)
+                try:
+                    conn.commit()
+                except errors.SerializationFailure:
+                    again()
+                    conn.commit()
+            except BaseException:
+                moved.abort()
+                raise
+            finally:
+                turns[mine + 1].set()
+
+        list(pool.map(run, range(3)))
+
+
+def be_deleted(cursor, row: str, _limbo: str) -> None:
+    cursor.execute(DELETE, [row])
+
+
+def be_given_away(cursor, row: str, limbo: str) -> None:
+    cursor.execute(GIVE, [limbo, row])
+
+
+def come_and_be_given_away(cursor, row: str, limbo: str) -> None:
+    move(cursor, row)
+    be_given_away(cursor, row, limbo)
+
+
+LEAVING = (be_deleted, be_given_away, come_and_be_given_away)
+
+
+def move(cursor, row: str) -> None:
+    cursor.execute(MOVE, ["iou_eval", "done", row])
+
+
+def roll_back_and_move(cursor, row: str) -> None:
+    move(cursor, row)
+    cursor.connection.rollback()
+    move(cursor, row)
+
+
+def move_behind_a_savepoint(cursor, row: str) -> None:
+    cursor.execute("SAVEPOINT s")
+    move(cursor, row)
+    cursor.execute("ROLLBACK TO s")
+    move(cursor, row)
+    cursor.execute("RELEASE s")
+
+
+def move_and_add(cursor, row: str) -> None:
+    move(cursor, row)
+    cursor.execute(ADD, [row])
+
+
+WAYS = (move, roll_back_and_move, move_behind_a_savepoint, move_and_add)
+
+
+def call_joins(database, worker: str, over: threading.Event) -> Counter:
+    """A listener's turns until nothing comes any more: how often each parent was called."""
+    called, last = Counter(), False
     with connected(database) as conn:
-        variants.move(first, "iou_eval", "done")
-        joins.look(conn)
+        while not last:
+            last = over.is_set()  # one more turn, as something may have come before that
+            while (parents := joins.look(conn)) or (last and parents is None):
+                pass
+            turn = claim_many(conn, 4, worker, ["ad_copy"])
+            assert all(row.owed for row in turn.claimed)
+            called.update(row.key for row in turn.claimed)
+            if turn.claimed:
+                last = False
+                settle(conn, *[result(row, worker=worker) for row in turn.claimed])
+    return called
+
+
+def test_joins_whose_commits_overlap_in_every_order_are_called_once(each_variants):
+    variants, database = each_variants, each_variants.database
+    chance = random.Random(1)
+    limbo = database.add_job("img_gen", "queued")
+    [missing] = variants.add(limbo)
+    parents = {}
+    for _ in range(200):
+        job = database.add_job("img_gen", "queued")
+        rows = variants.add(job, "yolo_detect", "queued", 3)
+        extra = variants.add(job, "yolo_detect", "queued")[0] if chance.random() < 0.3 else None
+        parents[job] = (rows, extra, random.Random(chance.random()))
+    over = threading.Event()
+    mine = [list(parents.values())[n::4] for n in range(4)]
+    with ThreadPoolExecutor(6) as pool, ExitStack() as stack:
+        stack.callback(over.set)
+        applications = [stack.enter_context(closing(Application(database, limbo))) for _ in mine]
+        listeners = [pool.submit(call_joins, database, name, over) for name in ("a", "b")]
+        list(pool.map(Application.move_all, applications, mine))
+        over.set()
+        called = sum((each.result() for each in listeners), Counter())
+    assert called == dict.fromkeys(parents, 1)
+    # The rows that were given away wait for the one that is missing there.
+    variants.delete(missing)
+    with connected(database) as conn:
+        left = database.value("SELECT count(*) FROM jobs_variants WHERE job_id = %s"
+                              " AND current_step <> 'iou_eval'", limbo)  # fmt: skip
+        database.rows("DELETE FROM jobs_variants WHERE job_id = %s"
+                      " AND current_step <> 'iou_eval'", limbo)  # fmt: skip
+        assert left and claim_join(conn).key == limbo
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_join_is_seen_by_a_look_between_any_two_commits(variants, conn, order):
+    """A look at each moment, and never anything is owed before the last commit."""
+    job = variants.database.add_job("img_gen", "queued")
+    rows = variants.add(job, count=3)
+    applications = [psycopg2.connect(variants.database.dsn) for _ in rows]
+    for application, row in zip(applications, rows, strict=True):
+        move(application.cursor(), row)
+        assert joins.look(conn) == 0
+    for number in order:
         assert variants.owed() == []
-        variants.move(second, "iou_eval", "done")
-        joins.look(conn)
-        assert variants.owed() == [("jobs", job, "ad_copy")]
-        [row] = claim_many(conn, 1, stages=["ad_copy"]).claimed
-        assert (row.key, row.tenant_id, row.owed) == (job, "tenant", True)
-        settle(conn, result(row))
-        assert not joins.look(conn)
+        applications[number].commit()
+        assert joins.look(conn) == 1
+    assert variants.owed() == [("jobs", job, "ad_copy")]
+    for application in applications:
+        application.close()
+
+
+def test_nobody_waits_for_a_transaction_that_holds_a_row_and_its_parent(variants, conn):
+    job = variants.database.add_job("img_gen", "queued")
+    first, second, third = variants.add(job, count=3)
+    variants.finish(third)
+    with closing(psycopg2.connect(variants.database.dsn)) as held:
+        held.cursor().execute("UPDATE jobs SET updated_at = now() WHERE job_id = %s", [job])
+        move(held.cursor(), first)
+        for way in WAYS:
+            with closing(psycopg2.connect(variants.database.dsn)) as other:
+                other.cursor().execute("SET lock_timeout = '5s'")
+                other.commit()
+                way(other.cursor(), second)
+                other.rollback()
+        variants.finish(second)
+        assert joins.look(conn) == 1
+        held.commit()
+        held.cursor().execute("SELECT FROM jobs WHERE job_id = %s FOR UPDATE", [job])
+        assert claim_join(conn).owed
+
+
+# --- who looks -----------------------------------------------------------------------------
+
+
+def test_looks_that_come_after_the_lock_are_taken_by_whoever_has_it(variants, conn):
+    """Where they were also taken by another one, neither knew what the other had taken."""
+    with connected(variants.database) as other:
+        db.execute(other, "BEGIN;" + joins.LOCK_JOINS.sql)
+        job, _ = joined(variants)
+        assert joins.look(conn) is None
         assert variants.owed() == []
+        db.execute(other, "COMMIT")
+    assert joins.look(conn) == 1
+    assert variants.owed() == [("jobs", job, "ad_copy")]
+
+
+@pytest.fixture
+def api_of_variants(api):
+    for name in ("vlm_analyze", "yolo_detect", "iou_eval", "ad_copy", "instagram"):
+        api.on(f"/{name}", lambda _: Answer(200))
+    return api
+
+
+@pytest.fixture
+def start(listener, variants, api_of_variants):
+    """start(*args, **settings): a listener with the pipeline of variants.py."""
+
+    def start(*args, **settings):
+        given = {"PYTHONPATH": str(ROOT / "tests"), "PIPELINE_MODULE": "variants"} | settings
+        return listener(variants.database, *args, api=api_of_variants, **given)
+
+    return start
+
+
+def called(api, path: str) -> list[str]:
+    return [request.job_id for request in api.calls() if request.path == path]
+
+
+def test_two_listeners_call_once_what_rows_of_many_parents_owe(variants, api, start):
+    for process in [start(), start()]:
+        process.wait_for_line("LISTEN 'job_variant_state_changed' 시작")
+    jobs = [joined(variants, 3)[0] for _ in range(20)]
+    api.wait_for(lambda api: set(called(api, "/ad_copy")) == set(jobs))
+    variants.database.wait_for("SELECT count(*) = 0 FROM stage_calls")
+    assert sorted(called(api, "/ad_copy")) == sorted(jobs)
+
+
+def test_other_calls_go_on_while_a_listener_that_looks_is_frozen(variants, api, start):
+    with connected(variants.database) as other:
+        db.execute(other, "BEGIN;" + joins.LOCK_JOINS.sql)
+        start(SWEEP_INTERVAL=1)
+        joined(variants)
+        job = variants.database.add_job("ad_copy", "done")
+        api.wait_for(lambda api: called(api, "/instagram") == [job])
+        assert called(api, "/ad_copy") == []
+        db.execute(other, "COMMIT")
+    api.wait_for(lambda api: called(api, "/ad_copy"))
+
+
+def test_look_that_fails_is_one_line_and_keeps_no_other_call(variants, api, start):
+    process = start()
+    process.wait_for_line("LISTEN 'job_variant_state_changed' 시작")
+    variants.database.rows("ALTER FUNCTION stage_join_is_complete RENAME TO gone")
+    job, _ = joined(variants)
+    process.wait_for_line("조인 확인 실패")
+    other = variants.database.add_job("ad_copy", "done")
+    api.wait_for(lambda api: called(api, "/instagram") == [other])
+    variants.database.rows("ALTER FUNCTION gone RENAME TO stage_join_is_complete")
+    api.wait_for(lambda api: called(api, "/ad_copy") == [job])
+    assert "재연결" not in process.output
+
+
+def test_run_once_ends_after_the_last_look(variants, api_of_variants, run_command):
+    """More parents than one look takes, the complete one among the last."""
+    variants.database.rows(MANY, 1500)
+    job, _ = joined(variants)
+    given = {"PYTHONPATH": str(ROOT / "tests"), "PIPELINE_MODULE": "variants"}
+    variants.database.rows("UPDATE stage_looks SET parent_id = parent_id")
+    assert run_command(variants.database, "run", "--once", api=api_of_variants, **given).code == 0
+    assert called(api_of_variants, "/ad_copy") == [job]
+    assert variants.database.value("SELECT count(*) FROM stage_looks") == 0
+
+
+MANY = """
+WITH parents AS (
+    INSERT INTO jobs (job_id, current_step, status)
+    SELECT ('00000000-0000-0000-0000-' || lpad(n::text, 12, '0'))::uuid, 'img_gen', 'queued'
+    FROM generate_series(1, %s) AS n RETURNING job_id
+)
+INSERT INTO jobs_variants (job_id, current_step, status)
+SELECT job_id, step, 'done' FROM parents, unnest(ARRAY['iou_eval', 'gone']) AS step
+"""
+
+
+def test_look_wakes_the_listeners_that_may_call_what_it_records(variants, conn):
+    with closing(variants.database.connect()) as ear:
+        ear.cursor().execute(f'LISTEN "{db.WAKE_CHANNEL}"')
+        variants.finish(variants.add(variants.database.add_job("x"), count=2)[0])
+        joins.look(conn)
+        ear.poll()
+        assert ear.notifies == []
+        joined(variants)
+        joins.look(conn)
+        ear.cursor().execute("SELECT")
+        assert [heard.channel for heard in ear.notifies] == [db.WAKE_CHANNEL]
+
+
+def test_looks_of_a_day_without_a_listener_are_taken_in_batches(variants, conn):
+    database = variants.database
+    database.rows("SET session_replication_role = replica")
+    database.rows("INSERT INTO jobs (job_id, current_step, status) SELECT md5(n::text)::uuid,"
+                  " 'img_gen', 'queued' FROM generate_series(1, 33000) AS n")  # fmt: skip
+    database.rows("INSERT INTO jobs_variants SELECT gen_random_uuid(), job_id, 'iou_eval', 'done'"
+                  " FROM jobs, generate_series(1, 3)")  # fmt: skip
+    database.rows("INSERT INTO stage_looks (parent_id, join_of, arrived)"
+                  " SELECT job_id, %s, true FROM jobs_variants", JOIN)  # fmt: skip
+    looks = [parents for parents in iter(lambda: joins.look(conn), 0)]
+    assert (max(looks), sum(looks)) == (1000, 33000)
+    assert database.value("SELECT count(*) FROM stage_calls WHERE stage = 'ad_copy'") == 33000
+
+
+# --- what the parent owes beside it --------------------------------------------------------
+
+
+def test_what_the_parent_owes_itself_and_its_join_do_not_touch_each_other(variants, conn):
+    job, _ = joined(variants)
+    joins.look(conn)
+    variants.database.move(job, "img_gen", "done")
+    assert variants.owed() == [("jobs", job, "ad_copy"), ("jobs", job, "vlm_analyze")]
+    rows = claim_many(conn, 2, stages=["ad_copy", "vlm_analyze"]).claimed
+    assert {row.stage for row in rows if row.owed} == {"ad_copy", "vlm_analyze"}
+    settle(conn, *[result(row) for row in rows if row.stage == "vlm_analyze"])
+    assert variants.owed() == [("jobs", job, "ad_copy")]
+    variants.database.move(job, "vlm_analyze", "running")
+    variants.database.move(job, "cancelled", "cancelled")
+    assert variants.owed() == [("jobs", job, "ad_copy")]
+    settle(conn, *[result(row) for row in rows if row.stage == "ad_copy"])
+    assert variants.owed() == []
+
+
+def test_two_joins_of_one_parent_are_two_calls(database, use_pipeline):
+    use_pipeline(PIPELINE | {VARIANTS.every("upscale", "done"): stage("notify")})
+    variants = install(database, TABLE)
+    job, rows = joined(variants)
+    with connected(database) as conn:
+        settle(conn, result(claim_join(conn, ["ad_copy", "notify"])))
+        for row in rows:
+            variants.move(row, "upscale", "done")
+        assert claim_join(conn, ["ad_copy", "notify"]).stage == "notify"
+        variants.finish(*rows)
+        again = claim_join(conn, ["ad_copy", "notify"])
+        assert (again.stage, again.key) == ("ad_copy", job)
+    assert len(variants.owed()) == 2
+
+
+# --- when it is called again, and when it is not -------------------------------------------
+
+
+def test_call_without_an_answer_is_not_repeated_once_the_parent_has_moved(
+    variants, conn, caller, serve
+):
+    job, _ = joined(variants)
+    joins.look(conn)
+    calling = caller(serve(in_turn(NEVER, OK)).url)
+    assert calling.call().outcome == "unknown"
+    variants.database.move(job, "ad_copy", "running")
+    variants.database.rows(LEASE_OVER)
+    assert calling.claim() is None
+    assert variants.database.attempts(job)[-1].error == "the job has moved on: (ad_copy, running)"
+    assert not joins.look(conn) and variants.owed() == []
+
+
+@pytest.mark.parametrize("answer", [NEVER, BAD])
+def test_call_is_repeated_while_the_parent_is_where_it_was(variants, conn, caller, serve, answer):
+    job, _ = joined(variants)
+    joins.look(conn)
+    calling = caller(serve(in_turn(answer, OK)).url)
+    assert calling.call().outcome in ("unknown", "retry")
+    variants.database.rows(LEASE_OVER)
+    assert calling.call_again().outcome == "succeeded"
+    assert len(variants.database.attempts(job)) == 2 and variants.owed() == []
+
+
+def test_call_of_a_held_stage_does_not_care_where_the_parent_has_gone(
+    variants, conn, caller, serve
+):
+    job, _ = joined(variants)
+    joins.look(conn)
+    calling = caller(serve(in_turn(SLOWLY, OK)).url)
+    assert calling.call().outcome == "held"
+    variants.database.move(job, "vlm_analyze", "running")
+    assert calling.claim() is None
+    assert calling.call_again().outcome == "succeeded"
+
+
+def test_row_that_is_done_again_after_the_call_makes_a_new_one(variants, conn):
+    _, [first, _] = joined(variants)
+    before = claim_join(conn)
+    settle(conn, result(before))
+    variants.move(first, "img_gen", "running")
+    assert not joins.look(conn)
+    variants.finish(first)
+    after = claim_join(conn)
+    assert after.call_id != before.call_id and after.attempt == 1
+
+
+def test_row_that_is_done_again_during_the_call_is_called_after_it(variants, conn):
+    _, [first, _] = joined(variants)
+    before = claim_join(conn)
+    variants.move(first, "img_gen", "running")
+    variants.finish(first)
+    joins.look(conn)
+    assert claim_many(conn, 1, stages=["ad_copy"]).claimed == []
+    settle(conn, result(before))
+    [after] = claim_many(conn, 1, stages=["ad_copy"]).claimed
+    assert after.call_id != before.call_id and after.owed
+
+
+def test_row_that_is_deleted_after_the_call_makes_none(variants, conn):
+    job, [first, _] = joined(variants)
+    settle(conn, result(claim_join(conn)))
+    variants.delete(first)
+    [late] = variants.add(job)
+    variants.delete(late)
+    joins.look(conn)
+    assert variants.owed() == []
+
+
+def test_pruned_history_makes_a_parent_neither_stalled_nor_owing(variants, conn, caller, serve):
+    job, _ = joined(variants)
+    joins.look(conn)
+    caller(serve(in_turn(OK)).url).call()
+    variants.database.move(job, "instagram", "done")
+    variants.database.rows("DELETE FROM stage_attempts")
+    variants.database.rows(
+        "UPDATE jobs SET updated_at = now() - interval '60 days';"
+        "UPDATE stage_joins SET recorded_at = now() - interval '60 days'"
+    )
+    assert variants.database.rows("SELECT * FROM resting_rows() WHERE table_name = 'jobs'") == []
+    assert not joins.look(conn) and variants.owed() == []
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_row_that_leaves_before_the_claim_takes_the_call_with_it(
+    variants, conn, caller, accepting, comes_back
+):
+    job, [first, _] = joined(variants)
+    joins.look(conn)
+    calling = caller(accepting.url)
+    variants.move(first, "yolo_detect", "running")
+    assert calling.claim() is None
+    assert (
+        variants.database.attempts(job)[-1].error
+        == f"the job has moved on: not every row is in {JOIN}"
+    )
+    joins.look(conn)
+    assert variants.owed() == []
+    variants.finish(first) if comes_back else variants.delete(first)
+    joins.look(conn)
+    assert calling.call().outcome == "succeeded"
+    assert not joins.look(conn) and variants.owed() == []
+
+
+def test_row_that_leaves_during_a_call_that_fails_has_it_called_when_it_is_back(
+    variants, conn, caller, serve
+):
+    _, [first, _] = joined(variants)
+    joins.look(conn)
+    calling = caller(serve(in_turn(BAD, OK)).url)
+    calling.call()
+    variants.move(first, "yolo_detect", "running")
+    variants.database.rows("UPDATE stage_calls SET due_at = now()")
+    assert calling.claim() is None
+    variants.finish(first)
+    joins.look(conn)
+    assert calling.call().outcome == "succeeded"
+
+
+def test_deleted_parent_is_skipped_and_forgotten(variants, conn, caller, accepting):
+    job, _ = joined(variants)
+    living, _ = joined(variants)
+    joins.look(conn)
+    variants.database.rows("DELETE FROM jobs WHERE job_id = %s", job)
+    calling = caller(accepting.url)
+    assert calling.call().job_id == living
+    assert calling.claim() is None
+    assert variants.database.attempts(job)[-1].error == "the job has moved on: deleted"
+    assert upkeep.forget_parents(conn, batch=1000) is None
+    known = variants.database.rows("SELECT parent_id::text FROM stage_joins")
+    assert [row.parent_id for row in known] == [living]
+
+
+def test_deleted_parents_are_found_a_batch_at_a_time(variants, conn):
+    for _ in range(7):
+        joined(variants, 1)
+    joins.look(conn)
+    variants.database.rows("DELETE FROM jobs")
+    after, batches = upkeep.forget_parents(conn, batch=3), 1
+    while after is not None:
+        after, batches = upkeep.forget_parents(conn, after, batch=3), batches + 1
+    assert variants.database.value("SELECT count(*) FROM stage_joins") == 0
+    assert batches <= 4
+
+
+# --- further down --------------------------------------------------------------------------
+
+CROPS = Table("crops", id="crop_id", parent=(VARIANTS, "variant_id"))
+CROPS_TABLE = """
+CREATE TABLE crops (
+    crop_id      uuid PRIMARY KEY DEFAULT gen_random_uuid(),
+    variant_id   uuid NOT NULL REFERENCES jobs_variants ON DELETE CASCADE,
+    current_step text,
+    status       text
+);
+CREATE INDEX ON crops (variant_id);
+"""
+THREE_LEVELS = {
+    ("img_gen", "done"): stage("vlm_analyze"),
+    CROPS("cut", "done"): stage("sharpen"),
+    CROPS.every("sharpen", "done"): stage("yolo_detect"),
+    VARIANTS.every("yolo_detect", "done"): stage("ad_copy"),
+}
+
+
+def test_rows_of_rows_are_joined_for_their_parent_and_that_for_its_own(
+    database, use_pipeline, caller, accepting
+):
+    use_pipeline(THREE_LEVELS)
+    variants = install(database, TABLE, CROPS_TABLE)
+    job = database.add_job("img_gen", "queued")
+    [variant] = variants.add(job)
+    [crop] = database.rows("INSERT INTO crops VALUES (DEFAULT, %s, 'cut', 'done')"
+                           " RETURNING crop_id::text", variant)  # fmt: skip
+    calling = caller(accepting.url)
+    for table, step in (("crops", "sharpen"), ("jobs_variants", "yolo_detect")):
+        joins.look(calling.conn)
+        calling.run(calling.claim())
+        calling.settle()
+        database.rows(f"UPDATE {table} SET current_step = %s, status = 'done'", step)
+    joins.look(calling.conn)
+    calling.run(calling.claim())
+    bodies = [json.loads(request.body) for request in accepting.requests]
+    assert bodies == [
+        {"crop_id": crop.crop_id, "variant_id": variant, "tenant_id": "tenant"},
+        {"job_variants_id": variant, "job_id": job, "tenant_id": "tenant"},
+        {"job_id": job, "tenant_id": "tenant"},
+    ]

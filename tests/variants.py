@@ -2,11 +2,14 @@
 
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import pytest
 
+import db
 import pipeline
 import stages
+from ops.install import apply
 from pipeline import Table
 
 VARIANTS = Table(
@@ -46,6 +49,7 @@ PIPELINE = {
 }
 
 
+MOVE = "UPDATE jobs_variants SET current_step = %s, status = %s WHERE job_variants_id = %s"
 OWED = "SELECT table_name, job_id::text, stage FROM stage_calls ORDER BY 1, 2, 3"
 
 
@@ -64,8 +68,20 @@ class Variants:
         return ids
 
     def move(self, variant: str, step: str, status: str) -> None:
-        self.database.rows("UPDATE jobs_variants SET current_step = %s, status = %s"
-                           " WHERE job_variants_id = %s", step, status, variant)  # fmt: skip
+        self.database.rows(MOVE, step, status, variant)
+
+    def finish(self, *variants: str) -> None:
+        """Bring rows to where their join waits for them."""
+        for variant in variants:
+            self.move(variant, "iou_eval", "done")
+
+    def delete(self, variant: str) -> None:
+        self.database.rows("DELETE FROM jobs_variants WHERE job_variants_id = %s", variant)
+
+    def give(self, variant: str, job: str) -> None:
+        """Let a row belong to another job."""
+        given = "UPDATE jobs_variants SET job_id = %s WHERE job_variants_id = %s"
+        self.database.rows(given, job, variant)
 
     def owed(self) -> list[tuple]:
         """What is owed: (table, id, stage), the joins' too."""
@@ -76,3 +92,24 @@ class Variants:
 def use_pipeline(monkeypatch) -> Iterator[Callable[[dict], None]]:
     """use_pipeline(dict): PIPELINE of this process is another."""
     yield lambda routes: monkeypatch.setattr(stages, "PIPELINE", routes)
+
+
+def install(database, *tables: str) -> Variants:
+    """Make the application's `tables`, and install the PIPELINE in use."""
+    database.rows("".join(tables))
+    with closing(db.connect(database.settings())) as conn:
+        apply(conn)
+    return Variants(database)
+
+
+@pytest.fixture
+def variants(database, use_pipeline) -> Variants:
+    use_pipeline(PIPELINE)
+    return install(database, TABLE)
+
+
+@pytest.fixture
+def each_variants(each_database, use_pipeline) -> Variants:
+    """On every PostgreSQL that there is."""
+    use_pipeline(PIPELINE)
+    return install(each_database, TABLE)
