@@ -1,0 +1,10 @@
+"""A pipeline whose stages are called again where they have set their row to failed."""
+
+from variants import PIPELINE as ONCE
+from variants import VARIANTS, stage
+
+PIPELINE = ONCE | {
+    ("vlm_analyze", "failed"): stage("vlm_analyze"),
+    VARIANTS("yolo_detect", "failed"): stage("yolo_detect"),
+    ("ad_copy", "failed"): stage("ad_copy"),
+}

@@ -1,0 +1,424 @@
+"""Stages that fail by themselves: they set (stage, 'failed'), and answer as they like."""
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+
+import psycopg2
+import pytest
+from claims import LEASE_OVER, connected
+from conftest import ROOT
+from failing import PIPELINE as ROUTED
+from test_alerts import told  # noqa: F401 (a fixture)
+from variants import PIPELINE, TABLE, Variants, install
+from waiting import PATIENCE, until
+
+import upkeep
+from demo.stage_server import Answer, Hangup
+
+SET_FAILED = "단계가 failed로 설정함"
+MOVE = {
+    "jobs": "UPDATE jobs SET current_step = %s, status = %s WHERE job_id = %s",
+    "jobs_variants": "UPDATE jobs_variants SET current_step = %s, status = %s"
+    " WHERE job_variants_id = %s",
+}
+STATE = {
+    "jobs": "SELECT current_step, status FROM jobs WHERE job_id = %s",
+    "jobs_variants": "SELECT current_step, status FROM jobs_variants WHERE job_variants_id = %s",
+}
+
+
+@dataclass
+class Site:
+    """A database with a pipeline, its stage API, and its listeners."""
+
+    variants: Variants
+    api: object
+    listener: Callable
+    told: Callable
+    module: str
+
+    @property
+    def database(self):
+        return self.variants.database
+
+    def start(self, *args: str, **settings):
+        given = {"PYTHONPATH": str(ROOT / "tests"), "PIPELINE_MODULE": self.module,
+                 "ALERT_COMMAND": self.told.command} | settings  # fmt: skip
+        return self.listener(self.database, *args, api=self.api, **given)
+
+    def add(self, table: str) -> str:
+        """The id of a row that owes vlm_analyze, or yolo_detect."""
+        job = self.database.add_job("img_gen", "done" if table == "jobs" else "queued")
+        return job if table == "jobs" else self.variants.add(job, "img_gen", "done")[0]
+
+    def set(self, table: str, row: str, step: str, status: str) -> None:
+        """Move a row, as a stage or a person does, in a transaction of its own."""
+        with closing(self.database.connect()) as conn:
+            conn.cursor().execute(MOVE[table], [step, status, row])
+
+    def fails(self, table: str, then: Callable) -> None:
+        """The stage of `table` sets its row to failed, and ends as `then(request)` does."""
+        stage, column = STAGES[table]
+
+        def behave(request):
+            self.set(table, request.body[column], stage, "running")
+            self.set(table, request.body[column], stage, "failed")
+            return then(request)
+
+        self.api.on(f"/{stage}", behave)
+
+    def calls(self, stage: str) -> list:
+        return [request for request in self.api.calls() if request.path == f"/{stage}"]
+
+    def wait_for_calls(self, stage: str, count: int) -> None:
+        self.api.wait_for(lambda _: len(self.calls(stage)) >= count, PATIENCE)
+
+    def resting(self) -> list[tuple]:
+        sql = "SELECT kind, table_name, job_id, stage FROM resting_rows()"
+        return [tuple(row) for row in self.database.rows(sql)]
+
+    def settled(self) -> None:
+        """Block until nothing is due or under way."""
+        self.database.wait_for(
+            "SELECT NOT EXISTS (SELECT FROM stage_leases WHERE NOT unanswered)"
+            " AND NOT EXISTS (SELECT FROM stage_calls WHERE due_at < 'infinity')"
+        )
+
+
+STAGES = {"jobs": ("vlm_analyze", "job_id"), "jobs_variants": ("yolo_detect", "job_variants_id")}
+TABLES = pytest.mark.parametrize("table", list(STAGES))
+
+
+@pytest.fixture
+def site(database, use_pipeline, api, listener, told) -> Site:  # noqa: F811
+    """Nothing follows from failed."""
+    use_pipeline(PIPELINE)
+    return Site(install(database, TABLE), api, listener, told, "variants")
+
+
+@pytest.fixture
+def routed(database, use_pipeline, api, listener, told) -> Site:  # noqa: F811
+    """The stage follows from failed again."""
+    use_pipeline(ROUTED)
+    return Site(install(database, TABLE), api, listener, told, "failing")
+
+
+def hang_up(_request):
+    raise Hangup
+
+
+ENDS = {
+    "500": (lambda _: Answer(500, b"no GPU"), "HTTP 500: no GPU"),
+    "422": (lambda _: Answer(422, b"no text"), "HTTP 422: no text"),
+    "503": (lambda _: Answer(503, b"busy"), "HTTP 503: busy"),
+    "no answer": (hang_up, ""),
+}
+
+
+@TABLES
+@pytest.mark.parametrize("end", ENDS)
+def test_row_set_failed_is_recorded_told_once_and_shown(site, table, end):
+    then, said = ENDS[end]
+    site.fails(table, then)
+    process = site.start()
+    row = site.add(table)
+    stage, _ = STAGES[table]
+    process.wait_for_line(SET_FAILED)
+    site.database.wait_for("SELECT count(*) = 0 FROM stage_leases")
+    [attempt] = site.database.attempts(row)
+    assert (attempt.outcome, attempt.table_name) == ("failed", table)
+    assert said in attempt.error and "set failed by its stage" in attempt.error
+    until(site.told, "an alert")
+    process.stop()
+    assert site.resting() == [("failed", table, row, stage)]
+    assert [line for line in process.lines if SET_FAILED in line] == [
+        line for line in process.lines if SET_FAILED in line and said in line and "UPDATE" in line
+    ]
+    # A listener that looks anew tells it to nobody again.
+    again = site.start("run", "--once")
+    assert again.wait() == 0
+    assert SET_FAILED not in again.output and len(site.calls(stage)) == 1
+    [alert] = site.told()
+    assert (alert["event"], alert["job"], alert["table"]) == ("failed_by_stage", row, table)
+    # What it says is what sends the row back.
+    site.api.on(f"/{stage}", lambda _: Answer(200))
+    site.database.rows(alert["sql"])
+    assert site.start("run", "--once").wait() == 0
+    assert len(site.calls(stage)) == 2 and site.resting() == []
+
+
+@TABLES
+def test_row_set_failed_by_a_stage_that_answers_200_is_told_by_the_next_look(site, table):
+    site.fails(table, lambda _: Answer(200))
+    first = site.start()
+    row = site.add(table)
+    site.database.wait_for("SELECT count(*) = 1 FROM stage_attempts WHERE outcome = 'succeeded'")
+    first.stop()
+    process = site.start()
+    line = process.wait_for_line(SET_FAILED)
+    assert row in line and "ERROR" in line
+    until(site.told, "an alert")
+    with connected(site.database) as conn:
+        assert upkeep.newly_failed(conn) == []
+    assert {attempt.outcome for attempt in site.database.attempts(row)} == {"succeeded", "failed"}
+    assert site.resting() == [("failed", table, row, STAGES[table][0])]
+
+
+@TABLES
+def test_row_set_failed_after_the_answer_is_told_by_the_next_look(site, table):
+    stage, _ = STAGES[table]
+    site.api.on(f"/{stage}", lambda _: Answer(500, b"no GPU"))
+    process = site.start(RETRY_DELAY=1000)
+    row = site.add(table)
+    site.database.wait_for("SELECT count(*) = 1 FROM stage_attempts WHERE outcome = 'retry'")
+    site.set(table, row, stage, "failed")
+    process.stop()
+    again = site.start()
+    assert "no GPU" in again.wait_for_line(SET_FAILED)
+    until(site.told, "an alert")
+    assert site.resting() == [("failed", table, row, stage)]
+
+
+@TABLES
+def test_row_whose_failed_is_committed_after_the_answer_is_told_at_once(site, table):
+    """The stage's transaction holds the row of the call when the answer comes."""
+    stage, column = STAGES[table]
+    with closing(psycopg2.connect(site.database.dsn)) as held:
+
+        def behave(request):
+            held.cursor().execute(MOVE[table], [stage, "failed", request.body[column]])
+            return Answer(500, b"no GPU")
+
+        site.api.on(f"/{stage}", behave)
+        process = site.start()
+        row = site.add(table)
+        process.wait_for_line("파이프라인 단계 실행 실패")
+        site.database.wait_for("SELECT count(*) = 1 FROM stage_attempts WHERE outcome = 'retry'")
+        held.commit()
+        process.wait_for_line(SET_FAILED)
+    until(site.told, "an alert")
+    assert "failed" in {attempt.outcome for attempt in site.database.attempts(row)}
+    assert len(site.calls(stage)) == 1
+
+
+@TABLES
+def test_running_that_is_flushed_and_rolled_back_is_called_again(site, table):
+    stage, column = STAGES[table]
+
+    def behave(request):
+        if len(site.calls(stage)) > 1:
+            return Answer(200)
+        with closing(psycopg2.connect(site.database.dsn)) as conn:
+            conn.cursor().execute(MOVE[table], [stage, "running", request.body[column]])
+            raise Hangup  # killed: nothing of it is committed
+
+    site.api.on(f"/{stage}", behave)
+    process = site.start(STAGE_TIMEOUT=2, LEASE_MARGIN=1)
+    site.add(table)
+    site.wait_for_calls(stage, 2)
+    site.settled()
+    assert SET_FAILED not in process.output and site.told() == []
+
+
+@TABLES
+def test_row_set_failed_whose_listener_is_killed_is_told_by_another(site, table):
+    stage, _ = STAGES[table]
+    process = site.start()
+
+    def kill(_request):
+        process.kill()
+        raise Hangup
+
+    site.fails(table, kill)
+    row = site.add(table)
+    process.process.wait(PATIENCE)
+    site.database.rows(LEASE_OVER)
+    assert SET_FAILED in site.start().wait_for_line(SET_FAILED)
+    until(site.told, "an alert")
+    outcomes = [attempt.outcome for attempt in site.database.attempts(row)]
+    assert sorted(outcomes) == ["failed", "lost"] and len(site.calls(stage)) == 1
+
+
+# --- sent back -----------------------------------------------------------------------------
+
+
+@TABLES
+def test_row_sent_back_during_its_first_call_is_called_after_it(site, table):
+    stage, column = STAGES[table]
+
+    def behave(request):
+        if len(site.calls(stage)) > 1:
+            return Answer(200)
+        site.set(table, request.body[column], stage, "failed")
+        site.set(table, request.body[column], "img_gen", "done")
+        return Answer(500, b"no GPU")
+
+    site.api.on(f"/{stage}", behave)
+    process = site.start()
+    row = site.add(table)
+    site.wait_for_calls(stage, 2)
+    site.settled()
+    first, second = site.database.attempts(row)
+    assert (first.outcome, second.outcome, second.attempt) == ("retry", "succeeded", 1)
+    assert first.finished_at <= second.started_at
+    assert SET_FAILED not in process.output and site.told() == []
+
+
+# --- routed --------------------------------------------------------------------------------
+
+FAST = {"MAX_ATTEMPTS": 3, "RETRY_DELAY": 0.05}
+
+
+def spent(site: Site, row: str) -> list[int]:
+    called = [a for a in site.database.attempts(row) if a.outcome not in ("lost", "skipped")]
+    return [a.spent for a in sorted(called, key=lambda a: (a.started_at, a.finished_at))]
+
+
+@TABLES
+@pytest.mark.parametrize("status", [500, 422, 200])
+def test_routed_failed_carries_attempts_on_and_ends(routed, table, status):
+    stage, _ = STAGES[table]
+    routed.fails(table, lambda _: Answer(status, b"no GPU"))
+    process = routed.start(**FAST)
+    row = routed.add(table)
+    until(routed.told, "an alert")
+    routed.settled()
+    assert len(routed.calls(stage)) == 3
+    assert spent(routed, row)[:3] == [1, 2, 3]
+    [owed] = routed.database.rows("SELECT due_at = 'infinity' AS given_up FROM stage_calls"
+                                  " WHERE job_id = %s", row)  # fmt: skip
+    assert owed.given_up
+    process.stop()
+    [alert] = routed.told()
+    assert (alert["event"], alert["job"]) == ("given_up", row)
+    assert "(attempt 3, the last one)" in alert["error"]
+
+
+def test_routed_failed_waits_longer_from_time_to_time(routed):
+    """The delay after an attempt is chosen below RETRY_DELAY × 2^attempts."""
+    routed.fails("jobs", lambda _: Answer(500))
+    process = routed.start(MAX_ATTEMPTS=3, RETRY_DELAY=1000)
+    row = routed.add("jobs")
+    routed.database.wait_for(
+        "SELECT count(*) = 1 FROM stage_calls WHERE current_step = 'vlm_analyze'"
+        " AND attempts = 1 AND worker IS NULL AND last_error IS NOT NULL"
+    )
+    routed.database.rows("UPDATE stage_calls SET due_at = now()")
+    process.stop()
+    routed.start("run", "--once").wait()
+    assert len(routed.calls("vlm_analyze")) >= 2
+    assert spent(routed, row)[:2] == [1, 2]
+
+
+@TABLES
+def test_routed_failed_ends_though_each_listener_is_killed(routed, table):
+    stage, _ = STAGES[table]
+    process = None
+
+    def kill(_request):
+        process.kill()
+        raise Hangup
+
+    routed.fails(table, kill)
+    row = routed.add(table)
+    for number in range(1, 4):
+        process = routed.start(**FAST)
+        routed.wait_for_calls(stage, number)
+        process.process.wait(PATIENCE)
+        routed.database.rows(LEASE_OVER)
+    routed.start(**FAST)
+    until(routed.told, "an alert")
+    assert len(routed.calls(stage)) == 3
+    routed.settled()
+    assert routed.database.value(
+        "SELECT due_at = 'infinity' FROM stage_calls WHERE job_id = %s", row
+    )
+
+
+@TABLES
+def test_row_sent_back_by_hand_has_all_attempts_again(routed, table):
+    stage, _ = STAGES[table]
+    routed.fails(table, lambda _: Answer(500))
+    routed.start(**FAST)
+    row = routed.add(table)
+    until(routed.told, "an alert")
+    routed.settled()
+    routed.database.rows(
+        "UPDATE stage_attempts SET started_at = started_at - interval '1 hour',"
+        " finished_at = finished_at - interval '1 hour'"
+    )
+    routed.set(table, row, "img_gen", "done")
+    until(lambda: len(routed.told()) == 2, "another alert")
+    assert len(routed.calls(stage)) == 6
+
+
+def test_routed_failed_of_a_call_that_was_given_back_still_carries_on(routed):
+    """A claim whose answer was lost is no attempt, and not the beginning of a new count."""
+    routed.fails("jobs", lambda _: Answer(500))
+    process = routed.start(MAX_ATTEMPTS=3, RETRY_DELAY=1000)
+    row = routed.add("jobs")
+    routed.database.wait_for("SELECT count(*) = 1 FROM stage_calls WHERE last_error IS NOT NULL")
+    process.stop()
+    routed.database.rows("UPDATE stage_calls SET attempts = 1, free_attempts = 1, due_at = now()")
+    routed.start(**FAST)
+    until(routed.told, "an alert")
+    routed.settled()
+    assert spent(routed, row)[:3] == [1, 2, 3] and len(routed.calls("vlm_analyze")) == 3
+
+
+# --- joins ---------------------------------------------------------------------------------
+
+
+def joined(site: Site) -> str:
+    job = site.database.add_job("img_gen", "queued")
+    site.variants.finish(*site.variants.add(job, count=2))
+    return job
+
+
+def fail_join(site: Site, then: Callable) -> None:
+    def behave(request):
+        site.set("jobs", request.job_id, "ad_copy", "running")
+        site.set("jobs", request.job_id, "ad_copy", "failed")
+        return then(request)
+
+    site.api.on("/ad_copy", behave)
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_join_whose_stage_set_the_parent_failed_is_given_up_and_told_once(site, end, run_command):
+    then, said = ENDS[end]
+    fail_join(site, then)
+    process = site.start()
+    job = joined(site)
+    assert said in process.wait_for_line(SET_FAILED)
+    until(site.told, "an alert")
+    site.settled()
+    assert site.database.owed(job).given_up and len(site.calls("ad_copy")) == 1
+    [attempt] = site.database.attempts(job)
+    assert attempt.outcome == "failed" and "set failed by its stage" in attempt.error
+    site.api.on("/ad_copy", lambda _: Answer(200))
+    [alert] = site.told()
+    assert alert["sql"] == f"python listener.py retry {job}"
+    # The way back.
+    given = {"PYTHONPATH": str(ROOT / "tests"), "PIPELINE_MODULE": "variants"}
+    assert run_command(site.database, "retry", job, **given).code == 0
+    site.wait_for_calls("ad_copy", 2)
+    site.settled()
+    assert site.database.owed(job) is None
+
+
+def test_routed_failed_of_a_join_carries_attempts_on_and_ends(routed):
+    """The parent itself owes the call now, and the join no more."""
+    fail_join(routed, lambda _: Answer(500, b"no GPU"))
+    routed.start(**FAST)
+    job = joined(routed)
+    until(routed.told, "an alert")
+    routed.settled()
+    assert len(routed.calls("ad_copy")) == 3
+    [owed] = routed.database.rows(
+        "SELECT join_of, due_at = 'infinity' AS given_up FROM stage_calls"
+    )
+    assert (owed.join_of, owed.given_up) == ("", True)
+    [alert] = routed.told()
+    assert (alert["event"], alert["job"]) == ("given_up", job)
