@@ -28,7 +28,7 @@ SELECT set_config('job_state_listener.looks', pg_try_advisory_xact_lock(
 # more calls than this listener has workers, so the others are woken.
 LOOK = Statement(
     "look",
-    f"""
+    """
 WITH parents AS (
     SELECT DISTINCT parent_id, join_of FROM (
         SELECT parent_id, join_of FROM stage_looks
@@ -63,7 +63,7 @@ WITH parents AS (
     INSERT INTO stage_calls AS c (job_id, table_name, join_of, tenant_id, current_step, status,
                                   stage)
     SELECT a.parent_id, p.table_name, p.join_of,
-           (stage_call_row(p.table_name, '', a.parent_id)).tenant_id #>> '{{}}',
+           (stage_call_row(p.table_name, '', a.parent_id)).tenant_id #>> '{}',
            p.current_step, p.status, p.stage
     FROM asked AS a JOIN pipeline_stages AS p ON p.join_of = a.join_of
     WHERE a.is_open AND a.is_complete
@@ -76,7 +76,7 @@ WITH parents AS (
 SELECT CASE WHEN current_setting('job_state_listener.looks')::boolean
             THEN (SELECT count(*) FROM parents) END AS parents,
        CASE WHEN EXISTS (SELECT FROM recorded)
-            THEN pg_notify('{WAKE_CHANNEL}', '') END AS woken
+            THEN pg_notify(%(wake)s, '') END AS woken
 """,
 )
 
@@ -87,7 +87,7 @@ def look(conn) -> int | None:
     Returns:
         How many; where it is not 0 there may be more. None: another listener is looking.
     """
-    return run(conn, [LOCK_JOINS, LOOK], {}).fetchone().parents
+    return run(conn, [LOCK_JOINS, LOOK], {"wake": WAKE_CHANNEL}).fetchone().parents
 
 
 # Where the parent is when the call of a join is first made, and so long as no attempt of it counts.
