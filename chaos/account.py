@@ -52,6 +52,7 @@ class Call:
     arrived: float
     left: float | None  # when the job moved on; None: never
     number: int | None = None
+    is_join: bool = False
     dropped: bool = False  # taken off what is owed, and not because the job moved
     forgotten: bool = False  # given up, and skipped without a claim, its job being deleted
     tries: dict[int, Try] = field(default_factory=dict)
@@ -77,9 +78,14 @@ class Account:
         self.stray: list[str] = []
         self.calls: list[Call] = []
         self._by_number: dict[tuple[str, int], Call] = {}
+        self._latest: dict[str, Call] = {}  # of the joins, by job
         self._moved = {(move.job, move.tx) for move in history.moves}
+        self.families = Families(history)
         self.read_arrivals()
+        self.read_joins()
+        self.read_gone()
         self.read_claims()
+        self.read_moves_of_families()
         self.read_posts()
 
     def read_arrivals(self) -> None:
@@ -101,6 +107,21 @@ class Account:
         # A debt that did not outlast its own transaction is one that nobody ever knew of.
         self.stray += [f"{debt} was recorded though no job arrived"
                        for of, debt in debts.items() if of not in self._moved]  # fmt: skip
+
+    def read_joins(self) -> None:
+        """A join's call is owed until a variant leaves, the job moves on or is deleted, or it is
+        recorded anew.
+        """
+        for joined in self.history.joins:
+            before = self._latest.get(joined.job)
+            if before is not None:
+                before.left = min(before.left or joined.at, joined.at)
+            left = self.families.incomplete_after(joined.job, joined.at)
+            call = Call(joined.job, joined.stage, joined.at, left, joined.call, is_join=True)
+            self.calls.append(call)
+            self._latest[joined.job] = self._by_number[joined.job, joined.call] = call
+
+    def read_gone(self) -> None:
         for gone in self.history.gone:
             call = self._by_number.get((gone.job, gone.call))
             if call and (gone.job, gone.tx) not in self._moved:
@@ -122,6 +143,14 @@ class Account:
                 call.forgotten = True
             else:
                 self.stray.append(f"{row} is of no claim")
+
+    def read_moves_of_families(self) -> None:
+        """Once an attempt counts, it is not repeated where the job has moved on."""
+        for call in (call for call in self.calls if call.is_join):
+            counted = [one.claim.at for one in call.tries.values() if one.outcomes - {"held"}]
+            moved = [at for at in self.families.moves[call.job]
+                     if counted and at > min(counted)]  # fmt: skip
+            call.left = min([at for at in (call.left, *moved) if at is not None], default=None)
 
     def read_posts(self) -> None:
         """By what the request says and when it came, not by its key: that is to be checked."""
@@ -171,3 +200,51 @@ class Account:
             and fault.began <= ended
             and fault.ended >= began
         ]
+
+
+class Families:
+    """The variants of each job as its transactions left them, one after the other.
+
+    arrivals: when one came to the state of the join. moves: when the job itself moved.
+    """
+
+    def __init__(self, history: History):
+        self.arrivals: dict[str, list[float]] = defaultdict(list)
+        self.moves: dict[str, list[float]] = defaultdict(list)
+        self.deleted: dict[str, float] = {}
+        self._complete: dict[str, list[tuple[float, bool]]] = defaultdict(list)
+        variants: dict[str, dict[str, bool]] = defaultdict(dict)
+        for move in history.moves:
+            if move.parent is None:
+                self.moves[move.job].append(move.at)
+                if move.step is None:
+                    self.deleted[move.job] = move.at
+                continue
+            mine = variants[move.parent]
+            is_there = f"{move.step}/{move.status}" in history.joined
+            if move.step is None:
+                mine.pop(move.job, None)
+            else:
+                mine[move.job] = is_there
+            if is_there:
+                self.arrivals[move.parent].append(move.at)
+            self._complete[move.parent].append((move.at, bool(mine) and all(mine.values())))
+
+    def incomplete_after(self, job: str, at: float) -> float | None:
+        """When a variant was missing for the first time after `at`, or the job was deleted."""
+        found = [when for when, complete in self._complete[job] if when > at and not complete]
+        return min([*found, *([self.deleted[job]] if job in self.deleted else [])], default=None)
+
+    def was_complete(self, job: str, since: float, until: float) -> bool:
+        """At any time between."""
+        states = self._complete[job]
+        for n, (at, complete) in enumerate(states):
+            ended = states[n + 1][0] if n + 1 < len(states) else float("inf")
+            if complete and at <= until and ended >= since:
+                return True
+        return False
+
+    def complete_since(self) -> dict[str, float]:
+        """The jobs that were complete at the end, and when the last variant had come."""
+        return {job: self.arrivals[job][-1] for job, states in self._complete.items()
+                if states[-1][1] and job not in self.deleted}  # fmt: skip

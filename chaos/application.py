@@ -9,6 +9,7 @@ from contextlib import closing
 
 import psycopg2
 
+from chaos import families
 from chaos.plan import Step
 from demo.stage_api import CONNECTION_LOST, STAGES
 
@@ -24,6 +25,7 @@ DELETE = "DELETE FROM jobs WHERE job_id = %s"
 LEFT_BEHIND = """
 SELECT j.job_id::text, j.current_step, j.status FROM jobs AS j
 WHERE (j.current_step, j.status) <> ('vlm_judge', 'done') AND j.status <> 'cancelled'
+  AND j.current_step NOT IN ('family', 'ad_copy')
   AND NOT EXISTS (SELECT FROM stage_calls AS c WHERE c.job_id = j.job_id)
   AND (SELECT max(a.at) FROM chaos.audit AS a WHERE a.job = j.job_id::text)
       < now() - interval '8 s'
@@ -60,8 +62,8 @@ class Application:
                 return
             except CONNECTION_LOST:
                 self.stop.wait(0.2)
-            except psycopg2.errors.UniqueViolation:
-                return  # that commit had succeeded after all
+            except (psycopg2.errors.UniqueViolation, psycopg2.errors.ForeignKeyViolation):
+                return  # that commit had succeeded after all, or the family is gone
             except psycopg2.Error as error:
                 self.errors.append(f"the application could not {step.what}: {error}".strip())
                 return
@@ -71,6 +73,7 @@ class Application:
             try:
                 with closing(psycopg2.connect(self.dsn)) as conn, conn.cursor() as cursor:
                     self.put_back_left_behind(cursor)
+                    self.put_back_variants(cursor)
             except CONNECTION_LOST:
                 pass
 
@@ -85,6 +88,17 @@ class Application:
             )
             cursor.connection.commit()
             self.put_back += 1
+
+    def put_back_variants(self, cursor) -> None:
+        cursor.execute(families.FREE_FAMILIES)
+        cursor.execute(families.LEFT_BEHIND)
+        for variant, *state in cursor.fetchall():
+            if tuple(state) == families.CUT:
+                cursor.execute(families.MOVE, ["cut", "paused", variant])
+                cursor.connection.commit()
+            cursor.execute(families.MOVE, [*families.CUT, variant])
+            self.put_back += 1
+        cursor.connection.commit()
 
 
 # --- the steps of a plan -------------------------------------------------------------------
@@ -141,7 +155,26 @@ def delete(_app: Application, cursor, step: Step) -> None:
     cursor.execute(DELETE, [step.job])
 
 
+def add_variant(_app: Application, cursor, step: Step) -> None:
+    values = "INSERT INTO jobs_variants VALUES (%s, %s, %s, %s)"
+    cursor.execute(values, [step.variant, step.job, *step.state])
+
+
+def redo_variant(_app: Application, cursor, step: Step) -> None:
+    """Wherever it is, it begins anew."""
+    cursor.execute(families.MOVE, ["cut", "paused", step.variant])
+    cursor.connection.commit()
+    cursor.execute(families.MOVE, [*families.CUT, step.variant])
+
+
+def remove_variant(_app: Application, cursor, step: Step) -> None:
+    cursor.execute("DELETE FROM jobs_variants WHERE job_variants_id = %s", [step.variant])
+
+
 ACTIONS = {
+    "add variant": add_variant,
+    "redo variant": redo_variant,
+    "remove variant": remove_variant,
     "insert": insert,
     "insert and roll back": insert_and_roll_back,
     "move": move,

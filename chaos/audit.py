@@ -5,7 +5,7 @@ and the questions that turn it into a History's records afterwards.
 import psycopg2
 import psycopg2.extras
 
-from chaos.history import Claim, Debt, Gone, Lease, Move, Row
+from chaos.history import Claim, Debt, Gone, Join, Lease, Move, Row
 
 # track_commit_timestamp gives each row the moment its transaction committed; what was rolled
 # back leaves none. The rows of one job follow each other as its row lock let them.
@@ -29,12 +29,18 @@ DECLARE
     is_ jsonb := CASE WHEN TG_OP <> 'DELETE' THEN to_jsonb(NEW) END;
 BEGIN
     INSERT INTO chaos.audit (place, job, old, new)
-    VALUES (TG_TABLE_NAME, coalesce(is_, was) ->> 'job_id', was, is_);
+    VALUES (TG_TABLE_NAME, coalesce(coalesce(is_, was) ->> 'job_variants_id',
+                                    coalesce(is_, was) ->> 'job_id'), was, is_);
     RETURN NULL;
 END $$;
 CREATE TRIGGER chaos_insert_delete AFTER INSERT OR DELETE ON jobs
     FOR EACH ROW EXECUTE FUNCTION chaos.record();
 CREATE TRIGGER chaos_update AFTER UPDATE ON jobs FOR EACH ROW
+    WHEN ((OLD.current_step, OLD.status) IS DISTINCT FROM (NEW.current_step, NEW.status))
+    EXECUTE FUNCTION chaos.record();
+CREATE TRIGGER chaos_insert_delete AFTER INSERT OR DELETE ON jobs_variants
+    FOR EACH ROW EXECUTE FUNCTION chaos.record();
+CREATE TRIGGER chaos_update AFTER UPDATE ON jobs_variants FOR EACH ROW
     WHEN ((OLD.current_step, OLD.status) IS DISTINCT FROM (NEW.current_step, NEW.status))
     EXECUTE FUNCTION chaos.record();
 CREATE TRIGGER chaos_any AFTER INSERT OR UPDATE OR DELETE ON stage_calls
@@ -47,8 +53,9 @@ CREATE TRIGGER chaos_insert_delete AFTER INSERT OR DELETE ON stage_leases
 MOVES = """
 SELECT DISTINCT ON (job, tx) job, tx::text::bigint AS tx,
        extract(epoch FROM pg_xact_commit_timestamp(tx::xid))::float8 AS at,
-       new ->> 'current_step' AS step, new ->> 'status' AS status
-FROM chaos.audit WHERE place = 'jobs' ORDER BY job, tx, seq DESC
+       new ->> 'current_step' AS step, new ->> 'status' AS status,
+       CASE WHEN place = 'jobs_variants' THEN coalesce(new, old) ->> 'job_id' END AS parent
+FROM chaos.audit WHERE place IN ('jobs', 'jobs_variants') ORDER BY job, tx, seq DESC
 """
 
 # The last call that a transaction recorded for a job.
@@ -57,7 +64,18 @@ SELECT DISTINCT ON (job, tx) job, (new ->> 'call_id')::bigint AS call, new ->> '
        tx::text::bigint AS tx
 FROM chaos.audit
 WHERE place = 'stage_calls' AND (old IS NULL OR old ->> 'call_id' <> new ->> 'call_id')
+  AND new ->> 'join_of' = ''
 ORDER BY job, tx, seq DESC
+"""
+
+JOINS = """
+SELECT job, (new ->> 'call_id')::bigint AS call, new ->> 'stage' AS stage, tx::text::bigint AS tx,
+       extract(epoch FROM (new ->> 'created_at')::timestamptz)::float8 AS looked,
+       extract(epoch FROM pg_xact_commit_timestamp(tx::xid))::float8 AS at
+FROM chaos.audit
+WHERE place = 'stage_calls' AND (old IS NULL OR old ->> 'call_id' <> new ->> 'call_id')
+  AND new ->> 'join_of' <> ''
+ORDER BY at
 """
 
 GONE = """
@@ -103,8 +121,15 @@ SELECT job_id::text AS job, call_id AS call, attempt, stage, worker,
 FROM stage_attempts ORDER BY started_at, attempt
 """
 
-RECORDS = {"moves": (MOVES, Move), "debts": (DEBTS, Debt), "gone": (GONE, Gone),
-           "claims": (CLAIMS, Claim), "leases": (LEASES, Lease), "rows": (ROWS, Row)}  # fmt: skip
+RECORDS = {
+    "moves": (MOVES, Move),
+    "debts": (DEBTS, Debt),
+    "joins": (JOINS, Join),
+    "gone": (GONE, Gone),
+    "claims": (CLAIMS, Claim),
+    "leases": (LEASES, Lease),
+    "rows": (ROWS, Row),
+}
 
 
 def install(conn: psycopg2.extensions.connection) -> None:
@@ -128,6 +153,7 @@ def records(conn: psycopg2.extensions.connection) -> dict[str, list]:
 OWED = """
 SELECT (SELECT count(*) FROM stage_calls)
      + (SELECT count(*) FROM stage_leases WHERE NOT unanswered)
+     + (SELECT count(*) FROM stage_looks)
 """
 
 

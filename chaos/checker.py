@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from chaos.account import Account, Call, Try
-from chaos.history import Exit, History
+from chaos.history import Exit, History, Join
 from chaos.reasons import DIED, RECONNECTING, why_dead, why_lost, why_repeated
 
 LOST, REPEATED, OVERLAP = "lost arrival", "repeated accepted call", "two calls at once"
 AFTER_LEAVING, ATTEMPTS, KEYS = "call after leaving", "unequal attempts", "idempotency key"
+JOINED = "join recorded amiss"
 EARLY, PROCESS, LIMIT = "repeated before its lease ran out", "process", "more than max_running"
 
 # Seconds after which a row that was committed is seen by every statement that begins.
@@ -41,6 +42,8 @@ def check(history: History) -> Verdict:
         verdict.findings += [(EARLY, text) for text in too_early(call)]
         check_repeats(account, call, verdict)
         check_attempts(account, call, verdict)
+    verdict.findings += [(LOST, text) for text in lost_joins(account)]
+    verdict.findings += [(JOINED, text) for text in joins_amiss(account)]
     check_overlaps(account, verdict)
     verdict.findings += [(LIMIT, text) for text in over_limits(history)]
     verdict.findings += [(KEYS, text) for text in wrong_keys(account)]
@@ -71,8 +74,42 @@ def lost(call: Call) -> Iterator[str]:
 
 def after_leaving(call: Call) -> Iterator[str]:
     for one, _post in call.posted():
-        if call.left is not None and one.claim.at >= call.left:
+        is_first = call.is_join and one.number == min(call.tries)
+        if call.left is not None and one.claim.at >= call.left and not is_first:
             yield f"{call}: attempt {one.number} was claimed {one.claim.at - call.left:.3f} s after"
+
+
+def lost_joins(account: Account) -> Iterator[str]:
+    """A job whose variants are all there owes a call since the last one came."""
+    latest = {call.job: call for call in account.calls if call.is_join}
+    for job, since in account.families.complete_since().items():
+        if job not in latest or latest[job].arrived < since:
+            yield f"job {job}: all variants were there from {since:.3f} on, and no call is recorded"
+
+
+def joins_amiss(account: Account) -> Iterator[str]:
+    """A call is recorded for variants that were all there, one of which had come since the call
+    before it; or that call was skipped."""
+    before: dict[str, float] = {}
+    for joined in account.history.joins:
+        since = before.get(joined.job, 0.0) - VISIBLE
+        if not account.families.was_complete(joined.job, joined.looked - VISIBLE, joined.at):
+            yield f"{joined}: a variant was missing"
+        arrivals = account.families.arrivals[joined.job]
+        came = any(since < at <= joined.at for at in arrivals)
+        if not came and not was_skipped(account, joined):
+            yield f"{joined}: no variant had come since the call before it"
+        before[joined.job] = joined.looked
+
+
+def was_skipped(account: Account, joined: Join) -> bool:
+    """Whether any call that was recorded before for this job was skipped."""
+    return any(
+        "skipped" in one.outcomes
+        for call in account.calls
+        if call.is_join and call.job == joined.job and call.arrived < joined.at
+        for one in call.tries.values()
+    )
 
 
 # --- repeats -------------------------------------------------------------------------------

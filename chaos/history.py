@@ -17,13 +17,17 @@ def pid_of(listener: str) -> int:
 
 @dataclass(frozen=True)
 class Move:
-    """A job's state after one transaction; no step where the job was deleted."""
+    """A job's state after one transaction, or a variant's; no step where it was deleted.
+
+    parent: the job of a variant.
+    """
 
     job: str
     tx: int
     at: float  # when that transaction committed
     step: str | None
     status: str | None
+    parent: str | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,21 @@ class Debt:
     call: int
     stage: str
     tx: int
+
+
+@dataclass(frozen=True)
+class Join:
+    """A call that a listener recorded for a job, all of whose variants are there.
+
+    looked: when the transaction began in which it looked; at: when that was committed.
+    """
+
+    job: str
+    call: int
+    stage: str
+    tx: int
+    looked: float
+    at: float
 
 
 @dataclass(frozen=True)
@@ -160,7 +179,8 @@ class History:
     """Everything about one run.
 
     timeout, lease: seconds that a call may take, and that it is nobody else's, as the listeners
-    were told. routes: stage by "step/status". limits: max_running by stage. listeners: slot by
+    were told. routes: stage by "step/status"; joined: likewise, once all variants of a job are
+    there. limits: max_running by stage. listeners: slot by
     name. owed: calls that were left at the end. orphans: results that a worker wrote, as its
     listener was gone. mischief: what a stage function was to do, by "job/stage/attempt".
     """
@@ -172,11 +192,13 @@ class History:
     timeout: float
     lease: float
     routes: dict[str, str]
+    joined: dict[str, str] = field(default_factory=dict)
     limits: dict[str, int] = field(default_factory=dict)
     owed: int = 0
     orphans: int = 0
     moves: list[Move] = field(default_factory=list)
     debts: list[Debt] = field(default_factory=list)
+    joins: list[Join] = field(default_factory=list)
     gone: list[Gone] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
     leases: list[Lease] = field(default_factory=list)
@@ -196,6 +218,7 @@ class History:
 RECORDS = {
     "moves": Move,
     "debts": Debt,
+    "joins": Join,
     "gone": Gone,
     "claims": Claim,
     "leases": Lease,

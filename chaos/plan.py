@@ -10,6 +10,7 @@ import uuid
 from dataclasses import dataclass
 
 import stages
+from chaos.families import CUT, QUEUED, variant_id
 
 STAGE_TIMEOUT, LEASE_MARGIN = 2.0, 2.5  # seconds, as the listeners are told
 LEASE = STAGE_TIMEOUT + LEASE_MARGIN
@@ -79,6 +80,11 @@ class Step:
     what: str
     state: tuple[str, str] | None = None
     seconds: float = 0.0
+    number: int = 0  # of a variant
+
+    @property
+    def variant(self) -> str:
+        return variant_id(self.job, self.number)
 
 
 # What may happen to a job beside the pipeline's work, and how often.
@@ -94,6 +100,16 @@ MEDDLING = {
 }
 ARRIVED = ("img_gen", "done")
 ROUTED = list(stages.PIPELINE)
+# What may happen to a family: to the job itself, or to one of its variants.
+FAMILY_EVERY = 4  # jobs
+FAMILY_MEDDLING = {
+    "add variant": 2,
+    "redo variant": 4,
+    "remove variant": 2,
+    "lock": 2,
+    "touch": 1,
+    "delete": 1,
+}
 
 
 def job_id(seed: int, number: int) -> str:
@@ -106,6 +122,9 @@ def steps(seed: int, seconds: float, rate: float) -> list[Step]:
     for number in range(int(seconds * rate)):
         chance = random.Random(f"{seed}/job/{number}")
         job, at = job_id(seed, number), (number + chance.random()) / rate
+        if number % FAMILY_EVERY == 0:
+            planned += family(chance, job, at)
+            continue
         planned += arrival(chance, job, at)
         for _ in range(chance.choices([0, 1, 2], [60, 30, 10])[0]):
             planned.append(meddling(chance, job, at + chance.uniform(0.05, 8)))
@@ -120,6 +139,20 @@ def arrival(chance: random.Random, job: str, at: float) -> list[Step]:
         born = [queued, Step(at + chance.uniform(0, 1), job, "move", ARRIVED)]
     if chance.random() < 0.05:
         born.insert(0, Step(at - 1, job, "insert and roll back", ARRIVED))
+    return born
+
+
+def family(chance: random.Random, job: str, at: float) -> list[Step]:
+    """A job with three variants, which come together or one by one."""
+    apart = chance.choice([0.0, 0.0, 1.0])
+    born = [Step(at, job, "insert", QUEUED)]
+    for number in range(3):
+        when = at + chance.uniform(0, apart)
+        born.append(Step(when, job, "add variant", CUT, number=number))
+    for number in range(3, 3 + chance.choices([0, 1, 2, 3], [40, 30, 20, 10])[0]):
+        what = chance.choices(list(FAMILY_MEDDLING), list(FAMILY_MEDDLING.values()))[0]
+        number = number if what == "add variant" else chance.randrange(4)
+        born.append(Step(at + chance.uniform(0.05, 8), job, what, CUT, number=number))
     return born
 
 

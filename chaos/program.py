@@ -1,7 +1,7 @@
 """`python listener.py` for a chaos run: python -m chaos.program run
 
-The pipeline is the product's own, but for a limit, and for the mischief that the plan has its stage
-functions do. CHAOS_SEED says which plan.
+The pipeline is the product's own and that of the families, but for a limit, and for the mischief
+that the plan has its stage functions do. CHAOS_SEED says which plan.
 """
 
 import functools
@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable
 
-from chaos import plan
+from chaos import families, plan
 from pipeline import Call, limits
 from stage_http import Answer
 from stages import PIPELINE
@@ -79,6 +79,7 @@ def mischievous(function: Callable[[Call], Answer]) -> Callable[[Call], Answer]:
 
 
 if __name__ == "__main__":
+    PIPELINE.update(families.PIPELINE)
     PIPELINE.update({state: mischievous(function) for state, function in PIPELINE.items()})
     import listener  # its options name the stages
     import ops

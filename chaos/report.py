@@ -47,6 +47,7 @@ def figures(history: History) -> list[tuple[str, int]]:
         ("jobs", len({move.job for move in history.moves})),
         ("moves of jobs, committed", len(history.moves)),
         ("arrivals in a routed state", len(arrivals)),
+        ("calls that joins owed", len(history.joins)),
         ("calls claimed", len({(claim.job, claim.call) for claim in history.claims})),
         ("attempts claimed", len(history.claims)),
         ("requests", len(history.posts)),

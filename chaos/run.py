@@ -13,7 +13,7 @@ from pathlib import Path
 import psycopg2
 
 import stages
-from chaos import audit, plan
+from chaos import audit, families, plan
 from chaos.application import Application
 from chaos.faults import World
 from chaos.history import History
@@ -36,6 +36,17 @@ SETTINGS = {
     "JOB_STATE_LISTENER_RECONNECT_DELAY": 0.3,
     "LOG_LEVEL": "INFO",
 }
+# The table that `install` would make, as families refer to it.
+JOBS = """
+CREATE TABLE jobs (
+    job_id       uuid PRIMARY KEY DEFAULT gen_random_uuid(),
+    tenant_id    text,
+    current_step text,
+    status       text,
+    created_at   timestamptz NOT NULL DEFAULT now(),
+    updated_at   timestamptz NOT NULL DEFAULT now()
+);
+"""
 RETRY_EVERY = 1.5  # seconds between two `retry --all` of the operator
 # A held stage is called again after a minute at the latest, a lease is over sooner.
 SETTLE_LIMIT = 150.0
@@ -65,6 +76,8 @@ class Run:
             self.api = stack.enter_context(Pipeline(self.database.dsn(), self.seed))
             self.database_proxy = stack.enter_context(Proxy(self.database.port))
             self.stage_proxy = stack.enter_context(Proxy(self.api.port))
+            with closing(self.connect()) as conn:
+                conn.cursor().execute(JOBS + families.TABLE)
             self.command("install")
             with closing(self.connect()) as conn:
                 audit.install(conn)
@@ -149,18 +162,22 @@ class Run:
         """Wait until nothing is owed; how much is, should that take too long."""
         end = time.monotonic() + SETTLE_LIMIT
         with closing(self.connect()) as conn:
-            while (owed := audit.owed(conn)) and time.monotonic() < end:
+            while (owed := self.unsettled(conn)) and time.monotonic() < end:
                 if not int(end - time.monotonic()) % 10:
                     tell(f"healed; {owed} calls are still owed")
                 time.sleep(1.0)
         return owed
+
+    def unsettled(self, conn: psycopg2.extensions.connection) -> int:
+        """Requests under way, each of which may yet move its job, or what is owed."""
+        return sum(not r.finished for r in self.api.requests) or audit.owed(conn)
 
     def history(self, began: float, calm: float, owed: int) -> History:
         self.api.wait_for(lambda api: all(r.finished for r in api.requests), 60)
         listeners = self.supervisor.listeners
         with closing(self.connect()) as conn:
             known = audit.records(conn)
-        stage_of = {debt.call: debt.stage for debt in known["debts"]}
+        stage_of = {debt.call: debt.stage for debt in [*known["debts"], *known["joins"]]}
         attempts = {(claim.job, stage_of[claim.call], claim.attempt) for claim in known["claims"]}
         return History(
             seed=self.seed,
@@ -169,7 +186,9 @@ class Run:
             ended=time.time(),
             timeout=plan.STAGE_TIMEOUT,
             lease=plan.LEASE,
-            routes={"/".join(state): stage.__name__ for state, stage in stages.PIPELINE.items()},
+            routes={"/".join(state): stage.__name__ for state, stage in stages.PIPELINE.items()}
+            | families.ROUTES,
+            joined=families.JOINS,
             limits=LIMITED,
             owed=owed,
             orphans=sum(each.orphans for each in listeners),

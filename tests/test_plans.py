@@ -9,12 +9,21 @@ from claims import STAGES, claim, claim_many, connected, held, result, settle, w
 
 import calls
 import db
+import joins
 import upkeep
 from calls import Result
 
 QUIET = "".join(
     f"ALTER TABLE {table} SET (autovacuum_enabled = off);"
-    for table in ("stage_calls", "stage_attempts", "stage_leases", "pipeline_stages", "jobs")
+    for table in (
+        "stage_calls",
+        "stage_attempts",
+        "stage_leases",
+        "stage_looks",
+        "stage_joins",
+        "pipeline_stages",
+        "jobs",
+    )
 )
 # As the application's transactions would leave it, but in a fraction of the time.
 FILL = """
@@ -26,6 +35,9 @@ SELECT job_id, current_step, status, (%s::text[])[1 + (hashtext(job_id::text) & 
 INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at, finished_at,
                             outcome)
 SELECT job_id, call_id, 1, stage, 'w', now(), now(), 'retry' FROM stage_calls;
+INSERT INTO stage_looks (parent_id, join_of, arrived) SELECT job_id, 'every', true FROM jobs;
+INSERT INTO stage_joins (parent_id, join_of, is_open) SELECT job_id, 'every', true FROM jobs
+ON CONFLICT DO NOTHING;
 RESET session_replication_role
 """
 # How the queue came to be what it is: each step follows on the one before.
@@ -33,7 +45,8 @@ QUEUES = {
     "empty": "",
     "empty, then full": FILL,
     "full and analysed": "ANALYZE",
-    "analysed when full, then drained": "DELETE FROM stage_calls; DELETE FROM jobs",
+    "analysed when full, then drained": "DELETE FROM stage_calls; DELETE FROM jobs;"
+    "DELETE FROM stage_looks; DELETE FROM stage_joins",
     "drained and vacuumed": "VACUUM ANALYZE",
     "vacuumed when empty, then full": FILL,
 }
@@ -77,13 +90,16 @@ def parameters(database, conn) -> dict:
         "accepted_at": "{}",
     }
     given |= calls.places(wanted(most=8, share=2)) | {"sweep": False, "asked_at": now}
-    return given | {"days": 30, "batch": 100, **upkeep.BOUNDS}
+    given |= {"wake": db.WAKE_CHANNEL, "after": job, "parent_id": job, "join": "every"}
+    return given | {"days": 30, "batch": 100, "step": "x", "status": "y", **upkeep.BOUNDS}
 
 
 BY_DUE = "Index Scan using stage_calls_due_idx on stage_calls"
 BY_JOB = "Index Scan using stage_calls_pkey on stage_calls"
 HISTORY = "Index Scan using stage_attempts_pkey on stage_attempts"
 BY_TIME = "Index Scan using stage_attempts_finished_idx on stage_attempts"
+LOOKS = "Index Scan using stage_looks_pkey on stage_looks"
+JOINS = "Index Scan using stage_joins_pkey on stage_joins"
 PLANS = {
     calls.PAY: {BY_JOB},
     calls.POSTPONE: {BY_JOB},
@@ -93,6 +109,10 @@ PLANS = {
     calls.CLAIM: {BY_DUE, BY_JOB, HISTORY},
     calls.CLAIM_BY_HAND: {BY_JOB, HISTORY},
     calls.NEXT_DUE: {BY_DUE},
+    joins.LOCK_JOINS: set(),
+    joins.LOOK: {LOOKS, JOINS},
+    joins.NOTE: {JOINS},
+    upkeep.FORGET_PARENTS: {JOINS},
     upkeep.COUNT: {BY_TIME},
     upkeep.PRUNE: {BY_TIME, "Tid Scan on stage_attempts"},
 }
@@ -209,3 +229,24 @@ def test_trigger_planned_when_empty_explains_itself(each_database, application):
     indexes = [re.search(r"(?:using|Arbiter Indexes:) (\w+)", plan)[1] for plan in plans]
     # Coming, where an open call is in the way; going; born.
     assert indexes == ["stage_calls_pkey"] * 4, plans
+
+
+# --- joins ---------------------------------------------------------------------------------
+
+
+def test_look_at_one_parent_reads_its_rows_alone(variants):
+    """Planned while there was nothing, and with 20,000 rows of others there now."""
+    database = variants.database
+    database.rows(QUIET + "ANALYZE")
+    with connected(database) as conn:
+        joins.look(conn)
+        database.rows(FILL, STAGES)
+        database.rows("SET session_replication_role = replica; DELETE FROM stage_looks;"
+                      "INSERT INTO jobs_variants SELECT gen_random_uuid(), job_id, 'iou_eval',"
+                      " 'done' FROM jobs; RESET session_replication_role")  # fmt: skip
+        variants.finish(*variants.add(database.add_job("x"), count=3))
+        read = read_by(conn, lambda: joins.look(conn))
+        assert database.value("SELECT count(*) FROM stage_looks") == 3  # rolled back
+    for table in ("jobs", "jobs_variants", "stage_calls", "stage_joins", "stage_looks"):
+        sequential, _, rows = read[table]
+        assert (sequential, rows <= 20) == (0, True), (table, read[table])

@@ -1,0 +1,74 @@
+"""Jobs of a chaos run that have rows of their own, the variants, and are called once all of them
+are done.
+
+Beside the product's pipeline, in states of their own: a family's job rests in QUEUED until then.
+"""
+
+import uuid
+
+from pipeline import Call, Table
+from stage_http import Answer
+
+VARIANTS = Table("jobs_variants", id="job_variants_id", parent=("jobs", "job_id"))
+TABLE = """
+CREATE TABLE jobs_variants (
+    job_variants_id uuid PRIMARY KEY,
+    job_id          uuid NOT NULL REFERENCES jobs ON DELETE CASCADE,
+    current_step    text,
+    status          text
+);
+CREATE INDEX ON jobs_variants (job_id);
+"""
+QUEUED, CUT, DETECTED = ("family", "queued"), ("cut", "done"), ("detect", "done")
+
+
+def detect(call: Call) -> Answer:
+    return call.post("/variants/detect")
+
+
+def ad_copy(call: Call) -> Answer:
+    return call.post("/ad_copy")
+
+
+PIPELINE = {VARIANTS(*CUT): detect, VARIANTS.every(*DETECTED): ad_copy}
+ROUTES = {"/".join(CUT): detect.__name__}
+JOINS = {"/".join(DETECTED): ad_copy.__name__}
+
+# What the stages do, by path: the stage, the step before it, and its SQL. A family is taken
+# wherever it is: the call says that its variants are there.
+TAKE_VARIANT = """
+UPDATE jobs_variants SET current_step = %(stage)s, status = 'running'
+ WHERE job_variants_id = %(job_id)s AND current_step = %(before)s AND status = 'done'
+RETURNING job_id"""
+FINISH_VARIANT = """
+UPDATE jobs_variants SET status = %(result)s
+ WHERE job_variants_id = %(job_id)s AND current_step = %(stage)s AND status = 'running'
+RETURNING job_id"""
+FIND_VARIANT = "SELECT current_step, status FROM jobs_variants WHERE job_variants_id = %(job_id)s"
+TAKE_FAMILY = """
+UPDATE jobs SET current_step = %(stage)s, status = 'running'
+ WHERE job_id = %(job_id)s AND status <> 'running'
+RETURNING job_id"""
+STAGES = {"/variants/detect": ("detect", "cut"), "/ad_copy": ("ad_copy", "family")}
+
+# What is left behind, as in application.py: no stage works on it, and nothing is owed. A family in
+# which nobody works any more refuses every call.
+LEFT_BEHIND = """
+SELECT v.job_variants_id::text, v.current_step, v.status FROM jobs_variants AS v
+WHERE (v.current_step, v.status) <> ('detect', 'done')
+  AND NOT EXISTS (SELECT FROM stage_calls AS c WHERE c.job_id = v.job_variants_id)
+  AND (SELECT max(a.at) FROM chaos.audit AS a WHERE a.job = v.job_variants_id::text)
+      < now() - interval '8 s'
+LIMIT 20
+"""
+MOVE = "UPDATE jobs_variants SET current_step = %s, status = %s WHERE job_variants_id = %s"
+FREE_FAMILIES = """
+UPDATE jobs SET current_step = 'family', status = 'queued'
+WHERE (current_step, status) = ('ad_copy', 'running')
+  AND (SELECT max(a.at) FROM chaos.audit AS a WHERE a.job = job_id::text AND a.place = 'jobs')
+      < now() - interval '8 s'
+"""
+
+
+def variant_id(job: str, number: int) -> str:
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, f"{job}/{number}"))
