@@ -1,7 +1,8 @@
 """A stand-in for the five stage APIs, without their models: for the demo, compose and the tests.
 
 Like the real ones it is synchronous: it takes a job that is in the state before the stage, commits
-(stage, 'running'), works for a while, commits (stage, 'done'), and only then answers.
+(stage, 'running'), works for a while, commits (stage, 'done'), and only then answers. Those of
+examples/ are in stage_examples.py.
 """
 
 import os
@@ -9,8 +10,10 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 import click
 import psycopg2
@@ -48,14 +51,51 @@ FIND_JOB = """
 SELECT current_step, status FROM jobs
  WHERE job_id = %(job_id)s AND tenant_id IS NOT DISTINCT FROM %(tenant_id)s"""
 
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that a stage works on.
+
+    id: the field of the body that says which row.
+    take, finish, find: statements as those of jobs above. %(row_id)s is the row's id.
+    """
+
+    id: str
+    take: str
+    finish: str
+    find: str
+
+
+JOBS = Rows("job_id", TAKE_JOB, FINISH_JOB, FIND_JOB)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage API does with a request.
+
+    before: the step that must be done before it.
+    needs: what the body must hold besides the ids.
+    fails: how many times it sets a row to failed before it succeeds.
+    makes: a statement that writes what the stage has found.
+    """
+
+    name: str
+    before: str
+    rows: Rows = JOBS
+    needs: tuple[str, ...] = ()
+    fails: int = 0
+    makes: str | None = None
+
+
 CONNECTION_LOST = (psycopg2.OperationalError, psycopg2.InterfaceError)
 
 Behaviour = Callable[[Request], Answer | None]
 
 
 class StageApi:
-    """The five stages on one port, in threads of this process; a context manager.
+    """All stages on one port, in threads of this process; a context manager.
 
+    stages: by path; the five where none are given.
     delay: seconds a stage works, a number or a function of the stage's name.
     port: 0 picks a free one, which stays the same over close() and start().
     log: called with every finished Request.
@@ -69,11 +109,14 @@ class StageApi:
         port: int = 0,
         delay: float | Callable[[str], float] = 0.0,
         log: Callable[[Request], None] = lambda request: None,
+        stages: dict[str, Stage] | None = None,
     ) -> None:
         self.requests: list[Request] = []
         self.closing = threading.Event()
         self._dsn, self._host, self._port, self._log = dsn, host, port, log
         self._delay = delay if callable(delay) else lambda stage: delay
+        self._stages = stages or {path: Stage(*names) for path, names in STAGES.items()}
+        self._failed: Counter[tuple[str, str]] = Counter()
         self._behaviours: dict[str, Behaviour | None] = {}
         self._changed = threading.Condition()
         self._idle: list[psycopg2.extensions.connection] = []
@@ -133,7 +176,9 @@ class StageApi:
                 raise TimeoutError(f"not within {timeout} s; requests: {seen}")
 
     def arrived(self, request: Request) -> None:
-        request.stage, request.before = STAGES.get(request.path, (None, None))
+        if stage := self._stages.get(request.path):
+            request.stage, request.before = stage.name, stage.before
+            request.row_id = request.id_in(stage.rows.id)
         with self._changed:
             self.requests.append(request)
             self._changed.notify_all()
@@ -157,25 +202,39 @@ class StageApi:
 
         seconds: how long it works, if not for the stage's delay.
         """
-        if request.stage is None:
+        stage = self._stages.get(request.path)
+        if stage is None:
             return json_answer(404, error=f"no stage at {request.path}")
-        if request.job_id is None or "tenant_id" not in request.body:
-            return json_answer(400, error="expected a JSON object with job_id and tenant_id")
+        if request.row_id is None or "tenant_id" not in request.body:
+            return json_answer(400, error=f"expected a JSON object with {stage.rows.id}, tenant_id")
+        if missing := [name for name in stage.needs if request.body.get(name) is None]:
+            return json_answer(422, error=f"expected {', '.join(missing)}")
         try:
-            if not self._execute(TAKE_JOB, request):
-                return self._refusal(request)
+            if not self._execute(stage.rows.take, request):
+                return self._refusal(stage, request)
             self.closing.wait(self._delay(request.stage) if seconds is None else seconds)
-            self._execute(FINISH_JOB, request, result=result)
-        except (psycopg2.DataError, ValueError):  # a job_id that jobs.job_id cannot hold
+            result = self._result(stage, request, result)
+            if stage.makes and result == "done":
+                self._execute(stage.makes, request)
+            self._execute(stage.rows.finish, request, result=result)
+        except (psycopg2.DataError, ValueError):  # an id that its column cannot hold
             return json_answer(404, error="no such job", job_id=request.job_id)
         except CONNECTION_LOST as error:
             return json_answer(503, error=f"database: {error}".strip())
         status = 200 if result == "done" else 500
         return json_answer(status, job_id=request.job_id, stage=request.stage, status=result)
 
-    def _refusal(self, request: Request) -> Answer:
-        for step, status in self._execute(FIND_JOB, request):
-            wanted = f"{request.stage} needs ({request.before}, done)"
+    def _result(self, stage: Stage, request: Request, asked: str) -> str:
+        """'failed' for as many calls of a row as the stage fails, then what is asked for."""
+        key = (stage.name, request.row_id)
+        if self._failed[key] >= stage.fails:
+            return asked
+        self._failed[key] += 1
+        return "failed"
+
+    def _refusal(self, stage: Stage, request: Request) -> Answer:
+        for step, status in self._execute(stage.rows.find, request):
+            wanted = f"{stage.name} needs ({stage.before}, done)"
             return json_answer(409, error=f"the job is in ({step}, {status}); {wanted}")
         return json_answer(404, error="no such job", job_id=request.job_id)
 
@@ -186,7 +245,7 @@ class StageApi:
             try:
                 with self._connection() as connection, connection.cursor() as cursor:
                     cursor.execute(statement, vars(request) | more)
-                    return cursor.fetchall()
+                    return cursor.fetchall() if cursor.description else []
             except CONNECTION_LOST:
                 self._idle.clear()
                 if time.monotonic() > deadline or self.closing.wait(0.2):

@@ -46,9 +46,12 @@ class Request:
         self.path, self.body, self.headers, self.connection = path, body, headers, connection
         self.stage: str | None = None
         self.before: str | None = None
-        self.job_id, self.tenant_id = (
-            None if body.get(name) is None else str(body[name]) for name in ("job_id", "tenant_id")
-        )
+        self.job_id, self.tenant_id = self.id_in("job_id"), self.id_in("tenant_id")
+        self.row_id: str | None = None  # of the row that the stage works on
+
+    def id_in(self, name: str) -> str | None:
+        """A field of the body as text."""
+        return None if self.body.get(name) is None else str(self.body[name])
 
     def __repr__(self) -> str:
         return f"<{self.stage or self.path} {self.job_id} {self.status or 'unanswered'}>"

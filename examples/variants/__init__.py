@@ -1,0 +1,1 @@
+"""Ten stages: eight for each variant of a job, then two for the job."""
