@@ -13,8 +13,8 @@ ARGS ?=
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
-demo: $(READY) ## watch five jobs run through the pipeline, on a database of its own
-	@$(PYTHON) -m demo $(ARGS)
+demo: $(READY) ## watch jobs run through the pipeline, or through PIPELINE=variants of examples/
+	@$(PYTHON) -m demo $(PIPELINE) $(ARGS)
 
 run: $(READY) ## run the listener
 	@$(PYTHON) listener.py $(ARGS)

@@ -1,13 +1,14 @@
 """Five jobs run through all stages on this machine: a real PostgreSQL, the real listener with two
 workers, and a stand-in stage API. `make demo` or `python -m demo`; it ends and tidies up by itself.
+`make demo PIPELINE=variants` or `python -m demo variants` runs a pipeline of examples/ instead.
 """
 
+import importlib
 import os
 import random
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import ExitStack, closing, suppress
 
@@ -15,11 +16,12 @@ import psycopg2
 from psycopg2.extensions import connection as Connection
 
 import config
-from demo import jobs
-from demo.database import EmbeddedDatabase
+from demo import example, jobs
 from demo.jobs import JOBS, TENANT
 from demo.stage_api import DELAYS, StageApi, database_from_environment
+from demo.stage_examples import EXAMPLES
 from demo.stage_server import Answer, Request
+from demo.start import environment, own_database, tell_server
 from demo.terminal import Ended, Listener, headline, one_line, paint, run_command, show, signals
 
 BORN_DONE = JOBS[2]  # inserted as done; the others are inserted as queued and then updated
@@ -30,6 +32,7 @@ THROUGH = "vlm_judge, done"
 
 def run(stack: ExitStack) -> None:
     """The demo, step by step. What must be undone goes on `stack`. Raises Ended."""
+    require_five_stages()
     dsn = given = database_from_environment()
     if given:
         headline("① Database: yours, the one that DB_HOST or DATABASE_URL names")
@@ -38,13 +41,10 @@ def run(stack: ExitStack) -> None:
         )
     else:
         headline("① Database: a PostgreSQL of its own, in a temporary directory")
-        for name in [name for name in os.environ if name.startswith("PG")]:
-            del os.environ[name]  # PGHOSTADDR, PGSSLMODE and others would lead us elsewhere
-        dsn = stack.enter_context(EmbeddedDatabase()).dsn()
+        dsn = own_database(stack)
     connection = stack.enter_context(closing(psycopg2.connect(dsn, connect_timeout=5)))
     connection.autocommit = True
-    server, name = connection.info.parameter_status("server_version"), connection.info.dbname
-    show(f"PostgreSQL {server} on {connection.info.host}:{connection.info.port}, database {name}")
+    tell_server(connection)
     jobs.check_database(connection)
     stack.callback(jobs.forget, connection)
 
@@ -55,20 +55,13 @@ def run(stack: ExitStack) -> None:
     stack.enter_context(api)
     headline(f"② Stage API: a stand-in on {api.url}; its {HICCUP} will answer 503 once")
 
-    environment = os.environ | {
-        "DATABASE_URL": dsn,
-        "STAGE_API_URL": api.url,
-        "HEARTBEAT_DIR": stack.enter_context(tempfile.TemporaryDirectory(prefix="heartbeat-")),
-        "ENABLE_JOB_STATE_LISTENER": "true",
-        "LOG_LEVEL": "INFO",
-        "PYTHONIOENCODING": "utf-8",
-    }
+    settings = environment(stack, dsn, api.url, PIPELINE_MODULE="stages")
     headline("③ Tables and triggers: python listener.py install")
-    run_command("install", environment)
+    run_command("install", settings)
 
     headline(f"④ Listener: python listener.py run --workers 2, and {len(JOBS)} jobs arrive (▸)")
     show("Its log, with dates and job ids shortened:")
-    listener = Listener(environment, workers=2)
+    listener = Listener(settings, workers=2)
     stack.callback(listener.close)
     watch(connection, api, listener)
 
@@ -81,6 +74,21 @@ def run(stack: ExitStack) -> None:
         print(
             "Next: name your database in .env, then `make trigger` and `make run`; see README.md."
         )
+
+
+def require_five_stages() -> None:
+    """Raises Ended where stages.py is no longer the guide's, which is all that the stand-in runs
+    here.
+    """
+    try:
+        found = [
+            function.__name__ for function in importlib.import_module("stages").PIPELINE.values()
+        ]
+    except Exception as error:
+        raise Ended(f"stages.py cannot be used: {one_line(error)}") from None
+    if found != list(DELAYS):
+        names = " or ".join(f"make demo PIPELINE={name}" for name in EXAMPLES)
+        raise Ended(f"this demo runs the guide's five stages, and stages.py has others: {names}")
 
 
 def gatekeeper(request: Request, hiccups: list[Answer]) -> Answer | None:
@@ -142,13 +150,21 @@ def cell(attempts: list[tuple]) -> str:
 
 
 def main() -> int:
+    names = sys.argv[1:]
+    if names[1:] or set(names) - EXAMPLES.keys():
+        allowed = " or ".join(EXAMPLES)
+        print(f"demo: there is no pipeline {' '.join(names)}; allowed is {allowed}, or none")
+        return 2
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: signals.append(number))
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     failures = (Ended, config.SettingsError, psycopg2.Error, subprocess.SubprocessError)
     try:
         with ExitStack() as stack:
-            run(stack)
+            if names:
+                example.run(stack, names[0])
+            else:
+                run(stack)
         return 0
     except BrokenPipeError:  # nobody reads any more, as with `make demo | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
