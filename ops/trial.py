@@ -1,23 +1,25 @@
 """`test-job`: sends a job of its own through the pipeline and watches it go."""
 
+import contextlib
 import secrets
-import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import click
 import psycopg2
+from psycopg2.extensions import TRANSACTION_STATUS_INERROR, quote_ident
 
 import config
 import db
 import pipeline
+from ops.follow import Follower, Look, named, rows_of
 from ops.listeners import connected
 from ops.problem import Problem
 from ops.routes import require_installed
 from ops.table import plain
 
-LOOK_EVERY = 0.2  # seconds
-WIDTH = 30
+TENANT = "test_tenant"
 
 ID_COLUMN = """
 SELECT typname AS type, atthasdef OR attidentity <> '' AS given
@@ -35,75 +37,62 @@ VALUES (%(tenant)s, %(step)s, 'queued') RETURNING job_id
 FINISH = """
 UPDATE jobs SET current_step = %(step)s, status = %(status)s WHERE job_id = %(job_id)s
 """
-CLEAN = """
-DELETE FROM jobs WHERE job_id = %(job_id)s;
-DELETE FROM stage_calls WHERE job_id = %(job_id)s;
-DELETE FROM stage_attempts WHERE job_id = %(job_id)s;
-"""
-
-# Where the job is, what it owes, and the first and the last attempt of every stage so far.
-PROGRESS = """
-SELECT j.current_step::text AS step, j.status::text, c.due_at = 'infinity' AS given_up,
-       c.last_error, extract(epoch FROM now())::float8 AS now,
-       (SELECT json_object_agg(stage, json_build_array(called, accepted, attempts))
-        FROM (SELECT stage, extract(epoch FROM min(started_at)) AS called, count(*) AS attempts,
-                     extract(epoch FROM max(finished_at)
-                                        FILTER (WHERE outcome = 'succeeded')) AS accepted
-              FROM stage_attempts WHERE job_id = %(job_id)s GROUP BY stage) AS a) AS attempts
-FROM (VALUES (1)) AS always
-LEFT JOIN jobs AS j ON j.job_id = %(job_id)s
-LEFT JOIN stage_calls AS c ON c.job_id = %(job_id)s
-"""
-
-HELD = """
-SELECT held_by, held_reason FROM pipeline_overview WHERE stage = %(stage)s AND held_until > now()
+MADE = """
+SELECT current_step::text AS step, status::text, tenant_id::text AS tenant
+FROM jobs WHERE job_id = %(job_id)s
 """
 
 
 @click.command("test-job", short_help="Send a job of its own through the pipeline and watch it.")
-@click.option("--tenant", default="test_tenant", show_default=True, help="Its tenant_id.")
+@click.option("--tenant", help=f"Its tenant_id. Default: {TENANT}, or as example_job decides.")
 @click.option("--timeout", type=click.FloatRange(min=0.1), metavar="SECONDS",
               help="For one stage; default: the timeout of that stage.")  # fmt: skip
-@click.option("--clean", is_flag=True, help="Delete the job and its history at the end.")
-def test_job(tenant: str, timeout: float | None, clean: bool) -> None:
-    """Make a test job, finish its first step, and follow it through every stage.
+@click.option("--clean", is_flag=True,
+              help="Delete the job, its rows and their history at the end.")  # fmt: skip
+def test_job(tenant: str | None, timeout: float | None, clean: bool) -> None:
+    """Make a test job, and follow it and its rows in other tables through every stage.
+
+    Where jobs has columns or foreign keys that need more, write example_job(conn) beside
+    PIPELINE: it inserts a job and its rows in the state that PIPELINE begins with, and returns
+    the job's id.
 
     Exit 0 if it gets through; 1 if it stalls: the line says at which stage and what to look at.
     """
     settings = config.settings()
+    example_job = getattr(pipeline.module(), "example_job", None)
+    if example_job is not None and tenant is not None:
+        raise click.UsageError("--tenant: example_job says which tenant the job is of")
     conn = db.connect(settings, "job-state-listener test-job")
     require_installed(conn)
     if not connected(conn):
         raise Problem("no listener is connected: start python listener.py")
-    first, names = route()
-    job_id = make(conn, tenant, first)
-    click.echo(plain(f"job {job_id}: ({first[0]}, {first[1]}), tenant {tenant}"))
+    if example_job is not None:
+        job_id = make_by(example_job, settings)
+    else:
+        job_id = make(conn, tenant or TENANT)
     limits = pipeline.timeouts(settings)
     if timeout:
         limits = dict.fromkeys(limits, timeout)
+    follower = Follower(conn, job_id, limits)
     try:
-        seconds = follow(conn, job_id, names, limits)
-        click.echo(f"passed: {len(names)} stages in {seconds:.1f} s")
+        click.echo(follower.follow())
     finally:
         if clean:
-            db.execute(conn, CLEAN, {"job_id": job_id})
-            click.echo(f"job {job_id} and its history are deleted")
+            remove(conn, job_id, list(follower.first))
 
 
-def route() -> tuple[tuple[str, str], list[str]]:
-    """The state that PIPELINE begins with, and the stages that follow from it."""
-    first = state = next(iter(pipeline.pipeline()))
-    names: list[str] = []
-    while state in pipeline.pipeline() and pipeline.pipeline()[state].__name__ not in names:
-        names.append(pipeline.pipeline()[state].__name__)
-        state = (names[-1], "done")
-    return first, names
+def announce(job_id: str, made) -> None:
+    click.echo(plain(f"job {job_id}: ({made.step}, {made.status}), tenant {made.tenant}"))
 
 
-def make(conn, tenant: str, first: tuple[str, str]):
-    """Insert the job and finish its first step; its id."""
+def make(conn, tenant: str) -> str:
+    """Insert a job and finish its first step; its id."""
+    first = pipeline.route_of(next(iter(pipeline.pipeline())))
+    if first.table != pipeline.JOBS.name or first.join:
+        raise Problem(f"PIPELINE begins with {first}: test-job needs a function example_job(conn) "
+                      f"in {pipeline.module().__name__}, see docs/STAGES.md")  # fmt: skip
     column = db.execute(conn, ID_COLUMN).fetchone()
-    given = {"tenant": tenant, "step": first[0], "status": first[1]}
+    given = {"tenant": tenant, "step": first.step, "status": first.status}
     if not column.given:
         number = -1 - secrets.randbelow(2**15 - 1)  # no application counts backwards
         ids = {"uuid": str(uuid.uuid4()), "int8": number, "int4": number, "int2": number}
@@ -114,83 +103,99 @@ def make(conn, tenant: str, first: tuple[str, str]):
         db.execute(conn, FINISH, given)
     except (psycopg2.IntegrityError, psycopg2.DataError) as error:
         reason = str(error).splitlines()[0]
-        raise Problem(f"jobs takes no test job: {reason}; send one by your own means") from None
-    return made.job_id
+        raise Problem(f"jobs takes no test job: {reason}; write example_job(conn) in "
+                      f"{pipeline.module().__name__}, see docs/STAGES.md") from None  # fmt: skip
+    announce(made.job_id, SimpleNamespace(**given))
+    return str(made.job_id)
 
 
-def follow(conn, job_id, names: list[str], limits: dict[str, float]) -> float:
-    """Print every hop as it ends; the seconds for all of them.
+def make_by(example_job: Callable, settings: SimpleNamespace) -> str:
+    """The id of a job that example_job has made, which is committed here.
 
     Raises:
-        Problem: the job stalls.
+        Problem: it failed, or what it made would not be called; nothing is left of it, unless it
+            committed by itself.
     """
-    bar = Bar(len(names))
-    began = since = db.execute(conn, PROGRESS, {"job_id": job_id}).fetchone().now
-    for number, stage in enumerate(names):
-        for row in looks(conn, job_id):
-            called, accepted, attempts = (row.attempts or {}).get(stage, (None, None, 0))
-            # Done is what the job says: some stages answer first, others commit first.
-            if accepted and (row.step, row.status) != before(names, number):
-                break
-            bar.show(number, f"{stage} {row.now - since:.0f} s")
-            if why := stalled(conn, row, stage, row.now - since > limits[stage], attempts):
-                bar.clear()
-                raise Problem(f"job {job_id} stalls at {stage}: {why}; "
-                              f"look with python listener.py job {job_id}")  # fmt: skip
-        bar.clear()
-        tries = f", {attempts} attempts" if attempts > 1 else ""
-        click.echo(f"  {stage:15} waited {max(0.0, called - since):6.2f} s, "
-                   f"took {accepted - called:6.2f} s{tries}")  # fmt: skip
-        since = accepted
-    return since - began
+    where = f"example_job of {pipeline.module().__name__}"
+    with contextlib.closing(db.connect(settings, "job-state-listener test-job")) as conn:
+        conn.autocommit = False
+        try:
+            job_id = example_job(conn)
+            made = require_usable(conn, where, job_id)
+            conn.commit()
+        except Problem:
+            raise
+        except psycopg2.Error as error:
+            if db.is_lost(conn, error):
+                raise Problem(f"{where} has lost or closed its connection") from None
+            raise Problem(f"{where}: {str(error).strip().splitlines()[0]}") from None
+        except Exception as error:
+            raise Problem(f"{where}: {type(error).__name__}: {error}") from None
+    announce(job_id, made)
+    return str(job_id)
 
 
-def looks(conn, job_id) -> Iterator:
-    """How the job stands, again and again."""
-    while True:
-        yield db.execute(conn, PROGRESS, {"job_id": job_id}).fetchone()
-        time.sleep(LOOK_EVERY)
+def require_usable(conn, where: str, job_id):
+    """Where the job is that example_job has made. Raises Problem where no stage would be called."""
+    if conn.closed:
+        raise Problem(f"{where} has closed its connection, which test-job commits")
+    if conn.info.transaction_status == TRANSACTION_STATUS_INERROR:
+        raise Problem(f"{where} has left its transaction failed: let the error pass")
+    if job_id is None:
+        raise Problem(f"{where} returned None: it must return the job's id")
+    made = db.execute(conn, MADE, {"job_id": str(job_id)}).fetchone()
+    if made is None:
+        raise Problem(f"{where} returned {job_id}, and there is no such job")
+    if not Look(conn, str(job_id)).ahead:
+        first = pipeline.route_of(next(iter(pipeline.pipeline())))
+        raise Problem(f"{where} left job {job_id} in ({made.step}, {made.status}), from where no "
+                      f"stage is called: insert its rows in {first}")  # fmt: skip
+    return made
 
 
-def before(names: list[str], number: int) -> tuple[str, str]:
-    """The state that leads to the stage of this number."""
-    return (names[number - 1], "done") if number else next(iter(pipeline.pipeline()))
+DELETE = "DELETE FROM {table} WHERE {id} = %(key)s"
+
+# Also what the deletion itself has recorded.
+FORGET = """
+DELETE FROM stage_calls WHERE job_id IN %(keys)s AND (table_name, job_id) IN %(rows)s;
+DELETE FROM stage_attempts WHERE job_id IN %(keys)s AND (table_name, job_id) IN %(rows)s
+"""
+FORGET_JOINS = """
+DELETE FROM stage_looks WHERE (parent_id, join_of) IN %(joins)s;
+DELETE FROM stage_joins WHERE (parent_id, join_of) IN %(joins)s
+"""
 
 
-def stalled(conn, row, stage: str, late: bool, attempts: int) -> str | None:
-    """Why the job gets no further, as far as one can tell; None while it may."""
-    if row.step is None:
-        return "the job was deleted"
-    if row.given_up:
-        return f"given up: {plain(row.last_error)}"
-    if (row.step, row.status) == (stage, "failed"):
-        return "the stage set it to failed"
-    if not late:
-        return None
-    if held := db.execute(conn, HELD, {"stage": stage}).fetchone():
-        return f"held by {plain(held.held_by)}: {plain(held.held_reason)}"
-    if (row.step, row.status) == (stage, "running"):
-        return "it is still running"
-    if row.last_error:
-        return plain(row.last_error)
-    return "accepted, but the job has not changed" if attempts else "it was not called"
+def remove(conn, job_id: str, seen: list) -> None:
+    """Delete the job, its rows in other tables, and the history of all, also of rows that were
+    `seen` earlier.
 
-
-class Bar:
-    """A progress bar on a terminal; nothing elsewhere."""
-
-    def __init__(self, length: int):
-        self.length = length
-        self.terminal = click.get_text_stream("stdout").isatty()
-
-    def show(self, done: int, text: str) -> None:
-        filled = WIDTH * done // self.length
-        bar = "#" * filled + "-" * (WIDTH - filled)
-        self.write(f"\r\033[K[{bar}] {done}/{self.length} {text}")
-
-    def clear(self) -> None:
-        self.write("\r\033[K")
-
-    def write(self, text: str) -> None:
-        if self.terminal:
-            click.echo(text, nl=False)
+    Raises:
+        Problem: a row of another table stands in the way.
+    """
+    rows = rows_of(conn, job_id)
+    fill_in = conn.cursor().mogrify
+    script = []
+    for row in reversed(rows):  # children first
+        names = {"table": row.table, "id": pipeline.tables()[row.table].id}
+        sql = DELETE.format(**{name: quote_ident(text, conn) for name, text in names.items()})
+        script.append(fill_in(sql, {"key": row.key}).decode())
+    if rows := list(dict.fromkeys([*rows, *seen])):
+        script.append(fill_in(FORGET, named(rows)).decode())
+        joins = tuple((row.key, join) for row in rows for join, key in pipeline.joins().items()
+                      if pipeline.parent_name(key.table) == row.table)  # fmt: skip
+        if joins:
+            script.append(fill_in(FORGET_JOINS, {"joins": joins}).decode())
+    try:
+        db.execute(conn, ";".join(script))
+    except psycopg2.IntegrityError as error:
+        stall, reason = error.__context__, str(error).splitlines()[0]
+        text = (f"job {job_id} cannot be deleted: {reason}; "
+                "those rows could go with it: ON DELETE CASCADE")  # fmt: skip
+        raise Problem(f"{stall}; {text}" if isinstance(stall, Problem) else text) from None
+    what = f"job {job_id} and its history are deleted"
+    if len(rows) > 1:
+        what = (
+            f"job {job_id}, its {len(rows) - 1} rows in other tables and their history are deleted"
+        )
+    click.echo(plain(what))

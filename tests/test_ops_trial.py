@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from commands import ROOT
 from waiting import LISTENING
 
 from demo.stage_server import Answer
@@ -88,3 +89,105 @@ def test_table_that_wants_more_says_what(database, run_command, running):
     database.rows("ALTER TABLE jobs ADD COLUMN image text NOT NULL")
     done = run_command(database, "test-job")
     assert 'null value in column "image"' in done.refused(1)
+
+
+# --- example_job ---------------------------------------------------------------------------
+
+INSERT = "INSERT INTO jobs (tenant_id, current_step, status) VALUES ('theirs', 'img_gen', '{}')"
+
+
+@pytest.fixture
+def with_example_job(tmp_path, database, run_command):
+    """with_example_job(body, *args): test-job with a pipeline whose example_job has this body."""
+
+    def run(body: str, *args: str, pipeline: str = "from stages import PIPELINE\n"):
+        (tmp_path / "own.py").write_text(f"{pipeline}\ndef example_job(conn):\n    {body}\n")
+        return run_command(database, "test-job", *args, PIPELINE_MODULE="own", PYTHONPATH=tmp_path)
+
+    return run
+
+
+def made(status: str = "done") -> str:
+    sql = INSERT.format(status) + " RETURNING job_id"
+    return f'c = conn.cursor(); c.execute("{sql}"); job = c.fetchone()[0]'
+
+
+def test_job_of_example_job_is_followed(database, with_example_job, running):
+    done = with_example_job(f"{made()}; return job")
+    assert done.code == 0
+    assert re.fullmatch(r"job \S+: \(img_gen, done\), tenant theirs", done.lines[0])
+    assert [line.split()[0] for line in done.lines[1:-1]] == STAGES
+    assert database.value("SELECT status FROM jobs") == "done"
+
+
+BAD = {
+    "raises": ("raise ValueError('no image')", "example_job of own: ValueError: no image"),
+    "returns None": (made(), "example_job of own returned None: it must return the job's id"),
+    "returns an id of no job": (
+        "return '00000000-0000-0000-0000-000000000000'",
+        "example_job of own returned 00000000-0000-0000-0000-000000000000, and there is no such",
+    ),
+    "returns no id": ("return 'x'", "example_job of own: invalid input syntax for type uuid"),
+    "fails in SQL": (
+        "conn.cursor().execute('SELECT 1 FROM images')",
+        'example_job of own: relation "images" does not exist',
+    ),
+    "swallows an error": (
+        "import contextlib, psycopg2\n"
+        "    with contextlib.suppress(psycopg2.Error):\n"
+        "        conn.cursor().execute('SELECT 1 FROM images')\n"
+        "    return 1",
+        "example_job of own has left its transaction failed: let the error pass",
+    ),
+    "closes the connection": (
+        f"{made()}; conn.close(); return job",
+        "example_job of own has closed its connection",
+    ),
+    "uses it after that": ("conn.close(); conn.cursor()", "example_job of own has lost or closed"),
+    "makes what owes nothing": (
+        f"{made('queued')}; return job",
+        "in (img_gen, queued), from where no stage is called: insert its rows in (img_gen, done)",
+    ),
+}
+
+
+@pytest.mark.parametrize("body, said", BAD.values(), ids=BAD)
+def test_bad_example_job_is_one_line_and_leaves_nothing(
+    database, with_example_job, running, body, said
+):
+    assert said in with_example_job(body).refused(1)
+    assert database.value("SELECT count(*) FROM jobs") == 0
+
+
+def test_transaction_of_example_job_may_be_its_own(database, with_example_job, running):
+    done = with_example_job(f"{made()}; conn.commit(); c.execute('SELECT 1'); return job")
+    assert done.code == 0
+
+
+def test_tenant_is_refused_where_example_job_decides(database, with_example_job, running):
+    refused = with_example_job(f"{made()}; return job", "--tenant", "mine").refused(2)
+    assert refused.startswith("--tenant: example_job says which tenant the job is of")
+
+
+def test_row_in_the_way_of_clean_is_named(database, with_example_job, running):
+    database.rows("CREATE TABLE images (job_id uuid REFERENCES jobs)")
+    body = f"{made()}; c.execute('INSERT INTO images VALUES (%s)', [job]); return job"
+    refused = with_example_job(body, "--clean")
+    assert refused.code == 1
+    assert 'violates foreign key constraint "images_job_id_fkey" on table "images"' in refused.err
+    assert database.value("SELECT count(*) FROM jobs") == 1
+
+
+def test_pipeline_that_begins_with_another_table_needs_an_example_job(
+    empty_database, run_command, listener, tmp_path
+):
+    (tmp_path / "own.py").write_text("from examples.variants.stages import PIPELINE\n")
+    settings = {"PIPELINE_MODULE": "own", "PYTHONPATH": tmp_path}
+    empty_database.rows((ROOT / "examples" / "variants" / "schema.sql").read_text())
+    run_command(empty_database, "install", **settings)
+    listener(empty_database, **settings).wait_for_line(LISTENING)
+    refused = run_command(empty_database, "test-job", **settings).refused(1)
+    assert refused == (
+        "PIPELINE begins with jobs_variants (img_gen, done): test-job needs a function "
+        "example_job(conn) in own, see docs/STAGES.md"
+    )

@@ -1,0 +1,298 @@
+"""Following a job and its rows in other tables through PIPELINE, for `test-job`."""
+
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import click
+from psycopg2.extensions import quote_ident
+
+import db
+import pipeline
+from ops.problem import Problem
+from ops.table import plain
+from pipeline import Route
+
+LOOK_EVERY = 0.2  # seconds
+WIDTH = 30
+
+# --- where the rows are --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """A job, or a row that belongs to it."""
+
+    table: str
+    key: str
+    step: str | None = field(compare=False)
+    status: str | None = field(compare=False)
+    parent: str | None = None  # its parent's key
+
+    @property
+    def state(self) -> tuple[str | None, str | None]:
+        return self.step, self.status
+
+
+ROWS = """
+SELECT {id}::text AS key, current_step::text AS step, status::text AS status
+FROM {table} WHERE {column} = %(key)s ORDER BY 1
+"""
+
+
+def rows_of(conn, job_id: str) -> list[Row]:
+    """The job and all rows that belong to it, parents first; none where there is no such job."""
+    found: list[Row] = []
+    for table in pipeline.tables().values():
+        if table.name == pipeline.JOBS.name:
+            found += select(conn, table, table.id, job_id, None)
+        elif table.parent:
+            parents = [row for row in found if row.table == pipeline.parent_name(table)]
+            for parent in parents:
+                found += select(conn, table, table.parent[1], parent.key, parent.key)
+    return found
+
+
+def select(conn, table: pipeline.Table, column: str, key: str, parent: str | None) -> list[Row]:
+    names = {"table": table.name, "id": table.id, "column": column}
+    sql = ROWS.format(**{name: quote_ident(value, conn) for name, value in names.items()})
+    return [
+        Row(table.name, row.key, row.step, row.status, parent)
+        for row in db.execute(conn, sql, {"key": key})
+    ]
+
+
+# The first and the last attempt of every stage so far. Ids of two tables may be alike.
+HOPS = """
+SELECT table_name, job_id::text AS key, stage, count(*) AS attempts,
+       extract(epoch FROM min(started_at))::float8 AS called,
+       extract(epoch FROM max(finished_at))::float8 AS finished,
+       bool_or(outcome = 'succeeded') AS accepted
+FROM stage_attempts WHERE job_id IN %(keys)s AND (table_name, job_id) IN %(rows)s
+GROUP BY table_name, job_id, stage ORDER BY finished
+"""
+
+OWED = """
+SELECT table_name, job_id::text AS key, stage, due_at = 'infinity' AS given_up, last_error
+FROM stage_calls WHERE job_id IN %(keys)s AND (table_name, job_id) IN %(rows)s
+"""
+
+# A stage that has set its row running, or done, may still be called.
+CALLING = """
+SELECT table_name, job_id::text AS key, stage
+FROM stage_leases WHERE job_id IN %(keys)s AND (table_name, job_id) IN %(rows)s
+  AND leased_until > now() AND NOT unanswered
+"""
+
+NOW = "SELECT extract(epoch FROM clock_timestamp())::float8"
+
+
+class Look:
+    """How the job and its rows stand: hops, calls owed and under way, by (row, stage)."""
+
+    def __init__(self, conn, job_id: str):
+        [[self.now]] = db.execute(conn, NOW).fetchall()
+        self.rows = rows_of(conn, job_id)
+        given = named(self.rows) if self.rows else None
+        by_row = {(row.table, row.key): row for row in self.rows}
+
+        def ask(sql: str) -> list[tuple[Row, Any]]:
+            found = db.execute(conn, sql, given) if given else []
+            return [(by_row[one.table_name, one.key], one) for one in found]
+
+        # In this order: an attempt is recorded in the transaction in which its lease ends.
+        self.calling = {(row, call.stage) for row, call in ask(CALLING)}
+        self.hops = {(row, hop.stage): hop for row, hop in ask(HOPS)}
+        self.owed = {(row, call.stage): call for row, call in ask(OWED)}
+
+    @cached_property
+    def ahead(self) -> list[tuple[Row, str]]:
+        """The stages that are before the rows, as far as their states say."""
+        found, ends = [], {}
+        for row in self.rows:
+            names, ends[row] = chain(row.table, row.state)
+            found += [(row, name) for name in names]
+        order = list(pipeline.tables())
+        joins = sorted(pipeline.joins().values(), key=lambda key: -order.index(key.table.name))
+        for key in joins:
+            table = pipeline.parent_name(key.table)
+            stage = pipeline.routes()[pipeline.route_of(key)].__name__
+            after, end = chain(table, (stage, "done"))
+            for parent in [row for row in self.rows if row.table == table]:
+                states = {ends[child] for child in self.children(parent, key.table.name)}
+                if states == {(key.step, key.status)} and parent.step not in (stage, *after):
+                    found += [(parent, name) for name in (stage, *after)]
+                    ends[parent] = end
+        return found
+
+    def children(self, parent: Row, table: str) -> list[Row]:
+        return [row for row in self.rows if (row.table, row.parent) == (table, parent.key)]
+
+
+def named(rows: list[Row]) -> dict[str, tuple]:
+    """`rows` as parameters."""
+    return {"keys": tuple(row.key for row in rows), "rows": tuple((r.table, r.key) for r in rows)}
+
+
+def stages_of(table: str) -> set[str]:
+    return {function.__name__ for route, function in pipeline.routes().items()
+            if route.table == table}  # fmt: skip
+
+
+def chain(table: str, state: tuple) -> tuple[list[str], tuple]:
+    """The stages that a row goes through by itself from `state`, and the state it ends in."""
+    names: list[str] = []
+    while True:
+        function = pipeline.routes().get(Route(table, "", *state))
+        name = function.__name__ if function else None
+        if state[1] == "running" and state[0] in stages_of(table):
+            name = state[0]
+        if name is None or name in names:
+            return names, state
+        names.append(name)
+        state = (name, "done")
+
+
+# --- following them ------------------------------------------------------------------------
+
+
+class Follower:
+    """Prints every hop as it ends."""
+
+    def __init__(self, conn, job_id: str, limits: dict[str, float]):
+        self.conn, self.job_id, self.limits = conn, job_id, limits
+        self.first: dict[Row, tuple] = {}  # the state in which each row was first seen
+        self.through: dict[Row, float] = {}  # when it was through with its last stage
+        self.printed: set[tuple[Row, str]] = set()
+        self.width = max(15, *map(len, pipeline.stage_names()))
+
+    def follow(self) -> str:
+        """Until the job is through; what there is to say about that.
+
+        Raises:
+            Problem: it stalls.
+        """
+        look, bar = Look(self.conn, self.job_id), Bar()
+        began = self.since = look.now
+        while look.rows:
+            bar.clear()
+            self.show(look)
+            if found := self.stalls(look):
+                row, stage, why = found
+                what = "job" if row.table == pipeline.JOBS.name else row.table
+                raise Problem(f"{what} {row.key} stalls at {stage}: {why}; "
+                              f"look with python listener.py job {row.key}")  # fmt: skip
+            if not (look.ahead or look.owed or look.calling or self.lost(look)):
+                stages, calls = len({stage for _, stage in self.printed}), len(self.printed)
+                rows = f" ({calls} with those of every row)" if calls > stages else ""
+                return f"passed: {stages} stages{rows} in {self.since - began:.1f} s"
+            stage = look.ahead[0][1] if look.ahead else ""
+            bar.show(len(self.printed), len(look.ahead), f"{stage} {look.now - self.since:.0f} s")
+            time.sleep(LOOK_EVERY)
+            look = Look(self.conn, self.job_id)
+        bar.clear()
+        raise Problem(f"job {self.job_id} stalls: it was deleted")
+
+    def show(self, look: Look) -> None:
+        """Print the rows and the hops that are new."""
+        for row in look.rows:
+            if row not in self.first:
+                self.first[row], self.through[row] = row.state, self.since
+                if row.table != pipeline.JOBS.name:
+                    click.echo(plain(f"  with {row.table} {row.key}: ({row.step}, {row.status})"))
+        for (row, stage), hop in look.hops.items():
+            # Done is what the row says: some stages answer first, others commit first.
+            if (row, stage) in self.printed | look.calling | set(look.ahead):
+                continue
+            waited = max(0.0, hop.called - self.due_since(look, row, stage))
+            self.since = self.through[row] = hop.finished
+            self.printed.add((row, stage))
+            tries = f", {hop.attempts} attempts" if hop.attempts > 1 else ""
+            tries += "" if hop.accepted else ", none accepted"
+            of = "" if row.table == pipeline.JOBS.name else f"  {short(row.key)}"
+            click.echo(plain(f"  {stage:{self.width}} waited {waited:6.2f} s, "
+                             f"took {hop.finished - hop.called:6.2f} s{tries}{of}"))  # fmt: skip
+
+    def due_since(self, look: Look, row: Row, stage: str) -> float:
+        """When the call became due: when the stage before it ended, or that of the last child."""
+        ended = [self.through[row]]
+        for route, function in pipeline.routes().items():
+            if route.join and (route.table, function.__name__) == (row.table, stage):
+                child = pipeline.joins()[route.join].table.name
+                ended += [self.through[one] for one in look.children(row, child)]
+        return max(ended)
+
+    def lost(self, look: Look) -> list[Row]:
+        """The rows that are where no stage of PIPELINE leads to."""
+        return [
+            row for row in look.rows
+            if row.state != self.first[row] and not chain(row.table, row.state)[0]
+            and (row.status != "done" or row.step not in stages_of(row.table))
+        ]  # fmt: skip
+
+    def stalls(self, look: Look) -> tuple[Row, str, str] | None:
+        """The row and stage that get no further, and why, as far as one can tell."""
+        for (row, stage), call in look.owed.items():
+            # Not where the row was read before it came there: its hops are printed first.
+            if call.given_up and stage == next((s for r, s in look.ahead if r == row), stage):
+                return row, stage, f"given up: {plain(call.last_error)}"
+        for row in self.lost(look):
+            if row.status == "failed" and row.step in stages_of(row.table):
+                return row, row.step, "the stage set it to failed"
+        waited = look.now - self.since
+        if look.ahead:
+            row, stage = look.ahead[0]
+            return (
+                (row, stage, self.why_late(look, row, stage))
+                if waited > self.limits[stage]
+                else None
+            )
+        if waited > max(self.limits.values()):
+            for row in self.lost(look):
+                return (
+                    row,
+                    f"({row.step}, {row.status})",
+                    "no stage of PIPELINE leads to that state",
+                )
+        return None
+
+    def why_late(self, look: Look, row: Row, stage: str) -> str:
+        if held := db.execute(self.conn, HELD, {"stage": stage}).fetchone():
+            return f"held by {plain(held.held_by)}: {plain(held.held_reason)}"
+        if row.state == (stage, "running"):
+            return "it is still running"
+        call = look.owed.get((row, stage))
+        if call and call.last_error:
+            return plain(call.last_error)
+        is_called = (row, stage) in look.hops
+        return "accepted, but the job has not changed" if is_called else "it was not called"
+
+
+HELD = """
+SELECT held_by, held_reason FROM pipeline_overview WHERE stage = %(stage)s AND held_until > now()
+"""
+
+
+def short(key: str) -> str:
+    """An id that a line has room for."""
+    return key if len(key) <= 12 else f"{key[:8]}…"
+
+
+class Bar:
+    """A progress bar on a terminal; nothing elsewhere."""
+
+    def __init__(self):
+        self.terminal = click.get_text_stream("stdout").isatty()
+
+    def show(self, done: int, ahead: int, text: str) -> None:
+        filled = WIDTH * done // max(1, done + ahead)
+        bar = "#" * filled + "-" * (WIDTH - filled)
+        self.write(f"\r\033[K[{bar}] {done}/{done + ahead} {text}")
+
+    def clear(self) -> None:
+        self.write("\r\033[K")
+
+    def write(self, text: str) -> None:
+        if self.terminal:
+            click.echo(text, nl=False)
