@@ -184,8 +184,8 @@ class Follower:
                 raise Problem(f"{what} {row.key} stalls at {stage}: {why}; "
                               f"look with python listener.py job {row.key}")  # fmt: skip
             if not (look.ahead or look.owed or look.calling or self.lost(look)):
-                stages, calls = len({stage for _, stage in self.printed}), len(self.printed)
-                rows = f" ({calls} with those of every row)" if calls > stages else ""
+                stages = len({stage for _, stage in self.printed})
+                rows = f" with {len(self.first)} rows" if len(self.first) > 1 else ""
                 return f"passed: {stages} stages{rows} in {self.since - began:.1f} s"
             stage = look.ahead[0][1] if look.ahead else ""
             bar.show(len(self.printed), len(look.ahead), f"{stage} {look.now - self.since:.0f} s")
