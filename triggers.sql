@@ -76,7 +76,7 @@ BEGIN
             format(too_long, 'NEW.' || quote_ident(t.parent_column)),
             format(too_long, 'OLD.' || quote_ident(t.parent_column))), '')
             || $look$
-        IF looked AND TG_NARGS = 0 THEN
+        IF looked AND (TG_NARGS = 0 OR TG_ARGV[0] <> 'silent') THEN
             payload := pg_notify('job_state_listener_join', '');
         END IF;
         IF TG_OP = 'DELETE' OR TG_OP = 'UPDATE'
@@ -146,9 +146,9 @@ BEGIN
         END IF;
     END IF;
 
-    -- A new row that owes nothing is no change of state to anybody. With an argument the
-    -- trigger does not notify: listeners poll.
-    IF TG_NARGS > 0 OR TG_OP = 'DELETE' OR NOT owed AND TG_OP = 'INSERT' THEN
+    -- A new row that owes nothing is no change of state to anybody. A silent trigger does not
+    -- notify: listeners poll.
+    IF TG_NARGS > 0 AND TG_ARGV[0] = 'silent' OR TG_OP = 'DELETE' OR NOT owed AND TG_OP = 'INSERT' THEN
         RETURN NULL;
     END IF;
 %7$s    RETURN NULL;
@@ -278,12 +278,20 @@ DECLARE
     wanted record;
     found  pg_trigger;
     gone   record;
-    silent boolean := coalesce(
-        -- What `install --no-notify` or `--notify` asks for; else as it was.
+    -- The arguments of every trigger say what `install` was asked for: --no-notify, --no-insert.
+    -- Where it is not asked, it stays as it was.
+    before constant text := coalesce(
+        (SELECT encode(tgargs, 'escape') FROM pg_trigger WHERE tgrelid = 'jobs'::regclass
+         AND tgname = 'job_state_change_trigger'), '');
+    silent constant boolean := coalesce(
         nullif(current_setting('job_state_listener.silent', true), '')::boolean,
-        (SELECT tgnargs > 0 FROM pg_trigger WHERE tgrelid = 'jobs'::regclass
-         AND tgname = 'job_state_change_trigger'),
-        false);
+        before LIKE 'silent%');
+    updates_only constant boolean := coalesce(
+        nullif(current_setting('job_state_listener.updates_only', true), '')::boolean,
+        before LIKE '%updates only%');
+    arguments constant text := concat_ws(', ',
+        CASE WHEN silent THEN quote_literal('silent') END,
+        CASE WHEN updates_only THEN quote_literal('updates only') END);
 BEGIN
     FOR gone IN
         SELECT t.tgname AS name, t.tgrelid::regclass AS place, p.oid::regprocedure AS function
@@ -295,6 +303,12 @@ BEGIN
                             AND (t.tgname <> 'job_state_listener_delete' OR EXISTS (
                                 SELECT FROM jsonb_to_recordset(asked -> 'routes')
                                     AS r (child_table text) WHERE r.child_table = x.name)))
+        UNION ALL
+        SELECT t.tgname, t.tgrelid::regclass, t.tgfoid::regprocedure
+        FROM pg_trigger AS t JOIN jsonb_to_recordset(asked -> 'tables') AS x (name text)
+            ON t.tgrelid = to_regclass(format('%I', x.name))
+        WHERE updates_only AND t.tgname = CASE x.name WHEN 'jobs' THEN 'job_state_insert_trigger'
+                                               ELSE 'job_state_listener_insert' END
     LOOP
         EXECUTE format('DROP TRIGGER %I ON %s', gone.name, gone.place);
     END LOOP;
@@ -322,7 +336,8 @@ BEGIN
             -- Rows that are born in a routed state, and rows moved between partitions.
             ('insert', 'INSERT', 5),
             ('delete', 'DELETE', 9)) AS made (event, statement, type)
-        WHERE made.event <> 'delete' OR joins.are
+        WHERE CASE made.event WHEN 'delete' THEN joins.are WHEN 'insert' THEN NOT updates_only
+                              ELSE true END
     LOOP
         SELECT * INTO found FROM pg_trigger
         WHERE tgrelid = wanted.place AND tgname = wanted.name;
@@ -330,7 +345,8 @@ BEGIN
            OR found.tgfoid <> wanted.function
            OR found.tgtype <> wanted.type
            OR found.tgattr::text <> ''
-           OR (found.tgnargs > 0) <> silent
+           OR rtrim(replace(encode(found.tgargs, 'escape'), '\000', ', '), ', ')
+              <> replace(arguments, '''', '')
            OR cardinality(string_to_array(pg_get_triggerdef(found.oid), 'IS DISTINCT FROM'))
               <> cardinality(string_to_array(wanted.condition, 'IS DISTINCT FROM'))
                  + (wanted.condition = '')::integer THEN
@@ -339,7 +355,7 @@ BEGIN
                            ' EXECUTE FUNCTION %s(%s)',
                            wanted.name, wanted.statement, wanted.place, wanted.condition,
                            wanted.function::regproc,
-                           CASE WHEN silent THEN quote_literal('silent') END);
+                           arguments);
         ELSIF found.tgenabled NOT IN ('O', 'A') THEN  -- disabled, or for replicas only
             EXECUTE format('ALTER TABLE %s ENABLE TRIGGER %I', wanted.place, wanted.name);
         END IF;

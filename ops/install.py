@@ -12,7 +12,7 @@ import db
 import pipeline
 from ops import migrations
 from ops.problem import Problem
-from ops.routes import is_silent, known, shown
+from ops.routes import is_silent, is_updates_only, known, shown
 from ops.tables import require_usable
 
 ROOT = Path(__file__).parent.parent
@@ -31,9 +31,10 @@ VIEWS = ("pipeline_overview", "stage_latency", "given_up_calls")
 # deadlock to us (deadlock_timeout is 1 s).
 LOCK_TIMEOUT = "SET LOCAL lock_timeout = '800ms'; "
 
-# What schema.sql makes the function and the triggers from.
+# What triggers.sql makes the functions and the triggers from.
 ASKED = """
 SELECT set_config('job_state_listener.silent', %(silent)s, true),
+       set_config('job_state_listener.updates_only', %(updates_only)s, true),
        set_config('job_state_listener.pipeline', %(pipeline)s, true);
 """
 
@@ -101,6 +102,13 @@ def objects(conn) -> list[str]:
     return [row.name for row in db.execute(conn, OBJECTS, given)]
 
 
+PARTITIONED = """
+SELECT relname AS name FROM pg_class
+WHERE relkind = 'p' AND oid IN (
+    SELECT to_regclass(format('%%I', name)) FROM unnest(%(tables)s::text[]) AS name)
+ORDER BY 1
+"""
+
 ORPHANS = "SELECT count(*) FROM stage_calls WHERE stage <> ALL (%(stages)s)"
 
 
@@ -122,6 +130,7 @@ def apply(
     settings: SimpleNamespace | None = None,
     reader: str | None = None,
     notify: bool | None = None,
+    insert: bool | None = None,
 ) -> None:
     """Bring schema.sql, views.sql and PIPELINE into the database, in one transaction.
 
@@ -129,14 +138,18 @@ def apply(
         settings: whose STAGE_TIMEOUT counts; those of this process by default.
         reader: a role that may read the views.
         notify: whether the triggers notify; None: as before, at first yes.
+        insert: whether a row that is inserted owes a call; None: as before, at first yes.
 
     Raises:
         Problem: a table of PIPELINE cannot be used.
     """
     require_usable(conn)
     fill_in = conn.cursor().mogrify
-    silent = "" if notify is None else str(not notify)
-    asked = {"silent": silent, "pipeline": json.dumps(described(settings or config.settings()))}
+    asked = {
+        "silent": "" if notify is None else str(not notify),
+        "updates_only": "" if insert is None else str(not insert),
+        "pipeline": json.dumps(described(settings or config.settings())),
+    }
     script = migrations.script() + LOCK_TIMEOUT + fill_in(ASKED, asked).decode()
     script += "".join(file.read_text() for file in SCHEMA)
     if reader:
@@ -183,7 +196,10 @@ def described(settings: SimpleNamespace) -> dict[str, list]:
 @click.option("--notify/--no-notify", default=None,
               help="Whether changes of jobs are announced; without, listeners look "
                    "every POLL_INTERVAL. Default: as it was, at first announced.")  # fmt: skip
-def install(reader: str | None, notify: bool | None) -> None:
+@click.option("--insert/--no-insert", default=None,
+              help="Whether a row that is inserted in a routed state owes a call; without, only "
+                   "an UPDATE does. Default: as it was, at first yes.")  # fmt: skip
+def install(reader: str | None, notify: bool | None, insert: bool | None) -> None:
     """Create tables, functions, triggers and views, and copy PIPELINE into the database.
 
     Again and again without harm: what is right already stays as it is, and jobs is not changed.
@@ -197,7 +213,7 @@ def install(reader: str | None, notify: bool | None) -> None:
         before_routes, version = {}, migrations.LATEST
     migrations.require_not_newer(conn)
     try:
-        apply(conn, settings, reader, notify)
+        apply(conn, settings, reader, notify, insert)
         # A stage may be called more often now.
         db.execute(conn, db.WAKE)
     except psycopg2.errors.UndefinedObject:
@@ -213,9 +229,12 @@ def install(reader: str | None, notify: bool | None) -> None:
     if version < migrations.LATEST:
         click.echo(f"  migrated from version {version} to {migrations.LATEST}")
         click.echo("  note: a listener of that version begins no more calls: start the new one")
-    for name in objects(conn):
+    there = objects(conn)
+    for name in there:
         kept = "checked" if name.startswith("function") else "kept"
         click.echo(f"  {kept if name in before else 'created':7}  {name}")
+    for name in sorted(before - set(there)):
+        click.echo(f"  removed  {name}")
     for route, stage in routes.items():
         done = "kept" if before_routes.get(route) == stage else "routed"
         click.echo(f"  {done:7}  {route} → {shown(stage)}")
@@ -223,6 +242,13 @@ def install(reader: str | None, notify: bool | None) -> None:
         click.echo(f"  removed  {route} → {shown(before_routes[route])}")
     if is_silent(conn):
         click.echo("  note: nothing is announced; listeners look every POLL_INTERVAL: restart them")
+    if is_updates_only(conn):
+        click.echo("  note: a row that is inserted owes no call, only one that is updated")
+        for row in db.execute(conn, PARTITIONED, {"tables": list(pipeline.tables())}):
+            click.echo(
+                f"  note: an UPDATE that moves a row of {row.name} to another partition inserts "
+                "it there, and then records no call either: install --insert"
+            )
     if reader:
         click.echo(f"  granted  the views to {reader}")
     orphans = db.execute(conn, ORPHANS, {"stages": pipeline.stage_names()}).fetchone()[0]

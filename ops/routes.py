@@ -66,9 +66,11 @@ SELECT to_regclass('jobs')::text AS jobs,
        (SELECT count(DISTINCT relnamespace) FROM pg_class
         WHERE oid IN (to_regclass('jobs'), to_regclass('stage_calls'),
                       to_regclass('pipeline_stages'))) AS schemas,
-       (SELECT count(*) FROM pg_trigger
+       (SELECT count(DISTINCT tgname) = 2 - (
+                   count(*) FILTER (WHERE encode(tgargs, 'escape') LIKE '%updates only%') > 0)::int
+        FROM pg_trigger
         WHERE tgrelid = to_regclass('jobs')
-          AND tgname IN ('job_state_change_trigger', 'job_state_insert_trigger')) AS triggers
+          AND tgname IN ('job_state_change_trigger', 'job_state_insert_trigger')) AS is_watched
 """
 
 
@@ -91,16 +93,23 @@ def require_installed(conn) -> None:
     place = db.execute(conn, PLACE).fetchone()
     if place.jobs is None:
         raise Problem(f"there is no table jobs on the search path: {mend}")
-    if place.schemas != 1 or place.triggers != 2:
+    if place.schemas != 1 or not place.is_watched:
         raise Problem(f"the table {place.jobs} that this role sees has no triggers of ours: {mend}")
 
 
-SILENT = """
-SELECT tgnargs > 0 FROM pg_trigger
+ARGUMENTS = """
+SELECT encode(tgargs, 'escape') LIKE 'silent%' AS silent,
+       encode(tgargs, 'escape') LIKE '%updates only%' AS updates_only
+FROM pg_trigger
 WHERE tgrelid = to_regclass('jobs') AND tgname = 'job_state_change_trigger'
 """
 
 
 def is_silent(conn) -> bool:
     """Whether `install --no-notify` made the triggers, so that no bell rings."""
-    return db.execute(conn, SILENT).fetchone()[0]
+    return db.execute(conn, ARGUMENTS).fetchone().silent
+
+
+def is_updates_only(conn) -> bool:
+    """Whether `install --no-insert` left out the insert triggers."""
+    return db.execute(conn, ARGUMENTS).fetchone().updates_only

@@ -16,6 +16,7 @@ from heartbeat import ALIVE
 from ops import migrations
 from ops.listeners import listeners
 from ops.problem import Problem
+from ops.routes import is_updates_only
 from ops.screen import Screen
 from ops.table import JSON, RED, YELLOW, Line, clock, duration, echo_json, echo_lines, plain, table
 from ops.verify import QUEUE, Bad, check_triggers
@@ -60,6 +61,7 @@ def look(conn, settings: SimpleNamespace) -> dict[str, Any]:
             "version": conn.info.server_version // 10000,
             "schema_version": version,
             "schema_problem": refusal,
+            "updates_only": problem is None and is_updates_only(conn),
             "notification_queue_percent": db.execute(conn, QUEUE).fetchone()[0],
         },
         "triggers": {"ok": problem is None, "problem": problem},
@@ -87,6 +89,8 @@ def lines(said: dict[str, Any]) -> Iterator[Line]:
     where = f"{base['name']} on {base['host']}:{base['port']} as {base['user']}"
     yield f"{where}, schema {base['schema_version']}, {clock(said['at'])}", 0
     yield summary(said), 0
+    if base["updates_only"]:
+        yield "a row that is inserted owes no call (install --no-insert)", 0
     problems = said["error"], base["schema_problem"], said["triggers"]["problem"]
     for problem in filter(None, problems):
         yield f"PROBLEM  {plain(problem)}", RED

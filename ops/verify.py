@@ -66,9 +66,14 @@ WHERE p.oid = to_regprocedure('notify_job_state_change()') AND c.oid = to_regcla
 
 TRIGGERS = """
 SELECT wanted.name, t.tgenabled AS enabled,
-       t.tgfoid = to_regprocedure('notify_job_state_change()') AS ours, t.tgnargs > 0 AS silent
+       t.tgfoid = to_regprocedure('notify_job_state_change()') AS ours,
+       encode(t.tgargs, 'escape') LIKE 'silent%' AS silent
 FROM unnest(ARRAY['job_state_change_trigger', 'job_state_insert_trigger']) AS wanted (name)
 LEFT JOIN pg_trigger AS t ON t.tgname = wanted.name AND t.tgrelid = to_regclass('jobs')
+WHERE wanted.name = 'job_state_change_trigger' OR NOT EXISTS (  -- install --no-insert
+    SELECT FROM pg_trigger AS c
+    WHERE c.tgname = 'job_state_change_trigger' AND c.tgrelid = to_regclass('jobs')
+      AND encode(c.tgargs, 'escape') LIKE '%updates only%')
 """
 
 # The function holds the routes as they were when it was made.
@@ -180,7 +185,9 @@ def check_triggers(conn, settings) -> str:
         if row.enabled not in ("O", "A"):
             raise Bad(f"trigger {row.name} is disabled", INSTALL)
     quiet = ", without NOTIFY: listeners look every POLL_INTERVAL" * rows[0].silent
-    return f"triggers job_state_change_trigger, job_state_insert_trigger, enabled on jobs{quiet}"
+    if len(rows) == 1:
+        return f"trigger {rows[0].name}, enabled on jobs, not for rows that are inserted{quiet}"
+    return f"triggers {', '.join(row.name for row in rows)}, enabled on jobs{quiet}"
 
 
 def check_routes(conn, settings) -> str:
