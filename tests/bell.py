@@ -7,12 +7,12 @@ import db
 
 
 class Bell:
-    """Listens to job_state_changed on a connection of its own; a context manager."""
+    """Listens to a channel on a connection of its own; a context manager."""
 
-    def __init__(self, database):
+    def __init__(self, database, channel: str = db.CHANNEL):
         self.database = database
         self.conn = database.connect()
-        self.conn.cursor().execute(f'LISTEN "{db.CHANNEL}"; LISTEN silence')
+        self.conn.cursor().execute(f'LISTEN "{channel}"; LISTEN silence')
 
     def payloads(self) -> list[str]:
         """Every payload since the last time, and there was no other.

@@ -297,3 +297,14 @@ def test_stop_does_not_wait_for_the_reconnect_delay(database, listener):
     process = listener(database, JOB_STATE_LISTENER_RECONNECT_DELAY=3600, **AWAY)
     process.wait_for_line(RECONNECTING)
     assert process.stop() == 0
+
+
+@pytest.mark.parametrize("ours", ["true", "false"])
+def test_setting_of_its_own_outweighs_the_shared_one(database, api, listener, ours):
+    shared = {"true": "false", "false": "true"}[ours]
+    said = {
+        "true": "LISTEN 'job_state_changed' 시작",
+        "false": "비활성화됨: LISTENER_ENABLED=false",
+    }
+    process = listener(database, api=api, LISTENER_ENABLED=ours, ENABLE_JOB_STATE_LISTENER=shared)
+    process.wait_for_line(said[ours])

@@ -1,0 +1,184 @@
+"""docs/ADOPTING.md: its SQL and commands take a database of the guide's users over."""
+
+import shlex
+from pathlib import Path
+
+import psycopg2
+import pytest
+from bell import Bell
+from claims import connected
+from test_readme import Readme
+
+import listener as program
+import pipeline
+import stages
+from ops.install import apply
+
+PAGES = ["docs/ADOPTING.md", "docs/ADOPTING.ko.md"]
+BEFORE = (Path(__file__).parent / "guide_database.sql").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page() -> Readme:
+    return Readme(PAGES[0])
+
+
+@pytest.fixture
+def guide(empty_database):
+    """A database of the guide's users, with a tenant."""
+    empty_database.rows(BEFORE)
+    empty_database.rows("INSERT INTO tenants VALUES ('tenant', 'A tenant')")
+    return empty_database
+
+
+@pytest.fixture
+def with_variants(page, monkeypatch):
+    """PIPELINE as the page writes it."""
+    written = vars(stages) | {"Table": pipeline.Table}
+    exec(page.block("python", "VARIANTS = "), written)
+    monkeypatch.setattr(stages, "PIPELINE", written["PIPELINE"])
+
+
+# --- the page ------------------------------------------------------------------------------
+
+
+def test_both_languages_have_the_same_structure():
+    english, korean = map(Readme, PAGES)
+    assert [len(marks) for marks, _ in korean.headings] == [len(m) for m, _ in english.headings]
+    assert korean.blocks == english.blocks
+    shapes = [[[len(row) for row in table] for table in p.tables] for p in (english, korean)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_command_of_it_can_be_parsed(name):
+    blocks = [body for language, body in Readme(name).blocks if language == "bash"]
+    lines = [line for body in blocks for line in body.splitlines()]
+    assert len(lines) >= 6
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        assert words[:2] == ["python", "listener.py"]
+        command, *args = words[2:] or ["run"]
+        program.cli.get_command(None, command).make_context(command, args)
+
+
+# --- the steps -----------------------------------------------------------------------------
+
+
+def test_old_listener_hears_what_it_always_heard(guide, run_command):
+    moved = guide.add_job(status="queued")
+    with Bell(guide) as bell:
+        guide.move(moved, "img_gen", "done")
+        before = bell.heard()
+    assert run_command(guide, "install").code == 0
+    guide.move(moved, "img_gen", "queued")
+    with Bell(guide) as bell:
+        guide.move(moved, "img_gen", "done")
+        assert bell.heard() == before != []
+
+
+def test_jobs_that_finish_between_install_and_start_are_called(
+    guide, page, run_command, listener, served
+):
+    lost = guide.add_job()  # of the old listener
+    run_command(guide, "install")
+    moved = guide.add_job(status="queued")
+    guide.move(moved, "img_gen", "done")
+    assert guide.rows(page.block("sql", "SELECT current_step")) == []
+    assert run_command(guide, "verify", api=served).code == 0
+    assert listener(guide, "run", "--once", api=served).wait() == 0
+    assert (guide.state(moved), guide.state(lost)) == (("vlm_judge", "done"), ("img_gen", "done"))
+    assert run_command(guide, "backfill", "--since", "2h", "--apply").code == 0
+    assert listener(guide, "run", "--once", api=served).wait() == 0
+    assert guide.state(lost) == ("vlm_judge", "done")
+
+
+@pytest.fixture
+def served(guide):
+    from demo.stage_api import StageApi
+
+    with StageApi(guide.dsn) as api:
+        yield api
+
+
+def test_shared_env_file_that_stops_the_old_one_leaves_ours_running(
+    guide, page, run_command, listener, served, tmp_path
+):
+    run_command(guide, "install")
+    written = page.block("", "ENABLE_JOB_STATE_LISTENER").splitlines()
+    ours = [line for line in written if line.startswith(("ENABLE", "LISTENER"))]
+    stopped = "\n".join(ours).replace("ENABLE_JOB_STATE_LISTENER=true",
+                                      "ENABLE_JOB_STATE_LISTENER=false")  # fmt: skip
+    process = listener(guide, api=served)
+    process.stop()
+    (tmp_path / ".env").write_text(stopped)
+    assert "the listener is enabled" in run_command(guide, "verify", api=served).out
+    (tmp_path / ".env").write_text(stopped.replace("LISTENER_ENABLED=true", ""))
+    said = run_command(guide, "verify", api=served).out
+    assert "the listener is off: ENABLE_JOB_STATE_LISTENER=false in " in said
+
+
+def test_trigger_on_variants_may_stay_or_go(guide, page, with_variants):
+    with connected(guide) as conn:
+        apply(conn)
+    job = guide.add_job(status="queued")
+    add = "INSERT INTO jobs_variants (job_id, creation_order) VALUES (%s, 1)"
+    move = "UPDATE jobs_variants SET status = %s"
+    guide.rows(add, job)
+    with Bell(guide, "job_variant_state_changed") as bell:
+        guide.rows(move, "done")
+        assert len(bell.heard()) == 2
+        guide.rows(page.block("sql", "DROP TRIGGER"))
+        guide.rows(move, "running")
+        assert len(bell.heard()) == 1
+    guide.rows(move, "done")
+    assert [row.stage for row in guide.rows("SELECT stage FROM stage_calls")] == ["vlm_analyze"]
+
+
+def test_way_back_is_uninstall_and_the_guides_sql(guide, run_command):
+    run_command(guide, "install")
+    run_command(guide, "uninstall", "--yes")
+    guide.rows(BEFORE[BEFORE.index("CREATE OR REPLACE FUNCTION notify_job_state_change") :
+                      BEFORE.index("CREATE OR REPLACE FUNCTION notify_job_variant")])  # fmt: skip
+    job = guide.add_job(status="queued")
+    with Bell(guide) as bell:
+        guide.move(job, "img_gen", "done")
+        assert len(bell.heard()) == 1
+
+
+# --- inserts, foreign keys, the guide's SQL ------------------------------------------------
+
+
+def test_insert_is_called_unless_install_was_told_otherwise(guide, run_command):
+    run_command(guide, "install")
+    assert guide.owed(guide.add_job()) is not None
+    run_command(guide, "install", "--no-insert")
+    assert guide.owed(guide.add_job()) is None
+
+
+def test_job_deleted_by_a_cascade_takes_its_call_along(guide, run_command, listener, served):
+    guide.rows("ALTER TABLE jobs DROP CONSTRAINT jobs_tenant_id_fkey,"
+               " ADD FOREIGN KEY (tenant_id) REFERENCES tenants ON DELETE CASCADE")  # fmt: skip
+    run_command(guide, "install")
+    job = guide.add_job()
+    guide.rows("DELETE FROM tenants")
+    assert listener(guide, "run", "--once", api=served).wait() == 0
+    assert [attempt.outcome for attempt in guide.attempts(job)] == ["skipped"]
+
+
+def test_job_of_a_tenant_who_is_there_goes_through(guide, run_command, listener, served):
+    run_command(guide, "install")
+    listener(guide, api=served).wait_for_line("LISTEN 'job_state_changed' 시작")
+    assert "foreign key" in run_command(guide, "test-job").refused(1)
+    assert run_command(guide, "test-job", "--tenant", "tenant", "--clean").code == 0
+    assert guide.rows("SELECT FROM jobs") == []
+
+
+def test_guides_update_with_limit_is_refused_and_the_pages_works(guide, page, run_command):
+    run_command(guide, "install")
+    guide.rows("INSERT INTO tenants VALUES ('test_tenant', 'Test')")
+    jobs = [guide.add_job(status="queued", tenant="test_tenant") for _ in "12"]
+    with pytest.raises(psycopg2.errors.SyntaxError, match="LIMIT"):
+        guide.rows("UPDATE jobs SET status = 'done' WHERE tenant_id = 'test_tenant' LIMIT 1")
+    guide.rows(page.block("sql", "UPDATE jobs"))
+    assert sorted(guide.owed(job) is None for job in jobs) == [False, True]
