@@ -14,16 +14,22 @@ SELECT stage, p.position, coalesce(c.owed, 0) AS owed, coalesce(c.due, 0) AS due
        c.oldest_due_at, p.held_until, coalesce(p.held_until = 'infinity', false) AS paused,
        p.held_by, p.held_reason, p.timeout,
        coalesce(a.calls_last_hour, 0) AS calls_last_hour,
-       coalesce(a.failures_last_hour, 0) AS failures_last_hour, a.p50_seconds, a.p95_seconds
+       coalesce(a.failures_last_hour, 0) AS failures_last_hour, a.p50_seconds, a.p95_seconds,
+       coalesce(p.tables, c.tables) AS tables,
+       CASE WHEN c.retrying > 0 THEN (
+           SELECT r.last_error FROM stage_calls AS r
+           WHERE r.stage = c.stage AND r.worker IS NULL AND r.attempts > 0
+             AND r.due_at < 'infinity'
+           ORDER BY r.call_id DESC LIMIT 1) END AS retry_error
 FROM (
     SELECT stage, min(position) AS position, max(max_running) AS max_running,
-           max(timeout) AS timeout,
+           max(timeout) AS timeout, array_agg(DISTINCT table_name) AS tables,
            max(held_until) FILTER (WHERE held_until > now()) AS held_until,
            max(held_by) FILTER (WHERE held_until > now()) AS held_by,
            max(held_reason) FILTER (WHERE held_until > now()) AS held_reason
     FROM pipeline_stages GROUP BY stage) AS p
 FULL JOIN (  -- a stage that lost its route shows what it still owes
-    SELECT stage, count(*) AS owed,
+    SELECT stage, count(*) AS owed, array_agg(DISTINCT table_name) AS tables,
            count(*) FILTER (WHERE due_at <= now()) AS due,
            count(*) FILTER (WHERE worker IS NULL AND attempts > 0
                               AND due_at < 'infinity') AS retrying,
@@ -50,7 +56,8 @@ LEFT JOIN (
 
 COMMENT ON VIEW pipeline_overview IS
     'Job State Listener, a row per stage: what it owes, calls, retries, gave up; its hold or '
-    'pause; calls, failures and seconds per accepted call in the last hour';
+    'pause; calls, failures and seconds per accepted call in the last hour; the tables whose '
+    'rows it is called for';
 
 CREATE OR REPLACE VIEW stage_latency AS
 SELECT stage, date_trunc('hour', finished_at) AS hour, count(*) AS calls,
@@ -181,7 +188,9 @@ AS $body$
     SELECT CASE WHEN r.kind = 'failed' THEN 'failed' ELSE 'stalled' END, r.table_name,
            r.id, r.id::text, r.tenant_id, r.current_step, r.status, r.stage,
            greatest(r.changed_at, last.finished_at),
-           CASE WHEN r.kind = 'failed'
+           CASE WHEN r.kind = 'failed' AND last.stage = r.stage
+                     AND last.error LIKE '%%set failed by its stage%%' THEN last.error
+                WHEN r.kind = 'failed'
                 THEN 'set failed by its stage' || coalesce(': ' || CASE
                      WHEN last.stage = r.stage THEN last.error END, '')
                 WHEN r.kind = 'running' THEN 'running for longer than the timeout'
@@ -245,6 +254,21 @@ END
 $do$;
 
 REVOKE ALL ON FUNCTION stalled_jobs(), resting_rows() FROM PUBLIC;
+
+-- Who was granted stalled_jobs() by an earlier version reads resting_rows() as well.
+DO $do$
+DECLARE
+    reader text;
+BEGIN
+    FOR reader IN
+        SELECT DISTINCT a.grantee::regrole FROM pg_proc AS p, aclexplode(p.proacl) AS a
+        WHERE p.oid = 'stalled_jobs()'::regprocedure AND a.grantee NOT IN (0, p.proowner)
+          AND NOT has_function_privilege(a.grantee, 'resting_rows()', 'EXECUTE')
+    LOOP
+        EXECUTE format('GRANT EXECUTE ON FUNCTION resting_rows() TO %s', reader);
+    END LOOP;
+END
+$do$;
 
 COMMENT ON FUNCTION stalled_jobs() IS
     'Job State Listener, a row per job that no call and no stage moves on: accepted, running or '

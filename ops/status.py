@@ -1,6 +1,9 @@
 """`status`: what every stage owes and how it does, what the listeners do, what is wrong."""
 
 import contextlib
+import itertools
+import shutil
+import sys
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -16,9 +19,22 @@ from heartbeat import ALIVE
 from ops import migrations
 from ops.listeners import listeners
 from ops.problem import Problem
+from ops.resting import NONE, resting
 from ops.routes import is_updates_only
 from ops.screen import Screen
-from ops.table import JSON, RED, YELLOW, Line, clock, duration, echo_json, echo_lines, plain, table
+from ops.table import (
+    JSON,
+    RED,
+    YELLOW,
+    Line,
+    clock,
+    duration,
+    echo_json,
+    echo_lines,
+    plain,
+    table,
+    width,
+)
 from ops.verify import QUEUE, Bad, check_triggers
 
 STAGES = """
@@ -45,6 +61,7 @@ def look(conn, settings: SimpleNamespace) -> dict[str, Any]:
         raise Problem(refusal)
     for row in stages:
         row["held_until"] = "infinity" if row["paused"] else row["held_until"]
+    resting_problem = add_resting(conn, stages)
     problem = None
     try:
         check_triggers(conn, settings)
@@ -65,6 +82,7 @@ def look(conn, settings: SimpleNamespace) -> dict[str, Any]:
             "notification_queue_percent": db.execute(conn, QUEUE).fetchone()[0],
         },
         "triggers": {"ok": problem is None, "problem": problem},
+        "resting_problem": resting_problem,
         "oldest_due_seconds": max(
             (row["oldest_due_seconds"] for row in stages if row["due"]), default=None
         ),
@@ -74,10 +92,30 @@ def look(conn, settings: SimpleNamespace) -> dict[str, Any]:
     }
 
 
+def add_resting(conn, stages: list[dict[str, Any]]) -> str | None:
+    """Add to each stage how many of its rows are failed or stalled; why that is not known."""
+    found, problem, none = {}, None, NONE
+    try:
+        found = resting(conn)
+    except psycopg2.errors.QueryCanceled:
+        problem = "which rows are failed or stalled is not known: reading them took too long"
+        none = (None, None)
+    for row in stages:
+        for kind in ("failed", "stalled"):
+            row[kind], row[f"{kind}_reason"] = found.get((row["stage"], kind), none)
+    return problem
+
+
 # --- showing -------------------------------------------------------------------------------
 
 HEADER = ["stage", "owed", "calling", "retry", "given\nup", "oldest\ndue", "calls\n/hour",
           "failed", "p50", "p95"]  # fmt: skip
+# What waits for a person, and the command that shows which rows it is.
+HINTS = {
+    "given_up": "given up: python listener.py jobs --given-up, then retry JOB_ID",
+    "failed": "failed: python listener.py jobs --failed, then job ID for the way back",
+    "stalled": "stalled: python listener.py jobs --stalled",
+}
 LONGEST_LISTENER = 21
 MOST_CALLS = 10  # of one listener
 COLUMNS = 80  # where the output goes to no terminal that has its own
@@ -92,26 +130,53 @@ def lines(said: dict[str, Any]) -> Iterator[Line]:
     if base["updates_only"]:
         yield "a row that is inserted owes no call (install --no-insert)", 0
     problems = said["error"], base["schema_problem"], said["triggers"]["problem"]
-    for problem in filter(None, problems):
+    for problem in filter(None, (*problems, said["resting_problem"])):
         yield f"PROBLEM  {plain(problem)}", RED
-    cells = [stage_cells(row) for row in said["stages"]]
-    yield from ((line, 0) for line in table(HEADER, cells, right=HEADER[1:]).split("\n"))
+    yield from ((line, 0) for line in stage_lines(said["stages"]))
     longest = max((len(row["stage"]) for row in said["stages"]), default=0)
     for row in said["stages"]:
         for text, colour in notes(row):
             yield f"{row['stage']:{longest}}  {text}", colour
-    if any(row["given_up"] for row in said["stages"]):
-        yield "given up: python listener.py jobs --given-up, then retry JOB_ID", 0
+    for kind, hint in HINTS.items():
+        if any(row[kind] for row in said["stages"]):
+            yield hint, 0
     yield from listener_lines(said["listeners"])
 
 
 def summary(said: dict[str, Any]) -> str:
     oldest, base = said["oldest_due_seconds"], said["database"]
-    due = "nothing is due" if oldest is None else f"oldest due {duration(oldest)}"
+    stuck = sum(row[kind] or 0 for row in said["stages"] for kind in HINTS)
+    due = f"{stuck} need a person" if stuck else "nothing is due"
+    due = due if oldest is None else f"oldest due {duration(oldest)}"
     queue = f"NOTIFY queue {base['notification_queue_percent']}%"
     triggers = "triggers on" if said["triggers"]["ok"] else "triggers BROKEN"
     version = f"PostgreSQL {base['version']}"
     return ", ".join([due, f"{said['calls_per_minute']:g} calls/min", version, queue, triggers])
+
+
+def stage_lines(stages: list[dict[str, Any]]) -> Iterator[str]:
+    """The stages as a table; where their rows are of several tables, below the name of each."""
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else COLUMNS
+    cells = [stage_cells(row) for row in stages]
+    lines = table(HEADER, cells, right=HEADER[1:]).split("\n")
+    if (over := max(map(width, lines)) - columns) > 0:
+        longest = max(len(row["stage"]) for row in stages)
+        for row in cells:
+            row[0] = shortened(row[0], max(longest - over, 8))
+        lines = table(HEADER, cells, right=HEADER[1:]).split("\n")
+    shown = iter(lines)
+    yield from itertools.islice(shown, len(lines) - len(stages))
+    names = [", ".join(row["tables"]) for row in stages]
+    for place, (name, line) in enumerate(zip(names, shown, strict=True)):
+        if len(set(names)) > 1 and names[place - 1 : place] != [name]:
+            yield f"{name}:"
+        yield line
+
+
+def shortened(name: str, longest: int) -> str:
+    """`name` without its middle; names that begin alike are told apart by their ends."""
+    half = (longest - 1) // 2
+    return name if len(name) <= longest else f"{name[: longest - 1 - half]}…{name[-half:]}"
 
 
 def stage_cells(row: dict[str, Any]) -> list[Any]:
@@ -141,10 +206,16 @@ def notes(row: dict[str, Any]) -> Iterator[Line]:
     elif row["held_until"]:
         until = clock(row["held_until"])
         said.append(f"held until {until} by {row['held_by']}: {row['held_reason']}")
+    elif row["retry_error"]:
+        said.append(f"last error: {row['retry_error']}")
     if said:
         yield plain("; ".join(said)), YELLOW if row["held_until"] else 0
     if row["given_up"]:
         yield plain(f"given up: {row['last_error']}"), RED
+    for kind in ("failed", "stalled"):
+        if count := row[kind]:
+            rows = "row is" if count == 1 else "rows are"
+            yield plain(f"{count} {rows} {kind}: {row[f'{kind}_reason']}"), RED
 
 
 def listener_lines(found: list[dict[str, Any]]) -> Iterator[Line]:
@@ -185,7 +256,9 @@ def call_lines(calls: list[dict[str, Any]]) -> Iterator[str]:
 def status(as_json: bool, watch: bool, interval: float | None) -> None:
     """What every stage owes, calls, retries and gave up, and what the listeners are doing.
 
-    calls/hour, failed, p50 and p95 are those of the last hour; p50 and p95 of accepted calls.
+    calls/hour, failed, p50 and p95 are those of the last hour; p50 and p95 of accepted calls. The
+    lines below the stages say what retries, what was given up, and which rows are failed (set so by
+    their stage) or stalled.
     """
     if interval and not watch:
         raise click.UsageError("--interval needs --watch.", click.get_current_context())

@@ -194,10 +194,36 @@ def test_application_may_still_alter_its_table(server, make_database):
     assert stalled(database) == []
 
 
+# --- resting_rows() ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recorded", ["HTTP 500: boom (set failed by its stage)", "HTTP 500: boom"])
+def test_failed_row_says_once_that_its_stage_set_it_so(database, conn, recorded):
+    job = database.add_job()
+    row = claim(conn)
+    database.move(job, "vlm_analyze", "failed")
+    settle(conn, result(row, "failed", error=recorded))
+    upkeep.newly_failed(conn)
+    [row] = database.rows("SELECT kind, id::text, reason FROM resting_rows()")
+    assert (row.kind, row.id) == ("failed", job)
+    assert row.reason.count("set failed by its stage") == 1 and "HTTP 500: boom" in row.reason
+
+
+def test_overview_says_why_a_stage_retries_and_whose_rows_they_are(database, conn):
+    database.add_job(), database.add_job()
+    settle(conn, result(claim(conn), "retry", delay=100, error="HTTP 500: no memory"))
+    assert overview(database).tables == ["jobs"]
+    assert (overview(database).retry_error, overview(database).last_error) == (
+        "HTTP 500: no memory", None
+    )  # fmt: skip
+    assert overview(database, "planner").retry_error is None
+
+
 # --- who may read --------------------------------------------------------------------------
 
 READS = ["SELECT * FROM pipeline_overview", "SELECT * FROM stage_latency",
-         "SELECT * FROM given_up_calls", "SELECT * FROM stalled_jobs()"]  # fmt: skip
+         "SELECT * FROM given_up_calls", "SELECT * FROM stalled_jobs()",
+         "SELECT * FROM resting_rows()"]  # fmt: skip
 
 
 def test_reader_reads_the_views_and_nothing_else(server, make_database, make_role, run_command):
@@ -216,6 +242,15 @@ def test_reader_reads_the_views_and_nothing_else(server, make_database, make_rol
         with pytest.raises(psycopg2.errors.InsufficientPrivilege):
             database.rows(f"SELECT FROM {table}")
     database.rows("RESET ROLE")
+
+
+def test_reader_of_an_earlier_version_reads_what_came_later(server, make_database, make_role):
+    database = make_database(server)
+    role = make_role(database)
+    database.rows(f"GRANT EXECUTE ON FUNCTION stalled_jobs() TO {role}")
+    with connected(database) as conn:
+        apply(conn)
+    database.rows(f"SET ROLE {role}; SELECT * FROM resting_rows(); RESET ROLE")
 
 
 def test_reader_that_does_not_exist_is_one_line(database, run_command):
