@@ -1,5 +1,6 @@
-"""ALERT_COMMAND: told once of every given-up call and every newly stalled stage, beside the loop:
-a program that fails or hangs costs the listener nothing but a line in its log.
+"""ALERT_COMMAND: told of what needs a person, beside the loop: a program that fails or hangs costs
+the listener nothing but a line in its log. What happens to many jobs of a stage is told once, and
+then counted.
 """
 
 import contextlib
@@ -23,6 +24,8 @@ log = logging.getLogger("listener.alerts")
 TIME_LIMIT = 10.0  # seconds for one run
 AT_ONCE = 4
 LONGEST_QUEUE = 1000
+# Seconds after an alert in which more of the same are only counted.
+EPISODE = 600.0
 
 
 @dataclass
@@ -50,6 +53,15 @@ class Run:
         return True
 
 
+@dataclass
+class Episode:
+    """What was told of a stage, and how much more of it has come since."""
+
+    until: float  # time.monotonic() at which that is told
+    said: dict[str, Any] | None = None  # the last of it
+    count: int = 0
+
+
 class Alerts:
     """Runs ALERT_COMMAND, at most AT_ONCE at a time, and never waits for it."""
 
@@ -57,17 +69,46 @@ class Alerts:
         self.command: list[str] | None = settings.ALERT_COMMAND
         self.waiting: deque[bytes] = deque()
         self.running: list[Run] = []
+        self.episodes: dict[tuple[str, Any], Episode] = {}
 
     def send(self, event: str, text: str, **details: Any) -> None:
-        """Give the command a JSON object on its standard input: event, text and `details`."""
+        """Give the command a JSON object on its standard input: event, text and `details`.
+
+        More of the same event and stage within EPISODE is told as one, with its `count`.
+        """
+        said = {"event": event, "text": text, **details}
+        key = event, details.get("stage")
+        if episode := self.episodes.get(key):
+            episode.said, episode.count = said, episode.count + 1
+            return
+        self.episodes[key] = Episode(time.monotonic() + EPISODE)
+        self.put(said)
+
+    def recovered(self, event: str, stage: str, text: str) -> None:
+        """What was told of `stage` is over."""
+        self.episodes.pop((event, stage), None)
+        self.put({"event": "recovered", "text": f"{stage}: {text}", "stage": stage, "of": event})
+
+    def put(self, said: dict[str, Any]) -> None:
         if not self.command:
             return
         if len(self.waiting) >= LONGEST_QUEUE:
-            log.error("알림 대기열이 가득 차 버림: %s", text)
+            log.error("알림 대기열이 가득 차 버림: %s", said["text"])
             return
-        said = {"event": event, "text": text, **details}
         self.waiting.append(json.dumps(said, default=str, ensure_ascii=False).encode() + b"\n")
         self.look()
+
+    def end_episodes(self, now: float) -> None:
+        """Tell of what was counted, once its time has come."""
+        for key, episode in list(self.episodes.items()):
+            if now < episode.until:
+                continue
+            del self.episodes[key]
+            if episode.count:
+                if now < math.inf:
+                    self.episodes[key] = Episode(now + EPISODE)
+                text = f"{episode.count} more of the same, the last: {episode.said['text']}"
+                self.put(episode.said | {"text": text, "count": episode.count})
 
     @property
     def pids(self) -> list[int]:
@@ -75,11 +116,15 @@ class Alerts:
 
     @property
     def next_look(self) -> float:
-        """time.monotonic() at which a run that has not ended is ended."""
-        return min((run.until for run in self.running), default=math.inf)
+        """time.monotonic() at which a run that has not ended is ended, or more is told."""
+        times = [run.until for run in self.running]
+        times += [episode.until for episode in self.episodes.values() if episode.count]
+        return min(times, default=math.inf)
 
     def look(self) -> bool:
         """End what is over, start what waits; whether something still runs."""
+        if any(time.monotonic() >= episode.until for episode in self.episodes.values()):
+            self.end_episodes(time.monotonic())
         self.running = [run for run in self.running if not run.end_if_over()]
         while self.waiting and len(self.running) < AT_ONCE:
             self.start(self.waiting.popleft())
@@ -109,6 +154,7 @@ class Alerts:
         Args:
             hurry: what waits is logged as not sent, and what runs goes on by itself.
         """
+        self.end_episodes(math.inf)
         while hurry and self.waiting:
             log.error("중지하느라 보내지 못한 알림: %s", self.waiting.popleft().decode().strip())
         while not hurry and self.look():

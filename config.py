@@ -205,6 +205,7 @@ SETTINGS: dict[str, tuple[str | None, Callable[[str], Any]]] = {
     "HISTORY_DAYS": ("30", number(float, 0.01, 36500, "a number of days")),
     "HEARTBEAT_DIR": (directory_for_heartbeats(), text),
     "ALERT_COMMAND": (None, command),
+    "ALERT_AFTER": ("600", number(float, 1, 86400, SECONDS)),
     "LOG_LEVEL": ("INFO", one_of("DEBUG", "INFO", "WARNING", "ERROR")),
     "LOG_FORMAT": ("text", one_of("text", "json")),
 }

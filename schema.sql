@@ -37,6 +37,9 @@ CREATE TABLE IF NOT EXISTS pipeline_stages (
     -- Seconds for a whole call: what takes longer is stalled, and was first seen so then.
     timeout      double precision,
     stalled_since timestamptz,
+    -- Since when people know that its calls wait, or that it accepts none.
+    waiting_since timestamptz,
+    refusing_since timestamptz,
     -- A held stage is called by nobody until then; the next hold lasts twice as long. A
     -- person's pause is a hold until infinity.
     held_until   timestamptz,

@@ -19,7 +19,7 @@ from ops import migrations
 log = logging.getLogger("listener")
 
 # Seconds between two rounds.
-REAP_INTERVAL = 60.0
+REAP_INTERVAL = EPISODES_INTERVAL = 60.0
 HISTORY_INTERVAL = STALLED_INTERVAL = FAILED_INTERVAL = 300.0
 
 
@@ -28,15 +28,16 @@ class Upkeep:
 
     def __init__(self, settings: SimpleNamespace, stages: Iterable[str], name: str, alerts: Alerts):
         self.settings, self.stages, self.name, self.alerts = settings, list(stages), name, alerts
+        self.is_new = True  # has not run yet
         # By time.monotonic().
         self.reap_at = self.history_at = self.failed_at = 0.0
-        self.stalled_at = 0.0 if settings.ALERT_COMMAND else math.inf
+        self.stalled_at = self.episodes_at = 0.0 if settings.ALERT_COMMAND else math.inf
         self.parents_after: Any = None  # how far forget_parents has come
 
     @property
     def next_run(self) -> float:
         """time.monotonic() at which something is due."""
-        return min(self.reap_at, self.history_at, self.failed_at, self.stalled_at)
+        return min(self.reap_at, self.history_at, self.failed_at, self.stalled_at, self.episodes_at)
 
     def run(self, conn) -> None:
         """Do what is due. What the database refuses is said once a round, and stops nothing else.
@@ -60,9 +61,19 @@ class Upkeep:
             self.failed_at = now + FAILED_INTERVAL
             for row in self.attempt(newly_failed, conn) or []:
                 trigger.tell_failed(self.alerts, row.table_name, row.job_id, row.stage, row.error)
+        if self.is_new and self.settings.ALERT_COMMAND:
+            self.attempt(tell_absence, conn, self.settings.ALERT_AFTER, self.alerts)
+        self.is_new = False
+        if now >= self.episodes_at:
+            self.episodes_at = now + EPISODES_INTERVAL
+            for row in self.attempt(episodes, conn, self.settings.ALERT_AFTER) or []:
+                tell_episode(self.alerts, row)
         if now >= self.stalled_at:
             self.stalled_at = now + STALLED_INTERVAL
             for row in self.attempt(newly_stalled, conn) or []:
+                if row.jobs is None:
+                    self.alerts.recovered("stalled", row.stage, "no job is stalled any more")
+                    continue
                 log.error("정체된 단계: stage=%s jobs=%d", row.stage, row.jobs)
                 text = f"{row.jobs} jobs are stalled at {row.stage}: {row.reason}"
                 self.alerts.send("stalled", text, **row._asdict())
@@ -262,7 +273,7 @@ WITH stalled AS (
       AND (p.stalled_since IS NULL) = (q.jobs IS NOT NULL)
     RETURNING p.stage, q.jobs, q.reason
 )
-SELECT DISTINCT stage, jobs, reason FROM marked WHERE jobs IS NOT NULL
+SELECT DISTINCT stage, jobs, reason FROM marked
 """
 
 
@@ -301,5 +312,104 @@ def newly_failed(conn) -> list:
 
 
 def newly_stalled(conn) -> list:
-    """The stages (stage, jobs, reason) that were not stalled when any listener looked before."""
+    """The stages (stage, jobs, reason) that are stalled since any listener last looked, or no more
+    (jobs is None).
+    """
     return execute(conn, UNPINNED + NEWLY_STALLED).fetchall()
+
+
+# --- what nobody called while no listener ran -----------------------------------------------
+
+ABSENCE = """
+SELECT count(*) AS calls, extract(epoch FROM now() - min(c.due_at))::float8 AS seconds
+FROM stage_calls AS c
+WHERE c.due_at < now() - make_interval(secs => %(after)s) AND c.worker IS NULL AND c.attempts = 0
+  AND NOT EXISTS (SELECT FROM pipeline_stages AS p
+                  WHERE p.stage = c.stage AND p.held_until > now())
+"""
+
+
+def tell_absence(conn, after: float, alerts: Alerts) -> None:
+    """Tell people that calls had been waiting for more than `after` seconds at the start."""
+    row = execute(conn, UNPINNED + ABSENCE, {"after": after}).fetchone()
+    if row.calls:
+        text = (
+            f"a listener has started: {row.calls} calls had been waiting, the oldest for "
+            f"{row.seconds / 60:.0f} minutes"
+        )
+        log.warning(
+            "부재 후 시작: 밀린 호출 %d건, 가장 오래된 것은 %.0f초 전", row.calls, row.seconds
+        )
+        alerts.send("back", text, calls=row.calls, seconds=row.seconds)
+
+
+# --- stages that wait, or accept nothing ----------------------------------------------------
+
+# So many attempts without one that was accepted tell that it is the stage.
+REFUSALS = 3
+
+# One listener sees it first, and marks the stage until it is over. A paused stage waits as a person
+# wants it to.
+EPISODES = """
+WITH stage AS (
+    SELECT stage, bool_or(held_until = 'infinity') AS paused,
+           max(held_reason) FILTER (WHERE held_until > now()) AS held_reason
+    FROM pipeline_stages GROUP BY stage
+), state AS (
+    SELECT s.stage, due.oldest, s.held_reason, tried.last_error,
+           NOT coalesce(s.paused, false)
+               AND due.oldest < now() - make_interval(secs => %(after)s) IS TRUE AS waiting,
+           tried.attempts >= %(refusals)s AND tried.accepted = 0 AS refusing
+    FROM stage AS s
+    CROSS JOIN LATERAL (
+        SELECT min(c.due_at) AS oldest FROM stage_calls AS c
+        WHERE c.stage = s.stage AND c.due_at <= now()) AS due
+    CROSS JOIN LATERAL (
+        SELECT count(*) AS attempts, count(*) FILTER (WHERE a.outcome = 'succeeded') AS accepted,
+               (array_agg(a.error ORDER BY a.finished_at DESC))[1] AS last_error
+        FROM stage_attempts AS a
+        WHERE a.finished_at > now() - make_interval(secs => %(after)s) AND a.stage = s.stage
+          AND a.outcome NOT IN ('skipped', 'cancelled')) AS tried
+), marked AS (
+    UPDATE pipeline_stages AS p
+    SET waiting_since = CASE WHEN s.waiting THEN coalesce(p.waiting_since, now()) END,
+        refusing_since = CASE WHEN s.refusing THEN coalesce(p.refusing_since, now()) END
+    FROM state AS s, pipeline_stages AS before
+    WHERE p.stage = s.stage
+      AND ((p.waiting_since IS NOT NULL) <> s.waiting
+           OR (p.refusing_since IS NOT NULL) <> s.refusing)
+      AND (before.table_name, before.join_of, before.current_step, before.status)
+          = (p.table_name, p.join_of, p.current_step, p.status)
+    RETURNING s.*, before.waiting_since IS NOT NULL AS was_waiting,
+              before.refusing_since IS NOT NULL AS was_refusing
+)
+SELECT DISTINCT stage, waiting, was_waiting, refusing, was_refusing, held_reason, last_error,
+       extract(epoch FROM now() - oldest)::float8 AS seconds
+FROM marked
+"""
+
+
+def episodes(conn, after: float) -> list:
+    """The stages whose calls have been waiting for `after` seconds, or that accepted none of
+    several in that time, and those where that is over.
+    """
+    given = {"after": after, "refusals": REFUSALS}
+    return execute(conn, UNPINNED + EPISODES, given).fetchall()
+
+
+def tell_episode(alerts: Alerts, row: Any) -> None:
+    """Tell people what has begun at a stage, or is over."""
+    stage = row.stage
+    if row.waiting and not row.was_waiting:
+        why = row.held_reason or row.last_error or "no listener has taken it"
+        text = f"a call of {stage} has been due for {row.seconds / 60:.0f} minutes: {why}"
+        log.error("밀린 단계: stage=%s 대기=%.0f초 %s", stage, row.seconds, why)
+        alerts.send("waiting", text, stage=stage, seconds=row.seconds, reason=why)
+    elif row.was_waiting and not row.waiting:
+        alerts.recovered("waiting", stage, "its calls are made in time again")
+    if row.refusing and not row.was_refusing:
+        text = f"{stage} accepts no call: {row.last_error}"
+        log.error("호출을 하나도 수락하지 않는 단계: stage=%s %s", stage, row.last_error)
+        alerts.send("refusing", text, stage=stage, reason=row.last_error)
+    elif row.was_refusing and not row.refusing:
+        alerts.recovered("refusing", stage, "it accepts calls again")

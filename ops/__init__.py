@@ -30,7 +30,7 @@ COMMANDS = {
     "install": "install", "uninstall": "install", "verify": "verify", "check": "check",
     "status": "status", "job": "job", "jobs": "jobs", "retry": "steer", "cancel": "steer",
     "pause": "steer", "resume": "steer", "backfill": "backfill", "test-job": "trial",
-    "metrics": "metrics", "report": "report",
+    "metrics": "metrics", "report": "report", "alert-test": "alert",
 }  # fmt: skip
 
 EXIT_PROBLEM, EXIT_BAD_INPUT, EXIT_DATABASE_AWAY = 1, 2, 3

@@ -44,6 +44,8 @@ STEPS = {
             ADD COLUMN table_name text COLLATE "C" NOT NULL DEFAULT 'jobs',
             ADD COLUMN join_of text COLLATE "C" NOT NULL DEFAULT '',
             ADD COLUMN child_table text,
+            ADD COLUMN waiting_since timestamptz,
+            ADD COLUMN refusing_since timestamptz,
             DROP CONSTRAINT pipeline_stages_pkey,
             ADD PRIMARY KEY (table_name, join_of, current_step, status);
         ALTER TABLE stage_calls

@@ -29,7 +29,8 @@ def install_released(database, version: int) -> None:
 
 
 # Columns that are new in version 3, and what an earlier one's rows have there.
-NEW = {"table_name": "jobs", "join_of": "", "child_table": None, "spent": None}
+NEW = {"table_name": "jobs", "join_of": "", "child_table": None, "spent": None,
+       "waiting_since": None, "refusing_since": None}  # fmt: skip
 
 
 def rows_of(database, table: str, columns: str = "*") -> list[dict]:

@@ -1,0 +1,139 @@
+"""Alerts for a team that sleeps: what lasts is told once, and once more when it is over."""
+
+import json
+import time
+
+import pytest
+from claims import connected
+
+import alerts as alerts_module
+import upkeep
+from alerts import Alerts, Episode
+
+
+@pytest.fixture
+def sent(database):
+    """Alerts that are kept instead of sent; what they say is in `.events`."""
+    kept = Alerts(database.settings(ALERT_COMMAND="/bin/true"))
+    kept.events = []
+    kept.put = kept.events.append
+    return kept
+
+
+def look(database, sent, after: float = 600) -> list[tuple[str, str]]:
+    """What an upkeep tells now: (event, stage)."""
+    sent.events.clear()
+    with connected(database) as conn:
+        for row in upkeep.episodes(conn, after):
+            upkeep.tell_episode(sent, row)
+    return [(said["event"], said["stage"]) for said in sent.events]
+
+
+OLD = "UPDATE stage_calls SET due_at = now() - interval '11 minutes'"
+
+
+def test_stage_whose_calls_wait_is_told_once_and_when_it_is_over(database, sent):
+    database.add_job("img_gen", "done")
+    assert look(database, sent) == []
+    database.rows(OLD)
+    assert look(database, sent) == [("waiting", "vlm_analyze")]
+    assert "has been due for 11 minutes: no listener has taken it" in sent.events[0]["text"]
+    assert look(database, sent) == []
+    database.rows("DELETE FROM stage_calls")
+    assert look(database, sent) == [("recovered", "vlm_analyze")]
+    assert look(database, sent) == []
+
+
+def test_held_stage_says_why_it_waits(database, sent):
+    database.add_job("img_gen", "done")
+    database.rows(OLD)
+    database.rows("UPDATE pipeline_stages SET held_until = now() + interval '1 minute',"
+                  " hold_seconds = 60, held_reason = 'HTTP 503'")  # fmt: skip
+    assert look(database, sent) == [("waiting", "vlm_analyze")]
+    assert sent.events[0]["reason"] == "HTTP 503"
+
+
+def test_paused_stage_wakes_nobody(database, sent):
+    database.add_job("img_gen", "done")
+    database.rows(OLD)
+    database.rows("UPDATE pipeline_stages SET held_until = 'infinity'")
+    assert look(database, sent) == []
+
+
+def test_stage_that_accepts_nothing_is_told_once_and_when_it_is_over(database, sent):
+    jobs = [database.add_job("img_gen", "done") for _ in range(4)]
+    tried = ("INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at,"
+             " finished_at, outcome, error) SELECT job_id, call_id, 1, stage, 'w', now(), now(),"
+             " %s, 'HTTP 500' FROM stage_calls WHERE job_id = %s")  # fmt: skip
+    for job in jobs[:2]:
+        database.rows(tried, "retry", job)
+    assert look(database, sent) == []
+    database.rows(tried, "retry", jobs[2])
+    assert look(database, sent) == [("refusing", "vlm_analyze")]
+    assert sent.events[0]["text"] == "vlm_analyze accepts no call: HTTP 500"
+    assert look(database, sent) == []
+    database.rows(tried, "succeeded", jobs[3])
+    assert look(database, sent) == [("recovered", "vlm_analyze")]
+
+
+def test_two_listeners_tell_it_once(database, sent):
+    database.add_job("img_gen", "done")
+    database.rows(OLD)
+    with connected(database) as one, connected(database) as other:
+        rows = [*upkeep.episodes(one, 600), *upkeep.episodes(other, 600)]
+    assert len(rows) == 1
+
+
+def test_listener_that_was_away_says_what_had_waited(database, sent):
+    for _ in range(3):
+        database.add_job("img_gen", "done")
+    with connected(database) as conn:
+        upkeep.tell_absence(conn, 600, sent)
+        assert sent.events == []
+        database.rows(OLD)
+        upkeep.tell_absence(conn, 600, sent)
+    assert sent.events[0]["text"] == (
+        "a listener has started: 3 calls had been waiting, the oldest for 11 minutes"
+    )
+
+
+def test_many_of_the_same_are_told_as_one_and_counted(sent):
+    for number in range(1000):
+        sent.send("given_up", f"job {number}", stage="overlay")
+    sent.send("given_up", "job x", stage="planner")
+    assert [said["text"] for said in sent.events] == ["job 0", "job x"]
+    sent.end_episodes(time.monotonic() + alerts_module.EPISODE + 1)
+    assert sent.events[2]["count"] == 999
+    assert sent.events[2]["text"] == "999 more of the same, the last: job 999"
+    assert sent.episodes.keys() == {("given_up", "overlay")}
+
+
+def test_what_was_counted_is_told_before_the_listener_ends(sent):
+    sent.episodes["given_up", "overlay"] = Episode(time.monotonic() + 99, {"text": "job 7"}, 3)
+    sent.close()
+    assert [said["count"] for said in sent.events] == [3]
+
+
+# --- alert-test ----------------------------------------------------------------------------
+
+
+def test_alert_test_sends_one(database, run_command, tmp_path):
+    script = tmp_path / "alert.sh"
+    script.write_text(f"#!/bin/sh\ncat >> {tmp_path}/told\n")
+    script.chmod(0o755)
+    done = run_command(database, "alert-test", ALERT_COMMAND=script)
+    assert (done.code, done.lines) == (0, [f"sent: {script} took it"])
+    assert json.loads((tmp_path / "told").read_text())["event"] == "test"
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("", "ALERT_COMMAND is not set"),
+        ("/no/such/program", "ALERT_COMMAND"),
+        ("sh -c 'echo broken; exit 3'", "ended with exit code 3: broken"),
+    ],
+)
+def test_alert_test_says_what_is_wrong(database, run_command, command, says):
+    done = run_command(database, "alert-test", ALERT_COMMAND=command)
+    assert done.code != 0 and says in done.err and done.err.count("\n") == 1
