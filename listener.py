@@ -37,6 +37,7 @@ from alerts import Alerts
 from calls import PAID, Result, Turn, Wanted
 from health import StageHealth
 from heartbeat import Heartbeat
+from ops.rows import TABLE, RowCommand
 from ops.stage import StageName
 from orphans import reap_orphans
 from pipeline import Call
@@ -537,22 +538,28 @@ def run(workers: int | None = None, only: tuple[str, ...] = (), once: bool = Fal
         sys.exit(ops.EXIT_DATABASE_AWAY if away else ops.EXIT_PROBLEM)
 
 
-@cli.command(short_help="Run the call that JOB_ID owes, now and in this process.")
+@cli.command(cls=RowCommand, short_help="Run the call that JOB_ID owes, now and in this process.")
 @click.argument("job_id")
-def call(job_id: str) -> None:
+@click.option("--stage", type=StageName(), metavar="STAGE",
+              help="The call to this stage, where several are owed.")  # fmt: skip
+@TABLE
+def call(job_id: str, stage: str | None, table: str | None) -> None:
     """Run the call that JOB_ID owes, now and in this process; exit 0 only if it succeeded.
+
+    JOB_ID is the id of a job or of a row of another table of the pipeline.
 
     To step through it: python -m pdb listener.py call JOB_ID. The claim keeps every listener
     away from it for its timeout and LEASE_MARGIN; a call that outlasts that at the prompt is not
     made. Neither a back-off nor a hold nor having been given up keeps it from being run.
     """
-    from ops import steer  # `run` does without
+    from ops import rows, steer  # `run` does without
 
     settings = config.settings()
     logs.set_up(settings)
     conn = db.connect(settings, "job-state-listener call", pinned=True)
     ops.require_installed(conn)
-    sys.exit(0 if steer.call_by_hand(conn, settings, listener_name(), job_id) else 1)
+    row = rows.find(conn, job_id, table)
+    sys.exit(0 if steer.call_by_hand(conn, settings, listener_name(), row, stage) else 1)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+import re
 import sys
 
 import click
@@ -11,6 +12,7 @@ import psycopg2
 import config
 import db
 from logs import CONTROL, LONGEST_LINE
+from ops import rows
 from ops.problem import Problem
 from ops.routes import is_silent, require_installed
 
@@ -80,14 +82,14 @@ def main(cli: click.Group) -> None:
         fail(str(error), EXIT_BAD_INPUT)
     except Problem as problem:
         fail(str(problem), EXIT_PROBLEM)
+    except rows.NoId as error:
+        fail(str(error), EXIT_BAD_INPUT)
     except db.ConnectionLost as error:
-        fail(f"the database cannot be reached: {error}", EXIT_DATABASE_AWAY)
-    except UnicodeEncodeError:
-        fail("an argument is not valid UTF-8", EXIT_BAD_INPUT)
-    except psycopg2.DataError as error:
-        fail(f"not a job id of this database: {first_line(error)}", EXIT_BAD_INPUT)
-    except psycopg2.errors.UndefinedTable as error:
-        fail(f"{first_line(error)}: run `make trigger` (python listener.py install)", EXIT_PROBLEM)
+        fail(lost(error), EXIT_DATABASE_AWAY)
+    except UnicodeEncodeError as error:
+        fail(not_utf8(error), EXIT_BAD_INPUT)
+    except (psycopg2.errors.UndefinedTable, psycopg2.errors.UndefinedFunction) as error:
+        fail(missing(error), EXIT_PROBLEM)
     except psycopg2.errors.InsufficientPrivilege as error:
         fail(f"{first_line(error)}: see 'Roles and grants' in README.md", EXIT_PROBLEM)
     except psycopg2.Error as error:
@@ -96,6 +98,34 @@ def main(cli: click.Group) -> None:
 
 def first_line(error: psycopg2.Error) -> str:
     return str(error).strip().split("\n")[0]
+
+
+def lost(error: db.ConnectionLost) -> str:
+    """The server may also have answered, and refused what no other connection would change."""
+    answered = getattr(error.__cause__, "pgcode", None)
+    return f"the database {'refused' if answered else 'cannot be reached'}: {error}"
+
+
+# What is ours in a message of the server, whose language may be any.
+OURS = re.compile(
+    r"\b(stage_|pipeline_|given_up_calls|resting_rows|stalled_jobs|job_state_listener)"
+)
+
+
+def missing(error: psycopg2.Error) -> str:
+    """A table or function that is not there: ours, or one of the application's."""
+    line = first_line(error)
+    mend = ": run `make trigger` (python listener.py install)" if OURS.search(line) else ""
+    return f"{line}{mend}" if mend else f"the database refused: {line}"
+
+
+def not_utf8(error: UnicodeEncodeError) -> str:
+    for word in sys.argv[1:]:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            return "an argument is not valid UTF-8"
+    return f"a setting or a text is not valid UTF-8: {error}"
 
 
 def help_for(error: click.ClickException) -> str:

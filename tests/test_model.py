@@ -190,7 +190,7 @@ class Pipeline(RuleBasedStateMachine):
 
     @rule(job=jobs)
     def cancel(self, job):
-        given = {"job_id": job, "by": "operator", "reason": "test"}
+        given = {"job_id": job, "table": "jobs", "stage": None, "by": "operator", "reason": "test"}
         with self.database.conn.cursor() as cursor:
             cursor.execute(CANCEL, given)
             if cursor.fetchone() and job in self.states:

@@ -57,7 +57,7 @@ MISTAKES = {
     "run --workers 0": ("Invalid value for '--workers': 0 is not in the range 1<=x<=256.", "run"),
     "run --workers many": ("Invalid value for '--workers': 'many' is not a valid integer", "run"),
     "run --stage paint": (
-        "Invalid value for '--stage': 'paint' is not one of 'vlm_analyze', 'yolo_detect'",
+        "Invalid value for '--stage': 'paint' is no stage: There are vlm_analyze, yolo_detect",
         "run",
     ),
     "check --max-lag -1": ("Invalid value for '--max-lag': -1.0 is not in the range x>=0", "check"),
@@ -68,14 +68,26 @@ MISTAKES = {
     "job 7 8": ("Got unexpected extra argument (8).", "job"),
     "status --interval 5": ("--interval needs --watch.", "status"),
     "status --watch --interval 0": ("Invalid value for '--interval': 0.0 is not in", "status"),
-    "jobs --given-up --stalled": ("Give --given-up or --stalled, not both.", "jobs"),
+    "jobs --given-up --stalled": ("Give one of --given-up, --stalled and --failed.", "jobs"),
+    "jobs --stalled --failed": ("Give one of --given-up, --stalled and --failed.", "jobs"),
+    "job --jsno 7": ("No such option '--jsno'.", "job"),
+    "retry --al": ("No such option '--al'.", "retry"),
+    "cancel 7 --reason": ("Option '--reason' requires an argument.", ""),
+    "job 7 --table variants": ("Invalid value for '--table': 'variants' is no table", "job"),
+    "call 7 --stage paint": ("Invalid value for '--stage': 'paint' is no", "call"),
     "jobs --limit 0": ("Invalid value for '--limit': 0 is not in the range 1<=x<=10000.", "jobs"),
     "jobs --since 2x": (
         "Invalid value for '--since': '2x' is neither a span such as 30m, 2h or 3d nor a time",
         "jobs",
     ),
-    "pause paint": ("Invalid value for 'STAGE': 'paint' is not one of 'vlm_analyze'", "pause"),
-    "resume paint": ("Invalid value for 'STAGE': 'paint' is not one of 'vlm_analyze'", "resume"),
+    "pause paint": (
+        "Invalid value for 'STAGE': 'paint' is no stage: There are vlm_analyze",
+        "pause",
+    ),
+    "resume paint": (
+        "Invalid value for 'STAGE': 'paint' is no stage: There are vlm_analyze",
+        "resume",
+    ),
     "pause": ("Missing argument 'STAGE'", "pause"),
     "cancel": ("Missing argument 'JOB_ID'.", "cancel"),
     "status now": ("Got unexpected extra argument (now).", "status"),
@@ -178,7 +190,7 @@ def test_role_without_grants_gets_one_line_that_says_where_they_are(
 
 def test_once_with_half_the_grants_ends_and_says_why(database, run_command, make_role):
     role = make_role(database)
-    some = "pipeline_stages, jobs, job_state_listener_schema"
+    some = "pipeline_stages, pipeline_tables, jobs, job_state_listener_schema"
     database.rows(f"GRANT SELECT ON {some} TO {role}")
     done = run_command(database, "run", "--once", DB_USER=role, DB_PASSWORD=role)
     assert done.code == 1
@@ -230,6 +242,36 @@ def test_hostile_argument_is_refused_in_one_line(database, run_command, command,
     done = run_command(database, command, typed)
     assert done.refused(2)
     assert not CONTROL.search(done.err), done.err
+
+
+@pytest.fixture
+def latin1(server, make_database):
+    """A database that lacks most letters, with a job whose call was given up."""
+    database = make_database(server, installed=False)
+    with closing(server.connect()) as conn:
+        conn.cursor().execute(f"DROP DATABASE {database.name} WITH (FORCE); ")
+        conn.cursor().execute(f"CREATE DATABASE {database.name} ENCODING 'LATIN1' LOCALE 'C'"
+                              " TEMPLATE template0")  # fmt: skip
+    database.conn = database.connect()
+    database.rows("CREATE TABLE jobs (job_id text PRIMARY KEY, tenant_id text, current_step text,"
+                  " status text)")  # fmt: skip
+    with connected(database) as conn:
+        apply(conn)
+    database.rows("INSERT INTO jobs VALUES ('7', 't', 'planner', 'done')")
+    return database
+
+
+@pytest.mark.parametrize(
+    "typed", ["pause overlay --reason 점검", "cancel 7 --reason 점검", "jobs --tenant 회사"]
+)
+def test_letter_that_the_database_lacks_is_no_fault_of_an_id(latin1, typed):
+    refused = commands.run_here(latin1.environ, *typed.split()).refused(1)
+    assert refused.startswith("the database refused: character with byte sequence ")
+
+
+def test_id_with_a_letter_that_the_database_lacks_is_no_id(latin1):
+    refused = commands.run_here(latin1.environ, "job", "작업").refused(2)
+    assert refused.startswith("not a job id of this database: character with byte sequence ")
 
 
 @pytest.mark.parametrize("id_type", ["date", "inet", "varchar(9)"])

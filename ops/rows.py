@@ -1,0 +1,288 @@
+"""The row that a command is about: its id on the command line, where it is, what it owes."""
+
+import difflib
+import json
+import re
+import shlex
+from typing import Any
+
+import click
+import psycopg2
+from psycopg2.extensions import quote_ident
+
+import config
+import db
+import pipeline
+from ops import migrations
+from ops.problem import Problem
+from pipeline import Table
+
+# --- on the command line -------------------------------------------------------------------
+
+
+class RowCommand(click.Command):
+    """A command with ids as arguments. An id may begin with a dash, which click would take for an
+    option. No command of ours has options of one letter, so only two dashes begin an option; an id
+    with two dashes comes after `--`.
+    """
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        valued = {name for p in self.params if not getattr(p, "is_flag", True) for name in p.opts}
+        options, ids, words = [], [], iter(args)
+        for word in words:
+            if word == "--":
+                ids.extend(words)
+            elif word in valued:
+                value = next(words, None)
+                if value is None:
+                    return super().parse_args(context, args)  # which says so
+                options += [word, value]
+            else:
+                (options if word.startswith("--") else ids).append(word)
+        return super().parse_args(context, [*options, "--", *ids])
+
+
+class TableName(click.ParamType):
+    """A table of PIPELINE, which is read only when a name is given."""
+
+    name = "table"
+
+    def convert(self, value: str, param, context) -> str:
+        names = [*pipeline.tables()]
+        if value in names:
+            return value
+        near = difflib.get_close_matches(value, names, 1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        self.fail(f"{value!r} is no table: {meant}There are {', '.join(names)}", param, context)
+
+
+TABLE = click.option(
+    "--table",
+    type=TableName(),
+    metavar="TABLE",
+    help="The table of the row, where its id is in more than one.",
+)
+
+
+def typed(command: str, row: Any, *options: str) -> str:
+    """The command line that does `command` to `row`."""
+    dashes = ["--"] if row.key.startswith("--") else []
+    table = ["--table", row.table_name] if row.is_one_of_many else []
+    words = [command, *table, *options, *dashes, row.key]
+    return "python listener.py " + " ".join(shlex.quote(word) for word in words)
+
+
+# --- the connection ------------------------------------------------------------------------
+
+INSTALLED = "SELECT to_regclass('stage_calls') IS NOT NULL"
+
+
+def connected(command: str) -> db.Connection:
+    """A connection to a database that has our tables, as this program needs them.
+
+    Raises:
+        Problem: it has not.
+    """
+    conn = db.connect(config.settings(), f"job-state-listener {command}")
+    if not db.execute(conn, INSTALLED).fetchone()[0]:
+        mend = "run `make trigger` (python listener.py install)"
+        raise Problem(f"the listener's tables are missing: {mend}")
+    if refusal := migrations.refusal(conn):
+        raise Problem(refusal)
+    return conn
+
+
+# --- which row -----------------------------------------------------------------------------
+
+
+class NoId(Exception):
+    """What was given cannot be the id of any row."""
+
+
+# Nothing but the id is converted here, so that an error is about the id.
+KEY = """
+SELECT coalesce(c.job_id, %(id)s)::text AS key
+FROM (VALUES (1)) AS always LEFT JOIN stage_calls AS c ON false
+"""
+
+PLACES = """
+SELECT %(key)s AS key, t.name AS table_name, at.is_there IS NOT NULL AS is_there,
+       at.tenant_id, at.current_step, at.status, at.parent_id::text,
+       EXISTS (SELECT FROM stage_calls AS c
+               WHERE c.job_id = %(key)s AND c.table_name = t.name) AS owes,
+       EXISTS (SELECT FROM stage_attempts AS a
+               WHERE a.job_id = %(key)s AND a.table_name = t.name)
+       OR EXISTS (SELECT FROM stage_leases AS l
+                  WHERE l.job_id = %(key)s AND l.table_name = t.name) AS has_history,
+       %(table)s IS NOT NULL AS is_one_of_many
+FROM pipeline_tables AS t LEFT JOIN LATERAL stage_call_row(t.name, '', %(key)s) AS at ON true
+WHERE %(table)s IS NULL OR t.name = %(table)s
+ORDER BY t.position
+"""
+
+
+def find(conn, id_: str, table: str | None = None) -> Any:
+    """The row with this id: where it is, or that it was deleted.
+
+    Raises:
+        NoId
+        Problem: there is none, or more than one.
+    """
+    try:
+        key = db.execute(conn, KEY, {"id": id_}).fetchone().key
+    except psycopg2.DataError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise NoId(f"not a job id of this database: {reason}") from None
+    places = db.execute(conn, PLACES, {"key": key, "table": table}).fetchall()
+    known = [row for row in places if row.is_there or row.owes]
+    known = known or [row for row in places if row.has_history]
+    if not known:
+        names = [row.table_name for row in places]
+        where = f" in {' or '.join(names)}" if len(names) > 1 else ""
+        what = "row" if where else word_for(*names or [pipeline.JOBS.name])
+        raise Problem(f"there is no {what} {key}{where}")
+    if len(known) > 1:
+        names = [row.table_name for row in known]
+        options = " or ".join(f"--table {name}" for name in names)
+        raise Problem(f"{key} is in {' and in '.join(names)}: give {options}")
+    return known[0]
+
+
+def word_for(table: str) -> str:
+    """What a row of `table` is called."""
+    return "job" if table == pipeline.JOBS.name else table
+
+
+def said(row: Any) -> str:
+    return f"{word_for(row.table_name)} {row.key}"
+
+
+# --- what it owes --------------------------------------------------------------------------
+
+OWED = """
+SELECT join_of, call_id, stage, attempts, attempts - free_attempts AS spent, worker, started_at,
+       due_at, due_at = 'infinity' AS given_up, last_error,
+       CASE WHEN due_at < 'infinity'
+            THEN round(extract(epoch FROM due_at - now()))::bigint END AS due_in_seconds
+FROM stage_calls WHERE job_id = %(key)s AND table_name = %(table)s
+ORDER BY join_of
+"""
+
+
+def owed(conn, row: Any) -> list:
+    """The calls that `row` owes: its own first, then those of its joins."""
+    return db.execute(conn, OWED, {"key": row.key, "table": row.table_name}).fetchall()
+
+
+def one_owed(conn, row: Any, stage: str | None) -> Any:
+    """The one call that `row` owes, to `stage` if given; or None.
+
+    Raises:
+        Problem: it owes calls to several stages.
+    """
+    found = [call for call in owed(conn, row) if stage in (None, call.stage)]
+    stages = list(dict.fromkeys(call.stage for call in found))
+    if len(stages) > 1:
+        options = " or ".join(f"--stage {name}" for name in stages)
+        raise Problem(f"{said(row)} owes calls to {' and '.join(stages)}: give {options}")
+    return found[0] if found else None
+
+
+# --- rows of a table -----------------------------------------------------------------------
+
+# Only a time with its zone says when something was.
+TIME_COLUMN = """
+SELECT attname FROM pg_attribute
+WHERE attrelid = to_regclass(%(table)s) AND attname IN ('updated_at', 'created_at')
+  AND NOT attisdropped AND atttypid = 'timestamptz'::regtype
+ORDER BY attname DESC
+LIMIT 1
+"""
+
+
+def time_column(conn, table: Table) -> str | None:
+    """The column that says when a row last changed, or at least when it was made."""
+    found = db.execute(conn, TIME_COLUMN, {"table": quote_ident(table.name, conn)}).fetchone()
+    return found and found.attname
+
+
+def names(conn, table: Table) -> dict[str, str]:
+    """How a statement names `table`, as r, and its columns.
+
+    Only columns that are needed are read, by name: another one may hold what cannot be converted,
+    or megabytes.
+    """
+
+    def quoted(name: str) -> str:
+        return quote_ident(name, conn).replace("%", "%%")
+
+    parent = pipeline.tables().get(pipeline.parent_name(table))
+    found = {
+        "table": quoted(table.name),
+        "name": "'" + table.name.replace("'", "''").replace("%", "%%") + "'",
+        "id": f"r.{quoted(table.id)}",
+        "parent": f"r.{quoted(table.parent[1])}" if table.parent else "NULL",
+        "tenant": f"r.{quoted(table.tenant)}::text" if table.tenant else "NULL::text",
+        "beside": "",
+    }
+    if parent and parent.tenant and not table.tenant:
+        found["tenant"] = f"p.{quoted(parent.tenant)}::text"
+        found["beside"] = (
+            f"LEFT JOIN {quoted(parent.name)} AS p ON p.{quoted(parent.id)} = {found['parent']}"
+        )
+    return found
+
+
+# What a row owes, or else who calls it: a stage that has set it running has been paid. A row that
+# owes several calls is listed with each.
+LISTED = """
+SELECT {name}::text AS table_name, {id}::text AS job_id, {tenant} AS tenant_id,
+       r.current_step::text AS current_step, r.status::text AS status,
+       coalesce(c.join_of, '') AS join_of, coalesce(c.stage, l.stage) AS stage, {time} AS since,
+       coalesce(c.due_at = 'infinity', false) AS given_up,
+       CASE WHEN c.stage IS NULL THEN l.worker ELSE c.worker END AS worker,
+       CASE WHEN c.stage IS NULL THEN l.started_at ELSE c.started_at END AS started_at,
+       CASE WHEN c.due_at = 'infinity' THEN NULL
+            ELSE round(extract(epoch FROM coalesce(c.due_at, l.leased_until) - now()))::bigint
+       END AS due_in_seconds, c.last_error
+FROM {table} AS r {beside}
+LEFT JOIN stage_calls AS c ON c.job_id = {id} AND c.table_name = {name}
+LEFT JOIN (SELECT DISTINCT ON (job_id) * FROM stage_leases
+           WHERE leased_until > now() AND table_name = {name}
+           ORDER BY job_id, started_at DESC) AS l ON l.job_id = {id}
+"""
+
+# --- why it rests --------------------------------------------------------------------------
+
+# The way back for a join: it is looked at again, as if a row had arrived.
+LOOK_AGAIN = (
+    "INSERT INTO stage_looks (parent_id, join_of, arrived) VALUES ('{key}', '{join}', true)"
+)
+
+
+def way_back(table: str, key: str, stage: str) -> str:
+    """The SQL after which `stage` is called again for a row."""
+    routes = [
+        route
+        for route, function in pipeline.routes().items()
+        if function.__name__ == stage and route.table == table
+    ]
+    if routes and all(route.join for route in routes):
+        key, join = (text.replace("'", "''") for text in (key, routes[0].join))
+        return LOOK_AGAIN.format(key=key, join=join)
+    return pipeline.sent_back(table, key, stage)
+
+
+# Not what may be quotes or backslashes of JSON around it.
+ESCAPED = re.compile(r"(?<!\\)(?:\\u[0-9a-fA-F]{4})+")
+
+
+def readable(text: str | None) -> str | None:
+    """`text` with the letters that JSON wrote as \\uXXXX; ASCII stays as it is."""
+
+    def decoded(found: re.Match) -> str:
+        letters = json.loads(f'"{found[0]}"')
+        return "".join(c if ord(c) >= 0x80 and not 0xD800 <= ord(c) < 0xE000
+                       else f"\\u{ord(c):04x}" for c in letters)  # fmt: skip
+
+    return text and ESCAPED.sub(decoded, text)
