@@ -1,88 +1,289 @@
-"""`job`: where one job is, what it owes, and every attempt so far."""
+"""`job`: where one row is, what it owes, what it waits for, and every attempt so far."""
+
+from collections.abc import Iterator
+from typing import Any
 
 import click
+import psycopg2
 
-import config
 import db
-from ops.problem import Problem
-from ops.table import JSON, clock, duration, echo_json, echo_lines, plain, table
+import pipeline
+from logs import CONTROL
+from ops import rows
+from ops.rows import TABLE, RowCommand, readable, said, typed
+from ops.table import JSON, clipped, clock, duration, echo_json, echo_lines, plain, table
 
-JOB = """
-SELECT j.current_step::text, j.status::text, j.tenant_id
-FROM jobs AS j WHERE j.job_id = %(job_id)s
-"""
-
-OPEN = """
-SELECT call_id, stage, attempts, attempts - free_attempts AS spent, worker, started_at, due_at,
-       due_at = 'infinity' AS given_up, last_error,
-       CASE WHEN due_at < 'infinity'
-            THEN round(extract(epoch FROM due_at - now()))::bigint END AS due_in_seconds
-FROM stage_calls WHERE job_id = %(job_id)s
-"""
-
-# A stage that has set its job running is still being called, though nothing is owed any more.
+# A stage that has set its row running is still being called, though nothing is owed any more.
 CALLING = """
 SELECT stage, call_id, attempt, worker, started_at, leased_until
-FROM stage_leases WHERE job_id = %(job_id)s AND leased_until > now()
+FROM stage_leases WHERE job_id = %(key)s AND table_name = %(table)s AND leased_until > now()
+ORDER BY started_at
 """
 
 ATTEMPTS = """
 SELECT started_at, stage, call_id, attempt, outcome, http_status, worker,
        extract(epoch FROM finished_at - started_at)::float8 AS seconds, error
-FROM stage_attempts WHERE job_id = %(job_id)s
+FROM stage_attempts WHERE job_id = %(key)s AND table_name = %(table)s
 ORDER BY started_at, attempt, finished_at
 """
 
+RESTS = """
+SELECT table_name, job_id, kind, stage, since, reason FROM resting_rows()
+WHERE (table_name, job_id) IN (SELECT * FROM unnest(%(tables)s::text[], %(keys)s::text[]))
+"""
 
-@click.command()
+# --- children and joins --------------------------------------------------------------------
+
+MOST_CHILDREN = 20
+NO_TIME = "NULL::timestamptz"
+
+COUNTED = """
+SELECT r.current_step::text, r.status::text, count(*) AS rows, count(c.stage) AS owed,
+       count(*) FILTER (WHERE c.due_at = 'infinity') AS given_up
+FROM {table} AS r
+LEFT JOIN stage_calls AS c ON c.job_id = {id} AND c.table_name = {name} AND c.join_of = ''
+WHERE {parent} = %(key)s
+GROUP BY 1, 2 ORDER BY 1, 2
+"""
+
+JOINED = """
+SELECT r.rows, r.in_place, m.is_open, m.recorded_at
+FROM (SELECT count(*) AS rows,
+             count(*) FILTER (WHERE r.current_step::text = %(step)s
+                                AND r.status::text = %(status)s) AS in_place
+      FROM {table} AS r WHERE {parent} = %(key)s) AS r
+LEFT JOIN stage_joins AS m ON m.parent_id = %(key)s AND m.join_of = %(join)s
+"""
+
+
+def children(conn, row: Any) -> list[dict[str, Any]]:
+    """The tables whose rows may belong to `row`, each with those that do: the first of them, and
+    how many are in which state.
+    """
+    found = []
+    for child in pipeline.tables().values():
+        if pipeline.parent_name(child) != row.table_name:
+            continue
+        names = rows.names(conn, child)
+        listed = rows.LISTED + "WHERE {parent} = %(key)s ORDER BY {id}, join_of LIMIT %(most)s"
+        given = {"key": row.key, "most": MOST_CHILDREN + 1}
+        of_parent = db.execute(conn, listed.format(time=NO_TIME, **names), given).fetchall()
+        states = db.execute(conn, COUNTED.format(**names), given).fetchall()
+        found.append({"table": child.name, "rows": of_parent, "states": states})
+    return found
+
+
+def joins(conn, row: Any, owed: list) -> list[dict[str, Any]]:
+    """What became of each join of `row`; also of those that only a call is left of."""
+    calls = {call.join_of: call for call in owed if call.join_of}
+    stages = {route.join: f.__name__ for route, f in pipeline.routes().items()}
+    found = []
+    for name, state in pipeline.joins().items():
+        if pipeline.parent_name(state.table) != row.table_name:
+            continue
+        sql = JOINED.format(**rows.names(conn, state.table))
+        given = {"key": row.key, "join": name, "step": state.step, "status": state.status}
+        looked = db.execute(conn, sql, given).fetchone()._asdict()
+        found.append({"join": name, "stage": stages[name], **looked, "owes": calls.pop(name, None)})
+    nothing = {"rows": None, "in_place": None, "is_open": None, "recorded_at": None}
+    found += [{"join": name, "stage": call.stage, **nothing, "owes": call}
+              for name, call in calls.items()]  # fmt: skip
+    return found
+
+
+# --- why it rests --------------------------------------------------------------------------
+
+
+def resting(conn, row: Any, owed: list, calling: list, below: list[dict]) -> dict[tuple, Any]:
+    """By (table, id): why this row, and those that belong to it, rest; none where asking takes
+    too long.
+    """
+    ids = [(child.table_name, child.job_id) for of in below for child in of["rows"]]
+    if not (owed or calling):
+        ids.append((row.table_name, row.key))
+    if not ids:
+        return {}
+    tables, keys = zip(*ids, strict=True)
+    try:
+        found = db.execute(conn, RESTS, {"tables": list(tables), "keys": list(keys)})
+    except psycopg2.errors.QueryCanceled:
+        click.echo("why it rests could not be found out in time", err=True)
+        return {}
+    return {(one.table_name, one.job_id): one for one in found}
+
+
+def mended(row: Any, rests: Any) -> str | None:
+    """What a person types so that `row` goes on; None where the reason says it."""
+    if "python listener.py" in rests.reason:
+        return None
+    return rows.way_back(row.table_name, row.key, rests.stage)
+
+
+# --- the command ---------------------------------------------------------------------------
+
+
+@click.command(cls=RowCommand)
 @click.argument("job_id")
+@TABLE
 @JSON
-def job(job_id: str, as_json: bool) -> None:
-    """Where JOB_ID is, what it owes, and every attempt so far."""
-    conn = db.connect(config.settings(), "job-state-listener job")
-    given = {"job_id": job_id}
-    found, owed, calling = (db.execute(conn, sql, given).fetchone() for sql in (JOB, OPEN, CALLING))
-    attempts = db.execute(conn, ATTEMPTS, given).fetchall()
-    if not (found or owed or attempts or calling):
-        raise Problem(f"there is no job {job_id}")
+def job(job_id: str, table: str | None, as_json: bool) -> None:
+    """Where JOB_ID is, what it owes, and every attempt so far.
+
+    JOB_ID is the id of a job or of a row of another table of the pipeline. One that other rows
+    belong to shows those, too.
+    """
+    conn = rows.connected("job")
+    row = rows.find(conn, job_id, table)
+    given = {"key": row.key, "table": row.table_name}
+    owed = rows.owed(conn, row)
+    calling, attempts = (db.execute(conn, sql, given).fetchall() for sql in (CALLING, ATTEMPTS))
+    below, above = children(conn, row), joins(conn, row, owed)
+    rests = resting(conn, row, owed, calling, below)
     if as_json:
-        rows = {"job": found, "owes": owed, "calling": calling}
-        whole = {name: row and row._asdict() for name, row in rows.items()}
-        echo_json({"job_id": job_id, **whole, "attempts": [row._asdict() for row in attempts]})
+        echo_json(as_object(row, owed, calling, attempts, below, above, rests))
         return
-    where = "was deleted"
-    if found:
-        where = f"is at ({found.current_step}, {found.status}), tenant {found.tenant_id}"
-    lines = [plain(f"job {job_id} {where}"), f"owes: {owes(owed)}"]
-    if calling and not owed:
-        lines.append(f"called: {calling.stage} (call {calling.call_id}), {on_it(calling)}")
-    if attempts:
-        rows = [
-            [f"{a.started_at.astimezone():%F %T}", a.stage, a.attempt, a.outcome,
-             a.http_status or "-", f"{a.seconds:.2f}", a.error or ""]
-            for a in attempts
-        ]  # fmt: skip
-        header = ["started", "stage", "attempt", "outcome", "HTTP", "seconds", "error"]
-        lines += table(header, rows, right=["HTTP", "seconds"]).split("\n")
-    echo_lines((line, 0) for line in lines)
+    lines = [where(row), f"owes: {owes(row, own(owed))}"]
+    if calling and not own(owed):
+        call = calling[-1]
+        lines.append(f"called: {call.stage} (call {call.call_id}), {on_it(call)}")
+    if why := rests.get((row.table_name, row.key)):
+        lines.append(rest_line(row, why))
+    lines += [join_line(row, one) for one in above]
+    lines += [line for of in below for line in child_lines(of, rests)]
+    echo_lines((line, 0) for line in [*lines, *attempt_lines(attempts)])
 
 
-def owes(call) -> str:
+def own(owed: list) -> Any:
+    """The call that the row's own state owes."""
+    return next((call for call in owed if not call.join_of), None)
+
+
+def as_object(row, owed, calling, attempts, below, above, rests) -> dict[str, Any]:
+    place = {name: getattr(row, name) for name in ("current_step", "status", "tenant_id")}
+    why = rests.get((row.table_name, row.key))
+    return {
+        "job_id": row.key,
+        "table": row.table_name,
+        "parent_id": row.parent_id,
+        "job": place if row.is_there else None,
+        "owes": plainly(own(owed)),
+        "calling": plainly(calling[-1] if calling else None),
+        "rests": why and plainly(why) | {"mend": mended(row, why)},
+        "joins": [one | {"owes": plainly(one["owes"])} for one in above],
+        "children": [
+            {
+                "table": of["table"],
+                "rows": [plainly(child) for child in of["rows"][:MOST_CHILDREN]],
+                "states": [plainly(state) for state in of["states"]],
+            }
+            for of in below
+        ],
+        "attempts": [plainly(attempt) for attempt in attempts],
+    }
+
+
+def plainly(found: Any) -> dict[str, Any] | None:
+    """A row of an answer with its errors readable."""
+    if found is None:
+        return None
+    return {
+        name: readable(value) if name in ("error", "last_error", "reason") else value
+        for name, value in found._asdict().items()
+    }
+
+
+# --- its lines -----------------------------------------------------------------------------
+
+
+def where(row: Any) -> str:
+    if not row.is_there:
+        return plain(f"{said(row)} was deleted")
+    parent = pipeline.parent_name(pipeline.tables()[row.table_name])
+    of = f", of {rows.word_for(parent)} {row.parent_id}" if parent else ""
+    return plain(
+        f"{said(row)} is at ({row.current_step}, {row.status}){of}, tenant {row.tenant_id}"
+    )
+
+
+def owes(row: Any, call: Any) -> str:
     if call is None:
         return "nothing"
     text = f"{call.stage} (call {call.call_id}, {call.spent} attempts spent), {situation(call)}"
-    return f"{text}; python listener.py retry JOB_ID" if call.given_up else text
+    return f"{text}; {plain(typed('retry', row))}" if call.given_up else text
 
 
-def situation(call) -> str:
+def situation(call: Any) -> str:
     """What becomes of a call that is owed."""
+    error = call.last_error and plain(readable(call.last_error))
     if call.given_up:
-        return f"given up: {plain(call.last_error)}"
+        return f"given up: {error}"
     if call.worker and call.due_in_seconds > 0:
         return on_it(call)
     when = f"due in {duration(call.due_in_seconds)}" if call.due_in_seconds > 0 else "due now"
-    return f"{when}; last error: {plain(call.last_error)}" if call.last_error else when
+    return f"{when}; last error: {error}" if error else when
 
 
-def on_it(call) -> str:
+def on_it(call: Any) -> str:
     return f"{call.worker} is on it since {clock(call.started_at)}"
+
+
+def rest_line(row: Any, why: Any) -> str:
+    since = f" since {clock(why.since)}" if why.since else ""
+    text = f"rests{since}: {plain(readable(why.reason))}"
+    mend = mended(row, why)
+    return f"{text}; to call {why.stage} again: {one_line(mend)}" if mend else text
+
+
+def one_line(text: str) -> str:
+    """What is to be typed, whole, however long it is."""
+    return text.translate(CONTROL)
+
+
+def join_line(row: Any, join: dict[str, Any]) -> str:
+    text = f"every {join['join']}: "
+    if join["owes"]:
+        return text + f"owes {owes(row, join['owes'])}"
+    if not join["rows"]:
+        return text + "there is no row yet"
+    if join["in_place"] < join["rows"]:
+        return text + f"waiting for {join['rows'] - join['in_place']} of {join['rows']}"
+    if join["recorded_at"] and not join["is_open"]:
+        when = clock(join["recorded_at"])
+        return text + f"all {join['rows']} are there; {join['stage']} was recorded {when}"
+    backfill = "python listener.py backfill --since 1d"
+    return text + f"all {join['rows']} are there; {join['stage']} is not recorded: {backfill}"
+
+
+LONGEST_TOLD = 60
+
+
+def child_lines(of: dict[str, Any], rests: dict[tuple, Any]) -> Iterator[str]:
+    if len(of["rows"]) > MOST_CHILDREN:
+        header = [of["table"], "rows", "owed", "given up"]
+        cells = [[f"{s.current_step}, {s.status}", s.rows, s.owed, s.given_up]
+                 for s in of["states"]]  # fmt: skip
+    else:
+        header = [of["table"], "state", "owes"]
+        cells = [[child.job_id, f"{child.current_step}, {child.status}", told(child, rests)]
+                 for child in of["rows"]]  # fmt: skip
+    if cells:
+        yield from table(header, cells).split("\n")
+
+
+def told(child: Any, rests: dict[tuple, Any]) -> str:
+    text = f"{child.stage}: {situation(child)}" if child.stage else "-"
+    if not child.stage and (why := rests.get((child.table_name, child.job_id))):
+        text = plain(readable(why.reason))
+    return clipped(text, LONGEST_TOLD)
+
+
+def attempt_lines(attempts: list) -> list[str]:
+    if not attempts:
+        return []
+    cells = [
+        [f"{a.started_at.astimezone():%F %T}", a.stage, a.attempt, a.outcome, a.http_status or "-",
+         f"{a.seconds:.2f}", readable(a.error) or ""]
+        for a in attempts
+    ]  # fmt: skip
+    header = ["started", "stage", "attempt", "outcome", "HTTP", "seconds", "error"]
+    return table(header, cells, right=["HTTP", "seconds"]).split("\n")

@@ -25,7 +25,7 @@ def test_job_tells_what_it_owes(database, run_command, busy):
     assert re.fullmatch(waits, owes("yolo_detect"))
     assert "0 attempts spent, due now; last error: HTTP 503" in owes("planner")
     assert owes("overlay") == (
-        "1 attempts spent, given up: HTTP 422: no text; python listener.py retry JOB_ID"
+        f"1 attempts spent, given up: HTTP 422: no text; python listener.py retry {busy['overlay']}"
     )
     assert owes("vlm_judge") == "0 attempts spent, due now"
 
@@ -97,6 +97,6 @@ def test_number_that_no_id_can_be_gets_one_line_and_exit_2(empty_database, run_c
         "CREATE TABLE jobs (job_id int PRIMARY KEY, tenant_id int, current_step text, status text)"
     )
     run_command(empty_database, "install")
-    refused = run_command(empty_database, "job", "99999999999").refused(2)
-    assert "99999999999" in refused
+    refused = run_command(empty_database, "job", "99999999999999999999").refused(2)
+    assert "99999999999999999999" in refused
     assert "out of range" in refused
