@@ -19,12 +19,14 @@ import config
 import db
 import listener
 from demo.database import EmbeddedDatabase
+from ops import rows
 from ops.install import apply
 from ops.job import ATTEMPTS
-from ops.jobs import ANY, GIVEN_UP, STATES, TIMES
+from ops.jobs import GIVEN_UP, STATES, any_row
 from ops.listeners import CALLS, SESSIONS
 from ops.status import STAGES
 from ops.table import table
+from pipeline import JOBS
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,11 +66,9 @@ RESET session_replication_role;
 """
 
 A_JOB = "SELECT job_id FROM stage_attempts GROUP BY job_id HAVING count(*) = 5 LIMIT 1"
-BODY = "SELECT prosrc FROM pg_proc WHERE oid = to_regprocedure('stalled_jobs()')"
+BODY = "SELECT prosrc FROM pg_proc WHERE oid = to_regprocedure('resting_rows()')"
 
-FILTERS = {"stage": None, "tenant": None, "since": None, "limit": 50}
-TIME, CHANGED = TIMES["updated_at"]
-ANY_JOB = ANY.format(time=TIME, changed=CHANGED)
+FILTERS = {"stage": None, "tenant": None, "since": None, "limit": 50, "table": None}
 
 
 def commands(job_id: str) -> list[str]:
@@ -94,16 +94,17 @@ def seconds(environ: dict[str, str], line: str, times: int) -> list[float]:
 
 def plans(conn, job_id: str) -> None:
     body = db.execute(conn, BODY).fetchone()[0].replace("%", "%%")
+    any_job = any_row(conn, None, [JOBS], None).sql
     statements = {
         "status, its stages": (STAGES, {}),
         "status, its listeners": (SESSIONS, {"prefix": db.LISTENER_APPLICATION}),
         "status, their calls": (CALLS, {}),
-        "job, its attempts": (ATTEMPTS, {"job_id": job_id}),
-        "jobs": (STATES, FILTERS),
-        "jobs --stage planner": (ANY_JOB, FILTERS | {"stage": "planner"}),
-        "jobs --tenant tenant-7": (ANY_JOB, FILTERS | {"tenant": "tenant-7"}),
+        "job, its attempts": (ATTEMPTS, {"key": job_id, "table": JOBS.name}),
+        "jobs": (STATES.format(**rows.names(conn, JOBS)), FILTERS),
+        "jobs --stage planner": (any_job, FILTERS | {"stage": "planner"}),
+        "jobs --tenant tenant-7": (any_job, FILTERS | {"tenant": "tenant-7"}),
         "jobs --given-up": (GIVEN_UP, FILTERS),
-        "jobs --stalled, inside stalled_jobs()": (body, {}),
+        "jobs --stalled, inside resting_rows()": (body, {}),
     }
     for what, (sql, given) in statements.items():
         click.echo(f"\n--- {what}")

@@ -1,99 +1,135 @@
-"""`jobs`: how many jobs are in which state, or which jobs they are."""
+"""`jobs`: how many rows are in which state, or which ones they are."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
 import click
 
 import config
 import db
-from ops.job import situation
+import pipeline
+from ops import rows
+from ops.job import LONGEST_TOLD, plainly, situation
 from ops.problem import Problem
+from ops.rows import TableName, readable
 from ops.since import Since
 from ops.stage import StageName
 from ops.table import JSON, Line, clipped, duration, echo_json, echo_lines, plain, table
+from pipeline import JOBS, Table
+
+# --- how many ------------------------------------------------------------------------------
 
 # In the order of the pipeline: the states of a stage, and last the one that leads on.
 STATES = """
-SELECT j.current_step, j.status, j.jobs, p.stage, coalesce(c.owed, 0) AS owed,
-       coalesce(c.given_up, 0) AS given_up
-FROM (SELECT current_step::text, status::text, count(*) AS jobs FROM jobs GROUP BY 1, 2) AS j
-LEFT JOIN pipeline_stages AS p USING (current_step, status)
+SELECT {name}::text AS table_name, j.current_step, j.status, j.jobs, p.stage,
+       coalesce(c.owed, 0) AS owed, coalesce(c.given_up, 0) AS given_up
+FROM (SELECT r.current_step::text, r.status::text, count(*) AS jobs
+      FROM {table} AS r GROUP BY 1, 2) AS j
+LEFT JOIN (SELECT current_step, status, stage FROM pipeline_stages
+           WHERE table_name = {name} AND join_of = '') AS p USING (current_step, status)
 LEFT JOIN (SELECT current_step, status, count(*) AS owed,
                   count(*) FILTER (WHERE due_at = 'infinity') AS given_up
-           FROM stage_calls GROUP BY 1, 2) AS c USING (current_step, status)
-LEFT JOIN (SELECT stage AS current_step, min(position) AS position
-           FROM pipeline_stages GROUP BY 1) AS at USING (current_step)
-LEFT JOIN (SELECT current_step, min(position) - 1 AS position
-           FROM pipeline_stages GROUP BY 1) AS before USING (current_step)
+           FROM stage_calls WHERE table_name = {name} AND join_of = ''
+           GROUP BY 1, 2) AS c USING (current_step, status)
+LEFT JOIN (SELECT stage AS current_step, min(position) AS position FROM pipeline_stages
+           WHERE table_name = {name} GROUP BY 1) AS at USING (current_step)
+LEFT JOIN (SELECT current_step, min(position) - 1 AS position FROM pipeline_stages
+           WHERE table_name = {name} AND join_of = '' GROUP BY 1) AS before USING (current_step)
 ORDER BY coalesce(at.position, before.position), j.current_step, p.stage IS NOT NULL,
          j.status = 'done', j.status
 LIMIT %(limit)s + 1
 """
 
-# --- which jobs ----------------------------------------------------------------------------
-
-# jobs may say when it last changed, or not; only a column that is there can be named.
-TIME_COLUMN = """
-SELECT attname FROM pg_attribute
-WHERE attrelid = to_regclass('jobs') AND attname IN ('updated_at', 'created_at')
-  AND NOT attisdropped AND atttypid IN ('timestamptz'::regtype, 'timestamp'::regtype)
-ORDER BY attname DESC
-LIMIT 1
+# Of the parents that have rows: how many have all of them in place, and how many wait for some. One
+# whose call was recorded waits no more, though its rows may have gone on.
+JOINED = """
+SELECT %(join)s AS join, %(stage)s AS stage,
+       count(*) FILTER (WHERE r.is_complete) AS complete,
+       count(*) FILTER (WHERE NOT r.is_complete AND (m.is_open OR m.recorded_at IS NULL) IS TRUE)
+           AS waiting,
+       (SELECT count(*) FROM stage_calls AS c WHERE c.join_of = %(join)s) AS owed,
+       (SELECT count(*) FROM stage_calls AS c
+        WHERE c.join_of = %(join)s AND c.due_at = 'infinity') AS given_up
+FROM (SELECT {parent} AS parent_id,
+             bool_and((r.current_step::text = %(step)s AND r.status::text = %(status)s) IS TRUE)
+                 AS is_complete
+      FROM {table} AS r WHERE {parent} IS NOT NULL GROUP BY 1) AS r
+LEFT JOIN stage_joins AS m ON m.parent_id = r.parent_id AND m.join_of = %(join)s
 """
-# For each such column, or none: a job's time, and whether it is in the span asked for.
-TIMES = {
-    "updated_at": ("j.updated_at::timestamptz", "j.updated_at >= %(since)s"),
-    "created_at": ("j.created_at::timestamptz", "j.created_at >= %(since)s"),
-    None: (
-        "greatest(c.created_at, (SELECT max(a.finished_at) FROM stage_attempts AS a"
-        " WHERE a.job_id = j.job_id))",
-        "j.job_id IN (SELECT job_id FROM stage_attempts WHERE finished_at >= %(since)s"
-        " UNION ALL SELECT job_id FROM stage_calls WHERE created_at >= %(since)s)",
-    ),
-}
 
-# What a job owes, or else who calls it: a stage that has set it running has been paid.
-ANY = """
-SELECT j.job_id::text, j.tenant_id::text, j.current_step::text, j.status::text,
-       coalesce(c.stage, l.stage) AS stage, {time} AS since,
-       coalesce(c.due_at = 'infinity', false) AS given_up,
-       CASE WHEN c.stage IS NULL THEN l.worker ELSE c.worker END AS worker,
-       CASE WHEN c.stage IS NULL THEN l.started_at ELSE c.started_at END AS started_at,
-       CASE WHEN c.due_at = 'infinity' THEN NULL
-            ELSE round(extract(epoch FROM coalesce(c.due_at, l.leased_until) - now()))::bigint
-       END AS due_in_seconds, c.last_error
-FROM jobs AS j
-LEFT JOIN stage_calls AS c ON c.job_id = j.job_id
-LEFT JOIN (SELECT DISTINCT ON (job_id) * FROM stage_leases WHERE leased_until > now()
-           ORDER BY job_id, started_at DESC) AS l ON l.job_id = j.job_id
+
+def states_of(conn, only: Table, limit: int) -> list:
+    """The states that rows of a table are in, at most one more than `limit`."""
+    sql = STATES.format(**rows.names(conn, only))
+    return db.execute(conn, sql, {"limit": limit}).fetchall()
+
+
+def joins_of(conn, only: Table) -> list:
+    """How many parents each join has that waits for rows of a table."""
+    stages = {route.join: f.__name__ for route, f in pipeline.routes().items()}
+    found = []
+    for name, state in pipeline.joins().items():
+        if state.table.name == only.name:
+            given = {"join": name, "stage": stages[name], "step": state.step,
+                     "status": state.status}  # fmt: skip
+            sql = JOINED.format(**rows.names(conn, only))
+            found.append(db.execute(conn, sql, given).fetchone())
+    return found
+
+
+# --- which rows ----------------------------------------------------------------------------
+
+# A row's time where a column of the table says it; else, or where that is in the future, what the
+# listener has recorded of the row.
+RECORDED = """greatest(c.created_at, (
+    SELECT max(a.finished_at) FROM stage_attempts AS a
+    WHERE a.job_id = {id} AND a.table_name = {name}))"""
+CHANGED_BY_COLUMN = "CASE WHEN r.{column} <= now() THEN r.{column} ELSE {recorded} END"
+RECORDED_SINCE = """{id} IN (
+    SELECT job_id FROM stage_attempts WHERE finished_at >= %(since)s AND table_name = {name}
+    UNION ALL
+    SELECT job_id FROM stage_calls WHERE created_at >= %(since)s AND table_name = {name})"""
+
+MATCHING = """
 WHERE (%(since)s::timestamptz IS NULL OR {changed})
-  AND (%(tenant)s::text IS NULL OR j.tenant_id::text = %(tenant)s)
+  AND (%(tenant)s::text IS NULL OR {tenant} = %(tenant)s)
   AND (%(stage)s::text IS NULL OR c.stage = %(stage)s
        OR (c.stage IS NULL AND (l.stage = %(stage)s OR (
-           j.current_step::text = %(stage)s AND j.status::text <> 'done'))))
-ORDER BY since DESC NULLS LAST, job_id
+           r.current_step::text = %(stage)s AND r.status::text <> 'done'))))
+"""
+
+OF_ALL_TABLES = """
+SELECT * FROM ({of_each}) AS listed
+ORDER BY since DESC NULLS LAST, job_id, join_of
 LIMIT %(limit)s + 1
 """
 
+# A call knows the tenant of its row, but not that of its row's parent.
 GIVEN_UP = """
-SELECT job_id::text, tenant_id, current_step, status, stage,
-       coalesce(given_up_at, owed_since) AS since, call_id, attempts, last_error
-FROM given_up_calls
-WHERE (%(since)s::timestamptz IS NULL OR coalesce(given_up_at, owed_since) >= %(since)s)
-  AND (%(tenant)s::text IS NULL OR tenant_id = %(tenant)s)
-  AND (%(stage)s::text IS NULL OR stage = %(stage)s)
+SELECT g.table_name, g.job_id::text, at.tenant_id, g.current_step, g.status, g.join_of, g.stage,
+       coalesce(g.given_up_at, g.owed_since) AS since, g.call_id, g.attempts, g.last_error
+FROM given_up_calls AS g
+CROSS JOIN LATERAL (
+    SELECT coalesce(g.tenant_id, (stage_call_row(g.table_name, '', g.job_id)).tenant_id #>> '{}')
+        AS tenant_id) AS at
+WHERE (%(since)s::timestamptz IS NULL OR coalesce(g.given_up_at, g.owed_since) >= %(since)s)
+  AND (%(tenant)s::text IS NULL OR at.tenant_id = %(tenant)s)
+  AND (%(stage)s::text IS NULL OR g.stage = %(stage)s)
+  AND (%(table)s::text IS NULL OR g.table_name = %(table)s)
 ORDER BY since DESC, job_id
 LIMIT %(limit)s + 1
 """
 
-STALLED = """
-SELECT job_id, tenant_id, current_step, status, stage, since, reason
-FROM stalled_jobs()
-WHERE (%(since)s::timestamptz IS NULL OR since >= %(since)s)
+RESTING = """
+SELECT table_name, job_id, tenant_id, current_step, status, stage, since, reason
+FROM resting_rows()
+WHERE kind = %(kind)s
+  AND (%(since)s::timestamptz IS NULL OR since >= %(since)s)
   AND (%(tenant)s::text IS NULL OR tenant_id = %(tenant)s)
   AND (%(stage)s::text IS NULL OR stage = %(stage)s)
+  AND (%(table)s::text IS NULL OR table_name = %(table)s)
 ORDER BY since NULLS FIRST, job_id
 LIMIT %(limit)s + 1
 """
@@ -101,39 +137,58 @@ LIMIT %(limit)s + 1
 
 @dataclass(frozen=True)
 class Listing:
-    """A list of jobs: its query, what its times are, and the heading of what it tells."""
+    """A list of rows: its query, what its times are, and the heading of what it tells."""
 
     sql: str
     times: str
     heading: str
+    kind: str | None = None  # of resting_rows()
 
-    def tells(self, row) -> str:
-        if self.sql == STALLED:
-            return row.reason
+    def tells(self, row: Any) -> str:
+        if self.sql == RESTING:
+            return readable(row.reason)
         if self.sql == GIVEN_UP:
-            return f"{row.stage}: {row.last_error}"
+            return f"{row.stage}: {readable(row.last_error)}"
         return f"{row.stage}: {situation(row)}" if row.stage else "-"
 
 
-def listing(conn, settings, given_up: bool, stalled: bool, since: datetime | None) -> Listing:
-    """Raises Problem where nothing knows which jobs have changed since then."""
-    if given_up:
-        return Listing(GIVEN_UP, "when the call was given up", "given up")
-    if stalled:
-        return Listing(STALLED, "when anything last happened to the job", "stalled")
-    column = db.execute(conn, TIME_COLUMN).fetchone()
-    if column is None:
-        kept = datetime.now().astimezone() - timedelta(days=settings.HISTORY_DAYS)
-        if since and since < kept:
-            raise Problem(
-                "jobs has neither updated_at nor created_at, and the history that is asked instead "
-                f"begins {settings.HISTORY_DAYS:g} days ago (HISTORY_DAYS): give a later --since"
-            )
-        times = "when a call was last recorded or tried (jobs has no updated_at)"
-    else:
-        column, times = column.attname, f"jobs.{column.attname}"
-    time, changed = TIMES[column]
-    return Listing(ANY.format(time=time, changed=changed), times, "owes")
+STALLED = Listing(RESTING, "when anything last happened to the job", "stalled", "stalled")
+FAILED = Listing(RESTING, "when anything last happened to the job", "failed", "failed")
+
+
+def any_row(conn, settings, tables: list[Table], since: datetime | None) -> Listing:
+    """All rows of some tables.
+
+    Raises:
+        Problem: nothing knows which of them have changed since then.
+    """
+    of_each, times = [], []
+    for one in tables:
+        names, column = rows.names(conn, one), rows.time_column(conn, one)
+        recorded = RECORDED.format(**names)
+        if column is None:
+            require_history(one, settings, since)
+            time, changed = recorded, RECORDED_SINCE.format(**names)
+            times.append(f"when a call was last recorded or tried ({one.name} has no updated_at)")
+        else:
+            time = CHANGED_BY_COLUMN.format(column=column, recorded=recorded)
+            changed = f"{time} >= %(since)s"
+            times.append(f"{one.name}.{column}")
+        sql = rows.LISTED + MATCHING
+        of_each.append(sql.format(time=time, changed=changed, **names))
+    return Listing(
+        OF_ALL_TABLES.format(of_each=" UNION ALL ".join(of_each)), ", ".join(times), "owes"
+    )
+
+
+def require_history(of: Table, settings, since: datetime | None) -> None:
+    kept = datetime.now().astimezone() - timedelta(days=settings.HISTORY_DAYS)
+    if since and since < kept:
+        raise Problem(
+            f"{of.name} has neither updated_at nor created_at of type timestamptz, and the "
+            f"history that is asked instead begins {settings.HISTORY_DAYS:g} days ago "
+            "(HISTORY_DAYS): give a later --since"
+        )
 
 
 # --- the command ---------------------------------------------------------------------------
@@ -147,7 +202,11 @@ def listing(conn, settings, given_up: bool, stalled: bool, since: datetime | Non
 )
 @click.option("--given-up", is_flag=True, help="Jobs whose call was given up.")
 @click.option("--stalled", is_flag=True, help="Jobs that no call and no stage moves on.")
-@click.option("--tenant", metavar="TENANT", help="Jobs of this tenant.")
+@click.option("--failed", is_flag=True, help="Jobs that their stage has set to failed.")
+@click.option("--table", "only", type=TableName(), metavar="TABLE", help="Rows of this table.")
+@click.option(
+    "--tenant", metavar="TENANT", help="Jobs of this tenant; other rows by their parent's."
+)
 @click.option(
     "--since",
     type=Since(),
@@ -162,55 +221,90 @@ def listing(conn, settings, given_up: bool, stalled: bool, since: datetime | Non
     help="At most so many lines.",
 )
 @JSON
-def jobs(stage, given_up, stalled, tenant, since, limit, as_json) -> None:  # fmt: skip
+def jobs(stage, given_up, stalled, failed, only, tenant, since, limit, as_json) -> None:
     """How many jobs are in which state and what they owe; with an option, which jobs they are.
 
-    Options narrow the list down together. Newest first, stalled jobs oldest first. The last line
-    says what --since and the column since compare: updated_at of jobs where there is such a
-    column, else created_at, else the listener's own record.
+    So are the rows of the other tables of the pipeline. Options narrow the list down together.
+    Newest first, stalled and failed jobs oldest first. The last line says what --since and the
+    column since compare: updated_at where a table has such a column (of type timestamptz), else
+    created_at, else the listener's own record.
     """
-    if given_up and stalled:
+    if given_up + stalled + failed > 1:
         raise click.UsageError(
-            "Give --given-up or --stalled, not both.", click.get_current_context()
+            "Give one of --given-up, --stalled and --failed.", click.get_current_context()
         )
     settings = config.settings()
-    conn = db.connect(settings, "job-state-listener jobs")
-    if not (stage or given_up or stalled or tenant is not None or since):
-        rows = db.execute(conn, STATES, {"limit": limit}).fetchall()
-        said = {"states": [row._asdict() for row in rows[:limit]]}
-        lines = state_lines(rows[:limit])
-    else:
-        kind = listing(conn, settings, given_up, stalled, since)
-        given = {"stage": stage, "tenant": tenant, "since": since, "limit": limit}
-        rows = db.execute(conn, kind.sql, given).fetchall()
-        said = {"jobs": [row._asdict() for row in rows[:limit]], "since": kind.times}
-        lines = job_lines(kind, rows[:limit])
-    if as_json:
-        echo_json(said | {"more": len(rows) > limit})
+    conn = rows.connected("jobs")
+    tables = [one for one in pipeline.tables().values() if only in (None, one.name)]
+    if not (stage or given_up or stalled or failed or tenant is not None or since):
+        show_states(conn, tables, limit, as_json)
         return
-    echo_lines(lines)
-    if len(rows) > limit:
-        click.echo(f"more than {limit}: --limit {min(10 * limit, 10_000)}, or narrow it down")
+    kind = (
+        Listing(GIVEN_UP, "when the call was given up", "given up") if given_up
+        else STALLED if stalled else FAILED if failed
+        else any_row(conn, settings, tables, since)
+    )  # fmt: skip
+    given = {"stage": stage, "tenant": tenant, "since": since, "limit": limit, "table": only}
+    found = db.execute(conn, kind.sql, given | {"kind": kind.kind}).fetchall()
+    more = len(found) > limit
+    if as_json:
+        listed = [plainly(row) for row in found[:limit]]
+        echo_json({"jobs": listed, "since": kind.times, "more": more})
+        return
+    echo_lines(job_lines(kind, found[:limit], len(pipeline.tables()) > 1))
+    if more:
+        say_more(limit)
 
 
-def state_lines(rows) -> Iterator[Line]:
+def say_more(limit: int) -> None:
+    click.echo(f"more than {limit}: --limit {min(10 * limit, 10_000)}, or narrow it down")
+
+
+def show_states(conn, tables: list[Table], limit: int, as_json: bool) -> None:
+    states = {one.name: states_of(conn, one, limit) for one in tables}
+    joins = {one.name: joins_of(conn, one) for one in tables}
+    more = any(len(found) > limit for found in states.values())
+    if as_json:
+        echo_json({
+            "states": [row._asdict() for found in states.values() for row in found[:limit]],
+            "joins": [row._asdict() for found in joins.values() for row in found],
+            "more": more,
+        })  # fmt: skip
+        return
+    for name, found in states.items():
+        echo_lines(state_lines(name, found[:limit]))
+        if joins[name]:
+            echo_lines(joined_lines(joins[name]))
+    if more:
+        say_more(limit)
+
+
+def state_lines(name: str, found: list) -> Iterator[Line]:
     cells = [
         [row.current_step or "-", row.status or "-", row.jobs, row.stage or "-", row.owed,
          row.given_up]
-        for row in rows
+        for row in found
     ]  # fmt: skip
-    header = ["step", "status", "jobs", "leads to", "owed", "given up"]
+    if name != JOBS.name:
+        yield "", 0
+    header = ["step", "status", name, "leads to", "owed", "given up"]
     yield from ((line, 0) for line in table(header, cells).split("\n"))
-    if not rows:
-        yield "there are no jobs", 0
+    if not found:
+        yield f"there are no {'jobs' if name == JOBS.name else f'rows in {name}'}", 0
 
 
-LONGEST_TOLD = 60
+def joined_lines(found: list) -> Iterator[Line]:
+    """Of how many parents all rows are in a state, and how many still wait for some."""
+    cells = [[f"every {row.join}", row.complete, row.waiting, row.stage, row.owed, row.given_up]
+             for row in found]  # fmt: skip
+    yield "", 0
+    header = ["join", "complete", "waiting", "leads to", "owed", "given up"]
+    yield from ((line, 0) for line in table(header, cells).split("\n"))
 
 
-def job_lines(kind: Listing, rows) -> Iterator[Line]:
+def job_lines(kind: Listing, found: list, with_table: bool) -> Iterator[Line]:
     now = datetime.now().astimezone()
-    if not rows:
+    if not found:
         yield "no job matches", 0
         return
     cells = [
@@ -220,9 +314,10 @@ def job_lines(kind: Listing, rows) -> Iterator[Line]:
             duration(row.since and round(max(0.0, (now - row.since).total_seconds()))),
             clipped(plain(kind.tells(row)), LONGEST_TOLD),
             row.tenant_id,
+            *([row.table_name] if with_table else []),
         ]
-        for row in rows
+        for row in found
     ]
-    header = ["job", "state", "since", kind.heading, "tenant"]
+    header = ["job", "state", "since", kind.heading, "tenant", *(["table"] if with_table else [])]
     yield from ((line, 0) for line in table(header, cells, right=["since"]).split("\n"))
     yield f"since: {kind.times}", 0

@@ -62,9 +62,10 @@ def test_states_are_counted_in_the_order_of_the_pipeline(database, run_command):
         ["-", "-", "1", "-", "0", "0"],
     ]
     said = json.loads(run_command(database, "jobs", "--json").out)
+    assert said["joins"] == []
     assert said["states"][1] == {
-        "current_step": "img_gen", "status": "done", "jobs": 1, "stage": "vlm_analyze", "owed": 1,
-        "given_up": 1,
+        "table_name": "jobs", "current_step": "img_gen", "status": "done", "jobs": 1,
+        "stage": "vlm_analyze", "owed": 1, "given_up": 1,
     }  # fmt: skip
 
 
@@ -121,6 +122,16 @@ def test_given_up_jobs_tell_their_error_and_since_when(database, run_command, bu
     assert ids(run_command, database, "--given-up", "--since", "1h") == [busy["overlay"]]
     database.rows("UPDATE stage_attempts SET finished_at = now() - interval '2 h'")
     assert ids(run_command, database, "--given-up", "--since", "1h") == []
+
+
+def test_letters_that_json_escaped_can_be_read(database, run_command, busy):
+    error = r'HTTP 422: {"detail": "\ud14d\uc2a4\ud2b8 \ud83d\ude00 \u0022"}'
+    database.rows("UPDATE stage_calls SET last_error = %s WHERE stage = 'overlay'", error)
+    said = 'HTTP 422: {"detail": "텍스트 😀 \\u0022"}'
+    assert said in listed(run_command, database, "--given-up")[0]
+    assert said in run_command(database, "job", busy["overlay"]).out
+    owes = json.loads(run_command(database, "job", busy["overlay"], "--json").out)["owes"]
+    assert owes["last_error"] == said
 
 
 def test_long_error_is_cut_in_the_list_and_whole_in_json(database, run_command, busy):
@@ -180,9 +191,9 @@ def test_time_without_a_zone_is_that_of_this_machine(database, run_command):
         assert [row["job_id"] for row in json.loads(done.out)["jobs"]] == found
 
 
-@pytest.mark.parametrize("type_", ["timestamptz", "timestamp"])
-def test_created_at_counts_where_there_is_no_updated_at(own_database, run_command, type_):
-    own_database.rows(f"ALTER TABLE jobs DROP updated_at, ALTER created_at TYPE {type_}")
+@pytest.mark.parametrize("updated", ["DROP updated_at", "ALTER updated_at TYPE timestamp"])
+def test_created_at_counts_where_no_updated_at_can_be_trusted(own_database, run_command, updated):
+    own_database.rows(f"ALTER TABLE jobs {updated}")
     new, old = own_database.add_job("planner"), own_database.add_job("planner")
     own_database.rows("UPDATE jobs SET created_at = now() - interval '3 h' WHERE job_id = %s", old)
     done = run_command(own_database, "jobs", "--since", "2h")
@@ -221,9 +232,27 @@ def test_own_record_counts_where_jobs_has_no_time(timeless, run_command):
 def test_time_before_the_history_begins_cannot_be_compared(timeless, run_command):
     refused = run_command(timeless, "jobs", "--since", "31d").refused(1)
     assert refused == (
-        "jobs has neither updated_at nor created_at, and the history that is asked instead "
-        "begins 30 days ago (HISTORY_DAYS): give a later --since"
+        "jobs has neither updated_at nor created_at of type timestamptz, and the history that is "
+        "asked instead begins 30 days ago (HISTORY_DAYS): give a later --since"
     )
+
+
+def test_time_in_the_future_is_unknown(database, run_command):
+    wrong, owing = database.add_job("planner", "x"), database.add_job("planner", "done")
+    database.rows("UPDATE jobs SET updated_at = now() + interval '9 h'")
+    assert ids(run_command, database, "--since", "1h") == [owing]
+    [_, line] = listed(run_command, database, "--tenant", "tenant")
+    assert re.split(r" {2,}", line)[:3] == [wrong, "planner, x", "-"]
+
+
+@pytest.mark.parametrize("value", ['{"a": "\\u0000"}', "1e400000"])
+def test_columns_that_are_not_needed_are_not_read(own_database, run_command, value):
+    own_database.rows("ALTER TABLE jobs ADD payload json")
+    own_database.rows("INSERT INTO jobs (tenant_id, current_step, status, payload)"
+                      " VALUES ('tenant', 'planner', 'running', %s)", value)  # fmt: skip
+    assert len(ids(run_command, own_database, "--tenant", "tenant")) == 1
+    assert ids(run_command, own_database, "--stalled") == []
+    assert run_command(own_database, "jobs").code == 0
 
 
 @pytest.mark.parametrize("type_", ["integer", "text"])
