@@ -1,88 +1,284 @@
-"""`backfill`: the calls that jobs owe and that nobody recorded, because they came before install
-or while the trigger was off (a restore, session_replication_role, DISABLE TRIGGER).
+"""`backfill`: the calls that rows owe and that nobody recorded, because they came before install or
+while the trigger was off (a restore, session_replication_role, DISABLE TRIGGER, TRUNCATE).
 """
 
 from collections import Counter
 from datetime import datetime
+from typing import Any
 
 import click
 
-import config
 import db
+import joins
+import pipeline
+from ops import rows
 from ops.problem import Problem
 from ops.routes import require_installed
 from ops.since import Since
 from ops.table import table
+from pipeline import Route, State, Table
 
-BATCH = 10_000  # jobs looked at in one statement, so that none runs long
+BATCH = 10_000  # rows looked at in one statement, so that none runs long
 
-# Calls whose job has moved on unseen. Not those under way: their listener will see it.
+# --- calls of rows that have moved on -------------------------------------------------------
+
+# Not those under way: their listener will see it. Nor those of joins: a claim asks whether all rows
+# are there.
 OUTDATED = """
 FROM stage_calls AS c
-WHERE c.worker IS NULL AND NOT EXISTS (
-    SELECT FROM jobs AS j
-    WHERE j.job_id = c.job_id AND j.current_step::text = c.current_step
-      AND j.status::text = c.status)
+WHERE c.worker IS NULL AND c.table_name = {name} AND c.join_of = '' AND NOT EXISTS (
+    SELECT FROM {table} AS r
+    WHERE {id} = c.job_id AND r.current_step::text = c.current_step
+      AND r.status::text = c.status)
 """
 
 COUNT_OUTDATED = f"SELECT count(*) {OUTDATED}"
 
 DROP_OUTDATED = f"""
 WITH gone AS (
-    DELETE FROM stage_calls WHERE job_id IN (SELECT c.job_id {OUTDATED} FOR UPDATE SKIP LOCKED)
+    DELETE FROM stage_calls WHERE (job_id, table_name, join_of) IN (
+        SELECT c.job_id, c.table_name, c.join_of {OUTDATED} FOR UPDATE SKIP LOCKED)
     RETURNING *
 )
-INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at, finished_at,
-                            outcome, error)
-SELECT job_id, call_id, attempts + 1, stage, 'backfill', now(), now(), 'skipped',
+INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, stage, worker, started_at,
+                            finished_at, outcome, error)
+SELECT job_id, table_name, call_id, attempts + 1, stage, 'backfill', now(), now(), 'skipped',
        'the job had moved on while the trigger was off'
 FROM gone
 ON CONFLICT DO NOTHING
 """
 
-# The next jobs by id, and what became of the last call of each that owes one and has none.
+
+def drop_outdated(conn, of: Table, really: bool) -> int:
+    """How many calls are of rows that have moved on unseen; `really`: they are dropped."""
+    done = db.execute(conn, (DROP_OUTDATED if really else COUNT_OUTDATED)
+                      .format(**rows.names(conn, of)))  # fmt: skip
+    return done.rowcount if really else done.fetchone()[0]
+
+
+# --- calls of rows -------------------------------------------------------------------------
+
+# Why a row that misses a call is left alone.
+NO_TIME = "of unknown time"
+
+# The next rows by id, and what became of the last call of each that owes one and has none. A stage
+# that only follows from a join says nothing about the row's own calls. A time in the future is as
+# good as none.
 MISSED = """
 WITH batch AS (
-    SELECT j.job_id, j.tenant_id::text, j.current_step::text, j.status::text,
-           coalesce((to_jsonb(j) ->> 'updated_at'), (to_jsonb(j) ->> 'created_at')) AS changed_at
-    FROM jobs AS j
-    WHERE %(after)s IS NULL OR j.job_id > %(after)s
-    ORDER BY j.job_id
+    SELECT {id} AS id, {own_tenant} AS tenant_id, r.current_step::text AS current_step,
+           r.status::text AS status, {time} AS changed_at
+    FROM {table} AS r
+    WHERE %(after)s IS NULL OR {id} > %(after)s
+    ORDER BY {id}
     LIMIT %(batch)s
+), owing AS (
+    SELECT b.*, p.stage, %(since)s IS NULL OR b.changed_at <= now() AS has_time
+    FROM batch AS b
+    JOIN pipeline_stages AS p ON p.table_name = {name} AND p.join_of = ''
+        AND (p.current_step, p.status) = (b.current_step, b.status)
+    WHERE %(since)s IS NULL OR (b.changed_at < %(since)s) IS NOT TRUE
 ), missed AS (
-    SELECT s.*, p.stage, CASE WHEN last.stage = p.stage AND last.outcome IN (
-                                  'succeeded', 'skipped', 'cancelled') THEN last.outcome END AS why
-    FROM batch AS s
-    JOIN pipeline_stages AS p USING (current_step, status)
+    SELECT o.*, CASE WHEN last.stage = o.stage AND last.outcome IN (
+                         'succeeded', 'skipped', 'cancelled') THEN last.outcome
+                     WHEN o.has_time IS NOT TRUE THEN %(no_time)s END AS why
+    FROM owing AS o
     CROSS JOIN LATERAL (
         SELECT (array_agg(a.stage ORDER BY a.finished_at DESC))[1] AS stage,
                (array_agg(a.outcome ORDER BY a.finished_at DESC))[1] AS outcome
-        FROM stage_attempts AS a WHERE a.job_id = s.job_id) AS last
-    WHERE NOT EXISTS (SELECT FROM stage_calls AS c WHERE c.job_id = s.job_id)
-      AND NOT EXISTS (SELECT FROM stage_leases AS l WHERE l.job_id = s.job_id)
-      AND (%(since)s IS NULL OR s.changed_at::timestamptz >= %(since)s)
+        FROM stage_attempts AS a
+        WHERE a.job_id = o.id AND a.table_name = {name}
+          AND (a.stage = o.stage OR NOT EXISTS (
+               SELECT FROM pipeline_stages AS q
+               WHERE q.stage = a.stage AND q.table_name = {name} AND q.join_of <> ''))) AS last
+    WHERE NOT EXISTS (SELECT FROM stage_calls AS c
+                      WHERE c.job_id = o.id AND c.table_name = {name} AND c.join_of = '')
+      AND NOT EXISTS (SELECT FROM stage_leases AS l
+                      WHERE l.job_id = o.id AND l.table_name = {name}
+                        AND (l.stage = o.stage OR NOT EXISTS (
+                             SELECT FROM pipeline_stages AS q
+                             WHERE q.stage = l.stage AND q.table_name = {name}
+                               AND q.join_of <> '')))
 )"""
 
-COUNT = f"""{MISSED}
-SELECT (SELECT max(job_id::text) FROM (SELECT job_id FROM batch ORDER BY job_id DESC LIMIT 1) AS t)
-           AS last,
-       (SELECT json_agg(json_build_array(current_step, status, stage, why, jobs))
-        FROM (SELECT current_step, status, stage, why, count(*) AS jobs
+COUNTED = """
+SELECT (SELECT id::text FROM batch ORDER BY id DESC LIMIT 1) AS last,
+       (SELECT json_agg(json_build_array(current_step, status, stage, why, rows))
+        FROM (SELECT current_step, status, stage, why, count(*) AS rows
               FROM missed GROUP BY 1, 2, 3, 4) AS counted) AS found
 """
 
+COUNT = MISSED + COUNTED
+
 RECORD = f"""{MISSED}, recorded AS (
-    INSERT INTO stage_calls (job_id, tenant_id, current_step, status, stage)
-    SELECT job_id, tenant_id, current_step, status, stage FROM missed WHERE why IS NULL
+    INSERT INTO stage_calls (job_id, table_name, tenant_id, current_step, status, stage)
+    SELECT id, {{name}}, tenant_id, current_step, status, stage FROM missed WHERE why IS NULL
     ON CONFLICT DO NOTHING
 )
-""" + COUNT.removeprefix(MISSED)
+{COUNTED}"""
 
-TIMES = """
-SELECT count(*) > 0 FROM pg_attribute
-WHERE attrelid = to_regclass('jobs') AND attname IN ('updated_at', 'created_at')
-  AND NOT attisdropped AND atttypid IN ('timestamptz'::regtype, 'timestamp'::regtype)
+
+def statement(conn, sql: str, of: Table) -> str:
+    names, column = rows.names(conn, of), rows.time_column(conn, of)
+    own_tenant = names["tenant"] if of.tenant else "NULL::text"
+    time = f"r.{column}" if column else "NULL::timestamptz"
+    return sql.format(own_tenant=own_tenant, time=time, **names)
+
+
+# --- calls of joins ------------------------------------------------------------------------
+
+# The next parents by id, and those of them whose rows are all in place, while stage_joins says that
+# no call was recorded since the last of them came. When that was is not known: the times of the
+# rows and of the parent tell when it was at the latest. A parent that is at the stage, or at one
+# that follows, was called by somebody else.
+JOIN_MISSED = """
+WITH batch AS (
+    SELECT {parent_id} AS id, r.current_step::text AS current_step, {parent_time} AS changed_at
+    FROM {parent_table} AS r
+    WHERE %(after)s IS NULL OR {parent_id} > %(after)s
+    ORDER BY {parent_id}
+    LIMIT %(batch)s
+), complete AS (
+    SELECT b.id, b.current_step, greatest(b.changed_at, child.changed_at) AS changed_at
+    FROM batch AS b CROSS JOIN LATERAL (
+        SELECT bool_and((r.current_step::text = %(step)s AND r.status::text = %(status)s) IS TRUE)
+                   AS are_there, max({time}) AS changed_at
+        FROM {table} AS r WHERE {parent} = b.id) AS child
+    WHERE child.are_there
+), missed AS (
+    SELECT c.id, CASE
+        WHEN m.parent_id IS NULL AND EXISTS (
+            SELECT FROM stage_attempts AS a
+            WHERE a.job_id = c.id AND a.table_name = %(table)s AND a.stage = %(stage)s
+              AND a.outcome IN ('succeeded', 'cancelled')) THEN 'succeeded'
+        WHEN m.parent_id IS NULL AND c.current_step IN (
+            SELECT s.stage FROM pipeline_stages AS s
+            WHERE s.table_name = %(table)s AND s.position >= (
+                SELECT min(p.position) FROM pipeline_stages AS p
+                WHERE p.join_of = %(join)s)) THEN 'past it'
+        WHEN c.changed_at IS NULL THEN %(no_time)s END AS why
+    FROM complete AS c
+    LEFT JOIN stage_joins AS m ON m.parent_id = c.id AND m.join_of = %(join)s
+    WHERE (m.is_open OR m.recorded_at IS NULL) IS TRUE
+      AND (c.changed_at < %(since)s) IS NOT TRUE
+      AND NOT EXISTS (SELECT FROM stage_calls AS o
+                      WHERE o.job_id = c.id AND o.table_name = %(table)s AND o.join_of = %(join)s)
+      AND NOT EXISTS (SELECT FROM stage_leases AS l
+                      WHERE l.job_id = c.id AND l.table_name = %(table)s AND l.stage = %(stage)s)
+      AND NOT EXISTS (SELECT FROM stage_looks AS k
+                      WHERE k.parent_id = c.id AND k.join_of = %(join)s AND k.arrived)
+)"""
+
+JOIN_COUNTED = """
+SELECT (SELECT id::text FROM batch ORDER BY id DESC LIMIT 1) AS last,
+       (SELECT json_agg(json_build_array('every', %(join)s, %(stage)s, why, parents))
+        FROM (SELECT why, count(*) AS parents FROM missed GROUP BY why) AS counted) AS found
 """
+
+JOIN_COUNT = JOIN_MISSED + JOIN_COUNTED
+
+# With the lock of joins.py, in a statement before: nobody takes a look between ours at stage_joins
+# and the one that we append.
+JOIN_RECORD = f"""
+SELECT pg_advisory_xact_lock(hashtextextended('job_state_listener.joins',
+                                              'stage_looks'::regclass::oid::bigint));
+{JOIN_MISSED}, recorded AS (
+    INSERT INTO stage_looks (parent_id, join_of, arrived)
+    SELECT id, %(join)s, true FROM missed WHERE why IS NULL
+)
+{JOIN_COUNTED}"""
+
+
+def join_statement(conn, sql: str, join: State) -> str:
+    parent = pipeline.tables()[pipeline.parent_name(join.table)]
+    of_parent, column = rows.names(conn, parent), rows.time_column(conn, join.table)
+    parent_column = rows.time_column(conn, parent)
+    return sql.format(
+        parent_id=of_parent["id"],
+        parent_table=of_parent["table"],
+        parent_time=in_the_past(parent_column),
+        time=in_the_past(column),
+        **rows.names(conn, join.table),
+    )
+
+
+def in_the_past(column: str | None) -> str:
+    return f"CASE WHEN r.{column} <= now() THEN r.{column} END" if column else "NULL::timestamptz"
+
+
+# --- looking through -----------------------------------------------------------------------
+
+
+def look_through(conn, sql: str, given: dict[str, Any], found: "Found", of: str) -> None:
+    """All rows of a table, or parents of a join, a batch at a time."""
+    after = None
+    while True:
+        row = db.execute(conn, sql, given | {"after": after, "batch": BATCH}).fetchone()
+        for step, status, stage, why, count in row.found or []:
+            if why:
+                found.kept[why] += count
+            else:
+                found.missed[Route(of, "", step, status), stage] += count
+        if row.last is None:
+            return
+        after = row.last
+
+
+class Found:
+    """What there is: calls that are missing, by route and stage; rows left alone, by reason; how
+    many calls are outdated; what was left out.
+    """
+
+    def __init__(self):
+        self.missed, self.kept = Counter(), Counter()
+        self.outdated, self.left_out = 0, []
+
+
+def look(conn, really: bool, since: datetime | None) -> Found:
+    found = Found()
+    tables = pipeline.tables()
+    timeless = [name for name, of in tables.items() if rows.time_column(conn, of) is None]
+    if since and len(timeless) == len(tables):
+        where = " or ".join(timeless)
+        raise Problem(
+            f"--since needs a column updated_at or created_at of type timestamptz in {where}: "
+            "leave it out"
+        )
+    for name, of in tables.items():
+        found.outdated += drop_outdated(conn, of, really)
+        if since and name in timeless:
+            found.left_out.append(f"{name} has no updated_at or created_at of type timestamptz: "
+                                  "its rows are left out with --since")  # fmt: skip
+            continue
+        given = {"since": since, "no_time": NO_TIME}
+        look_through(conn, statement(conn, RECORD if really else COUNT, of), given, found, name)
+    for name, join in pipeline.joins().items():
+        if since is None:
+            found.left_out.append(f"every {name}: left out without --since, as its rows stay in "
+                                  "place: python listener.py backfill --since 1d")  # fmt: skip
+            continue
+        parent = pipeline.parent_name(join.table)
+        if {parent, join.table.name} <= {*timeless}:
+            found.left_out.append(f"every {name}: left out, as neither {parent} nor "
+                                  f"{join.table.name} has a time")  # fmt: skip
+            continue
+        look_through_join(conn, name, join, really, {"since": since, "no_time": NO_TIME}, found)
+    return found
+
+
+def look_through_join(conn, name: str, join: State, really: bool, given: dict, found: Found):
+    [stage] = {f.__name__ for route, f in pipeline.routes().items() if route.join == name}
+    given = given | {
+        "join": name, "stage": stage, "step": join.step, "status": join.status,
+        "table": pipeline.parent_name(join.table),
+    }  # fmt: skip
+    sql = join_statement(conn, JOIN_RECORD if really else JOIN_COUNT, join)
+    look_through(conn, sql, given, found, "")
+    while really and joins.look(conn):
+        pass
+
+
+# --- the command ---------------------------------------------------------------------------
 
 
 @click.command(short_help="Record the calls that jobs owe and nobody recorded.")
@@ -93,43 +289,48 @@ def backfill(really: bool, since: datetime | None) -> None:
     """Give jobs the call that they owe and that nobody recorded.
 
     They were in a state that leads to a stage before install, or came to it while the trigger was
-    off. A call that was accepted before is not repeated. Without --apply nothing is changed.
+    off. So with rows of other tables, and with --since also with jobs whose rows are all in the
+    state that a call waits for. A call that was accepted before is not repeated. Without --apply
+    nothing is changed.
     """
-    conn = db.connect(config.settings(), "job-state-listener backfill")
+    conn = rows.connected("backfill")
     require_installed(conn)
-    if since and not db.execute(conn, TIMES).fetchone()[0]:
-        raise Problem("--since needs a column updated_at or created_at in jobs: leave it out")
-    outdated = db.execute(conn, DROP_OUTDATED if really else COUNT_OUTDATED)
-    moved = outdated.rowcount if really else outdated.fetchone()[0]
-    missed, kept = look_through(conn, RECORD if really else COUNT, since)
-    if missed:
-        rows = [[f"{step}, {status}", stage, n] for (step, status, stage), n in missed.items()]
-        click.echo(table(["state", "stage", "jobs"], sorted(rows)))
-    if moved:
-        click.echo(f"{moved} recorded calls are of jobs that have moved on{' → dropped' * really}")
-    if kept:
-        what = ", ".join(f"{n} {why}" for why, n in sorted(kept.items()))
-        click.echo(f"left alone, as their call was made before: {what}; see jobs --stalled")
-    count = sum(missed.values())
+    found = look(conn, really, since)
+    if found.missed:
+        cells = [[state_of(route), stage, n] for (route, stage), n in found.missed.items()]
+        click.echo(table(["state", "stage", "jobs"], sorted(cells)))
+    if found.outdated:
+        what = f"{found.outdated} recorded calls are of jobs that have moved on"
+        click.echo(f"{what}{' → dropped' * really}")
+    say_kept(found.kept)
+    for said in found.left_out:
+        click.echo(said)
+    count = sum(found.missed.values())
     if really:
         db.execute(conn, db.WAKE)
         click.echo(f"{count} calls recorded")
-    elif count or moved:
-        click.echo(f"{count} calls are missing; record them: python listener.py backfill --apply")
+    elif count or found.outdated:
+        given = f" --since {since.isoformat(timespec='seconds')}" if since else ""
+        apply = f"python listener.py backfill{given} --apply"
+        click.echo(f"{count} calls are missing; record them: {apply}")
     else:
         click.echo("no call is missing")
 
 
-def look_through(conn, sql: str, since: datetime | None) -> tuple[Counter, Counter]:
-    """All jobs, a batch at a time: what they miss by state, and what is left alone by reason."""
-    missed, kept, after = Counter(), Counter(), None
-    while True:
-        row = db.execute(conn, sql, {"after": after, "since": since, "batch": BATCH}).fetchone()
-        for step, status, stage, why, jobs in row.found or []:
-            if why:
-                kept[why] += jobs
-            else:
-                missed[step, status, stage] += jobs
-        if row.last is None:
-            return missed, kept
-        after = row.last
+def state_of(route: Route) -> str:
+    if not route.table:
+        return f"every {route.status}"
+    state = f"{route.step}, {route.status}"
+    return state if route.table == pipeline.JOBS.name else f"{route.table}: {state}"
+
+
+def say_kept(kept: Counter) -> None:
+    unknown = kept.pop(NO_TIME, 0)
+    if kept:
+        what = ", ".join(f"{n} {why}" for why, n in sorted(kept.items()))
+        click.echo(f"left alone, as their call was made before: {what}; see jobs --stalled")
+    if unknown:
+        click.echo(
+            f"left out: {unknown} whose time is not known, as it is empty or in the future; "
+            "backfill without --since takes them"
+        )

@@ -119,8 +119,35 @@ def test_since_leaves_older_jobs(database, unseen, run_command):
 def test_since_without_a_time_in_jobs_is_one_line(database, run_command):
     database.rows("ALTER TABLE jobs DROP COLUMN updated_at, DROP COLUMN created_at")
     refused = run_command(database, "backfill", "--since", "2h").refused(1)
-    assert refused == "--since needs a column updated_at or created_at in jobs: leave it out"
+    assert refused == (
+        "--since needs a column updated_at or created_at of type timestamptz in jobs: leave it out"
+    )
     assert run_command(database, "backfill").lines == ["no call is missing"]
+
+
+def test_only_a_time_with_its_zone_in_the_past_is_trusted(database, unseen, run_command):
+    database.rows("ALTER TABLE jobs ALTER created_at TYPE timestamp")
+    unseen(BORN, "img_gen", "done", 1)
+    unseen("UPDATE jobs SET updated_at = now() + interval '9 hours'")
+    assert run_command(database, "backfill", "--since", "2h").lines == [
+        "left out: 1 whose time is not known, as it is empty or in the future; "
+        "backfill without --since takes them",
+        "no call is missing",
+    ]
+    database.rows("ALTER TABLE jobs DROP updated_at")
+    assert run_command(database, "backfill", "--since", "2h").refused(1).endswith("leave it out")
+    assert run_command(database, "backfill", "--apply").lines == [
+        "state          stage        jobs",
+        "img_gen, done  vlm_analyze     1",
+        "1 calls recorded",
+    ]
+
+
+@pytest.mark.parametrize("value", ['{"a": "\\u0000"}', "1e400000"])
+def test_columns_that_are_not_needed_are_not_read(database, unseen, run_command, value):
+    database.rows("ALTER TABLE jobs ADD payload json")
+    unseen("INSERT INTO jobs (current_step, status, payload) VALUES ('img_gen', 'done', %s)", value)
+    assert run_command(database, "backfill", "--apply").lines[-1] == "1 calls recorded"
 
 
 def test_since_that_is_no_time_is_one_line(database, run_command):

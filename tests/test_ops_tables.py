@@ -1,0 +1,490 @@
+"""The commands about single calls, in a pipeline with rows of another table and joins."""
+
+import json
+import re
+from contextlib import closing
+
+import commands
+import pytest
+from claims import claim_many, connected, result, settle
+from commands import Done
+from variants import PIPELINE, TABLE, VARIANTS, Variants, stage
+
+import db
+import joins
+from ops.install import apply
+
+JOIN = "jobs_variants (iou_eval, done)"
+GIVE_UP = "UPDATE stage_calls SET due_at = 'infinity', last_error = 'HTTP 422', attempts = 1"
+AN_HOUR_AGO = (
+    "UPDATE stage_attempts SET started_at = now() - interval '1 h',"
+    " finished_at = now() - interval '1 h'; UPDATE jobs SET updated_at = now() - interval '1 h'"
+)
+
+
+@pytest.fixture
+def variants(database, use_pipeline) -> Variants:
+    """A database with jobs_variants, and PIPELINE of this process with its join."""
+    use_pipeline(PIPELINE)
+    database.rows(TABLE)
+    with closing(db.connect(database.settings())) as conn:
+        apply(conn)
+    return Variants(database)
+
+
+@pytest.fixture
+def run(variants, tmp_path):
+    """run(*args, api=None): a command, in this process."""
+
+    def typed(*args: str, api=None, **settings: str) -> Done:
+        environ = variants.database.environ | {"HEARTBEAT_DIR": str(tmp_path)} | settings
+        return commands.run_here(environ | ({"STAGE_API_URL": api.url} if api else {}), *args)
+
+    return typed
+
+
+@pytest.fixture
+def joined(variants) -> str:
+    """A job that owes a call of its own and one of its join."""
+    job = variants.database.add_job("ad_copy", "done")
+    variants.add(job, "iou_eval", "done", count=2)
+    look(variants.database)
+    return job
+
+
+def look(database) -> None:
+    with connected(database) as conn:
+        while joins.look(conn):
+            pass
+
+
+def call(database, stages: list[str], outcome: str = "succeeded", **given) -> None:
+    """Claim and settle the calls of some stages, as a listener does."""
+    with connected(database) as conn:
+        for row in claim_many(conn, 10, stages=stages).claimed:
+            if row.join_of:
+                joins.note_parent(conn, row)
+            settle(conn, result(row, outcome, table_name=row.table_name, **given))
+
+
+# --- job -----------------------------------------------------------------------------------
+
+
+def test_job_takes_the_id_of_either_table(variants, run):
+    job = variants.database.add_job("img_gen", "queued")
+    [variant] = variants.add(job, "img_gen", "done")
+    assert run("job", variant).lines[0] == (
+        f"jobs_variants {variant} is at (img_gen, done), of job {job}, tenant tenant"
+    )
+    assert run("job", variant).lines[1].startswith("owes: yolo_detect (call ")
+    said = json.loads(run("job", variant, "--json").out)
+    assert (said["table"], said["parent_id"], said["owes"]["stage"]) == (
+        "jobs_variants",
+        job,
+        "yolo_detect",
+    )
+
+
+def test_parent_shows_its_rows_and_what_it_waits_for(variants, run):
+    job = variants.database.add_job("img_gen", "queued")
+    [first] = variants.add(job, "iou_eval", "done")
+    [second] = variants.add(job, "img_gen", "done")
+    lines = run("job", job).lines
+    assert lines[:3] == [
+        f"job {job} is at (img_gen, queued), tenant tenant",
+        "owes: nothing",
+        f"every {JOIN}: waiting for 1 of 2",
+    ]
+    assert re.split(r" {2,}", lines[3]) == ["jobs_variants", "state", "owes"]
+    assert {tuple(re.split(r" {2,}", line)) for line in lines[4:]} == {
+        (first, "iou_eval, done", "-"),
+        (second, "img_gen, done", "yolo_detect: due now"),
+    }
+
+
+def test_parent_tells_its_own_call_and_that_of_its_join(variants, run, joined):
+    _, own, join, *_ = run("job", joined).lines
+    assert own.startswith("owes: instagram (call ")
+    assert join.startswith(f"every {JOIN}: owes ad_copy (call ")
+    said = json.loads(run("job", joined, "--json").out)
+    assert said["owes"]["stage"] == "instagram"
+    [told] = said["joins"]
+    assert (told["rows"], told["in_place"], told["owes"]["stage"]) == (2, 2, "ad_copy")
+    call(variants.database, ["ad_copy"])
+    assert "all 2 are there; ad_copy was recorded " in run("job", joined).lines[2]
+
+
+def test_many_rows_are_summed_up(variants, run):
+    job = variants.database.add_job("img_gen", "queued")
+    variants.add(job, "img_gen", "done", count=25), variants.add(job, "iou_eval", "failed")
+    lines = [re.split(r" {2,}", line) for line in run("job", job).lines[3:]]
+    assert lines == [
+        ["jobs_variants", "rows", "owed", "given up"],
+        ["img_gen, done", "25", "25", "0"],
+        ["iou_eval, failed", "1", "0", "0"],
+    ]
+
+
+def test_row_that_its_stage_set_failed_says_why_and_how_it_goes_on(variants, run):
+    job = variants.database.add_job("img_gen", "queued")
+    [variant] = variants.add(job, "img_gen", "done")
+    with connected(variants.database) as conn:
+        [row] = claim_many(conn, 1, stages=["yolo_detect"]).claimed
+        variants.move(variant, "yolo_detect", "failed")
+        settle(conn, result(row, "failed", table_name="jobs_variants", error="HTTP 500: no memory"))
+    rests = next(line for line in run("job", variant).lines if line.startswith("rests"))
+    why, sql = rests.split("; to call yolo_detect again: ")
+    assert why.endswith(": set failed by its stage: HTTP 500: no memory")
+    variants.database.rows(sql)
+    assert ("jobs_variants", variant, "yolo_detect") in variants.owed()
+
+
+def test_stalled_join_is_called_again_by_what_job_says(variants, run, joined):
+    call(variants.database, ["ad_copy", "instagram"])
+    variants.database.rows("UPDATE stage_joins SET recorded_at = now() - interval '1 h'")
+    variants.database.rows(AN_HOUR_AGO)
+    said = json.loads(run("job", joined, "--json").out)["rests"]
+    assert said["stage"] in ("ad_copy", "instagram")
+    variants.database.rows(said["mend"])
+    look(variants.database)
+    assert ("jobs", joined, said["stage"]) in variants.owed()
+
+
+# --- ids that need more --------------------------------------------------------------------
+
+
+@pytest.fixture
+def numbers(empty_database, use_pipeline, tmp_path):
+    """run(*args) on a database whose tables both have numbers as ids, some of them the same."""
+    use_pipeline(PIPELINE)
+    empty_database.rows(
+        "CREATE TABLE jobs (job_id bigint PRIMARY KEY, tenant_id text, current_step text,"
+        " status text);"
+        "CREATE TABLE jobs_variants (job_variants_id bigint PRIMARY KEY, job_id bigint,"
+        " current_step text, status text); CREATE INDEX ON jobs_variants (job_id)"
+    )
+    with closing(db.connect(empty_database.settings())) as conn:
+        apply(conn)
+    empty_database.rows(
+        "INSERT INTO jobs VALUES (7, 't', 'img_gen', 'done'), (-8, 't', 'img_gen', 'done');"
+        "INSERT INTO jobs_variants VALUES (7, 7, 'img_gen', 'done'), (9, 7, 'img_gen', 'done')"
+    )
+    environ = empty_database.environ | {"HEARTBEAT_DIR": str(tmp_path)}
+    return lambda *args: commands.run_here(environ, *args)
+
+
+@pytest.mark.parametrize("command", ["job", "retry", "cancel", "call"])
+def test_id_of_two_tables_needs_the_table(empty_database, numbers, command):
+    assert numbers(command, "7").refused(1) == (
+        "7 is in jobs and in jobs_variants: give --table jobs or --table jobs_variants"
+    )
+    assert numbers(command, "10").refused(1) == "there is no row 10 in jobs or jobs_variants"
+    refused = numbers(command, "10", "--table", "jobs_variants").refused(1)
+    assert refused == "there is no jobs_variants 10"
+
+
+def test_hint_for_an_id_of_two_tables_works_as_typed(empty_database, numbers):
+    empty_database.rows(GIVE_UP)
+    owes = numbers("job", "7", "--table", "jobs_variants").lines[1]
+    typed = owes.split("; python listener.py ")[1].split()
+    assert numbers(*typed).lines == ["due again: jobs_variants 7, stage yolo_detect"]
+
+
+def test_id_may_begin_with_a_dash(empty_database, numbers):
+    empty_database.rows(GIVE_UP)
+    typed = numbers("job", "-8").lines[1].split("; python listener.py ")[1].split()
+    assert numbers(*typed).lines == ["due again: job -8, stage vlm_analyze"]
+    assert numbers("cancel", "-8", "--reason", "-").lines == [
+        "cancelled: job -8, stage vlm_analyze"
+    ]
+    [*_, attempt] = json.loads(numbers("job", "--json", "--", "-8").out)["attempts"]
+    assert (attempt["outcome"], attempt["error"]) == ("cancelled", "-")
+
+
+def test_text_id_with_two_dashes_and_blanks_works_as_the_hint_says(empty_database, run_command):
+    empty_database.rows(
+        "CREATE TABLE jobs (job_id text PRIMARY KEY, tenant_id text, current_step text,"
+        " status text)"
+    )
+    run_command(empty_database, "install")
+    for id_, hint in (("--all", "retry -- --all"), ("-a b", "retry '-a b'")):
+        empty_database.rows("INSERT INTO jobs VALUES (%s, 't', 'planner', 'done')", id_)
+        empty_database.rows(GIVE_UP)
+        owes = run_command(empty_database, "job", "--", id_).lines[1]
+        assert owes.endswith(f"; python listener.py {hint}")
+    done = run_command(empty_database, "retry", "--", "--all")
+    assert done.lines == ["due again: job --all, stage overlay"]
+
+
+# --- retry, cancel, call -------------------------------------------------------------------
+
+
+def test_retry_of_a_row_revives_all_that_was_given_up_of_it(variants, run, joined):
+    variants.database.rows(GIVE_UP)
+    assert sorted(run("retry", joined).lines) == [
+        f"due again: job {joined}, stage ad_copy",
+        f"due again: job {joined}, stage instagram",
+    ]
+
+
+def test_retry_leaves_the_other_call_of_the_same_row(variants, run, joined):
+    variants.database.rows(f"{GIVE_UP} WHERE join_of <> ''")
+    before = variants.database.value("SELECT due_at FROM stage_calls WHERE join_of = ''")
+    assert run("retry", joined).lines == [f"due again: job {joined}, stage ad_copy"]
+    after = variants.database.value("SELECT due_at FROM stage_calls WHERE join_of = ''")
+    assert after == before
+
+
+def test_retry_of_all_calls_of_one_table(variants, run, joined):
+    variants.add(joined, "img_gen", "done")
+    variants.database.rows(GIVE_UP)
+    [line] = run("retry", "--all", "--table", "jobs_variants").lines
+    assert line.startswith("due again: jobs_variants ")
+
+
+@pytest.mark.parametrize("command", ["cancel", "call"])
+def test_one_of_several_calls_must_be_named(variants, run, api, joined, command):
+    refused = run(command, joined, api=api).refused(1)
+    assert refused == (
+        f"job {joined} owes calls to instagram and ad_copy: "
+        "give --stage instagram or --stage ad_copy"
+    )
+    refused = run(command, joined, "--stage", "iou_eval", api=api).refused(1)
+    assert refused == f"job {joined} owes no call to iou_eval: it is at (ad_copy, done)"
+
+
+def test_cancel_drops_the_call_that_is_named(variants, run, joined):
+    done = run("cancel", joined, "--stage", "ad_copy")
+    assert done.lines == [f"cancelled: job {joined}, stage ad_copy"]
+    assert variants.owed() == [("jobs", joined, "instagram")]
+
+
+def test_cancel_of_a_row_is_recorded_with_its_table(variants, run):
+    [variant] = variants.add(variants.database.add_job("x", "y"), "img_gen", "done")
+    assert run("cancel", variant).lines == [
+        f"cancelled: jobs_variants {variant}, stage yolo_detect"
+    ]
+    [attempt] = variants.database.attempts(variant)
+    assert (attempt.table_name, attempt.outcome) == ("jobs_variants", "cancelled")
+
+
+def test_call_makes_the_call_that_is_named(variants, run, accepting, joined):
+    assert run("call", joined, "--stage", "ad_copy", api=accepting).code == 0
+    assert [request.head.split()[1] for request in accepting.requests] == ["/ad_copy"]
+    assert variants.owed() == [("jobs", joined, "instagram")]
+    noted = "SELECT is_noted, parent_step FROM stage_joins"
+    assert tuple(variants.database.row(noted)) == (True, "ad_copy")
+
+
+def test_call_of_a_row_whose_stage_sets_it_failed_is_recorded_so(variants, run, serve):
+    [variant] = variants.add(variants.database.add_job("x", "y"), "img_gen", "done")
+
+    def fail(connection):
+        connection.receive()
+        variants.move(variant, "yolo_detect", "failed")
+        connection.send(b"HTTP/1.1 500 Error\r\nContent-Length: 9\r\n\r\nno memory")
+
+    done = run("call", variant, api=serve(fail))
+    assert done.code == 1
+    [attempt] = variants.database.attempts(variant)
+    assert attempt.outcome == "failed"
+    assert attempt.error == "HTTP 500: no memory (set failed by its stage)"
+    assert "단계가 failed로 설정함" in done.out
+
+
+def test_call_of_a_join_that_is_not_complete_any_more_is_made_once_it_is(variants, run, api):
+    job = variants.database.add_job("x", "y")
+    [variant] = variants.add(job, "iou_eval", "done")
+    look(variants.database)
+    variants.move(variant, "img_gen", "queued")
+    assert f"job {job} owes no call" in run("call", job, "--stage", "ad_copy", api=api).err
+    variants.database.rows("SET session_replication_role = replica")
+    variants.move(variant, "iou_eval", "done")
+    look(variants.database)
+    assert variants.owed() == [("jobs", job, "ad_copy")]
+
+
+# --- jobs ----------------------------------------------------------------------------------
+
+
+def test_jobs_has_a_block_for_each_table_and_what_joins_wait_for(variants, run):
+    waiting, complete = (variants.database.add_job("x", "y") for _ in range(2))
+    variants.add(waiting, "iou_eval", "done", count=2), variants.add(waiting, "img_gen", "done")
+    variants.add(complete, "iou_eval", "done", count=3)
+    look(variants.database)
+    assert [re.split(r" {2,}", line) for line in run("jobs").lines] == [
+        ["step", "status", "jobs", "leads to", "owed", "given up"],
+        ["x", "y", "2", "-", "0", "0"],
+        [""],
+        ["step", "status", "jobs_variants", "leads to", "owed", "given up"],
+        ["img_gen", "done", "1", "yolo_detect", "1", "0"],
+        ["iou_eval", "done", "5", "-", "0", "0"],
+        [""],
+        ["join", "complete", "waiting", "leads to", "owed", "given up"],
+        [f"every {JOIN}", "1", "1", "ad_copy", "1", "0"],
+    ]
+    [join] = json.loads(run("jobs", "--json").out)["joins"]
+    assert (join["complete"], join["waiting"], join["owed"]) == (1, 1, 1)
+    assert run("jobs", "--table", "jobs").lines[-1].split()[:3] == ["x", "y", "2"]
+
+
+def test_lists_are_of_all_tables_and_a_row_has_the_tenant_of_its_parent(variants, run):
+    acme, zoo = (variants.database.add_job("img_gen", "done", t) for t in ("acme", "zoo"))
+    [first] = variants.add(acme, "img_gen", "done")
+    variants.add(zoo, "img_gen", "done")
+    variants.database.rows(GIVE_UP)
+
+    def found(*args: str) -> set[str]:
+        return {row["job_id"] for row in json.loads(run("jobs", *args, "--json").out)["jobs"]}
+
+    assert found("--tenant", "acme") == {acme, first}
+    assert found("--tenant", "acme", "--given-up") == {acme, first}
+    assert found("--tenant", "acme", "--since", "1h") == {acme, first}
+    assert found("--tenant", "acme", "--table", "jobs_variants") == {first}
+    assert found("--given-up", "--table", "jobs_variants", "--stage", "vlm_analyze") == set()
+    heading, *_, times = run("jobs", "--tenant", "acme").lines
+    assert heading.split() == ["job", "state", "since", "owes", "tenant", "table"]
+    assert times == (
+        "since: jobs.updated_at, "
+        "when a call was last recorded or tried (jobs_variants has no updated_at)"
+    )
+
+
+def test_parent_is_listed_with_the_call_of_its_join(variants, run, joined):
+    [line] = run("jobs", "--stage", "ad_copy").lines[1:-1]
+    assert re.split(r" {2,}", line)[3] == "ad_copy: due now"
+
+
+def test_failed_rows_are_listed_with_the_reason(variants, run):
+    [variant] = variants.add(variants.database.add_job("x", "y"), "yolo_detect", "failed")
+    variants.database.rows(
+        "INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, stage, worker,"
+        " started_at, finished_at, outcome, error) VALUES (%s, 'jobs_variants', 1, 1,"
+        " 'yolo_detect', 'w', now(), now(), 'failed', 'HTTP 500: \\u2191')", variant)  # fmt: skip
+    line = run("jobs", "--failed").lines[1]
+    job, state, _, why, tenant, table = re.split(r" {2,}", line)
+    assert (job, state, tenant, table) == (
+        variant, "yolo_detect, failed", "tenant", "jobs_variants",
+    )  # fmt: skip
+    assert why == "set failed by its stage: HTTP 500: ↑"
+    assert run("jobs", "--failed", "--table", "jobs").lines == ["no job matches"]
+
+
+# --- backfill ------------------------------------------------------------------------------
+
+REPLICA = "SET session_replication_role = replica"
+ORIGIN = "RESET session_replication_role"
+DISABLE = "ALTER TABLE jobs_variants DISABLE TRIGGER USER"
+ENABLE = "ALTER TABLE jobs_variants ENABLE TRIGGER USER"
+
+
+@pytest.mark.parametrize(("off", "on"), [(REPLICA, ORIGIN), (DISABLE, ENABLE)])
+def test_backfill_finds_rows_of_all_tables(variants, run, off, on):
+    job = variants.database.add_job("x", "y")
+    variants.database.rows(off)
+    [variant] = variants.add(job, "img_gen", "done")
+    variants.database.rows(on)
+    assert run("backfill", "--apply").lines == [
+        "state                         stage        jobs",
+        "jobs_variants: img_gen, done  yolo_detect     1",
+        f"every {JOIN}: left out without --since, as its rows stay in place: "
+        "python listener.py backfill --since 1d",
+        "1 calls recorded",
+    ]
+    assert variants.owed() == [("jobs_variants", variant, "yolo_detect")]
+
+
+def lose_arrival(variants, how: str) -> str:
+    """A job whose last row arrived while nobody could see it."""
+    database = variants.database
+    job = database.add_job("x", "y")
+    [variant] = variants.add(job, "yolo_detect", "running")
+    variants.add(job, "iou_eval", "done")
+    look(database)
+    if how == "TRUNCATE":
+        variants.move(variant, "iou_eval", "done")
+        database.rows("TRUNCATE stage_looks")
+        return job
+    off, on = (REPLICA, ORIGIN) if how == "replica" else (DISABLE, ENABLE)
+    database.rows(off)
+    variants.move(variant, "iou_eval", "done")
+    database.rows(on)
+    return job
+
+
+@pytest.mark.parametrize("how", ["TRUNCATE", "replica", "DISABLE"])
+def test_backfill_finds_joins_whose_last_arrival_was_not_seen(variants, run, how):
+    job = lose_arrival(variants, how)
+    missing = run("backfill", "--since", "1h").lines
+    assert re.split(r" {2,}", missing[1]) == [f"every {JOIN}", "ad_copy", "1"]
+    assert variants.owed() == []
+    assert run("backfill", "--since", "1h", "--apply").lines[-1] == "1 calls recorded"
+    assert variants.owed() == [("jobs", job, "ad_copy")]
+    assert run("backfill", "--since", "1h", "--apply").lines[-1] == "0 calls recorded"
+
+
+def test_backfill_leaves_older_parents(variants, run):
+    lose_arrival(variants, "TRUNCATE")
+    variants.database.rows("UPDATE jobs SET updated_at = now() - interval '3 h'")
+    assert run("backfill", "--since", "2h").lines[-1] == "no call is missing"
+
+
+def test_backfill_never_repeats_a_join_that_was_recorded_though_history_is_pruned(variants, run):
+    job = variants.database.add_job("x", "y")
+    variants.add(job, "iou_eval", "done", count=2)
+    look(variants.database)
+    call(variants.database, ["ad_copy"])
+    variants.database.rows("TRUNCATE stage_attempts")
+    assert run("backfill", "--since", "1h").lines[-1] == "no call is missing"
+
+
+@pytest.mark.parametrize("step", ["ad_copy", "instagram"])
+def test_backfill_leaves_parents_that_are_past_a_join(variants, run, step):
+    job = variants.database.add_job(step, "running")
+    variants.database.rows(REPLICA)
+    variants.add(job, "iou_eval", "done")
+    assert (
+        "left alone, as their call was made before: 1 past it"
+        in run("backfill", "--since", "1h").out
+    )
+
+
+def test_own_call_that_was_made_before_that_of_a_join_is_not_repeated(variants, run):
+    job = variants.database.add_job("img_gen", "done")
+    call(variants.database, ["vlm_analyze"])
+    variants.add(job, "iou_eval", "done")
+    look(variants.database)
+    call(variants.database, ["ad_copy"])
+    run("backfill", "--apply")
+    assert variants.owed() == []
+
+
+def test_calls_of_rows_that_moved_on_unseen_are_dropped(variants, run):
+    [variant] = variants.add(variants.database.add_job("x", "y"), "img_gen", "done")
+    variants.database.rows(REPLICA)
+    variants.move(variant, "yolo_detect", "running")
+    assert "1 recorded calls are of jobs that have moved on" in run("backfill", "--apply").out
+    [attempt] = variants.database.attempts(variant)
+    assert (attempt.table_name, attempt.outcome) == ("jobs_variants", "skipped")
+
+
+def test_two_joins_of_one_parent_are_found_apart(variants, run, use_pipeline):
+    use_pipeline(PIPELINE | {VARIANTS.every("yolo_detect", "done"): stage("collage")})
+    with closing(db.connect(variants.database.settings())) as conn:
+        apply(conn)
+    job = lose_arrival(variants, "TRUNCATE")
+    run("backfill", "--since", "1h", "--apply")
+    assert variants.owed() == [("jobs", job, "ad_copy")]
+
+
+# --- what is said of mistakes --------------------------------------------------------------
+
+
+def test_table_that_the_application_dropped_is_not_said_to_be_ours(variants, run):
+    variants.database.rows("DROP TABLE jobs_variants")
+    refused = run("jobs").refused(1)
+    assert refused == 'the database refused: relation "jobs_variants" does not exist'
+    variants.database.rows("DROP TABLE stage_attempts CASCADE")
+    assert run("jobs", "--since", "1h", "--table", "jobs").refused(1) == (
+        'relation "stage_attempts" does not exist: run `make trigger` (python listener.py install)'
+    )
