@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 import psycopg2
+from click.shell_completion import CompletionItem
 from psycopg2.extensions import quote_ident
 
 import config
@@ -54,6 +55,9 @@ class TableName(click.ParamType):
         near = difflib.get_close_matches(value, names, 1)
         meant = f"did you mean {near[0]}? " if near else ""
         self.fail(f"{value!r} is no table: {meant}There are {', '.join(names)}", param, context)
+
+    def shell_complete(self, context, param, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in pipeline.tables() if name.startswith(incomplete)]
 
 
 TABLE = click.option(

@@ -3,6 +3,7 @@
 import difflib
 
 import click
+from click.shell_completion import CompletionItem
 
 import pipeline
 
@@ -19,3 +20,8 @@ class StageName(click.ParamType):
         near = difflib.get_close_matches(value, names, 1)
         meant = f"did you mean {near[0]}? " if near else ""
         self.fail(f"{value!r} is no stage: {meant}There are {', '.join(names)}", param, context)
+
+    def shell_complete(self, context, param, incomplete: str) -> list[CompletionItem]:
+        return [
+            CompletionItem(name) for name in pipeline.stage_names() if name.startswith(incomplete)
+        ]
