@@ -15,7 +15,8 @@ SELECT stage, p.position, coalesce(c.owed, 0) AS owed, coalesce(c.due, 0) AS due
        p.held_by, p.held_reason, p.timeout,
        coalesce(a.calls_last_hour, 0) AS calls_last_hour,
        coalesce(a.failures_last_hour, 0) AS failures_last_hour, a.p50_seconds, a.p95_seconds,
-       coalesce(p.tables, c.tables) AS tables,
+       coalesce(p.tables, ARRAY(SELECT DISTINCT o.table_name FROM stage_calls AS o
+                                WHERE o.stage = c.stage)) AS tables,
        CASE WHEN c.retrying > 0 THEN (
            SELECT r.last_error FROM stage_calls AS r
            WHERE r.stage = c.stage AND r.worker IS NULL AND r.attempts > 0
@@ -29,7 +30,7 @@ FROM (
            max(held_reason) FILTER (WHERE held_until > now()) AS held_reason
     FROM pipeline_stages GROUP BY stage) AS p
 FULL JOIN (  -- a stage that lost its route shows what it still owes
-    SELECT stage, count(*) AS owed, array_agg(DISTINCT table_name) AS tables,
+    SELECT stage, count(*) AS owed,
            count(*) FILTER (WHERE due_at <= now()) AS due,
            count(*) FILTER (WHERE worker IS NULL AND attempts > 0
                               AND due_at < 'infinity') AS retrying,

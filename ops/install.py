@@ -1,6 +1,7 @@
 """`install` and `uninstall`: the database's part, and its copy of PIPELINE."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,7 +86,7 @@ WHERE p.pronamespace = (SELECT relnamespace FROM pg_class WHERE oid = coalesce(
 
 OBJECTS = f"""
 SELECT CASE relkind WHEN 'v' THEN 'view ' ELSE 'table ' END || relname AS name FROM pg_class
-WHERE oid IN (SELECT to_regclass(name) FROM unnest(%(names)s::text[]) AS name)
+WHERE oid IN (SELECT to_regclass(quote_ident(name)) FROM unnest(%(names)s::text[]) AS name)
 UNION ALL
 SELECT 'function ' || proname || '()' FROM ({OURS}) AS ours
 UNION ALL
@@ -96,9 +97,9 @@ WHERE t.tgparentid = 0
 """
 
 
-def objects(conn) -> list[str]:
-    """What is there of jobs, and of what install makes."""
-    given = {"names": ["jobs", *TABLES, *VIEWS]}
+def objects(conn, tables: Iterable[str] = ()) -> list[str]:
+    """What is there of the application's `tables`, and of what install makes."""
+    given = {"names": [*tables, *TABLES, *VIEWS]}
     return [row.name for row in db.execute(conn, OBJECTS, given)]
 
 
@@ -202,11 +203,13 @@ def described(settings: SimpleNamespace) -> dict[str, list]:
 def install(reader: str | None, notify: bool | None, insert: bool | None) -> None:
     """Create tables, functions, triggers and views, and copy PIPELINE into the database.
 
-    Again and again without harm: what is right already stays as it is, and jobs is not changed.
+    Again and again without harm: what is right already stays as it is, and no row of jobs, or of
+    another table of PIPELINE, is changed. Where one cannot be used, it says why and does nothing.
     """
     settings = config.settings()
     conn = db.connect(settings, "job-state-listener install")
-    before = set(objects(conn))
+    tables = pipeline.tables()
+    before = set(objects(conn, tables))
     try:
         before_routes, version = known(conn), migrations.version(conn)
     except psycopg2.errors.UndefinedTable:
@@ -229,7 +232,7 @@ def install(reader: str | None, notify: bool | None, insert: bool | None) -> Non
     if version < migrations.LATEST:
         click.echo(f"  migrated from version {version} to {migrations.LATEST}")
         click.echo("  note: a listener of that version begins no more calls: start the new one")
-    there = objects(conn)
+    there = objects(conn, tables)
     for name in there:
         kept = "checked" if name.startswith("function") else "kept"
         click.echo(f"  {kept if name in before else 'created':7}  {name}")
@@ -278,15 +281,16 @@ DROP TABLE IF EXISTS {", ".join(TABLES)};
 """
 
 OPEN_CALLS = "SELECT count(*) FROM stage_calls"
+THEIRS = "SELECT name FROM pipeline_tables ORDER BY position"
 
 
 @click.command(short_help="Remove what install made; jobs and its rows stay.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def uninstall(yes: bool) -> None:
-    """Remove exactly what install made. The table jobs and its rows stay."""
+    """Remove exactly what install made. The application's tables and their rows stay."""
     settings = config.settings()
     conn = db.connect(settings, "job-state-listener uninstall")
-    there = [name for name in objects(conn) if name != "table jobs"]
+    there = objects(conn)
     if not there:
         click.echo("nothing to remove")
         return
@@ -295,13 +299,17 @@ def uninstall(yes: bool) -> None:
         click.echo(f"  {name}")
     if "table stage_calls" in there:
         count = db.execute(conn, OPEN_CALLS).fetchone()[0]
-        click.echo(f"and with them {count} open calls and the history. jobs is not touched.")
+        theirs = ["jobs"]
+        if "table pipeline_tables" in there:
+            theirs = [row.name for row in db.execute(conn, THEIRS)]
+        stay = f"{', '.join(theirs)} {'are' if len(theirs) > 1 else 'is'} not touched"
+        click.echo(f"and with them {count} open calls and the history. {stay}.")
     if not yes:
         click.confirm("Remove?", abort=True)
     try:
         db.execute(conn, LOCK_TIMEOUT + DROP)
     except psycopg2.errors.LockNotAvailable:
         raise Problem(
-            "jobs is locked by another transaction; nothing was removed: try again"
+            "a table is locked by another transaction; nothing was removed: try again"
         ) from None
     click.echo("removed")

@@ -13,11 +13,13 @@ import psycopg2
 
 import config
 import db
+import pipeline
 import upkeep
 from logs import CONTROL
 from ops.listeners import connected
+from ops.resting import NONE, resting
 from ops.routes import difference
-from ops.verify import QUEUE, TRIGGERS
+from ops.verify import QUEUE, triggers
 from ops.whole import write_whole
 
 # --- what there is -------------------------------------------------------------------------
@@ -59,6 +61,10 @@ FAMILIES = {
         "gauge",
         "Jobs that no call and no stage has moved on for longer than the stage's timeout.",
     ),
+    "job_state_listener_failed_jobs": (
+        "gauge",
+        "Jobs that their stage has set failed, where no stage follows from that.",
+    ),
     "job_state_listener_attempts_total": (
         "counter",
         "Finished attempts by outcome; nothing was called where it is skipped or cancelled.",
@@ -69,7 +75,8 @@ FAMILIES = {
     ),
     "job_state_listener_database_trigger_enabled": (
         "gauge",
-        "1 if the database trigger is there, ours and enabled; else calls go unrecorded.",
+        "1 if the database trigger is there, ours and enabled; else calls go unrecorded. table: if "
+        "not jobs.",
     ),
     "job_state_listener_routes_in_sync": (
         "gauge",
@@ -121,8 +128,6 @@ FROM pipeline_overview
 ORDER BY position NULLS LAST, stage
 """
 
-STALLED = "SELECT stage, count(*) AS jobs FROM stalled_jobs() GROUP BY stage"
-
 RECENT = "stage_attempts WHERE finished_at > (SELECT counted_until FROM stage_totals_mark)"
 
 # In one statement, so that no attempt is between the two while a listener counts it. The planner
@@ -142,7 +147,7 @@ GROUP BY stage, outcome, within_seconds
 
 def read_stages(conn, page: Page) -> None:
     stages = db.execute(conn, STAGES).fetchall()
-    stalled = {row.stage: row.jobs for row in db.execute(conn, STALLED)}
+    resting_rows = resting(conn)
     for row in stages:
         held = row.held_until is not None and not row.paused
         values = {
@@ -154,7 +159,8 @@ def read_stages(conn, page: Page) -> None:
             "given_up_calls": row.given_up,
             "stage_held": int(held),
             "stage_paused": int(bool(row.paused)),
-            "stalled_jobs": stalled.get(row.stage, 0),
+            "stalled_jobs": resting_rows.get((row.stage, "stalled"), NONE).jobs,
+            "failed_jobs": resting_rows.get((row.stage, "failed"), NONE).jobs,
         }
         if row.max_running:
             values["max_running_calls"] = row.max_running
@@ -191,10 +197,11 @@ def read_all(conn, page: Page) -> None:
         psycopg2.Error: some of it could not be read.
     """
     read_stages(conn, page)
-    page.add("listeners_connected", len(connected(conn)))
-    for row in db.execute(conn, TRIGGERS):
+    page.add("listeners_connected", connected(conn))
+    for row in triggers(conn):
         enabled = bool(row.ours and row.enabled in ("O", "A"))
-        page.add("database_trigger_enabled", int(enabled), trigger=row.name)
+        table = {} if row.table_name == pipeline.JOBS.name else {"table": row.table_name}
+        page.add("database_trigger_enabled", int(enabled), trigger=row.name, **table)
     page.add("routes_in_sync", int(not difference(conn)))
     full = db.execute(conn, QUEUE).fetchone()[0]
     page.add("notification_queue_usage_ratio", full / 100)

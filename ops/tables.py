@@ -1,6 +1,7 @@
 """Whether the application's tables are as PIPELINE declares them; `install` refuses others."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import db
 import pipeline
@@ -33,75 +34,102 @@ JOIN pg_class AS c ON c.oid = a.attrelid
 WHERE a.attrelid = %(table)s::regclass AND a.attnum > 0 AND NOT a.attisdropped
 """
 
+# Beside jobs, as our functions name them all with its schema.
 PLACE = """
-SELECT format('%%I.%%I', n.nspname, c.relname) AS name, c.relowner::regrole::text AS owner
+SELECT format('%%I.%%I', n.nspname, c.relname) AS name, c.relowner::regrole::text AS owner,
+       (SELECT rolsuper FROM pg_roles WHERE oid = c.relowner)
+       OR (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)
+       OR c.relowner::regrole = current_user::regrole AS may_install
 FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
 WHERE n.oid = (SELECT relnamespace FROM pg_class WHERE oid = to_regclass('jobs'))
   AND c.relname = %(name)s AND c.relkind IN ('r', 'p')
 """
 
 
+class Fault(NamedTuple):
+    """What keeps a table from being used, and the way out."""
+
+    what: str
+    mend: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.mend}"
+
+
 def require_usable(conn) -> None:
     """Raises Problem, which names all faults, where a table of PIPELINE cannot be used."""
-    if found := "; ".join(faults(conn)):
-        raise Problem(f"{found}; nothing was changed")
+    found = [*faults(conn), *faults_of_owner(conn)]
+    if found:
+        raise Problem(f"{'; '.join(map(str, found))}; nothing was changed")
 
 
-def faults(conn) -> Iterator[str]:
-    """What keeps the tables of PIPELINE from being used, and the way out, a line each."""
-    tables = pipeline.tables()
+def faults_of_owner(conn) -> Iterator[Fault]:
+    """Whoever owns jobs can have code run by our functions (a cast), with the rights of their
+    owner: that has to be the same role.
+    """
+    place = db.execute(conn, PLACE, {"name": pipeline.JOBS.name}).fetchone()
+    if place and not place.may_install:
+        yield Fault(
+            f"jobs belongs to {place.owner}, whose code would run with the rights of "
+            f"{conn.info.user}",
+            f"install as {place.owner}, or as a superuser",
+        )
+
+
+def faults(conn) -> Iterator[Fault]:
+    """What is wrong with the tables of PIPELINE as they are."""
     joined = {key.table.name for key in pipeline.joins().values()}
     types, owners = {}, {}
-    for table in tables.values():
+    for table in pipeline.tables().values():
         place = db.execute(conn, PLACE, {"name": table.name}).fetchone()
         if place is None:
             if table.name != pipeline.JOBS.name:  # which schema.sql makes
-                yield f"there is no table {table.name} beside jobs"
+                what = f"there is no table {table.name} beside jobs"
+                yield Fault(what, "create it, or take it out of PIPELINE")
             continue
-        columns = {
-            row.name: row
-            for row in db.execute(conn, COLUMNS, {"table": place.name, "tenant": table.tenant})
-        }
-        needed = [
-            table.id,
-            table.tenant,
-            "current_step",
-            "status",
-            table.parent and table.parent[1],
-        ]
+        columns = {row.name: row for row in db.execute(conn, COLUMNS, {"table": place.name})}
+        parent = table.parent and table.parent[1]
+        needed = [table.id, table.tenant, "current_step", "status", parent]
         if missing := [name for name in needed if name and name not in columns]:
-            yield f"table {table.name} has no column {', '.join(missing)}"
+            what = f"table {table.name} has no column {', '.join(missing)}"
+            yield Fault(what, "add it (ALTER TABLE)" + OTHER * (table != pipeline.JOBS))
             continue
         yield from faults_of_columns(table, columns, table.name in joined)
         types[table.name], owners[table.name] = columns[table.id].type, place.owner
-        if table.parent and columns[table.parent[1]].type != columns[table.id].type:
-            yield (
-                f"{table.name}.{table.parent[1]} is of type {columns[table.parent[1]].type}, "
-                f"{table.name}.{table.id} of {columns[table.id].type}: all ids must be of one type"
+        if parent and columns[parent].type != columns[table.id].type:
+            yield Fault(
+                f"{table.name}.{parent} is of type {columns[parent].type}, "
+                f"{table.name}.{table.id} of {columns[table.id].type}",
+                "give all ids one type (ALTER TABLE)" + OTHER,
             )
     first = next(iter(types), None)
     for name, kind in types.items():
         if kind != types[first]:
-            yield f"{name} has ids of type {kind}, {first} of {types[first]}: one type is needed"
+            yield Fault(
+                f"{name} has ids of type {kind}, {first} of {types[first]}",
+                "give all ids one type (ALTER TABLE)" + OTHER,
+            )
         if owners[name] != owners[first]:
-            yield (
-                f"{name} belongs to {owners[name]}, {first} to {owners[first]}: our functions "
-                f"run with the rights of one owner; ALTER TABLE {name} OWNER TO {owners[first]}"
+            yield Fault(
+                f"{name} belongs to {owners[name]}, {first} to {owners[first]}, and our functions "
+                "run with the rights of one owner",
+                f"ALTER TABLE {name} OWNER TO {owners[first]}",
             )
 
 
-def faults_of_columns(table: Table, columns: dict, is_joined: bool) -> Iterator[str]:
+OTHER = ", or name another column in Table(...)"
+
+
+def faults_of_columns(table: Table, columns: dict, is_joined: bool) -> Iterator[Fault]:
     name, id_column = table.name, columns[table.id]
+    other = OTHER * (table != pipeline.JOBS)
     if not id_column.is_comparable:
-        yield f"{name}.{table.id} is of type {id_column.type}, whose values cannot be compared"
+        what = f"{name}.{table.id} is of type {id_column.type}, whose values cannot be compared"
+        yield Fault(what, f"give it a type such as uuid, bigint or text (ALTER TABLE){other}")
     elif not id_column.is_unique:
-        yield (
-            f"{name}.{table.id} is not unique by itself, so a call could go to another row: "
-            f"CREATE UNIQUE INDEX ON {name} ({table.id}), or name another column in Table(...)"
-        )
+        what = f"{name}.{table.id} is not unique by itself, so a call could go to another row"
+        yield Fault(what, f"CREATE UNIQUE INDEX ON {name} ({table.id}){other}")
     if is_joined and not columns[table.parent[1]].is_indexed:
         column = table.parent[1]
-        yield (
-            f"{name}.{column} has no index, so each look at a parent would read all of {name}: "
-            f"CREATE INDEX ON {name} ({column})"
-        )
+        what = f"{name}.{column} has no index, so each look at a parent would read all of {name}"
+        yield Fault(what, f"CREATE INDEX ON {name} ({column})")

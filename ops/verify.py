@@ -1,8 +1,9 @@
 """`verify`: everything the listener needs, one line each, with the command that mends it."""
 
+import json
 import select
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import click
 import psycopg2
@@ -15,6 +16,7 @@ import pipeline
 import stage_http
 from ops import migrations
 from ops.routes import difference
+from ops.tables import faults
 
 INSTALL = "python listener.py install"
 AGAIN = "python listener.py uninstall, then install"
@@ -22,14 +24,14 @@ GRANTS = "see 'Roles and grants' in README.md"
 
 COLUMNS = """
 SELECT array_agg(attname::text) AS names,
-       max(format_type(atttypid, atttypmod)) FILTER (WHERE attname = 'job_id') AS id_type,
-       max(typcategory::text) FILTER (WHERE attname = 'job_id') AS id_kind
+       max(format_type(atttypid, atttypmod)) FILTER (WHERE attname = %(id)s) AS id_type,
+       max(typcategory::text) FILTER (WHERE attname = %(id)s) AS id_kind
 FROM pg_attribute JOIN pg_type ON pg_type.oid = atttypid
-WHERE attrelid = to_regclass(%(table)s) AND attnum > 0 AND NOT attisdropped
+WHERE attrelid = to_regclass(quote_ident(%(table)s)) AND attnum > 0 AND NOT attisdropped
 """
 
+# Of our tables.
 NEEDED = {
-    "jobs": {"job_id", "tenant_id", "current_step", "status"},
     "pipeline_tables": {"name", "id_column", "parent_table", "parent_column", "channel"},
     "pipeline_stages": {"table_name", "join_of", "current_step", "status", "stage", "max_running",
                         "held_until", "held_by"},
@@ -38,19 +40,14 @@ NEEDED = {
     "stage_looks": {"parent_id", "join_of", "arrived"},
     "stage_joins": {"parent_id", "join_of", "is_open", "recorded_at", "is_noted"},
     "stage_limits": {"name", "max_running"},
-    "stage_leases": {"job_id", "call_id", "attempt", "stage", "worker", "leased_until",
-                     "unanswered"},
-    "stage_attempts": {"job_id", "call_id", "attempt", "stage", "outcome", "finished_at"},
+    "stage_leases": {"job_id", "table_name", "call_id", "attempt", "stage", "worker",
+                     "leased_until", "unanswered"},
+    "stage_attempts": {"job_id", "table_name", "call_id", "attempt", "stage", "outcome",
+                       "finished_at", "spent"},
     "stage_totals": {"stage", "outcome", "within_seconds", "attempts", "microseconds"},
     "stage_totals_mark": {"counted_until"},
     "job_state_listener_schema": {"version"},
 }  # fmt: skip
-
-ID_INDEX = """
-SELECT count(*) > 0 FROM pg_index AS i
-JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
-WHERE i.indrelid = to_regclass('jobs') AND i.indisvalid AND a.attname = 'job_id'
-"""
 
 # The function names the tables with the schema that they had when it was made.
 FUNCTION = """
@@ -59,34 +56,50 @@ SELECT p.prosecdef AS definer,
        strpos(p.prosrc, format('%%I.stage_calls', n.nspname)) > 0 AS here,
        NOT (SELECT rolsuper FROM pg_roles WHERE oid = c.relowner) AND (
            SELECT bool_or(r.rolsuper) FROM pg_proc AS f JOIN pg_roles AS r ON r.oid = f.proowner
-           WHERE f.oid IN (p.oid, to_regprocedure('stalled_jobs()'))) AS lent
+           WHERE f.oid IN (p.oid, to_regprocedure('stalled_jobs()'),
+                           to_regprocedure('resting_rows()'))) AS lent
 FROM pg_proc AS p, pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
-WHERE p.oid = to_regprocedure('notify_job_state_change()') AND c.oid = to_regclass('jobs')
+WHERE p.oid = to_regprocedure(quote_ident(%(function)s) || '()')
+  AND c.oid = to_regclass(quote_ident(%(table)s))
+"""
+
+# Those that the listener and the commands call, whatever the type of their arguments.
+FUNCTIONS = """
+SELECT name FROM unnest(ARRAY['stage_call_row', 'stage_join_is_complete']) AS name
+WHERE NOT EXISTS (SELECT FROM pg_proc AS p JOIN pg_class AS c ON c.relnamespace = p.pronamespace
+                  WHERE p.proname = name AND c.oid = to_regclass('stage_calls'))
 """
 
 TRIGGERS = """
-SELECT wanted.name, t.tgenabled AS enabled,
-       t.tgfoid = to_regprocedure('notify_job_state_change()') AS ours,
-       encode(t.tgargs, 'escape') LIKE 'silent%' AS silent
-FROM unnest(ARRAY['job_state_change_trigger', 'job_state_insert_trigger']) AS wanted (name)
-LEFT JOIN pg_trigger AS t ON t.tgname = wanted.name AND t.tgrelid = to_regclass('jobs')
-WHERE wanted.name = 'job_state_change_trigger' OR NOT EXISTS (  -- install --no-insert
-    SELECT FROM pg_trigger AS c
-    WHERE c.tgname = 'job_state_change_trigger' AND c.tgrelid = to_regclass('jobs')
-      AND encode(c.tgargs, 'escape') LIKE '%updates only%')
+SELECT wanted.table_name, wanted.name, t.tgenabled AS enabled,
+       t.tgfoid = to_regprocedure(quote_ident(wanted.function) || '()') AS ours,
+       encode(t.tgargs, 'escape') LIKE 'silent%%' AS silent
+FROM jsonb_to_recordset(%(wanted)s) AS wanted (table_name text, name text, function text)
+LEFT JOIN pg_trigger AS t
+    ON t.tgname = wanted.name AND t.tgrelid = to_regclass(quote_ident(wanted.table_name))
+WHERE wanted.name NOT IN ('job_state_insert_trigger', 'job_state_listener_insert')
+   OR NOT EXISTS (  -- install --no-insert
+       SELECT FROM pg_trigger AS c
+       WHERE c.tgrelid = to_regclass(quote_ident(wanted.table_name))
+         AND c.tgname IN ('job_state_change_trigger', 'job_state_listener_change')
+         AND encode(c.tgargs, 'escape') LIKE '%%updates only%%')
 """
 
-# The function holds the routes as they were when it was made.
+# Each function holds the routes of its table as they were when it was made, and the joins of its
+# rows' parents.
 STALE = """
-SELECT count(*) > 0 FROM pipeline_stages AS r, pg_proc AS p
-WHERE p.oid = to_regprocedure('notify_job_state_change()')
-  AND strpos(p.prosrc, format('= %%L AND NEW.status::text = %%L THEN %%L',
-                              r.current_step, r.status, r.stage)) = 0
+SELECT count(*) > 0 FROM pipeline_stages AS r JOIN pg_proc AS p
+    ON p.oid = to_regprocedure(quote_ident(%(function)s) || '()')
+WHERE CASE WHEN r.join_of = '' THEN r.table_name ELSE r.child_table END = %(table)s
+  AND strpos(p.prosrc, CASE r.join_of
+          WHEN '' THEN format('= %%L AND NEW.status::text = %%L THEN %%L',
+                              r.current_step, r.status, r.stage)
+          ELSE quote_literal(r.join_of) END) = 0
 """
 
 PRIVILEGES = """
 SELECT string_agg(needed.privilege || ' on ' || needed.name, ', ') AS missing
-FROM (SELECT name, 'SELECT' FROM pipeline_tables
+FROM (SELECT name, 'SELECT' FROM unnest(%(tables)s::text[]) AS name
       UNION ALL
       VALUES ('pipeline_tables', 'SELECT'), ('pipeline_stages', 'SELECT'),
              ('pipeline_stages', 'UPDATE'), ('stage_calls', 'SELECT'), ('stage_calls', 'UPDATE'),
@@ -104,7 +117,7 @@ FROM (SELECT name, 'SELECT' FROM pipeline_tables
           ('stage_joins', 'UPDATE'), ('stage_joins', 'DELETE')) AS for_joins
       WHERE EXISTS (SELECT FROM pipeline_stages WHERE join_of <> '')
      ) AS needed (name, privilege)
-WHERE NOT has_table_privilege(to_regclass(needed.name), needed.privilege)
+WHERE NOT has_table_privilege(to_regclass(quote_ident(needed.name)), needed.privilege)
 """
 
 VIEWS = """
@@ -112,21 +125,47 @@ SELECT name, found IS NOT NULL AS there, has_table_privilege(found, 'SELECT') AS
 FROM unnest(ARRAY['pipeline_overview', 'stage_latency', 'given_up_calls']) AS name,
      to_regclass(name) AS found
 UNION ALL
-SELECT 'stalled_jobs()', found IS NOT NULL, has_function_privilege(found, 'EXECUTE')
-FROM to_regprocedure('stalled_jobs()') AS found
+SELECT name, found IS NOT NULL, has_function_privilege(found, 'EXECUTE')
+FROM unnest(ARRAY['stalled_jobs()', 'resting_rows()']) AS name, to_regprocedure(name) AS found
 """
 
-HIDDEN = "SELECT row_security_active(to_regclass('jobs'))"
+HIDDEN = """
+SELECT string_agg(name, ', ') FROM unnest(%(tables)s::text[]) AS name
+WHERE row_security_active(to_regclass(quote_ident(name)))
+"""
 
 QUEUE = "SELECT round(100 * pg_notification_queue_usage())::integer"
 
 
 class Bad(Exception):
-    """A check that failed; `mend` is what to do about it."""
+    """A check that failed; `mend` is what to do about it, `others` is what else is wrong."""
 
-    def __init__(self, what: str, mend: str):
+    def __init__(self, what: str, mend: str, others: Sequence["Bad"] = ()):
         super().__init__(what)
-        self.mend = mend
+        self.mend, self.others = mend, others
+
+
+def trigger_function(table: str) -> str:
+    """The name of the trigger function of a table."""
+    return "notify_job_state_change" if table == "jobs" else f"job_state_listener_{table}"
+
+
+def trigger_names(table: str) -> list[str]:
+    """The triggers of a table. A row that is deleted matters only to a join."""
+    if table == pipeline.JOBS.name:
+        return ["job_state_change_trigger", "job_state_insert_trigger"]
+    joined = any(key.table.name == table for key in pipeline.joins().values())
+    return [f"job_state_listener_{event}" for event in ["change", "insert"] + ["delete"] * joined]
+
+
+def triggers(conn) -> list:
+    """Each trigger that PIPELINE needs: enabled (None: missing), ours, silent."""
+    wanted = [
+        {"table_name": table, "name": name, "function": trigger_function(table)}
+        for table in pipeline.tables()
+        for name in trigger_names(table)
+    ]
+    return db.execute(conn, TRIGGERS, {"wanted": json.dumps(wanted)}).fetchall()
 
 
 def check_server(conn, settings) -> str:
@@ -138,56 +177,75 @@ def check_server(conn, settings) -> str:
 
 
 def check_tables(conn, settings) -> str:
-    id_types, id_kinds = [], set()
+    """Ours, and that their ids are of the type of those of jobs."""
+    jobs = db.execute(conn, COLUMNS, {"table": "jobs", "id": "job_id"}).fetchone()
+    id_types, id_kinds = [jobs.id_type], {jobs.id_kind}
     for table, needed in NEEDED.items():
-        row = db.execute(conn, COLUMNS, {"table": table}).fetchone()
+        row = db.execute(conn, COLUMNS, {"table": table, "id": "job_id"}).fetchone()
         if row.names is None:
             raise Bad(f"table {table} is missing", INSTALL)
         if missing := needed - set(row.names):
-            mend = "add it (ALTER TABLE)" if table == "jobs" else AGAIN
-            raise Bad(f"{table} has no column {', '.join(sorted(missing))}", mend)
+            raise Bad(f"{table} has no column {', '.join(sorted(missing))}", AGAIN)
         id_types += [row.id_type] if row.id_type else []
-        id_kinds |= {row.id_kind} - {None}
-    if len(id_kinds) > 1:
+        id_kinds |= {row.id_kind}
+    if len(id_kinds - {None}) > 1:
         raise Bad(f"job_id is {id_types[0]} in jobs and {id_types[1]} in stage_calls", AGAIN)
     if missing := [row.name for row in db.execute(conn, VIEWS) if not row.there]:
         raise Bad(f"view {', '.join(missing)} is missing", INSTALL)
-    if not db.execute(conn, ID_INDEX).fetchone()[0]:
-        raise Bad(
-            "jobs has no index that begins with job_id", "CREATE UNIQUE INDEX ON jobs (job_id)"
-        )
+    if missing := [row.name for row in db.execute(conn, FUNCTIONS)]:
+        raise Bad(f"function {', '.join(missing)} is missing", INSTALL)
     if reason := migrations.refusal(conn):
         raise Bad(*reason.split(": ", 1))
     return f"tables and columns of version {migrations.LATEST}, job_id is {id_types[0]}"
 
 
+def check_rows(conn, settings) -> str:
+    """The application's tables; all that is wrong with them."""
+    found = [Bad(fault.what, fault.mend) for fault in faults(conn)]
+    if db.execute(conn, COLUMNS, {"table": "jobs", "id": "job_id"}).fetchone().names is None:
+        found.insert(0, Bad("table jobs is missing", INSTALL))
+    if found:
+        raise Bad(str(found[0]), found[0].mend, found[1:])
+    tables = pipeline.tables().values()
+    said = (f"{table.name} ({', '.join(table.ids)})" for table in tables)
+    return f"table{'s' * (len(tables) > 1)} of PIPELINE: {', '.join(said)}"
+
+
 def check_function(conn, settings) -> str:
-    row = db.execute(conn, FUNCTION, {}).fetchone()
-    if row is None:
-        raise Bad("function notify_job_state_change() is missing", INSTALL)
-    if not (row.definer and row.pinned and row.here):
-        raise Bad("function notify_job_state_change() is not the listener's", INSTALL)
-    if row.lent:
-        raise Bad(
-            "our functions lend a superuser's rights to the owner of jobs",
-            f"{INSTALL}, as a superuser once more",
-        )
-    return "function notify_job_state_change()"
+    names = []
+    for table in pipeline.tables():
+        names.append(f"{trigger_function(table)}()")
+        given = {"table": table, "function": trigger_function(table)}
+        row = db.execute(conn, FUNCTION, given).fetchone()
+        if row is None:
+            raise Bad(f"function {names[-1]} is missing", INSTALL)
+        if not (row.definer and row.pinned and row.here):
+            raise Bad(f"function {names[-1]} is not the listener's", INSTALL)
+        if row.lent:
+            raise Bad(
+                f"our functions lend a superuser's rights to the owner of {table}",
+                f"{INSTALL}, as a superuser once more",
+            )
+    return f"function{'s' * (len(names) > 1)} {', '.join(names)}"
 
 
 def check_triggers(conn, settings) -> str:
-    rows = db.execute(conn, TRIGGERS).fetchall()
+    rows = triggers(conn)
     for row in rows:
         if row.enabled is None:
-            raise Bad(f"trigger {row.name} is missing on jobs", INSTALL)
+            raise Bad(f"trigger {row.name} is missing on {row.table_name}", INSTALL)
         if not row.ours:
-            raise Bad(f"trigger {row.name} runs another function", INSTALL)
+            raise Bad(f"trigger {row.name} on {row.table_name} runs another function", INSTALL)
         if row.enabled not in ("O", "A"):
-            raise Bad(f"trigger {row.name} is disabled", INSTALL)
+            raise Bad(f"trigger {row.name} on {row.table_name} is disabled", INSTALL)
     quiet = ", without NOTIFY: listeners look every POLL_INTERVAL" * rows[0].silent
-    if len(rows) == 1:
-        return f"trigger {rows[0].name}, enabled on jobs, not for rows that are inserted{quiet}"
-    return f"triggers {', '.join(row.name for row in rows)}, enabled on jobs{quiet}"
+    names = {row.table_name: [] for row in rows}
+    for row in rows:
+        names[row.table_name].append(row.name)
+    enabled = (f"{', '.join(found)}, enabled on {table}" for table, found in names.items())
+    inserted = not any("insert" in row.name for row in rows)
+    uncalled = ", not for rows that are inserted" * inserted
+    return f"trigger{'s' * (len(rows) > 1)} {'; '.join(enabled)}{uncalled}{quiet}"
 
 
 def check_routes(conn, settings) -> str:
@@ -197,19 +255,27 @@ def check_routes(conn, settings) -> str:
         differences = ["pipeline_stages is missing"]
     if differences:
         raise Bad(f"routes differ: {'; '.join(differences)}", INSTALL)
-    if db.execute(conn, STALE, {}).fetchone()[0]:
-        raise Bad("the function notify_job_state_change() does not know all routes", INSTALL)
-    return f"routes: {len(pipeline.routes())} states of PIPELINE are in the database"
+    for table in pipeline.tables():
+        function = trigger_function(table)
+        if db.execute(conn, STALE, {"table": table, "function": function}).fetchone()[0]:
+            raise Bad(f"the function {function}() does not know all routes", INSTALL)
+    tables, joins = len(pipeline.tables()), len(pipeline.joins())
+    counted = f"{len(pipeline.routes())} states"
+    if tables > 1:
+        counted += f", {tables} tables, {joins} join{'s' * (joins != 1)}"
+    return f"routes: PIPELINE of {pipeline.module().__name__}.py ({counted}) is in the database"
 
 
 def check_privileges(conn, settings) -> str:
-    if missing := db.execute(conn, PRIVILEGES).fetchone().missing:
+    given = {"tables": list(pipeline.tables())}
+    if missing := db.execute(conn, PRIVILEGES, given).fetchone().missing:
         raise Bad(f"role {conn.info.user} lacks {missing}", GRANTS)
     if closed := [row.name for row in db.execute(conn, VIEWS) if row.readable is False]:
         mend = f"python listener.py install --reader {conn.info.user}"
         raise Bad(f"role {conn.info.user} may not read {', '.join(closed)}", mend)
-    if db.execute(conn, HIDDEN).fetchone()[0]:
-        raise Bad(f"row-level security hides rows of jobs from {conn.info.user}", GRANTS)
+    hidden = db.execute(conn, HIDDEN, given).fetchone()[0]
+    if hidden:
+        raise Bad(f"row-level security hides rows of {hidden} from {conn.info.user}", GRANTS)
     return f"privileges of role {conn.info.user}"
 
 
@@ -232,6 +298,18 @@ def check_listen(conn, settings) -> str:
     return f"LISTEN '{db.CHANNEL}' delivers; queue {used}% full"
 
 
+# What the answer to a GET of /healthz says about a POST to any path. Without such a page an API
+# answers 404, 405 or 403, as may a proxy that does not know it: nothing follows from those. An API
+# that does not redirect, or a proxy in front of one, would not for that page alone.
+POST_FAILS = {
+    range(300, 400): ("redirects, which no POST follows", "set STAGE_API_URL to where it leads"),
+    range(401, 402): ("asks for credentials", "set STAGE_API_TOKEN"),
+    range(407, 408): ("is a proxy that asks for credentials", "set STAGE_API_URL past the proxy"),
+    range(500, 600): ("is not ready, or a proxy in front of it cannot reach it",
+                      "start it, or set STAGE_API_URL"),
+}  # fmt: skip
+
+
 def check_stage_api(conn, settings) -> str:
     redact = config.redactor(settings)
     apis = {api.url: api for api in pipeline.stage_apis(settings).values()}
@@ -243,6 +321,9 @@ def check_stage_api(conn, settings) -> str:
             untrusted = "certificate verify failed" in str(error)
             mend = "set STAGE_API_CA_BUNDLE" if untrusted else "start it, or set STAGE_API_URL"
             raise Bad(f"stage API {redact(url)} does not answer ({error})", mend) from None
+        for statuses, (what, mend) in POST_FAILS.items():
+            if status in statuses:
+                raise Bad(f"stage API {redact(url)} {what} (HTTP {status} on /healthz)", mend)
         said.append(f"{redact(url)} answers (HTTP {status} on /healthz)")
     return "stage API " + ", ".join(said)
 
@@ -263,8 +344,8 @@ def check_enabled(conn, settings) -> str:
 
 
 CHECKS: list[Callable] = [
-    check_server, check_tables, check_function, check_triggers, check_routes, check_privileges,
-    check_listen, check_stage_api, check_hosts, check_enabled,
+    check_server, check_tables, check_rows, check_function, check_triggers, check_routes,
+    check_privileges, check_listen, check_stage_api, check_hosts, check_enabled,
 ]  # fmt: skip
 
 
@@ -273,7 +354,7 @@ def run_checks(conn, settings) -> Iterator[tuple[bool, str]]:
         try:
             yield True, one(conn, settings)
         except Bad as bad:
-            yield False, f"{bad} → {bad.mend}"
+            yield from ((False, f"{each} → {each.mend}") for each in (bad, *bad.others))
         except db.ConnectionLost:
             raise
         except psycopg2.errors.InsufficientPrivilege as error:

@@ -25,10 +25,13 @@ ROUTES = [
 
 MADE = [
     "table jobs",
+    "table pipeline_tables",
     "table pipeline_stages",
     "table stage_limits",
     "table stage_calls",
     "table stage_leases",
+    "table stage_looks",
+    "table stage_joins",
     "table stage_attempts",
     "table stage_totals",
     "table stage_totals_mark",
@@ -38,6 +41,9 @@ MADE = [
     "view given_up_calls",
     "function notify_job_state_change()",
     "function stalled_jobs()",
+    "function resting_rows()",
+    "function stage_call_row()",
+    "function stage_join_is_complete()",
     "trigger job_state_change_trigger on jobs",
     "trigger job_state_insert_trigger on jobs",
 ]
@@ -199,13 +205,13 @@ def test_locked_jobs_stop_an_uninstall_with_one_line_and_nothing_changed(databas
     with closing(database.connect()) as application:
         application.cursor().execute("BEGIN; LOCK TABLE jobs IN ROW EXCLUSIVE MODE")
         refused = run_command(database, "uninstall", "--yes").refused(1)
-        assert refused == "jobs is locked by another transaction; nothing was removed: try again"
+        assert refused == "a table is locked by another transaction; nothing was removed: try again"
     assert database.rows(OBJECTS) == before
 
 
 def test_uninstall_without_the_privilege_gets_one_line(database, run_command, make_role):
     role = make_role(database)
-    database.rows(f"GRANT SELECT ON stage_calls TO {role}")
+    database.rows(f"GRANT SELECT ON stage_calls, pipeline_tables TO {role}")
     before = database.rows(OBJECTS)
     done = run_command(database, "uninstall", "--yes", DB_USER=role, DB_PASSWORD=role)
     assert "must be owner of" in done.refused(1)

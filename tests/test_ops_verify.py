@@ -5,12 +5,12 @@ from contextlib import closing
 
 import pytest
 from faults.test_pooler import PGBOUNCER, pooler  # noqa: F401
-from test_schema_security import GRANTS
+from test_readme import Readme
 
 import db
 from ops.install import DROP, apply
 from ops.migrations import LATEST
-from ops.verify import run_checks
+from ops.verify import check_stage_api, run_checks
 
 INSTALL = "python listener.py install"
 AGAIN = "python listener.py uninstall, then install"
@@ -43,9 +43,10 @@ def test_everything_in_place_is_one_line_each_and_exit_0(each_database, api, run
     assert re.fullmatch(
         rf"PostgreSQL \d+, {each_database.name} on .+ as .+\n"
         rf"tables and columns of version {LATEST}, job_id is uuid\n"
+        r"table of PIPELINE: jobs \(job_id\)\n"
         r"function notify_job_state_change\(\)\n"
         r"triggers job_state_change_trigger, job_state_insert_trigger, enabled on jobs\n"
-        r"routes: 5 states of PIPELINE are in the database\n"
+        r"routes: PIPELINE of stages.py \(5 states\) is in the database\n"
         r"privileges of role .+\n"
         r"LISTEN 'job_state_changed' delivers; queue 0% full\n"
         rf"stage API {api.url} answers \(HTTP 200 on /healthz\)\n"
@@ -75,33 +76,33 @@ DAMAGE = {
     ),
     "trigger disabled": (
         "ALTER TABLE jobs DISABLE TRIGGER job_state_change_trigger",
-        "trigger job_state_change_trigger is disabled",
+        "trigger job_state_change_trigger on jobs is disabled",
         INSTALL,
     ),
     "trigger for replicas only": (
         "ALTER TABLE jobs ENABLE REPLICA TRIGGER job_state_insert_trigger",
-        "trigger job_state_insert_trigger is disabled",
+        "trigger job_state_insert_trigger on jobs is disabled",
         INSTALL,
     ),
     "trigger of another function": (
         f"{DROP_UPDATE}; CREATE TRIGGER job_state_change_trigger BEFORE UPDATE ON jobs"
         " FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()",
-        "trigger job_state_change_trigger runs another function",
+        "trigger job_state_change_trigger on jobs runs another function",
         INSTALL,
     ),
     "state without a route": (
         "DELETE FROM pipeline_stages WHERE current_step = 'planner'",
-        "routes differ: planner, done → overlay in stages.py, nothing in the database",
+        "routes differ: (planner, done) → overlay in stages.py, nothing in the database",
         INSTALL,
     ),
     "route of another stage": (
         "UPDATE pipeline_stages SET stage = 'x' WHERE current_step = 'planner'",
-        "routes differ: planner, done → overlay in stages.py, x in the database",
+        "routes differ: (planner, done) → overlay in stages.py, x in the database",
         INSTALL,
     ),
     "route that stages.py does not have": (
         "INSERT INTO pipeline_stages VALUES ('planner', 'failed', 'x')",
-        "routes differ: planner, failed → nothing in stages.py, x in the database",
+        "routes differ: (planner, failed) → nothing in stages.py, x in the database",
         INSTALL,
     ),
     "route that the function was not told": (
@@ -127,7 +128,7 @@ DAMAGE = {
     ),
     "no index": (
         "ALTER TABLE jobs DROP CONSTRAINT jobs_pkey",
-        "jobs has no index that begins with job_id",
+        "jobs.job_id is not unique by itself, so a call could go to another row",
         "CREATE UNIQUE INDEX ON jobs (job_id)",
     ),
 }
@@ -151,14 +152,14 @@ def test_problem_is_named_and_the_command_given_mends_it(database, api, damage):
 def test_problem_is_printed_with_its_command_and_exit_1(database, api, run_command):
     database.rows("ALTER TABLE jobs DISABLE TRIGGER job_state_change_trigger")
     done = run_command(database, "verify", api=api)
-    assert problems(done) == [("trigger job_state_change_trigger is disabled", INSTALL)]
+    assert problems(done) == [("trigger job_state_change_trigger on jobs is disabled", INSTALL)]
     assert run_command(database, "install").code == 0
     assert problems(run_command(database, "verify", api=api)) == []
 
 
 def test_column_missing_from_jobs_is_for_the_application_to_add(database, api, run_command):
     database.rows("ALTER TABLE jobs DROP COLUMN tenant_id")
-    missing = ("jobs has no column tenant_id", "add it (ALTER TABLE)")
+    missing = ("table jobs has no column tenant_id", "add it (ALTER TABLE)")
     assert missing in checked(database, STAGE_API_URL=api.url)
     assert "table jobs has no column tenant_id" in run_command(database, "install").refused(1)
 
@@ -172,7 +173,13 @@ def test_database_with_nothing_in_it_has_every_problem(empty_database, run_comma
 
 
 PASSWORD = "not-their-name"
-EACH = [(privilege, table) for table in GRANTS for privilege in GRANTS[table]]
+GRANTS = re.findall(r"GRANT (.+) ON (.+) TO listener;", Readme("README.md").text)
+EACH = [
+    (privilege, table)
+    for privileges, tables in GRANTS
+    for table in tables.split(", ")
+    for privilege in privileges.split(", ")
+]
 
 
 @pytest.fixture
@@ -200,7 +207,7 @@ def test_each_missing_privilege_is_named(database, api, role, privilege, table):
     told = checked(database, STAGE_API_URL=api.url, DB_USER=role, DB_PASSWORD=PASSWORD)
     assert told[-1] == (f"role {role} lacks {privilege} on {table}", SEE_GRANTS)
     # Without SELECT there is no way to compare the routes, or the version, either.
-    compared = ("pipeline_stages", "job_state_listener_schema")
+    compared = ("pipeline_stages", "pipeline_tables", "job_state_listener_schema")
     denied = [(f"permission denied for table {table}", SEE_GRANTS)]
     assert told[:-1] == (denied if privilege == "SELECT" and table in compared else [])
 
@@ -208,8 +215,9 @@ def test_each_missing_privilege_is_named(database, api, role, privilege, table):
 def test_role_without_any_privilege_is_told_all_of_them(database, api, run_command, role):
     database.rows(f"REVOKE ALL ON ALL TABLES IN SCHEMA public FROM {role}")
     done = run_command(database, "verify", api=api, DB_USER=role, DB_PASSWORD=PASSWORD)
-    every = ", ".join(f"{privilege} on {table}" for privilege, table in EACH)
-    assert (f"role {role} lacks {every}", SEE_GRANTS) in problems(done)
+    [told] = [what for what, _ in problems(done) if what.startswith(f"role {role} lacks ")]
+    every = {f"{privilege} on {table}" for privilege, table in EACH}
+    assert set(told.removeprefix(f"role {role} lacks ").split(", ")) == every
 
 
 def test_row_level_security_is_a_problem_even_with_a_policy(database, api, run_command, role):
@@ -230,11 +238,33 @@ def test_stage_api_that_is_down_is_a_problem(database, run_command):
     assert mend == "start it, or set STAGE_API_URL"
 
 
-def test_any_answer_of_the_stage_api_is_enough(database, api, run_command):
-    """Its health page may be elsewhere: that it answers is all that is asked."""
-    done = run_command(database, "verify", STAGE_API_URL=f"{api.url}/behind/a/prefix")
-    assert problems(done) == []
-    assert "answers (HTTP 404 on /healthz)" in done.out
+@pytest.mark.parametrize("status", [200, 204, 400, 403, 404, 405])
+def test_stage_api_without_a_health_page_is_no_problem(database, serve, status):
+    """Its health page may be elsewhere: nothing follows from that for a POST."""
+    server = serve(lambda c: c.answer(b"HTTP/1.1 %d X\r\nContent-Length: 0\r\n\r\n" % status))
+    with closing(db.connect(database.settings())) as conn:
+        said = check_stage_api(conn, database.settings(STAGE_API_URL=server.url))
+    assert said == f"stage API {server.url} answers (HTTP {status} on /healthz)"
+
+
+@pytest.mark.parametrize(
+    ("status", "what", "mend"),
+    [
+        (301, "redirects, which no POST follows", "set STAGE_API_URL to where it leads"),
+        (308, "redirects, which no POST follows", "set STAGE_API_URL to where it leads"),
+        (401, "asks for credentials", "set STAGE_API_TOKEN"),
+        (502, "is not ready, or a proxy in front of it cannot reach it",
+         "start it, or set STAGE_API_URL"),
+        (503, "is not ready, or a proxy in front of it cannot reach it",
+         "start it, or set STAGE_API_URL"),
+    ],
+)  # fmt: skip
+def test_answer_that_no_post_would_survive_is_a_problem(database, serve, status, what, mend):
+    head = b"HTTP/1.1 %d X\r\nLocation: https://elsewhere.example/\r\nContent-Length: 0\r\n\r\n"
+    server = serve(lambda c: c.answer(head % status))
+    assert checked(database, STAGE_API_URL=server.url) == [
+        (f"stage API {server.url} {what} (HTTP {status} on /healthz)", mend)
+    ]
 
 
 @pytest.mark.skipif(PGBOUNCER is None, reason="pgbouncer is not installed")

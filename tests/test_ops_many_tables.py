@@ -1,0 +1,364 @@
+"""Commands where jobs is not the only table: each knows the rows of all of them."""
+
+import json
+import re
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import pytest
+from claims import claim_many, connected, result, settle
+from reports import read
+from scraping import PREFIX, Scraped
+from test_ops_status import status
+from test_ops_verify import INSTALL, problems
+from variants import PIPELINE, TABLE, Variants, stage
+
+import db
+import pipeline
+from ops.install import apply
+from ops.tables import faults
+from ops.verify import run_checks
+from pipeline import Table
+
+HERE = {"PIPELINE_MODULE": "variants", "PYTHONPATH": str(Path(__file__).parent)}
+
+
+@pytest.fixture
+def variants(database, use_pipeline) -> Variants:
+    use_pipeline(PIPELINE)
+    database.rows(TABLE)
+    with closing(db.connect(database.settings())) as conn:
+        apply(conn)
+    return Variants(database)
+
+
+@pytest.fixture
+def command(variants, run_command):
+    """run_command on the database of `variants`, with its pipeline."""
+    return partial(run_command, variants.database, **HERE)
+
+
+def fail_by_stage(variants: Variants, error: str = "HTTP 500: CUDA out of memory") -> str:
+    """A variant that its stage has set failed, and then answered `error`."""
+    [variant] = variants.add(variants.database.add_job("x", "y"), "img_gen", "done")
+    with connected(variants.database) as conn:
+        [row] = claim_many(conn, 1, stages=["yolo_detect"]).claimed
+        variants.move(variant, "yolo_detect", "failed")
+        said = f"{error} (set failed by its stage)"
+        settle(conn, result(row, "failed", table_name=row.table_name, error=said))
+    return variant
+
+
+# --- status, metrics -----------------------------------------------------------------------
+
+
+def test_status_shows_of_which_table_the_rows_of_a_stage_are(variants, run_command):
+    variants.add(variants.database.add_job("x", "y"), "img_gen", "done", count=3)
+    said = status(run_command, variants.database, **HERE)
+    assert said.row("yolo_detect")[0] == "3"
+    assert list(said.stages) == ["vlm_analyze", "yolo_detect", "iou_eval", "ad_copy", "instagram"]
+    assert said.groups == {"jobs": ["vlm_analyze", "ad_copy", "instagram"],
+                           "jobs_variants": ["yolo_detect", "iou_eval"]}  # fmt: skip
+
+
+def test_status_shows_failed_and_stalled_rows_with_the_reason(variants, run_command):
+    fail_by_stage(variants)
+    job = variants.database.add_job("vlm_analyze", "running")
+    variants.database.rows("UPDATE jobs SET updated_at = now() - interval '1 h'"
+                           " WHERE job_id = %s", job)  # fmt: skip
+    said = status(run_command, variants.database, **HERE)
+    assert said.summary.startswith("2 need a person, ")
+    assert said.rest[:4] == [
+        "vlm_analyze  1 row is stalled: running for longer than the timeout",
+        "yolo_detect  1 row is failed: HTTP 500: CUDA out of memory (set failed by its s…",
+        "failed: python listener.py jobs --failed, then job ID for the way back",
+        "stalled: python listener.py jobs --stalled",
+    ]
+    found = json.loads(run_command(variants.database, "status", "--json", **HERE).out)
+    stages = {row["stage"]: row for row in found["stages"]}
+    assert [stages["yolo_detect"][name] for name in ("tables", "failed", "stalled")] == (
+        [["jobs_variants"], 1, 0]
+    )
+    assert stages["yolo_detect"]["failed_reason"].startswith("HTTP 500: CUDA out of memory")
+    assert stages["vlm_analyze"]["stalled"] == 1 and found["resting_problem"] is None
+
+
+def test_status_and_metrics_count_the_same_rows(variants, command):
+    fail_by_stage(variants), fail_by_stage(variants)
+    stages = json.loads(command("status", "--json").out)["stages"]
+    found = Scraped(command("metrics").out)
+    for name in ("failed", "stalled"):
+        shown = {row["stage"]: row[name] for row in stages}
+        assert shown == {s: found.of(f"{name}_jobs", stage=s) for s in pipeline.stage_names()}
+    assert found.of("failed_jobs", stage="yolo_detect") == 2
+
+
+def test_metrics_watch_the_triggers_of_every_table(variants, command):
+    variants.database.rows("ALTER TABLE jobs_variants DISABLE TRIGGER job_state_listener_delete")
+    found = {
+        tuple(sorted(dict(labels).values())): value
+        for (name, *labels), value in Scraped(command("metrics").out).items()
+        if name == f"{PREFIX}database_trigger_enabled"
+    }
+    assert found == {
+        ("job_state_change_trigger",): 1,
+        ("job_state_insert_trigger",): 1,
+        ("job_state_listener_change", "jobs_variants"): 1,
+        ("job_state_listener_insert", "jobs_variants"): 1,
+        ("job_state_listener_delete", "jobs_variants"): 0,
+    }
+
+
+# --- report --------------------------------------------------------------------------------
+
+
+def test_report_shows_failed_rows_with_the_sql_that_sends_them_back(variants):
+    variant = fail_by_stage(variants)
+    shown = read(variants.database)
+    [row] = shown.table("set-failed")
+    assert row[0] == "HTTP 500: CUDA out of memory (set failed by its stage)"
+    assert row[1:3] == ["jobs_variants (yolo_detect, failed) stage yolo_detect", "1"]
+    assert shown.figures["Set failed"] == "1"
+    variants.database.rows(row[4])
+    assert variants.owed() == [("jobs_variants", variant, "yolo_detect")]
+    assert "Set failed" not in read(variants.database).figures
+
+
+def test_report_of_a_job_shows_the_rows_that_belong_to_it(variants):
+    variant = fail_by_stage(variants)
+    [job] = [str(row.job_id) for row in variants.database.rows("SELECT job_id FROM jobs")]
+    for given, names in [(job, [job, f"jobs_variants {variant}"]),
+                         (variant, [f"jobs_variants {variant}"])]:  # fmt: skip
+        articles = read(variants.database, given).section("jobs").all("article")
+        assert [article.one("h3").text for article in articles] == names
+    assert "at (yolo_detect, failed) , tenant tenant" in articles[0].text
+
+
+# --- install, verify, uninstall ------------------------------------------------------------
+
+
+def test_verify_names_pipeline_tables_functions_and_triggers(variants, command, api):
+    done = command("verify", api=api)
+    assert problems(done) == []
+    said = [line.removeprefix("ok       ") for line in done.lines]
+    assert "tables of PIPELINE: jobs (job_id), jobs_variants (job_variants_id, job_id)" in said
+    assert "functions notify_job_state_change(), job_state_listener_jobs_variants()" in said
+    assert (
+        "triggers job_state_change_trigger, job_state_insert_trigger, enabled on jobs; "
+        "job_state_listener_change, job_state_listener_insert, job_state_listener_delete, "
+        "enabled on jobs_variants"
+    ) in said
+    assert "routes: PIPELINE of variants.py (5 states, 2 tables, 1 join) is in the database" in said
+
+
+# name: (what went wrong, the line, the command that mends it)
+DAMAGE = {
+    "trigger missing": (
+        "DROP TRIGGER job_state_listener_delete ON jobs_variants",
+        "trigger job_state_listener_delete is missing on jobs_variants",
+        INSTALL,
+    ),
+    "trigger disabled": (
+        "ALTER TABLE jobs_variants DISABLE TRIGGER job_state_listener_insert",
+        "trigger job_state_listener_insert on jobs_variants is disabled",
+        INSTALL,
+    ),
+    "function without its owner's rights": (
+        "ALTER FUNCTION job_state_listener_jobs_variants() SECURITY INVOKER",
+        "function job_state_listener_jobs_variants() is not the listener's",
+        INSTALL,
+    ),
+    "state that the function was not told": (
+        "DO $$ BEGIN EXECUTE replace(pg_get_functiondef("
+        "'job_state_listener_jobs_variants()'::regprocedure), quote_literal('iou_eval'),"
+        " quote_literal('x')); END $$",
+        "the function job_state_listener_jobs_variants() does not know all routes",
+        INSTALL,
+    ),
+    "join that the function was not told": (
+        "DO $$ BEGIN EXECUTE replace(pg_get_functiondef("
+        "'job_state_listener_jobs_variants()'::regprocedure), 'jobs_variants (iou_eval, done)',"
+        " 'x'); END $$",
+        "the function job_state_listener_jobs_variants() does not know all routes",
+        INSTALL,
+    ),
+    "function of the claim missing": (
+        "DROP FUNCTION stage_join_is_complete",
+        "function stage_join_is_complete is missing",
+        INSTALL,
+    ),
+    "parent without an index": (
+        "DROP INDEX jobs_variants_job_id_idx",
+        "jobs_variants.job_id has no index, so each look at a parent would read all of"
+        " jobs_variants",
+        "CREATE INDEX ON jobs_variants (job_id)",
+    ),
+    "another parent declared": (
+        "UPDATE pipeline_tables SET parent_column = 'x' WHERE name = 'jobs_variants'",
+        "routes differ: the database knows table jobs_variants otherwise, or not",
+        INSTALL,
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_to_another_table_is_named_and_mended(variants, command, api, damage):
+    sql, what, mend = DAMAGE[damage]
+    variants.database.rows(sql)
+    assert problems(command("verify", api=api)) == [(what, mend)]
+    if mend == INSTALL:
+        assert command("install").code == 0
+    else:
+        variants.database.rows(mend)
+    assert problems(command("verify", api=api)) == []
+
+
+def test_role_that_may_not_read_another_table_is_told(variants, command, api, make_role):
+    role = make_role(variants.database)
+    done = command("verify", api=api, DB_USER=role, DB_PASSWORD=role)
+    assert any("SELECT on jobs_variants" in line or "permission denied" in line
+               for line in done.lines)  # fmt: skip
+
+
+def test_install_names_the_objects_and_routes_of_every_table(empty_database, run_command):
+    assert run_command(empty_database, "install").code == 0
+    empty_database.rows(TABLE)
+    done = run_command(empty_database, "install", **HERE)
+    assert done.code == 0
+    for line in [
+        "  kept     table jobs_variants",
+        "  created  function job_state_listener_jobs_variants()",
+        "  created  trigger job_state_listener_change on jobs_variants",
+        "  created  trigger job_state_listener_delete on jobs_variants",
+        "  routed   jobs_variants (yolo_detect, done) → iou_eval",
+        "  routed   every jobs_variants (iou_eval, done) → ad_copy",
+    ]:
+        assert line in done.lines
+
+
+def test_uninstall_takes_what_is_ours_from_every_table(variants, command):
+    [variant] = variants.add(variants.database.add_job("x", "y"), "img_gen", "done")
+    done = command("uninstall", "--yes")
+    assert "  function job_state_listener_jobs_variants()" in done.lines
+    assert "  trigger job_state_listener_delete on jobs_variants" in done.lines
+    assert (
+        "and with them 1 open calls and the history. jobs, jobs_variants are not touched."
+        in done.lines
+    )
+    variants.move(variant, "yolo_detect", "done")
+    left = ("SELECT relname FROM pg_class WHERE relkind IN ('r', 'v')"
+            " AND relnamespace = %s::regnamespace")  # fmt: skip
+    found = variants.database.rows(left, "public")
+    assert {row.relname for row in found} == {"jobs", "jobs_variants"}
+    assert command("uninstall").lines == ["nothing to remove"]
+
+
+# --- what install refuses ------------------------------------------------------------------
+
+JOBS = "CREATE TABLE jobs (job_id uuid PRIMARY KEY, tenant_id text, current_step text, status text)"
+OTHER = ", or name another column in Table(...)"
+ONE_TYPE = f"give all ids one type (ALTER TABLE){OTHER}"
+# name: (jobs, the table beside it, the one line)
+REFUSED = {
+    "unknown table": (
+        JOBS, "",
+        "there is no table jobs_variants beside jobs: create it, or take it out of PIPELINE",
+    ),
+    "missing column": (
+        JOBS, TABLE.replace("status          text", "state text"),
+        f"table jobs_variants has no column status: add it (ALTER TABLE){OTHER}",
+    ),
+    "parent without an index": (
+        JOBS, TABLE.replace("CREATE INDEX ON jobs_variants (job_id);", ""),
+        "jobs_variants.job_id has no index, so each look at a parent would read all of"
+        " jobs_variants: CREATE INDEX ON jobs_variants (job_id)",
+    ),
+    "id types that differ": (
+        JOBS, TABLE.replace("uuid PRIMARY KEY DEFAULT gen_random_uuid()", "bigint PRIMARY KEY"),
+        "jobs_variants.job_id is of type uuid, jobs_variants.job_variants_id of bigint:"
+        f" {ONE_TYPE}; jobs_variants has ids of type bigint, jobs of uuid: {ONE_TYPE}",
+    ),
+    "id of another table not unique by itself": (
+        JOBS, TABLE.replace("PRIMARY KEY DEFAULT gen_random_uuid()", "NOT NULL"),
+        "jobs_variants.job_variants_id is not unique by itself, so a call could go to another row:"
+        f" CREATE UNIQUE INDEX ON jobs_variants (job_variants_id){OTHER}",
+    ),
+    "numbers that each tenant counts": (
+        JOBS.replace("job_id uuid PRIMARY KEY", "job_id uuid").replace(
+            "status text)", "status text, PRIMARY KEY (tenant_id, job_id))"),
+        TABLE.replace("REFERENCES jobs ON DELETE CASCADE", ""),
+        "jobs.job_id is not unique by itself, so a call could go to another row:"
+        " CREATE UNIQUE INDEX ON jobs (job_id)",
+    ),
+    "ids that cannot be compared": (
+        JOBS.replace("job_id uuid PRIMARY KEY", "job_id json"),
+        TABLE.replace("uuid PRIMARY KEY DEFAULT gen_random_uuid()", "json").replace(
+            "uuid NOT NULL REFERENCES jobs ON DELETE CASCADE", "json").replace(
+            "CREATE INDEX ON jobs_variants (job_id);",
+            "CREATE INDEX ON jobs_variants ((job_id::text));"),
+        "jobs.job_id is of type json, whose values cannot be compared: give it a type such as"
+        " uuid, bigint or text (ALTER TABLE)",
+    ),
+    "tables of two owners": (
+        JOBS, f"{TABLE} ALTER TABLE jobs_variants OWNER TO pg_monitor;",
+        "jobs_variants belongs to pg_monitor, jobs to {owner}, and our functions run with the"
+        " rights of one owner: ALTER TABLE jobs_variants OWNER TO {owner}",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_table_that_cannot_be_used_is_refused_in_one_line(
+    each_server, make_database, run_command, fault
+):
+    jobs, beside, line = REFUSED[fault]
+    database = make_database(each_server, installed=False)
+    database.rows(f"{jobs}; {beside}")
+    owner = database.value("SELECT current_user")
+    said = run_command(database, "install", **HERE).refused(1)
+    assert said.startswith(line.format(owner=owner)) and said.endswith("; nothing was changed")
+    assert not database.value("SELECT to_regclass('stage_calls')")
+
+
+# How each is mended, as far as its line is SQL.
+@pytest.mark.parametrize("fault", [name for name in REFUSED if " ON " in REFUSED[name][2]])
+def test_sql_of_a_refusal_is_the_way_out(empty_database, run_command, fault):
+    jobs, beside, _ = REFUSED[fault]
+    empty_database.rows(f"{jobs}; {beside}")
+    said = run_command(empty_database, "install", **HERE).refused(1)
+    empty_database.rows(re.search(r"CREATE [^;,]+ ON \w+ \(\w+\)", said)[0])
+    assert run_command(empty_database, "install", **HERE).code == 0
+
+
+def test_verify_names_every_fault_of_every_table(variants):
+    variants.database.rows("ALTER TABLE jobs_variants DROP COLUMN status CASCADE;"
+                           " ALTER TABLE jobs DROP CONSTRAINT jobs_pkey CASCADE")  # fmt: skip
+    with closing(db.connect(variants.database.settings())) as conn:
+        found = [fault.what for fault in faults(conn)]
+    assert [text.split(" ")[0] for text in found] == ["jobs.job_id", "table"]
+
+
+def test_name_in_capitals_is_no_obstacle(empty_database, use_pipeline, api):
+    rows = Table("Job Parts", id="Part", parent=("jobs", "Job"))
+    use_pipeline({("a", "done"): stage("one"), rows("b", "done"): stage("two"),
+                  rows.every("c", "done"): stage("three")})  # fmt: skip
+    empty_database.rows(JOBS)
+    empty_database.rows('CREATE TABLE "Job Parts" ("Part" uuid PRIMARY KEY, "Job" uuid,'
+                        ' current_step text, status text);'
+                        ' CREATE INDEX ON "Job Parts" ("Job")')  # fmt: skip
+    settings = empty_database.settings(STAGE_API_URL=api.url)
+    with closing(db.connect(settings)) as conn:
+        apply(conn)
+        assert [said for ok, said in run_checks(conn, settings) if not ok] == []
+
+
+def test_only_the_owner_of_jobs_or_a_superuser_may_install(empty_database, run_command, make_role):
+    app, ops = make_role(empty_database), make_role(empty_database)
+    empty_database.rows(f"{JOBS}; ALTER TABLE jobs OWNER TO {app};"
+                        f" GRANT CREATE ON SCHEMA public TO {app}, {ops};"
+                        f" GRANT SELECT, TRIGGER ON jobs TO {ops}")  # fmt: skip
+    said = run_command(empty_database, "install", DB_USER=ops, DB_PASSWORD=ops).refused(1)
+    assert re.fullmatch(r"jobs belongs to \S+, whose code would run with the rights of \S+: install"
+                        r" as \S+, or as a superuser; nothing was changed", said)  # fmt: skip
+    assert run_command(empty_database, "install", DB_USER=app, DB_PASSWORD=app).code == 0
