@@ -26,6 +26,13 @@ WAKE = f'NOTIFY "{WAKE_CHANNEL}"'
 # A listener's application_name is this and its name, for pg_stat_activity and `status`.
 LISTENER_APPLICATION = "job-state-listener run "
 
+# Between the two, once it is connected: which schema it works for, as a database may have several
+# installations. Not behind a pooler, whose session is somebody else's next.
+SIGN = """
+SELECT set_config('application_name', %(prefix)s || relnamespace || '/' || %(name)s, false)
+FROM pg_class WHERE oid = to_regclass('stage_calls')
+"""
+
 # No database call may block longer (seconds). A frozen server still acknowledges packets, so
 # neither keepalives nor statement_timeout would end the wait.
 DEADLINE = 10.0
@@ -236,6 +243,12 @@ def without_callback() -> Iterator[None]:
         yield
     finally:
         psycopg2.extensions.set_wait_callback(before)
+
+
+def sign(conn: Connection, listener: str) -> None:
+    """Let others see which schema this connection of a listener works for."""
+    if not conn.prefix:
+        execute(conn, SIGN, {"prefix": LISTENER_APPLICATION, "name": listener})
 
 
 def connect_to(options: dict[str, Any]) -> Connection:

@@ -144,6 +144,7 @@ class Listener:
             self.checked = True
             if (left := hosts.connections_left(conn)) < hosts.FEW:
                 log.warning("남은 데이터베이스 연결이 %d개뿐", left)
+        db.sign(conn, self.name)
         self.hearing.listen(conn, silent=ops.is_silent(conn))
         self.workers.conn = conn
         self.give_back(conn)

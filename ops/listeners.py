@@ -7,14 +7,22 @@ import db
 from heartbeat import ALIVE, Beat, heartbeats
 from ops.table import clock
 
-# An application_name is cut where an identifier would be.
+# Of the listeners of all databases that this server tells of. An application_name is cut where an
+# identifier would be. Where it does not say which schema the listener works for, there is a pooler
+# in between, or the listener is about to say so.
 SESSIONS = """
-SELECT substr(application_name, length(%(prefix)s) + 1) AS listener,
-       current_setting('max_identifier_length')::integer - length(%(prefix)s) AS longest,
-       extract(epoch FROM now() - backend_start)::float8 AS seconds
-FROM pg_stat_activity
-WHERE datname = current_database() AND starts_with(application_name, %(prefix)s)
-ORDER BY backend_start
+SELECT regexp_replace(s.said, '^[0-9]+/', '') AS listener,
+       s.room - length(coalesce(substring(s.said from '^[0-9]+/'), '')) AS longest,
+       s.datname = current_database()
+           AND coalesce(substring(s.said from '^([0-9]+)/') = (
+               SELECT relnamespace::text FROM pg_class WHERE oid = to_regclass('stage_calls')
+           ), true) AS is_ours,
+       extract(epoch FROM now() - s.backend_start)::float8 AS seconds
+FROM (SELECT datname, backend_start,
+             substr(application_name, length(%(prefix)s) + 1) AS said,
+             current_setting('max_identifier_length')::integer - length(%(prefix)s) AS room
+      FROM pg_stat_activity WHERE starts_with(application_name, %(prefix)s)) AS s
+ORDER BY s.backend_start
 """
 
 CALLS = """
@@ -26,32 +34,41 @@ ORDER BY started_at
 """
 
 
-def connected(conn) -> dict[str, float]:
-    """The listeners that are connected: the beginning of each name, and for how many seconds."""
-    given = {"prefix": db.LISTENER_APPLICATION}
-    return {row.listener: row.seconds for row in db.execute(conn, SESSIONS, given)}
+def sessions(conn) -> list:
+    """The sessions of listeners that are connected to this server."""
+    return db.execute(conn, SESSIONS, {"prefix": db.LISTENER_APPLICATION}).fetchall()
+
+
+def connected(conn) -> int:
+    """How many listeners are connected that work for these tables."""
+    return sum(row.is_ours for row in sessions(conn))
 
 
 def listeners(conn, settings: SimpleNamespace) -> list[dict[str, Any]]:
-    """Every listener that is connected, has calls under way, or a heartbeat on this host."""
+    """Every listener that is connected, has calls under way, or a heartbeat on this host; not
+    those that work in another database or for another schema of this one.
+    """
     beats = {beat.listener: beat for beat in heartbeats(settings.HEARTBEAT_DIR)}
-    sessions = db.execute(conn, SESSIONS, {"prefix": db.LISTENER_APPLICATION}).fetchall()
     calls = [row._asdict() for row in db.execute(conn, CALLS)]
     names = dict.fromkeys([*beats, *(call["listener"] for call in calls)])
-    cut = {name: name[: sessions[0].longest] if sessions else name for name in names}
-    names |= {row.listener: None for row in sessions if row.listener not in cut.values()}
-    since = {row.listener: row.seconds for row in sessions}
+    since = {}
+    for row in sessions(conn):
+        name = next((one for one in names if one[: row.longest] == row.listener), row.listener)
+        if row.is_ours:
+            since[name] = row.seconds
+        elif not any(call["listener"] == name for call in calls):
+            beats.pop(name, None)
+            names.pop(name, None)
     found = []
-    for name in sorted(names):
-        session, beat = since.get(cut.get(name, name)), beats.get(name)
-        ours = [call for call in calls if call["listener"] == name]
+    for name in sorted(names | since):
+        beat, ours = beats.get(name), [call for call in calls if call["listener"] == name]
         found.append(
             {
                 "listener": name,
-                "connected": session is not None,
+                "connected": name in since,
                 "heartbeat": beat and beat.state,
-                "seconds": beat.seconds if beat else session,
-                "doing": doing(beat, session is not None, ours),
+                "seconds": beat.seconds if beat else since.get(name),
+                "doing": doing(beat, name in since, ours),
                 "calls": ours,
             }
         )

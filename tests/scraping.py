@@ -37,8 +37,8 @@ class Scraped(dict):
         return found
 
 
-def scrape(database) -> Scraped:
+def scrape(database, **settings) -> Scraped:
     """What the command would print, parsed."""
-    page, failure = read_metrics(database.settings())
+    page, failure = read_metrics(database.settings(**settings))
     assert failure is None
     return Scraped(page.text())

@@ -3,12 +3,16 @@
 import json
 import re
 import threading
+from contextlib import closing
 
+import psycopg2
 import pytest
 from busy import TIME
 from claims import STAGES
+from scraping import scrape
 from waiting import LISTENERS, PATIENCE, gate, until, wait_for_call, wait_until_idle
 
+import db
 from demo.stage_api import StageApi
 from heartbeat import Heartbeat, heartbeats
 from ops.migrations import LATEST
@@ -19,7 +23,10 @@ NO_LISTENER = "no listener is connected: start python listener.py"
 
 
 class Status:
-    """What `status` printed: the summary, a row for each stage, and the lines below them."""
+    """What `status` printed: the summary, a row for each stage, and the lines below them.
+
+    Where the stages' rows are of several tables, `groups` has the stages of each.
+    """
 
     def __init__(self, done):
         assert done.code == 0
@@ -31,10 +38,16 @@ class Status:
             ["given", "oldest", "calls", "stage", "owed", "calling", "retry", "up", "due", "/hour",
              "failed", "p50", "p95"]
         )  # fmt: skip
-        count = sum(re.match(r"\w+ +\d+ +\d", line) is not None for line in rows)
-        cells = [re.split(r" {2,}", line) for line in rows[:count]]
-        self.stages = {name: dict(zip(NAMES, row, strict=True)) for name, *row in cells}
-        self.rest = rows[count:]
+        self.stages, self.groups, group = {}, {}, None
+        while rows and re.match(r"[\w…]+ +\d+ +\d|\w[\w, ]*:$", rows[0]):
+            name, *row = re.split(r" {2,}", rows.pop(0))
+            if not row:
+                group = self.groups.setdefault(name.rstrip(":"), [])
+                continue
+            self.stages[name] = dict(zip(NAMES, row, strict=True))
+            if group is not None:
+                group.append(name)
+        self.rest = rows
 
     def row(self, stage: str) -> list[str]:
         return list(self.stages[stage].values())
@@ -65,7 +78,9 @@ def test_status_shows_every_situation(database, run_command, busy):
     assert said.row("overlay") == ["1", "0", "0", "1", "-", "1", "100%", "-", "-"]
     assert said.row("vlm_judge") == ["2", "0", "0", "0", "3 h", "0", "-", "-", "-"]
     retry, held, given_up, hint, _, making, call = said.rest
-    assert re.fullmatch(r"yolo_detect  next retry in \d+ (min|s)", retry)
+    assert re.fullmatch(
+        r"yolo_detect  next retry in \d+ (min|s); last error: HTTP 500: no memory", retry
+    )
     assert re.match(rf"planner {{6}}next retry (?:due|in 1 s); held until {TIME} by \S+", held)
     assert given_up == "overlay      given up: HTTP 422: no text"
     assert hint == "given up: python listener.py jobs --given-up, then retry JOB_ID"
@@ -87,6 +102,8 @@ def test_status_as_json_says_the_same(database, run_command, busy):
     assert by_name["overlay"]["last_error"] == "HTTP 422: no text"
     assert by_name["overlay"]["failure_share"] == 1.0
     assert by_name["yolo_detect"]["next_retry_seconds"] > 0
+    assert by_name["yolo_detect"]["retry_error"] == "HTTP 500: no memory"
+    assert {tuple(row["tables"]) for row in by_name.values()} == {("jobs",)}
     assert by_name["vlm_judge"]["oldest_due_seconds"] >= 0
     assert said["database"]["schema_version"] == LATEST
     [listener] = said["listeners"]
@@ -99,6 +116,7 @@ def test_status_as_json_says_the_same(database, run_command, busy):
 def test_status_of_an_idle_database_without_listeners(database, run_command):
     said = status(run_command, database)
     assert said.summary.startswith("nothing is due, 0 calls/min, ")
+    assert said.groups == {}
     assert {stage: said.row(stage) for stage in said.stages} == dict.fromkeys(STAGES, IDLE)
     assert said.rest == [NO_LISTENER]
 
@@ -138,7 +156,7 @@ def test_status_shows_a_stage_that_lost_its_route_last(database, run_command):
     [
         (
             "ALTER TABLE jobs DISABLE TRIGGER job_state_insert_trigger",
-            "trigger job_state_insert_trigger is disabled → python listener.py install",
+            "trigger job_state_insert_trigger on jobs is disabled → python listener.py install",
         ),
         (
             "DROP TRIGGER job_state_change_trigger ON jobs",
@@ -154,6 +172,46 @@ def test_status_tells_of_a_broken_trigger(database, run_command, broken, problem
     assert done.lines[2].startswith(f"PROBLEM  {problem}"[:79])
     said = json.loads(run_command(database, "status", "--json").out)
     assert said["triggers"] == {"ok": False, "problem": problem}
+
+
+@pytest.mark.parametrize("kind", ["given_up", "failed", "stalled"])
+def test_nothing_is_due_is_not_said_beside_what_is_stuck(database, run_command, kind):
+    state = {"given_up": ("planner", "done"), "failed": ("overlay", "failed"),
+             "stalled": ("overlay", "running")}  # fmt: skip
+    database.add_job(*state[kind])
+    database.rows("UPDATE jobs SET updated_at = now() - interval '1 h'")
+    database.rows("UPDATE stage_calls SET due_at = 'infinity', last_error = 'HTTP 404'")
+    said = status(run_command, database)
+    assert said.summary.startswith("1 need a person, ")
+    assert said.row("overlay")[4] == "-"
+    told = {"given_up": "given up: HTTP 404",
+            "failed": "1 row is failed: set failed by its stage",
+            "stalled": "1 row is stalled: running for longer than the timeout"}  # fmt: skip
+    assert said.rest[0] == f"overlay      {told[kind]}"
+    assert said.rest[1].startswith(f"{kind.replace('_', ' ')}: python listener.py jobs --{kind}"
+                                   .replace("given_up", "given-up"))  # fmt: skip
+
+
+SLOW = """
+DROP FUNCTION resting_rows();
+CREATE FUNCTION resting_rows() RETURNS TABLE (kind text, stage text, since timestamptz, reason text)
+LANGUAGE sql AS $$ SELECT 'failed', 'planner', now(), 'x' FROM pg_sleep(3600) $$
+"""
+
+
+def test_status_says_that_it_does_not_know_what_rests(database, run_command):
+    """Tables too large to be read in time, here by a function that takes forever."""
+    database.rows(SLOW)
+    said = json.loads(run_command(database, "status", "--json").out)
+    assert said["resting_problem"].startswith("which rows are failed or stalled is not known")
+    assert {row["failed"] for row in said["stages"]} == {None}
+
+
+def test_long_names_of_stages_lose_their_middle_not_the_numbers(database, run_command):
+    database.rows("UPDATE pipeline_stages SET stage = 'instagram_feed_generation_of_the_shop'"
+                  " WHERE stage = 'planner'")  # fmt: skip
+    name = next(name for name in status(run_command, database).stages if "…" in name)
+    assert name.startswith("instag") and name.endswith("e_shop")
 
 
 def test_status_shows_one_line_for_an_idle_listener(database, listener, run_command, tmp_path):
@@ -267,6 +325,56 @@ def test_calls_of_a_killed_listener_are_shown_until_they_end(
     assert killed["doing"].startswith("dead: 1 call under way, not connected; the last lease ends ")
     assert [call["job_id"] for call in killed["calls"]] == [job]
     assert dead == "dead: making calls"
+
+
+# --- several installations -----------------------------------------------------------------
+
+
+@pytest.fixture
+def two_schemas(empty_database, run_command) -> dict[str, dict[str, str]]:
+    """Settings of two installations in one database, by their schema."""
+    found = {}
+    for schema in ("public", "other"):
+        empty_database.rows(f"CREATE SCHEMA IF NOT EXISTS {schema}")
+        options = f"-c search_path={schema}"
+        url = psycopg2.extensions.make_dsn(empty_database.dsn, options=options)
+        found[schema] = {"DATABASE_URL": url}
+        assert run_command(empty_database, "install", **found[schema]).code == 0
+    return found
+
+
+def test_listener_of_another_schema_is_not_ours(
+    empty_database, two_schemas, listener, run_command, tmp_path
+):
+    """Though it has a heartbeat in the same directory."""
+    listener(empty_database, **two_schemas["other"])
+    wait_until_idle(tmp_path)
+    rest = {
+        schema: status(run_command, empty_database, **settings).rest
+        for schema, settings in two_schemas.items()
+    }
+    assert rest["public"] == [NO_LISTENER]
+    assert rest["other"][1].endswith("  waiting for a job to change")
+    connected = {
+        schema: scrape(empty_database, **settings).of("listeners_connected")
+        for schema, settings in two_schemas.items()
+    }
+    assert connected == {"public": 0, "other": 1}
+
+
+def test_listener_of_another_database_is_not_ours(
+    database, server, make_database, listener, run_command, tmp_path
+):
+    """Though it has a heartbeat in the same directory."""
+    listener(make_database(server))
+    wait_until_idle(tmp_path)
+    assert status(run_command, database).rest == [NO_LISTENER]
+
+
+def test_listener_that_does_not_say_its_schema_counts(database, run_command):
+    """Behind a pooler it does not, as the session is somebody else's next."""
+    with closing(db.connect(database.settings(), db.LISTENER_APPLICATION + "pooled")):
+        assert [row[0] for row in status(run_command, database).listeners] == ["pooled"]
 
 
 def test_status_names_what_an_older_database_needs(database, run_command):
