@@ -188,7 +188,7 @@ def test_connected_listener_and_nothing_wrong_is_said_too(database):
     with closing(db.connect(database.settings(), db.LISTENER_APPLICATION + "w")):
         shown = read(database)
     assert not shown.root.all("ul", "attention")
-    assert "Nothing is held, late, given up or stalled." in shown.root.text
+    assert "Nothing is held, late, given up, failed or stalled." in shown.root.text
 
 
 # --- one job -------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from ops.whole import write_whole
 @click.option("--since", default="24h", show_default=True, type=Since(), metavar="TIME",
               help="How far back it goes: 24h, 7d or a date.")  # fmt: skip
 @click.option("--job", "job_ids", multiple=True, metavar="JOB_ID",
-              help="Show this job's timeline, not the slowest; may be repeated.")  # fmt: skip
+              help="Show the timeline of this job, or of a row of another table, with the rows "
+                   "that belong to it, not the slowest; may be repeated.")  # fmt: skip
 def report(out: str, since: datetime, job_ids: tuple[str, ...]) -> None:
     """Write a page of HTML: where jobs wait, how calls went, what failed and why.
 

@@ -7,8 +7,9 @@ from datetime import datetime
 from typing import Any
 
 import db
+from ops.listeners import connected
 from ops.problem import Problem
-from ops.report.jobs import slowest_jobs, timeline
+from ops.report.jobs import slowest_jobs, timelines
 
 # A bar of the charts over time is as long as the first of these (seconds) that makes at most
 # MOST_BARS of them.
@@ -60,31 +61,30 @@ class Report:
     slowest: list = field(default_factory=list)
     given_up: list = field(default_factory=list)
     stalled: list = field(default_factory=list)
+    failed: list = field(default_factory=list)
     timelines: list = field(default_factory=list)
 
 
 NOW = """
 SELECT now() AS until, %(since)s AS since, current_setting('TimeZone') AS zone,
        (SELECT count(*) FROM (
-            SELECT job_id FROM stage_calls WHERE due_at < 'infinity'
-            UNION SELECT job_id FROM stage_leases WHERE leased_until > now()) AS job) AS in_flight,
-       (SELECT count(*) FROM pg_stat_activity
-        WHERE datname = current_database()
-          AND starts_with(application_name, %(prefix)s)) AS listeners
+            SELECT table_name, job_id FROM stage_calls WHERE due_at < 'infinity'
+            UNION SELECT table_name, job_id FROM stage_leases WHERE leased_until > now()
+        ) AS job) AS in_flight
 """
 
 STAGES = "SELECT * FROM pipeline_overview ORDER BY position, stage"
 
 # A call under way whose job has moved on to `running` owes nothing any more: only its lease tells.
 WAITING = """
-SELECT stage, current_step, status, count(*) AS jobs,
+SELECT stage, table_name, join_of, current_step, status, count(*) AS jobs,
        count(*) FILTER (WHERE why = 'waiting') AS waiting,
        count(*) FILTER (WHERE why = 'retrying') AS retrying,
        count(*) FILTER (WHERE why = 'calling') AS calling,
        count(*) FILTER (WHERE why = 'given_up') AS given_up,
        percentile_cont(0.5) WITHIN GROUP (ORDER BY age) AS median_seconds,
        max(age) AS longest_seconds
-FROM (SELECT stage, current_step, status,
+FROM (SELECT stage, table_name, join_of, current_step, status,
              CASE WHEN due_at = 'infinity' THEN 'given_up'
                   WHEN worker IS NOT NULL AND due_at > now() THEN 'calling'
                   WHEN worker IS NULL AND attempts > 0 THEN 'retrying'
@@ -92,12 +92,13 @@ FROM (SELECT stage, current_step, status,
              date_part('epoch', %(until)s - created_at) AS age
       FROM stage_calls
       UNION ALL
-      SELECT l.stage, l.stage, 'running', 'calling', date_part('epoch', %(until)s - l.started_at)
+      SELECT l.stage, l.table_name, '', l.stage, 'running', 'calling',
+             date_part('epoch', %(until)s - l.started_at)
       FROM stage_leases AS l
       WHERE l.leased_until > now()
         AND NOT EXISTS (SELECT FROM stage_calls AS c WHERE c.call_id = l.call_id)) AS call
-GROUP BY stage, current_step, status
-ORDER BY stage, status, current_step
+GROUP BY stage, table_name, join_of, current_step, status
+ORDER BY stage, status, current_step, table_name, join_of
 """
 
 CALLS = """
@@ -144,7 +145,7 @@ ORDER BY stage, began
 # Texts are cut far beyond what is shown: half a secret would not be recognized as one. How
 # long a lost call took nobody knows.
 SLOWEST = """
-SELECT job_id::text, stage, attempt, outcome, http_status, started_at,
+SELECT table_name, job_id::text, stage, attempt, outcome, http_status, started_at,
        date_part('epoch', finished_at - started_at) AS seconds, left(error, 2000) AS error
 FROM stage_attempts
 WHERE finished_at > %(since)s AND finished_at <= %(until)s
@@ -164,13 +165,15 @@ ORDER BY jobs DESC, last DESC
 LIMIT 10
 """
 
-STALLED = """
-SELECT stage, current_step, status, reason, count(*) AS jobs, min(since) AS first,
-       max(since) AS last,
+# `total` is that of all groups, also of those beyond the limit.
+RESTING = """
+SELECT table_name, stage, current_step, status, left(reason, 2000) AS reason, count(*) AS jobs,
+       sum(count(*)) OVER ()::bigint AS total, min(since) AS first, max(since) AS last,
        (array_agg(job_id ORDER BY since))[:3] AS job_ids,
        (array_agg(left(tenant_id, 1000) ORDER BY since))[:3] AS tenants
-FROM stalled_jobs()
-GROUP BY stage, current_step, status, reason
+FROM resting_rows()
+WHERE kind = %(kind)s
+GROUP BY table_name, stage, current_step, status, left(reason, 2000)
 ORDER BY jobs DESC, first
 LIMIT 50
 """
@@ -185,7 +188,7 @@ def collect(conn, since: datetime, job_ids: Sequence[str], redact: Callable[[str
     Raises:
         Problem: that is still to come.
     """
-    given: dict[str, Any] = {"since": since, "prefix": db.LISTENER_APPLICATION}
+    given: dict[str, Any] = {"since": since}
 
     def ask(sql: str, **more: Any) -> list:
         return [redacted(row, redact) for row in db.execute(conn, sql, given | more).fetchall()]
@@ -199,7 +202,7 @@ def collect(conn, since: datetime, job_ids: Sequence[str], redact: Callable[[str
         database=redact(f"{conn.info.dbname} on {conn.info.host}:{conn.info.port}"),
         span=span,
         in_flight=now.in_flight,
-        listeners=now.listeners,
+        listeners=connected(conn),
         asked=bool(job_ids),
         stages=ask(STAGES),
         waiting=ask(WAITING),
@@ -209,8 +212,9 @@ def collect(conn, since: datetime, job_ids: Sequence[str], redact: Callable[[str
         trend=ask(TREND, step=max(3600, span.step)),
         slowest=ask(SLOWEST),
         given_up=ask(GIVEN_UP),
-        stalled=ask(STALLED),
-        timelines=[timeline(ask, job_id) for job_id in job_ids or slowest_jobs(ask)],
+        stalled=ask(RESTING, kind="stalled"),
+        failed=ask(RESTING, kind="failed"),
+        timelines=timelines(ask, job_ids) if job_ids else slowest_jobs(ask),
     )
 
 

@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from logs import CONTROL
+from pipeline import JOBS, Route
 
 LONGEST_TEXT = 240
 
@@ -111,5 +112,17 @@ def counted(count: int, what: str) -> str:
 
 
 def state(row: Any) -> Markup:
-    """Where a job is, as everywhere: its step and its status."""
-    return text(f"({row.current_step}, {row.status})", 60)
+    """Where a row is, as everywhere: its step and its status, and its table where that is not
+    jobs.
+    """
+    route = Route(
+        getattr(row, "table_name", JOBS.name), getattr(row, "join_of", ""), row.current_step,
+        row.status,
+    )  # fmt: skip
+    return text(route, 120)
+
+
+def row_name(row: Any) -> str:
+    """Its id, and its table where that is not jobs."""
+    table = getattr(row, "table_name", None) or row.table
+    return row.job_id if table == JOBS.name else f"{table} {row.job_id}"

@@ -8,7 +8,16 @@ import pipeline
 from ops.report.charts import stack
 from ops.report.data import Report
 from ops.report.markup import Markup, attribute, clock, counted, join, section, share, span, text
-from ops.report.sections import NO_CALL, calls, durations, given_up, slowest, stalled, waits
+from ops.report.sections import (
+    NO_CALL,
+    calls,
+    durations,
+    failed,
+    given_up,
+    slowest,
+    stalled,
+    waits,
+)
 from ops.report.svg import WAITS, legend, patterns
 from ops.report.timelines import timelines
 
@@ -45,7 +54,7 @@ def page(report: Report) -> str:
         parts += [waits(report), durations(report), calls(report), slowest(report)]
     else:
         parts.append(quiet(report))
-    parts += [given_up(report), stalled(report), timelines(report), notes()]
+    parts += [given_up(report), failed(report), stalled(report), timelines(report), notes()]
     until = f"{report.span.until:%Y-%m-%d %H:%M}"
     return PAGE.format(
         title=attribute(f"Pipeline report: {report.database}, {until}"),
@@ -75,12 +84,20 @@ def attention(report: Report) -> Markup:
         found.insert(0, text("No listener is connected, nothing is called: python listener.py"))
     if count := sum(stage.given_up for stage in report.stages):
         found.append(Markup(f'<a href="#given-up">{counted(count, "call")} given up</a>'))
-    if count := sum(row.jobs for row in report.stalled):
+    if count := total(report.failed):
+        found.append(Markup(f'<a href="#set-failed">{counted(count, "job")} set failed</a>'))
+    if count := total(report.stalled):
         found.append(Markup(f'<a href="#stalled">{counted(count, "stalled job")}</a>'))
     if not found:
-        return Markup('<p class="calm">Nothing is held, late, given up or stalled.</p>')
+        calm = "Nothing is held, late, given up, failed or stalled."
+        return Markup(f'<p class="calm">{calm}</p>')
     items = join(f"<li>{one}</li>" for one in found)
     return Markup(f'<ul class="attention" aria-label="Needs a person">{items}</ul>')
+
+
+def total(rows: list) -> int:
+    """The jobs of all groups, those that are not shown included."""
+    return rows[0].total if rows else 0
 
 
 def trouble(report: Report, stage: Any) -> Markup:
@@ -102,22 +119,24 @@ def overdue(report: Report, stage: Any) -> float:
 
 def figures(report: Report) -> Markup:
     made = [row for row in report.calls if row.outcome not in NO_CALL]
-    total = sum(row.calls for row in made)
-    failed = sum(row.calls for row in made if row.outcome != "succeeded")
+    count = sum(row.calls for row in made)
+    failures = sum(row.calls for row in made if row.outcome != "succeeded")
     late = max((stage for stage in report.stages if stage.due), default=None,
                key=lambda stage: overdue(report, stage))  # fmt: skip
     given_up = sum(stage.given_up for stage in report.stages)
-    stuck = sum(row.jobs for row in report.stalled)
+    stuck, set_failed = total(report.stalled), total(report.failed)
     tiles = [
         ("Jobs in flight", report.in_flight, counted(report.listeners, "listener") + " connected"),
-        ("Calls", total, f"{total / report.span.seconds * 3600:,.0f} an hour"),
-        ("Failed", share(failed, total), f"{failed:,} of {total:,}" if total else "no calls"),
+        ("Calls", count, f"{count / report.span.seconds * 3600:,.0f} an hour"),
+        ("Failed", share(failures, count), f"{failures:,} of {count:,}" if count else "no calls"),
         ("Oldest due", span(overdue(report, late) if late else None),
          late.stage if late else "nothing is due"),
         ("Given up", given_up, "wait for a person"),
         ("Stalled", stuck, "stuck in their state"),
     ]  # fmt: skip
-    bad = {"Given up": given_up, "Stalled": stuck}
+    if set_failed:
+        tiles.append(("Set failed", set_failed, "by their stage"))
+    bad = {"Given up": given_up, "Stalled": stuck, "Set failed": set_failed}
     return Markup(
         '<dl class="figures">'
         + join(

@@ -5,9 +5,22 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import pipeline
 from ops.report.charts import LogAxis, histogram, stack, stacked_bars, trend
 from ops.report.data import Report
-from ops.report.markup import Markup, clock, counted, join, section, share, span, state, table, text
+from ops.report.markup import (
+    Markup,
+    clock,
+    counted,
+    join,
+    row_name,
+    section,
+    share,
+    span,
+    state,
+    table,
+    text,
+)
 from ops.report.svg import OUTCOMES, WAITS, legend
 
 # As in the views: what was never called is no call that failed.
@@ -127,7 +140,7 @@ def outcomes(report: Report, total: Counter) -> Markup:
 
 def slowest(report: Report) -> Markup:
     rows = [
-        [row.job_id, row.stage, Markup(span(row.seconds)), row.outcome, row.http_status,
+        [row_name(row), row.stage, Markup(span(row.seconds)), row.outcome, row.http_status,
          Markup(row.attempt), Markup(clock(row.started_at)), row.error]
         for row in report.slowest
     ]  # fmt: skip
@@ -155,6 +168,23 @@ def stalled(report: Report) -> Markup:
     header = ["*Reason", "State", "#Jobs", "Oldest jobs, tenants", "#Stalled for"]
     about = "Jobs that no call and no stage moves on, for longer than their stage's timeout."
     return section("stalled", "Stalled jobs", table(header, rows, about)) if rows else Markup("")
+
+
+def failed(report: Report) -> Markup:
+    rows = [
+        [row.reason, Markup(f"{state(row)}<div><small>stage {text(row.stage, 60)}</small></div>"),
+         row.jobs, examples(row), way_back(row), ages(report, row)]
+        for row in report.failed
+    ]  # fmt: skip
+    header = ["*Reason", "State", "#Jobs", "Oldest jobs, tenants", "*To send the oldest back",
+              "#Failed for"]  # fmt: skip
+    about = "Jobs that their stage has set failed: once mended, a person sends them back."
+    return section("set-failed", "Failed jobs", table(header, rows, about)) if rows else Markup("")
+
+
+def way_back(row: Any) -> Markup:
+    sql = pipeline.sent_back(row.table_name, row.job_ids[0], row.stage)
+    return Markup(f"<code>{text(sql, 1000)}</code>")
 
 
 def ages(report: Report, row: Any) -> Markup:

@@ -5,7 +5,7 @@ from typing import Any
 
 from ops.report.data import Report
 from ops.report.jobs import Timeline
-from ops.report.markup import Markup, clock, counted, join, section, span, state, text
+from ops.report.markup import Markup, clock, counted, join, row_name, section, span, state, text
 from ops.report.svg import OUTCOMES, legend, level, rect, svg, time_axis, titled
 
 # What is there at all is seen (a share of the width).
@@ -37,7 +37,7 @@ def strip(found: Timeline, until: datetime) -> Markup:
     if found.cut:
         said.append("earlier attempts are not shown")
     return Markup(
-        f"<article><h3>{text(found.job_id, 80)}</h3><p>{join(said, '; ')}</p>{drawn}</article>"
+        f"<article><h3>{text(row_name(found), 130)}</h3><p>{join(said, '; ')}</p>{drawn}</article>"
     )
 
 
