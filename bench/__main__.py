@@ -19,6 +19,7 @@ from bench.report import OURS, Table, as_json, markdown
 from bench.stage_process import StageProcess
 from bench.workloads.backlog import Backlog
 from bench.workloads.base import Workload
+from bench.workloads.children import ChildCommits, Children
 from bench.workloads.commits import Commits
 from bench.workloads.hop import Hop
 from bench.workloads.rest import Idle, Memory, Startup
@@ -29,7 +30,7 @@ RESULTS = Path(__file__).parent / "results"
 PEERS = [("ours", "Ours"), ("ours", "Before"), ("ours", "OursQuiet"), ("references", "Floor"),
          ("references", "NoTrigger"), ("references", "FirstDesign"), ("graphile", "Graphile"),
          ("pgqueuer", "PgQueuer"), ("procrastinate", "Procrastinate")]  # fmt: skip
-WORKLOADS = [Hop, Burst, Slow, Commits, Startup, Memory, Idle, Backlog]
+WORKLOADS = [Hop, Burst, Slow, Commits, Children, ChildCommits, Startup, Memory, Idle, Backlog]
 
 
 def available_peers() -> tuple[list[Peer], dict[str, str]]:

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 import psycopg2
 
-from bench.pipeline import JOBS
+from bench.pipeline import CHILDREN, JOBS
 from bench.processes import tree_seconds
 from demo.database import EmbeddedDatabase
 
@@ -100,9 +100,13 @@ class Server:
 
 
 class Database:
-    """A database of its own, with `jobs` and nothing else; dropped at the end."""
+    """A database of its own, with `jobs` and nothing else; dropped at the end.
 
-    def __init__(self, server: Server):
+    pipeline: the module with PIPELINE that our listener is to use there; then also jobs_variants.
+    """
+
+    def __init__(self, server: Server, pipeline: str | None = None):
+        self.pipeline = pipeline
         self.server, self.name = server, f"bench_{os.getpid()}_{next(server.numbers)}"
         self.dsn = server.dsn(self.name)
 
@@ -110,6 +114,8 @@ class Database:
         self.server.conn.cursor().execute(f"CREATE DATABASE {self.name}")
         self.conn = self.server.connect(self.name)
         self.execute(JOBS)
+        if self.pipeline:
+            self.execute(CHILDREN)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -118,7 +124,8 @@ class Database:
 
     def environ(self) -> dict[str, str]:
         """What points our listener here."""
-        return self.server.settings | {"DB_NAME": self.name, "DATABASE_URL": ""}
+        told = {"DB_NAME": self.name, "DATABASE_URL": "", "PIPELINE_MODULE": self.pipeline or ""}
+        return self.server.settings | told
 
     def connect(self):
         return self.server.connect(self.name)

@@ -37,8 +37,8 @@ class Bench:
     quick: bool = False
 
     @contextlib.contextmanager
-    def installed(self, peer: Peer) -> Iterator[Database]:
-        with Database(self.server) as database:
+    def installed(self, peer: Peer, pipeline: str | None = None) -> Iterator[Database]:
+        with Database(self.server, pipeline) as database:
             peer.install(database)
             database.checkpoint()
             self.stages.connect(database.dsn)

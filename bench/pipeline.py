@@ -24,6 +24,22 @@ CREATE TABLE jobs (
 )
 """
 
+# A longer pipeline (bench/children.py): the first eight stages once for each child of a job, then
+# one for all of them and one more; or all ten for jobs alone.
+CHILD_STAGES = [f"child_{number}" for number in range(1, 9)]
+JOB_STAGES = ["join", "finish"]
+CHILDREN = """
+CREATE TABLE jobs_variants (
+    job_variants_id uuid PRIMARY KEY DEFAULT gen_random_uuid(),
+    job_id          uuid NOT NULL REFERENCES jobs ON DELETE CASCADE,
+    current_step    text,
+    status          text,
+    created_at      timestamptz NOT NULL DEFAULT now(),
+    updated_at      timestamptz NOT NULL DEFAULT now()
+);
+CREATE INDEX ON jobs_variants (job_id);
+"""
+
 # The guide's trigger: nothing but NOTIFY.
 NOTIFY_ONLY = """
 CREATE FUNCTION notify_only() RETURNS trigger LANGUAGE plpgsql AS $$

@@ -18,7 +18,7 @@ import time
 import asyncpg
 import uvloop
 
-from bench.pipeline import ROUTES, STAGES
+from bench.pipeline import CHILD_STAGES, JOB_STAGES, ROUTES, STAGES
 
 CONNECTIONS = 16
 NAME = {"application_name": "bench"}
@@ -26,14 +26,24 @@ LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 STAGE_OF = {
     path: (number, STAGES[number], step) for number, ((step, _), path) in enumerate(ROUTES.items())
 }
-TAKE = """
-UPDATE jobs SET current_step = $2, status = 'running', updated_at = now()
-WHERE job_id = $1 AND current_step = $3 AND status = 'done'
+LONGER = ["img_gen", *CHILD_STAGES, *JOB_STAGES]
+STAGE_OF |= {f"/{stage}": (n, stage, LONGER[n]) for n, stage in enumerate(LONGER[1:])}
+# By the column that identifies the row.
+TABLES = {"job_id": "jobs", "job_variants_id": "jobs_variants"}
+TAKE = {
+    column: f"""
+UPDATE {table} SET current_step = $2, status = 'running', updated_at = now()
+WHERE {column} = $1 AND current_step = $3 AND status = 'done'
 """
-FINISH = """
-UPDATE jobs SET status = 'done', updated_at = now()
-WHERE job_id = $1 AND current_step = $2 AND status = 'running'
+    for column, table in TABLES.items()
+}
+FINISH = {
+    column: f"""
+UPDATE {table} SET status = 'done', updated_at = now()
+WHERE {column} = $1 AND current_step = $2 AND status = 'running'
 """
+    for column, table in TABLES.items()
+}
 
 
 class StageApi:
@@ -67,14 +77,14 @@ class StageApi:
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    async def work(self, job: str, number: int, stage: str, before: str) -> int:
-        """Run a stage on a job that is in the state before it; the HTTP status."""
-        if await self.execute(TAKE, job, stage, before) != "UPDATE 1":
+    async def work(self, column: str, job: str, number: int, stage: str, before: str) -> int:
+        """Run a stage on a row that is in the state before it; the HTTP status."""
+        if await self.execute(TAKE[column], job, stage, before) != "UPDATE 1":
             self.refused += 1
             return 409
         if self.delay:
             await asyncio.sleep(self.delay)
-        await self.execute(FINISH, job, stage)
+        await self.execute(FINISH[column], job, stage)
         self.done.append((time.monotonic(), job, number))
         return 200
 
@@ -136,15 +146,16 @@ class Connection(asyncio.Protocol):
             self.api.begin(self.answer_control(path, body))
             return
         number, stage, before = STAGE_OF[path]
-        self.api.arrived.append((time.monotonic(), body["job_id"], number))
+        column = "job_variants_id" if "job_variants_id" in body else "job_id"
+        self.api.arrived.append((time.monotonic(), body[column], number))
         if self.api.mode == "answer":
             self.send(200, b'{"status": "done"}')
             self.api.count()
         else:
-            self.api.begin(self.answer_work(body["job_id"], number, stage, before))
+            self.api.begin(self.answer_work(column, body[column], number, stage, before))
 
-    async def answer_work(self, job: str, number: int, stage: str, before: str) -> None:
-        status = await self.api.work(job, number, stage, before)
+    async def answer_work(self, *work) -> None:
+        status = await self.api.work(*work)
         self.send(status, b'{"status": "done"}' if status == 200 else b'{"error": "not its turn"}')
         self.api.count()
 

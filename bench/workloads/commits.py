@@ -5,6 +5,7 @@ import re
 import subprocess
 import tempfile
 
+from bench.database import Database
 from bench.harness import Bench
 from bench.peers.base import Peer
 from bench.stats import Metric
@@ -26,6 +27,22 @@ WHERE job_id = md5((:n)::text)::uuid;
 """
 
 
+def pgbench(database: Database, sql: str, clients: int, seconds: int) -> dict[str, float]:
+    """Run a script for so long: commits a second, and milliseconds for one."""
+    with tempfile.NamedTemporaryFile("w") as script:
+        script.write(sql)
+        script.flush()
+        command = [PGBENCH, "-n", "-M", "prepared", "-c", clients, "-j", min(clients, 2)]
+        command += ["-T", seconds, "-f", script.name, database.dsn]
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True,
+                              env=os.environ | {"PGAPPNAME": "bench"})  # fmt: skip
+    rate = re.search(r"tps = ([\d.]+)", done.stdout)
+    if done.returncode or not rate:
+        raise RuntimeError(f"pgbench: {done.stderr[-500:]}")
+    latency = re.search(r"latency average = ([\d.]+)", done.stdout)
+    return {"commits/s": float(rate[1]), "latency": float(latency[1])}
+
+
 class Commits(Workload):
     name = "commits"
     title = "Price to the application: single-row commits a second on `jobs`, pgbench"
@@ -43,17 +60,7 @@ class Commits(Workload):
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
         clients, seconds = int(variant.split()[0]), 3 if bench.quick else 8
-        with bench.installed(peer) as database, tempfile.NamedTemporaryFile("w") as script:
+        with bench.installed(peer) as database:
             database.execute(ADD_JOBS, JOBS)
             database.execute("VACUUM ANALYZE jobs")
-            script.write(SCRIPT)
-            script.flush()
-            command = [PGBENCH, "-n", "-M", "prepared", "-c", clients, "-j", min(clients, 2)]
-            command += ["-T", seconds, "-f", script.name, database.dsn]
-            done = subprocess.run([str(word) for word in command], capture_output=True, text=True,
-                                  env=os.environ | {"PGAPPNAME": "bench"})  # fmt: skip
-        rate = re.search(r"tps = ([\d.]+)", done.stdout)
-        if done.returncode or not rate:
-            raise RuntimeError(f"pgbench: {done.stderr[-500:]}")
-        latency = re.search(r"latency average = ([\d.]+)", done.stdout)
-        return {"commits/s": float(rate[1]), "latency": float(latency[1])}
+            return pgbench(database, SCRIPT, clients, seconds)
