@@ -5,6 +5,7 @@ from bell import Bell
 from claims import connected
 from variants import PIPELINE, TABLE, Variants
 
+import joins
 from ops.install import apply
 from ops.routes import is_silent, is_updates_only
 
@@ -88,6 +89,30 @@ def test_rows_of_every_table_are_meant(database, use_pipeline):
         assert variants.owed() == []
         variants.move(variant, "yolo_detect", "done")
         assert variants.owed() == [("jobs_variants", variant, "iou_eval")]
+
+
+def test_join_waits_for_a_row_that_is_updated(database, use_pipeline):
+    use_pipeline(PIPELINE)
+    database.rows(TABLE)
+    variants = Variants(database)
+    with connected(database) as conn:
+        apply(conn, insert=False)
+        job = database.add_job("img_gen", "queued")
+        variants.add(job, "iou_eval", "done")
+        assert not joins.look(conn) and variants.owed() == []
+        [last] = variants.add(job)
+        variants.move(last, "iou_eval", "done")
+        joins.look(conn)
+    assert variants.owed() == [("jobs", job, "ad_copy")]
+
+
+def test_row_that_was_left_out_is_shown_and_can_be_called(database, run_command):
+    run_command(database, "install", "--no-insert")
+    job = database.add_job()
+    database.rows("UPDATE jobs SET updated_at = now() - interval '1 hour'")
+    assert "its call was never recorded" in run_command(database, "jobs", "--stalled").out
+    run_command(database, "backfill", "--apply")
+    assert database.owed(job).stage == "vlm_analyze"
 
 
 def test_partitioned_table_is_warned_about(empty_database, run_command):
