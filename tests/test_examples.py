@@ -1,6 +1,7 @@
 """examples/: each pipeline runs to its end with a real listener, and is small enough to copy."""
 
 import importlib
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -145,6 +146,16 @@ def test_test_job_names_the_row_that_stalls(running):
     assert "jobs_variants " in done.err and " stalls at iou_eval: the stage set it to" in done.err
     for table in ("jobs", "jobs_variants", "stage_looks", "stage_joins"):
         assert running.database.value(f"SELECT count(*) FROM {table}") == 0, table
+
+
+@each("variants")
+def test_example_job_of_the_documentation_works(example):
+    blocks = re.findall(r"```python\n(.+?)```", (ROOT / "docs/STAGES.md").read_text(), re.DOTALL)
+    given: dict = {}
+    exec(next(block for block in blocks if block.startswith("def example_job")), given)
+    job = given["example_job"](example.database.conn)
+    assert example.database.value("SELECT count(*) FROM stage_calls") == 1
+    assert example.database.state(job) == ("img_gen", "done")
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

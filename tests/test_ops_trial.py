@@ -1,11 +1,13 @@
 """`test-job`: a job of its own goes through the pipeline, or the line says where it stalls."""
 
 import re
+from contextlib import closing
 
 import pytest
 from commands import ROOT
 from waiting import LISTENING
 
+from demo.stage_api import StageApi
 from demo.stage_server import Answer
 
 STAGES = ["vlm_analyze", "yolo_detect", "planner", "overlay", "vlm_judge"]
@@ -191,3 +193,84 @@ def test_pipeline_that_begins_with_another_table_needs_an_example_job(
         "PIPELINE begins with jobs_variants (img_gen, done): test-job needs a function "
         "example_job(conn) in own, see docs/STAGES.md"
     )
+
+
+# --- tables below tables -------------------------------------------------------------------
+
+BELOW = """
+CREATE TABLE jobs (job_id bigint PRIMARY KEY, tenant_id text, current_step text, status text);
+CREATE TABLE parts (part_id bigint PRIMARY KEY, job_id bigint REFERENCES jobs,
+                    current_step text, status text);
+CREATE TABLE pieces (piece_id bigint PRIMARY KEY, part_id bigint REFERENCES parts,
+                     current_step text, status text);
+CREATE INDEX ON parts (job_id);
+CREATE INDEX ON pieces (part_id);
+"""
+
+BELOW_PIPELINE = '''
+from pipeline import Table
+
+PARTS = Table("parts", id="part_id", parent=("jobs", "job_id"))
+PIECES = Table("pieces", id="piece_id", parent=(PARTS, "part_id"))
+
+
+def cut(call): return call.post("/pieces")
+def glue(call): return call.post("/parts")
+def paint(call): return call.post("/jobs")
+
+
+PIPELINE = {
+    PIECES("new", "done"): cut,
+    PIECES.every("cut", "done"): glue,
+    PARTS.every("glue", "done"): paint,
+}
+
+
+def example_job(conn):
+    conn.cursor().execute("""
+        INSERT INTO jobs VALUES (7, 'theirs', 'new', 'done');
+        INSERT INTO parts VALUES (7, 7, 'new', 'done'), (8, 7, 'new', 'done');
+        INSERT INTO pieces VALUES (1, 7, 'new', 'done'), (2, 7, 'new', 'done'),
+                                  (8, 8, 'new', 'done')""")
+    return 7
+'''
+
+OTHER_HISTORY = """
+INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, stage, worker, started_at,
+                            finished_at, outcome)
+VALUES (7, 'pieces', 1000, 1, 'cut', 'w', now(), now(), 'succeeded')
+"""
+
+
+def test_tables_below_tables_are_followed_and_cleaned(
+    empty_database, run_command, listener, tmp_path
+):
+    database = empty_database
+    (tmp_path / "own.py").write_text(BELOW_PIPELINE)
+    settings = {"PIPELINE_MODULE": "own", "PYTHONPATH": tmp_path}
+    database.rows(BELOW)
+    run_command(database, "install", **settings)
+    database.rows(OTHER_HISTORY)  # of another job's piece 7
+
+    def work(table: str, column: str, step: str):
+        def behaviour(request):
+            with closing(database.connect()) as conn:
+                conn.cursor().execute(f"UPDATE {table} SET current_step = %s WHERE {column} = %s",
+                                      (step, request.body[column]))  # fmt: skip
+            return Answer(200)
+
+        return behaviour
+
+    with StageApi(database.dsn) as api:
+        api.on("/pieces", work("pieces", "piece_id", "cut"))
+        api.on("/parts", work("parts", "part_id", "glue"))
+        api.on("/jobs", work("jobs", "job_id", "paint"))
+        listener(database, api=api, **settings).wait_for_line(LISTENING)
+        done = run_command(database, "test-job", "--clean", **settings)
+    assert done.code == 0
+    hops = sorted((words[0], words[-1]) for words in map(str.split, done.lines) if "took" in words)
+    assert hops == [("cut", "1"), ("cut", "2"), ("cut", "8"), ("glue", "7"), ("glue", "8"),
+                    ("paint", "s")]  # fmt: skip
+    assert database.rows("SELECT table_name, job_id FROM stage_attempts") == [("pieces", 7)]
+    for table in ("jobs", "parts", "pieces", "stage_joins", "stage_looks"):
+        assert database.value(f"SELECT count(*) FROM {table}") == 0, table
