@@ -13,7 +13,7 @@ ARGS ?=
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
-demo: $(READY) ## watch jobs run through the pipeline, or through PIPELINE=variants of examples/
+demo: $(READY) ## watch five jobs pass, on a database of its own; PIPELINE=variants: more
 	@$(PYTHON) -m demo $(PIPELINE) $(ARGS)
 
 run: $(READY) ## run the listener

@@ -188,3 +188,11 @@ def test_demo_of_an_unknown_name_says_what_is_allowed():
     assert done.returncode == 2
     said = done.stdout + done.stderr
     assert said == "demo: there is no pipeline nope; allowed is five_stages or variants, or none\n"
+
+
+def test_both_languages_show_the_same_code():
+    english, korean = ((ROOT / "docs" / name).read_text() for name in ("STAGES.md", "STAGES.ko.md"))
+    blocks = re.compile(r"```\w*\n.+?```", re.DOTALL)
+    assert blocks.findall(korean) == blocks.findall(english)
+    assert korean.count("\n## ") == english.count("\n## ")
+    assert korean.count("\n|") == english.count("\n|")
