@@ -12,8 +12,9 @@ import db
 import pipeline
 from ops.problem import Problem
 from ops.table import plain
-from pipeline import Route
+from pipeline import Route, State
 
+JOBS = pipeline.JOBS.name
 LOOK_EVERY = 0.2  # seconds
 WIDTH = 30
 
@@ -45,7 +46,7 @@ def rows_of(conn, job_id: str) -> list[Row]:
     """The job and all rows that belong to it, parents first; none where there is no such job."""
     found: list[Row] = []
     for table in pipeline.tables().values():
-        if table.name == pipeline.JOBS.name:
+        if table.name == JOBS:
             found += select(conn, table, table.id, job_id, None)
         elif table.parent:
             parents = [row for row in found if row.table == pipeline.parent_name(table)]
@@ -154,6 +155,17 @@ def chain(table: str, state: tuple) -> tuple[list[str], tuple]:
         state = (name, "done")
 
 
+def is_end(row: Row) -> bool:
+    """Whether a stage may have left the row there for good. Some say otherwise than `done`."""
+    if row.step not in stages_of(row.table) or row.status == "failed":
+        return False
+    wanted = {
+        (key.table.name, key.step, key.status) if isinstance(key, State) else (JOBS, *key)
+        for key in pipeline.pipeline()
+    }
+    return row.status == "done" or (row.table, row.step, "done") not in wanted
+
+
 # --- following them ------------------------------------------------------------------------
 
 
@@ -180,7 +192,7 @@ class Follower:
             self.show(look)
             if found := self.stalls(look):
                 row, stage, why = found
-                what = "job" if row.table == pipeline.JOBS.name else row.table
+                what = "job" if row.table == JOBS else row.table
                 raise Problem(f"{what} {row.key} stalls at {stage}: {why}; "
                               f"look with python listener.py job {row.key}")  # fmt: skip
             if not (look.ahead or look.owed or look.calling or self.lost(look)):
@@ -199,7 +211,7 @@ class Follower:
         for row in look.rows:
             if row not in self.first:
                 self.first[row], self.through[row] = row.state, self.since
-                if row.table != pipeline.JOBS.name:
+                if row.table != JOBS:
                     click.echo(plain(f"  with {row.table} {row.key}: ({row.step}, {row.status})"))
         for (row, stage), hop in look.hops.items():
             # Done is what the row says: some stages answer first, others commit first.
@@ -210,7 +222,7 @@ class Follower:
             self.printed.add((row, stage))
             tries = f", {hop.attempts} attempts" if hop.attempts > 1 else ""
             tries += "" if hop.accepted else ", none accepted"
-            of = "" if row.table == pipeline.JOBS.name else f"  {short(row.key)}"
+            of = "" if row.table == JOBS else f"  {short(row.key)}"
             click.echo(plain(f"  {stage:{self.width}} waited {waited:6.2f} s, "
                              f"took {hop.finished - hop.called:6.2f} s{tries}{of}"))  # fmt: skip
 
@@ -224,11 +236,11 @@ class Follower:
         return max(ended)
 
     def lost(self, look: Look) -> list[Row]:
-        """The rows that are where no stage of PIPELINE leads to."""
+        """The rows that have moved to where no stage of PIPELINE leads to."""
         return [
             row for row in look.rows
             if row.state != self.first[row] and not chain(row.table, row.state)[0]
-            and (row.status != "done" or row.step not in stages_of(row.table))
+            and not is_end(row)
         ]  # fmt: skip
 
     def stalls(self, look: Look) -> tuple[Row, str, str] | None:

@@ -58,6 +58,19 @@ def test_stage_that_changes_nothing_is_named(database, api, run_command, running
     assert "stalls at yolo_detect: accepted, but the job has not changed" in done.err
 
 
+def test_stage_that_leaves_the_job_where_nothing_leads_is_named(
+    database, api, run_command, running
+):
+    def misspell(request):
+        database.move(request.job_id, "yolo_detect", "doen")
+        return Answer(200)
+
+    api.on("yolo_detect", misspell)
+    done = run_command(database, "test-job", "--timeout", "0.5")
+    assert done.code == 1
+    assert "stalls at (yolo_detect, doen): no stage of PIPELINE leads to that state" in done.err
+
+
 def test_paused_stage_is_named_with_who_did_it(database, run_command, running):
     run_command(database, "pause", "vlm_analyze", "--reason", "new GPU")
     done = run_command(database, "test-job", "--timeout", "0.5", "--clean")
