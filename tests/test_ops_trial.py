@@ -223,8 +223,8 @@ CREATE INDEX ON pieces (part_id);
 BELOW_PIPELINE = '''
 from pipeline import Table
 
-PARTS = Table("parts", id="part_id", parent=("jobs", "job_id"))
-PIECES = Table("pieces", id="piece_id", parent=(PARTS, "part_id"))
+PARTS = Table("parts", id="part_id", parent=("jobs", "job_id"), channel="parts")
+PIECES = Table("pieces", id="piece_id", parent=(PARTS, "part_id"), channel="pieces")
 
 
 def cut(call): return call.post("/pieces")
