@@ -509,7 +509,7 @@ def cli(context: click.Context) -> None:
         context.invoke(run)
 
 
-@cli.command()
+@cli.command(short_help="Listen, and call the next stage of each job that ends one.")
 @click.option("--workers", type=click.IntRange(1, 256),
               help="Calls at once on this host; default: LISTENER_WORKERS.")  # fmt: skip
 @click.option("--stage", "only", multiple=True, type=StageName(), metavar="STAGE",

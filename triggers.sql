@@ -168,7 +168,11 @@ $body$, format('%I.stage_calls', schema), coalesce(routes, 'WHEN false THEN NULL
     END IF;
     -- An assignment needs no executor, which PERFORM would start for every row.
     payload := pg_notify(%3$L, payload);
-$notify$, fields, CASE WHEN t.name = 'jobs' THEN 1900 ELSE 1500 END, t.channel) END,
+$notify$, fields, CASE WHEN t.name = 'jobs' THEN 1900 ELSE 1500 END, t.channel)
+            ELSE $wake$    IF owed THEN  -- no change is announced, but a listener may sleep
+        payload := pg_notify('job_state_listener_wake', '');
+    END IF;
+$wake$ END,
             format(too_long, 'NEW.' || quote_ident(t.id_column))));
     END LOOP;
 END
@@ -345,7 +349,7 @@ BEGIN
            OR found.tgfoid <> wanted.function
            OR found.tgtype <> wanted.type
            OR found.tgattr::text <> ''
-           OR rtrim(replace(encode(found.tgargs, 'escape'), '\000', ', '), ', ')
+           OR rtrim(replace(encode(found.tgargs, 'escape'), chr(92) || '000', ', '), ', ')
               <> replace(arguments, '''', '')
            OR cardinality(string_to_array(pg_get_triggerdef(found.oid), 'IS DISTINCT FROM'))
               <> cardinality(string_to_array(wanted.condition, 'IS DISTINCT FROM'))

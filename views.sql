@@ -205,7 +205,11 @@ AS $body$
                (array_agg(a.outcome ORDER BY a.finished_at DESC))[1] AS outcome,
                (array_agg(a.error ORDER BY a.finished_at DESC))[1] AS error
         FROM %1$I.stage_attempts AS a
-        WHERE a.job_id = r.id AND a.table_name = r.table_name) AS last
+        WHERE a.job_id = r.id AND a.table_name = r.table_name
+          AND (a.stage = r.stage OR EXISTS (  -- not those of a join of its rows
+              SELECT FROM %1$I.pipeline_stages AS p
+              WHERE p.table_name = a.table_name AND p.join_of = '' AND p.stage = a.stage))
+    ) AS last
     WHERE NOT EXISTS (SELECT FROM %1$I.stage_calls AS c
                       WHERE c.job_id = r.id AND c.table_name = r.table_name)
       AND NOT EXISTS (SELECT FROM %1$I.stage_leases AS l

@@ -88,8 +88,9 @@ def test_environment_cannot_make_a_certificate_trusted(serve, tls, bundle, monke
 def test_verify_trusts_what_calls_trust(database, run_command, serve, tls, bundle):
     url = serve(good, tls=tls).url
     untrusted = run_command(database, "verify", STAGE_API_URL=url)
-    assert untrusted.code == 1 and "certificate verify failed" in untrusted.lines[-2]
-    assert untrusted.lines[-2].endswith(" → set STAGE_API_CA_BUNDLE")
+    [problem] = [line for line in untrusted.lines if line.startswith("PROBLEM")]
+    assert untrusted.code == 1 and "certificate verify failed" in problem
+    assert problem.endswith(" → set STAGE_API_CA_BUNDLE")
     trusted = run_command(database, "verify", STAGE_API_URL=url, STAGE_API_CA_BUNDLE=bundle)
     assert trusted.code == 0 and f"stage API {url} answers (HTTP 200" in trusted.out
 

@@ -81,7 +81,7 @@ def test_idempotency_key_is_that_of_the_call(accepting):
     first = key()
     assert uuid.UUID(first)
     assert [key(attempt=2), key(attempt=9, spent=4), key(tenant_id="other")] == [first] * 3
-    others = [key(call_id=2), key(job_id="other"), key(stage="planner")]
+    others = [key(call_id=2), key(key="other"), key(stage="planner")]
     assert len({first, *others}) == 4
 
 
