@@ -348,14 +348,14 @@ class Listener:
                     joins.reopen(conn, row)
                     self.join_at = 0.0
                 self.keep(call, refused)
-            elif not self.is_put_off(conn, call, row):
+            elif not self.put_off_after_failed(conn, call, row):
                 if row.join_of and call.spent == 1:
                     joins.note_parent(conn, row)
                 to_make.append(call)
         return to_make
 
-    def is_put_off(self, conn: db.Connection, call: Call, row: Any) -> bool:
-        """Whether a call that (stage, 'failed') owes to that stage must wait, or is given up.
+    def put_off_after_failed(self, conn: db.Connection, call: Call, row: Any) -> bool:
+        """Let a call that (stage, 'failed') owes to that stage wait, or give it up; whether it did.
 
         It takes over attempts and back-off of the call before it, or a stage that always fails
         would be called for ever.

@@ -45,6 +45,10 @@ def refused(call: Call, row: Any, owed: bool, accepted: bool) -> Result | None:
         owed: the job is still in the state that owes the call.
         accepted: an earlier attempt of it was accepted.
     """
+    if not owed and is_given_up_with_its_parent(call, row):
+        ended = failure(call, "failed", "nobody knows what became of the attempt before", 0)
+        log_end(call, ended)
+        return ended
     if not owed:
         now = f"({row.job_step}, {row.job_status})" if row.job_found else "deleted"
         if call.join and row.job_found and not row.is_complete:
@@ -62,6 +66,20 @@ def refused(call: Call, row: Any, owed: bool, accepted: bool) -> Result | None:
         log_end(call, ended)
         return ended
     return None
+
+
+def is_given_up_with_its_parent(call: Call, row: Any) -> bool:
+    """Whether the stage of a join's call has set the parent to failed, and nothing follows from it.
+
+    It is kept for a person to retry, as no state of the parent's owes it.
+    """
+    failed = pipeline.Route(call.table, "", call.stage, "failed")
+    return bool(
+        call.join
+        and row.is_complete
+        and (row.job_step, row.job_status) == (failed.step, failed.status)
+        and failed not in pipeline.routes()
+    )
 
 
 class Trigger:

@@ -408,6 +408,42 @@ def test_join_whose_stage_set_the_parent_failed_is_given_up_and_told_once(site, 
     assert site.database.owed(job) is None
 
 
+@pytest.mark.parametrize("killed", [True, False])
+def test_join_whose_parent_was_set_failed_unheard_is_kept_for_a_person(site, killed, run_command):
+    """The listener was killed, or the stage set the parent to failed after its answer."""
+    process = site.start(RETRY_DELAY=1000)
+
+    def end(_request):
+        if killed:
+            process.kill()
+            raise Hangup
+        return Answer(500, b"no GPU")
+
+    if killed:
+        fail_join(site, end)
+    else:
+        site.api.on("/ad_copy", end)
+    job = joined(site)
+    site.wait_for_calls("ad_copy", 1)
+    if not killed:
+        site.database.wait_for("SELECT count(*) = 1 FROM stage_attempts WHERE outcome = 'retry'")
+        process.stop()
+        site.set("jobs", job, "ad_copy", "failed")
+    process.process.wait(PATIENCE)
+    site.database.rows("UPDATE stage_calls SET due_at = now()" if not killed else LEASE_OVER)
+    again = site.start()
+    again.wait_for_line(SET_FAILED)
+    site.settled()
+    assert site.database.owed(job).given_up
+    until(site.told, "an alert")
+    site.api.on("/ad_copy", lambda _: Answer(200))
+    given = {"PYTHONPATH": str(ROOT / "tests"), "PIPELINE_MODULE": "variants"}
+    assert run_command(site.database, "retry", job, **given).code == 0
+    site.wait_for_calls("ad_copy", 2)
+    site.settled()
+    assert site.database.owed(job) is None and len(site.told()) == 1
+
+
 def test_routed_failed_of_a_join_carries_attempts_on_and_ends(routed):
     """The parent itself owes the call now, and the join no more."""
     fail_join(routed, lambda _: Answer(500, b"no GPU"))
