@@ -5,7 +5,7 @@ call's attempts, and for each attempt its claim, its rows in stage_attempts and 
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from chaos.history import Claim, Fault, History, Post, Row, pid_of
+from chaos.history import Claim, Fault, History, Move, Post, Row, pid_of
 
 ROUNDING = 0.001  # seconds
 
@@ -145,12 +145,20 @@ class Account:
                 self.stray.append(f"{row} is of no claim")
 
     def read_moves_of_families(self) -> None:
-        """Once an attempt counts, it is not repeated where the job has moved on."""
+        """Once an attempt counts, another one follows only while the job is where it was then. One
+        that was given up, and that the operator retried, begins anew."""
         for call in (call for call in self.calls if call.is_join):
-            counted = [one.claim.at for one in call.tries.values() if one.outcomes - {"held"}]
-            moved = [at for at in self.families.moves[call.job]
-                     if counted and at > min(counted)]  # fmt: skip
-            call.left = min([at for at in (call.left, *moved) if at is not None], default=None)
+            ended = max((n for n, one in call.tries.items() if "failed" in one.outcomes), default=0)
+            later = [one for n, one in sorted(call.tries.items()) if n > ended]
+            counted = [one for one in later if one.outcomes - {"held"}]
+            if not counted:
+                continue
+            noted, _ = self.families.place(call.job, counted[0].claim.at)
+            for one in later[later.index(counted[0]) + 1 :]:
+                where, since = self.families.place(call.job, one.claim.at)
+                if where != noted:
+                    call.left = since if call.left is None else min(call.left, since)
+                    break
 
     def read_posts(self) -> None:
         """By what the request says and when it came, not by its key: that is to be checked."""
@@ -205,18 +213,18 @@ class Account:
 class Families:
     """The variants of each job as its transactions left them, one after the other.
 
-    arrivals: when one came to the state of the join. moves: when the job itself moved.
+    arrivals: when one came to the state of the join.
     """
 
     def __init__(self, history: History):
         self.arrivals: dict[str, list[float]] = defaultdict(list)
-        self.moves: dict[str, list[float]] = defaultdict(list)
+        self.moves: dict[str, list[Move]] = defaultdict(list)  # of the job itself
         self.deleted: dict[str, float] = {}
         self._complete: dict[str, list[tuple[float, bool]]] = defaultdict(list)
         variants: dict[str, dict[str, bool]] = defaultdict(dict)
         for move in history.moves:
             if move.parent is None:
-                self.moves[move.job].append(move.at)
+                self.moves[move.job].append(move)
                 if move.step is None:
                     self.deleted[move.job] = move.at
                 continue
@@ -234,6 +242,11 @@ class Families:
         """When a variant was missing for the first time after `at`, or the job was deleted."""
         found = [when for when, complete in self._complete[job] if when > at and not complete]
         return min([*found, *([self.deleted[job]] if job in self.deleted else [])], default=None)
+
+    def place(self, job: str, when: float) -> tuple[tuple, float]:
+        """The state of the job at that moment, and since when."""
+        before = [move for move in self.moves[job] if move.at <= when]
+        return ((before[-1].step, before[-1].status), before[-1].at) if before else ((), when)
 
     def was_complete(self, job: str, since: float, until: float) -> bool:
         """At any time between."""

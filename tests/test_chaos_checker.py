@@ -10,6 +10,7 @@ from chaos.checker import (
     AFTER_LEAVING,
     ATTEMPTS,
     EARLY,
+    JOINED,
     KEYS,
     LIMIT,
     LOST,
@@ -18,7 +19,7 @@ from chaos.checker import (
     REPEATED,
     check,
 )
-from chaos.history import Claim, Debt, Exit, Fault, Gone, History, Lease, Move, Post, Row
+from chaos.history import Claim, Debt, Exit, Fault, Gone, History, Join, Lease, Move, Post, Row
 
 TIMEOUT, LEASE = 2.0, 3.0
 ONE, OTHER = "host-101-aaaaaa", "host-202-bbbbbb"
@@ -759,3 +760,125 @@ def test_file_that_is_no_history_is_refused_by_name(tmp_path):
     file.write_text('{"seed": 1}')
     with pytest.raises(ValueError, match=file.name):
         history.read(file)
+
+
+# --- joins ---------------------------------------------------------------------------------
+
+
+class Family(Script):
+    """A history of a job, its variants, and the calls that their join owed."""
+
+    def __init__(self):
+        super().__init__()
+        self.joined = {"detect/done": "ad_copy"}
+
+    def variant(self, at, name, step="detect", status="done"):
+        tx = 1 + len(self.moves)
+        self.moves.append(Move(name, tx, at, step, status, parent="j"))
+
+    def record(self, at):
+        """A listener has looked, and found all variants there."""
+        self.joins.append(Join("j", 2000 + len(self.joins), "ad_copy", 500, at - 0.01, at))
+
+    def claim(self, at, attempt=1, worker=ONE, call=None):
+        super().claim(at, attempt, worker, call or self.joins[-1].call)
+
+    def stage(self, claim):
+        return "ad_copy"
+
+
+@pytest.fixture
+def family():
+    """Two variants, one after the other, and the call that follows."""
+    made = Family()
+    made.variant(1, "a", "cut", "running")
+    made.variant(1, "b", "cut", "running")
+    made.variant(2, "a")
+    made.variant(3, "b")
+    made.record(3.1)
+    made.called(3.2)
+    return made
+
+
+def test_join_that_is_called_once_is_in_order(family):
+    assert kinds(family) == set()
+
+
+def test_join_that_nobody_recorded_is_lost(family):
+    family.variant(5, "b", "cut", "running")
+    family.variant(6, "b")
+    assert kinds(family) == {LOST}
+    family.record(6.1)
+    assert kinds(family) == {LOST}
+    family.called(6.2)
+    assert kinds(family) == set()
+
+
+def test_job_that_was_deleted_owes_nothing(family):
+    family.variant(5, "b", "cut", "running")
+    family.variant(6, "b")
+    family.moves.append(Move("j", 99, 6.1, None, None))
+    assert kinds(family) == set()
+
+
+def test_join_recorded_while_a_variant_is_missing_is_seen(family):
+    family.variant(5, "b", "cut", "running")
+    family.record(5.5)
+    family.called(5.6)
+    assert JOINED in kinds(family)
+
+
+def test_join_recorded_twice_for_one_arrival_is_seen(family):
+    family.record(4)
+    family.called(4.1)
+    assert kinds(family) == {JOINED}
+
+
+def test_join_may_be_recorded_again_once_its_call_was_skipped(family):
+    family.variant(4, "b", "cut", "running")
+    family.variant(4.5, "b")
+    family.record(4.6)
+    family.variant(4.7, "a", "cut", "running")
+    family.claim(4.8)
+    family.row(4.9, "skipped")
+    family.variant(5, "a", None, None)
+    family.record(5.1)
+    family.called(5.2)
+    assert kinds(family) == set()
+
+
+def test_join_skipped_while_all_variants_are_there_is_lost(family):
+    family.variant(4, "b", "cut", "running")
+    family.variant(4.5, "b")
+    family.record(4.6)
+    family.claim(4.8)
+    family.row(4.9, "skipped")
+    assert kinds(family) == {LOST}
+
+
+def test_join_called_again_after_the_job_has_moved_on_is_seen(family):
+    family.variant(4, "b", "cut", "running")
+    family.variant(4.5, "b")
+    family.record(4.6)
+    family.claim(4.7)
+    family.moves.append(Move("j", 99, 4.8, "ad_copy", "running"))
+    family.row(4.7 + TIMEOUT, "unknown")
+    family.called(4.7 + LEASE, attempt=2)
+    assert AFTER_LEAVING in kinds(family)
+
+
+def test_accepted_join_that_is_repeated_is_seen(family):
+    family.called(8, attempt=2)
+    assert REPEATED in kinds(family)
+
+
+def test_join_whose_stage_set_the_job_failed_may_be_retried_by_the_operator(family):
+    family.variant(4, "b", "cut", "running")
+    family.variant(4.5, "b")
+    family.record(4.6)
+    family.claim(4.7)
+    family.moves.append(Move("j", 99, 4.8, "ad_copy", "failed"))
+    family.post(4.9, status=500)
+    family.row(5, "failed", 500)
+    family.called(6, attempt=2)
+    assert kinds(family) == set()
