@@ -36,10 +36,11 @@ WITH parents AS (
         ORDER BY parent_id, join_of LIMIT 4000) AS first
     ORDER BY parent_id, join_of LIMIT 1000
 ), taken AS (
-    DELETE FROM stage_looks AS l USING parents AS p
-    WHERE l.parent_id = ANY (ARRAY(SELECT parent_id FROM parents))
-      AND l.parent_id = p.parent_id AND l.join_of = p.join_of
-    RETURNING l.parent_id, l.join_of, l.arrived
+    DELETE FROM stage_looks WHERE ctid = ANY (ARRAY(
+        SELECT l.ctid FROM parents AS p CROSS JOIN LATERAL (
+            SELECT s.ctid FROM stage_looks AS s
+            WHERE s.parent_id = p.parent_id AND s.join_of = p.join_of OFFSET 0) AS l))
+    RETURNING parent_id, join_of, arrived
 ), looked AS (
     SELECT parent_id, join_of, bool_or(arrived) AS has_arrived FROM taken
     GROUP BY parent_id, join_of
@@ -91,15 +92,16 @@ def look(conn) -> int | None:
 
 
 # Where the parent is when the call of a join is first made, and so long as no attempt of it counts.
+# A listener that was lost between its claim and this has made no call, so the next claim notes it.
 NOTE = """
 UPDATE stage_joins SET is_noted = true, parent_step = %(step)s, parent_status = %(status)s
-WHERE parent_id = %(parent_id)s AND join_of = %(join)s
+WHERE parent_id = %(parent_id)s AND join_of = %(join)s AND (%(first)s OR NOT is_noted)
 """
 
 
 def note_parent(conn, row: Any) -> None:
     """Keep where the parent of a claimed `row` is, before its call is made."""
-    given = {"step": row.job_step, "status": row.job_status}
+    given = {"step": row.job_step, "status": row.job_status, "first": row.spent == 1}
     execute(conn, NOTE, given | {"parent_id": row.key, "join": row.join_of})
 
 

@@ -349,7 +349,7 @@ class Listener:
                     self.join_at = 0.0
                 self.keep(call, refused)
             elif not self.put_off_after_failed(conn, call, row):
-                if row.join_of and call.spent == 1:
+                if row.join_of:
                     joins.note_parent(conn, row)
                 to_make.append(call)
         return to_make

@@ -482,6 +482,21 @@ def test_call_without_an_answer_is_not_repeated_once_the_parent_has_moved(
     assert not joins.look(conn) and variants.owed() == []
 
 
+def test_call_whose_first_claim_was_lost_is_not_repeated_once_the_parent_has_moved(
+    variants, conn, caller, serve
+):
+    """A listener that ends right after its claim has not noted where the parent was."""
+    job, _ = joined(variants)
+    assert claim_join(conn).attempt == 1
+    variants.database.rows(LEASE_OVER)
+    calling = caller(serve(in_turn(NEVER, OK)).url)
+    assert calling.call().outcome == "unknown"
+    variants.database.move(job, "ad_copy", "running")
+    variants.database.rows(LEASE_OVER)
+    assert calling.claim() is None
+    assert variants.database.attempts(job)[-1].error == "the job has moved on: (ad_copy, running)"
+
+
 @pytest.mark.parametrize("answer", [NEVER, BAD])
 def test_call_is_repeated_while_the_parent_is_where_it_was(variants, conn, caller, serve, answer):
     job, _ = joined(variants)

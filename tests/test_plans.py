@@ -91,7 +91,14 @@ def parameters(database, conn) -> dict:
     }
     given |= calls.places(wanted(most=8, share=2)) | {"sweep": False, "asked_at": now}
     given |= {"wake": db.WAKE_CHANNEL, "after": job, "parent_id": job, "join": "every"}
-    return given | {"days": 30, "batch": 100, "step": "x", "status": "y", **upkeep.BOUNDS}
+    return given | {
+        "days": 30,
+        "batch": 100,
+        "step": "x",
+        "status": "y",
+        "first": True,
+        **upkeep.BOUNDS,
+    }
 
 
 BY_DUE = "Index Scan using stage_calls_due_idx on stage_calls"
@@ -110,7 +117,7 @@ PLANS = {
     calls.CLAIM_BY_HAND: {BY_JOB, HISTORY},
     calls.NEXT_DUE: {BY_DUE},
     joins.LOCK_JOINS: set(),
-    joins.LOOK: {LOOKS, JOINS},
+    joins.LOOK: {LOOKS, "Tid Scan on stage_looks", JOINS},
     joins.NOTE: {JOINS},
     upkeep.FORGET_PARENTS: {JOINS},
     upkeep.COUNT: {BY_TIME},
