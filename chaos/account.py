@@ -116,7 +116,7 @@ class Account:
             before = self._latest.get(joined.job)
             if before is not None:
                 before.left = min(before.left or joined.at, joined.at)
-            left = self.families.incomplete_after(joined.job, joined.at)
+            left = self.families.left(joined.job, joined.at)
             call = Call(joined.job, joined.stage, joined.at, left, joined.call, is_join=True)
             self.calls.append(call)
             self._latest[joined.job] = self._by_number[joined.job, joined.call] = call
@@ -238,9 +238,13 @@ class Families:
                 self.arrivals[move.parent].append(move.at)
             self._complete[move.parent].append((move.at, bool(mine) and all(mine.values())))
 
-    def incomplete_after(self, job: str, at: float) -> float | None:
-        """When a variant was missing for the first time after `at`, or the job was deleted."""
-        found = [when for when, complete in self._complete[job] if when > at and not complete]
+    def left(self, job: str, at: float) -> float | None:
+        """When a variant was missing again, or the job was deleted, after the last time before `at`
+        at which all were there. That may be before `at`: a look is older than its commit.
+        """
+        states = self._complete[job]
+        since = max((when for when, complete in states if complete and when <= at), default=at)
+        found = [when for when, complete in states if when > since and not complete]
         return min([*found, *([self.deleted[job]] if job in self.deleted else [])], default=None)
 
     def place(self, job: str, when: float) -> tuple[tuple, float]:

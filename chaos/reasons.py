@@ -102,7 +102,7 @@ def why_dead(account: Account, call: Call, one: Try) -> str:
         return "mischief of the stage function"
     ended = max(row.finished for row in one.rows)
     # A listener that waits for the database does not look at its workers: their lease ends them.
-    reach = ["worker", "listener"] + ["database"] * one.error.endswith("SIGALRM")
+    reach = ["worker", "listener"] + ["database"] * ("SIGALRM" in one.error)
     # A worker that is killed while it is idle may be given a call before its end is noticed.
     done = account.faults(one.claim.worker, one.claim.at - UNNOTICED, ended, *reach)
     return next((fault.kind for fault in done), "")

@@ -882,3 +882,13 @@ def test_join_whose_stage_set_the_job_failed_may_be_retried_by_the_operator(fami
     family.row(5, "failed", 500)
     family.called(6, attempt=2)
     assert kinds(family) == set()
+
+
+def test_variant_that_is_added_between_a_look_and_its_commit_has_the_call_skipped(family):
+    family.variant(4, "b", "cut", "running")
+    family.variant(4.5, "b")
+    family.variant(4.595, "c", "cut", "done")
+    family.record(4.6)
+    family.claim(4.7)
+    family.row(4.8, "skipped")
+    assert kinds(family) == set()
