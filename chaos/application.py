@@ -90,7 +90,6 @@ class Application:
             self.put_back += 1
 
     def put_back_variants(self, cursor) -> None:
-        cursor.execute(families.FREE_FAMILIES)
         cursor.execute(families.LEFT_BEHIND)
         for variant, *state in cursor.fetchall():
             if tuple(state) == families.CUT:

@@ -47,12 +47,11 @@ RETURNING job_id"""
 FIND_VARIANT = "SELECT current_step, status FROM jobs_variants WHERE job_variants_id = %(job_id)s"
 TAKE_FAMILY = """
 UPDATE jobs SET current_step = %(stage)s, status = 'running'
- WHERE job_id = %(job_id)s AND status <> 'running'
+ WHERE job_id = %(job_id)s
 RETURNING job_id"""
 STAGES = {"/variants/detect": ("detect", "cut"), "/ad_copy": ("ad_copy", "family")}
 
-# What is left behind, as in application.py: no stage works on it, and nothing is owed. A family in
-# which nobody works any more refuses every call.
+# What is left behind, as in application.py: no stage works on it, and nothing is owed.
 LEFT_BEHIND = """
 SELECT v.job_variants_id::text, v.current_step, v.status FROM jobs_variants AS v
 WHERE (v.current_step, v.status) <> ('detect', 'done')
@@ -62,12 +61,6 @@ WHERE (v.current_step, v.status) <> ('detect', 'done')
 LIMIT 20
 """
 MOVE = "UPDATE jobs_variants SET current_step = %s, status = %s WHERE job_variants_id = %s"
-FREE_FAMILIES = """
-UPDATE jobs SET current_step = 'family', status = 'queued'
-WHERE (current_step, status) = ('ad_copy', 'running')
-  AND (SELECT max(a.at) FROM chaos.audit AS a WHERE a.job = job_id::text AND a.place = 'jobs')
-      < now() - interval '8 s'
-"""
 
 
 def variant_id(job: str, number: int) -> str:
