@@ -488,7 +488,8 @@ def is_owed(conn, row, worker: str) -> bool:
 # --- stages that fail by themselves --------------------------------------------------------
 
 # Which results are of rows that their stage has set to failed, and whether a stage follows from
-# that. What the row owed went with its state; a join's call is still there.
+# that. What the row owed went with its state; a join's call is still there. Where that got no
+# answer, the parent may have been failed before, and the stage at work: it keeps its lease.
 SET_FAILED = f"""
 SELECT r.call_id,
        EXISTS (SELECT FROM pipeline_stages AS p
@@ -497,7 +498,8 @@ SELECT r.call_id,
 FROM ({RESULTS}) AS r CROSS JOIN LATERAL stage_call_row(r.table_name, '', r.job_id) AS j
 WHERE (j.current_step, j.status) = (r.stage, 'failed')
   AND NOT EXISTS (SELECT FROM stage_calls AS c
-                  WHERE c.job_id = r.job_id AND c.call_id = r.call_id AND c.join_of = '')
+                  WHERE c.job_id = r.job_id AND c.call_id = r.call_id
+                    AND (c.join_of = '' OR r.outcome = 'unknown'))
 """
 
 

@@ -385,6 +385,18 @@ def fail_join(site: Site, then: Callable) -> None:
     site.api.on("/ad_copy", behave)
 
 
+def test_join_without_an_answer_keeps_its_lease_though_the_parent_is_failed(site):
+    """It was set so by the attempt before; the stage may be at work on this one."""
+    fail_join(site, lambda _: Answer(504))
+    site.start()
+    joined(site)
+    site.database.wait_for("SELECT count(*) = 1 FROM stage_attempts WHERE outcome = 'unknown'")
+    assert site.database.value("SELECT unanswered AND leased_until > now() FROM stage_leases")
+    site.database.rows(LEASE_OVER + 'NOTIFY "job_state_listener_wake"')
+    until(site.told, "an alert")
+    assert len(site.calls("ad_copy")) == 1
+
+
 @pytest.mark.parametrize("end", ENDS)
 def test_join_whose_stage_set_the_parent_failed_is_given_up_and_told_once(site, end, run_command):
     then, said = ENDS[end]
