@@ -310,6 +310,10 @@ SELECT claimed.call_id, claimed.job_id, claimed.job_id::text AS key, claimed.tab
        EXISTS (SELECT FROM stage_attempts AS a
                WHERE a.job_id = claimed.job_id AND a.call_id = claimed.call_id
                  AND a.outcome = 'succeeded') AS accepted,
+       CASE WHEN claimed.join_of <> '' THEN (
+            SELECT a.outcome FROM stage_attempts AS a
+            WHERE a.job_id = claimed.job_id AND a.call_id = claimed.call_id
+            ORDER BY a.finished_at DESC LIMIT 1) END AS outcome_before,
        EXISTS (SELECT FROM pipeline_stages AS p
                WHERE p.stage = claimed.stage AND p.hold_seconds IS NOT NULL) AS after_hold,
        {UNSETTLED} AS unsettled, now() AS asked_at

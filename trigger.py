@@ -53,6 +53,11 @@ def refused(call: Call, row: Any, owed: bool, accepted: bool) -> Result | None:
         now = f"({row.job_step}, {row.job_status})" if row.job_found else "deleted"
         if call.join and row.job_found and not row.is_complete:
             now = f"not every row is in {call.join}"
+        elif call.join and row.outcome_before == "retry" and row.job_step != call.stage:
+            # Its stage refused it, and somebody else has moved the parent since: nobody made it.
+            ended = failure(call, "failed", f"refused, and the job is at {now} since", 0)
+            log_end(call, ended)
+            return ended
         ids = logs.ids(call.ids)
         log.info("Job 상태가 변경되어 스킵: %s stage=%s 현재=%s", ids, call.stage, now,
                  extra=about(call))  # fmt: skip

@@ -27,6 +27,7 @@ import db
 import joins
 import upkeep
 from demo.stage_server import Answer
+from ops.steer import make_due
 from pipeline import Table
 
 JOIN = "jobs_variants (iou_eval, done)"
@@ -506,6 +507,24 @@ def test_call_is_repeated_while_the_parent_is_where_it_was(variants, conn, calle
     variants.database.rows(LEASE_OVER)
     assert calling.call_again().outcome == "succeeded"
     assert len(variants.database.attempts(job)) == 2 and variants.owed() == []
+
+
+def test_refused_call_is_given_up_and_not_forgotten_where_the_parent_went_its_own_way(
+    variants, conn, caller, serve
+):
+    job, _ = joined(variants)
+    joins.look(conn)
+    calling = caller(serve(in_turn(BAD, OK)).url)
+    assert calling.call().outcome == "retry"
+    variants.database.move(job, "vlm_analyze", "running")
+    variants.database.rows("UPDATE stage_calls SET due_at = now()")
+    assert calling.claim() is None
+    calling.settle()
+    error = "refused, and the job is at (vlm_analyze, running) since"
+    assert variants.database.attempts(job)[-1].error == error
+    assert variants.database.owed(job).given_up
+    make_due(conn, job)
+    assert calling.call().outcome == "succeeded"
 
 
 def test_call_of_a_held_stage_does_not_care_where_the_parent_has_gone(
