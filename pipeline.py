@@ -33,7 +33,7 @@ class Table:
         id: the column that identifies a row, unique by itself.
         parent: a Table, or "jobs", and the column of this table that holds the parent's id.
         channel: where changes of its rows are announced; None: nowhere.
-        tenant: the column with the tenant; None: the parent knows it.
+        tenant: the column with the tenant; None: tenant_id where there is one, else the parent's.
 
     Raises:
         ValueError: one of them cannot be used.

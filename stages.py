@@ -11,8 +11,9 @@ its state a line in PIPELINE, and run `make trigger`. What it can bear stands ab
 
 from collections.abc import Callable
 
-from pipeline import Call
-from stage_http import Answer
+from pipeline import Answer, Call, Limits, MissingValue, Table, limits, quoted
+
+__all__ = ["PIPELINE", "Answer", "Call", "Limits", "MissingValue", "Table", "limits", "quoted"]
 
 
 def vlm_analyze(call: Call) -> Answer:

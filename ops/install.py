@@ -149,7 +149,7 @@ def apply(
     asked = {
         "silent": "" if notify is None else str(not notify),
         "updates_only": "" if insert is None else str(not insert),
-        "pipeline": json.dumps(described(settings or config.settings())),
+        "pipeline": json.dumps(described(conn, settings or config.settings())),
     }
     script = migrations.script() + LOCK_TIMEOUT + fill_in(ASKED, asked).decode()
     script += "".join(file.read_text() for file in SCHEMA)
@@ -159,15 +159,26 @@ def apply(
     db.execute(conn, script)
 
 
-def described(settings: SimpleNamespace) -> dict[str, list]:
+# A table that does not say so may have its own column for the tenant.
+HAS_TENANT = """
+SELECT c.relname AS name FROM pg_class AS c
+JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attname = %(column)s AND NOT a.attisdropped
+WHERE c.oid IN (SELECT to_regclass(format('%%I', name)) FROM unnest(%(tables)s::text[]) AS name)
+"""
+
+
+def described(conn, settings: SimpleNamespace) -> dict[str, list]:
     """The tables and routes of PIPELINE, as rows of pipeline_tables and pipeline_stages."""
     timeouts = pipeline.timeouts(settings)
+    given = {"tables": list(pipeline.tables()), "column": pipeline.JOBS.tenant}
+    has_tenant = {row.name for row in db.execute(conn, HAS_TENANT, given)}
     tables = [
         {
             "name": table.name,
             "position": position,
             "id_column": table.id,
-            "tenant_column": table.tenant,
+            "tenant_column": table.tenant
+            or (pipeline.JOBS.tenant if table.name in has_tenant else None),
             "parent_table": pipeline.parent_name(table),
             "parent_column": table.parent and table.parent[1],
             "channel": table.channel,

@@ -53,9 +53,9 @@ def difference(conn) -> list[str]:
     rows = {row.name: tuple(row) for row in db.execute(conn, TABLES)}
     for table in pipeline.tables().values():
         parent, column = pipeline.parent_name(table), table.parent and table.parent[1]
-        if rows.get(table.name) != (
-            table.name, table.id, table.tenant, parent, column, table.channel,
-        ):  # fmt: skip
+        declared = (table.name, table.id, parent, column, table.channel)
+        name, id_column, tenant, *rest = rows.get(table.name, (None,) * 6)
+        if declared != (name, id_column, *rest) or table.tenant not in (None, tenant):
             found.append(f"the database knows table {table.name} otherwise, or not")
     return found
 

@@ -691,3 +691,17 @@ def test_rows_of_rows_are_joined_for_their_parent_and_that_for_its_own(
         {"job_variants_id": variant, "job_id": job, "tenant_id": "tenant"},
         {"job_id": job, "tenant_id": "tenant"},
     ]
+
+
+# --- whose tenant --------------------------------------------------------------------------
+
+
+def test_row_with_a_tenant_of_its_own_is_called_with_it(database, use_pipeline):
+    use_pipeline(PIPELINE)
+    install(database, TABLE, "ALTER TABLE jobs_variants ADD tenant_id text")
+    job = database.add_job("img_gen", "queued")
+    database.rows("INSERT INTO jobs_variants (job_id, current_step, status, tenant_id)"
+                  " VALUES (%s, 'img_gen', 'done', 'its own')", job)  # fmt: skip
+    with connected(database) as conn:
+        [row] = claim_many(conn, 1, stages=["yolo_detect"]).claimed
+    assert (row.tenant_id, row.parent_id) == ("its own", job)
