@@ -117,7 +117,7 @@ def wait_with_deadline(conn: "Connection") -> None:
     connection in here deadlocks.
     """
     stop = getattr(conn, "stop", None)  # not every connection is of our class
-    allowed, started = DEADLINE, time.monotonic()
+    allowed, started = getattr(conn, "deadline", DEADLINE), time.monotonic()
     began = started
     while (state := conn.poll()) != psycopg2.extensions.POLL_OK:
         # What piled up meanwhile comes before the answer; all of it means "look now".
@@ -129,7 +129,7 @@ def wait_with_deadline(conn: "Connection") -> None:
             raise ConnectionLost("the answer is behind a flood of notifications")
         if stop is not None and not stop.requested:
             watched = [stop]
-        elif stop is not None and allowed == DEADLINE:
+        elif stop is not None and allowed > STOP_DEADLINE:
             allowed, started = STOP_DEADLINE, now
         reading = [conn, *watched] if state == psycopg2.extensions.POLL_READ else watched
         writing = [conn] if state == psycopg2.extensions.POLL_WRITE else []
@@ -146,6 +146,8 @@ class Connection(psycopg2.extensions.connection):
 
     # Put before every statement behind a pooler, where a session's settings would leak.
     prefix = ""
+    # Seconds that a statement may take.
+    deadline = DEADLINE
     # What wakes a wait for the server: `requested`, and a file descriptor that select() takes.
     stop = None
     dropped = 0  # notifications that piled up before an answer, and were not kept

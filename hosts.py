@@ -22,6 +22,9 @@ FEW = 3
 # Seconds between two looks at the other hosts, and for one look.
 LOOK_EVERY = 60.0
 TIME_LIMIT = 30.0
+# How often an idle listener asks whether its server answers, where another one could, and how long
+# it waits for that (seconds).
+PING_EVERY, PING_DEADLINE = 5.0, 4.0
 
 # What a session that may not read the others' statistics can know. Superusers have some more.
 LEFT = """
@@ -46,6 +49,18 @@ def connections_left(conn) -> int:
 TIMELINE = """
 SELECT ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::integer
 """
+
+
+PING = "SELECT 1"
+
+
+def ping(conn) -> None:
+    """Raises ConnectionLost where the server does not answer at once: it may be frozen."""
+    conn.deadline = PING_DEADLINE
+    try:
+        db.execute(conn, PING)
+    finally:
+        conn.deadline = db.DEADLINE
 
 
 def is_several(settings: SimpleNamespace) -> bool:

@@ -90,6 +90,7 @@ class Listener:
         # All by time.monotonic().
         self.look_at = self.sweep_at = self.again_at = self.marked_at = 0.0
         self.join_at = 0.0 if pipeline.joins() else math.inf
+        self.ping_at = 0.0 if hosts.is_several(settings) else math.inf
         self.due_at = 0.0  # when the next call will be due, as far as is known
         self.asks, self.asked_at = False, None  # whether to ask, and since when
         self.doubtful_until = -math.inf  # something may be claimed in our name and not be known
@@ -166,6 +167,9 @@ class Listener:
                     trigger.log_begin(call)
             if self.asks:
                 self.ask_when(conn)
+            if time.monotonic() >= self.ping_at:
+                self.ping_at = time.monotonic() + hosts.PING_EVERY
+                hosts.ping(conn)
             self.upkeep.run(conn)
             ready = self.wait(min(self.next_look, self.upkeep.next_run), conn)
             self.collect(ready)

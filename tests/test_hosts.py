@@ -8,6 +8,7 @@ import pytest
 from claims import connected
 from conftest import Database, Server
 from faults.standby import Standby
+from tcp_proxy import TcpProxy
 from waiting import until
 
 import hosts
@@ -114,3 +115,19 @@ def test_look_that_fails_or_hangs_says_nothing(database, monkeypatch):
     watch.process = subprocess.Popen(["sleep", "600"], stdout=subprocess.PIPE, text=True)
     until(lambda: (watch.look(), watch.process)[1] is None, "its end")
     assert watch.said == ""
+
+
+@pytest.mark.slow
+def test_idle_listener_leaves_a_server_that_is_frozen_for_another(database, api, listener):
+    with ExitStack() as stack:
+        proxy = stack.enter_context(TcpProxy(database.environ))
+        frozen = proxy.hold_answer(hosts.PING)
+        ports = proxy.settings["DB_PORT"], database.environ["DB_PORT"]
+        both = ",".join(f"127.0.0.1:{port}" for port in ports)
+        url = f"postgresql://{database.environ['DB_USER']}@{both}/{database.name}"
+        process = listener(database, api=api, DATABASE_URL=url)
+        frozen.wait()
+        process.wait_for_line("the database did not answer within 4 s")
+        stack.close()  # nor does it take new connections
+        job = database.add_job("overlay", "done")
+        database.wait_for("SELECT status = 'done' FROM jobs WHERE job_id = %s", job)
