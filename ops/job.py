@@ -10,8 +10,8 @@ import db
 import pipeline
 from logs import CONTROL
 from ops import rows
-from ops.rows import TABLE, RowCommand, readable, said, typed
-from ops.table import JSON, clipped, clock, duration, echo_json, echo_lines, plain, table
+from ops.rows import TABLE, RowCommand, said, typed
+from ops.table import JSON, clipped, clock, duration, echo_json, echo_lines, plain, readable, table
 
 # A stage that has set its row running is still being called, though nothing is owed any more.
 CALLING = """

@@ -13,10 +13,10 @@ import pipeline
 from ops import rows
 from ops.job import LONGEST_TOLD, plainly, situation
 from ops.problem import Problem
-from ops.rows import TableName, readable
+from ops.rows import TableName
 from ops.since import Since
 from ops.stage import StageName
-from ops.table import JSON, Line, clipped, duration, echo_json, echo_lines, plain, table
+from ops.table import JSON, Line, clipped, duration, echo_json, echo_lines, plain, readable, table
 from pipeline import JOBS, Table
 
 # --- how many ------------------------------------------------------------------------------

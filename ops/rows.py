@@ -1,8 +1,6 @@
 """The row that a command is about: its id on the command line, where it is, what it owes."""
 
 import difflib
-import json
-import re
 import shlex
 from typing import Any
 
@@ -275,18 +273,3 @@ def way_back(table: str, key: str, stage: str) -> str:
         key, join = (text.replace("'", "''") for text in (key, routes[0].join))
         return LOOK_AGAIN.format(key=key, join=join)
     return pipeline.sent_back(table, key, stage)
-
-
-# Not what may be quotes or backslashes of JSON around it.
-ESCAPED = re.compile(r"(?<!\\)(?:\\u[0-9a-fA-F]{4})+")
-
-
-def readable(text: str | None) -> str | None:
-    """`text` with the letters that JSON wrote as \\uXXXX; ASCII stays as it is."""
-
-    def decoded(found: re.Match) -> str:
-        letters = json.loads(f'"{found[0]}"')
-        return "".join(c if ord(c) >= 0x80 and not 0xD800 <= ord(c) < 0xE000
-                       else f"\\u{ord(c):04x}" for c in letters)  # fmt: skip
-
-    return text and ESCAPED.sub(decoded, text)

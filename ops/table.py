@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 import unicodedata
@@ -18,9 +19,24 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print it as JSON, f
 RED, YELLOW = 31, 33
 
 
+# Not what may be quotes or backslashes of JSON around it.
+ESCAPED = re.compile(r"(?<!\\)(?:\\u[0-9a-fA-F]{4})+")
+
+
+def readable(text: str | None) -> str | None:
+    """`text` with the letters that JSON wrote as \\uXXXX; ASCII stays as it is."""
+
+    def decoded(found: re.Match) -> str:
+        letters = json.loads(f'"{found[0]}"')
+        return "".join(c if ord(c) >= 0x80 and not 0xD800 <= ord(c) < 0xE000
+                       else f"\\u{ord(c):04x}" for c in letters)  # fmt: skip
+
+    return text and ESCAPED.sub(decoded, text)
+
+
 def plain(value: Any) -> str:
-    """Data on one line, and not longer than a screen can hold."""
-    return str(value).translate(CONTROL)[:200]
+    """Data on one line, readable, and not longer than a screen can hold."""
+    return readable(str(value)).translate(CONTROL)[:200]
 
 
 def duration(seconds: float | None) -> str:

@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from logs import CONTROL
+from ops.table import readable
 from pipeline import JOBS, Route
 
 LONGEST_TEXT = 240
@@ -27,7 +28,7 @@ def text(value: Any, longest: int = LONGEST_TEXT) -> Markup:
         return Markup("–")
     if isinstance(value, int):
         return Markup(f"{value:,}")
-    return Markup(f"<bdi>{attribute(value, longest)}</bdi>")
+    return Markup(f"<bdi>{attribute(readable(str(value)), longest)}</bdi>")
 
 
 def attribute(value: Any, longest: int = LONGEST_TEXT) -> Markup:
