@@ -115,7 +115,7 @@ FROM (SELECT name, 'SELECT' FROM unnest(%(tables)s::text[]) AS name
           ('stage_calls', 'INSERT'), ('stage_looks', 'SELECT'), ('stage_looks', 'INSERT'),
           ('stage_looks', 'DELETE'), ('stage_joins', 'SELECT'), ('stage_joins', 'INSERT'),
           ('stage_joins', 'UPDATE'), ('stage_joins', 'DELETE')) AS for_joins
-      WHERE EXISTS (SELECT FROM pipeline_stages WHERE join_of <> '')
+      WHERE %(joins)s
      ) AS needed (name, privilege)
 WHERE NOT has_table_privilege(to_regclass(quote_ident(needed.name)), needed.privilege)
 """
@@ -267,7 +267,7 @@ def check_routes(conn, settings) -> str:
 
 
 def check_privileges(conn, settings) -> str:
-    given = {"tables": list(pipeline.tables())}
+    given = {"tables": list(pipeline.tables()), "joins": bool(pipeline.joins())}
     if missing := db.execute(conn, PRIVILEGES, given).fetchone().missing:
         raise Bad(f"role {conn.info.user} lacks {missing}", GRANTS)
     if closed := [row.name for row in db.execute(conn, VIEWS) if row.readable is False]:

@@ -240,8 +240,8 @@ def test_application_is_not_blocked_during_a_call(database, api, listener):
         listener(database, api=api)
         job = database.add_job()
         wait_for_call(api, job)
-        sessions = f"SELECT state, xact_start FROM pg_stat_activity WHERE {LISTENERS}"
-        assert database.rows(sessions) == [("idle", None)]
+        idle = "bool_and(state = 'idle' AND xact_start IS NULL)"
+        database.wait_for(f"SELECT {idle} FROM pg_stat_activity WHERE {LISTENERS}")
         database.rows("SET lock_timeout = '10s'")
         database.move(job, "vlm_judge", "done")
         database.rows("DELETE FROM jobs WHERE job_id = %s", job)
