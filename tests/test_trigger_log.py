@@ -88,7 +88,9 @@ def test_exception_text_cannot_forge_a_line(database, accepting, caller, add_sta
     assert all(line.startswith("    | ") for line in worker.lines if line not in events)
 
 
-TEXT_JOBS = "CREATE TABLE jobs (job_id text, tenant_id text, current_step text, status text)"
+TEXT_JOBS = (
+    "CREATE TABLE jobs (job_id text PRIMARY KEY, tenant_id text, current_step text, status text)"
+)
 
 
 def test_job_id_cannot_forge_a_line(empty_database, serve):
