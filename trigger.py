@@ -8,6 +8,7 @@ import bdb
 import logging
 import os
 import random
+import re
 import time
 import traceback
 from types import SimpleNamespace
@@ -28,6 +29,23 @@ from pipeline import Call
 log = logging.getLogger("listener.trigger")
 
 LONGEST_BACKOFF = 300.0  # seconds
+# Statuses after which the work may still run: the stage says so (409), or who answers is a gateway,
+# or a timeout of the stage's framework, that had passed the request on. docs/answers.md has each.
+MAY_RUN = (408, 409, 460, 499, 502, 504, 520, 522, 524, 598, 599)
+# The stage asks for patience, or a gateway could not connect to it.
+NOT_NOW = (429, 503, 521, 523, 525, 526, 530)
+# Who says 503 although the request was passed on, and what Envoy adds where it was not. What it
+# says after it has tried again is not known to be true of the first time.
+PASSED_ON = re.compile(
+    "disconnect/reset before headers"  # Envoy
+    "|<title>503 Backend fetch failed"  # Varnish
+    "|<title>Timeout</title>"  # TimeoutHandler of Go
+    "|herokucdn.com/error-pages/application-error"
+)
+NOT_PASSED_ON = re.compile(
+    "(?<!latest )reset reason: (?:(?:local |remote )?connection failure|connection timeout|overflow"
+    "|(?:local|remote) refused stream reset|overload manager reset)"
+)
 # Seconds after its timeout at which the listener ends a call that has not ended itself.
 GRACE = 0.5
 
@@ -135,13 +153,13 @@ class Trigger:
         if 200 <= status < 300:
             return result(call, "succeeded", http_status=status)
         error = f"HTTP {status}: {answer.text}".rstrip(": ")
-        if status in (429, 503):
+        if status in MAY_RUN or (status == 503 and may_run(answer.text)):
+            return self.failure(call, "unknown", error, http_status=status)
+        if status in NOT_NOW:
             wait = answer.retry_after
             return self.failure(call, "held", error, hold=True, http_status=status,
                                 retry_after=wait)  # fmt: skip
-        if status in (409, 504):  # it is, or may be, still being worked on
-            return self.failure(call, "unknown", error, http_status=status)
-        if status in (408, 425) or status >= 500:
+        if status == 425 or status >= 500:
             return self.failure(call, "retry", error, http_status=status)
         return self.failure(call, "failed", error, http_status=status)
 
@@ -211,6 +229,11 @@ def answer_in(response: requests.Response) -> stage_http.Answer:
     text = (response.content or b"")[: stage_http.TEXT_LIMIT].decode("utf-8", "replace")
     retry_after = stage_http.parse_retry_after(response.headers)
     return stage_http.Answer(response.status_code, text, retry_after)
+
+
+def may_run(text: str) -> bool:
+    """Whether a 503 is that of a gateway which had passed the request on."""
+    return bool(PASSED_ON.search(text)) and not NOT_PASSED_ON.search(text)
 
 
 def is_accepted(call: Call) -> bool:

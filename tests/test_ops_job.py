@@ -31,7 +31,7 @@ def test_job_tells_what_it_owes(database, run_command, busy):
 
 
 def test_job_lists_every_attempt(database, api, listener, run_command):
-    answers = [Answer(500, b"first"), Answer(502)]
+    answers = [Answer(500, b"first"), Answer(507)]
     api.on("vlm_judge", lambda _: answers.pop(0) if answers else None)
     listener(database, api=api)
     job = database.add_job("overlay", "done")
@@ -45,7 +45,7 @@ def test_job_lists_every_attempt(database, api, listener, run_command):
     )
     assert attempts == [
         ["vlm_judge", "1", "retry", "500"],
-        ["vlm_judge", "2", "retry", "502"],
+        ["vlm_judge", "2", "retry", "507"],
         ["vlm_judge", "3", "succeeded", "200"],
     ]
     assert done.lines[3].endswith("HTTP 500: first")
