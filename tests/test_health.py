@@ -1,6 +1,7 @@
 """Answers that are about the stage, and answers that are about one job: only others tell."""
 
 import pytest
+from claims import LEASE_OVER
 from raw_server import OK, in_turn
 
 
@@ -19,7 +20,11 @@ def test_wrong_answer_to_one_job_alone_gives_it_up(database, serve, caller, stat
     assert database.owed(job).given_up and not database.value(HELD)
 
 
-@pytest.mark.parametrize("status", ["401 Unauthorized", "404 Not Found", "403 No", "405 No"])
+@pytest.mark.parametrize(
+    "status",
+    ["401 Unauthorized", "404 Not Found", "403 No", "405 No", "302 To the login", "308 To TLS",
+     "414 Too Long", "431 Headers Too Large"],
+)  # fmt: skip
 def test_wrong_answer_to_several_jobs_is_about_the_stage(database, serve, caller, status):
     first, second = database.add_job(), database.add_job()
     worker = caller(serve(in_turn(answer(status))).url)
@@ -52,7 +57,7 @@ def test_wrong_answers_with_a_success_between_are_about_the_jobs(database, serve
     assert not database.value(HELD)
 
 
-@pytest.mark.parametrize("status", ["400 Bad", "422 Unprocessable", "413 Too Large", "301 Moved"])
+@pytest.mark.parametrize("status", ["400 Bad", "422 Unprocessable", "413 Too Large"])
 def test_other_refusals_are_about_the_job_however_many_get_them(database, serve, caller, status):
     jobs = [database.add_job() for _ in range(3)]
     worker = caller(serve(in_turn(answer(status))).url)
@@ -65,7 +70,9 @@ def test_job_that_is_put_off_while_others_are_accepted_spends_attempts(
     database, serve, caller, status
 ):
     deadly = database.add_job()
-    worker = caller(serve(lambda connection: reply(connection, deadly, status)).url, MAX_ATTEMPTS=3)
+    worker = caller(
+        serve(lambda connection: reply(connection, [deadly], status)).url, MAX_ATTEMPTS=3
+    )
     outcomes = []
     assert worker.call().outcome == "held"
     while not database.owed(deadly).given_up:
@@ -77,9 +84,10 @@ def test_job_that_is_put_off_while_others_are_accepted_spends_attempts(
     assert outcomes[0] == "held" and outcomes[-3:] == ["retry", "retry", "failed"]
 
 
-def reply(connection, deadly: str, status: str) -> None:
+def reply(connection, deadly: list[str], status: str) -> None:
     while request := connection.receive():
-        connection.send(answer(status) if deadly.encode() in request.body else OK)
+        is_deadly = any(job.encode() in request.body for job in deadly)
+        connection.send(answer(status) if is_deadly else OK)
 
 
 def test_stage_that_puts_everybody_off_costs_nobody_an_attempt(database, serve, caller):
@@ -88,3 +96,123 @@ def test_stage_that_puts_everybody_off_costs_nobody_an_attempt(database, serve, 
     worker.call()
     assert {worker.call_again().outcome for _ in range(10)} == {"held"}
     assert all(owed.attempts == owed.free_attempts for owed in map(database.owed, jobs))
+
+
+def test_every_deleted_job_is_given_up_once_another_was_accepted(database, serve, caller):
+    deleted = [database.add_job() for _ in range(10)]
+    good = database.add_job()  # the last one in the queue
+    server = serve(lambda connection: reply(connection, deleted, "404 Gone"))
+    worker = caller(server.url)
+    while database.owed(good):
+        worker.call_again()
+    assert len(server.requests) <= len(deleted) + 1
+    assert [database.owed(job).given_up for job in deleted] == [False] * len(deleted)
+    for _ in deleted:
+        worker.call_again()
+    assert all(database.owed(job).given_up for job in deleted) and not database.value(HELD)
+    assert worker.line("단계가 모든 job을 거절함")
+
+
+def test_stage_that_refuses_every_job_is_asked_every_five_seconds(database, serve, caller):
+    for _ in range(2):
+        database.add_job()
+    worker = caller(serve(in_turn(answer("401 No"))).url)
+    worker.call()
+    for _ in range(10):
+        worker.call_again()
+        assert database.value("SELECT max(hold_seconds) FROM pipeline_stages") == 5
+
+
+def test_job_that_is_refused_beside_good_ones_is_given_up(database, serve, caller):
+    worker, bad = None, database.add_job()
+    worker = caller(serve(lambda connection: reply(connection, [bad], "404 Gone")).url)
+    jobs = [database.add_job() for _ in range(5)]
+    assert [worker.call().outcome for _ in (bad, *jobs)] == ["failed", *["succeeded"] * 5]
+    assert database.owed(bad).given_up and not database.value(HELD)
+
+
+def test_two_listeners_lose_nothing_while_the_stage_refuses_every_job(database, serve, caller):
+    jobs = [database.add_job() for _ in range(4)]
+    url = serve(in_turn(*[answer("401 No")] * 8, OK)).url
+    pair = [caller(url, name) for name in ("one", "other")]
+    assert [worker.call().outcome for worker in pair] == ["failed", "failed"]
+    for _ in range(3):
+        assert [worker.call_again().outcome for worker in pair] == ["held", "held"]
+    assert not any(database.owed(job).given_up for job in jobs)
+    for _ in jobs:
+        assert pair[0].call_again().outcome == "succeeded"
+    told = [line for line in pair[0].lines if "단계가 모든 job을 거절함" in line]
+    assert len(told) == len(pair)  # both log to the same place
+
+
+def test_listener_that_has_just_begun_gives_up_one_job_and_takes_it_back(database, serve, caller):
+    jobs = [database.add_job() for _ in range(3)]
+    url = serve(in_turn(answer("401 No"))).url
+    for name in ("before", "after a restart"):
+        worker = caller(url, name)
+        outcomes = [worker.call_again().outcome for _ in range(3)]
+        assert outcomes == ["failed", "held", "held"]
+        assert not any(database.owed(job).given_up for job in jobs)
+
+
+# --- a gateway that has lost its stage: nobody knows whether the work was done ---------------
+
+
+LOST = ["502 Bad Gateway", "520 Unknown", "522 Timed Out"]
+
+
+def call_after_leases(database, worker):
+    database.rows(LEASE_OVER)
+    return worker.call_again()
+
+
+@pytest.mark.parametrize("status", LOST)
+def test_stage_that_its_gateway_has_lost_is_held_and_costs_one_attempt(
+    database, serve, caller, status
+):
+    jobs = [database.add_job() for _ in range(3)]
+    worker = caller(serve(in_turn(*[answer(status)] * 12, OK)).url, MAX_ATTEMPTS=2)
+    assert worker.call().outcome == "unknown" and not database.value(HELD)
+    assert worker.call().outcome == "unknown" and database.value(HELD)
+    for _ in range(10):
+        assert call_after_leases(database, worker).outcome == "unknown"
+        assert database.value(HELD)
+        assert worker.listener.health.most("vlm_analyze", 8, 0) == 1
+    assert not any(database.owed(job).given_up for job in jobs)
+    worker.line("단계가 모든 job을 거절함")
+    for _ in jobs:
+        assert call_after_leases(database, worker).outcome == "succeeded"
+
+
+def test_held_stage_behind_a_gateway_is_not_called_beside_itself(database, serve, caller):
+    jobs = [database.add_job() for _ in range(2)]
+    worker = caller(serve(in_turn(answer("502 Bad Gateway"))).url)
+    for _ in jobs:
+        worker.call()
+    leased = "SELECT due_at >= leased_until FROM stage_calls JOIN stage_leases USING (call_id)"
+    assert database.rows(leased) == [(True,), (True,)]
+
+
+def test_job_that_breaks_its_stage_behind_a_gateway_is_given_up(database, serve, caller):
+    deadly = database.add_job()
+    server = serve(lambda connection: reply(connection, [deadly], "502 Bad Gateway"))
+    worker = caller(server.url, MAX_ATTEMPTS=3)
+    for _ in range(3):
+        database.add_job()
+        for _ in range(2):
+            call_after_leases(database, worker)
+    call = worker.claim()
+    while call is None and not database.owed(deadly).given_up:
+        database.rows(LEASE_OVER)
+        call = worker.claim()
+        worker.settle()
+    calls = [request for request in server.requests if deadly.encode() in request.body]
+    assert len(calls) == 3 and database.owed(deadly).given_up
+
+
+def test_gateway_that_gives_up_waiting_is_no_answer(database, serve, caller):
+    for _ in range(2):
+        database.add_job()
+    worker = caller(serve(in_turn(answer("504 Gateway Timeout"))).url)
+    assert [worker.call().outcome for _ in range(2)] == ["unknown", "unknown"]
+    assert worker.listener.health.most("vlm_analyze", 8, 0) == 1
