@@ -31,7 +31,7 @@ log = logging.getLogger("listener.trigger")
 LONGEST_BACKOFF = 300.0  # seconds
 # Statuses after which the work may still run: the stage says so (409), or who answers is a gateway,
 # or a timeout of the stage's framework, that had passed the request on. docs/answers.md has each.
-MAY_RUN = (408, 409, 460, 499, 502, 504, 520, 522, 524, 598, 599)
+MAY_RUN = (409, 460, 499, 502, 504, 520, 522, 524, 598, 599)
 # The stage asks for patience, or a gateway could not connect to it.
 NOT_NOW = (429, 503, 521, 523, 525, 526, 530)
 # Who says 503 although the request was passed on, and what Envoy adds where it was not. What it
@@ -159,7 +159,7 @@ class Trigger:
             wait = answer.retry_after
             return self.failure(call, "held", error, hold=True, http_status=status,
                                 retry_after=wait)  # fmt: skip
-        if status == 425 or status >= 500:
+        if status in (408, 425) or status >= 500:
             return self.failure(call, "retry", error, http_status=status)
         return self.failure(call, "failed", error, http_status=status)
 
