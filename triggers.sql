@@ -19,6 +19,26 @@ BEGIN
 END
 $do$;
 
+-- The types that columns of a table have now, as OIDs; NULL where one is missing. The parser is
+-- asked, as a catalog read by a query would be as old as the caller's snapshot.
+-- IMMUTABLE is what makes it free. PostgreSQL evaluates an IMMUTABLE call with constant arguments
+-- when it plans the expression, and plans anew after an ALTER TABLE of a table that the expression
+-- has as a regclass constant. So it runs once a session, and once after each change of the table.
+CREATE OR REPLACE FUNCTION stage_column_types(place regclass, columns text[]) RETURNS text
+LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $body$
+DECLARE
+    types text;
+BEGIN
+    EXECUTE format('SELECT concat_ws('' '', %s) FROM (SELECT NULL::%s AS r) AS x',
+                   (SELECT string_agg(format('pg_typeof((r).%I)::oid', name), ', ' ORDER BY position)
+                    FROM unnest(columns) WITH ORDINALITY AS c (name, position)), place)
+    INTO types;
+    RETURN types;
+EXCEPTION WHEN OTHERS THEN
+    RETURN NULL;
+END
+$body$;
+
 -- The trigger function of each table keeps the debt in step with the row, in the transaction that
 -- moves it, and then notifies. That of jobs is notify_job_state_change(), that of another table
 -- job_state_listener_TABLE().
@@ -27,27 +47,44 @@ $do$;
 -- the routes: looking into pipeline_stages for every row was a third of what the trigger cost.
 -- The plan is pinned: planned while stage_calls was empty, the DELETE made an UPDATE of
 -- 20,000 jobs take 14 s.
+-- A column that was dropped, renamed or given another type would make NEW.column an error, in a
+-- session that has planned it or in every one. So the columns are read once, as they were at
+-- install; where the table has changed since, or was restored from a dump, by a dynamic statement,
+-- whose failure is a warning: the application's write goes through.
 DO $do$
 DECLARE
-    asked  constant jsonb := current_setting('job_state_listener.pipeline')::jsonb;
-    schema constant text := current_schema();
-    t      record;
-    routes text;  -- the rows' own, as a CASE
-    looks  text;  -- what a change means for the joins of the rows' parents
-    fields text;  -- of the notification
+    asked   constant jsonb := current_setting('job_state_listener.pipeline')::jsonb;
+    schema  constant text := current_schema();
+    t       record;
+    place   regclass;
+    columns text[];
+    routes  text;  -- the rows' own, as a CASE
+    looks   text;  -- what a change means for the joins of the rows' parents
+    fields  text;  -- of the notification
+    id_type constant text := (
+        SELECT format('%I.%I', n.nspname, y.typname)
+        FROM pg_attribute AS a JOIN pg_type AS y ON y.oid = a.atttypid
+        JOIN pg_namespace AS n ON n.oid = y.typnamespace
+        WHERE a.attrelid = 'stage_calls'::regclass AND a.attname = 'job_id');
     -- An id of any length fits into the index of its own table, but not into one of more columns.
     too_long constant text := (
         SELECT CASE WHEN typlen < 0 THEN 'octet_length(%s::text) > 2600' ELSE 'false' END
         FROM pg_attribute JOIN pg_type ON pg_type.oid = atttypid
         WHERE attrelid = 'stage_calls'::regclass AND attname = 'job_id');
+    fields_read text;  -- the same, of the dynamic statement
+    as_installed text;  -- how the columns are read where the table is as it was
+    as_found     text;  -- and where it is not
 BEGIN
     FOR t IN SELECT * FROM jsonb_to_recordset(asked -> 'tables') AS x (
         name text, id_column text, tenant_column text, parent_table text, parent_column text,
         channel text)
     LOOP
-        SELECT string_agg(format(
-            'WHEN NEW.current_step::text = %L AND NEW.status::text = %L THEN %L',
-            r.current_step, r.status, r.stage), ' ' ORDER BY r.position)
+        place := format('%I.%I', schema, t.name)::regclass;
+        columns := array_remove(ARRAY[t.id_column, t.tenant_column, 'current_step', 'status',
+                                      t.parent_column], NULL);
+
+        SELECT string_agg(format('WHEN step = %L AND state = %L THEN %L',
+                                 r.current_step, r.status, r.stage), ' ' ORDER BY r.position)
         INTO routes
         FROM jsonb_to_recordset(asked -> 'routes') AS r (
             table_name text, join_of text, current_step text, status text, stage text,
@@ -57,31 +94,28 @@ BEGIN
         -- A row that came to the state, to another parent, or both: look at its parent. One that
         -- was not in the state and went away may have been the last that its parent waited for.
         SELECT string_agg(format($look$
-        IF (NEW.current_step::text = %1$L AND NEW.status::text = %2$L) IS TRUE
-           AND (TG_OP = 'INSERT' OR OLD.%3$I IS DISTINCT FROM NEW.%3$I
-                OR (OLD.current_step::text = %1$L AND OLD.status::text = %2$L) IS NOT TRUE)
-           AND NEW.%3$I IS NOT NULL AND NOT %6$s THEN
-            INSERT INTO %5$I.stage_looks (parent_id, join_of, arrived)
-            VALUES (NEW.%3$I, %4$L, true);
+        IF (step = %1$L AND state = %2$L) IS TRUE
+           AND (TG_OP = 'INSERT' OR old_parent IS DISTINCT FROM parent
+                OR (old_step = %1$L AND old_state = %2$L) IS NOT TRUE)
+           AND parent IS NOT NULL AND NOT %5$s THEN
+            INSERT INTO %4$I.stage_looks (parent_id, join_of, arrived) VALUES (parent, %3$L, true);
             looked := true;
         END IF;
         IF TG_OP <> 'INSERT'
-           AND (OLD.current_step::text = %1$L AND OLD.status::text = %2$L) IS NOT TRUE
-           AND (TG_OP = 'DELETE' OR OLD.%3$I IS DISTINCT FROM NEW.%3$I)
-           AND OLD.%3$I IS NOT NULL AND NOT %7$s THEN
-            INSERT INTO %5$I.stage_looks (parent_id, join_of, arrived)
-            VALUES (OLD.%3$I, %4$L, false);
+           AND (old_step = %1$L AND old_state = %2$L) IS NOT TRUE
+           AND (TG_OP = 'DELETE' OR old_parent IS DISTINCT FROM parent)
+           AND old_parent IS NOT NULL AND NOT %6$s THEN
+            INSERT INTO %4$I.stage_looks (parent_id, join_of, arrived)
+            VALUES (old_parent, %3$L, false);
             looked := true;
-        END IF;$look$, r.current_step, r.status, t.parent_column, r.join_of, schema,
-            format(too_long, 'NEW.' || quote_ident(t.parent_column)),
-            format(too_long, 'OLD.' || quote_ident(t.parent_column))), '')
+        END IF;$look$, r.current_step, r.status, r.join_of, schema,
+            format(too_long, 'parent'), format(too_long, 'old_parent')), '')
             || $look$
         IF looked AND (TG_NARGS = 0 OR TG_ARGV[0] <> 'silent') THEN
-            payload := pg_notify('job_state_listener_join', '');
+            notified := pg_notify('job_state_listener_join', '');
         END IF;
         IF TG_OP = 'DELETE' OR TG_OP = 'UPDATE'
-           AND OLD.current_step IS NOT DISTINCT FROM NEW.current_step
-           AND OLD.status IS NOT DISTINCT FROM NEW.status THEN
+           AND old_step IS NOT DISTINCT FROM step AND old_state IS NOT DISTINCT FROM state THEN
             RETURN NULL;
         END IF;$look$
         INTO looks
@@ -89,11 +123,44 @@ BEGIN
             child_table text, join_of text, current_step text, status text)
         WHERE r.child_table = t.name;
 
-        fields := format('%L, NEW.%I, ', t.id_column, t.id_column)
-            || coalesce(quote_literal(t.parent_column) || ', NEW.' || quote_ident(t.parent_column) || ', ', '')
-            || $$'current_step', NEW.current_step, 'status', NEW.status$$
-            || coalesce(', ' || quote_literal(t.tenant_column) || ', NEW.'
-                        || quote_ident(t.tenant_column), '');
+        SELECT string_agg(format('%L, NEW.%I', name, name), ', ' ORDER BY position),
+               string_agg(format('%L, ($1).%I', name, name), ', ' ORDER BY position)
+        INTO fields, fields_read
+        FROM unnest(ARRAY[t.id_column, t.parent_column, 'current_step', 'status', t.tenant_column])
+            WITH ORDINALITY AS c (name, position)
+        WHERE name IS NOT NULL;
+
+        as_installed := format($read$
+        IF TG_OP <> 'DELETE' THEN
+            id := NEW.%1$I;
+            step := NEW.current_step::text;
+            state := NEW.status::text;$read$, t.id_column)
+            || CASE WHEN t.tenant_column IS NULL THEN '' ELSE format($read$
+            tenant := NEW.%I::text;$read$, t.tenant_column) END
+            || CASE WHEN t.parent_column IS NULL THEN '' ELSE format($read$
+            parent := NEW.%1$I;
+        END IF;
+        IF TG_OP <> 'INSERT' THEN
+            old_step := OLD.current_step::text;
+            old_state := OLD.status::text;
+            old_parent := OLD.%1$I;$read$, t.parent_column) END
+            || $read$
+        END IF;$read$;
+        -- By way of text, as a cast between numbers would round.
+        as_found := format($read$
+            IF TG_OP <> 'DELETE' THEN
+                EXECUTE %1$L INTO id, step, state, tenant, parent, payload USING NEW;
+            END IF;$read$, format('SELECT ($1).%1$I::text::%2$s, ($1).current_step::text,'
+                ' ($1).status::text, %3$s, %4$s, json_build_object(%5$s)::text',
+                t.id_column, id_type,
+                coalesce('($1).' || quote_ident(t.tenant_column) || '::text', 'NULL'),
+                coalesce('($1).' || quote_ident(t.parent_column) || '::text::' || id_type, 'NULL'),
+                fields_read))
+            || CASE WHEN t.parent_column IS NULL THEN '' ELSE format($read$
+            IF TG_OP <> 'INSERT' THEN
+                EXECUTE %1$L INTO old_step, old_state, old_parent USING OLD;
+            END IF;$read$, format('SELECT ($1).current_step::text, ($1).status::text,'
+                ' ($1).%1$I::text::%2$s', t.parent_column, id_type)) END;
 
         EXECUTE format('CREATE OR REPLACE FUNCTION %I() RETURNS trigger'
             ' LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp'
@@ -102,36 +169,58 @@ BEGIN
                  ELSE 'job_state_listener_' || t.name END,
             format($body$
 DECLARE
-    route   text;
-    owed    boolean := false;
-    looked  boolean := false;
-    payload text;
+    is_installed constant boolean := to_regclass(%1$L) IS NOT NULL;
+    is_as_installed boolean := false;
+    id         %10$s;
+    tenant     text;
+    step       text;
+    state      text;
+    parent     %10$s;
+    old_step   text;
+    old_state  text;
+    old_parent %10$s;
+    route    text;
+    owed     boolean := false;
+    looked   boolean := false;
+    payload  text;
+    notified text;
 BEGIN
-    IF to_regclass(%1$L) IS NULL THEN
+    IF is_installed THEN
+        is_as_installed := (TG_RELID = %11$s OR pg_partition_root(TG_RELID) = %11$s)
+            AND %12$I.stage_column_types('%11$s'::regclass, %13$L) = %14$L;
+    ELSE
         RAISE WARNING 'Job State Listener: its tables are missing, so no call is recorded'
             USING HINT = 'Run: python listener.py install';
-    ELSE%3$s
+    END IF;
+    IF is_as_installed THEN%15$s
+    ELSE
+        BEGIN%16$s
+        EXCEPTION WHEN OTHERS THEN
+            RAISE WARNING 'Job State Listener: columns of %% have changed, so no call is recorded: %%',
+                TG_RELID::regclass, SQLERRM USING HINT = 'Run: python listener.py install';
+            RETURN NULL;
+        END;
+    END IF;
+
+    IF is_installed THEN%3$s
         route := CASE %2$s END;
         IF route IS NULL THEN
             DELETE FROM %1$s AS c
-            WHERE c.job_id = NEW.%4$I AND c.table_name = %6$L AND c.join_of = ''
-              AND (c.current_step IS DISTINCT FROM NEW.current_step::text
-                   OR c.status IS DISTINCT FROM NEW.status::text);
+            WHERE c.job_id = id AND c.table_name = %6$L AND c.join_of = ''
+              AND (c.current_step IS DISTINCT FROM step OR c.status IS DISTINCT FROM state);
         ELSIF %8$s THEN
             RAISE WARNING 'Job State Listener: an id of more than 2,600 bytes, no call is recorded';
-        ELSIF NEW.%4$I IS NOT NULL THEN
+        ELSIF id IS NOT NULL THEN
             -- Nearly always there is no open call, and without the clauses for one the
             -- trigger costs a twentieth less.
             INSERT INTO %1$s (job_id, table_name, tenant_id, current_step, status, stage)
-            VALUES (NEW.%4$I, %6$L, %5$s,
-                    NEW.current_step::text, NEW.status::text, route)
+            VALUES (id, %6$L, tenant, step, state, route)
             ON CONFLICT (job_id, table_name, join_of) DO NOTHING;
             IF NOT FOUND THEN
                 -- An open call is replaced, but not one of the same state that is under
                 -- way: a row that moves between partitions arrives again without having left.
                 INSERT INTO %1$s AS c (job_id, table_name, tenant_id, current_step, status, stage)
-                VALUES (NEW.%4$I, %6$L, %5$s,
-                        NEW.current_step::text, NEW.status::text, route)
+                VALUES (id, %6$L, tenant, step, state, route)
                 ON CONFLICT (job_id, table_name, join_of) DO UPDATE
                 SET call_id = DEFAULT, tenant_id = excluded.tenant_id,
                     current_step = excluded.current_step, status = excluded.status,
@@ -154,10 +243,11 @@ BEGIN
 %7$s    RETURN NULL;
 END
 $body$, format('%I.stage_calls', schema), coalesce(routes, 'WHEN false THEN NULL'),
-            coalesce(looks, ''), t.id_column,
-            coalesce('NEW.' || quote_ident(t.tenant_column) || '::text', 'NULL'), t.name,
+            coalesce(looks, ''), t.id_column, NULL, t.name,
             CASE WHEN t.channel IS NOT NULL THEN format($notify$
-    payload := json_build_object(%1$s)::text;
+    IF payload IS NULL THEN
+        payload := json_build_object(%1$s)::text;
+    END IF;
     IF octet_length(payload) > 7999 THEN
         -- NOTIFY would abort the application's transaction: null for what is long. Four
         -- values of 1,900 bytes and their names make 7,999, five of 1,500 less.
@@ -167,13 +257,14 @@ $body$, format('%I.stage_calls', schema), coalesce(routes, 'WHEN false THEN NULL
         FROM json_each(payload::json) AS field;
     END IF;
     -- An assignment needs no executor, which PERFORM would start for every row.
-    payload := pg_notify(%3$L, payload);
+    notified := pg_notify(%3$L, payload);
 $notify$, fields, CASE WHEN t.name = 'jobs' THEN 1900 ELSE 1500 END, t.channel)
             ELSE $wake$    IF owed THEN  -- no change is announced, but a listener may sleep
-        payload := pg_notify('job_state_listener_wake', '');
+        notified := pg_notify('job_state_listener_wake', '');
     END IF;
 $wake$ END,
-            format(too_long, 'NEW.' || quote_ident(t.id_column))));
+            format(too_long, 'id'), NULL, id_type, place::oid, schema, columns,
+            stage_column_types(place, columns), as_installed, as_found));
     END LOOP;
 END
 $do$;
@@ -261,7 +352,8 @@ BEGIN
                p.prorettype = 'trigger'::regtype AS is_trigger
         FROM pg_proc AS p
         WHERE p.pronamespace = quote_ident(current_schema())::regnamespace
-          AND (p.proname IN ('notify_job_state_change', 'stage_call_row', 'stage_join_is_complete')
+          AND (p.proname IN ('notify_job_state_change', 'stage_call_row', 'stage_join_is_complete',
+                             'stage_column_types')
                OR p.prorettype = 'trigger'::regtype AND p.proname ^@ 'job_state_listener_')
     LOOP
         IF made.foreign_owned THEN

@@ -80,6 +80,7 @@ SELECT p.oid, p.proname FROM pg_proc AS p
 WHERE p.pronamespace = (SELECT relnamespace FROM pg_class WHERE oid = coalesce(
           to_regclass('stage_calls'), to_regclass('jobs')))
   AND (p.proname IN ('notify_job_state_change', 'stalled_jobs', 'resting_rows', 'stage_call_row',
+                     'stage_column_types',
                      'stage_join_is_complete')
        OR p.prorettype = 'trigger'::regtype AND p.proname ^@ 'job_state_listener_')
 """

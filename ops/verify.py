@@ -92,7 +92,7 @@ SELECT count(*) > 0 FROM pipeline_stages AS r JOIN pg_proc AS p
     ON p.oid = to_regprocedure(quote_ident(%(function)s) || '()')
 WHERE CASE WHEN r.join_of = '' THEN r.table_name ELSE r.child_table END = %(table)s
   AND strpos(p.prosrc, CASE r.join_of
-          WHEN '' THEN format('= %%L AND NEW.status::text = %%L THEN %%L',
+          WHEN '' THEN format('step = %%L AND state = %%L THEN %%L',
                               r.current_step, r.status, r.stage)
           ELSE quote_literal(r.join_of) END) = 0
 """
