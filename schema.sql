@@ -61,8 +61,8 @@ CREATE TABLE IF NOT EXISTS stage_limits (
     max_running integer NOT NULL CHECK (max_running > 0)
 );
 
--- job_id has the type it has in jobs, but as wide as that type goes: jobs may be widened
--- later, and its writes must not fail on our copy.
+-- job_id has the type and collation it has in jobs, but as wide as that type goes: jobs may be
+-- widened later, and its writes must not fail on our copy.
 DO $do$
 DECLARE
     id_type text;
@@ -77,9 +77,12 @@ BEGIN
             MESSAGE = format('table jobs has no column %s', missing);
     END IF;
     SELECT CASE WHEN atttypid IN ('int2'::regtype, 'int4'::regtype) THEN 'bigint'
-                ELSE format_type(atttypid, -1) END
+                ELSE format_type(atttypid, -1)
+                     || CASE WHEN attcollation <> typcollation
+                             THEN ' COLLATE ' || attcollation::regcollation ELSE '' END END
     INTO id_type
-    FROM pg_attribute WHERE attrelid = 'jobs'::regclass AND attname = 'job_id';
+    FROM pg_attribute JOIN pg_type ON pg_type.oid = atttypid
+    WHERE attrelid = 'jobs'::regclass AND attname = 'job_id';
 
     -- What is owed now: at most one open call per row, and one per join of a parent. job_id is the
     -- row's id, whatever its table calls it. Small, so that its plans hold.
@@ -236,8 +239,8 @@ DECLARE
     made  regclass;
 BEGIN
     FOR made IN
-        SELECT c.oid FROM pg_class AS c JOIN pg_roles AS r ON r.oid = c.relowner
-        WHERE owner IS NOT NULL AND r.rolsuper AND c.oid IN (
+        SELECT c.oid FROM pg_class AS c
+        WHERE c.relowner <> owner AND c.oid IN (
             SELECT to_regclass(name) FROM unnest(ARRAY[
                 'pipeline_tables', 'pipeline_stages', 'stage_calls', 'stage_leases',
                 'stage_limits', 'stage_looks', 'stage_joins', 'stage_attempts', 'stage_totals',

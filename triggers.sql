@@ -367,7 +367,8 @@ END
 $do$;
 
 -- Triggers are made only where they are missing or different, and removed from tables that are no
--- longer in the pipeline: each locks its table.
+-- longer in the pipeline: each locks its table. That may be the table that was jobs before: one
+-- that was renamed and is now a partition, or stands aside.
 DO $do$
 DECLARE
     asked  constant jsonb := current_setting('job_state_listener.pipeline')::jsonb;
@@ -393,9 +394,11 @@ BEGIN
         SELECT t.tgname AS name, t.tgrelid::regclass AS place, p.oid::regprocedure AS function
         FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid
         WHERE p.pronamespace = quote_ident(current_schema())::regnamespace
-          AND p.proname ^@ 'job_state_listener_' AND t.tgparentid = 0
+          AND (p.proname ^@ 'job_state_listener_' OR p.proname = 'notify_job_state_change')
+          AND p.prorettype = 'trigger'::regtype AND t.tgparentid = 0
           AND NOT EXISTS (SELECT FROM jsonb_to_recordset(asked -> 'tables') AS x (name text)
                           WHERE to_regclass(format('%I', x.name)) = t.tgrelid
+                            AND (x.name = 'jobs') = (p.proname = 'notify_job_state_change')
                             AND (t.tgname <> 'job_state_listener_delete' OR EXISTS (
                                 SELECT FROM jsonb_to_recordset(asked -> 'routes')
                                     AS r (child_table text) WHERE r.child_table = x.name)))

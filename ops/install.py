@@ -12,6 +12,8 @@ import config
 import db
 import pipeline
 from ops import migrations
+from ops.migrations import FUNCTIONS, TABLES, VIEWS
+from ops.place import require_place
 from ops.problem import Problem
 from ops.routes import is_silent, is_updates_only, known, shown
 from ops.tables import require_usable
@@ -19,14 +21,6 @@ from ops.tables import require_usable
 ROOT = Path(__file__).parent.parent
 # One after the other, in one transaction.
 SCHEMA = [ROOT / "schema.sql", ROOT / "triggers.sql", ROOT / "views.sql"]
-
-# What install makes, and uninstall removes. stage_slots is that of version 1.
-TABLES = (
-    "pipeline_tables", "pipeline_stages", "stage_limits", "stage_calls", "stage_leases",
-    "stage_looks", "stage_joins", "stage_attempts", "stage_totals", "stage_totals_mark",
-    "job_state_listener_schema", "stage_slots",
-)  # fmt: skip
-VIEWS = ("pipeline_overview", "stage_latency", "given_up_calls")
 
 # Waiting longer for the lock on jobs would make the application wait behind us, or lose a
 # deadlock to us (deadlock_timeout is 1 s).
@@ -75,13 +69,11 @@ INSERT INTO stage_totals_mark DEFAULT VALUES ON CONFLICT DO NOTHING;
 """
 
 # Whatever our functions are hung on, and they themselves.
-OURS = """
+OURS = f"""
 SELECT p.oid, p.proname FROM pg_proc AS p
 WHERE p.pronamespace = (SELECT relnamespace FROM pg_class WHERE oid = coalesce(
           to_regclass('stage_calls'), to_regclass('jobs')))
-  AND (p.proname IN ('notify_job_state_change', 'stalled_jobs', 'resting_rows', 'stage_call_row',
-                     'stage_column_types',
-                     'stage_join_is_complete')
+  AND (p.proname IN {FUNCTIONS}
        OR p.prorettype = 'trigger'::regtype AND p.proname ^@ 'job_state_listener_')
 """
 
@@ -143,8 +135,9 @@ def apply(
         insert: whether a row that is inserted owes a call; None: as before, at first yes.
 
     Raises:
-        Problem: a table of PIPELINE cannot be used.
+        Problem: a table of PIPELINE cannot be used, or something has one of our names.
     """
+    require_place(conn)
     require_usable(conn)
     fill_in = conn.cursor().mogrify
     asked = {
@@ -154,6 +147,7 @@ def apply(
     }
     script = migrations.script() + LOCK_TIMEOUT + fill_in(ASKED, asked).decode()
     script += "".join(file.read_text() for file in SCHEMA)
+    script += migrations.GRANTED
     if reader:
         script += fill_in(READER, {"reader": reader}).decode()
     script += migrations.AS_OWNER + SYNC

@@ -1,7 +1,23 @@
 """The versions of the database's part: how `install` gets from a released one to this one."""
 
 import db
+from ops import grants
 from ops.problem import Problem
+
+# What install makes, and uninstall removes. stage_slots is that of version 1. Every trigger
+# function but that of jobs has a name of its own, after its table.
+TABLES = (
+    "pipeline_tables", "pipeline_stages", "stage_limits", "stage_calls", "stage_leases",
+    "stage_looks", "stage_joins", "stage_attempts", "stage_totals", "stage_totals_mark",
+    "job_state_listener_schema", "stage_slots",
+)  # fmt: skip
+VIEWS = ("pipeline_overview", "stage_latency", "given_up_calls")
+FUNCTIONS = (
+    "notify_job_state_change", "stalled_jobs", "resting_rows", "stage_call_row",
+    "stage_join_is_complete", "stage_column_types",
+)  # fmt: skip
+
+NAMES = "ARRAY[{}]".format(", ".join(f"'{name}'" for name in (*TABLES, *VIEWS, *FUNCTIONS)))
 
 # What each version changed, to be applied once. Tables, indexes and functions that are new are
 # made by schema.sql, which follows.
@@ -73,6 +89,34 @@ SELECT pg_catalog.set_config('search_path', pg_catalog.format('%I, pg_temp', coa
     pg_catalog.current_schema())), true);
 """
 
+# ALTER TABLE jobs SET SCHEMA takes the triggers along, and nothing else of ours. It follows, with
+# everything that is owed and every pause.
+MOVE = """
+DO $do$
+DECLARE
+    here constant oid := (SELECT relnamespace FROM pg_class WHERE oid = to_regclass('jobs'));
+    left_behind constant oid := (
+        SELECT p.pronamespace FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid
+        WHERE t.tgrelid = to_regclass('jobs') AND p.proname = 'notify_job_state_change'
+          AND p.pronamespace <> here LIMIT 1);
+    made record;
+BEGIN
+    FOR made IN
+        SELECT CASE relkind WHEN 'v' THEN 'VIEW' ELSE 'TABLE' END AS kind,
+               oid::regclass::text AS name
+        FROM pg_class WHERE relnamespace = left_behind AND relkind IN ('r', 'v')
+                        AND relname = ANY ({names})
+        UNION ALL
+        SELECT 'FUNCTION', oid::regprocedure::text FROM pg_proc
+        WHERE pronamespace = left_behind AND (proname = ANY ({names})
+           OR prorettype = 'trigger'::regtype AND proname ^@ 'job_state_listener_')
+    LOOP
+        EXECUTE format('ALTER %s %s SET SCHEMA %s', made.kind, made.name, here::regnamespace);
+    END LOOP;
+END
+$do$;
+"""
+
 # The owner of our tables may have put triggers on them: what is written there is not to run
 # those with a superuser's rights. Until the end of the transaction, or RESET ROLE.
 AS_OWNER = """
@@ -125,10 +169,69 @@ $step$;
 """
 
 
+# The application may give its ids another type or collation. Our copies follow, with all rows: a
+# copy of another collation cannot use its index, one of another type cannot be compared at all.
+# What has the type in its signature is made anew by triggers.sql and views.sql.
+IDS = """
+DO $do$
+DECLARE
+    wanted record;
+    copy   record;
+BEGIN
+    SELECT w.type, CASE WHEN w.type = a.atttypid THEN a.attcollation ELSE 0 END AS collation,
+           format_type(w.type, -1) AS name
+    INTO wanted
+    FROM pg_attribute AS a
+    CROSS JOIN LATERAL (SELECT CASE WHEN a.atttypid IN ('int2'::regtype, 'int4'::regtype)
+                                    THEN 'int8'::regtype::oid ELSE a.atttypid END AS type) AS w
+    WHERE a.attrelid = to_regclass('jobs') AND a.attname = 'job_id' AND NOT a.attisdropped;
+    IF wanted IS NULL THEN
+        RETURN;
+    END IF;
+    FOR copy IN
+        SELECT p.oid::regprocedure AS name FROM pg_proc AS p
+        WHERE p.pronamespace = quote_ident(current_schema())::regnamespace
+          AND wanted.type <> CASE p.proname
+              WHEN 'stage_call_row' THEN p.proargtypes[2]
+              WHEN 'stage_join_is_complete' THEN p.proargtypes[1]
+              WHEN 'resting_rows' THEN p.proallargtypes[3] END
+    LOOP
+        EXECUTE format('DROP FUNCTION %s', copy.name);
+    END LOOP;
+    FOR copy IN
+        SELECT a.attrelid::regclass AS place, a.attname AS name, a.atttypid AS type
+        FROM (VALUES ('stage_attempts', 'job_id'), ('stage_leases', 'job_id'),
+                     ('stage_looks', 'parent_id'), ('stage_joins', 'parent_id'),
+                     ('stage_calls', 'job_id')) AS copies (place, name)
+        JOIN pg_attribute AS a ON a.attrelid = to_regclass(copies.place) AND a.attname = copies.name
+        WHERE a.atttypid <> wanted.type OR a.attcollation <> wanted.collation
+    LOOP
+        DROP VIEW IF EXISTS given_up_calls;
+        EXECUTE format('ALTER TABLE %s ALTER %I TYPE %s%s USING %I::text::%s', copy.place,
+            copy.name, wanted.name, CASE WHEN wanted.collation <> 0
+                              THEN ' COLLATE ' || wanted.collation::regcollation ELSE '' END,
+            copy.name, wanted.name);
+    END LOOP;
+EXCEPTION WHEN data_exception OR cannot_coerce THEN
+    RAISE EXCEPTION USING ERRCODE = 'datatype_mismatch', MESSAGE = format(
+        'an id in %s is no %s (%s): only you know which job it is now; see "Changing jobs" in '
+        'docs/OPERATING.md', copy.place, wanted.name, SQLERRM);
+END
+$do$;
+"""
+
+# The end of the transaction, but for what the operator grants.
+GRANTED = grants.SETTLE.format(names=NAMES)
+
+
 def script() -> str:
-    """What brings an installation of any released version to this one, in one transaction."""
+    """What brings an installation of any released version to this one, in one transaction.
+
+    Its first statements find out where jobs is, and note what was granted.
+    """
     steps = (STEP.format(version=number, statements=text) for number, text in STEPS.items())
-    return BEGIN + MARK + AS_OWNER + "".join(steps) + "RESET ROLE;"
+    first = BEGIN + MOVE.format(names=NAMES) + grants.NOTE.format(names=NAMES)
+    return first + MARK + AS_OWNER + "".join(steps) + IDS + "RESET ROLE;"
 
 
 FOUND = "SELECT to_regclass('job_state_listener_schema') IS NOT NULL AS marked"

@@ -41,6 +41,7 @@ SELECT format('%%I.%%I', n.nspname, c.relname) AS name, c.relowner::regrole::tex
        OR (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)
        OR c.relowner::regrole = current_user::regrole AS may_install
 FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+JOIN pg_roles AS r ON r.oid = c.relowner
 WHERE n.oid = (SELECT relnamespace FROM pg_class WHERE oid = to_regclass('jobs'))
   AND c.relname = %(name)s AND c.relkind IN ('r', 'p')
 """

@@ -1,0 +1,78 @@
+"""What `install` makes grants nothing, whatever ALTER DEFAULT PRIVILEGES says."""
+
+OBJECTS = """
+    SELECT c.oid, CASE c.relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END AS kind,
+           format('%I', c.relname) AS name, c.relowner AS owner,
+           coalesce(c.relacl, acldefault(CASE c.relkind WHEN 'S' THEN 's' ELSE 'r' END::"char",
+                                         c.relowner)) AS acl
+    FROM pg_class AS c
+    WHERE c.relnamespace = quote_ident(current_schema())::regnamespace
+      AND c.relkind IN ('r', 'v', 'S') AND (c.relname = ANY (ours) OR EXISTS (
+          SELECT FROM pg_depend AS d JOIN pg_class AS t ON t.oid = d.refobjid
+          WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'i'
+            AND t.relname = ANY (ours)))
+    UNION ALL
+    SELECT p.oid, 'FUNCTION', format('%I', p.proname), p.proowner,
+           coalesce(p.proacl, acldefault('f', p.proowner))
+    FROM pg_proc AS p
+    WHERE p.pronamespace = quote_ident(current_schema())::regnamespace AND (p.proname = ANY (ours)
+      OR p.prorettype = 'trigger'::regtype AND p.proname ^@ 'job_state_listener_')"""
+
+# Before anything is made: what is there, and who was granted what. A view or function whose columns
+# get another type is made anew, and its grants with it.
+NOTE = f"""
+DO $do$
+DECLARE
+    ours constant text[] := {{names}};
+BEGIN
+    PERFORM set_config('job_state_listener.granted', coalesce((
+        SELECT jsonb_object_agg(o.oid, jsonb_build_object(
+                   'kind', o.kind, 'name', o.name, 'grants', (
+                       SELECT coalesce(jsonb_agg(jsonb_build_object(
+                                  'privilege', a.privilege_type, 'option', a.is_grantable,
+                                  'role', CASE a.grantee WHEN 0 THEN 'PUBLIC'
+                                          ELSE a.grantee::regrole::text END)), '[]')
+                       FROM aclexplode(o.acl) AS a WHERE a.grantee <> o.owner)))
+        FROM ({OBJECTS}) AS o), '{{{{}}}}')::text, true);
+END
+$do$;
+"""
+
+# At the end. What is new is for its owner alone. The functions that are for everybody run with
+# the rights of whoever calls them.
+SETTLE = f"""
+DO $do$
+DECLARE
+    ours constant text[] := {{names}};
+    was  constant jsonb := current_setting('job_state_listener.granted')::jsonb;
+    made record;
+    one  record;
+BEGIN
+    FOR made IN
+        SELECT o.*, CASE o.kind WHEN 'FUNCTION' THEN o.oid::regprocedure::text
+                        ELSE o.name END AS called
+        FROM ({OBJECTS}) AS o WHERE NOT was ? o.oid::text
+    LOOP
+        FOR one IN
+            SELECT DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC'
+                            ELSE a.grantee::regrole::text END AS role
+            FROM aclexplode(made.acl) AS a WHERE a.grantee <> made.owner
+        LOOP
+            EXECUTE format('REVOKE ALL ON %s %s FROM %s', made.kind, made.called, one.role);
+        END LOOP;
+        IF made.name IN ('stage_call_row', 'stage_join_is_complete', 'stage_column_types') THEN
+            EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO PUBLIC', made.called);
+        END IF;
+        FOR one IN  -- of its predecessor
+            SELECT g.* FROM jsonb_each(was) AS w, jsonb_to_recordset(w.value -> 'grants')
+                AS g (privilege text, option boolean, role text)
+            WHERE w.value ->> 'name' = made.name AND w.value ->> 'kind' = made.kind
+              AND (g.role = 'PUBLIC' OR to_regrole(g.role) IS NOT NULL)
+        LOOP
+            EXECUTE format('GRANT %s ON %s %s TO %s%s', one.privilege, made.kind, made.called,
+                           one.role, CASE WHEN one.option THEN ' WITH GRANT OPTION' ELSE '' END);
+        END LOOP;
+    END LOOP;
+END
+$do$;
+"""

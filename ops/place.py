@@ -1,0 +1,128 @@
+"""Where jobs is, and whether our names are free: `install` makes nothing beside what it made."""
+
+from collections.abc import Iterator
+
+import db
+from ops.problem import Problem
+
+# What each name has at least, in every released version. Another relation of that name is not ours.
+COLUMNS = {
+    "pipeline_tables": {"name", "id_column"},
+    "pipeline_stages": {"current_step", "status", "stage"},
+    "stage_limits": {"name", "max_running"},
+    "stage_calls": {"job_id", "call_id", "due_at", "attempts"},
+    "stage_leases": {"job_id", "call_id", "leased_until"},
+    "stage_looks": {"parent_id", "join_of"},
+    "stage_joins": {"parent_id", "join_of"},
+    "stage_attempts": {"job_id", "call_id", "outcome"},
+    "stage_totals": {"stage", "outcome", "within_seconds"},
+    "stage_totals_mark": {"counted_until"},
+    "job_state_listener_schema": {"version"},
+    "stage_slots": {"stage", "slot"},
+    "pipeline_overview": {"stage", "owed"},
+    "stage_latency": {"stage", "hour"},
+    "given_up_calls": {"job_id", "stage"},
+}
+
+# One of which occurs in the text of our function, in every released version.
+WORDS = {
+    "notify_job_state_change": ["pg_notify", "stage_calls"],
+    "stalled_jobs": ["stage_attempts", "resting_rows"],
+    "resting_rows": ["stage_attempts"],
+    "stage_call_row": ["a_join"],
+    "stage_join_is_complete": ["a_join", "RETURN false"],
+    "stage_column_types": ["pg_typeof"],
+}
+
+# relkind 'r' or 'p' is a table. `schema` is where everything goes.
+JOBS = """
+SELECT c.relkind IN ('r', 'p') AS is_table, n.nspname AS schema,
+       (SELECT p.relnamespace::regnamespace::text FROM pg_class AS p
+        WHERE p.oid = to_regclass('stage_calls')) AS ours,
+       to_regclass(quote_ident(n.nspname) || '.stage_calls') IS NOT NULL AS is_installed_here,
+       EXISTS (SELECT FROM pg_trigger AS t JOIN pg_proc AS f ON f.oid = t.tgfoid
+               WHERE t.tgrelid = c.oid AND f.proname = 'notify_job_state_change') AS has_triggers
+FROM (VALUES (to_regclass('jobs'))) AS found (oid)
+LEFT JOIN pg_class AS c ON c.oid = found.oid LEFT JOIN pg_namespace AS n ON n.oid = c.relnamespace
+"""
+
+# The table that the trigger function beside our tables hangs on.
+HUNG = """
+SELECT format('%I.%I', n.nspname, c.relname) AS name, n.nspname AS schema, c.relname AS relation
+FROM pg_trigger AS t JOIN pg_proc AS f ON f.oid = t.tgfoid JOIN pg_class AS c ON c.oid = t.tgrelid
+JOIN pg_namespace AS n ON n.oid = c.relnamespace
+WHERE f.proname = 'notify_job_state_change' AND t.tgparentid = 0
+  AND f.pronamespace = (SELECT relnamespace FROM pg_class WHERE oid = to_regclass('stage_calls'))
+ORDER BY c.oid LIMIT 1
+"""
+
+
+def require_place(conn) -> None:
+    """Raises Problem where jobs is not where it was, or something has one of our names."""
+    found = " and ".join([*misplaced(conn), *taken(conn)])
+    if found:
+        raise Problem(f"{found}; nothing was changed")
+
+
+def misplaced(conn) -> Iterator[str]:
+    jobs = db.execute(conn, JOBS).fetchone()
+    hung = db.execute(conn, HUNG).fetchone()
+    if jobs.schema is None and hung and hung.relation == "jobs":
+        yield (
+            f"jobs is now in schema {hung.schema}, which is not on the search path: "
+            f"ALTER ROLE {conn.info.user} SET search_path = {hung.schema}, {jobs.ours}"
+        )
+    elif jobs.schema is None and hung:
+        yield (
+            f"there is no table jobs, but {hung.name} has our triggers and goes on recording "
+            f"calls: ALTER TABLE {hung.name} RENAME TO jobs"
+        )
+    elif jobs.schema is None and jobs.ours:
+        yield (
+            f"there is no table jobs, but our tables are in schema {jobs.ours}: restore or create "
+            f"{jobs.ours}.jobs, then install"
+        )
+    elif jobs.schema and not jobs.is_table:
+        yield "jobs is no table, and a view can have no trigger of ours" + (
+            f"; {hung.name} has them and goes on recording calls: give the view another name, "
+            f"then ALTER TABLE {hung.name} RENAME TO jobs"
+            if hung
+            else ": give it another name"
+        )
+    elif jobs.ours and not (jobs.is_installed_here or jobs.has_triggers):
+        yield (
+            f"jobs is in schema {jobs.schema}, our tables in {jobs.ours}: ALTER TABLE jobs SET "
+            f"SCHEMA {jobs.ours}, or take {jobs.ours} off the search path to install once more"
+        )
+
+
+RELATIONS = """
+SELECT c.relname AS name, c.oid::regclass::text AS shown, array_agg(a.attname::text) AS columns
+FROM pg_class AS c LEFT JOIN pg_attribute AS a
+    ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+WHERE c.relname = ANY (%(names)s) AND c.relnamespace = coalesce(
+    (SELECT relnamespace FROM pg_class WHERE oid = to_regclass('jobs')),
+    to_regnamespace(quote_ident(current_schema())))
+GROUP BY c.oid ORDER BY c.oid
+"""
+
+# Those that CREATE OR REPLACE would replace.
+FUNCTIONS = """
+SELECT p.proname AS name, p.oid::regprocedure::text AS shown,
+       concat(p.prosrc, p.proargnames::text) AS text
+FROM pg_proc AS p
+WHERE p.proname = ANY (%(names)s) AND p.pronamespace = coalesce(
+    (SELECT relnamespace FROM pg_class WHERE oid = to_regclass('jobs')),
+    to_regnamespace(quote_ident(current_schema())))
+  AND p.pronargs = CASE p.proname WHEN 'stage_call_row' THEN 3 WHEN 'stage_join_is_complete' THEN 2
+                                  WHEN 'stage_column_types' THEN 2 ELSE 0 END
+"""
+
+
+def taken(conn) -> Iterator[str]:
+    for row in db.execute(conn, RELATIONS, {"names": list(COLUMNS)}):
+        if not COLUMNS[row.name] <= set(row.columns):
+            yield f"{row.shown} is not ours, and we need its name: rename it"
+    for row in db.execute(conn, FUNCTIONS, {"names": list(WORDS)}):
+        if not any(word in row.text for word in WORDS[row.name]):
+            yield f"function {row.shown} is not ours, and we need its name: rename it"
