@@ -1,5 +1,7 @@
 """What `install` makes grants nothing, whatever ALTER DEFAULT PRIVILEGES says."""
 
+import db
+
 OBJECTS = """
     SELECT c.oid, CASE c.relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END AS kind,
            format('%I', c.relname) AS name, c.relowner AS owner,
@@ -76,3 +78,28 @@ BEGIN
 END
 $do$;
 """
+
+# By role, what it could do to calls: not the owner, nor the role that asks.
+OTHERS = """
+SELECT CASE a.grantee WHEN 0 THEN 'everybody' ELSE a.grantee::regrole::text END AS role,
+       concat_ws(', ',
+           CASE WHEN bool_or(a.privilege_type = 'SELECT') THEN 'read' END,
+           CASE WHEN bool_or(a.privilege_type = 'INSERT' AND c.relname = 'stage_calls')
+                THEN 'add' END,
+           CASE WHEN bool_or(a.privilege_type = 'UPDATE' AND c.relname = 'pipeline_stages')
+                THEN 'pause' END,
+           CASE WHEN bool_or(a.privilege_type = 'UPDATE' AND c.relname <> 'pipeline_stages')
+                THEN 'change' END,
+           CASE WHEN bool_or(a.privilege_type IN ('DELETE', 'TRUNCATE')) THEN 'delete' END,
+           CASE WHEN bool_or(a.privilege_type IN ('TRIGGER', 'REFERENCES')) THEN 'hang on to' END
+       ) AS may
+FROM pg_class AS c CROSS JOIN LATERAL aclexplode(c.relacl) AS a
+WHERE c.oid IN (SELECT to_regclass(name) FROM unnest(%(names)s::text[]) AS name)
+  AND a.grantee <> c.relowner AND a.grantee <> current_user::regrole
+GROUP BY a.grantee ORDER BY 1
+"""
+
+
+def others(conn, names: list[str]) -> list[str]:
+    """Who else may do what with our tables and views: "dashboard may read"."""
+    return [f"{row.role} may {row.may}" for row in db.execute(conn, OTHERS, {"names": names})]

@@ -1,8 +1,10 @@
 """Where jobs is, and whether our names are free: `install` makes nothing beside what it made."""
 
+import json
 from collections.abc import Iterator
 
 import db
+import pipeline
 from ops.problem import Problem
 
 # What each name has at least, in every released version. Another relation of that name is not ours.
@@ -126,3 +128,55 @@ def taken(conn) -> Iterator[str]:
     for row in db.execute(conn, FUNCTIONS, {"names": list(WORDS)}):
         if not any(word in row.text for word in WORDS[row.name]):
             yield f"function {row.shown} is not ours, and we need its name: rename it"
+
+
+# Where a trigger function was made for other columns, it reads them by a statement that is planned
+# for every row. After a restore from a dump too, as the table's oid is another.
+CHANGED = """
+SELECT t.name FROM jsonb_to_recordset(%(tables)s) AS t (
+    position integer, name text, id_column text, tenant_column text, parent_column text)
+CROSS JOIN LATERAL (
+    SELECT array_agg(c.name ORDER BY c.position)::text AS names,
+           string_agg(a.atttypid::text, ' ' ORDER BY c.position) AS types
+    FROM unnest(ARRAY[t.id_column, t.tenant_column, 'current_step', 'status', t.parent_column])
+        WITH ORDINALITY AS c (name, position)
+    LEFT JOIN pg_attribute AS a ON a.attrelid = to_regclass(quote_ident(t.name))
+                               AND a.attname = c.name AND NOT a.attisdropped
+    WHERE c.name IS NOT NULL) AS now
+JOIN pg_proc AS p ON p.oid = to_regprocedure(quote_ident(
+    CASE t.name WHEN 'jobs' THEN 'notify_job_state_change'
+         ELSE 'job_state_listener_' || t.name END) || '()')
+WHERE strpos(p.prosrc, format('(''%%s''::regclass, %%L) = %%L',
+                              to_regclass(quote_ident(t.name))::oid, now.names, now.types)) = 0
+ORDER BY t.position
+"""
+
+# Our copies of ids, whose type or collation is no longer that of jobs.
+COPIES = """
+SELECT c.place, format_type(a.atttypid, -1) AS type, format_type(j.atttypid, -1) AS wanted
+FROM (VALUES ('stage_calls', 'job_id'), ('stage_leases', 'job_id'), ('stage_attempts', 'job_id'),
+             ('stage_looks', 'parent_id'), ('stage_joins', 'parent_id')) AS c (place, name)
+JOIN pg_attribute AS a ON a.attrelid = to_regclass(c.place) AND a.attname = c.name
+JOIN pg_attribute AS j ON j.attrelid = to_regclass('jobs') AND j.attname = 'job_id'
+WHERE (a.atttypid, a.attcollation) <> (j.atttypid, j.attcollation)
+  AND NOT (a.atttypid = 'int8'::regtype AND j.atttypid IN ('int2'::regtype, 'int4'::regtype))
+"""
+
+
+def changes(conn) -> Iterator[str]:
+    """What has changed in the application's tables since `install`."""
+    if copy := db.execute(conn, COPIES).fetchone():
+        also = " with another collation" * (copy.type == copy.wanted)
+        yield f"job_id is {copy.wanted} in jobs and {copy.type}{also} in {copy.place}"
+    tables = [
+        {
+            "position": position,
+            "name": table.name,
+            "id_column": table.id,
+            "tenant_column": table.tenant,
+            "parent_column": table.parent and table.parent[1],
+        }
+        for position, table in enumerate(pipeline.tables().values())
+    ]
+    for row in db.execute(conn, CHANGED, {"tables": json.dumps(tables)}):
+        yield f"columns of {row.name} have changed since install, or it was restored"

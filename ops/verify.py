@@ -14,7 +14,7 @@ import hosts
 import notifications
 import pipeline
 import stage_http
-from ops import migrations
+from ops import grants, migrations, place
 from ops.routes import difference
 from ops.tables import faults
 
@@ -24,9 +24,8 @@ GRANTS = "see 'Roles and grants' in README.md"
 
 COLUMNS = """
 SELECT array_agg(attname::text) AS names,
-       max(format_type(atttypid, atttypmod)) FILTER (WHERE attname = %(id)s) AS id_type,
-       max(typcategory::text) FILTER (WHERE attname = %(id)s) AS id_kind
-FROM pg_attribute JOIN pg_type ON pg_type.oid = atttypid
+       max(format_type(atttypid, atttypmod)) FILTER (WHERE attname = %(id)s) AS id_type
+FROM pg_attribute
 WHERE attrelid = to_regclass(quote_ident(%(table)s)) AND attnum > 0 AND NOT attisdropped
 """
 
@@ -55,7 +54,7 @@ SELECT p.prosecdef AS definer,
        p.proconfig::text LIKE '%%search_path=pg_catalog%%' AS pinned,
        strpos(p.prosrc, format('%%I.stage_calls', n.nspname)) > 0 AS here,
        NOT (SELECT rolsuper FROM pg_roles WHERE oid = c.relowner) AND (
-           SELECT bool_or(r.rolsuper) FROM pg_proc AS f JOIN pg_roles AS r ON r.oid = f.proowner
+           SELECT bool_or(f.proowner <> c.relowner) FROM pg_proc AS f
            WHERE f.oid IN (p.oid, to_regprocedure('stalled_jobs()'),
                            to_regprocedure('resting_rows()'))) AS lent
 FROM pg_proc AS p, pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
@@ -177,9 +176,8 @@ def check_server(conn, settings) -> str:
 
 
 def check_tables(conn, settings) -> str:
-    """Ours, and that their ids are of the type of those of jobs."""
-    jobs = db.execute(conn, COLUMNS, {"table": "jobs", "id": "job_id"}).fetchone()
-    id_types, id_kinds = [jobs.id_type], {jobs.id_kind}
+    """Ours, as this version needs them."""
+    id_types = []
     for table, needed in NEEDED.items():
         row = db.execute(conn, COLUMNS, {"table": table, "id": "job_id"}).fetchone()
         if row.names is None:
@@ -187,9 +185,6 @@ def check_tables(conn, settings) -> str:
         if missing := needed - set(row.names):
             raise Bad(f"{table} has no column {', '.join(sorted(missing))}", AGAIN)
         id_types += [row.id_type] if row.id_type else []
-        id_kinds |= {row.id_kind}
-    if len(id_kinds - {None}) > 1:
-        raise Bad(f"job_id is {id_types[0]} in jobs and {id_types[1]} in stage_calls", AGAIN)
     if missing := [row.name for row in db.execute(conn, VIEWS) if not row.there]:
         raise Bad(f"view {', '.join(missing)} is missing", INSTALL)
     if missing := [row.name for row in db.execute(conn, FUNCTIONS)]:
@@ -223,10 +218,21 @@ def check_function(conn, settings) -> str:
             raise Bad(f"function {names[-1]} is not the listener's", INSTALL)
         if row.lent:
             raise Bad(
-                f"our functions lend a superuser's rights to the owner of {table}",
+                f"our functions lend the rights of another role to the owner of {table}",
                 f"{INSTALL}, as a superuser once more",
             )
     return f"function{'s' * (len(names) > 1)} {', '.join(names)}"
+
+
+def check_columns(conn, settings) -> str:
+    if found := "; ".join(place.changes(conn)):
+        raise Bad(found, INSTALL)
+    return "the trigger knows the columns as they are"
+
+
+def check_others(conn, settings) -> str:
+    named = grants.others(conn, [*migrations.TABLES, *migrations.VIEWS])
+    return f"other roles with rights on our tables: {'; '.join(named) or 'none'}"
 
 
 def check_triggers(conn, settings) -> str:
@@ -344,8 +350,9 @@ def check_enabled(conn, settings) -> str:
 
 
 CHECKS: list[Callable] = [
-    check_server, check_tables, check_rows, check_function, check_triggers, check_routes,
-    check_privileges, check_listen, check_stage_api, check_hosts, check_enabled,
+    check_server, check_tables, check_rows, check_columns, check_function, check_triggers,
+    check_routes, check_privileges, check_others, check_listen, check_stage_api, check_hosts,
+    check_enabled,
 ]  # fmt: skip
 
 

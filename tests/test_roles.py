@@ -218,7 +218,7 @@ def test_rights_that_a_superuser_lent_are_taken_back(empty_database, make_role):
         apply(conn)
     for made in [*[f"TABLE {table}" for table in OURS], *LENDING]:
         database.rows(f"ALTER {made} OWNER TO CURRENT_USER")
-    problem = "PROBLEM  our functions lend a superuser's rights to the owner of jobs"
+    problem = "PROBLEM  our functions lend the rights of another role to the owner of jobs"
     assert problem in commands.run_here(database.environ, "verify").out
     assert commands.run_here(database.environ, "install").code == 0
     assert problem not in commands.run_here(database.environ, "verify").out

@@ -1,0 +1,387 @@
+"""What a team does to jobs over its life, and what then becomes of writes, listener and commands.
+
+CHANGES is the table "Changing jobs" of docs/OPERATING.md. Whatever is done: the application's next
+write goes through, in a session that has written before and in a new one, and neither `install` nor
+anything that it says loses a call, a pause or a line of the history.
+"""
+
+import uuid
+from contextlib import closing, suppress
+from dataclasses import dataclass
+
+import psycopg2
+import pytest
+from claims import claim, connected
+from commands import run_here
+
+import db
+from ops.install import apply
+from ops.problem import Problem
+from ops.routes import require_installed
+
+JOBS = """
+CREATE TABLE jobs (job_id {} PRIMARY KEY, tenant_id varchar(80), current_step varchar(80),
+                   status varchar(20), updated_at timestamptz DEFAULT now(), note text)
+"""
+NUMBERS = [str(number) for number in range(1, 9)]
+
+RECIPE = """
+BEGIN;
+DROP TRIGGER job_state_change_trigger ON jobs;
+ALTER TABLE jobs ALTER status TYPE text;
+CREATE TRIGGER job_state_change_trigger AFTER UPDATE ON jobs FOR EACH ROW
+    WHEN (OLD.current_step IS DISTINCT FROM NEW.current_step
+          OR OLD.status IS DISTINCT FROM NEW.status)
+    EXECUTE FUNCTION notify_job_state_change();
+COMMIT
+"""
+
+# The application knows which job a number has become.
+NUMBER_TO_UUID = """
+ALTER TABLE jobs ADD number bigint;
+UPDATE jobs SET number = job_id;
+ALTER TABLE jobs ALTER job_id TYPE uuid USING md5(job_id::text)::uuid
+"""
+OUR_COPIES = """
+BEGIN;
+CREATE FUNCTION pg_temp.now_called(bigint) RETURNS uuid LANGUAGE sql STABLE AS
+    'SELECT coalesce((SELECT job_id FROM public.jobs WHERE number = $1), gen_random_uuid())';
+DROP VIEW given_up_calls;
+ALTER TABLE stage_calls ALTER job_id TYPE uuid USING pg_temp.now_called(job_id);
+ALTER TABLE stage_leases ALTER job_id TYPE uuid USING pg_temp.now_called(job_id);
+ALTER TABLE stage_attempts ALTER job_id TYPE uuid USING pg_temp.now_called(job_id);
+ALTER TABLE stage_looks ALTER parent_id TYPE uuid USING pg_temp.now_called(parent_id);
+ALTER TABLE stage_joins ALTER parent_id TYPE uuid USING pg_temp.now_called(parent_id);
+COMMIT
+"""
+
+PARTITION = """
+ALTER TABLE jobs RENAME TO jobs_1;
+CREATE TABLE jobs (LIKE jobs_1 INCLUDING DEFAULTS) PARTITION BY LIST (job_id);
+CREATE INDEX ON jobs (job_id);
+ALTER TABLE jobs ATTACH PARTITION jobs_1 DEFAULT
+"""
+PARTITIONED = JOBS.replace("note text)", "note text) PARTITION BY HASH (job_id)") + (
+    "; CREATE TABLE jobs_0 PARTITION OF jobs FOR VALUES WITH (MODULUS 2, REMAINDER 0)"
+    "; CREATE TABLE jobs_1 PARTITION OF jobs FOR VALUES WITH (MODULUS 2, REMAINDER 1)"
+)
+CHANGED = "columns of jobs have changed since install, or it was restored"
+
+
+@dataclass(frozen=True)
+class Change:
+    """sql: what the team runs.
+
+    write: what becomes of the next write: its call is "recorded", it "warns" that it is not, or
+        "unseen": it goes by our triggers.
+    listener, install: "" where it works, else what it says.
+    verify: the problems, each by some words of it.
+    mend: the SQL that install needs before it works, where it says something.
+    table: what jobs is before. names: columns of the application's writes that have another name;
+        None where there is none of it. place: where it writes. ids: of its jobs.
+    """
+
+    sql: str
+    write: str = "recorded"
+    listener: str = ""
+    install: str = ""
+    verify: tuple[str, ...] = ()
+    mend: str = ""
+    table: str = JOBS.format("uuid")
+    names: tuple[tuple[str, str | None], ...] = ()
+    place: str = "jobs"
+    ids: tuple[str, ...] = ()
+
+
+CHANGES = {
+    "add a column": Change("ALTER TABLE jobs ADD priority integer NOT NULL DEFAULT 0"),
+    "drop another column": Change("ALTER TABLE jobs DROP updated_at"),
+    "rename another column": Change("ALTER TABLE jobs RENAME note TO remark"),
+    "retype another column": Change("ALTER TABLE jobs ALTER note TYPE jsonb USING NULL"),
+    "drop tenant_id": Change(
+        "ALTER TABLE jobs DROP tenant_id",
+        write="warns", listener="tenant_id does not exist",
+        install="table jobs has no column tenant_id",
+        verify=("jobs has no column tenant_id", CHANGED),
+        mend="ALTER TABLE jobs ADD tenant_id text", names=(("tenant_id", None),),
+    ),
+    "rename tenant_id": Change(
+        "ALTER TABLE jobs RENAME tenant_id TO customer",
+        write="warns", listener="tenant_id does not exist",
+        install="table jobs has no column tenant_id",
+        verify=("jobs has no column tenant_id", CHANGED),
+        mend="ALTER TABLE jobs RENAME customer TO tenant_id", names=(("tenant_id", "customer"),),
+    ),
+    "rename job_id": Change(
+        "ALTER TABLE jobs RENAME job_id TO id",
+        write="warns", listener="job_id does not exist",
+        install="table jobs has no column job_id",
+        verify=("jobs has no column job_id", CHANGED),
+        mend="ALTER TABLE jobs RENAME id TO job_id", names=(("job_id", "id"),),
+    ),
+    "rename status": Change(
+        "ALTER TABLE jobs RENAME status TO state",
+        write="warns", listener="status does not exist",
+        install="table jobs has no column status",
+        verify=("jobs has no column status", CHANGED),
+        mend="ALTER TABLE jobs RENAME state TO status", names=(("status", "state"),),
+    ),
+    "rename current_step": Change(
+        "ALTER TABLE jobs RENAME current_step TO step",
+        write="warns", listener="current_step does not exist",
+        install="table jobs has no column current_step",
+        verify=("jobs has no column current_step", CHANGED),
+        mend="ALTER TABLE jobs RENAME step TO current_step", names=(("current_step", "step"),),
+    ),
+    "drop status, CASCADE": Change(
+        "ALTER TABLE jobs DROP status CASCADE",
+        write="warns", listener="has no triggers of ours",
+        install="table jobs has no column status",
+        verify=("jobs has no column status", CHANGED, "job_state_change_trigger is missing"),
+        mend="ALTER TABLE jobs ADD status text", names=(("status", None),),
+    ),
+    "widen tenant_id": Change("ALTER TABLE jobs ALTER tenant_id TYPE text", verify=(CHANGED,)),
+    "tenant_id to a number": Change(
+        "ALTER TABLE jobs ALTER tenant_id TYPE bigint USING 7", verify=(CHANGED,)
+    ),
+    "integer to bigint": Change(
+        "ALTER TABLE jobs ALTER job_id TYPE bigint", verify=(CHANGED,),
+        table=JOBS.format("integer"), ids=(*NUMBERS[:2], str(2**40), str(2**40 + 1)),
+    ),
+    "varchar to text": Change(
+        "ALTER TABLE jobs ALTER job_id TYPE text", verify=(CHANGED,),
+        table=JOBS.format("varchar(40)"),
+    ),
+    "uuid to text": Change(
+        "ALTER TABLE jobs ALTER job_id TYPE text",
+        listener="operator does not exist: text = uuid", verify=("job_id is text in jobs and uuid",),
+    ),
+    "uuid to text, and other ids": Change(
+        "ALTER TABLE jobs ALTER job_id TYPE text",
+        write="warns", listener="operator does not exist: text = uuid",
+        verify=("job_id is text in jobs and uuid",),
+        ids=(str(uuid.uuid4()), str(uuid.uuid4()), "job-3", "job-4"),
+    ),
+    "bigint to text": Change(
+        "ALTER TABLE jobs ALTER job_id TYPE text",
+        listener="operator does not exist: text = bigint", verify=("job_id is text in jobs and big",),
+        table=JOBS.format("bigint"), ids=tuple(NUMBERS),
+    ),
+    "bigint to uuid": Change(
+        NUMBER_TO_UUID,
+        write="warns", listener="operator does not exist: uuid = bigint",
+        install="is no uuid", verify=("job_id is uuid in jobs and bigint",), mend=OUR_COPIES,
+        table=JOBS.format("bigint"), ids=(*NUMBERS[:2], str(uuid.uuid4()), str(uuid.uuid4())),
+    ),
+    "another collation": Change(
+        'ALTER TABLE jobs ALTER job_id TYPE text COLLATE "ucs_basic"',
+        verify=("with another collation in stage_",), table=JOBS.format("text"),
+    ),
+    "retype status by the recipe": Change(RECIPE, verify=(CHANGED,)),
+    "rename the table": Change(
+        "ALTER TABLE jobs RENAME TO jobs_old", place="jobs_old",
+        listener="there is no table jobs", verify=("table jobs is missing", "function", "trigger"),
+        install="there is no table jobs, but public.jobs_old has our triggers",
+        mend="ALTER TABLE jobs_old RENAME TO jobs",
+    ),
+    "move it to another schema": Change(
+        "CREATE SCHEMA app; ALTER TABLE jobs SET SCHEMA app", place="app.jobs",
+        listener="has no triggers of ours", verify=("notify_job_state_change() is not",),
+    ),
+    "partition it by attaching it": Change(
+        PARTITION, listener="has no triggers of ours", verify=(CHANGED, "is missing on jobs"),
+    ),
+    "detach a partition": Change(
+        "ALTER TABLE jobs DETACH PARTITION jobs_1;"
+        "CREATE TABLE jobs_2 PARTITION OF jobs FOR VALUES WITH (MODULUS 2, REMAINDER 1)",
+        table=PARTITIONED.format("uuid"),
+    ),
+    "attach a partition": Change(
+        "ALTER TABLE jobs DETACH PARTITION jobs_1;"
+        "ALTER TABLE jobs ATTACH PARTITION jobs_1 FOR VALUES WITH (MODULUS 2, REMAINDER 1)",
+        table=PARTITIONED.format("uuid"),
+    ),
+    "rename a column of a partitioned table": Change(
+        "ALTER TABLE jobs RENAME tenant_id TO customer",
+        write="warns", listener="tenant_id does not exist",
+        install="table jobs has no column tenant_id",
+        verify=("jobs has no column tenant_id", CHANGED),
+        mend="ALTER TABLE jobs RENAME customer TO tenant_id", names=(("tenant_id", "customer"),),
+        table=PARTITIONED.format("uuid"),
+    ),
+    "a view in its place": Change(
+        "ALTER TABLE jobs RENAME TO jobs_v2; CREATE VIEW jobs AS SELECT * FROM jobs_v2",
+        listener="has no triggers of ours", verify=("trigger job_state_change_trigger is missing",),
+        install="jobs is no table, and a view can have no trigger of ours; public.jobs_v2 has them",
+        mend="ALTER VIEW jobs RENAME TO jobs_v1; ALTER TABLE jobs_v2 RENAME TO jobs",
+    ),
+    "another table in its place": Change(
+        "CREATE TABLE jobs_new (LIKE jobs INCLUDING ALL); INSERT INTO jobs_new SELECT * FROM jobs;"
+        "ALTER TABLE jobs RENAME TO jobs_old; ALTER TABLE jobs_new RENAME TO jobs",
+        write="unseen", listener="has no triggers of ours",
+        verify=(CHANGED, "trigger job_state_change_trigger is missing"),
+    ),
+    "VACUUM FULL": Change("VACUUM FULL jobs"),
+    "CLUSTER": Change("CLUSTER jobs USING jobs_pkey"),
+    "REINDEX": Change("REINDEX TABLE jobs"),
+}  # fmt: skip
+
+
+class Team:
+    """The application before and after a change: what it writes, and what was owed."""
+
+    def __init__(self, database, change: Change):
+        self.database, self.change = database, change
+        given = iter(change.ids or [str(uuid.uuid4()) for _ in range(8)])
+        self.ids = [next(given) for _ in range(4)]
+        database.rows(change.table)
+        install(database)
+        self.old_session = database.connect()
+        self.write(self.old_session, self.ids[0])
+        self.write(self.old_session, self.ids[1])
+        # Owed with a past: tried, given up, of a stage that is paused.
+        database.rows(
+            "UPDATE stage_calls SET attempts = 3, due_at = 'infinity', last_error = 'HTTP 500';"
+            "UPDATE pipeline_stages SET held_until = 'infinity', held_by = 'kim';"
+            "INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at,"
+            " finished_at, outcome) SELECT job_id, call_id, 3, stage, 'w', now(), now(), 'failed'"
+            " FROM stage_calls"
+        )
+
+    def write(self, conn, job: str, place: str = "jobs", names: dict | None = None) -> str:
+        """Insert a job, then set it done: "recorded", "warns" or "unseen"."""
+        values = {"job_id": job, "tenant_id": "7", "current_step": "img_gen", "status": "queued"}
+        names = dict(names or {})
+        values = {names.get(name, name): value for name, value in values.items()}
+        missing = values.pop(None, None)
+        status, key = names.get("status", "status"), names.get("job_id", "job_id")
+        del conn.notices[:]
+        with conn.cursor() as cursor:
+            marks = ", ".join(["%s"] * len(values))
+            cursor.execute(f"INSERT INTO {place} ({', '.join(values)}) VALUES ({marks})",
+                           list(values.values()))  # fmt: skip
+            if missing is None or status is not None:
+                cursor.execute(f"UPDATE {place} SET {status} = 'done' WHERE {key} = %s", [job])
+        if any("no call is recorded" in notice for notice in conn.notices):
+            return "warns"
+        owed = "SELECT count(*) FROM stage_calls WHERE job_id::text = %s AND stage = 'vlm_analyze'"
+        return "recorded" if self.database.value(owed, job) else "unseen"
+
+    def change_it(self) -> None:
+        with closing(self.database.connect()) as conn:
+            for statement in self.change.sql.split(";\n" if "BEGIN" in self.change.sql else "\0"):
+                conn.cursor().execute(statement)
+        if "SET SCHEMA app" in self.change.sql:
+            name = self.database.name
+            self.database.rows(f"ALTER DATABASE {name} SET search_path = app, public")
+            self.database.rows("SET search_path = app, public")
+
+    def write_in_both_sessions(self) -> list[str]:
+        names, place = dict(self.change.names), self.change.place
+        with closing(self.database.connect()) as new_session:
+            said = [
+                self.write(conn, job, place, names)
+                for conn, job in zip((self.old_session, new_session), self.ids[2:], strict=True)
+            ]
+        return said
+
+    def kept(self) -> list:
+        """What must not be lost: the first two calls, the pauses and the history."""
+        return [
+            self.database.rows("SELECT attempts, due_at, last_error, call_id FROM stage_calls"
+                               " WHERE attempts = 3 ORDER BY call_id"),
+            self.database.rows("SELECT stage, held_until, held_by FROM pipeline_stages ORDER BY 1"),
+            self.database.rows("SELECT call_id, outcome FROM stage_attempts ORDER BY 1"),
+        ]  # fmt: skip
+
+
+def install(database) -> None:
+    with closing(db.connect(database.settings())) as conn:
+        apply(conn)
+
+
+def said_by(action) -> str:
+    """What it is refused with; "" where it works."""
+    try:
+        action()
+    except (Problem, psycopg2.Error) as refused:
+        return str(refused)
+    return ""
+
+
+def listen(database) -> None:
+    """What a listener does first, and again and again."""
+    with connected(database) as conn:
+        require_installed(conn)
+        database.rows("UPDATE stage_calls SET due_at = now() WHERE attempts = 3;"
+                      "UPDATE pipeline_stages SET held_until = NULL")  # fmt: skip
+        claim(conn)
+
+
+def problems(database) -> list[str]:
+    lines = run_here(database.environ | {"STAGE_API_URL": "http://127.0.0.1:9"}, "verify").lines
+    found = [line.removeprefix("PROBLEM  ") for line in lines if line.startswith("PROBLEM")]
+    return [line for line in found if "stage API" not in line]
+
+
+@pytest.fixture
+def team(each_server, make_database, request):
+    made = Team(make_database(each_server, installed=False), CHANGES[request.param])
+    yield made
+    made.old_session.close()
+
+
+every_change = pytest.mark.parametrize("team", CHANGES, indirect=True)
+
+
+@every_change
+def test_next_write_goes_through(team):
+    team.change_it()
+    assert team.write_in_both_sessions() == [team.change.write] * 2
+
+
+@every_change
+def test_verify_names_it(team):
+    team.change_it()
+    found = problems(team.database)
+    assert len(found) >= len(team.change.verify) and (found == []) == (team.change.verify == ())
+    for words in team.change.verify:
+        assert any(words in line for line in found), found
+
+
+@every_change
+def test_listener_goes_on_or_says_why_not(team):
+    team.change_it()
+    said = said_by(lambda: listen(team.database))
+    assert team.change.listener in said and bool(said) == bool(team.change.listener)
+
+
+@every_change
+def test_install_keeps_all_that_is_owed(team):
+    kept = team.kept()
+    team.change_it()
+    said = said_by(lambda: install(team.database))
+    assert team.change.install in said and bool(said) == bool(team.change.install)
+    if team.change.mend:
+        team.database.rows(team.change.mend)
+        install(team.database)
+    assert team.kept() == kept
+    assert problems(team.database) == []
+    place = "app.jobs" if team.change.place == "app.jobs" else "jobs"
+    assert team.write(team.old_session, team.ids[2], place) == "recorded"
+    listen(team.database)
+    assert team.database.value("SELECT count(*) FROM stage_leases") == 1
+
+
+@every_change
+def test_uninstall_leaves_nothing_of_ours(team):
+    team.change_it()
+    done = run_here(team.database.environ, "uninstall", "--yes")
+    assert (done.code, done.err) == (0, ""), done
+    names, place = dict(team.change.names), team.change.place
+    left = "SELECT count(*) FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid"
+    assert team.database.value(f"{left} WHERE p.proname = 'notify_job_state_change'") == 0
+    assert team.database.value("SELECT count(*) FROM pg_class WHERE relname ^@ 'stage_'") == 0
+    with suppress(psycopg2.errors.UndefinedTable):  # asked for what is owed
+        team.write(team.old_session, team.ids[2], place, names)
+    assert not team.old_session.notices
