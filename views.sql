@@ -97,8 +97,12 @@ DO $do$
 DECLARE
     asked   constant jsonb := current_setting('job_state_listener.pipeline')::jsonb;
     schema  constant text := current_schema();
-    id_type constant text := (SELECT format_type(atttypid, -1) FROM pg_attribute
-                              WHERE attrelid = 'stage_calls'::regclass AND attname = 'job_id');
+    -- With its schema, as the functions look in pg_catalog only.
+    id_type constant text := (
+        SELECT format('%I.%I', n.nspname, t.typname)
+        FROM pg_attribute AS a JOIN pg_type AS t ON t.oid = a.atttypid
+        JOIN pg_namespace AS n ON n.oid = t.typnamespace
+        WHERE a.attrelid = 'stage_calls'::regclass AND a.attname = 'job_id');
     resting text;
     joined  text;
 BEGIN
