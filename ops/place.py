@@ -61,9 +61,8 @@ ORDER BY c.oid LIMIT 1
 
 def require_place(conn) -> None:
     """Raises Problem where jobs is not where it was, or something has one of our names."""
-    found = " and ".join([*misplaced(conn), *taken(conn)])
-    if found:
-        raise Problem(f"{found}; nothing was changed")
+    if found := list(taken(conn)) or list(misplaced(conn)):
+        raise Problem(f"{'; '.join(found)}; nothing was changed")
 
 
 def misplaced(conn) -> Iterator[str]:

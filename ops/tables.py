@@ -26,11 +26,16 @@ SELECT a.attname AS name,
            AS is_unique,
        EXISTS (SELECT FROM pg_opclass AS o JOIN pg_am AS m ON m.oid = o.opcmethod
                WHERE m.amname = 'btree' AND o.opcdefault
-                 AND (o.opcintype = a.atttypid OR t.typtype <> 'b' OR EXISTS (
-                      SELECT FROM pg_cast AS c WHERE c.castsource = a.atttypid
-                        AND c.casttarget = o.opcintype AND c.castmethod = 'b'))) AS is_comparable
+                 AND (o.opcintype = base.type OR t.typtype IN ('e', 'r') OR EXISTS (
+                      SELECT FROM pg_cast AS c WHERE c.castsource = base.type
+                        AND c.casttarget = o.opcintype AND c.castmethod = 'b'
+                        AND c.castcontext = 'i')))
+           -- What the driver or JSON does not hand back as it was.
+           AND t.typcategory NOT IN ('A', 'C')
+           AND base.type NOT IN ('jsonb'::regtype, 'bytea'::regtype) AS can_be_id
 FROM pg_attribute AS a JOIN pg_type AS t ON t.oid = a.atttypid
 JOIN pg_class AS c ON c.oid = a.attrelid
+CROSS JOIN LATERAL (SELECT coalesce(nullif(t.typbasetype, 0), t.oid) AS type) AS base
 WHERE a.attrelid = %(table)s::regclass AND a.attnum > 0 AND NOT a.attisdropped
 """
 
@@ -124,8 +129,8 @@ OTHER = ", or name another column in Table(...)"
 def faults_of_columns(table: Table, columns: dict, is_joined: bool) -> Iterator[Fault]:
     name, id_column = table.name, columns[table.id]
     other = OTHER * (table != pipeline.JOBS)
-    if not id_column.is_comparable:
-        what = f"{name}.{table.id} is of type {id_column.type}, whose values cannot be compared"
+    if not id_column.can_be_id:
+        what = f"{name}.{table.id} is of type {id_column.type}, which cannot be an id"
         yield Fault(what, f"give it a type such as uuid, bigint or text (ALTER TABLE){other}")
     elif not id_column.is_unique:
         what = f"{name}.{table.id} is not unique by itself, so a call could go to another row"

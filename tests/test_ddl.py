@@ -5,6 +5,7 @@ write goes through, in a session that has written before and in a new one, and n
 anything that it says loses a call, a pause or a line of the history.
 """
 
+import subprocess
 import uuid
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import psycopg2
 import pytest
 from claims import claim, connected
 from commands import run_here
+from test_schema_install import program
 
 import db
 from ops.install import apply
@@ -154,7 +156,8 @@ CHANGES = {
     ),
     "uuid to text": Change(
         "ALTER TABLE jobs ALTER job_id TYPE text",
-        listener="operator does not exist: text = uuid", verify=("job_id is text in jobs and uuid",),
+        listener="operator does not exist: text = uuid",
+        verify=("job_id is text in jobs and uuid",),
     ),
     "uuid to text, and other ids": Change(
         "ALTER TABLE jobs ALTER job_id TYPE text",
@@ -164,7 +167,8 @@ CHANGES = {
     ),
     "bigint to text": Change(
         "ALTER TABLE jobs ALTER job_id TYPE text",
-        listener="operator does not exist: text = bigint", verify=("job_id is text in jobs and big",),
+        listener="operator does not exist: text = bigint",
+        verify=("job_id is text in jobs and bigint",),
         table=JOBS.format("bigint"), ids=tuple(NUMBERS),
     ),
     "bigint to uuid": Change(
@@ -175,6 +179,7 @@ CHANGES = {
     ),
     "another collation": Change(
         'ALTER TABLE jobs ALTER job_id TYPE text COLLATE "ucs_basic"',
+        listener="could not determine which collation",
         verify=("with another collation in stage_",), table=JOBS.format("text"),
     ),
     "retype status by the recipe": Change(RECIPE, verify=(CHANGED,)),
@@ -385,3 +390,47 @@ def test_uninstall_leaves_nothing_of_ours(team):
     with suppress(psycopg2.errors.UndefinedTable):  # asked for what is owed
         team.write(team.old_session, team.ids[2], place, names)
     assert not team.old_session.notices
+
+
+# --- what is no DDL ------------------------------------------------------------------------
+
+
+def test_restored_database_records_at_once_and_install_makes_it_fast(
+    each_database, each_server, make_database
+):
+    each_database.add_job("planner", "done")
+    pg_dump, psql = program(each_database, "pg_dump"), program(each_database, "psql")
+    dump = subprocess.run([pg_dump, each_database.dsn], capture_output=True, check=True).stdout
+    copy = make_database(each_server, installed=False)
+    copy.rows("CREATE TABLE before (); CREATE TABLE that ()")  # jobs gets another oid
+    restore = [psql, "-qX", "-v", "ON_ERROR_STOP=1", copy.dsn]
+    subprocess.run(restore, input=dump, capture_output=True, check=True)
+    assert copy.owed(copy.add_job("img_gen", "done")).stage == "vlm_analyze"
+    assert [line.split(" →")[0] for line in problems(copy)] == [CHANGED]
+    install(copy)
+    assert problems(copy) == []
+    assert copy.value("SELECT count(*) FROM stage_calls") == 2
+
+
+def test_rows_that_replication_applies_are_found_by_backfill(database):
+    """A subscription's worker fires no trigger that is not ENABLE ALWAYS."""
+    database.rows("SET session_replication_role = replica")
+    job = database.add_job("img_gen", "done")
+    database.rows("RESET session_replication_role")
+    assert database.owed(job) is None
+    done = run_here(database.environ, "backfill", "--apply")
+    assert "1 calls recorded" in done.out
+    assert database.owed(job).stage == "vlm_analyze"
+
+
+REFUSED = [
+    "ALTER TABLE jobs ALTER status TYPE varchar(40)",
+    "ALTER TABLE jobs ALTER current_step TYPE varchar(40)",
+    "ALTER TABLE jobs DROP status",
+]
+
+
+@pytest.mark.parametrize("sql", REFUSED)
+def test_postgresql_refuses_what_the_condition_of_the_trigger_needs(each_database, sql):
+    with pytest.raises(psycopg2.Error, match="trigger job_state_change_trigger"):
+        each_database.rows(sql)

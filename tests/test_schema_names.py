@@ -1,0 +1,250 @@
+"""What `install` finds in a database of somebody else: names, owners, grants, ids of any kind."""
+
+import pytest
+from claims import claim, connected, result, settle
+from test_schema_install import install
+
+from ops.install import apply
+from ops.problem import Problem
+
+JOBS = "CREATE TABLE jobs (job_id {} PRIMARY KEY, tenant_id text, current_step text, status text)"
+EVERYTHING = """
+SELECT oid, relname::text, relowner, relacl::text FROM pg_class
+WHERE relnamespace = 'public'::regnamespace
+UNION ALL SELECT oid, proname, proowner, prosrc FROM pg_proc
+WHERE pronamespace = 'public'::regnamespace
+UNION ALL SELECT oid, tgname, tgrelid, NULL FROM pg_trigger
+ORDER BY 1
+"""
+
+
+def refused(database, **settings) -> str:
+    """What install says, and that it changed nothing."""
+    before = database.rows(EVERYTHING)
+    with pytest.raises(Problem) as problem:
+        install(database, **settings)
+    assert database.rows(EVERYTHING) == before
+    return str(problem.value).removesuffix("; nothing was changed")
+
+
+# --- names ---------------------------------------------------------------------------------
+
+NAMES = {
+    "a table": ("CREATE TABLE stage_calls (id int)", "stage_calls"),
+    "a view": ("CREATE VIEW stage_latency AS SELECT 1 AS one", "stage_latency"),
+    "a table of a view's name": ("CREATE TABLE given_up_calls (id int)", "given_up_calls"),
+    "a sequence": ("CREATE SEQUENCE stage_leases", "stage_leases"),
+    "a type": ("CREATE TYPE stage_limits AS (a int)", "stage_limits"),
+    "a function": (
+        "CREATE FUNCTION stalled_jobs() RETURNS int LANGUAGE sql AS 'SELECT 1'",
+        "function stalled_jobs()",
+    ),
+    "a trigger function": (
+        "CREATE FUNCTION notify_job_state_change() RETURNS trigger LANGUAGE plpgsql"
+        " AS 'BEGIN NEW.status := 1; RETURN NEW; END'",
+        "function notify_job_state_change()",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_names_of_the_application_are_refused_and_never_replaced(empty_database, kind):
+    sql, named = NAMES[kind]
+    empty_database.rows(sql)
+    assert refused(empty_database) == f"{named} is not ours, and we need its name: rename it"
+
+
+def test_functions_of_our_names_with_other_arguments_are_left_alone(empty_database):
+    empty_database.rows("CREATE FUNCTION stalled_jobs(int) RETURNS int LANGUAGE sql AS 'SELECT 1'")
+    install(empty_database)
+    assert empty_database.value("SELECT stalled_jobs(5)") == 1
+
+
+# --- ids -----------------------------------------------------------------------------------
+
+TYPES = """
+CREATE TYPE pair AS (a int, b text);
+CREATE TYPE letter AS ENUM ('a', 'b');
+CREATE DOMAIN document AS json;
+CREATE DOMAIN number AS int
+"""
+UNFIT = ["jsonb", "json", "point", "xml", "pair", "document", "bytea", "text[]"]
+FIT = {"inet": "::1", "number": 7, "letter": "a", "date": "2020-02-29", "char(4)": "ab"}
+
+
+@pytest.mark.parametrize("id_type", UNFIT)
+def test_type_that_cannot_be_an_id_is_refused(each_server, make_database, id_type):
+    database = make_database(each_server, installed=False)
+    database.rows(TYPES + ";" + JOBS.format(id_type).replace(" PRIMARY KEY", ""))
+    assert refused(database) == (
+        f"jobs.job_id is of type {id_type}, which cannot be an id: use a number, uuid or text"
+    )
+
+
+@pytest.mark.parametrize("id_type", FIT)
+def test_ids_of_any_other_type_are_called(each_server, make_database, id_type):
+    database = make_database(each_server, installed=False)
+    database.rows(TYPES + ";" + JOBS.format(id_type))
+    install(database)
+    database.rows("INSERT INTO jobs VALUES (%s, 't', 'img_gen', 'done')", FIT[id_type])
+    with connected(database) as conn:
+        row = claim(conn)
+        assert row.owed
+        assert settle(conn, result(row, "retry", delay=60, error="HTTP 500"))
+    assert database.value("SELECT last_error FROM stage_calls") == "HTTP 500"
+
+
+NOT_UNIQUE = {
+    "a key of the tenant's": "PRIMARY KEY (tenant_id, job_id)",
+    "a key that begins with it": "PRIMARY KEY (job_id, tenant_id)",
+    "a partial index": "",
+    "an index on an expression": "",
+}
+INDEXES = {
+    "a partial index": "CREATE UNIQUE INDEX ON jobs (job_id) WHERE status = 'done'",
+    "an index on an expression": "CREATE UNIQUE INDEX ON jobs ((job_id + 0))",
+}
+
+
+@pytest.mark.parametrize("kind", NOT_UNIQUE)
+def test_id_that_is_not_unique_by_itself_is_refused(each_server, make_database, kind):
+    database = make_database(each_server, installed=False)
+    key = ", " + NOT_UNIQUE[kind] if NOT_UNIQUE[kind] else ""
+    database.rows("CREATE TABLE jobs (tenant_id int, job_id int, current_step text, status text"
+                  f"{key}); {INDEXES.get(kind, '')}")  # fmt: skip
+    assert "jobs.job_id is not unique by itself" in refused(database)
+    database.rows("CREATE UNIQUE INDEX ON jobs (job_id)")
+    install(database)
+
+
+# --- collations ----------------------------------------------------------------------------
+
+SCANS = """
+SELECT relname, seq_scan, idx_scan FROM pg_stat_xact_user_tables WHERE relname ^@ 'stage_calls'
+"""
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at first", "when installed"])
+@pytest.mark.parametrize("collation", ["ucs_basic", "POSIX"])
+def test_copies_have_the_collation_of_the_id(each_server, make_database, collation, late):
+    database = make_database(each_server, installed=False)
+    given = f'COLLATE "{collation}"'
+    database.rows(JOBS.format("text" if late else f"text {given}"))
+    if late:
+        install(database)
+        database.rows("INSERT INTO jobs VALUES ('before', 't', 'planner', 'done')")
+        database.rows(f"ALTER TABLE jobs ALTER job_id TYPE text {given}")
+    install(database)
+    database.rows("INSERT INTO jobs SELECT n, 't', 'img_gen', 'done' FROM generate_series(1, 3) n")
+    database.rows("BEGIN; UPDATE jobs SET status = 'running'")
+    assert [row.seq_scan for row in database.rows(SCANS)] == [0]
+    database.rows("ROLLBACK")
+    copies = (
+        "SELECT DISTINCT collname FROM pg_attribute JOIN pg_collation AS c ON c.oid = attcollation"
+        " WHERE attrelid IN ('stage_calls'::regclass, 'stage_leases'::regclass,"
+        " 'stage_attempts'::regclass, 'stage_looks'::regclass, 'stage_joins'::regclass)"
+        " AND attname IN ('job_id', 'parent_id')"
+    )
+    assert [row.collname for row in database.rows(copies)] == [collation]
+    with connected(database) as conn:
+        assert claim(conn).owed
+
+
+# --- owners --------------------------------------------------------------------------------
+
+OWNERS = """
+SELECT relowner::regrole::text FROM pg_class
+WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'v')
+UNION SELECT proowner::regrole::text FROM pg_proc WHERE pronamespace = 'public'::regnamespace
+"""
+
+
+@pytest.fixture
+def app(each_server, make_database, make_role):
+    """A database whose jobs belongs to a role of the application's, and that role."""
+    database = make_database(each_server, installed=False)
+    owner = make_role(database)
+    database.rows(JOBS.format("int") + f"; ALTER TABLE jobs OWNER TO {owner}")
+    return database, owner
+
+
+def test_role_that_only_has_trigger_does_not_lend_its_rights(app, make_role):
+    database, owner = app
+    ops = make_role(database)
+    database.rows(f"GRANT SELECT, TRIGGER ON jobs TO {ops}; GRANT CREATE ON SCHEMA public TO {ops}")
+    said = refused(database, DB_USER=ops, DB_PASSWORD=ops)
+    assert said == (
+        f"jobs belongs to {owner}, whose code would run with the rights of {ops}: GRANT CREATE ON"
+        f" SCHEMA public TO {owner}, and install as {owner}, or as a superuser"
+    )
+    database.rows(f"GRANT CREATE ON SCHEMA public TO {owner}")
+    install(database, DB_USER=owner, DB_PASSWORD=owner)
+    assert [tuple(row) for row in database.rows(OWNERS)] == [(owner,)]
+
+
+def test_what_another_role_installed_goes_to_the_owner_of_jobs(app, make_role):
+    database, owner = app
+    ops = make_role(database)
+    install(database)
+    for row in database.rows("SELECT oid::regclass AS name FROM pg_class WHERE relkind IN ('r','v')"
+                             " AND relnamespace = 'public'::regnamespace"
+                             " AND relname <> 'jobs'"):  # fmt: skip
+        database.rows(f"ALTER TABLE {row.name} OWNER TO {ops}")
+    database.rows(f"ALTER FUNCTION notify_job_state_change() OWNER TO {ops}")
+    install(database)
+    assert [tuple(row) for row in database.rows(OWNERS)] == [(owner,)]
+
+
+# --- grants --------------------------------------------------------------------------------
+
+DEFAULTS = """
+ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO {0};
+ALTER DEFAULT PRIVILEGES GRANT ALL ON SEQUENCES TO {0};
+ALTER DEFAULT PRIVILEGES GRANT ALL ON FUNCTIONS TO {0}
+"""
+NOT_OWNERS = """
+SELECT DISTINCT c.relname::text AS name, coalesce(g.rolname, 'everybody') AS role
+FROM pg_class AS c, aclexplode(c.relacl) AS a LEFT JOIN pg_roles AS g ON g.oid = a.grantee
+WHERE c.relnamespace = 'public'::regnamespace AND c.relname <> 'jobs' AND a.grantee <> c.relowner
+UNION
+SELECT p.proname::text, coalesce(g.rolname, 'everybody')
+FROM pg_proc AS p, aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) AS a
+LEFT JOIN pg_roles AS g ON g.oid = a.grantee
+WHERE p.pronamespace = 'public'::regnamespace AND a.grantee <> p.proowner
+ORDER BY 1, 2
+"""
+# With the rights of whoever calls them.
+FOR_EVERYBODY = [
+    ("stage_call_row", "everybody"),
+    ("stage_column_types", "everybody"),
+    ("stage_join_is_complete", "everybody"),
+]
+
+
+@pytest.mark.parametrize("everybody", [False, True], ids=["a role", "PUBLIC"])
+def test_default_privileges_give_nobody_a_right(each_server, make_database, make_role, everybody):
+    database = make_database(each_server, installed=False)
+    database.rows(DEFAULTS.format("PUBLIC" if everybody else make_role(database)))
+    install(database)
+    assert [tuple(row) for row in database.rows(NOT_OWNERS)] == FOR_EVERYBODY
+    install(database)
+    assert [tuple(row) for row in database.rows(NOT_OWNERS)] == FOR_EVERYBODY
+
+
+def test_listener_works_where_functions_are_for_nobody(each_server, make_database, make_role):
+    database = make_database(each_server, installed=False)
+    database.rows("ALTER DEFAULT PRIVILEGES REVOKE EXECUTE ON FUNCTIONS FROM PUBLIC")
+    install(database)
+    assert [tuple(row) for row in database.rows(NOT_OWNERS)] == FOR_EVERYBODY
+
+
+def test_grants_of_an_administrator_outlast_install_and_a_new_type(each_database, make_role):
+    dashboard, listener = make_role(each_database), make_role(each_database)
+    with connected(each_database) as conn:
+        apply(conn, reader=dashboard)
+    each_database.rows(f"GRANT SELECT, UPDATE ON stage_calls TO {listener}")
+    before = each_database.rows(NOT_OWNERS)
+    assert ("given_up_calls", dashboard) in [tuple(row) for row in before]
+    each_database.rows("ALTER TABLE jobs ALTER job_id DROP DEFAULT, ALTER job_id TYPE text")
+    install(each_database)
+    assert each_database.rows(NOT_OWNERS) == before
