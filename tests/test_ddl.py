@@ -15,6 +15,7 @@ import pytest
 from claims import claim, connected
 from commands import run_here
 from test_schema_install import program
+from variants import PIPELINE, TABLE, Variants
 
 import db
 from ops.install import apply
@@ -434,3 +435,51 @@ REFUSED = [
 def test_postgresql_refuses_what_the_condition_of_the_trigger_needs(each_database, sql):
     with pytest.raises(psycopg2.Error, match="trigger job_state_change_trigger"):
         each_database.rows(sql)
+
+
+# --- children ------------------------------------------------------------------------------
+
+ON_CHILDREN = {
+    "rename the parent's column": "ALTER TABLE jobs_variants RENAME job_id TO parent",
+    "drop the parent's column": "ALTER TABLE jobs_variants DROP job_id CASCADE",
+    "rename its id": "ALTER TABLE jobs_variants RENAME job_variants_id TO id",
+    "retype its id": "ALTER TABLE jobs_variants ALTER job_variants_id DROP DEFAULT,"
+    " ALTER job_variants_id TYPE int USING 7",
+}
+
+
+@pytest.mark.parametrize("change", ON_CHILDREN)
+def test_writes_to_a_child_go_through_whatever_became_of_its_columns(
+    each_database, use_pipeline, change
+):
+    use_pipeline(PIPELINE)
+    each_database.rows(TABLE)
+    install(each_database)
+    variants = Variants(each_database)
+    [kept] = variants.add(each_database.add_job("img_gen", "running"))
+    variants.move(kept, "img_gen", "done")
+    before = variants.owed()
+    with closing(each_database.connect()) as other:
+        other.cursor().execute(ON_CHILDREN[change])
+    each_database.rows("UPDATE jobs_variants SET current_step = 'x', status = 'y'")
+    each_database.rows("DELETE FROM jobs_variants")
+    assert "no call is recorded" in each_database.conn.notices[-1]
+    assert variants.owed() == before
+    assert "jobs_variants" in said_by(lambda: install(each_database))
+
+
+def test_child_whose_columns_are_widened_is_recorded(each_database, use_pipeline):
+    use_pipeline(PIPELINE)
+    each_database.rows(TABLE + "ALTER TABLE jobs_variants ALTER status TYPE varchar(20)")
+    install(each_database)
+    job, variants = each_database.add_job("img_gen", "running"), Variants(each_database)
+    [first, second] = variants.add(job, "iou_eval", "queued", 2)
+    variants.move(first, "iou_eval", "done")
+    each_database.rows(
+        "BEGIN; DROP TRIGGER job_state_listener_change ON jobs_variants;"
+        "ALTER TABLE jobs_variants ALTER status TYPE text;"
+        "CREATE TRIGGER job_state_listener_change AFTER UPDATE ON jobs_variants FOR EACH ROW"
+        " EXECUTE FUNCTION job_state_listener_jobs_variants(); COMMIT"
+    )
+    variants.move(second, "iou_eval", "done")
+    assert each_database.value("SELECT count(*) FROM stage_looks") == 2

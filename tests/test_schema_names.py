@@ -4,6 +4,8 @@ import pytest
 from claims import claim, connected, result, settle
 from test_schema_install import install
 
+from ops import migrations
+from ops.grants import others
 from ops.install import apply
 from ops.problem import Problem
 
@@ -248,3 +250,16 @@ def test_grants_of_an_administrator_outlast_install_and_a_new_type(each_database
     each_database.rows("ALTER TABLE jobs ALTER job_id DROP DEFAULT, ALTER job_id TYPE text")
     install(each_database)
     assert each_database.rows(NOT_OWNERS) == before
+
+
+def test_verify_lists_who_else_has_rights(each_database, make_role):
+    reader, other = make_role(each_database), make_role(each_database)
+    each_database.rows(f"GRANT SELECT ON given_up_calls TO {reader}")
+    each_database.rows(f"GRANT SELECT, DELETE ON stage_calls TO {other}")
+    each_database.rows(f"GRANT UPDATE ON pipeline_stages TO {other}")
+    each_database.rows("GRANT INSERT ON stage_calls TO PUBLIC")
+    with connected(each_database) as conn:
+        found = others(conn, [*migrations.TABLES, *migrations.VIEWS])
+    assert found == sorted([
+        "everybody may add", f"{reader} may read", f"{other} may read, pause, delete"
+    ])  # fmt: skip
