@@ -44,9 +44,8 @@ PLACE = """
 SELECT format('%%I.%%I', n.nspname, c.relname) AS name, c.relowner::regrole::text AS owner,
        (SELECT rolsuper FROM pg_roles WHERE oid = c.relowner)
        OR (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)
-       OR c.relowner::regrole = current_user::regrole AS may_install
+       OR c.relowner::regrole = current_user::regrole AS may_install, n.nspname AS schema
 FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
-JOIN pg_roles AS r ON r.oid = c.relowner
 WHERE n.oid = (SELECT relnamespace FROM pg_class WHERE oid = to_regclass('jobs'))
   AND c.relname = %(name)s AND c.relkind IN ('r', 'p')
 """
@@ -78,7 +77,8 @@ def faults_of_owner(conn) -> Iterator[Fault]:
         yield Fault(
             f"jobs belongs to {place.owner}, whose code would run with the rights of "
             f"{conn.info.user}",
-            f"install as {place.owner}, or as a superuser",
+            f"GRANT CREATE ON SCHEMA {place.schema} TO {place.owner}, and install as {place.owner}, "
+            "or as a superuser",
         )
 
 

@@ -79,7 +79,8 @@ def test_type_that_cannot_be_an_id_is_refused(each_server, make_database, id_typ
     database = make_database(each_server, installed=False)
     database.rows(TYPES + ";" + JOBS.format(id_type).replace(" PRIMARY KEY", ""))
     assert refused(database) == (
-        f"jobs.job_id is of type {id_type}, which cannot be an id: use a number, uuid or text"
+        f"jobs.job_id is of type {id_type}, which cannot be an id: give it a type such as uuid, "
+        "bigint or text (ALTER TABLE)"
     )
 
 
