@@ -13,6 +13,8 @@ RUN pip install --no-cache-dir --disable-pip-version-check --root-user-action=ig
 
 # .dockerignore names the files.
 COPY . ./
+# docker exec CONTAINER jsl status
+RUN ln -s /app/jsl /usr/local/bin/jsl
 
 USER 10001
 

@@ -4,6 +4,9 @@ The loop: one process, one thread, one connection. It settles what came back fro
 claims calls for those that are idle, and waits in one select(). Below it is the command line.
 """
 
+import packages  # noqa: F401 (says what to run where a package is missing)
+
+# isort: split
 import contextlib
 import gc
 import logging
@@ -497,8 +500,11 @@ def idle(settings: SimpleNamespace, signals: Signals) -> None:
 
 
 @click.group(
-    cls=ops.Commands, invoke_without_command=True, context_settings={"max_content_width": 100}
+    cls=ops.Commands,
+    invoke_without_command=True,
+    context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
 )
+@click.version_option(ops.VERSION, message=ops.VERSIONS, help="Show the version and exit.")
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Let a PostgreSQL table drive a pipeline of HTTP services.
