@@ -4,13 +4,14 @@ The environment wins over `.env`, which is looked for in the working directory a
 this file. Every name below is documented with its default and unit in `.env.example`.
 """
 
+import difflib
 import keyword
 import os
 import re
 import shlex
 import ssl
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -290,10 +291,21 @@ def settings() -> SimpleNamespace:
     file = next((path for path in beside if os.path.isfile(path)), None)
     from_file, unread = ({}, []) if file is None else values_in(file)
     values = read(from_file | os.environ)
-    values.WARNINGS += unread
+    values.WARNINGS += unread + [f"{file.absolute()}: {said}" for said in misspelt(from_file)]
     values.READ_FROM = {name: str(file.absolute()) for name in from_file}
     values.READ_FROM |= dict.fromkeys(os.environ, "the environment")
     return values
+
+
+def misspelt(given: Iterable[str]) -> list[str]:
+    """What to say of names that are nearly ours. A `.env` that an application shares has others."""
+    missing = SETTINGS.keys() - set(given)
+    found = []
+    for name in given:
+        if name not in SETTINGS and not name.startswith(STAGE_URL):
+            for near in difflib.get_close_matches(name, missing, 1, 0.8):
+                found.append(f"{name} is no setting: did you mean {near}?")
+    return found
 
 
 REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*)\}")

@@ -1,8 +1,10 @@
 """The operator's commands, one module a topic: `listener.py` adds them to its own."""
 
 import contextlib
+import difflib
 import importlib
 import os
+import platform
 import re
 import sys
 
@@ -20,12 +22,21 @@ __all__ = [
     "EXIT_CANNOT_START",
     "EXIT_DATABASE_AWAY",
     "EXIT_PROBLEM",
+    "VERSION",
+    "VERSIONS",
     "Commands",
     "Problem",
     "is_silent",
     "main",
     "require_installed",
 ]
+
+# Of this program; CHANGELOG.md says what is in it.
+VERSION = "2.0.0.dev0"
+VERSIONS = (
+    f"Job State Listener %(version)s"
+    f" (Python {platform.python_version()}, psycopg2 {psycopg2.__version__.split()[0]})"
+)
 
 # Each command and the module that it is in.
 COMMANDS = {
@@ -34,6 +45,14 @@ COMMANDS = {
     "pause": "steer", "resume": "steer", "backfill": "backfill", "test-job": "trial",
     "metrics": "metrics", "report": "report", "alert-test": "alert",
 }  # fmt: skip
+
+# How --help arranges them, by module; a command of a module that is not named is one to look with.
+GROUPS = {
+    "Run": [None],  # those of listener.py itself
+    "Look": [],
+    "Steer": ["steer"],
+    "Set up": ["install", "verify", "trial", "alert", "backfill"],
+}
 
 EXIT_PROBLEM, EXIT_BAD_INPUT, EXIT_DATABASE_AWAY = 1, 2, 3
 EXIT_CANNOT_START = EXIT_BAD_INPUT
@@ -52,6 +71,34 @@ class Commands(click.Group):
             return super().get_command(context, name)
         module = importlib.import_module(f"ops.{COMMANDS[name]}")
         return getattr(module, name.replace("-", "_"))
+
+    def resolve_command(self, context: click.Context, args: list[str]) -> tuple:
+        """Say which command was meant. -h alone is no id, though an id may begin with a dash."""
+        name, rest = args[0], args[1:]
+        names = self.list_commands(context)
+        if name not in names and not name.startswith("-") and not context.resilient_parsing:
+            near = difflib.get_close_matches(name, names, 1)
+            meant = f"did you mean {near[0]}?" if near else f"There are {', '.join(names)}"
+            context.fail(f"{name!r} is no command: {meant}")
+        return super().resolve_command(context, [name, "--help"] if rest == ["-h"] else args)
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        declared = [*super().list_commands(context), *COMMANDS]
+        longest = max(map(len, declared))
+        for title in GROUPS:
+            rows = [
+                (name.ljust(longest), self.get_command(context, name).get_short_help_str(200))
+                for name in declared
+                if group(name) == title
+            ]
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+
+def group(name: str) -> str:
+    """The heading that a command stands below."""
+    module = COMMANDS.get(name)
+    return next((title for title, modules in GROUPS.items() if module in modules), "Look")
 
 
 def main(cli: click.Group) -> None:
