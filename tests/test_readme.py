@@ -124,7 +124,8 @@ def test_env_example_as_it_is_changes_no_default():
 @pytest.mark.parametrize("name", program.cli.list_commands(None))
 def test_every_command_and_option_is_documented_and_has_help(readme, name):
     command = program.cli.get_command(None, name)
-    assert readme.mentions(f"listener.py {name}") and command.get_short_help_str()
+    assert readme.mentions(f"listener.py {name}") or readme.mentions(f"jsl {name}")
+    assert command.get_short_help_str()
     for option in command.params:
         if isinstance(option, click.Option):
             assert option.help and readme.mentions(max(option.opts, key=len)), option.opts
@@ -132,7 +133,7 @@ def test_every_command_and_option_is_documented_and_has_help(readme, name):
 
 def test_every_command_line_can_be_parsed(readme):
     scripts = "".join(body for lang, body in readme.blocks if lang == "bash")
-    lines = re.findall(r"^python (?:-m pdb )?listener\.py\b(.*)$", scripts, re.MULTILINE)
+    lines = re.findall(r"^(?:python (?:-m pdb )?listener\.py|\./jsl)\b(.*)$", scripts, re.MULTILINE)
     assert len(lines) >= 10
     for line in lines:
         name, *args = shlex.split(line, comments=True) or ["run"]
@@ -213,8 +214,7 @@ def test_job_set_back_is_called_again(database):
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="bash is not installed")
 def test_completion_completes_commands_options_and_stages(tmp_path):
-    script = Readme("README.md").block("bash", "printf").replace("/srv/listener", str(ROOT))
-    script = script.replace(".venv/bin/python", sys.executable)
+    script = Readme("README.md").block("bash", "ln -s").replace("/srv/listener", str(ROOT))
     typed = """
         for line in 'jsl pau' 'jsl pause pl' 'jsl status --w'; do
             COMP_WORDS=($line) COMP_CWORD=$(($(wc -w <<< "$line") - 1)) COMPREPLY=()
@@ -222,7 +222,9 @@ def test_completion_completes_commands_options_and_stages(tmp_path):
         done
         complete -p jsl"""
     (tmp_path / "bin").mkdir()
-    home = {"HOME": str(tmp_path), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    python = Path(sys.executable).parent  # where jsl finds no .venv
+    path = f"{tmp_path / 'bin'}:{python}:{os.environ['PATH']}"
+    home = {"HOME": str(tmp_path), "PATH": path}
     command = ["bash", "--norc", "-c", script + typed]
     done = subprocess.run(command, env=home, capture_output=True, encoding="utf-8")
     assert done.stdout.splitlines() == [
