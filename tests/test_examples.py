@@ -2,8 +2,6 @@
 
 import importlib
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -163,31 +161,6 @@ def test_stages_py_is_short_and_has_a_readme(name):
     folder = ROOT / "examples" / name
     assert len((folder / "stages.py").read_text().splitlines()) <= 80
     assert "schema.sql" in (folder / "README.md").read_text()
-
-
-# --- make demo -----------------------------------------------------------------------------
-
-
-def demo(*args):
-    return subprocess.run([sys.executable, "-m", "demo", *args], cwd=ROOT, encoding="utf-8",
-                          capture_output=True, timeout=300)  # fmt: skip
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_demo_runs_an_example_to_its_end(name):
-    done = demo(name)
-    assert done.returncode == 0, done.stdout
-    assert "✓ 2 jobs went through " in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 80
-    assert not done.stderr
-
-
-def test_demo_of_an_unknown_name_says_what_is_allowed():
-    done = demo("nope")
-    assert done.returncode == 2
-    said = done.stdout + done.stderr
-    assert said == "demo: there is no pipeline nope; allowed is five_stages or variants, or none\n"
 
 
 def test_both_languages_show_the_same_code():
