@@ -77,8 +77,8 @@ def faults_of_owner(conn) -> Iterator[Fault]:
         yield Fault(
             f"jobs belongs to {place.owner}, whose code would run with the rights of "
             f"{conn.info.user}",
-            f"GRANT CREATE ON SCHEMA {place.schema} TO {place.owner}, and install as {place.owner}, "
-            "or as a superuser",
+            f"GRANT CREATE ON SCHEMA {place.schema} TO {place.owner}, and install as "
+            f"{place.owner}, or as a superuser",
         )
 
 
