@@ -298,7 +298,7 @@ SELECT claimed.call_id, claimed.job_id, claimed.job_id::text AS key, claimed.tab
        claimed.join_of, claimed.current_step, claimed.status, claimed.stage,
        claimed.attempts AS attempt, claimed.attempts - claimed.free_attempts AS spent,
        claimed.started_at::text,
-       claimed.worker_before IS NOT NULL AS taken_over, claimed.was_due_at,
+       claimed.worker_before IS NOT NULL AS taken_over, claimed.was_due_at, claimed.last_error,
        job.tenant_id, job.parent_id, job.is_there IS NOT NULL AS job_found,
        job.current_step AS job_step, job.status AS job_status, job.is_complete,
        CASE WHEN claimed.join_of = ''

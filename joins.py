@@ -115,3 +115,48 @@ INSERT INTO stage_looks (parent_id, join_of, arrived) VALUES (%(parent_id)s, %(j
 def reopen(conn, row: Any) -> None:
     """Look again at the parent of a claimed `row`, whose call is not made."""
     execute(conn, REOPEN, {"parent_id": row.key, "join": row.join_of})
+
+
+# A person wants the call of a join made again: it is recorded as if a row had arrived, and what
+# there is to look at is looked at with it. Nothing comes back where a row is missing, or where the
+# call is under way.
+AGAIN = """
+SELECT pg_advisory_xact_lock(
+    hashtextextended('job_state_listener.joins', 'stage_looks'::regclass::oid::bigint));
+WITH recorded AS (
+    INSERT INTO stage_calls AS c (job_id, table_name, join_of, tenant_id, current_step, status,
+                                  stage)
+    SELECT %(key)s, p.table_name, p.join_of, at.tenant_id #>> '{}', p.current_step, p.status,
+           p.stage
+    FROM pipeline_stages AS p CROSS JOIN stage_call_row(p.table_name, p.join_of, %(key)s) AS at
+    WHERE p.join_of = %(join)s AND at.is_complete AND NOT EXISTS (
+        SELECT FROM stage_leases AS l
+        WHERE l.job_id = %(key)s AND l.table_name = p.table_name AND l.stage = p.stage
+          AND l.leased_until > now())
+    ON CONFLICT (job_id, table_name, join_of) DO UPDATE
+    SET call_id = DEFAULT, tenant_id = excluded.tenant_id, stage = excluded.stage,
+        created_at = excluded.created_at, due_at = excluded.due_at, attempts = 0,
+        free_attempts = 0, worker = NULL, started_at = NULL, last_error = NULL
+    WHERE c.worker IS NULL OR c.due_at <= now()
+    RETURNING c.job_id, c.join_of, c.call_id
+), looked AS (
+    DELETE FROM stage_looks AS l USING recorded AS r
+    WHERE l.parent_id = r.job_id AND l.join_of = r.join_of
+), remembered AS (
+    INSERT INTO stage_joins (parent_id, join_of, is_open, recorded_at)
+    SELECT job_id, join_of, false, now() FROM recorded
+    ON CONFLICT (parent_id, join_of) DO UPDATE
+    SET is_open = false, recorded_at = excluded.recorded_at, is_noted = false
+)
+SELECT call_id FROM recorded
+"""
+
+
+def record_again(conn, key: str, join: str) -> int | None:
+    """Record the call of a join afresh; its call_id, or None where that may not be.
+
+    Raises:
+        psycopg2.errors.LockNotAvailable: another transaction has it, or a listener is looking.
+    """
+    found = execute(conn, AGAIN, {"key": key, "join": join}).fetchone()
+    return found and found.call_id

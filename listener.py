@@ -365,9 +365,13 @@ class Listener:
         """Let a call that (stage, 'failed') owes to that stage wait, or give it up; whether it did.
 
         It takes over attempts and back-off of the call before it, or a stage that always fails
-        would be called for ever.
+        would be called for ever. Not where a person has asked for it: then it has an error.
         """
-        if call.spent > 1 or (call.current_step, call.status) != (call.stage, "failed"):
+        if (
+            call.spent > 1
+            or row.last_error
+            or (call.current_step, call.status) != (call.stage, "failed")
+        ):
             return False
         reap(conn)  # the call before it may be one that was lost
         before = calls.spent_before(conn, row)

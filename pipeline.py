@@ -5,6 +5,8 @@ stages.py, or the module that PIPELINE_MODULE names, is written with it.
 
 import functools
 import importlib
+import re
+import shlex
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -266,18 +268,41 @@ def stages_of_routes() -> dict[Route, tuple[str, int | None]]:
     return {route: (f.__name__, limits_of(f).max_running) for route, f in routes().items()}
 
 
+# --- what a person types -------------------------------------------------------------------
+
+
+def typed(command: str, table: str, key: str, *options: str, with_table: bool = True) -> str:
+    """The command line that does `command` to a row.
+
+    Args:
+        with_table: the table is named where there are several, as the id may be in each.
+    """
+    named = ["--table", table] if with_table and len(tables()) > 1 else []
+    dashes = ["--"] if key.startswith("--") else []
+    words = [command, *named, *options, *dashes, key]
+    return "python listener.py " + " ".join(map(shlex.quote, words))
+
+
+def name_in_sql(name: str) -> str:
+    is_plain = re.fullmatch("[a-z_][a-z0-9_]*", name)
+    return name if is_plain else '"' + name.replace('"', '""') + '"'
+
+
 # For a person, who sees what it does.
 SEND_BACK = "UPDATE {table} SET current_step = '{step}', status = '{status}' WHERE {id} = '{key}'"
 
 
 def sent_back(table: str, key: str, stage: str) -> str:
-    """The SQL that brings a row back to the state from which `stage` is called."""
+    """The SQL that brings a row back to the state from which `stage` is called; the rows of a join
+    stay in theirs, so there it is the command that records its call again.
+    """
     for route, function in routes().items():
         if function.__name__ == stage and route.table == table and not route.join:
             step, status, id_ = (text.replace("'", "''") for text in (*route[2:], key))
-            given = {"table": table, "id": tables()[table].id, "key": id_}
+            names = {"table": name_in_sql(table), "id": name_in_sql(tables()[table].id)}
+            given = names | {"key": id_}
             return SEND_BACK.format(step=step, status=status, **given)
-    return f"python listener.py retry {key}"
+    return typed("again", table, key, "--stage", stage)
 
 
 def stage_limits(settings: SimpleNamespace) -> dict[str, Limits]:

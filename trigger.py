@@ -329,7 +329,7 @@ def log_end(call: Call, ended: Result) -> None:
 
 def what_next(call: Call, ended: Result) -> str:
     if ended.outcome == "failed":
-        return f"포기: python listener.py retry {call.key}"
+        return f"포기: {pipeline.typed('retry', call.table, call.key)}"
     if ended.hold and ended.retry_after:
         return f"단계 보류 {ended.retry_after:.0f}초"
     if ended.hold:

@@ -42,7 +42,8 @@ VERSIONS = (
 COMMANDS = {
     "install": "install", "uninstall": "install", "verify": "verify", "check": "check",
     "status": "status", "job": "job", "jobs": "jobs", "retry": "steer", "cancel": "steer",
-    "pause": "steer", "resume": "steer", "backfill": "backfill", "test-job": "trial",
+    "again": "again", "pause": "pause", "resume": "pause", "backfill": "backfill",
+    "test-job": "trial",
     "metrics": "metrics", "report": "report", "alert-test": "alert",
 }  # fmt: skip
 

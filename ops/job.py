@@ -1,7 +1,8 @@
 """`job`: where one row is, what it owes, what it waits for, and every attempt so far."""
 
 from collections.abc import Iterator
-from typing import Any
+from datetime import datetime
+from typing import Any, NamedTuple
 
 import click
 import psycopg2
@@ -9,7 +10,7 @@ import psycopg2
 import db
 import pipeline
 from logs import CONTROL
-from ops import rows
+from ops import rows, waits
 from ops.rows import TABLE, RowCommand, said, typed
 from ops.table import JSON, clipped, clock, duration, echo_json, echo_lines, plain, readable, table
 
@@ -112,11 +113,33 @@ def resting(conn, row: Any, owed: list, calling: list, below: list[dict]) -> dic
     return {(one.table_name, one.job_id): one for one in found}
 
 
-def mended(row: Any, rests: Any) -> str | None:
-    """What a person types so that `row` goes on; None where the reason says it."""
-    if "python listener.py" in rests.reason:
+class Rest(NamedTuple):
+    """As RESTS has it."""
+
+    table_name: str
+    job_id: str
+    kind: str
+    stage: str
+    since: datetime
+    reason: str
+
+
+def mended(row: Any, rests: Any) -> str:
+    """What a person types so that `row` goes on."""
+    return rows.way_on(row, rests.stage)
+
+
+CANCELLED = "cancelled"
+
+
+def cancelled(row: Any, attempts: list) -> Any:
+    """That a person has dropped what `row` would owe, as a row that rests; None where not."""
+    stage = rows.own_stage(row) if row.is_there else None
+    last = next((one for one in reversed(attempts) if one.stage == stage), None)
+    if last is None or last.outcome != CANCELLED:
         return None
-    return rows.way_back(row.table_name, row.key, rests.stage)
+    reason = f"cancelled by {last.worker}: {last.error}"
+    return Rest(row.table_name, row.key, CANCELLED, last.stage, last.started_at, reason)
 
 
 # --- the command ---------------------------------------------------------------------------
@@ -139,8 +162,11 @@ def job(job_id: str, table: str | None, as_json: bool) -> None:
     calling, attempts = (db.execute(conn, sql, given).fetchall() for sql in (CALLING, ATTEMPTS))
     below, above = children(conn, row), joins(conn, row, owed)
     rests = resting(conn, row, owed, calling, below)
+    if not (owed or calling) and (dropped := cancelled(row, attempts)):
+        rests[row.table_name, row.key] = dropped
+    waiting = waits.waits(conn, row) if owed else {}
     if as_json:
-        echo_json(as_object(row, owed, calling, attempts, below, above, rests))
+        echo_json(as_object(row, owed, calling, attempts, below, above, rests, waiting))
         return
     lines = [where(row), f"owes: {owes(row, own(owed))}"]
     if calling and not own(owed):
@@ -149,6 +175,8 @@ def job(job_id: str, table: str | None, as_json: bool) -> None:
     if why := rests.get((row.table_name, row.key)):
         lines.append(rest_line(row, why))
     lines += [join_line(row, one) for one in above]
+    lines += [wait_line(call.stage, waiting[call.join_of]) for call in owed
+              if call.join_of in waiting]  # fmt: skip
     lines += [line for of in below for line in child_lines(of, rests)]
     echo_lines((line, 0) for line in [*lines, *attempt_lines(attempts)])
 
@@ -158,7 +186,7 @@ def own(owed: list) -> Any:
     return next((call for call in owed if not call.join_of), None)
 
 
-def as_object(row, owed, calling, attempts, below, above, rests) -> dict[str, Any]:
+def as_object(row, owed, calling, attempts, below, above, rests, waiting) -> dict[str, Any]:
     place = {name: getattr(row, name) for name in ("current_step", "status", "tenant_id")}
     why = rests.get((row.table_name, row.key))
     return {
@@ -167,9 +195,13 @@ def as_object(row, owed, calling, attempts, below, above, rests) -> dict[str, An
         "parent_id": row.parent_id,
         "job": place if row.is_there else None,
         "owes": plainly(own(owed)),
+        "waits": plainly(waiting.get("")),
         "calling": plainly(calling[-1] if calling else None),
         "rests": why and plainly(why) | {"mend": mended(row, why)},
-        "joins": [one | {"owes": plainly(one["owes"])} for one in above],
+        "joins": [
+            one | {"owes": plainly(one["owes"]), "waits": plainly(waiting.get(one["join"]))}
+            for one in above
+        ],
         "children": [
             {
                 "table": of["table"],
@@ -212,6 +244,11 @@ def owes(row: Any, call: Any) -> str:
     return f"{text}; {plain(typed('retry', row))}" if call.given_up else text
 
 
+def wait_line(stage: str, waiting: waits.Waits) -> str:
+    """Why a call that is owed is not made now, and what a person types about it."""
+    return one_line(f"{stage} waits: " + "; ".join(filter(None, waiting)))
+
+
 def situation(call: Any) -> str:
     """What becomes of a call that is owed."""
     error = call.last_error and plain(readable(call.last_error))
@@ -230,8 +267,7 @@ def on_it(call: Any) -> str:
 def rest_line(row: Any, why: Any) -> str:
     since = f" since {clock(why.since)}" if why.since else ""
     text = f"rests{since}: {plain(readable(why.reason))}"
-    mend = mended(row, why)
-    return f"{text}; to call {why.stage} again: {one_line(mend)}" if mend else text
+    return f"{text}; to call {why.stage} again: {one_line(mended(row, why))}"
 
 
 def one_line(text: str) -> str:
@@ -250,8 +286,8 @@ def join_line(row: Any, join: dict[str, Any]) -> str:
     if join["recorded_at"] and not join["is_open"]:
         when = clock(join["recorded_at"])
         return text + f"all {join['rows']} are there; {join['stage']} was recorded {when}"
-    backfill = "python listener.py backfill --since 1d"
-    return text + f"all {join['rows']} are there; {join['stage']} is not recorded: {backfill}"
+    again = one_line(typed("again", row, "--stage", join["stage"]))
+    return text + f"all {join['rows']} are there; {join['stage']} is not recorded: {again}"
 
 
 LONGEST_TOLD = 60

@@ -10,8 +10,8 @@ import click
 import config
 import db
 import pipeline
-from ops import rows
-from ops.job import LONGEST_TOLD, plainly, situation
+from ops import rows, waits
+from ops.job import LONGEST_TOLD, one_line, plainly, situation
 from ops.problem import Problem
 from ops.rows import TableName
 from ops.since import Since
@@ -252,6 +252,9 @@ def jobs(stage, given_up, stalled, failed, only, tenant, since, limit, as_json) 
         echo_json({"jobs": listed, "since": kind.times, "more": more})
         return
     echo_lines(job_lines(kind, found[:limit], len(pipeline.tables()) > 1))
+    held = waits.held_of(conn, {row.stage for row in found if row.stage})
+    if held:
+        echo_lines((one_line(f"{hold.why}; {hold.mend}"), 0) for hold in held)
     if more:
         say_more(limit)
 

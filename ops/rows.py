@@ -1,7 +1,6 @@
 """The row that a command is about: its id on the command line, where it is, what it owes."""
 
 import difflib
-import shlex
 from typing import Any
 
 import click
@@ -14,7 +13,7 @@ import db
 import pipeline
 from ops import migrations
 from ops.problem import Problem
-from pipeline import Table
+from pipeline import Route, Table
 
 # --- on the command line -------------------------------------------------------------------
 
@@ -68,10 +67,7 @@ TABLE = click.option(
 
 def typed(command: str, row: Any, *options: str) -> str:
     """The command line that does `command` to `row`."""
-    dashes = ["--"] if row.key.startswith("--") else []
-    table = ["--table", row.table_name] if row.is_one_of_many else []
-    words = [command, *table, *options, *dashes, row.key]
-    return "python listener.py " + " ".join(shlex.quote(word) for word in words)
+    return pipeline.typed(command, row.table_name, row.key, *options, with_table=row.is_one_of_many)
 
 
 # --- the connection ------------------------------------------------------------------------
@@ -254,22 +250,21 @@ LEFT JOIN (SELECT DISTINCT ON (job_id) * FROM stage_leases
            ORDER BY job_id, started_at DESC) AS l ON l.job_id = {id}
 """
 
-# --- why it rests --------------------------------------------------------------------------
-
-# The way back for a join: it is looked at again, as if a row had arrived.
-LOOK_AGAIN = (
-    "INSERT INTO stage_looks (parent_id, join_of, arrived) VALUES ('{key}', '{join}', true)"
-)
+# --- what follows --------------------------------------------------------------------------
 
 
-def way_back(table: str, key: str, stage: str) -> str:
-    """The SQL after which `stage` is called again for a row."""
-    routes = [
-        route
-        for route, function in pipeline.routes().items()
-        if function.__name__ == stage and route.table == table
-    ]
-    if routes and all(route.join for route in routes):
-        key, join = (text.replace("'", "''") for text in (key, routes[0].join))
-        return LOOK_AGAIN.format(key=key, join=join)
-    return pipeline.sent_back(table, key, stage)
+def own_stage(row: Any) -> str | None:
+    """The stage that follows from the row's own state."""
+    route = Route(row.table_name, "", row.current_step, row.status)
+    function = pipeline.routes().get(route)
+    return function and function.__name__
+
+
+def way_on(row: Any, stage: str) -> str:
+    """What a person types so that `stage` is called for a row that owes nothing."""
+    if stage == own_stage(row):  # sent back to where it is, it would have changed nothing
+        return typed("again", row)
+    if any(function.__name__ == stage and route.table == row.table_name and not route.join
+           for route, function in pipeline.routes().items()):  # fmt: skip
+        return pipeline.sent_back(row.table_name, row.key, stage)
+    return typed("again", row, "--stage", stage)

@@ -1,84 +1,107 @@
-"""`retry`, `cancel`, `pause`, `resume`: a person decides about calls and stages."""
+"""`retry`, `cancel`, `call`: a person decides about calls that are owed."""
 
-import contextlib
-import getpass
-import os
-import socket
 from types import SimpleNamespace
 from typing import Any
 
 import click
 
 import calls
-import config
 import db
 import joins
 import pipeline
 import trigger
 from alerts import Alerts
 from calls import Wanted
-from logs import CONTROL
-from ops import rows
+from ops import rows, waits
+from ops.chosen import (
+    LISTED,
+    MATCHING,
+    Chosen,
+    filters,
+    in_batches,
+    refuse_left,
+    require_choice,
+    show,
+    tell,
+)
+from ops.person import operator, wake_listeners
 from ops.problem import Problem
-from ops.rows import TABLE, RowCommand
-from ops.stage import StageName
+from ops.rows import RowCommand
 
-# What was spent so far no longer counts; attempts itself never falls (see schema.sql).
-RETRY = """
-UPDATE stage_calls SET due_at = clock_timestamp(), free_attempts = attempts
-WHERE (job_id, table_name, join_of) IN (
-    SELECT job_id, table_name, join_of FROM stage_calls
-    WHERE due_at = 'infinity'
-      AND (job_id = %(job_id)s OR %(job_id)s IS NULL AND (stage = %(stage)s OR %(all)s))
-      AND (%(job_id)s IS NULL OR stage = %(stage)s OR %(stage)s IS NULL)
-      AND (table_name = %(table)s OR %(table)s IS NULL)
-    FOR UPDATE SKIP LOCKED)
-RETURNING job_id, table_name, job_id::text AS key, stage
+# --- the statements -----------------------------------------------------------------------
+
+# What was given up; with --now also what waits for its next attempt. Not what may still be under
+# way: a lease that is not over.
+RETRIED = """
+      (c.due_at = 'infinity' OR %(now)s AND c.due_at > now() AND NOT EXISTS (
+       SELECT FROM stage_leases AS l
+       WHERE l.job_id = c.job_id AND l.table_name = c.table_name AND l.stage = c.stage
+         AND l.leased_until > now()))"""
+
+# What was spent on a call that was given up no longer counts; attempts itself never falls (see
+# schema.sql). Not where the stage's own transaction holds the row: nobody waits for it.
+RETRY = f"""
+WITH chosen AS (
+    SELECT c.job_id, c.table_name, c.join_of, c.due_at FROM stage_calls AS c
+    WHERE {MATCHING} AND {RETRIED}
+    LIMIT %(batch)s
+    FOR UPDATE OF c SKIP LOCKED)
+UPDATE stage_calls AS c
+SET due_at = clock_timestamp(),
+    free_attempts = CASE WHEN chosen.due_at = 'infinity' THEN c.attempts ELSE c.free_attempts END
+FROM chosen
+WHERE (c.job_id, c.table_name, c.join_of) = (chosen.job_id, chosen.table_name, chosen.join_of)
+RETURNING c.job_id, c.table_name, c.job_id::text AS key, c.stage
 """
 
+# A call under way cannot be taken back, but is not repeated.
+CANCEL = f"""
+WITH chosen AS (
+    SELECT c.job_id, c.table_name, c.join_of FROM stage_calls AS c
+    WHERE {MATCHING}
+    LIMIT %(batch)s
+    FOR UPDATE OF c SKIP LOCKED
+), gone AS (
+    DELETE FROM stage_calls AS c USING chosen
+    WHERE (c.job_id, c.table_name, c.join_of) = (chosen.job_id, chosen.table_name, chosen.join_of)
+    RETURNING c.*
+), recorded AS (
+    INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, stage, worker, started_at,
+                                finished_at, outcome, error)
+    SELECT job_id, table_name, call_id, attempts, stage, %(by)s, now(), now(), 'cancelled',
+           %(reason)s
+    FROM gone
+)
+SELECT job_id, table_name, job_id::text AS key, stage,
+       CASE WHEN due_at > now() THEN worker END AS calling
+FROM gone
+"""
 
-def make_due(
-    conn,
-    job_id: str | None = None,
-    stage: str | None = None,
-    all_: bool = False,
-    table: str | None = None,
-):
-    """Make given-up calls due again: those of a row (to `stage`, where that is given), or of a
-    stage, or all; the rows (job_id, table_name, key, stage) of those it concerned.
+LIST_RETRIED = LISTED.format(matching=f"{MATCHING} AND {RETRIED}")
+LIST_CANCELLED = LISTED.format(matching=MATCHING)
+
+
+def make_due(conn, job_id: str | None = None, stage: str | None = None, **chosen: Any) -> list:
+    """Make calls that were given up due again (see Chosen for which); at most a batch of them.
+
+    Returns:
+        The rows (job_id, table_name, key, stage) of those it concerned.
     """
-    given = {"job_id": job_id, "stage": stage, "all": all_, "table": table}
+    given = Chosen(job_id=job_id, stage=stage, **chosen).params
     return db.execute(conn, RETRY, given).fetchall()
 
 
-# The first call of a row, to `stage` if given, and what keeps it from being taken.
-OWED = """
-SELECT c.stage, c.due_at, c.due_at = 'infinity' AS given_up,
-       l.worker AS calling, l.unanswered, l.leased_until, s.max_running,
-       s.max_running <= (SELECT count(*) FROM stage_leases AS m
-                         WHERE m.stage = c.stage AND m.leased_until > now()) AS full
-FROM stage_calls AS c
-LEFT JOIN LATERAL (SELECT * FROM stage_leases
-                   WHERE job_id = c.job_id AND table_name = c.table_name AND stage = c.stage
-                     AND leased_until > now()
-                   ORDER BY leased_until DESC LIMIT 1) AS l ON true
-LEFT JOIN stage_limits AS s ON s.name = c.stage
-WHERE c.job_id = %(key)s AND c.table_name = %(table)s
-  AND (%(stage)s::text IS NULL OR c.stage = %(stage)s)
-ORDER BY c.due_at
-LIMIT 1
-"""
+# --- why not -------------------------------------------------------------------------------
 
 
 def why_nothing_owed(conn, row: Any, stage: str | None = None) -> str:
     """One line on why a row's call (to `stage`) cannot be taken, or retried, now."""
     what = rows.said(row)
-    given = {"key": row.key, "table": row.table_name, "stage": stage}
-    call = db.execute(conn, OWED, given).fetchone()
+    call = next(iter(waits.owed(conn, row, stage)), None)
     if call is None:
         to = f" to {stage}" if stage else ""
         at = f"it is at ({row.current_step}, {row.status})" if row.is_there else "it was deleted"
-        return f"{what} owes no call{to}: {at}"
+        return f"{what} owes no call{to}: {at}{way_on(row, stage)}"
     if call.unanswered:
         return (
             f"{what}: its last call of {call.stage} got no answer and may still be running; "
@@ -92,9 +115,27 @@ def why_nothing_owed(conn, row: Any, stage: str | None = None) -> str:
     if call.full:
         limit = f"its limit of {call.max_running} calls at once"
         return f"{what}: {call.stage} is at {limit}; try again"
-    if call.given_up:
+    if call.given_up or call.locked_by:
         return f"{what}: another transaction holds its call to {call.stage}; try again"
-    return f"{what} owes a call to {call.stage}, due {call.due_at:%F %T}; it is not given up"
+    owes = f"{what} owes a call to {call.stage}, due {call.due_at:%F %T}; it is not given up"
+    keeps = waits.why(row, call)
+    return owes if keeps in (None, waits.NOBODY) else f"{owes}: {keeps.why}: {keeps.mend}"
+
+
+def way_on(row: Any, stage: str | None) -> str:
+    """What a person types, behind a colon, where a row owes nothing and a stage follows from its
+    state, or has set it failed.
+    """
+    follows = rows.own_stage(row) if row.is_there else None
+    if follows and stage in (None, follows):
+        return f"; to call {follows} again: {rows.typed('again', row)}"
+    if row.is_there and row.status == "failed" and row.current_step in pipeline.stage_names():
+        step = row.current_step
+        return f"; to call {step} again: {rows.way_on(row, step)}"
+    return ""
+
+
+# --- call ----------------------------------------------------------------------------------
 
 
 def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: str | None) -> bool:
@@ -133,7 +174,7 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
     if ended.outcome == "released":
         calls.give_back(conn, name, [])
         return False
-    tell(conn, alerts, ended)
+    alert(conn, alerts, ended)
     calls.settle_and_claim(conn, [ended], [], 0, name)
     alerts.close()
     if ended.outcome == "skipped":
@@ -141,7 +182,7 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
     return ended.outcome == "succeeded"
 
 
-def tell(conn, alerts: Alerts, ended: calls.Result) -> None:
+def alert(conn, alerts: Alerts, ended: calls.Result) -> None:
     """Tell people of a call that was given up, or whose stage has set its row to failed."""
     if ended.outcome in (*calls.PAID, "held") or not calls.set_failed(conn, [ended]):
         trigger.alert_given_up(alerts, ended)
@@ -151,164 +192,134 @@ def tell(conn, alerts: Alerts, ended: calls.Result) -> None:
     trigger.tell_failed(alerts, ended.table_name, ended.job_id, ended.stage, ended.error)
 
 
-@click.command(cls=RowCommand)
+# --- retry ---------------------------------------------------------------------------------
+
+
+@click.command(cls=RowCommand, short_help="Make given-up calls due again, or hurry others.")
 @click.argument("job_ids", nargs=-1, metavar="[JOB_ID]...")
-@click.option(
-    "--stage", type=StageName(), metavar="STAGE", help="Every given-up call of this stage."
-)
-@click.option("--all", "all_", is_flag=True, help="Every given-up call.")
-@TABLE
-def retry(job_ids: tuple[str, ...], stage: str | None, all_: bool, table: str | None) -> None:
+@click.option("--now", is_flag=True, help="Also calls that wait for their next attempt.")
+@filters
+def retry(job_ids, now, stage, tenant, error, since, all_, yes, table) -> None:
     """Make given-up calls due again, with a fresh MAX_ATTEMPTS.
 
-    Give job ids, or --stage, or --all. Of an id, all given-up calls; it may also be that of a row
-    of another table.
+    Give job ids; or choose calls with --stage, --tenant, --error and --since, or --all: then
+    they are shown, and --yes makes them due. Of an id, all given-up calls, or that to --stage; it
+    may also be that of a row of another table. With --now also calls that wait for their next
+    attempt, which they have without delay. Those that may still be under way are left alone.
     """
-    if bool(job_ids) + bool(stage) + all_ != 1:
-        raise click.UsageError("Give job ids, or --stage, or --all.", click.get_current_context())
-    conn = rows.connected("retry")
-    if not job_ids:
-        revived = make_due(conn, None, stage, all_, table)
-        tell_due(conn, revived)
+    chosen = Chosen(None, table, stage, tenant, error, since, now)
+    conn = require_choice("retry", job_ids, chosen, all_)
+    if job_ids:
+        retry_rows(conn, job_ids, chosen)
+    elif not yes:
+        if not show(conn, LIST_RETRIED, chosen, all_, "to make them due"):
+            nothing_to_retry(conn, chosen)
+    else:
+        revived = list(in_batches(conn, RETRY, chosen.params))
+        db.execute(conn, db.WAKE)
+        tell("due again", revived)
+        refuse_left(conn, LIST_RETRIED, chosen)
         if not revived:
-            click.echo("nothing was given up")
-        return
+            nothing_to_retry(conn, chosen)
+
+
+def retry_rows(conn, job_ids: tuple[str, ...], chosen: Chosen) -> None:
     refused = []
     for job_id in job_ids:
         # At once: the next id may be one that ends this with an error.
         try:
-            row = rows.find(conn, job_id, table)
+            row = rows.find(conn, job_id, chosen.table)
         except Problem as problem:
             refused.append(str(problem))
             continue
-        revived = make_due(conn, row.key, table=row.table_name)
-        tell_due(conn, revived)
+        given = chosen._replace(job_id=row.key, table=row.table_name)
+        revived = db.execute(conn, RETRY, given.params).fetchall()
+        db.execute(conn, db.WAKE)
+        tell("due again", revived)
         if not revived:
-            refused.append(why_nothing_owed(conn, row))
+            refused.append(why_nothing_owed(conn, row, chosen.stage))
     if refused:
         raise Problem("; ".join(refused))
 
 
-def tell_due(conn, revived: list) -> None:
-    """Wake the listeners, and say what is due again."""
-    db.execute(conn, db.WAKE)
-    for call in revived:
-        click.echo(f"due again: {rows.said(call)}, stage {call.stage}".translate(CONTROL))
+def nothing_to_retry(conn, chosen: Chosen) -> None:
+    """Say that no call matches, and whether some would with --now."""
+    waiting = None
+    if not chosen.now:
+        given = chosen._replace(now=True).params | {"most": 1}
+        waiting = db.execute(conn, LIST_RETRIED, given).fetchone()
+    more = f"; {waiting.calls} wait for their next attempt: --now" if waiting else ""
+    click.echo(f"no such call was given up{more}" if not chosen.now
+               else "no such call was given up or waits for its next attempt")  # fmt: skip
 
 
-# A call under way cannot be taken back, but is not repeated. Not where the stage's own
-# transaction holds the row: nobody waits for it.
-CANCEL = """
-WITH gone AS (
-    DELETE FROM stage_calls
-    WHERE (job_id, table_name, join_of) IN (
-        SELECT job_id, table_name, join_of FROM stage_calls
-        WHERE job_id = %(job_id)s AND table_name = %(table)s
-          AND (stage = %(stage)s OR %(stage)s IS NULL)
-        FOR UPDATE SKIP LOCKED)
-    RETURNING *
-), recorded AS (
-    INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, stage, worker, started_at,
-                                finished_at, outcome, error)
-    SELECT job_id, table_name, call_id, attempts, stage, %(by)s, now(), now(), 'cancelled',
-           %(reason)s
-    FROM gone
-)
-SELECT stage, CASE WHEN due_at > now() THEN worker END AS calling FROM gone
-"""
+# --- cancel --------------------------------------------------------------------------------
 
 
-@click.command(cls=RowCommand)
-@click.argument("job_id")
+@click.command(cls=RowCommand, short_help="Drop the calls that jobs owe.")
+@click.argument("job_ids", nargs=-1, metavar="[JOB_ID]...")
 @click.option("--reason", default="cancelled by hand", show_default=True, metavar="TEXT",
               help="Kept in the history.")  # fmt: skip
-@click.option("--stage", type=StageName(), metavar="STAGE",
-              help="The call to this stage, where several are owed.")  # fmt: skip
-@TABLE
-def cancel(job_id: str, reason: str, stage: str | None, table: str | None) -> None:
-    """Drop the call that JOB_ID owes; the job itself is not touched.
+@filters
+def cancel(job_ids, reason, stage, tenant, error, since, all_, yes, table) -> None:
+    """Drop the calls that jobs owe; the jobs themselves are not touched.
 
-    It owes a call again when its state changes to one that leads to a stage. JOB_ID may also be
-    the id of a row of another table.
+    Give job ids; or choose calls with --stage, --tenant, --error and --since, or --all: then
+    they are shown, and --yes drops them. An id may also be that of a row of another table; where
+    it owes several calls, --stage says which. The stage is called again when the state of the job
+    changes to one that leads to it, or by `again`.
     """
-    conn = rows.connected("cancel")
-    row = rows.find(conn, job_id, table)
-    what, call = rows.said(row), rows.one_owed(conn, row, stage)
+    chosen = Chosen(None, table, stage, tenant, error, since)
+    conn = require_choice("cancel", job_ids, chosen, all_)
+    by = {"by": operator(), "reason": reason}
+    if job_ids:
+        cancel_rows(conn, job_ids, chosen, by)
+    elif not yes:
+        if not show(conn, LIST_CANCELLED, chosen, all_, "to cancel them"):
+            click.echo("no such call is owed")
+    else:
+        gone = list(in_batches(conn, CANCEL, chosen.params | by))
+        if gone:
+            count = "1 call" if len(gone) == 1 else f"{len(gone)} calls"
+            wake_listeners(conn, f"{count} cancelled by {by['by']}: {reason}")
+        tell_cancelled(gone)
+        refuse_left(conn, LIST_CANCELLED, chosen)
+        if not gone:
+            click.echo("no such call is owed")
+
+
+def cancel_rows(conn, job_ids: tuple[str, ...], chosen: Chosen, by: dict[str, str]) -> None:
+    refused = []
+    for job_id in job_ids:
+        try:
+            cancel_row(conn, rows.find(conn, job_id, chosen.table), chosen, by)
+        except Problem as problem:
+            refused.append(str(problem))
+    if refused:
+        raise Problem("; ".join(refused))
+
+
+def cancel_row(conn, row: Any, chosen: Chosen, by: dict[str, str]) -> None:
+    """Raises Problem where it owes no call, or several."""
+    what, call = rows.said(row), rows.one_owed(conn, row, chosen.stage)
     if call is None:
-        raise Problem(why_nothing_owed(conn, row, stage))
-    given = {"job_id": row.key, "table": row.table_name, "stage": call.stage}
-    gone = db.execute(conn, CANCEL, given | {"by": operator(), "reason": reason}).fetchone()
-    if gone is None:
+        raise Problem(why_nothing_owed(conn, row, chosen.stage))
+    given = chosen._replace(job_id=row.key, table=row.table_name, stage=call.stage)
+    gone = db.execute(conn, CANCEL, given.params | by).fetchall()
+    if not gone:
         if rows.one_owed(conn, row, call.stage):
             held = f"another transaction holds its call to {call.stage}; nothing was changed"
             raise Problem(f"{what}: {held}: try again")
         raise Problem(why_nothing_owed(conn, row, call.stage))
-    wake_listeners(conn, f"{what}: call to {gone.stage} cancelled by {operator()}: {reason}")
-    click.echo(f"cancelled: {what}, stage {gone.stage}".translate(CONTROL))
-    if gone.calling:
-        click.echo(f"{gone.calling} is calling it right now; that call goes on, but only once")
+    words = f"{what}: call to {call.stage} cancelled by {by['by']}: {by['reason']}"
+    wake_listeners(conn, words)
+    tell_cancelled(gone)
 
 
-PAUSE = """
-UPDATE pipeline_stages
-SET held_until = 'infinity', hold_seconds = NULL, held_reason = %(reason)s, held_by = %(by)s
-WHERE stage = %(stage)s
-"""
-
-RESUME = """
-UPDATE pipeline_stages AS p
-SET held_until = NULL, hold_seconds = NULL, held_reason = NULL, held_by = NULL
-FROM pipeline_stages AS before
-WHERE p.stage = %(stage)s AND p.held_until > now()
-  AND (before.current_step, before.status) = (p.current_step, p.status)
-RETURNING before.held_by, before.held_reason,
-          (SELECT count(*) FROM stage_calls AS c WHERE c.stage = p.stage) AS owed
-"""
-
-STAGE = click.argument("stage", type=StageName(), metavar="STAGE")
-
-
-@click.command(short_help="Call STAGE no more, on any machine, until it is resumed.")
-@STAGE
-@click.option("--reason", default="paused by hand", show_default=True, metavar="TEXT",
-              help="Shown in status and in the log.")  # fmt: skip
-def pause(stage: str, reason: str) -> None:
-    """Call STAGE no more, on any machine, until it is resumed; its calls pile up.
-
-    Calls under way are finished. A pause outlasts restarts and installs.
-    """
-    conn = db.connect(config.settings(), "job-state-listener pause")
-    done = db.execute(conn, PAUSE, {"stage": stage, "reason": reason, "by": operator()})
-    if not done.rowcount:
-        raise Problem(f"the database does not know {stage}: run `make trigger`")
-    wake_listeners(conn, f"{stage} paused by {operator()}: {reason}")
-    click.echo(f"paused: {stage}; python listener.py resume {stage}")
-
-
-@click.command(short_help="Call STAGE again: ends a pause, and also a hold.")
-@STAGE
-def resume(stage: str) -> None:
-    """Call STAGE again: ends a pause, and also a hold, at once."""
-    conn = db.connect(config.settings(), "job-state-listener resume")
-    lifted = db.execute(conn, RESUME, {"stage": stage}).fetchone()
-    if lifted is None:
-        click.echo(f"{stage} was neither paused nor held")
-        return
-    wake_listeners(conn, f"{stage} resumed by {operator()}")
-    was = f"{lifted.held_by}: {lifted.held_reason}".translate(CONTROL)
-    click.echo(f"resumed: {stage}, which owes {lifted.owed} calls (was held by {was})")
-
-
-def operator() -> str:
-    """Who types this, for the log and the history."""
-    with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
-        return f"{getpass.getuser()}@{socket.gethostname()}"
-    return f"uid {os.getuid()}@{socket.gethostname()}"
-
-
-WAKE_WITH = f"SELECT pg_notify('{db.WAKE_CHANNEL}', left(%(words)s, 1000))"
-
-
-def wake_listeners(conn, words: str) -> None:
-    """Wake the listeners, who log the words."""
-    db.execute(conn, WAKE_WITH, {"words": words})
+def tell_cancelled(gone: list) -> None:
+    tell("cancelled", gone)
+    for worker in dict.fromkeys(call.calling for call in gone if call.calling):
+        n = sum(call.calling == worker for call in gone)
+        it, goes = ("it", "that call goes on, but only once") if n == 1 else (
+            f"{n} of them", "those calls go on, but only once")  # fmt: skip
+        click.echo(f"{worker} is calling {it} right now; {goes}")

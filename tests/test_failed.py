@@ -1,5 +1,6 @@
 """Stages that fail by themselves: they set (stage, 'failed'), and answer as they like."""
 
+import shlex
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -360,7 +361,9 @@ def test_routed_failed_of_a_call_that_was_given_back_still_carries_on(routed):
     row = routed.add("jobs")
     routed.database.wait_for("SELECT count(*) = 1 FROM stage_calls WHERE last_error IS NOT NULL")
     process.stop()
-    routed.database.rows("UPDATE stage_calls SET attempts = 1, free_attempts = 1, due_at = now()")
+    routed.database.rows(
+        "UPDATE stage_calls SET attempts = 1, free_attempts = 1, due_at = now(), last_error = NULL"
+    )
     routed.start(**FAST)
     until(routed.told, "an alert")
     routed.settled()
@@ -411,10 +414,10 @@ def test_join_whose_stage_set_the_parent_failed_is_given_up_and_told_once(site, 
     assert attempt.outcome == "failed" and "set failed by its stage" in attempt.error
     site.api.on("/ad_copy", lambda _: Answer(200))
     [alert] = site.told()
-    assert alert["sql"] == f"python listener.py retry {job}"
+    assert alert["sql"] == f"python listener.py again --table jobs --stage ad_copy {job}"
     # The way back.
     given = {"PYTHONPATH": str(ROOT / "tests"), "PIPELINE_MODULE": "variants"}
-    assert run_command(site.database, "retry", job, **given).code == 0
+    assert run_command(site.database, *shlex.split(alert["sql"])[2:], **given).code == 0
     site.wait_for_calls("ad_copy", 2)
     site.settled()
     assert site.database.owed(job) is None

@@ -20,7 +20,9 @@ from hypothesis.stateful import (
 
 import calls
 import upkeep
-from ops.steer import CANCEL, PAUSE, RESUME, make_due
+from ops.chosen import Chosen
+from ops.pause import PAUSE, RESUME
+from ops.steer import CANCEL, make_due
 
 ROUTED = {
     ("img_gen", "done"): "vlm_analyze",
@@ -186,11 +188,11 @@ class Pipeline(RuleBasedStateMachine):
 
     @rule()
     def retry_all(self):
-        make_due(self.conns["a"], all_=True)
+        make_due(self.conns["a"])
 
     @rule(job=jobs)
     def cancel(self, job):
-        given = {"job_id": job, "table": "jobs", "stage": None, "by": "operator", "reason": "test"}
+        given = Chosen(job, "jobs").params | {"by": "operator", "reason": "test"}
         with self.database.conn.cursor() as cursor:
             cursor.execute(CANCEL, given)
             if cursor.fetchone() and job in self.states:

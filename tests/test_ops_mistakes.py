@@ -82,15 +82,21 @@ MISTAKES = {
         "jobs",
     ),
     "pause paint": (
-        "Invalid value for 'STAGE': 'paint' is no stage: There are vlm_analyze",
+        "Invalid value for 'STAGE...': 'paint' is no stage: There are vlm_analyze",
         "pause",
     ),
     "resume paint": (
-        "Invalid value for 'STAGE': 'paint' is no stage: There are vlm_analyze",
+        "Invalid value for 'STAGE...': 'paint' is no stage: There are vlm_analyze",
         "resume",
     ),
-    "pause": ("Missing argument 'STAGE'", "pause"),
-    "cancel": ("Missing argument 'JOB_ID'.", "cancel"),
+    "pause": ("Missing argument 'STAGE...'", "pause"),
+    "cancel": ("Give job ids, or some of --stage, --tenant", "cancel"),
+    "cancel 7 --error x": ("Job ids go with --stage and --table only.", "cancel"),
+    "retry --table jobs": ("Give job ids, or some of --stage, --tenant", "retry"),
+    "retry --since 2x": ("Invalid value for '--since': '2x' is neither a span such as", "retry"),
+    "again": ("Missing argument 'JOB_ID'.", "again"),
+    "again 7 --stage paint": ("Invalid value for '--stage': 'paint' is no stage", "again"),
+    "pause planner --timeout 5": ("--timeout needs --wait.", "pause"),
     "status now": ("Got unexpected extra argument (now).", "status"),
 }
 
@@ -309,7 +315,7 @@ def test_hostile_id_is_printed_escaped(empty_database, run_command):
     run_command(empty_database, "install")
     empty_database.rows("INSERT INTO jobs VALUES (%s, 't', 'planner', 'done')", HOSTILE)
     empty_database.rows("UPDATE stage_calls SET due_at = 'infinity'")
-    done = run_command(empty_database, "retry", "--all")
+    done = run_command(empty_database, "retry", "--all", "--yes")
     assert "forged" in done.lines[0]
     assert not CONTROL.search(done.out), done.out
 

@@ -8,7 +8,8 @@ from waiting import gate, wait_for_call
 from demo.stage_server import Answer, Hangup
 
 GIVE_UP = "UPDATE stage_calls SET due_at = 'infinity', attempts = 5, last_error = 'HTTP 500'"
-USAGE = "Give job ids, or --stage, or --all. See: python listener.py retry --help"
+SEE = " See: python listener.py retry --help"
+USAGE = "Give job ids, or some of --stage, --tenant, --error and --since, or --all."
 
 
 @pytest.fixture
@@ -35,12 +36,12 @@ def test_retry_makes_the_jobs_named_due_again(database, run_command, given_up):
 
 
 def test_retry_of_a_stage_leaves_the_others(database, run_command, given_up):
-    assert len(run_command(database, "retry", "--stage", "planner").lines) == 2
+    assert len(run_command(database, "retry", "--stage", "planner", "--yes").lines) == 2
     assert due(database) == set(given_up[:2])
 
 
 def test_retry_of_all(database, run_command, given_up):
-    done = run_command(database, "retry", "--all")
+    done = run_command(database, "retry", "--all", "--yes")
     assert (done.code, len(done.lines)) == (0, 3)
     assert due(database) == set(given_up)
 
@@ -49,16 +50,17 @@ def test_retry_of_all(database, run_command, given_up):
 def test_retry_with_nothing_given_up_says_so(database, run_command, which):
     database.add_job("planner", "done")
     done = run_command(database, "retry", *which)
-    assert (done.code, done.lines) == (0, ["nothing was given up"])
+    assert (done.code, done.lines) == (0, ["no such call was given up"])
 
 
 @pytest.mark.parametrize(
     "args",
-    [[], ["--all", "--stage", "overlay"], ["7", "--all"], ["7", "--stage", "overlay"]],
+    [[], ["--all", "--stage", "overlay"], ["7", "--all"], ["7", "--tenant", "t"]],
     ids=" ".join,
 )
 def test_retry_must_be_told_which_and_only_once(database, run_command, args):
-    assert run_command(database, "retry", *args).refused(2) == USAGE
+    said = "Job ids go with --stage and --table only." if "7" in args else USAGE
+    assert run_command(database, "retry", *args).refused(2) == said + SEE
 
 
 def test_retry_of_a_call_that_was_not_given_up_changes_nothing(database, run_command):

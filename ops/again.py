@@ -1,0 +1,190 @@
+"""`again`: a person wants the call of a row's present state made once more."""
+
+from typing import Any
+
+import click
+import psycopg2
+
+import db
+import joins
+import pipeline
+from logs import CONTROL
+from ops import rows, waits
+from ops.job import JOINED
+from ops.person import operator, wake_listeners
+from ops.problem import Problem
+from ops.rows import TABLE, RowCommand
+from ops.stage import StageName
+from ops.table import clock
+
+# As the trigger records it when the row comes to its state, but whatever has become of the call
+# before. That of (stage, 'failed') has the error of the last attempt, by which a listener sees that
+# a person asked for it: else it would go on counting attempts, and perhaps be given up at once.
+AGAIN = """
+INSERT INTO stage_calls AS c (job_id, table_name, tenant_id, current_step, status, stage,
+                              last_error)
+SELECT %(key)s, p.table_name, at.tenant_id #>> '{}', p.current_step, p.status, p.stage,
+       CASE WHEN (p.current_step, p.status) = (p.stage, 'failed')
+            THEN coalesce(last.error, 'set failed by its stage') END
+FROM pipeline_stages AS p
+JOIN stage_call_row(%(table)s, '', %(key)s) AS at
+    ON (at.current_step, at.status) = (p.current_step, p.status)
+CROSS JOIN LATERAL (
+    SELECT (array_agg(a.error ORDER BY a.finished_at DESC))[1] AS error FROM stage_attempts AS a
+    WHERE a.job_id = %(key)s AND a.table_name = p.table_name AND a.stage = p.stage) AS last
+WHERE p.table_name = %(table)s AND p.join_of = '' AND NOT EXISTS (
+    SELECT FROM stage_leases AS l
+    WHERE l.job_id = %(key)s AND l.table_name = p.table_name AND l.stage = p.stage
+      AND l.leased_until > now())
+ON CONFLICT (job_id, table_name, join_of) DO UPDATE
+SET call_id = DEFAULT, tenant_id = excluded.tenant_id, current_step = excluded.current_step,
+    status = excluded.status, stage = excluded.stage, created_at = excluded.created_at,
+    due_at = excluded.due_at, attempts = 0, free_attempts = 0, worker = NULL, started_at = NULL,
+    last_error = excluded.last_error
+WHERE c.worker IS NULL OR c.due_at <= now()
+RETURNING c.call_id
+"""
+
+# What became of the call before: that of (stage) or of its join.
+BEFORE = """
+SELECT call_id, outcome, worker, finished_at FROM stage_attempts
+WHERE job_id = %(key)s AND table_name = %(table)s AND stage = %(stage)s
+ORDER BY finished_at DESC
+LIMIT 1
+"""
+
+UNDER_WAY = """
+SELECT worker, unanswered, leased_until FROM stage_leases
+WHERE job_id = %(key)s AND table_name = %(table)s AND stage = %(stage)s AND leased_until > now()
+ORDER BY leased_until DESC
+LIMIT 1
+"""
+
+
+@click.command(cls=RowCommand, short_help="Call the stage that follows from where JOB_ID is.")
+@click.argument("job_id")
+@click.option("--stage", type=StageName(), metavar="STAGE",
+              help="The call of a join that leads to this stage.")  # fmt: skip
+@TABLE
+def again(job_id: str, stage: str | None, table: str | None) -> None:
+    """Call the stage that follows from where JOB_ID is once more.
+
+    Its call is recorded afresh, with all attempts, although it was accepted, cancelled or given
+    up. Not while it is under way. JOB_ID may also be the id of a row of another table; with
+    --stage, that of a parent whose rows are all in the state that the stage follows from.
+    """
+    conn = rows.connected("again")
+    row = rows.find(conn, job_id, table)
+    what = rows.said(row)
+    if not row.is_there:
+        raise Problem(f"{what} was deleted")
+    join = join_to(row, stage)
+    stage = stage or rows.own_stage(row)
+    if stage is None or (not join and stage != rows.own_stage(row)):
+        raise Problem(nothing_follows(row, stage))
+    if join:
+        require_complete(conn, row, join)
+    refuse_under_way(conn, row, stage)
+    before = what_became(conn, row, stage, join)
+    call_id = recorded(conn, row, stage, join)
+    wake_listeners(conn, f"{what}: call to {stage} recorded again by {operator()}")
+    click.echo(f"recorded: {what}, stage {stage}, call {call_id}{before}".translate(CONTROL))
+    tell_hold(conn, stage)
+
+
+def join_to(row: Any, stage: str | None) -> str:
+    """The join of the row's table that leads to `stage`; "" where that follows from the row's own
+    state.
+    """
+    if stage in (None, rows.own_stage(row)):
+        return ""
+    joined = (route.join for route, function in pipeline.routes().items()
+              if function.__name__ == stage and route.table == row.table_name)  # fmt: skip
+    return next(filter(None, joined), "")
+
+
+def nothing_follows(row: Any, stage: str | None) -> str:
+    """Why there is no call to record, and what there is to type."""
+    at = f"{rows.said(row)} is at ({row.current_step}, {row.status})"
+    if stage:
+        back = pipeline.sent_back(row.table_name, row.key, stage)
+        return f"{at}, and {stage} does not follow from that" + f": {back}" * ("UPDATE " in back)
+    joined = [function.__name__ for route, function in pipeline.routes().items()
+              if route.join and route.table == row.table_name]  # fmt: skip
+    if row.current_step in pipeline.stage_names() and row.status != "done":
+        return f"{at}, from which no stage follows: {rows.way_on(row, row.current_step)}"
+    if joined:
+        options = " or ".join(f"--stage {name}" for name in joined)
+        return f"{at}, from which no stage follows; give {options} for that of its rows"
+    return f"{at}, from which no stage follows"
+
+
+def require_complete(conn, row: Any, name: str) -> None:
+    state = pipeline.joins()[name]
+    sql = JOINED.format(**rows.names(conn, state.table))
+    given = {"key": row.key, "join": name, "step": state.step, "status": state.status}
+    looked = db.execute(conn, sql, given).fetchone()
+    if looked.in_place < looked.rows or not looked.rows:
+        missing = looked.rows - looked.in_place
+        waiting = (
+            f"waiting for {missing} of {looked.rows}" if looked.rows else "there is no row yet"
+        )
+        raise Problem(f"{rows.said(row)}, every {name}: {waiting}")
+
+
+def refuse_under_way(conn, row: Any, stage: str) -> None:
+    given = {"key": row.key, "table": row.table_name, "stage": stage}
+    call = db.execute(conn, UNDER_WAY, given).fetchone()
+    if call is None:
+        return
+    until = clock(call.leased_until)
+    if call.unanswered:
+        raise Problem(
+            f"{rows.said(row)}: its last call of {stage} got no answer, and the stage may be at it "
+            f"until {until}; nothing was changed"
+        )
+    raise Problem(f"{rows.said(row)}: {call.worker} is calling {stage}, until {until} at the "
+                  "latest; nothing was changed")  # fmt: skip
+
+
+def what_became(conn, row: Any, stage: str, join: str) -> str:
+    """What became of the call before."""
+    for call in waits.owed(conn, row, stage):
+        if call.join_of == join:
+            how = "given up" if call.given_up else "not made yet"
+            return f", in place of call {call.call_id}, which was {how}"
+    given = {"key": row.key, "table": row.table_name, "stage": stage}
+    call = db.execute(conn, BEFORE, given).fetchone()
+    if call is None:
+        return ""
+    how = {"succeeded": "accepted"}.get(call.outcome, call.outcome)
+    by = f" by {call.worker}" if call.outcome == "cancelled" else ""
+    return f" (call {call.call_id} was {how}{by} {clock(call.finished_at)})"
+
+
+def recorded(conn, row: Any, stage: str, join: str) -> int:
+    """Record the call; its call_id.
+
+    Raises:
+        Problem: somebody was faster, or has the row of the call.
+    """
+    try:
+        if join:
+            call_id = joins.record_again(conn, row.key, join)
+        else:
+            given = {"key": row.key, "table": row.table_name}
+            found = db.execute(conn, AGAIN, given).fetchone()
+            call_id = found and found.call_id
+    except psycopg2.errors.LockNotAvailable:
+        held = f"another transaction holds its call to {stage}; nothing was changed: try again"
+        raise Problem(f"{rows.said(row)}: {held}") from None
+    if call_id is None:
+        refuse_under_way(conn, row, stage)
+        raise Problem(f"{rows.said(row)} has moved on meanwhile; nothing was changed")
+    return call_id
+
+
+def tell_hold(conn, stage: str) -> None:
+    """Say what still keeps a stage from being called."""
+    for hold in waits.held_of(conn, {stage}):
+        click.echo(f"{hold.why}; {hold.mend}".translate(CONTROL))

@@ -1,0 +1,182 @@
+"""Which calls `retry` and `cancel` are about: chosen by options, shown, and then done to."""
+
+import functools
+import shlex
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from json import dumps
+from typing import Any, NamedTuple
+
+import click
+
+import db
+import pipeline
+from logs import CONTROL
+from ops import rows
+from ops.problem import Problem
+from ops.rows import TABLE, readable
+from ops.since import Since
+from ops.stage import OwedStage
+from ops.table import clipped, duration, plain, table
+
+# --- which calls ---------------------------------------------------------------------------
+
+BATCH = 1000  # calls of one statement, so that none runs long
+
+
+class Chosen(NamedTuple):
+    """Which calls are meant: all where nothing is given."""
+
+    job_id: str | None = None
+    table: str | None = None
+    stage: str | None = None
+    tenant: str | None = None
+    error: str | None = None  # is in the last error
+    since: datetime | None = None  # given up, or tried, or else recorded
+    now: bool = False  # `retry`: also what is in its back-off
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """An error may be stored with its letters as JSON writes them, which is not how it is
+        shown.
+        """
+        error = self.error if self.error is None else self.error.lower()
+        errors = error if error is None else [error, dumps(error)[1:-1]]
+        return self._asdict() | {"errors": errors, "batch": BATCH}
+
+
+MATCHING = """
+      (%(job_id)s IS NULL OR c.job_id = %(job_id)s)
+  AND (%(table)s::text IS NULL OR c.table_name = %(table)s)
+  AND (%(stage)s::text IS NULL OR c.stage = %(stage)s)
+  AND (%(errors)s::text[] IS NULL OR EXISTS (
+       SELECT FROM unnest(%(errors)s::text[]) AS e WHERE strpos(lower(c.last_error), e) > 0))
+  AND (%(since)s::timestamptz IS NULL OR %(since)s <= coalesce(
+       (SELECT max(a.finished_at) FROM stage_attempts AS a
+        WHERE a.job_id = c.job_id AND a.call_id = c.call_id), c.created_at))
+  AND (%(tenant)s::text IS NULL OR %(tenant)s = coalesce(
+       c.tenant_id, (stage_call_row(c.table_name, '', c.job_id)).tenant_id #>> '{}'))"""
+
+LISTED = """
+SELECT c.job_id::text, c.table_name, c.stage, c.last_error, count(*) OVER () AS calls,
+       extract(epoch FROM now() - c.created_at)::float8 AS seconds
+FROM stage_calls AS c
+WHERE {matching}
+ORDER BY c.created_at DESC, c.job_id
+LIMIT %(most)s
+"""
+
+# --- the options of retry and cancel -------------------------------------------------------
+
+FILTERS = [
+    click.option("--stage", type=OwedStage(), metavar="STAGE", help="Calls to this stage."),
+    click.option("--tenant", metavar="TENANT",
+                 help="Calls of this tenant; of other rows by their parent's."),
+    click.option("--error", metavar="TEXT",
+                 help="Calls whose last error has this text in it, in capital letters or not."),
+    click.option("--since", type=Since(), metavar="SPAN|TIME",
+                 help="Calls last tried since, or recorded where they never were: 30m, 2h, 3d, "
+                 "2026-11-24."),
+    click.option("--all", "all_", is_flag=True, help="All of them."),
+    click.option("--yes", is_flag=True,
+                 help="Do it. Without it, what is chosen without an id is only shown."),
+    TABLE,
+]  # fmt: skip
+
+
+def filters(command: Callable) -> Callable:
+    """The command with the options that choose calls."""
+    return functools.reduce(lambda made, option: option(made), reversed(FILTERS), command)
+
+
+def require_choice(command: str, job_ids: tuple, chosen: Chosen, all_: bool) -> Any:
+    """The connection of a command that was told which calls are meant, and only once."""
+    narrowed = [chosen.tenant, chosen.error, chosen.since]
+    is_filtered = bool(chosen.stage) or any(value is not None for value in narrowed)
+    fault = None
+    if job_ids and (all_ or any(value is not None for value in narrowed)):
+        fault = "Job ids go with --stage and --table only."
+    elif not job_ids and all_ == is_filtered:
+        fault = "Give job ids, or some of --stage, --tenant, --error and --since, or --all."
+    if fault:
+        raise click.UsageError(fault, click.get_current_context())
+    conn = rows.connected(command)
+    if chosen.stage:
+        require_stage(conn, chosen.stage)
+    return conn
+
+
+OWES = "SELECT EXISTS (SELECT FROM stage_calls WHERE stage = %(stage)s)"
+
+
+def require_stage(conn, stage: str) -> None:
+    """`stage` is one of PIPELINE, or was one and is still owed a call."""
+    context = click.get_current_context()
+    if not db.execute(conn, OWES, {"stage": stage}).fetchone()[0]:
+        [option] = [p for p in context.command.params if p.name == "stage"]
+        OwedStage.of_pipeline(stage, option, context)
+
+
+MOST_SHOWN = 20
+
+
+def show(conn, sql: str, chosen: Chosen, all_: bool, to: str) -> int:
+    """A dry run: show which calls match, and what to type to do it; how many they are."""
+    found = db.execute(conn, sql, chosen.params | {"most": MOST_SHOWN}).fetchall()
+    if not found:
+        return 0
+    with_table = len(pipeline.tables()) > 1
+    cells = [[row.job_id, row.stage, duration(round(max(0.0, row.seconds))),
+              clipped(plain(readable(row.last_error) or "-"), 60),
+              *([row.table_name] if with_table else [])] for row in found]  # fmt: skip
+    header = ["job", "stage", "owed for", "last error", *(["table"] if with_table else [])]
+    click.echo(table(header, cells, right=["owed for"]))
+    if found[0].calls > len(found):
+        click.echo(f"and {found[0].calls - len(found)} more")
+    count = "1 call" if found[0].calls == 1 else f"{found[0].calls} calls"
+    click.echo(f"{count}, nothing was changed; {to}: {as_typed(chosen, all_)}".translate(CONTROL))
+    return found[0].calls
+
+
+def as_typed(chosen: Chosen, all_: bool) -> str:
+    """The command line that does what was shown, with a time that does not move on."""
+    context = click.get_current_context()
+    words = [context.info_name, *["--all"] * all_, *["--now"] * chosen.now]
+    if (reason := context.params.get("reason")) and "reason" in given_by_hand(context):
+        words += [f"--reason={reason}"]
+    for name in ("stage", "tenant", "error", "table"):
+        if (value := getattr(chosen, name)) is not None:
+            words += [f"--{name}={value}"] if value.startswith("-") else [f"--{name}", value]
+    if chosen.since:
+        words += ["--since", chosen.since.isoformat(timespec="seconds")]
+    return "python listener.py " + " ".join(map(shlex.quote, [*words, "--yes"]))
+
+
+def given_by_hand(context: click.Context) -> list[str]:
+    source = click.core.ParameterSource.COMMANDLINE
+    return [name for name in context.params if context.get_parameter_source(name) == source]
+
+
+def in_batches(conn, sql: str, given: dict[str, Any]) -> Iterator[Any]:
+    """Do it to all calls that match, and that no other transaction holds."""
+    while True:
+        done = db.execute(conn, sql, given).fetchall()
+        yield from done
+        if len(done) < given["batch"]:
+            return
+
+
+def tell(did: str, done: list) -> None:
+    """Say to which calls it was done: the first of them, and how many."""
+    for call in done[:MOST_SHOWN]:
+        click.echo(f"{did}: {rows.said(call)}, stage {call.stage}".translate(CONTROL))
+    if len(done) > MOST_SHOWN:
+        click.echo(f"and {len(done) - MOST_SHOWN} more")
+
+
+def refuse_left(conn, sql: str, chosen: Chosen) -> None:
+    """Raises Problem where calls match of which nothing was changed."""
+    left = db.execute(conn, sql, chosen.params | {"most": 1}).fetchone()
+    if left:
+        count = "1 call is" if left.calls == 1 else f"{left.calls} calls are"
+        raise Problem(f"{count} left, as another transaction holds them: try again")

@@ -1,0 +1,137 @@
+"""`pause` and `resume`: a person decides whether stages are called."""
+
+import time
+
+import click
+
+import config
+import db
+from logs import CONTROL
+from ops.person import operator, wake_listeners
+from ops.problem import Problem
+from ops.stage import StageName
+from ops.table import clock, plain
+
+PAUSE = """
+UPDATE pipeline_stages
+SET held_until = 'infinity', hold_seconds = NULL, held_reason = %(reason)s, held_by = %(by)s
+WHERE stage = %(stage)s
+"""
+
+RESUME = """
+UPDATE pipeline_stages AS p
+SET held_until = NULL, hold_seconds = NULL, held_reason = NULL, held_by = NULL
+FROM pipeline_stages AS before
+WHERE p.stage = %(stage)s AND p.held_until > now()
+  AND (before.table_name, before.join_of, before.current_step, before.status)
+      = (p.table_name, p.join_of, p.current_step, p.status)
+RETURNING before.held_by, before.held_reason,
+          (SELECT count(*) FROM stage_calls AS c WHERE c.stage = p.stage) AS owed
+"""
+
+STAGES = click.argument("stages", type=StageName(), nargs=-1, required=True, metavar="STAGE...")
+
+
+@click.command(short_help="Call STAGE no more, on any machine, until it is resumed.")
+@STAGES
+@click.option("--reason", default="paused by hand", show_default=True, metavar="TEXT",
+              help="Shown in status and in the log.")  # fmt: skip
+@click.option("--wait", is_flag=True, help="Then wait until the calls under way are over.")
+@click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS",
+              help="With --wait: no longer than this; then exit 1.")  # fmt: skip
+def pause(stages: tuple[str, ...], reason: str, wait: bool, timeout: float | None) -> None:
+    """Call these stages no more, on any machine, until they are resumed; their calls pile up.
+
+    Calls under way are finished; --wait waits for them. A pause outlasts restarts and installs.
+    """
+    if timeout is not None and not wait:
+        raise click.UsageError("--timeout needs --wait.", click.get_current_context())
+    conn = db.connect(config.settings(), "job-state-listener pause")
+    stages = tuple(dict.fromkeys(stages))
+    unknown = [stage for stage in stages if not paused(conn, stage, reason)]
+    if unknown:
+        raise Problem(f"the database does not know {' and '.join(unknown)}: run `make trigger`")
+    if wait:
+        wait_for_calls(conn, stages, timeout)
+
+
+def paused(conn, stage: str, reason: str) -> bool:
+    """Pause a stage and say so; False: the database does not know it."""
+    by = operator()
+    if not db.execute(conn, PAUSE, {"stage": stage, "reason": reason, "by": by}).rowcount:
+        return False
+    wake_listeners(conn, f"{stage} paused by {by}: {reason}")
+    click.echo(f"paused: {stage}; python listener.py resume {stage}")
+    return True
+
+
+@click.command(short_help="Call STAGE again: ends a pause, and also a hold.")
+@STAGES
+def resume(stages: tuple[str, ...]) -> None:
+    """Call these stages again: ends a pause, and also a hold, at once."""
+    conn = db.connect(config.settings(), "job-state-listener resume")
+    for stage in dict.fromkeys(stages):
+        lifted = db.execute(conn, RESUME, {"stage": stage}).fetchone()
+        if lifted is None:
+            click.echo(f"{stage} was neither paused nor held")
+            continue
+        wake_listeners(conn, f"{stage} resumed by {operator()}")
+        was = f"{lifted.held_by}: {lifted.held_reason}".translate(CONTROL)
+        click.echo(f"resumed: {stage}, which owes {lifted.owed} calls (was held by {was})")
+
+
+# --- waiting -------------------------------------------------------------------------------
+
+LOOK_EVERY = 0.5  # seconds
+
+# Transactions of listeners: one that had begun before the pause may commit a claim after it.
+CLAIMING = """
+SELECT k.virtualtransaction AS name
+FROM pg_locks AS k JOIN pg_stat_activity AS a USING (pid)
+WHERE k.locktype = 'virtualxid' AND a.datname = current_database()
+  AND starts_with(a.application_name, %(prefix)s)
+"""
+
+UNDER_WAY = """
+SELECT stage, job_id::text, worker, unanswered, leased_until FROM stage_leases
+WHERE stage = ANY (%(stages)s::text[]) AND leased_until > now()
+ORDER BY leased_until
+"""
+
+
+def wait_for_calls(conn, stages: tuple[str, ...], timeout: float | None) -> None:
+    """Block until no call of these stages is under way; says which ones it waits for.
+
+    Raises:
+        Problem: one still is after `timeout` seconds.
+    """
+    ends = None if timeout is None else time.monotonic() + timeout
+    claiming = transactions(conn)
+    told = None
+    while True:
+        claiming &= transactions(conn)
+        under_way = db.execute(conn, UNDER_WAY, {"stages": list(stages)}).fetchall()
+        if not claiming and not under_way:
+            click.echo("no call of them is under way" if len(stages) > 1
+                       else f"no call of {stages[0]} is under way")  # fmt: skip
+            return
+        waited = ", ".join(said(call) for call in under_way)
+        if ends is not None and time.monotonic() >= ends:
+            raise Problem(f"after {timeout:g} s there is still under way: {waited}; "
+                          f"{' and '.join(stages)} stay paused")  # fmt: skip
+        if waited and waited != told:
+            click.echo(f"waiting for {waited}")
+            told = waited
+        time.sleep(LOOK_EVERY)
+
+
+def transactions(conn) -> set[str]:
+    given = {"prefix": db.LISTENER_APPLICATION}
+    return {row.name for row in db.execute(conn, CLAIMING, given)}
+
+
+def said(call) -> str:
+    about = plain(f"{call.stage} {call.job_id}")
+    if call.unanswered:
+        return f"{about} (no answer; it may go on until {clock(call.leased_until)})"
+    return f"{about} (until {clock(call.leased_until)} at the latest)"

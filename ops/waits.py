@@ -1,0 +1,121 @@
+"""Why a call that is owed is not made just now, and what a person types about it."""
+
+from typing import Any, NamedTuple
+
+import config
+import db
+import pipeline
+from ops import rows
+from ops.listeners import listeners
+from ops.table import clock
+
+# A call, and whatever keeps it from being made. A row that another transaction has changed or
+# locked, and not committed, has that transaction's number as xmax; so long as it runs, it holds a
+# lock of that name.
+WAITS = """
+SELECT c.join_of, c.stage, c.call_id, c.due_at, c.due_at = 'infinity' AS given_up,
+       c.due_at > now() AS is_later, c.last_error,
+       l.worker AS calling, l.unanswered, l.leased_until, s.max_running,
+       s.max_running <= (SELECT count(*) FROM stage_leases AS m
+                         WHERE m.stage = c.stage AND m.leased_until > now()) AS full,
+       h.stage IS NOT NULL AS has_route, h.held_until, h.held_until = 'infinity' AS paused,
+       h.held_by, h.held_reason, k.pid AS locked_by, k.application_name, k.xact_start
+FROM stage_calls AS c
+LEFT JOIN LATERAL (SELECT * FROM stage_leases
+                   WHERE job_id = c.job_id AND table_name = c.table_name AND stage = c.stage
+                     AND leased_until > now()
+                   ORDER BY leased_until DESC LIMIT 1) AS l ON true
+LEFT JOIN stage_limits AS s ON s.name = c.stage
+LEFT JOIN LATERAL (SELECT p.stage, max(p.held_until) FILTER (WHERE p.held_until > now())
+                              AS held_until,
+                          max(p.held_by) AS held_by, max(p.held_reason) AS held_reason
+                   FROM pipeline_stages AS p WHERE p.stage = c.stage GROUP BY p.stage) AS h ON true
+LEFT JOIN LATERAL (SELECT m.pid, a.application_name, a.xact_start
+                   FROM pg_locks AS m LEFT JOIN pg_stat_activity AS a USING (pid)
+                   WHERE m.locktype = 'transactionid' AND m.granted AND m.mode = 'ExclusiveLock'
+                     AND m.transactionid = c.xmax LIMIT 1) AS k ON true
+WHERE c.job_id = %(key)s AND c.table_name = %(table)s
+  AND (%(stage)s::text IS NULL OR c.stage = %(stage)s)
+ORDER BY c.due_at
+"""
+
+
+class Waits(NamedTuple):
+    """Why a call waits; `mend` is the command that ends it, where there is one."""
+
+    why: str
+    mend: str | None = None
+
+
+def owed(conn, row: Any, stage: str | None = None) -> list:
+    """The calls of a row (to `stage`, if given) with what keeps each from being made."""
+    given = {"key": row.key, "table": row.table_name, "stage": stage}
+    return db.execute(conn, WAITS, given).fetchall()
+
+
+def waits(conn, row: Any) -> dict[str, Waits]:
+    """By join ("": the row's own): why the call waits that is owed; none of those that are under
+    way, were given up, or only wait for a worker.
+    """
+    found = {call.join_of: why(row, call) for call in owed(conn, row)}
+    taken_by_nobody = [join for join, waiting in found.items() if waiting is NOBODY]
+    if taken_by_nobody and listeners(conn, config.settings()):
+        found |= dict.fromkeys(taken_by_nobody)
+    return {join: waiting for join, waiting in found.items() if waiting}
+
+
+NOBODY = Waits("no listener is connected", "python listener.py")
+
+
+def why(row: Any, call: Any) -> Waits | None:
+    """Why a call (see WAITS) is not made; None where it is under way or was given up."""
+    if not call.has_route:
+        again = rows.own_stage(row) and not call.join_of
+        mend = rows.typed("again", row) if again else rows.typed("cancel", row)
+        return Waits(f"PIPELINE has no stage {call.stage}", mend)
+    if call.locked_by:
+        return Waits(locked(call))
+    if call.unanswered:
+        until = clock(call.leased_until)
+        return Waits(f"its last call got no answer, and the stage may be at it until {until}")
+    if call.calling or call.given_up:
+        return None
+    if hold := held(call):
+        return hold
+    if call.is_later:
+        return Waits("its last attempt failed", rows.typed("retry", row, "--now"))
+    if call.full:
+        return Waits(f"{call.stage} is at its limit of {call.max_running} calls at once")
+    return NOBODY
+
+
+def locked(call: Any) -> str:
+    name = f" {call.application_name}" if call.application_name else ""
+    since = f" since {clock(call.xact_start)}" if call.xact_start else ""
+    return f"another transaction holds it{since} (server process {call.locked_by}{name})"
+
+
+def held(stage: Any) -> Waits | None:
+    """The pause or hold of a stage."""
+    if not stage.held_until:
+        return None
+    until = "is paused" if stage.paused else f"is held until {clock(stage.held_until)}"
+    reason = rows.readable(stage.held_reason)
+    resume = f"python listener.py resume {stage.stage}"
+    return Waits(f"{stage.stage} {until} by {stage.held_by}: {reason}", resume)
+
+
+HELD = """
+SELECT stage, max(held_until) AS held_until, max(held_until) = 'infinity' AS paused,
+       max(held_by) AS held_by, max(held_reason) AS held_reason
+FROM pipeline_stages WHERE held_until > now() AND stage = ANY (%(stages)s::text[])
+GROUP BY stage
+"""
+
+
+def held_of(conn, stages: set[str]) -> list[Waits]:
+    """The pauses and holds of some stages, in the order of PIPELINE."""
+    found = db.execute(conn, HELD, {"stages": list(stages)}).fetchall()
+    order = pipeline.stage_names()
+    by_name = {row.stage: held(row) for row in found}
+    return [by_name[name] for name in order if name in by_name]
