@@ -115,11 +115,11 @@ def wait_for_calls(conn, stages: tuple[str, ...], timeout: float | None) -> None
             click.echo("no call of them is under way" if len(stages) > 1
                        else f"no call of {stages[0]} is under way")  # fmt: skip
             return
-        waited = ", ".join(said(call) for call in under_way)
+        waited = ", ".join(said(call) for call in under_way) or "a claim of a listener"
         if ends is not None and time.monotonic() >= ends:
-            raise Problem(f"after {timeout:g} s there is still under way: {waited}; "
-                          f"{' and '.join(stages)} stay paused")  # fmt: skip
-        if waited and waited != told:
+            still = f"after {timeout:g} s there is still under way: {waited}"
+            raise Problem(f"{still}; the pause stays")
+        if waited != told:
             click.echo(f"waiting for {waited}")
             told = waited
         time.sleep(LOOK_EVERY)

@@ -3,6 +3,7 @@
 import getpass
 import json
 import socket
+import threading
 from contextlib import closing
 
 import pytest
@@ -140,6 +141,50 @@ def test_stage_that_the_database_does_not_know_gets_one_line(database, run_comma
     database.rows("DELETE FROM pipeline_stages WHERE stage = 'planner'")
     refused = run_command(database, "pause", "planner").refused(1)
     assert refused == "the database does not know planner: run `make trigger`"
+
+
+def test_several_stages_are_paused_and_resumed_at_once(database, run_command):
+    done = run_command(database, "pause", "planner", "overlay", *GPU)
+    assert [line.split(";")[0] for line in done.lines] == ["paused: planner", "paused: overlay"]
+    assert paused(database, "planner") and paused(database, "overlay")
+    assert len(run_command(database, "resume", "planner", "overlay").lines) == 2
+    assert database.value(NOT_HELD, "planner") and database.value(NOT_HELD, "overlay")
+
+
+def test_pause_waits_until_calls_under_way_are_over(database, api, listener, run_command):
+    with gate(api) as opened:
+        listener(database, api=api)
+        job = database.add_job("img_gen", "done")
+        wait_for_call(api, job)
+        given_up = run_command(database, "pause", "vlm_analyze", "--wait", "--timeout", "0")
+        refused = given_up.refused(1)
+        assert refused.startswith(f"after 0 s there is still under way: vlm_analyze {job} (until ")
+        assert refused.endswith("; the pause stays") and paused(database, "vlm_analyze")
+        threading.Timer(1.0, opened.set).start()
+        done = run_command(database, "pause", "vlm_analyze", "planner", "--wait")
+    assert done.lines[2].startswith(f"waiting for vlm_analyze {job} (until ")
+    assert done.lines[-1] == "no call of them is under way"
+    assert database.value("SELECT count(*) = 0 FROM stage_leases")
+
+
+def test_pause_waits_for_a_claim_that_is_not_committed_yet(database, run_command):
+    """Its listener began it before the pause."""
+    job = database.add_job("yolo_detect", "done")
+    with closing(database.connect()) as conn:
+        conn.autocommit = False
+        cursor = conn.cursor()
+        cursor.execute("SET application_name = 'job-state-listener run 1/test'")
+        cursor.execute(
+            "INSERT INTO stage_leases VALUES (%s, 1, 1, 'planner', 'w', now(), now() + '1 h')",
+            [job],
+        )
+        done = run_command(database, "pause", "planner", "--wait", "--timeout", "0")
+        conn.rollback()
+    said = "after 0 s there is still under way: a claim of a listener; the pause stays"
+    assert done.refused(1) == said
+    assert run_command(database, "pause", "planner", "--wait").lines[-1] == (
+        "no call of planner is under way"
+    )
 
 
 # --- cancel --------------------------------------------------------------------------------

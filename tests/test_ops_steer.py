@@ -1,6 +1,8 @@
 """`retry` and `call`: a person decides about calls that wait, or runs one by hand."""
 
+import shlex
 import uuid
+from contextlib import closing
 
 import pytest
 from waiting import gate, wait_for_call
@@ -93,6 +95,103 @@ def test_retry_tells_what_it_did_before_a_malformed_id(database, run_command, gi
     assert "typo" in done.refused(2)
     assert done.out == f"due again: job {given_up[0]}, stage planner\n"
     assert due(database) == {given_up[0]}
+
+
+# --- chosen by filters ---------------------------------------------------------------------
+
+FILTERS = {
+    "stage": ["--stage", "planner"],
+    "error": ["--error", "no memory"],
+    "error as JSON has it": ["--error", "메모리"],
+    "tenant": ["--tenant", "acme"],
+    "since": ["--since", "2h"],
+}
+
+
+@pytest.fixture
+def chosen(database) -> list[str]:
+    """Two jobs whose calls match every filter, the calls given up; a third matches none."""
+    jobs = [database.add_job("yolo_detect", "done", tenant="acme") for _ in range(2)]
+    jobs.append(database.add_job("planner", "done"))
+    database.rows(GIVE_UP + ", created_at = now() - interval '1 day'")
+    database.rows(
+        "UPDATE stage_calls SET last_error = %s, created_at = now() WHERE stage = 'planner'",
+        "HTTP 500: No Memory (\\uba54\\ubaa8\\ub9ac)",
+    )
+    return jobs
+
+
+@pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)
+def test_what_filters_choose_is_shown_first_and_done_as_typed_then(
+    database, run_command, chosen, filters
+):
+    shown = run_command(database, "retry", *filters)
+    assert {line.split()[0] for line in shown.lines[1:-1]} == set(chosen[:2])
+    said, typed = shown.lines[-1].split(": python listener.py ")
+    assert said == "2 calls, nothing was changed; to make them due"
+    assert due(database) == set()
+    done = run_command(database, *shlex.split(typed))
+    assert sorted(done.lines) == sorted(
+        f"due again: job {job}, stage planner" for job in chosen[:2]
+    )
+    assert due(database) == set(chosen[:2])
+
+
+def test_filters_narrow_each_other_down(database, run_command, chosen):
+    done = run_command(database, "retry", "--tenant", "acme", "--stage", "overlay", "--yes")
+    assert done.lines == ["no such call was given up"]
+
+
+def test_cancel_by_filters_is_shown_first_and_keeps_the_reason(database, run_command, chosen):
+    shown = run_command(database, "cancel", "--error", "no memory", "--reason", "too large")
+    assert database.value("SELECT count(*) FROM stage_calls") == 3
+    typed = shown.lines[-1].split(": python listener.py ")[1]
+    assert typed == "cancel '--reason=too large' --error 'no memory' --yes"
+    assert len(run_command(database, *shlex.split(typed)).lines) == 2
+    assert [row.job_id for row in database.rows("SELECT job_id::text FROM stage_calls")] == chosen[
+        2:
+    ]
+    [attempt] = database.attempts(chosen[0])
+    assert (attempt.outcome, attempt.error) == ("cancelled", "too large")
+
+
+def test_cancel_does_what_it_can_and_names_the_rest(database, run_command, chosen):
+    unknown = str(uuid.uuid4())
+    done = run_command(database, "cancel", chosen[0], unknown, chosen[2])
+    assert done.refused(1) == f"there is no job {unknown}"
+    assert done.out.count("cancelled: ") == 2
+
+
+def test_calls_of_a_filter_that_another_transaction_holds_are_named(database, run_command, chosen):
+    with closing(database.connect()) as conn:
+        conn.autocommit = False
+        conn.cursor().execute("UPDATE jobs SET status = 'x' WHERE job_id = %s", [chosen[0]])
+        done = run_command(database, "retry", "--stage", "planner", "--yes")
+    assert done.refused(1) == "1 call is left, as another transaction holds them: try again"
+    assert due(database) == {chosen[1]}
+
+
+def test_more_calls_than_one_statement_takes_are_all_made_due(database, run_command):
+    database.rows("INSERT INTO jobs (current_step, status)"
+                  " SELECT 'planner', 'done' FROM generate_series(1, 1500)")  # fmt: skip
+    database.rows(GIVE_UP)
+    done = run_command(database, "retry", "--all", "--yes")
+    assert done.lines[-1] == "and 1480 more"
+    assert len(due(database)) == 1500
+
+
+def test_retry_now_hurries_what_is_in_its_back_off_and_keeps_what_is_spent(database, run_command):
+    job = database.add_job("planner", "done")
+    later = "UPDATE stage_calls SET due_at = now() + interval '1 h', attempts = 2"
+    database.rows(later + ", last_error = 'HTTP 500'")
+    hint = run_command(database, "retry", "--all", "--yes")
+    assert hint.lines == ["no such call was given up; 1 wait for their next attempt: --now"]
+    refused = run_command(database, "retry", job).refused(1)
+    assert refused.endswith(f"its last attempt failed: python listener.py retry --now {job}")
+    assert run_command(database, "retry", "--now", "--all", "--yes").code == 0
+    owed = database.owed(job)
+    assert database.value("SELECT due_at <= now() FROM stage_calls")
+    assert (owed.attempts, owed.free_attempts) == (2, 0)
 
 
 # --- call ----------------------------------------------------------------------------------
