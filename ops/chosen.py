@@ -14,10 +14,10 @@ import pipeline
 from logs import CONTROL
 from ops import rows
 from ops.problem import Problem
-from ops.rows import TABLE, readable
+from ops.rows import TABLE
 from ops.since import Since
 from ops.stage import OwedStage
-from ops.table import clipped, duration, plain, table
+from ops.table import clipped, duration, plain, readable, table
 
 # --- which calls ---------------------------------------------------------------------------
 
