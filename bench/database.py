@@ -124,7 +124,8 @@ class Database:
 
     def environ(self) -> dict[str, str]:
         """What points our listener here."""
-        told = {"DB_NAME": self.name, "DATABASE_URL": "", "PIPELINE_MODULE": self.pipeline or ""}
+        used = self.pipeline or "demo.five_stages"
+        told = {"DB_NAME": self.name, "DATABASE_URL": "", "PIPELINE_MODULE": used}
         return self.server.settings | told
 
     def connect(self):

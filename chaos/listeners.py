@@ -28,6 +28,7 @@ def environment(settings: dict[str, object]) -> dict[str, str]:
     """What a listener is told: these settings, and the defaults of all others, whatever the
     caller's environment and `.env` say."""
     given = {name: default or "" for name, (default, _) in config.SETTINGS.items()}
+    given["PIPELINE_MODULE"] = "demo.five_stages"
     given |= {name: str(value) for name, value in settings.items()}
     return os.environ | given | {"PYTHONIOENCODING": "utf-8"}
 

@@ -9,8 +9,8 @@ import random
 import uuid
 from dataclasses import dataclass
 
-import stages
 from chaos.families import CUT, QUEUED, variant_id
+from demo import five_stages
 
 STAGE_TIMEOUT, LEASE_MARGIN = 2.0, 2.5  # seconds, as the listeners are told
 LEASE = STAGE_TIMEOUT + LEASE_MARGIN
@@ -99,7 +99,7 @@ MEDDLING = {
     "delete": 2,
 }
 ARRIVED = ("img_gen", "done")
-ROUTED = list(stages.PIPELINE)
+ROUTED = list(five_stages.PIPELINE)
 # What may happen to a family: to the job itself, or to one of its variants.
 FAMILY_EVERY = 4  # jobs
 FAMILY_MEDDLING = {

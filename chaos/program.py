@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 
 from chaos import families, plan
+from demo.five_stages import PIPELINE
 from pipeline import Call, limits
 from stage_http import Answer
-from stages import PIPELINE
 
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
 LIMITED = {"planner": 3}  # max_running

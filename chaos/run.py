@@ -12,7 +12,6 @@ from pathlib import Path
 
 import psycopg2
 
-import stages
 from chaos import audit, families, plan
 from chaos.application import Application
 from chaos.faults import World
@@ -22,6 +21,7 @@ from chaos.nemesis import Nemesis
 from chaos.pipeline import Pipeline, url_of
 from chaos.program import LIMITED
 from chaos.proxy import Proxy
+from demo import five_stages
 from demo.database import EmbeddedDatabase
 from demo.terminal import CHILD
 
@@ -186,7 +186,9 @@ class Run:
             ended=time.time(),
             timeout=plan.STAGE_TIMEOUT,
             lease=plan.LEASE,
-            routes={"/".join(state): stage.__name__ for state, stage in stages.PIPELINE.items()}
+            routes={
+                "/".join(state): stage.__name__ for state, stage in five_stages.PIPELINE.items()
+            }
             | families.ROUTES,
             joined=families.JOINS,
             limits=LIMITED,

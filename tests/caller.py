@@ -15,9 +15,9 @@ import calls
 import db
 import logs
 import pipeline
-import stages
 import trigger
 from calls import Result
+from demo import five_stages
 from listener import Listener
 from ops.install import apply
 from trigger import boottime
@@ -152,13 +152,13 @@ def accepting(serve) -> RawServer:
 @pytest.fixture
 def add_stage(database) -> Iterator[Callable[..., None]]:
     """add_stage(function, step="x"): state (step, 'done') leads to it, as a user would have it."""
-    before = dict(stages.PIPELINE)
+    before = dict(five_stages.PIPELINE)
 
     def add(function: Callable, step: str = "x") -> None:
-        stages.PIPELINE[step, "done"] = function
+        five_stages.PIPELINE[step, "done"] = function
         with closing(db.connect(database.settings())) as conn:
             apply(conn)
 
     yield add
-    stages.PIPELINE.clear()
-    stages.PIPELINE.update(before)
+    five_stages.PIPELINE.clear()
+    five_stages.PIPELINE.update(before)

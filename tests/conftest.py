@@ -31,6 +31,9 @@ from ops.install import apply
 
 # The programs that the tests start should not compile every module anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# The pipeline of the tests, which stages.py and .env have no say in.
+PIPELINE = {"PIPELINE_MODULE": "demo.five_stages"}
+os.environ |= PIPELINE
 
 pytest_plugins = ["busy", "caller", "variants"]
 
@@ -52,7 +55,7 @@ class Server:
     """A PostgreSQL to make databases on: the embedded one, or that of DB_HOST."""
 
     def __init__(self, environ: dict[str, str], embedded: EmbeddedDatabase | None = None):
-        self.environ = environ
+        self.environ = environ | PIPELINE
         self.embedded = embedded
         self.template: str | None = None
 

@@ -5,20 +5,25 @@ from textwrap import indent
 
 from conftest import ROOT
 
+from demo import five_stages
+
 PROGRAM = """
 import sys
 sys.path.insert(0, {root!r})
 import os, re, signal, subprocess, threading, time
-import listener, ops, pipeline, stages, workers
+import listener, ops, pipeline, workers
+from demo import five_stages
 
 @pipeline.limits(timeout={timeout})
 def vlm_judge(call):
 {body}
 
-stages.PIPELINE["overlay", "done"] = vlm_judge
+five_stages.PIPELINE["overlay", "done"] = vlm_judge
 {more}
 ops.main(listener.cli)
 """
+# For pdb, at the body of vlm_judge.
+BREAK = f"break demo/five_stages.py:{five_stages.vlm_judge.__code__.co_firstlineno + 1}"
 POST = 'return call.post("/api/yh/llava/stage2/judge")'
 # Nothing in Python ends this before its time.
 COMPUTE = 're.match("(a+)+$", "a" * 64 + "b")'

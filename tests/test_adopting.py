@@ -11,7 +11,7 @@ from test_readme import Readme
 
 import listener as program
 import pipeline
-import stages
+from demo import five_stages
 from ops.install import apply
 
 PAGES = ["docs/ADOPTING.md", "docs/ADOPTING.ko.md"]
@@ -34,9 +34,9 @@ def guide(empty_database):
 @pytest.fixture
 def with_variants(page, monkeypatch):
     """PIPELINE as the page writes it."""
-    written = vars(stages) | {"Table": pipeline.Table}
+    written = vars(five_stages) | {"Table": pipeline.Table}
     exec(page.block("python", "VARIANTS = "), written)
-    monkeypatch.setattr(stages, "PIPELINE", written["PIPELINE"])
+    monkeypatch.setattr(five_stages, "PIPELINE", written["PIPELINE"])
 
 
 # --- the page ------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 from claims import STAGES, claim, claim_many, connected, held, result, settle
 
 import calls
-import stages
+from demo import five_stages
 from ops.install import apply
 
 HOLD = (
@@ -77,7 +77,7 @@ def test_held_stage_is_claimed_by_nobody_and_does_not_stop_the_others(database, 
 
 
 def test_hold_covers_every_state_of_its_stage(server, make_database, monkeypatch):
-    monkeypatch.setitem(stages.PIPELINE, ("img_gen", "again"), stages.vlm_analyze)
+    monkeypatch.setitem(five_stages.PIPELINE, ("img_gen", "again"), five_stages.vlm_analyze)
     database = make_database(server)
     with connected(database) as conn:
         apply(conn)

@@ -15,8 +15,8 @@ import calls
 import db
 import notifications
 import pipeline
-import stages
 import upkeep
+from demo import five_stages
 from demo.stage_api import StageApi
 from ops.install import apply
 
@@ -351,7 +351,7 @@ def test_install_knows_the_limits_that_are_declared(server, make_database, decla
     database = make_database(server)
     with closing(db.connect(database.settings())) as conn:
         for running in (2, 3, 1, None):
-            declare(stages.planner, max_running=running)
+            declare(five_stages.planner, max_running=running)
             apply(conn)
             expected = [] if running is None else [("planner", running)]
             assert database.rows(LIMITS) == expected
@@ -363,7 +363,7 @@ def test_calls_under_way_count_as_soon_as_there_is_a_limit(server, make_database
         database.add_job("yolo_detect")
     with connected(database) as conn:
         assert claim(conn).call_id
-        declare(stages.planner, max_running=2)
+        declare(five_stages.planner, max_running=2)
         apply(conn)
         assert claim(conn).call_id and claim(conn).call_id is None
 
@@ -374,8 +374,8 @@ def test_listener_does_not_start_with_another_limit_than_the_database(database, 
     done = run_command(database, "run", "--once")
     database.rows("UPDATE pipeline_stages SET max_running = NULL")
     assert done.code == 2
-    differ = "(yolo_detect, done) → planner in stages.py, planner (max_running 2) in the database"
-    assert differ in done.out
+    differ = "planner in demo/five_stages.py, planner (max_running 2) in the database"
+    assert f"(yolo_detect, done) → {differ}" in done.out
 
 
 @pytest.mark.parametrize("given", [{"max_running": 0}, {"timeout": -1}, {"max_attempts": 0}])
@@ -386,7 +386,7 @@ def test_impossible_limit_is_refused_where_it_is_declared(given):
 
 
 def test_timeout_and_attempts_of_a_stage_win_over_the_settings(database, caller, serve, declare):
-    declare(stages.vlm_analyze, timeout=7, max_attempts=1)
+    declare(five_stages.vlm_analyze, timeout=7, max_attempts=1)
     database.add_job(), database.add_job("overlay")
     listener = caller("http://127.0.0.1:1", STAGE_TIMEOUT=50, LEASE_MARGIN=3, MAX_ATTEMPTS=4)
     first, second = listener.claim(), listener.claim()
@@ -403,8 +403,8 @@ LIMITED = """
 import sys
 sys.path.insert(0, {root!r})
 import pipeline
-import stages
-pipeline.limits(max_running=2)(stages.vlm_analyze)
+from demo import five_stages
+pipeline.limits(max_running=2)(five_stages.vlm_analyze)
 import listener, ops
 ops.main(listener.cli)
 """
@@ -424,7 +424,7 @@ def test_eight_workers_never_exceed_the_limit_and_starve_no_other_stage(
     server, make_database, declare, listener, tmp_path
 ):
     database = make_database(server)
-    declare(stages.vlm_analyze, max_running=2)
+    declare(five_stages.vlm_analyze, max_running=2)
     with closing(db.connect(database.settings())) as conn:
         apply(conn)
     add = "INSERT INTO jobs (current_step, status) SELECT %s, 'done' FROM generate_series(1, %s)"

@@ -248,8 +248,8 @@ def test_different_routes_refuse_the_start(database, api, listener):
     assert process.wait() == 2
     line = process.lines[-1]
     assert "(python listener.py install)" in line and "make trigger" in line
-    assert "planner in stages.py, renamed in the database" in line
-    assert "overlay in stages.py, nothing in the database" in line
+    assert "planner in demo/five_stages.py, renamed in the database" in line
+    assert "overlay in demo/five_stages.py, nothing in the database" in line
 
 
 @pytest.mark.parametrize(

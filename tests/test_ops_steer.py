@@ -5,6 +5,7 @@ import uuid
 from contextlib import closing
 
 import pytest
+from stage_functions import BREAK
 from waiting import gate, wait_for_call
 
 from demo.stage_server import Answer, Hangup
@@ -294,9 +295,7 @@ def test_call_without_our_tables_says_what_to_run(empty_database, run_command):
 @pytest.mark.parametrize("args", [["call"], ["run", "--once"]], ids=" ".join)
 def test_debugger_stops_in_the_stage_function(database, api, run_command, args):
     job = database.add_job("overlay", "done")
-    typed = (
-        "break stages.vlm_judge\ncontinue\nprint('at', call.job_id, call.attempt)\ncontinue\nq\n"
-    )
+    typed = f"{BREAK}\ncontinue\nprint('at', call.job_id, call.attempt)\ncontinue\nq\n"
     given = [*args, job] if args == ["call"] else args
     done = run_command(database, *given, api=api, stdin=typed, python=("-m", "pdb"))
     assert f"at {job} 1" in done.out

@@ -115,7 +115,7 @@ INSERT = "INSERT INTO jobs (tenant_id, current_step, status) VALUES ('theirs', '
 def with_example_job(tmp_path, database, run_command):
     """with_example_job(body, *args): test-job with a pipeline whose example_job has this body."""
 
-    def run(body: str, *args: str, pipeline: str = "from stages import PIPELINE\n"):
+    def run(body: str, *args: str, pipeline: str = "from demo.five_stages import PIPELINE\n"):
         (tmp_path / "own.py").write_text(f"{pipeline}\ndef example_job(conn):\n    {body}\n")
         return run_command(database, "test-job", *args, PIPELINE_MODULE="own", PYTHONPATH=tmp_path)
 

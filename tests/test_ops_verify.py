@@ -47,7 +47,7 @@ def test_everything_in_place_is_one_line_each_and_exit_0(each_database, api, run
         r"the trigger knows the columns as they are\n"
         r"function notify_job_state_change\(\)\n"
         r"triggers job_state_change_trigger, job_state_insert_trigger, enabled on jobs\n"
-        r"routes: PIPELINE of stages.py \(5 states\) is in the database\n"
+        r"routes: PIPELINE of demo/five_stages.py \(5 states\) is in the database\n"
         r"privileges of role .+\n"
         r"other roles with rights on our tables: none\n"
         r"LISTEN 'job_state_changed' delivers; queue 0% full\n"
@@ -94,17 +94,17 @@ DAMAGE = {
     ),
     "state without a route": (
         "DELETE FROM pipeline_stages WHERE current_step = 'planner'",
-        "routes differ: (planner, done) → overlay in stages.py, nothing in the database",
+        "routes differ: (planner, done) → overlay in demo/five_stages.py, nothing in the database",
         INSTALL,
     ),
     "route of another stage": (
         "UPDATE pipeline_stages SET stage = 'x' WHERE current_step = 'planner'",
-        "routes differ: (planner, done) → overlay in stages.py, x in the database",
+        "routes differ: (planner, done) → overlay in demo/five_stages.py, x in the database",
         INSTALL,
     ),
     "route that stages.py does not have": (
         "INSERT INTO pipeline_stages VALUES ('planner', 'failed', 'x')",
-        "routes differ: (planner, failed) → nothing in stages.py, x in the database",
+        "routes differ: (planner, failed) → nothing in demo/five_stages.py, x in the database",
         INSTALL,
     ),
     "route that the function was not told": (

@@ -21,7 +21,7 @@ import config
 import db
 import listener as program
 import ops
-import stages
+from demo import five_stages
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -169,9 +169,10 @@ def test_file_table_names_what_is_there(readme):
 def test_stage_table_is_the_pipeline(readme):
     rows = readme.table("img_gen, done")
     states = {tuple(state.split(", ")): stage.split()[0] for state, stage, _ in rows}
-    assert states == {state: function.__name__ for state, function in stages.PIPELINE.items()}
+    assert states == {state: function.__name__ for state, function in five_stages.PIPELINE.items()}
     for state, _, path in rows:
-        assert f'call.post("{path}")' in inspect.getsource(stages.PIPELINE[(*state.split(", "),)])
+        function = five_stages.PIPELINE[(*state.split(", "),)]
+        assert f'call.post("{path}")' in inspect.getsource(function)
 
 
 def test_log_lines_of_the_table_are_logged(readme):

@@ -10,7 +10,7 @@ from bell import Bell
 from claims import claim, connected
 
 import db
-import stages
+from demo import five_stages
 from ops.install import DROP, apply
 
 # What the guide told its users to run.
@@ -191,13 +191,14 @@ def test_trigger_follows_the_routes_at_once(each_database, monkeypatch):
             return call.stage if (call := each_database.owed(job)) else None
 
         assert stage_owed("img_gen", "done") == "vlm_analyze"
-        added = dict.fromkeys(AWKWARD, stages.planner) | {("img_gen", "done"): stages.overlay}
-        monkeypatch.setattr(stages, "PIPELINE", stages.PIPELINE | added)
+        added = dict.fromkeys(AWKWARD, five_stages.planner)
+        added |= {("img_gen", "done"): five_stages.overlay}
+        monkeypatch.setattr(five_stages, "PIPELINE", five_stages.PIPELINE | added)
         with closing(db.connect(each_database.settings())) as conn:
             apply(conn)
             assert {stage_owed(*state) for state in AWKWARD} == {"planner"}
             assert stage_owed("img_gen", "done") == "overlay"
-            monkeypatch.setattr(stages, "PIPELINE", {("img_gen", "done"): stages.overlay})
+            monkeypatch.setattr(five_stages, "PIPELINE", {("img_gen", "done"): five_stages.overlay})
             apply(conn)
         assert stage_owed(*AWKWARD[0]) is None
         assert stage_owed("img_gen", "done") == "overlay"

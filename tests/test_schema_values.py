@@ -9,7 +9,7 @@ from bell import Bell
 from claims import claim, connected
 from conftest import Database
 
-import stages
+from demo import five_stages
 from ops.install import apply
 
 KEYS = {"job_id", "current_step", "status", "tenant_id"}
@@ -226,7 +226,7 @@ def test_partition_added_later_is_covered(partitioned):
 
 
 def test_move_between_partitions_in_the_same_state_keeps_the_call_in_hand(partitioned, monkeypatch):
-    monkeypatch.setitem(stages.PIPELINE, ("img_gen", "ready"), stages.vlm_analyze)
+    monkeypatch.setitem(five_stages.PIPELINE, ("img_gen", "ready"), five_stages.vlm_analyze)
     with connected(partitioned) as conn:
         apply(conn)
     partitioned.rows("INSERT INTO jobs VALUES (1, 'near', 'img_gen', 'ready')")

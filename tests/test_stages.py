@@ -10,7 +10,7 @@ from raw_server import OK, in_turn
 
 import config
 import pipeline
-import stages
+from demo import five_stages
 from demo.stage_server import Answer
 from stage_http import StageApi, TimeIsUp
 from trigger import boottime
@@ -123,7 +123,7 @@ def test_number_that_json_does_not_have_is_refused_before_anything_is_sent(accep
 @pytest.mark.parametrize("stage", PATHS)
 def test_state_before_a_stage_leads_to_its_path(accepting, stage):
     before = dict(zip(PATHS, ["img_gen", *PATHS], strict=False))[stage]
-    function = stages.PIPELINE[before, "done"]
+    function = five_stages.PIPELINE[before, "done"]
     assert function.__name__ == stage
     assert function(make_call(accepting)).status == 200
     assert accepting.requests[0].head.startswith(f"POST {PATHS[stage]} ")
@@ -131,7 +131,7 @@ def test_state_before_a_stage_leads_to_its_path(accepting, stage):
 
 def test_pipeline_has_the_five_stages_and_no_more():
     assert pipeline.stage_names() == list(PATHS)
-    assert len(stages.PIPELINE) == 5
+    assert len(five_stages.PIPELINE) == 5
 
 
 def test_answer_is_kept_in_the_call(accepting):

@@ -12,10 +12,11 @@ import requests
 import trustme
 from conftest import ROOT
 from raw_server import OK, answering, in_turn
+from stage_functions import BREAK
 from test_stage_http import black_hole
 from waiting import AWAY, wait_until_idle
 
-import stages
+from demo import five_stages
 from trigger import boottime
 
 ERROR = b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n"
@@ -84,10 +85,11 @@ def program(tmp_path, *lines: str):
     path.write_text("\n".join([
         "import asyncio, sys",
         f"sys.path.insert(0, {str(ROOT)!r})",
-        "import listener, ops, stages",
+        "import listener, ops",
+        "from demo import five_stages",
         "def vlm_judge(call):",
         *[f"    {line}" for line in lines],
-        "stages.PIPELINE['overlay', 'done'] = vlm_judge",
+        "five_stages.PIPELINE['overlay', 'done'] = vlm_judge",
         "ops.main(listener.cli)",
     ]))  # fmt: skip
     return path
@@ -380,7 +382,7 @@ def test_function_that_left_pipeline_is_a_failed_attempt(database, accepting, ca
     add_stage(leaving, "x")
     job = database.add_job("x")
     worker = caller(accepting.url)
-    del stages.PIPELINE["x", "done"]
+    del five_stages.PIPELINE["x", "done"]
     attempt = worker.call()
     assert attempt.outcome == "retry" and "PIPELINE has no (x, done)" in attempt.error
     assert accepting.connections == 0 and not database.owed(job).given_up
@@ -392,7 +394,7 @@ def test_call_of_a_stage_that_left_pipeline_stays_visible(database, accepting, c
 
     add_stage(leaving, "x")
     job = database.add_job("x")
-    del stages.PIPELINE["x", "done"]
+    del five_stages.PIPELINE["x", "done"]
     assert caller(accepting.url).claim() is None
     assert database.owed(job).stage == "leaving"
 
@@ -567,7 +569,7 @@ def test_call_that_a_frozen_worker_did_not_begin_in_time_is_released(
 
 # --- by hand -------------------------------------------------------------------------------
 
-AT_THE_PROMPT = "break stages.vlm_judge\ncontinue\n"
+AT_THE_PROMPT = f"{BREAK}\ncontinue\n"
 
 
 def test_call_that_outlasts_its_lease_at_the_prompt_is_released(database, api, run_command):

@@ -10,7 +10,7 @@ from claims import LEASE_OVER, STAGES, claim, claim_many, connected, result, set
 from waiting import until
 
 import pipeline
-import stages
+from demo import five_stages
 from ops import migrations
 from ops.install import apply
 
@@ -69,9 +69,9 @@ class OldWorker:
 @pytest.fixture
 def limit():
     """max_running of planner, as the installed version 1 has it."""
-    pipeline.limits(max_running=2)(stages.planner)
+    pipeline.limits(max_running=2)(five_stages.planner)
     yield
-    del stages.planner.limits
+    del five_stages.planner.limits
 
 
 @pytest.fixture

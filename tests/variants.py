@@ -8,7 +8,7 @@ import pytest
 
 import db
 import pipeline
-import stages
+from demo import five_stages
 from ops.install import apply
 from pipeline import Table
 
@@ -91,7 +91,7 @@ class Variants:
 @pytest.fixture
 def use_pipeline(monkeypatch) -> Iterator[Callable[[dict], None]]:
     """use_pipeline(dict): PIPELINE of this process is another."""
-    yield lambda routes: monkeypatch.setattr(stages, "PIPELINE", routes)
+    yield lambda routes: monkeypatch.setattr(five_stages, "PIPELINE", routes)
 
 
 def install(database, *tables: str) -> Variants:
