@@ -20,6 +20,7 @@ import sys
 import time
 from collections import OrderedDict
 from dataclasses import replace
+from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,7 +96,8 @@ class Listener:
         self.join_at = 0.0 if pipeline.joins() else math.inf
         self.ping_at = 0.0 if hosts.is_several(settings) else math.inf
         self.due_at = 0.0  # when the next call will be due, as far as is known
-        self.asks, self.asked_at = False, None  # whether to ask, and since when
+        self.asks = False  # whether to ask
+        self.asked_at: datetime | None = None  # since when
         self.doubtful_until = -math.inf  # something may be claimed in our name and not be known
         self.checked = False  # whether the database knows this PIPELINE
         self.refusal: ops.Problem | None = None  # why this program must not go on
@@ -400,7 +402,7 @@ class Listener:
         seconds = max(0.0, until - now) if waits else 0.0
         doing = "waiting for a job to change" if conn else f"database away: {self.reason}"
         self.beat("making calls" if conn and self.workers.calls else doing, seconds)
-        reading = [self.signals, *self.workers.reading, *([conn] if conn else [])]
+        reading: list[Any] = [self.signals, *self.workers.reading, *([conn] if conn else [])]
         ready, _, _ = select.select(reading, self.workers.writing, [], seconds)
         if self.signals in ready:
             self.signals.drain()
@@ -557,8 +559,10 @@ def run(workers: int | None = None, only: tuple[str, ...] = (), once: bool = Fal
 @click.argument("job_id")
 @click.option("--stage", type=StageName(), metavar="STAGE",
               help="The call to this stage, where several are owed.")  # fmt: skip
+@click.option("--dry-run", is_flag=True,
+              help="Print what the stage function would send; claim and send nothing.")  # fmt: skip
 @TABLE
-def call(job_id: str, stage: str | None, table: str | None) -> None:
+def call(job_id: str, stage: str | None, dry_run: bool, table: str | None) -> None:
     """Run the call that JOB_ID owes, now and in this process; exit 0 only if it succeeded.
 
     JOB_ID is the id of a job or of a row of another table of the pipeline.
@@ -567,13 +571,15 @@ def call(job_id: str, stage: str | None, table: str | None) -> None:
     away from it for its timeout and LEASE_MARGIN; a call that outlasts that at the prompt is not
     made. Neither a back-off nor a hold nor having been given up keeps it from being run.
     """
-    from ops import rows, steer  # `run` does without
+    from ops import preview, rows, steer  # `run` does without
 
     settings = config.settings()
     logs.set_up(settings)
     conn = db.connect(settings, "job-state-listener call", pinned=True)
     ops.require_installed(conn)
     row = rows.find(conn, job_id, table)
+    if dry_run:
+        return preview.show(conn, settings, row, stage)
     sys.exit(0 if steer.call_by_hand(conn, settings, listener_name(), row, stage) else 1)
 
 
