@@ -207,6 +207,12 @@ def try_image(buildah: Buildah, database: EmbeddedDatabase) -> None:
         files = run(*command("ls", "-A", "/app")).split()
         say(f"the image has {' '.join(files)}")
         assert ".env" not in files, "a password went into the image"
+        say("the chat example as ALERT_COMMAND")
+        settings["ALERT_COMMAND"] = "python demo/monitoring/chat_webhook.py"
+        alert = command(*image["Entrypoint"], "alert-test")
+        told = subprocess.run(alert, capture_output=True, text=True).stderr.strip()
+        assert "exit code 1: CHAT_WEBHOOK_URL is not set" in told, told
+        del settings["ALERT_COMMAND"]
         say("docker run IMAGE install")
         print(run(*command(*image["Entrypoint"], "install")))
         say("the stage API of compose.yaml")
