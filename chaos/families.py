@@ -6,6 +6,7 @@ Beside the product's pipeline, in states of their own: a family's job rests in Q
 
 import uuid
 
+from demo.stage_api import FIND_JOB, FINISH_JOB, Rows, Stage
 from pipeline import Call, Table
 from stage_http import Answer
 
@@ -38,18 +39,23 @@ JOINS = {"/".join(DETECTED): ad_copy.__name__}
 # wherever it is: the call says that its variants are there.
 TAKE_VARIANT = """
 UPDATE jobs_variants SET current_step = %(stage)s, status = 'running'
- WHERE job_variants_id = %(job_id)s AND current_step = %(before)s AND status = 'done'
+ WHERE job_variants_id = %(row_id)s AND current_step = %(before)s AND status = 'done'
 RETURNING job_id"""
 FINISH_VARIANT = """
 UPDATE jobs_variants SET status = %(result)s
- WHERE job_variants_id = %(job_id)s AND current_step = %(stage)s AND status = 'running'
+ WHERE job_variants_id = %(row_id)s AND current_step = %(stage)s AND status = 'running'
 RETURNING job_id"""
-FIND_VARIANT = "SELECT current_step, status FROM jobs_variants WHERE job_variants_id = %(job_id)s"
+FIND_VARIANT = "SELECT current_step, status FROM jobs_variants WHERE job_variants_id = %(row_id)s"
 TAKE_FAMILY = """
 UPDATE jobs SET current_step = %(stage)s, status = 'running'
  WHERE job_id = %(job_id)s
 RETURNING job_id"""
-STAGES = {"/variants/detect": ("detect", "cut"), "/ad_copy": ("ad_copy", "family")}
+STAGES = {
+    "/variants/detect": Stage(
+        "detect", "cut", Rows(VARIANTS.id, TAKE_VARIANT, FINISH_VARIANT, FIND_VARIANT)
+    ),
+    "/ad_copy": Stage("ad_copy", "family", Rows("job_id", TAKE_FAMILY, FINISH_JOB, FIND_JOB)),
+}
 
 # What is left behind, as in application.py: no stage works on it, and nothing is owed.
 LEFT_BEHIND = """

@@ -16,11 +16,14 @@ import psycopg2
 
 from chaos import families, plan
 from chaos.history import Post
-from demo.stage_api import CONNECTION_LOST, FIND_JOB, FINISH_JOB, TAKE_JOB, StageApi
+from demo.stage_api import CONNECTION_LOST, STAGES, Rows, Stage, StageApi
 from demo.stage_server import Answer, Hangup, Request, json_answer
 
 TOO_LONG = plan.STAGE_TIMEOUT
 ACCEPTED = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n"
+
+
+OF_JOBS = {path: Stage(*stage) for path, stage in STAGES.items()}
 
 
 class Pipeline(StageApi):
@@ -30,7 +33,7 @@ class Pipeline(StageApi):
     """
 
     def __init__(self, dsn: str, seed: int):
-        super().__init__(dsn)
+        super().__init__(dsn, stages=OF_JOBS | families.STAGES)
         self.seed = seed
         self.calm = threading.Event()  # set: every stage just works
         self.posts: list[Post] = []
@@ -46,10 +49,8 @@ class Pipeline(StageApi):
         _, slot, path = request.path.split("/", 2)
         request.slot, request.path = int(slot), f"/{path}"
         super().arrived(request)
-        if request.path in families.STAGES:
-            request.stage, request.before = families.STAGES[request.path]
-            # The row's own id, where it has one beside its job's.
-            request.job_id = request.body.get(families.VARIANTS.id, request.job_id)
+        # The row's own id, where it has one beside its job's.
+        request.job_id = request.body.get(families.VARIANTS.id, request.job_id)
 
     def answer(self, request: Request) -> Answer:
         if self.closing.is_set():
@@ -83,28 +84,16 @@ class Pipeline(StageApi):
         super().finished(request)
         request.headers = request.connection = None  # it is kept, they need not be
 
+    def rows(self, request: Request) -> Rows:
+        """The rows that the stage of a request works on."""
+        return self._stages[request.path].rows
+
     @contextmanager
     def transaction(self, request: Request) -> Iterator[psycopg2.extensions.cursor]:
         """One in which the job is (stage, 'running') and nobody else sees it."""
         with closing(self.connect()) as connection, connection.cursor() as cursor:
-            cursor.execute(sql_for(request, TAKE_JOB), vars(request))
+            cursor.execute(self.rows(request).take, vars(request))
             yield cursor
-
-    def _execute(self, statement: str, request: Request, **more: str) -> list[tuple]:
-        return super()._execute(sql_for(request, statement), request, **more)
-
-
-OF_VARIANTS = {TAKE_JOB: families.TAKE_VARIANT, FINISH_JOB: families.FINISH_VARIANT,
-               FIND_JOB: families.FIND_VARIANT}  # fmt: skip
-
-
-def sql_for(request: Request, statement: str) -> str:
-    """The statement that does for this request what `statement` does for those of the jobs."""
-    if request.stage == "detect":
-        return OF_VARIANTS[statement]
-    if request.stage == "ad_copy" and statement == TAKE_JOB:
-        return families.TAKE_FAMILY
-    return statement
 
 
 def url_of(slot: int, port: int) -> str:
@@ -191,7 +180,7 @@ def accept_and_forget(_api: Pipeline, _request: Request, _chance: Random) -> Ans
 def answer_before_commit(api: Pipeline, request: Request, chance: Random) -> Answer:
     """The answer leaves while the transaction is open; it may still be rolled back."""
     with api.transaction(request) as cursor:
-        cursor.execute(sql_for(request, FINISH_JOB), vars(request) | {"result": "done"})
+        cursor.execute(api.rows(request).finish, vars(request) | {"result": "done"})
         request.status = 200
         with suppress(psycopg2.Error, OSError):  # too late for another answer
             request.connection.sendall(ACCEPTED + b"{}")
@@ -205,7 +194,7 @@ def work_in_one_transaction(api: Pipeline, request: Request, chance: Random) -> 
     """'running' is flushed, and committed only with the result, or never."""
     with api.transaction(request) as cursor:
         api.closing.wait(chance.choice([0.1, 0.5, plan.LEASE + 0.5]))
-        cursor.execute(sql_for(request, FINISH_JOB), vars(request) | {"result": "done"})
+        cursor.execute(api.rows(request).finish, vars(request) | {"result": "done"})
         committed = end_by_chance(cursor, chance, 0.7)
     return Answer(200 if committed else 500)
 
