@@ -47,7 +47,7 @@ CREATE TABLE jobs (
     updated_at   timestamptz NOT NULL DEFAULT now()
 );
 """
-RETRY_EVERY = 1.5  # seconds between two `retry --all` of the operator
+RETRY_EVERY = 1.5  # seconds between two `retry --all --yes` of the operator
 # A held stage is called again after a minute at the latest, a lease is over sooner.
 SETTLE_LIMIT = 150.0
 
@@ -156,7 +156,7 @@ class Run:
     def operate(self) -> None:
         """The operator, who retries what was given up."""
         while not self.over.wait(1.0 if self.api.calm.is_set() else RETRY_EVERY):
-            self.command("retry", "--all")
+            self.command("retry", "--all", "--yes")
 
     def settle(self, tell: Callable[[str], None]) -> int:
         """Wait until nothing is owed; how much is, should that take too long."""
