@@ -19,6 +19,9 @@ ONLY_LINUX = {
     "socket": ["TCP_USER_TIMEOUT", "TCP_KEEPIDLE", "TCP_KEEPINTVL"],
 }
 
+# Started by a command, it is a Python of its own, which has nothing imported yet.
+COLD = ("env",)
+
 
 @pytest.fixture
 def without(tmp_path):
@@ -34,11 +37,11 @@ def without(tmp_path):
 
 
 def test_listener_works_without_what_only_linux_has(database, api, listener, tmp_path, without):
-    process = listener(database, api=api, program=without(ONLY_LINUX))
+    process = listener(database, api=api, program=without(ONLY_LINUX), within=COLD)
     wait_until_idle(tmp_path)
     database.add_job("overlay", "done")
     database.wait_for("SELECT status = 'done' FROM jobs WHERE current_step = 'vlm_judge'")
-    check = listener(database, "check", program=without(ONLY_LINUX))
+    check = listener(database, "check", program=without(ONLY_LINUX), within=COLD)
     assert check.wait() == 0 and "1 listener alive" in check.output
     assert process.stop() == 0 and "Traceback" not in process.output
 
@@ -46,7 +49,7 @@ def test_listener_works_without_what_only_linux_has(database, api, listener, tmp
 @pytest.mark.parametrize("command", ["run", "check", "status", "install", "--help"])
 @pytest.mark.parametrize("name", ["fork", "waitid"])
 def test_system_that_lacks_what_we_need_gets_one_line(database, listener, without, command, name):
-    process = listener(database, command, program=without({"os": [name]}))
+    process = listener(database, command, program=without({"os": [name]}), within=COLD)
     assert process.wait() == 2
     [line] = process.lines
     assert line.startswith("error: this runs on Linux, and for development on macOS with Python")
