@@ -67,6 +67,11 @@ class Table:
         """The columns that identify a row: its own id, and its parent's."""
         return [self.id, self.parent[1]] if self.parent else [self.id]
 
+    @property
+    def parent_column(self) -> str:
+        """The column that holds the parent's id; "" where there are none."""
+        return self.parent[1] if self.parent else ""
+
     def __call__(self, step: str, status: str) -> "State":
         """The state of a row."""
         return State(self, step, status)
@@ -120,8 +125,16 @@ def route_of(key: State | tuple[str, str]) -> Route:
     if not isinstance(key, State):
         return Route(JOBS.name, "", *key)
     if key.every:
-        return Route(parent_name(key.table), join_name(key), key.step, key.status)
+        return Route(owner(key).name, join_name(key), key.step, key.status)
     return Route(key.table.name, "", key.step, key.status)
+
+
+def owner(state: State) -> Table:
+    """The table whose row owes the call: of a join, the parent's."""
+    if not state.every or state.table.parent is None:
+        return state.table
+    parent = state.table.parent[0]
+    return parent if isinstance(parent, Table) else JOBS
 
 
 def join_name(state: State) -> str:
@@ -199,6 +212,11 @@ def module():
     except ValueError as error:
         raise config.SettingsError(f"PIPELINE of {name}: {error}") from None
     return found
+
+
+def file() -> str:
+    """The file of that module, as seen from listener.py."""
+    return module().__name__.replace(".", "/") + ".py"
 
 
 def check(pipeline: Any) -> None:
@@ -438,9 +456,13 @@ class Call:
         rows = self.query(sql, params)
         return rows[0][0] if rows else None
 
+    @property
+    def values(self) -> dict[str, Any]:
+        """What every query is given."""
+        return {"job_id": self.job_id, **self.ids, "tenant_id": self.tenant_id}
+
     def query(self, sql: str, params: dict[str, Any]) -> list:
-        given = {"job_id": self.job_id, **self.ids, "tenant_id": self.tenant_id, **params}
-        return db.query(self.settings, sql, given)
+        return db.query(self.settings, sql, self.values | params)
 
 
 def claimed_call(row: Any, limits: Limits, listener: str, covered_until: float) -> Call:

@@ -139,16 +139,21 @@ class StageApi:
             self.close()
 
     def send(self, method: str, path: str, headers, seconds: float, data=None) -> Answer:
-        request = self.prepared.copy()
-        request.method, request.url = method, requests.utils.requote_uri(self.url + path)
-        request.prepare_body(data, None)
-        request.headers.update(headers)
+        request = self.request(method, path, headers, data)
         timeout = (min(CONNECT_TIMEOUT, seconds), seconds)
         try:
             response = self.adapter.send(request, stream=True, timeout=timeout, verify=self.verify)
             return answer_of(response)
         except FAILED as error:
             raise translated(error) from error
+
+    def request(self, method: str, path: str, headers, data=None) -> requests.PreparedRequest:
+        """A request as it is sent."""
+        request = self.prepared.copy()
+        request.method, request.url = method, requests.utils.requote_uri(self.url + path)
+        request.prepare_body(data, None)
+        request.headers.update(headers)
+        return request
 
 
 def prepared(url: str, token: str | None) -> requests.PreparedRequest:

@@ -45,7 +45,7 @@ def difference(conn) -> list[str]:
     """What PIPELINE and the database's copy of it do not agree on, in words."""
     ours, theirs = pipeline.stages_of_routes(), known(conn)
     found = [
-        f"{route} → {shown(ours.get(route))} in {pipeline.module().__name__}.py, "
+        f"{route} → {shown(ours.get(route))} in {pipeline.file()}, "
         f"{shown(theirs.get(route))} in the database"
         for route in sorted(ours.keys() | theirs.keys())
         if ours.get(route) != theirs.get(route)

@@ -119,6 +119,15 @@ ORDER BY t.position
 """
 
 
+def key_of(conn, id_: str) -> str:
+    """An id as the database writes it. Raises NoId."""
+    try:
+        return db.execute(conn, KEY, {"id": id_}).fetchone().key
+    except psycopg2.DataError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise NoId(f"not a job id of this database: {reason}") from None
+
+
 def find(conn, id_: str, table: str | None = None) -> Any:
     """The row with this id: where it is, or that it was deleted.
 
@@ -126,11 +135,7 @@ def find(conn, id_: str, table: str | None = None) -> Any:
         NoId
         Problem: there is none, or more than one.
     """
-    try:
-        key = db.execute(conn, KEY, {"id": id_}).fetchone().key
-    except psycopg2.DataError as error:
-        reason = str(error).strip().split("\n")[0]
-        raise NoId(f"not a job id of this database: {reason}") from None
+    key = key_of(conn, id_)
     places = db.execute(conn, PLACES, {"key": key, "table": table}).fetchall()
     known = [row for row in places if row.is_there or row.owes]
     known = known or [row for row in places if row.has_history]

@@ -269,7 +269,7 @@ def check_routes(conn, settings) -> str:
     counted = f"{len(pipeline.routes())} states"
     if tables > 1:
         counted += f", {tables} tables, {joins} join{'s' * (joins != 1)}"
-    return f"routes: PIPELINE of {pipeline.module().__name__}.py ({counted}) is in the database"
+    return f"routes: PIPELINE of {pipeline.file()} ({counted}) is in the database"
 
 
 def check_privileges(conn, settings) -> str:

@@ -7,7 +7,7 @@ import db
 import pipeline
 from ops import rows
 from ops.listeners import listeners
-from ops.table import clock
+from ops.table import clock, readable
 
 # A call, and whatever keeps it from being made. A row that another transaction has changed or
 # locked, and not committed, has that transaction's number as xmax; so long as it runs, it holds a
@@ -100,7 +100,7 @@ def held(stage: Any) -> Waits | None:
     if not stage.held_until:
         return None
     until = "is paused" if stage.paused else f"is held until {clock(stage.held_until)}"
-    reason = rows.readable(stage.held_reason)
+    reason = readable(stage.held_reason)
     resume = f"python listener.py resume {stage.stage}"
     return Waits(f"{stage.stage} {until} by {stage.held_by}: {reason}", resume)
 

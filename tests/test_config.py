@@ -36,6 +36,7 @@ DEFAULTS = {
     "STAGE_API_TOKEN": None,
     "STAGE_API_URLS": {},
     "ALERT_COMMAND": None,
+    "ALERT_AFTER": 600.0,
 }
 URL = "postgresql://app:secret@db.example:6432/feedlyai"
 

@@ -54,7 +54,7 @@ def test_trigger_that_install_finds_from_before_is_no_wish_of_anybody(empty_data
     empty_database.rows("""
         CREATE TABLE jobs (job_id uuid PRIMARY KEY, tenant_id text, current_step text, status text);
         CREATE FUNCTION notify_job_state_change() RETURNS trigger LANGUAGE plpgsql AS
-            'BEGIN RETURN NEW; END';
+            'BEGIN PERFORM pg_notify(''job_state_changed'', ''{}''); RETURN NEW; END';
         CREATE TRIGGER job_state_change_trigger AFTER UPDATE ON jobs FOR EACH ROW
             EXECUTE FUNCTION notify_job_state_change()""")
     run_command(empty_database, "install")

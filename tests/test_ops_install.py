@@ -43,6 +43,7 @@ MADE = [
     "function stalled_jobs()",
     "function resting_rows()",
     "function stage_call_row()",
+    "function stage_column_types()",
     "function stage_join_is_complete()",
     "trigger job_state_change_trigger on jobs",
     "trigger job_state_insert_trigger on jobs",

@@ -127,7 +127,7 @@ def test_monitor_may_look_and_no_more(database, grant):
 
     for looking in ("status", "status --json", f"job {job}"):
         assert commands.run_here(environ, *looking.split()).code == 0
-    for doing in ("retry --all", f"call {job}", "install", "uninstall --yes"):
+    for doing in ("retry --all --yes", f"call {job}", "install", "uninstall --yes"):
         refused = commands.run_here(environ, *doing.split()).refused(1)
         assert re.search("permission denied|must be owner", refused)
     assert database.owed(job).given_up

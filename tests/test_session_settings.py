@@ -177,8 +177,10 @@ def test_install_into_a_bent_database_is_the_same(server, make_database, make_ro
     for database, given in ((plain, {}), (bent, as_role)):
         with closing(db.connect(database.settings(**given))) as conn:
             apply(conn)
+    # But for the number that each database has given the table.
     functions = (
-        "SELECT proname, prosrc FROM pg_proc WHERE pronamespace = 'public'::regnamespace ORDER BY 1"
+        "SELECT proname, replace(prosrc, 'jobs'::regclass::oid::text, '0') FROM pg_proc"
+        " WHERE pronamespace = 'public'::regnamespace ORDER BY 1"
     )
     assert bent.rows(functions) == plain.rows(functions)
     job = bent.add_job()

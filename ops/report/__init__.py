@@ -9,6 +9,7 @@ import psycopg2
 import config
 import db
 from logs import CONTROL
+from ops import rows
 from ops.problem import Problem
 from ops.report.data import Report, collect
 from ops.report.page import page
@@ -42,8 +43,9 @@ def read(since: datetime, job_ids: tuple[str, ...]) -> Report:
     """Raises Problem where there is no such job, or no answer in time."""
     settings = config.settings()
     conn = db.connect(settings, "job-state-listener report")
+    ids = list(dict.fromkeys(rows.key_of(conn, id_) for id_ in job_ids))
     try:
-        found = collect(conn, since, list(dict.fromkeys(job_ids)), config.redactor(settings))
+        found = collect(conn, since, ids, config.redactor(settings))
     except psycopg2.errors.QueryCanceled:
         raise Problem("the database took too long to answer; try a later --since") from None
     for timeline in found.timelines:
