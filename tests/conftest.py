@@ -291,6 +291,18 @@ def server() -> Iterator[Server]:
             yield Server(embedded.settings(), embedded)
 
 
+# Files with many cases: the oldest server is asked with the slow tests.
+MANY_CASES = ("test_ddl.py", "test_schema_names.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    oldest = available_majors()[-1]
+    for item in items:
+        params = getattr(item, "callspec", None)
+        if item.path.name in MANY_CASES and params and params.params.get("each_server") == oldest:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session", params=sorted({MAJORS[0], MAJORS[-1]}, reverse=True))
 def each_server(request: pytest.FixtureRequest, server: Server) -> Iterator[Server]:
     """The newest and the oldest PostgreSQL that this machine has."""
