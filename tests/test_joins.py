@@ -418,6 +418,7 @@ def test_look_wakes_the_listeners_that_may_call_what_it_records(variants, conn):
         assert [heard.channel for heard in ear.notifies] == [db.WAKE_CHANNEL]
 
 
+@pytest.mark.slow
 def test_looks_of_a_day_without_a_listener_are_taken_in_batches(variants, conn):
     database = variants.database
     database.rows("SET session_replication_role = replica")

@@ -199,6 +199,7 @@ LANGUAGE sql AS $$ SELECT 'failed', 'planner', now(), 'x' FROM pg_sleep(3600) $$
 """
 
 
+@pytest.mark.slow
 def test_status_says_that_it_does_not_know_what_rests(database, run_command):
     """Tables too large to be read in time, here by a function that takes forever."""
     database.rows(SLOW)
