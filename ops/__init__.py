@@ -51,7 +51,7 @@ COMMANDS = {
 GROUPS = {
     "Run": [None],  # those of listener.py itself
     "Look": [],
-    "Steer": ["steer"],
+    "Steer": ["steer", "again", "pause"],
     "Set up": ["install", "verify", "trial", "alert", "backfill"],
 }
 
