@@ -277,37 +277,40 @@ SELECT DISTINCT stage, jobs, reason FROM marked
 """
 
 
-# Rows that their stage has set to failed after it had answered, or without an answer. The row in
-# the history is made once, whichever listener looks first.
+# Rows that their stage has set to failed after it had answered, or without an answer: those called
+# in the last hour, as this must not take long. `status` and resting_rows() show older ones. The row
+# in the history is made once, whichever listener looks first.
 NEWLY_FAILED = """
-WITH failed AS (
-    SELECT r.table_name, r.stage, r.reason, last.*
-    FROM resting_rows() AS r CROSS JOIN LATERAL (
-        SELECT a.job_id, a.call_id, a.attempt, a.spent, a.worker, a.started_at
-        FROM stage_attempts AS a
-        WHERE a.job_id = r.id AND a.table_name = r.table_name AND a.stage = r.stage
-          AND a.outcome NOT IN ('skipped', 'cancelled')
-          AND a.finished_at > now() - interval '1 day'
-        ORDER BY a.finished_at DESC LIMIT 1) AS last
-    WHERE r.kind = 'failed'
+WITH recent AS (
+    SELECT DISTINCT ON (job_id, table_name, stage) *
+    FROM stage_attempts
+    WHERE finished_at > now() - interval '1 hour' AND outcome NOT IN ('skipped', 'cancelled')
+    ORDER BY job_id, table_name, stage, finished_at DESC
+), failed AS (
+    SELECT a.* FROM recent AS a
+    CROSS JOIN LATERAL stage_call_row(a.table_name, '', a.job_id) AS r
+    WHERE a.outcome <> 'failed' AND (r.current_step, r.status) = (a.stage, 'failed')
+      AND NOT EXISTS (SELECT FROM stage_calls AS c
+                      WHERE c.job_id = a.job_id AND c.table_name = a.table_name)
+      AND NOT EXISTS (SELECT FROM stage_leases AS l
+                      WHERE l.job_id = a.job_id AND l.table_name = a.table_name
+                        AND l.leased_until > now())
+      AND NOT EXISTS (SELECT FROM pipeline_stages AS p
+                      WHERE (p.table_name, p.join_of, p.current_step, p.status)
+                            = (a.table_name, '', a.stage, 'failed'))
 )
 INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, spent, stage, worker, started_at,
                             finished_at, outcome, error)
 SELECT job_id, table_name, call_id, attempt, spent, stage, worker, started_at, now(), 'failed',
-       left(reason, 2000)
+       left('set failed by its stage' || coalesce(': ' || error, ''), 2000)
 FROM failed
 ON CONFLICT DO NOTHING
 RETURNING job_id::text, table_name, stage, error
 """
 
 
-MAY_LOOK = "SELECT has_function_privilege('resting_rows()', 'EXECUTE')"
-
-
 def newly_failed(conn) -> list:
     """The rows that their stage has set to failed, and of which nobody has been told."""
-    if not execute(conn, MAY_LOOK).fetchone()[0]:
-        return []  # `verify` says so
     return execute(conn, UNPINNED + NEWLY_FAILED).fetchall()
 
 
