@@ -237,7 +237,8 @@ def install(reader: str | None, notify: bool | None, insert: bool | None) -> Non
     click.echo(f"database {info.dbname} on {info.host}:{info.port} as {info.user}")
     if version < migrations.LATEST:
         click.echo(f"  migrated from version {version} to {migrations.LATEST}")
-        click.echo("  note: a listener of that version begins no more calls: start the new one")
+        ends = "begins no more calls" if version < 2 else "ends within a minute"
+        click.echo(f"  note: a listener of that version {ends}: start the new one")
     there = objects(conn, tables)
     for name in there:
         kept = "checked" if name.startswith("function") else "kept"
