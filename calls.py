@@ -73,7 +73,7 @@ PAID = ("succeeded", "skipped")  # outcomes after which nothing is owed any more
 
 # Results as rows, of the types that stage_attempts has.
 RESULTS = "SELECT * FROM json_populate_recordset(NULL::stage_attempts, %(results)s::json)"
-# The results of calls that are retried or given up have a few columns more.
+# Results of calls that are retried or given up, which have further columns.
 FAILURES = """
     SELECT * FROM ROWS FROM (
         json_populate_recordset(NULL::stage_attempts, %(failures)s::json),
@@ -104,8 +104,8 @@ MINE = f"""
         SELECT c.job_id FROM stage_calls AS c WHERE {FENCE}
         LIMIT 1 FOR UPDATE SKIP LOCKED) AS c"""
 
-# The ids of calls that were skipped because they are locked. Only the last statement of the
-# transaction can return rows, so the ids are handed to it in a transaction-local setting.
+# The ids of calls that were skipped because their rows are locked. Only the last statement of the
+# transaction can return rows, so it gets the ids by a transaction-local setting.
 UNSETTLED = "current_setting('job_state_listener.unsettled', true)"
 TELL_UNSETTLED = f"""
 SELECT set_config('job_state_listener.unsettled',
@@ -442,8 +442,9 @@ def as_json(conn, results: Sequence[Result]) -> str:
     return ENCODER.encode(rows)
 
 
-# When the next call will be due, in seconds. One that is due by now and was passed by is waited
-# for by the sweep, not by a timer. The end of a hold counts, too: a call may come meanwhile.
+# Seconds until the next call will be due. A call that is due already and was not claimed, as its
+# row is locked, is found by the next sweep. The end of a hold counts as well, as a call may be
+# recorded while it lasts.
 NEXT_DUE = """
 SELECT extract(epoch FROM min(coming.due_at) - now())::float8
 FROM unnest(%(stages)s::text[]) AS wanted (stage)

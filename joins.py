@@ -10,11 +10,11 @@ from typing import Any
 
 from db import WAKE_CHANNEL, Statement, execute, run
 
-# Looks are taken by one listener at a time: else one could take that a row came, another that the
-# last one that was missing went away, and neither would know of the other. The lock is a statement
-# of its own, before the one that looks, whose snapshot is then newer than what the listener before
-# has recorded. It is not waited for, as its holder may be frozen. Whether it was given is handed on
-# in a transaction-local setting.
+# One listener at a time takes looks. With two, one could take the look of an arrival and the other
+# that of the last missing row's deletion, and neither would know of the other's. The lock is a
+# statement of its own, before the one that looks, whose snapshot is then newer than what the
+# listener before has recorded. We do not wait for it, as its holder may be frozen. The next
+# statement reads whether we got it from a transaction-local setting.
 LOCK_JOINS = Statement(
     "lock_joins",
     """
@@ -105,8 +105,8 @@ def note_parent(conn, row: Any) -> None:
     execute(conn, NOTE, given | {"parent_id": row.key, "join": row.join_of})
 
 
-# Skipped as a row has left the state, without having been accepted: whatever comes back, or goes
-# away for good, completes the join again.
+# The call is skipped because a row has left the state, and no attempt of it was accepted. The look
+# keeps the join open, so that the row's return or deletion completes it again.
 REOPEN = """
 INSERT INTO stage_looks (parent_id, join_of, arrived) VALUES (%(parent_id)s, %(join)s, true)
 """

@@ -48,8 +48,8 @@ def channels_of_tables() -> dict[str, Table]:
 
 
 def can_hear(conn: db.Connection, settings: SimpleNamespace) -> bool:
-    """Whether notifications arrive. Behind a pooler a bell of our own is rung, from a second
-    connection: our own session would always hear it.
+    """Whether notifications arrive. Behind a pooler we send one and see. It is sent from a second
+    connection, as a session always receives its own.
     """
     if not conn.prefix:
         return True
@@ -129,7 +129,7 @@ class Hearing:
         and 18): after two such ends a connection does without.
 
         Args:
-            silent: the triggers ring no bell (`install --no-notify`).
+            silent: the triggers do not notify (`install --no-notify`).
         """
         is_told, why, self.deaf_until = False, "트랜잭션 풀러?", None
         if self.conn is not None and self.conn.dropped > db.FLOOD:

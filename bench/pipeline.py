@@ -24,8 +24,8 @@ CREATE TABLE jobs (
 )
 """
 
-# A longer pipeline (bench/children.py): the first eight stages once for each child of a job, then
-# one for all of them and one more; or all ten for jobs alone.
+# Ten stages (bench/children.py): eight run for each child of a job, one for the job when all its
+# children are done, and one after that. Or all ten run for jobs alone (bench/alone.py).
 CHILD_STAGES = [f"child_{number}" for number in range(1, 9)]
 JOB_STAGES = ["join", "finish"]
 CHILDREN = """

@@ -106,7 +106,7 @@ WHERE tgrelid = to_regclass('jobs') AND tgname = 'job_state_change_trigger'
 
 
 def is_silent(conn) -> bool:
-    """Whether `install --no-notify` made the triggers, so that no bell rings."""
+    """Whether `install --no-notify` made the triggers, so that they do not notify."""
     return db.execute(conn, ARGUMENTS).fetchone().silent
 
 

@@ -15,7 +15,7 @@ from bench.workloads.commits import pgbench
 CHILDREN = 3
 MODULES = {"alone": "bench.alone", "children": "bench.children"}
 
-# A job of children rests where no route leads on, until they are all there.
+# A job with children stays in a state without a route, so that only the join calls for it.
 ADD = {
     "alone": "INSERT INTO jobs (tenant_id, current_step, status)"
              " SELECT 'bench', 'img_gen', 'running' FROM generate_series(1, %s)",
