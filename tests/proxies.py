@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -131,10 +132,17 @@ class Server:
         return set(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
 
     def reload(self) -> None:
-        """Have it read its configuration anew, and wait until others do its work."""
-        before = self.children
-        self.process.send_signal(RELOAD[Path(self.command[0]).name])
-        until(lambda: self.children - before, f"{self.command[0]} reloads")
+        """Have it read its configuration anew, and wait until others do its work.
+
+        haproxy's master executes itself once more after its worker has begun to answer, and a
+        signal that arrives just then is lost: so it is sent again until it has had an effect.
+        """
+        before, end = self.children, time.monotonic() + PATIENCE
+        while not self.children - before:
+            assert time.monotonic() < end, f"{self.command[0]} does not reload"
+            self.process.send_signal(RELOAD[Path(self.command[0]).name])
+            with suppress(AssertionError):
+                until(lambda: self.children - before, "it reloads", timeout=5)
 
     def kill(self) -> None:
         """End it at once, and all that it started."""
