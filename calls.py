@@ -70,6 +70,7 @@ class Wanted:
 # --- settling ------------------------------------------------------------------------------
 
 PAID = ("succeeded", "skipped")  # outcomes after which nothing is owed any more
+TAKEN = "taken"  # 202 of an asynchronous stage: the call goes on without its worker
 
 # Results as rows, of the types that stage_attempts has.
 RESULTS = "SELECT * FROM json_populate_recordset(NULL::stage_attempts, %(results)s::json)"
@@ -159,6 +160,18 @@ WITH result AS ({FAILURES}
       AND c.job_id = r.job_id AND c.call_id = r.call_id
 )
 {TELL_UNSETTLED}
+""",
+)
+
+# What an asynchronous stage has taken keeps its lease, and so its place, until the row moves on
+# (moves.py) or the lease is over. The call itself is left as the claim made it.
+WORK = Statement(
+    "work",
+    """
+WITH result AS (SELECT * FROM json_populate_recordset(NULL::stage_attempts, %(taken)s::json))
+UPDATE stage_leases AS l SET working = true, spent = r.spent FROM result AS r
+WHERE l.call_id = ANY (ARRAY(SELECT call_id FROM result))
+  AND l.call_id = r.call_id AND l.attempt = r.attempt
 """,
 )
 
@@ -364,17 +377,20 @@ def settle_and_claim(
         psycopg2.Error: and nothing of it has happened, unless the connection was lost.
     """
     paid = [result for result in results if result.outcome in PAID]
-    failures = [result for result in results if result.outcome not in PAID]
-    lifting = {r.stage: r.started_at for r in paid if r.after_hold and r.outcome == "succeeded"}
+    taken = [result for result in results if result.outcome == TAKEN]
+    failures = [result for result in results if result.outcome not in (*PAID, TAKEN)]
+    accepted = [r for r in (*paid, *taken) if r.outcome != "skipped"]
+    lifting = {r.stage: r.started_at for r in accepted if r.after_hold}
     limited = any(stage.limited for stage in wanted)
     claim = (CLAIM if only is None else CLAIM_BY_HAND) if free and wanted else TELL
     needed = {
-        PAY: paid, LIFT: lifting, POSTPONE: failures, HOLD: any(r.hold for r in failures),
-        LOCK_LIMITS: limited and free, claim: True,
+        PAY: paid, WORK: taken, LIFT: lifting, POSTPONE: failures,
+        HOLD: any(r.hold for r in failures), LOCK_LIMITS: limited and free, claim: True,
     }  # fmt: skip
     params = {
         "results": as_json(conn, paid),
         "failures": as_json(conn, failures),
+        "taken": as_json(conn, taken),
         "accepted": array(lifting),
         "accepted_at": array(lifting.values()),
         **places(wanted),
@@ -390,7 +406,7 @@ def settle_and_claim(
     if claim is TELL:
         return Turn([], unsettled)
     claimed = [row for row in rows if row.call_id is not None]
-    freed = Counter(r.stage for r in results if r.limited and r.outcome != "unknown")
+    freed = Counter(r.stage for r in results if r.limited and r.outcome not in ("unknown", TAKEN))
     if free_places := freed - Counter(row.stage for row in claimed):
         execute(conn, WAKE_WAITING, {"stages": list(free_places)})
     claimed.sort(key=attrgetter("was_due_at"))
@@ -674,7 +690,8 @@ def revive(conn, result: Result) -> None:
 GIVE_BACK = f"""
 WITH claimed AS (
     SELECT job_id, call_id, attempt FROM stage_leases
-    WHERE worker = %(worker)s AND NOT unanswered AND call_id <> ALL (%(keep)s::bigint[])
+    WHERE worker = %(worker)s AND NOT (unanswered OR working)
+      AND call_id <> ALL (%(keep)s::bigint[])
 ), open AS (
     SELECT c.job_id, c.call_id FROM stage_calls AS c JOIN claimed USING (job_id, call_id)
     WHERE c.job_id = ANY (ARRAY(SELECT job_id FROM claimed)) AND c.attempts = claimed.attempt

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import trigger
 from alerts import Alerts
-from calls import Result
+from calls import TAKEN, Result
 from pipeline import Call
 
 log = logging.getLogger("listener")
@@ -64,7 +64,7 @@ class StageHealth:
             health.unanswered += 1
         elif status is not None:
             health.unanswered = 0
-        if ended.outcome == "succeeded":
+        if ended.outcome in ("succeeded", TAKEN):
             health.accepted += 1
             health.refused, health.is_wrong = None, False
             health.suspects.pop(call.call_id, None)

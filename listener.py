@@ -33,12 +33,13 @@ import db
 import hosts
 import joins
 import logs
+import moves
 import notifications
 import ops
 import pipeline
 import trigger
 from alerts import Alerts
-from calls import PAID, Result, Turn, Wanted
+from calls import PAID, TAKEN, Result, Turn, Wanted
 from health import StageHealth
 from heartbeat import Heartbeat
 from ops.rows import TABLE, RowCommand
@@ -94,6 +95,8 @@ class Listener:
         # All by time.monotonic().
         self.look_at = self.sweep_at = self.again_at = self.marked_at = 0.0
         self.join_at = 0.0 if pipeline.joins() else math.inf
+        self.is_asynchronous = pipeline.is_asynchronous()
+        self.move_at = 0.0 if self.is_asynchronous else math.inf
         self.ping_at = 0.0 if hosts.is_several(settings) else math.inf
         self.due_at = 0.0  # when the next call will be due, as far as is known
         self.asks = False  # whether to ask
@@ -217,6 +220,8 @@ class Listener:
             return []
         if now >= min(self.join_at, self.sweep_at) and pipeline.joins():
             self.look_at_parents(conn, now)
+        if now >= self.move_at:
+            self.look_at_moves(conn, now)
         if now >= self.again_at:
             self.again_at = now + AGAIN_EVERY
             self.unwritten, self.locked = self.unwritten + self.locked, []
@@ -253,6 +258,16 @@ class Listener:
         else:  # another listener that is looking may have begun too early to see it all
             self.join_at = now + (AGAIN_EVERY if parents is None else 0 if parents else math.inf)
 
+    def look_at_moves(self, conn: db.Connection, now: float) -> None:
+        """End the calls of asynchronous stages whose rows have moved on."""
+        self.move_at = self.sweep_at if self.sweep_at > now else now + self.settings.SWEEP_INTERVAL
+        if now >= self.sweep_at:
+            moves.record_missed(conn)
+        for row in moves.look(conn):
+            moves.log_end(row)
+            if row.outcome == "failed":
+                trigger.tell_failed(self.alerts, row.table_name, row.job_id, row.stage, row.error)
+
     def wanted(self, free: int, now: float, sweep: bool) -> list[Wanted]:
         """The stages to claim calls of, and how many of each."""
         if sweep or now - self.marked_at > MARKED_FOR:
@@ -276,6 +291,8 @@ class Listener:
         self.locked += [replace(r, hold=False) for r in self.unwritten if r.call_id in again]
         if any(result.delay is not None for result in self.unwritten):
             self.due_at = 0.0
+        if any(result.outcome == TAKEN for result in self.unwritten):
+            self.move_at = 0.0  # the row may have moved on before
         self.unwritten = []
         for result in self.health.revived:
             log.warning(
@@ -286,7 +303,7 @@ class Listener:
 
     def tell_failed(self, conn: db.Connection) -> None:
         """Tell people of the calls that have failed: given up, or set failed by their stage."""
-        failures = [r for r in self.unwritten if r.outcome not in PAID and not r.is_told]
+        failures = [r for r in self.unwritten if r.outcome not in (*PAID, TAKEN) and not r.is_told]
         asked = [r for r in failures if r.http_status is not None or r.outcome != "held"]
         try:
             is_routed = calls.set_failed(conn, asked)
@@ -418,7 +435,7 @@ class Listener:
     @property
     def next_look(self) -> float:
         """time.monotonic() of the next look for due calls; needs an idle worker."""
-        times = [self.again_at] if self.locked else []
+        times = [self.move_at, *([self.again_at] if self.locked else [])]
         if self.workers.idle and not self.is_stopping:
             times += [self.look_at, self.sweep_at, self.join_at]
         return min(times, default=math.inf)
@@ -432,6 +449,8 @@ class Listener:
                 self.due_at = 0.0  # a hold may have ended before its time
             if db.JOIN_CHANNEL in heard and pipeline.joins():
                 self.join_at = 0.0
+            if self.is_asynchronous:
+                self.move_at = 0.0
         if was_told and not self.hearing.is_told:  # sweeps come sooner from now on
             self.sweep_at = 0.0
 

@@ -158,16 +158,23 @@ class Limits:
         max_running: calls at once, counted over all workers and machines; None: no limit.
         timeout: seconds for a whole call; None: STAGE_TIMEOUT.
         max_attempts: then the call is given up; None: MAX_ATTEMPTS.
+        asynchronous: 202 means that the stage has taken the call and works on it. Its worker is
+            idle at once; the call keeps its place and its lease until the row moves on, to neither
+            the state that owes the call nor (stage, 'running'), or until the timeout is over.
     """
 
     max_running: int | None = None
     timeout: float | None = None
     max_attempts: int | None = None
+    asynchronous: bool = False
 
     def __post_init__(self):
-        for name, value in vars(self).items():
+        for name in ("max_running", "timeout", "max_attempts"):
+            value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value!r} of a stage: allowed is more than 0, or None")
+        if not isinstance(self.asynchronous, bool):
+            raise ValueError(f"asynchronous={self.asynchronous!r}: allowed is True or False")
 
 
 def limits(**given: Any) -> Callable:
@@ -281,6 +288,11 @@ def limits_of(function: Callable) -> Limits:
     return getattr(function, "limits", Limits())
 
 
+def is_asynchronous() -> bool:
+    """Whether any stage is."""
+    return any(limits_of(function).asynchronous for function in pipeline().values())
+
+
 def stages_of_routes() -> dict[Route, tuple[str, int | None]]:
     """What leads where, and how many of it may run at once."""
     return {route: (f.__name__, limits_of(f).max_running) for route, f in routes().items()}
@@ -331,6 +343,7 @@ def stage_limits(settings: SimpleNamespace) -> dict[str, Limits]:
             given.max_running,
             given.timeout or settings.STAGE_TIMEOUT,
             given.max_attempts or settings.MAX_ATTEMPTS,
+            given.asynchronous,
         )
         for stage, given in declared.items()
     }
@@ -392,6 +405,7 @@ class Call:
     ids: dict[str, Any] = field(default_factory=dict)
     after_hold: bool = False  # its stage was held before
     limited: bool = False  # its stage has max_running
+    asynchronous: bool = False  # 202 means that its stage works on it
     api: StageApi | None = None
     settings: SimpleNamespace | None = None
     until: float = 0.0  # time.monotonic() by which the whole call must be over
@@ -493,6 +507,7 @@ def claimed_call(row: Any, limits: Limits, listener: str, covered_until: float) 
         ids=ids,
         after_hold=row.after_hold,
         limited=limits.max_running is not None,
+        asynchronous=limits.asynchronous,
     )
 
 

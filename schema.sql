@@ -51,6 +51,8 @@ CREATE TABLE IF NOT EXISTS pipeline_stages (
     table_name   text COLLATE "C" NOT NULL DEFAULT 'jobs',
     join_of      text COLLATE "C" NOT NULL DEFAULT '',
     child_table  text,
+    -- The stage may answer 202 and work on: its call is over when the row moves on.
+    asynchronous boolean NOT NULL DEFAULT false,
     PRIMARY KEY (table_name, join_of, current_step, status)
 );
 
@@ -126,6 +128,9 @@ BEGIN
             leased_until timestamptz NOT NULL,
             unanswered   boolean NOT NULL DEFAULT false,
             table_name   text COLLATE "C" NOT NULL DEFAULT 'jobs',
+            -- An asynchronous stage has answered 202: it keeps its place until the row moves on.
+            working      boolean NOT NULL DEFAULT false,
+            spent        integer,  -- then: attempts that count, this one included
             PRIMARY KEY (call_id, attempt)
         ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000)
     $ddl$, id_type);
@@ -192,6 +197,20 @@ BEGIN
         )
     $ddl$, id_type);
 
+    -- "This row has left this asynchronous stage." The trigger appends rows, which nobody else
+    -- writes, so that no transaction of the application waits for a listener or fails on one. A
+    -- listener takes them (moves.py).
+    EXECUTE format($ddl$
+        CREATE TABLE IF NOT EXISTS stage_moves (
+            job_id     %s NOT NULL,
+            table_name text COLLATE "C" NOT NULL,
+            stage      text NOT NULL,
+            is_failed  boolean NOT NULL,  -- set so by its stage
+            moved_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+            move_id    bigint GENERATED ALWAYS AS IDENTITY (CACHE 32) PRIMARY KEY
+        ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000)
+    $ddl$, id_type);
+
     -- CREATE INDEX IF NOT EXISTS would lock a table that is in use, even for nothing.
     IF to_regclass('stage_calls_due_idx') IS NULL THEN
         -- Serves the claim: the first due call of a stage, without sorting.
@@ -243,7 +262,7 @@ BEGIN
         WHERE c.relowner <> owner AND c.oid IN (
             SELECT to_regclass(name) FROM unnest(ARRAY[
                 'pipeline_tables', 'pipeline_stages', 'stage_calls', 'stage_leases',
-                'stage_limits', 'stage_looks', 'stage_joins', 'stage_attempts', 'stage_totals',
+                'stage_limits', 'stage_looks', 'stage_joins', 'stage_moves', 'stage_attempts', 'stage_totals',
                 'stage_totals_mark', 'stage_slots', 'job_state_listener_schema']) AS name)
     LOOP
         EXECUTE format('ALTER TABLE %s OWNER TO %s', made, owner);

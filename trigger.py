@@ -23,7 +23,7 @@ import logs
 import pipeline
 import stage_http
 from alerts import Alerts
-from calls import Result
+from calls import TAKEN, Result
 from pipeline import Call
 
 log = logging.getLogger("listener.trigger")
@@ -150,6 +150,8 @@ class Trigger:
     def judged(self, call: Call, answer: stage_http.Answer) -> Result:
         """What the answer's status means."""
         status = answer.status
+        if status == 202 and call.asynchronous:
+            return result(call, TAKEN, http_status=status)
         if 200 <= status < 300:
             return result(call, "succeeded", http_status=status)
         error = f"HTTP {status}: {answer.text}".rstrip(": ")
@@ -307,6 +309,12 @@ def log_end(call: Call, ended: Result) -> None:
             *(logs.ids(call.ids), call.stage, ended.http_status, ended.seconds),
             extra=about(call, status=ended.http_status, duration=round(ended.seconds, 3)),
         )
+    elif ended.outcome == TAKEN:
+        log.info(
+            "단계가 작업을 접수함: %s stage=%s status=%d (%.2f초) → Job이 바뀔 때까지 작업 중",
+            *(logs.ids(call.ids), call.stage, ended.http_status, ended.seconds),
+            extra=about(call, status=ended.http_status, duration=round(ended.seconds, 3)),
+        )
     elif ended.outcome == "released":
         log.warning(
             "리스가 모자라 호출하지 않고 되돌림: %s stage=%s", logs.ids(call.ids), call.stage
@@ -346,13 +354,19 @@ def alert_given_up(alerts: Alerts, ended: Result) -> None:
         alerts.send("given_up", text, **about, http_status=ended.http_status)
 
 
+def row_name(table: str, key: str) -> str:
+    """The row of a table, as a line of the log names it."""
+    known = pipeline.tables().get(table)
+    return f"{'job' if known in (None, pipeline.JOBS) else known.id}={key}"
+
+
 SET_FAILED = "set failed by its stage"
 
 
 def tell_failed(alerts: Alerts, table: str, key: str, stage: str, error: str) -> None:
     """Say that a stage has set its row to failed, and how a person sends it back."""
     back = pipeline.sent_back(table, key, stage)
-    row = f"job={key}" if table == pipeline.JOBS.name else f"{pipeline.tables()[table].id}={key}"
+    row = row_name(table, key)
     log.error("단계가 failed로 설정함: %s stage=%s error=%s → %s", row, stage, error[:500], back,
               extra=logs.about(job=key, table=table, stage=stage, error=error))  # fmt: skip
     text = f"{row}: {stage} set it to failed: {error}; to send it back: {back}"

@@ -60,6 +60,7 @@ DECLARE
     columns text[];
     routes  text;  -- the rows' own, as a CASE
     looks   text;  -- what a change means for the joins of the rows' parents
+    moves   text;  -- and for the calls that asynchronous stages work on
     fields  text;  -- of the notification
     id_type constant text := (
         SELECT format('%I.%I', n.nspname, y.typname)
@@ -123,6 +124,30 @@ BEGIN
             child_table text, join_of text, current_step text, status text)
         WHERE r.child_table = t.name;
 
+        -- A row that comes to another state of the stage than running has left it; so has one that
+        -- goes elsewhere from the state that owes the call, or from running. One that goes back from
+        -- running to a state that owes the call has not.
+        SELECT string_agg(format($move$
+        IF (step = %1$L AND state = 'running') IS NOT TRUE AND id IS NOT NULL
+           AND (step = %1$L OR %2$s
+                OR old_step = %1$L AND old_state = 'running' AND (%3$s) IS NOT TRUE) THEN
+            INSERT INTO %4$I.stage_moves (job_id, table_name, stage, is_failed)
+            VALUES (id, %5$L, %1$L, coalesce(step = %1$L AND state = 'failed', false));
+            moved := true;
+        END IF;$move$, s.stage, coalesce(s.old_owes, 'false'), coalesce(s.owes, 'false'),
+            schema, t.name), '')
+        INTO moves
+        FROM (SELECT r.stage,
+                     string_agg(format('old_step = %L AND old_state = %L', r.current_step, r.status),
+                                ' OR ') FILTER (WHERE r.join_of = '') AS old_owes,
+                     string_agg(format('step = %L AND state = %L', r.current_step, r.status),
+                                ' OR ') FILTER (WHERE r.join_of = '') AS owes
+              FROM jsonb_to_recordset(asked -> 'routes') AS r (
+                  table_name text, join_of text, current_step text, status text, stage text,
+                  asynchronous boolean)
+              WHERE r.table_name = t.name AND r.asynchronous
+              GROUP BY r.stage) AS s;
+
         SELECT string_agg(format('%L, NEW.%I', name, name), ', ' ORDER BY position),
                string_agg(format('%L, ($1).%I', name, name), ', ' ORDER BY position)
         INTO fields, fields_read
@@ -138,14 +163,14 @@ BEGIN
             || CASE WHEN t.tenant_column IS NULL THEN '' ELSE format($read$
             tenant := NEW.%I::text;$read$, t.tenant_column) END
             || CASE WHEN t.parent_column IS NULL THEN '' ELSE format($read$
-            parent := NEW.%1$I;
-        END IF;
+            parent := NEW.%I;$read$, t.parent_column) END
+            || $read$
+        END IF;$read$
+            || CASE WHEN coalesce(t.parent_column, moves) IS NULL THEN '' ELSE format($read$
         IF TG_OP <> 'INSERT' THEN
             old_step := OLD.current_step::text;
-            old_state := OLD.status::text;
-            old_parent := OLD.%1$I;$read$, t.parent_column) END
-            || $read$
-        END IF;$read$;
+            old_state := OLD.status::text;%s
+        END IF;$read$, E'\n            old_parent := OLD.' || quote_ident(t.parent_column) || ';') END;
         -- By way of text, as a cast between numbers would round.
         as_found := format($read$
             IF TG_OP <> 'DELETE' THEN
@@ -156,11 +181,12 @@ BEGIN
                 coalesce('($1).' || quote_ident(t.tenant_column) || '::text', 'NULL'),
                 coalesce('($1).' || quote_ident(t.parent_column) || '::text::' || id_type, 'NULL'),
                 fields_read))
-            || CASE WHEN t.parent_column IS NULL THEN '' ELSE format($read$
+            || CASE WHEN coalesce(t.parent_column, moves) IS NULL THEN '' ELSE format($read$
             IF TG_OP <> 'INSERT' THEN
                 EXECUTE %1$L INTO old_step, old_state, old_parent USING OLD;
-            END IF;$read$, format('SELECT ($1).current_step::text, ($1).status::text,'
-                ' ($1).%1$I::text::%2$s', t.parent_column, id_type)) END;
+            END IF;$read$, format('SELECT ($1).current_step::text, ($1).status::text, %1$s',
+                coalesce('($1).' || quote_ident(t.parent_column) || '::text::' || id_type,
+                         'NULL'))) END;
 
         EXECUTE format('CREATE OR REPLACE FUNCTION %I() RETURNS trigger'
             ' LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp'
@@ -182,6 +208,7 @@ DECLARE
     route    text;
     owed     boolean := false;
     looked   boolean := false;
+    moved    boolean := false;
     payload  text;
     notified text;
 BEGIN
@@ -202,7 +229,7 @@ BEGIN
         END;
     END IF;
 
-    IF is_installed THEN%3$s
+    IF is_installed THEN%3$s%5$s
         route := CASE %2$s END;
         IF route IS NULL THEN
             DELETE FROM %1$s AS c
@@ -243,7 +270,7 @@ BEGIN
 %7$s    RETURN NULL;
 END
 $body$, format('%I.stage_calls', schema), coalesce(routes, 'WHEN false THEN NULL'),
-            coalesce(looks, ''), t.id_column, NULL, t.name,
+            coalesce(looks, ''), t.id_column, coalesce(moves, ''), t.name,
             CASE WHEN t.channel IS NOT NULL THEN format($notify$
     IF payload IS NULL THEN
         payload := json_build_object(%1$s)::text;
@@ -259,7 +286,7 @@ $body$, format('%I.stage_calls', schema), coalesce(routes, 'WHEN false THEN NULL
     -- An assignment needs no executor, which PERFORM would start for every row.
     notified := pg_notify(%3$L, payload);
 $notify$, fields, CASE WHEN t.name = 'jobs' THEN 1900 ELSE 1500 END, t.channel)
-            ELSE $wake$    IF owed THEN  -- no change is announced, but a listener may sleep
+            ELSE $wake$    IF owed OR moved THEN  -- no change is announced, but a listener may sleep
         notified := pg_notify('job_state_listener_wake', '');
     END IF;
 $wake$ END,

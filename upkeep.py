@@ -91,16 +91,18 @@ class Upkeep:
 
 # --- leases that ran out -------------------------------------------------------------------
 
-# A listener that never came back. Should it do so after all, it adds what it knows. What got no
-# answer has its row in the history.
+# A listener that never came back, or an asynchronous stage. Should they do so after all, they add
+# what they know. What got no answer has its row in the history.
 REAP = """
 WITH over AS (
     DELETE FROM stage_leases WHERE leased_until <= now() RETURNING *
 )
-INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, stage, worker, started_at,
-                            finished_at, outcome, error)
-SELECT job_id, table_name, call_id, attempt, stage, worker, started_at, now(), 'lost',
-       'the listener did not come back before its lease ran out'
+INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, spent, stage, worker, started_at,
+                            finished_at, http_status, outcome, error)
+SELECT job_id, table_name, call_id, attempt, spent, stage, worker, started_at, now(),
+       CASE WHEN working THEN 202 END, CASE WHEN working THEN 'unknown' ELSE 'lost' END,
+       CASE WHEN working THEN 'taken with HTTP 202, but not finished within its timeout'
+            ELSE 'the listener did not come back before its lease ran out' END
 FROM over WHERE NOT unanswered
 ON CONFLICT DO NOTHING
 """

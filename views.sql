@@ -21,7 +21,8 @@ SELECT stage, p.position, coalesce(c.owed, 0) AS owed, coalesce(c.due, 0) AS due
            SELECT r.last_error FROM stage_calls AS r
            WHERE r.stage = c.stage AND r.worker IS NULL AND r.attempts > 0
              AND r.due_at < 'infinity'
-           ORDER BY r.call_id DESC LIMIT 1) END AS retry_error
+           ORDER BY r.call_id DESC LIMIT 1) END AS retry_error,
+       coalesce(l.working, 0) AS working
 FROM (
     SELECT stage, min(position) AS position, max(max_running) AS max_running,
            max(timeout) AS timeout, array_agg(DISTINCT table_name) AS tables,
@@ -40,7 +41,8 @@ FULL JOIN (  -- a stage that lost its route shows what it still owes
            min(due_at) FILTER (WHERE due_at <= now()) AS oldest_due_at
     FROM stage_calls GROUP BY stage) AS c USING (stage)
 LEFT JOIN (
-    SELECT stage, count(*) AS calling FROM stage_leases
+    SELECT stage, count(*) AS calling, count(*) FILTER (WHERE working) AS working
+    FROM stage_leases
     WHERE leased_until > now() GROUP BY stage) AS l USING (stage)
 LEFT JOIN (
     SELECT stage, count(*) AS calls_last_hour,
@@ -58,7 +60,7 @@ LEFT JOIN (
 COMMENT ON VIEW pipeline_overview IS
     'Job State Listener, a row per stage: what it owes, calls, retries, gave up; its hold or '
     'pause; calls, failures and seconds per accepted call in the last hour; the tables whose '
-    'rows it is called for';
+    'rows it is called for; how many of the calls it took with 202 and works on';
 
 CREATE OR REPLACE VIEW stage_latency AS
 SELECT stage, date_trunc('hour', finished_at) AS hour, count(*) AS calls,
@@ -207,6 +209,7 @@ AS $body$
         SELECT max(a.finished_at) AS finished_at,
                (array_agg(a.stage ORDER BY a.finished_at DESC))[1] AS stage,
                (array_agg(a.outcome ORDER BY a.finished_at DESC))[1] AS outcome,
+               (array_agg(a.http_status ORDER BY a.finished_at DESC))[1] AS http_status,
                (array_agg(a.error ORDER BY a.finished_at DESC))[1] AS error
         FROM %1$I.stage_attempts AS a
         WHERE a.job_id = r.id AND a.table_name = r.table_name
@@ -220,7 +223,11 @@ AS $body$
                       WHERE l.job_id = r.id AND l.table_name = r.table_name
                         AND l.leased_until > now())
       AND (r.kind = 'failed' OR last.outcome IS DISTINCT FROM 'cancelled'
-           AND CASE WHEN greatest(r.changed_at, last.finished_at) IS NULL
+           AND CASE WHEN r.kind = 'running' AND last.stage = r.stage
+                         AND (last.outcome, last.http_status) = ('unknown', 202)
+                         AND last.finished_at > r.changed_at IS NOT FALSE
+                    THEN true  -- an asynchronous stage, whose timeout is over
+                    WHEN greatest(r.changed_at, last.finished_at) IS NULL
                     THEN r.kind <> 'running'
                     ELSE greatest(r.changed_at, last.finished_at)
                          < now() - make_interval(secs => coalesce(r.timeout, 600)) END)%3$s

@@ -54,7 +54,7 @@ LIMIT 1
 """
 
 UNDER_WAY = """
-SELECT worker, unanswered, leased_until FROM stage_leases
+SELECT worker, unanswered, working, leased_until FROM stage_leases
 WHERE job_id = %(key)s AND table_name = %(table)s AND stage = %(stage)s AND leased_until > now()
 ORDER BY leased_until DESC
 LIMIT 1
@@ -143,6 +143,9 @@ def refuse_under_way(conn, row: Any, stage: str) -> None:
             f"{rows.said(row)}: its last call of {stage} got no answer, and the stage may be at it "
             f"until {until}; nothing was changed"
         )
+    if call.working:
+        raise Problem(f"{rows.said(row)}: {stage} has taken it and works on it, until {until} at "
+                      "the latest; nothing was changed")  # fmt: skip
     raise Problem(f"{rows.said(row)}: {call.worker} is calling {stage}, until {until} at the "
                   "latest; nothing was changed")  # fmt: skip
 

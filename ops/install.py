@@ -40,17 +40,18 @@ SELECT t.* FROM jsonb_populate_recordset(
     NULL::pipeline_tables, current_setting('job_state_listener.pipeline')::jsonb -> 'tables') AS t;
 CREATE TEMPORARY TABLE wanted_stages ON COMMIT DROP AS
 SELECT r.table_name, r.join_of, r.child_table, r.current_step, r.status, r.stage, r.max_running,
-       r.timeout, r.position
+       r.timeout, r.position, coalesce(r.asynchronous, false) AS asynchronous
 FROM jsonb_populate_recordset(
     NULL::pipeline_stages, current_setting('job_state_listener.pipeline')::jsonb -> 'routes') AS r;
 DELETE FROM pipeline_stages WHERE (table_name, join_of, current_step, status) NOT IN (
     SELECT table_name, join_of, current_step, status FROM wanted_stages);
 INSERT INTO pipeline_stages (table_name, join_of, child_table, current_step, status, stage,
-                             max_running, timeout, position)
+                             max_running, timeout, position, asynchronous)
 SELECT * FROM wanted_stages
 ON CONFLICT (table_name, join_of, current_step, status) DO UPDATE
 SET stage = excluded.stage, max_running = excluded.max_running, timeout = excluded.timeout,
-    position = excluded.position, child_table = excluded.child_table;
+    position = excluded.position, child_table = excluded.child_table,
+    asynchronous = excluded.asynchronous;
 UPDATE stage_calls AS c SET stage = renamed.stage
 FROM (SELECT o.job_id, o.call_id, p.stage
       FROM stage_calls AS o
@@ -189,6 +190,7 @@ def described(conn, settings: SimpleNamespace) -> dict[str, list]:
             "status": route.status,
             "stage": function.__name__,
             "max_running": pipeline.limits_of(function).max_running,
+            "asynchronous": pipeline.limits_of(function).asynchronous,
             "timeout": timeouts[function.__name__],
             "position": position,
         }

@@ -16,7 +16,7 @@ from ops.table import JSON, clipped, clock, duration, echo_json, echo_lines, pla
 
 # A stage that has set its row running is still being called, though nothing is owed any more.
 CALLING = """
-SELECT stage, call_id, attempt, worker, started_at, leased_until
+SELECT stage, call_id, attempt, worker, started_at, leased_until, working
 FROM stage_leases WHERE job_id = %(key)s AND table_name = %(table)s AND leased_until > now()
 ORDER BY started_at
 """
@@ -261,7 +261,8 @@ def situation(call: Any) -> str:
 
 
 def on_it(call: Any) -> str:
-    return f"{call.worker} is on it since {clock(call.started_at)}"
+    who = f"{call.stage} works on it" if call.working else f"{call.worker} is on it"
+    return f"{who} since {clock(call.started_at)}"
 
 
 def rest_line(row: Any, why: Any) -> str:

@@ -29,7 +29,7 @@ CALLS = """
 SELECT worker AS listener, stage, job_id, call_id, attempt, started_at, leased_until, unanswered,
        extract(epoch FROM now() - started_at)::float8 AS seconds
 FROM stage_leases
-WHERE leased_until > now()
+WHERE leased_until > now() AND NOT working  -- which no listener waits for
 ORDER BY started_at
 """
 

@@ -8,8 +8,8 @@ from ops.problem import Problem
 # function but that of jobs has a name of its own, after its table.
 TABLES = (
     "pipeline_tables", "pipeline_stages", "stage_limits", "stage_calls", "stage_leases",
-    "stage_looks", "stage_joins", "stage_attempts", "stage_totals", "stage_totals_mark",
-    "job_state_listener_schema", "stage_slots",
+    "stage_looks", "stage_joins", "stage_moves", "stage_attempts", "stage_totals",
+    "stage_totals_mark", "job_state_listener_schema", "stage_slots",
 )  # fmt: skip
 VIEWS = ("pipeline_overview", "stage_latency", "given_up_calls")
 FUNCTIONS = (
@@ -73,6 +73,13 @@ STEPS = {
             ADD COLUMN table_name text COLLATE "C" NOT NULL DEFAULT 'jobs';
         ALTER TABLE stage_attempts
             ADD COLUMN table_name text COLLATE "C" NOT NULL DEFAULT 'jobs',
+            ADD COLUMN spent integer;
+    """,
+    # Asynchronous stages.
+    4: """
+        ALTER TABLE pipeline_stages ADD COLUMN asynchronous boolean NOT NULL DEFAULT false;
+        ALTER TABLE IF EXISTS stage_leases
+            ADD COLUMN working boolean NOT NULL DEFAULT false,
             ADD COLUMN spent integer;
     """,
 }
@@ -202,6 +209,7 @@ BEGIN
         SELECT a.attrelid::regclass AS place, a.attname AS name, a.atttypid AS type
         FROM (VALUES ('stage_attempts', 'job_id'), ('stage_leases', 'job_id'),
                      ('stage_looks', 'parent_id'), ('stage_joins', 'parent_id'),
+                     ('stage_moves', 'job_id'),
                      ('stage_calls', 'job_id')) AS copies (place, name)
         JOIN pg_attribute AS a ON a.attrelid = to_regclass(copies.place) AND a.attname = copies.name
         WHERE a.atttypid <> wanted.type OR a.attcollation <> wanted.collation

@@ -93,7 +93,7 @@ WHERE k.locktype = 'virtualxid' AND a.datname = current_database()
 """
 
 UNDER_WAY = """
-SELECT stage, job_id::text, worker, unanswered, leased_until FROM stage_leases
+SELECT stage, job_id::text, worker, unanswered, working, leased_until FROM stage_leases
 WHERE stage = ANY (%(stages)s::text[]) AND leased_until > now()
 ORDER BY leased_until
 """
@@ -134,4 +134,5 @@ def said(call) -> str:
     about = plain(f"{call.stage} {call.job_id}")
     if call.unanswered:
         return f"{about} (no answer; it may go on until {clock(call.leased_until)})"
-    return f"{about} (until {clock(call.leased_until)} at the latest)"
+    working = "its stage works on it, " if call.working else ""
+    return f"{about} ({working}until {clock(call.leased_until)} at the latest)"

@@ -16,6 +16,7 @@ COLUMNS = {
     "stage_leases": {"job_id", "call_id", "leased_until"},
     "stage_looks": {"parent_id", "join_of"},
     "stage_joins": {"parent_id", "join_of"},
+    "stage_moves": {"job_id", "moved_at"},
     "stage_attempts": {"job_id", "call_id", "outcome"},
     "stage_totals": {"stage", "outcome", "within_seconds"},
     "stage_totals_mark": {"counted_until"},

@@ -166,7 +166,9 @@ OWED = """
 SELECT join_of, call_id, stage, attempts, attempts - free_attempts AS spent, worker, started_at,
        due_at, due_at = 'infinity' AS given_up, last_error,
        CASE WHEN due_at < 'infinity'
-            THEN round(extract(epoch FROM due_at - now()))::bigint END AS due_in_seconds
+            THEN round(extract(epoch FROM due_at - now()))::bigint END AS due_in_seconds,
+       EXISTS (SELECT FROM stage_leases AS l WHERE l.call_id = stage_calls.call_id AND l.working
+                                               AND l.leased_until > now()) AS working
 FROM stage_calls WHERE job_id = %(key)s AND table_name = %(table)s
 ORDER BY join_of
 """

@@ -197,7 +197,7 @@ def stage_cells(row: dict[str, Any]) -> list[Any]:
 
 def notes(row: dict[str, Any]) -> Iterator[Line]:
     """What is to be said about a stage beyond its numbers."""
-    said = []
+    said = [f"{row['working']} taken and worked on"] if row["working"] else []
     if row["retrying"]:
         seconds = row["next_retry_seconds"]
         said.append(f"next retry {'in ' + duration(seconds) if seconds > 0 else 'due'}")

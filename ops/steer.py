@@ -107,6 +107,8 @@ def why_nothing_owed(conn, row: Any, stage: str | None = None) -> str:
             f"{what}: its last call of {call.stage} got no answer and may still be running; "
             f"it is due again {call.due_at:%F %T}"
         )
+    if call.working:
+        return f"{what}: {waits.why(row, call).why}"
     if call.calling:
         return (
             f"{what}: {call.calling} is calling {call.stage}; its lease ends "
@@ -179,12 +181,12 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
     alerts.close()
     if ended.outcome == "skipped":
         raise Problem(why_nothing_owed(conn, rows.find(conn, row.key, row.table_name), stage))
-    return ended.outcome == "succeeded"
+    return ended.outcome in ("succeeded", calls.TAKEN)
 
 
 def alert(conn, alerts: Alerts, ended: calls.Result) -> None:
     """Tell people of a call that was given up, or whose stage has set its row to failed."""
-    if ended.outcome in (*calls.PAID, "held") or not calls.set_failed(conn, [ended]):
+    if ended.outcome in (*calls.PAID, calls.TAKEN, "held") or not calls.set_failed(conn, [ended]):
         trigger.alert_given_up(alerts, ended)
         return
     ended.outcome, ended.delay, ended.hold = "failed", None, False

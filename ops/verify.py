@@ -33,14 +33,15 @@ WHERE attrelid = to_regclass(quote_ident(%(table)s)) AND attnum > 0 AND NOT atti
 NEEDED = {
     "pipeline_tables": {"name", "id_column", "parent_table", "parent_column", "channel"},
     "pipeline_stages": {"table_name", "join_of", "current_step", "status", "stage", "max_running",
-                        "held_until", "held_by"},
+                        "held_until", "held_by", "asynchronous"},
     "stage_calls": {"job_id", "table_name", "join_of", "call_id", "stage", "due_at", "attempts",
                     "free_attempts", "worker"},
     "stage_looks": {"parent_id", "join_of", "arrived"},
     "stage_joins": {"parent_id", "join_of", "is_open", "recorded_at", "is_noted"},
     "stage_limits": {"name", "max_running"},
     "stage_leases": {"job_id", "table_name", "call_id", "attempt", "stage", "worker",
-                     "leased_until", "unanswered"},
+                     "leased_until", "unanswered", "working"},
+    "stage_moves": {"job_id", "table_name", "stage", "moved_at"},
     "stage_attempts": {"job_id", "table_name", "call_id", "attempt", "stage", "outcome",
                        "finished_at", "spent"},
     "stage_totals": {"stage", "outcome", "within_seconds", "attempts", "microseconds"},
@@ -115,6 +116,10 @@ FROM (SELECT name, 'SELECT' FROM unnest(%(tables)s::text[]) AS name
           ('stage_looks', 'DELETE'), ('stage_joins', 'SELECT'), ('stage_joins', 'INSERT'),
           ('stage_joins', 'UPDATE'), ('stage_joins', 'DELETE')) AS for_joins
       WHERE %(joins)s
+      UNION ALL
+      SELECT 'stage_moves', privilege
+      FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege
+      WHERE %(asynchronous)s
      ) AS needed (name, privilege)
 WHERE NOT has_table_privilege(to_regclass(quote_ident(needed.name)), needed.privilege)
 """
@@ -273,7 +278,8 @@ def check_routes(conn, settings) -> str:
 
 
 def check_privileges(conn, settings) -> str:
-    given = {"tables": list(pipeline.tables()), "joins": bool(pipeline.joins())}
+    given = {"tables": list(pipeline.tables()), "joins": bool(pipeline.joins()),
+             "asynchronous": pipeline.is_asynchronous()}  # fmt: skip
     if missing := db.execute(conn, PRIVILEGES, given).fetchone().missing:
         raise Bad(f"role {conn.info.user} lacks {missing}", GRANTS)
     if closed := [row.name for row in db.execute(conn, VIEWS) if row.readable is False]:

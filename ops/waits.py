@@ -15,7 +15,7 @@ from ops.table import clock, readable
 WAITS = """
 SELECT c.join_of, c.stage, c.call_id, c.due_at, c.due_at = 'infinity' AS given_up,
        c.due_at > now() AS is_later, c.last_error,
-       l.worker AS calling, l.unanswered, l.leased_until, s.max_running,
+       l.worker AS calling, l.unanswered, l.working, l.leased_until, s.max_running,
        s.max_running <= (SELECT count(*) FROM stage_leases AS m
                          WHERE m.stage = c.stage AND m.leased_until > now()) AS full,
        h.stage IS NOT NULL AS has_route, h.held_until, h.held_until = 'infinity' AS paused,
@@ -75,6 +75,9 @@ def why(row: Any, call: Any) -> Waits | None:
         return Waits(f"PIPELINE has no stage {call.stage}", mend)
     if call.locked_by:
         return Waits(locked(call))
+    if call.working:
+        return Waits(f"{call.stage} has taken it and works on it, until {clock(call.leased_until)} "
+                     "at the latest")  # fmt: skip
     if call.unanswered:
         until = clock(call.leased_until)
         return Waits(f"its last call got no answer, and the stage may be at it until {until}")

@@ -1,0 +1,112 @@
+"""Asynchronous stages: a call that was taken with 202 is over when its row moves on.
+
+The trigger appends a row to stage_moves for a row that leaves the stage, whoever moved it and
+whether or not the answer is there yet. A listener takes it, and ends the lease of the call.
+"""
+
+import logging
+
+import db
+import logs
+import trigger
+
+log = logging.getLogger("listener.trigger")
+
+# A call that began after the move is another one. One whose answer is not there yet keeps its
+# move: who writes the 202 looks again. What is locked is being ended by another listener. A place
+# may be free now, so the other listeners are woken.
+LOOK = """
+WITH seen AS (
+    SELECT move_id, job_id, table_name, stage, is_failed, moved_at FROM stage_moves
+    ORDER BY move_id LIMIT 1000
+    FOR UPDATE SKIP LOCKED
+), leased AS (
+    SELECT s.move_id, s.is_failed, s.moved_at, l.call_id, l.attempt, l.working
+    FROM seen AS s JOIN stage_leases AS l
+        ON (l.job_id, l.table_name, l.stage) = (s.job_id, s.table_name, s.stage)
+       AND l.started_at <= s.moved_at AND NOT l.unanswered
+), mine AS (
+    SELECT l.call_id, l.attempt FROM stage_leases AS l
+    WHERE l.call_id = ANY (ARRAY(SELECT call_id FROM leased WHERE working)) AND l.working
+    FOR UPDATE SKIP LOCKED
+), ended AS (
+    DELETE FROM stage_leases AS l USING mine
+    WHERE (l.call_id, l.attempt) = (mine.call_id, mine.attempt)
+    RETURNING l.*
+), forgotten AS (
+    DELETE FROM stage_moves WHERE move_id IN (
+        SELECT move_id FROM seen EXCEPT
+        SELECT move_id FROM leased WHERE (call_id, attempt) NOT IN (
+            SELECT call_id, attempt FROM ended))
+), recorded AS (
+    INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, spent, stage, worker,
+                                started_at, finished_at, http_status, outcome, error)
+    SELECT e.job_id, e.table_name, e.call_id, e.attempt, e.spent, e.stage, e.worker, e.started_at,
+           greatest(e.started_at, m.moved_at), 202,
+           CASE WHEN m.is_deleted THEN 'skipped' WHEN NOT m.is_failed THEN 'succeeded' WHEN EXISTS (
+               SELECT FROM pipeline_stages AS p
+               WHERE (p.table_name, p.join_of, p.current_step, p.status)
+                     = (e.table_name, '', e.stage, 'failed')) THEN 'retry' ELSE 'failed' END,
+           CASE WHEN m.is_deleted THEN 'the job was deleted'
+                WHEN m.is_failed THEN 'set failed by its stage' END
+    FROM ended AS e CROSS JOIN LATERAL (
+        SELECT l.moved_at, l.is_failed,
+               (stage_call_row(e.table_name, '', e.job_id)).is_there IS NULL AS is_deleted
+        FROM leased AS l
+        WHERE (l.call_id, l.attempt) = (e.call_id, e.attempt) ORDER BY l.moved_at LIMIT 1) AS m
+    ON CONFLICT DO NOTHING
+    RETURNING job_id::text, table_name, stage, outcome, error,
+              extract(epoch FROM finished_at - started_at)::float8 AS seconds
+)
+SELECT recorded.*, pg_notify(%(wake)s, '') AS woken FROM recorded
+"""
+
+
+def look(conn) -> list:
+    """End the calls whose rows have moved on.
+
+    Returns:
+        A row for each: job_id (the row's id), table_name, stage, outcome, error, seconds.
+    """
+    return db.execute(conn, LOOK, {"wake": db.WAKE_CHANNEL}).fetchall()
+
+
+# Moves that no trigger has seen: the row was deleted, or changed past the triggers. A join's
+# call is owed by no state of the parent, which was in the one noted when it was first claimed.
+RECORD_MISSED = """
+INSERT INTO stage_moves (job_id, table_name, stage, is_failed)
+SELECT l.job_id, l.table_name, l.stage,
+       coalesce((r.current_step, r.status) = (l.stage, 'failed'), false)
+FROM stage_leases AS l CROSS JOIN LATERAL stage_call_row(l.table_name, '', l.job_id) AS r
+WHERE l.working
+  AND (r.is_there IS NULL
+       OR (r.current_step, r.status) IS DISTINCT FROM (l.stage, 'running')
+      AND NOT EXISTS (
+          SELECT FROM pipeline_stages AS p
+          WHERE (p.table_name, p.join_of, p.stage) = (l.table_name, '', l.stage)
+            AND (p.current_step, p.status) = (r.current_step, r.status))
+      AND NOT EXISTS (
+          SELECT FROM pipeline_stages AS p
+          JOIN stage_joins AS j ON j.join_of = p.join_of AND j.parent_id = l.job_id
+          WHERE (p.table_name, p.stage) = (l.table_name, l.stage)
+            AND (j.parent_step, j.parent_status)
+                IS NOT DISTINCT FROM (r.current_step, r.status)))
+"""
+
+
+def record_missed(conn) -> None:
+    """Record the moves that no trigger has recorded."""
+    db.execute(conn, RECORD_MISSED)
+
+
+def log_end(row) -> None:
+    """The line of a call's end, as trigger.log_end has it."""
+    about_row = trigger.row_name(row.table_name, row.job_id)
+    about = logs.about(job=row.job_id, table=row.table_name, stage=row.stage, status=202,
+                       duration=round(row.seconds, 3), outcome=row.outcome)  # fmt: skip
+    if row.outcome == "succeeded":
+        log.info("파이프라인 단계 실행 성공: %s stage=%s status=202 (%.2f초)",
+                 about_row, row.stage, row.seconds, extra=about)  # fmt: skip
+    else:
+        log.warning("파이프라인 단계 실행 실패: %s stage=%s error=%s",
+                    about_row, row.stage, row.error, extra=about)  # fmt: skip

@@ -1,0 +1,257 @@
+"""Stages that answer 202 and work on."""
+
+import os
+from contextlib import closing
+
+import pytest
+from asynchronous import PIPELINE
+from claims import LEASE_OVER
+from conftest import ROOT
+from variants import TABLE, install
+from waiting import PATIENCE
+
+from demo.stage_server import Answer
+
+TAKEN = Answer(202)
+WORKING = "SELECT count(*) FROM stage_leases WHERE working"
+NOBODY = "SELECT count(*) = 0 FROM stage_leases"
+ENDED = "SELECT outcome FROM stage_attempts WHERE job_id = %s"
+
+
+class Site:
+    """A database with asynchronous stages, their API, and a listener."""
+
+    def __init__(self, variants, api, listener):
+        self.variants, self.database, self.api, self.listener = (
+            variants,
+            variants.database,
+            api,
+            listener,
+        )
+        self.asked = {}
+        for name in ("vlm_analyze", "planner", "yolo_detect", "ad_copy"):
+            api.on(f"/{name}", lambda request: TAKEN)
+
+    def start(self, *args, **settings):
+        given = {"PYTHONPATH": str(ROOT / "tests"), "PIPELINE_MODULE": "asynchronous",
+                 "SWEEP_INTERVAL": 3600, "LISTENER_WORKERS": 1} | settings  # fmt: skip
+        return self.listener(self.database, *args, api=self.api, **given)
+
+    def calls(self, stage: str) -> list:
+        return [request for request in self.api.calls() if request.path == f"/{stage}"]
+
+    def wait_for_calls(self, stage: str, count: int) -> None:
+        self.api.wait_for(lambda _: len(self.calls(stage)) >= count, PATIENCE)
+
+    def wait_for_working(self, count: int) -> None:
+        self.database.wait_for(f"SELECT ({WORKING}) = {count}")
+
+
+@pytest.fixture
+def site(database, use_pipeline, api, listener):
+    use_pipeline(PIPELINE)
+    return Site(install(database, TABLE), api, listener)
+
+
+def test_worker_is_idle_while_calls_are_worked_on(site):
+    jobs = [site.database.add_job("vlm_analyze", "done") for _ in range(5)]
+    site.start()
+    site.wait_for_working(5)
+    assert not site.database.rows("SELECT * FROM stage_attempts")
+    for job in jobs:
+        site.database.move(job, "planner", "running")
+    site.wait_for_working(5)
+    for job in jobs:
+        site.database.move(job, "planner", "done")
+    site.database.wait_for(NOBODY)
+    assert [site.database.value(ENDED, job) for job in jobs] == ["succeeded"] * 5
+    assert len(site.calls("planner")) == 5
+
+
+def test_state_of_the_job_is_what_ends_a_call(site):
+    """Not running, nor back to the state that owed the call; but any other, set by anybody."""
+    job = site.database.add_job()
+    site.start()
+    site.wait_for_working(1)
+    for step, status in [
+        ("vlm_analyze", "running"),
+        ("img_gen", "done"),
+        ("vlm_analyze", "running"),
+    ]:
+        site.database.move(job, step, status)
+    site.database.rows("UPDATE jobs SET tenant_id = 'other'")
+    assert site.database.value(WORKING) == 1
+    site.database.move(job, "cancelled", "by hand")
+    site.database.wait_for(NOBODY)
+    assert site.database.value(ENDED, job) == "succeeded"
+
+
+def test_stage_that_moves_the_job_before_its_answer_is_read(site):
+    def behave(request):
+        with closing(site.database.connect()) as conn:
+            for status in ("running", "done"):
+                set_to = f"UPDATE jobs SET current_step = 'planner', status = '{status}'"
+                conn.cursor().execute(set_to)
+        return TAKEN
+
+    site.api.on("/planner", behave)
+    job = site.database.add_job("vlm_analyze", "done")
+    site.start()
+    site.database.wait_for(f"SELECT ({NOBODY}) AND EXISTS ({ENDED})", job)
+    assert site.database.value(ENDED, job) == "succeeded"
+
+
+def test_stage_that_commits_after_its_answer(site):
+    job = site.database.add_job("vlm_analyze", "done")
+    with closing(site.database.connect()) as conn:
+        conn.autocommit = False
+        cursor = conn.cursor()
+
+        def behave(request):
+            cursor.execute("UPDATE jobs SET current_step = 'planner' WHERE job_id = %s", [job])
+            return TAKEN
+
+        site.api.on("/planner", behave)
+        site.start()
+        site.wait_for_working(1)
+        conn.commit()
+    site.database.wait_for(NOBODY)
+    assert site.database.value(ENDED, job) == "succeeded"
+
+
+def test_limit_counts_what_is_worked_on(site):
+    jobs = [site.database.add_job() for _ in range(4)]
+    site.start(LISTENER_WORKERS=4)
+    site.wait_for_working(2)
+    site.database.move(site.calls("vlm_analyze")[0].job_id, "vlm_analyze", "running")
+    assert len(site.calls("vlm_analyze")) == 2
+    site.database.move(site.calls("vlm_analyze")[0].job_id, "x", "done")
+    site.wait_for_calls("vlm_analyze", 3)
+    site.database.move(site.calls("vlm_analyze")[1].job_id, "x", "done")
+    site.wait_for_calls("vlm_analyze", 4)
+    assert {request.job_id for request in site.calls("vlm_analyze")} == set(jobs)
+
+
+@pytest.mark.parametrize("dies", ["listener", "both"])
+def test_listener_that_is_killed_leaves_them_to_the_next(site, dies):
+    jobs = [site.database.add_job("vlm_analyze", "done") for _ in range(2)]
+    first = site.start()
+    site.wait_for_working(2)
+    first.kill_alone() if dies == "listener" else first.kill()
+    site.database.move(jobs[0], "planner", "done")
+    site.start()
+    site.database.wait_for(f"{NOBODY.replace('= 0', '= 1')}")
+    site.database.move(jobs[1], "planner", "done")
+    site.database.wait_for(NOBODY)
+    assert len(site.calls("planner")) == 2
+
+
+def test_stage_that_never_finishes_is_called_again_under_the_same_key(site):
+    job = site.database.add_job("vlm_analyze", "done")
+    site.start(STAGE_TIMEOUT=0.5, LEASE_MARGIN=1, MAX_ATTEMPTS=2)
+    site.database.wait_for("SELECT due_at = 'infinity' FROM stage_calls")
+    first, second = site.calls("planner")
+    assert first.headers["Idempotency-Key"] == second.headers["Idempotency-Key"]
+    assert [row.outcome for row in site.database.attempts(job)] == ["unknown", "unknown", "failed"]
+    assert "taken with HTTP 202" in site.database.attempts(job)[0].error
+
+
+def test_stage_that_has_set_running_and_never_finishes_is_stalled(site):
+    job = site.database.add_job("vlm_analyze", "done")
+    site.start(LISTENER_WORKERS=1)
+    site.wait_for_working(1)
+    site.database.move(job, "planner", "running")
+    site.database.rows(LEASE_OVER)
+    site.start()
+    site.database.wait_for(f"SELECT EXISTS ({ENDED})", job)
+    assert site.database.value("SELECT reason FROM resting_rows()").startswith("running for longer")
+    assert len(site.calls("planner")) == 1
+
+
+def test_answer_that_is_lost_ends_with_the_job(site):
+    site.api.on("/planner", lambda request: os.close(-1))
+    job = site.database.add_job("vlm_analyze", "done")
+    site.start()
+    site.database.wait_for("SELECT count(*) > 0 FROM stage_attempts")
+    site.database.move(job, "planner", "done")
+    assert site.database.owed(job) is None
+    assert len(site.calls("planner")) == 1
+
+
+def test_failed_is_called_again_and_given_up_after_the_last_attempt(site):
+    job = site.database.add_job()
+    site.start(MAX_ATTEMPTS=2, RETRY_DELAY=0.01)
+    for number in (1, 2):
+        site.wait_for_calls("vlm_analyze", number)
+        site.wait_for_working(1)
+        site.database.move(job, "vlm_analyze", "running")
+        site.database.move(job, "vlm_analyze", "failed")
+    site.database.wait_for("SELECT due_at = 'infinity' FROM stage_calls WHERE job_id = %s", job)
+    assert len(site.calls("vlm_analyze")) == 2
+
+
+def test_failed_that_nothing_follows_from_is_told(site):
+    job = site.database.add_job("vlm_analyze", "done")
+    running = site.start()
+    site.wait_for_working(1)
+    site.database.move(job, "planner", "failed")
+    assert "send" not in running.wait_for_line("단계가 failed로 설정함")
+    assert site.database.value(ENDED, job) == "failed"
+    assert site.database.value("SELECT kind FROM resting_rows()") == "failed"
+
+
+def test_child_and_join_are_worked_on(site):
+    job = site.database.add_job("x", "y")
+    [variant] = site.variants.add(job, "img_gen", "done")
+    site.start()
+    site.wait_for_working(1)
+    site.variants.move(variant, "yolo_detect", "done")
+    site.wait_for_calls("ad_copy", 1)
+    site.wait_for_working(1)
+    site.database.move(job, "ad_copy", "running")
+    site.database.move(job, "ad_copy", "done")
+    site.database.wait_for(NOBODY)
+    assert [row.stage for row in site.database.attempts(variant)] == ["yolo_detect"]
+    assert site.database.value(ENDED, job) == "succeeded"
+
+
+@pytest.mark.parametrize("how", ["DELETE FROM jobs", "moved past the triggers"])
+def test_row_that_no_trigger_has_seen_moving(site, how):
+    job = site.database.add_job("vlm_analyze", "done")
+    site.start(SWEEP_INTERVAL=0.2)
+    site.wait_for_working(1)
+    if how.startswith("DELETE"):
+        site.database.rows(how)
+    else:
+        site.database.rows("SET session_replication_role = replica;"
+                           " UPDATE jobs SET current_step = 'planner'; RESET ALL")  # fmt: skip
+    site.database.wait_for(NOBODY)
+    assert site.database.value(ENDED, job) == ("skipped" if "DELETE" in how else "succeeded")
+
+
+def test_commands_say_that_it_is_worked_on(site, run_command):
+    job = site.database.add_job("vlm_analyze", "done")
+    module = {"PYTHONPATH": str(ROOT / "tests"), "PIPELINE_MODULE": "asynchronous"}
+    site.start()
+    site.wait_for_working(1)
+
+    def said(*args: str) -> str:
+        done = run_command(site.database, *args, **module)
+        return done.out + done.err
+
+    assert "planner works on it since" in said("job", job)
+    assert "1 taken and worked on" in said("status")
+    assert "planner has taken it and works on it" in said("again", job)
+    assert "its stage works on it" in said("pause", "planner", "--wait", "--timeout", "0")
+    assert "0 calls under way" not in said("status")
+    site.database.move(job, "planner", "done")
+    site.database.wait_for(NOBODY)
+    assert "no call of planner is under way" in said("pause", "planner", "--wait")
+
+
+def test_call_by_hand_is_taken(site, run_command):
+    job = site.database.add_job("vlm_analyze", "done")
+    done = run_command(site.database, "call", job, api=site.api, PIPELINE_MODULE="asynchronous",
+                       PYTHONPATH=str(ROOT / "tests"))  # fmt: skip
+    assert done.code == 0
+    assert site.database.value(WORKING) == 1
