@@ -57,9 +57,10 @@ soak: $(DEV_READY) ## see what grows under a steady load of MINUTES= (30); plots
 bench: $(BENCH_READY) ## measure against what people use instead; ARGS=--quick for a look
 	@bench/.venv/bin/python -m bench run $(ARGS)
 
-lint: $(DEV_READY) ## check style: Python and Dockerfile
+lint: $(DEV_READY) ## check style and types: Python and Dockerfile
 	@$(PYTHON) -m ruff check
 	@$(PYTHON) -m ruff format --check
+	@$(PYTHON) -m mypy
 	@.venv/bin/hadolint Dockerfile
 
 format: $(DEV_READY) ## put the Python files in shape
@@ -70,7 +71,7 @@ test-image: $(DEV_READY) ## build the container image without an engine and try 
 	@PYTHONPATH=. $(PYTHON) tests/try_image.py
 
 clean: ## remove .venv and caches
-	rm -rf .venv bench/.venv bench/node_modules .pytest_cache .ruff_cache demo-report.html
+	rm -rf .venv bench/.venv bench/node_modules .pytest_cache .ruff_cache .mypy_cache demo-report.html
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): requirements.txt

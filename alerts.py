@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import IO, Any
 
@@ -58,7 +58,7 @@ class Episode:
     """What was told of a stage, and how much more of it has come since."""
 
     until: float  # time.monotonic() at which that is told
-    said: dict[str, Any] | None = None  # the last of it
+    said: dict[str, Any] = field(default_factory=dict)  # the last of it
     count: int = 0
 
 
@@ -66,7 +66,7 @@ class Alerts:
     """Runs ALERT_COMMAND, at most AT_ONCE at a time, and never waits for it."""
 
     def __init__(self, settings: SimpleNamespace):
-        self.command: list[str] | None = settings.ALERT_COMMAND
+        self.command: list[str] = settings.ALERT_COMMAND or []
         self.waiting: deque[bytes] = deque()
         self.running: list[Run] = []
         self.episodes: dict[tuple[str, Any], Episode] = {}

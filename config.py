@@ -291,8 +291,9 @@ def settings() -> SimpleNamespace:
     file = next((path for path in beside if os.path.isfile(path)), None)
     from_file, unread = ({}, []) if file is None else values_in(file)
     values = read(from_file | os.environ)
-    values.WARNINGS += unread + [f"{file.absolute()}: {said}" for said in misspelt(from_file)]
-    values.READ_FROM = {name: str(file.absolute()) for name in from_file}
+    where = str(file and file.absolute())
+    values.WARNINGS += unread + [f"{where}: {said}" for said in misspelt(from_file)]
+    values.READ_FROM = dict.fromkeys(from_file, where)
     values.READ_FROM |= dict.fromkeys(os.environ, "the environment")
     return values
 
@@ -339,8 +340,12 @@ def values_in(file: Path) -> tuple[dict[str, str], list[str]]:
             known = found | os.environ
             found[line.key] = line.value
             if not SINGLE_QUOTED.match(line.original.string):
-                found[line.key] = REFERENCE.sub(lambda r, k=known: k.get(r[1], r[0]), line.value)
+                found[line.key] = with_references(line.value, known)
     return found, unread
+
+
+def with_references(text: str, known: Mapping[str, str]) -> str:
+    return REFERENCE.sub(lambda found: known.get(found[1], found[0]), text)
 
 
 def why_off(values: SimpleNamespace) -> str | None:

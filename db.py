@@ -44,7 +44,7 @@ FLOOD, FLOODED_AFTER = 50_000, 1.0
 
 # Noticed within about 7 s: an idle half-open connection by the keepalives, an unacknowledged
 # query only by tcp_user_timeout (milliseconds).
-CONNECTION = {
+CONNECTION: dict[str, Any] = {
     "client_encoding": "UTF8",
     "connect_timeout": 5,
     "keepalives_idle": 5,
@@ -137,7 +137,7 @@ def wait_with_deadline(conn: "Connection") -> None:
         ready = select.select(reading, writing, [], left) if left > 0 else ()
         if not any(ready):
             raise ConnectionLost(f"the database did not answer within {allowed:.0f} s")
-        if stop in ready[0]:
+        if stop is not None and stop in ready[0]:
             stop.drain()
 
 
@@ -334,10 +334,14 @@ def prepare(conn: Connection, statements: Sequence[Statement]) -> None:
     for one in statements:
         given = list(dict.fromkeys(PLACEHOLDER.findall(one.sql)))
         number = {name: f"${position}" for position, name in enumerate(given, 1)}
-        sql = PLACEHOLDER.sub(lambda found, number=number: number[found[1]], one.sql)
+        sql = with_numbers(one.sql, number)
         execute(conn, f"PREPARE {one.name} AS {sql}")
         arguments = ", ".join(f"%({name})s" for name in given)
         conn.prepared[one.name] = f"EXECUTE {one.name}" + (f"({arguments})" if given else "")
+
+
+def with_numbers(sql: str, number: dict[str, str]) -> str:
+    return PLACEHOLDER.sub(lambda found: number[found[1]], sql)
 
 
 def is_lost(conn: Connection, error: psycopg2.Error) -> bool:

@@ -79,13 +79,13 @@ class StageHealth:
         if is_about_the_job(health, call):
             return ended
         before, health.refused = health.refused, ended
-        if not health.is_wrong and (before is None or before.call_id == call.call_id):
-            return ended
         if not health.is_wrong:
+            if before is None or before.call_id == call.call_id:
+                return ended
             health.is_wrong = True
             if before.outcome == "failed":
                 self.revived.append(before)
-            self.tell(call.stage, ended.error)
+            self.tell(call.stage, ended.error or "")
         if ended.outcome == "unknown":
             return self.again(call, ended, "unknown", hold=True, free=True)
         return self.again(call, ended, "held", hold=True, retry_after=PROBE_EVERY)
@@ -104,7 +104,7 @@ class StageHealth:
 
     def again(self, call: Call, ended: Result, outcome: str, **details) -> Result:
         """The same answer, but with another outcome."""
-        revised = trigger.failure(call, outcome, ended.error, self.settings.RETRY_DELAY,
+        revised = trigger.failure(call, outcome, ended.error or "", self.settings.RETRY_DELAY,
                                   http_status=ended.http_status, **details)  # fmt: skip
         revised.seconds, revised.trace = ended.seconds, ended.trace
         return revised

@@ -39,7 +39,9 @@ class Heartbeat:
 
     def __init__(self, directory: str, name: str):
         self.path = Path(directory) / f"{name}{SUFFIX}"
-        self.since = self.doing = self.file = None
+        self.file: int | None = None
+        self.doing: str | None = None
+        self.since: float | None = None
         self.valid_until = 0.0
         self.failed = False
         self.make_at = 0.0  # time.monotonic() before which the file is not made

@@ -117,7 +117,7 @@ class Watch:
                 self.process.kill()
             return None
         with self.process as ended:
-            said = ended.stdout.read().strip()
+            said = ended.communicate()[0].strip()
         self.process = None
         is_new, self.said = bool(said) and said != self.said, said
         return said if is_new else None

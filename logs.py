@@ -1,5 +1,6 @@
 """The log: one event, one line, for people with grep or, as JSON, for collectors."""
 
+import io
 import json
 import logging
 import sys
@@ -95,7 +96,7 @@ class OneObject(OneLine):
 
 def set_up(settings: SimpleNamespace) -> None:
     """Log to standard output, where `docker logs … | grep` looks."""
-    if sys.stdout:  # None where it is closed
+    if isinstance(sys.stdout, io.TextIOWrapper):  # None where it is closed
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     # What cannot be written, to a full disk or a pipe that nobody reads, is lost: logging would
     # print it on standard error, with a traceback and its secrets.

@@ -5,18 +5,20 @@ stages.py, or the module that PIPELINE_MODULE names, is written with it.
 
 import functools
 import importlib
+import math
 import re
 import shlex
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple, TypeVar, Union
 from urllib.parse import quote
 
 import config
 import db
-from stage_http import Answer, StageApi
+from stage_http import Answer as Answer
+from stage_http import StageApi
 
 # --- tables and states ---------------------------------------------------------------------
 
@@ -177,11 +179,29 @@ class Limits:
             raise ValueError(f"asynchronous={self.asynchronous!r}: allowed is True or False")
 
 
-def limits(**given: Any) -> Callable:
-    """Declare the Limits of the stage function below."""
+@dataclass(frozen=True)
+class FullLimits(Limits):
+    """Limits where what is not declared is as in the settings."""
 
-    def declare(function: Callable) -> Callable:
-        function.limits = Limits(**given)
+    timeout: float = math.inf
+    max_attempts: int = 1
+
+
+Function = TypeVar("Function", bound=Callable)
+
+
+def limits(
+    *,
+    max_running: int | None = None,
+    timeout: float | None = None,
+    max_attempts: int | None = None,
+    asynchronous: bool = False,
+) -> Callable[[Function], Function]:
+    """Declare the Limits of the stage function below."""
+    declared = Limits(max_running, timeout, max_attempts, asynchronous)
+
+    def declare(function: Function) -> Function:
+        function.limits = declared  # type: ignore[attr-defined]  # a function may have any
         return function
 
     return declare
@@ -247,7 +267,8 @@ def check(pipeline: Any) -> None:
 
 def chain_of(key: Any) -> list[Table]:
     """The table of a key, its parent, and so on; none for a plain tuple."""
-    found, table = [], key.table if isinstance(key, State) else None
+    found: list[Table] = []
+    table: Any = key.table if isinstance(key, State) else None
     while isinstance(table, Table):
         found.append(table)
         table = table.parent and table.parent[0]
@@ -335,11 +356,11 @@ def sent_back(table: str, key: str, stage: str) -> str:
     return typed("again", table, key, "--stage", stage)
 
 
-def stage_limits(settings: SimpleNamespace) -> dict[str, Limits]:
+def stage_limits(settings: SimpleNamespace) -> dict[str, FullLimits]:
     """The Limits of every stage; what it does not declare is as in `settings`."""
     declared = {f.__name__: limits_of(f) for f in pipeline().values()}
     return {
-        stage: Limits(
+        stage: FullLimits(
             given.max_running,
             given.timeout or settings.STAGE_TIMEOUT,
             given.max_attempts or settings.MAX_ATTEMPTS,
@@ -406,8 +427,8 @@ class Call:
     after_hold: bool = False  # its stage was held before
     limited: bool = False  # its stage has max_running
     asynchronous: bool = False  # 202 means that its stage works on it
-    api: StageApi | None = None
-    settings: SimpleNamespace | None = None
+    api: StageApi = None  # type: ignore[assignment]  # the worker's own
+    settings: SimpleNamespace = None  # type: ignore[assignment]  # the worker's own
     until: float = 0.0  # time.monotonic() by which the whole call must be over
     answer: Answer | None = None  # of the last POST
 
@@ -479,7 +500,7 @@ class Call:
         return db.query(self.settings, sql, self.values | params)
 
 
-def claimed_call(row: Any, limits: Limits, listener: str, covered_until: float) -> Call:
+def claimed_call(row: Any, limits: FullLimits, listener: str, covered_until: float) -> Call:
     """The call of a claimed row (see calls.TAKE).
 
     Args:

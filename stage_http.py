@@ -138,7 +138,14 @@ class StageApi:
         finally:
             self.close()
 
-    def send(self, method: str, path: str, headers, seconds: float, data=None) -> Answer:
+    def send(
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        seconds: float,
+        data: bytes | None = None,
+    ) -> Answer:
         request = self.request(method, path, headers, data)
         timeout = (min(CONNECT_TIMEOUT, seconds), seconds)
         try:
@@ -147,7 +154,9 @@ class StageApi:
         except FAILED as error:
             raise translated(error) from error
 
-    def request(self, method: str, path: str, headers, data=None) -> requests.PreparedRequest:
+    def request(
+        self, method: str, path: str, headers: Mapping[str, str], data: bytes | None = None
+    ) -> requests.PreparedRequest:
         """A request as it is sent."""
         request = self.prepared.copy()
         request.method, request.url = method, requests.utils.requote_uri(self.url + path)
@@ -231,7 +240,7 @@ def translated(error: Exception) -> Exception:
     """What an exception of `requests` or urllib3 says about the request."""
     causes = list(chain(error))
     text = f"{type(causes[-1]).__name__}: {causes[-1]}"
-    # Of a stage function's own request; a connection of ours has said so itself (see Honest).
+    # Of a stage function's own request; a connection of ours has said so itself (HttpConnection).
     if any(isinstance(cause, NOT_CONNECTED) for cause in causes):
         return Unreachable(text)
     if any(isinstance(cause, (TimeoutError, requests.ReadTimeout)) for cause in causes):
@@ -244,12 +253,13 @@ def translated(error: Exception) -> Exception:
 def chain(error: BaseException) -> Iterator[BaseException]:
     """`error` and what it was made from: urllib3 wraps in three ways."""
     seen: list[BaseException] = []
-    while isinstance(error, BaseException) and error not in seen:
-        seen.append(error)
-        yield error
-        wrapped = [getattr(error, "reason", None), *error.args]
+    link: BaseException | None = error
+    while link is not None and link not in seen:
+        seen.append(link)
+        yield link
+        wrapped = [getattr(link, "reason", None), *link.args]
         inner = [value for value in wrapped if isinstance(value, BaseException)]
-        error = inner[0] if inner else error.__cause__ or error.__context__
+        link = inner[0] if inner else link.__cause__ or link.__context__
 
 
 # --- the connection ------------------------------------------------------------------------
@@ -276,13 +286,13 @@ class WholeResponse(http.client.HTTPResponse):
     def _read_status(self):
         """http.client reads past 100 only, not past the other interim answers (RFC 9110, 15.2)."""
         while True:
-            version, status, reason = super()._read_status()
+            version, status, reason = super()._read_status()  # type: ignore[misc]  # private
             if status not in range(102, 200):
                 return version, status, reason
             http.client.parse_headers(self.fp)
 
 
-class Honest:
+class HttpConnection(urllib3.connection.HTTPConnection):
     """A connection that says so where nothing was sent, and takes only a whole head."""
 
     response_class = WholeResponse
@@ -300,11 +310,7 @@ class Honest:
             raise Unreachable(f"{type(cause).__name__}: {cause}") from error
 
 
-class HttpConnection(Honest, urllib3.connection.HTTPConnection):
-    pass
-
-
-class HttpsConnection(Honest, urllib3.connection.HTTPSConnection):
+class HttpsConnection(HttpConnection, urllib3.connection.HTTPSConnection):
     pass
 
 
@@ -319,7 +325,7 @@ class HttpsPool(urllib3.HTTPSConnectionPool):
 class WholeAnswers(HTTPAdapter):
     """The adapter of `requests`, with our connections, all to one server."""
 
-    pool: urllib3.HTTPConnectionPool | None = None
+    pool: urllib3.connectionpool.ConnectionPool | None = None
 
     def get_connection_with_tls_context(self, request, verify, proxies=None, cert=None):
         self.pool = self.pool or super().get_connection_with_tls_context(request, verify)

@@ -141,7 +141,7 @@ class Trigger:
         try:
             return self.judged(call, answer_of(call))
         except BaseException as error:
-            if not is_accepted(call):
+            if call.answer is None or not is_accepted(call):
                 return self.raised(call, error, by_hand)
             ended = self.judged(call, call.answer)  # whatever the stage function did next
             ended.trace = self.trace(error)
@@ -324,7 +324,7 @@ def log_end(call: Call, ended: Result) -> None:
             logging.ERROR if ended.outcome == "failed" else logging.WARNING,
             "파이프라인 단계 실행 실패: %s stage=%s attempt=%d/%d error=%s → %s",
             *(logs.ids(call.ids), call.stage, call.spent, call.max_attempts),
-            *(ended.error[:500], what_next(call, ended)),
+            *((ended.error or "")[:500], what_next(call, ended)),
             extra=about(
                 call,
                 status=ended.http_status,

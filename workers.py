@@ -201,7 +201,8 @@ class Workers:
 
     def collect(self, ready: Iterable[Any]) -> list[tuple[Call, Result]]:
         """What has come back, also of calls whose worker died or came to its deadline."""
-        ready, now, ended = set(ready), time.monotonic(), []
+        ready, now = set(ready), time.monotonic()
+        ended: list[tuple[Call, Result]] = []
         children, self.signals.child_ended = self.signals.child_ended, False
         if children:
             self.dying = [pid for pid in self.dying if not os.waitpid(pid, os.WNOHANG)[0]]
@@ -211,12 +212,13 @@ class Workers:
             if not (worker in ready or children or now >= worker.until):
                 continue
             call, has_ended = worker.call, worker.has_ended()
-            if (result := received(worker)) is not None:
+            result = received(worker)
+            if call is not None and result is not None:
                 ended.append((call, result))
             if has_ended or now >= worker.until:
                 reason = self.end(worker, has_ended)
                 if worker.call is not None:
-                    ended.append((call, self.lost(worker, reason)))
+                    ended.append((worker.call, self.lost(worker.call, worker.began, reason)))
         return ended
 
     def end(self, worker: Worker, has_ended: bool) -> str:
@@ -237,10 +239,10 @@ class Workers:
         seconds = worker.call.timeout if worker.call else 0
         return f"no answer within {seconds:g} s, so its worker was killed"
 
-    def lost(self, worker: Worker, reason: str) -> Result:
+    def lost(self, call: Call, began: float, reason: str) -> Result:
         """What came of a call whose worker did not live to say it: nobody knows."""
-        ended = trigger.failure(worker.call, "unknown", reason, self.settings.RETRY_DELAY)
-        ended.seconds = time.monotonic() - worker.began
+        ended = trigger.failure(call, "unknown", reason, self.settings.RETRY_DELAY)
+        ended.seconds = time.monotonic() - began
         return ended
 
     def stop(self) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import importlib
+import io
 import os
 import platform
 import re
@@ -33,9 +34,10 @@ __all__ = [
 
 # Of this program; CHANGELOG.md says what is in it.
 VERSION = "2.0.0.dev0"
+PSYCOPG2: str = psycopg2.__version__  # type: ignore[attr-defined]  # its stubs leave it out
 VERSIONS = (
     f"Job State Listener %(version)s"
-    f" (Python {platform.python_version()}, psycopg2 {psycopg2.__version__.split()[0]})"
+    f" (Python {platform.python_version()}, psycopg2 {PSYCOPG2.split()[0]})"
 )
 
 # Each command and the module that it is in.
@@ -48,7 +50,7 @@ COMMANDS = {
 }  # fmt: skip
 
 # How --help arranges them, by module; a command of a module that is not named is one to look with.
-GROUPS = {
+GROUPS: dict[str, list[str | None]] = {
     "Run": [None],  # those of listener.py itself
     "Look": [],
     "Steer": ["steer", "again", "pause"],
@@ -88,9 +90,9 @@ class Commands(click.Group):
         longest = max(map(len, declared))
         for title in GROUPS:
             rows = [
-                (name.ljust(longest), self.get_command(context, name).get_short_help_str(200))
+                (name.ljust(longest), command.get_short_help_str(200))
                 for name in declared
-                if group(name) == title
+                if group(name) == title and (command := self.get_command(context, name))
             ]
             with formatter.section(title):
                 formatter.write_dl(rows)
@@ -104,7 +106,7 @@ def group(name: str) -> str:
 
 def main(cli: click.Group) -> None:
     """Run the command line; every mistake becomes one line and its exit code."""
-    if sys.stdout:  # None where it is closed
+    if isinstance(sys.stdout, io.TextIOWrapper):  # None where it is closed
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows no arrow
     try:
         sys.exit(cli.main(prog_name="listener.py", standalone_mode=False) or 0)
@@ -113,7 +115,7 @@ def main(cli: click.Group) -> None:
             if sys.stdout:
                 sys.stdout.flush()
         except OSError:  # Python would fail once more, and end with 120
-            os._exit(ending.code or EXIT_PROBLEM)
+            os._exit((isinstance(ending.code, int) and ending.code) or EXIT_PROBLEM)
         raise
     except BrokenPipeError:
         os._exit(EXIT_PROBLEM)

@@ -190,7 +190,7 @@ SELECT pg_advisory_xact_lock(hashtextextended('job_state_listener.joins',
 
 
 def join_statement(conn, sql: str, join: State) -> str:
-    parent = pipeline.tables()[pipeline.parent_name(join.table)]
+    parent = pipeline.owner(join)
     of_parent, column = rows.names(conn, parent), rows.time_column(conn, join.table)
     parent_column = rows.time_column(conn, parent)
     return sql.format(
@@ -230,7 +230,8 @@ class Found:
     """
 
     def __init__(self):
-        self.missed, self.kept = Counter(), Counter()
+        self.missed: Counter[Any] = Counter()
+        self.kept: Counter[Any] = Counter()
         self.outdated, self.left_out = 0, []
 
 

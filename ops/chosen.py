@@ -141,7 +141,7 @@ def show(conn, sql: str, chosen: Chosen, all_: bool, to: str) -> int:
 def as_typed(chosen: Chosen, all_: bool) -> str:
     """The command line that does what was shown, with a time that does not move on."""
     context = click.get_current_context()
-    words = [context.info_name, *["--all"] * all_, *["--now"] * chosen.now]
+    words = [context.info_name or "", *["--all"] * all_, *["--now"] * chosen.now]
     if (reason := context.params.get("reason")) and "reason" in given_by_hand(context):
         words += [f"--reason={reason}"]
     for name in ("stage", "tenant", "error", "table"):

@@ -1,5 +1,6 @@
 """Following a job and its rows in other tables through PIPELINE, for `test-job`."""
 
+import sys
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -117,7 +118,7 @@ class Look:
         order = list(pipeline.tables())
         joins = sorted(pipeline.joins().values(), key=lambda key: -order.index(key.table.name))
         for key in joins:
-            table = pipeline.parent_name(key.table)
+            table = pipeline.owner(key).name
             stage = pipeline.routes()[pipeline.route_of(key)].__name__
             after, end = chain(table, (stage, "done"))
             for parent in [row for row in self.rows if row.table == table]:
@@ -295,7 +296,7 @@ class Bar:
     """A progress bar on a terminal; nothing elsewhere."""
 
     def __init__(self):
-        self.terminal = click.get_text_stream("stdout").isatty()
+        self.terminal = sys.stdout is not None and sys.stdout.isatty()
 
     def show(self, done: int, ahead: int, text: str) -> None:
         filled = WIDTH * done // max(1, done + ahead)

@@ -197,7 +197,7 @@ def as_object(row, owed, calling, attempts, below, above, rests, waiting) -> dic
         "owes": plainly(own(owed)),
         "waits": plainly(waiting.get("")),
         "calling": plainly(calling[-1] if calling else None),
-        "rests": why and plainly(why) | {"mend": mended(row, why)},
+        "rests": why and dict(plainly(why) or (), mend=mended(row, why)),
         "joins": [
             one | {"owes": plainly(one["owes"]), "waits": plainly(waiting.get(one["join"]))}
             for one in above

@@ -146,7 +146,7 @@ class Listing:
 
     def tells(self, row: Any) -> str:
         if self.sql == RESTING:
-            return readable(row.reason)
+            return readable(row.reason) or ""
         if self.sql == GIVEN_UP:
             return f"{row.stage}: {readable(row.last_error)}"
         return f"{row.stage}: {situation(row)}" if row.stage else "-"

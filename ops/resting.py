@@ -16,7 +16,7 @@ GROUP BY stage, kind
 class Resting(NamedTuple):
     """How many rows rest, and why the last of them does."""
 
-    jobs: int
+    jobs: int | None  # None: not known
     reason: str | None
 
 

@@ -26,7 +26,9 @@ class RowCommand(click.Command):
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         valued = {name for p in self.params if not getattr(p, "is_flag", True) for name in p.opts}
-        options, ids, words = [], [], iter(args)
+        options: list[str] = []
+        ids: list[str] = []
+        words = iter(args)
         for word in words:
             if word == "--":
                 ids.extend(words)
@@ -221,7 +223,7 @@ def names(conn, table: Table) -> dict[str, str]:
     def quoted(name: str) -> str:
         return quote_ident(name, conn).replace("%", "%%")
 
-    parent = pipeline.tables().get(pipeline.parent_name(table))
+    parent = pipeline.tables().get(pipeline.parent_name(table) or "")
     found = {
         "table": quoted(table.name),
         "name": "'" + table.name.replace("'", "''").replace("%", "%%") + "'",

@@ -19,7 +19,7 @@ from heartbeat import ALIVE
 from ops import migrations
 from ops.listeners import listeners
 from ops.problem import Problem
-from ops.resting import NONE, resting
+from ops.resting import NONE, Resting, resting
 from ops.routes import is_updates_only
 from ops.screen import Screen
 from ops.table import (
@@ -94,12 +94,13 @@ def look(conn, settings: SimpleNamespace) -> dict[str, Any]:
 
 def add_resting(conn, stages: list[dict[str, Any]]) -> str | None:
     """Add to each stage how many of its rows are failed or stalled; why that is not known."""
-    found, problem, none = {}, None, NONE
+    found: dict[tuple[str, str], Any] = {}
+    problem, none = None, NONE
     try:
         found = resting(conn)
     except psycopg2.errors.QueryCanceled:
         problem = "which rows are failed or stalled is not known: reading them took too long"
-        none = (None, None)
+        none = Resting(None, None)
     for row in stages:
         for kind in ("failed", "stalled"):
             row[kind], row[f"{kind}_reason"] = found.get((row["stage"], kind), none)
@@ -275,7 +276,7 @@ def status(as_json: bool, watch: bool, interval: float | None) -> None:
 def looking(settings: SimpleNamespace, interval: float) -> Iterator[dict[str, Any]]:
     """What is known, every `interval` seconds. Once it has begun, a lost database ends nothing."""
     name = "job-state-listener status"
-    conn = db.connect(settings, name)
+    conn: db.Connection | None = db.connect(settings, name)
     said = look(conn, settings)
     while True:
         yield said

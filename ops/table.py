@@ -8,7 +8,7 @@ import sys
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, overload
 
 import click
 
@@ -23,6 +23,10 @@ RED, YELLOW = 31, 33
 ESCAPED = re.compile(r"(?<!\\)(?:\\u[0-9a-fA-F]{4})+")
 
 
+@overload
+def readable(text: str) -> str: ...
+@overload
+def readable(text: None) -> None: ...
 def readable(text: str | None) -> str | None:
     """`text` with the letters that JSON wrote as \\uXXXX; ASCII stays as it is."""
 

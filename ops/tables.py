@@ -108,7 +108,7 @@ def faults(conn) -> Iterator[Fault]:
                 f"{table.name}.{table.id} of {columns[table.id].type}",
                 "give all ids one type (ALTER TABLE)" + OTHER,
             )
-    first = next(iter(types), None)
+    first = next(iter(types), "")
     for name, kind in types.items():
         if kind != types[first]:
             yield Fault(
@@ -135,7 +135,7 @@ def faults_of_columns(table: Table, columns: dict, is_joined: bool) -> Iterator[
     elif not id_column.is_unique:
         what = f"{name}.{table.id} is not unique by itself, so a call could go to another row"
         yield Fault(what, f"CREATE UNIQUE INDEX ON {name} ({table.id}){other}")
-    if is_joined and not columns[table.parent[1]].is_indexed:
-        column = table.parent[1]
+    if is_joined and not columns[table.parent_column].is_indexed:
+        column = table.parent_column
         what = f"{name}.{column} has no index, so each look at a parent would read all of {name}"
         yield Fault(what, f"CREATE INDEX ON {name} ({column})")

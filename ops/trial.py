@@ -5,6 +5,7 @@ import secrets
 import uuid
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import click
 import psycopg2
@@ -92,7 +93,7 @@ def make(conn, tenant: str) -> str:
         raise Problem(f"PIPELINE begins with {first}: test-job needs a function example_job(conn) "
                       f"in {pipeline.module().__name__}, see docs/STAGES.md")  # fmt: skip
     column = db.execute(conn, ID_COLUMN).fetchone()
-    given = {"tenant": tenant, "step": first.step, "status": first.status}
+    given: dict[str, Any] = {"tenant": tenant, "step": first.step, "status": first.status}
     if not column.given:
         number = -1 - secrets.randbelow(2**15 - 1)  # no application counts backwards
         ids = {"uuid": str(uuid.uuid4()), "int8": number, "int4": number, "int2": number}

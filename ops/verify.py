@@ -190,12 +190,13 @@ def check_tables(conn, settings) -> str:
         if missing := needed - set(row.names):
             raise Bad(f"{table} has no column {', '.join(sorted(missing))}", AGAIN)
         id_types += [row.id_type] if row.id_type else []
-    if missing := [row.name for row in db.execute(conn, VIEWS) if not row.there]:
-        raise Bad(f"view {', '.join(missing)} is missing", INSTALL)
-    if missing := [row.name for row in db.execute(conn, FUNCTIONS)]:
-        raise Bad(f"function {', '.join(missing)} is missing", INSTALL)
+    if views := [row.name for row in db.execute(conn, VIEWS) if not row.there]:
+        raise Bad(f"view {', '.join(views)} is missing", INSTALL)
+    if functions := [row.name for row in db.execute(conn, FUNCTIONS)]:
+        raise Bad(f"function {', '.join(functions)} is missing", INSTALL)
     if reason := migrations.refusal(conn):
-        raise Bad(*reason.split(": ", 1))
+        what, mend = reason.split(": ", 1)
+        raise Bad(what, mend)
     return f"tables and columns of version {migrations.LATEST}, job_id is {id_types[0]}"
 
 
@@ -250,7 +251,7 @@ def check_triggers(conn, settings) -> str:
         if row.enabled not in ("O", "A"):
             raise Bad(f"trigger {row.name} on {row.table_name} is disabled", INSTALL)
     quiet = ", without NOTIFY: listeners look every POLL_INTERVAL" * rows[0].silent
-    names = {row.table_name: [] for row in rows}
+    names: dict[str, list[str]] = {row.table_name: [] for row in rows}
     for row in rows:
         names[row.table_name].append(row.name)
     enabled = (f"{', '.join(found)}, enabled on {table}" for table, found in names.items())

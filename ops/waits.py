@@ -120,5 +120,5 @@ def held_of(conn, stages: set[str]) -> list[Waits]:
     """The pauses and holds of some stages, in the order of PIPELINE."""
     found = db.execute(conn, HELD, {"stages": list(stages)}).fetchall()
     order = pipeline.stage_names()
-    by_name = {row.stage: held(row) for row in found}
+    by_name = {row.stage: why for row in found if (why := held(row))}
     return [by_name[name] for name in order if name in by_name]

@@ -32,7 +32,7 @@ def report(out: str, since: datetime, job_ids: tuple[str, ...]) -> None:
     """
     whole = page(read(since, job_ids))
     if out == "-":
-        click.get_binary_stream("stdout").write(whole.encode())
+        click.echo(whole.encode(), nl=False)
     else:
         write_whole(Path(out), whole)
         size = len(whole.encode()) / 1000

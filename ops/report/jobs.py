@@ -50,7 +50,7 @@ LIMIT %(most)s
 
 
 def children_of(table: Table) -> str:
-    names = {"id": table.id, "table": table.name, "parent_column": table.parent[1]}
+    names = {"id": table.id, "table": table.name, "parent_column": table.parent_column}
     quoted = {key: name.replace('"', '""').replace("%", "%%") for key, name in names.items()}
     return CHILDREN.format(**{key: f'"{name}"' for key, name in quoted.items()})
 
