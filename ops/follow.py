@@ -72,7 +72,7 @@ SELECT table_name, job_id::text AS key, stage, count(*) AS attempts,
        extract(epoch FROM max(finished_at))::float8 AS finished,
        bool_or(outcome = 'succeeded') AS accepted
 FROM stage_attempts WHERE job_id IN %(keys)s AND (table_name, job_id) IN %(rows)s
-GROUP BY table_name, job_id, stage ORDER BY finished
+GROUP BY table_name, job_id, stage ORDER BY called
 """
 
 OWED = """
