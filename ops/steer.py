@@ -108,7 +108,7 @@ def why_nothing_owed(conn, row: Any, stage: str | None = None) -> str:
             f"it is due again {call.due_at:%F %T}"
         )
     if call.working:
-        return f"{what}: {waits.why(row, call).why}"
+        return f"{what}: {waits.working(call)}"
     if call.calling:
         return (
             f"{what}: {call.calling} is calling {call.stage}; its lease ends "

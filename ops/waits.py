@@ -76,8 +76,7 @@ def why(row: Any, call: Any) -> Waits | None:
     if call.locked_by:
         return Waits(locked(call))
     if call.working:
-        return Waits(f"{call.stage} has taken it and works on it, until {clock(call.leased_until)} "
-                     "at the latest")  # fmt: skip
+        return Waits(working(call))
     if call.unanswered:
         until = clock(call.leased_until)
         return Waits(f"its last call got no answer, and the stage may be at it until {until}")
@@ -90,6 +89,11 @@ def why(row: Any, call: Any) -> Waits | None:
     if call.full:
         return Waits(f"{call.stage} is at its limit of {call.max_running} calls at once")
     return NOBODY
+
+
+def working(call: Any) -> str:
+    until = clock(call.leased_until)
+    return f"{call.stage} has taken it and works on it, until {until} at the latest"
 
 
 def locked(call: Any) -> str:
