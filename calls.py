@@ -40,7 +40,7 @@ class Result:
     hold: bool = False  # nobody calls this stage for a while
     retry_after: float | None = None  # seconds the stage asked for
     after_hold: bool = False  # was claimed after a hold of its stage, which its success lifts
-    limited: bool = False  # its stage has max_running
+    limited: bool = False  # its stage has limits over all listeners
     is_told: bool = False  # people have been told of it
     seconds: float = 0.0  # how long the attempt took, for the log
     trace: str | None = None  # the traceback of a bug in the stage function, for the log
@@ -54,7 +54,8 @@ class Wanted:
         lease: seconds for which nobody else may take such a call.
         most: so many calls at the most.
         share: so many before any other stage gets more than its share.
-        limited: the stage has max_running.
+        limited: calls of other listeners count.
+        paced: that a call begins is noted beside its limits.
         since: calls that were due before are passed by, should an old snapshot elsewhere keep
             their dead index entries; None: everything is looked at.
     """
@@ -65,6 +66,7 @@ class Wanted:
     share: int
     limited: bool = False
     since: datetime | None = None
+    paced: bool = False
 
 
 # --- settling ------------------------------------------------------------------------------
@@ -231,7 +233,7 @@ LOCK_LIMITS = Statement(
     "lock_limits",
     """
 SELECT FROM stage_limits AS l
-WHERE l.name = ANY (%(stages)s::text[])
+WHERE l.stages && %(stages)s::text[]
 ORDER BY l.name
 FOR UPDATE OF l
 """,
@@ -249,16 +251,32 @@ UNDER_WAY = """
       AND l.leased_until > now()
     OFFSET 0"""
 
+# How many calls of a stage may begin now, as its limits and its pool are; NULL: as many as there
+# are. One at a time where they follow each other at a distance. A pool that stays with another
+# stage is not for this one, as long as calls of that are due and nothing holds it.
+PLACES = """
+        SELECT min(CASE
+            WHEN s.next_at > now() THEN 0
+            WHEN s.stays_with <> wanted.stage
+                 AND s.stays_since > now() - make_interval(secs => s.linger)
+                 AND EXISTS (SELECT FROM stage_calls AS c
+                             WHERE c.stage = s.stays_with AND c.due_at <= now())
+                 AND NOT EXISTS (SELECT FROM pipeline_stages AS p
+                                 WHERE p.stage = s.stays_with AND p.held_until > now())
+            THEN 0
+            ELSE least(s.max_running - (SELECT count(*) FROM stage_leases AS l
+                                        WHERE l.stage = ANY (s.stages) AND l.leased_until > now()),
+                       CASE WHEN s.seconds IS NOT NULL THEN 1 END)
+            END) AS free
+        FROM stage_limits AS s WHERE wanted.stage = ANY (s.stages)"""
+
 # The stages are tried in the order given. A row that the stage's own transaction holds is passed
 # by, and so is a stage that is held or full. A call that was never tried is due whatever the clock
 # says: the sweep finds it though the database's clock was set back.
 DUE = f"""
     SELECT open.*, wanted.lease
     FROM {WANTED}
-    LEFT JOIN LATERAL (
-        SELECT s.max_running - (SELECT count(*) FROM stage_leases AS l
-                                WHERE l.stage = s.name AND l.leased_until > now()) AS free
-        FROM stage_limits AS s WHERE s.name = wanted.stage) AS places ON true
+    LEFT JOIN LATERAL ({PLACES}) AS places ON true
     CROSS JOIN LATERAL (
         SELECT c.job_id, c.call_id, c.worker, c.due_at
         FROM stage_calls AS c
@@ -275,7 +293,7 @@ DUE = f"""
     LIMIT %(free)s"""
 
 # A person may take a call that is not due, but none that may still be running, and none more than
-# max_running.
+# max_running, or than there are places in its pool.
 DUE_BY_HAND = f"""
     SELECT open.job_id, open.call_id, open.worker, open.due_at, wanted.lease
     FROM (SELECT c.job_id, c.call_id, c.stage, c.worker, c.due_at
@@ -283,10 +301,11 @@ DUE_BY_HAND = f"""
           WHERE c.job_id = %(only)s AND c.call_id = %(only_call)s AND NOT EXISTS ({UNDER_WAY})
           FOR UPDATE OF c SKIP LOCKED) AS open
     JOIN {WANTED} ON wanted.stage = open.stage
-    LEFT JOIN stage_limits AS s ON s.name = open.stage
-    WHERE s.max_running IS NULL
-       OR s.max_running > (SELECT count(*) FROM stage_leases AS l
-                           WHERE l.stage = s.name AND l.leased_until > now())
+    WHERE NOT EXISTS (
+        SELECT FROM stage_limits AS s
+        WHERE open.stage = ANY (s.stages)
+          AND s.max_running <= (SELECT count(*) FROM stage_leases AS l
+                                WHERE l.stage = ANY (s.stages) AND l.leased_until > now()))
     LIMIT 1"""
 
 # Takes the calls found, each for as long as its lease. All are found before the first is taken,
@@ -335,8 +354,24 @@ LEFT JOIN claimed ON true
 LEFT JOIN LATERAL stage_call_row(claimed.table_name, claimed.join_of, claimed.job_id) AS job
     ON true
 """
+# When calls of a stage begin, where the next one must wait for it, or its pool stays with it.
+PACE = """
+, begun AS (
+    SELECT c.stage FROM stage_calls AS c
+    WHERE c.job_id = ANY (ARRAY(SELECT job_id FROM due))
+      AND c.call_id = ANY (ARRAY(SELECT call_id FROM due))
+), paced AS (
+    UPDATE stage_limits AS s
+    SET next_at = now() + make_interval(secs => s.seconds), stays_with = begun.stage,
+        stays_since = CASE WHEN s.stays_with = begun.stage
+                           THEN s.stays_since ELSE now() END
+    FROM begun
+    WHERE begun.stage = ANY (s.stages) AND (s.seconds IS NOT NULL OR s.linger IS NOT NULL)
+)"""
+
 CLAIM = Statement("claim", f"WITH due AS ({DUE}){TAKE}")
-CLAIM_BY_HAND = Statement("claim_by_hand", f"WITH due AS ({DUE_BY_HAND}){TAKE}")
+CLAIM_PACED = Statement("claim_paced", f"WITH due AS ({DUE}){PACE}{TAKE}")
+CLAIM_BY_HAND = Statement("claim_by_hand", f"WITH due AS ({DUE_BY_HAND}){PACE}{TAKE}")
 
 
 @dataclass(frozen=True)
@@ -382,7 +417,11 @@ def settle_and_claim(
     accepted = [r for r in (*paid, *taken) if r.outcome != "skipped"]
     lifting = {r.stage: r.started_at for r in accepted if r.after_hold}
     limited = any(stage.limited for stage in wanted)
-    claim = (CLAIM if only is None else CLAIM_BY_HAND) if free and wanted else TELL
+    claim = CLAIM_PACED if any(stage.paced for stage in wanted) else CLAIM
+    if only is not None:
+        claim = CLAIM_BY_HAND
+    if not (free and wanted):
+        claim = TELL
     needed = {
         PAY: paid, WORK: taken, LIFT: lifting, POSTPONE: failures,
         HOLD: any(r.hold for r in failures), LOCK_LIMITS: limited and free, claim: True,
@@ -416,7 +455,8 @@ def settle_and_claim(
 # A place under a limit is free and was not taken: the other listeners look whether it is theirs.
 WAKE_WAITING = f"""
 SELECT pg_notify('{WAKE_CHANNEL}', '') WHERE EXISTS (
-    SELECT FROM stage_calls WHERE stage = ANY (%(stages)s::text[]) AND due_at <= now())
+    SELECT FROM stage_limits AS s JOIN stage_calls AS c ON c.stage = ANY (s.stages)
+    WHERE s.stages && %(stages)s::text[] AND c.due_at <= now())
 """
 
 
@@ -460,13 +500,18 @@ def as_json(conn, results: Sequence[Result]) -> str:
 
 # Seconds until the next call will be due. A call that is due already and was not claimed, as its
 # row is locked, is found by the next sweep. The end of a hold counts as well, as a call may be
-# recorded while it lasts.
+# recorded while it lasts, and so does the time until the next call of a stage may begin.
 NEXT_DUE = """
 SELECT extract(epoch FROM min(coming.due_at) - now())::float8
 FROM unnest(%(stages)s::text[]) AS wanted (stage)
 LEFT JOIN LATERAL (
-    SELECT max(p.held_until) AS until FROM pipeline_stages AS p
-    WHERE p.stage = wanted.stage AND p.held_until > now()) AS held ON true
+    SELECT max(h.until) AS until FROM (
+        SELECT p.held_until AS until FROM pipeline_stages AS p
+        WHERE p.stage = wanted.stage AND p.held_until > now()
+        UNION ALL
+        SELECT s.next_at FROM stage_limits AS s
+        WHERE wanted.stage = ANY (s.stages)
+          AND s.next_at > coalesce(%(asked_at)s::timestamptz, now())) AS h) AS held ON true
 CROSS JOIN LATERAL (
     SELECT greatest(held.until, (
         SELECT c.due_at FROM stage_calls AS c

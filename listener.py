@@ -91,6 +91,8 @@ class Listener:
         self.health = StageHealth(settings, self.alerts)
         self.was_full = False  # the last claim found a call for every idle worker
         self.marks: dict[str, Any] = {}  # by stage: when the last claimed call was due
+        self.left_out: list[str] = []  # stages whose pool had another one in the last claim
+        self.tried: set[str] = set()  # those in which it has found nothing since
 
         # All by time.monotonic().
         self.look_at = self.sweep_at = self.again_at = self.marked_at = 0.0
@@ -241,6 +243,7 @@ class Listener:
             turn = calls.in_parts(conn, self.unwritten, wanted, free, self.name)
         self.settled(conn, turn)
         self.plan(conn, turn, free, sweep)
+        self.try_others(turn, wanted, sweep)
         return self.claimed(conn, turn, began)
 
     def look_at_parents(self, conn: db.Connection, now: float) -> None:
@@ -272,16 +275,38 @@ class Listener:
         """The stages to claim calls of, and how many of each."""
         if sweep or now - self.marked_at > MARKED_FOR:
             self.marks, self.marked_at = {}, now
-        found = []
+        found: list[Wanted] = []
+        pools: set[str] = set()
+        self.left_out = []
         for stage in self.order:
             limits = self.limits[stage]
+            if limits.pool and stage in self.tried:
+                continue
+            if limits.pool and limits.pool.name in pools:
+                self.left_out.append(stage)
+                continue
             under_way = sum(call.stage == stage for call in self.workers.calls)
             if most := self.health.most(stage, free, under_way):
                 lease = limits.timeout + self.settings.LEASE_MARGIN
                 share = -(-free // len(self.order))
-                found.append(Wanted(stage, lease, most, share, limits.max_running is not None,
-                                    self.marks.get(stage)))  # fmt: skip
+                found.append(Wanted(stage, lease, most, share, limits.is_shared,
+                                    self.marks.get(stage), limits.is_paced))  # fmt: skip
+                pools |= {limits.pool.name} if limits.pool else set()
         return found
+
+    def try_others(self, turn: Turn, wanted: list[Wanted], sweep: bool) -> None:
+        """Look again at once where a claim has left out stages, as others share a pool with them.
+
+        A claim has one stage of each pool, as every stage counts the free places for itself.
+        """
+        if not self.left_out:
+            self.tried = set()
+            return
+        claimed = {row.stage for row in turn.claimed}
+        self.tried = self.tried - claimed | {stage.stage for stage in wanted} - claimed
+        self.look_at, self.nothing_due = 0.0, False
+        if sweep:
+            self.sweep_at = 0.0
 
     def settled(self, conn: db.Connection, turn: Turn) -> None:
         """The results are in the database; those whose row is locked are settled again later."""

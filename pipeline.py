@@ -153,6 +153,33 @@ def parent_name(table: Table) -> str | None:
 
 
 @dataclass(frozen=True)
+class Pool:
+    """Something that several stages share, such as a GPU: `@limits(pool=GPU)`.
+
+    Args:
+        name: of no stage.
+        size: calls at once of all these stages together, over all workers and machines.
+        linger: seconds for which it stays with a stage that has calls due, as that has loaded its
+            model; then the next stage has its turn. None: they take turns.
+
+    Raises:
+        ValueError: one of them cannot be used.
+    """
+
+    name: str
+    size: int = 1
+    linger: float | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"Pool({self.name!r}): allowed is a name")
+        if not isinstance(self.size, int) or self.size < 1:
+            raise ValueError(f"Pool({self.name!r}): size={self.size!r}: allowed is 1 or more")
+        if self.linger is not None and not self.linger > 0:
+            raise ValueError(f"Pool({self.name!r}): linger={self.linger!r}: allowed are seconds")
+
+
+@dataclass(frozen=True)
 class Limits:
     """What a stage can bear.
 
@@ -163,20 +190,37 @@ class Limits:
         asynchronous: 202 means that the stage has taken the call and works on it. Its worker is
             idle at once; the call keeps its place and its lease until the row moves on, to neither
             the state that owes the call nor (stage, 'running'), or until the timeout is over.
+        pool: a Pool that its calls share with those of other stages.
+        per_minute: calls that may begin in a minute, over all workers and machines, at even
+            distances.
     """
 
     max_running: int | None = None
     timeout: float | None = None
     max_attempts: int | None = None
     asynchronous: bool = False
+    pool: Pool | None = None
+    per_minute: float | None = None
 
     def __post_init__(self):
-        for name in ("max_running", "timeout", "max_attempts"):
+        for name in ("max_running", "timeout", "max_attempts", "per_minute"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value!r} of a stage: allowed is more than 0, or None")
         if not isinstance(self.asynchronous, bool):
             raise ValueError(f"asynchronous={self.asynchronous!r}: allowed is True or False")
+        if self.pool is not None and not isinstance(self.pool, Pool):
+            raise ValueError(f"pool={self.pool!r}: a stage has one Pool, or None")
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether calls of other workers and machines count."""
+        return any((self.max_running, self.pool, self.per_minute))
+
+    @property
+    def is_paced(self) -> bool:
+        """Whether it counts when a call began."""
+        return bool(self.per_minute or (self.pool and self.pool.linger))
 
 
 @dataclass(frozen=True)
@@ -196,9 +240,11 @@ def limits(
     timeout: float | None = None,
     max_attempts: int | None = None,
     asynchronous: bool = False,
+    pool: Pool | None = None,
+    per_minute: float | None = None,
 ) -> Callable[[Function], Function]:
     """Declare the Limits of the stage function below."""
-    declared = Limits(max_running, timeout, max_attempts, asynchronous)
+    declared = Limits(max_running, timeout, max_attempts, asynchronous, pool, per_minute)
 
     def declare(function: Function) -> Function:
         function.limits = declared  # type: ignore[attr-defined]  # a function may have any
@@ -263,6 +309,22 @@ def check(pipeline: Any) -> None:
                 raise ValueError(f"table {table.name} is declared in two ways")
             if table.name == JOBS.name and table.parent:
                 raise ValueError("table jobs cannot have a parent")
+    check_pools(pipeline)
+
+
+def check_pools(pipeline: dict[Any, Callable]) -> None:
+    """Raises ValueError where two limits would have one name."""
+    functions: dict[str, Callable] = {}
+    pools: dict[str, Pool] = {}
+    for function in pipeline.values():
+        declared = limits_of(functions.setdefault(function.__name__, function))
+        if limits_of(function) != declared:
+            raise ValueError(f"the limits of {function.__name__} are declared in two ways")
+        pool = declared.pool
+        if pool and pools.setdefault(pool.name, pool) != pool:
+            raise ValueError(f"Pool({pool.name!r}) is declared in two ways")
+    for name in pools.keys() & functions.keys():
+        raise ValueError(f"Pool({name!r}) has the name of a stage")
 
 
 def chain_of(key: Any) -> list[Table]:
@@ -307,6 +369,42 @@ def stage_names() -> list[str]:
 def limits_of(function: Callable) -> Limits:
     """What its stage can bear, as far as it is declared."""
     return getattr(function, "limits", Limits())
+
+
+@dataclass(frozen=True)
+class SharedLimit:
+    """A row of stage_limits: what counts over all workers and machines."""
+
+    name: str
+    stages: list[str]
+    max_running: int | None
+    seconds: float | None  # between two calls
+    linger: float | None
+
+
+def shared_limits() -> list[SharedLimit]:
+    """The limits that count over all workers and machines: of each stage, and of each pool."""
+    stages = {function.__name__: limits_of(function) for function in pipeline().values()}
+    found = [
+        SharedLimit(name, [name], of.max_running, of.per_minute and 60 / of.per_minute, None)
+        for name, of in stages.items()
+        if of.max_running or of.per_minute
+    ]
+    for pool in pools().values():
+        members = sorted(name for name, of in stages.items() if of.pool == pool)
+        found.append(SharedLimit(pool.name, members, pool.size, None, pool.linger))
+    return found
+
+
+def pools() -> dict[str, Pool]:
+    """The pools by name."""
+    found = (limits_of(function).pool for function in pipeline().values())
+    return {pool.name: pool for pool in found if pool}
+
+
+def pool_name(function: Callable) -> str | None:
+    pool = limits_of(function).pool
+    return pool.name if pool else None
 
 
 def is_asynchronous() -> bool:
@@ -365,6 +463,8 @@ def stage_limits(settings: SimpleNamespace) -> dict[str, FullLimits]:
             given.timeout or settings.STAGE_TIMEOUT,
             given.max_attempts or settings.MAX_ATTEMPTS,
             given.asynchronous,
+            given.pool,
+            given.per_minute,
         )
         for stage, given in declared.items()
     }
@@ -425,7 +525,7 @@ class Call:
     join: str = ""
     ids: dict[str, Any] = field(default_factory=dict)
     after_hold: bool = False  # its stage was held before
-    limited: bool = False  # its stage has max_running
+    limited: bool = False  # its stage has limits over all listeners
     asynchronous: bool = False  # 202 means that its stage works on it
     api: StageApi = None  # type: ignore[assignment]  # the worker's own
     settings: SimpleNamespace = None  # type: ignore[assignment]  # the worker's own
@@ -527,7 +627,7 @@ def claimed_call(row: Any, limits: FullLimits, listener: str, covered_until: flo
         join=row.join_of,
         ids=ids,
         after_hold=row.after_hold,
-        limited=limits.max_running is not None,
+        limited=limits.is_shared,
         asynchronous=limits.asynchronous,
     )
 

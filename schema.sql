@@ -53,14 +53,23 @@ CREATE TABLE IF NOT EXISTS pipeline_stages (
     child_table  text,
     -- The stage may answer 202 and work on: its call is over when the row moves on.
     asynchronous boolean NOT NULL DEFAULT false,
+    pool         text,
     PRIMARY KEY (table_name, join_of, current_step, status)
 );
 
--- How many calls of a stage may be under way at once, over all listeners; only of stages with
--- max_running. Whoever claims locks the row, and then counts stage_leases.
+-- How many calls may be under way at once, over all listeners, and how fast they may follow each
+-- other: a row per stage with max_running or per_minute, and one per pool. Whoever claims locks
+-- the row, and then counts stage_leases.
 CREATE TABLE IF NOT EXISTS stage_limits (
-    name        text PRIMARY KEY,
-    max_running integer NOT NULL CHECK (max_running > 0)
+    name          text PRIMARY KEY,  -- of the stage, or of the pool
+    stages        text[] NOT NULL DEFAULT '{}',  -- whose calls count
+    max_running   integer CHECK (max_running > 0),
+    seconds       double precision,  -- between two calls, at least
+    next_at       timestamptz,  -- when the next one may begin
+    -- A pool stays with a stage for so many seconds, as long as calls of it are due.
+    linger        double precision,
+    stays_with    text,
+    stays_since   timestamptz
 );
 
 -- job_id has the type and collation it has in jobs, but as wide as that type goes: jobs may be

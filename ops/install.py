@@ -40,18 +40,20 @@ SELECT t.* FROM jsonb_populate_recordset(
     NULL::pipeline_tables, current_setting('job_state_listener.pipeline')::jsonb -> 'tables') AS t;
 CREATE TEMPORARY TABLE wanted_stages ON COMMIT DROP AS
 SELECT r.table_name, r.join_of, r.child_table, r.current_step, r.status, r.stage, r.max_running,
-       r.timeout, r.position, coalesce(r.asynchronous, false) AS asynchronous
+       r.timeout, r.position, coalesce(r.asynchronous, false) AS asynchronous,
+       r.pool
 FROM jsonb_populate_recordset(
     NULL::pipeline_stages, current_setting('job_state_listener.pipeline')::jsonb -> 'routes') AS r;
 DELETE FROM pipeline_stages WHERE (table_name, join_of, current_step, status) NOT IN (
     SELECT table_name, join_of, current_step, status FROM wanted_stages);
 INSERT INTO pipeline_stages (table_name, join_of, child_table, current_step, status, stage,
-                             max_running, timeout, position, asynchronous)
+                             max_running, timeout, position, asynchronous,
+                             pool)
 SELECT * FROM wanted_stages
 ON CONFLICT (table_name, join_of, current_step, status) DO UPDATE
 SET stage = excluded.stage, max_running = excluded.max_running, timeout = excluded.timeout,
     position = excluded.position, child_table = excluded.child_table,
-    asynchronous = excluded.asynchronous;
+    asynchronous = excluded.asynchronous, pool = excluded.pool;
 UPDATE stage_calls AS c SET stage = renamed.stage
 FROM (SELECT o.job_id, o.call_id, p.stage
       FROM stage_calls AS o
@@ -59,13 +61,18 @@ FROM (SELECT o.job_id, o.call_id, p.stage
       WHERE o.stage <> p.stage
       FOR UPDATE OF o SKIP LOCKED) AS renamed
 WHERE c.job_id = renamed.job_id AND c.call_id = renamed.call_id;
-DELETE FROM stage_limits AS l
-WHERE NOT EXISTS (SELECT FROM pipeline_stages AS p
-                  WHERE p.stage = l.name AND p.max_running IS NOT NULL);
-INSERT INTO stage_limits (name, max_running)
-SELECT stage, min(max_running) FROM pipeline_stages WHERE max_running IS NOT NULL GROUP BY stage
-ON CONFLICT (name) DO UPDATE SET max_running = excluded.max_running
-WHERE stage_limits.max_running <> excluded.max_running;
+CREATE TEMPORARY TABLE wanted_limits ON COMMIT DROP AS
+SELECT l.name, l.stages, l.max_running, l.seconds, l.linger
+FROM jsonb_populate_recordset(
+    NULL::stage_limits, current_setting('job_state_listener.pipeline')::jsonb -> 'limits') AS l;
+DELETE FROM stage_limits WHERE name NOT IN (SELECT name FROM wanted_limits);
+INSERT INTO stage_limits (name, stages, max_running, seconds, linger)
+SELECT * FROM wanted_limits
+ON CONFLICT (name) DO UPDATE
+SET stages = excluded.stages, max_running = excluded.max_running, seconds = excluded.seconds,
+    linger = excluded.linger
+WHERE (stage_limits.stages, stage_limits.max_running, stage_limits.seconds, stage_limits.linger)
+      IS DISTINCT FROM (excluded.stages, excluded.max_running, excluded.seconds, excluded.linger);
 INSERT INTO stage_totals_mark DEFAULT VALUES ON CONFLICT DO NOTHING;
 """
 
@@ -164,7 +171,7 @@ WHERE c.oid IN (SELECT to_regclass(format('%%I', name)) FROM unnest(%(tables)s::
 
 
 def described(conn, settings: SimpleNamespace) -> dict[str, list]:
-    """The tables and routes of PIPELINE, as rows of pipeline_tables and pipeline_stages."""
+    """What PIPELINE declares, as rows of pipeline_tables, pipeline_stages and stage_limits."""
     timeouts = pipeline.timeouts(settings)
     given = {"tables": list(pipeline.tables()), "column": pipeline.JOBS.tenant}
     has_tenant = {row.name for row in db.execute(conn, HAS_TENANT, given)}
@@ -191,13 +198,15 @@ def described(conn, settings: SimpleNamespace) -> dict[str, list]:
             "stage": function.__name__,
             "max_running": pipeline.limits_of(function).max_running,
             "asynchronous": pipeline.limits_of(function).asynchronous,
+            "pool": pipeline.pool_name(function),
             "timeout": timeouts[function.__name__],
             "position": position,
         }
         for position, (key, function) in enumerate(pipeline.pipeline().items(), 1)
         for route in [pipeline.route_of(key)]
     ]
-    return {"tables": tables, "routes": routes}
+    shared = [vars(limit) for limit in pipeline.shared_limits()]
+    return {"tables": tables, "routes": routes, "limits": shared}
 
 
 @click.command(short_help="Create or update tables, function, triggers and routes.")

@@ -75,9 +75,19 @@ STEPS = {
             ADD COLUMN table_name text COLLATE "C" NOT NULL DEFAULT 'jobs',
             ADD COLUMN spent integer;
     """,
-    # Asynchronous stages.
+    # Asynchronous stages, pools and rates.
     4: """
-        ALTER TABLE pipeline_stages ADD COLUMN asynchronous boolean NOT NULL DEFAULT false;
+        ALTER TABLE pipeline_stages
+            ADD COLUMN asynchronous boolean NOT NULL DEFAULT false,
+            ADD COLUMN pool text;
+        ALTER TABLE IF EXISTS stage_limits
+            ALTER COLUMN max_running DROP NOT NULL,
+            ADD COLUMN stages text[] NOT NULL DEFAULT '{}',
+            ADD COLUMN seconds double precision,
+            ADD COLUMN next_at timestamptz,
+            ADD COLUMN linger double precision,
+            ADD COLUMN stays_with text,
+            ADD COLUMN stays_since timestamptz;
         ALTER TABLE IF EXISTS stage_leases
             ADD COLUMN working boolean NOT NULL DEFAULT false,
             ADD COLUMN spent integer;

@@ -6,7 +6,7 @@ import db
 import pipeline
 from ops import migrations
 from ops.problem import Problem
-from pipeline import Route
+from pipeline import Route, SharedLimit
 
 Stage = tuple[str, int | None]  # its name and max_running
 
@@ -36,6 +36,8 @@ def shown(stage: Stage | None) -> str:
     return stage[0] if stage[1] is None else f"{stage[0]} (max_running {stage[1]})"
 
 
+LIMITS = "SELECT name, stages, max_running, seconds, linger FROM stage_limits"
+
 TABLES = """
 SELECT name, id_column, tenant_column, parent_table, parent_column, channel FROM pipeline_tables
 """
@@ -49,6 +51,13 @@ def difference(conn) -> list[str]:
         f"{shown(theirs.get(route))} in the database"
         for route in sorted(ours.keys() | theirs.keys())
         if ours.get(route) != theirs.get(route)
+    ]
+    limits = {row.name: SharedLimit(**row._asdict()) for row in db.execute(conn, LIMITS)}
+    declared_limits = {limit.name: limit for limit in pipeline.shared_limits()}
+    found += [
+        f"the limits of {name} are not those of the database"
+        for name in sorted(limits.keys() | declared_limits.keys())
+        if limits.get(name) != declared_limits.get(name)
     ]
     rows = {row.name: tuple(row) for row in db.execute(conn, TABLES)}
     for table in pipeline.tables().values():

@@ -115,8 +115,7 @@ def why_nothing_owed(conn, row: Any, stage: str | None = None) -> str:
             f"{call.leased_until:%F %T}"
         )
     if call.full:
-        limit = f"its limit of {call.max_running} calls at once"
-        return f"{what}: {call.stage} is at {limit}; try again"
+        return f"{what}: {waits.full(call)}; try again"
     if call.given_up or call.locked_by:
         return f"{what}: another transaction holds its call to {call.stage}; try again"
     owes = f"{what} owes a call to {call.stage}, due {call.due_at:%F %T}; it is not given up"
@@ -152,7 +151,7 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
         raise Problem(why_nothing_owed(conn, row, stage))
     make_due(conn, row.key, chosen.stage, table=row.table_name)
     wanted = [Wanted(stage, limit.timeout + settings.LEASE_MARGIN, 1, 1,
-                     limit.max_running is not None) for stage, limit in limits.items()]  # fmt: skip
+                     limit.is_shared) for stage, limit in limits.items()]  # fmt: skip
     began = trigger.boottime()
     only = (row.key, chosen.call_id)
     claimed = calls.settle_and_claim(conn, [], wanted, 1, name, only=only).claimed

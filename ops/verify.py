@@ -38,7 +38,7 @@ NEEDED = {
                     "free_attempts", "worker"},
     "stage_looks": {"parent_id", "join_of", "arrived"},
     "stage_joins": {"parent_id", "join_of", "is_open", "recorded_at", "is_noted"},
-    "stage_limits": {"name", "max_running"},
+    "stage_limits": {"name", "stages", "max_running", "seconds", "next_at", "linger"},
     "stage_leases": {"job_id", "table_name", "call_id", "attempt", "stage", "worker",
                      "leased_until", "unanswered", "working"},
     "stage_moves": {"job_id", "table_name", "stage", "moved_at"},

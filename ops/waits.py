@@ -16,8 +16,7 @@ WAITS = """
 SELECT c.join_of, c.stage, c.call_id, c.due_at, c.due_at = 'infinity' AS given_up,
        c.due_at > now() AS is_later, c.last_error,
        l.worker AS calling, l.unanswered, l.working, l.leased_until, s.max_running,
-       s.max_running <= (SELECT count(*) FROM stage_leases AS m
-                         WHERE m.stage = c.stage AND m.leased_until > now()) AS full,
+       s.name AS full,
        h.stage IS NOT NULL AS has_route, h.held_until, h.held_until = 'infinity' AS paused,
        h.held_by, h.held_reason, k.pid AS locked_by, k.application_name, k.xact_start
 FROM stage_calls AS c
@@ -25,7 +24,12 @@ LEFT JOIN LATERAL (SELECT * FROM stage_leases
                    WHERE job_id = c.job_id AND table_name = c.table_name AND stage = c.stage
                      AND leased_until > now()
                    ORDER BY leased_until DESC LIMIT 1) AS l ON true
-LEFT JOIN stage_limits AS s ON s.name = c.stage
+LEFT JOIN LATERAL (SELECT n.name, n.max_running FROM stage_limits AS n
+                   WHERE c.stage = ANY (n.stages)
+                     AND n.max_running <= (SELECT count(*) FROM stage_leases AS m
+                                           WHERE m.stage = ANY (n.stages)
+                                             AND m.leased_until > now())
+                   ORDER BY n.name LIMIT 1) AS s ON true
 LEFT JOIN LATERAL (SELECT p.stage, max(p.held_until) FILTER (WHERE p.held_until > now())
                               AS held_until,
                           max(p.held_by) AS held_by, max(p.held_reason) AS held_reason
@@ -87,8 +91,13 @@ def why(row: Any, call: Any) -> Waits | None:
     if call.is_later:
         return Waits("its last attempt failed", rows.typed("retry", row, "--now"))
     if call.full:
-        return Waits(f"{call.stage} is at its limit of {call.max_running} calls at once")
+        return Waits(full(call))
     return NOBODY
+
+
+def full(call: Any) -> str:
+    pool = "" if call.full == call.stage else "pool "
+    return f"{pool}{call.full} is at its limit of {call.max_running} calls at once"
 
 
 def working(call: Any) -> str:

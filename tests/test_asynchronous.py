@@ -1,6 +1,5 @@
 """Stages that answer 202 and work on."""
 
-import os
 from contextlib import closing
 
 import pytest
@@ -10,7 +9,7 @@ from conftest import ROOT
 from variants import TABLE, install
 from waiting import PATIENCE
 
-from demo.stage_server import Answer
+from demo.stage_server import Answer, Hangup
 
 TAKEN = Answer(202)
 WORKING = "SELECT count(*) FROM stage_leases WHERE working"
@@ -169,7 +168,10 @@ def test_stage_that_has_set_running_and_never_finishes_is_stalled(site):
 
 
 def test_answer_that_is_lost_ends_with_the_job(site):
-    site.api.on("/planner", lambda request: os.close(-1))
+    def hang_up(request):
+        raise Hangup
+
+    site.api.on("/planner", hang_up)
     job = site.database.add_job("vlm_analyze", "done")
     site.start()
     site.database.wait_for("SELECT count(*) > 0 FROM stage_attempts")

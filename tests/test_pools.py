@@ -1,0 +1,162 @@
+"""Limits that several stages share, and stages that are called at a pace."""
+
+import threading
+
+import pytest
+from asynchronous import asynchronous
+from conftest import ROOT
+from variants import install, stage
+from waiting import PATIENCE
+
+import pipeline
+from pipeline import Pool, limits
+
+GPU = Pool("gpu1", 1)
+LINGERING = Pool("gpu2", 1, linger=3600)
+
+POOLED = {
+    ("img_gen", "done"): limits(pool=GPU)(stage("vlm_analyze")),
+    ("overlay", "done"): limits(pool=GPU)(stage("vlm_judge")),
+    ("planner", "done"): stage("overlay"),
+    ("a", "done"): limits(pool=LINGERING)(stage("load_a")),
+    ("b", "done"): limits(pool=LINGERING)(stage("load_b")),
+    ("slow", "done"): limits(per_minute=600)(stage("paid")),
+    ("x", "done"): asynchronous("taken", pool=Pool("gpu3", 2)),
+}
+PIPELINE = POOLED
+
+
+class Gate:
+    """A stage API whose answers wait, and which knows how many calls it had at once."""
+
+    def __init__(self, api, stages):
+        self.api, self.lock, self.open = api, threading.Lock(), threading.Event()
+        self.now = self.most = 0
+        for name in stages:
+            api.on(f"/{name}", self.behave)
+
+    def behave(self, request):
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        self.open.wait(PATIENCE)
+        with self.lock:
+            self.now -= 1
+
+    def order(self) -> list[str]:
+        return [request.path.strip("/") for request in self.api.calls()]
+
+
+@pytest.fixture
+def site(database, use_pipeline, api, listener):
+    use_pipeline(PIPELINE)
+    install(database, "SELECT 1;")
+
+    def start(*args, **settings):
+        given = {"PYTHONPATH": str(ROOT / "tests"), "PIPELINE_MODULE": "test_pools",
+                 "SWEEP_INTERVAL": 3600} | settings  # fmt: skip
+        return listener(database, *args, api=api, **given)
+
+    database.start = start
+    return database
+
+
+def test_stages_of_a_pool_share_its_places_over_all_listeners(site, api):
+    gate = Gate(api, ["vlm_analyze", "vlm_judge"])
+    for _ in range(6):
+        site.add_job("img_gen", "done")
+        site.add_job("overlay", "done")
+    running = [site.start(LISTENER_WORKERS=4) for _ in range(2)]
+    api.wait_for(lambda api: len(api.calls()) >= 1, PATIENCE)
+    gate.open.set()
+    api.wait_for(lambda api: len(api.calls()) >= 12, PATIENCE)
+    assert gate.most == 1
+    assert {*gate.order()[:2]} == {"vlm_analyze", "vlm_judge"}  # they take turns
+    assert all(listener.stop() == 0 for listener in running)
+
+
+def test_full_pool_keeps_no_other_stage_waiting(site, api):
+    gate = Gate(api, ["vlm_analyze", "vlm_judge"])
+    for step in ("img_gen", "overlay", "planner"):
+        site.add_job(step, "done")
+    site.start(LISTENER_WORKERS=4)
+    api.wait_for(lambda api: len(api.calls()) >= 2, PATIENCE)
+    assert "overlay" in gate.order()
+    gate.open.set()
+    api.wait_for(lambda api: len(api.calls()) >= 3, PATIENCE)
+
+
+def test_pool_stays_with_the_stage_that_has_calls(site, api):
+    gate = Gate(api, ["load_a", "load_b"])
+    gate.open.set()
+    for _ in range(3):
+        site.add_job("a", "done")
+        site.add_job("b", "done")
+    site.start("run", "--once", LISTENER_WORKERS=4).wait()
+    first = gate.order()[0]
+    assert gate.order() == [first] * 3 + ["load_b" if first == "load_a" else "load_a"] * 3
+
+
+def test_pool_leaves_a_stage_that_is_paused(site, api, run_command):
+    gate = Gate(api, ["load_a", "load_b"])
+    gate.open.set()
+    site.rows("UPDATE stage_limits SET stays_with = 'load_a', stays_since = now()")
+    site.rows("UPDATE pipeline_stages SET held_until = 'infinity' WHERE stage = 'load_a'")
+    site.add_job("a", "done")
+    site.add_job("b", "done")
+    site.start()
+    api.wait_for(lambda api: gate.order() == ["load_b"], PATIENCE)
+
+
+def test_stage_is_called_at_its_pace_over_all_listeners(site, api):
+    began = site.value("SELECT clock_timestamp()")
+    for _ in range(6):
+        site.add_job("slow", "done")
+    for _ in range(2):
+        site.start(LISTENER_WORKERS=4)
+    site.wait_for("SELECT count(*) >= 6 FROM stage_attempts")
+    gaps = site.rows("SELECT started_at - lag(started_at) OVER (ORDER BY started_at) AS gap"
+                     " FROM stage_attempts ORDER BY started_at OFFSET 1")  # fmt: skip
+    assert min(row.gap.total_seconds() for row in gaps) >= 0.1
+    assert site.value("SELECT clock_timestamp() - %s", began).total_seconds() > 0.5
+
+
+def test_place_in_a_pool_is_kept_by_what_is_worked_on(site, api):
+    from demo.stage_server import Answer
+
+    api.on("/taken", lambda request: Answer(202))
+    jobs = [site.add_job("x", "done") for _ in range(3)]
+    site.start(LISTENER_WORKERS=1)
+    site.wait_for("SELECT count(*) = 2 FROM stage_leases WHERE working")
+    assert len(api.calls()) == 2
+    site.move(api.calls()[0].job_id, "taken", "done")
+    api.wait_for(lambda api: len(api.calls()) >= 3, PATIENCE)
+    assert {request.job_id for request in api.calls()} == set(jobs)
+
+
+@pytest.mark.parametrize("bad, said", [
+    ({"pool": [GPU, LINGERING]}, "a stage has one Pool"),
+    ({"pool": "gpu1"}, "a stage has one Pool"),
+    ({"per_minute": 0}, "per_minute=0 of a stage: allowed is more than 0"),
+])  # fmt: skip
+def test_bad_limits_are_refused(bad, said):
+    with pytest.raises(ValueError, match=said):
+        limits(**bad)
+
+
+@pytest.mark.parametrize("pools, said", [
+    ((Pool("g", 1), Pool("g", 2)), "declared in two ways"),
+    ((Pool("one"), None), "has the name of a stage"),
+])  # fmt: skip
+def test_pools_of_one_name_are_refused(pools, said):
+    functions = [
+        limits(pool=pool)(stage(name)) for pool, name in zip(pools, ("one", "two"), strict=True)
+    ]
+    with pytest.raises(ValueError, match=said):
+        pipeline.check({("a", "b"): functions[0], ("c", "d"): functions[1]})
+
+
+@pytest.mark.parametrize("bad", [{"name": ""}, {"size": 0}, {"linger": 0}])
+def test_bad_pool_is_refused(bad):
+    with pytest.raises(ValueError, match="Pool"):
+        Pool(**({"name": "gpu"} | bad))
