@@ -9,6 +9,7 @@ from variants import install, stage
 from waiting import PATIENCE
 
 import pipeline
+from demo.stage_server import Answer
 from pipeline import Pool, limits
 
 GPU = Pool("gpu1", 1)
@@ -42,6 +43,7 @@ class Gate:
         self.open.wait(PATIENCE)
         with self.lock:
             self.now -= 1
+        return Answer(200)
 
     def order(self) -> list[str]:
         return [request.path.strip("/") for request in self.api.calls()]
@@ -122,8 +124,6 @@ def test_stage_is_called_at_its_pace_over_all_listeners(site, api):
 
 
 def test_place_in_a_pool_is_kept_by_what_is_worked_on(site, api):
-    from demo.stage_server import Answer
-
     api.on("/taken", lambda request: Answer(202))
     jobs = [site.add_job("x", "done") for _ in range(3)]
     site.start(LISTENER_WORKERS=1)
