@@ -55,7 +55,7 @@ class Wanted:
         most: so many calls at the most.
         share: so many before any other stage gets more than its share.
         limited: calls of other listeners count.
-        paced: that a call begins is noted beside its limits.
+        ordered: its calls, or those of another stage, have an order of their own.
         since: calls that were due before are passed by, should an old snapshot elsewhere keep
             their dead index entries; None: everything is looked at.
     """
@@ -66,7 +66,7 @@ class Wanted:
     share: int
     limited: bool = False
     since: datetime | None = None
-    paced: bool = False
+    ordered: bool = False
 
 
 # --- settling ------------------------------------------------------------------------------
@@ -292,11 +292,28 @@ DUE = f"""
         FOR UPDATE OF c SKIP LOCKED) AS open
     LIMIT %(free)s"""
 
+# The same, where calls have an order of their own: see schema.sql.
+DUE_IN_ORDER = f"""
+    SELECT open.*, wanted.lease, wanted.stage
+    FROM {WANTED}
+    LEFT JOIN LATERAL ({PLACES}) AS places ON true
+    CROSS JOIN LATERAL (
+        SELECT c.job_id, c.call_id, c.worker, c.due_at, coalesce(c.tenant_id, '') AS tenant,
+               wanted.skip + c.ordinality AS turn
+        FROM stage_due_calls(wanted.stage, wanted.skip,
+                             least(wanted.most, (places.free - wanted.skip)::integer), %(sweep)s)
+            WITH ORDINALITY AS c
+        WHERE NOT EXISTS (SELECT FROM pipeline_stages AS p
+                          WHERE p.stage = wanted.stage AND p.held_until > now())) AS open
+    LIMIT %(free)s"""
+
 # A person may take a call that is not due, but none that may still be running, and none more than
 # max_running, or than there are places in its pool.
 DUE_BY_HAND = f"""
-    SELECT open.job_id, open.call_id, open.worker, open.due_at, wanted.lease
-    FROM (SELECT c.job_id, c.call_id, c.stage, c.worker, c.due_at
+    SELECT open.job_id, open.call_id, open.worker, open.due_at, wanted.lease, open.stage,
+           open.tenant, 1 AS turn
+    FROM (SELECT c.job_id, c.call_id, c.stage, c.worker, c.due_at,
+                 coalesce(c.tenant_id, '') AS tenant
           FROM stage_calls AS c
           WHERE c.job_id = %(only)s AND c.call_id = %(only_call)s AND NOT EXISTS ({UNDER_WAY})
           FOR UPDATE OF c SKIP LOCKED) AS open
@@ -323,8 +340,9 @@ TAKE = f"""
     RETURNING c.*, due.worker AS worker_before, due.due_at AS was_due_at
 ), leased AS (
     INSERT INTO stage_leases (job_id, table_name, call_id, attempt, stage, worker, started_at,
-                              leased_until)
-    SELECT job_id, table_name, call_id, attempts, stage, worker, started_at, due_at FROM claimed
+                              leased_until, tenant_id)
+    SELECT job_id, table_name, call_id, attempts, stage, worker, started_at, due_at, tenant_id
+    FROM claimed
 )
 SELECT claimed.call_id, claimed.job_id, claimed.job_id::text AS key, claimed.table_name,
        claimed.join_of, claimed.current_step, claimed.status, claimed.stage,
@@ -354,24 +372,25 @@ LEFT JOIN claimed ON true
 LEFT JOIN LATERAL stage_call_row(claimed.table_name, claimed.join_of, claimed.job_id) AS job
     ON true
 """
-# When calls of a stage begin, where the next one must wait for it, or its pool stays with it.
-PACE = """
+# Which calls begin, where the next one must wait for it, its pool stays with its stage, or another
+# tenant has the next turn.
+NOTE_BEGUN = """
 , begun AS (
-    SELECT c.stage FROM stage_calls AS c
-    WHERE c.job_id = ANY (ARRAY(SELECT job_id FROM due))
-      AND c.call_id = ANY (ARRAY(SELECT call_id FROM due))
-), paced AS (
+    SELECT stage, (array_agg(tenant ORDER BY turn DESC))[1] AS tenant FROM due GROUP BY stage
+), noted AS (
     UPDATE stage_limits AS s
     SET next_at = now() + make_interval(secs => s.seconds), stays_with = begun.stage,
+        last_tenant = begun.tenant,
         stays_since = CASE WHEN s.stays_with = begun.stage
                            THEN s.stays_since ELSE now() END
     FROM begun
-    WHERE begun.stage = ANY (s.stages) AND (s.seconds IS NOT NULL OR s.linger IS NOT NULL)
+    WHERE begun.stage = ANY (s.stages)
+      AND (s.seconds IS NOT NULL OR s.linger IS NOT NULL OR s.is_fair)
 )"""
 
 CLAIM = Statement("claim", f"WITH due AS ({DUE}){TAKE}")
-CLAIM_PACED = Statement("claim_paced", f"WITH due AS ({DUE}){PACE}{TAKE}")
-CLAIM_BY_HAND = Statement("claim_by_hand", f"WITH due AS ({DUE_BY_HAND}){PACE}{TAKE}")
+CLAIM_IN_ORDER = Statement("claim_in_order", f"WITH due AS ({DUE_IN_ORDER}){NOTE_BEGUN}{TAKE}")
+CLAIM_BY_HAND = Statement("claim_by_hand", f"WITH due AS ({DUE_BY_HAND}){NOTE_BEGUN}{TAKE}")
 
 
 @dataclass(frozen=True)
@@ -417,7 +436,7 @@ def settle_and_claim(
     accepted = [r for r in (*paid, *taken) if r.outcome != "skipped"]
     lifting = {r.stage: r.started_at for r in accepted if r.after_hold}
     limited = any(stage.limited for stage in wanted)
-    claim = CLAIM_PACED if any(stage.paced for stage in wanted) else CLAIM
+    claim = CLAIM_IN_ORDER if any(stage.ordered for stage in wanted) else CLAIM
     if only is not None:
         claim = CLAIM_BY_HAND
     if not (free and wanted):

@@ -97,6 +97,7 @@ class Listener:
         # All by time.monotonic().
         self.look_at = self.sweep_at = self.again_at = self.marked_at = 0.0
         self.join_at = 0.0 if pipeline.joins() else math.inf
+        self.is_ordered = pipeline.is_ordered()
         self.is_asynchronous = pipeline.is_asynchronous()
         self.move_at = 0.0 if self.is_asynchronous else math.inf
         self.ping_at = 0.0 if hosts.is_several(settings) else math.inf
@@ -290,7 +291,7 @@ class Listener:
                 lease = limits.timeout + self.settings.LEASE_MARGIN
                 share = -(-free // len(self.order))
                 found.append(Wanted(stage, lease, most, share, limits.is_shared,
-                                    self.marks.get(stage), limits.is_paced))  # fmt: skip
+                                    self.marks.get(stage), self.is_ordered))  # fmt: skip
                 pools |= {limits.pool.name} if limits.pool else set()
         return found
 

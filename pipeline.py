@@ -38,6 +38,9 @@ class Table:
         parent: a Table, or "jobs", and the column of this table that holds the parent's id.
         channel: where changes of its rows are announced; None: nowhere.
         tenant: the column with the tenant; None: tenant_id where there is one, else the parent's.
+        priority: an integer column; of the due calls of a stage the highest is called first.
+        run_after: a timestamptz column; the call of a row is due at that time, not before. Both
+            are read when the row comes to a state.
 
     Raises:
         ValueError: one of them cannot be used.
@@ -48,8 +51,13 @@ class Table:
     parent: tuple[Union["Table", str], str] | None = None
     channel: str | None = None
     tenant: str | None = None
+    priority: str | None = None
+    run_after: str | None = None
 
     def __post_init__(self):
+        if self.name == "jobs":  # what it has anyway
+            object.__setattr__(self, "channel", self.channel or db.CHANNEL)
+            object.__setattr__(self, "tenant", self.tenant or "tenant_id")
         if not 0 < len(self.name.encode()) <= LONGEST_NAME:
             raise ValueError(f"Table({self.name!r}): its name may have {LONGEST_NAME} bytes")
         if self.channel is not None and not 0 < len(self.channel.encode()) < 64:
@@ -193,6 +201,8 @@ class Limits:
         pool: a Pool that its calls share with those of other stages.
         per_minute: calls that may begin in a minute, over all workers and machines, at even
             distances.
+        fair: the tenants that have calls due take turns.
+        per_tenant: calls at once of one tenant, over all workers and machines; tenants take turns.
     """
 
     max_running: int | None = None
@@ -201,26 +211,35 @@ class Limits:
     asynchronous: bool = False
     pool: Pool | None = None
     per_minute: float | None = None
+    fair: bool = False
+    per_tenant: int | None = None
 
     def __post_init__(self):
-        for name in ("max_running", "timeout", "max_attempts", "per_minute"):
+        for name in ("max_running", "timeout", "max_attempts", "per_minute", "per_tenant"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value!r} of a stage: allowed is more than 0, or None")
-        if not isinstance(self.asynchronous, bool):
-            raise ValueError(f"asynchronous={self.asynchronous!r}: allowed is True or False")
+        for name in ("asynchronous", "fair"):
+            if not isinstance(getattr(self, name), bool):
+                given = getattr(self, name)
+                raise ValueError(f"{name}={given!r} of a stage: allowed is True or False")
         if self.pool is not None and not isinstance(self.pool, Pool):
             raise ValueError(f"pool={self.pool!r}: a stage has one Pool, or None")
 
     @property
     def is_shared(self) -> bool:
         """Whether calls of other workers and machines count."""
-        return any((self.max_running, self.pool, self.per_minute))
+        return any((self.max_running, self.pool, self.per_minute, self.is_fair))
 
     @property
-    def is_paced(self) -> bool:
-        """Whether it counts when a call began."""
-        return bool(self.per_minute or (self.pool and self.pool.linger))
+    def is_fair(self) -> bool:
+        """Whether tenants take turns."""
+        return self.fair or self.per_tenant is not None
+
+    @property
+    def is_ordered(self) -> bool:
+        """Whether it counts which call began before, and when."""
+        return bool(self.per_minute or self.is_fair or (self.pool and self.pool.linger))
 
 
 @dataclass(frozen=True)
@@ -242,9 +261,12 @@ def limits(
     asynchronous: bool = False,
     pool: Pool | None = None,
     per_minute: float | None = None,
+    fair: bool = False,
+    per_tenant: int | None = None,
 ) -> Callable[[Function], Function]:
     """Declare the Limits of the stage function below."""
-    declared = Limits(max_running, timeout, max_attempts, asynchronous, pool, per_minute)
+    declared = Limits(max_running, timeout, max_attempts, asynchronous, pool, per_minute, fair,
+                      per_tenant)  # fmt: skip
 
     def declare(function: Function) -> Function:
         function.limits = declared  # type: ignore[attr-defined]  # a function may have any
@@ -379,17 +401,20 @@ class SharedLimit:
     stages: list[str]
     max_running: int | None
     seconds: float | None  # between two calls
-    linger: float | None
+    linger: float | None = None
+    is_fair: bool = False
+    per_tenant: int | None = None
 
 
 def shared_limits() -> list[SharedLimit]:
     """The limits that count over all workers and machines: of each stage, and of each pool."""
     stages = {function.__name__: limits_of(function) for function in pipeline().values()}
     found = [
-        SharedLimit(name, [name], of.max_running, of.per_minute and 60 / of.per_minute, None)
+        SharedLimit(name, [name], of.max_running, of.per_minute and 60 / of.per_minute,
+                    is_fair=of.is_fair, per_tenant=of.per_tenant)
         for name, of in stages.items()
-        if of.max_running or of.per_minute
-    ]
+        if of.max_running or of.per_minute or of.is_fair
+    ]  # fmt: skip
     for pool in pools().values():
         members = sorted(name for name, of in stages.items() if of.pool == pool)
         found.append(SharedLimit(pool.name, members, pool.size, None, pool.linger))
@@ -405,6 +430,13 @@ def pools() -> dict[str, Pool]:
 def pool_name(function: Callable) -> str | None:
     pool = limits_of(function).pool
     return pool.name if pool else None
+
+
+def is_ordered() -> bool:
+    """Whether calls are made in another order than that in which they are due."""
+    return any(limits_of(function).is_ordered for function in pipeline().values()) or any(
+        table.priority or table.run_after for table in tables().values()
+    )
 
 
 def is_asynchronous() -> bool:
@@ -465,6 +497,8 @@ def stage_limits(settings: SimpleNamespace) -> dict[str, FullLimits]:
             given.asynchronous,
             given.pool,
             given.per_minute,
+            given.fair,
+            given.per_tenant,
         )
         for stage, given in declared.items()
     }

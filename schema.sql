@@ -22,6 +22,8 @@ CREATE TABLE IF NOT EXISTS pipeline_tables (
     position      integer NOT NULL,
     id_column     text NOT NULL,
     tenant_column text,  -- NULL: the parent has it
+    priority_column  text,
+    run_after_column text,
     parent_table  text,
     parent_column text,
     channel       text  -- where changes are announced
@@ -68,6 +70,10 @@ CREATE TABLE IF NOT EXISTS stage_limits (
     next_at       timestamptz,  -- when the next one may begin
     -- A pool stays with a stage for so many seconds, as long as calls of it are due.
     linger        double precision,
+    -- Tenants take turns; so many calls of one at once. Whose turn was last.
+    is_fair       boolean NOT NULL DEFAULT false,
+    per_tenant    integer CHECK (per_tenant > 0),
+    last_tenant   text,
     stays_with    text,
     stays_since   timestamptz
 );
@@ -118,6 +124,9 @@ BEGIN
             last_error    text,
             table_name    text COLLATE "C" NOT NULL DEFAULT 'jobs',
             join_of       text COLLATE "C" NOT NULL DEFAULT '',
+            -- As the row said when it came to the state, where its table has such columns.
+            priority      integer NOT NULL DEFAULT 0,  -- the highest is called first
+            run_after     timestamptz,
             PRIMARY KEY (job_id, table_name, join_of)
             -- No CHECK here: each one costs the application 3 µs a row.
         ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000)
@@ -140,6 +149,7 @@ BEGIN
             -- An asynchronous stage has answered 202: it keeps its place until the row moves on.
             working      boolean NOT NULL DEFAULT false,
             spent        integer,  -- then: attempts that count, this one included
+            tenant_id    text,
             PRIMARY KEY (call_id, attempt)
         ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000)
     $ddl$, id_type);
@@ -239,6 +249,113 @@ BEGIN
     END IF;
 END
 $do$;
+
+-- The due calls of a stage in the order in which they are called, each locked: first those with the
+-- highest priority, and of these those of one tenant after the other, where the stage is fair, else
+-- the one that is due longest. Used by the claim where a stage or a table declares such a thing.
+-- a_skip and a_most: passes so many by, and then returns so many. The statements are written so
+-- that each of their conditions serves an index in a plan for any values, too.
+CREATE OR REPLACE FUNCTION stage_due_calls(a_stage text, a_skip integer, a_most integer,
+                                           a_sweep boolean)
+RETURNS SETOF stage_calls LANGUAGE plpgsql SET search_path FROM CURRENT AS $body$
+DECLARE
+    of_stage stage_limits;
+    until    constant timestamptz := CASE WHEN a_sweep THEN 'infinity' ELSE now() END;
+    levels   constant boolean := EXISTS (SELECT FROM pipeline_tables
+                                         WHERE priority_column IS NOT NULL);
+    level    bigint := 2147483648;  -- of priority: above the highest
+    call     stage_calls;
+    chosen   bigint[] := '{}';
+    tenants  text[] := '{}';  -- those of the chosen calls
+    tenant   text;  -- whose turn it is; NULL: that of the first
+    is_taken boolean;  -- a call of anybody in this round
+BEGIN
+    IF coalesce(a_most, 0) <= 0 THEN
+        RETURN;
+    END IF;
+    SELECT * INTO of_stage FROM stage_limits WHERE name = a_stage;
+    LOOP
+        IF levels THEN
+            SELECT c.priority INTO level FROM stage_calls AS c
+            WHERE c.stage = a_stage AND c.priority < level
+            ORDER BY c.priority DESC LIMIT 1;
+            EXIT WHEN NOT FOUND;
+        ELSE
+            EXIT WHEN level = 0;
+            level := 0;
+        END IF;
+
+        IF of_stage.is_fair IS NOT TRUE THEN
+            FOR call IN
+                SELECT c.* FROM stage_calls AS c
+                WHERE c.stage = a_stage AND c.priority = level
+                  AND c.due_at <= until AND c.due_at < 'infinity'
+                  AND (c.due_at <= now() OR c.attempts = 0)
+                  AND (c.run_after IS NULL OR c.run_after <= now())
+                  AND NOT EXISTS (SELECT FROM stage_leases AS l
+                                  WHERE l.job_id = c.job_id AND l.table_name = c.table_name
+                                    AND l.stage = c.stage AND l.leased_until > now())
+                ORDER BY c.due_at LIMIT a_skip + a_most - cardinality(chosen)
+                FOR UPDATE OF c SKIP LOCKED
+            LOOP
+                chosen := chosen || call.call_id;
+                IF cardinality(chosen) > a_skip THEN
+                    RETURN NEXT call;
+                END IF;
+            END LOOP;
+            EXIT WHEN cardinality(chosen) >= a_skip + a_most;
+            CONTINUE;
+        END IF;
+
+        tenant := of_stage.last_tenant;
+        is_taken := true;
+        LOOP
+            IF tenant IS NULL THEN
+                SELECT coalesce(c.tenant_id, '') INTO tenant FROM stage_calls AS c
+                WHERE c.stage = a_stage AND c.priority = level
+                  AND c.due_at <= until AND c.due_at < 'infinity'
+                ORDER BY coalesce(c.tenant_id, '') LIMIT 1;
+            ELSE
+                SELECT coalesce(c.tenant_id, '') INTO tenant FROM stage_calls AS c
+                WHERE c.stage = a_stage AND c.priority = level
+                  AND coalesce(c.tenant_id, '') > tenant
+                  AND c.due_at <= until AND c.due_at < 'infinity'
+                ORDER BY coalesce(c.tenant_id, '') LIMIT 1;
+            END IF;
+            IF tenant IS NULL THEN  -- the next round begins, unless this one has brought nothing
+                EXIT WHEN NOT is_taken;
+                is_taken := false;
+                CONTINUE;
+            END IF;
+            CONTINUE WHEN of_stage.per_tenant <= cardinality(array_positions(tenants, tenant)) + (
+                SELECT count(*) FROM stage_leases AS l
+                WHERE l.stage = a_stage AND coalesce(l.tenant_id, '') = tenant
+                  AND l.leased_until > now());
+            SELECT c.* INTO call FROM stage_calls AS c
+            WHERE c.stage = a_stage AND c.priority = level AND coalesce(c.tenant_id, '') = tenant
+              AND c.due_at <= until AND c.due_at < 'infinity'
+              AND (c.due_at <= now() OR c.attempts = 0)
+              AND (c.run_after IS NULL OR c.run_after <= now())
+              AND c.call_id <> ALL (chosen)
+              AND NOT EXISTS (SELECT FROM stage_leases AS l
+                              WHERE l.job_id = c.job_id AND l.table_name = c.table_name
+                                AND l.stage = c.stage AND l.leased_until > now())
+            ORDER BY c.due_at LIMIT 1
+            FOR UPDATE OF c SKIP LOCKED;
+            CONTINUE WHEN NOT FOUND;
+            is_taken := true;
+            chosen := chosen || call.call_id;
+            tenants := tenants || tenant;
+            IF cardinality(chosen) > a_skip THEN
+                RETURN NEXT call;
+            END IF;
+            IF cardinality(chosen) >= a_skip + a_most THEN
+                RETURN;
+            END IF;
+        END LOOP;
+    END LOOP;
+END
+$body$;
 
 -- What the history adds up to, which is pruned, while a counter may never fall: the attempts
 -- that finished up to counted_until, by the seconds that they took at most.

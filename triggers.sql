@@ -60,6 +60,7 @@ DECLARE
     columns text[];
     routes  text;  -- the rows' own, as a CASE
     looks   text;  -- what a change means for the joins of the rows' parents
+    is_ordered boolean;  -- the table has a column for the priority of its rows, or their time
     moves   text;  -- and for the calls that asynchronous stages work on
     fields  text;  -- of the notification
     id_type constant text := (
@@ -78,11 +79,14 @@ DECLARE
 BEGIN
     FOR t IN SELECT * FROM jsonb_to_recordset(asked -> 'tables') AS x (
         name text, id_column text, tenant_column text, parent_table text, parent_column text,
-        channel text)
+        channel text, priority_column text, run_after_column text)
     LOOP
         place := format('%I.%I', schema, t.name)::regclass;
         columns := array_remove(ARRAY[t.id_column, t.tenant_column, 'current_step', 'status',
-                                      t.parent_column], NULL);
+                                      t.parent_column, t.priority_column, t.run_after_column],
+                                NULL);
+
+        is_ordered := coalesce(t.priority_column, t.run_after_column) IS NOT NULL;
 
         SELECT string_agg(format('WHEN step = %L AND state = %L THEN %L',
                                  r.current_step, r.status, r.stage), ' ' ORDER BY r.position)
@@ -164,6 +168,10 @@ BEGIN
             tenant := NEW.%I::text;$read$, t.tenant_column) END
             || CASE WHEN t.parent_column IS NULL THEN '' ELSE format($read$
             parent := NEW.%I;$read$, t.parent_column) END
+            || CASE WHEN t.priority_column IS NULL THEN '' ELSE format($read$
+            urgency := coalesce(NEW.%I, 0);$read$, t.priority_column) END
+            || CASE WHEN t.run_after_column IS NULL THEN '' ELSE format($read$
+            start := CASE WHEN NEW.%1$I IS NOT NULL THEN least(NEW.%1$I, '9999-12-31') END;$read$, t.run_after_column) END
             || $read$
         END IF;$read$
             || CASE WHEN coalesce(t.parent_column, moves) IS NULL THEN '' ELSE format($read$
@@ -174,13 +182,17 @@ BEGIN
         -- By way of text, as a cast between numbers would round.
         as_found := format($read$
             IF TG_OP <> 'DELETE' THEN
-                EXECUTE %1$L INTO id, step, state, tenant, parent, payload USING NEW;
+                EXECUTE %1$L INTO id, step, state, tenant, parent, payload, urgency, start USING NEW;
             END IF;$read$, format('SELECT ($1).%1$I::text::%2$s, ($1).current_step::text,'
-                ' ($1).status::text, %3$s, %4$s, json_build_object(%5$s)::text',
+                ' ($1).status::text, %3$s, %4$s, json_build_object(%5$s)::text, %6$s, %7$s',
                 t.id_column, id_type,
                 coalesce('($1).' || quote_ident(t.tenant_column) || '::text', 'NULL'),
                 coalesce('($1).' || quote_ident(t.parent_column) || '::text::' || id_type, 'NULL'),
-                fields_read))
+                fields_read,
+                coalesce('coalesce(($1).' || quote_ident(t.priority_column) || ', 0)', '0'),
+                CASE WHEN t.run_after_column IS NULL THEN 'NULL'
+                     ELSE format('CASE WHEN ($1).%1$I IS NOT NULL THEN least(($1).%1$I,'
+                                 ' ''9999-12-31''::timestamptz) END', t.run_after_column) END))
             || CASE WHEN coalesce(t.parent_column, moves) IS NULL THEN '' ELSE format($read$
             IF TG_OP <> 'INSERT' THEN
                 EXECUTE %1$L INTO old_step, old_state, old_parent USING OLD;
@@ -209,6 +221,8 @@ DECLARE
     owed     boolean := false;
     looked   boolean := false;
     moved    boolean := false;
+    urgency  integer := 0;
+    start    timestamptz;
     payload  text;
     notified text;
 BEGIN
@@ -240,20 +254,21 @@ BEGIN
         ELSIF id IS NOT NULL THEN
             -- Nearly always there is no open call, and without the clauses for one the
             -- trigger costs a twentieth less.
-            INSERT INTO %1$s (job_id, table_name, tenant_id, current_step, status, stage)
-            VALUES (id, %6$L, tenant, step, state, route)
+            INSERT INTO %1$s (job_id, table_name, tenant_id, current_step, status, stage%17$s)
+            VALUES (id, %6$L, tenant, step, state, route%18$s)
             ON CONFLICT (job_id, table_name, join_of) DO NOTHING;
             IF NOT FOUND THEN
                 -- An open call is replaced, but not one of the same state that is under
                 -- way: a row that moves between partitions arrives again without having left.
-                INSERT INTO %1$s AS c (job_id, table_name, tenant_id, current_step, status, stage)
-                VALUES (id, %6$L, tenant, step, state, route)
+                INSERT INTO %1$s AS c (job_id, table_name, tenant_id, current_step, status,
+                                       stage%17$s)
+                VALUES (id, %6$L, tenant, step, state, route%18$s)
                 ON CONFLICT (job_id, table_name, join_of) DO UPDATE
                 SET call_id = DEFAULT, tenant_id = excluded.tenant_id,
                     current_step = excluded.current_step, status = excluded.status,
                     stage = excluded.stage, created_at = excluded.created_at,
                     due_at = excluded.due_at, attempts = 0, free_attempts = 0,
-                    worker = NULL, started_at = NULL, last_error = NULL
+                    worker = NULL, started_at = NULL, last_error = NULL%19$s
                 WHERE c.worker IS NULL
                    OR c.current_step <> excluded.current_step
                    OR c.status <> excluded.status;
@@ -291,7 +306,12 @@ $notify$, fields, CASE WHEN t.name = 'jobs' THEN 1900 ELSE 1500 END, t.channel)
     END IF;
 $wake$ END,
             format(too_long, 'id'), NULL, id_type, place::oid, schema, columns,
-            stage_column_types(place, columns), as_installed, as_found));
+            stage_column_types(place, columns), as_installed, as_found,
+            CASE WHEN is_ordered THEN ', priority, run_after, due_at' ELSE '' END,
+            CASE WHEN is_ordered THEN ', urgency, start, greatest(clock_timestamp(), start)'
+                 ELSE '' END,
+            CASE WHEN is_ordered THEN ', priority = excluded.priority, run_after = excluded.run_after'
+                 ELSE '' END));
     END LOOP;
 END
 $do$;

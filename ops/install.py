@@ -62,17 +62,31 @@ FROM (SELECT o.job_id, o.call_id, p.stage
       FOR UPDATE OF o SKIP LOCKED) AS renamed
 WHERE c.job_id = renamed.job_id AND c.call_id = renamed.call_id;
 CREATE TEMPORARY TABLE wanted_limits ON COMMIT DROP AS
-SELECT l.name, l.stages, l.max_running, l.seconds, l.linger
+SELECT l.name, l.stages, l.max_running, l.seconds, l.linger, l.is_fair, l.per_tenant
 FROM jsonb_populate_recordset(
     NULL::stage_limits, current_setting('job_state_listener.pipeline')::jsonb -> 'limits') AS l;
 DELETE FROM stage_limits WHERE name NOT IN (SELECT name FROM wanted_limits);
-INSERT INTO stage_limits (name, stages, max_running, seconds, linger)
+INSERT INTO stage_limits (name, stages, max_running, seconds, linger, is_fair, per_tenant)
 SELECT * FROM wanted_limits
 ON CONFLICT (name) DO UPDATE
 SET stages = excluded.stages, max_running = excluded.max_running, seconds = excluded.seconds,
-    linger = excluded.linger
-WHERE (stage_limits.stages, stage_limits.max_running, stage_limits.seconds, stage_limits.linger)
-      IS DISTINCT FROM (excluded.stages, excluded.max_running, excluded.seconds, excluded.linger);
+    linger = excluded.linger, is_fair = excluded.is_fair, per_tenant = excluded.per_tenant;
+-- Serve stage_due_calls(); a write to stage_calls pays for each.
+DO $do$
+BEGIN
+    IF NOT EXISTS (SELECT FROM wanted_limits WHERE is_fair) THEN
+        DROP INDEX IF EXISTS stage_calls_tenant_idx;
+    ELSIF to_regclass('stage_calls_tenant_idx') IS NULL THEN
+        CREATE INDEX stage_calls_tenant_idx
+            ON stage_calls (stage, priority, (coalesce(tenant_id, '')), due_at);
+    END IF;
+    IF NOT EXISTS (SELECT FROM pipeline_tables WHERE priority_column IS NOT NULL) THEN
+        DROP INDEX IF EXISTS stage_calls_priority_idx;
+    ELSIF to_regclass('stage_calls_priority_idx') IS NULL THEN
+        CREATE INDEX stage_calls_priority_idx ON stage_calls (stage, priority, due_at);
+    END IF;
+END
+$do$;
 INSERT INTO stage_totals_mark DEFAULT VALUES ON CONFLICT DO NOTHING;
 """
 
@@ -185,6 +199,8 @@ def described(conn, settings: SimpleNamespace) -> dict[str, list]:
             "parent_table": pipeline.parent_name(table),
             "parent_column": table.parent and table.parent[1],
             "channel": table.channel,
+            "priority_column": table.priority,
+            "run_after_column": table.run_after,
         }
         for position, table in enumerate(pipeline.tables().values(), 1)
     ]

@@ -14,7 +14,7 @@ TABLES = (
 VIEWS = ("pipeline_overview", "stage_latency", "given_up_calls")
 FUNCTIONS = (
     "notify_job_state_change", "stalled_jobs", "resting_rows", "stage_call_row",
-    "stage_join_is_complete", "stage_column_types",
+    "stage_join_is_complete", "stage_column_types", "stage_due_calls",
 )  # fmt: skip
 
 NAMES = "ARRAY[{}]".format(", ".join(f"'{name}'" for name in (*TABLES, *VIEWS, *FUNCTIONS)))
@@ -75,7 +75,7 @@ STEPS = {
             ADD COLUMN table_name text COLLATE "C" NOT NULL DEFAULT 'jobs',
             ADD COLUMN spent integer;
     """,
-    # Asynchronous stages, pools and rates.
+    # Asynchronous stages; pools, rates, tenants that take turns, priorities.
     4: """
         ALTER TABLE pipeline_stages
             ADD COLUMN asynchronous boolean NOT NULL DEFAULT false,
@@ -87,10 +87,20 @@ STEPS = {
             ADD COLUMN next_at timestamptz,
             ADD COLUMN linger double precision,
             ADD COLUMN stays_with text,
-            ADD COLUMN stays_since timestamptz;
+            ADD COLUMN stays_since timestamptz,
+            ADD COLUMN is_fair boolean NOT NULL DEFAULT false,
+            ADD COLUMN per_tenant integer CHECK (per_tenant > 0),
+            ADD COLUMN last_tenant text;
+        ALTER TABLE IF EXISTS pipeline_tables
+            ADD COLUMN priority_column text,
+            ADD COLUMN run_after_column text;
+        ALTER TABLE stage_calls
+            ADD COLUMN priority integer NOT NULL DEFAULT 0,
+            ADD COLUMN run_after timestamptz;
         ALTER TABLE IF EXISTS stage_leases
             ADD COLUMN working boolean NOT NULL DEFAULT false,
-            ADD COLUMN spent integer;
+            ADD COLUMN spent integer,
+            ADD COLUMN tenant_id text;
     """,
 }
 LATEST = max(STEPS)

@@ -35,6 +35,7 @@ WORDS = {
     "stage_call_row": ["a_join"],
     "stage_join_is_complete": ["a_join", "RETURN false"],
     "stage_column_types": ["pg_typeof"],
+    "stage_due_calls": ["of_stage"],
 }
 
 # relkind 'r' or 'p' is a table. `schema` is where everything goes.

@@ -36,10 +36,14 @@ def shown(stage: Stage | None) -> str:
     return stage[0] if stage[1] is None else f"{stage[0]} (max_running {stage[1]})"
 
 
-LIMITS = "SELECT name, stages, max_running, seconds, linger FROM stage_limits"
+LIMITS = """
+SELECT name, stages, max_running, seconds, linger, is_fair, per_tenant FROM stage_limits
+"""
 
 TABLES = """
-SELECT name, id_column, tenant_column, parent_table, parent_column, channel FROM pipeline_tables
+SELECT name, id_column, tenant_column, parent_table, parent_column, channel, priority_column,
+       run_after_column
+FROM pipeline_tables
 """
 
 
@@ -62,8 +66,9 @@ def difference(conn) -> list[str]:
     rows = {row.name: tuple(row) for row in db.execute(conn, TABLES)}
     for table in pipeline.tables().values():
         parent, column = pipeline.parent_name(table), table.parent and table.parent[1]
-        declared = (table.name, table.id, parent, column, table.channel)
-        name, id_column, tenant, *rest = rows.get(table.name, (None,) * 6)
+        declared = (table.name, table.id, parent, column, table.channel, table.priority,
+                    table.run_after)  # fmt: skip
+        name, id_column, tenant, *rest = rows.get(table.name, (None,) * 8)
         if declared != (name, id_column, *rest) or table.tenant not in (None, tenant):
             found.append(f"the database knows table {table.name} otherwise, or not")
     return found

@@ -95,7 +95,8 @@ def faults(conn) -> Iterator[Fault]:
             continue
         columns = {row.name: row for row in db.execute(conn, COLUMNS, {"table": place.name})}
         parent = table.parent and table.parent[1]
-        needed = [table.id, table.tenant, "current_step", "status", parent]
+        needed = [table.id, table.tenant, "current_step", "status", parent, table.priority,
+                  table.run_after]  # fmt: skip
         if missing := [name for name in needed if name and name not in columns]:
             what = f"table {table.name} has no column {', '.join(missing)}"
             yield Fault(what, "add it (ALTER TABLE)" + OTHER * (table != pipeline.JOBS))
@@ -135,6 +136,11 @@ def faults_of_columns(table: Table, columns: dict, is_joined: bool) -> Iterator[
     elif not id_column.is_unique:
         what = f"{name}.{table.id} is not unique by itself, so a call could go to another row"
         yield Fault(what, f"CREATE UNIQUE INDEX ON {name} ({table.id}){other}")
+    for column, type_ in ((table.priority, "integer"), (table.run_after, "timestamptz")):
+        wanted = {"integer": "bigint", "timestamptz": "timestamp with time zone"}[type_]
+        if column and columns[column].type != wanted:
+            what = f"{name}.{column} is of type {columns[column].type}, not {type_}"
+            yield Fault(what, f"give it that type (ALTER TABLE){OTHER}")
     if is_joined and not columns[table.parent_column].is_indexed:
         column = table.parent_column
         what = f"{name}.{column} has no index, so each look at a parent would read all of {name}"

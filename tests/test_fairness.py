@@ -1,0 +1,134 @@
+"""Which of the due calls of a stage comes first: tenants that take turns, priorities, a time."""
+
+from collections import Counter
+
+import pytest
+from conftest import ROOT
+from variants import install, stage
+from waiting import PATIENCE
+
+from demo.stage_server import Answer
+from pipeline import Table, limits
+
+ORDERED = Table("jobs", id="job_id", priority="priority", run_after="run_after")
+PIPELINE = {
+    ("img_gen", "done"): limits(fair=True)(stage("vlm_analyze")),
+    ("planner", "done"): limits(per_tenant=2)(stage("overlay")),
+    ORDERED("overlay", "done"): stage("vlm_judge"),
+}
+COLUMNS = "ALTER TABLE jobs ADD priority integer, ADD run_after timestamptz;"
+
+
+@pytest.fixture
+def site(database, use_pipeline, api, listener):
+    use_pipeline(PIPELINE)
+    install(database, COLUMNS)
+    for name in ("vlm_analyze", "overlay", "vlm_judge"):
+        api.on(f"/{name}", lambda request: Answer(200))
+
+    def start(*args, **settings):
+        given = {"PYTHONPATH": str(ROOT / "tests"), "PIPELINE_MODULE": "test_fairness",
+                 "SWEEP_INTERVAL": 3600} | settings  # fmt: skip
+        return listener(database, *args, api=api, **given)
+
+    database.start = start
+    return database
+
+
+def add(database, step: str, tenant: str | None, count: int = 1, **columns) -> None:
+    names = "".join(f", {name}" for name in columns)
+    values = ", %s" * len(columns)
+    database.rows(
+        f"INSERT INTO jobs (job_id, tenant_id, current_step, status{names})"
+        f" SELECT gen_random_uuid(), %s, %s, 'done'{values} FROM generate_series(1, {count})",
+        tenant, step, *columns.values())  # fmt: skip
+
+
+def tenants(api) -> list:
+    return [request.tenant_id for request in api.calls()]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_tenants_take_turns(site, api, workers):
+    add(site, "img_gen", "acme", 50)
+    add(site, "img_gen", None, 2)
+    add(site, "img_gen", "zoo", 2)
+    site.start("run", "--once", LISTENER_WORKERS=workers).wait()
+    assert len(tenants(api)) == 54
+    assert Counter(tenants(api)[:6]) == {None: 2, "acme": 2, "zoo": 2}
+
+
+def test_tenant_who_comes_late_waits_for_no_more_than_the_calls_in_flight(site, api):
+    add(site, "img_gen", "acme", 200)
+
+    def behave(request):
+        if len(api.calls()) == 20:
+            add(site, "img_gen", "zoo")
+        return Answer(200)
+
+    api.on("/vlm_analyze", behave)
+    site.start("run", "--once", LISTENER_WORKERS=2).wait()
+    # Two in flight, and two that were claimed while the job was added.
+    assert tenants(api).index("zoo") <= 24
+
+
+def test_turns_go_on_over_all_listeners(site, api):
+    for tenant in "abc":
+        add(site, "img_gen", tenant, 10)
+    for _ in range(2):
+        site.start("run", "--once", LISTENER_WORKERS=1)
+    api.wait_for(lambda _: len(api.calls()) >= 30, PATIENCE)
+    assert all({*tenants(api)[at : at + 4]} == {*"abc"} for at in range(26))
+
+
+def test_limit_of_a_tenant_holds_over_all_listeners(site, api):
+    seen, most = Counter(), Counter()
+
+    def behave(request):
+        seen[request.tenant_id] += 1
+        most[request.tenant_id] = max(most[request.tenant_id], seen[request.tenant_id])
+        api.closing.wait(0.05)
+        seen[request.tenant_id] -= 1
+        return Answer(200)
+
+    api.on("/overlay", behave)
+    add(site, "planner", "acme", 12)
+    add(site, "planner", "zoo", 4)
+    for _ in range(2):
+        site.start(LISTENER_WORKERS=4)
+    api.wait_for(lambda _: len(api.calls()) >= 16, PATIENCE)
+    assert most == {"acme": 2, "zoo": 2}
+
+
+def test_highest_priority_is_called_first(site, api):
+    for priority in (0, 5, None, -1, 5):
+        add(site, "overlay", str(priority), priority=priority)
+    site.start("run", "--once", LISTENER_WORKERS=1).wait()
+    assert tenants(api) == ["5", "5", "0", "None", "-1"]
+
+
+def test_call_is_not_made_before_its_time(site, api):
+    [[soon]] = site.rows("SELECT now() + interval '1 second'")
+    add(site, "overlay", "later", run_after=soon)
+    add(site, "overlay", "never", run_after="infinity")
+    add(site, "overlay", "now", run_after="-infinity")
+    site.start(LISTENER_WORKERS=1, SWEEP_INTERVAL=0.1)
+    site.wait_for("SELECT count(*) = 2 FROM stage_attempts")
+    assert tenants(api) == ["now", "later"]
+    assert site.value("SELECT min(started_at) >= %s FROM stage_attempts WHERE job_id ="
+                      " (SELECT job_id FROM jobs WHERE tenant_id = 'later')", soon)  # fmt: skip
+    assert not site.value("SELECT due_at = 'infinity' FROM stage_calls")
+
+
+def test_columns_of_another_type_are_refused(database, use_pipeline, run_command):
+    use_pipeline(PIPELINE)
+    database.rows("ALTER TABLE jobs ADD priority text, ADD run_after timestamptz")
+    done = run_command(database, "install", PYTHONPATH=str(ROOT / "tests"),
+                       PIPELINE_MODULE="test_fairness")  # fmt: skip
+    assert "jobs.priority is of type text, not integer" in done.refused(1)
+
+
+@pytest.mark.parametrize("bad", [{"fair": 1}, {"per_tenant": 0}])
+def test_bad_limits_are_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        limits(**bad)
