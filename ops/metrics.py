@@ -17,6 +17,7 @@ import pipeline
 import upkeep
 from logs import CONTROL
 from ops.listeners import connected
+from ops.pools import pools
 from ops.resting import NONE, resting
 from ops.routes import difference
 from ops.verify import QUEUE, triggers
@@ -43,6 +44,12 @@ FAMILIES = {
         "How long the oldest due call has been due; 0 where none is.",
     ),
     "job_state_listener_running_calls": ("gauge", "Calls under way; status says calling."),
+    "job_state_listener_working_calls": (
+        "gauge",
+        "Of those, calls that an asynchronous stage has taken with 202 and works on.",
+    ),
+    "job_state_listener_pool_calls": ("gauge", "Calls under way of all stages of a pool."),
+    "job_state_listener_pool_size": ("gauge", "How many may be under way."),
     "job_state_listener_max_running_calls": (
         "gauge",
         "How many may be under way; only of stages with such a limit.",
@@ -122,7 +129,7 @@ class Page:
 # --- asking --------------------------------------------------------------------------------
 
 STAGES = """
-SELECT stage, owed, due, calling, max_running, retrying, given_up, held_until, paused,
+SELECT stage, owed, due, calling, working, max_running, retrying, given_up, held_until, paused,
        coalesce(extract(epoch FROM now() - oldest_due_at), 0)::float8 AS oldest_due_age
 FROM pipeline_overview
 ORDER BY position NULLS LAST, stage
@@ -155,6 +162,7 @@ def read_stages(conn, page: Page) -> None:
             "due_calls": row.due,
             "oldest_due_age_seconds": row.oldest_due_age,
             "running_calls": row.calling,
+            "working_calls": row.working,
             "retrying_calls": row.retrying,
             "given_up_calls": row.given_up,
             "stage_held": int(held),
@@ -166,6 +174,9 @@ def read_stages(conn, page: Page) -> None:
             values["max_running_calls"] = row.max_running
         for name, value in values.items():
             page.add(name, value, stage=row.stage)
+    for pool in pools(conn):
+        page.add("pool_calls", pool.calling, pool=pool.name)
+        page.add("pool_size", pool.size, pool=pool.name)
     read_counters(conn, page, [row.stage for row in stages])
 
 

@@ -8,6 +8,7 @@ import config
 import db
 from logs import CONTROL
 from ops.person import operator, wake_listeners
+from ops.pools import POOL, members
 from ops.problem import Problem
 from ops.stage import StageName
 from ops.table import clock, plain
@@ -29,25 +30,40 @@ RETURNING before.held_by, before.held_reason,
           (SELECT count(*) FROM stage_calls AS c WHERE c.stage = p.stage) AS owed
 """
 
-STAGES = click.argument("stages", type=StageName(), nargs=-1, required=True, metavar="STAGE...")
+STAGES = click.argument("stages", type=StageName(), nargs=-1, metavar="[STAGE]...")
+
+
+def chosen(stages: tuple[str, ...], of_pools: tuple[str, ...]) -> tuple[str, ...]:
+    """The stages that were named, and those of the pools, each once."""
+    found = tuple(dict.fromkeys((*stages, *members(of_pools))))
+    if not found:
+        raise click.UsageError("name a STAGE, or a --pool.", click.get_current_context())
+    return found
 
 
 @click.command(short_help="Call STAGE no more, on any machine, until it is resumed.")
 @STAGES
+@POOL
 @click.option("--reason", default="paused by hand", show_default=True, metavar="TEXT",
               help="Shown in status and in the log.")  # fmt: skip
 @click.option("--wait", is_flag=True, help="Then wait until the calls under way are over.")
 @click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS",
               help="With --wait: no longer than this; then exit 1.")  # fmt: skip
-def pause(stages: tuple[str, ...], reason: str, wait: bool, timeout: float | None) -> None:
+def pause(
+    stages: tuple[str, ...],
+    of_pools: tuple[str, ...],
+    reason: str,
+    wait: bool,
+    timeout: float | None,
+) -> None:
     """Call these stages no more, on any machine, until they are resumed; their calls pile up.
 
     Calls under way are finished; --wait waits for them. A pause outlasts restarts and installs.
     """
     if timeout is not None and not wait:
         raise click.UsageError("--timeout needs --wait.", click.get_current_context())
+    stages = chosen(stages, of_pools)
     conn = db.connect(config.settings(), "job-state-listener pause")
-    stages = tuple(dict.fromkeys(stages))
     unknown = [stage for stage in stages if not paused(conn, stage, reason)]
     if unknown:
         raise Problem(f"the database does not know {' and '.join(unknown)}: run `make trigger`")
@@ -67,10 +83,12 @@ def paused(conn, stage: str, reason: str) -> bool:
 
 @click.command(short_help="Call STAGE again: ends a pause, and also a hold.")
 @STAGES
-def resume(stages: tuple[str, ...]) -> None:
+@POOL
+def resume(stages: tuple[str, ...], of_pools: tuple[str, ...]) -> None:
     """Call these stages again: ends a pause, and also a hold, at once."""
+    stages = chosen(stages, of_pools)
     conn = db.connect(config.settings(), "job-state-listener resume")
-    for stage in dict.fromkeys(stages):
+    for stage in stages:
         lifted = db.execute(conn, RESUME, {"stage": stage}).fetchone()
         if lifted is None:
             click.echo(f"{stage} was neither paused nor held")

@@ -12,19 +12,22 @@ class StageName(click.ParamType):
     """A stage of PIPELINE, which is read only when a name is given."""
 
     name = "stage"
+    word = "stage"
+
+    def names(self) -> list[str]:
+        return pipeline.stage_names()
 
     def convert(self, value: str, param, context) -> str:
-        names = pipeline.stage_names()
+        names = self.names()
         if value in names:
             return value
         near = difflib.get_close_matches(value, names, 1)
         meant = f"did you mean {near[0]}? " if near else ""
-        self.fail(f"{value!r} is no stage: {meant}There are {', '.join(names)}", param, context)
+        there = f"There are {', '.join(names)}" if names else "PIPELINE has none"
+        self.fail(f"{value!r} is no {self.word}: {meant}{there}", param, context)
 
     def shell_complete(self, context, param, incomplete: str) -> list[CompletionItem]:
-        return [
-            CompletionItem(name) for name in pipeline.stage_names() if name.startswith(incomplete)
-        ]
+        return [CompletionItem(name) for name in self.names() if name.startswith(incomplete)]
 
 
 class OwedStage(StageName):

@@ -18,6 +18,7 @@ import db
 from heartbeat import ALIVE
 from ops import migrations
 from ops.listeners import listeners
+from ops.pools import pools
 from ops.problem import Problem
 from ops.resting import NONE, Resting, resting
 from ops.routes import is_updates_only
@@ -88,6 +89,7 @@ def look(conn, settings: SimpleNamespace) -> dict[str, Any]:
         ),
         "calls_per_minute": round(sum(row["calls_last_hour"] for row in stages) / 60, 1),
         "stages": stages,
+        "pools": [row._asdict() for row in pools(conn)],
         "listeners": listeners(conn, settings),
     }
 
@@ -138,6 +140,7 @@ def lines(said: dict[str, Any]) -> Iterator[Line]:
     for row in said["stages"]:
         for text, colour in notes(row):
             yield f"{row['stage']:{longest}}  {text}", colour
+    yield from ((pool_line(row), 0) for row in said["pools"])
     for kind, hint in HINTS.items():
         if any(row[kind] for row in said["stages"]):
             yield hint, 0
@@ -217,6 +220,15 @@ def notes(row: dict[str, Any]) -> Iterator[Line]:
         if count := row[kind]:
             rows = "row is" if count == 1 else "rows are"
             yield plain(f"{count} {rows} {kind}: {row[f'{kind}_reason']}"), RED
+
+
+def pool_line(row: dict[str, Any]) -> str:
+    text = f"pool {row['name']}: {row['calling']}/{row['size']}"
+    if row["stages"]:
+        text += f", {', '.join(dict.fromkeys(row['stages']))}"
+    if row["stays_with"]:
+        text += f"; stays with {row['stays_with']} until {clock(row['stays_until'])}"
+    return plain(text)
 
 
 def listener_lines(found: list[dict[str, Any]]) -> Iterator[Line]:

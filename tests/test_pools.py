@@ -160,3 +160,35 @@ def test_pools_of_one_name_are_refused(pools, said):
 def test_bad_pool_is_refused(bad):
     with pytest.raises(ValueError, match="Pool"):
         Pool(**({"name": "gpu"} | bad))
+
+
+def test_pool_is_paused_and_shown(site, run_command):
+    module = {"PYTHONPATH": str(ROOT / "tests"), "PIPELINE_MODULE": "test_pools"}
+
+    def said(*args: str) -> str:
+        done = run_command(site, *args, **module)
+        return done.out + done.err
+
+    paused = said("pause", "--pool", "gpu1")
+    assert "paused: vlm_analyze" in paused
+    assert "paused: vlm_judge" in paused
+    assert "resumed: vlm_judge" in said("resume", "--pool", "gpu1", "overlay")
+    assert "is no pool: did you mean" in said(
+        "pause", "--pool", "gpu")  # fmt: skip
+    assert "name a STAGE, or a --pool" in said("pause")
+    site.rows("UPDATE stage_limits SET stays_with = 'load_a', stays_since = now() WHERE linger > 0")
+    assert "pool gpu2: 0/1; stays with load_a until" in said("status")
+    assert 'pool_size{pool="gpu3"} 2' in said("metrics")
+
+
+def test_call_says_that_its_pool_is_full(site, api, run_command):
+    module = {"PYTHONPATH": str(ROOT / "tests"), "PIPELINE_MODULE": "test_pools"}
+    api.on("/taken", lambda request: Answer(202))
+    jobs = [site.add_job("x", "done") for _ in range(3)]
+    site.start()
+    site.wait_for("SELECT count(*) = 2 FROM stage_leases WHERE working")
+    waiting = next(job for job in jobs if job not in {r.job_id for r in api.calls()})
+    assert "pool gpu3 is at its limit of 2 calls at once" in run_command(
+        site, "job", waiting, **module).out  # fmt: skip
+    assert "pool gpu3 is at its limit" in run_command(
+        site, "call", waiting, api=api, **module).refused(1)  # fmt: skip
