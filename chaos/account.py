@@ -29,9 +29,9 @@ class Try:
         """The stage wrote a whole 2xx answer; that it arrived is another matter."""
         return any(post.accepted for post in self.posts)
 
-    def outcomes_by(self, when: float) -> set[str]:
-        """Those that were known at that moment."""
-        return {row.outcome for row in self.rows if row.finished <= when}
+    @property
+    def claimed(self) -> float:
+        return self.claim.at
 
     @property
     def http(self) -> int | None:

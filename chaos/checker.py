@@ -13,11 +13,20 @@ from itertools import pairwise
 from chaos.account import Account, Call, Try
 from chaos.history import Exit, History, Join
 from chaos.reasons import DIED, RECONNECTING, why_dead, why_lost, why_repeated
+from ops.rules import (
+    AFTER_LEAVING,
+    EARLY,
+    LIMIT,
+    LOST,
+    OVERLAP,
+    REPEATED,
+    may_still_run,
+    outcomes_by,
+    was_accepted,
+)
 
-LOST, REPEATED, OVERLAP = "lost arrival", "repeated accepted call", "two calls at once"
-AFTER_LEAVING, ATTEMPTS, KEYS = "call after leaving", "unequal attempts", "idempotency key"
+ATTEMPTS, KEYS, PROCESS = "unequal attempts", "idempotency key", "process"
 JOINED = "join recorded amiss"
-EARLY, PROCESS, LIMIT = "repeated before its lease ran out", "process", "more than max_running"
 
 # Seconds after which a row that was committed is seen by every statement that begins.
 VISIBLE = 0.05
@@ -119,10 +128,12 @@ def check_repeats(account: Account, call: Call, verdict: Verdict) -> None:
     posted = [one for one, _ in call.posted()]
     for first, second in pairwise(posted):
         reason = why_repeated(account, call, first, second)
-        accepted = first.accepted or was_accepted(call, second)
+        rows = [row for one in call.tries.values() for row in one.rows]
+        knew = was_accepted(rows, second.claimed, VISIBLE)
+        accepted = first.accepted or knew
         if first is second:
             continue  # see check_attempts
-        if reason and not was_accepted(call, second):
+        if reason and not knew:
             verdict.repeats[reason] += 1
         else:
             said = ", ".join(sorted(first.outcomes)) or "nothing"
@@ -130,23 +141,14 @@ def check_repeats(account: Account, call: Call, verdict: Verdict) -> None:
             verdict.findings.append((REPEATED if accepted else ATTEMPTS, text))
 
 
-def was_accepted(call: Call, second: Try) -> bool:
-    """Whether the database knew of an accepted attempt when `second` was claimed."""
-    return any(
-        row.outcome == "succeeded" and row.finished + VISIBLE < second.claim.at
-        for one in call.tries.values()
-        for row in one.rows
-    )
-
-
 def too_early(call: Call) -> Iterator[str]:
     """An attempt that nobody knows the end of is followed by another only after its lease."""
     for first, second in pairwise(sorted(call.tries.values(), key=lambda one: one.number)):
-        known = first.outcomes_by(second.claim.at)
+        known = outcomes_by(first, second.claimed)
         unsure = "failed" in known and first.http is None and first.posts and not broke(first)
-        under_way = bool(first.posts) and not known
-        early = first.leased_until - second.claim.at
-        if early > 0 and (known & {"unknown", "lost"} or unsure or under_way):
+        under_way = may_still_run(first, second.claimed) and (known or first.posts)
+        early = first.leased_until - second.claimed
+        if early > 0 and (unsure or under_way):
             said = ", ".join(sorted(known)) or "under way"
             yield f"{call}: attempt {second.number} {early:.3f} s too early, the one before: {said}"
 
@@ -175,7 +177,8 @@ def check_overlaps(account: Account, verdict: Verdict) -> None:
 def judge_overlap(earlier: tuple, later: tuple, verdict: Verdict) -> None:
     (call, first, _), (other, second, _) = sorted([earlier, later], key=lambda e: e[1].claim.at)
     left = call.left is not None and call.left <= second.claim.at
-    if call is not other and left and not is_under_way(call, first, other, second):
+    same_stage = call.stage == other.stage and may_still_run(first, second.claimed)
+    if call is not other and left and not same_stage:
         verdict.overlaps["the job had moved on meanwhile"] += 1
     elif call is other and second.claim.at >= first.leased_until:
         verdict.overlaps["the lease of the first had run out"] += 1
@@ -184,12 +187,6 @@ def judge_overlap(earlier: tuple, later: tuple, verdict: Verdict) -> None:
     else:
         text = f"{call}, attempt {first.number}, and {other}, attempt {second.number}"
         verdict.findings.append((OVERLAP, text))
-
-
-def is_under_way(call: Call, first: Try, other: Call, second: Try) -> bool:
-    """Whether the lease of `first` kept the same stage from being called for this job again."""
-    known = first.outcomes_by(second.claim.at) - {"unknown"}
-    return call.stage == other.stage and second.claim.at < first.leased_until and not known
 
 
 def over_limits(history: History) -> Iterator[str]:

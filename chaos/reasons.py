@@ -3,6 +3,7 @@ kept its result from being known.
 """
 
 from chaos.account import Account, Call, Try
+from ops.rules import outcomes_by
 
 # Seconds within which a listener's clockwork, and this program's, may differ from the plan.
 SLACK = 0.5
@@ -19,7 +20,7 @@ LOSES_ANSWER = ("post, then compute in C",)
 
 def why_repeated(account: Account, call: Call, first: Try, second: Try) -> str:
     """The reason for which `second` may follow `first`; empty where there is none."""
-    outcomes = first.outcomes_by(second.claim.at)
+    outcomes = outcomes_by(first, second.claimed)
     if first.accepted:
         return why_unheard(account, call, first, second, outcomes)
     if "lost" in outcomes or not outcomes:
