@@ -46,7 +46,7 @@ COMMANDS = {
     "status": "status", "job": "job", "jobs": "jobs", "retry": "steer", "cancel": "steer",
     "again": "again", "pause": "pause", "resume": "pause", "backfill": "backfill",
     "test-job": "trial",
-    "metrics": "metrics", "report": "report", "alert-test": "alert",
+    "metrics": "metrics", "report": "report", "audit": "audit", "alert-test": "alert",
 }  # fmt: skip
 
 # How --help arranges them, by module; a command of a module that is not named is one to look with.

@@ -1,0 +1,183 @@
+"""`audit`: whether the history of a production shows a promise that was broken."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from types import SimpleNamespace
+from typing import Any
+
+import click
+import psycopg2
+
+import config
+import pipeline
+from logs import CONTROL
+from ops import rows
+from ops.audit import joins
+from ops.audit.attempts import ATTEMPTS, Judge
+from ops.audit.findings import BLUR, PATIENCE, READ_ONLY, Finding, Findings, ask, at, windows
+from ops.audit.limits import Limits
+from ops.problem import Problem
+from ops.rules import AFTER_LEAVING, EARLY, LIMIT, LOST, OVERLAP, REPEATED
+from ops.since import Since
+from ops.table import JSON, duration, echo_json, plain, table
+
+RESTS = "row rests"
+KINDS = (LOST, REPEATED, EARLY, OVERLAP, AFTER_LEAVING, joins.JOINED, LIMIT, ATTEMPTS, RESTS)
+SHOWN = 20  # findings of a kind; the JSON has more
+
+SPAN = """
+SELECT now() AS until, (SELECT min(finished_at) FROM stage_attempts) AS first,
+       (SELECT count(*) FROM stage_attempts WHERE finished_at > %(since)s) AS attempts,
+       (SELECT count(*) FROM stage_calls WHERE due_at = 'infinity') AS given_up
+"""
+
+# Rows of which nobody knows when they last changed rest since long ago, or since just now.
+RESTING = """
+SELECT kind, table_name, job_id, stage, since, reason FROM resting_rows()
+WHERE since IS NULL OR since > %(since)s
+ORDER BY since NULLS FIRST, job_id
+"""
+NEVER_RECORDED = "its call was never recorded"
+
+# What a person reads of what there is no trace of.
+UNKNOWN = (
+    "A state that a row left again without a call having been recorded leaves no trace.",
+    "Two calls of a stage for one row may be two arrivals, or `again` by a person: both may be.",
+    "That a row had left its state is seen only where another of its calls was made meanwhile.",
+    "That a row of a join was missing is seen only where a call of that row was repeated "
+    "afterwards, or is owed still.",
+    "Calls that were under way together for less than {blur:.0f} s are not held against "
+    "max_running, as a claim is dated by the beginning of its transaction.",
+    "max_attempts and LEASE_MARGIN are today's: where they have changed, begin after that.",
+    "Where the database's clock was set, or a failover lost transactions, times deceive.",
+    "What a stage did with a request without an answer is not known.",
+)
+
+
+class Audit:
+    """Goes through the history since a moment, and through what there is now.
+
+    Raises:
+        Problem: `since` is still to come.
+    """
+
+    def __init__(self, conn, settings: SimpleNamespace, since: datetime):
+        self.conn, self.since, self.began = conn, since, time.monotonic()
+        self.findings = Findings()
+        [self.span] = ask(conn, READ_ONLY + SPAN, {"since": since})
+        if since >= self.span.until:
+            raise Problem(f"--since {since:%F %T} is still to come")
+        self.failed = 0  # rows that their stage has set to failed
+        self.look_at_history(settings)
+        self.look_at_rows()
+
+    def look_at_history(self, settings: SimpleNamespace) -> None:
+        limits, margin = pipeline.stage_limits(settings), settings.LEASE_MARGIN
+        leases = {stage: limit.timeout + margin for stage, limit in limits.items()}
+        judge, limited = Judge(limits, margin), Limits(self.conn, self.since, leases)
+        for window in windows(self.conn, self.since, self.span.until):
+            self.findings.add(judge.look(self.conn, self.since, window))
+            self.findings.add(joins.called_early(self.conn, window))
+            limited.look(self.conn, window, self.findings)
+
+    def look_at_rows(self) -> None:
+        """What rests now. A row that its stage has set to failed is for a person, as it should."""
+        resting = ask(self.conn, READ_ONLY + RESTING, {"since": self.since})
+        stalled = [row for row in resting if row.kind == "stalled"]
+        self.failed = len(resting) - len(stalled)
+        for row in stalled:
+            kind = LOST if row.reason.startswith(NEVER_RECORDED) else RESTS
+            finding = Finding(kind, row.table_name, row.job_id, row.stage, row.since, row.reason)
+            self.findings.add([finding])
+        self.findings.add(joins.never_recorded(self.conn, self.since))
+
+    @property
+    def broken(self) -> int:
+        return self.findings.counts.total()
+
+    def unknown(self) -> Iterator[str]:
+        """What the history does not tell."""
+        if self.span.first is None or self.span.first > self.since:
+            first = f"begins {at(self.span.first)}" if self.span.first else "is empty"
+            yield f"The history {first}; what was before is not known (HISTORY_DAYS)."
+        for name in joins.without_time(self.conn):
+            yield f"Whether every {name} was called is not known: its tables have no updated_at."
+        for line in UNKNOWN:
+            yield line.format(blur=BLUR)
+
+
+@click.command(short_help="Look through the history for promises that were broken.")
+@click.option("--since", default="7d", show_default=True, type=Since(), metavar="TIME",
+              help="How far back: 24h, 7d or a date.")  # fmt: skip
+@JSON
+def audit(since: datetime, as_json: bool) -> None:
+    """Look through the history for promises that were broken; exit 1 if one was.
+
+    Arrivals without a call, accepted calls that were repeated, two calls of a row at once, calls of
+    a state that was left, repeats before their lease was over, joins that were called while a row
+    was missing, more calls than max_running or max_attempts allow, rows that rest. What is allowed
+    is no finding: a repeat of a call without an answer, `again`, `retry`, `cancel`, a job that was
+    sent back. Nothing is changed. What the history cannot tell is said at the end.
+    """
+    settings = config.settings()
+    conn = rows.connected("audit")
+    conn.deadline = PATIENCE + BLUR
+    try:
+        done = Audit(conn, settings, since)
+    except psycopg2.errors.QueryCanceled:
+        raise Problem("the database took too long to answer; try a later --since") from None
+    redact = config.redactor(settings)
+    if as_json:
+        echo_json(as_dict(done, redact))
+    else:
+        for line in lines(done):
+            click.echo(redact(line).translate(CONTROL))
+    sys.exit(1 if done.broken else 0)
+
+
+def as_dict(done: Audit, redact: Callable[[str], str]) -> dict[str, Any]:
+    kept = [one for kind in KINDS for one in done.findings.kept.get(kind, [])]
+    return {
+        "since": done.since,
+        "until": done.span.until,
+        "attempts": done.span.attempts,
+        "seconds": round(time.monotonic() - done.began, 1),
+        "broken": {kind: done.findings.counts[kind] for kind in KINDS},
+        "findings": [one._replace(text=redact(one.text))._asdict() for one in kept],
+        "given_up": done.span.given_up,
+        "failed": done.failed,
+        "not_known": list(done.unknown()),
+    }
+
+
+def lines(done: Audit) -> Iterator[str]:
+    for kind in KINDS:
+        if kept := done.findings.kept.get(kind):
+            yield f"{done.findings.counts[kind]} × {kind}"
+            yield from shown(kept[:SHOWN])
+            if (more := done.findings.counts[kind] - SHOWN) > 0:
+                yield f"… and {more} more (--json has the first {len(kept)})"
+            yield f"look at one: {pipeline.typed('job', kept[0].table, kept[0].id)}"
+            yield ""
+    if done.span.given_up:
+        yield f"{done.span.given_up} given up, for a person: python listener.py jobs --given-up"
+    if done.failed:
+        yield f"{done.failed} failed, for a person: python listener.py jobs --failed"
+    yield "What this history cannot tell:"
+    yield from (f"- {line}" for line in done.unknown())
+    yield ""
+    seconds = duration(time.monotonic() - done.began)
+    what = f"{done.span.attempts} attempts since {done.since:%F %T}, looked through in {seconds}"
+    found = "1 finding" if done.broken == 1 else f"{done.broken} findings"
+    yield f"{what}: {found}" if done.broken else f"{what}: no promise was broken"
+
+
+def shown(kept: list[Finding]) -> Iterator[str]:
+    cells = [[one.id, one.stage, at(one.at), plain(one.text)] for one in kept]
+    names = ["job", "stage", "when", "what"]
+    if len(pipeline.tables()) > 1:
+        cells = [[one.table, *row] for one, row in zip(kept, cells, strict=True)]
+        names = ["table", "row", *names[1:]]
+    yield from table(names, cells).split("\n")

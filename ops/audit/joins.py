@@ -1,0 +1,112 @@
+"""Calls of joins: made though a row was missing, or never recorded."""
+
+from collections.abc import Iterator
+from datetime import datetime
+
+import pipeline
+from ops import backfill, rows
+from ops.audit.findings import BLUR, BY_INDEX, READ_ONLY, Finding, Window, ask
+from ops.rules import LOST
+
+JOINED = "join called while a row was missing"
+
+# A call is owed only while its row is in the state that owes it. So a row of which a call was
+# claimed before the join's, and once more after it or is owed still, was not in the join's state
+# between. Not the calls that the join's own state owes.
+CALLED = (
+    BY_INDEX
+    + """
+SELECT j.job_id::text AS id, j.stage, j.call_id, j.attempt, j.worker, j.started_at,
+       child.id::text AS child, c.stage AS child_stage, c.call_id AS child_call
+FROM stage_attempts AS j
+CROSS JOIN LATERAL (
+    SELECT {id} AS id FROM {table} AS r WHERE {parent} = j.job_id OFFSET 0) AS child
+CROSS JOIN LATERAL (
+    SELECT a.call_id, a.stage, min(a.started_at) AS first, max(a.started_at) AS last
+    FROM stage_attempts AS a
+    WHERE a.job_id = child.id AND a.table_name = {name} AND a.stage = ANY (%(child_stages)s)
+      AND a.outcome NOT IN ('skipped', 'cancelled')
+    GROUP BY a.call_id, a.stage
+    OFFSET 0) AS c
+WHERE j.finished_at > %(after)s AND j.finished_at <= %(upto)s
+  AND j.table_name = %(table)s AND j.stage = %(stage)s AND j.outcome NOT IN ('skipped', 'cancelled')
+  AND (j.outcome <> 'failed' OR j.http_status IS NOT NULL)
+  AND c.first < j.started_at - make_interval(secs => %(blur)s)
+  AND (c.last > j.started_at + make_interval(secs => %(blur)s)
+       OR EXISTS (SELECT FROM stage_calls AS o
+                  WHERE o.job_id = child.id AND o.table_name = {name} AND o.call_id = c.call_id))
+"""
+)
+
+
+def called_early(conn, window: Window) -> Iterator[Finding]:
+    """The calls of joins that were made while a row was missing, as far as another shows it."""
+    for name, state in pipeline.joins().items():
+        parent, stage = pipeline.parent_name(state.table), stage_of(name)
+        if stage in own_stages(parent):
+            continue  # whose call it was is not known
+        here = (state.step, state.status)
+        others = own_stages(state.table.name) - own_stages(state.table.name, here)
+        given = {"table": parent, "stage": stage, "child_stages": list(others), "blur": BLUR}
+        sql = CALLED.format(**rows.names(conn, state.table))
+        for row in ask(conn, sql, given | window._asdict()):
+            text = (
+                f"attempt {row.attempt} of call {row.call_id} by {row.worker}: "
+                f"{state.table.name} {row.child} still owed call {row.child_call} to "
+                f"{row.child_stage}"
+            )
+            yield Finding(JOINED, parent, row.id, stage, row.started_at, text)
+
+
+def stage_of(join: str) -> str:
+    return next(f.__name__ for route, f in pipeline.routes().items() if route.join == join)
+
+
+def own_stages(table: str | None, state: tuple[str, str] | None = None) -> set[str]:
+    """The stages that follow from a state of a row of `table` itself: from any, or from `state`."""
+    return {
+        function.__name__
+        for route, function in pipeline.routes().items()
+        if route.table == table and not route.join and state in (None, route[2:])
+    }
+
+
+# --- never recorded ------------------------------------------------------------------------
+
+# Not where a look is still to be taken: a listener will record the call.
+NEVER_RECORDED = f"""{backfill.JOIN_MISSED}, found AS (
+    SELECT c.id, c.changed_at FROM missed AS m JOIN complete AS c ON c.id = m.id
+    WHERE m.why IS NULL AND NOT EXISTS (
+        SELECT FROM stage_looks AS k WHERE k.parent_id = m.id AND k.join_of = %(join)s)
+)
+SELECT (SELECT id::text FROM batch ORDER BY id DESC LIMIT 1) AS last,
+       ARRAY(SELECT id::text FROM found ORDER BY id) AS ids,
+       ARRAY(SELECT changed_at FROM found ORDER BY id) AS times
+"""
+
+
+def never_recorded(conn, since: datetime) -> Iterator[Finding]:
+    """The parents whose rows are all there since then, and of which no call was recorded."""
+    for name, state in pipeline.joins().items():
+        parent, stage = pipeline.parent_name(state.table), stage_of(name)
+        given = {"join": name, "stage": stage, "step": state.step, "status": state.status,
+                 "table": parent, "since": since, "no_time": backfill.NO_TIME}  # fmt: skip
+        sql = READ_ONLY + backfill.join_statement(conn, NEVER_RECORDED, state)
+        after = None
+        while True:
+            [batch] = ask(conn, sql, given | {"after": after, "batch": backfill.BATCH})
+            for id_, when in zip(batch.ids, batch.times, strict=True):
+                text = f"every {name}: all rows are there, and no call was recorded"
+                yield Finding(LOST, parent, id_, stage, when, text)
+            if batch.last is None:
+                break
+            after = batch.last
+
+
+def without_time(conn) -> Iterator[str]:
+    """The joins of which never_recorded() knows nothing, as neither table has a time."""
+    tables = pipeline.tables()
+    for name, state in pipeline.joins().items():
+        of = [state.table, tables[pipeline.parent_name(state.table)]]
+        if all(rows.time_column(conn, table) is None for table in of):
+            yield name
