@@ -1,19 +1,270 @@
-"""`audit`: real runs break no promise; each broken one, forged into the history, is found."""
+"""`audit`: what a real run does is no finding; what breaks a promise, forged, is found."""
 
 import json
+import threading
+import uuid
+from contextlib import closing
+from datetime import datetime, timedelta, timezone
+
+import pytest
+from claims import connected, result, settle
+from commands import run_here
+from test_joins import claim_join, joined
+from waiting import PATIENCE, wait_for_call
+
+import db
+from demo.stage_server import Answer, Hangup
+from ops.audit import RESTS, Audit
+from ops.audit.attempts import ATTEMPTS
+from ops.audit.joins import JOINED
+from ops.rules import AFTER_LEAVING, EARLY, LIMIT, LOST, OVERLAP, REPEATED
+
+HOURS_AGO = datetime.now(timezone.utc) - timedelta(hours=5)
+FORGE = """
+INSERT INTO stage_attempts (job_id, call_id, attempt, started_at, finished_at, outcome, stage,
+                            spent, table_name, http_status, worker)
+VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, 200, 'w')
+"""
+
+
+def forge(database, *attempts: tuple, job: str | None = None, table: str = "jobs") -> str:
+    """Rows of the history: (call, attempt, seconds of its claim and its end, outcome), then maybe
+    the stage and what is spent. The id of the row that they are of.
+    """
+    job = job or str(uuid.uuid4())
+    for call, attempt, began, ended, outcome, *more in attempts:
+        stage, spent = [*more, *("planner", attempt)[len(more) :]]
+        times = [HOURS_AGO + timedelta(seconds=seconds) for seconds in (began, ended)]
+        database.rows(FORGE, job, call, attempt, *times, outcome, stage, spent, table)
+    return job
 
 
 def found(done) -> dict[str, int]:
-    """The findings of `audit --json`, by kind; its exit code says the same."""
-    said = json.loads(done.out)
-    kinds = {kind: count for kind, count in said["broken"].items() if count}
+    """The findings of `audit --json` by kind, of which its exit code says whether there are any."""
+    kinds = {kind: n for kind, n in json.loads(done.out)["broken"].items() if n}
     assert done.code == bool(kinds), done
     return kinds
 
 
-def test_run_of_the_demo_breaks_no_promise(database, api, listener, run_command):
-    database.add_job()
-    listener(database, "run", "--once", api=api).wait()
-    done = run_command(database, "audit")
-    print(done.out)
-    assert found(run_command(database, "audit", "--json")) == {}
+def audit(database) -> dict[str, int]:
+    return found(run_here(database.environ, "audit", "--json"))
+
+
+@pytest.fixture
+def shared(shared_database):
+    return shared_database.emptied()
+
+
+# --- what is allowed -----------------------------------------------------------------------
+
+FAST = {"STAGE_TIMEOUT": 1, "LEASE_MARGIN": 1, "MAX_ATTEMPTS": 2, "SWEEP_INTERVAL": 1}
+STAY = "SELECT count(*) = 0 FROM jobs WHERE (current_step, status) <> ('vlm_judge', 'done')"
+
+
+def test_real_run_with_all_that_is_allowed_has_no_finding(database, api, listener, run_command):
+    """No answer, a refusal, `retry` and `again` by a person, a job sent back, a killed listener."""
+    names = ("unanswered", "refused", "given up", "cancelled", "sent back", "killed")
+    jobs = {name: database.add_job("overlay") for name in names}
+    answers = {"unanswered": Answer(504), "refused": Answer(500), "given up": Answer(404)}
+    first = {jobs[name]: answer for name, answer in answers.items()}
+    over = threading.Event()
+
+    def behave(request):
+        if request.job_id == jobs["killed"] and len(api.calls(request.job_id)) == 1:
+            over.wait(PATIENCE)
+            raise Hangup
+        return first.pop(request.job_id, None)
+
+    api.on("vlm_judge", behave)
+    assert run_command(database, "cancel", jobs["cancelled"]).code == 0
+    assert run_command(database, "again", jobs["cancelled"]).code == 0
+    process = listener(database, "run", "--workers", "8", api=api, **FAST)
+    wait_for_call(api, jobs["killed"])
+    database.wait_for("SELECT current_step = 'vlm_judge' FROM jobs WHERE job_id = %s",
+                      jobs["sent back"])  # fmt: skip
+    database.wait_for("SELECT count(*) = 5 FROM stage_attempts WHERE outcome <> 'cancelled'")
+    process.kill()
+    database.move(jobs["sent back"], "overlay", "done")
+    assert run_command(database, "retry", jobs["given up"]).code == 0
+    listener(database, api=api, **FAST)
+    database.wait_for(STAY)
+    over.set()
+    outcomes = {row.outcome for row in database.rows("SELECT DISTINCT outcome FROM stage_attempts")}
+    assert outcomes == {"succeeded", "unknown", "retry", "failed", "cancelled", "lost"}
+    done = run_command(database, "audit", **FAST)
+    assert done.code == 0 and done.lines[-1].endswith(": no promise was broken")
+    assert found(run_command(database, "audit", "--json", **FAST)) == {}
+
+
+# The timeout is 600 s, the margin of a lease 30 s, MAX_ATTEMPTS 5. One row of planner, unless said.
+ALLOWED = {
+    "repeat once the lease is over": [(1, 1, 0, 5, "unknown"), (1, 2, 631, 640, "succeeded")],
+    "repeat of a call that was lost, whose answer came later": [
+        (1, 1, 0, 632, "lost"), (1, 2, 631, 640, "succeeded"), (1, 1, 0, 650, "succeeded")],
+    "repeat while a late answer was being written": [
+        (1, 1, 0, 700, "succeeded"), (1, 2, 701, 705, "succeeded")],
+    "repeat under a shorter timeout than today's": [
+        (1, 1, 0, 10, "unknown"), (1, 2, 41, 45, "succeeded")],
+    "loss under a shorter timeout than today's": [
+        (1, 1, 0, 45, "lost"), (1, 2, 41, 50, "succeeded")],
+    "one call more after the answer to the last": [
+        (1, 1, 0, 15, "succeeded"), (2, 1, 10, 20, "succeeded")],
+    "next stage before the answer of the last": [
+        (1, 1, 0, 60, "succeeded"), (2, 1, 10, 20, "succeeded", "overlay")],
+    "job that was sent back": [
+        (1, 1, 0, 5, "succeeded"), (2, 1, 20, 25, "succeeded", "overlay"),
+        (3, 1, 40, 45, "succeeded")],
+    "retry by a person": [(1, 5, 0, 5, "failed"), (1, 6, 40, 45, "succeeded", "planner", 1)],
+    "call by a person beyond the last": [(1, 6, 0, 5, "succeeded")],
+    "holds, which cost no attempt": [(1, 9, 0, 5, "held", "planner", 1),
+                                     (1, 10, 9, 20, "retry", "planner", 1)],
+    "call that was dropped while it was made": [
+        (1, 1, 0, 60, "succeeded"), (1, 1, 30, 30, "cancelled"), (2, 1, 70, 75, "succeeded")],
+    "claim that found the call accepted": [
+        (1, 1, 0, 5, "succeeded"), (1, 2, 700, 700, "skipped")],
+    "clock that was set back": [(1, 2, 0, 5, "succeeded"), (1, 1, 900, 905, "retry")],
+    "stage that PIPELINE no longer has": [
+        (1, 1, 0, 5, "unknown", "old"), (1, 2, 9, 12, "succeeded", "old")],
+}  # fmt: skip
+
+BROKEN = {
+    "accepted call that was repeated": (REPEATED, [
+        (1, 1, 0, 5, "succeeded"), (1, 2, 6, 9, "succeeded")]),
+    "repeat after a late answer": (REPEATED, [
+        (1, 1, 0, 632, "lost"), (1, 2, 631, 640, "retry"), (1, 1, 0, 650, "succeeded"),
+        (1, 3, 700, 710, "succeeded")]),
+    "repeat before the lease of a call without an answer was over": (EARLY, [
+        (1, 1, 0, 5, "unknown"), (1, 2, 9, 12, "succeeded")]),
+    "job sent back while its call without an answer might run": (EARLY, [
+        (1, 1, 0, 5, "unknown"), (2, 1, 20, 25, "succeeded")]),
+    "two attempts of a call at once": (OVERLAP, [
+        (1, 1, 0, 20, "retry"), (1, 2, 15, 30, "succeeded")]),
+    "two calls of a stage at once": (OVERLAP, [
+        (1, 1, 0, 60, "succeeded"), (2, 1, 10, 20, "succeeded")]),
+    "claim beside one that was lost": (OVERLAP, [
+        (1, 1, 0, 632, "lost"), (1, 2, 60, 70, "succeeded")]),
+    "attempt after another call had followed": (AFTER_LEAVING, [
+        (1, 1, 0, 5, "retry"), (2, 1, 20, 25, "succeeded", "overlay"), (1, 2, 40, 45, "retry")]),
+    "attempt after it was given up": (ATTEMPTS, [
+        (1, 3, 0, 5, "failed"), (1, 4, 40, 45, "succeeded")]),
+    "attempts without end": (ATTEMPTS, [(1, 6, 0, 5, "retry"), (1, 7, 40, 45, "retry")]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_what_is_allowed_is_no_finding(shared, name):
+    forge(shared, *ALLOWED[name])
+    assert audit(shared) == {}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_not_allowed_is_found_once(shared, name):
+    kind, attempts = BROKEN[name]
+    forge(shared, *attempts)
+    with closing(db.connect(shared.settings())) as conn:
+        done = Audit(conn, shared.settings(), HOURS_AGO, batch=1)
+    assert done.findings.counts == {kind: 1}
+
+
+# --- limits --------------------------------------------------------------------------------
+
+CROWD = [(1, 1, 0, 60, "succeeded"), (2, 1, 5, 70, "succeeded"), (3, 1, 8, 50, "retry")]
+
+
+def test_more_calls_at_once_than_max_running_are_found_once_the_limit_holds(database):
+    for call in CROWD:  # of three rows, before there was a limit
+        forge(database, call)
+    database.rows("INSERT INTO stage_limits VALUES ('planner', 2)")
+    assert audit(database) == {}
+    for number, began, ended in ((4, 1000, 1015), (5, 1006, 1020), (6, 1014, 1030)):
+        forge(database, (number, 1, began, ended, "succeeded"))
+    assert audit(database) == {}  # they may have taken turns within the seconds that a claim takes
+    jobs = [forge(database, (call + 10, n, began + 2000, ended + 2000, outcome))
+            for call, n, began, ended, outcome in CROWD]  # fmt: skip
+    done = run_here(database.environ, "audit", "--json")
+    assert found(done) == {LIMIT: 1}
+    [finding] = json.loads(done.out)["findings"]
+    assert finding["id"] == jobs[2] and finding["stage"] == "planner"
+    assert f"number 3 of 2, beside {jobs[0]}, {jobs[1]}" in finding["text"]
+
+
+# --- joins ---------------------------------------------------------------------------------
+
+
+def test_join_called_while_a_row_was_missing_is_found_where_a_call_of_that_row_shows_it(variants):
+    database = variants.database
+    job, (there, missing) = joined(variants)
+    with connected(database) as conn:
+        settle(conn, result(claim_join(conn)))
+    forge(database, (9, 1, 500, 520, "succeeded", "ad_copy"), job=job)
+    for variant in (there, missing):
+        forge(database, (2, 1, 0, 30, "retry", "iou_eval"), job=variant, table="jobs_variants")
+    assert audit(database) == {}
+    again = (2, 2, 600, 630, "succeeded", "iou_eval")
+    forge(database, again, job=missing, table="jobs_variants")
+    done = run_here(database.environ, "audit", "--json")
+    assert found(done) == {JOINED: 1}
+    assert f"jobs_variants {missing} still owed call 2 to iou_eval" in done.out
+
+
+def test_join_that_nobody_recorded_is_found(variants):
+    joined(variants)
+    with connected(variants.database) as conn:
+        assert audit(variants.database) == {}  # a listener will look
+        settle(conn, result(claim_join(conn)))
+    variants.database.rows("SET session_replication_role = replica")
+    job, _ = joined(variants)
+    done = run_here(variants.database.environ, "audit", "--json")
+    assert found(done) == {LOST: 1} and job in done.out
+
+
+# --- rows that rest ------------------------------------------------------------------------
+
+
+def test_rows_that_rest_are_found_but_not_those_that_wait_for_a_person(shared):
+    shared.add_job("planner", "failed"), shared.add_job("planner", "done")
+    unheard, stalled = shared.add_job("yolo_detect", "new"), shared.add_job("overlay", "running")
+    shared.rows("UPDATE stage_calls SET due_at = 'infinity'")
+    assert audit(shared) == {}
+    shared.rows("SET session_replication_role = replica")
+    shared.move(unheard, "yolo_detect", "done")
+    shared.rows("SET session_replication_role = DEFAULT")
+    shared.rows("UPDATE jobs SET updated_at = now() - interval '1 h'")
+    done = run_here(shared.environ, "audit", "--json")
+    assert found(done) == {LOST: 1, RESTS: 1}
+    said = json.loads(done.out)
+    assert [finding["id"] for finding in said["findings"]] == [unheard, stalled]
+    assert (said["failed"], said["given_up"]) == (1, 1)
+    assert found(run_here(shared.environ, "audit", "--json", "--since", "30m")) == {}
+
+
+# --- as a person types it ------------------------------------------------------------------
+
+
+def test_findings_are_listed_with_the_command_that_shows_one(shared):
+    job = forge(shared, (1, 1, 0, 5, "succeeded"), (1, 2, 6, 9, "succeeded"))
+    for _ in range(24):
+        forge(shared, (1, 6, 0, 5, "retry"), (1, 7, 40, 45, "retry"))
+    done = run_here(shared.environ, "audit")
+    assert done.lines[0] == f"1 × {REPEATED}"
+    assert done.lines[2].startswith(f"{job}  planner  ")
+    assert ": the call was accepted " in done.lines[2]
+    assert done.lines[3] == f"look at one: python listener.py job {job}"
+    assert "… and 4 more (--json has the first 24)" in done.lines
+    assert done.lines[-1].endswith(": 25 findings") and done.code == 1
+
+
+def test_what_the_history_cannot_tell_is_said(shared):
+    lines = run_here(shared.environ, "audit").lines
+    assert "- The history is empty; what was before is not known (HISTORY_DAYS)." in lines
+    forge(shared, (1, 1, 0, 5, "succeeded"))
+    lines = run_here(shared.environ, "audit", "--since", "3d").lines
+    assert any(line.startswith("- The history begins 20") for line in lines)
+    lines = run_here(shared.environ, "audit", "--since", "3h").lines
+    assert not any("history begins" in line for line in lines)
+    assert any("leaves no trace" in line for line in lines)
+
+
+def test_span_that_is_still_to_come_is_refused(shared):
+    refused = run_here(shared.environ, "audit", "--since", "2999-01-01").refused(2)
+    assert "2999-01-01 00:00:00 is still to come" in refused

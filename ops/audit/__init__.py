@@ -16,7 +16,7 @@ from logs import CONTROL
 from ops import rows
 from ops.audit import joins
 from ops.audit.attempts import ATTEMPTS, Judge
-from ops.audit.findings import BLUR, PATIENCE, READ_ONLY, Finding, Findings, ask, at, windows
+from ops.audit.findings import BATCH, BLUR, PATIENCE, READ_ONLY, Finding, Findings, ask, at, windows
 from ops.audit.limits import Limits
 from ops.problem import Problem
 from ops.rules import AFTER_LEAVING, EARLY, LIMIT, LOST, OVERLAP, REPEATED
@@ -59,25 +59,31 @@ UNKNOWN = (
 class Audit:
     """Goes through the history since a moment, and through what there is now.
 
+    Args:
+        batch: how many attempts to look at in one statement.
+
     Raises:
-        Problem: `since` is still to come.
+        BadParameter: `since` is still to come.
     """
 
-    def __init__(self, conn, settings: SimpleNamespace, since: datetime):
+    def __init__(self, conn, settings: SimpleNamespace, since: datetime, batch: int = BATCH):
         self.conn, self.since, self.began = conn, since, time.monotonic()
         self.findings = Findings()
         [self.span] = ask(conn, READ_ONLY + SPAN, {"since": since})
         if since >= self.span.until:
-            raise Problem(f"--since {since:%F %T} is still to come")
+            context = click.get_current_context(silent=True)
+            raise click.BadParameter(
+                f"{since:%F %T} is still to come", context, param_hint="--since"
+            )
         self.failed = 0  # rows that their stage has set to failed
-        self.look_at_history(settings)
+        self.look_at_history(settings, batch)
         self.look_at_rows()
 
-    def look_at_history(self, settings: SimpleNamespace) -> None:
+    def look_at_history(self, settings: SimpleNamespace, batch: int) -> None:
         limits, margin = pipeline.stage_limits(settings), settings.LEASE_MARGIN
         leases = {stage: limit.timeout + margin for stage, limit in limits.items()}
         judge, limited = Judge(limits, margin), Limits(self.conn, self.since, leases)
-        for window in windows(self.conn, self.since, self.span.until):
+        for window in windows(self.conn, self.since, self.span.until, batch):
             self.findings.add(judge.look(self.conn, self.since, window))
             self.findings.add(joins.called_early(self.conn, window))
             limited.look(self.conn, window, self.findings)

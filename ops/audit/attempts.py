@@ -34,8 +34,7 @@ WITH touched AS (
     WHERE finished_at > %(after)s AND finished_at <= %(upto)s AND outcome NOT IN {NOT_CALLED}
 ), again AS (
     SELECT t.table_name, t.job_id FROM touched AS t CROSS JOIN LATERAL (
-        SELECT count(DISTINCT (a.call_id, a.attempt)) AS attempts,
-               count(DISTINCT a.stage) AS stages
+        SELECT count(*) AS attempts, count(DISTINCT a.stage) AS stages
         FROM stage_attempts AS a
         WHERE a.job_id = t.job_id AND a.table_name = t.table_name
           AND a.outcome NOT IN {NOT_CALLED} AND a.finished_at > %(since)s

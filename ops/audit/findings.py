@@ -6,7 +6,6 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 import db
-from ops.table import clock
 
 # Attempts that are looked at in one statement, so that none takes long or much memory.
 BATCH = 20_000
@@ -66,7 +65,7 @@ ORDER BY finished_at OFFSET %(batch)s LIMIT 1
 """
 
 
-def windows(conn, since: datetime, until: datetime, batch: int = BATCH) -> Iterator[Window]:
+def windows(conn, since: datetime, until: datetime, batch: int) -> Iterator[Window]:
     """The span in parts of about `batch` attempts."""
     after = since
     while after < until:
@@ -82,5 +81,5 @@ def ask(conn, sql: str, given: dict[str, Any]) -> list:
 
 
 def at(time: datetime | None) -> str:
-    """A time as a finding tells it."""
-    return clock(time) if time else "some time ago"
+    """A time as a finding tells it: on the clock of this machine, with its date."""
+    return f"{time.astimezone():%F %T}" if time else "some time ago"
