@@ -1,5 +1,6 @@
 """One run: everything is started, broken for a while, healed, and read out into a History."""
 
+import json
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from chaos.proxy import Proxy
 from demo import five_stages
 from demo.database import EmbeddedDatabase
 from demo.terminal import CHILD
+from ops.audit import RESTS
 
 PROGRAM = ("-m", "chaos.program")
 # Short, so that minutes are enough for thousands of calls.
@@ -117,6 +119,17 @@ class Run:
         command = [sys.executable, *PROGRAM, *words]
         subprocess.run(command, env=self.environ(1), timeout=60, **CHILD)
 
+    def audited(self) -> list[str]:
+        """What `audit` finds, which knows the tables alone; the rows that rest are the plan's."""
+        command = [sys.executable, *PROGRAM, "audit", "--json"]
+        given = CHILD | {"env": self.environ(1), "stderr": None}
+        said = json.loads(subprocess.run(command, timeout=60, **given).stdout)
+        return [
+            f"audit: {one['kind']}: {one['stage']} {one['id']}: {one['text']}"
+            for one in said["findings"]
+            if one["kind"] != RESTS
+        ]
+
     def connect(self) -> psycopg2.extensions.connection:
         conn = psycopg2.connect(self.database.dsn())
         conn.autocommit = True
@@ -204,6 +217,10 @@ class Run:
                 for of in attempts
                 if (what := plan.mischief(self.seed, *of))
             },
-            bugs=[*self.application.errors, *(bug for each in listeners for bug in each.bugs)],
+            bugs=[
+                *self.application.errors,
+                *(bug for each in listeners for bug in each.bugs),
+                *self.audited(),
+            ],
             **known,
         )
