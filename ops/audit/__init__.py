@@ -41,18 +41,19 @@ ORDER BY since NULLS FIRST, job_id
 """
 NEVER_RECORDED = "its call was never recorded"
 
-# What a person reads of what there is no trace of.
+# What it cannot tell, as a person reads it.
 UNKNOWN = (
-    "A state that a row left again without a call having been recorded leaves no trace.",
-    "Two calls of a stage for one row may be two arrivals, or `again` by a person: both may be.",
-    "That a row had left its state is seen only where another of its calls was made meanwhile.",
+    "A row that came to a state without a call and left it again leaves no trace.",
+    "A second call of a stage for one row may be of a second arrival, or `again` by a person.",
+    "That a row had left a state is seen only where another of its calls was made meanwhile.",
     "That a row of a join was missing is seen only where a call of that row was repeated "
-    "afterwards, or is owed still.",
+    "afterwards or is still owed. A row that was given to another parent since may mislead.",
     "Calls that were under way together for less than {blur:.0f} s are not held against "
-    "max_running, as a claim is dated by the beginning of its transaction.",
-    "max_attempts and LEASE_MARGIN are today's: where they have changed, begin after that.",
-    "Where the database's clock was set, or a failover lost transactions, times deceive.",
-    "What a stage did with a request without an answer is not known.",
+    "max_running: a claim is dated by the beginning of its transaction.",
+    "max_attempts and LEASE_MARGIN are today's. Where they were changed: --since after that.",
+    "Times are the database's. Where its clock was set, or a failover lost transactions, a finding "
+    "may be wrong.",
+    "What a stage did with a request that got no answer is not known.",
 )
 
 
@@ -175,7 +176,8 @@ def lines(done: Audit) -> Iterator[str]:
     yield from (f"- {line}" for line in done.unknown())
     yield ""
     seconds = duration(time.monotonic() - done.began)
-    what = f"{done.span.attempts} attempts since {done.since:%F %T}, looked through in {seconds}"
+    attempts = "1 attempt" if done.span.attempts == 1 else f"{done.span.attempts} attempts"
+    what = f"{attempts} since {done.since:%F %T}, looked through in {seconds}"
     found = "1 finding" if done.broken == 1 else f"{done.broken} findings"
     yield f"{what}: {found}" if done.broken else f"{what}: no promise was broken"
 
