@@ -81,9 +81,13 @@ class Audit:
         self.look_at_rows()
 
     def look_at_history(self, settings: SimpleNamespace, batch: int) -> None:
-        limits, margin = pipeline.stage_limits(settings), settings.LEASE_MARGIN
-        leases = {stage: limit.timeout + margin for stage, limit in limits.items()}
-        judge, limited = Judge(limits, margin), Limits(self.conn, self.since, leases)
+        margin, timeouts = settings.LEASE_MARGIN, pipeline.timeouts(settings)
+        leases = {stage: timeout + margin for stage, timeout in timeouts.items()}
+        limits = pipeline.stage_limits(settings)
+        most = {
+            stage: limit.max_attempts or settings.MAX_ATTEMPTS for stage, limit in limits.items()
+        }
+        judge, limited = Judge(leases, margin, most), Limits(self.conn, self.since, leases)
         for window in windows(self.conn, self.since, self.span.until, batch):
             self.findings.add(judge.look(self.conn, self.since, window))
             self.findings.add(joins.called_early(self.conn, window))

@@ -97,10 +97,15 @@ class Try(NamedTuple):
 
 
 class Judge:
-    """Judges attempts by today's Limits and LEASE_MARGIN (`margin`, seconds)."""
+    """Judges attempts.
 
-    def __init__(self, limits: dict[str, pipeline.Limits], margin: float):
-        self.limits, self.margin = limits, margin
+    Args:
+        leases: seconds of a lease today, by stage; `margin` of them are LEASE_MARGIN.
+        most: max_attempts today, by stage.
+    """
+
+    def __init__(self, leases: dict[str, float], margin: float, most: dict[str, int]):
+        self.leases, self.margin, self.most = leases, margin, most
 
     def look(self, conn, since: datetime, window: Window) -> Iterator[Finding]:
         """What the attempts that ended in `window` do that they must not."""
@@ -117,7 +122,7 @@ class Judge:
             here = f"attempt {pair.attempt} of call {pair.call_id} by {pair.worker}: {text}"
             return Finding(kind, pair.table_name, pair.id, pair.stage, pair.started_at, here)
 
-        claimed, limit = pair.started_at.timestamp(), self.limits.get(pair.stage)
+        claimed, most = pair.started_at.timestamp(), self.most.get(pair.stage)
         same_call = pair.first_call == pair.call_id
         if same_call and pair.first_attempt > pair.attempt:
             return  # the clock of the database was set back
@@ -136,8 +141,8 @@ class Judge:
             yield finding(AFTER_LEAVING, f"{other} had followed {at(pair.other_started)}")
         if was_given_up(pair):
             yield finding(ATTEMPTS, f"the call was given up after {pair.last_spent}")
-        elif limit and (pair.spent or 0) > limit.max_attempts + 1:  # a person may add one
-            yield finding(ATTEMPTS, f"it is number {pair.spent} of {limit.max_attempts}")
+        elif most and (pair.spent or 0) > most + 1:  # a person may add one
+            yield finding(ATTEMPTS, f"it is number {pair.spent} of {most}")
 
     def first_of(self, pair: Any) -> Try:
         """The attempt before, of the same row and stage, with the least that its lease lasted.
@@ -146,8 +151,8 @@ class Judge:
         LEASE_MARGIN after the call's timeout, which is not before its end, and has ended not long
         before the attempt was found to be lost.
         """
-        claimed, limit = pair.first_started.timestamp(), self.limits.get(pair.stage)
-        until = claimed + limit.timeout + self.margin if limit else claimed
+        claimed = pair.first_started.timestamp()
+        until = claimed + self.leases.get(pair.stage, 0.0)
         ends = list(map(End, pair.first_outcomes, pair.first_finished))
         for end in ends:
             if end.outcome == "lost":

@@ -42,7 +42,7 @@ WHERE j.finished_at > %(after)s AND j.finished_at <= %(upto)s
 def called_early(conn, window: Window) -> Iterator[Finding]:
     """The calls of joins that were made while a row was missing, as far as another shows it."""
     for name, state in pipeline.joins().items():
-        parent, stage = pipeline.parent_name(state.table), stage_of(name)
+        parent, stage = pipeline.owner(state).name, stage_of(name)
         if stage in own_stages(parent):
             continue  # whose call it was is not known
         here = (state.step, state.status)
@@ -62,7 +62,7 @@ def stage_of(join: str) -> str:
     return next(f.__name__ for route, f in pipeline.routes().items() if route.join == join)
 
 
-def own_stages(table: str | None, state: tuple[str, str] | None = None) -> set[str]:
+def own_stages(table: str, state: tuple[str, str] | None = None) -> set[str]:
     """The stages that follow from a state of a row of `table` itself: from any, or from `state`."""
     return {
         function.__name__
@@ -88,7 +88,7 @@ SELECT (SELECT id::text FROM batch ORDER BY id DESC LIMIT 1) AS last,
 def never_recorded(conn, since: datetime) -> Iterator[Finding]:
     """The parents whose rows are all there since then, and of which no call was recorded."""
     for name, state in pipeline.joins().items():
-        parent, stage = pipeline.parent_name(state.table), stage_of(name)
+        parent, stage = pipeline.owner(state).name, stage_of(name)
         given = {"join": name, "stage": stage, "step": state.step, "status": state.status,
                  "table": parent, "since": since, "no_time": backfill.NO_TIME}  # fmt: skip
         sql = READ_ONLY + backfill.join_statement(conn, NEVER_RECORDED, state)
@@ -105,8 +105,7 @@ def never_recorded(conn, since: datetime) -> Iterator[Finding]:
 
 def without_time(conn) -> Iterator[str]:
     """The joins of which never_recorded() knows nothing, as neither table has a time."""
-    tables = pipeline.tables()
     for name, state in pipeline.joins().items():
-        of = [state.table, tables[pipeline.parent_name(state.table)]]
-        if all(rows.time_column(conn, table) is None for table in of):
+        tables = [state.table, pipeline.owner(state)]
+        if all(rows.time_column(conn, table) is None for table in tables):
             yield name
