@@ -161,11 +161,3 @@ def test_stages_py_is_short_and_has_a_readme(name):
     folder = ROOT / "examples" / name
     assert len((folder / "stages.py").read_text().splitlines()) <= 80
     assert "schema.sql" in (folder / "README.md").read_text()
-
-
-def test_both_languages_show_the_same_code():
-    english, korean = ((ROOT / "docs" / name).read_text() for name in ("STAGES.md", "STAGES.ko.md"))
-    blocks = re.compile(r"```\w*\n.+?```", re.DOTALL)
-    assert blocks.findall(korean) == blocks.findall(english)
-    assert korean.count("\n## ") == english.count("\n## ")
-    assert korean.count("\n|") == english.count("\n|")

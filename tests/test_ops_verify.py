@@ -177,7 +177,8 @@ def test_database_with_nothing_in_it_has_every_problem(empty_database, run_comma
 
 PASSWORD = "not-their-name"
 GRANTS = re.findall(
-    r"GRANT (.+) ON (.+) TO listener;", Readme("README.md").block("sql", "GRANT SELECT ON jobs")
+    r"GRANT (.+) ON (.+) TO listener;",
+    Readme("docs/INSTALLING.md").block("sql", "GRANT SELECT ON jobs"),
 )
 EACH = [
     (privilege, table)

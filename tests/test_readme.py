@@ -1,4 +1,4 @@
-"""What README.md, README.ko.md and .env.example say is what the program does."""
+"""What the READMEs, docs/ and .env.example say is what the program does."""
 
 import ast
 import inspect
@@ -27,6 +27,9 @@ ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 DEFAULTS = {name: default for name, (default, _) in config.SETTINGS.items()}
 DEFAULTS["HEARTBEAT_DIR"] = "/tmp/job-state-listener"
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/**/README.md")]
+PAGES = sorted({str(page.relative_to(ROOT)) for page in PAGES if ".venv" not in page.parts})
+ENGLISH = [page for page in PAGES if not page.endswith(".ko.md") and page != "CHANGELOG.md"]
 
 
 class Readme:
@@ -63,17 +66,22 @@ def readme(request) -> Readme:
     return Readme(request.param)
 
 
-# --- both languages ------------------------------------------------------------------------
+# --- the pages -----------------------------------------------------------------------------
 
 
-def test_both_languages_have_the_same_structure():
-    english, korean = Readme("README.md"), Readme("README.ko.md")
+@pytest.mark.parametrize("name", [
+    "README", "docs/HOW_IT_WORKS", "docs/INSTALLING", "docs/SETTINGS", "docs/STAGES",
+    "docs/ADOPTING", "docs/DEPLOYING", "docs/OPERATING", "docs/MONITORING", "docs/LIMITS",
+    "docs/RELIABILITY",
+])  # fmt: skip
+def test_both_languages_have_the_same_structure(name):
+    english, korean = Readme(f"{name}.md"), Readme(f"{name}.ko.md")
     assert [len(marks) for marks, _ in korean.headings] == [len(m) for m, _ in english.headings]
     shapes = [[[len(row) for row in table] for table in r.tables] for r in (english, korean)]
-    assert shapes[0] == shapes[1] and sum(map(len, shapes[0])) > 60
-    assert [lang for lang, _ in korean.blocks] == [lang for lang, _ in english.blocks]
-    # The first block is the sketch, whose words are translated.
-    assert korean.blocks[1:] == english.blocks[1:]
+    assert shapes[0] == shapes[1]
+    # README's first block is the sketch, whose words are translated.
+    first = 1 if name == "README" else 0
+    assert korean.blocks[first:] == english.blocks[first:]
 
 
 def test_first_screen_says_what_it_is_and_how_to_try_it(readme):
@@ -84,23 +92,49 @@ def test_first_screen_says_what_it_is_and_how_to_try_it(readme):
         assert any(line.startswith(start) for line in screen), start
 
 
-def test_links_lead_somewhere(readme):
-    links = re.findall(r"\]\(([^)#]+)\)", readme.text)
-    assert len(links) >= 3
-    links += [f"bench/{name}.py" for name in re.findall(r"python -m bench\.(\w+)", readme.text)]
-    assert [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("name, lines", [
+    ("README.md", 200), ("README.ko.md", 200), ("CONTRIBUTING.md", 60),
+])  # fmt: skip
+def test_page_is_short(name, lines):
+    assert len(Readme(name).text.splitlines()) <= lines
 
 
-def test_section_that_error_messages_name_is_there(readme):
-    assert any("Roles and grants" in title for _, title in readme.headings)
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = Readme(str(page.relative_to(ROOT))).headings
+    plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for _, heading in headings)
+    return {heading.replace(" ", "-") for heading in plain}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    for link in re.findall(r"\]\(([^)]+)\)", BLOCK.sub("", Readme(name).text)):
+        file, _, anchor = link.partition("#")
+        if file.startswith("https:"):
+            continue
+        page = (ROOT / name).parent / file if file else ROOT / name
+        assert page.exists(), link
+        assert not anchor or anchor in anchors(page.resolve()), link
+
+
+def test_every_page_is_in_the_index():
+    linked = re.findall(r"\]\((\S+?\.md)\)", Readme("docs/README.md").text)
+    assert {page.name for page in ROOT.glob("docs/*.md")} - {"README.md"} <= set(linked)
 
 
 # --- settings ------------------------------------------------------------------------------
 
 
-def test_settings_table_has_every_setting_with_its_default(readme):
-    rows = {name.strip("`"): default for name, default, _ in readme.table("`STAGE_TIMEOUT`")}
-    assert rows == {name: f"`{value}`" if value else "–" for name, value in DEFAULTS.items()}
+def settings_of(page: str) -> dict[str, str]:
+    table = Readme(page).table("`STAGE_TIMEOUT`")
+    return {name.strip("`"): default for name, default, _ in table}
+
+
+@pytest.mark.parametrize("language", [".md", ".ko.md"])
+def test_settings_are_documented_with_their_defaults(language):
+    documented = settings_of(f"docs/SETTINGS{language}")
+    assert documented == {n: f"`{value}`" if value else "–" for n, value in DEFAULTS.items()}
+    assert settings_of(f"README{language}").items() <= documented.items()
 
 
 def test_env_example_has_every_setting_in_order_with_its_default():
@@ -122,32 +156,46 @@ def test_env_example_as_it_is_changes_no_default():
 
 
 @pytest.mark.parametrize("name", program.cli.list_commands(None))
-def test_every_command_and_option_is_documented_and_has_help(readme, name):
+def test_every_command_and_option_is_documented_and_has_help(name):
+    pages = [Readme(page) for page in ENGLISH]
     command = program.cli.get_command(None, name)
-    assert readme.mentions(f"listener.py {name}") or readme.mentions(f"jsl {name}")
+    assert any(page.mentions(f"jsl {name}") for page in pages)
     assert command.get_short_help_str()
     for option in command.params:
         if isinstance(option, click.Option):
-            assert option.help and readme.mentions(max(option.opts, key=len)), option.opts
+            longest = max(option.opts, key=len)
+            assert option.help and any(page.mentions(longest) for page in pages), longest
 
 
-def test_every_command_line_can_be_parsed(readme):
-    scripts = "".join(body for lang, body in readme.blocks if lang == "bash")
-    lines = re.findall(r"^(?:python (?:-m pdb )?listener\.py|\./jsl)\b(.*)$", scripts, re.MULTILINE)
-    assert len(lines) >= 10
-    for line in lines:
-        name, *args = shlex.split(line, comments=True) or ["run"]
-        program.cli.get_command(None, name).make_context(
-            name, args
-        )  # raises on what it does not know
+def typed(page: Readme) -> list[list[str]]:
+    """What follows jsl wherever the page has something to type."""
+    lines = [line for lang, body in page.blocks if lang == "bash" for line in body.splitlines()]
+    lines += re.findall(r"`((?:\./)?jsl [^`…]+)`", BLOCK.sub("", page.text))
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [w[w.index(jsl) + 1 :] for w in words for jsl in ("./jsl", "jsl", "listener.py")
+            if jsl in w]  # fmt: skip
 
 
-@pytest.mark.parametrize("file", ["README.md", "README.ko.md", "CONTRIBUTING.md"])
-def test_every_make_target_exists(file):
+@pytest.mark.parametrize("page", ENGLISH)
+def test_every_command_line_can_be_parsed(page):
+    for name, *args in (words or ["run"] for words in typed(Readme(page))):
+        if "--help" not in (name, *args):
+            command = program.cli.get_command(None, name)
+            command.make_context(name, args)  # raises on what it does not know
+
+
+def test_commands_are_written_in_one_way():
+    explained = ["README.md", "README.ko.md", "docs/INSTALLING.md", "docs/INSTALLING.ko.md"]
+    others = set(PAGES) - {*explained, "CHANGELOG.md"}
+    assert [page for page in others if Readme(page).mentions("python listener.py")] == []
+
+
+def test_every_make_target_exists():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)
-    named = re.findall(r"(?:^|`)make ([a-z-]+)", (ROOT / file).read_text(), re.MULTILINE)
-    assert named and set(named) <= set(targets)
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    for page in PAGES:
+        text = Readme(page).text
+        assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)) <= targets, page
 
 
 def test_exit_codes_are_listed(readme):
@@ -159,15 +207,20 @@ def test_exit_codes_are_listed(readme):
 # --- files, stages, log lines --------------------------------------------------------------
 
 
-def test_file_table_names_what_is_there(readme):
-    named = {name.strip("`") for name, _ in readme.table("`listener.py`")}
-    assert {path.name for path in ROOT.glob("*.py")} <= named
+@pytest.fixture(params=["docs/HOW_IT_WORKS.md", "docs/HOW_IT_WORKS.ko.md"])
+def how_it_works(request) -> Readme:
+    return Readme(request.param)
+
+
+def test_file_table_names_what_is_there(how_it_works):
+    named = {name.strip("`") for name, _ in how_it_works.table("`listener.py`")}
+    assert {path.name for pattern in ("*.py", "*.sql") for path in ROOT.glob(pattern)} <= named
     for name in named:
         assert (ROOT / name).is_dir() if name.endswith("/") else (ROOT / name).is_file(), name
 
 
-def test_stage_table_is_the_pipeline(readme):
-    rows = readme.table("img_gen, done")
+def test_stage_table_is_the_pipeline(how_it_works):
+    rows = how_it_works.table("img_gen, done")
     states = {tuple(state.split(", ")): stage.split()[0] for state, stage, _ in rows}
     assert states == {state: function.__name__ for state, function in five_stages.PIPELINE.items()}
     for state, _, path in rows:
@@ -190,7 +243,8 @@ def test_log_lines_of_the_table_are_logged(readme):
 
 
 def test_grants_are_what_a_listener_needs(database, make_role, api, listener):
-    sql, role = Readme("README.md").block("sql", "GRANT SELECT ON jobs"), make_role(database)
+    page, role = Readme("docs/INSTALLING.md"), make_role(database)
+    sql = page.block("sql", "GRANT SELECT ON jobs")
     given = re.findall(r"GRANT (.+) ON (.+) TO listener;", sql)
     assert {
         table: privileges.split(", ")
@@ -207,15 +261,15 @@ def test_grants_are_what_a_listener_needs(database, make_role, api, listener):
 
 
 def test_job_set_back_is_called_again(database):
-    sql = Readme("README.md").block("sql", "UPDATE jobs")
-    job = database.add_job("vlm_judge", "running")
+    sql = Readme("docs/OPERATING.md").block("sql", "UPDATE jobs")
+    job = database.add_job("planner", "running")
     database.rows(sql.replace("JOB_ID", job))
-    assert database.owed(job).stage == "overlay"
+    assert database.owed(job).stage == "planner"
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="bash is not installed")
 def test_completion_completes_commands_options_and_stages(tmp_path):
-    script = Readme("README.md").block("bash", "ln -s").replace("/srv/listener", str(ROOT))
+    script = Readme("docs/INSTALLING.md").block("bash", "ln -s").replace("/srv/listener", str(ROOT))
     typed = """
         for line in 'jsl pau' 'jsl pause pl' 'jsl status --w'; do
             COMP_WORDS=($line) COMP_CWORD=$(($(wc -w <<< "$line") - 1)) COMPREPLY=()
