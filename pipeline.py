@@ -451,6 +451,10 @@ def stages_of_routes() -> dict[Route, tuple[str, int | None]]:
 
 # --- what a person types -------------------------------------------------------------------
 
+# How this program is started by hand in its folder, which is also the container's: with .venv's
+# packages, whether it is activated or not.
+JSL = "./jsl"
+
 
 def typed(command: str, table: str, key: str, *options: str, with_table: bool = True) -> str:
     """The command line that does `command` to a row.
@@ -461,7 +465,7 @@ def typed(command: str, table: str, key: str, *options: str, with_table: bool = 
     named = ["--table", table] if with_table and len(tables()) > 1 else []
     dashes = ["--"] if key.startswith("--") else []
     words = [command, *named, *options, *dashes, key]
-    return "python listener.py " + " ".join(map(shlex.quote, words))
+    return " ".join([JSL, *map(shlex.quote, words)])
 
 
 def name_in_sql(name: str) -> str:

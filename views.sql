@@ -89,7 +89,7 @@ FROM stage_calls AS c
 WHERE c.due_at = 'infinity';
 
 COMMENT ON VIEW given_up_calls IS
-    'Job State Listener, a row per call that waits for a person: python listener.py retry JOB_ID';
+    'Job State Listener, a row per call that waits for a person: ./jsl retry JOB_ID';
 
 -- Functions with their text in quotes, as a view would keep the application from altering its
 -- tables. They may be read by a role that may not read those: names are qualified as in the
@@ -203,7 +203,7 @@ AS $body$
                 WHEN r.kind = 'running' THEN 'running for longer than the timeout'
                 WHEN last.stage = r.stage AND last.outcome IN ('succeeded', 'skipped')
                 THEN 'accepted by the stage, but the job has not changed'
-                ELSE 'its call was never recorded: python listener.py backfill' END
+                ELSE 'its call was never recorded: ./jsl backfill' END
     FROM resting AS r
     CROSS JOIN LATERAL (  -- ordered inside: by the index on finished_at it would read them all
         SELECT max(a.finished_at) AS finished_at,

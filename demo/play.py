@@ -69,10 +69,10 @@ def play(stack: ExitStack, name: str | None, log: bool, report: Path) -> None:
 
     settings = environment(stack, dsn, api.url, PIPELINE_MODULE=shown.module, RETRY_DELAY="1",
                            **LEASE)  # fmt: skip
-    headline(f"③ PIPELINE_MODULE={shown.module} python listener.py install")
+    headline(f"③ PIPELINE_MODULE={shown.module} ./jsl install")
     run_command("install", settings, quiet=not log)
 
-    headline(f"④ python listener.py run --workers {shown.workers}, and jobs arrive")
+    headline(f"④ ./jsl run --workers {shown.workers}, and jobs arrive")
     listener = Listener(settings, shown.workers, quiet=not log)
     stack.callback(listener.close)
     try:
@@ -82,15 +82,15 @@ def play(stack: ExitStack, name: str | None, log: bool, report: Path) -> None:
             listener.show_kept()
         raise
 
-    headline("⑤ python listener.py status")
+    headline("⑤ ./jsl status")
     run_command("status", settings)
-    headline("⑥ python listener.py report, a page for your browser:")
+    headline("⑥ ./jsl report, a page for your browser:")
     run_command("report", settings, "--out", str(report), quiet=True)
     print(f"   {shortest(report)}")
     listener.close()
     judge(api, board, shown, killing)
     if given:
-        print("Tables and triggers stay; `python listener.py uninstall` removes them.")
+        print("Tables and triggers stay; `./jsl uninstall` removes them.")
     print(shown.next)
 
 

@@ -96,7 +96,7 @@ def run_command(
         for line in done.stdout.splitlines():
             show(line)
     if done.returncode:
-        raise Ended(f"python listener.py {name} ended with exit code {done.returncode}")
+        raise Ended(f"./jsl {name} ended with exit code {done.returncode}")
 
 
 class Listener:

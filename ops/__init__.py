@@ -16,7 +16,7 @@ import config
 import db
 from logs import CONTROL, LONGEST_LINE
 from ops import rows
-from ops.problem import Problem
+from ops.problem import GRANTS, INSTALL, Problem
 from ops.routes import is_silent, require_installed
 
 __all__ = [
@@ -109,7 +109,7 @@ def main(cli: click.Group) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # None where it is closed
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows no arrow
     try:
-        sys.exit(cli.main(prog_name="listener.py", standalone_mode=False) or 0)
+        sys.exit(cli.main(prog_name="jsl", standalone_mode=False) or 0)
     except SystemExit as ending:
         try:
             if sys.stdout:
@@ -141,7 +141,7 @@ def main(cli: click.Group) -> None:
     except (psycopg2.errors.UndefinedTable, psycopg2.errors.UndefinedFunction) as error:
         fail(missing(error), EXIT_PROBLEM)
     except psycopg2.errors.InsufficientPrivilege as error:
-        fail(f"{first_line(error)}: see 'Roles and grants' in README.md", EXIT_PROBLEM)
+        fail(f"{first_line(error)}: {GRANTS}", EXIT_PROBLEM)
     except psycopg2.Error as error:
         fail(f"the database refused: {first_line(error)}", EXIT_PROBLEM)
 
@@ -165,8 +165,7 @@ OURS = re.compile(
 def missing(error: psycopg2.Error) -> str:
     """A table or function that is not there: ours, or one of the application's."""
     line = first_line(error)
-    mend = ": run `make trigger` (python listener.py install)" if OURS.search(line) else ""
-    return f"{line}{mend}" if mend else f"the database refused: {line}"
+    return f"{line}: {INSTALL}" if OURS.search(line) else f"the database refused: {line}"
 
 
 def not_utf8(error: UnicodeEncodeError) -> str:
@@ -180,7 +179,7 @@ def not_utf8(error: UnicodeEncodeError) -> str:
 
 def help_for(error: click.ClickException) -> str:
     context = getattr(error, "ctx", None)
-    return f"python {context.command_path if context else 'listener.py'} --help"
+    return f"./{context.command_path if context else 'jsl'} --help"
 
 
 def fail(message: str, code: int) -> None:

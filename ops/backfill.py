@@ -256,7 +256,7 @@ def look(conn, really: bool, since: datetime | None) -> Found:
     for name, join in pipeline.joins().items():
         if since is None:
             found.left_out.append(f"every {name}: left out without --since, as its rows stay in "
-                                  "place: python listener.py backfill --since 1d")  # fmt: skip
+                                  f"place: {pipeline.JSL} backfill --since 1d")  # fmt: skip
             continue
         parent = pipeline.parent_name(join.table)
         if {parent, join.table.name} <= {*timeless}:
@@ -312,7 +312,7 @@ def backfill(really: bool, since: datetime | None) -> None:
         click.echo(f"{count} calls recorded")
     elif count or found.outdated:
         given = f" --since {since.isoformat(timespec='seconds')}" if since else ""
-        apply = f"python listener.py backfill{given} --apply"
+        apply = f"{pipeline.JSL} backfill{given} --apply"
         click.echo(f"{count} calls are missing; record them: {apply}")
     else:
         click.echo("no call is missing")

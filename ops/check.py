@@ -10,6 +10,7 @@ import config
 import db
 from heartbeat import ALIVE, DEAD, HANGING, heartbeats
 from logs import CONTROL
+from pipeline import JSL
 
 LAG = """
 SELECT coalesce(extract(epoch FROM now() - min(due_at)), 0)::float8
@@ -58,7 +59,7 @@ def verdict(directory: str, off: str | None = None) -> tuple[bool, str]:
         if beat.state == HANGING:
             return False, f"listener {beat.listener} hangs: {beat.seconds:.0f} s {beat.doing}"
     if not beats:
-        then = f"it is off by {off}" if off else "start python listener.py"
+        then = f"it is off by {off}" if off else f"start {JSL}"
         return False, f"no listener is running: no heartbeat in {directory}; {then}"
     doing = "; ".join(sorted({beat.doing for beat in beats if beat.state == ALIVE}))
     return True, f"{len(beats)} listener{'s' * (len(beats) > 1)} alive: {doing}"

@@ -149,7 +149,7 @@ def as_typed(chosen: Chosen, all_: bool) -> str:
             words += [f"--{name}={value}"] if value.startswith("-") else [f"--{name}", value]
     if chosen.since:
         words += ["--since", chosen.since.isoformat(timespec="seconds")]
-    return "python listener.py " + " ".join(map(shlex.quote, [*words, "--yes"]))
+    return " ".join([pipeline.JSL, *map(shlex.quote, [*words, "--yes"])])
 
 
 def given_by_hand(context: click.Context) -> list[str]:

@@ -195,7 +195,7 @@ class Follower:
                 row, stage, why = found
                 what = "job" if row.table == JOBS else row.table
                 raise Problem(f"{what} {row.key} stalls at {stage}: {why}; "
-                              f"look with python listener.py job {row.key}")  # fmt: skip
+                              f"look with {pipeline.JSL} job {row.key}")  # fmt: skip
             if not (look.ahead or look.owed or look.calling or self.lost(look)):
                 stages = len({stage for _, stage in self.printed})
                 rows = f" with {len(self.first)} rows" if len(self.first) > 1 else ""

@@ -291,7 +291,7 @@ def install(reader: str | None, notify: bool | None, insert: bool | None) -> Non
     orphans = db.execute(conn, ORPHANS, {"stages": pipeline.stage_names()}).fetchone()[0]
     if orphans:
         click.echo(f"  note: {orphans} open calls belong to stages that PIPELINE no longer has")
-    click.echo("Next: python listener.py verify, then python listener.py")
+    click.echo(f"Next: {pipeline.JSL} verify, then {pipeline.JSL}")
 
 
 DROP = f"""

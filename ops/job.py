@@ -268,7 +268,7 @@ def on_it(call: Any) -> str:
 def rest_line(row: Any, why: Any) -> str:
     since = f" since {clock(why.since)}" if why.since else ""
     # A command for all rows like it, which some reasons end with, is for `jobs`.
-    reason = readable(why.reason).partition(": python listener.py ")[0]
+    reason = readable(why.reason).partition(f": {pipeline.JSL} ")[0]
     text = f"rests{since}: {plain(reason)}"
     return f"{text}; to call {why.stage} again: {one_line(mended(row, why))}"
 

@@ -2,7 +2,7 @@
 
 import db
 from ops import grants
-from ops.problem import Problem
+from ops.problem import INSTALL, Problem
 
 # What install makes, and uninstall removes. stage_slots is that of version 1. Every trigger
 # function but that of jobs has a name of its own, after its table.
@@ -277,10 +277,7 @@ def refusal(conn) -> str | None:
     """Why this program cannot work with what is installed; None where it can."""
     found = version(conn)
     if found < LATEST:
-        return (
-            f"the database's part is of version {found}, this program needs {LATEST}: "
-            "run `make trigger` (python listener.py install)"
-        )
+        return f"the database's part is of version {found}, this program needs {LATEST}: {INSTALL}"
     if found > LATEST:
         return (
             f"the database's part is of version {found}, newer than this program, which knows "

@@ -12,6 +12,7 @@ from ops.pools import POOL, members
 from ops.problem import Problem
 from ops.stage import StageName
 from ops.table import clock, plain
+from pipeline import JSL
 
 PAUSE = """
 UPDATE pipeline_stages
@@ -77,7 +78,7 @@ def paused(conn, stage: str, reason: str) -> bool:
     if not db.execute(conn, PAUSE, {"stage": stage, "reason": reason, "by": by}).rowcount:
         return False
     wake_listeners(conn, f"{stage} paused by {by}: {reason}")
-    click.echo(f"paused: {stage}; python listener.py resume {stage}")
+    click.echo(f"paused: {stage}; {JSL} resume {stage}")
     return True
 
 

@@ -5,7 +5,7 @@ import psycopg2
 import db
 import pipeline
 from ops import migrations
-from ops.problem import Problem
+from ops.problem import GRANTS, INSTALL, Problem
 from pipeline import Route, SharedLimit
 
 Stage = tuple[str, int | None]  # its name and max_running
@@ -90,25 +90,25 @@ SELECT to_regclass('jobs')::text AS jobs,
 
 def require_installed(conn) -> None:
     """Raises Problem where the database does not know this PIPELINE."""
-    mend = "run `make trigger` (python listener.py install)"
     try:
         known(conn)
         refusal = migrations.refusal(conn)
         differences = [] if refusal else difference(conn)
     except psycopg2.errors.UndefinedTable:
-        raise Problem(f"the listener's tables are missing: {mend}") from None
+        raise Problem(f"the listener's tables are missing: {INSTALL}") from None
     except psycopg2.errors.InsufficientPrivilege as error:
         reason = str(error).strip()
-        raise Problem(f"{reason}: see 'Roles and grants' in README.md") from None
+        raise Problem(f"{reason}: {GRANTS}") from None
     if refusal:
         raise Problem(refusal)
     if differences:
-        raise Problem(f"the routes differ ({'; '.join(differences)}): {mend}")
+        raise Problem(f"the routes differ ({'; '.join(differences)}): {INSTALL}")
     place = db.execute(conn, PLACE).fetchone()
     if place.jobs is None:
-        raise Problem(f"there is no table jobs on the search path: {mend}")
+        raise Problem(f"there is no table jobs on the search path: {INSTALL}")
     if place.schemas != 1 or not place.is_watched:
-        raise Problem(f"the table {place.jobs} that this role sees has no triggers of ours: {mend}")
+        reason = f"the table {place.jobs} that this role sees has no triggers of ours"
+        raise Problem(f"{reason}: {INSTALL}")
 
 
 ARGUMENTS = """

@@ -12,7 +12,7 @@ import config
 import db
 import pipeline
 from ops import migrations
-from ops.problem import Problem
+from ops.problem import INSTALL, Problem
 from pipeline import Route, Table
 
 # --- on the command line -------------------------------------------------------------------
@@ -85,8 +85,7 @@ def connected(command: str) -> db.Connection:
     """
     conn = db.connect(config.settings(), f"job-state-listener {command}")
     if not db.execute(conn, INSTALLED).fetchone()[0]:
-        mend = "run `make trigger` (python listener.py install)"
-        raise Problem(f"the listener's tables are missing: {mend}")
+        raise Problem(f"the listener's tables are missing: {INSTALL}")
     if refusal := migrations.refusal(conn):
         raise Problem(refusal)
     return conn

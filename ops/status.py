@@ -37,6 +37,7 @@ from ops.table import (
     width,
 )
 from ops.verify import QUEUE, Bad, check_triggers
+from pipeline import JSL
 
 STAGES = """
 SELECT o.*, round(extract(epoch FROM now() - oldest_due_at))::bigint AS oldest_due_seconds,
@@ -115,9 +116,9 @@ HEADER = ["stage", "owed", "calling", "retry", "given\nup", "oldest\ndue", "call
           "failed", "p50", "p95"]  # fmt: skip
 # What waits for a person, and the command that shows which rows it is.
 HINTS = {
-    "given_up": "given up: python listener.py jobs --given-up, then retry JOB_ID",
-    "failed": "failed: python listener.py jobs --failed, then job ID for the way back",
-    "stalled": "stalled: python listener.py jobs --stalled",
+    "given_up": f"given up: {JSL} jobs --given-up, then retry JOB_ID",
+    "failed": f"failed: {JSL} jobs --failed, then job ID for the way back",
+    "stalled": f"stalled: {JSL} jobs --stalled",
 }
 LONGEST_LISTENER = 21
 MOST_CALLS = 10  # of one listener
@@ -234,7 +235,7 @@ def pool_line(row: dict[str, Any]) -> str:
 def listener_lines(found: list[dict[str, Any]]) -> Iterator[Line]:
     """A line for each listener, and below it one for each of its oldest calls."""
     if not found:
-        yield "no listener is connected: start python listener.py", YELLOW
+        yield f"no listener is connected: start {JSL}", YELLOW
         return
     cells = []
     for row in found:

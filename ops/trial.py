@@ -66,7 +66,7 @@ def test_job(tenant: str | None, timeout: float | None, clean: bool) -> None:
     conn = db.connect(settings, "job-state-listener test-job")
     require_installed(conn)
     if not connected(conn):
-        raise Problem("no listener is connected: start python listener.py")
+        raise Problem(f"no listener is connected: start {pipeline.JSL}")
     if example_job is not None:
         job_id = make_by(example_job, settings)
     else:

@@ -15,12 +15,13 @@ import notifications
 import pipeline
 import stage_http
 from ops import grants, migrations, place
+from ops.problem import GRANTS
 from ops.routes import difference
 from ops.tables import faults
+from pipeline import JSL
 
-INSTALL = "python listener.py install"
-AGAIN = "python listener.py uninstall, then install"
-GRANTS = "see 'Roles and grants' in README.md"
+INSTALL = f"{JSL} install"
+AGAIN = f"{JSL} uninstall, then install"
 
 COLUMNS = """
 SELECT array_agg(attname::text) AS names,
@@ -284,7 +285,7 @@ def check_privileges(conn, settings) -> str:
     if missing := db.execute(conn, PRIVILEGES, given).fetchone().missing:
         raise Bad(f"role {conn.info.user} lacks {missing}", GRANTS)
     if closed := [row.name for row in db.execute(conn, VIEWS) if row.readable is False]:
-        mend = f"python listener.py install --reader {conn.info.user}"
+        mend = f"{JSL} install --reader {conn.info.user}"
         raise Bad(f"role {conn.info.user} may not read {', '.join(closed)}", mend)
     hidden = db.execute(conn, HIDDEN, given).fetchone()[0]
     if hidden:
@@ -303,7 +304,7 @@ def check_listen(conn, settings) -> str:
         select.select([conn], [], [], 1.0)
         heard = notifications.hear(conn)
     if not heard:
-        raise Bad("our own notification did not arrive", "python listener.py verify, once more")
+        raise Bad("our own notification did not arrive", f"{JSL} verify, once more")
     used = db.execute(conn, QUEUE).fetchone()[0]
     if used >= 50:
         mend = "end the session that has been in a transaction for long (pg_stat_activity)"

@@ -68,7 +68,7 @@ def waits(conn, row: Any) -> dict[str, Waits]:
     return {join: waiting for join, waiting in found.items() if waiting}
 
 
-NOBODY = Waits("no listener is connected", "python listener.py")
+NOBODY = Waits("no listener is connected", pipeline.JSL)
 
 
 def why(row: Any, call: Any) -> Waits | None:
@@ -117,7 +117,7 @@ def held(stage: Any) -> Waits | None:
         return None
     until = "is paused" if stage.paused else f"is held until {clock(stage.held_until)}"
     reason = readable(stage.held_reason)
-    resume = f"python listener.py resume {stage.stage}"
+    resume = f"{pipeline.JSL} resume {stage.stage}"
     return Waits(f"{stage.stage} {until} by {stage.held_by}: {reason}", resume)
 
 

@@ -416,10 +416,10 @@ def test_join_whose_stage_set_the_parent_failed_is_given_up_and_told_once(site, 
     assert attempt.outcome == "failed" and "set failed by its stage" in attempt.error
     site.api.on("/ad_copy", lambda _: Answer(200))
     [alert] = site.told()
-    assert alert["sql"] == f"python listener.py again --table jobs --stage ad_copy {job}"
+    assert alert["sql"] == f"./jsl again --table jobs --stage ad_copy {job}"
     # The way back.
     given = {"PYTHONPATH": str(ROOT / "tests"), "PIPELINE_MODULE": "variants"}
-    assert run_command(site.database, *shlex.split(alert["sql"])[2:], **given).code == 0
+    assert run_command(site.database, *shlex.split(alert["sql"])[1:], **given).code == 0
     site.wait_for_calls("ad_copy", 2)
     site.settled()
     assert site.database.owed(job) is None

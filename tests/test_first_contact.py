@@ -180,9 +180,7 @@ def test_venv_whose_python_is_gone_is_set_up_anew(copy):
 ])  # fmt: skip
 def test_mistyped_command_is_told_the_nearest(run_command, typed, meant):
     refused = run_command(NOWHERE, typed).refused(2)
-    assert refused == (
-        f"{typed!r} is no command: did you mean {meant}? See: python listener.py --help"
-    )
+    assert refused == (f"{typed!r} is no command: did you mean {meant}? See: ./jsl --help")
 
 
 def test_word_that_is_like_no_command_is_told_all(run_command):

@@ -144,7 +144,7 @@ def test_any_arguments_get_one_clear_line(tmp_path, command, arguments):
     assert_clear(done)
     assert done.err or done.out
     if done.code == 0:
-        assert done.out.startswith("Usage: listener.py ")
+        assert done.out.startswith("Usage: jsl ")
 
 
 @fuzzed(50)

@@ -102,7 +102,7 @@ def test_closed_heartbeat_leaves_no_file(beats):
 def test_no_heartbeat_means_not_alive(beats):
     alive, line = verdict(str(beats))
     assert not alive
-    assert "no listener is running" in line and "listener.py" in line
+    assert "no listener is running" in line and "./jsl" in line
 
 
 def test_long_text_in_any_script_fits_the_file(beats):

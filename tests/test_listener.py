@@ -54,9 +54,7 @@ def test_failed_call_is_logged_with_its_job_and_what_happens_next(database, api,
     last = process.wait_for_line("파이프라인 단계 실행 실패", count=2)
     assert f"job={job} stage=vlm_judge attempt=1/5 error=HTTP 500: out of memory\\nforged" in first
     assert "WARNING" in first and "재시도" in first
-    assert (
-        f"attempt=2/5 error=HTTP 400: no such image → 포기: python listener.py retry {job}" in last
-    )
+    assert f"attempt=2/5 error=HTTP 400: no such image → 포기: ./jsl retry {job}" in last
     assert "ERROR" in last
 
 
@@ -247,7 +245,7 @@ def test_different_routes_refuse_the_start(database, api, listener):
     process = listener(database, api=api)
     assert process.wait() == 2
     line = process.lines[-1]
-    assert "(python listener.py install)" in line and "make trigger" in line
+    assert "(./jsl install)" in line and "make trigger" in line
     assert "planner in demo/five_stages.py, renamed in the database" in line
     assert "overlay in demo/five_stages.py, nothing in the database" in line
 

@@ -31,7 +31,7 @@ def test_dry_run_counts_by_state_and_changes_nothing(database, unseen, run_comma
         "state          stage        jobs",
         "img_gen, done  vlm_analyze     3",
         "overlay, done  vlm_judge       2",
-        "5 calls are missing; record them: python listener.py backfill --apply",
+        "5 calls are missing; record them: ./jsl backfill --apply",
     ])  # fmt: skip
     assert database.rows(STAGES) == []
 

@@ -27,9 +27,7 @@ def line(done, code: int) -> str:
 def test_no_listener_is_not_ok_and_says_what_to_start(database, run_command, tmp_path):
     told = line(run_command(database, "check"), 1)
     directory = tmp_path / "heartbeats"
-    assert told == (
-        f"no listener is running: no heartbeat in {directory}; start python listener.py"
-    )
+    assert told == (f"no listener is running: no heartbeat in {directory}; start ./jsl")
 
 
 @pytest.mark.parametrize("name", ["LISTENER_ENABLED", "ENABLE_JOB_STATE_LISTENER"])

@@ -66,7 +66,7 @@ def test_install_makes_everything_in_an_empty_database(empty_database, run_comma
     assert done.code == 0
     assert words(done) == dict.fromkeys(MADE, "created") | dict.fromkeys(ROUTES, "routed")
     assert done.lines[0].startswith(f"database {empty_database.name} on ")
-    assert done.lines[-1] == "Next: python listener.py verify, then python listener.py"
+    assert done.lines[-1] == "Next: ./jsl verify, then ./jsl"
     job = empty_database.add_job("img_gen", "done")
     assert empty_database.owed(job).stage == "vlm_analyze"
 
@@ -139,7 +139,7 @@ def test_install_without_the_privilege_gets_one_line(empty_database, run_command
     before = empty_database.rows(OBJECTS)
     done = run_command(empty_database, "install", DB_USER=role, DB_PASSWORD=role)
     assert done.refused(1) == (
-        "permission denied for schema public: see 'Roles and grants' in README.md"
+        "permission denied for schema public: see 'Roles and grants' in docs/INSTALLING.md"
     )
     assert empty_database.rows(OBJECTS) == before
 

@@ -25,7 +25,7 @@ def test_job_tells_what_it_owes(database, run_command, busy):
     assert re.fullmatch(waits, owes("yolo_detect"))
     assert "0 attempts spent, due now; last error: HTTP 503" in owes("planner")
     assert owes("overlay") == (
-        f"1 attempts spent, given up: HTTP 422: no text; python listener.py retry {busy['overlay']}"
+        f"1 attempts spent, given up: HTTP 422: no text; ./jsl retry {busy['overlay']}"
     )
     assert owes("vlm_judge") == "0 attempts spent, due now"
 

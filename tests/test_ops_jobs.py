@@ -30,7 +30,7 @@ def listed(run_command, database, *args: str, **settings) -> list[str]:
     assert re.match(r"job +state +since +(owes|given up|stalled) +tenant$", done.lines[0])
     return [
         line for line in done.lines[1:]
-        if not line.startswith("since: ") and "; python listener.py resume " not in line
+        if not line.startswith("since: ") and "; ./jsl resume " not in line
     ]  # fmt: skip
 
 

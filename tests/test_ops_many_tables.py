@@ -72,8 +72,8 @@ def test_status_shows_failed_and_stalled_rows_with_the_reason(variants, run_comm
     assert said.rest[:4] == [
         "vlm_analyze  1 row is stalled: running for longer than the timeout",
         "yolo_detect  1 row is failed: HTTP 500: CUDA out of memory (set failed by its s…",
-        "failed: python listener.py jobs --failed, then job ID for the way back",
-        "stalled: python listener.py jobs --stalled",
+        "failed: ./jsl jobs --failed, then job ID for the way back",
+        "stalled: ./jsl jobs --stalled",
     ]
     found = json.loads(run_command(variants.database, "status", "--json", **HERE).out)
     stages = {row["stage"]: row for row in found["stages"]}

@@ -110,7 +110,7 @@ def test_file_says_that_the_database_is_away(database, run_command, tmp_path):
 def test_database_without_our_tables_is_not_up(empty_database, run_command):
     done = run_command(empty_database, "metrics")
     assert says_down(done.out)
-    assert "run `make trigger` (python listener.py install)" in done.refused(1)
+    assert "run `make trigger` (./jsl install)" in done.refused(1)
 
 
 def test_nothing_half_read_is_written(database, run_command):
@@ -184,4 +184,4 @@ def test_role_that_may_only_read_the_views_is_told_where_the_grants_are(
     role = make_role(database)
     run_command(database, "install", "--reader", role)
     done = run_command(database, "metrics", DB_USER=role, DB_PASSWORD=role)
-    assert "see 'Roles and grants' in README.md" in done.refused(1)
+    assert "see 'Roles and grants' in docs/INSTALLING.md" in done.refused(1)

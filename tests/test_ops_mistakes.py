@@ -29,10 +29,10 @@ NO_DATABASE = (
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_explains_the_command_and_each_option(command):
-    done = CliRunner().invoke(program.cli, [*command.split(), "--help"], prog_name="listener.py")
+    done = CliRunner().invoke(program.cli, [*command.split(), "--help"], prog_name="jsl")
     assert done.exit_code == 0
     usage, _, begins = done.output.split("\n")[:3]
-    assert usage.startswith(f"Usage: listener.py {command}".rstrip())
+    assert usage.startswith(f"Usage: jsl {command}".rstrip())
     assert begins[2].isupper()
     options = (program.cli.get_command(None, command) if command else program.cli).params
     for option in options:
@@ -107,7 +107,7 @@ def test_mistyped_command_gets_one_line_and_exit_2(run_command, typed):
     begins, command = MISTAKES[typed]
     refused = done.refused(2)
     assert refused.startswith(begins)
-    assert refused.endswith(f" See: python {' '.join(['listener.py', command]).strip()} --help")
+    assert refused.endswith(f" See: {f'./jsl {command}'.strip()} --help")
     assert done.out == ""
 
 
@@ -178,7 +178,7 @@ def test_database_without_our_tables_gets_told_what_to_run(empty_database, run_c
     done = run_command(empty_database, *typed.split())
     assert done.code == 1
     if not typed.startswith("check"):  # its one line says that no listener runs
-        assert "run `make trigger` (python listener.py install)" in done.refused(1)
+        assert "run `make trigger` (./jsl install)" in done.refused(1)
 
 
 @pytest.mark.parametrize("typed", ["status", "retry --all", "run --once", "call 7"])
@@ -192,7 +192,7 @@ def test_role_without_grants_gets_one_line_that_says_where_they_are(
         assert "permission denied for table pipeline_stages" in done.lines[-1]
     else:
         assert re.match("permission denied for (table|view) ", done.refused(1))
-    assert "see 'Roles and grants' in README.md" in done.out + done.err
+    assert "see 'Roles and grants' in docs/INSTALLING.md" in done.out + done.err
 
 
 def test_once_with_half_the_grants_ends_and_says_why(database, run_command, make_role):

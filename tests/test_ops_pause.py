@@ -21,7 +21,7 @@ def pause(run_command, database, stage: str = "planner", *args: str) -> None:
     done = run_command(database, "pause", stage, *args)
     assert (done.code, done.lines) == (
         0,
-        [f"paused: {stage}; python listener.py resume {stage}"],
+        [f"paused: {stage}; ./jsl resume {stage}"],
     )
 
 

@@ -9,7 +9,7 @@ from reports import attempt, give_up, read
 
 import db
 
-NO_LISTENER = "No listener is connected, nothing is called: python listener.py"
+NO_LISTENER = "No listener is connected, nothing is called: ./jsl"
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def test_ctrl_c_gives_the_terminal_back_with_the_last_picture(database, watch):
     assert terminal.output.count(ENTER) == terminal.output.count(LEAVE) == 1
     after = terminal.output.split(LEAVE)[1]
     assert re.search(r"^stage +owed", after, re.MULTILINE)
-    assert after.rstrip().endswith("no listener is connected: start python listener.py\033[0m")
+    assert after.rstrip().endswith("no listener is connected: start ./jsl\033[0m")
     assert "Traceback" not in terminal.output
 
 

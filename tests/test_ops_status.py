@@ -19,7 +19,7 @@ from ops.migrations import LATEST
 
 NAMES = ["owed", "calling", "retry", "given up", "oldest due", "calls", "failed", "p50", "p95"]
 IDLE = ["0", "0", "0", "0", "-", "0", "-", "-", "-"]
-NO_LISTENER = "no listener is connected: start python listener.py"
+NO_LISTENER = "no listener is connected: start ./jsl"
 
 
 class Status:
@@ -83,7 +83,7 @@ def test_status_shows_every_situation(database, run_command, busy):
     )
     assert re.match(rf"planner {{6}}next retry (?:due|in 1 s); held until {TIME} by \S+", held)
     assert given_up == "overlay      given up: HTTP 422: no text"
-    assert hint == "given up: python listener.py jobs --given-up, then retry JOB_ID"
+    assert hint == "given up: ./jsl jobs --given-up, then retry JOB_ID"
     assert making.endswith("  1 call under way")
     assert re.fullmatch(rf" +\S+ s  vlm_analyze {busy['vlm_analyze']}", call)
 
@@ -156,11 +156,11 @@ def test_status_shows_a_stage_that_lost_its_route_last(database, run_command):
     [
         (
             "ALTER TABLE jobs DISABLE TRIGGER job_state_insert_trigger",
-            "trigger job_state_insert_trigger on jobs is disabled → python listener.py install",
+            "trigger job_state_insert_trigger on jobs is disabled → ./jsl install",
         ),
         (
             "DROP TRIGGER job_state_change_trigger ON jobs",
-            "trigger job_state_change_trigger is missing on jobs → python listener.py install",
+            "trigger job_state_change_trigger is missing on jobs → ./jsl install",
         ),
     ],
     ids=["disabled", "missing"],
@@ -188,7 +188,7 @@ def test_nothing_is_due_is_not_said_beside_what_is_stuck(database, run_command, 
             "failed": "1 row is failed: set failed by its stage",
             "stalled": "1 row is stalled: running for longer than the timeout"}  # fmt: skip
     assert said.rest[0] == f"overlay      {told[kind]}"
-    assert said.rest[1].startswith(f"{kind.replace('_', ' ')}: python listener.py jobs --{kind}"
+    assert said.rest[1].startswith(f"{kind.replace('_', ' ')}: ./jsl jobs --{kind}"
                                    .replace("given_up", "given-up"))  # fmt: skip
 
 
@@ -383,7 +383,7 @@ def test_status_names_what_an_older_database_needs(database, run_command):
                   "ALTER TABLE stage_leases DROP COLUMN unanswered")  # fmt: skip
     assert run_command(database, "status").refused(1) == (
         f"the database's part is of version 1, this program needs {LATEST}: "
-        "run `make trigger` (python listener.py install)"
+        "run `make trigger` (./jsl install)"
     )
 
 

@@ -11,7 +11,7 @@ from waiting import gate, wait_for_call
 from demo.stage_server import Answer, Hangup
 
 GIVE_UP = "UPDATE stage_calls SET due_at = 'infinity', attempts = 5, last_error = 'HTTP 500'"
-SEE = " See: python listener.py retry --help"
+SEE = " See: ./jsl retry --help"
 USAGE = "Give job ids, or some of --stage, --tenant, --error and --since, or --all."
 
 
@@ -128,7 +128,7 @@ def test_what_filters_choose_is_shown_first_and_done_as_typed_then(
 ):
     shown = run_command(database, "retry", *filters)
     assert {line.split()[0] for line in shown.lines[1:-1]} == set(chosen[:2])
-    said, typed = shown.lines[-1].split(": python listener.py ")
+    said, typed = shown.lines[-1].split(": ./jsl ")
     assert said == "2 calls, nothing was changed; to make them due"
     assert due(database) == set()
     done = run_command(database, *shlex.split(typed))
@@ -146,7 +146,7 @@ def test_filters_narrow_each_other_down(database, run_command, chosen):
 def test_cancel_by_filters_is_shown_first_and_keeps_the_reason(database, run_command, chosen):
     shown = run_command(database, "cancel", "--error", "no memory", "--reason", "too large")
     assert database.value("SELECT count(*) FROM stage_calls") == 3
-    typed = shown.lines[-1].split(": python listener.py ")[1]
+    typed = shown.lines[-1].split(": ./jsl ")[1]
     assert typed == "cancel '--reason=too large' --error 'no memory' --yes"
     assert len(run_command(database, *shlex.split(typed)).lines) == 2
     assert [row.job_id for row in database.rows("SELECT job_id::text FROM stage_calls")] == chosen[
@@ -188,7 +188,7 @@ def test_retry_now_hurries_what_is_in_its_back_off_and_keeps_what_is_spent(datab
     hint = run_command(database, "retry", "--all", "--yes")
     assert hint.lines == ["no such call was given up; 1 wait for their next attempt: --now"]
     refused = run_command(database, "retry", job).refused(1)
-    assert refused.endswith(f"its last attempt failed: python listener.py retry --now {job}")
+    assert refused.endswith(f"its last attempt failed: ./jsl retry --now {job}")
     assert run_command(database, "retry", "--now", "--all", "--yes").code == 0
     owed = database.owed(job)
     assert database.value("SELECT due_at <= now() FROM stage_calls")
@@ -287,9 +287,7 @@ def test_call_of_a_job_that_has_moved_on_unseen_calls_nothing(database, api, run
 
 def test_call_without_our_tables_says_what_to_run(empty_database, run_command):
     refused = run_command(empty_database, "call", "7").refused(1)
-    assert refused == (
-        "the listener's tables are missing: run `make trigger` (python listener.py install)"
-    )
+    assert refused == ("the listener's tables are missing: run `make trigger` (./jsl install)")
 
 
 @pytest.mark.parametrize("args", [["call"], ["run", "--once"]], ids=" ".join)

@@ -146,7 +146,7 @@ def test_stalled_join_is_called_again_by_what_job_says(variants, run, joined):
     variants.database.rows(AN_HOUR_AGO)
     said = json.loads(run("job", joined, "--json").out)["rests"]
     assert said["stage"] in ("ad_copy", "instagram")
-    run(*shlex.split(said["mend"])[2:])
+    run(*shlex.split(said["mend"])[1:])
     assert ("jobs", joined, said["stage"]) in variants.owed()
 
 
@@ -186,13 +186,13 @@ def test_id_of_two_tables_needs_the_table(empty_database, numbers, command):
 def test_hint_for_an_id_of_two_tables_works_as_typed(empty_database, numbers):
     empty_database.rows(GIVE_UP)
     owes = numbers("job", "7", "--table", "jobs_variants").lines[1]
-    typed = owes.split("; python listener.py ")[1].split()
+    typed = owes.split("; ./jsl ")[1].split()
     assert numbers(*typed).lines == ["due again: jobs_variants 7, stage yolo_detect"]
 
 
 def test_id_may_begin_with_a_dash(empty_database, numbers):
     empty_database.rows(GIVE_UP)
-    typed = numbers("job", "-8").lines[1].split("; python listener.py ")[1].split()
+    typed = numbers("job", "-8").lines[1].split("; ./jsl ")[1].split()
     assert numbers(*typed).lines == ["due again: job -8, stage vlm_analyze"]
     assert numbers("cancel", "-8", "--reason", "-").lines == [
         "cancelled: job -8, stage vlm_analyze"
@@ -211,7 +211,7 @@ def test_text_id_with_two_dashes_and_blanks_works_as_the_hint_says(empty_databas
         empty_database.rows("INSERT INTO jobs VALUES (%s, 't', 'planner', 'done')", id_)
         empty_database.rows(GIVE_UP)
         owes = run_command(empty_database, "job", "--", id_).lines[1]
-        assert owes.endswith(f"; python listener.py {hint}")
+        assert owes.endswith(f"; ./jsl {hint}")
     done = run_command(empty_database, "retry", "--", "--all")
     assert done.lines == ["due again: job --all, stage overlay"]
 
@@ -388,7 +388,7 @@ def test_backfill_finds_rows_of_all_tables(variants, run, off, on):
         "state                         stage        jobs",
         "jobs_variants: img_gen, done  yolo_detect     1",
         f"every {JOIN}: left out without --since, as its rows stay in place: "
-        "python listener.py backfill --since 1d",
+        "./jsl backfill --since 1d",
         "1 calls recorded",
     ]
     assert variants.owed() == [("jobs_variants", variant, "yolo_detect")]
@@ -486,5 +486,5 @@ def test_table_that_the_application_dropped_is_not_said_to_be_ours(variants, run
     assert refused == 'the database refused: relation "jobs_variants" does not exist'
     variants.database.rows("DROP TABLE stage_attempts CASCADE")
     assert run("jobs", "--since", "1h", "--table", "jobs").refused(1) == (
-        'relation "stage_attempts" does not exist: run `make trigger` (python listener.py install)'
+        'relation "stage_attempts" does not exist: run `make trigger` (./jsl install)'
     )

@@ -81,7 +81,7 @@ def test_paused_stage_is_named_with_who_did_it(database, run_command, running):
 
 def test_without_a_listener_no_job_is_made(database, run_command):
     refused = run_command(database, "test-job").refused(1)
-    assert refused == "no listener is connected: start python listener.py"
+    assert refused == "no listener is connected: start ./jsl"
     assert database.value("SELECT count(*) FROM jobs") == 0
 
 

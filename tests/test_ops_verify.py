@@ -12,9 +12,9 @@ from ops.install import DROP, apply
 from ops.migrations import LATEST
 from ops.verify import check_stage_api, run_checks
 
-INSTALL = "python listener.py install"
-AGAIN = "python listener.py uninstall, then install"
-SEE_GRANTS = "see 'Roles and grants' in README.md"
+INSTALL = "./jsl install"
+AGAIN = "./jsl uninstall, then install"
+SEE_GRANTS = "see 'Roles and grants' in docs/INSTALLING.md"
 DROP_UPDATE = "DROP TRIGGER job_state_change_trigger ON jobs"
 
 

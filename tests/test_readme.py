@@ -15,13 +15,15 @@ import click
 import dotenv
 import pytest
 from claims import connected
-from test_schema_security import GRANTS, one_of_everything
+from test_schema_security import GRANTS as PRIVILEGES
+from test_schema_security import one_of_everything
 
 import config
 import db
 import listener as program
 import ops
 from demo import five_stages
+from ops.problem import GRANTS
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -115,6 +117,11 @@ def test_links_lead_somewhere(name):
         page = (ROOT / name).parent / file if file else ROOT / name
         assert page.exists(), link
         assert not anchor or anchor in anchors(page.resolve()), link
+
+
+def test_section_that_error_messages_name_is_there():
+    title, page = re.fullmatch(r"see '(.+)' in (.+)", GRANTS).groups()
+    assert title in [heading for _, heading in Readme(page).headings]
 
 
 def test_every_page_is_in_the_index():
@@ -250,7 +257,7 @@ def test_grants_are_what_a_listener_needs(database, make_role, api, listener):
         table: privileges.split(", ")
         for privileges, tables in given
         for table in tables.split(", ")
-    } == GRANTS
+    } == PRIVILEGES
     database.rows(re.sub(r"\blistener;", f"{role};", sql))
     with connected(database, DB_USER=role, DB_PASSWORD=role) as conn:
         one_of_everything(database, conn)
@@ -273,7 +280,7 @@ def test_completion_completes_commands_options_and_stages(tmp_path):
     typed = """
         for line in 'jsl pau' 'jsl pause pl' 'jsl status --w'; do
             COMP_WORDS=($line) COMP_CWORD=$(($(wc -w <<< "$line") - 1)) COMPREPLY=()
-            _listenerpy_completion jsl && echo "${COMPREPLY[*]}"
+            _jsl_completion jsl && echo "${COMPREPLY[*]}"
         done
         complete -p jsl"""
     (tmp_path / "bin").mkdir()
@@ -283,7 +290,7 @@ def test_completion_completes_commands_options_and_stages(tmp_path):
     command = ["bash", "--norc", "-c", script + typed]
     done = subprocess.run(command, env=home, capture_output=True, encoding="utf-8")
     assert done.stdout.splitlines() == [
-        "pause", "planner", "--watch", "complete -o nosort -F _listenerpy_completion jsl",
+        "pause", "planner", "--watch", "complete -o nosort -F _jsl_completion jsl",
     ], done.stderr  # fmt: skip
 
 

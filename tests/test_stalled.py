@@ -58,7 +58,7 @@ def test_job_whose_call_was_never_recorded_is_stalled(database, run_command):
     database.rows("SET session_replication_role = replica")
     job = database.add_job("planner", "done")
     database.rows(f"UPDATE jobs SET updated_at = {LONG_AGO}; RESET session_replication_role")
-    reason = "its call was never recorded: python listener.py backfill"
+    reason = "its call was never recorded: ./jsl backfill"
     assert stalled(run_command, database) == [(job, reason)]
 
 

@@ -145,7 +145,7 @@ def test_job_that_was_never_recorded_is_stalled(database):
     age(database)
     [row] = stalled(database)
     assert row.job_id == job
-    assert row.reason == "its call was never recorded: python listener.py backfill"
+    assert row.reason == "its call was never recorded: ./jsl backfill"
 
 
 @pytest.mark.parametrize("step", ["img_gen", "planner"])

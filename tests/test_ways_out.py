@@ -58,7 +58,7 @@ class Rested:
         if "UPDATE " in line:
             self.database.rows("UPDATE " + line.split("UPDATE ", 1)[1])
             return
-        words = shlex.split(line.split("python listener.py ", 1)[1])
+        words = shlex.split(line.split("./jsl ", 1)[1])
         assert self.typed(*words).code == 0
 
 
@@ -147,12 +147,12 @@ WAYS = {
     "stage held": Way(
         hold, "overlay .*held until .*: HTTP 503: busy",
         "overlay waits: overlay is held until .*: HTTP 503: busy; .*resume overlay",
-        ["--stage", "overlay"], "overlay is held until .*; python listener.py resume overlay",
+        ["--stage", "overlay"], "overlay is held until .*; ./jsl resume overlay",
     ),
     "stage paused": Way(
         pause, "overlay +paused by .*: new fonts",
         "overlay waits: overlay is paused by .*: new fonts; .*resume overlay",
-        ["--stage", "overlay"], "overlay is paused by .*; python listener.py resume overlay",
+        ["--stage", "overlay"], "overlay is paused by .*; ./jsl resume overlay",
     ),
     "set failed by its stage": Way(
         set_failed, f"overlay +1 row is failed: set failed by its stage: {ERROR}",
@@ -207,7 +207,7 @@ def test_call_without_an_answer_is_left_alone_until_its_lease_is_over(rested):
     rested.settled("unknown", after_lease=True, delay=0.0, error="no answer in time")
     waits = rested.line_of_job("overlay waits: ")
     assert "its last call got no answer, and the stage may be at it until " in waits
-    assert "python listener.py" not in waits
+    assert "./jsl" not in waits
     assert says(rested.typed("status"), "last error: no answer in time")
     assert says(rested.typed("jobs", "--stage", "overlay"), "last error: no answer in time")
     for command in (["retry", "--now"], ["again"]):
@@ -282,8 +282,8 @@ def test_calls_of_a_lost_stage_are_cancelled_by_its_name(rested):
 def test_without_a_listener_a_due_call_says_so(database, listener, api, tmp_path):
     environ = database.environ | {"HEARTBEAT_DIR": str(tmp_path)}
     rested = Rested(database, lambda *args: commands.run_here(environ, *args)).add()
-    assert says(rested.typed("status"), "no listener is connected: start python listener.py")
-    waits = "overlay waits: no listener is connected; python listener.py"
+    assert says(rested.typed("status"), "no listener is connected: start ./jsl")
+    waits = "overlay waits: no listener is connected; ./jsl"
     assert rested.line_of_job("overlay waits: ") == waits
     assert says(rested.typed("jobs", "--stage", "overlay"), "overlay: due now")
     assert listener(rested.database, "run", "--once", api=api).wait() == 0
@@ -294,11 +294,11 @@ def test_job_as_json_has_what_to_type(rested):
     back_off(rested)
     said = json.loads(rested.typed("job", "--json", rested.job).out)["waits"]
     assert said == {"why": "its last attempt failed",
-                    "mend": f"python listener.py retry --now {rested.job}"}  # fmt: skip
+                    "mend": f"./jsl retry --now {rested.job}"}  # fmt: skip
     rested.typed("cancel", rested.job)
     rests = json.loads(rested.typed("job", "--json", rested.job).out)["rests"]
     assert (rests["kind"], rests["stage"]) == ("cancelled", "overlay")
-    assert rests["mend"] == f"python listener.py again {rested.job}"
+    assert rests["mend"] == f"./jsl again {rested.job}"
 
 
 # --- again ---------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ def test_again_does_not_repeat_a_call_under_way(rested):
 def test_again_of_a_paused_stage_says_what_keeps_it(rested):
     pause(rested)
     _, hold = rested.typed("again", rested.job).lines
-    assert hold.endswith("new fonts; python listener.py resume overlay")
+    assert hold.endswith("new fonts; ./jsl resume overlay")
 
 
 @pytest.mark.parametrize(
@@ -416,7 +416,7 @@ def test_join_is_called_again_whatever_became_of_its_call(variants, run, outcome
     if outcome == "set failed":  # after it had answered
         variants.database.move(job, "ad_copy", "failed")
         [line] = [one for one in run("job", job).lines if one.startswith("rests ")]
-        typed = line.split("to call ad_copy again: python listener.py ")[1]
+        typed = line.split("to call ad_copy again: ./jsl ")[1]
         assert typed == f"again --stage ad_copy {job}"
     assert run("again", job, "--stage", "ad_copy").code == 0
     with connected(variants.database) as conn:
@@ -430,7 +430,7 @@ def test_join_that_was_never_recorded_is_recorded_by_what_job_says(variants, run
     variants.add(job, "iou_eval", "done", count=2)
     variants.database.rows("TRUNCATE stage_looks")
     [line] = [one for one in run("job", job).lines if one.startswith("every ")]
-    typed = line.split("ad_copy is not recorded: python listener.py ")[1]
+    typed = line.split("ad_copy is not recorded: ./jsl ")[1]
     assert run(*shlex.split(typed)).code == 0
     assert variants.owed() == [("jobs", job, "ad_copy")]
     # A look that comes later finds nothing left to do.
@@ -475,6 +475,6 @@ def test_every_hint_works_as_it_is_typed(empty_database, tmp_path, arrange):
         empty_database.rows("INSERT INTO jobs VALUES (%s, 't', 'planner', 'done')", rested.job)
         arrange(rested)
         lines = rested.typed("job", "--", rested.job).lines
-        [line] = [one for one in lines if "; python listener.py " in one or "again: " in one]
+        [line] = [one for one in lines if "; ./jsl " in one or "again: " in one]
         rested.follow(line)
         assert rested.claimed().key == rested.job

@@ -2,7 +2,7 @@
 of Slack, Mattermost, Rocket.Chat and Google Chat do. It needs Python and nothing else:
 
     export CHAT_WEBHOOK_URL=https://chat.example.com/hooks/…
-    ALERT_COMMAND="python3 demo/monitoring/chat_webhook.py" python listener.py
+    ALERT_COMMAND="python3 demo/monitoring/chat_webhook.py" ./jsl
 
 The listener gives one JSON object on standard input: event, text, and what the event is about.
 """

@@ -81,7 +81,7 @@ def attention(report: Report) -> Markup:
     """What a person has to look at, in a sentence each."""
     found = [said for stage in report.stages if (said := trouble(report, stage))]
     if not report.listeners:
-        found.insert(0, text("No listener is connected, nothing is called: python listener.py"))
+        found.insert(0, text(f"No listener is connected, nothing is called: {pipeline.JSL}"))
     if count := sum(stage.given_up for stage in report.stages):
         found.append(Markup(f'<a href="#given-up">{counted(count, "call")} given up</a>'))
     if count := total(report.failed):
@@ -196,7 +196,7 @@ def quiet(report: Report) -> Markup:
     return Markup(
         f'<p class="quiet">No call was made in the last {span(report.span.seconds)}, and no job '
         f"waits for one. A job comes in when its row reaches one of the states {text(states, 500)}."
-        " Where some should have: python listener.py verify tells whether all is in place.</p>"
+        f" Where some should have: {pipeline.JSL} verify tells whether all is in place.</p>"
     )
 
 

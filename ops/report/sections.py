@@ -155,7 +155,7 @@ def given_up(report: Report) -> Markup:
         for row in report.given_up
     ]
     header = ["*Error", "Stage", "#Calls", "Latest jobs, tenants", "#Owed for"]
-    about = "The ten most frequent errors. Once mended: python listener.py retry, by job or stage."
+    about = f"The ten most frequent errors. Once mended: {pipeline.JSL} retry, by job or stage."
     return section("given-up", "Given-up calls", table(header, rows, about)) if rows else Markup("")
 
 

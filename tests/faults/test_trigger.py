@@ -49,7 +49,7 @@ def test_c4_listener_outlasts_the_loss_of_our_tables(
     process.wait_for_line(RECONNECTING)
     done = run_command(database, "verify", api=api)
     assert done.code == 1
-    assert "table pipeline_stages is missing → python listener.py install" in done.out
+    assert "table pipeline_stages is missing → ./jsl install" in done.out
     install(database)
     run_command(database, "backfill", "--apply")
     database.wait_for(SUCCEEDED, job)
