@@ -1,4 +1,4 @@
-"""One call: run its stage function, and say what the outcome means (the README has the table).
+"""One call: run its stage function, and say what its outcome means (see docs/HOW_IT_WORKS.md).
 
 A worker does this in a process of its own, `call JOB_ID` in the command's. Neither needs a
 connection to the database; what came of the call is a Result, which the listener writes.
