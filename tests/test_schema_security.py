@@ -230,7 +230,7 @@ def one_of_everything(database, conn) -> None:
     assert settle(conn, held(row))
     database.rows("UPDATE pipeline_stages SET held_until = now()")
     assert settle(conn, result(claim(conn), "retry", delay=0.5, error="HTTP 500"))
-    database.rows("INSERT INTO stage_limits VALUES ('vlm_analyze', 1)")
+    database.rows("INSERT INTO stage_limits (name, max_running) VALUES ('vlm_analyze', 1)")
     assert claim(conn, only=job).call_id
     database.rows(LEASE_OVER)
     row = claim(conn)  # the one before is lost
@@ -248,6 +248,7 @@ def one_of_everything(database, conn) -> None:
     database.rows("UPDATE stage_attempts SET finished_at = finished_at - interval '2 days'")
     assert upkeep.count(conn) == 7
     assert upkeep.prune(conn, days=1) + upkeep.prune(conn, days=0.5) == 7
+    database.rows("DELETE FROM stage_limits")  # which PIPELINE does not declare
     migrations.require_not_newer(conn)
     require_installed(conn)
     upkeep.tell_timeouts(conn, {"planner": 1.0})
