@@ -16,6 +16,61 @@ LONGEST_TRACE = 20_000
 CONTROL = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160), 0x2028, 0x2029]}
 CONTROL |= {ord("\n"): "\\n", ord("\r"): "\\r", ord("\t"): "\\t"}
 
+# The events of the log by the words that their lines begin with, up to the first colon or bracket.
+# People grep for the words; JSON has the name as well. An alert of the same event has the same one.
+EVENTS = {
+    "Job State Listener 시작": "listener_started",
+    "Job State Listener 중지됨": "listener_stopped",
+    "Job State Listener 비활성화됨": "listener_disabled",
+    "시작할 수 없음": "listener_cannot_start",
+    "중지 요청": "stop_requested",
+    "설정": "setting_warning",
+    "PostgreSQL 연결 성공": "database_connected",
+    "남은 데이터베이스 연결이 %d개뿐": "few_connections_left",
+    "리스너 오류 발생": "listener_error",
+    "재연결 시도": "reconnecting",
+    "프라이머리가 둘": "split_brain",
+    "LISTEN '%s' 시작": "listening",
+    "[LISTENER] Job 상태 변화 감지": "state_changed",
+    "알림이 전달되지 않음": "notifications_not_delivered",
+    "알림이 너무 많음": "notification_flood",
+    "알림 %d건은 로그에 남기지 않음": "notifications_not_logged",
+    "알 수 없는 알림 무시": "notification_ignored",
+    "알림으로 온 말": "notification_message",
+    "[TRIGGER] 파이프라인 단계 트리거": "call_started",
+    "파이프라인 단계 실행 성공": "call_succeeded",
+    "파이프라인 단계 실행 실패": "call_failed",
+    "단계 함수 오류": "stage_function_error",
+    "Job 상태가 변경되어 스킵": "call_skipped",
+    "이미 수락된 호출이라 스킵": "call_already_accepted",
+    "리스가 모자라 호출하지 않고 되돌림": "call_released",
+    "시작하지 않은 호출 %d건을 되돌림": "calls_given_back",
+    "포기한 호출을 되살림": "call_revived",
+    "포기": "call_cannot_be_claimed",
+    "단계가 failed로 설정함": "failed_by_stage",
+    "단계가 모든 job을 거절함": "stage_refuses",
+    "밀린 단계": "waiting",
+    "호출을 하나도 수락하지 않는 단계": "refusing",
+    "정체된 단계": "stalled",
+    "부재 후 시작": "back",
+    "한 건씩 다시 시도": "turn_done_in_parts",
+    "결과를 기록할 수 없음": "result_not_recorded",
+    "리스 만료 후 다시 확인됨": "call_left_to_its_lease",
+    "failed 상태 확인 실패": "failed_check_error",
+    "조인 확인 실패": "join_check_error",
+    "정리 작업 실패": "upkeep_error",
+    "워커를 시작할 수 없음": "worker_cannot_start",
+    "호출 없이 종료된 워커": "worker_ended",
+    "워커가 알 수 없는 것을 보냄": "worker_message_unknown",
+    "워커 오류": "worker_error",
+    "리스너가 사라져 워커가 결과를 기록함": "worker_recorded_result",
+    "워커가 결과를 기록할 수 없음": "worker_cannot_record_result",
+    "heartbeat 파일을 쓸 수 없음": "heartbeat_not_written",
+    "알림 명령 실패": "alert_command_failed",
+    "알림 대기열이 가득 차 버림": "alert_dropped",
+    "중지하느라 보내지 못한 알림": "alert_not_sent",
+}
+
 # What JSON leaves as it is, and some terminals obey.
 IN_JSON = {code: f"\\u{code:04x}" for code in CONTROL if code >= 127}
 
@@ -30,6 +85,11 @@ def ids(of: dict[str, Any]) -> str:
     if len(of) == 1:
         return f"job={next(iter(of.values()))}"
     return " ".join(f"{name}={value}" for name, value in of.items())
+
+
+def event_of(template: str) -> str | None:
+    """The name of an event by the text of its log call; None where it is no event of ours."""
+    return EVENTS.get(template.partition(": ")[0].partition(" (")[0])
 
 
 class OneLine(logging.Formatter):
@@ -76,13 +136,14 @@ class OneLine(logging.Formatter):
 
 
 class OneObject(OneLine):
-    """The same event as a JSON object: time, level, pid, message, and what it is about."""
+    """The same event as a JSON object: time, level, event, pid, message, and what it is about."""
 
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.fromtimestamp(record.created, timezone.utc)
         said = {
             "time": when.isoformat(timespec="milliseconds"),
             "level": record.levelname,
+            "event": event_of(str(record.msg)),
             "pid": record.process,
             "message": self.said(record),
         }

@@ -15,6 +15,7 @@ from test_readme import Readme
 from waiting import until
 
 from demo.stage_server import Answer
+from logs import EVENTS
 from ops.metrics import FAMILIES
 
 ROOT = Path(__file__).parent.parent
@@ -92,6 +93,12 @@ def test_every_alert_is_documented_with_its_severity(page):
         (name.strip("`"), severity) for name, _, severity in page.table(f"`{rules[0][0]}`")
     ]
     assert documented == rules
+
+
+def test_every_event_of_the_log_is_documented_with_its_line(page):
+    documented = [(name, line) for name, line, _ in page.table("`call_succeeded`")]
+    lines = {line.replace("%d", "…").replace("%s", "…"): name for line, name in EVENTS.items()}
+    assert documented == [(f"`{name}`", f"`{line}`") for line, name in lines.items()]
 
 
 def test_queries_run_as_the_role_that_may_only_read(page, database, make_role, run_command):

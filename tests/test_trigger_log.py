@@ -180,7 +180,11 @@ def test_json_has_the_same_events_with_fields(database, api, listener):
         process.wait_for_line(keyword)
     process.stop()
     said = [json.loads(line) for line in process.lines]
-    assert all({"time", "level", "pid", "message"} <= event.keys() for event in said)
+    assert all({"time", "level", "event", "pid", "message"} <= event.keys() for event in said)
+    names = [event["event"] for event in said]
+    for name in ("listener_started", "listening", "state_changed", "call_started", "call_failed"):
+        assert name in names
+    assert names[-1] == "listener_stopped" and None not in names
     [started] = [event for event in said if STARTED in event["message"]]
     assert (started["job"], started["stage"], started["attempt"]) == (job, "vlm_judge", 1)
     [failed] = [event for event in said if FAILED in event["message"]]
