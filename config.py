@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import dotenv.parser
 import psycopg2.extensions
 
+import signing
 from redaction import redactor
 
 if not (hasattr(os, "fork") and hasattr(os, "waitid")):  # all of our programs import this first
@@ -146,6 +147,22 @@ def token(text: str) -> str:
     return text
 
 
+def secrets(text: str) -> tuple[str, ...]:
+    """What signs requests: one secret, or two while one is being changed."""
+    found = tuple(text.replace(",", " ").split())
+    try:
+        if len(found) not in (1, 2):
+            raise ValueError
+        for secret in found:
+            signing.key(secret)
+    except ValueError:
+        raise Allowed(
+            f"{signing.PREFIX} and base64 of {signing.SHORTEST} to {signing.LONGEST} bytes (try "
+            f'echo "{signing.PREFIX}$(openssl rand -base64 32)"), or two with a space between'
+        ) from None
+    return found
+
+
 def command(text: str) -> list[str]:
     """A program and its arguments, quoted as for a shell, which never sees them."""
     try:
@@ -177,7 +194,7 @@ def directory_for_heartbeats() -> str:
 
 
 SECONDS = "a number of seconds"
-SECRET = {"DB_PASSWORD", "DATABASE_URL", "STAGE_API_TOKEN"}
+SECRET = {"DB_PASSWORD", "DATABASE_URL", "STAGE_API_TOKEN", "STAGE_API_SECRET"}
 # STAGE_API_URL_VLM_ANALYZE: where the stage vlm_analyze is, should it be elsewhere.
 STAGE_URL = "STAGE_API_URL_"
 
@@ -195,6 +212,7 @@ SETTINGS: dict[str, tuple[str | None, Callable[[str], Any]]] = {
     "DATABASE_URL": (None, database_url),
     "STAGE_API_URL": ("http://localhost:8011", http_url),
     "STAGE_API_TOKEN": (None, token),
+    "STAGE_API_SECRET": (None, secrets),
     "STAGE_API_CA_BUNDLE": (None, certificates),
     "STAGE_TIMEOUT": ("600", number(float, 0.1, 86400, SECONDS)),
     "LEASE_MARGIN": ("30", number(float, 1, 3600, SECONDS)),

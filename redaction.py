@@ -11,6 +11,8 @@ from urllib.parse import unquote, urlsplit
 
 import psycopg2.extensions
 
+import signing
+
 # Replacing a text of three letters would eat the log's own words.
 SHORTEST = 4
 # No text of ours is cut that is shorter than this.
@@ -29,6 +31,8 @@ NAMED = {'"': "quot", "&": "amp", "'": "apos", "<": "lt", ">": "gt"}
 def secrets_in(values: SimpleNamespace) -> Iterator[str | None]:
     """Every secret of the settings, also as `requests` sends it."""
     yield from (values.DB_PASSWORD, values.STAGE_API_TOKEN)
+    for secret in values.STAGE_API_SECRET or ():
+        yield from (secret, secret.removeprefix(signing.PREFIX).rstrip("="))
     for url in (values.STAGE_API_URL, *values.STAGE_API_URLS.values()):
         user, password = urlsplit(url).username, urlsplit(url).password
         if user is not None:

@@ -18,6 +18,8 @@ import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 
+import signing
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -94,6 +96,7 @@ class StageApi:
         self.url = url or settings.STAGE_API_URL
         self.verify = settings.STAGE_API_CA_BUNDLE or True
         self.prepared = prepared(self.url, settings.STAGE_API_TOKEN)
+        self.secrets = settings.STAGE_API_SECRET or ()
         self.adapter = WholeAnswers()
         self.used_at = 0.0
 
@@ -106,6 +109,9 @@ class StageApi:
 
         An answer that comes drop by drop may take longer: the listener ends such a worker.
 
+        Args:
+            headers: where requests are signed, the signature is that of their Idempotency-Key.
+
         Raises:
             Unreachable, TimeIsUp: it was not sent.
             Interrupted: the connection broke while waiting.
@@ -117,6 +123,9 @@ class StageApi:
         left = until - time.monotonic()
         if left <= 0:
             raise TimeIsUp("the time for this call was over before its POST")
+        if self.secrets:
+            key = headers["Idempotency-Key"]
+            headers = headers | signing.headers(self.secrets, key, data)
         try:
             return self.send("POST", path, headers, left, data)
         except BaseException:

@@ -342,6 +342,12 @@ def check_stage_api(conn, settings) -> str:
     return "stage API " + ", ".join(said)
 
 
+def check_signing(conn, settings) -> str:
+    if not settings.STAGE_API_SECRET:
+        return "requests are not signed: STAGE_API_SECRET is not set"
+    return f"requests are signed{', with two secrets' * (len(settings.STAGE_API_SECRET) > 1)}"
+
+
 def check_hosts(conn, settings) -> str:
     if (left := hosts.connections_left(conn)) < hosts.FEW:
         raise Bad(f"{left} more connections to the database are left",
@@ -359,8 +365,8 @@ def check_enabled(conn, settings) -> str:
 
 CHECKS: list[Callable] = [
     check_server, check_tables, check_rows, check_columns, check_function, check_triggers,
-    check_routes, check_privileges, check_others, check_listen, check_stage_api, check_hosts,
-    check_enabled,
+    check_routes, check_privileges, check_others, check_listen, check_stage_api, check_signing,
+    check_hosts, check_enabled,
 ]  # fmt: skip
 
 

@@ -34,6 +34,7 @@ DEFAULTS = {
     "LOG_FORMAT": "text",
     "POLL_INTERVAL": 1.0,
     "STAGE_API_TOKEN": None,
+    "STAGE_API_SECRET": None,
     "STAGE_API_URLS": {},
     "ALERT_COMMAND": None,
     "ALERT_AFTER": 600.0,

@@ -52,6 +52,7 @@ def test_everything_in_place_is_one_line_each_and_exit_0(each_database, api, run
         r"other roles with rights on our tables: none\n"
         r"LISTEN 'job_state_changed' delivers; queue 0% full\n"
         rf"stage API {api.url} answers \(HTTP 200 on /healthz\)\n"
+        r"requests are not signed: STAGE_API_SECRET is not set\n"
         r"\d+ more connections are left\n"
         r"the listener is enabled\n"
         r"everything is in place",
