@@ -15,8 +15,11 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar, Union
 from urllib.parse import quote
 
+import psycopg2
+
 import config
 import db
+import tracing
 from stage_http import Answer as Answer
 from stage_http import StageApi
 
@@ -41,6 +44,8 @@ class Table:
         priority: an integer column; of the due calls of a stage the highest is called first.
         run_after: a timestamptz column; the call of a row is due at that time, not before. Both
             are read when the row comes to a state.
+        trace: a column with a `traceparent`, whose trace the calls of a row and of the rows below
+            it belong to; None: they belong to a trace of their own.
 
     Raises:
         ValueError: one of them cannot be used.
@@ -53,6 +58,7 @@ class Table:
     tenant: str | None = None
     priority: str | None = None
     run_after: str | None = None
+    trace: str | None = None
 
     def __post_init__(self):
         if self.name == "jobs":  # what it has anyway
@@ -331,6 +337,8 @@ def check(pipeline: Any) -> None:
                 raise ValueError(f"table {table.name} is declared in two ways")
             if table.name == JOBS.name and table.parent:
                 raise ValueError("table jobs cannot have a parent")
+            if table.name == JOBS.name and table.id != JOBS.id:
+                raise ValueError(f"table jobs: id={table.id!r}: allowed is {JOBS.id!r}")
     check_pools(pipeline)
 
 
@@ -597,10 +605,27 @@ class Call:
                 uuid.uuid5(uuid.NAMESPACE_OID, f"{self.key}/{self.stage}/{self.call_id}")
             ),
             "X-Attempt": str(self.attempt),
+            "traceparent": self.traceparent,
         }
         self.answer = None
         self.answer = self.api.post(path, body, headers, self.until)
         return self.answer
+
+    @property
+    def traceparent(self) -> str:
+        """The header by which the stage API's spans become children of this attempt's; for a
+        stage function that sends a request of its own.
+        """
+        parent_key = None if self.job_id is None else str(self.job_id)
+        trace = trace_of(self.table, self.key, parent_key, self.look_up)
+        return trace.traceparent(tracing.span_id(self.key, self.call_id, self.attempt))
+
+    def look_up(self, sql: str, params: dict[str, Any]) -> list:
+        """As `query`, for what no call fails without: no rows where the database has none."""
+        try:
+            return db.query(self.settings, sql, params)
+        except psycopg2.Error:
+            return []
 
     def fetch_one(self, sql: str, **params: Any):
         """The one row that the body needs, as a named tuple; %(job_id)s and %(tenant_id)s are set,
@@ -636,6 +661,38 @@ class Call:
 
     def query(self, sql: str, params: dict[str, Any]) -> list:
         return db.query(self.settings, sql, self.values | params)
+
+
+VALUE = "SELECT {}::text FROM {} WHERE {} = %(key)s"
+Ask = Callable[[str, dict[str, Any]], list]  # (SQL, parameters) → rows
+
+
+def trace_of(name: str, key: str, parent_key: str | None, ask: Ask) -> tracing.Trace:
+    """The trace of a row's calls: from its declared column, from its parent's, and so on; else made
+    from the id of the row at the top.
+
+    Args:
+        name: of the row's table.
+        parent_key: the id of its parent, where the table has one; None: it is not known.
+        ask: gives the rows of a query; not called where no column is declared, unless the parent
+            has a parent itself.
+    """
+    table = tables().get(name)
+    if table and table.trace and (found := tracing.read(value_of(table, table.trace, key, ask))):
+        return found
+    above = tables().get(parent_name(table) or "") if table else None
+    if above is None or parent_key is None:
+        return tracing.made(name, key)
+    next_key = value_of(above, above.parent_column, parent_key, ask) if above.parent else None
+    return trace_of(above.name, parent_key, next_key, ask)
+
+
+def value_of(table: Table, column: str, key: str, ask: Ask) -> str | None:
+    """A column of a row as text; None where there is no such row."""
+    names = [column, table.name, table.id]
+    quoted = ('"' + name.replace('"', '""').replace("%", "%%") + '"' for name in names)
+    rows = ask(VALUE.format(*quoted), {"key": key})
+    return rows[0][0] if rows else None
 
 
 def claimed_call(row: Any, limits: FullLimits, listener: str, covered_until: float) -> Call:

@@ -96,7 +96,7 @@ def faults(conn) -> Iterator[Fault]:
         columns = {row.name: row for row in db.execute(conn, COLUMNS, {"table": place.name})}
         parent = table.parent and table.parent[1]
         needed = [table.id, table.tenant, "current_step", "status", parent, table.priority,
-                  table.run_after]  # fmt: skip
+                  table.run_after, table.trace]  # fmt: skip
         if missing := [name for name in needed if name and name not in columns]:
             what = f"table {table.name} has no column {', '.join(missing)}"
             yield Fault(what, "add it (ALTER TABLE)" + OTHER * (table != pipeline.JOBS))
@@ -129,7 +129,7 @@ OTHER = ", or name another column in Table(...)"
 
 def faults_of_columns(table: Table, columns: dict, is_joined: bool) -> Iterator[Fault]:
     name, id_column = table.name, columns[table.id]
-    other = OTHER * (table != pipeline.JOBS)
+    other = OTHER * (name != pipeline.JOBS.name)
     if not id_column.can_be_id:
         what = f"{name}.{table.id} is of type {id_column.type}, which cannot be an id"
         yield Fault(what, f"give it a type such as uuid, bigint or text (ALTER TABLE){other}")

@@ -67,7 +67,7 @@ def test_headers_are_these_and_no_others(accepting):
     headers = accepting.requests[0].headers
     assert headers.keys() == {
         "host", "user-agent", "accept-encoding", "content-type", "content-length",
-        "idempotency-key", "x-attempt",
+        "idempotency-key", "x-attempt", "traceparent",
     }  # fmt: skip
     assert headers["x-attempt"] == "3"
     assert headers["accept-encoding"] == "identity"
@@ -101,7 +101,7 @@ def test_hostile_text_arrives_intact_in_the_body_and_in_no_header(accepting, tex
     assert make_call(accepting, tenant_id=text).post("/api/x", note=text).status == 200
     [request] = accepting.requests
     assert json.loads(request.body) == {"job_id": JOB, "tenant_id": text, "note": text}
-    assert len(request.headers) == 7 and "forged" not in request.head.lower()
+    assert len(request.headers) == 8 and "forged" not in request.head.lower()
     assert len(request.head) < 500
 
 
@@ -110,7 +110,7 @@ def test_job_id_of_text_cannot_forge_a_header(accepting):
     assert make_call(accepting, job_id=forged).post("/api/x").status == 200
     [request] = accepting.requests
     assert json.loads(request.body)["job_id"] == forged
-    assert len(request.headers) == 7 and len(request.head) < 500
+    assert len(request.headers) == 8 and len(request.head) < 500
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
