@@ -46,7 +46,8 @@ COMMANDS = {
     "status": "status", "job": "job", "jobs": "jobs", "retry": "steer", "cancel": "steer",
     "again": "again", "pause": "pause", "resume": "pause", "backfill": "backfill",
     "test-job": "trial",
-    "metrics": "metrics", "report": "report", "audit": "audit", "alert-test": "alert",
+    "metrics": "metrics", "traces": "traces", "report": "report", "audit": "audit",
+    "alert-test": "alert",
 }  # fmt: skip
 
 # How --help arranges them, by module; a command of a module that is not named is one to look with.
