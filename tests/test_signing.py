@@ -8,6 +8,7 @@ import uuid
 
 import pytest
 from commands import run_here
+from conftest import ROOT
 from raw_server import OK, in_turn
 from standardwebhooks import Webhook, WebhookVerificationError
 from test_ops_mistakes import NOWHERE
@@ -116,3 +117,9 @@ def test_secret_that_comes_back_is_not_stored(shown):
 def test_verify_says_whether_requests_are_signed(database, api, given, said):
     environ = database.environ | {"STAGE_API_URL": api.url, "STAGE_API_SECRET": given}
     assert f"ok       {said}" in run_here(environ, "verify").lines
+
+
+def test_both_languages_show_the_same_code():
+    pages = [(ROOT / "docs" / name).read_text() for name in ("SIGNING.md", "SIGNING.ko.md")]
+    english, korean = (re.findall(r"```\w*\n.+?```", page, re.DOTALL) for page in pages)
+    assert len(english) == 3 and english == korean
