@@ -21,10 +21,12 @@ from ops.whole import write_whole
 # Spans of one request. A collector refuses one that is larger than some megabytes.
 MOST = 1000
 SPAN_KIND_CLIENT, STATUS_CODE_ERROR = 3, 2
+JSON = json.JSONEncoder(separators=(",", ":"))
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 # Those for which a request was made, or tried. An attempt that was taken for lost, and whose
-# worker came back after all, is told once. Page by page, as there may be millions.
+# worker came back after all, is told once (OFFSET 0 keeps the planner from reading all for that).
+# Page by page, as there may be millions.
 ATTEMPTS = """
 WITH page AS (
     SELECT a.* FROM stage_attempts AS a
@@ -35,7 +37,7 @@ WITH page AS (
       AND NOT (a.outcome = 'lost' AND EXISTS (
           SELECT FROM stage_attempts AS b
           WHERE b.job_id = a.job_id AND b.call_id = a.call_id AND b.attempt = a.attempt
-            AND b.outcome <> 'lost'))
+            AND b.outcome <> 'lost' OFFSET 0))
     ORDER BY a.finished_at, a.call_id, a.attempt, a.outcome
     LIMIT %(most)s
 )
@@ -159,7 +161,7 @@ def traces(since: datetime, until: datetime | None, out: Path | None) -> None:
     if until is not None and until <= since:
         raise click.UsageError("--until is not later than --since")
     conn = rows.connected("traces")
-    lines = (json.dumps(request(conn, page)) + "\n" for page in pages(conn, since, until))
+    lines = (JSON.encode(request(conn, page)) + "\n" for page in pages(conn, since, until))
     if out:
         write_whole(out, "".join(lines))
     else:

@@ -3,11 +3,15 @@
 import base64
 import itertools
 import json
+import os
+import subprocess
+import sys
 from contextlib import closing
 from datetime import datetime, timedelta, timezone
 
 import pytest
 from commands import run_here
+from conftest import ROOT
 from google.protobuf.json_format import ParseDict
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
@@ -20,6 +24,7 @@ from ops import traces
 
 REFUSED = b"HTTP/1.1 500 Oops\r\nContent-Length: 9\r\n\r\nno memory"
 SINCE = datetime(2026, 1, 1, tzinfo=timezone.utc)
+SENDER = str(ROOT / "demo/monitoring/send_traces.py")
 IDS = ("traceId", "spanId", "parentSpanId")
 
 
@@ -168,6 +173,30 @@ def test_attempts_of_rows_and_tables_that_are_gone_are_exported(shared_database)
     assert {span.trace_id.hex() for span in found} == {job.replace("-", "")}
     assert {span.name for span in found} == {"planner", '\x1b"단계'}
     assert all(span.end_time_unix_nano >= span.start_time_unix_nano for span in found)
+
+
+def test_sender_goes_on_where_the_collector_took_all(database, serve, tmp_path):
+    job = add_attempts(database, 2)
+    database.rows("UPDATE stage_attempts SET finished_at = now() - interval '2 min'")
+    collector = serve(in_turn(REFUSED, OK))
+
+    def send() -> tuple[int, str, list[int]]:
+        """The exit code, what was said, and how many spans each request had."""
+        before = len(collector.requests)
+        done = subprocess.run(
+            [sys.executable, SENDER, f"{collector.url}/v1/traces", str(tmp_path / "sent")],
+            env=os.environ | database.environ, capture_output=True, encoding="utf-8",
+        )  # fmt: skip
+        bodies = [request.body.decode() for request in collector.requests[before:]]
+        return done.returncode, done.stderr, [len(spans_in(body)) for body in bodies]
+
+    said = f"{collector.url}/v1/traces did not take the spans: HTTP 500\n"
+    assert send() == (1, said, [2])
+    assert send() == (0, "", [2])
+    database.rows("UPDATE stage_attempts SET finished_at = now() - interval '30 s'")
+    assert send() == (0, "", [0])  # one may be committed late: it is for the next run
+    assert collector.requests[1].headers["content-type"] == "application/json"
+    assert job in collector.requests[1].body.decode()
 
 
 def test_nothing_finished_is_an_empty_request_also_in_a_file(database, run_command, tmp_path):

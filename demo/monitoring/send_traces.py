@@ -1,0 +1,55 @@
+"""Sends finished attempts to a collector of OpenTelemetry, each once; for cron:
+
+    python demo/monitoring/send_traces.py http://localhost:4318/v1/traces FILE
+
+FILE keeps up to when they are sent. It is written once the collector has taken all of them, so that
+after a failure the next run sends the same again, with the same ids. The first run sends those of
+the last hour.
+"""
+
+import http.client
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+LISTENER = Path(__file__).parents[2] / "listener.py"
+TIME_LIMIT = 10.0  # seconds
+# What finished at the end of a run may be committed after it.
+LAG = timedelta(minutes=1)
+
+
+def post(url: str, spans: bytes) -> None:
+    """Send a request; where it is not taken, end with a line that says so."""
+    head = {"Content-Type": "application/json"}
+    try:
+        request = urllib.request.Request(url, spans, head)
+        urllib.request.urlopen(request, timeout=TIME_LIMIT).close()
+    except urllib.error.HTTPError as error:
+        sys.exit(f"{url} did not take the spans: HTTP {error.code}")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        sys.exit(f"{url} did not take the spans: {getattr(error, 'reason', error)}")
+
+
+def main() -> None:
+    if len(sys.argv) != 3:
+        sys.exit("usage: send_traces.py http://localhost:4318/v1/traces FILE")
+    url, file = sys.argv[1], Path(sys.argv[2])
+    until = (datetime.now(timezone.utc) - LAG).isoformat()
+    since = file.read_text() if file.exists() else "1h"
+    command = [sys.executable, str(LISTENER), "traces", "--since", since, "--until", until]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        for line in process.stdout:
+            post(url, line)
+    if process.returncode:
+        sys.exit(process.returncode)
+    written = file.with_name(f"{file.name}.tmp")
+    written.write_text(until)
+    os.replace(written, file)
+
+
+if __name__ == "__main__":
+    main()
