@@ -1,0 +1,52 @@
+"""Answers, and the exceptions that become one."""
+
+import json
+from typing import Any, NamedTuple
+
+JSON = {"Content-Type": "application/json"}
+
+
+class Answer(NamedTuple):
+    """What to answer. Flask takes it as it is; FastAPI and Starlette as Response(*answer)."""
+
+    body: bytes
+    status: int
+    headers: dict[str, str]
+
+
+class Failed(Exception):
+    """Raised by the work: set the row to (stage, 'failed'), and answer so. Not logged as a bug.
+
+    Args:
+        error: why, for people.
+        status: of the answer, 400 to 599.
+    """
+
+    def __init__(self, error: str, status: int = 500):
+        super().__init__(error)
+        self.status = status
+
+
+class Refused(Exception):
+    """The request is not worked on: its answer."""
+
+    def __init__(self, answer: Answer):
+        super().__init__(answer)
+        self.answer = answer
+
+
+class Running(Refused):
+    """It is being worked on already."""
+
+
+def json_answer(status: int, /, **content: Any) -> Answer:
+    text = json.dumps(content, ensure_ascii=False, default=str)
+    return Answer(text.encode("utf-8", "replace"), status, JSON)
+
+
+def refusal(status: int, error: str, /, **content: Any) -> Refused:
+    return Refused(json_answer(status, error=error, **content))
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

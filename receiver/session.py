@@ -1,0 +1,144 @@
+"""The database: one connection for one request, its lock, and transactions that are repeated."""
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+TRY_AGAIN_AFTER = 0.2  # seconds, where the database is away
+
+# Held by the session that works on a key, for as long as it does. The server is to notice soon that
+# the host of a session is gone; by default it does after two hours.
+LOCK = """
+SELECT pg_try_advisory_lock(hashtextextended('stage_requests ' || %(key)s, 0)),
+       set_config('tcp_keepalives_idle', '15', false),
+       set_config('tcp_keepalives_interval', '5', false),
+       set_config('tcp_keepalives_count', '3', false)"""
+UNLOCK = "SELECT pg_advisory_unlock(hashtextextended('stage_requests ' || %(key)s, 0))"
+# The same lock, until the end of the transaction.
+LOCK_BRIEFLY = "SELECT pg_try_advisory_xact_lock(hashtextextended('stage_requests ' || %(key)s, 0))"
+
+# Serialization failure, deadlock; a lock that was not to be had.
+TRANSIENT = ("40", "55P03")
+# The connection itself; read-only, so a standby; too many clients; the server goes down.
+LOST = ("08", "25006", "53300", "57P0")
+
+
+class Session:
+    """A connection for one request, made again where it is lost.
+
+    Args:
+        connect, release: of the Receiver.
+        key: whose lock it tries to take, and then holds; None: no lock.
+        patience: seconds for which a transaction is tried.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], Any],
+        release: Callable[[Any], Any],
+        key: str | None,
+        patience: float,
+    ):
+        self.connect, self.release = connect, release
+        self.key, self.patience = key, patience
+        self.connection: Any = None
+        self.has_lock = False
+
+    def transaction(self, do: Callable[[Any], Any]) -> Any:
+        """What do(cursor) returns, once it is committed.
+
+        Where the database was lost, `do` is run again on a new connection, and has to find out
+        whether its first commit came through.
+        """
+        until, pause = time.monotonic() + self.patience, 0.0
+        while True:
+            try:
+                done = do(self.cursor())
+                self.connection.commit()
+                return done
+            except Exception as error:
+                if not self.clean_up(error) or time.monotonic() > until:
+                    raise
+            time.sleep(pause)
+            pause = TRY_AGAIN_AFTER
+
+    def cursor(self) -> Any:
+        if self.connection is None:
+            self.connection = self.connect()
+            driver = getattr(self.connection, "driver_connection", self.connection)  # SQLAlchemy
+            if driver.autocommit:
+                driver.autocommit = False
+            if self.key is not None:
+                self.lock()
+        return self.connection.cursor()
+
+    def lock(self) -> None:
+        cursor = self.connection.cursor()
+        cursor.execute(LOCK, {"key": self.key})
+        self.has_lock = cursor.fetchone()[0]
+        # What follows must see what the last holder of the lock has committed.
+        self.connection.commit()
+
+    def clean_up(self, error: Exception) -> bool:
+        """End the transaction that `error` broke; whether it is worth another try."""
+        if is_lost(error):
+            self.drop()
+            return True
+        try:
+            if self.connection is not None:
+                self.connection.rollback()
+        except Exception:
+            self.drop()
+        return (sqlstate(error) or "").startswith(TRANSIENT)
+
+    def drop(self) -> None:
+        """Let go of a connection that is of no more use."""
+        connection, self.connection, self.has_lock = self.connection, None, False
+        if connection is not None:
+            with suppress(Exception):
+                getattr(connection, "driver_connection", connection).close()
+            with suppress(Exception):
+                self.release(connection)
+
+    def rest(self) -> None:
+        """The work begins. The connection is kept for its lock; without one it is given back."""
+        if self.key is None:
+            self.close()
+
+    def close(self) -> None:
+        """Give the lock and the connection back."""
+        if self.connection is None:
+            return
+        try:
+            if self.has_lock:
+                self.connection.cursor().execute(UNLOCK, {"key": self.key})
+                self.connection.commit()
+        except Exception:
+            self.drop()
+            return
+        connection, self.connection, self.has_lock = self.connection, None, False
+        self.release(connection)
+
+
+def sqlstate(error: Exception) -> str | None:
+    """PostgreSQL's code, under the name that psycopg 3 or psycopg2 gives it."""
+    return getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether `error` of a driver means that the database cannot be reached, or is lost.
+
+    What has no code does not come from the server. psycopg2 has a bare DatabaseError for some of
+    that.
+    """
+    if (code := sqlstate(error)) is not None:
+        return code.startswith(LOST)
+    names = {kind.__name__ for kind in type(error).__mro__}
+    is_bare = type(error).__name__ == "DatabaseError"
+    return is_bare or bool(names & {"OperationalError", "InterfaceError"})
+
+
+def rows(cursor: Any, statement: str, values: dict[str, Any]) -> list[tuple]:
+    cursor.execute(statement, values)
+    return cursor.fetchall()
