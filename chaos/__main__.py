@@ -11,6 +11,7 @@ import click
 
 from chaos import history
 from chaos.checker import check
+from chaos.once import Once
 from chaos.plot import svg
 from chaos.report import report, soak_report
 from chaos.run import Run
@@ -70,6 +71,33 @@ def check_file(file: Path) -> None:
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     sys.exit(0 if judge(happened) else 1)
+
+
+@cli.command()
+@click.option("--seed", type=int, help="What happens to which job; default: a new one, printed.")
+@click.option("--jobs", default=300, show_default=True, type=click.IntRange(1, 100_000))
+def once(seed: int | None, jobs: int) -> None:
+    """Count the effects of stages built on receiver/ while everything is killed and repeated.
+
+    Exit 1 if a job has none or two.
+    """
+    seed = random.SystemRandom().randrange(10**6) if seed is None else seed
+    directory = Path(tempfile.mkdtemp(prefix="chaos-once-"))
+    click.echo(f"seed {seed}, {jobs} jobs")
+    began = time.monotonic()
+    with Once(seed, jobs, directory) as started:
+        wrong = started.happen(click.echo)
+        for line in started.report():
+            click.echo(line)
+    lost = [row for row in wrong if row[3] == 0]
+    for job, *state, effects in wrong[:20]:
+        click.echo(f"✗ job {job} is at ({', '.join(state)}) with {effects} effects")
+    click.echo(f"{len(lost)} effects lost, {sum(row[3] > 1 for row in wrong)} doubled")
+    click.echo(f"took {time.monotonic() - began:.0f} s")
+    if wrong:
+        click.echo(f"logs: {directory}; run it again: python -m chaos once --seed {seed}")
+        sys.exit(1)
+    shutil.rmtree(directory)
 
 
 @cli.command()

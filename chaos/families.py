@@ -6,7 +6,8 @@ Beside the product's pipeline, in states of their own: a family's job rests in Q
 
 import uuid
 
-from demo.stage_api import FIND_JOB, FINISH_JOB, Rows, Stage
+import receiver
+from demo.stage_api import Stage
 from pipeline import Call, Table
 from stage_http import Answer
 
@@ -35,26 +36,14 @@ PIPELINE = {VARIANTS(*CUT): detect, VARIANTS.every(*DETECTED): ad_copy}
 ROUTES = {"/".join(CUT): detect.__name__}
 JOINS = {"/".join(DETECTED): ad_copy.__name__}
 
-# What the stages do, by path: the stage, the step before it, and its SQL. A family is taken
-# wherever it is: the call says that its variants are there.
-TAKE_VARIANT = """
-UPDATE jobs_variants SET current_step = %(stage)s, status = 'running'
- WHERE job_variants_id = %(row_id)s AND current_step = %(before)s AND status = 'done'
-RETURNING job_id"""
-FINISH_VARIANT = """
-UPDATE jobs_variants SET status = %(result)s
- WHERE job_variants_id = %(row_id)s AND current_step = %(stage)s AND status = 'running'
-RETURNING job_id"""
-FIND_VARIANT = "SELECT current_step, status FROM jobs_variants WHERE job_variants_id = %(row_id)s"
-TAKE_FAMILY = """
-UPDATE jobs SET current_step = %(stage)s, status = 'running'
- WHERE job_id = %(job_id)s
-RETURNING job_id"""
+# What the stages do, by path. A family is taken wherever it is: the call says that its variants are
+# there.
+FAMILY = [QUEUED, *(("ad_copy", status) for status in ("running", "done", "failed"))]
 STAGES = {
     "/variants/detect": Stage(
-        "detect", "cut", Rows(VARIANTS.id, TAKE_VARIANT, FINISH_VARIANT, FIND_VARIANT)
+        receiver.Stage("detect", CUT, table=VARIANTS.name, id=VARIANTS.id, where="true")
     ),
-    "/ad_copy": Stage("ad_copy", "family", Rows("job_id", TAKE_FAMILY, FINISH_JOB, FIND_JOB)),
+    "/ad_copy": Stage(receiver.Stage("ad_copy", FAMILY)),
 }
 
 # What is left behind, as in application.py: no stage works on it, and nothing is owed.

@@ -16,14 +16,21 @@ import psycopg2
 
 from chaos import families, plan
 from chaos.history import Post
-from demo.stage_api import CONNECTION_LOST, STAGES, Rows, Stage, StageApi
+from demo.stage_api import CONNECTION_LOST, STAGES, StageApi, of_jobs
 from demo.stage_server import Answer, Hangup, Request, json_answer
 
 TOO_LONG = plan.STAGE_TIMEOUT
 ACCEPTED = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n"
 
+OF_JOBS = {path: of_jobs(*stage) for path, stage in STAGES.items()}
 
-OF_JOBS = {path: Stage(*stage) for path, stage in STAGES.items()}
+# What a stage that does not use the receiver does.
+TAKE = """
+UPDATE {table} SET current_step = %(stage)s, status = 'running'
+WHERE {id} = %(row_id)s AND (current_step, status) IN %(states)s"""
+FINISH = """
+UPDATE {table} SET status = %(result)s
+WHERE {id} = %(row_id)s AND current_step = %(stage)s AND status = 'running'"""
 
 
 class Pipeline(StageApi):
@@ -84,15 +91,17 @@ class Pipeline(StageApi):
         super().finished(request)
         request.headers = request.connection = None  # it is kept, they need not be
 
-    def rows(self, request: Request) -> Rows:
-        """The rows that the stage of a request works on."""
-        return self._stages[request.path].rows
+    def execute(self, cursor, statement: str, request: Request, **more: object) -> None:
+        """TAKE or FINISH, for the row of a request."""
+        takes = self._stages[request.path].takes
+        given = vars(request) | {"states": tuple(takes.states)} | more
+        cursor.execute(takes.sql(statement), given)
 
     @contextmanager
     def transaction(self, request: Request) -> Iterator[psycopg2.extensions.cursor]:
         """One in which the job is (stage, 'running') and nobody else sees it."""
         with closing(self.connect()) as connection, connection.cursor() as cursor:
-            cursor.execute(self.rows(request).take, vars(request))
+            self.execute(cursor, TAKE, request)
             yield cursor
 
 
@@ -180,7 +189,7 @@ def accept_and_forget(_api: Pipeline, _request: Request, _chance: Random) -> Ans
 def answer_before_commit(api: Pipeline, request: Request, chance: Random) -> Answer:
     """The answer leaves while the transaction is open; it may still be rolled back."""
     with api.transaction(request) as cursor:
-        cursor.execute(api.rows(request).finish, vars(request) | {"result": "done"})
+        api.execute(cursor, FINISH, request, result="done")
         request.status = 200
         with suppress(psycopg2.Error, OSError):  # too late for another answer
             request.connection.sendall(ACCEPTED + b"{}")
@@ -194,7 +203,7 @@ def work_in_one_transaction(api: Pipeline, request: Request, chance: Random) -> 
     """'running' is flushed, and committed only with the result, or never."""
     with api.transaction(request) as cursor:
         api.closing.wait(chance.choice([0.1, 0.5, plan.LEASE + 0.5]))
-        cursor.execute(api.rows(request).finish, vars(request) | {"result": "done"})
+        api.execute(cursor, FINISH, request, result="done")
         committed = end_by_chance(cursor, chance, 0.7)
     return Answer(200 if committed else 500)
 

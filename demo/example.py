@@ -74,7 +74,7 @@ class Example:
 
     def passed_by(self, is_child: bool) -> list[str]:
         return [name for name in self.stages
-                if (self.by_name[name].rows.id != "job_id") == is_child]  # fmt: skip
+                if (self.by_name[name].takes.id != "job_id") == is_child]  # fmt: skip
 
     def answers(self, stage: str) -> dict[int, int]:
         """How often a row is answered with which status."""

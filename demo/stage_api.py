@@ -1,8 +1,8 @@
 """A stand-in for the five stage APIs, without their models: for the demo, compose and the tests.
 
-Like the real ones it is synchronous: it takes a job that is in the state before the stage, commits
-(stage, 'running'), works for a while, commits (stage, 'done'), and only then answers. Those of
-examples/ are in stage_examples.py.
+It is built on receiver/, as a real one may be, and synchronous: it takes a job that is in the state
+before the stage, commits (stage, 'running'), works for a while, commits (stage, 'done'), and only
+then answers. Those of examples/ are in stage_examples.py.
 """
 
 import os
@@ -12,14 +12,16 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import click
 import psycopg2
 from psycopg2.extensions import make_dsn
 
 import config
+import receiver
 from demo.stage_server import Answer, Hangup, Request, StageServer, json_answer
 
 # path: (the stage it runs, the step that must be done before it)
@@ -34,57 +36,30 @@ STAGES = {
 # Seconds of pretended work: about a tenth of what the models take.
 DELAYS = dict(vlm_analyze=1.8, yolo_detect=0.5, planner=0.9, overlay=0.4, vlm_judge=1.4)
 
-# The statements take their values from the attributes of a Request. psycopg2 sends them as untyped
-# literals, so job_id may be uuid, bigint or text and still finds its index.
-TAKE_JOB = """
-UPDATE jobs SET current_step = %(stage)s, status = 'running'
- WHERE job_id = %(job_id)s AND tenant_id IS NOT DISTINCT FROM %(tenant_id)s
-   AND current_step = %(before)s AND status = 'done'
-RETURNING job_id"""
-
-FINISH_JOB = """
-UPDATE jobs SET status = %(result)s
- WHERE job_id = %(job_id)s AND current_step = %(stage)s AND status = 'running'
-RETURNING job_id"""
-
-FIND_JOB = """
-SELECT current_step, status FROM jobs
- WHERE job_id = %(job_id)s AND tenant_id IS NOT DISTINCT FROM %(tenant_id)s"""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows that a stage works on.
-
-    id: the field of the body that says which row.
-    take, finish, find: statements as those of jobs above. %(row_id)s is the row's id.
-    """
-
-    id: str
-    take: str
-    finish: str
-    find: str
-
-
-JOBS = Rows("job_id", TAKE_JOB, FINISH_JOB, FIND_JOB)
-
 
 @dataclass(frozen=True)
 class Stage:
     """What a stage API does with a request.
 
-    before: the step that must be done before it.
+    takes: its name, and which rows it takes.
     needs: what the body must hold besides the ids.
     fails: how many times it sets a row to failed before it succeeds.
-    makes: a statement that writes what the stage has found.
+    makes: a statement that writes what the stage has found; its values are those of a Request.
     """
 
-    name: str
-    before: str
-    rows: Rows = JOBS
+    takes: receiver.Stage
     needs: tuple[str, ...] = ()
     fails: int = 0
     makes: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.takes.name
+
+
+def of_jobs(name: str, before: str, **more: Any) -> Stage:
+    """A stage that takes jobs from (before, 'done')."""
+    return Stage(receiver.Stage(name, after=(before, "done")), **more)
 
 
 CONNECTION_LOST = (psycopg2.OperationalError, psycopg2.InterfaceError)
@@ -115,11 +90,13 @@ class StageApi:
         self.closing = threading.Event()
         self._dsn, self._host, self._port, self._log = dsn, host, port, log
         self._delay = delay if callable(delay) else lambda stage: delay
-        self._stages = stages or {path: Stage(*names) for path, names in STAGES.items()}
+        self._stages = stages or {path: of_jobs(*names) for path, names in STAGES.items()}
         self._failed: Counter[tuple[str, str]] = Counter()
         self._behaviours: dict[str, Behaviour | None] = {}
         self._changed = threading.Condition()
         self._idle: list[psycopg2.extensions.connection] = []
+        self._receiver = receiver.Receiver(self._take_connection, self._idle.append, patience=30)
+        self._is_installed = False
         self._server: StageServer | None = None
 
     @property
@@ -177,8 +154,7 @@ class StageApi:
 
     def arrived(self, request: Request) -> None:
         if stage := self._stages.get(request.path):
-            request.stage, request.before = stage.name, stage.before
-            request.row_id = request.id_in(stage.rows.id)
+            request.stage, request.row_id = stage.name, request.id_in(stage.takes.id)
         with self._changed:
             self.requests.append(request)
             self._changed.notify_all()
@@ -205,24 +181,19 @@ class StageApi:
         stage = self._stages.get(request.path)
         if stage is None:
             return json_answer(404, error=f"no stage at {request.path}")
-        if request.row_id is None or "tenant_id" not in request.body:
-            return json_answer(400, error=f"expected a JSON object with {stage.rows.id}, tenant_id")
         if missing := [name for name in stage.needs if request.body.get(name) is None]:
             return json_answer(422, error=f"expected {', '.join(missing)}")
-        try:
-            if not self._execute(stage.rows.take, request):
-                return self._refusal(stage, request)
-            self.closing.wait(self._delay(request.stage) if seconds is None else seconds)
-            result = self._result(stage, request, result)
-            if stage.makes and result == "done":
-                self._execute(stage.makes, request)
-            self._execute(stage.rows.finish, request, result=result)
-        except (psycopg2.DataError, ValueError):  # an id that its column cannot hold
-            return json_answer(404, error="no such job", job_id=request.job_id)
-        except CONNECTION_LOST as error:
-            return json_answer(503, error=f"database: {error}".strip())
-        status = 200 if result == "done" else 500
-        return json_answer(status, job_id=request.job_id, stage=request.stage, status=result)
+
+        def run(job: receiver.Job) -> dict:
+            self.closing.wait(self._delay(stage.name) if seconds is None else seconds)
+            if self._result(stage, request, result) == "failed":
+                raise receiver.Failed(f"{stage.name} failed")
+            if stage.makes:
+                job.write(stage.makes, vars(request))
+            return {"job_id": request.job_id, "stage": stage.name, "status": "done"}
+
+        body, status, headers = self._receiver.run(stage.takes, request.headers, request.raw, run)
+        return Answer(status, body, headers)
 
     def _result(self, stage: Stage, request: Request, asked: str) -> str:
         """'failed' for as many calls of a row as the stage fails, then what is asked for."""
@@ -232,38 +203,20 @@ class StageApi:
         self._failed[key] += 1
         return "failed"
 
-    def _refusal(self, stage: Stage, request: Request) -> Answer:
-        for step, status in self._execute(stage.rows.find, request):
-            wanted = f"{stage.name} needs ({stage.before}, done)"
-            return json_answer(409, error=f"the job is in ({step}, {status}); {wanted}")
-        return json_answer(404, error="no such job", job_id=request.job_id)
+    def install(self) -> None:
+        """Make the receiver's table, where it is missing."""
+        if not self._is_installed:
+            receiver.Receiver(self.connect, patience=0).install()
+            self._is_installed = True
 
-    def _execute(self, statement: str, request: Request, **more: str) -> list[tuple]:
-        """One statement, one commit; sits out a database restart, so that no work is lost."""
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                with self._connection() as connection, connection.cursor() as cursor:
-                    cursor.execute(statement, vars(request) | more)
-                    return cursor.fetchall() if cursor.description else []
-            except CONNECTION_LOST:
-                self._idle.clear()
-                if time.monotonic() > deadline or self.closing.wait(0.2):
-                    raise
-
-    @contextmanager
-    def _connection(self):
-        try:
-            connection = self._idle.pop()
-        except IndexError:
-            connection = self.connect()
-            connection.autocommit = True
-        try:
-            yield connection
-        except BaseException:
-            connection.close()
-            raise
-        self._idle.append(connection)
+    def _take_connection(self) -> psycopg2.extensions.connection:
+        self.install()
+        while self._idle:
+            with suppress(IndexError):  # another thread was faster
+                connection = self._idle.pop()
+                if not connection.closed:
+                    return connection
+        return self.connect()
 
 
 def database_from_environment() -> str | None:

@@ -1,40 +1,30 @@
 """What the stand-in stage API does in the pipelines of examples/."""
 
-from demo.stage_api import FIND_JOB, FINISH_JOB, STAGES, Rows, Stage
+from typing import Any
 
-# --- of a variant ---
+import receiver
+from demo.stage_api import STAGES, Stage, of_jobs
 
-# Also one that this stage has set to failed.
-TAKE_VARIANT = """
-UPDATE jobs_variants AS v SET current_step = %(stage)s, status = 'running'
-  FROM jobs AS j
- WHERE v.job_variants_id = %(row_id)s AND j.job_id = v.job_id AND v.job_id = %(job_id)s
-   AND j.tenant_id IS NOT DISTINCT FROM %(tenant_id)s
-   AND (v.current_step, v.status) IN ((%(before)s, 'done'), (%(stage)s, 'failed'))
-RETURNING v.job_variants_id"""
+OF_TENANT = """r.job_id = %(job_id)s AND EXISTS (
+    SELECT FROM jobs AS j
+    WHERE j.job_id = r.job_id AND j.tenant_id IS NOT DISTINCT FROM %(tenant_id)s)"""
 
-FINISH_VARIANT = """
-UPDATE jobs_variants SET status = %(result)s
- WHERE job_variants_id = %(row_id)s AND current_step = %(stage)s AND status = 'running'
-RETURNING job_variants_id"""
 
-FIND_VARIANT = """
-SELECT current_step, status FROM jobs_variants WHERE job_variants_id = %(row_id)s"""
+def of_variants(name: str, before: str, **more: Any) -> Stage:
+    """A stage that takes variants from (before, 'done'), and those that it has set to failed."""
+    after = [(before, "done"), (name, "failed")]
+    takes = receiver.Stage(
+        name, after, table="jobs_variants", id="job_variants_id", where=OF_TENANT
+    )
+    return Stage(takes, **more)
 
-VARIANTS = Rows("job_variants_id", TAKE_VARIANT, FINISH_VARIANT, FIND_VARIANT)
 
-# --- of a job whose variants are all there ---
-
-TAKE_JOINED = """
-UPDATE jobs SET current_step = %(stage)s, status = 'running'
- WHERE job_id = %(job_id)s AND tenant_id IS NOT DISTINCT FROM %(tenant_id)s
-   AND current_step = 'img_gen' AND status = 'done'
-   AND NOT EXISTS (SELECT FROM jobs_variants AS v
-                    WHERE v.job_id = %(job_id)s
-                      AND (v.current_step, v.status) IS DISTINCT FROM (%(before)s, 'done'))
-RETURNING job_id"""
-
-JOINED = Rows("job_id", TAKE_JOINED, FINISH_JOB, FIND_JOB)
+# A job whose variants are all there. No state of its own owes this call, so it keeps the one that
+# it is in until the work is over.
+ALL_THERE = """r.tenant_id IS NOT DISTINCT FROM %(tenant_id)s AND NOT EXISTS (
+    SELECT FROM jobs_variants AS v WHERE v.job_id = r.job_id
+       AND (v.current_step, v.status) IS DISTINCT FROM ('iou_eval', 'done'))"""
+JOINED = receiver.Stage("ad_copy_gen_kor", ("img_gen", "done"), running=False, where=ALL_THERE)
 
 MAKE_PROPOSAL = """
 INSERT INTO planner_proposals (job_variants_id, layout) VALUES (%(row_id)s, '{"text": "top"}')"""
@@ -49,18 +39,18 @@ VALUES (%(row_id)s, CASE WHEN random() < 0.5 THEN gen_random_uuid() END)"""
 OVERLAY = "/api/yh/overlay"
 
 EXAMPLES: dict[str, dict[str, Stage]] = {
-    "five_stages": {path: Stage(*names) for path, names in STAGES.items()}
-    | {OVERLAY: Stage("overlay", "planner", needs=("text",))},
-    "variants": {path: Stage(*names, VARIANTS) for path, names in STAGES.items()}
+    "five_stages": {path: of_jobs(*names) for path, names in STAGES.items()}
+    | {OVERLAY: of_jobs("overlay", "planner", needs=("text",))},
+    "variants": {path: of_variants(*names) for path, names in STAGES.items()}
     | {
-        "/api/yh/planner": Stage("planner", "yolo_detect", VARIANTS, makes=MAKE_PROPOSAL),
-        OVERLAY: Stage("overlay", "planner", VARIANTS, ("text", "proposal_id"),
-                       makes=MAKE_OVERLAY),
-        "/api/yh/ocr/evaluate": Stage("ocr_eval", "vlm_judge", VARIANTS, fails=2),
-        "/api/yh/readability/evaluate": Stage("readability_eval", "ocr_eval", VARIANTS),
-        "/api/yh/iou/evaluate": Stage("iou_eval", "readability_eval", VARIANTS),
-        "/api/yh/gpt/ad-copy-kor": Stage("ad_copy_gen_kor", "iou_eval", JOINED),
-        "/api/yh/instagram/feed": Stage("instagram_feed_gen", "ad_copy_gen_kor"),
+        "/api/yh/planner": of_variants("planner", "yolo_detect", makes=MAKE_PROPOSAL),
+        OVERLAY: of_variants("overlay", "planner", needs=("text", "proposal_id"),
+                             makes=MAKE_OVERLAY),
+        "/api/yh/ocr/evaluate": of_variants("ocr_eval", "vlm_judge", fails=2),
+        "/api/yh/readability/evaluate": of_variants("readability_eval", "ocr_eval"),
+        "/api/yh/iou/evaluate": of_variants("iou_eval", "readability_eval"),
+        "/api/yh/gpt/ad-copy-kor": Stage(JOINED),
+        "/api/yh/instagram/feed": of_jobs("instagram_feed_gen", "ad_copy_gen_kor"),
     },
 }  # fmt: skip
 

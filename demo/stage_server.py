@@ -31,21 +31,29 @@ def json_answer(status: int, /, **content: Any) -> Answer:
     return Answer(status, body, {"Content-Type": "application/json"})
 
 
+def object_in(raw: bytes) -> dict:
+    """The JSON object in a body, empty where it is none."""
+    with suppress(ValueError):
+        if isinstance(content := json.loads(raw), dict):
+            return content
+    return {}
+
+
 class Request:
     """One POST as it arrived, and how it went. Times are those of time.monotonic().
 
-    body: the JSON object that was sent, empty where it was none.
+    body: the JSON object that was sent, empty where it was none; raw: its bytes.
     status: None until the answer is known; finished: None until it has left; sent: all of it.
     """
 
-    def __init__(self, path: str, body: dict, headers: HTTPMessage, connection: socket.socket):
+    def __init__(self, path: str, raw: bytes, headers: HTTPMessage, connection: socket.socket):
         self.time = time.monotonic()
         self.finished: float | None = None
         self.status: int | None = None
         self.sent = False
-        self.path, self.body, self.headers, self.connection = path, body, headers, connection
+        self.path, self.raw, self.headers, self.connection = path, raw, headers, connection
+        self.body = object_in(raw)
         self.stage: str | None = None
-        self.before: str | None = None
         self.job_id, self.tenant_id = self.id_in("job_id"), self.id_in("tenant_id")
         self.row_id: str | None = None  # of the row that the stage works on
 
@@ -70,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         api = self.server.api
-        request = Request(self.path, self._json_object(), self.headers, self.connection)
+        request = Request(self.path, self._body(), self.headers, self.connection)
         api.arrived(request)
         try:
             answer = api.answer(request)
@@ -82,16 +90,14 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             api.finished(request)
 
-    def _json_object(self) -> dict:
-        """The JSON object in the body; where there is none, the stream is not trusted any more."""
-        content = None
+    def _body(self) -> bytes:
+        """The body; where its length is not to be had, the stream is not trusted any more."""
         with suppress(ValueError):
             length = int(self.headers.get("Content-Length", ""))
-            content = json.loads(self.rfile.read(length)) if 0 <= length <= LARGEST_BODY else None
-        if isinstance(content, dict):
-            return content
+            if 0 <= length <= LARGEST_BODY:
+                return self.rfile.read(length)
         self.close_connection = True
-        return {}
+        return b""
 
     def _send(self, answer: Answer) -> None:
         self.send_response(answer.status)

@@ -1,9 +1,8 @@
-"""A stage built on receiver/, and connections that something happens to at a chosen moment."""
+"""A stage built on receiver/."""
 
 import json
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
 from types import SimpleNamespace
 
 import psycopg2
@@ -57,61 +56,3 @@ class Site:
     def cut(self) -> None:
         """End every session of the stage, and wait until the server has let go of its locks."""
         self.database.rows(f"SELECT pg_terminate_backend(pid, 60000) FROM {SESSIONS}")
-
-
-class Watched:
-    """Connections of `connect` that tell `happens` of the moment after each statement and commit,
-    which is the one before the next. Moments are numbered from 1."""
-
-    def __init__(self, connect: Callable, happens: Callable):
-        self.connect, self.happens, self.moment = connect, happens, 0
-
-    def __call__(self) -> "Wire":
-        return Wire(self, self.connect())
-
-    def pass_through(self, wire: "Wire", do: Callable):
-        done = do()
-        self.moment += 1
-        self.happens(self.moment, wire)
-        return done
-
-
-class Wire:
-    """A connection, and its cursors."""
-
-    def __init__(self, watched: Watched, real):
-        self.watched, self.real, self.autocommit = watched, real, False
-
-    def cursor(self):
-        return Cursor(self, self.real.cursor())
-
-    def commit(self):
-        self.watched.pass_through(self, self.real.commit)
-
-    def rollback(self):
-        self.real.rollback()
-
-    def close(self):
-        self.real.close()
-
-    def cut(self) -> None:
-        """The server's end is closed, and ours hears of it."""
-        pid = self.real.info.backend_pid
-        other = self.watched.connect()
-        other.autocommit = True
-        other.cursor().execute("SELECT pg_terminate_backend(%s, 60000)", [pid])
-        other.close()
-        with suppress(psycopg2.Error):
-            self.real.cursor().execute("SELECT 1")
-        raise psycopg2.OperationalError("cut")
-
-
-class Cursor:
-    def __init__(self, wire: Wire, real):
-        self.wire, self.real = wire, real
-
-    def execute(self, *args):
-        self.wire.watched.pass_through(self.wire, lambda: self.real.execute(*args))
-
-    def __getattr__(self, name: str):
-        return getattr(self.real, name)

@@ -9,9 +9,10 @@ import psycopg2
 import psycopg2.pool
 import pytest
 from conftest import Database
-from receiving import ANALYZE, KEEPING, Site, Watched
+from receiving import ANALYZE, KEEPING, Site
 from waiting import PATIENCE, until
 
+from chaos.moments import Watched
 from receiver import Failed, Stage
 
 
