@@ -154,6 +154,7 @@ class Connection(psycopg2.extensions.connection):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.target: dict[str, str] = {}  # the one of targets() that it is connected to
         self.prepared: dict[str, str] = {}  # by name: the EXECUTE of every prepared statement
 
 
@@ -163,6 +164,7 @@ def connect(
     pinned: bool = False,
     stop: Any = None,
     trying: Callable[[str], None] = lambda host: None,
+    last: dict[str, str] | None = None,
 ) -> Connection:
     """An autocommit connection with a deadline on every call.
 
@@ -172,6 +174,8 @@ def connect(
         stop: shortens the wait for an answer once it is `requested`.
         trying: told each host before it is tried, which takes CONNECTION["connect_timeout"] for
             each of its addresses.
+        last: the target of a connection that was lost. It is tried last: a server may take
+            connections and do no work.
 
     Raises:
         SettingsError: no database is configured.
@@ -179,20 +183,23 @@ def connect(
     """
     config.require_database(settings)
     reasons = []
-    for target in targets(settings):
+    for target in sorted(targets(settings), key=lambda target: target == last):
         trying(target.get("host") or target.get("hostaddr") or "")
         try:
             conn = connect_to({"application_name": name} | CONNECTION | target)
         except psycopg2.Error as error:
             reasons.append(" ".join(str(error).split()) + hint(settings, str(error)))
             continue
-        conn.stop = stop
+        conn.stop, conn.target = stop, target
         try:
             conn.autocommit = True
             prepare_session(conn, SESSION | PINNED if pinned else SESSION)
-        except psycopg2.Error:
+        except psycopg2.Error as error:
             conn.close()
-            raise
+            if not isinstance(error, CONNECTION_LOST):
+                raise
+            reasons.append(str(error))
+            continue
         return conn
     raise ConnectionLost("; ".join(reasons))
 

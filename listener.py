@@ -110,6 +110,7 @@ class Listener:
         self.nothing_due = False
         self.stops_obeyed = 0
         self.reason, self.repeats = "", 0  # of the lost connection
+        self.target: dict[str, str] | None = None  # where the last connection led
 
     # --- connect, work, and once more ---
 
@@ -143,10 +144,22 @@ class Listener:
         log.info("Job State Listener 중지됨: listener=%s", self.name)
 
     def connect(self) -> db.Connection:
-        """LISTEN comes before the first look for due calls, so that nothing falls between."""
+        """A connection to the primary, ready for work."""
         self.workers.conn = None
         name = db.LISTENER_APPLICATION + self.name
-        conn = db.connect(self.settings, name, True, self.signals, self.beat_for_host)
+        conn = db.connect(
+            self.settings, name, True, self.signals, self.beat_for_host, last=self.target
+        )
+        self.target = conn.target
+        try:
+            self.prepare(conn)
+        except BaseException:
+            conn.close()
+            raise
+        return conn
+
+    def prepare(self, conn: db.Connection) -> None:
+        """LISTEN comes before the first look for due calls, so that nothing falls between."""
         self.beat("asking the database", LONGEST_SLEEP)
         info = conn.info
         log.info("PostgreSQL 연결 성공: %s:%s/%s", info.host, info.port, info.dbname)
@@ -161,7 +174,6 @@ class Listener:
         self.workers.conn = conn
         self.give_back(conn)
         self.look_at = self.sweep_at = 0.0
-        return conn
 
     def work(self, conn: db.Connection) -> None:
         """The loop."""

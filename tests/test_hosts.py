@@ -1,6 +1,7 @@
 """Connections that are left, and two of several hosts that are primary at once."""
 
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 
 import commands
@@ -11,6 +12,7 @@ from faults.standby import Standby
 from tcp_proxy import TcpProxy
 from waiting import until
 
+import db
 import hosts
 from demo.database import EmbeddedDatabase
 
@@ -49,6 +51,36 @@ def test_verify_says_that_connections_run_out(limited):
     limited.rows(f"ALTER ROLE {limited.role['DB_USER']} CONNECTION LIMIT 2")
     done = commands.run_here(limited.environ | limited.role, "verify")
     assert "PROBLEM  1 more connections to the database are left → end sessions" in done.out
+
+
+# --- several hosts -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def proxied(database):
+    """A proxy, and settings with it as the first host and the server itself as the second."""
+    with TcpProxy(database.environ) as proxy:
+        ports = f"{proxy.settings['DB_PORT']},{database.environ['DB_PORT']}"
+        yield proxy, database.settings(DATABASE_URL=(
+            f"postgresql://{database.environ['DB_USER']}@/{database.name}"
+            f"?host=127.0.0.1,127.0.0.1&port={ports}"))  # fmt: skip
+
+
+def test_host_that_takes_connections_and_drops_them_keeps_nobody_from_the_next(proxied, database):
+    proxy, settings = proxied
+    dropped = proxy.hold_answer(db.BACKEND_PID)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: (dropped.wait(), dropped.cut()))
+        with closing(db.connect(settings)) as conn:
+            assert conn.info.port == int(database.environ["DB_PORT"])
+
+
+def test_host_of_a_lost_connection_is_tried_last(proxied):
+    _, settings = proxied
+    first, second = db.targets(settings)
+    for last, found in ((None, first), (first, second), (second, first)):
+        with closing(db.connect(settings, last=last)) as conn:
+            assert conn.target == found and conn.info.port == int(found["port"])
 
 
 # --- two primaries -------------------------------------------------------------------------
