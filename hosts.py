@@ -1,16 +1,19 @@
-"""The servers of the database: how many connections are left, and whether two of several hosts are
-primary at once (a split brain).
+"""The servers of the database: how many connections are left, which of several hosts is the
+primary, and whether two are at once (a split brain).
 
-    python -m hosts     prints a line where there is one
+    python -m hosts     prints the primaries as JSON: [system, timeline] by host
 """
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import psycopg2
 
@@ -45,10 +48,30 @@ def connections_left(conn) -> int:
     return max(0, db.execute(conn, LEFT).fetchone()[0])
 
 
-# The name of a WAL file begins with the timeline. It grows with each promotion.
-TIMELINE = """
-SELECT ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::integer
+class Place(NamedTuple):
+    """Which database cluster a primary is of, and on which timeline: that grows with each
+    promotion."""
+
+    system: str
+    timeline: int
+
+
+# The name of a WAL file begins with the timeline.
+PLACE = """
+SELECT system_identifier::text AS system,
+       ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::integer AS timeline
+FROM pg_control_system()
 """
+
+
+def place(conn) -> Place | None:
+    """None where the server does not tell."""
+    try:
+        return Place(*db.execute(conn, PLACE).fetchone())
+    except db.CONNECTION_LOST:
+        raise
+    except psycopg2.Error:
+        return None
 
 
 PING = "SELECT 1"
@@ -67,36 +90,79 @@ def is_several(settings: SimpleNamespace) -> bool:
     return len(list(db.targets(settings))) > 1
 
 
-def timelines(settings: SimpleNamespace) -> dict[str, int]:
-    """The timeline of each host that is primary, by its name; the latest one last."""
+def timelines(
+    settings: SimpleNamespace, trying: Callable[[str], None] = lambda host: None
+) -> dict[str, Place]:
+    """The place of each host that is primary, by its name; the latest timeline last.
+
+    Args:
+        trying: told each host before it is tried.
+    """
     found = {}
     for target in db.targets(settings):
+        trying(target.get("host") or target.get("hostaddr") or "")
         with (
             contextlib.suppress(psycopg2.Error),
             contextlib.closing(db.connect_to(db.CONNECTION | target)) as conn,
         ):
-            name = f"{conn.info.host}:{conn.info.port}"
-            found[name] = db.execute(conn, TIMELINE).fetchone()[0]
-    return dict(sorted(found.items(), key=lambda item: item[1]))
+            if there := place(conn):
+                found[f"{conn.info.host}:{conn.info.port}"] = there
+    return dict(sorted(found.items(), key=lambda item: item[1].timeline))
 
 
-def split_brain(settings: SimpleNamespace) -> str | None:
+def split_brain(found: dict[str, Place]) -> str | None:
     """What is wrong where two hosts are primary on different timelines."""
-    found = timelines(settings)
-    if len(set(found.values())) < 2:
+    if len({there.timeline for there in found.values()}) < 2:
         return None
-    *old, (new, latest) = found.items()
+    *old, (new, latest) = [(name, there.timeline) for name, there in found.items()]
     others = ", ".join(f"{name} on {line}" for name, line in old if line != latest)
     return f"two primaries: {new} is on timeline {latest}, but {others} takes writes as well"
 
 
 class Watch:
-    """Looks at all hosts now and then, in a process of its own: a dead host costs seconds."""
+    """Knows the latest timeline, so that the listener stays away from an old primary. Looks at all
+    hosts now and then, in a process of its own: a dead host costs seconds.
+    """
 
     def __init__(self, settings: SimpleNamespace):
-        self.look_at = time.monotonic() + LOOK_EVERY if is_several(settings) else float("inf")
+        self.settings, self.several = settings, is_several(settings)
+        self.look_at = time.monotonic() + LOOK_EVERY if self.several else float("inf")
         self.process: subprocess.Popen | None = None
         self.said = ""
+        self.latest: dict[str, int] = {}  # timeline by system
+        self.here: tuple[str, Place] | None = None  # where the listener is connected
+
+    def arrive(self, conn, trying: Callable[[str], None]) -> None:
+        """Compare a new connection with the other hosts: they are asked once, at the start.
+
+        Raises:
+            ConnectionLost: it is that of an old primary.
+        """
+        self.here = None
+        if not self.several:
+            return
+        if not self.latest:
+            self.learn(timelines(self.settings, trying).values())
+        if there := place(conn):
+            self.here = f"{conn.info.host}:{conn.info.port}", there
+            self.learn([there])
+        self.require_latest()
+
+    def learn(self, places: Iterable[Place]) -> None:
+        for system, timeline in places:
+            self.latest[system] = max(timeline, self.latest.get(system, 0))
+
+    def require_latest(self) -> None:
+        """Raises ConnectionLost where the listener's primary is an old one."""
+        if self.here is None:
+            return
+        name, (system, timeline) = self.here
+        if timeline < self.latest[system]:
+            raise db.ConnectionLost(
+                f"{name} is an old primary: it is on timeline {timeline}, and another host has"
+                f" been primary on {self.latest[system]} (is it the right one after all? then stop"
+                " the other one and restart the listener)"
+            )
 
     def look(self) -> str | None:
         """Never waits; what is wrong, once, as soon as it is known."""
@@ -117,8 +183,11 @@ class Watch:
                 self.process.kill()
             return None
         with self.process as ended:
-            said = ended.communicate()[0].strip()
+            text = ended.communicate()[0]
         self.process = None
+        found = {name: Place(*there) for name, there in json.loads(text or "{}").items()}
+        self.learn(found.values())
+        said = split_brain(found) or ""
         is_new, self.said = bool(said) and said != self.said, said
         return said if is_new else None
 
@@ -134,5 +203,4 @@ class Watch:
 
 
 if __name__ == "__main__":
-    if problem := split_brain(config.settings()):
-        print(problem)
+    print(json.dumps(timelines(config.settings())))

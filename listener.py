@@ -160,6 +160,7 @@ class Listener:
 
     def prepare(self, conn: db.Connection) -> None:
         """LISTEN comes before the first look for due calls, so that nothing falls between."""
+        self.hosts.arrive(conn, self.beat_for_host)
         self.beat("asking the database", LONGEST_SLEEP)
         info = conn.info
         log.info("PostgreSQL 연결 성공: %s:%s/%s", info.host, info.port, info.dbname)
@@ -466,6 +467,8 @@ class Listener:
         if problem := self.hosts.look():
             log.error("프라이머리가 둘: %s", problem)
             self.alerts.send("split_brain", problem)
+        if conn:
+            self.hosts.require_latest()
         if self.signals.child_ended:
             reap_orphans([*self.workers.pids, *self.alerts.pids, *self.hosts.pids])
         return ready

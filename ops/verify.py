@@ -352,7 +352,8 @@ def check_hosts(conn, settings) -> str:
     if (left := hosts.connections_left(conn)) < hosts.FEW:
         raise Bad(f"{left} more connections to the database are left",
                   "end sessions (pg_stat_activity), or raise the limit")  # fmt: skip
-    if hosts.is_several(settings) and (problem := hosts.split_brain(settings)):
+    several = hosts.is_several(settings)
+    if several and (problem := hosts.split_brain(hosts.timelines(settings))):
         raise Bad(problem, "stop the old one")
     return f"{left} more connections are left"
 

@@ -104,22 +104,27 @@ def pair():
 def test_old_primary_that_still_answers_is_named(pair, monkeypatch):
     primary, standby = pair
     settings = primary.settings(DB_HOST=primary.both["DB_HOST"])
-    assert hosts.split_brain(settings) is None
+    assert hosts.split_brain(hosts.timelines(settings)) is None
     assert "two primaries" not in commands.run_here(primary.both, "verify").out
 
     standby.rows("SELECT pg_promote()")
     said = (f"two primaries: {standby.environ['DB_HOST']}:{standby.environ['DB_PORT']} is on"
             f" timeline 2, but {primary.environ['DB_HOST']}:{primary.environ['DB_PORT']} on 1"
             " takes writes as well")  # fmt: skip
-    assert hosts.split_brain(settings) == said
+    assert hosts.split_brain(hosts.timelines(settings)) == said
     assert f"PROBLEM  {said} → stop the old one" in commands.run_here(primary.both, "verify").out
 
     for name, value in primary.both.items():
         monkeypatch.setenv(name, value)
     watch = hosts.Watch(settings)
     assert watch.look() is None and watch.process is None  # it is too early
+    with closing(db.connect(primary.settings())) as conn:
+        watch.latest = {hosts.place(conn).system: 1}  # it was there before the other one was
+        watch.arrive(conn, str)
     watch.look_at = 0.0
     assert until(watch.look, "what it finds") == said
+    with pytest.raises(db.ConnectionLost, match="is an old primary: it is on timeline 1"):
+        watch.require_latest()
     watch.look_at = 0.0
     until(lambda: (watch.look(), watch.process)[1] is None, "another look")
     assert watch.look() is None  # the same is said once
@@ -134,7 +139,8 @@ def test_one_host_is_never_looked_at(database):
 
 def test_host_that_is_away_is_no_primary(database):
     settings = database.settings(DB_HOST=f"{database.environ['DB_HOST']},127.0.0.3")
-    assert len(hosts.timelines(settings)) == 1 and hosts.split_brain(settings) is None
+    found = hosts.timelines(settings)
+    assert len(found) == 1 and hosts.split_brain(found) is None
 
 
 def test_look_that_fails_or_hangs_says_nothing(database, monkeypatch):
