@@ -260,6 +260,23 @@ def sign(conn: Connection, listener: str) -> None:
         execute(conn, SIGN, {"prefix": LISTENER_APPLICATION, "name": listener})
 
 
+# A commit that waits for a synchronous standby takes no notice of a client that has gone: each
+# connection that we give up would leave a session, with its locks, until the server takes no more.
+# Whoever of us sent it has given up by now. What it committed is then seen by everybody, but may
+# not have reached the standby.
+END_WAITING = """
+SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+WHERE datname = current_database() AND usename = current_user AND wait_event = 'SyncRep'
+  AND application_name LIKE 'job-state-listener%%'
+  AND query_start < now() - make_interval(secs => %(deadline)s)
+"""
+
+
+def end_waiting(conn: Connection) -> int:
+    """End what is left of connections that were given up; how many sessions that were."""
+    return execute(conn, END_WAITING, {"deadline": DEADLINE}).fetchone()[0]
+
+
 def connect_to(options: dict[str, Any]) -> Connection:
     with without_callback():  # libpq keeps connect_timeout itself
         return psycopg2.connect(connection_factory=Connection, **options)

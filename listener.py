@@ -111,6 +111,7 @@ class Listener:
         self.stops_obeyed = 0
         self.reason, self.repeats = "", 0  # of the lost connection
         self.target: dict[str, str] | None = None  # where the last connection led
+        self.is_waiting = False  # for a synchronous standby, and has said so
 
     # --- connect, work, and once more ---
 
@@ -164,6 +165,7 @@ class Listener:
         self.beat("asking the database", LONGEST_SLEEP)
         info = conn.info
         log.info("PostgreSQL 연결 성공: %s:%s/%s", info.host, info.port, info.dbname)
+        self.end_waiting(conn)
         if not self.checked:
             ops.require_installed(conn)
             tell_timeouts(conn, pipeline.timeouts(self.settings))
@@ -175,6 +177,14 @@ class Listener:
         self.workers.conn = conn
         self.give_back(conn)
         self.look_at = self.sweep_at = 0.0
+
+    def end_waiting(self, conn: db.Connection) -> None:
+        """End what is left of lost connections, and say that the database waits for a standby."""
+        if db.end_waiting(conn) and not self.is_waiting:
+            self.is_waiting = True
+            log.error("커밋이 응답 없는 동기 스탠바이를 기다림: 남은 세션을 종료하며 계속 시도")
+            text = "commits wait for a synchronous standby that does not answer"
+            self.alerts.send("standby_away", text, host=conn.info.host)
 
     def work(self, conn: db.Connection) -> None:
         """The loop."""
@@ -324,7 +334,7 @@ class Listener:
 
     def settled(self, conn: db.Connection, turn: Turn) -> None:
         """The results are in the database; those whose row is locked are settled again later."""
-        self.reason, self.repeats = "", 0
+        self.reason, self.repeats, self.is_waiting = "", 0, False
         again = set(turn.unsettled)
         # Its hold, if any, has begun: settling it again must not lengthen it.
         self.locked += [replace(r, hold=False) for r in self.unwritten if r.call_id in again]
