@@ -51,8 +51,9 @@ CONNECTION: dict[str, Any] = {
     "keepalives_interval": 2,
     "keepalives_count": 1,
     "tcp_user_timeout": 7000,
-    "target_session_attrs": "read-write",
 }
+# Whatever a DATABASE_URL says that the application shares with us.
+PRIMARY = {"target_session_attrs": "read-write"}
 
 # Plans may not depend on when ANALYZE last ran, and pinning them inflates the cost past
 # jit_above_cost up to PostgreSQL 17. row_security=off makes a policy on jobs an error, where
@@ -186,7 +187,7 @@ def connect(
     for target in sorted(targets(settings), key=lambda target: target == last):
         trying(target.get("host") or target.get("hostaddr") or "")
         try:
-            conn = connect_to({"application_name": name} | CONNECTION | target)
+            conn = connect_to({"application_name": name} | CONNECTION | target | PRIMARY)
         except psycopg2.Error as error:
             reasons.append(" ".join(str(error).split()) + hint(settings, str(error)))
             continue

@@ -103,7 +103,7 @@ def timelines(
         trying(target.get("host") or target.get("hostaddr") or "")
         with (
             contextlib.suppress(psycopg2.Error),
-            contextlib.closing(db.connect_to(db.CONNECTION | target)) as conn,
+            contextlib.closing(db.connect_to(db.CONNECTION | target | db.PRIMARY)) as conn,
         ):
             if there := place(conn):
                 found[f"{conn.info.host}:{conn.info.port}"] = there

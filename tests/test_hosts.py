@@ -83,6 +83,14 @@ def test_host_of_a_lost_connection_is_tried_last(proxied):
             assert conn.target == found and conn.info.port == int(found["port"])
 
 
+def test_standby_is_refused_whatever_the_url_says(database):
+    url = f"{database.dsn} target_session_attrs=any options='-c default_transaction_read_only=on'"
+    settings = database.settings(DATABASE_URL=url)
+    with pytest.raises(db.ConnectionLost, match="session is read-only"):
+        db.connect(settings)
+    assert hosts.timelines(settings) == {}
+
+
 # --- two primaries -------------------------------------------------------------------------
 
 
