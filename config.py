@@ -163,6 +163,13 @@ def secrets(text: str) -> tuple[str, ...]:
     return found
 
 
+def long_token(text: str) -> str:
+    """One that nobody guesses, however long they try."""
+    if not re.fullmatch(r"[!-~]{16,}", text):
+        raise Allowed("16 visible ASCII characters or more, without spaces")
+    return text
+
+
 def command(text: str) -> list[str]:
     """A program and its arguments, quoted as for a shell, which never sees them."""
     try:
@@ -194,7 +201,7 @@ def directory_for_heartbeats() -> str:
 
 
 SECONDS = "a number of seconds"
-SECRET = {"DB_PASSWORD", "DATABASE_URL", "STAGE_API_TOKEN", "STAGE_API_SECRET"}
+SECRET = {"DB_PASSWORD", "DATABASE_URL", "STAGE_API_TOKEN", "STAGE_API_SECRET", "OPS_TOKEN"}
 # STAGE_API_URL_VLM_ANALYZE: where the stage vlm_analyze is, should it be elsewhere.
 STAGE_URL = "STAGE_API_URL_"
 
@@ -225,6 +232,7 @@ SETTINGS: dict[str, tuple[str | None, Callable[[str], Any]]] = {
     "HEARTBEAT_DIR": (directory_for_heartbeats(), text),
     "ALERT_COMMAND": (None, command),
     "ALERT_AFTER": ("600", number(float, 1, 86400, SECONDS)),
+    "OPS_TOKEN": (None, long_token),
     "LOG_LEVEL": ("INFO", one_of("DEBUG", "INFO", "WARNING", "ERROR")),
     "LOG_FORMAT": ("text", one_of("text", "json")),
 }

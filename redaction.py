@@ -30,7 +30,7 @@ NAMED = {'"': "quot", "&": "amp", "'": "apos", "<": "lt", ">": "gt"}
 
 def secrets_in(values: SimpleNamespace) -> Iterator[str | None]:
     """Every secret of the settings, also as `requests` sends it."""
-    yield from (values.DB_PASSWORD, values.STAGE_API_TOKEN)
+    yield from (values.DB_PASSWORD, values.STAGE_API_TOKEN, values.OPS_TOKEN)
     for secret in values.STAGE_API_SECRET or ():
         yield from (secret, secret.removeprefix(signing.PREFIX).rstrip("="))
     for url in (values.STAGE_API_URL, *values.STAGE_API_URLS.values()):

@@ -47,7 +47,7 @@ COMMANDS = {
     "again": "again", "pause": "pause", "resume": "pause", "backfill": "backfill",
     "test-job": "trial",
     "metrics": "metrics", "traces": "traces", "report": "report", "audit": "audit",
-    "alert-test": "alert",
+    "serve": "serve", "alert-test": "alert",
 }  # fmt: skip
 
 # How --help arranges them, by module; a command of a module that is not named is one to look with.

@@ -142,6 +142,34 @@ def cancelled(row: Any, attempts: list) -> Any:
     return Rest(row.table_name, row.key, CANCELLED, last.stage, last.started_at, reason)
 
 
+# --- all of it -----------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    """All that is known of a row."""
+
+    row: Any  # as rows.find has it
+    owed: list
+    calling: list
+    attempts: list
+    below: list[dict[str, Any]]
+    above: list[dict[str, Any]]
+    rests: dict[tuple, Any]
+    waiting: dict[str, waits.Waits]
+
+
+def look(conn, row: Any) -> Found:
+    given = {"key": row.key, "table": row.table_name}
+    owed = rows.owed(conn, row)
+    calling, attempts = (db.execute(conn, sql, given).fetchall() for sql in (CALLING, ATTEMPTS))
+    below, above = children(conn, row), joins(conn, row, owed)
+    rests = resting(conn, row, owed, calling, below)
+    if not (owed or calling) and (dropped := cancelled(row, attempts)):
+        rests[row.table_name, row.key] = dropped
+    waiting = waits.waits(conn, row) if owed else {}
+    return Found(row, owed, calling, attempts, below, above, rests, waiting)
+
+
 # --- the command ---------------------------------------------------------------------------
 
 
@@ -156,29 +184,13 @@ def job(job_id: str, table: str | None, as_json: bool) -> None:
     belong to shows those, too.
     """
     conn = rows.connected("job")
-    row = rows.find(conn, job_id, table)
-    given = {"key": row.key, "table": row.table_name}
-    owed = rows.owed(conn, row)
-    calling, attempts = (db.execute(conn, sql, given).fetchall() for sql in (CALLING, ATTEMPTS))
-    below, above = children(conn, row), joins(conn, row, owed)
-    rests = resting(conn, row, owed, calling, below)
-    if not (owed or calling) and (dropped := cancelled(row, attempts)):
-        rests[row.table_name, row.key] = dropped
-    waiting = waits.waits(conn, row) if owed else {}
+    found = look(conn, rows.find(conn, job_id, table))
     if as_json:
-        echo_json(as_object(row, owed, calling, attempts, below, above, rests, waiting))
+        echo_json(as_object(*found))
         return
-    lines = [where(row), f"owes: {owes(row, own(owed))}"]
-    if calling and not own(owed):
-        call = calling[-1]
-        lines.append(f"called: {call.stage} (call {call.call_id}), {on_it(call)}")
-    if why := rests.get((row.table_name, row.key)):
-        lines.append(rest_line(row, why))
-    lines += [join_line(row, one) for one in above]
-    lines += [wait_line(call.stage, waiting[call.join_of]) for call in owed
-              if call.join_of in waiting]  # fmt: skip
-    lines += [line for of in below for line in child_lines(of, rests)]
-    echo_lines((line, 0) for line in [*lines, *attempt_lines(attempts)])
+    lines = [*place_lines(found)]
+    lines += [line for of in found.below for line in child_lines(of, found.rests)]
+    echo_lines((line, 0) for line in [*lines, *attempt_lines(found.attempts)])
 
 
 def own(owed: list) -> Any:
@@ -225,6 +237,22 @@ def plainly(found: Any) -> dict[str, Any] | None:
 
 
 # --- its lines -----------------------------------------------------------------------------
+
+
+def place_lines(found: Found) -> Iterator[str]:
+    """Where the row is, what it owes, and what it waits for."""
+    row, call = found.row, own(found.owed)
+    yield where(row)
+    yield f"owes: {owes(row, call)}"
+    if found.calling and not call:
+        under_way = found.calling[-1]
+        yield f"called: {under_way.stage} (call {under_way.call_id}), {on_it(under_way)}"
+    if why := found.rests.get((row.table_name, row.key)):
+        yield rest_line(row, why)
+    yield from (join_line(row, one) for one in found.above)
+    for one in found.owed:
+        if one.join_of in found.waiting:
+            yield wait_line(one.stage, found.waiting[one.join_of])
 
 
 def where(row: Any) -> str:

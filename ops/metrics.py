@@ -226,10 +226,15 @@ def scrape(settings: SimpleNamespace) -> tuple[Page, psycopg2.Error | None]:
             read_all(conn, page)
     except psycopg2.Error as error:
         page, failure = Page(), error
-    page.add("up", int(failure is None))
+    add_own(page, began, failure is None)
+    return page, failure
+
+
+def add_own(page: Page, began: float, is_up: bool) -> None:
+    """What is there also where the database is not; `began` is a time.monotonic()."""
+    page.add("up", int(is_up))
     page.add("scrape_timestamp_seconds", round(time.time(), 3))
     page.add("scrape_duration_seconds", round(time.monotonic() - began, 3))
-    return page, failure
 
 
 # --- the command ---------------------------------------------------------------------------

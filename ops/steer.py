@@ -217,7 +217,9 @@ def retry(job_ids, now, stage, tenant, error, since, all_, yes, table) -> None:
             nothing_to_retry(conn, chosen)
     else:
         revived = list(in_batches(conn, RETRY, chosen.params))
-        db.execute(conn, db.WAKE)
+        if revived:
+            count = "1 call is" if len(revived) == 1 else f"{len(revived)} calls are"
+            wake_listeners(conn, f"{count} due again, by {operator()}")
         tell("due again", revived)
         refuse_left(conn, LIST_RETRIED, chosen)
         if not revived:
@@ -235,7 +237,8 @@ def retry_rows(conn, job_ids: tuple[str, ...], chosen: Chosen) -> None:
             continue
         given = chosen._replace(job_id=row.key, table=row.table_name)
         revived = db.execute(conn, RETRY, given.params).fetchall()
-        db.execute(conn, db.WAKE)
+        if revived:
+            wake_listeners(conn, f"{rows.said(row)}: due again, by {operator()}")
         tell("due again", revived)
         if not revived:
             refused.append(why_nothing_owed(conn, row, chosen.stage))

@@ -38,6 +38,7 @@ DEFAULTS = {
     "STAGE_API_URLS": {},
     "ALERT_COMMAND": None,
     "ALERT_AFTER": 600.0,
+    "OPS_TOKEN": None,
 }
 URL = "postgresql://app:secret@db.example:6432/feedlyai"
 

@@ -1,0 +1,59 @@
+"""`serve`: a live page, in a process of its own, on the standard library's web server."""
+
+import logging
+import sys
+
+import click
+
+import config
+import logs
+import ops
+from ops.serve.access import is_loopback
+from ops.serve.app import App
+from ops.serve.web import Server
+from signals import Signals
+
+log = logging.getLogger("listener.serve")
+
+
+@click.command(short_help="Serve a live page, metrics and probes over HTTP.")
+@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS",
+              help="Where to listen; 0.0.0.0 is every address of this machine.")  # fmt: skip
+@click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535),
+              metavar="PORT", help="Where to listen; 0 takes a free one.")  # fmt: skip
+@click.option("--allow-host", "names", multiple=True, metavar="NAME",
+              help="A name by which a proxy reaches it; may be repeated.")  # fmt: skip
+def serve(host: str, port: int, names: tuple[str, ...]) -> None:
+    """Serve a live page until SIGTERM or Ctrl-C: stages, rows, search, /metrics, /healthz, /readyz.
+
+    It reads only, and changes nothing in the pipeline. With OPS_TOKEN set, a person who has entered
+    it may retry, call again, pause, resume and cancel. See docs/SERVE.md.
+    """
+    settings = config.settings()
+    config.require_database(settings)
+    logs.set_up(settings)
+    app = App(settings, known_hosts(host, names))
+    try:
+        server = Server(host, port, app)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        click.echo(f"error: {host}:{port} cannot be listened on: {reason}", err=True)
+        sys.exit(ops.EXIT_CANNOT_START)
+    shown = f"[{host}]" if ":" in host else host
+    log.info("상태 페이지 시작: http://%s:%d/ (%s)", shown, server.server_port,
+             "OPS_TOKEN으로 조작 가능" if settings.OPS_TOKEN else "읽기 전용")  # fmt: skip
+    if not is_loopback(host):
+        log.warning("TLS 없이 %s에서 열림: 누구나 읽을 수 있고, 토큰이 암호화되지 않음"
+                    " → TLS 프록시 뒤에 둘 것", host)  # fmt: skip
+    server.serve_until(Signals())
+    app.looks.close()
+    log.info("상태 페이지 중지됨")
+
+
+def known_hosts(host: str, names: tuple[str, ...]) -> set[str] | None:
+    """By which names it is reached; None: by any. What only this machine reaches, no site may
+    reach by way of a browser on it (see access.is_known_host).
+    """
+    if not names and not is_loopback(host):
+        return None
+    return {name.lower() for name in (host, *names)}

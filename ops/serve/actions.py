@@ -1,0 +1,128 @@
+"""What a person may do on the page: the commands themselves, with the name that they gave."""
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import click
+import psycopg2
+
+import db
+import ops
+from ops.again import again
+from ops.pause import pause, resume
+from ops.person import acting
+from ops.problem import Problem
+from ops.rows import NoId
+from ops.serve.access import Session
+from ops.serve.looks import Looks
+from ops.steer import cancel, retry
+
+log = logging.getLogger("listener.serve")
+
+LONGEST_REASON = 500
+
+
+@dataclass(frozen=True)
+class Action:
+    """A command that a form may run.
+
+    Args:
+        command: what runs.
+        label: what the link and the button say.
+        about: what it does, for a person.
+        asks_reason: whether the command takes one.
+    """
+
+    command: click.Command
+    label: str
+    about: str
+    asks_reason: bool
+    words: Callable[[Mapping[str, str]], list[str]]
+
+
+def of_stage(given: Mapping[str, str]) -> list[str]:
+    return ["--", given["stage"]]
+
+
+def of_row(given: Mapping[str, str]) -> list[str]:
+    options = [f"--{name}={given[name]}" for name in ("table", "stage") if given.get(name)]
+    return [*options, "--", given["id"]]
+
+
+def retry_words(given: Mapping[str, str]) -> list[str]:
+    if given.get("id"):
+        return ["--now", *of_row(given)]
+    return [f"--stage={given['stage']}", "--yes"]
+
+
+ACTIONS = {
+    "pause": Action(
+        pause, "Pause", "No listener calls it until it is resumed; its calls wait, those under "
+        "way are finished.", True, of_stage,
+    ),
+    "resume": Action(
+        resume, "Resume", "It is called again at once: a pause or a hold ends.", False, of_stage,
+    ),
+    "retry": Action(
+        retry, "Retry", "What was given up is due again, with all its attempts; what waits for "
+        "its next attempt is due now.", False, retry_words,
+    ),
+    "again": Action(
+        again, "Call again", "The call of its present state is recorded afresh, though it was "
+        "accepted, cancelled or given up.", False, of_row,
+    ),
+    "cancel": Action(
+        cancel, "Cancel", "The call that it owes is dropped; the row itself is not touched.", True,
+        of_row,
+    ),
+}  # fmt: skip
+
+
+def typed(action: Action, given: Mapping[str, str]) -> list[str]:
+    """The command's arguments. Raises KeyError where something is missing."""
+    reason = " ".join(given.get("reason", "").split())[:LONGEST_REASON]
+    options = [f"--reason={reason}"] if action.asks_reason and reason else []
+    return [*options, *action.words(given)]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What came of it: the command's own words, and an HTTP status."""
+
+    status: int
+    said: str
+
+
+def perform(looks: Looks, session: Session, name: str, given: Mapping[str, str]) -> Done:
+    """Run a command as the person of this session."""
+    action = ACTIONS[name]
+    words = typed(action, given)
+    with looks.lock:
+        done = run(action.command, words, session.person)
+        looks.forget()
+    done = Done(done.status, looks.redact(done.said))
+    log.info("조작: %s: %s %s → %s", session.person, name, " ".join(words),
+             " | ".join(done.said.splitlines()))  # fmt: skip
+    return done
+
+
+def run(command: click.Command, words: list[str], person: str) -> Done:
+    """One at a time (Looks.lock), as what a command prints goes to the one sys.stdout; what is
+    logged goes on to where it went.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), acting(person):
+            command.main(words, prog_name="serve", standalone_mode=False)
+    except (Problem, NoId) as refusal:
+        return Done(409, f"{said.getvalue()}{refusal}")
+    except click.ClickException as mistake:
+        return Done(400, mistake.format_message())
+    except db.ConnectionLost as lost:
+        return Done(503, f"{ops.lost(lost)}; it is not known whether it was done")
+    except psycopg2.Error as error:
+        return Done(409, f"the database refused: {ops.first_line(error)}")
+    return Done(200, said.getvalue())

@@ -1,0 +1,380 @@
+"""The WSGI application: which page a path is, who may see and do what, and the headers of all."""
+
+import base64
+import hashlib
+import http.cookies
+import logging
+import math
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from types import SimpleNamespace
+from urllib.parse import parse_qsl, quote, unquote
+
+from ops.serve import asking, pages
+from ops.serve.access import (
+    COOKIE,
+    NOBODY,
+    SESSION_SECONDS,
+    Access,
+    Session,
+    TooSoon,
+    is_cross_site,
+    is_known_host,
+    name_of,
+)
+from ops.serve.actions import ACTIONS, perform
+from ops.serve.looks import Looks, Unreadable
+
+log = logging.getLogger("listener.serve")
+
+REFRESH = 5  # seconds
+LONGEST_FORM = 10_000  # bytes
+FORM = "application/x-www-form-urlencoded"
+# That of the report, which has a style of its own in it.
+ANY_STYLE = "'unsafe-inline'"
+POLICY = (
+    "default-src 'none'; style-src {style}; form-action 'self'; base-uri 'none'; "
+    "frame-ancestors 'none'"
+)
+HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    # Not no-referrer, with which a form of our own would be sent with "Origin: null".
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+TEXT = "text/plain; charset=utf-8"
+METRICS = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Refused(Exception):
+    """The request is answered with this status, and with one line."""
+
+    def __init__(self, status: int, said: str, **headers: str):
+        super().__init__(status, said)
+        self.status, self.said, self.headers = status, said, headers
+
+
+@dataclass
+class Request:
+    """What was asked, decoded."""
+
+    method: str
+    path: str
+    parts: list[str]  # of the path
+    query: dict[str, str]
+    host: str
+    address: str  # of who asks, or of the proxy in between
+    environ: dict
+    session: Session = NOBODY
+
+    @classmethod
+    def of(cls, environ: dict) -> "Request":
+        path = environ.get("REQUEST_URI", "/").partition("?")[0]
+        return cls(
+            method=environ["REQUEST_METHOD"],
+            path=path,
+            parts=[unquote(part) for part in path.split("/")[1:]],
+            query=pairs(environ.get("QUERY_STRING", "")),
+            host=environ.get("HTTP_HOST", ""),
+            address=environ.get("REMOTE_ADDR", ""),
+            environ=environ,
+        )
+
+    @property
+    def cookie(self) -> str:
+        found: http.cookies.SimpleCookie = http.cookies.SimpleCookie()
+        try:
+            found.load(self.environ.get("HTTP_COOKIE", ""))
+        except http.cookies.CookieError:
+            return ""
+        return found[COOKIE].value if COOKIE in found else ""
+
+    def form(self) -> dict[str, str]:
+        """The fields that were sent. Raises Refused where they cannot be read."""
+        kind = self.environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
+        length = self.environ.get("CONTENT_LENGTH", "")
+        if kind != FORM:
+            raise Refused(415, "a form is needed")
+        if not (length.isascii() and length.isdigit()):
+            raise Refused(411, "the length of the form is needed")
+        if int(length) > LONGEST_FORM:
+            raise Refused(413, f"a form has {LONGEST_FORM} bytes at most")
+        sent = self.environ["wsgi.input"].read(int(length))
+        return pairs(sent.decode("utf-8", "replace"))
+
+
+def pairs(text: str) -> dict[str, str]:
+    """Fields of a form or a query; those without a value are left out."""
+    try:
+        return dict(parse_qsl(text, errors="replace", max_num_fields=20))
+    except ValueError:
+        return {}
+
+
+@dataclass
+class Response:
+    body: str
+    status: int = 200
+    kind: str = "text/html; charset=utf-8"
+    headers: dict[str, str] = field(default_factory=dict)
+    refreshes: bool = False
+    style: str = ""
+
+
+class App:
+    """All pages.
+
+    Args:
+        known_hosts: names by which people reach us, in small letters; None: any.
+    """
+
+    def __init__(self, settings: SimpleNamespace, known_hosts: Collection[str] | None):
+        self.settings = settings
+        self.looks, self.access = Looks(settings), Access(settings.OPS_TOKEN)
+        self.known_hosts = known_hosts
+        self.css = pages.css()
+        digest = hashlib.sha256(self.css.encode()).digest()
+        self.style = f"'sha256-{base64.b64encode(digest).decode()}'"
+
+    def __call__(self, environ: dict, start_response: Callable) -> Iterable[bytes]:
+        request = Request.of(environ)
+        try:
+            response = self.respond(request)
+        except Refused as refused:
+            response = self.refusal(request, refused)
+        except Unreadable as away:
+            response = self.page(request, pages.unreadable(away), away.title)
+            response.status, response.refreshes = 503, True
+        except Exception:
+            log.exception("페이지 오류: %s", request.path)
+            body = pages.sorry("Something went wrong", "The log of `serve` says what.")
+            response = self.page(request, body, "Error")
+            response.status = 500
+        return self.send(request, response, start_response)
+
+    def send(self, request: Request, response: Response, start_response) -> Iterable[bytes]:
+        body = response.body.encode("utf-8", "replace")
+        headers = HEADERS | {
+            "Content-Type": response.kind,
+            "Content-Length": str(len(body)),
+            "Content-Security-Policy": POLICY.format(style=response.style or self.style),
+        }
+        if response.refreshes and request.method != "POST" and is_refreshing(request):
+            headers["Refresh"] = str(REFRESH)
+        headers |= response.headers
+        status = f"{response.status} {HTTPStatus(response.status).phrase}"
+        start_response(status, list(headers.items()))
+        return [] if request.method == "HEAD" else [body]
+
+    def refusal(self, request: Request, refused: Refused) -> Response:
+        title = HTTPStatus(refused.status).phrase
+        response = self.page(request, pages.sorry(title, refused.said), title)
+        response.status = refused.status
+        response.headers |= {name.replace("_", "-"): text for name, text in refused.headers.items()}
+        return response
+
+    def page(self, request: Request, body: str, title: str) -> Response:
+        shown = pages.Shown(
+            title=title,
+            css=self.css,
+            path=request.path,
+            person=request.session.name,
+            may_log_in=self.access.is_on,
+            refresh=REFRESH if is_refreshing(request) else 0,
+        )
+        return Response(pages.whole(shown, body))
+
+    # --- which page it is ---
+
+    def respond(self, request: Request) -> Response:
+        """Raises Refused, Unreadable."""
+        first, *rest = request.parts
+        if request.method not in ("GET", "HEAD", "POST"):
+            raise Refused(405, f"{request.method[:20]} is not understood here", Allow="GET, HEAD")
+        if first in PROBES and not rest:
+            return PROBES[first](self, request)
+        if not is_known_host(request.host, self.known_hosts):
+            said = "this page is not known by that name: see --allow-host of `serve`"
+            raise Refused(421, said)
+        request.session = self.access.session(request.cookie) or NOBODY
+        if request.method == "POST":
+            return self.respond_to_form(request)
+        page = PAGES.get((first, len(rest)))
+        if page is None or (first in FORMS and not self.access.is_on):
+            raise Refused(404, "there is no such page")
+        return page(self, request, *rest)
+
+    def respond_to_form(self, request: Request) -> Response:
+        """Raises Refused where it is not one of our own forms, sent for the first time."""
+        first, *rest = request.parts
+        handler = FORMS.get(first)
+        if handler is None or not self.access.is_on or (first, len(rest)) not in PAGES:
+            raise Refused(405, "nothing can be sent here", Allow="GET, HEAD")
+        headers = request.environ
+        if is_cross_site(request.host, headers.get("HTTP_ORIGIN"),
+                         headers.get("HTTP_SEC_FETCH_SITE")):  # fmt: skip
+            raise Refused(403, "this was sent by another site")
+        if first != "login" and request.session is NOBODY:
+            raise Refused(403, "log in first")
+        sent = request.form()
+        if not self.access.take_form(request.session, request.path, sent.pop("form", "")):
+            raise Refused(403, "this form was sent before, or is too old, or is not ours: "
+                               "open it again")  # fmt: skip
+        return handler(self, request, sent, *rest)
+
+    # --- for programs ---
+
+    def healthz(self, request: Request) -> Response:
+        return Response("ok\n", kind=TEXT)
+
+    def readyz(self, request: Request) -> Response:
+        try:
+            self.looks.look("ready", lambda conn: None)
+        except Unreadable as away:
+            return Response(f"{away.title}: {away.reason}\n", 503, TEXT)
+        return Response("ok\n", kind=TEXT)
+
+    def metrics(self, request: Request) -> Response:
+        return Response(asking.metrics(self.looks), kind=METRICS)
+
+    # --- for people ---
+
+    def overview(self, request: Request) -> Response:
+        response = self.page(request, pages.overview(asking.board(self.looks)), "Overview")
+        response.refreshes = True
+        return response
+
+    def stage(self, request: Request, name: str) -> Response:
+        found = asking.stage(self.looks, name)
+        if found is None:
+            raise Refused(404, f"there is no stage {name[:100]}")
+        response = self.page(request, pages.stage(found, self.access.is_on), name)
+        response.refreshes = True
+        return response
+
+    def job(self, request: Request, *names: str) -> Response:
+        """/job/ID, or /job/TABLE/ID."""
+        table, id_ = names if len(names) == 2 else (None, *names)
+        places = asking.places(self.looks, id_, table)
+        if not places:
+            raise Refused(404, f"there is no row {id_[:100]}" + f" in {table}" * bool(table))
+        if len(places) > 1:
+            return see_other(f"/search?q={quote(id_, safe='')}")
+        found = asking.row(self.looks, places[0])
+        body = pages.row(found, self.access.is_on)
+        response = self.page(request, body, pages.name_of_row(found.found.row))
+        response.refreshes = True
+        return response
+
+    def search(self, request: Request) -> Response:
+        """By id, in every table, or by tenant. It has a form, so it does not refresh itself."""
+        asked = request.query.get("q", "").strip()
+        found = asking.search(self.looks, self.settings, asked) if asked else None
+        return self.page(request, pages.search(asked, found), "Search")
+
+    def report(self, request: Request) -> Response:
+        return Response(asking.report(self.looks), style=ANY_STYLE)
+
+    # --- who acts, and what they do ---
+
+    def login(self, request: Request) -> Response:
+        token = self.access.form_token(request.session, request.path)
+        body = pages.login(token, local(request.query.get("next", "")), "")
+        return self.page(request, body, "Log in")
+
+    def enter(self, request: Request, sent: dict[str, str]) -> Response:
+        after, name = local(sent.get("next", "")), name_of(sent.get("name", ""))
+        status, said = 403, "That is not the token."
+        if name is None:
+            status, said = 400, "A name of up to 60 letters is needed."
+        else:
+            try:
+                if self.access.is_right(request.address, sent.get("token", "")):
+                    log.info("로그인: %s, 주소 %s", name, request.address)
+                    return see_other(after, **self.set_cookie(request, name))
+                log.warning("로그인 실패: 토큰이 다름, 이름 %s, 주소 %s", name, request.address)
+            except TooSoon as soon:
+                seconds = math.ceil(soon.seconds)
+                status, said = 429, f"A wrong token was entered before: try again in {seconds} s."
+                log.warning("로그인 거절: %d초 뒤에 다시 시도, 주소 %s", seconds, request.address)
+        token = self.access.form_token(request.session, request.path)
+        response = self.page(request, pages.login(token, after, said), "Log in")
+        response.status = status
+        return response
+
+    def set_cookie(self, request: Request, name: str) -> dict[str, str]:
+        # Said by a proxy that speaks HTTPS in front of us.
+        secure = request.environ.get("HTTP_X_FORWARDED_PROTO") == "https"
+        value = f"{COOKIE}={self.access.cookie(name)}; Max-Age={SESSION_SECONDS}"
+        return {"Set-Cookie": f"{value}; {COOKIE_FOR}{'; Secure' * secure}"}
+
+    def logout(self, request: Request) -> Response:
+        token = self.access.form_token(request.session, request.path)
+        return self.page(request, pages.logout(token, request.session.name), "Log out")
+
+    def leave(self, request: Request, sent: dict[str, str]) -> Response:
+        self.access.end(request.session)
+        return see_other("/", **{"Set-Cookie": f"{COOKIE}=; Max-Age=0; {COOKIE_FOR}"})
+
+    def ask(self, request: Request, name: str) -> Response:
+        """The form of an action."""
+        if name not in ACTIONS:
+            raise Refused(404, "there is no such page")
+        if request.session is NOBODY:
+            after = quote(f"{request.path}?{request.environ.get('QUERY_STRING', '')}", safe="")
+            return see_other(f"/login?next={after}")
+        token = self.access.form_token(request.session, request.path)
+        given = {key: request.query.get(key, "") for key in pages.FIELDS}
+        person = request.session.person
+        body = pages.ask(name, ACTIONS[name], given, token, person)
+        return self.page(request, body, ACTIONS[name].label)
+
+    def act(self, request: Request, sent: dict[str, str], name: str) -> Response:
+        if name not in ACTIONS or not (sent.get("stage") or sent.get("id")):
+            raise Refused(400, "it is not said what is meant")
+        done = perform(self.looks, request.session, name, sent)
+        label = ACTIONS[name].label
+        response = self.page(request, pages.done(label, done, sent), label)
+        response.status = done.status
+        return response
+
+
+COOKIE_FOR = "Path=/; HttpOnly; SameSite=Strict"
+
+PROBES: dict[str, Callable] = {"healthz": App.healthz, "readyz": App.readyz}
+
+# By the first part of the path, and how many follow.
+PAGES: dict[tuple[str, int], Callable] = {
+    ("", 0): App.overview,
+    ("metrics", 0): App.metrics,
+    ("stage", 1): App.stage,
+    ("job", 1): App.job,
+    ("job", 2): App.job,
+    ("search", 0): App.search,
+    ("report", 0): App.report,
+    ("login", 0): App.login,
+    ("logout", 0): App.logout,
+    ("do", 1): App.ask,
+}
+
+# What is sent to a path, by its first part; only with OPS_TOKEN.
+FORMS: dict[str, Callable] = {"login": App.enter, "logout": App.leave, "do": App.act}
+
+
+def is_refreshing(request: Request) -> bool:
+    """Until the person wants it to stand still."""
+    return request.query.get("refresh") != "off"
+
+
+def see_other(path: str, **headers: str) -> Response:
+    return Response("", 303, TEXT, {"Location": path} | headers)
+
+
+def local(path: str) -> str:
+    """A path of ours to go on to, and no other site's address."""
+    is_ours = path.startswith("/") and not path.startswith("//")
+    return path if is_ours and path.isascii() and path.isprintable() and "\\" not in path else "/"

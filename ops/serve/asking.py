@@ -1,0 +1,196 @@
+"""What each page asks of the database: the queries of `status`, `job`, `jobs`, `metrics` and
+`report`, by way of Looks.
+"""
+
+import dataclasses
+import time
+from collections import defaultdict
+from datetime import datetime, timedelta, timezone
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import psycopg2
+
+import db
+import pipeline
+from ops import job, jobs, rows, status
+from ops import metrics as of_metrics
+from ops.report.data import WAITING, Report, Span, collect
+from ops.report.jobs import timelines
+from ops.report.page import page
+from ops.report.svg import WAITS
+from ops.rows import NoId
+from ops.serve.looks import Looks, Unreadable
+
+SINCE = timedelta(hours=24)  # of charts
+MOST_ROWS = 50
+# A search by tenant may read all of a table, and the others wait meanwhile.
+SHORT = "SET LOCAL statement_timeout = '3s'; "
+
+
+def metrics(looks: Looks) -> str:
+    """Prometheus' text; where the database cannot be read, the same that the command prints."""
+    began = time.monotonic()
+
+    def read(conn) -> str:
+        found = of_metrics.Page()
+        of_metrics.read_all(conn, found)
+        of_metrics.add_own(found, began, True)
+        return found.text()
+
+    try:
+        return looks.look("metrics", read)
+    except Unreadable:
+        away = of_metrics.Page()
+        of_metrics.add_own(away, began, False)
+        return away.text()
+
+
+class Board(NamedTuple):
+    """What `status` says, and where the jobs of each stage are: how many of each kind of WAITS."""
+
+    said: dict[str, Any]
+    waiting: dict[str, dict[str, int]]
+
+
+def board(looks: Looks) -> Board:
+    def read(conn) -> Board:
+        said = status.look(conn, looks.settings)
+        waiting: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(WAITS, 0))
+        for row in db.execute(conn, WAITING, {"until": said["at"]}):
+            for kind in WAITS:
+                waiting[row.stage][kind] += getattr(row, kind)
+        return Board(said, dict(waiting))
+
+    return looks.look("board", read)
+
+
+# --- the report, and a stage ---------------------------------------------------------------
+
+
+def whole_report(looks: Looks) -> Report:
+    """Of the last 24 hours."""
+
+    def read(conn) -> Report:
+        since = datetime.now(timezone.utc) - SINCE
+        return collect(conn, since, [], looks.redact)
+
+    return looks.look("report", read)
+
+
+def report(looks: Looks) -> str:
+    return page(whole_report(looks))
+
+
+def of_stage(whole: Report, name: str) -> Report:
+    """The rows of one stage."""
+
+    def only(found: Any) -> Any:
+        if not isinstance(found, list):
+            return found
+        return [row for row in found if getattr(row, "stage", name) == name]
+
+    fields = [field.name for field in dataclasses.fields(whole)]
+    return dataclasses.replace(whole, **{f: only(getattr(whole, f)) for f in fields})
+
+
+class Stage(NamedTuple):
+    """A stage: its row of `status`, the charts' part of the report, and the rows that need a
+    person, by kind.
+    """
+
+    row: dict[str, Any]
+    at: datetime
+    waiting: dict[str, int]
+    report: Report
+    rest: dict[str, list]
+
+
+def stage(looks: Looks, name: str) -> Stage | None:
+    """None where there is no such stage."""
+    found = board(looks)
+    [row] = [one for one in found.said["stages"] if one["stage"] == name] or [None]
+    if row is None:
+        return None
+
+    def read(conn) -> dict[str, list]:
+        given = {"stage": name, "since": None, "tenant": None, "table": None, "limit": MOST_ROWS}
+        asked = {"given_up": jobs.GIVEN_UP}
+        asked |= {kind: jobs.RESTING for kind in ("failed", "stalled") if row[kind] != 0}
+        return {
+            kind: db.execute(conn, sql, given | {"kind": kind}).fetchall()
+            for kind, sql in asked.items()
+        }
+
+    rest = looks.look(("stage", name), read)
+    charts = of_stage(whole_report(looks), name)
+    waiting = found.waiting.get(name, {})
+    return Stage(row, found.said["at"], waiting, charts, rest)
+
+
+# --- rows ----------------------------------------------------------------------------------
+
+
+def places(looks: Looks, id_: str, table: str | None = None) -> list:
+    """The rows with this id (see rows.PLACES), of `table` or of whichever."""
+
+    def read(conn) -> list:
+        try:
+            given = {"key": rows.key_of(conn, id_), "table": table}
+        except (NoId, UnicodeError, ValueError):  # NUL is no text, a surrogate no UTF-8
+            return []
+        found = db.execute(conn, rows.PLACES, given).fetchall()
+        there = [row for row in found if row.is_there or row.owes]
+        return there or [row for row in found if row.has_history]
+
+    return looks.look(("places", table, id_), read)
+
+
+class Row(NamedTuple):
+    """What `job` says of a row, and the report's timelines of it and of those that belong to it."""
+
+    found: job.Found
+    at: datetime
+    report: Report
+
+
+def row(looks: Looks, place: Any) -> Row:
+    def read(conn) -> Row:
+        now = datetime.now(timezone.utc)
+
+        def ask(sql: str, **more: Any) -> list:
+            return db.execute(conn, sql, {"until": now} | more).fetchall()
+
+        drawn = timelines(ask, [place.key])
+        shown = Report("", Span(now - SINCE, now), asked=True, timelines=drawn)
+        return Row(job.look(conn, place), now, shown)
+
+    return looks.look(("row", place.table_name, place.key), read)
+
+
+class Found(NamedTuple):
+    """What a search has found."""
+
+    by_id: list
+    by_tenant: list
+    more: bool
+    problem: str | None
+
+
+def search(looks: Looks, settings: SimpleNamespace, asked: str) -> Found:
+    """By id in every table, and by tenant."""
+    by_id = places(looks, asked)
+
+    def read(conn) -> Found:
+        given = dict.fromkeys(("stage", "since", "table", "kind"))
+        given |= {"tenant": asked, "limit": MOST_ROWS}
+        listing = jobs.any_row(conn, settings, list(pipeline.tables().values()), None)
+        try:
+            of_tenant = db.execute(conn, SHORT + listing.sql, given).fetchall()
+        except psycopg2.errors.QueryCanceled:
+            return Found(by_id, [], False, "Looking for a tenant took too long: give an id.")
+        except (UnicodeError, ValueError):
+            return Found(by_id, [], False, None)
+        return Found(by_id, of_tenant[:MOST_ROWS], len(of_tenant) > MOST_ROWS, None)
+
+    return looks.look(("search", asked), read)
