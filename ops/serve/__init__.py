@@ -37,7 +37,8 @@ def serve(host: str, port: int, names: tuple[str, ...]) -> None:
         server = Server(host, port, app)
     except OSError as error:
         reason = error.strerror or str(error)
-        click.echo(f"error: {host}:{port} cannot be listened on: {reason}", err=True)
+        click.echo(f"error: {host}:{port} cannot be listened on: {reason}: give another --port, or "
+                   "--host", err=True)  # fmt: skip
         sys.exit(ops.EXIT_CANNOT_START)
     shown = f"[{host}]" if ":" in host else host
     log.info("상태 페이지 시작: http://%s:%d/ (%s)", shown, server.server_port,

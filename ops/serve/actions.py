@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -104,7 +105,7 @@ def perform(looks: Looks, session: Session, name: str, given: Mapping[str, str])
         done = run(action.command, words, session.person)
         looks.forget()
     done = Done(done.status, looks.redact(done.said))
-    log.info("조작: %s: %s %s → %s", session.person, name, " ".join(words),
+    log.info("조작: %s: %s %s → %s", session.person, name, shlex.join(words),
              " | ".join(done.said.splitlines()))  # fmt: skip
     return done
 

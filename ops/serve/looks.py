@@ -82,7 +82,7 @@ class Looks:
     def asked(self, ask: Callable[[db.Connection], Any]) -> Kept:
         began, answer, refusal = time.monotonic(), None, None
         try:
-            answer = without_secrets(ask(self.connected()), self.redact)
+            answer = without_secrets(self.answer(ask), self.redact)
         except (psycopg2.Error, Problem) as error:
             title, reason = why_unreadable(error)
             refusal = title, " ".join(self.redact(reason).split())
@@ -90,6 +90,15 @@ class Looks:
                 self.close()
         now = time.monotonic()
         return Kept(answer, refusal, now + max(FRESH, TIMES * (now - began)))
+
+    def answer(self, ask: Callable[[db.Connection], Any]) -> Any:
+        """A connection that was lost while nobody looked is made anew, and nobody is told."""
+        if self.conn is not None:
+            try:
+                return ask(self.connected())
+            except db.ConnectionLost:
+                self.close()
+        return ask(self.connected())
 
     def connected(self) -> db.Connection:
         """Raises Problem where the database has not what this program reads."""

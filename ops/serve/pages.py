@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -20,7 +21,7 @@ from ops.rows import own_stage, said
 from ops.serve.actions import Action, Done
 from ops.serve.asking import Board, Found, Row, Stage
 from ops.serve.looks import Unreadable
-from ops.table import RED, clock, readable
+from ops.table import RED, clock, plain, readable
 
 OWN_CSS = Path(__file__).parent / "serve.css"
 # What a link to an action, and its form, may say.
@@ -98,6 +99,11 @@ def nav_link(shown: Shown, path: str, name: str, before: str = "") -> str:
     return f'<span>{before}<a href="{path}"{current}>{name}</a></span>'
 
 
+def as_of(moment: datetime) -> str:
+    local = moment.astimezone()
+    return f"as of {local:%F %T} {local:%Z}"
+
+
 def heading(title: Any, *lines: Any) -> Markup:
     below = join(f"<p>{text(line, 300)}</p>" for line in lines if line)
     return Markup(f"<header><h1>{text(title, 300)}</h1>{below}</header>")
@@ -154,7 +160,7 @@ def overview(found: Board) -> Markup:
         heading(
             "Pipeline",
             f"{base['name']} on {base['host']}:{base['port']}, PostgreSQL {base['version']}",
-            f"as of {clock(found.said['at'])}",
+            as_of(found.said["at"]),
         ),
         attention(found.said),
         figures(found.said),
@@ -296,7 +302,7 @@ def stage(found: Stage, may_act: bool) -> Markup:
     limit = f" of {row['max_running']}" if row["max_running"] else ""
     share = row["failure_share"]
     return join([
-        heading(name, f"for rows of {', '.join(row['tables'])}", f"as of {clock(found.at)}"),
+        heading(name, f"for rows of {', '.join(row['tables'])}", as_of(found.at)),
         f'<ul class="attention" aria-label="State">{notes}</ul>' if notes
         else '<p class="calm">Nothing of it needs a person.</p>',
         actions(may_act, *links),
@@ -351,12 +357,13 @@ def name_of_row(row: Any) -> str:
 def row(shown: Row, may_act: bool) -> Markup:
     found = shown.found
     where, *lines = job.place_lines(found)
+    where = where.removeprefix(f"{plain(said(found.row))} ")
     facts = join(f"<li>{text(line, 2000)}</li>" for line in lines)
     needs = any(call.given_up for call in found.owed) or found.rests.get(
         (found.row.table_name, found.row.key)
     )
     return join([
-        heading(said(found.row), where, f"as of {clock(shown.at)}"),
+        heading(said(found.row), where, as_of(shown.at)),
         f'<ul class="{"attention" if needs else "facts"}" aria-label="What it owes">{facts}</ul>',
         actions(may_act, *row_actions(found)),
         timelines(shown.report),

@@ -7,7 +7,7 @@ import socket
 import socketserver
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from wsgiref.simple_server import ServerHandler, WSGIRequestHandler, WSGIServer
 
@@ -110,16 +110,21 @@ class Server(socketserver.ThreadingMixIn, WSGIServer):
             self.end_long_ones()
         self.server_close()
         with self.changed:
+            self.shut_down(self.connections, socket.SHUT_RD)  # who has asked nothing yet is let go
             self.changed.wait_for(lambda: not self.connections, LAST)
 
     def end_long_ones(self) -> None:
         """A client that sends or reads a byte now and then is not waited for without end."""
+        now = time.monotonic()
         with self.changed:
-            old = [one for one, since in self.connections.items()
-                   if time.monotonic() - since > LONGEST]  # fmt: skip
-        for connection in old:
+            old = [one for one, since in self.connections.items() if now - since > LONGEST]
+            self.shut_down(old, socket.SHUT_RDWR)
+
+    def shut_down(self, connections: Iterable[socket.socket], how: int) -> None:
+        """Their threads notice, and end."""
+        for connection in connections:
             with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(how)
 
     def process_request(self, request, client_address) -> None:
         with self.changed:

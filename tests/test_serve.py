@@ -1,0 +1,291 @@
+"""`serve`: what its pages show, to however many people, with and without a database."""
+
+import json
+import math
+import re
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from pages import Page
+from reports import HOSTILE, attempt, everything, give_up
+from scraping import Scraped, scrape
+from serving import STARTED, Site, serving
+from test_ops_report_page import ELEMENTS
+from variants import PIPELINE, TABLE, install
+from waiting import AWAY, until
+
+import db
+import ops
+from ops.serve.looks import Looks, Unreadable
+
+LIVE = {"nav", "span", "form", "input", "label", "button"}
+OURS = "application_name = 'job-state-listener serve'"
+
+
+@pytest.fixture(scope="module")
+def site(shared_database, tmp_path_factory) -> Site:
+    """Without OPS_TOKEN."""
+    with serving(shared_database, tmp_path_factory.mktemp("serve")) as site:
+        yield site
+
+
+@pytest.fixture
+def database(shared_database):
+    return shared_database.emptied()
+
+
+# --- pages ---------------------------------------------------------------------------------
+
+
+def test_pages_show_hostile_data_as_text(database, site):
+    job = everything(database)
+    names = [f"/job/{job}", "/stage/overlay", "/stage/planner", "/search?q=%3Cb%3E%22%27%00&x=%ff"]
+    names += ["/", "/%3Cscript%3E%E2%80%AE", "/job/%00%ff", "/stage/%3Cb%3E", "/search?q=" + job]
+    for name in names:
+        shown = site.get(name)
+        page = Page(shown.text)
+        assert {e.tag for e in page.root.all()} <= ELEMENTS | LIVE, name
+        assert not [a for e in page.root.all() for a in e.attributes if a.startswith("on")]
+        assert shown.status_code == (404 if "/%" in name else 200), name
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", shown.text)
+    assert HOSTILE[0] in site.page("/stage/overlay").table("given-up")[-1][2]
+
+
+def test_overview_says_what_status_says(database, site, run_command):
+    everything(database)
+    said = json.loads(run_command(database, "status", "--json").out)
+    shown = until(lambda: fresh(site, "8 rows are stalled"), "the rows of this test")
+    rows = {row[0].split()[0]: row[2:] for row in shown.table("stages")}
+    for stage in said["stages"]:
+        numbers = [stage[name] for name in ("owed", "calling", "retrying", "given_up", "failed",
+                                            "stalled")]  # fmt: skip
+        assert rows[stage["stage"]][:6] == [f"{number}" if number else "–" for number in numbers]
+    alarms = [e.text for e in shown.root.one("ul", "attention").all("li")]
+    assert alarms[0].startswith("No listener is connected")
+    assert [alarm for alarm in alarms if alarm.startswith("planner : paused by <script>")]
+    assert shown.figures["Given up"] == "8"
+    links = {a.attributes["href"] for a in shown.root.all("a")}
+    assert {f"/stage/{stage['stage']}" for stage in said["stages"]} <= links
+
+
+def fresh(site: Site, words: str) -> Page | None:
+    """The overview, once it is about what a test has just changed."""
+    shown = site.page("/")
+    return shown if words in shown.root.text else None
+
+
+def test_row_page_says_what_job_says(database, site, run_command):
+    job = database.add_job("planner", "done", "한빛")
+    attempt(database, job, "overlay", "retry", error="HTTP 500: \\uba54\\ubaa8\\ub9ac")
+    give_up(database, job, "HTTP 500: 메모리")
+    where, owes, *_ = run_command(database, "job", job).lines
+    shown = site.page(f"/job/{job}")
+    assert shown.root.one("h1").text == f"job {job}"
+    assert where.endswith(shown.root.one("header").all("p")[0].text)
+    assert shown.root.one("ul", "attention").text == owes
+    [row] = shown.table("attempts")
+    assert row[1:6] == ["overlay", "1", "retry", "–", "1.0 s"] and row[7] == "HTTP 500: 메모리"
+    assert shown.section("jobs").all("svg", "lane")
+
+
+def test_search_finds_by_id_and_by_tenant(database, site):
+    jobs = [database.add_job(tenant="한빛 & co") for _ in range(2)]
+    assert [row[0] for row in site.page(f"/search?q={jobs[0]}").table("by-id")] == [jobs[0]]
+    found = site.page("/search?q=%ED%95%9C%EB%B9%9B+%26+co").table("by-tenant")
+    assert {row[0] for row in found} == set(jobs)
+    assert all(row[2].startswith("vlm_analyze: due now") for row in found)
+    nothing = site.page("/search?q=nobody")
+    assert nothing.root.one("p", "calm").text == "There is no row with this id or tenant."
+
+
+def test_rows_of_other_tables_have_pages(use_pipeline, make_database, server, tmp_path):
+    use_pipeline(PIPELINE)
+    variants = install(make_database(server), TABLE)
+    job = variants.database.add_job("x", "y")
+    ids = variants.add(job, "img_gen", "done", count=3)
+    here = {"PIPELINE_MODULE": "variants", "PYTHONPATH": str(Path(__file__).parent)}
+    with serving(variants.database, tmp_path, **here) as site:
+        shown = site.page(f"/job/jobs/{job}")
+        assert {row[0] for row in shown.table("rows")} == {f"jobs_variants {id_}" for id_ in ids}
+        assert "waiting for 3 of 3" in shown.root.text
+        child = site.page(f"/job/jobs_variants/{ids[0]}")
+        assert child.root.one("h1").text == f"jobs_variants {ids[0]}"
+        assert site.page(f"/job/{ids[0]}").root.one("h1").text == f"jobs_variants {ids[0]}"
+        assert site.get(f"/job/jobs/{ids[0]}").status_code == 404
+
+
+def test_report_is_served_whole(database, site):
+    attempt(database)
+    shown = site.get("/report")
+    assert Page(shown.text).section("pipeline")
+    assert "style-src 'unsafe-inline'" in shown.headers["Content-Security-Policy"]
+
+
+# --- for programs --------------------------------------------------------------------------
+
+
+def test_metrics_are_those_of_the_command(database, site):
+    shown = site.get("/metrics")
+    assert shown.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    assert Scraped(shown.text).keys() == scrape(database).keys()
+    assert Scraped(shown.text).of("up") == 1
+
+
+def test_every_answer_has_strict_headers(database, site):
+    for path in ("/", "/stage/planner", "/search", "/nowhere", "/metrics", "/healthz"):
+        headers = site.get(path).headers
+        policy = headers["Content-Security-Policy"]
+        assert policy.startswith("default-src 'none'; style-src 'sha256-")
+        assert "frame-ancestors 'none'" in policy and "base-uri 'none'" in policy
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Cache-Control"] == "no-store"
+        assert headers["Referrer-Policy"] == "same-origin"
+        assert headers["Server"] == "job-state-listener"
+
+
+def test_pages_without_a_form_refresh_themselves_until_told_not_to(database, site):
+    paths = ["/", "/stage/planner", "/?refresh=off", "/search", "/report"]
+    refresh = [site.get(path).headers.get("Refresh") for path in paths]
+    assert refresh == ["5", "5", None, None, None]
+    assert "stop" in site.page("/").root.one("nav").text
+
+
+def test_head_is_get_without_a_body(database, site):
+    for path in ("/", "/metrics", "/nowhere"):
+        asked, got = site.head(path), site.get(path)
+        assert (asked.status_code, asked.content) == (got.status_code, b"")
+        assert asked.headers["Content-Type"] == got.headers["Content-Type"]
+        assert int(asked.headers["Content-Length"]) > 100
+
+
+def test_unknown_paths_are_not_found(database, site):
+    paths = ["/nowhere", "/stage/nope", "/job/7", "/job/none/7", "/stage", "/healthz/x", "/a//",
+             "/login", "/logout", "/do/pause"]  # fmt: skip
+    assert {path: site.get(path).status_code for path in paths} == dict.fromkeys(paths, 404)
+
+
+def test_nothing_can_be_sent_without_a_token_to_enter(database, site):
+    for method in ("POST", "PUT", "DELETE", "OPTIONS", "GETT"):
+        for path in ("/", "/do/pause", "/login"):
+            assert site.request(method, path).status_code == 405
+    assert "Log in" not in site.get("/").text and "/do/" not in site.get("/stage/planner").text
+
+
+def test_what_is_no_request_gets_one_line(database, site):
+    long = b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n"
+    for sent, code in ((b"GARBAGE\r\n\r\n", 400), (long, 414), (b"GET / HTTP/1.1\r\n\r\n", 421)):
+        answer = site.raw(sent)
+        assert f"{code} ".encode() in answer.splitlines()[0], sent[:20]
+        assert b"Traceback" not in answer
+    assert site.get("/healthz").text == "ok\n"
+
+
+# --- the database --------------------------------------------------------------------------
+
+
+def test_without_its_database_it_says_so(database, tmp_path):
+    secret = "s3cr3t-w0rd"
+    with serving(database, tmp_path, **AWAY | {"DB_PORT": "1", "DB_PASSWORD": secret}) as site:
+        shown = site.get("/")
+        assert shown.status_code == 503 and shown.headers["Refresh"] == "5"
+        assert Page(shown.text).root.one("h1").text == "No database"
+        assert "onnection refused" in shown.text
+        assert site.get("/healthz").status_code == 200
+        ready = site.get("/readyz")
+        assert (ready.status_code, ready.text.count("\n")) == (503, 1)
+        metrics = site.get("/metrics")
+        assert metrics.status_code == 200 and Scraped(metrics.text).of("up") == 0
+        assert secret not in shown.text + ready.text + site.process.output
+
+
+def test_without_our_tables_it_says_what_to_run(empty_database, tmp_path):
+    with serving(empty_database, tmp_path) as site:
+        assert site.get("/").status_code == 503
+        assert "make trigger" in site.get("/readyz").text
+
+
+def test_lost_connection_is_made_anew(database, site):
+    assert site.get("/readyz").text == "ok\n"
+    ended = database.rows(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {OURS}"
+                          " AND datname = current_database()")  # fmt: skip
+    assert len(ended) == 1
+    assert site.get(f"/search?q={time.time()}").status_code == 200  # nobody has asked that yet
+
+
+def test_its_connection_cannot_write(database):
+    looks = Looks(database.settings())
+    with pytest.raises(Unreadable, match="read-only transaction"):
+        looks.look("any", lambda conn: db.execute(conn, "UPDATE jobs SET status = 'done'"))
+    looks.close()
+
+
+def test_hundred_viewers_cost_one_look_a_second(server, make_database, tmp_path):
+    transactions = "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = %s"
+
+    def spent(viewers: int) -> tuple[int, float]:
+        """Transactions, and for how many seconds everybody looked."""
+        database = make_database(server)
+        with serving(database, tmp_path) as site, ThreadPoolExecutor(viewers) as pool:
+            began, ready = time.monotonic(), threading.Barrier(viewers)
+
+            def view(_: int) -> set[int]:
+                ready.wait()
+                return {site.get("/").status_code for _ in range(3)}
+
+            assert set().union(*pool.map(view, range(viewers))) == {200}
+            seconds = time.monotonic() - began
+            site.process.stop()
+        database.conn.close()  # with its own transactions; the server counts what has ended
+        name = database.name
+        database.conn = server.connect()
+        until(lambda: not database.value("SELECT count(*) FROM pg_stat_activity WHERE datname = %s",
+                                         name), "the end of its sessions")  # fmt: skip
+        return database.value(transactions, name), seconds
+
+    alone, seconds_alone = spent(1)
+    together, seconds = spent(100)
+    assert together <= alone * (1 + math.ceil(seconds)), (alone, together, seconds, seconds_alone)
+
+
+# --- the process ---------------------------------------------------------------------------
+
+
+def test_viewer_who_sends_nothing_holds_nobody_up(database, site):
+    with socket.create_connection(site.address) as silent:
+        silent.sendall(b"GET / HT")
+        assert site.get("/").status_code == 200
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stops_with_exit_0_though_somebody_is_connected(database, tmp_path, number):
+    with serving(database, tmp_path) as site, socket.create_connection(site.address) as silent:
+        site.get("/")
+        site.process.signal(number)
+        assert site.process.wait() == 0
+        assert silent.recv(1) == b""
+    assert "상태 페이지 중지됨" in site.process.lines[-1]
+    assert len(site.process.lines) == 2 and STARTED in site.process.lines[0]
+
+
+def test_port_that_is_taken_gets_one_line(database, site, run_command):
+    refused = run_command(database, "serve", "--port", str(site.address[1])).refused(2)
+    assert "Address already in use" in refused and "--port" in refused
+
+
+def test_serving_the_network_without_tls_is_a_warning(database, tmp_path):
+    with serving(database, tmp_path, "--host", "0.0.0.0") as site:
+        assert " WARNING " in site.process.wait_for_line("TLS")
+        assert site.get("/", Host="any.example").status_code == 200
+    with serving(database, tmp_path, "--host", "0.0.0.0", "--allow-host", "jobs.example") as site:
+        hosts = ["jobs.example", "JOBS.example:443", "10.1.2.3:8080", "[::1]", "other.example"]
+        codes = [site.get("/", Host=host).status_code for host in hosts]
+        assert codes == [200, 200, 200, 200, 421]
+
+
+def test_it_is_one_of_the_commands_to_look_with():
+    assert ops.group("serve") == "Look"

@@ -1,0 +1,230 @@
+"""`serve` with OPS_TOKEN: what a person may do there, and what nobody may do in their name."""
+
+import re
+
+import pytest
+from pages import Page
+from reports import give_up
+from serving import TOKEN, Person, Site, said, serving
+
+from ops.serve import access
+from ops.serve.access import Access, Session
+
+PAUSE = "/do/pause?stage=planner"
+PAUSED = "SELECT held_by FROM pipeline_stages WHERE stage = 'planner' AND held_until > now()"
+
+
+@pytest.fixture(scope="module")
+def site(shared_database, tmp_path_factory) -> Site:
+    directory = tmp_path_factory.mktemp("serve")
+    with serving(shared_database, directory, OPS_TOKEN=TOKEN) as site:
+        yield site
+
+
+@pytest.fixture
+def database(shared_database):
+    return shared_database.emptied()
+
+
+@pytest.fixture
+def kim(site) -> Person:
+    person = Person(site)
+    assert person.enter().status_code == 303
+    return person
+
+
+# --- what a person may do ------------------------------------------------------------------
+
+
+def test_person_pauses_and_resumes_a_stage_under_their_name(database, site, kim):
+    assert "Pause" in site.get("/stage/planner").text
+    done = kim.does(PAUSE, reason="new <weights>")
+    assert (done.status_code, said(done)) == (
+        200,
+        "paused: planner; python listener.py resume planner",
+    )
+    held = database.row("SELECT * FROM pipeline_stages WHERE stage = 'planner'")
+    assert (held.held_by, held.held_reason) == ("kim (serve)", "new <weights>")
+    assert "paused by kim (serve): new <weights>" in Page(site.get("/").text).root.text
+    assert said(kim.does("/do/resume?stage=planner")).startswith("resumed: planner")
+    assert database.value(f"SELECT count(*) FROM ({PAUSED}) AS held") == 0
+    assert "조작: kim (serve): pause '--reason=new <weights>' -- planner → " in site.process.output
+
+
+def test_person_cancels_a_call_and_has_it_made_again(database, kim):
+    job = database.add_job("planner", "done")
+    links = re.findall(r'href="(/do/[^"]+)"', kim.at(f"/job/{job}").text)
+    ways = {link.partition("?")[0]: link.replace("&amp;", "&") for link in links}
+    assert set(ways) == {"/do/retry", "/do/cancel", "/do/again"}
+    assert said(kim.does(ways["/do/cancel"], reason="절대 안 됨")).startswith("cancelled: job")
+    [attempt] = database.attempts(job)
+    assert (attempt.worker, attempt.error) == ("kim (serve)", "절대 안 됨")
+    assert "cancelled by kim (serve)" in said(kim.does(ways["/do/again"]))
+    assert database.owed(job).stage == "overlay"
+    refused = kim.does(ways["/do/retry"])
+    assert refused.status_code == 409 and "it is not given up" in said(refused)
+
+
+def test_person_retries_a_row_or_all_that_a_stage_gave_up(database, kim):
+    jobs = [database.add_job("planner", "done") for _ in range(3)]
+    for job in jobs:
+        give_up(database, job, "HTTP 500")
+    assert said(kim.does(f"/do/retry?id={jobs[0]}&stage=overlay")).count("due again") == 1
+    assert said(kim.does("/do/retry?stage=overlay")).count("due again") == 2
+    assert not any(database.owed(job).given_up for job in jobs)
+
+
+def test_mistakes_get_the_words_of_the_command(database, kim):
+    for path in ("/do/pause?stage=paint", "/do/again?id=7&table=paint"):
+        refused = kim.does(path)
+        assert refused.status_code == 400 and "'paint' is no" in said(refused)
+    assert kim.does("/do/again?id=no-id").status_code == 409
+    assert kim.submit("/do/pause", kim.form(PAUSE) | {"stage": ""}).status_code == 400
+
+
+# --- logging in ----------------------------------------------------------------------------
+
+
+def test_person_who_is_not_known_is_asked_for_the_token_first(database, site):
+    asked = site.get(PAUSE)
+    assert (asked.status_code, asked.headers["Location"]) == (
+        303,
+        "/login?next=%2Fdo%2Fpause%3Fstage%3Dplanner",
+    )
+    entered = Person(site).enter(after="%2Fdo%2Fpause%3Fstage%3Dplanner")
+    assert (entered.status_code, entered.headers["Location"]) == (303, PAUSE)
+    cookie = entered.headers["Set-Cookie"]
+    assert "HttpOnly" in cookie and "SameSite=Strict" in cookie and "Secure" not in cookie
+    behind_tls = Person(site).enter(**{"X-Forwarded-Proto": "https"})
+    assert behind_tls.headers["Set-Cookie"].endswith("; Secure")
+
+
+@pytest.mark.parametrize("after", ["//evil.example", "https://evil.example", "/%5Cevil", "/a%0Ab"])
+def test_login_leads_to_no_other_site(database, site, after):
+    assert Person(site).enter(after=after).headers["Location"] == "/"
+
+
+def test_wrong_token_is_refused_and_the_next_attempt_has_to_wait(database, tmp_path):
+    with serving(database, tmp_path, OPS_TOKEN=TOKEN) as site:
+        refused = Person(site).enter("wrong-" + TOKEN)
+        assert (refused.status_code, said(refused)) == (403, "That is not the token.")
+        soon = Person(site).enter()  # the right one
+        assert soon.status_code in (303, 429)  # 303: the test took longer than the delay
+        assert TOKEN not in site.process.output + refused.text + soon.text
+        assert "로그인 실패" in site.process.output
+
+
+def test_delays_after_wrong_tokens_double_and_are_those_of_one_address(monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(access.time, "monotonic", lambda: clock[0])
+    guarded, waited = Access(TOKEN), []
+    for _ in range(9):
+        assert not guarded.is_right("10.0.0.1", "guess")
+        with pytest.raises(access.TooSoon) as soon:
+            guarded.is_right("10.0.0.1", TOKEN)
+        waited.append(soon.value.seconds)
+        assert guarded.is_right("10.0.0.2", TOKEN)
+        clock[0] += soon.value.seconds
+    assert waited == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    assert guarded.is_right("10.0.0.1", TOKEN)
+
+
+@pytest.mark.parametrize("name", ["", "   ", "x" * 61, "kim\x1b[31m", "\u202ekim"])
+def test_name_is_one_line_of_visible_letters(database, site, name):
+    assert Person(site, name).enter().status_code == 400
+
+
+def test_session_is_over_after_its_time_and_after_leaving(database, site, kim, monkeypatch):
+    before = kim.cookies.copy()
+    assert kim.does("/logout").headers["Location"] == "/"
+    kim.cookies = before
+    assert kim.get(site.url + PAUSE, allow_redirects=False).status_code == 303
+    guarded = Access(TOKEN)
+    assert guarded.session(guarded.cookie("김")).name == "김"
+    monkeypatch.setattr(access, "SESSION_SECONDS", -1)
+    assert guarded.session(guarded.cookie("kim")) is None
+    monkeypatch.setattr(access, "FORM_SECONDS", -1)
+    session = Session("kim", "1")
+    assert not guarded.take_form(session, PAUSE, guarded.form_token(session, PAUSE))
+
+
+def test_token_that_could_be_guessed_is_refused_in_one_line(database, run_command):
+    refused = run_command(database, "serve", OPS_TOKEN="fifteen-letters").refused(2)
+    assert refused == "OPS_TOKEN=*** cannot be used: allowed is 16 visible ASCII characters or " \
+        "more, without spaces"  # fmt: skip
+
+
+# --- forged and replayed -------------------------------------------------------------------
+
+
+def paused_by(database) -> str | None:
+    row = database.row(f"{PAUSED} LIMIT 1")
+    return row and row.held_by
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://localhost"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+        {"Sec-Fetch-Site": "none"},
+        {"Host": "evil.example", "Origin": "http://evil.example"},  # its name leads here
+        {"Host": "127.0.0.1.evil.example"},
+        {"Host": "localhost@evil.example"},
+        {"Content-Type": "text/plain"},
+        {"Content-Type": "application/json"},
+        {"Cookie": ""},
+        {"Cookie": "job_state_listener=a2lt.99999999999.x." + "0" * 64},
+    ],
+    ids=str,
+)
+def test_request_of_another_site_is_refused(database, kim, headers):
+    fields = kim.form(PAUSE)
+    assert kim.submit(PAUSE, fields, **headers).status_code in (403, 415, 421)
+    assert paused_by(database) is None
+    assert kim.submit(PAUSE, fields).status_code == 200  # the form itself was good
+
+
+def test_form_is_good_once_for_one_person_and_one_action(database, site, kim):
+    lee = Person(site, "lee")
+    lee.enter()
+    own = kim.form(PAUSE)
+    refused = [
+        kim.submit(PAUSE, {"stage": "planner"}),
+        kim.submit(PAUSE, own | {"form": own["form"][:-1] + "x"}),
+        kim.submit(PAUSE, own | {"form": kim.form("/do/resume?stage=planner")["form"]}),
+        kim.submit(PAUSE, own | {"form": kim.form("/logout")["form"]}),
+        kim.submit(PAUSE, own | {"form": kim.cookies["job_state_listener"]}),
+        lee.submit(PAUSE, own),
+    ]
+    assert {one.status_code for one in refused} == {403} and paused_by(database) is None
+    assert kim.submit(PAUSE, own).status_code == 200 and paused_by(database) == "kim (serve)"
+    kim.does("/do/resume?stage=planner")
+    replayed = kim.submit(PAUSE, own)
+    assert replayed.status_code == 403 and "sent before" in said(replayed)
+    assert paused_by(database) is None
+
+
+def test_looking_changes_nothing(database, site, kim):
+    for path in (PAUSE, "/do/retry?stage=planner", "/logout"):
+        kim.at(path)
+    for method in ("GET", "HEAD", "PUT", "PATCH"):
+        kim.request(method, site.url + PAUSE, data=kim.form(PAUSE))
+    assert paused_by(database) is None and kim.at(PAUSE)
+
+
+def test_forms_that_are_too_long_or_without_a_length_are_not_read(database, site, kim):
+    assert kim.does(PAUSE, reason="x" * 20_000).status_code == 413
+    in_parts = {"Content-Type": "application/x-www-form-urlencoded"}
+    assert kim.submit(PAUSE, iter([b"stage=planner"]), **in_parts).status_code == 411
+    assert paused_by(database) is None
+
+
+def test_what_another_process_has_given_out_is_worth_nothing(database, site, kim, tmp_path):
+    with serving(database, tmp_path, OPS_TOKEN=TOKEN) as other:
+        stranger = Person(other)
+        stranger.cookies = kim.cookies
+        assert stranger.get(other.url + PAUSE, allow_redirects=False).status_code == 303
