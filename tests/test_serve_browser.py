@@ -81,7 +81,7 @@ def test_keyboard_is_enough_to_log_in_and_pause_a_stage(database, site, browser)
     assert browser.value("document.activeElement.id") == "reason"
     browser.type("새 GPU")
     browser.after_loading(lambda: browser.press("Enter"))
-    assert "Pause: done" in browser.value("document.title + document.body.innerText")
+    assert "Pause the stage: done" in browser.value("document.title + document.body.innerText")
     assert tuple(database.row(PAUSED)) == ("kim (serve)", "새 GPU")
     go_to(browser, "Log out")
     browser.after_loading(lambda: browser.press("Enter"))

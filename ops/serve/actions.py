@@ -61,23 +61,31 @@ def retry_words(given: Mapping[str, str]) -> list[str]:
 
 ACTIONS = {
     "pause": Action(
-        pause, "Pause", "No listener calls it until it is resumed; its calls wait, those under "
-        "way are finished.", True, of_stage,
+        pause, "Pause the stage",
+        "No listener calls it until it is resumed; its calls wait, those under way are finished.",
+        True, of_stage,
     ),
     "resume": Action(
-        resume, "Resume", "It is called again at once: a pause or a hold ends.", False, of_stage,
+        resume, "Resume the stage",
+        "It is called again at once: a pause or a hold ends.",
+        False, of_stage,
     ),
     "retry": Action(
-        retry, "Retry", "What was given up is due again, with all its attempts; what waits for "
-        "its next attempt is due now.", False, retry_words,
+        retry, "Retry now",
+        "What was given up is due again, with all its attempts; what waits for its next attempt "
+        "is due now.",
+        False, retry_words,
     ),
     "again": Action(
-        again, "Call again", "The call of its present state is recorded afresh, though it was "
-        "accepted, cancelled or given up.", False, of_row,
+        again, "Call again",
+        "The call of its present state is recorded afresh, though it was accepted, cancelled or "
+        "given up.",
+        False, of_row,
     ),
     "cancel": Action(
-        cancel, "Cancel", "The call that it owes is dropped; the row itself is not touched.", True,
-        of_row,
+        cancel, "Cancel the call",
+        "The call that it owes is dropped; the row itself is not touched.",
+        True, of_row,
     ),
 }  # fmt: skip
 

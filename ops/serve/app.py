@@ -11,6 +11,7 @@ from http import HTTPStatus
 from types import SimpleNamespace
 from urllib.parse import parse_qsl, quote, unquote
 
+from ops import rows
 from ops.serve import asking, pages
 from ops.serve.access import (
     COOKIE,
@@ -121,7 +122,6 @@ class Response:
     status: int = 200
     kind: str = "text/html; charset=utf-8"
     headers: dict[str, str] = field(default_factory=dict)
-    refreshes: bool = False
     style: str = ""
 
 
@@ -147,8 +147,8 @@ class App:
         except Refused as refused:
             response = self.refusal(request, refused)
         except Unreadable as away:
-            response = self.page(request, pages.unreadable(away), away.title)
-            response.status, response.refreshes = 503, True
+            response = self.page(request, pages.unreadable(away), away.title, refreshes=True)
+            response.status = 503
         except Exception:
             log.exception("페이지 오류: %s", request.path)
             body = pages.sorry("Something went wrong", "The log of `serve` says what.")
@@ -163,8 +163,6 @@ class App:
             "Content-Length": str(len(body)),
             "Content-Security-Policy": POLICY.format(style=response.style or self.style),
         }
-        if response.refreshes and request.method != "POST" and is_refreshing(request):
-            headers["Refresh"] = str(REFRESH)
         headers |= response.headers
         status = f"{response.status} {HTTPStatus(response.status).phrase}"
         start_response(status, list(headers.items()))
@@ -177,16 +175,19 @@ class App:
         response.headers |= {name.replace("_", "-"): text for name, text in refused.headers.items()}
         return response
 
-    def page(self, request: Request, body: str, title: str) -> Response:
+    def page(self, request: Request, body: str, title: str, refreshes: bool = False) -> Response:
+        """Args: refreshes: it has no form that a person may be filling in."""
+        refresh = REFRESH if is_refreshing(request) else 0
         shown = pages.Shown(
             title=title,
             css=self.css,
             path=request.path,
             person=request.session.name,
             may_log_in=self.access.is_on,
-            refresh=REFRESH if is_refreshing(request) else 0,
+            refresh=refresh if refreshes else None,
         )
-        return Response(pages.whole(shown, body))
+        headers = {"Refresh": str(REFRESH)} if refreshes and refresh else {}
+        return Response(pages.whole(shown, body), headers=headers)
 
     # --- which page it is ---
 
@@ -244,17 +245,14 @@ class App:
     # --- for people ---
 
     def overview(self, request: Request) -> Response:
-        response = self.page(request, pages.overview(asking.board(self.looks)), "Overview")
-        response.refreshes = True
-        return response
+        body = pages.overview(asking.board(self.looks))
+        return self.page(request, body, "Overview", refreshes=True)
 
     def stage(self, request: Request, name: str) -> Response:
         found = asking.stage(self.looks, name)
         if found is None:
             raise Refused(404, f"there is no stage {name[:100]}")
-        response = self.page(request, pages.stage(found, self.access.is_on), name)
-        response.refreshes = True
-        return response
+        return self.page(request, pages.stage(found, self.access.is_on), name, refreshes=True)
 
     def job(self, request: Request, *names: str) -> Response:
         """/job/ID, or /job/TABLE/ID."""
@@ -266,9 +264,7 @@ class App:
             return see_other(f"/search?q={quote(id_, safe='')}")
         found = asking.row(self.looks, places[0])
         body = pages.row(found, self.access.is_on)
-        response = self.page(request, body, pages.name_of_row(found.found.row))
-        response.refreshes = True
-        return response
+        return self.page(request, body, rows.said(found.found.row), refreshes=True)
 
     def search(self, request: Request) -> Response:
         """By id, in every table, or by tenant. It has a form, so it does not refresh itself."""

@@ -17,7 +17,7 @@ from ops.report.page import CSS, LATE
 from ops.report.sections import calls, durations
 from ops.report.svg import WAITS, legend, patterns
 from ops.report.timelines import timelines
-from ops.rows import own_stage, said
+from ops.rows import own_stage, said, word_for
 from ops.serve.actions import Action, Done
 from ops.serve.asking import Board, Found, Row, Stage
 from ops.serve.looks import Unreadable
@@ -336,7 +336,7 @@ def resting(kind: str, found: list) -> Markup:
         return Markup("")
     title, about = RESTING[kind]
     rows = [
-        [row_link(row.table_name, row.job_id), state(row), row.tenant_id,
+        [row_link(row.table_name, row.job_id), state(row), text(row.tenant_id, 40),
          row.since and clock(row.since),
          readable(row.last_error if kind == "given_up" else row.reason)]
         for row in found[:50]
@@ -348,10 +348,6 @@ def resting(kind: str, found: list) -> Markup:
 
 
 # --- a row ---------------------------------------------------------------------------------
-
-
-def name_of_row(row: Any) -> str:
-    return said(row)
 
 
 def row(shown: Row, may_act: bool) -> Markup:
@@ -431,7 +427,7 @@ def results(found: Found) -> Iterator[Markup]:
     if found.by_id:
         rows = [
             [row_link(row.table_name, row.key), state(row) if row.is_there else "deleted",
-             row.tenant_id]
+             text(row.tenant_id, 60)]
             for row in found.by_id
         ]  # fmt: skip
         yield section("by-id", "By id", table(["Row", "State", "Tenant"], rows, "With this id."))
@@ -496,9 +492,9 @@ def ask(name: str, action: Action, given: Mapping[str, str], token: str, person:
 
 def meant(given: Mapping[str, str]) -> str:
     """What an action is about, in words."""
-    row = " ".join(filter(None, [given.get("table"), given.get("id")]))
     if not given.get("id"):
         return given.get("stage", "")
+    row = f"{word_for(given.get('table') or pipeline.JOBS.name)} {given['id']}"
     return f"{given['stage']} of {row}" if given.get("stage") else row
 
 
