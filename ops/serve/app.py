@@ -256,7 +256,7 @@ class App:
 
     def job(self, request: Request, *names: str) -> Response:
         """/job/ID, or /job/TABLE/ID."""
-        table, id_ = names if len(names) == 2 else (None, *names)
+        table, id_ = (names[0] if len(names) == 2 else None), names[-1]
         places = asking.places(self.looks, id_, table)
         if not places:
             raise Refused(404, f"there is no row {id_[:100]}" + f" in {table}" * bool(table))

@@ -253,8 +253,8 @@ def stage_row(row: dict[str, Any], waiting: Mapping[str, int], most: int) -> lis
     words = ", ".join(f"{n:,} {WAITS[kind]}" for kind, n in waiting.items() if n)
     held = ""
     if row["held_until"]:
-        held = "paused" if row["paused"] else f"held until {clock(row['held_until'])}"
-        held = f'<p class="hold">{held}</p>'
+        how = "paused" if row["paused"] else f"held until {clock(row['held_until'])}"
+        held = f'<p class="hold">{how}</p>'
     bar = Markup(f"{stack(waiting, most, words)}<small>{words}</small>") if words else None
     numbers = [owed, calling, retrying, given_up, row["failed"], row["stalled"]]
     times = [oldest, an_hour, failing, p50, p95]
@@ -272,11 +272,11 @@ def listeners(found: list[dict[str, Any]]) -> Markup:
     rows = []
     for row in found:
         shown = row["calls"][: status.MOST_CALLS]
-        under_way = join(f"<div>{call(one)}</div>" for one in shown)
+        under_way = [f"<div>{call(one)}</div>" for one in shown]
         if len(row["calls"]) > len(shown):
-            under_way += f"<div>and {len(row['calls']) - len(shown)} more</div>"
+            under_way.append(f"<div>and {len(row['calls']) - len(shown)} more</div>")
         since = Markup(span(row["seconds"]))
-        rows.append([row["listener"], since, row["doing"], Markup(under_way) or None])
+        rows.append([row["listener"], since, row["doing"], join(under_way) or None])
     header = ["Listener", "#Since", "Doing", "*Calls under way, the oldest first"]
     return section("listeners", "Listeners", table(header, rows, "Those that are connected."))
 
@@ -424,6 +424,7 @@ def search(asked: str, found: Found | None) -> Markup:
 
 
 def results(found: Found) -> Iterator[Markup]:
+    rows: list[list[Any]]
     if found.by_id:
         rows = [
             [row_link(row.table_name, row.key), state(row) if row.is_there else "deleted",
@@ -433,16 +434,18 @@ def results(found: Found) -> Iterator[Markup]:
         yield section("by-id", "By id", table(["Row", "State", "Tenant"], rows, "With this id."))
     if found.by_tenant:
         rows = [
-            [row_link(row.table_name, row.job_id), state(row),
-             f"{row.stage}: {job.situation(row)}" if row.stage else None]
-            for row in found.by_tenant
-        ]  # fmt: skip
+            [row_link(row.table_name, row.job_id), state(row), owes(row)] for row in found.by_tenant
+        ]
         about = "The latest first." if not found.more else f"The latest {len(rows)}."
         yield section("by-tenant", "By tenant", table(["Row", "State", "*Owes"], rows, about))
     if found.problem:
         yield Markup(f'<p class="attention" role="alert">{text(found.problem)}</p>')
     elif not (found.by_id or found.by_tenant):
         yield Markup('<p class="calm" role="status">There is no row with this id or tenant.</p>')
+
+
+def owes(row: Any) -> Markup | None:
+    return text(f"{row.stage}: {job.situation(row)}") if row.stage else None
 
 
 # --- forms ---------------------------------------------------------------------------------

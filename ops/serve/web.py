@@ -5,10 +5,12 @@ import logging
 import select
 import socket
 import socketserver
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
+from typing import Any
 from wsgiref.simple_server import ServerHandler, WSGIRequestHandler, WSGIServer
 
 from signals import Signals
@@ -29,6 +31,12 @@ class Handler(ServerHandler):
 
     os_environ = {}  # noqa: RUF012
     server_software = "job-state-listener"
+
+    def __init__(self, request: "RequestHandler"):
+        sent: Any = request.rfile
+        answer: Any = request.wfile
+        super().__init__(sent, answer, sys.stderr, request.get_environ(), multithread=True)
+        self.request_handler = request  # which logs it
 
     def log_exception(self, exc_info) -> None:
         """The application catches its own errors; this is a client that has gone."""
@@ -51,10 +59,8 @@ class RequestHandler(WSGIRequestHandler):
                 self.requestline = self.request_version = self.command = ""
                 self.send_error(414)
             elif self.parse_request():
-                streams = self.rfile, self.wfile, self.get_stderr()
-                handler = Handler(*streams, self.get_environ(), multithread=True)
-                handler.request_handler = self  # which logs the request
-                handler.run(self.server.get_app())
+                handler = Handler(self)
+                handler.run(self.server.app)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What cannot be read as a request gets one line."""
@@ -88,21 +94,22 @@ class Server(socketserver.ThreadingMixIn, WSGIServer):
     def __init__(self, host: str, port: int, app: Callable):
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         self.address_family, _, _, _, address = found[0]
+        self.app = app
         self.connections: dict[socket.socket, float] = {}  # and when each was made
         self.changed = threading.Condition()
-        super().__init__(address[:2], RequestHandler)
-        self.set_app(app)
+        super().__init__((str(address[0]), int(address[1])), RequestHandler)
 
     def server_bind(self) -> None:
         """Without asking the DNS for our name, as the standard library does."""
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
         self.setup_environ()
 
     def serve_until(self, signals: Signals) -> None:
         """Serve until told to stop; what is under way then has a few seconds."""
         while not signals.requested:
-            ready, _, _ = select.select([self, signals], [], [], 1.0)
+            watched: list[Any] = [self, signals]
+            ready, _, _ = select.select(watched, [], [], 1.0)
             if signals in ready:
                 signals.drain()
             if self in ready:
