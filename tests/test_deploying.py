@@ -115,7 +115,7 @@ def shell(tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("docker-compose"), reason="docker-compose is not installed")
-@pytest.mark.parametrize("profile", [None, "postgres", "demo"])
+@pytest.mark.parametrize("profile", [None, "postgres", "demo", "serve"])
 def test_docker_compose_takes_the_file(tmp_path, profile):
     shutil.copy(COMPOSE, tmp_path)
     shutil.copy(ROOT / ".env.example", tmp_path / ".env")
@@ -135,7 +135,7 @@ def test_compose_names_only_settings(services):
     given = set(re.findall(r"\$\{(\w+)", COMPOSE.read_text()))
     ours = [service for service in services.values() if "build" in service]
     given |= {name for service in ours for name in service["environment"]}
-    assert len(ours) == 3 and given and given <= set(config.SETTINGS)
+    assert len(ours) == 4 and given and given <= set(config.SETTINGS)
 
 
 def test_compose_gives_our_containers_no_rights_and_rotates_logs(services):

@@ -18,8 +18,10 @@ from ops import migrations, rows
 from ops.problem import Problem
 
 # An answer is shown again for so many seconds, and for so many times as long as it took.
-FRESH, TIMES = 1.0, 4
+FRESH, TIMES = 1.0, 2
 MOST_KEPT = 100
+# What all questions get for a while, once one has found the database away.
+AWAY = object()
 
 
 class Unreadable(Exception):
@@ -64,22 +66,23 @@ class Looks:
             with self.lock:
                 kept = self.fresh(key)
                 if kept is None:
-                    self.make_room()
-                    kept = self.kept[key] = self.asked(ask)
+                    kept = self.asked(key, ask)
         if kept.refusal:
             raise Unreadable(*kept.refusal)
         return kept.answer
 
     def fresh(self, key: Hashable) -> Kept | None:
-        kept = self.kept.get(key)
-        return kept if kept and time.monotonic() < kept.until else None
+        now = time.monotonic()
+        found = (self.kept.get(AWAY), self.kept.get(key))
+        return next((kept for kept in found if kept and now < kept.until), None)
 
     def make_room(self) -> None:
         if len(self.kept) >= MOST_KEPT:
             now = time.monotonic()
             self.kept = {key: kept for key, kept in self.kept.items() if kept.until > now}
 
-    def asked(self, ask: Callable[[db.Connection], Any]) -> Kept:
+    def asked(self, key: Hashable, ask: Callable[[db.Connection], Any]) -> Kept:
+        self.make_room()
         began, answer, refusal = time.monotonic(), None, None
         try:
             answer = without_secrets(self.answer(ask), self.redact)
@@ -88,8 +91,11 @@ class Looks:
             refusal = title, " ".join(self.redact(reason).split())
             if isinstance(error, db.CONNECTION_LOST):
                 self.close()
+                self.forget()
+                key = AWAY
         now = time.monotonic()
-        return Kept(answer, refusal, now + max(FRESH, TIMES * (now - began)))
+        kept = self.kept[key] = Kept(answer, refusal, now + max(FRESH, TIMES * (now - began)))
+        return kept
 
     def answer(self, ask: Callable[[db.Connection], Any]) -> Any:
         """A connection that was lost while nobody looked is made anew, and nobody is told."""

@@ -255,7 +255,8 @@ def stage_row(row: dict[str, Any], waiting: Mapping[str, int], most: int) -> lis
     if row["held_until"]:
         how = "paused" if row["paused"] else f"held until {clock(row['held_until'])}"
         held = f'<p class="hold">{how}</p>'
-    bar = Markup(f"{stack(waiting, most, words)}<small>{words}</small>") if words else None
+    # Without the words: it was asked a moment later, and they would disagree with the numbers.
+    bar = stack(waiting, most, words) if words else None
     numbers = [owed, calling, retrying, given_up, row["failed"], row["stalled"]]
     times = [oldest, an_hour, failing, p50, p95]
     return [
@@ -278,7 +279,11 @@ def listeners(found: list[dict[str, Any]]) -> Markup:
         since = Markup(span(row["seconds"]))
         rows.append([row["listener"], since, row["doing"], join(under_way) or None])
     header = ["Listener", "#Since", "Doing", "*Calls under way, the oldest first"]
-    return section("listeners", "Listeners", table(header, rows, "Those that are connected."))
+    return section(
+        "listeners",
+        "Listeners",
+        table(header, rows, "Those that are connected, or whose calls may go on."),
+    )
 
 
 def call(one: dict[str, Any]) -> str:
