@@ -185,7 +185,9 @@ class Watch:
         with self.process as ended:
             text = ended.communicate()[0]
         self.process = None
-        found = {name: Place(*there) for name, there in json.loads(text or "{}").items()}
+        found = {}
+        with contextlib.suppress(ValueError):  # it has failed
+            found = {name: Place(*there) for name, there in json.loads(text).items()}
         self.learn(found.values())
         said = split_brain(found) or ""
         is_new, self.said = bool(said) and said != self.said, said
