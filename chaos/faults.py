@@ -24,6 +24,28 @@ WHERE starts_with(application_name, %s) ORDER BY backend_start
 TERMINATE = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE starts_with(application_name, %s)
 """
+# What an application does to its table, and the way back. tenant_id is read by our trigger, which
+# reads each row by a dynamic statement while the column is another than at install.
+COLUMNS = [
+    ("ALTER TABLE jobs ADD remark text NOT NULL DEFAULT ''", "ALTER TABLE jobs DROP remark"),
+    (
+        "ALTER TABLE jobs RENAME created_at TO made_at",
+        "ALTER TABLE jobs RENAME made_at TO created_at",
+    ),
+    (
+        "ALTER TABLE jobs ALTER tenant_id TYPE varchar(99)",
+        "ALTER TABLE jobs ALTER tenant_id TYPE text",
+    ),
+]
+REWRITES = [
+    "VACUUM FULL jobs",
+    "CLUSTER jobs USING jobs_pkey",
+    "REINDEX TABLE jobs",
+    "VACUUM FULL stage_calls",
+    "REINDEX TABLE stage_leases",
+]
+# Whoever waits for a lock on a table has everybody else wait behind.
+WAIT_FOR_LOCK = "-c lock_timeout=500"
 GARBAGE = ["", "{", "null", "[1]", '{"job_id": 1}', "x" * 7000, '{"job_id": {}, "status": []}']
 
 
@@ -42,7 +64,9 @@ class Target:
 
 @dataclass
 class World:
-    """What there is to break. behind: the slots of the listeners behind the proxies."""
+    """What there is to break. behind: the slots of the listeners behind the proxies. command: runs
+    one of the product's; its exit code.
+    """
 
     database: EmbeddedDatabase
     api: Pipeline
@@ -50,15 +74,39 @@ class World:
     database_proxy: Proxy
     stage_proxy: Proxy
     behind: list[int]
+    command: Callable[..., int]
     database_up: bool = True
+    undone: list[Callable[[], object]] = field(default_factory=list)
     frozen: set[int] = field(default_factory=set)  # backends
 
     def query(self, sql: str, *params: object) -> list[tuple]:
-        with closing(psycopg2.connect(self.database.dsn(), connect_timeout=2)) as conn:
+        given = {"connect_timeout": 2, "options": WAIT_FOR_LOCK}
+        with closing(psycopg2.connect(self.database.dsn(), **given)) as conn:
             conn.autocommit = True
             with conn.cursor() as cursor:
                 cursor.execute(sql, params)
                 return cursor.fetchall() if cursor.description else []
+
+    def install(self, *options: str) -> None:
+        """Raises NotNow where it is refused: somebody holds a lock, or the database is away."""
+        if self.command("install", *options):
+            raise NotNow
+
+    def undo(self, do: Callable[[], object]) -> None:
+        """Do it again and again until nothing is in the way; where the database is stopped, once it
+        is there.
+        """
+        end = time.monotonic() + START_TIMEOUT
+        while self.database_up:
+            try:
+                do()
+            except (psycopg2.Error, NotNow):
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.05)
+            else:
+                return
+        self.undone.append(do)
 
     def every_slot(self) -> list[int]:
         return [listener.slot for listener in self.listeners]
@@ -199,12 +247,7 @@ def kill_backend(world: World, plan: PlannedFault, target: Target) -> Iterator[N
     os.kill(world.backend(plan, target), signal.SIGKILL)
     target.pids = []
     yield
-    end = time.monotonic() + START_TIMEOUT
-    while time.monotonic() < end:
-        with suppress(psycopg2.Error):
-            world.query("SELECT")
-            break
-        time.sleep(0.05)
+    world.undo(lambda: world.query("SELECT"))
 
 
 @contextmanager
@@ -233,6 +276,8 @@ def restart_database(mode: str) -> Callable[..., Context]:
         yield
         world.database.start()
         world.database_up = True
+        while world.undone:
+            world.undo(world.undone.pop())
 
     return restart
 
@@ -269,6 +314,41 @@ def garbage(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
     yield
 
 
+# What follows is none of it a fault: it excuses no repeat.
+
+
+@contextmanager
+def change_columns(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
+    target.reach = "nothing"
+    change, back = COLUMNS[plan.pick % len(COLUMNS)]
+    world.query(change)
+    yield
+    world.undo(lambda: world.query(back))
+
+
+@contextmanager
+def rewrite_tables(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
+    target.reach = "nothing"
+    world.query(REWRITES[plan.pick % len(REWRITES)])
+    yield
+
+
+@contextmanager
+def install(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
+    target.reach = "nothing"
+    world.install()
+    yield
+
+
+@contextmanager
+def install_silent(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
+    """The triggers are made anew, and calls are found by polling; then again as before."""
+    target.reach = "nothing"
+    world.install("--no-notify")
+    yield
+    world.undo(lambda: world.install("--notify"))
+
+
 KINDS: dict[str, Callable[..., Context]] = {
     "kill -9 worker": kill_worker,
     "kill -9 listener": kill_listener,
@@ -295,4 +375,8 @@ KINDS: dict[str, Callable[..., Context]] = {
     "cut stage network": network("stage", "cut"),
     "restart stage API": restart_api,
     "malformed notifications": garbage,
+    "change columns of jobs": change_columns,
+    "rewrite tables": rewrite_tables,
+    "install": install,
+    "install without NOTIFY": install_silent,
 }

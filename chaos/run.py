@@ -89,7 +89,7 @@ class Run:
             stack.callback(self.application.stop.set)
             behind = [slot for slot in range(1, self.count + 1) if self.is_behind(slot)]
             world = World(self.database, self.api, self.supervisor.listeners,
-                          self.database_proxy, self.stage_proxy, behind)  # fmt: skip
+                          self.database_proxy, self.stage_proxy, behind, self.command)  # fmt: skip
             self.nemesis = Nemesis(world, self.planned)
             self.stack = stack.pop_all()
         return self
@@ -115,9 +115,10 @@ class Run:
         workers = 1 if slot % 2 else 4
         return Listener(slot, workers, self.environ(slot), self.directory, PROGRAM)
 
-    def command(self, *words: str) -> None:
+    def command(self, *words: str) -> int:
+        """The exit code of one of the product's commands."""
         command = [sys.executable, *PROGRAM, *words]
-        subprocess.run(command, env=self.environ(1), timeout=60, **CHILD)
+        return subprocess.run(command, env=self.environ(1), timeout=60, **CHILD).returncode
 
     def audited(self) -> list[str]:
         """What `audit` finds, which knows the tables alone; the rows that rest are the plan's."""
