@@ -112,7 +112,7 @@ class Handler(KeepAlive):
 class Api(TCPServer):
     """One child: it serves one request after the other, and looks for lost ones in between."""
 
-    timeout = 0.2
+    timeout = 0.5  # seconds
 
     def __init__(self, dsn: str, listening: socket.socket):
         super().__init__(listening.getsockname(), Handler, bind_and_activate=False)
@@ -174,7 +174,7 @@ class Api(TCPServer):
 
 def main(number: int, children: int) -> None:
     listening = socket.socket(fileno=number)
-    listening.settimeout(0.2)
+    listening.settimeout(Api.timeout)
 
     def end_with_parent() -> None:
         sys.stdin.buffer.read()

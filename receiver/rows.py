@@ -1,6 +1,7 @@
 """The rows that stages work on, and what is remembered of requests: taking and finishing them."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -234,15 +235,31 @@ def finish(
         if known and known.stored and known.owner == owner:
             return known.stored  # our commit, whose answer was lost
         raise TakenOver
-    for statement, params in writes:
-        if callable(statement):
-            statement(cursor)
-        else:
-            cursor.execute(statement, params)
     stage = request.stage
     if not move(cursor, request, stage.held(taken_from), (stage.name, state)):
         raise Moved
+    for statement, params in writes:
+        if callable(statement):
+            call_within(cursor, statement)
+        else:
+            cursor.execute(statement, params)
     return answer
+
+
+TRANSACTION = "SELECT pg_current_xact_id()::text"
+
+
+def call_within(cursor: Any, function: Callable[[Any], Any]) -> None:
+    """function(cursor), which must neither commit nor roll back.
+
+    Raises:
+        RuntimeError: it did.
+    """
+    began = rows(cursor, TRANSACTION, {})
+    function(cursor)
+    if rows(cursor, TRANSACTION, {}) != began:
+        name = getattr(function, "__name__", function)
+        raise RuntimeError(f"{name} has ended the transaction that it was to write in")
 
 
 GIVE_UP = """

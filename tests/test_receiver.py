@@ -92,6 +92,20 @@ def test_what_cannot_be_written_sets_the_row_failed(site):
     assert "UndefinedTable" in answer.body.decode()
 
 
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+def test_function_that_ends_the_transaction_it_is_to_write_in_is_told_so(site, end, caplog):
+    job = site.database.add_job()
+
+    def write(cursor):
+        getattr(cursor.connection, end)()
+
+    answer = site.run(site.request(job), lambda taken: taken.write(write))
+    assert "write has ended the transaction" in caplog.text
+    assert (answer.status, *site.database.state(job)) == {
+        "commit": (200, "vlm_analyze", "done"), "rollback": (500, "vlm_analyze", "failed")
+    }[end]  # fmt: skip
+
+
 def test_202_is_answered_at_once_and_the_work_follows_elsewhere(site):
     job = site.database.add_job()
     request = site.request(job)
@@ -261,6 +275,57 @@ def test_work_on_a_row_that_was_cancelled_writes_nothing(site, stage):
     assert site.remembered(request).state == "abandoned"
 
 
+# --- what was lost with its process -----------------------------------------------------------
+
+
+def lose(site, job) -> None:
+    """A request that takes the job, and whose process dies."""
+    site.receiver.begin(site.stage, *site.request(job))
+    site.cut()
+
+
+def test_recover_sends_back_what_was_lost_and_leaves_alone_what_is_worked_on(site):
+    lost, alive = site.database.add_job(), site.database.add_job()
+    lose(site, lost)
+    stopped = Stopped(site, site.request(alive))
+    assert site.receiver.recover(ANALYZE) == 1
+    assert site.database.state(lost) == ("img_gen", "done")
+    assert site.database.owed(lost).stage == "vlm_analyze"
+    assert site.database.state(alive) == ("vlm_analyze", "running")
+    assert stopped.go().status == 200
+
+
+def test_row_whose_process_dies_again_and_again_is_set_failed_until_a_person_sends_it_back(site):
+    job = site.database.add_job()
+    site.receiver = site.make(most_deaths=2)
+    for state in (("img_gen", "done"), ("img_gen", "done"), ("vlm_analyze", "failed")):
+        lose(site, job)
+        site.receiver.recover(ANALYZE)
+        assert site.database.state(job) == state
+    site.database.move(job, "img_gen", "done")
+    lose(site, job)
+    site.receiver.recover(ANALYZE)
+    assert site.database.state(job) == ("img_gen", "done")
+
+
+def test_watch_recovers_by_itself_again_and_again(site):
+    site.receiver.watch(ANALYZE, every=0.01)
+    for _ in range(2):
+        job = site.database.add_job()
+        lose(site, job)
+        site.database.wait_for("SELECT current_step = 'img_gen' FROM jobs WHERE job_id = %s", job)
+
+
+def test_old_answers_are_forgotten(site):
+    old, new = (site.request(site.database.add_job()) for _ in range(2))
+    site.run(old), site.run(new)
+    site.database.rows("UPDATE stage_requests SET finished_at = now() - interval '31 days'"
+                       " WHERE key = %s", old[0]["Idempotency-Key"])  # fmt: skip
+    site.receiver.recover()
+    assert site.remembered(old) is None and site.remembered(new).state == "done"
+    assert site.run(old).status == 412  # what is done is not done again
+
+
 # --- at every moment -----------------------------------------------------------------------
 
 
@@ -296,8 +361,8 @@ def moments(site) -> int:
 
 
 @pytest.mark.parametrize(("stage", "what"), [
-    *((ANALYZE, what) for what in (cut, repeat, cut_and_repeat, cut_and_recover)),
-    *((KEEPING, what) for what in (cut, repeat, cut_and_repeat)),
+    (ANALYZE, cut), (ANALYZE, repeat), (ANALYZE, cut_and_repeat), (ANALYZE, cut_and_recover),
+    (KEEPING, repeat), (KEEPING, cut_and_repeat),
 ])  # fmt: skip
 def test_whatever_happens_at_whichever_moment_there_is_one_effect(site, stage, what):
     site.stage = stage

@@ -1,0 +1,149 @@
+"""receiver/ with other drivers, with pools, and in the frameworks that stage APIs are made with."""
+
+import json
+
+import psycopg2.pool
+import pytest
+from conftest import Database
+from receiving import ANALYZE, Site
+
+
+@pytest.fixture(scope="module")
+def made(server):
+    database = Database(server, server.create_installed())
+    yield Site(database)
+    database.close()
+
+
+@pytest.fixture
+def site(made) -> Site:
+    made.database.rows("DELETE FROM jobs; DELETE FROM stage_requests; DELETE FROM effects")
+    return Site(made.database)
+
+
+# --- drivers and pools ---------------------------------------------------------------------
+
+
+def psycopg2_autocommit(dsn):
+    def connect():
+        connection = psycopg2.connect(dsn)
+        connection.autocommit = True
+        return connection
+
+    return {"connect": connect}
+
+
+def psycopg2_pool(dsn):
+    pool = psycopg2.pool.ThreadedConnectionPool(1, 4, dsn)
+    return {"connect": pool.getconn, "release": pool.putconn}
+
+
+def psycopg3(dsn):
+    psycopg = pytest.importorskip("psycopg")
+    return {"connect": lambda: psycopg.connect(dsn)}
+
+
+def psycopg3_pool(dsn):
+    pool = pytest.importorskip("psycopg_pool").ConnectionPool(
+        dsn, min_size=1, max_size=4, open=True
+    )
+    return {"connect": pool.getconn, "release": pool.putconn}
+
+
+def sqlalchemy_engine(dsn):
+    sqlalchemy = pytest.importorskip("sqlalchemy")
+    url = "postgresql+psycopg2://"
+    engine = sqlalchemy.create_engine(url, creator=lambda: psycopg2.connect(dsn))
+    return {"connect": engine.raw_connection}
+
+
+@pytest.mark.parametrize("kind", [
+    psycopg2_autocommit, psycopg2_pool, psycopg3, psycopg3_pool, sqlalchemy_engine,
+])  # fmt: skip
+def test_driver_takes_works_repeats_and_recovers(site, kind):
+    site.receiver = site.make(**kind(site.database.dsn))
+    job, lost = site.database.add_job(), site.database.add_job()
+    request = site.request(job)
+    first = site.run(request)
+    assert first.status == 200 and site.run(request) == first
+    assert (site.effects(job), site.database.state(job)) == (1, ("vlm_analyze", "done"))
+    assert site.run(({}, b'{"job_id": "no uuid"}')).status == 422
+    # Its process dies within the work.
+    _, taken = site.receiver.begin(ANALYZE, *site.request(lost))
+    taken._session.drop()
+    site.database.wait_for("SELECT count(*) = 0 FROM pg_locks WHERE locktype = 'advisory'")
+    assert site.receiver.recover(ANALYZE) == 1
+    assert site.database.state(lost) == ("img_gen", "done")
+    # What is lost while it works is written on another connection.
+    retried = site.request(lost)
+
+    def work(job):
+        site.database.rows("SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE"
+                           " pid <> pg_backend_pid() AND datname = current_database()"
+                           " AND backend_type = 'client backend'")  # fmt: skip
+        return site.work(job)
+
+    assert site.run(retried, work).status == 200 and site.effects(lost) == 1
+
+
+def test_statement_of_sqlalchemy_is_written_with_the_rest(site):
+    sqlalchemy = pytest.importorskip("sqlalchemy")
+    from sqlalchemy.dialects.postgresql import psycopg2 as dialect
+
+    effects = sqlalchemy.table("effects", *map(sqlalchemy.column, ("job_id", "made_by")))
+
+    def work(job):
+        made = effects.insert().values(job_id=job.id, made_by=job.key)
+        made = made.compile(dialect=dialect.dialect())
+        job.write(str(made), made.params)
+
+    job = site.database.add_job()
+    assert site.run(site.request(job), work).status == 200 and site.effects(job) == 1
+
+
+# --- frameworks ----------------------------------------------------------------------------
+
+
+def post_to_flask(site, request):
+    flask = pytest.importorskip("flask")
+    app = flask.Flask("stage")
+
+    @app.post("/api/yh/llava/stage1/validate")
+    def validate():
+        return site.receiver.run(
+            ANALYZE, flask.request.headers, flask.request.get_data(), site.work
+        )
+
+    headers, body = request
+    answer = app.test_client().post("/api/yh/llava/stage1/validate", headers=headers, data=body)
+    return answer.status_code, answer.get_data(), answer.headers["Content-Type"]
+
+
+def post_to_fastapi(site, request):
+    fastapi = pytest.importorskip("fastapi")
+    from fastapi.concurrency import run_in_threadpool
+    from fastapi.testclient import TestClient
+
+    app = fastapi.FastAPI()
+
+    @app.post("/api/yh/llava/stage1/validate")
+    async def validate(request: fastapi.Request):
+        given = ANALYZE, request.headers, await request.body(), site.work
+        return fastapi.Response(*await run_in_threadpool(site.receiver.run, *given))
+
+    headers, body = request
+    answer = TestClient(app).post("/api/yh/llava/stage1/validate", headers=headers, content=body)
+    return answer.status_code, answer.content, answer.headers["Content-Type"]
+
+
+@pytest.mark.parametrize("post", [post_to_flask, post_to_fastapi])
+def test_framework_passes_request_and_answer_on(site, post):
+    job = site.database.add_job()
+    request = site.request(job)
+    first = post(site, request)
+    assert first == (
+        200,
+        json.dumps({"seen": "강아지"}, ensure_ascii=False).encode(),
+        "application/json",
+    )
+    assert post(site, request) == first and site.effects(job) == 1
