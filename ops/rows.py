@@ -84,11 +84,16 @@ def connected(command: str) -> db.Connection:
         Problem: it has not.
     """
     conn = db.connect(config.settings(), f"job-state-listener {command}")
+    require_tables(conn)
+    return conn
+
+
+def require_tables(conn) -> None:
+    """Raises Problem where the database has not our tables, as this program needs them."""
     if not db.execute(conn, INSTALLED).fetchone()[0]:
         raise Problem(f"the listener's tables are missing: {INSTALL}")
     if refusal := migrations.refusal(conn):
         raise Problem(refusal)
-    return conn
 
 
 # --- which row -----------------------------------------------------------------------------

@@ -20,10 +20,12 @@ from variants import PIPELINE, TABLE, install
 from waiting import AWAY, until
 
 import db
-import ops
+from ops.serve import app, serve
+from ops.serve.app import PAGES, PROBES
 from ops.serve.looks import Looks, Unreadable
 
 LIVE = {"nav", "span", "form", "input", "label", "button"}
+PAGE = Path(__file__).parent.parent / "docs" / "SERVE.md"
 OURS = "application_name = 'job-state-listener serve'"
 
 
@@ -252,6 +254,19 @@ def test_hundred_viewers_cost_one_look_a_second(server, make_database, tmp_path)
     assert together <= alone * (1 + math.ceil(seconds)), (alone, together, seconds, seconds_alone)
 
 
+def test_grants_of_the_docs_are_enough_to_look(server, make_database, make_role, run_command,
+                                               tmp_path):  # fmt: skip
+    database = make_database(server)
+    role, job = make_role(database), database.add_job()
+    run_command(database, "install", "--reader", role)
+    grants = re.search(r"`(GRANT SELECT ON [^`]+) TO viewer`", PAGE.read_text(encoding="utf-8"))[1]
+    database.rows(f"{grants} TO {role}")
+    with serving(database, tmp_path, DB_USER=role, DB_PASSWORD=role) as site:
+        for path in ("/", "/stage/overlay", f"/job/{job}", "/search?q=x", "/report", "/readyz"):
+            assert site.get(path).status_code == 200, path
+        assert Scraped(site.get("/metrics").text).of("up") == 1
+
+
 # --- the process ---------------------------------------------------------------------------
 
 
@@ -287,5 +302,11 @@ def test_serving_the_network_without_tls_is_a_warning(database, tmp_path):
         assert codes == [200, 200, 200, 200, 421]
 
 
-def test_it_is_one_of_the_commands_to_look_with():
-    assert ops.group("serve") == "Look"
+def test_page_of_the_docs_has_every_path_option_and_log_line():
+    text = PAGE.read_text(encoding="utf-8")
+    for first in {first for first, _ in PAGES} - {"login", "logout", "do"} | {*PROBES}:
+        assert f"`/{first}" in text
+    assert all(max(option.opts, key=len) in text for option in serve.params)
+    for file in Path(app.__file__).parent.glob("*.py"):
+        calls = re.findall(r'log\.(?!debug)\w+\("([^:"]+)', file.read_text(encoding="utf-8"))
+        assert all(f"`{words}`" in text for words in calls if "%" not in words), file

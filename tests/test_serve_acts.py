@@ -39,10 +39,7 @@ def kim(site) -> Person:
 def test_person_pauses_and_resumes_a_stage_under_their_name(database, site, kim):
     assert "Pause" in site.get("/stage/planner").text
     done = kim.does(PAUSE, reason="new <weights>")
-    assert (done.status_code, said(done)) == (
-        200,
-        "paused: planner; python listener.py resume planner",
-    )
+    assert done.status_code == 200 and said(done).startswith("paused: planner")
     held = database.row("SELECT * FROM pipeline_stages WHERE stage = 'planner'")
     assert (held.held_by, held.held_reason) == ("kim (serve)", "new <weights>")
     assert "paused by kim (serve): new <weights>" in Page(site.get("/").text).root.text

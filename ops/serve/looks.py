@@ -14,7 +14,7 @@ import psycopg2
 import config
 import db
 import ops
-from ops import migrations, rows
+from ops import rows
 from ops.problem import Problem
 
 # An answer is shown again for so many seconds, and for so many times as long as it took.
@@ -113,11 +113,7 @@ class Looks:
             # In front of every statement: a pooler hands the next one to another session.
             conn.prefix = db.READ_ONLY + conn.prefix
             self.conn = conn
-        if not db.execute(self.conn, rows.INSTALLED).fetchone()[0]:
-            mend = "run `make trigger` (python listener.py install)"
-            raise Problem(f"the listener's tables are missing: {mend}")
-        if refusal := migrations.refusal(self.conn):
-            raise Problem(refusal)
+        rows.require_tables(self.conn)
         return self.conn
 
     def forget(self) -> None:
@@ -136,6 +132,8 @@ def why_unreadable(error: Exception) -> tuple[str, str]:
         return "No database", ops.lost(error)
     if isinstance(error, (psycopg2.errors.UndefinedTable, psycopg2.errors.UndefinedFunction)):
         return "Not installed", ops.missing(error)
+    if isinstance(error, psycopg2.errors.InsufficientPrivilege):
+        return "Not allowed", f"{ops.first_line(error)}: see docs/SERVE.md"
     if isinstance(error, psycopg2.errors.QueryCanceled):
         return "Too slow", "the database took too long to answer"
     if isinstance(error, psycopg2.Error):

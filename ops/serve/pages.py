@@ -184,7 +184,7 @@ def urgent(said: dict[str, Any]) -> Iterator[str]:
         if problem:
             yield text(problem, 500)
     if not any(row["connected"] for row in said["listeners"]):
-        yield text("No listener is connected, nothing is called: python listener.py")
+        yield text("No listener is connected, nothing is called")
     for row in said["listeners"]:
         if row["heartbeat"] not in (None, ALIVE):
             yield text(f"Listener {row['listener']} is {row['doing']}")
