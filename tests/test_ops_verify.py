@@ -214,7 +214,7 @@ def test_each_missing_privilege_is_named(database, api, role, privilege, table):
     told = checked(database, STAGE_API_URL=api.url, DB_USER=role, DB_PASSWORD=PASSWORD)
     assert told[-1] == (f"role {role} lacks {privilege} on {table}", SEE_GRANTS)
     # Without SELECT there is no way to compare the routes, or the version, either.
-    compared = ("pipeline_stages", "pipeline_tables", "job_state_listener_schema")
+    compared = ("pipeline_stages", "pipeline_tables", "stage_limits", "job_state_listener_schema")
     denied = [(f"permission denied for table {table}", SEE_GRANTS)]
     assert told[:-1] == (denied if privilege == "SELECT" and table in compared else [])
 
