@@ -71,13 +71,20 @@ class EmbeddedDatabase:
 
     major: one of available_majors().
     options: further server settings, such as {"max_connections": 200, "fsync": "off"}.
+    parent: the directory in which the temporary one is made; None: the system's.
     """
 
-    def __init__(self, major: int = 18, options: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        major: int = 18,
+        options: dict[str, Any] | None = None,
+        parent: str | None = None,
+    ) -> None:
         if major not in _binaries():
             raise ValueError(f"no PostgreSQL {major} on this machine, only {available_majors()}")
         self.major = major
         self.options = options or {}
+        self.parent = parent
         self.port = _free_port()
         self._directory: Path | None = None
         self._server: subprocess.Popen | None = None
@@ -153,7 +160,8 @@ class EmbeddedDatabase:
         if user == 0:
             user, group = pwd.getpwnam("nobody")[2:4]
             process |= {"user": user, "group": group, "extra_groups": []}
-        parent = None if user == os.geteuid() else "/tmp"  # root's TMPDIR may be closed to nobody
+        # root's TMPDIR may be closed to nobody.
+        parent = self.parent or (None if user == os.geteuid() else "/tmp")
         directory = Path(tempfile.mkdtemp(prefix="job-state-listener-postgres-", dir=parent))
         os.chown(directory, user, group)
         guardian = ["sh", "-c", GUARDIAN, directory]

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,7 +58,8 @@ class Server:
     def __init__(self, environ: dict[str, str], embedded: EmbeddedDatabase | None = None):
         self.environ = environ | PIPELINE
         self.embedded = embedded
-        self.template: str | None = None
+        self.templates: dict[str, str] = {}  # names of databases, by what was done in them
+        self.admin: psycopg2.extensions.connection | None = None
 
     def connect(self, name: str = "postgres"):
         conn = psycopg2.connect(
@@ -70,23 +72,48 @@ class Server:
         conn.autocommit = True
         return conn
 
-    def create(self, template: str = "template1") -> str:
-        name = f"jsl_test_{os.getpid()}_{next(_number)}"
-        with closing(self.connect()) as conn:
-            conn.cursor().execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+    def administer(self, sql: str) -> None:
+        """Run `sql` on a connection that is kept; on a new one after a restart of the server."""
+        if self.admin is None or self.admin.closed:
+            self.admin = self.connect()
+        try:
+            self.admin.cursor().execute(sql)
+        except psycopg2.OperationalError:
+            if not self.admin.closed:
+                raise
+            self.administer(sql)
+
+    def create(self, template: str = "template1", name: str | None = None) -> str:
+        name = name or f"jsl_test_{os.getpid()}_{next(_number)}"
+        # To write every page to the WAL costs more than to copy files, as PostgreSQL 14 does.
+        how = "STRATEGY FILE_COPY" if MAJORS[-1] >= 15 else ""
+        self.administer(f"CREATE DATABASE {name} TEMPLATE {template} {how}")
         return name
 
     def drop(self, name: str) -> None:
-        with closing(self.connect()) as conn:
-            conn.cursor().execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+        self.administer(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+    def template(
+        self, key: str, prepare: "Callable[[Database], None]", base: str = "template1"
+    ) -> str:
+        """A database to copy, as `prepare` leaves a copy of `base`; made once for each `key`."""
+        if key not in self.templates:
+            database = Database(self, self.create(base))
+            with closing(database.conn):
+                prepare(database)
+            self.templates[key] = database.name
+        return self.templates[key]
+
+    def installed(self) -> str:
+        """The template with the schema in it."""
+        return self.template("installed", install)
 
     def create_installed(self) -> str:
-        """A database with the schema in it: made once, then copied."""
-        if self.template is None:
-            self.template = self.create()
-            with closing(db.connect(config.read(self.environ | {"DB_NAME": self.template}))) as c:
-                apply(c)
-        return self.create(self.template)
+        return self.create(self.installed())
+
+    def close(self) -> None:
+        for name in self.templates.values():
+            self.drop(name)
 
 
 class Database:
@@ -163,9 +190,21 @@ class Database:
             assert time.monotonic() < end, f"did not become true within {timeout} s: {sql}"
             threading.Event().wait(0.02)
 
+    def become(self, template: str) -> None:
+        """Be a copy of `template`."""
+        self.close()
+        self.server.create(template, self.name)
+        self.conn = self.server.connect(self.name)
+
     def close(self) -> None:
         self.conn.close()
         self.server.drop(self.name)
+
+
+def install(database: Database) -> None:
+    """Install the schema and the PIPELINE in use."""
+    with closing(db.connect(database.settings())) as conn:
+        apply(conn)
 
 
 class Listener:
@@ -279,15 +318,39 @@ def started(pid: int) -> str | None:
     return None
 
 
+MEMORY, ENOUGH = "/dev/shm", 4 << 30
+
+
+@cache
+def in_memory() -> str | None:
+    """Where files are in memory, with room for all servers; None where there is no such place.
+
+    Every test makes a database of a thousand files and removes it, and ext4 looks for an unused
+    inode among all that were removed in the last seconds.
+    """
+    with suppress(OSError):
+        found = os.statvfs(MEMORY)
+        if found.f_bavail * found.f_frsize >= ENOUGH and not found.f_flag & os.ST_NOEXEC:
+            return MEMORY
+    return None
+
+
+def embedded_server(major: int = MAJORS[0], **options: object) -> EmbeddedDatabase:
+    """A server that may lose its data with the machine."""
+    return EmbeddedDatabase(major, {"fsync": "off"} | options, in_memory())
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     """DB_HOST's server where one is given, else an embedded PostgreSQL 18."""
     if os.environ.get("DB_HOST"):
         names = ("DB_HOST", "DB_PORT", "DB_USER", "DB_PASSWORD")
         defaults = {"DB_PORT": "5432", "DB_USER": "postgres", "DB_PASSWORD": ""}
-        yield Server({name: os.environ.get(name, defaults.get(name, "")) for name in names})
+        given = {name: os.environ.get(name, defaults.get(name, "")) for name in names}
+        with closing(Server(given)) as server:
+            yield server
     else:
-        with EmbeddedDatabase(options={"fsync": "off", "max_connections": 200}) as embedded:
+        with embedded_server(max_connections=200) as embedded:
             yield Server(embedded.settings(), embedded)
 
 
@@ -309,13 +372,13 @@ def each_server(request: pytest.FixtureRequest, server: Server) -> Iterator[Serv
     if server.embedded is not None and server.embedded.major == request.param:
         yield server
         return
-    with EmbeddedDatabase(request.param, options={"fsync": "off"}) as embedded:
+    with embedded_server(request.param) as embedded:
         yield Server(embedded.settings(), embedded)
 
 
 @pytest.fixture(scope="session")
 def fragile_server() -> Iterator[Server]:
-    with EmbeddedDatabase(options={"fsync": "off"}) as embedded:
+    with embedded_server() as embedded:
         yield Server(embedded.settings(), embedded)
 
 
@@ -328,11 +391,12 @@ def own_server(fragile_server: Server) -> Iterator[Server]:
 
 @pytest.fixture
 def make_database() -> Iterator[Callable[..., Database]]:
-    """make_database(server, installed=True): a Database, dropped afterwards."""
+    """make_database(server, installed=True, template=None): a Database, dropped afterwards."""
     made: list[Database] = []
 
-    def make(server: Server, installed: bool = True) -> Database:
-        made.append(Database(server, server.create_installed() if installed else server.create()))
+    def make(server: Server, installed: bool = True, template: str | None = None) -> Database:
+        name = server.create_installed() if installed and not template else None
+        made.append(Database(server, name or server.create(template or "template1")))
         return made[-1]
 
     yield make

@@ -7,14 +7,13 @@ from contextlib import ExitStack, closing
 import commands
 import pytest
 from claims import connected
-from conftest import Database, Server
+from conftest import Database, Server, embedded_server
 from faults.standby import Standby
 from tcp_proxy import TcpProxy
 from waiting import until
 
 import db
 import hosts
-from demo.database import EmbeddedDatabase
 
 
 @pytest.fixture
@@ -97,7 +96,7 @@ def test_standby_is_refused_whatever_the_url_says(database):
 @pytest.fixture
 def pair():
     """A primary and its standby, and an environ that has both hosts."""
-    with EmbeddedDatabase(options={"fsync": "off"}) as embedded:
+    with embedded_server() as embedded:
         server = Server(embedded.settings(), embedded)
         with closing(Database(server, server.create_installed())) as primary, \
              Standby(embedded) as following:  # fmt: skip

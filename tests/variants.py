@@ -95,10 +95,15 @@ def use_pipeline(monkeypatch) -> Iterator[Callable[[dict], None]]:
 
 
 def install(database, *tables: str) -> Variants:
-    """Make the application's `tables`, and install the PIPELINE in use."""
-    database.rows("".join(tables))
-    with closing(db.connect(database.settings())) as conn:
-        apply(conn)
+    """Have the application's `tables` and the PIPELINE in use in a database that is new."""
+
+    def prepare(made) -> None:
+        made.rows("".join(tables))
+        with closing(db.connect(made.settings())) as conn:
+            apply(conn)
+
+    key = f"{tables} {pipeline.tables()} {pipeline.stages_of_routes()}"
+    database.become(database.server.template(key, prepare, database.server.installed()))
     return Variants(database)
 
 

@@ -12,7 +12,8 @@ class Standby(EmbeddedDatabase):
     host = "127.0.0.2"
 
     def __init__(self, primary: EmbeddedDatabase):
-        super().__init__(primary.major, {"fsync": "off", "listen_addresses": self.host})
+        options = {"fsync": "off", "listen_addresses": self.host}
+        super().__init__(primary.major, options, primary.parent)
         self.primary, self.port = primary, primary.port
 
     def settings(self, database: str = "postgres") -> dict[str, str]:

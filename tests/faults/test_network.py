@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
 import pytest
-from conftest import ROOT, Database, Server
+from conftest import ROOT, Database, Server, embedded_server
 from waiting import LISTENING, PATIENCE, backends, until, wait_until_idle
 
-from demo.database import EmbeddedDatabase
 from demo.stage_api import StageApi
 from demo.stage_server import Answer
 from faults.network import Network
@@ -32,8 +31,7 @@ def network() -> Iterator[Network]:
 @pytest.fixture
 def remote(network) -> Iterator[Database]:
     """A database that the namespace reaches over its cable only."""
-    options = {"fsync": "off", "listen_addresses": f"127.0.0.1,{network.here}"}
-    with EmbeddedDatabase(options=options) as embedded:
+    with embedded_server(listen_addresses=f"127.0.0.1,{network.here}") as embedded:
         server = Server(embedded.settings(), embedded)
         with closing(Database(server, server.create_installed())) as database:
             database.rows(LET_IN.format(database.value("SHOW hba_file")))

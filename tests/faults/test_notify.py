@@ -7,7 +7,7 @@ from pathlib import Path
 import psycopg2
 import pytest
 from bell import Bell
-from conftest import Database, Server
+from conftest import Database, Server, embedded_server
 from waiting import (
     LISTENING,
     gate,
@@ -17,10 +17,9 @@ from waiting import (
     wait_until_idle,
 )
 
-from demo.database import EmbeddedDatabase
 from demo.stage_server import Answer
 
-OWN = {"max_notify_queue_pages": 8192, "max_prepared_transactions": 2, "fsync": "off"}
+OWN = {"max_notify_queue_pages": 8192, "max_prepared_transactions": 2}
 DONE = "SELECT count(*) = %s FROM jobs WHERE current_step = 'vlm_judge' AND status = 'done'"
 OWED = (
     "INSERT INTO stage_calls (job_id, tenant_id, current_step, status, stage)"
@@ -37,7 +36,7 @@ USED = "SELECT pg_notification_queue_usage()"
 @pytest.fixture(scope="module")
 def bell_server() -> Iterator[Server]:
     """A server with a notification queue of 64 MiB that no other test uses."""
-    with EmbeddedDatabase(options=OWN) as embedded:
+    with embedded_server(**OWN) as embedded:
         yield Server(embedded.settings(), embedded)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psycopg2
 import pytest
 from claims import claim
-from conftest import Database, Server
+from conftest import Database, Server, embedded_server
 from waiting import (
     LISTENING,
     RECONNECTING,
@@ -24,7 +24,7 @@ from waiting import (
 
 import db
 import notifications
-from demo.database import SYSTEM_INSTALLS, EmbeddedDatabase
+from demo.database import SYSTEM_INSTALLS
 from demo.stage_server import Answer
 from faults.network import require_root
 from ops.check import verdict
@@ -105,7 +105,7 @@ def encrypting() -> Iterator[Database]:
     majors = sorted(int(path.name) for path in SYSTEM_INSTALLS.glob("*"))
     if not majors or not shutil.which("openssl"):
         pytest.skip("no PostgreSQL of the system's, or no openssl")
-    with EmbeddedDatabase(majors[-1], {"fsync": "off"}) as embedded:
+    with embedded_server(majors[-1]) as embedded:
         server = Server(embedded.settings(), embedded)
         with closing(Database(server, server.create_installed())) as database:
             for sql in (CERTIFICATE, "ALTER SYSTEM SET ssl = on", "SELECT pg_reload_conf()"):

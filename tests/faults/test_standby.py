@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 
 import pytest
-from conftest import Database, Server
+from conftest import Database, Server, embedded_server
 from waiting import LISTENING, RECONNECTING, gate, wait_for_call
 
-from demo.database import EmbeddedDatabase
 from demo.stage_api import StageApi
 from demo.stage_server import Answer
 from faults.standby import Standby
@@ -20,7 +19,7 @@ SUCCEEDED = "SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s AND outco
 
 @pytest.fixture
 def primary() -> Iterator[Database]:
-    with EmbeddedDatabase(options={"fsync": "off"}) as embedded:
+    with embedded_server() as embedded:
         server = Server(embedded.settings(), embedded)
         database = Database(server, server.create_installed())
         yield database
