@@ -121,6 +121,18 @@ def test_rows_of_other_tables_have_pages(use_pipeline, make_database, server, tm
         assert site.get(f"/job/jobs/{ids[0]}").status_code == 404
 
 
+def test_secrets_are_on_no_page(database, tmp_path):
+    secret, job = "s3cr3t-of-the-api", database.add_job("planner", "done", "s3cr3t-of-the-api")
+    error = f"401 for Bearer {secret}, password=hunter22"
+    attempt(database, job, "overlay", "retry", error=error)
+    give_up(database, job, error)
+    database.rows("UPDATE pipeline_stages SET held_until = 'infinity', held_reason = %s", error)
+    with serving(database, tmp_path, STAGE_API_TOKEN=secret) as site:
+        for path in ("/", "/stage/overlay", f"/job/{job}", f"/search?q={job}", "/report"):
+            shown = site.get(path).text
+            assert "***" in shown and "s3cr3t" not in shown and "hunter22" not in shown, path
+
+
 def test_report_is_served_whole(database, site):
     attempt(database)
     shown = site.get("/report")

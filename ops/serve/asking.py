@@ -15,7 +15,7 @@ import db
 import pipeline
 from ops import job, jobs, rows, status
 from ops import metrics as of_metrics
-from ops.report.data import WAITING, Report, Span, collect
+from ops.report.data import WAITING, Report, Span, collect, redacted
 from ops.report.jobs import timelines
 from ops.report.page import page
 from ops.report.svg import WAITS
@@ -95,14 +95,13 @@ def of_stage(whole: Report, name: str) -> Report:
 
 
 class Stage(NamedTuple):
-    """A stage: its row of `status`, the charts' part of the report, and the rows that need a
-    person, by kind.
+    """A stage: its row of `status`, its part of the report (None: it took too long), and the rows
+    that need a person, by kind.
     """
 
     row: dict[str, Any]
     at: datetime
-    waiting: dict[str, int]
-    report: Report
+    report: Report | None
     rest: dict[str, list]
 
 
@@ -116,16 +115,18 @@ def stage(looks: Looks, name: str) -> Stage | None:
     def read(conn) -> dict[str, list]:
         given = {"stage": name, "since": None, "tenant": None, "table": None, "limit": MOST_ROWS}
         asked = {"given_up": jobs.GIVEN_UP}
-        asked |= {kind: jobs.RESTING for kind in ("failed", "stalled") if row[kind] != 0}
+        asked |= {kind: jobs.RESTING for kind in ("failed", "stalled") if row[kind]}
         return {
             kind: db.execute(conn, sql, given | {"kind": kind}).fetchall()
             for kind, sql in asked.items()
         }
 
     rest = looks.look(("stage", name), read)
-    charts = of_stage(whole_report(looks), name)
-    waiting = found.waiting.get(name, {})
-    return Stage(row, found.said["at"], waiting, charts, rest)
+    try:
+        charts = of_stage(whole_report(looks), name)
+    except Unreadable:
+        charts = None
+    return Stage(row, found.said["at"], charts, rest)
 
 
 # --- rows ----------------------------------------------------------------------------------
@@ -159,7 +160,8 @@ def row(looks: Looks, place: Any) -> Row:
         now = datetime.now(timezone.utc)
 
         def ask(sql: str, **more: Any) -> list:
-            return db.execute(conn, sql, {"until": now} | more).fetchall()
+            found = db.execute(conn, sql, {"until": now} | more).fetchall()
+            return [redacted(row, looks.redact) for row in found]
 
         drawn = timelines(ask, [place.key])
         shown = Report("", Span(now - SINCE, now), asked=True, timelines=drawn)

@@ -12,6 +12,7 @@ import pipeline
 from heartbeat import ALIVE
 from ops import job, status
 from ops.report.charts import stack
+from ops.report.data import Report
 from ops.report.markup import Markup, attribute, join, section, span, state, table, text
 from ops.report.page import CSS, LATE
 from ops.report.sections import calls, durations
@@ -323,10 +324,15 @@ def stage(found: Stage, may_act: bool) -> Markup:
              "of accepted calls", False),
         ]),
         *(resting(kind, found.rest.get(kind, [])) for kind in RESTING),
-        durations(found.report),
-        calls(found.report),
-        '<footer><p>The charts show the last 24 hours.</p></footer>',
+        charts(found.report),
     ], "\n")  # fmt: skip
+
+
+def charts(report: Report | None) -> Markup:
+    if report is None:
+        return Markup('<p class="quiet">The charts took the database too long.</p>')
+    about = "<footer><p>The charts show the last 24 hours.</p></footer>"
+    return join([durations(report), calls(report), about], "\n")
 
 
 RESTING = {
@@ -518,4 +524,5 @@ def done(label: str, found: Done, given: Mapping[str, str]) -> Markup:
     kind = "facts" if found.status == 200 else "attention"
     lines = join(f"<li>{text(line, 2000)}</li>" for line in found.said.splitlines() if line)
     link = f'<p><a class="button" href="{attribute(back(given), 10_000)}">Back</a></p>'
-    return Markup(f'{heading(title)}<ul class="{kind}" role="status">{lines}</ul>{link}')
+    told = f'<div role="status"><ul class="{kind}">{lines}</ul></div>'
+    return Markup(f"{heading(title)}{told}{link}")
