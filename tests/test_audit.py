@@ -249,7 +249,7 @@ def test_findings_are_listed_with_the_command_that_shows_one(shared):
     assert done.lines[0] == f"1 × {REPEATED}"
     assert done.lines[2].startswith(f"{job}  planner  ")
     assert ": the call was accepted " in done.lines[2]
-    assert done.lines[3] == f"look at one: python listener.py job {job}"
+    assert done.lines[3] == f"look at one: ./jsl job {job}"
     assert "… and 4 more (--json has the first 24)" in done.lines
     assert done.lines[-1].endswith(": 25 findings") and done.code == 1
 

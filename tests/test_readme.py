@@ -178,7 +178,8 @@ def typed(page: Readme) -> list[list[str]]:
     """What follows jsl wherever the page has something to type."""
     lines = [line for lang, body in page.blocks if lang == "bash" for line in body.splitlines()]
     lines += re.findall(r"`((?:\./)?jsl [^`…]+)`", BLOCK.sub("", page.text))
-    words = [shlex.split(line, comments=True) for line in lines]
+    commands = [line.split(" | ")[0].split(" >")[0] for line in lines]
+    words = [shlex.split(command, comments=True) for command in commands]
     return [w[w.index(jsl) + 1 :] for w in words for jsl in ("./jsl", "jsl", "listener.py")
             if jsl in w]  # fmt: skip
 

@@ -173,9 +173,9 @@ def lines(done: Audit) -> Iterator[str]:
             yield f"look at one: {pipeline.typed('job', kept[0].table, kept[0].id)}"
             yield ""
     if done.span.given_up:
-        yield f"{done.span.given_up} given up, for a person: python listener.py jobs --given-up"
+        yield f"{done.span.given_up} given up, for a person: {pipeline.JSL} jobs --given-up"
     if done.failed:
-        yield f"{done.failed} failed, for a person: python listener.py jobs --failed"
+        yield f"{done.failed} failed, for a person: {pipeline.JSL} jobs --failed"
     yield "What this history cannot tell:"
     yield from (f"- {line}" for line in done.unknown())
     yield ""
