@@ -637,9 +637,9 @@ def call(job_id: str, stage: str | None, dry_run: bool, table: str | None) -> No
 
     JOB_ID is the id of a job or of a row of another table of the pipeline.
 
-    To step through it: python -m pdb listener.py call JOB_ID. The claim keeps every listener
-    away from it for its timeout and LEASE_MARGIN; a call that outlasts that at the prompt is not
-    made. Neither a back-off nor a hold nor having been given up keeps it from being run.
+    To step through it: .venv/bin/python -m pdb listener.py call JOB_ID. The claim keeps every
+    listener away from it for its timeout and LEASE_MARGIN; a call that outlasts that at the prompt
+    is not made. Neither a back-off nor a hold nor having been given up keeps it from being run.
     """
     from ops import preview, rows, steer  # `run` does without
 

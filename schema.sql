@@ -1,6 +1,6 @@
 -- Job State Listener: the database's tables.
 --
--- Apply with `make trigger` (python listener.py install), which first brings an earlier
+-- Apply with `make trigger` (./jsl install), which first brings an earlier
 -- version up to this one (ops/migrations.py), then makes the triggers (triggers.sql) and views
 -- (views.sql), and fills pipeline_tables, pipeline_stages and stage_limits from stages.py.
 -- Applying it again changes nothing that is right already, and never touches a row of the

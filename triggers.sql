@@ -231,14 +231,14 @@ BEGIN
             AND %12$I.stage_column_types('%11$s'::regclass, %13$L) = %14$L;
     ELSE
         RAISE WARNING 'Job State Listener: its tables are missing, so no call is recorded'
-            USING HINT = 'Run: python listener.py install';
+            USING HINT = 'Run: ./jsl install';
     END IF;
     IF is_as_installed THEN%15$s
     ELSE
         BEGIN%16$s
         EXCEPTION WHEN OTHERS THEN
             RAISE WARNING 'Job State Listener: columns of %% have changed, so no call is recorded: %%',
-                TG_RELID::regclass, SQLERRM USING HINT = 'Run: python listener.py install';
+                TG_RELID::regclass, SQLERRM USING HINT = 'Run: ./jsl install';
             RETURN NULL;
         END;
     END IF;
