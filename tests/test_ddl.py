@@ -53,6 +53,7 @@ DROP VIEW given_up_calls;
 ALTER TABLE stage_calls ALTER job_id TYPE uuid USING pg_temp.now_called(job_id);
 ALTER TABLE stage_leases ALTER job_id TYPE uuid USING pg_temp.now_called(job_id);
 ALTER TABLE stage_attempts ALTER job_id TYPE uuid USING pg_temp.now_called(job_id);
+ALTER TABLE stage_moves ALTER job_id TYPE uuid USING pg_temp.now_called(job_id);
 ALTER TABLE stage_looks ALTER parent_id TYPE uuid USING pg_temp.now_called(parent_id);
 ALTER TABLE stage_joins ALTER parent_id TYPE uuid USING pg_temp.now_called(parent_id);
 COMMIT
