@@ -3,7 +3,7 @@
 # make itself ends with 2 whatever a command ends with, which it prints: scripts call ./jsl.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run trigger verify status check test test-faults chaos soak bench lint format \
+.PHONY: help setup demo run trigger verify status check test test-faults chaos chaos-once soak bench lint format \
 	test-image clean
 
 PYTHON := .venv/bin/python
@@ -50,6 +50,9 @@ test-faults: $(DEV_READY) ## run the slow tests, which wait for deadlines to pas
 
 chaos: $(DEV_READY) ## break everything at random for MINUTES= (3), by a plan of SEED=, and judge
 	@$(PYTHON) -m chaos run $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
+
+chaos-once: $(DEV_READY) ## kill stages built on receiver/ at random, by a plan of SEED=, and count effects
+	@$(PYTHON) -m chaos once $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 soak: $(DEV_READY) ## see what grows under a steady load of MINUTES= (30); plots to soak.svg
 	@$(PYTHON) -m chaos soak $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
