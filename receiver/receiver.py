@@ -256,21 +256,26 @@ class Receiver:
             session.close()
         return sent
 
-    def watch(self, *stages: Stage, every: float = 60.0) -> None:
+    def watch(self, *stages: Stage, every: float = 60.0) -> threading.Event:
         """Call `recover` now, and every so many seconds, in a thread of its own.
 
         In the process that serves: a thread does not outlive a fork. One process that does it is
         enough, any number is harmless.
-        """
-        threading.Thread(target=self._watch, args=(stages, every), daemon=True).start()
 
-    def _watch(self, stages: tuple[Stage, ...], every: float) -> None:
-        while True:
+        Returns:
+            What ends it, once it is set.
+        """
+        over = threading.Event()
+        threading.Thread(target=self._watch, args=(stages, every, over), daemon=True).start()
+        return over
+
+    def _watch(self, stages: tuple[Stage, ...], every: float, over: threading.Event) -> None:
+        while not over.is_set():
             try:
                 self.recover(*stages)
             except Exception as error:
                 log.warning("lost requests are not looked for: %s", one_line(error))
-            time.sleep(every)
+            over.wait(every)
 
     def sent_back(self, cursor: Any, stage: Stage, key: str, owner: str) -> bool:
         """Send one row back, unless its request is still worked on; whether it was."""

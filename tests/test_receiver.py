@@ -309,11 +309,15 @@ def test_row_whose_process_dies_again_and_again_is_set_failed_until_a_person_sen
 
 
 def test_watch_recovers_by_itself_again_and_again(site):
-    site.receiver.watch(ANALYZE, every=0.01)
-    for _ in range(2):
-        job = site.database.add_job()
-        lose(site, job)
-        site.database.wait_for("SELECT current_step = 'img_gen' FROM jobs WHERE job_id = %s", job)
+    over = site.receiver.watch(ANALYZE, every=0.01)
+    try:
+        for _ in range(2):
+            job = site.database.add_job()
+            lose(site, job)
+            back = "SELECT current_step = 'img_gen' FROM jobs WHERE job_id = %s"
+            site.database.wait_for(back, job)
+    finally:
+        over.set()
 
 
 def test_old_answers_are_forgotten(site):
