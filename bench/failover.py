@@ -304,10 +304,12 @@ def account(cluster, api, application, began: float, fault: str) -> dict:
     leader = None
     while time.monotonic() < end:
         leader = cluster.leader()
-        with suppress(psycopg2.Error, AttributeError):
-            if not leader.query("SELECT count(*) FROM stage_calls")[0][0]:
+        with suppress(psycopg2.Error):
+            if leader and not leader.query("SELECT count(*) FROM stage_calls")[0][0]:
                 break
         time.sleep(0.5)
+    if leader is None:
+        raise RuntimeError("in the end no member is the leader")
     rows = {job for (job,) in leader.query("SELECT job_id::text FROM jobs")}
     calls = Counter(request.job_id for request in list(api.requests))
     acknowledged = application.acknowledged

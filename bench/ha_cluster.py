@@ -11,6 +11,7 @@ import time
 import urllib.request
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
+from typing import Any
 
 import psycopg2
 
@@ -39,7 +40,7 @@ class Member:
         stack = cluster.stack
         self.links = [stack.enter_context(Proxy(port))
                       for port in (self.port, self.rest, cluster.etcd_port)]  # fmt: skip
-        self.process: subprocess.Popen | None = None
+        self.process: Any = None  # subprocess.Popen
 
     def start(self) -> None:
         self.directory.mkdir(exist_ok=True)
@@ -48,7 +49,7 @@ class Member:
         file.write_text(json.dumps(self.config()))
         log = (self.directory / "log").open("a")
         self.process = subprocess.Popen(
-            [self.cluster.patroni, file], stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+            [self.cluster.patroni, str(file)], stdout=log, stderr=log, stdin=subprocess.DEVNULL,
             **self.cluster.process,
         )  # fmt: skip
 
@@ -119,9 +120,9 @@ class Member:
         return ""
 
     def query(self, sql: str, *params: object, database: str = "postgres") -> list[tuple]:
-        where = {"host": "127.0.0.1", "port": self.port, "user": "postgres", "dbname": database}
+        dsn = f"host=127.0.0.1 port={self.port} user=postgres dbname={database}"
         options = "-c synchronous_commit=local -c statement_timeout=3s"
-        with closing(psycopg2.connect(**where, connect_timeout=2, options=options)) as conn:
+        with closing(psycopg2.connect(dsn, connect_timeout=2, options=options)) as conn:
             conn.autocommit = True
             with conn.cursor() as cursor:
                 cursor.execute(sql, params or None)
@@ -143,7 +144,8 @@ class Cluster:
         with self.stack:
             account = pwd.getpwnam("nobody") if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
             self.owner = account.pw_uid, account.pw_gid
-            self.process = {"env": ENVIRONMENT, "cwd": "/", "start_new_session": True}
+            self.process: dict[str, Any] = {"env": ENVIRONMENT, "cwd": "/"}
+            self.process["start_new_session"] = True
             if os.geteuid() == 0:  # PostgreSQL refuses to run as root
                 self.process |= {"user": self.owner[0], "group": self.owner[1], "extra_groups": []}
             self.directory = Path(tempfile.mkdtemp(prefix="jsl-failover-", dir="/tmp"))
@@ -166,7 +168,7 @@ class Cluster:
     def start_etcd(self) -> None:
         self.etcd_port, peer = _free_port(), _free_port()
         url, peer_url = f"http://127.0.0.1:{self.etcd_port}", f"http://127.0.0.1:{peer}"
-        words = ["--data-dir", self.directory / "etcd", "--listen-client-urls", url,
+        words = ["--data-dir", str(self.directory / "etcd"), "--listen-client-urls", url,
                  "--advertise-client-urls", url, "--listen-peer-urls", peer_url,
                  "--initial-advertise-peer-urls", peer_url,
                  "--initial-cluster", f"default={peer_url}", "--unsafe-no-fsync"]  # fmt: skip

@@ -1,6 +1,7 @@
 """The benchmark's arithmetic and its report; measuring itself is left to `make bench`."""
 
 from bench import pipeline
+from bench.failover import longest_gap
 from bench.peers.ours import Before, Ours
 from bench.report import Table, as_json, before_rows, details, grid, markdown, summary_rows
 from bench.stats import Metric, Spread, best, percentile
@@ -31,6 +32,12 @@ def test_percentile_is_the_nearest_rank():
     values = [float(n) for n in range(100, 0, -1)]
     assert [percentile(values, p) for p in (0, 1, 50, 95, 99, 100)] == [1, 1, 50, 95, 99, 100]
     assert percentile([3.0], 99) == 3
+
+
+def test_pause_is_the_longest_gap_that_ends_after_the_fault():
+    times = [9.0, 0.0, 5.0, 6.0, 8.0]
+    assert longest_gap(times, since=5.5) == (2.0, 8.0)
+    assert longest_gap(times, since=0.0) == (5.0, 5.0)
 
 
 def test_spread_shows_the_range_only_where_there_is_one():
