@@ -266,16 +266,22 @@ def sign(conn: Connection, listener: str) -> None:
 # Whoever of us sent it has given up by now. What it committed is then seen by everybody, but may
 # not have reached the standby.
 END_WAITING = """
-SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
-WHERE datname = current_database() AND usename = current_user AND wait_event = 'SyncRep'
-  AND application_name LIKE 'job-state-listener%%'
+SELECT count(*) AS waiting,
+       count(CASE WHEN usename = current_user AND application_name LIKE 'job-state-listener%%'
+                  THEN pg_terminate_backend(pid) END) AS ended
+FROM pg_stat_activity
+WHERE datname = current_database() AND wait_event = 'SyncRep'
   AND query_start < now() - make_interval(secs => %(deadline)s)
 """
 
 
 def end_waiting(conn: Connection) -> int:
-    """End what is left of connections that were given up; how many sessions that were."""
-    return execute(conn, END_WAITING, {"deadline": DEADLINE}).fetchone()[0]
+    """End what is left of connections that were given up.
+
+    Returns:
+        How many sessions have been waiting for a standby, as far as our role can see.
+    """
+    return execute(conn, END_WAITING, {"deadline": DEADLINE}).fetchone().waiting
 
 
 def connect_to(options: dict[str, Any]) -> Connection:
