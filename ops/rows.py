@@ -143,8 +143,7 @@ def find(conn, id_: str, table: str | None = None) -> Any:
     """
     key = key_of(conn, id_)
     places = db.execute(conn, PLACES, {"key": key, "table": table}).fetchall()
-    known = [row for row in places if row.is_there or row.owes]
-    known = known or [row for row in places if row.has_history]
+    known = known_of(places)
     if not known:
         names = [row.table_name for row in places]
         where = f" in {' or '.join(names)}" if len(names) > 1 else ""
@@ -155,6 +154,20 @@ def find(conn, id_: str, table: str | None = None) -> Any:
         options = " or ".join(f"--table {name}" for name in names)
         raise Problem(f"{key} is in {' and in '.join(names)}: give {options}")
     return known[0]
+
+
+def known_of(places: list) -> list:
+    """Of a key's places in all tables: those where a row is, or else those where one was."""
+    known = [row for row in places if row.is_there or row.owes]
+    return known or [row for row in places if row.has_history]
+
+
+def places(conn, key: str) -> list:
+    """The rows with this id, of whichever table, each with its table in what is to be typed where
+    there are several.
+    """
+    found = known_of(db.execute(conn, PLACES, {"key": key, "table": None}).fetchall())
+    return [row._replace(is_one_of_many=len(found) > 1) for row in found]
 
 
 def word_for(table: str) -> str:

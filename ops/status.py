@@ -58,8 +58,8 @@ def look(conn, settings: SimpleNamespace) -> dict[str, Any]:
         Problem: the database's part is older than this program.
     """
     stages = [row._asdict() for row in db.execute(conn, STAGES)]
-    version, refusal = migrations.version(conn), migrations.refusal(conn)
-    if version < migrations.LATEST:
+    version, refusal = schema(conn)
+    if version and version < migrations.LATEST:
         raise Problem(refusal)
     for row in stages:
         row["held_until"] = "infinity" if row["paused"] else row["held_until"]
@@ -93,6 +93,16 @@ def look(conn, settings: SimpleNamespace) -> dict[str, Any]:
         "pools": [row._asdict() for row in pools(conn)],
         "listeners": listeners(conn, settings),
     }
+
+
+def schema(conn) -> tuple[int | None, str | None]:
+    """The version of the database's part, and why it is not that of this program; nothing is known
+    of it to a role that may read the views alone.
+    """
+    try:
+        return migrations.version(conn), migrations.refusal(conn)
+    except psycopg2.errors.InsufficientPrivilege:
+        return None, None
 
 
 def add_resting(conn, stages: list[dict[str, Any]]) -> str | None:
@@ -129,7 +139,7 @@ def lines(said: dict[str, Any]) -> Iterator[Line]:
     """What `look` has found, for a screen of 80 columns."""
     base = said["database"]
     where = f"{base['name']} on {base['host']}:{base['port']} as {base['user']}"
-    yield f"{where}, schema {base['schema_version']}, {clock(said['at'])}", 0
+    yield f"{where}, schema {base['schema_version'] or 'unknown'}, {clock(said['at'])}", 0
     yield summary(said), 0
     if base["updates_only"]:
         yield "a row that is inserted owes no call (install --no-insert)", 0

@@ -53,6 +53,11 @@ def duration(seconds: float | None) -> str:
     return f"{round(seconds, 2):.2g} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
+def counted(count: int, what: str) -> str:
+    """So many of what can be counted: 1 call, 1,200 calls."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 def clock(time: datetime) -> str:
     """A time on the clock of this machine, with its date where that is not today."""
     local = time.astimezone()

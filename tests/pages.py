@@ -55,7 +55,7 @@ class Page(HTMLParser):
         self.source = source
         self.root = Element("", {})
         self.open = [self.root]
-        self.feed(source)
+        self.feed(source.replace("<wbr>", ""))  # where a line may be broken, and no text
         self.close()
         assert self.open == [self.root], f"not closed: {[e.tag for e in self.open]}"
         ids = [e.attributes["id"] for e in self.root.all() if "id" in e.attributes]
@@ -116,6 +116,13 @@ addEventListener("load", () => {
     return {
       width: root.clientWidth, wide: root.scrollWidth, title: page.title,
       beyond: written.map(right).filter((x) => x > root.clientWidth).length,
+      overlaps: [...page.querySelectorAll("svg")].flatMap((chart) => {
+        const boxes = [...chart.querySelectorAll("text")].filter(
+          (e) => styled(e).display !== "none").map((e) => [e, e.getBoundingClientRect()]);
+        return boxes.flatMap(([a, x], i) => boxes.slice(i + 1).filter(([b, y]) =>
+          x.left < y.right && y.left < x.right && x.top < y.bottom && y.top < x.bottom
+        ).map(([b]) => `${a.textContent} / ${b.textContent}`));
+      }),
       unseen: written.filter((e) => e.textContent && !e.getComputedTextLength()).length,
       ground: styled(page.body).backgroundColor,
       charts: page.querySelectorAll("svg[role=img]").length,

@@ -9,6 +9,7 @@ from pages import Page
 
 import config
 import db
+from ops.report import with_alarms
 from ops.report.data import collect
 from ops.report.page import page
 
@@ -29,7 +30,8 @@ def html_of(database, *jobs: str, since: float = 86400, **settings) -> str:
     settings = database.settings(**settings)
     start = datetime.now(timezone.utc) - timedelta(seconds=since)
     with closing(db.connect(settings)) as conn:
-        return page(collect(conn, start, jobs, config.redactor(settings)))
+        found = collect(conn, start, jobs, config.redactor(settings))
+        return page(with_alarms(conn, settings, found))
 
 
 def read(database, *jobs: str, **given) -> Page:

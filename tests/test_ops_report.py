@@ -1,15 +1,18 @@
 """`report`: what the page says is what the database has."""
 
 import re
+import uuid
 from contextlib import closing
+from datetime import datetime, timezone
 
 import pytest
 from claims import STAGES, claim, connected, result, settle
 from reports import attempt, give_up, read
 
 import db
+from ops.report.data import LAST_ONE, VARYING, folded
 
-NO_LISTENER = "No listener is connected, nothing is called: ./jsl"
+NO_LISTENER = "no listener is connected, nothing is called"
 
 
 @pytest.fixture
@@ -120,7 +123,7 @@ def test_durations_are_those_of_accepted_calls(database):
     planner, overlay = shown.all("div", "spread")
     said = planner.all("svg", "plot")[0].attributes["aria-label"]
     assert said == "planner; 10 calls, 10 % failed; p50 5.0 s; p95 8.6 s; longest 9.0 s"
-    assert [dd.text for dd in planner.all("dd")] == ["5.0 s", "8.6 s", "9.0 s"]
+    assert [dd.text for dd in planner.all("dd")] == ["5.0 s", "8.6 s", "9.0 s"]  # no timeout yet
     titles = [title.text for title in planner.all("title")]
     count = re.compile(r"(\d+) accepted|(\d+) not accepted")
     found = [match for title in titles for match in count.findall(title)]
@@ -165,29 +168,97 @@ def test_stalled_jobs_are_shown_with_the_reason(database):
     assert row == [reason, "(overlay, running) stage overlay", "1", f"{job} acme", "3.0 h"]
 
 
-def test_what_needs_a_person_is_said_first(database):
-    def said() -> list[str]:
-        return [e.text for e in read(database).root.one("ul", "attention").all("li")]
+def alarms(page) -> list[list[str]]:
+    """The parts of each: what (with its stage), the reason, what to type."""
+    found = page.root.one("ol", "attention").all("li")
+    return [[part.text for part in alarm.children] for alarm in found]
 
-    assert said() == [NO_LISTENER]
+
+def test_alarms_come_by_urgency_each_with_its_reason_and_the_command(database):
+    assert alarms(read(database)) == [[NO_LISTENER, "python listener.py"]]
     job = database.add_job("img_gen", "done")
     give_up(database, database.add_job("vlm_analyze", "done"), "HTTP 404")
     database.rows("UPDATE stage_calls SET due_at = now() - interval '1 h' WHERE job_id = %s", job)
     hold = "UPDATE pipeline_stages SET held_until = %s, held_by = 'kim', held_reason = %s"
     database.rows(f"{hold} WHERE stage = 'planner'", "infinity", "GPU")
-    database.rows(f"{hold} WHERE stage = 'overlay'", "2100-01-01 12:00", "HTTP 503")
-    found = said()
-    assert found[0] == NO_LISTENER
-    assert found[1].startswith("vlm_analyze is behind: a call has been due for 60 min")
-    assert found[2] == "planner is paused by kim : GPU"
-    assert found[3].startswith("overlay is held until 01-01 ") and found[3].endswith(": HTTP 503")
-    assert found[4:] == ["1 call given up"]
+    database.rows(f"{hold} WHERE stage = 'overlay'", "2100-01-01 12:00Z", "HTTP 503")
+    database.add_job("overlay", "failed")
+    database.rows("ALTER TABLE jobs DISABLE TRIGGER job_state_change_trigger")
+    shown = read(database)
+    held_until = datetime(2100, 1, 1, 12, tzinfo=timezone.utc).astimezone()
+    assert alarms(shown) == [
+        ["new calls may not be recorded", "trigger job_state_change_trigger on jobs is disabled",
+         "run `make trigger` (python listener.py install)"],
+        [NO_LISTENER, "python listener.py"],
+        ["vlm_analyze a call has been due for 60 min", "1 call due, 0 under way",
+         "python listener.py jobs --stage vlm_analyze"],
+        [f"overlay held until {held_until:%F %T} by kim", "HTTP 503; 0 calls owed",
+         "python listener.py resume overlay"],
+        ["yolo_detect 1 call given up", "HTTP 404", "python listener.py retry --stage yolo_detect"],
+        ["overlay 1 job set failed by the stage", "set failed by its stage",
+         "python listener.py jobs --failed --stage overlay"],
+        ["planner paused by kim", "GPU; 0 calls owed", "python listener.py resume planner"],
+    ]  # fmt: skip
+    links = {link.attributes["href"] for link in shown.root.one("ol", "attention").all("a")}
+    assert links == {"#given-up", "#set-failed", "#waits"}
+
+
+def test_commands_of_alarms_can_be_typed(database, run_command):
+    give_up(database, database.add_job("vlm_analyze", "done"), "HTTP 404")
+    database.add_job("overlay", "failed")
+    job = database.add_job("planner", "running")
+    database.rows("UPDATE jobs SET updated_at = now() - interval '1 d' WHERE job_id = %s", job)
+    database.rows("UPDATE pipeline_stages SET held_until = 'infinity' WHERE stage = 'planner'")
+    typed = [alarm[-1].split()[2:] for alarm in alarms(read(database))[1:]]
+    assert len(typed) == 4
+    for command in typed:
+        assert run_command(database, *command).code in (0, 1) and "Usage" not in command
+
+
+# --- errors --------------------------------------------------------------------------------
+
+
+def test_errors_of_all_outcomes_are_grouped_whatever_varies_in_them(database):
+    for number, outcome in enumerate(["retry"] * 3 + ["held", "unknown", "lost", "failed"]):
+        job = str(uuid.uuid4())
+        error = f"HTTP 500: job {job} at gpu-1:{40000 + number} after {number}.5 s"
+        error += " (attempt 5, the last one)" * (outcome == "failed")
+        attempt(database, job, outcome=outcome, error=error, ago=100 - number)
+    for _ in range(2):
+        attempt(database, outcome="retry", error="HTTP 404: 7 no overlay")
+    attempt(database, outcome="failed", error="HTTP 500: job 7", ago=99_999)
+    attempt(database, outcome="skipped", error="moved on")
+    rows = read(database).table("errors")
+    error = "HTTP 500: job … at gpu-…:… after … s"
+    assert rows[0][:-2] == [error, "planner", "7", "3", "1", "1", "1", "1"]
+    assert rows[0][-1] == job
+    assert rows[1][:4] == ["HTTP 404: 7 no overlay", "planner", "2", "2"]  # as it is: it is one
+    assert len(rows) == 2
+
+
+def test_database_and_program_fold_errors_alike(database):
+    texts = [
+        "stage API unreachable: 10.0.0.7:8001 refused [Errno 111]",
+        "HTTP 503: id 0F8fad5b-d9cb-469f-a165-70867728950e, trace 4bf92f3577b34da6, 0x7fcAB",
+        "HTTP 500 deadbeef cafebabe1 stage2 12 frames (attempt 12, the last one)",
+    ]
+    sql = "SELECT regexp_replace(regexp_replace(%s, %s, ''), %s, '…', 'g')"
+    folds = [database.value(sql, text, LAST_ONE, VARYING) for text in texts]
+    assert (
+        folds
+        == [folded(text) for text in texts]
+        == [
+            "stage API unreachable: …:… refused [Errno …]",
+            "HTTP 503: id …, trace …, …",
+            "HTTP 500 deadbeef … stage2 … frames",
+        ]
+    )
 
 
 def test_connected_listener_and_nothing_wrong_is_said_too(database):
     with closing(db.connect(database.settings(), db.LISTENER_APPLICATION + "w")):
         shown = read(database)
-    assert not shown.root.all("ul", "attention")
+    assert not shown.root.all("ol", "attention")
     assert "Nothing is held, late, given up, failed or stalled." in shown.root.text
 
 
@@ -234,5 +305,5 @@ def test_long_history_is_cut_and_says_so(database):
                   " finished_at, NULL, 'held', NULL FROM stage_attempts,"
                   " generate_series(1, 500) AS n")  # fmt: skip
     article = read(database, job).section("jobs").one("article")
-    assert "earlier attempts are not shown" in article.text
+    assert "Its earlier attempts are not shown." in article.text
     assert len(article.all("rect")) == 60

@@ -12,7 +12,26 @@ from ops.report.page import CSS as FILE
 
 ELEMENTS = {
     *("html", "head", "meta", "title", "style", "body", "main", "header", "footer", "section"),
-    *("article", "h1", "h2", "h3", "p", "a", "b", "div", "small", "bdi", "time", "ul", "ol", "li"),
+    *(
+        "article",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "p",
+        "a",
+        "code",
+        "wbr",
+        "b",
+        "div",
+        "small",
+        "bdi",
+        "time",
+        "ul",
+        "ol",
+        "li",
+    ),
     *("dl", "dt", "dd", "table", "caption", "thead", "tbody", "tr", "th", "td"),
     *("svg", "defs", "pattern", "g", "rect", "line", "path", "circle", "text"),
 }
@@ -113,7 +132,7 @@ def test_page_stays_small_however_much_there_is(database):
 def test_page_can_be_made_on_every_version(each_shared_database):
     job = everything(each_shared_database.emptied())
     shown = read(each_shared_database, job)
-    assert len(shown.root.all("section")) == 8
+    assert len(shown.root.all("section")) == 9
 
 
 # --- in a browser --------------------------------------------------------------------------

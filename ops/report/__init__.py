@@ -1,7 +1,9 @@
 """`report`: the pipeline as one page of HTML, for a browser, a mail or a printer."""
 
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import psycopg2
@@ -10,10 +12,12 @@ import config
 import db
 from logs import CONTROL
 from ops import rows
+from ops.alarms import alarms
 from ops.problem import Problem
-from ops.report.data import Report, collect
+from ops.report.data import Report, collect, redacted
 from ops.report.page import page
 from ops.since import Since
+from ops.status import look
 from ops.whole import write_whole
 
 
@@ -44,11 +48,17 @@ def read(since: datetime, job_ids: tuple[str, ...]) -> Report:
     settings = config.settings()
     conn = db.connect(settings, "job-state-listener report")
     ids = list(dict.fromkeys(rows.key_of(conn, id_) for id_ in job_ids))
+    for key in ids:
+        if not rows.places(conn, key):
+            raise Problem(f"there is no job {key}")
     try:
-        found = collect(conn, since, ids, config.redactor(settings))
+        return with_alarms(conn, settings, collect(conn, since, ids, config.redactor(settings)))
     except psycopg2.errors.QueryCanceled:
         raise Problem("the database took too long to answer; try a later --since") from None
-    for timeline in found.timelines:
-        if not (timeline.job or timeline.attempts or timeline.owed):
-            raise Problem(f"there is no job {timeline.job_id}")
-    return found
+
+
+def with_alarms(conn, settings: SimpleNamespace, found: Report) -> Report:
+    """`found` with what needs a person now, as `status` knows it."""
+    redact = config.redactor(settings)
+    now = [redacted(alarm, redact) for alarm in alarms(look(conn, settings))]
+    return replace(found, alarms=now)

@@ -87,11 +87,14 @@ def trend(time: Span, rows: Sequence, height: int, about: str) -> Markup:
         f'<path class="median" d="{join(line)}"/></svg>'
     )
     top = level("grid", 14) + label(0, 10, f"p95 up to {span(most)}", "start")
-    axis = time_axis(time.since, time.until, height)
+    axis = time_axis(time.since, time.until, height, most=3)
     return svg(height + 22, about, top, stretched, axis, kind="plot flush")
 
 
 # --- durations -----------------------------------------------------------------------------
+
+# Labels of a narrow chart are no nearer to each other (a share of its width).
+APART = 0.27
 
 TICKS = {0.001: "1 ms", 0.01: "10 ms", 0.1: "100 ms", 1: "1 s", 10: "10 s", 60: "1 min",
          600: "10 min", 3600: "1 h", 86400: "1 d", 864000: "10 d"}  # fmt: skip
@@ -113,11 +116,13 @@ class LogAxis:
 
     def drawn(self, height: int) -> str:
         places = [(self.at(seconds), words) for seconds, words in TICKS.items()]
-        inside = [(at, words) for at, words in places if 0.02 <= at <= 0.98]
-        lines = [
-            upright("grid", at, 0, height) + tick(at, height, words, "odd" if number % 2 else "")
-            for number, (at, words) in enumerate(inside)
-        ]
+        lines, last = [], -1.0
+        for at, words in places:
+            if 0.02 <= at <= 0.98:
+                lines.append(upright("grid", at, 0, height))
+                if at - last >= APART:
+                    lines.append(tick(at, height, words))
+                    last = at
         return join(lines) + level("axis", height)
 
 
@@ -125,7 +130,7 @@ def histogram(rows: Sequence, axis: LogAxis, marks: Mapping[str, float], height:
     """How many calls took how long: accepted ones below, others on top of them.
 
     Args:
-        marks: seconds to point out, by name: p50, p95, longest, timeout.
+        marks: seconds to point out, by name (see svg.sample): p50, p95, longest, timeout.
     """
     counts: dict[int, dict[bool, int]] = {}
     for row in rows:
@@ -146,5 +151,4 @@ def histogram(rows: Sequence, axis: LogAxis, marks: Mapping[str, float], height:
     for name, seconds in marks.items():
         if 0 < (at := axis.at(seconds)) < 1:
             parts.append(upright(name, at, 4, height))
-            parts.append("" if name == "longest" else label(at, 11, name, f"pointer {name}"))
     return svg(height + 22, about, *parts, kind="plot flush")

@@ -1,15 +1,17 @@
 """What `report` shows, out of the database: a few bounded queries, grouped and cut in SQL."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 import db
+from ops.alarms import Alarm
 from ops.listeners import connected
 from ops.problem import Problem
-from ops.report.jobs import slowest_jobs, timelines
+from ops.report.jobs import Timeline, slowest_jobs, timelines
 
 # A bar of the charts over time is as long as the first of these (seconds) that makes at most
 # MOST_BARS of them.
@@ -52,17 +54,19 @@ class Report:
     in_flight: int = 0
     listeners: int = 0
     asked: bool = False  # for these timelines
+    alarms: list[Alarm] = field(default_factory=list)
     stages: list = field(default_factory=list)
     waiting: list = field(default_factory=list)
     calls: list = field(default_factory=list)
     durations: list = field(default_factory=list)
     histogram: list = field(default_factory=list)
     trend: list = field(default_factory=list)
+    errors: list = field(default_factory=list)
     slowest: list = field(default_factory=list)
     given_up: list = field(default_factory=list)
     stalled: list = field(default_factory=list)
     failed: list = field(default_factory=list)
-    timelines: list = field(default_factory=list)
+    timelines: list[Timeline] = field(default_factory=list)
 
 
 NOW = """
@@ -154,28 +158,85 @@ ORDER BY finished_at - started_at DESC
 LIMIT 10
 """
 
+# --- errors, grouped -----------------------------------------------------------------------
+
+# What varies in errors that are the same: ids, addresses, numbers, ports; not the status of HTTP.
+# Both PostgreSQL and Python read it so.
+LAST_ONE = " [(]attempt [0-9]+, the last one[)]"
+VARYING = (
+    f"{LAST_ONE}"
+    "|[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
+    "|0x[0-9a-fA-F]+"
+    "|(?<![0-9A-Za-z])(?=[a-fA-F]*[0-9])[0-9a-fA-F]{8,}(?![0-9A-Za-z])"
+    "|(?<![0-9A-Za-z])(?<!HTTP )[0-9]+([.][0-9]+)*"
+)
+
+
+def folded(error: str | None) -> str | None:
+    """`error` with … in place of what varies."""
+    return error and re.sub(VARYING, "…", re.sub(LAST_ONE, "", error))
+
+
+# Equal errors are put together before they are folded, which takes longer. What is shown is the
+# last error of each kind, whole: folded before it is redacted, no secret would be recognized.
+ERRORS = """
+SELECT kind.*, one.error, one.job_id, one.table_name
+FROM (SELECT stage, regexp_replace(left(error, 500), %(varying)s, '', 'g') AS kind,
+             count(*) AS texts, count(*) OVER () AS kinds, max(last) AS last,
+             sum(calls)::bigint AS calls, sum(retry)::bigint AS retry, sum(held)::bigint AS held,
+             sum(unknown)::bigint AS unknown, sum(lost)::bigint AS lost,
+             sum(failed)::bigint AS failed
+      FROM (SELECT stage, error, max(finished_at) AS last, count(*) AS calls,
+                   count(*) FILTER (WHERE outcome = 'retry') AS retry,
+                   count(*) FILTER (WHERE outcome = 'held') AS held,
+                   count(*) FILTER (WHERE outcome = 'unknown') AS unknown,
+                   count(*) FILTER (WHERE outcome = 'lost') AS lost,
+                   count(*) FILTER (WHERE outcome = 'failed') AS failed
+            FROM stage_attempts
+            WHERE finished_at > %(since)s AND finished_at <= %(until)s
+              AND outcome IN ('retry', 'held', 'unknown', 'lost', 'failed')
+            GROUP BY stage, error) AS same
+      GROUP BY stage, kind
+      ORDER BY calls DESC, last DESC
+      LIMIT 15) AS kind
+CROSS JOIN LATERAL (
+    SELECT left(a.error, 2000) AS error, a.job_id::text, a.table_name
+    FROM stage_attempts AS a
+    WHERE a.finished_at = kind.last AND a.stage = kind.stage
+      AND a.outcome IN ('retry', 'held', 'unknown', 'lost', 'failed')
+      AND regexp_replace(left(a.error, 500), %(varying)s, '', 'g') IS NOT DISTINCT FROM kind.kind
+    LIMIT 1) AS one
+ORDER BY kind.calls DESC, kind.last DESC
+"""
+
 GIVEN_UP = """
-SELECT stage, left(last_error, 2000) AS error, count(*) AS jobs,
+SELECT stage, (array_agg(left(last_error, 2000) ORDER BY owed_since DESC))[1] AS error,
+       count(*) AS jobs, count(DISTINCT last_error) AS texts,
        min(owed_since) AS first, max(owed_since) AS last,
        (array_agg(job_id::text ORDER BY owed_since DESC))[:3] AS job_ids,
        (array_agg(left(tenant_id, 1000) ORDER BY owed_since DESC))[:3] AS tenants
 FROM given_up_calls
-GROUP BY stage, left(last_error, 2000)
+GROUP BY stage, regexp_replace(left(last_error, 500), %(varying)s, '', 'g')
 ORDER BY jobs DESC, last DESC
 LIMIT 10
 """
 
-# `total` is that of all groups, also of those beyond the limit.
+# `total` is that of all groups of the kind, also of those beyond the limit.
 RESTING = """
-SELECT table_name, stage, current_step, status, left(reason, 2000) AS reason, count(*) AS jobs,
-       sum(count(*)) OVER ()::bigint AS total, min(since) AS first, max(since) AS last,
-       (array_agg(job_id ORDER BY since))[:3] AS job_ids,
-       (array_agg(left(tenant_id, 1000) ORDER BY since))[:3] AS tenants
-FROM resting_rows()
-WHERE kind = %(kind)s
-GROUP BY table_name, stage, current_step, status, left(reason, 2000)
-ORDER BY jobs DESC, first
-LIMIT 50
+SELECT * FROM (
+    SELECT kind, table_name, stage, current_step, status, count(*) AS jobs,
+           (array_agg(left(reason, 2000) ORDER BY since))[1] AS reason,
+           count(DISTINCT reason) AS texts,
+           sum(count(*)) OVER (PARTITION BY kind)::bigint AS total,
+           row_number() OVER (PARTITION BY kind ORDER BY count(*) DESC, min(since)) AS place,
+           min(since) AS first, max(since) AS last,
+           (array_agg(job_id ORDER BY since))[:3] AS job_ids,
+           (array_agg(left(tenant_id, 1000) ORDER BY since))[:3] AS tenants
+    FROM resting_rows()
+    GROUP BY kind, table_name, stage, current_step, status,
+             regexp_replace(left(reason, 500), %(varying)s, '', 'g')) AS found
+WHERE place <= 50
+ORDER BY place
 """
 
 
@@ -197,7 +258,8 @@ def collect(conn, since: datetime, job_ids: Sequence[str], redact: Callable[[str
     if now.since >= now.until:
         raise Problem(f"--since {since:%F %T} is still to come")
     span = Span(now.since, now.until, now.zone)
-    given["until"] = span.until
+    given |= {"until": span.until, "varying": VARYING}
+    resting = ask(RESTING)
     return Report(
         database=redact(f"{conn.info.dbname} on {conn.info.host}:{conn.info.port}"),
         span=span,
@@ -210,11 +272,12 @@ def collect(conn, since: datetime, job_ids: Sequence[str], redact: Callable[[str
         durations=ask(DURATIONS),
         histogram=ask(HISTOGRAM, shortest=SHORTEST, a_decade=BUCKETS_A_DECADE),
         trend=ask(TREND, step=max(3600, span.step)),
+        errors=ask(ERRORS),
         slowest=ask(SLOWEST),
         given_up=ask(GIVEN_UP),
-        stalled=ask(RESTING, kind="stalled"),
-        failed=ask(RESTING, kind="failed"),
-        timelines=timelines(ask, job_ids) if job_ids else slowest_jobs(ask),
+        stalled=[row for row in resting if row.kind == "stalled"],
+        failed=[row for row in resting if row.kind == "failed"],
+        timelines=timelines(conn, ask, redact, job_ids) if job_ids else slowest_jobs(ask),
     )
 
 

@@ -1,11 +1,11 @@
 """What `report` shows of single jobs: their attempts, and what they wait for."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import pipeline
-from pipeline import Table
+from ops import job, rows
+from ops.table import counted
 
 MOST_JOBS = 4
 MOST_CHILDREN = 12
@@ -14,7 +14,13 @@ MOST_ATTEMPTS = 60
 
 @dataclass(frozen=True)
 class Timeline:
-    """A row: where it is (None: deleted), its attempts in order, and the call it owes."""
+    """A row: where it is (None: deleted), its attempts in order, and the call it owes.
+
+    Args:
+        said: the lines of `job` about it; none where nobody asked for the row.
+        below: the rows of other tables that belong to it, by what heads them (the table, and how
+            many are in which state).
+    """
 
     table: str
     job_id: str
@@ -22,6 +28,13 @@ class Timeline:
     attempts: Sequence[Any]
     owed: Any
     cut: bool  # there are earlier attempts
+    said: Sequence[str] = ()
+    below: dict[str, list["Timeline"]] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> list["Timeline"]:
+        """It and those below it."""
+        return [self, *(child for some in self.below.values() for child in some)]
 
 
 SLOW_JOBS = """
@@ -41,41 +54,30 @@ def slowest_jobs(ask: Callable) -> list[Timeline]:
     return [timeline(ask, row.table_name, row.job_id) for row in slow]
 
 
-# {} are the names of a table of PIPELINE and its columns.
-CHILDREN = """
-SELECT {id}::text AS key FROM {table} WHERE {parent_column} = %(parent)s
-ORDER BY 1
-LIMIT %(most)s
-"""
+def timelines(conn, ask: Callable, redact: Callable, ids: Sequence[str]) -> list[Timeline]:
+    """Those of the rows with these ids, of whichever table, with the rows that belong to them."""
+    return [family(conn, ask, redact, row) for key in ids for row in rows.places(conn, key)]
 
 
-def children_of(table: Table) -> str:
-    names = {"id": table.id, "table": table.name, "parent_column": table.parent_column}
-    quoted = {key: name.replace('"', '""').replace("%", "%%") for key, name in names.items()}
-    return CHILDREN.format(**{key: f'"{name}"' for key, name in quoted.items()})
+def family(conn, ask: Callable, redact: Callable, row: Any) -> Timeline:
+    """The timeline of a row (see rows.find), what `job` says of it, and the rows below it."""
+    found = job.look(conn, row)
+    below = {}
+    for of in found.below:
+        ids = list(dict.fromkeys(child.job_id for child in of["rows"]))[:MOST_CHILDREN]
+        if ids:
+            title = redact(heading(of, len(ids)))
+            below[title] = [timeline(ask, of["table"], key) for key in ids]
+    said = [redact(line) for line in job.place_lines(found)]
+    return replace(timeline(ask, row.table_name, row.key), said=said, below=below)
 
 
-def timelines(ask: Callable, ids: Sequence[str]) -> list[Timeline]:
-    """Those of the rows with these ids, of whichever table, each followed by those that belong to
-    it. What no table has is shown as a job that was deleted.
-    """
-    tables, found = list(pipeline.tables().values()), []
-    for key in ids:
-        rows = [timeline(ask, table.name, key) for table in tables]
-        there = [row for row in rows if row.job or row.attempts or row.owed] or rows[:1]
-        for row in there:
-            found += [row, *children(ask, row, tables)]
-    return found
-
-
-def children(ask: Callable, of: Timeline, tables: Sequence[Table]) -> list[Timeline]:
-    """The timelines of the rows that belong to a row."""
-    return [
-        timeline(ask, table.name, row.key)
-        for table in tables
-        if pipeline.parent_name(table) == of.table
-        for row in ask(children_of(table), parent=of.job_id, most=MOST_CHILDREN)
-    ]
+def heading(of: dict[str, Any], shown: int) -> str:
+    """The table of rows that belong to another, and how many are in which state."""
+    states = [f"{state.rows} at ({state.current_step}, {state.status})" for state in of["states"]]
+    count = sum(state.rows for state in of["states"])
+    first = f", the first {shown} below" if shown < count else ""
+    return f"{of['table']}: {counted(count, 'row')}, {', '.join(states)}{first}"
 
 
 JOB = """

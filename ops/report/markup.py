@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from logs import CONTROL
+from ops.table import counted as counted
 from ops.table import readable
 from pipeline import JOBS, Route
 
@@ -31,6 +32,11 @@ def text(value: Any, longest: int = LONGEST_TEXT) -> Markup:
     return Markup(f"<bdi>{attribute(readable(str(value)), longest)}</bdi>")
 
 
+def stage_name(value: Any) -> Markup:
+    """The name of a stage, which may be broken after each _."""
+    return Markup(text(value, 60).replace("_", "_<wbr>"))
+
+
 def attribute(value: Any, longest: int = LONGEST_TEXT) -> Markup:
     """The same where no element can be: in an attribute, in an SVG's <title>."""
     plain = str(value)
@@ -47,10 +53,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], about: str) -> M
 
     Args:
         header: short, as every cell shows its heading on a narrow screen. One that begins with #
-            is that of a column of numbers; with *, of texts that may be long.
+            is that of a column of numbers; with *, of texts that may be long;
+            with ~, of names that may be broken.
     """
-    kinds = [{"#": "number", "*": "long"}.get(name[0], "short") for name in header]
-    names = [name.lstrip("#*") for name in header]
+    kinds = [{"#": "number", "*": "long", "~": "name"}.get(name[0], "short") for name in header]
+    names = [name.lstrip("#*~") for name in header]
 
     def cell(tag: str, value: Any, kind: str, name: str) -> str:
         kind += "" if value not in (None, "") else " none"
@@ -106,10 +113,6 @@ def clock(moment: datetime, beside: datetime | None = None) -> str:
     """Day and time; the time only where `beside` is on the same day."""
     same = beside is not None and moment.date() == beside.date()
     return f"{moment:%H:%M:%S}" if same else f"{moment:%m-%d %H:%M:%S}"
-
-
-def counted(count: int, what: str) -> str:
-    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def state(row: Any) -> Markup:

@@ -5,13 +5,25 @@ from pathlib import Path
 from typing import Any
 
 import pipeline
+from ops.alarms import EVERYTHING, INTENDED, JOBS, STAGE, Alarm
 from ops.report.charts import stack
 from ops.report.data import Report
-from ops.report.markup import Markup, attribute, clock, counted, join, section, share, span, text
+from ops.report.markup import (
+    Markup,
+    attribute,
+    counted,
+    join,
+    section,
+    share,
+    span,
+    stage_name,
+    text,
+)
 from ops.report.sections import (
     NO_CALL,
     calls,
     durations,
+    errors,
     failed,
     given_up,
     slowest,
@@ -22,9 +34,6 @@ from ops.report.svg import WAITS, legend, patterns
 from ops.report.timelines import timelines
 
 CSS = Path(__file__).parent / "page.css"
-
-# A call that has been due for longer (seconds) is worth a word.
-LATE = 300
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -49,12 +58,16 @@ PAGE = """<!DOCTYPE html>
 
 def page(report: Report) -> str:
     """The whole page, which needs nothing but itself."""
-    parts = [heading(report), attention(report), figures(report), flow(report)]
+    parts: list[str] = [heading(report), attention(report), figures(report)]
+    jobs = timelines(report)
+    if report.asked:
+        parts.append(jobs)
+    parts += [given_up(report), failed(report), stalled(report), errors(report), flow(report)]
     if report.calls or report.waiting:
-        parts += [waits(report), durations(report), calls(report), slowest(report)]
+        parts += [waits(report), calls(report), durations(report), slowest(report)]
     else:
         parts.append(quiet(report))
-    parts += [given_up(report), failed(report), stalled(report), timelines(report), notes()]
+    parts += [jobs * (not report.asked), notes()]
     until = f"{report.span.until:%Y-%m-%d %H:%M}"
     return PAGE.format(
         title=attribute(f"Pipeline report: {report.database}, {until}"),
@@ -77,39 +90,39 @@ def heading(report: Report) -> Markup:
 # --- what needs a person, and the figures --------------------------------------------------
 
 
+# What tells more of an alarm.
+SECTIONS = {"given_up": "given-up", "failed": "set-failed", "stalled": "stalled", "late": "waits"}
+URGENCY = {
+    EVERYTHING: ("everything", "Every stage is concerned"),
+    STAGE: ("stage", "A stage is not called, or not soon enough"),
+    JOBS: ("rows", "Jobs rest until a person does something"),
+    INTENDED: ("intended", "A person has paused it"),
+}
+
+
 def attention(report: Report) -> Markup:
-    """What a person has to look at, in a sentence each."""
-    found = [said for stage in report.stages if (said := trouble(report, stage))]
-    if not report.listeners:
-        found.insert(0, text(f"No listener is connected, nothing is called: {pipeline.JSL}"))
-    if count := sum(stage.given_up for stage in report.stages):
-        found.append(Markup(f'<a href="#given-up">{counted(count, "call")} given up</a>'))
-    if count := total(report.failed):
-        found.append(Markup(f'<a href="#set-failed">{counted(count, "job")} set failed</a>'))
-    if count := total(report.stalled):
-        found.append(Markup(f'<a href="#stalled">{counted(count, "stalled job")}</a>'))
-    if not found:
+    """What a person has to look at, the most urgent first, each with what to type."""
+    if not report.alarms:
         calm = "Nothing is held, late, given up, failed or stalled."
         return Markup(f'<p class="calm">{calm}</p>')
-    items = join(f"<li>{one}</li>" for one in found)
-    return Markup(f'<ul class="attention" aria-label="Needs a person">{items}</ul>')
+    items = join(map(alarm, report.alarms))
+    return Markup(f'<ol class="attention" aria-label="Needs a person">{items}</ol>')
+
+
+def alarm(found: Alarm) -> Markup:
+    kind, about = URGENCY[found.urgency]
+    stage = f"<b>{stage_name(found.stage)}</b> " if found.stage else ""
+    what = text(found.what)
+    if target := SECTIONS.get(found.kind):
+        what = Markup(f'<a href="#{target}">{what}</a>')
+    reason = f'<p class="reason">{text(found.reason)}</p>' if found.reason else ""
+    mend = f'<p class="mend"><code>{text(found.mend, 1000)}</code></p>' if found.mend else ""
+    return Markup(f'<li class="{kind}" title="{about}"><p>{stage}{what}</p>{reason}{mend}</li>')
 
 
 def total(rows: list) -> int:
     """The jobs of all groups, those that are not shown included."""
     return rows[0].total if rows else 0
-
-
-def trouble(report: Report, stage: Any) -> Markup:
-    """Why a stage is not called, or not soon enough."""
-    name, why = text(stage.stage, 60), text(stage.held_reason)
-    if stage.paused:
-        return Markup(f"{name} is paused by {text(stage.held_by, 60)}: {why}")
-    if stage.held_until:
-        return Markup(f"{name} is held until {clock(stage.held_until, report.span.until)}: {why}")
-    if (late := overdue(report, stage)) > LATE:
-        return Markup(f"{name} is behind: a call has been due for {span(late)}")
-    return Markup("")
 
 
 def overdue(report: Report, stage: Any) -> float:
@@ -186,7 +199,7 @@ def card(stage: Any, waiting: int, most: int) -> str:
         hour = f"last hour: {counted(stage.calls_last_hour, 'call')}, {failed} failed"
     about = f"{stage.stage}: " + ", ".join(f"{count} {kind}" for kind, count in counts.items())
     return (
-        f"<li><h3>{text(stage.stage, 60)}</h3>{stack(counts, most, about)}"
+        f"<li><h3>{stage_name(stage.stage)}</h3>{stack(counts, most, about)}"
         f"<dl>{rows}</dl>{held}<p>{hour}</p></li>"
     )
 

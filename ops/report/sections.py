@@ -7,7 +7,7 @@ from typing import Any
 
 import pipeline
 from ops.report.charts import LogAxis, histogram, stack, stacked_bars, trend
-from ops.report.data import Report
+from ops.report.data import Report, folded
 from ops.report.markup import (
     Markup,
     clock,
@@ -17,11 +17,12 @@ from ops.report.markup import (
     section,
     share,
     span,
+    stage_name,
     state,
     table,
     text,
 )
-from ops.report.svg import OUTCOMES, WAITS, legend
+from ops.report.svg import OUTCOMES, WAITS, legend, sample
 
 # As in the views: what was never called is no call that failed.
 NO_CALL = ("skipped", "cancelled")
@@ -40,9 +41,9 @@ def waits(report: Report) -> Markup:
         words = ", ".join(f"{count:,} {WAITS[kind]}" for kind, count in counts.items() if count)
         bar = Markup(f"{stack(counts, most, words)}<small>{words}</small>")
         ages = [Markup(span(age)) for age in (row.median_seconds, row.longest_seconds)]
-        stage = f"{row.stage} ({held[row.stage]})" if row.stage in held else row.stage
-        rows.append([state(row), stage, row.jobs, bar, *ages])
-    header = ["State", "Next call", "#Jobs", "*Why", "#Median wait", "#Longest wait"]
+        mark = f" ({held[row.stage]})" if row.stage in held else ""
+        rows.append([state(row), Markup(stage_name(row.stage) + mark), row.jobs, bar, *ages])
+    header = ["~State", "~Next call", "#Jobs", "*Why", "#Median wait", "#Longest wait"]
     about = "Jobs that owe a call or are being called, by state, and for how long."
     return section("waits", "Where jobs wait", table(header, rows, about))
 
@@ -82,19 +83,23 @@ def spread(report, stage: str, rows, axis, known, timeout, trend_rows) -> str:
     marks = {}
     if known:
         marks = {"p50": known.p50, "p95": known.p95, "longest": known.longest}
-    numbers = join(f"<div><dt>{key}</dt><dd>{span(at)}</dd></div>" for key, at in marks.items())
     count = sum(row.calls for row in rows)
     failed = share(sum(row.calls for row in rows if not row.accepted), count)
     about = f"{counted(count, 'call')}, {failed} failed"
     said = "; ".join([stage, about, *(f"{key} {span(at)}" for key, at in marks.items())])
-    drawn = histogram(rows, axis, marks | ({"timeout": timeout} if timeout else {}), 66, said)
+    if timeout:
+        marks["timeout"] = timeout
+    numbers = join(
+        f"<div><dt>{sample(key)}{key}</dt><dd>{span(at)}</dd></div>" for key, at in marks.items()
+    )
+    drawn = histogram(rows, axis, marks, 66, said)
     over_time = ""
     if trend_rows and len(trend_rows) > 1:
         p95 = [row.p95 for row in trend_rows]
         said = f"{stage}, hour by hour: p95 from {span(min(p95))} to {span(max(p95))}"
         over_time = trend(report.span, trend_rows, 66, said)
     return (
-        f'<div class="spread"><div><h3>{text(stage, 60)}</h3><p>{about}</p>'
+        f'<div class="spread"><div><h3>{stage_name(stage)}</h3><p>{about}</p>'
         f'<dl class="numbers">{numbers}</dl></div>{drawn}<div>{over_time}</div></div>'
     )
 
@@ -131,8 +136,8 @@ def outcomes(report: Report, total: Counter) -> Markup:
         counts: Counter = Counter()
         for row in found:
             counts[row.outcome] += row.calls
-        rows.append([stage, *(counts[kind] or None for kind in kinds)])
-    return table(["Stage", *(f"#{kind}" for kind in kinds)], rows, "The same by stage.")
+        rows.append([stage_name(stage), *(counts[kind] or None for kind in kinds)])
+    return table(["~Stage", *(f"#{kind}" for kind in kinds)], rows, "The same by stage.")
 
 
 # --- jobs by name --------------------------------------------------------------------------
@@ -140,46 +145,76 @@ def outcomes(report: Report, total: Counter) -> Markup:
 
 def slowest(report: Report) -> Markup:
     rows = [
-        [row_name(row), row.stage, Markup(span(row.seconds)), row.outcome, row.http_status,
-         Markup(row.attempt), Markup(clock(row.started_at)), row.error]
+        [row_name(row), stage_name(row.stage), Markup(span(row.seconds)), row.outcome,
+         row.http_status, Markup(row.attempt), Markup(clock(row.started_at)), row.error]
         for row in report.slowest
     ]  # fmt: skip
-    header = ["Job", "Stage", "#Took", "Outcome", "#HTTP", "#Attempt", "Started", "*Error"]
+    header = ["Job", "~Stage", "#Took", "Outcome", "#HTTP", "#Attempt", "Started", "*Error"]
     about = "The ten that took longest."
     return section("slowest", "Slowest calls", table(header, rows, about)) if rows else Markup("")
 
 
+def errors(report: Report) -> Markup:
+    kinds = [kind for kind in OUTCOMES if any(getattr(row, kind, 0) for row in report.errors)]
+    rows = [
+        [alike(row.error, row.texts), stage_name(row.stage), row.calls,
+         *(getattr(row, kind) or None for kind in kinds), Markup(clock(row.last)), row_name(row)]
+        for row in report.errors
+    ]  # fmt: skip
+    if not rows:
+        return Markup("")
+    header = ["*Error", "~Stage", "#Calls", *(f"#{kind}" for kind in kinds), "Last", "Last job"]
+    others = report.errors[0].kinds - len(rows)
+    about = "Of all calls that were not accepted; … stands for ids and numbers that differ."
+    about += f" Not shown: {counted(others, 'rarer error')}." * bool(others)
+    return section("errors", "Most frequent errors", table(header, rows, about))
+
+
+def alike(error: str | None, texts: int) -> str | None:
+    """What so many texts have in common; the one as it is."""
+    return error if texts == 1 else folded(error)
+
+
 def given_up(report: Report) -> Markup:
     rows = [
-        [row.error, row.stage, row.jobs, examples(row), ages(report, row)]
+        [
+            alike(row.error, row.texts),
+            stage_name(row.stage),
+            row.jobs,
+            examples(row),
+            ages(report, row),
+        ]
         for row in report.given_up
     ]
-    header = ["*Error", "Stage", "#Calls", "Latest jobs, tenants", "#Owed for"]
+    header = ["*Error", "~Stage", "#Calls", "Latest jobs, tenants", "#Owed for"]
     about = f"The ten most frequent errors. Once mended: {pipeline.JSL} retry, by job or stage."
     return section("given-up", "Given-up calls", table(header, rows, about)) if rows else Markup("")
 
 
 def stalled(report: Report) -> Markup:
     rows = [
-        [row.reason, Markup(f"{state(row)}<div><small>stage {text(row.stage, 60)}</small></div>"),
-         row.jobs, examples(row), ages(report, row)]
+        [alike(row.reason, row.texts), place(row), row.jobs, examples(row), ages(report, row)]
         for row in report.stalled
-    ]  # fmt: skip
-    header = ["*Reason", "State", "#Jobs", "Oldest jobs, tenants", "#Stalled for"]
+    ]
+    header = ["*Reason", "~State", "#Jobs", "Oldest jobs, tenants", "#Stalled for"]
     about = "Jobs that no call and no stage moves on, for longer than their stage's timeout."
     return section("stalled", "Stalled jobs", table(header, rows, about)) if rows else Markup("")
 
 
 def failed(report: Report) -> Markup:
     rows = [
-        [row.reason, Markup(f"{state(row)}<div><small>stage {text(row.stage, 60)}</small></div>"),
-         row.jobs, examples(row), way_back(row), ages(report, row)]
+        [alike(row.reason, row.texts), place(row), row.jobs, examples(row), way_back(row),
+         ages(report, row)]
         for row in report.failed
     ]  # fmt: skip
-    header = ["*Reason", "State", "#Jobs", "Oldest jobs, tenants", "*To send the oldest back",
+    header = ["*Reason", "~State", "#Jobs", "Oldest jobs, tenants", "*To send the oldest back",
               "#Failed for"]  # fmt: skip
     about = "Jobs that their stage has set failed: once mended, a person sends them back."
     return section("set-failed", "Failed jobs", table(header, rows, about)) if rows else Markup("")
+
+
+def place(row: Any) -> Markup:
+    return Markup(f"{state(row)}<div><small>stage {stage_name(row.stage)}</small></div>")
 
 
 def way_back(row: Any) -> Markup:

@@ -61,6 +61,12 @@ def legend(kinds: Mapping[str, str], present: Iterable[str]) -> Markup:
     return Markup(f'<ul class="legend">{items}</ul>')
 
 
+def sample(kind: str) -> Markup:
+    """How a line of this kind looks, for a legend."""
+    line = upright(kind, 0.5, 0, 12)
+    return Markup(f'<svg class="sample" aria-hidden="true">{line}</svg>')
+
+
 def svg(height: int, about: str, *parts: str, kind: str = "plot") -> Markup:
     """A chart; `about` says it to who does not see it."""
     return Markup(
@@ -111,10 +117,11 @@ def tick(at: float, y: float, words: str, kind: str = "") -> str:
     return upright("tick", at, y, y + 4) + label(at, y + 16, words, f"{side} {kind}".rstrip())
 
 
-def time_axis(since: datetime, until: datetime, y: float) -> str:
-    """At most seven round times of day, or dates."""
+def time_axis(since: datetime, until: datetime, y: float, most: int = 7) -> str:
+    """At most so many round times of day, or dates; half of them where they have seconds."""
     seconds = (until - since).total_seconds()
-    step = next((step for step in STEPS if seconds / step < 7), STEPS[-1])
+    fitting = (step for step in STEPS if seconds / step < (most if step >= 60 else most / 2))
+    step = next(fitting, STEPS[-1])
     form = "%m-%d" if step >= 86400 else "%H:%M:%S" if step < 60 else "%H:%M"
     midnight = since.replace(hour=0, minute=0, second=0, microsecond=0)
     first = math.ceil((since - midnight).total_seconds() / step)

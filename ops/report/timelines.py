@@ -1,11 +1,23 @@
 """Jobs as strips: a lane for each stage, attempts as bars, and thin lines where they waited."""
 
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
 from ops.report.data import Report
 from ops.report.jobs import Timeline
-from ops.report.markup import Markup, clock, counted, join, row_name, section, span, state, text
+from ops.report.markup import (
+    Markup,
+    clock,
+    counted,
+    join,
+    row_name,
+    section,
+    span,
+    stage_name,
+    state,
+    text,
+)
 from ops.report.svg import OUTCOMES, legend, level, rect, svg, time_axis, titled
 
 # What is there at all is seen (a share of the width).
@@ -18,12 +30,35 @@ def timelines(report: Report) -> Markup:
         return Markup("")
     heading = "Jobs asked for" if report.asked else "Slowest jobs"
     about = "A bar is an attempt, a thin line before it the time spent waiting for it."
-    present = {a.outcome for found in report.timelines for a in found.attempts}
+    rows = [row for found in report.timelines for row in found.rows]
+    present = {attempt.outcome for row in rows for attempt in row.attempts}
     return section("jobs", heading, f"<p>{about}</p>", legend(OUTCOMES, present), shown)
 
 
 def strip(found: Timeline, until: datetime) -> Markup:
-    said, drawn = ["deleted"], '<p class="calm">No attempt is on record.</p>'
+    """A row with its chart, and below it the rows that belong to it, on the same scale."""
+    said = [text(line, 1000) for line in found.said] or [summary(found)]
+    listed = join(f"<li>{line}</li>" for line in said)
+    head = f'<h3>{text(row_name(found), 130)}</h3><ul class="said">{listed}</ul>'
+    cut = '<p class="calm">Its earlier attempts are not shown.</p>' if found.cut else ""
+    return Markup(f"<article>{head}{charts(found, until)}{cut}</article>")
+
+
+def charts(found: Timeline, until: datetime) -> Markup:
+    extents = [extent(row, until) for row in found.rows if row.attempts or row.owed]
+    if not extents:
+        return Markup('<p class="calm">No attempt is on record.</p>')
+    start, end = min(first for first, _ in extents), max(last for _, last in extents)
+    parts: list[str] = [chart(found, start, end)]
+    for title, children in found.below.items():
+        parts.append(f"<h4>{text(title, 500)}</h4>")
+        parts += [child_chart(child, start, end) for child in children]
+    return join([*parts, axis(start, end)])
+
+
+def summary(found: Timeline) -> Markup:
+    """Where a row is, and what became of it, in a line."""
+    said = ["deleted"]
     if found.job:
         said = [f"at {state(found.job)}, tenant {text(found.job.tenant_id, 60)}"]
     if found.attempts:
@@ -32,22 +67,21 @@ def strip(found: Timeline, until: datetime) -> Markup:
     if found.owed:
         how = "given up at" if found.owed.given_up else "owes a call to"
         said.append(f"{how} {text(found.owed.stage, 60)}")
-    if found.attempts or found.owed:
-        drawn = lanes(found, until)
-    if found.cut:
-        said.append("earlier attempts are not shown")
-    return Markup(
-        f"<article><h3>{text(row_name(found), 130)}</h3><p>{join(said, '; ')}</p>{drawn}</article>"
-    )
+    return join(said, "; ")
+
+
+def child_chart(found: Timeline, start: datetime, end: datetime) -> Markup:
+    title = f"<h5>{text(found.job_id, 130)} <small>{summary(found)}</small></h5>"
+    return join([title, chart(found, start, end)])
 
 
 def lasted(attempt: Any) -> float:
     return max(0.0, (attempt.finished_at - attempt.started_at).total_seconds())
 
 
-def lanes(found: Timeline, until: datetime) -> Markup:
-    drawn = Lanes(*extent(found, until))
-    before = drawn.start
+def chart(found: Timeline, start: datetime, end: datetime) -> Markup:
+    """The lanes of a row from `start` to `end`."""
+    drawn, before = Lanes(start, end), begun(found)
     for attempt in found.attempts:
         drawn.attempt(attempt, before)
         before = max(before, attempt.finished_at)
@@ -56,10 +90,17 @@ def lanes(found: Timeline, until: datetime) -> Markup:
     return drawn.markup()
 
 
-def extent(found: Timeline, until: datetime) -> tuple[datetime, datetime]:
-    """The time that a job's chart shows: up to now where the job waits, or is being called."""
+def begun(found: Timeline) -> Any:
+    """When its first attempt began, or it came to owe a call; None where it has done neither."""
     starts = [attempt.started_at for attempt in found.attempts]
-    start = min(starts + ([found.owed.created_at] if found.owed else []))
+    return min(starts + ([found.owed.created_at] if found.owed else []), default=None)
+
+
+def extent(found: Timeline, until: datetime) -> tuple[datetime, datetime]:
+    """The time that the chart of a row shows that has attempts or owes a call: up to now where it
+    waits, or is being called.
+    """
+    start = begun(found)
     end = max([attempt.finished_at for attempt in found.attempts], default=until)
     if found.owed is None:
         return start, end
@@ -100,12 +141,22 @@ class Lanes:
         self.add(owed.stage, words, level(kind, 10, self.at(max(before, owed.created_at))))
 
     def markup(self) -> Markup:
-        rows = [
-            (text(stage, 60), svg(20, "; ".join([stage, *self.words[stage]]), *parts, kind="lane"))
+        return lanes(
+            (
+                stage_name(stage),
+                svg(20, "; ".join([stage, *self.words[stage]]), *parts, kind="lane"),
+            )
             for stage, parts in self.shapes.items()
-        ]
-        axis = time_axis(self.start, self.end, 1)
-        about = f"{clock(self.start)} to {clock(self.end)}"
-        rows.append((Markup("time"), svg(22, about, axis, kind="lane")))
-        listed = join(f"<dt>{name}</dt><dd>{drawing}</dd>" for name, drawing in rows)
-        return Markup(f'<dl class="lanes">{listed}</dl>')
+        )
+
+
+def axis(start: datetime, end: datetime) -> Markup:
+    """The times below all lanes of a row."""
+    about = f"{clock(start)} to {clock(end)}"
+    drawn = svg(22, about, time_axis(start, end, 1), kind="lane")
+    return lanes([(Markup("time"), drawn)])
+
+
+def lanes(rows: Iterable[tuple[Markup, Markup]]) -> Markup:
+    listed = join(f"<dt>{title}</dt><dd>{drawing}</dd>" for title, drawing in rows)
+    return Markup(f'<dl class="lanes">{listed}</dl>' if listed else "")

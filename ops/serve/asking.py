@@ -16,7 +16,7 @@ import pipeline
 from ops import job, jobs, rows, status
 from ops import metrics as of_metrics
 from ops.report.data import WAITING, Report, Span, collect, redacted
-from ops.report.jobs import timelines
+from ops.report.jobs import family
 from ops.report.page import page
 from ops.report.svg import WAITS
 from ops.rows import NoId
@@ -163,7 +163,7 @@ def row(looks: Looks, place: Any) -> Row:
             found = db.execute(conn, sql, {"until": now} | more).fetchall()
             return [redacted(row, looks.redact) for row in found]
 
-        drawn = timelines(ask, [place.key])
+        drawn = [family(conn, ask, looks.redact, place)]
         shown = Report("", Span(now - SINCE, now), asked=True, timelines=drawn)
         return Row(job.look(conn, place), now, shown)
 

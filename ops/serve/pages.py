@@ -11,10 +11,11 @@ from urllib.parse import quote, urlencode
 import pipeline
 from heartbeat import ALIVE
 from ops import job, status
+from ops.alarms import LATE
 from ops.report.charts import stack
 from ops.report.data import Report
 from ops.report.markup import Markup, attribute, join, section, span, state, table, text
-from ops.report.page import CSS, LATE
+from ops.report.page import CSS
 from ops.report.sections import calls, durations
 from ops.report.svg import WAITS, legend, patterns
 from ops.report.timelines import timelines

@@ -1,0 +1,106 @@
+"""What needs a person, the most urgent first: what `status` has found, each with its reason and the
+command to type. Nothing here asks the database.
+"""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pipeline
+from heartbeat import ALIVE
+from ops import waits
+from ops.table import clock, counted, duration, readable
+
+# How much stands still.
+EVERYTHING, STAGE, JOBS, INTENDED = range(4)
+
+LATE = 300  # seconds that a call may have been due
+FULL = 50  # per cent of the server's NOTIFY queue
+
+
+class Alarm(NamedTuple):
+    """Something that needs a person.
+
+    Args:
+        urgency: EVERYTHING, STAGE, JOBS (some rest) or INTENDED (a person's pause).
+        mend: what to type; None where there is nothing.
+        kind: of `status`: "failed", "given_up", "stalled", "late", "held", …
+    """
+
+    urgency: int
+    kind: str
+    what: str
+    reason: str | None = None
+    mend: str | None = None
+    stage: str | None = None
+
+
+def alarms(said: dict[str, Any]) -> list[Alarm]:
+    """The alarms of what status.look has found; those of equal urgency as the pipeline goes."""
+    found = [*of_everything(said), *(one for row in said["stages"] for one in of_stage(row))]
+    return sorted(found, key=lambda alarm: alarm.urgency)
+
+
+def of_everything(said: dict[str, Any]) -> Iterator[Alarm]:
+    """What concerns every stage."""
+    if problem := said["triggers"]["problem"]:
+        what, _, mend = problem.partition(" → ")
+        yield Alarm(EVERYTHING, "triggers", "new calls may not be recorded", what, mend)
+    if problem := said["database"]["schema_problem"]:
+        yield Alarm(EVERYTHING, "schema", "program and database differ", problem)
+    found = said["listeners"]
+    if not any(row["connected"] for row in found):
+        reason = "; ".join(f"{row['listener']} {row['doing']}" for row in found)
+        yield Alarm(EVERYTHING, "listener", "no listener is connected, nothing is called",
+                    reason, waits.NOBODY.mend)  # fmt: skip
+    for row in found:
+        if row["heartbeat"] not in (None, ALIVE):
+            yield Alarm(STAGE, "listener", f"listener {row['listener']} is {row['heartbeat']}",
+                        row["doing"], f"{pipeline.JSL} check")  # fmt: skip
+    if (percent := said["database"]["notification_queue_percent"]) >= FULL:
+        reason = "when it is full, every transaction that changes a job fails"
+        yield Alarm(EVERYTHING, "queue", f"the NOTIFY queue of the server is {percent} % full",
+                    reason, f"{pipeline.JSL} verify")  # fmt: skip
+    if problem := said["resting_problem"]:
+        yield Alarm(JOBS, "resting", problem)
+
+
+def of_stage(row: dict[str, Any]) -> Iterator[Alarm]:
+    """What concerns one stage, or jobs of it."""
+    stage = row["stage"]
+    if row["position"] is None and row["owed"]:
+        yield Alarm(STAGE, "route", f"{counted(row['owed'], 'call')} owed to no stage of PIPELINE",
+                    None, f"{pipeline.JSL} cancel --stage {stage}", stage)  # fmt: skip
+    if hold := waits.held(SimpleNamespace(**row)):
+        reason = f"{readable(row['held_reason'])}; {counted(row['owed'], 'call')} owed"
+        kind, urgency = ("paused", INTENDED) if row["paused"] else ("held", STAGE)
+        what = f"paused by {row['held_by']}"
+        if not row["paused"]:
+            what = f"held until {clock(row['held_until'])} by {row['held_by']}"
+        yield Alarm(urgency, kind, what, reason, hold.mend, stage)
+    elif row["due"] and row["oldest_due_seconds"] > LATE:
+        what = f"a call has been due for {duration(row['oldest_due_seconds'])}"
+        mend = f"{pipeline.JSL} jobs --stage {stage}"
+        yield Alarm(STAGE, "late", what, why_late(row), mend, stage)
+    if row["failed"]:
+        what = f"{counted(row['failed'], 'job')} set failed by the stage"
+        mend = f"{pipeline.JSL} jobs --failed --stage {stage}"
+        yield Alarm(JOBS, "failed", what, readable(row["failed_reason"]), mend, stage)
+    if row["given_up"]:
+        what = f"{counted(row['given_up'], 'call')} given up"
+        mend = f"{pipeline.JSL} retry --stage {stage}"
+        yield Alarm(JOBS, "given_up", what, readable(row["last_error"]), mend, stage)
+    if row["stalled"]:
+        what = f"{counted(row['stalled'], 'job')} stalled"
+        reason, _, command = readable(row["stalled_reason"]).partition(f": {pipeline.JSL} ")
+        mend = f"{pipeline.JSL} {command or f'jobs --stalled --stage {stage}'}"
+        yield Alarm(JOBS, "stalled", what, reason, mend, stage)
+
+
+def why_late(row: dict[str, Any]) -> str:
+    """Why a call that is due is not made, as far as its stage tells."""
+    if row["max_running"] and row["calling"] >= row["max_running"]:
+        return f"the stage is at its limit of {row['max_running']} calls at once"
+    if row["retry_error"]:
+        return f"last error: {readable(row['retry_error'])}"
+    return f"{counted(row['due'], 'call')} due, {row['calling']} under way"
