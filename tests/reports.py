@@ -1,5 +1,6 @@
 """Making and reading pages of `report`, and what there is to report."""
 
+import os
 import uuid
 from contextlib import closing
 from datetime import datetime, timedelta, timezone
@@ -27,7 +28,8 @@ HOSTILE = [
 
 def html_of(database, *jobs: str, since: float = 86400, **settings) -> str:
     """The page about the last `since` seconds, as the command writes it."""
-    settings = database.settings(**settings)
+    # No heartbeat of any listener on this machine.
+    settings = database.settings(**({"HEARTBEAT_DIR": os.devnull} | settings))
     start = datetime.now(timezone.utc) - timedelta(seconds=since)
     with closing(db.connect(settings)) as conn:
         found = collect(conn, start, jobs, config.redactor(settings))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from claims import claim_many, connected, result, settle
-from reports import read
+from reports import attempt, read
 from scraping import PREFIX, Scraped
 from test_ops_status import status
 from test_ops_verify import INSTALL, problems
@@ -125,14 +125,44 @@ def test_report_shows_failed_rows_with_the_sql_that_sends_them_back(variants):
     assert "Set failed" not in read(variants.database).figures
 
 
-def test_report_of_a_job_shows_the_rows_that_belong_to_it(variants):
-    variant = fail_by_stage(variants)
+def test_report_of_a_job_shows_its_joins_and_the_rows_that_belong_to_it(variants):
+    failed = fail_by_stage(variants)
     [job] = [str(row.job_id) for row in variants.database.rows("SELECT job_id FROM jobs")]
-    for given, names in [(job, [job, f"jobs_variants {variant}"]),
-                         (variant, [f"jobs_variants {variant}"])]:  # fmt: skip
-        articles = read(variants.database, given).section("jobs").all("article")
-        assert [article.one("h3").text for article in articles] == names
-    assert "at (yolo_detect, failed) , tenant tenant" in articles[0].text
+    [waiting, *_] = variants.add(job, "iou_eval", "done", 2)
+    parent = read(variants.database, job).section("jobs").one("article")
+    assert parent.one("h3").text == job
+    said = [line.text for line in parent.one("ul", "said").all("li")]
+    assert said[1:] == ["owes: nothing", "every jobs_variants (iou_eval, done): waiting for 1 of 3"]
+    assert parent.one("h4").text == (
+        "jobs_variants: 3 rows, 2 at (iou_eval, done), 1 at (yolo_detect, failed)"
+    )
+    children = {child.text.split()[0]: child.text for child in parent.all("h5")}
+    assert len(children) == 3 and "at (iou_eval, done)" in children[waiting]
+    assert "at (yolo_detect, failed)" in children[failed] and "1 attempt," in children[failed]
+    [lane, _axis] = parent.all("svg", "lane")
+    assert lane.attributes["aria-label"].startswith("yolo_detect; attempt 1 failed")
+
+
+def test_report_of_a_row_shows_whose_it_is_and_how_it_goes_on(variants):
+    variant = fail_by_stage(variants)
+    [article] = read(variants.database, variant).section("jobs").all("article")
+    assert article.one("h3").text == f"jobs_variants {variant}"
+    where, _, rests = [line.text for line in article.one("ul", "said").all("li")]
+    assert "(yolo_detect, failed), of job " in where
+    assert "set failed by its stage" in rests and "UPDATE jobs_variants SET" in rests
+    assert not article.all("h4")
+
+
+def test_report_counts_the_children_that_it_does_not_show(variants):
+    job = variants.database.add_job("img_gen", "running")
+    variants.add(job, "iou_eval", "done", 40)
+    variants.database.rows("DELETE FROM stage_looks")
+    attempt(variants.database, job, "vlm_analyze")
+    article = read(variants.database, job).section("jobs").one("article")
+    assert article.one("h4").text == (
+        "jobs_variants: 40 rows, 40 at (iou_eval, done), the first 12 below"
+    )
+    assert len(article.all("h5")) == 12
 
 
 # --- install, verify, uninstall ------------------------------------------------------------

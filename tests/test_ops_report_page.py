@@ -138,16 +138,28 @@ def test_page_can_be_made_on_every_version(each_shared_database):
 # --- in a browser --------------------------------------------------------------------------
 
 
+def twenty_stages(database) -> str:
+    """Stages with long names, and calls from milliseconds to hours; a job that went through all."""
+    job = str(uuid.uuid4())
+    for number in range(20):
+        stage = f"instagram_feed_generation_korean_{number}"
+        attempt(database, job, stage, seconds=0.2, ago=10 - number / 2)
+        for seconds in (0.002, 0.4, 9, 20, 580, 9000):
+            attempt(database, stage=stage, seconds=seconds, ago=3600 * number)
+    return job
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
-def test_browser_shows_it_at_any_width_without_scrolling_sideways(database, tmp_path):
+def test_browser_shows_it_at_any_width_with_no_label_on_another(database, tmp_path):
     pages = [html_of(database), html_of(database, everything(database))]
+    pages.append(html_of(database, twenty_stages(database)))
     found = laid_out(pages, [360, 768, 1280], tmp_path)
-    assert [page["width"] for page in found] == [360, 360, 768, 768, 1280, 1280]
+    assert [page["width"] for page in found] == [360] * 3 + [768] * 3 + [1280] * 3
     for page in found:
         assert page["wide"] <= page["width"], page
-        assert (page["beyond"], page["unseen"], page["scripts"]) == (0, 0, 0)
+        assert (page["beyond"], page["unseen"], page["overlaps"], page["scripts"]) == (0, 0, [], 0)
         assert page["title"].startswith("Pipeline report")
-    assert found[1]["charts"] > 15
+    assert found[1]["charts"] > 15 and found[2]["charts"] > 60
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
