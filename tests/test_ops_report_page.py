@@ -144,8 +144,8 @@ def twenty_stages(database) -> str:
     for number in range(20):
         stage = f"instagram_feed_generation_korean_{number}"
         attempt(database, job, stage, seconds=0.2, ago=10 - number / 2)
-        for seconds in (0.002, 0.4, 9, 20, 580, 9000):
-            attempt(database, stage=stage, seconds=seconds, ago=3600 * number)
+        for hours, seconds in {1: 0.002, 5: 0.4, 9: 9, 13: 20, 17: 580, 21: 9000}.items():
+            attempt(database, stage=stage, seconds=seconds, ago=3600 * hours)
     return job
 
 
