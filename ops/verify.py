@@ -189,16 +189,21 @@ def check_tables(conn, settings) -> str:
         if row.names is None:
             raise Bad(f"table {table} is missing", INSTALL)
         if missing := needed - set(row.names):
+            check_version(conn)  # an earlier one lacks them, and `install` adds them
             raise Bad(f"{table} has no column {', '.join(sorted(missing))}", AGAIN)
         id_types += [row.id_type] if row.id_type else []
     if views := [row.name for row in db.execute(conn, VIEWS) if not row.there]:
         raise Bad(f"view {', '.join(views)} is missing", INSTALL)
     if functions := [row.name for row in db.execute(conn, FUNCTIONS)]:
         raise Bad(f"function {', '.join(functions)} is missing", INSTALL)
+    check_version(conn)
+    return f"tables and columns of version {migrations.LATEST}, job_id is {id_types[0]}"
+
+
+def check_version(conn) -> None:
     if reason := migrations.refusal(conn):
         what, mend = reason.split(": ", 1)
         raise Bad(what, mend)
-    return f"tables and columns of version {migrations.LATEST}, job_id is {id_types[0]}"
 
 
 def check_rows(conn, settings) -> str:
