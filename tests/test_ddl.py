@@ -14,11 +14,10 @@ import psycopg2
 import pytest
 from claims import claim, connected
 from commands import run_here
+from conftest import install
 from test_schema_install import program
 from variants import PIPELINE, TABLE, Variants
 
-import db
-from ops.install import apply
 from ops.problem import Problem
 from ops.routes import require_installed
 
@@ -241,8 +240,6 @@ class Team:
         self.database, self.change = database, change
         given = iter(change.ids or [str(uuid.uuid4()) for _ in range(8)])
         self.ids = [next(given) for _ in range(4)]
-        database.rows(change.table)
-        install(database)
         self.old_session = database.connect()
         self.write(self.old_session, self.ids[0])
         self.write(self.old_session, self.ids[1])
@@ -302,11 +299,6 @@ class Team:
         ]  # fmt: skip
 
 
-def install(database) -> None:
-    with closing(db.connect(database.settings())) as conn:
-        apply(conn)
-
-
 def said_by(action) -> str:
     """What it is refused with; "" where it works."""
     try:
@@ -333,7 +325,14 @@ def problems(database) -> list[str]:
 
 @pytest.fixture
 def team(each_server, make_database, request):
-    made = Team(make_database(each_server, installed=False), CHANGES[request.param])
+    change = CHANGES[request.param]
+
+    def prepare(database) -> None:
+        database.rows(change.table)
+        install(database)
+
+    template = each_server.template(change.table, prepare)
+    made = Team(make_database(each_server, template=template), change)
     yield made
     made.old_session.close()
 

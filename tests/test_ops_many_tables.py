@@ -12,7 +12,7 @@ from reports import attempt, read
 from scraping import PREFIX, Scraped
 from test_ops_status import status
 from test_ops_verify import INSTALL, problems
-from variants import PIPELINE, TABLE, Variants, stage
+from variants import TABLE, Variants, stage
 
 import db
 import pipeline
@@ -22,15 +22,6 @@ from ops.verify import run_checks
 from pipeline import Table
 
 HERE = {"PIPELINE_MODULE": "variants", "PYTHONPATH": str(Path(__file__).parent)}
-
-
-@pytest.fixture
-def variants(database, use_pipeline) -> Variants:
-    use_pipeline(PIPELINE)
-    database.rows(TABLE)
-    with closing(db.connect(database.settings())) as conn:
-        apply(conn)
-    return Variants(database)
 
 
 @pytest.fixture

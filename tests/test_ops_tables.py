@@ -9,7 +9,7 @@ import commands
 import pytest
 from claims import claim_many, connected, result, settle
 from commands import Done
-from variants import PIPELINE, TABLE, VARIANTS, Variants, stage
+from variants import PIPELINE, VARIANTS, stage
 
 import db
 import joins
@@ -21,16 +21,6 @@ AN_HOUR_AGO = (
     "UPDATE stage_attempts SET started_at = now() - interval '1 h',"
     " finished_at = now() - interval '1 h'; UPDATE jobs SET updated_at = now() - interval '1 h'"
 )
-
-
-@pytest.fixture
-def variants(database, use_pipeline) -> Variants:
-    """A database with jobs_variants, and PIPELINE of this process with its join."""
-    use_pipeline(PIPELINE)
-    database.rows(TABLE)
-    with closing(db.connect(database.settings())) as conn:
-        apply(conn)
-    return Variants(database)
 
 
 @pytest.fixture
