@@ -69,6 +69,15 @@ EVENTS = {
     "알림 명령 실패": "alert_command_failed",
     "알림 대기열이 가득 차 버림": "alert_dropped",
     "중지하느라 보내지 못한 알림": "alert_not_sent",
+    "상태 페이지 시작": "serve_started",
+    "상태 페이지 중지됨": "serve_stopped",
+    "TLS 없이 %s에서 열림": "serve_without_tls",
+    "로그인": "login",
+    "로그인 실패": "login_failed",
+    "로그인 거절": "login_refused",
+    "조작": "action",
+    "페이지 오류": "page_error",
+    "요청 처리 오류": "request_error",
 }
 
 # What JSON leaves as it is, and some terminals obey.
