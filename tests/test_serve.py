@@ -89,7 +89,7 @@ def test_row_page_says_what_job_says(database, site, run_command):
     shown = site.page(f"/job/{job}")
     assert shown.root.one("h1").text == f"job {job}"
     assert where.endswith(shown.root.one("header").all("p")[0].text)
-    assert shown.root.one("ul", "attention").text == owes
+    assert shown.root.one("ul", "problem").text == owes
     [row] = shown.table("attempts")
     assert row[1:6] == ["overlay", "1", "retry", "–", "1.0 s"] and row[7] == "HTTP 500: 메모리"
     assert shown.section("jobs").all("svg", "lane")

@@ -113,11 +113,11 @@ def heading(title: Any, *lines: Any) -> Markup:
 
 def sorry(title: str, line: str) -> Markup:
     back = '<p><a href="/">To the overview</a></p>'
-    return Markup(f'{heading(title)}<p class="attention" role="alert">{text(line, 1000)}</p>{back}')
+    return Markup(f'{heading(title)}<p class="problem" role="alert">{text(line, 1000)}</p>{back}')
 
 
 def unreadable(away: Unreadable) -> Markup:
-    problem = f'<p class="attention" role="alert">{text(away.reason, 1000)}</p>'
+    problem = f'<p class="problem" role="alert">{text(away.reason, 1000)}</p>'
     waits = "This page asks again by itself. Calls that are owed wait in the database."
     return Markup(f'{heading(away.title)}{problem}<p class="quiet">{waits}</p>')
 
@@ -310,7 +310,7 @@ def stage(found: Stage, may_act: bool) -> Markup:
     share = row["failure_share"]
     return join([
         heading(name, f"for rows of {', '.join(row['tables'])}", as_of(found.at)),
-        f'<ul class="attention" aria-label="State">{notes}</ul>' if notes
+        f'<ul class="problem" aria-label="State">{notes}</ul>' if notes
         else '<p class="calm">Nothing of it needs a person.</p>',
         actions(may_act, *links),
         tiles([
@@ -372,7 +372,7 @@ def row(shown: Row, may_act: bool) -> Markup:
     )
     return join([
         heading(said(found.row), where, as_of(shown.at)),
-        f'<ul class="{"attention" if needs else "facts"}" aria-label="What it owes">{facts}</ul>',
+        f'<ul class="{"problem" if needs else "facts"}" aria-label="What it owes">{facts}</ul>',
         actions(may_act, *row_actions(found)),
         timelines(shown.report),
         children(found),
@@ -451,7 +451,7 @@ def results(found: Found) -> Iterator[Markup]:
         about = "The latest first." if not found.more else f"The latest {len(rows)}."
         yield section("by-tenant", "By tenant", table(["Row", "State", "*Owes"], rows, about))
     if found.problem:
-        yield Markup(f'<p class="attention" role="alert">{text(found.problem)}</p>')
+        yield Markup(f'<p class="problem" role="alert">{text(found.problem)}</p>')
     elif not (found.by_id or found.by_tenant):
         yield Markup('<p class="calm" role="status">There is no row with this id or tenant.</p>')
 
@@ -468,7 +468,7 @@ def hidden(name: str, value: str) -> str:
 
 
 def login(token: str, after: str, problem: str) -> Markup:
-    alert = f'<p class="attention" role="alert">{text(problem)}</p>' if problem else ""
+    alert = f'<p class="problem" role="alert">{text(problem)}</p>' if problem else ""
     return Markup(
         f'{heading("Log in", "To retry, call again, cancel, pause and resume.")}{alert}'
         f'<form method="post" action="/login">{hidden("form", token)}{hidden("next", after)}'
@@ -522,7 +522,7 @@ def back(given: Mapping[str, str]) -> str:
 def done(label: str, found: Done, given: Mapping[str, str]) -> Markup:
     """What the command said."""
     title = f"{label}: done" if found.status == 200 else f"{label}: refused"
-    kind = "facts" if found.status == 200 else "attention"
+    kind = "facts" if found.status == 200 else "problem"
     lines = join(f"<li>{text(line, 2000)}</li>" for line in found.said.splitlines() if line)
     link = f'<p><a class="button" href="{attribute(back(given), 10_000)}">Back</a></p>'
     told = f'<div role="status"><ul class="{kind}">{lines}</ul></div>'
