@@ -42,7 +42,8 @@ def test_person_pauses_and_resumes_a_stage_under_their_name(database, site, kim)
     assert done.status_code == 200 and said(done).startswith("paused: planner")
     held = database.row("SELECT * FROM pipeline_stages WHERE stage = 'planner'")
     assert (held.held_by, held.held_reason) == ("kim (serve)", "new <weights>")
-    assert "paused by kim (serve): new <weights>" in Page(site.get("/").text).root.text
+    shown = Page(site.get("/").text).root.text
+    assert "paused by kim (serve)" in shown and "new <weights>" in shown
     assert said(kim.does("/do/resume?stage=planner")).startswith("resumed: planner")
     assert database.value(f"SELECT count(*) FROM ({PAUSED}) AS held") == 0
     assert "조작: kim (serve): pause '--reason=new <weights>' -- planner → " in site.process.output
