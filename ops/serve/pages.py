@@ -280,7 +280,7 @@ def listeners(found: list[dict[str, Any]]) -> Markup:
             under_way.append(f"<div>and {len(row['calls']) - len(shown)} more</div>")
         since = Markup(span(row["seconds"]))
         rows.append([row["listener"], since, row["doing"], join(under_way) or None])
-    header = ["Listener", "#Since", "Doing", "*Calls under way, the oldest first"]
+    header = ["Listener", "#Since", "*Doing", "*Calls under way, the oldest first"]
     return section(
         "listeners",
         "Listeners",
