@@ -10,7 +10,7 @@ from claims import STAGES, claim, connected, result, settle
 from reports import attempt, give_up, read
 
 import db
-from ops.report.data import LAST_ONE, VARYING, folded
+from ops.report.data import folded
 
 NO_LISTENER = "no listener is connected, nothing is called"
 
@@ -238,23 +238,30 @@ def test_errors_of_all_outcomes_are_grouped_whatever_varies_in_them(database):
     assert len(rows) == 2
 
 
-def test_database_and_program_fold_errors_alike(database):
-    texts = [
-        "stage API unreachable: 10.0.0.7:8001 refused [Errno 111]",
-        "HTTP 503: id 0F8fad5b-d9cb-469f-a165-70867728950e, trace 4bf92f3577b34da6, 0x7fcAB",
-        "HTTP 500 deadbeef cafebabe1 stage2 12 frames (attempt 12, the last one)",
-    ]
-    sql = "SELECT regexp_replace(regexp_replace(%s, %s, ''), %s, '…', 'g')"
-    folds = [database.value(sql, text, LAST_ONE, VARYING) for text in texts]
-    assert (
-        folds
-        == [folded(text) for text in texts]
-        == [
-            "stage API unreachable: …:… refused [Errno …]",
-            "HTTP 503: id …, trace …, …",
-            "HTTP 500 deadbeef … stage2 … frames",
-        ]
+def test_ids_addresses_and_numbers_are_what_varies_in_an_error():
+    assert folded("stage API unreachable: 10.0.0.7:8001 refused [Errno 111]") == (
+        "stage API unreachable: …:… refused [Errno …]"
     )
+    job = "0F8fad5b-d9cb-469f-a165-70867728950e"
+    assert folded(f"HTTP 503: id {job}, trace 4bf92f3577b34da6, 0x7fcAB") == (
+        "HTTP 503: id …, trace …, …"
+    )
+    assert folded("HTTP 500 deadbeef cafebabe1 stage2 12 frames (attempt 12, the last one)") == (
+        "HTTP 500 deadbeef … stage2 … frames"
+    )
+
+
+def test_given_up_and_failed_jobs_are_grouped_likewise(database):
+    for number in range(5):
+        give_up(database, database.add_job("planner", "done"), f"HTTP 422: frame {number}")
+        attempt(database, database.add_job("overlay", "failed"), "overlay", "failed",
+                error=f"HTTP 500: {number} MiB (set failed by its stage)")  # fmt: skip
+    shown = read(database)
+    [given_up], [failed] = shown.table("given-up"), shown.table("set-failed")
+    assert given_up[:3] == ["HTTP 422: frame …", "overlay", "5"]
+    assert failed[:3] == ["HTTP 500: … MiB (set failed by its stage)",
+                          "(overlay, failed) stage overlay", "5"]  # fmt: skip
+    assert len(given_up[3].split()) == len(failed[3].split()) == 6  # three, with their tenants
 
 
 def test_connected_listener_and_nothing_wrong_is_said_too(database):

@@ -161,11 +161,9 @@ LIMIT 10
 # --- errors, grouped -----------------------------------------------------------------------
 
 # What varies in errors that are the same: ids, addresses, numbers, ports; not the status of HTTP.
-# Both PostgreSQL and Python read it so.
-LAST_ONE = " [(]attempt [0-9]+, the last one[)]"
-VARYING = (
-    f"{LAST_ONE}"
-    "|[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
+LAST_ONE = re.compile(r" [(]attempt [0-9]+, the last one[)]")
+VARYING = re.compile(
+    "[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
     "|0x[0-9a-fA-F]+"
     "|(?<![0-9A-Za-z])(?=[a-fA-F]*[0-9])[0-9a-fA-F]{8,}(?![0-9A-Za-z])"
     "|(?<![0-9A-Za-z])(?<!HTTP )[0-9]+([.][0-9]+)*"
@@ -174,70 +172,96 @@ VARYING = (
 
 def folded(error: str | None) -> str | None:
     """`error` with … in place of what varies."""
-    return error and re.sub(VARYING, "…", re.sub(LAST_ONE, "", error))
+    return error and VARYING.sub("…", LAST_ONE.sub("", error))
 
 
-# Equal errors are put together before they are folded, which takes longer. What is shown is the
-# last error of each kind, whole: folded before it is redacted, no secret would be recognized.
+# Of more errors than these, the last ones, nobody asks which kinds there are.
+MOST_ERRORS = 20_000
+
+# Here and below: `total` is the sum of all groups, also of those beyond the limit.
 ERRORS = """
-SELECT kind.*, one.error, one.job_id, one.table_name
-FROM (SELECT stage, regexp_replace(left(error, 500), %(varying)s, '', 'g') AS kind,
-             count(*) AS texts, count(*) OVER () AS kinds, max(last) AS last,
-             sum(calls)::bigint AS calls, sum(retry)::bigint AS retry, sum(held)::bigint AS held,
-             sum(unknown)::bigint AS unknown, sum(lost)::bigint AS lost,
-             sum(failed)::bigint AS failed
-      FROM (SELECT stage, error, max(finished_at) AS last, count(*) AS calls,
-                   count(*) FILTER (WHERE outcome = 'retry') AS retry,
-                   count(*) FILTER (WHERE outcome = 'held') AS held,
-                   count(*) FILTER (WHERE outcome = 'unknown') AS unknown,
-                   count(*) FILTER (WHERE outcome = 'lost') AS lost,
-                   count(*) FILTER (WHERE outcome = 'failed') AS failed
-            FROM stage_attempts
-            WHERE finished_at > %(since)s AND finished_at <= %(until)s
-              AND outcome IN ('retry', 'held', 'unknown', 'lost', 'failed')
-            GROUP BY stage, error) AS same
-      GROUP BY stage, kind
-      ORDER BY calls DESC, last DESC
-      LIMIT 15) AS kind
-CROSS JOIN LATERAL (
-    SELECT left(a.error, 2000) AS error, a.job_id::text, a.table_name
-    FROM stage_attempts AS a
-    WHERE a.finished_at = kind.last AND a.stage = kind.stage
-      AND a.outcome IN ('retry', 'held', 'unknown', 'lost', 'failed')
-      AND regexp_replace(left(a.error, 500), %(varying)s, '', 'g') IS NOT DISTINCT FROM kind.kind
-    LIMIT 1) AS one
-ORDER BY kind.calls DESC, kind.last DESC
+SELECT stage, left(error, 1000) AS error, 1 AS texts, count(*) AS calls,
+       sum(count(*)) OVER ()::bigint AS total, max(finished_at) AS last,
+       (array_agg(job_id::text ORDER BY finished_at DESC))[1] AS job_id,
+       (array_agg(table_name ORDER BY finished_at DESC))[1] AS table_name,
+       count(*) FILTER (WHERE outcome = 'retry') AS retry,
+       count(*) FILTER (WHERE outcome = 'held') AS held,
+       count(*) FILTER (WHERE outcome = 'unknown') AS unknown,
+       count(*) FILTER (WHERE outcome = 'lost') AS lost,
+       count(*) FILTER (WHERE outcome = 'failed') AS failed
+FROM (SELECT * FROM stage_attempts
+      WHERE finished_at > %(since)s AND finished_at <= %(until)s
+        AND outcome IN ('retry', 'held', 'unknown', 'lost', 'failed')
+      ORDER BY finished_at DESC
+      LIMIT %(most)s) AS attempt
+GROUP BY stage, left(error, 1000)
+ORDER BY calls DESC, last DESC
 """
 
 GIVEN_UP = """
-SELECT stage, (array_agg(left(last_error, 2000) ORDER BY owed_since DESC))[1] AS error,
-       count(*) AS jobs, count(DISTINCT last_error) AS texts,
-       min(owed_since) AS first, max(owed_since) AS last,
+SELECT stage, left(last_error, 2000) AS error, 1 AS texts, count(*) AS jobs,
+       sum(count(*)) OVER ()::bigint AS total, min(owed_since) AS first, max(owed_since) AS last,
        (array_agg(job_id::text ORDER BY owed_since DESC))[:3] AS job_ids,
        (array_agg(left(tenant_id, 1000) ORDER BY owed_since DESC))[:3] AS tenants
 FROM given_up_calls
-GROUP BY stage, regexp_replace(left(last_error, 500), %(varying)s, '', 'g')
+GROUP BY stage, left(last_error, 2000)
 ORDER BY jobs DESC, last DESC
-LIMIT 10
+LIMIT 5000
 """
 
-# `total` is that of all groups of the kind, also of those beyond the limit.
 RESTING = """
-SELECT * FROM (
-    SELECT kind, table_name, stage, current_step, status, count(*) AS jobs,
-           (array_agg(left(reason, 2000) ORDER BY since))[1] AS reason,
-           count(DISTINCT reason) AS texts,
-           sum(count(*)) OVER (PARTITION BY kind)::bigint AS total,
-           row_number() OVER (PARTITION BY kind ORDER BY count(*) DESC, min(since)) AS place,
-           min(since) AS first, max(since) AS last,
-           (array_agg(job_id ORDER BY since))[:3] AS job_ids,
-           (array_agg(left(tenant_id, 1000) ORDER BY since))[:3] AS tenants
-    FROM resting_rows()
-    GROUP BY kind, table_name, stage, current_step, status,
-             regexp_replace(left(reason, 500), %(varying)s, '', 'g')) AS found
-WHERE place <= 50
-ORDER BY place
+SELECT table_name, stage, current_step, status, left(reason, 2000) AS reason, 1 AS texts,
+       count(*) AS jobs, sum(count(*)) OVER ()::bigint AS total,
+       min(since) AS first, max(since) AS last,
+       (array_agg(job_id ORDER BY since))[:3] AS job_ids,
+       (array_agg(left(tenant_id, 1000) ORDER BY since))[:3] AS tenants
+FROM resting_rows()
+WHERE kind = %(kind)s
+GROUP BY table_name, stage, current_step, status, left(reason, 2000)
+ORDER BY jobs DESC, first
+LIMIT 5000
 """
+
+COUNTS = ("texts", "calls", "jobs", "retry", "held", "unknown", "lost", "failed")
+PLACE = ("table_name", "stage", "current_step", "status")
+
+
+def together(rows: Sequence[Any]) -> list[Any]:
+    """The rows whose texts differ in what varies alone as one, most frequent first.
+
+    Args:
+        rows: of ERRORS, GIVEN_UP or RESTING. Of those that are one, the first gives the text.
+    """
+    found: dict[tuple, Any] = {}
+    for row in rows:
+        is_resting = hasattr(row, "reason")
+        place = [getattr(row, name) for name in PLACE] if is_resting else [row.stage]
+        key = (*place, folded(row.reason if is_resting else row.error))
+        found[key] = added(found[key], row) if key in found else row
+    return sorted(found.values(), key=lambda row: -getattr(row, "calls", getattr(row, "jobs", 0)))
+
+
+def added(row: Any, other: Any) -> Any:
+    """`row` with the counts, times and examples of another one."""
+    sums = {
+        name: getattr(row, name) + getattr(other, name) for name in COUNTS if hasattr(row, name)
+    }
+    if hasattr(row, "calls"):
+        later = max(row, other, key=lambda one: one.last)
+        named = {"job_id": later.job_id, "table_name": later.table_name}
+        return row._replace(**sums, **named, last=later.last)
+    times = {
+        "first": of_known(min, row.first, other.first),
+        "last": of_known(max, row.last, other.last),
+    }
+    some = {
+        name: (getattr(row, name) + getattr(other, name))[:3] for name in ("job_ids", "tenants")
+    }
+    return row._replace(**sums, **times, **some)
+
+
+def of_known(which: Callable, *moments: datetime | None) -> datetime | None:
+    return which(filter(None, moments), default=None)
 
 
 def collect(conn, since: datetime, job_ids: Sequence[str], redact: Callable[[str], str]) -> Report:
@@ -254,12 +278,15 @@ def collect(conn, since: datetime, job_ids: Sequence[str], redact: Callable[[str
     def ask(sql: str, **more: Any) -> list:
         return [redacted(row, redact) for row in db.execute(conn, sql, given | more).fetchall()]
 
+    def grouped(sql: str, shown: int, **more: Any) -> list:
+        rows = together(db.execute(conn, sql, given | more).fetchall())
+        return [redacted(row, redact) for row in rows[:shown]]
+
     [now] = ask(NOW)
     if now.since >= now.until:
         raise Problem(f"--since {since:%F %T} is still to come")
     span = Span(now.since, now.until, now.zone)
-    given |= {"until": span.until, "varying": VARYING}
-    resting = ask(RESTING)
+    given["until"] = span.until
     return Report(
         database=redact(f"{conn.info.dbname} on {conn.info.host}:{conn.info.port}"),
         span=span,
@@ -272,11 +299,11 @@ def collect(conn, since: datetime, job_ids: Sequence[str], redact: Callable[[str
         durations=ask(DURATIONS),
         histogram=ask(HISTOGRAM, shortest=SHORTEST, a_decade=BUCKETS_A_DECADE),
         trend=ask(TREND, step=max(3600, span.step)),
-        errors=ask(ERRORS),
+        errors=grouped(ERRORS, 15, most=MOST_ERRORS),
         slowest=ask(SLOWEST),
-        given_up=ask(GIVEN_UP),
-        stalled=[row for row in resting if row.kind == "stalled"],
-        failed=[row for row in resting if row.kind == "failed"],
+        given_up=grouped(GIVEN_UP, 10),
+        stalled=grouped(RESTING, 50, kind="stalled"),
+        failed=grouped(RESTING, 50, kind="failed"),
         timelines=timelines(conn, ask, redact, job_ids) if job_ids else slowest_jobs(ask),
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pipeline
 from ops.report.charts import LogAxis, histogram, stack, stacked_bars, trend
-from ops.report.data import Report, folded
+from ops.report.data import MOST_ERRORS, Report, folded
 from ops.report.markup import (
     Markup,
     clock,
@@ -164,10 +164,14 @@ def errors(report: Report) -> Markup:
     if not rows:
         return Markup("")
     header = ["*Error", "~Stage", "#Calls", *(f"#{kind}" for kind in kinds), "Last", "Last job"]
-    others = report.errors[0].kinds - len(rows)
-    about = "Of all calls that were not accepted; … stands for ids and numbers that differ."
-    about += f" Not shown: {counted(others, 'rarer error')}." * bool(others)
+    last = "all" if report.errors[0].total < MOST_ERRORS else f"the last {MOST_ERRORS:,}"
+    about = f"Of {last} calls that were not accepted; … stands for ids and numbers that differ."
+    about += rarer(report.errors[0].total - sum(row.calls for row in report.errors), "call")
     return section("errors", "Most frequent errors", table(header, rows, about))
+
+
+def rarer(count: int, what: str) -> str:
+    return f" Not shown: {counted(count, what)} with a rarer one." if count else ""
 
 
 def alike(error: str | None, texts: int) -> str | None:
@@ -176,19 +180,17 @@ def alike(error: str | None, texts: int) -> str | None:
 
 
 def given_up(report: Report) -> Markup:
+    if not report.given_up:
+        return Markup("")
     rows = [
-        [
-            alike(row.error, row.texts),
-            stage_name(row.stage),
-            row.jobs,
-            examples(row),
-            ages(report, row),
-        ]
+        [alike(row.error, row.texts), stage_name(row.stage), row.jobs, examples(row),
+         ages(report, row)]
         for row in report.given_up
-    ]
+    ]  # fmt: skip
     header = ["*Error", "~Stage", "#Calls", "Latest jobs, tenants", "#Owed for"]
     about = f"The ten most frequent errors. Once mended: {pipeline.JSL} retry, by job or stage."
-    return section("given-up", "Given-up calls", table(header, rows, about)) if rows else Markup("")
+    about += rarer(report.given_up[0].total - sum(row.jobs for row in report.given_up), "call")
+    return section("given-up", "Given-up calls", table(header, rows, about))
 
 
 def stalled(report: Report) -> Markup:
