@@ -127,7 +127,7 @@ VALUES (%(key)s, %(stage)s, %(table)s, %(id)s, %(owner)s, %(from_step)s, %(from_
 ON CONFLICT (key) DO UPDATE
 SET state = 'running', owner = excluded.owner, from_step = excluded.from_step,
     from_status = excluded.from_status, started_at = clock_timestamp(), finished_at = NULL
-WHERE r.state = 'abandoned' OR (r.state = 'running' AND r.owner = %(owner_before)s)"""
+WHERE r.state IN ('abandoned', 'failed') OR (r.state = 'running' AND r.owner = %(owner_before)s)"""
 
 MOVE = """
 UPDATE {table} AS r SET current_step = %(to_step)s, status = %(to_status)s{touch}
@@ -141,6 +141,9 @@ def take(cursor: Any, request: Request, owner: str, known: Known | None, is_busy
         known: what is remembered of the key.
         is_busy: somebody else works on this key, and is not taken for lost.
 
+    What has failed is taken again where its row is in a state that the stage takes: the call of a
+    join is retried under the same key.
+
     Raises:
         Refused: with the stored answer; 409 where the row is being worked on, Running where under
             this key; 412 where it is in another state; 422 where there is none, or the key is that
@@ -150,7 +153,7 @@ def take(cursor: Any, request: Request, owner: str, known: Known | None, is_busy
     if known and (known.stage, known.table, known.row_id) != (
         stage.name, stage.table, request.row_id):  # fmt: skip
         raise refusal(422, "this key is that of another request")
-    if known and known.stored:
+    if known and known.stored and known.state == "done":
         raise Refused(known.stored)
     runs = known is not None and known.state == "running"
     if known and runs and known.owner == owner:
@@ -162,6 +165,8 @@ def take(cursor: Any, request: Request, owner: str, known: Known | None, is_busy
         raise refusal(422, f"no row of {stage.table} has this {stage.id}", id=request.row_id)
     [(*now, fits)] = found
     state = tuple(now)
+    if known and known.stored and not (fits and state in stage.states):
+        raise Refused(known.stored)  # it failed, and nobody wants it tried again
     if known and runs and state == stage.held((known.from_step, known.from_status)):
         taken_from, moves = (known.from_step, known.from_status), False
     elif fits and state in stage.states:

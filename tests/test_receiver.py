@@ -123,6 +123,20 @@ def test_failed_row_is_taken_again_where_the_stage_says_so(site):
     assert site.run(site.request(job)).status == 200
 
 
+def test_what_failed_is_worked_on_again_under_its_key_once_the_row_is_where_it_can_be_taken(site):
+    job = site.database.add_job()
+    request = site.request(job)
+
+    def fail(taken):
+        raise Failed("no memory")
+
+    assert [site.run(request, fail).status for _ in range(2)] == [500, 500]
+    assert site.run(request).status == 500 and site.worked == []
+    site.database.move(job, "img_gen", "done")
+    assert (site.run(request).status, site.run(request, fail).status) == (200, 200)
+    assert site.effects(job) == 1
+
+
 def test_other_tables_ids_conditions_and_a_column_to_touch(site):
     site.database.rows(
         "DROP TABLE IF EXISTS variants;"
