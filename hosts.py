@@ -119,6 +119,10 @@ def split_brain(found: dict[str, Place]) -> str | None:
     return f"two primaries: {new} is on timeline {latest}, but {others} takes writes as well"
 
 
+class OldPrimary(db.ConnectionLost):
+    """Another host has been primary on a later timeline."""
+
+
 class Watch:
     """Knows the latest timeline, so that the listener stays away from an old primary. Looks at all
     hosts now and then, in a process of its own: a dead host costs seconds.
@@ -136,7 +140,7 @@ class Watch:
         """Compare a new connection with the other hosts: they are asked once, at the start.
 
         Raises:
-            ConnectionLost: it is that of an old primary.
+            OldPrimary
         """
         self.here = None
         if not self.several:
@@ -153,12 +157,12 @@ class Watch:
             self.latest[system] = max(timeline, self.latest.get(system, 0))
 
     def require_latest(self) -> None:
-        """Raises ConnectionLost where the listener's primary is an old one."""
+        """Raises OldPrimary where that is what the listener works on."""
         if self.here is None:
             return
         name, (system, timeline) = self.here
         if timeline < self.latest[system]:
-            raise db.ConnectionLost(
+            raise OldPrimary(
                 f"{name} is an old primary: it is on timeline {timeline}, and another host has"
                 f" been primary on {self.latest[system]} (is it the right one after all? then stop"
                 " the other one and restart the listener)"

@@ -218,6 +218,8 @@ class Listener:
             bug = error if not isinstance(error, psycopg2.Error) else None
             log.error("리스너 오류 발생: %s", reason, exc_info=bug)
             self.reason, self.repeats = reason, 0
+            if isinstance(error, hosts.OldPrimary):
+                self.alerts.send("split_brain", str(error))
         self.repeats += 1
         if self.repeats & (self.repeats - 1) == 0:
             log.warning("재연결 시도: %.1f초 후 (%d번째)", delay, self.repeats)

@@ -130,7 +130,7 @@ def test_old_primary_that_still_answers_is_named(pair, monkeypatch):
         watch.arrive(conn, str)
     watch.look_at = 0.0
     assert until(watch.look, "what it finds") == said
-    with pytest.raises(db.ConnectionLost, match="is an old primary: it is on timeline 1"):
+    with pytest.raises(hosts.OldPrimary, match="is an old primary: it is on timeline 1"):
         watch.require_latest()
     watch.look_at = 0.0
     until(lambda: (watch.look(), watch.process)[1] is None, "another look")

@@ -45,7 +45,9 @@ def test_a25_a26_frozen_primary_is_left_within_20_s_and_never_worked_on_again(
     pair, api, listener, tmp_path
 ):
     primary, standby = pair
-    process = listener(primary, api=api, **primary.both)
+    told = tmp_path / "told"
+    command = {"ALERT_COMMAND": f"sh -c 'cat >> {told}'"}
+    process = listener(primary, api=api, **primary.both, **command)
     wait_until_idle(tmp_path)
     with frozen(processes(primary.server)):
         began = time.monotonic()
@@ -63,6 +65,7 @@ def test_a25_a26_frozen_primary_is_left_within_20_s_and_never_worked_on_again(
 
     # A listener that starts only now has seen nothing yet: it asks all hosts.
     assert process.stop() == 0
+    assert '"event": "split_brain"' in told.read_text() and OLD in told.read_text()
     process = listener(primary, api=api, **primary.both)
     process.wait_for_line(OLD)
     job = standby.add_job()
