@@ -45,7 +45,7 @@ REWRITES = [
     "REINDEX TABLE stage_leases",
 ]
 # Whoever waits for a lock on a table has everybody else wait behind.
-WAIT_FOR_LOCK = "-c lock_timeout=500"
+WAIT_FOR_LOCK = "-c lock_timeout=2000"
 GARBAGE = ["", "{", "null", "[1]", '{"job_id": 1}', "x" * 7000, '{"job_id": {}, "status": []}']
 
 

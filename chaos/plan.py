@@ -44,10 +44,10 @@ FAULTS = {
     "cut stage network": (3, 0.0, 0.0),
     "restart stage API": (2, 0.1, 3.0),
     "malformed notifications": (1, 0.0, 0.0),
-    "change columns of jobs": (3, 0.2, 3.0),
-    "rewrite tables": (2, 0.0, 0.0),
-    "install": (2, 0.0, 0.0),
-    "install without NOTIFY": (1, 1.0, 5.0),
+    "change columns of jobs": (5, 0.2, 3.0),
+    "rewrite tables": (5, 0.0, 0.0),
+    "install": (3, 0.0, 0.0),
+    "install without NOTIFY": (2, 1.0, 5.0),
 }
 
 
