@@ -238,6 +238,14 @@ def test_rows_that_rest_are_found_but_not_those_that_wait_for_a_person(shared):
     assert found(run_here(shared.environ, "audit", "--json", "--since", "30m")) == {}
 
 
+def test_rows_that_owe_no_call_by_wish_are_no_finding(database):
+    assert run_here(database.environ, "install", "--no-insert").code == 0
+    database.add_job()
+    database.rows("UPDATE jobs SET updated_at = now() - interval '1 h'")
+    done = run_here(database.environ, "audit", "--json")
+    assert found(done) == {} and "(--no-insert)" in done.out
+
+
 # --- as a person types it ------------------------------------------------------------------
 
 

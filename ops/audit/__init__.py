@@ -19,6 +19,7 @@ from ops.audit.attempts import ATTEMPTS, Judge
 from ops.audit.findings import BATCH, BLUR, PATIENCE, READ_ONLY, Finding, Findings, ask, at, windows
 from ops.audit.limits import Limits
 from ops.problem import Problem
+from ops.routes import is_updates_only
 from ops.rules import AFTER_LEAVING, EARLY, LIMIT, LOST, OVERLAP, REPEATED
 from ops.since import Since
 from ops.table import JSON, duration, echo_json, plain, table
@@ -77,6 +78,7 @@ class Audit:
                 f"{since:%F %T} is still to come", context, param_hint="--since"
             )
         self.failed = 0  # rows that their stage has set to failed
+        self.updates_only = is_updates_only(conn)
         self.look_at_history(settings, batch)
         self.look_at_rows()
 
@@ -100,9 +102,12 @@ class Audit:
         self.failed = len(resting) - len(stalled)
         for row in stalled:
             kind = LOST if row.reason.startswith(NEVER_RECORDED) else RESTS
+            if kind == LOST and self.updates_only:
+                continue
             finding = Finding(kind, row.table_name, row.job_id, row.stage, row.since, row.reason)
             self.findings.add([finding])
-        self.findings.add(joins.never_recorded(self.conn, self.since))
+        if not self.updates_only:
+            self.findings.add(joins.never_recorded(self.conn, self.since))
 
     @property
     def broken(self) -> int:
@@ -113,6 +118,8 @@ class Audit:
         if self.span.first is None or self.span.first > self.since:
             first = f"begins {at(self.span.first)}" if self.span.first else "is empty"
             yield f"The history {first}; what was before is not known (HISTORY_DAYS)."
+        if self.updates_only:
+            yield "Rows without a call are not judged, as inserted ones owe none (--no-insert)."
         for name in joins.without_time(self.conn):
             yield f"Whether every {name} was called is not known: its tables have no updated_at."
         for line in UNKNOWN:
