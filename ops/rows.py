@@ -268,7 +268,7 @@ SELECT {name}::text AS table_name, {id}::text AS job_id, {tenant} AS tenant_id,
        CASE WHEN c.stage IS NULL THEN l.started_at ELSE c.started_at END AS started_at,
        CASE WHEN c.due_at = 'infinity' THEN NULL
             ELSE round(extract(epoch FROM coalesce(c.due_at, l.leased_until) - now()))::bigint
-       END AS due_in_seconds, c.last_error
+       END AS due_in_seconds, c.last_error, coalesce(l.working, false) AS working
 FROM {table} AS r {beside}
 LEFT JOIN stage_calls AS c ON c.job_id = {id} AND c.table_name = {name}
 LEFT JOIN (SELECT DISTINCT ON (job_id) * FROM stage_leases

@@ -29,7 +29,10 @@ ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 DEFAULTS = {name: default for name, (default, _) in config.SETTINGS.items()}
 DEFAULTS["HEARTBEAT_DIR"] = "/tmp/job-state-listener"
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/**/README.md")]
+PAGES = [
+    *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"),
+    *(page for page in ROOT.glob("*/**/README.md") if "node_modules" not in page.parts),
+]  # fmt: skip
 PAGES = sorted({str(page.relative_to(ROOT)) for page in PAGES if ".venv" not in page.parts})
 ENGLISH = [page for page in PAGES if not page.endswith(".ko.md") and page != "CHANGELOG.md"]
 
