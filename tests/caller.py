@@ -5,10 +5,11 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 
 import pytest
+import variants
 from raw_server import OK, RawServer, in_turn
 
 import calls
@@ -19,7 +20,6 @@ import trigger
 from calls import Result
 from demo import five_stages
 from listener import Listener
-from ops.install import apply
 from trigger import boottime
 
 WITHOUT_HOLDS = "UPDATE pipeline_stages SET held_until = now() - interval '1 second'"
@@ -151,13 +151,15 @@ def accepting(serve) -> RawServer:
 
 @pytest.fixture
 def add_stage(database) -> Iterator[Callable[..., None]]:
-    """add_stage(function, step="x"): state (step, 'done') leads to it, as a user would have it."""
+    """add_stage(function, step="x"): state (step, 'done') leads to it, as a user would have it.
+
+    Nothing else may have used the database.
+    """
     before = dict(five_stages.PIPELINE)
 
     def add(function: Callable, step: str = "x") -> None:
         five_stages.PIPELINE[step, "done"] = function
-        with closing(db.connect(database.settings())) as conn:
-            apply(conn)
+        variants.install(database)
 
     yield add
     five_stages.PIPELINE.clear()

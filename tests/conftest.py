@@ -36,7 +36,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 PIPELINE = {"PIPELINE_MODULE": "demo.five_stages"}
 os.environ |= PIPELINE
 
-pytest_plugins = ["busy", "caller", "variants"]
+pytest_plugins = ["busy", "variants", "caller"]
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = ROOT / "listener.py"

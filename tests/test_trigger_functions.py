@@ -405,7 +405,6 @@ def test_call_of_a_stage_that_left_pipeline_stays_visible(database, accepting, c
 @pytest.fixture
 def asking(database, accepting, caller, add_stage):
     """asking(sql): a worker whose stage adds what the query finds, and a job that owes its call."""
-    database.rows(TABLE)
 
     def make(sql: str, **params):
         def overlay_with_text(call):
@@ -413,6 +412,7 @@ def asking(database, accepting, caller, add_stage):
             return call.post("/api/x", **found._asdict())
 
         add_stage(overlay_with_text)
+        database.rows(TABLE)
         return caller(accepting.url), database.add_job("x")
 
     return make

@@ -14,7 +14,7 @@ import pytest
 from claims import LEASE_OVER, claim, connected, held, result, settle
 from commands import Done
 from test_failed import FAST, routed, site, told  # noqa: F401 (fixtures)
-from test_ops_tables import call, joined, look, run, variants  # noqa: F401 (fixtures)
+from test_ops_tables import call, joined, look, run  # noqa: F401 (fixtures)
 from waiting import until
 
 import upkeep

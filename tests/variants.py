@@ -98,7 +98,7 @@ def install(database, *tables: str) -> Variants:
     """Have the application's `tables` and the PIPELINE in use in a database that is new."""
 
     def prepare(made) -> None:
-        made.rows("".join(tables))
+        made.rows("SELECT 1;" + "".join(tables))
         with closing(db.connect(made.settings())) as conn:
             apply(conn)
 
