@@ -123,6 +123,9 @@ def every_situation(database, old) -> dict[str, str]:
     return jobs
 
 
+COME_LAST = "UPDATE stage_calls SET due_at = now() WHERE job_id = %s"
+
+
 # --- nothing is lost -----------------------------------------------------------------------
 
 
@@ -182,6 +185,7 @@ def test_every_call_is_made_once_after_the_upgrade(database, old):
         assert [row.key for row in claim_many(conn, 8).claimed] == [jobs["owed"]]
         assert settle(conn, result(claim(conn, only=jobs["retried"])))
         database.rows(LEASE_OVER)
+        database.rows(COME_LAST, jobs["waiting for a slot"])
         found = claim_many(conn, 8).claimed
     overdue = {"under way", "unanswered", "limited", "owed"}
     assert {row.key for row in found} == {jobs[name] for name in overdue}
