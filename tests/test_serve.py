@@ -61,15 +61,15 @@ def test_pages_show_hostile_data_as_text(database, site):
 def test_overview_says_what_status_says(database, site, run_command):
     everything(database)
     said = json.loads(run_command(database, "status", "--json").out)
-    shown = until(lambda: fresh(site, "8 rows are stalled"), "the rows of this test")
+    shown = until(lambda: fresh(site, "8 jobs stalled"), "the rows of this test")
     rows = {row[0].split()[0]: row[2:] for row in shown.table("stages")}
     for stage in said["stages"]:
         numbers = [stage[name] for name in ("owed", "calling", "retrying", "given_up", "failed",
                                             "stalled")]  # fmt: skip
         assert rows[stage["stage"]][:6] == [f"{number}" if number else "–" for number in numbers]
-    alarms = [e.text for e in shown.root.one("ul", "attention").all("li")]
-    assert alarms[0].startswith("No listener is connected")
-    assert [alarm for alarm in alarms if alarm.startswith("planner : paused by <script>")]
+    alarms = [e.text for e in shown.root.one("ol", "attention").all("li")]
+    assert alarms[0].startswith("no listener is connected")
+    assert [alarm for alarm in alarms if alarm.startswith("planner paused by <script>")]
     assert shown.figures["Given up"] == "8"
     links = {a.attributes["href"] for a in shown.root.all("a")}
     assert {f"/stage/{stage['stage']}" for stage in said["stages"]} <= links

@@ -62,14 +62,18 @@ def timelines(conn, ask: Callable, redact: Callable, ids: Sequence[str]) -> list
 def family(conn, ask: Callable, redact: Callable, row: Any) -> Timeline:
     """The timeline of a row (see rows.find), what `job` says of it, and the rows below it."""
     found = job.look(conn, row)
+    said = [redact(line) for line in job.place_lines(found)]
+    return replace(with_rows_below(ask, redact, found), said=said)
+
+
+def with_rows_below(ask: Callable, redact: Callable, found: job.Found) -> Timeline:
     below = {}
     for of in found.below:
         ids = list(dict.fromkeys(child.job_id for child in of["rows"]))[:MOST_CHILDREN]
         if ids:
             title = redact(heading(of, len(ids)))
             below[title] = [timeline(ask, of["table"], key) for key in ids]
-    said = [redact(line) for line in job.place_lines(found)]
-    return replace(timeline(ask, row.table_name, row.key), said=said, below=below)
+    return replace(timeline(ask, found.row.table_name, found.row.key), below=below)
 
 
 def heading(of: dict[str, Any], shown: int) -> str:

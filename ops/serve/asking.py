@@ -16,7 +16,7 @@ import pipeline
 from ops import job, jobs, rows, status
 from ops import metrics as of_metrics
 from ops.report.data import WAITING, Report, Span, collect, redacted
-from ops.report.jobs import family
+from ops.report.jobs import with_rows_below
 from ops.report.page import page
 from ops.report.svg import WAITS
 from ops.rows import NoId
@@ -137,12 +137,10 @@ def places(looks: Looks, id_: str, table: str | None = None) -> list:
 
     def read(conn) -> list:
         try:
-            given = {"key": rows.key_of(conn, id_), "table": table}
+            key = rows.key_of(conn, id_)
         except (NoId, UnicodeError, ValueError):  # NUL is no text, a surrogate no UTF-8
             return []
-        found = db.execute(conn, rows.PLACES, given).fetchall()
-        there = [row for row in found if row.is_there or row.owes]
-        return there or [row for row in found if row.has_history]
+        return [row for row in rows.places(conn, key) if table in (None, row.table_name)]
 
     return looks.look(("places", table, id_), read)
 
@@ -163,9 +161,10 @@ def row(looks: Looks, place: Any) -> Row:
             found = db.execute(conn, sql, {"until": now} | more).fetchall()
             return [redacted(row, looks.redact) for row in found]
 
-        drawn = [family(conn, ask, looks.redact, place)]
-        shown = Report("", Span(now - SINCE, now), asked=True, timelines=drawn)
-        return Row(job.look(conn, place), now, shown)
+        found = job.look(conn, place)
+        drawn = with_rows_below(ask, looks.redact, found)
+        shown = Report("", Span(now - SINCE, now), asked=True, timelines=[drawn])
+        return Row(found, now, shown)
 
     return looks.look(("row", place.table_name, place.key), read)
 

@@ -9,13 +9,12 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 import pipeline
-from heartbeat import ALIVE
 from ops import job, status
-from ops.alarms import LATE
+from ops.alarms import LATE, Alarm, alarms, of_stage
 from ops.report.charts import stack
 from ops.report.data import Report
 from ops.report.markup import Markup, attribute, join, section, span, state, table, text
-from ops.report.page import CSS
+from ops.report.page import CSS, URGENCY
 from ops.report.sections import calls, durations
 from ops.report.svg import WAITS, legend, patterns
 from ops.report.timelines import timelines
@@ -23,7 +22,7 @@ from ops.rows import own_stage, said, word_for
 from ops.serve.actions import Action, Done
 from ops.serve.asking import Board, Found, Row, Stage
 from ops.serve.looks import Unreadable
-from ops.table import RED, clock, plain, readable
+from ops.table import clock, plain, readable
 
 OWN_CSS = Path(__file__).parent / "serve.css"
 # What a link to an action, and its form, may say.
@@ -164,48 +163,30 @@ def overview(found: Board) -> Markup:
             f"{base['name']} on {base['host']}:{base['port']}, PostgreSQL {base['version']}",
             as_of(found.said["at"]),
         ),
-        attention(found.said),
+        attention(alarms(found.said)),
         figures(found.said),
         stages(found),
         listeners(found.said["listeners"]),
     ], "\n")  # fmt: skip
 
 
-def attention(said: dict[str, Any]) -> Markup:
-    """What `status` says in red, then what it says in yellow."""
-    found = [*urgent(said), *less_urgent(said)]
+def attention(found: list[Alarm]) -> Markup:
+    """What needs a person, the most urgent first, each with what to type."""
     if not found:
         calm = "Nothing is held, late, given up, failed or stalled."
         return Markup(f'<p class="calm">{calm}</p>')
-    items = join(f"<li>{one}</li>" for one in found)
-    return Markup(f'<ul class="attention" aria-label="Needs a person">{items}</ul>')
+    items = join(map(alarm, found))
+    return Markup(f'<ol class="attention" aria-label="Needs a person">{items}</ol>')
 
 
-def urgent(said: dict[str, Any]) -> Iterator[str]:
-    for problem in (said["database"]["schema_problem"], said["triggers"]["problem"]):
-        if problem:
-            yield text(problem, 500)
-    if not any(row["connected"] for row in said["listeners"]):
-        yield text("No listener is connected, nothing is called")
-    for row in said["listeners"]:
-        if row["heartbeat"] not in (None, ALIVE):
-            yield text(f"Listener {row['listener']} is {row['doing']}")
-    for row in said["stages"]:
-        for words, colour in status.notes(row):
-            if colour == RED:
-                yield f"{stage_link(row['stage'])}: {text(words)}"
-        late = row["oldest_due_seconds"] if row["due"] else 0
-        if late > LATE and not row["held_until"]:
-            yield f"{stage_link(row['stage'])}: a call has been due for {span(late)}"
-
-
-def less_urgent(said: dict[str, Any]) -> Iterator[str]:
-    if said["resting_problem"]:
-        yield text(said["resting_problem"])
-    for row in said["stages"]:
-        for words, colour in status.notes(row):
-            if colour and colour != RED:
-                yield f"{stage_link(row['stage'])}: {text(words)}"
+def alarm(found: Alarm) -> Markup:
+    """As in the report, but that it leads to the page of its stage."""
+    kind, about = URGENCY[found.urgency]
+    stage = f"<b>{stage_link(found.stage)}</b> " if found.stage else ""
+    reason = f'<p class="reason">{text(found.reason)}</p>' if found.reason else ""
+    mend = f'<p class="mend"><code>{text(found.mend, 1000)}</code></p>' if found.mend else ""
+    what = f"<p>{stage}{text(found.what)}</p>"
+    return Markup(f'<li class="{kind}" title="{about}">{what}{reason}{mend}</li>')
 
 
 def figures(said: dict[str, Any]) -> Markup:
@@ -300,7 +281,9 @@ def call(one: dict[str, Any]) -> str:
 
 def stage(found: Stage, may_act: bool) -> Markup:
     row, name = found.row, found.row["stage"]
-    notes = join(f"<li>{text(words)}</li>" for words, _ in status.notes(row))
+    found_alarms = sorted(of_stage(row), key=lambda alarm: alarm.urgency)
+    others = [words for words, colour in status.notes(row) if not colour]
+    notes = join(f"<li>{text(words)}</li>" for words in others)
     links = [action_link("resume", "Resume…", stage=name)] if row["held_until"] else []
     if not row["paused"]:
         links.append(action_link("pause", "Pause…", stage=name))
@@ -310,8 +293,8 @@ def stage(found: Stage, may_act: bool) -> Markup:
     share = row["failure_share"]
     return join([
         heading(name, f"for rows of {', '.join(row['tables'])}", as_of(found.at)),
-        f'<ul class="problem" aria-label="State">{notes}</ul>' if notes
-        else '<p class="calm">Nothing of it needs a person.</p>',
+        attention(found_alarms),
+        f'<ul class="facts" aria-label="State">{notes}</ul>' if notes else "",
         actions(may_act, *links),
         tiles([
             ("Owed", row["owed"], "calls", False),
