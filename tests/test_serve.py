@@ -16,6 +16,7 @@ from reports import HOSTILE, attempt, everything, give_up
 from scraping import Scraped, scrape
 from serving import STARTED, Site, serving
 from test_ops_report_page import ELEMENTS
+from test_pools import POOLED
 from variants import PIPELINE, TABLE, install
 from waiting import AWAY, until
 
@@ -119,6 +120,15 @@ def test_rows_of_other_tables_have_pages(use_pipeline, make_database, server, tm
         assert child.root.one("h1").text == f"jobs_variants {ids[0]}"
         assert site.page(f"/job/{ids[0]}").root.one("h1").text == f"jobs_variants {ids[0]}"
         assert site.get(f"/job/jobs/{ids[0]}").status_code == 404
+
+
+def test_pools_are_shown(use_pipeline, make_database, server, tmp_path):
+    use_pipeline(POOLED)
+    database = install(make_database(server), "SELECT").database
+    here = {"PIPELINE_MODULE": "test_pools", "PYTHONPATH": str(Path(__file__).parent)}
+    with serving(database, tmp_path, **here) as site:
+        lines = [e.text for e in site.page("/").section("pools").all("li")]
+    assert lines[0].startswith("pool gpu1: 0/1, vlm_analyze, vlm_judge") and len(lines) == 3
 
 
 def test_secrets_are_on_no_page(database, tmp_path):

@@ -166,6 +166,7 @@ def overview(found: Board) -> Markup:
         attention(alarms(found.said)),
         figures(found.said),
         stages(found),
+        pools(found.said["pools"]),
         listeners(found.said["listeners"]),
     ], "\n")  # fmt: skip
 
@@ -248,6 +249,13 @@ def stage_row(row: dict[str, Any], waiting: Mapping[str, int], most: int) -> lis
         *(value or None for value in numbers),
         *(None if value in ("-", 0) else value for value in times),
     ]
+
+
+def pools(found: list[dict[str, Any]]) -> Markup:
+    if not found:
+        return Markup("")
+    lines = join(f"<li>{text(status.pool_line(row), 500)}</li>" for row in found)
+    return section("pools", "Pools", f'<ul class="facts">{lines}</ul>')
 
 
 def listeners(found: list[dict[str, Any]]) -> Markup:
