@@ -3,13 +3,14 @@ command to type. Nothing here asks the database.
 """
 
 from collections.abc import Iterator
+from datetime import datetime
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pipeline
 from heartbeat import ALIVE
 from ops import waits
-from ops.table import clock, counted, duration, readable
+from ops.table import counted, duration, readable
 
 # How much stands still.
 EVERYTHING, STAGE, JOBS, INTENDED = range(4)
@@ -37,7 +38,9 @@ class Alarm(NamedTuple):
 
 def alarms(said: dict[str, Any]) -> list[Alarm]:
     """The alarms of what status.look has found; those of equal urgency as the pipeline goes."""
-    found = [*of_everything(said), *(one for row in said["stages"] for one in of_stage(row))]
+    found = list(of_everything(said))
+    for row in said["stages"]:
+        found += of_stage(row, said["at"])
     return sorted(found, key=lambda alarm: alarm.urgency)
 
 
@@ -65,8 +68,8 @@ def of_everything(said: dict[str, Any]) -> Iterator[Alarm]:
         yield Alarm(JOBS, "resting", problem)
 
 
-def of_stage(row: dict[str, Any]) -> Iterator[Alarm]:
-    """What concerns one stage, or jobs of it."""
+def of_stage(row: dict[str, Any], at: datetime) -> Iterator[Alarm]:
+    """What concerns one stage, or jobs of it; `at` is now."""
     stage = row["stage"]
     if row["position"] is None and row["owed"]:
         yield Alarm(STAGE, "route", f"{counted(row['owed'], 'call')} owed to no stage of PIPELINE",
@@ -76,7 +79,8 @@ def of_stage(row: dict[str, Any]) -> Iterator[Alarm]:
         kind, urgency = ("paused", INTENDED) if row["paused"] else ("held", STAGE)
         what = f"paused by {row['held_by']}"
         if not row["paused"]:
-            what = f"held until {clock(row['held_until'])} by {row['held_by']}"
+            left = duration((row["held_until"] - at).total_seconds())
+            what = f"held for {left} more by {row['held_by']}"
         yield Alarm(urgency, kind, what, reason, hold.mend, stage)
     elif row["due"] and row["oldest_due_seconds"] > LATE:
         what = f"a call has been due for {duration(row['oldest_due_seconds'])}"

@@ -3,7 +3,7 @@
 import re
 import uuid
 from contextlib import closing
-from datetime import datetime, timezone
+from datetime import datetime, timedelta
 
 import pytest
 from claims import STAGES, claim, connected, result, settle
@@ -181,20 +181,20 @@ def test_alarms_come_by_urgency_each_with_its_reason_and_the_command(database):
     give_up(database, database.add_job("vlm_analyze", "done"), "HTTP 404")
     database.rows("UPDATE stage_calls SET due_at = now() - interval '1 h' WHERE job_id = %s", job)
     hold = "UPDATE pipeline_stages SET held_until = %s, held_by = 'kim', held_reason = %s"
+    in_100_days = datetime.now().astimezone() + timedelta(days=100, hours=1)
     database.rows(f"{hold} WHERE stage = 'planner'", "infinity", "GPU")
-    database.rows(f"{hold} WHERE stage = 'overlay'", "2100-01-01 12:00Z", "HTTP 503")
+    database.rows(f"{hold} WHERE stage = 'overlay'", in_100_days, "HTTP 503")
     database.add_job("overlay", "failed")
     database.rows("ALTER TABLE jobs DISABLE TRIGGER job_state_change_trigger")
     shown = read(database)
     database.rows("ALTER TABLE jobs ENABLE TRIGGER job_state_change_trigger")
-    held_until = datetime(2100, 1, 1, 12, tzinfo=timezone.utc).astimezone()
     assert alarms(shown) == [
         ["new calls may not be recorded", "trigger job_state_change_trigger on jobs is disabled",
          "python listener.py install"],
         [NO_LISTENER, "python listener.py"],
         ["vlm_analyze a call has been due for 60 min", "1 call due, 0 under way",
          "python listener.py jobs --stage vlm_analyze"],
-        [f"overlay held until {held_until:%F %T} by kim", "HTTP 503; 0 calls owed",
+        ["overlay held for 100 d more by kim", "HTTP 503; 0 calls owed",
          "python listener.py resume overlay"],
         ["yolo_detect 1 call given up", "HTTP 404", "python listener.py retry --stage yolo_detect"],
         ["overlay 1 job set failed by the stage", "set failed by its stage",
@@ -232,8 +232,8 @@ def test_errors_of_all_outcomes_are_grouped_whatever_varies_in_them(database):
     attempt(database, outcome="skipped", error="moved on")
     rows = read(database).table("errors")
     error = "HTTP 500: job … at gpu-…:… after … s"
-    assert rows[0][:-2] == [error, "planner", "7", "3", "1", "1", "1", "1"]
-    assert rows[0][-1] == job
+    assert rows[0][:-1] == [error, "planner", "7", "3", "1", "1", "1", "1"]
+    assert rows[0][-1].endswith(job)
     assert rows[1][:4] == ["HTTP 404: 7 no overlay", "planner", "2", "2"]  # as it is: it is one
     assert len(rows) == 2
 

@@ -158,16 +158,21 @@ def errors(report: Report) -> Markup:
     kinds = [kind for kind in OUTCOMES if any(getattr(row, kind, 0) for row in report.errors)]
     rows = [
         [alike(row.error, row.texts), stage_name(row.stage), row.calls,
-         *(getattr(row, kind) or None for kind in kinds), Markup(clock(row.last)), row_name(row)]
+         *(getattr(row, kind) or None for kind in kinds), last_one(row)]
         for row in report.errors
     ]  # fmt: skip
     if not rows:
         return Markup("")
-    header = ["*Error", "~Stage", "#Calls", *(f"#{kind}" for kind in kinds), "Last", "Last job"]
+    header = ["*Error", "~Stage", "#Calls", *(f"#{kind}" for kind in kinds), "Last job"]
     last = "all" if report.errors[0].total < MOST_ERRORS else f"the last {MOST_ERRORS:,}"
     about = f"Of {last} calls that were not accepted; … stands for ids and numbers that differ."
     about += rarer(report.errors[0].total - sum(row.calls for row in report.errors), "call")
     return section("errors", "Most frequent errors", table(header, rows, about))
+
+
+def last_one(row: Any) -> Markup:
+    """When an error was last seen, and of which job."""
+    return Markup(f"{clock(row.last)}<div><small>{text(row_name(row), 100)}</small></div>")
 
 
 def rarer(count: int, what: str) -> str:
