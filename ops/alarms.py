@@ -53,7 +53,8 @@ def of_everything(said: dict[str, Any]) -> Iterator[Alarm]:
         yield Alarm(EVERYTHING, "schema", "program and database differ", problem)
     found = said["listeners"]
     if not any(row["connected"] for row in found):
-        reason = "; ".join(f"{row['listener']} {row['doing']}" for row in found)
+        alive = (f"{row['listener']}: {row['doing']}" for row in found if row["heartbeat"] == ALIVE)
+        reason = "; ".join(alive)
         yield Alarm(EVERYTHING, "listener", "no listener is connected, nothing is called",
                     reason, waits.NOBODY.mend)  # fmt: skip
     for row in found:
@@ -96,7 +97,8 @@ def of_stage(row: dict[str, Any], at: datetime) -> Iterator[Alarm]:
         yield Alarm(JOBS, "given_up", what, readable(row["last_error"]), mend, stage)
     if row["stalled"]:
         what = f"{counted(row['stalled'], 'job')} stalled"
-        reason, _, command = readable(row["stalled_reason"]).partition(f": {pipeline.JSL} ")
+        said = readable(row["stalled_reason"]) or ""
+        reason, _, command = said.partition(f": {pipeline.JSL} ")
         mend = f"{pipeline.JSL} {command or f'jobs --stalled --stage {stage}'}"
         yield Alarm(JOBS, "stalled", what, reason, mend, stage)
 

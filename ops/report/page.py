@@ -67,7 +67,7 @@ def page(report: Report) -> str:
         parts += [waits(report), calls(report), durations(report), slowest(report)]
     else:
         parts.append(quiet(report))
-    parts += [jobs * (not report.asked), notes()]
+    parts += [Markup("") if report.asked else jobs, notes()]
     until = f"{report.span.until:%Y-%m-%d %H:%M}"
     return PAGE.format(
         title=attribute(f"Pipeline report: {report.database}, {until}"),

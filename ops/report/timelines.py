@@ -49,9 +49,9 @@ def charts(found: Timeline, until: datetime) -> Markup:
     if not extents:
         return Markup('<p class="calm">No attempt is on record.</p>')
     start, end = min(first for first, _ in extents), max(last for _, last in extents)
-    parts: list[str] = [chart(found, start, end)]
+    parts = [chart(found, start, end)]
     for title, children in found.below.items():
-        parts.append(f"<h4>{text(title, 500)}</h4>")
+        parts.append(Markup(f"<h4>{text(title, 500)}</h4>"))
         parts += [child_chart(child, start, end) for child in children]
     return join([*parts, axis(start, end)])
 
@@ -81,6 +81,8 @@ def lasted(attempt: Any) -> float:
 
 def chart(found: Timeline, start: datetime, end: datetime) -> Markup:
     """The lanes of a row from `start` to `end`."""
+    if not (found.attempts or found.owed):
+        return Markup("")
     drawn, before = Lanes(start, end), begun(found)
     for attempt in found.attempts:
         drawn.attempt(attempt, before)
@@ -90,10 +92,10 @@ def chart(found: Timeline, start: datetime, end: datetime) -> Markup:
     return drawn.markup()
 
 
-def begun(found: Timeline) -> Any:
-    """When its first attempt began, or it came to owe a call; None where it has done neither."""
+def begun(found: Timeline) -> datetime:
+    """When the first attempt of a row began that has attempts, or it came to owe a call."""
     starts = [attempt.started_at for attempt in found.attempts]
-    return min(starts + ([found.owed.created_at] if found.owed else []), default=None)
+    return min(starts + ([found.owed.created_at] if found.owed else []))
 
 
 def extent(found: Timeline, until: datetime) -> tuple[datetime, datetime]:
