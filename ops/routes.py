@@ -126,4 +126,5 @@ def is_silent(conn) -> bool:
 
 def is_updates_only(conn) -> bool:
     """Whether `install --no-insert` left out the insert triggers."""
-    return db.execute(conn, ARGUMENTS).fetchone().updates_only
+    row = db.execute(conn, ARGUMENTS).fetchone()
+    return bool(row and row.updates_only)

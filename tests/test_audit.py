@@ -244,6 +244,8 @@ def test_rows_that_owe_no_call_by_wish_are_no_finding(database):
     database.rows("UPDATE jobs SET updated_at = now() - interval '1 h'")
     done = run_here(database.environ, "audit", "--json")
     assert found(done) == {} and "(--no-insert)" in done.out
+    database.rows("DROP TRIGGER job_state_change_trigger ON jobs")
+    assert audit(database) == {LOST: 1}
 
 
 # --- as a person types it ------------------------------------------------------------------
