@@ -80,7 +80,7 @@ def of_stage(row: dict[str, Any], at: datetime) -> Iterator[Alarm]:
         kind, urgency = ("paused", INTENDED) if row["paused"] else ("held", STAGE)
         what = f"paused by {row['held_by']}"
         if not row["paused"]:
-            left = duration((row["held_until"] - at).total_seconds())
+            left = duration(max(0.0, (row["held_until"] - at).total_seconds()))
             what = f"held for {left} more by {row['held_by']}"
         yield Alarm(urgency, kind, what, reason, hold.mend, stage)
     elif row["due"] and row["oldest_due_seconds"] > LATE:
