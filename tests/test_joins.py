@@ -249,7 +249,7 @@ def test_joins_whose_commits_overlap_in_every_order_are_called_once(each_variant
     limbo = database.add_job("img_gen", "queued")
     [missing] = variants.add(limbo)
     parents = {}
-    for _ in range(200):
+    for _ in range(80):
         job = database.add_job("img_gen", "queued")
         rows = variants.add(job, "yolo_detect", "queued", 3)
         extra = variants.add(job, "yolo_detect", "queued")[0] if chance.random() < 0.3 else None

@@ -428,7 +428,7 @@ def test_eight_workers_never_exceed_the_limit_and_starve_no_other_stage(
     with closing(db.connect(database.settings())) as conn:
         apply(conn)
     add = "INSERT INTO jobs (current_step, status) SELECT %s, 'done' FROM generate_series(1, %s)"
-    database.rows(add, "img_gen", 300)
+    database.rows(add, "img_gen", 150)
     program = tmp_path / "limited.py"
     program.write_text(LIMITED.format(root=str(ROOT)))
     stage = "vlm_analyze"
@@ -437,11 +437,11 @@ def test_eight_workers_never_exceed_the_limit_and_starve_no_other_stage(
                  api=api, program=program, SWEEP_INTERVAL=600)  # fmt: skip
         api.wait_for(lambda api: len(api.calls(stage=stage)) >= 20)
         database.rows(add, "overlay", 40)
-        done = "SELECT count(*) = 300 FROM jobs WHERE current_step = %s AND status = 'done'"
+        done = "SELECT count(*) = 150 FROM jobs WHERE current_step = %s AND status = 'done'"
         database.wait_for(done, stage)
         limited, others = api.calls(stage=stage), api.calls(stage="vlm_judge")
         until(lambda: all(r.finished for r in [*limited, *others]), "every call to end")
-    assert (len(limited), len(others)) == (300, 40)
+    assert (len(limited), len(others)) == (150, 40)
     assert most_at_once(limited) == 2
     # Their turn came while the long queue of the other stage was still there.
     last = max(r.finished for r in limited)
