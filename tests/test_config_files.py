@@ -9,6 +9,7 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
+import commands
 import pytest
 
 import config
@@ -46,7 +47,25 @@ def shown_after(code: str, cwd: Path, path: Path = ROOT, **environ: str) -> str:
 
 
 def shown(cwd: Path, path: Path = ROOT, **environ: str) -> str:
-    return shown_after("", cwd, path, **environ)
+    if path != ROOT:
+        return shown_after("", cwd, path, **environ)
+    found = settings_of(cwd, **environ)
+    return f"{found.DB_HOST} {found.DB_PORT} {found.DB_PASSWORD}"
+
+
+def settings_of(cwd: Path, **environ: str):
+    """The settings of a program in `cwd`, as this process reads them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        for name in config.SETTINGS:
+            patch.delenv(name, raising=False)
+        for name, value in environ.items():
+            patch.setenv(name, value)
+        config.settings.cache_clear()
+        try:
+            return config.settings()
+        finally:
+            config.settings.cache_clear()
 
 
 @pytest.fixture
@@ -126,8 +145,7 @@ def test_url_can_be_put_together_of_other_names(tmp_path):
     (tmp_path / ".env").write_text(
         "DB_USER=app\nDB_PASSWORD=x\nDATABASE_URL=postgresql://${DB_USER}:${DB_PASSWORD}@db/y\n"
     )
-    show = "import config; print(config.settings().DATABASE_URL)"
-    assert python("-c", show, cwd=tmp_path).stdout == "postgresql://app:x@db/y\n"
+    assert settings_of(tmp_path).DATABASE_URL == "postgresql://app:x@db/y"
 
 
 @pytest.mark.parametrize(
@@ -174,23 +192,22 @@ def test_unknown_setting_cannot_be_imported():
         exec("from config import ENABLE_EVERYTHING")
 
 
-WHY_OFF = "import config; print(config.why_off(config.settings()))"
+def why_off(cwd: Path, **environ: str) -> str | None:
+    return config.why_off(settings_of(cwd, **environ))
 
 
 @pytest.mark.parametrize("name", ["LISTENER_ENABLED", "ENABLE_JOB_STATE_LISTENER"])
 def test_what_keeps_the_listener_off_is_named_with_its_place(tmp_path, name):
     (tmp_path / ".env").write_text(f"{name}=false\n")
-    told = python("-c", WHY_OFF, cwd=tmp_path).stdout
-    assert told == f"{name}=false in {tmp_path / '.env'}\n"
-    told = python("-c", WHY_OFF, cwd=tmp_path, **{name: "0"}).stdout
-    assert told == f"{name}=false in the environment\n"
-    assert python("-c", WHY_OFF, cwd=tmp_path, LISTENER_ENABLED="1").stdout == "None\n"
+    assert why_off(tmp_path) == f"{name}=false in {tmp_path / '.env'}"
+    assert why_off(tmp_path, **{name: "0"}) == f"{name}=false in the environment"
+    assert why_off(tmp_path, LISTENER_ENABLED="1") is None
 
 
 def test_environment_is_named_where_it_turns_off_what_the_file_turns_on(tmp_path):
     (tmp_path / ".env").write_text("LISTENER_ENABLED=true\nENABLE_JOB_STATE_LISTENER=true\n")
-    told = python("-c", WHY_OFF, cwd=tmp_path, LISTENER_ENABLED="false").stdout
-    assert told == "LISTENER_ENABLED=false in the environment\n"
+    told = why_off(tmp_path, LISTENER_ENABLED="false")
+    assert told == "LISTENER_ENABLED=false in the environment"
 
 
 # --- a root that cannot be written ---------------------------------------------------------
@@ -223,9 +240,9 @@ def test_temporary_directory_of_the_environment_comes_first(tmp_path):
 
 def refused(tmp_path: Path, *args: str, **environ: str) -> str:
     """The one line of a command that ends with exit code 2."""
-    ended = python(ROOT / "listener.py", *args, cwd=tmp_path, **environ)
-    assert (ended.returncode, ended.stdout) == (2, ""), ended
-    [line] = ended.stderr.splitlines()
+    ended = commands.run(environ, tmp_path, *args)
+    assert (ended.code, ended.out) == (2, ""), ended
+    [line] = ended.err.splitlines()
     return line
 
 
