@@ -66,7 +66,8 @@ FORGET = """
 DELETE FROM jobs WHERE job_id IN %(jobs)s;
 DELETE FROM stage_calls WHERE job_id IN %(jobs)s;
 DELETE FROM stage_leases WHERE job_id IN %(jobs)s;
-DELETE FROM stage_attempts WHERE job_id IN %(jobs)s"""
+DELETE FROM stage_attempts WHERE job_id IN %(jobs)s;
+DELETE FROM stage_requests WHERE row_id IN %(jobs)s"""
 
 
 def forget(connection: Connection) -> None:

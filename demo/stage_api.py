@@ -106,6 +106,8 @@ class StageApi:
     def start(self) -> "StageApi":
         """Serve in the background. Raises OSError when host and port cannot be had."""
         self.closing.clear()
+        with suppress(psycopg2.Error):  # else with the first call
+            self.install()
         self._server = StageServer((self._host, self._port), self)
         self._port = self._server.server_address[1]
         return self
@@ -209,6 +211,10 @@ class StageApi:
             receiver.Receiver(self.connect, patience=0).install()
             self._is_installed = True
 
+    def watch(self) -> None:
+        """Send back, now and again, what a process that died has left running."""
+        self._receiver.watch(*(stage.takes for stage in self._stages.values()))
+
     def _take_connection(self) -> psycopg2.extensions.connection:
         self.install()
         while self._idle:
@@ -257,6 +263,7 @@ def main(host: str, port: int, delay_scale: float) -> None:
         api.start()
     except OSError as error:
         sys.exit(f"stage API: cannot listen on {host}:{port}: {error.strerror}")
+    api.watch()
     print(f"stage API on {api.url}", flush=True)
     signal.sigwait({signal.SIGTERM, signal.SIGINT})
     api.close(grace=5)
