@@ -289,7 +289,7 @@ def call(one: dict[str, Any]) -> str:
 
 def stage(found: Stage, may_act: bool) -> Markup:
     row, name = found.row, found.row["stage"]
-    found_alarms = sorted(of_stage(row), key=lambda alarm: alarm.urgency)
+    found_alarms = sorted(of_stage(row, found.at), key=lambda alarm: alarm.urgency)
     others = [words for words, colour in status.notes(row) if not colour]
     notes = join(f"<li>{text(words)}</li>" for words in others)
     links = [action_link("resume", "Resume…", stage=name)] if row["held_until"] else []
