@@ -2,36 +2,32 @@
 
 import base64
 import hashlib
-import http.cookies
 import logging
 import math
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
 from http import HTTPStatus
 from types import SimpleNamespace
-from urllib.parse import parse_qsl, quote, unquote
+from urllib.parse import quote
 
 from ops import rows
-from ops.serve import asking, pages
+from ops.serve import asking, forms, frame, pages, parts, row_pages
 from ops.serve.access import (
     COOKIE,
     NOBODY,
     SESSION_SECONDS,
     Access,
-    Session,
     TooSoon,
     is_cross_site,
     is_known_host,
     name_of,
 )
 from ops.serve.actions import ACTIONS, perform
+from ops.serve.exchange import Refused, Request, Response
 from ops.serve.looks import Looks, Unreadable
 
 log = logging.getLogger("listener.serve")
 
 REFRESH = 5  # seconds
-LONGEST_FORM = 10_000  # bytes
-FORM = "application/x-www-form-urlencoded"
 # That of the report, which has a style of its own in it.
 ANY_STYLE = "'unsafe-inline'"
 POLICY = (
@@ -51,80 +47,6 @@ TEXT = "text/plain; charset=utf-8"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class Refused(Exception):
-    """The request is answered with this status, and with one line."""
-
-    def __init__(self, status: int, said: str, **headers: str):
-        super().__init__(status, said)
-        self.status, self.said, self.headers = status, said, headers
-
-
-@dataclass
-class Request:
-    """What was asked, decoded."""
-
-    method: str
-    path: str
-    parts: list[str]  # of the path
-    query: dict[str, str]
-    host: str
-    address: str  # of who asks, or of the proxy in between
-    environ: dict
-    session: Session = NOBODY
-
-    @classmethod
-    def of(cls, environ: dict) -> "Request":
-        path = environ.get("REQUEST_URI", "/").partition("?")[0]
-        return cls(
-            method=environ["REQUEST_METHOD"],
-            path=path,
-            parts=[unquote(part) for part in path.split("/")[1:]],
-            query=pairs(environ.get("QUERY_STRING", "")),
-            host=environ.get("HTTP_HOST", ""),
-            address=environ.get("REMOTE_ADDR", ""),
-            environ=environ,
-        )
-
-    @property
-    def cookie(self) -> str:
-        found: http.cookies.SimpleCookie = http.cookies.SimpleCookie()
-        try:
-            found.load(self.environ.get("HTTP_COOKIE", ""))
-        except http.cookies.CookieError:
-            return ""
-        return found[COOKIE].value if COOKIE in found else ""
-
-    def form(self) -> dict[str, str]:
-        """The fields that were sent. Raises Refused where they cannot be read."""
-        kind = self.environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
-        length = self.environ.get("CONTENT_LENGTH", "")
-        if kind != FORM:
-            raise Refused(415, "a form is needed")
-        if not (length.isascii() and length.isdigit()):
-            raise Refused(411, "the length of the form is needed")
-        if int(length) > LONGEST_FORM:
-            raise Refused(413, f"a form has {LONGEST_FORM} bytes at most")
-        sent = self.environ["wsgi.input"].read(int(length))
-        return pairs(sent.decode("utf-8", "replace"))
-
-
-def pairs(text: str) -> dict[str, str]:
-    """Fields of a form or a query; those without a value are left out."""
-    try:
-        return dict(parse_qsl(text, errors="replace", max_num_fields=20))
-    except ValueError:
-        return {}
-
-
-@dataclass
-class Response:
-    body: str
-    status: int = 200
-    kind: str = "text/html; charset=utf-8"
-    headers: dict[str, str] = field(default_factory=dict)
-    style: str = ""
-
-
 class App:
     """All pages.
 
@@ -136,7 +58,7 @@ class App:
         self.settings = settings
         self.looks, self.access = Looks(settings), Access(settings.OPS_TOKEN)
         self.known_hosts = known_hosts
-        self.css = pages.css()
+        self.css = frame.css()
         digest = hashlib.sha256(self.css.encode()).digest()
         self.style = f"'sha256-{base64.b64encode(digest).decode()}'"
 
@@ -147,11 +69,11 @@ class App:
         except Refused as refused:
             response = self.refusal(request, refused)
         except Unreadable as away:
-            response = self.page(request, pages.unreadable(away), away.title, refreshes=True)
+            response = self.page(request, parts.unreadable(away), away.title, refreshes=True)
             response.status = 503
         except Exception:
             log.exception("페이지 오류: %s", request.path)
-            body = pages.sorry("Something went wrong", "The log of `serve` says what.")
+            body = parts.sorry("Something went wrong", "The log of `serve` says what.")
             response = self.page(request, body, "Error")
             response.status = 500
         return self.send(request, response, start_response)
@@ -170,7 +92,7 @@ class App:
 
     def refusal(self, request: Request, refused: Refused) -> Response:
         title = HTTPStatus(refused.status).phrase
-        response = self.page(request, pages.sorry(title, refused.said), title)
+        response = self.page(request, parts.sorry(title, refused.said), title)
         response.status = refused.status
         response.headers |= {name.replace("_", "-"): text for name, text in refused.headers.items()}
         return response
@@ -178,7 +100,7 @@ class App:
     def page(self, request: Request, body: str, title: str, refreshes: bool = False) -> Response:
         """Args: refreshes: it has no form that a person may be filling in."""
         refresh = REFRESH if is_refreshing(request) else 0
-        shown = pages.Shown(
+        shown = frame.Shown(
             title=title,
             css=self.css,
             path=request.path,
@@ -187,7 +109,7 @@ class App:
             refresh=refresh if refreshes else None,
         )
         headers = {"Refresh": str(REFRESH)} if refreshes and refresh else {}
-        return Response(pages.whole(shown, body), headers=headers)
+        return Response(frame.whole(shown, body), headers=headers)
 
     # --- which page it is ---
 
@@ -263,14 +185,14 @@ class App:
         if len(places) > 1:
             return see_other(f"/search?q={quote(id_, safe='')}")
         found = asking.row(self.looks, places[0])
-        body = pages.row(found, self.access.is_on)
+        body = row_pages.row(found, self.access.is_on)
         return self.page(request, body, rows.said(found.found.row), refreshes=True)
 
     def search(self, request: Request) -> Response:
         """By id, in every table, or by tenant. It has a form, so it does not refresh itself."""
         asked = request.query.get("q", "").strip()
         found = asking.search(self.looks, self.settings, asked) if asked else None
-        return self.page(request, pages.search(asked, found), "Search")
+        return self.page(request, row_pages.search(asked, found), "Search")
 
     def report(self, request: Request) -> Response:
         return Response(asking.report(self.looks), style=ANY_STYLE)
@@ -279,7 +201,7 @@ class App:
 
     def login(self, request: Request) -> Response:
         token = self.access.form_token(request.session, request.path)
-        body = pages.login(token, local(request.query.get("next", "")), "")
+        body = forms.login(token, local(request.query.get("next", "")), "")
         return self.page(request, body, "Log in")
 
     def enter(self, request: Request, sent: dict[str, str]) -> Response:
@@ -298,7 +220,7 @@ class App:
                 status, said = 429, f"A wrong token was entered before: try again in {seconds} s."
                 log.warning("로그인 거절: %d초 뒤에 다시 시도, 주소 %s", seconds, request.address)
         token = self.access.form_token(request.session, request.path)
-        response = self.page(request, pages.login(token, after, said), "Log in")
+        response = self.page(request, forms.login(token, after, said), "Log in")
         response.status = status
         return response
 
@@ -310,7 +232,7 @@ class App:
 
     def logout(self, request: Request) -> Response:
         token = self.access.form_token(request.session, request.path)
-        return self.page(request, pages.logout(token, request.session.name), "Log out")
+        return self.page(request, forms.logout(token, request.session.name), "Log out")
 
     def leave(self, request: Request, sent: dict[str, str]) -> Response:
         self.access.end(request.session)
@@ -324,9 +246,9 @@ class App:
             after = quote(f"{request.path}?{request.environ.get('QUERY_STRING', '')}", safe="")
             return see_other(f"/login?next={after}")
         token = self.access.form_token(request.session, request.path)
-        given = {key: request.query.get(key, "") for key in pages.FIELDS}
+        given = {key: request.query.get(key, "") for key in forms.FIELDS}
         person = request.session.person
-        body = pages.ask(name, ACTIONS[name], given, token, person)
+        body = forms.ask(name, ACTIONS[name], given, token, person)
         return self.page(request, body, ACTIONS[name].label)
 
     def act(self, request: Request, sent: dict[str, str], name: str) -> Response:
@@ -334,7 +256,7 @@ class App:
             raise Refused(400, "it is not said what is meant")
         done = perform(self.looks, request.session, name, sent)
         label = ACTIONS[name].label
-        response = self.page(request, pages.done(label, done, sent), label)
+        response = self.page(request, forms.done(label, done, sent), label)
         response.status = done.status
         return response
 

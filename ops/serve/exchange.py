@@ -1,0 +1,84 @@
+"""A request as it was asked, decoded, and what is answered."""
+
+import http.cookies
+from dataclasses import dataclass, field
+from urllib.parse import parse_qsl, unquote
+
+from ops.serve.access import COOKIE, NOBODY, Session
+
+LONGEST_FORM = 10_000  # bytes
+FORM = "application/x-www-form-urlencoded"
+
+
+class Refused(Exception):
+    """The request is answered with this status, and with one line."""
+
+    def __init__(self, status: int, said: str, **headers: str):
+        super().__init__(status, said)
+        self.status, self.said, self.headers = status, said, headers
+
+
+@dataclass
+class Request:
+    """What was asked, decoded."""
+
+    method: str
+    path: str
+    parts: list[str]  # of the path
+    query: dict[str, str]
+    host: str
+    address: str  # of who asks, or of the proxy in between
+    environ: dict
+    session: Session = NOBODY
+
+    @classmethod
+    def of(cls, environ: dict) -> "Request":
+        path = environ.get("REQUEST_URI", "/").partition("?")[0]
+        return cls(
+            method=environ["REQUEST_METHOD"],
+            path=path,
+            parts=[unquote(part) for part in path.split("/")[1:]],
+            query=pairs(environ.get("QUERY_STRING", "")),
+            host=environ.get("HTTP_HOST", ""),
+            address=environ.get("REMOTE_ADDR", ""),
+            environ=environ,
+        )
+
+    @property
+    def cookie(self) -> str:
+        found: http.cookies.SimpleCookie = http.cookies.SimpleCookie()
+        try:
+            found.load(self.environ.get("HTTP_COOKIE", ""))
+        except http.cookies.CookieError:
+            return ""
+        return found[COOKIE].value if COOKIE in found else ""
+
+    def form(self) -> dict[str, str]:
+        """The fields that were sent. Raises Refused where they cannot be read."""
+        kind = self.environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
+        length = self.environ.get("CONTENT_LENGTH", "")
+        if kind != FORM:
+            raise Refused(415, "a form is needed")
+        if not (length.isascii() and length.isdigit()):
+            raise Refused(411, "the length of the form is needed")
+        if int(length) > LONGEST_FORM:
+            raise Refused(413, f"a form has {LONGEST_FORM} bytes at most")
+        sent = self.environ["wsgi.input"].read(int(length))
+        return pairs(sent.decode("utf-8", "replace"))
+
+
+def pairs(text: str) -> dict[str, str]:
+    """Fields of a form or a query; those without a value are left out."""
+    try:
+        return dict(parse_qsl(text, errors="replace", max_num_fields=20))
+    except ValueError:
+        return {}
+
+
+@dataclass
+class Response:
+    body: str
+    status: int = 200
+    kind: str = "text/html; charset=utf-8"
+    headers: dict[str, str] = field(default_factory=dict)
+    style: str = ""

@@ -1,0 +1,96 @@
+"""What several pages have: headings, problems, links, alarms and figures."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import pipeline
+from ops.alarms import Alarm
+from ops.report.markup import Markup, attribute, join, text
+from ops.report.page import URGENCY
+from ops.serve.looks import Unreadable
+
+
+def as_of(moment: datetime) -> str:
+    local = moment.astimezone()
+    return f"as of {local:%F %T} {local:%Z}"
+
+
+def heading(title: Any, *lines: Any) -> Markup:
+    below = join(f"<p>{text(line, 300)}</p>" for line in lines if line)
+    return Markup(f"<header><h1>{text(title, 300)}</h1>{below}</header>")
+
+
+def sorry(title: str, line: str) -> Markup:
+    back = '<p><a href="/">To the overview</a></p>'
+    return Markup(f'{heading(title)}<p class="problem" role="alert">{text(line, 1000)}</p>{back}')
+
+
+def unreadable(away: Unreadable) -> Markup:
+    problem = f'<p class="problem" role="alert">{text(away.reason, 1000)}</p>'
+    waits = "This page asks again by itself. Calls that are owed wait in the database."
+    return Markup(f'{heading(away.title)}{problem}<p class="quiet">{waits}</p>')
+
+
+# --- links ---------------------------------------------------------------------------------
+
+
+def path_of(*parts: str) -> str:
+    return "/" + "/".join(quote(part, safe="") for part in parts)
+
+
+def stage_link(name: str | None) -> Markup:
+    return Markup(f'<a href="{path_of("stage", name)}">{text(name, 60)}</a>') if name else text("")
+
+
+def row_path(table_name: str, key: str) -> str:
+    """Without its table where that is jobs, which most ids are of."""
+    is_only = len(pipeline.tables()) == 1
+    return path_of("job", key) if is_only else path_of("job", table_name, key)
+
+
+def row_link(table_name: str, key: str) -> Markup:
+    name = key if table_name == pipeline.JOBS.name else f"{table_name} {key}"
+    return Markup(f'<a href="{attribute(row_path(table_name, key), 10_000)}">{text(name, 130)}</a>')
+
+
+def action_link(name: str, label: str, **given: str | None) -> str:
+    fields = urlencode({key: value for key, value in given.items() if value})
+    return f'<a class="button" href="{attribute(f"/do/{name}?{fields}", 10_000)}">{text(label)}</a>'
+
+
+def actions(may_act: bool, *links: str) -> Markup:
+    return Markup(f'<p class="actions">{join(links, " ")}</p>' if may_act and links else "")
+
+
+# --- alarms and figures --------------------------------------------------------------------
+
+
+def attention(found: list[Alarm]) -> Markup:
+    """What needs a person, the most urgent first, each with what to type."""
+    if not found:
+        calm = "Nothing is held, late, given up, failed or stalled."
+        return Markup(f'<p class="calm">{calm}</p>')
+    items = join(map(alarm, found))
+    return Markup(f'<ol class="attention" aria-label="Needs a person">{items}</ol>')
+
+
+def alarm(found: Alarm) -> Markup:
+    """As in the report, but that it leads to the page of its stage."""
+    kind, about = URGENCY[found.urgency]
+    stage = f"<b>{stage_link(found.stage)}</b> " if found.stage else ""
+    reason = f'<p class="reason">{text(found.reason)}</p>' if found.reason else ""
+    mend = f'<p class="mend"><code>{text(found.mend, 1000)}</code></p>' if found.mend else ""
+    what = f"<p>{stage}{text(found.what)}</p>"
+    return Markup(f'<li class="{kind}" title="{about}">{what}{reason}{mend}</li>')
+
+
+def tiles(found: Sequence[tuple[str, Any, str, Any]]) -> Markup:
+    """Name, figure, what is said about it, whether it is bad."""
+    each = join(
+        f'<div class="{"bad" if bad else "good"}"><dt>{name}</dt>'
+        f"<dd>{text(value)}<small>{text(about, 60) if about else ''}</small></dd></div>"
+        for name, value, about, bad in found
+    )
+    return Markup(f'<dl class="figures">{each}</dl>')
