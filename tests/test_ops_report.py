@@ -176,7 +176,7 @@ def alarms(page) -> list[list[str]]:
 
 
 def test_alarms_come_by_urgency_each_with_its_reason_and_the_command(database):
-    assert alarms(read(database)) == [[NO_LISTENER, "python listener.py"]]
+    assert alarms(read(database)) == [[NO_LISTENER, "./jsl"]]
     job = database.add_job("img_gen", "done")
     give_up(database, database.add_job("vlm_analyze", "done"), "HTTP 404")
     database.rows("UPDATE stage_calls SET due_at = now() - interval '1 h' WHERE job_id = %s", job)
@@ -190,16 +190,16 @@ def test_alarms_come_by_urgency_each_with_its_reason_and_the_command(database):
     database.rows("ALTER TABLE jobs ENABLE TRIGGER job_state_change_trigger")
     assert alarms(shown) == [
         ["new calls may not be recorded", "trigger job_state_change_trigger on jobs is disabled",
-         "python listener.py install"],
-        [NO_LISTENER, "python listener.py"],
+         "./jsl install"],
+        [NO_LISTENER, "./jsl"],
         ["vlm_analyze a call has been due for 60 min", "1 call due, 0 under way",
-         "python listener.py jobs --stage vlm_analyze"],
+         "./jsl jobs --stage vlm_analyze"],
         ["overlay held for 100 d more by kim", "HTTP 503; 0 calls owed",
-         "python listener.py resume overlay"],
-        ["yolo_detect 1 call given up", "HTTP 404", "python listener.py retry --stage yolo_detect"],
+         "./jsl resume overlay"],
+        ["yolo_detect 1 call given up", "HTTP 404", "./jsl retry --stage yolo_detect"],
         ["overlay 1 job set failed by the stage", "set failed by its stage",
-         "python listener.py jobs --failed --stage overlay"],
-        ["planner paused by kim", "GPU; 0 calls owed", "python listener.py resume planner"],
+         "./jsl jobs --failed --stage overlay"],
+        ["planner paused by kim", "GPU; 0 calls owed", "./jsl resume planner"],
     ]  # fmt: skip
     links = {link.attributes["href"] for link in shown.root.one("ol", "attention").all("a")}
     assert links == {"#given-up", "#set-failed", "#waits"}
@@ -211,7 +211,7 @@ def test_commands_of_alarms_can_be_typed(database, run_command):
     job = database.add_job("planner", "running")
     database.rows("UPDATE jobs SET updated_at = now() - interval '1 d' WHERE job_id = %s", job)
     database.rows("UPDATE pipeline_stages SET held_until = 'infinity' WHERE stage = 'planner'")
-    typed = [alarm[-1].split()[2:] for alarm in alarms(read(database))[1:]]
+    typed = [alarm[-1].split()[1:] for alarm in alarms(read(database))[1:]]
     assert len(typed) == 4
     for command in typed:
         assert run_command(database, *command).code in (0, 1) and "Usage" not in command
