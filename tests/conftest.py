@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,6 +72,11 @@ class Server:
         conn.autocommit = True
         return conn
 
+    @cached_property
+    def version(self) -> int:
+        with closing(self.connect()) as conn:
+            return conn.server_version // 10000
+
     def administer(self, sql: str) -> None:
         """Run `sql` on a connection that is kept; on a new one after a restart of the server."""
         if self.admin is None or self.admin.closed:
@@ -86,7 +91,7 @@ class Server:
     def create(self, template: str = "template1", name: str | None = None) -> str:
         name = name or f"jsl_test_{os.getpid()}_{next(_number)}"
         # To write every page to the WAL costs more than to copy files, as PostgreSQL 14 does.
-        how = "STRATEGY FILE_COPY" if MAJORS[-1] >= 15 else ""
+        how = "STRATEGY FILE_COPY" if self.version >= 15 else ""
         self.administer(f"CREATE DATABASE {name} TEMPLATE {template} {how}")
         return name
 
@@ -318,7 +323,7 @@ def started(pid: int) -> str | None:
     return None
 
 
-MEMORY, ENOUGH = "/dev/shm", 4 << 30
+MEMORY, ENOUGH = "/dev/shm", 8 << 30
 
 
 @cache
@@ -337,7 +342,8 @@ def in_memory() -> str | None:
 
 def embedded_server(major: int = MAJORS[0], **options: object) -> EmbeddedDatabase:
     """A server that may lose its data with the machine."""
-    return EmbeddedDatabase(major, {"fsync": "off"} | options, in_memory())
+    small = {"fsync": "off", "min_wal_size": "32MB", "max_wal_size": "128MB"}
+    return EmbeddedDatabase(major, small | options, in_memory())
 
 
 @pytest.fixture(scope="session")
