@@ -10,6 +10,7 @@ import gc
 import importlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -39,13 +40,11 @@ class Launched:
         self.returncode: int | None = None
 
     def wait(self, timeout: float | None = None) -> int:
+        """The exit code. Several threads may wait, so it is left to be read again."""
         if self.returncode is None:
-            self._socket.settimeout(timeout)
-            try:
-                self.returncode = int(self._socket.recv(10))
-            except (TimeoutError, BlockingIOError):
-                raise subprocess.TimeoutExpired("listener.py", timeout) from None
-            self._socket.close()
+            if not select.select([self._socket], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("listener.py", timeout)
+            self.returncode = int(self._socket.recv(10, socket.MSG_PEEK))
         return self.returncode
 
     def poll(self) -> int | None:
