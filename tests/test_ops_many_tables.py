@@ -3,9 +3,9 @@
 import json
 import re
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 
+import commands
 import pytest
 from claims import claim_many, connected, result, settle
 from reports import attempt, read
@@ -25,9 +25,14 @@ HERE = {"PIPELINE_MODULE": "variants", "PYTHONPATH": str(Path(__file__).parent)}
 
 
 @pytest.fixture
-def command(variants, run_command):
-    """run_command on the database of `variants`, with its pipeline."""
-    return partial(run_command, variants.database, **HERE)
+def command(variants, tmp_path):
+    """command(*args, api=None, **settings) on the database of `variants`, in this process."""
+
+    def typed(*args: str, api=None, **settings: str) -> commands.Done:
+        environ = variants.database.environ | {"HEARTBEAT_DIR": str(tmp_path)} | settings
+        return commands.run_here(environ | ({"STAGE_API_URL": api.url} if api else {}), *args)
+
+    return typed
 
 
 def fail_by_stage(variants: Variants, error: str = "HTTP 500: CUDA out of memory") -> str:
@@ -159,8 +164,8 @@ def test_report_counts_the_children_that_it_does_not_show(variants):
 # --- install, verify, uninstall ------------------------------------------------------------
 
 
-def test_verify_names_pipeline_tables_functions_and_triggers(variants, command, api):
-    done = command("verify", api=api)
+def test_verify_names_pipeline_tables_functions_and_triggers(variants, run_command, api):
+    done = run_command(variants.database, "verify", api=api, **HERE)
     assert problems(done) == []
     said = [line.removeprefix("ok       ") for line in done.lines]
     assert "tables of PIPELINE: jobs (job_id), jobs_variants (job_variants_id, job_id)" in said
