@@ -23,6 +23,7 @@ from demo.database import EmbeddedDatabase
 from demo.terminal import CHILD
 from receiver import Receiver
 
+ROOT = Path(__file__).parent.parent
 SETTINGS = {
     "PIPELINE_MODULE": "chaos.once_pipeline",
     "STAGE_TIMEOUT": 2,
@@ -53,7 +54,7 @@ class StageProcess:
         command = [sys.executable, "-m", "chaos.once_api", str(number), str(self.children)]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stderr=log, pass_fds=[number], cwd=CHILD["cwd"],
+                command, stdin=subprocess.PIPE, stderr=log, pass_fds=[number], cwd=ROOT,
                 start_new_session=True, env=os.environ | {"DSN": self.dsn})  # fmt: skip
         return self
 

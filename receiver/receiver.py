@@ -5,11 +5,11 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from .answers import Answer, Failed, Refused, Running, json_answer, one_line, refusal
 from .rows import (
@@ -36,6 +36,12 @@ SCHEMA = Path(__file__).with_name("schema.sql")
 ALONE = "SELECT pg_advisory_xact_lock(hashtextextended('stage_requests schema', 0))"
 # Seconds for which a request that is not taken yet waits for the database.
 PATIENCE_TO_TAKE = 5.0
+
+
+class Headers(Protocol):
+    """Those of a request, whatever the framework."""
+
+    def items(self) -> Iterable[tuple[str, str]]: ...
 
 
 class Job:
@@ -149,7 +155,7 @@ class Receiver:
     def run(
         self,
         stage: Stage,
-        headers: Mapping[str, str],
+        headers: Headers,
         body: bytes,
         work: Callable[[Job], dict | None],
     ) -> Answer:
@@ -164,9 +170,7 @@ class Receiver:
         except Refused as refused:
             return refused.answer
 
-    def begin(
-        self, stage: Stage, headers: Mapping[str, str], body: bytes
-    ) -> tuple[Answer, Job | None]:
+    def begin(self, stage: Stage, headers: Headers, body: bytes) -> tuple[Answer, Job | None]:
         """Take the row and answer 202; job.run(work) is to follow, in any thread.
 
         Returns:
@@ -181,7 +185,7 @@ class Receiver:
             return refused.answer, None
         return json_answer(202, status="running", stage=stage.name, id=job.id), job
 
-    def request(self, stage: Stage, headers: Mapping[str, str], body: bytes) -> Request:
+    def request(self, stage: Stage, headers: Headers, body: bytes) -> Request:
         """The request, where its signature and its body are right.
 
         Raises:
