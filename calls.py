@@ -126,7 +126,7 @@ WITH result AS ({RESULTS}
 ), ended AS (
     DELETE FROM stage_leases AS l USING result AS r
     WHERE l.call_id = ANY (ARRAY(SELECT call_id FROM result))
-      AND l.call_id = r.call_id AND l.attempt = r.attempt
+      AND l.call_id = r.call_id AND l.attempt = r.attempt AND l.job_id = r.job_id
 ), mine AS ({MINE}
 ), paid AS (
     DELETE FROM stage_calls WHERE job_id = ANY (ARRAY(SELECT job_id FROM mine))
@@ -145,11 +145,13 @@ WITH result AS ({FAILURES}
 ), ended AS (
     DELETE FROM stage_leases AS l USING result AS r
     WHERE l.call_id = ANY (ARRAY(SELECT call_id FROM result))
-      AND l.call_id = r.call_id AND l.attempt = r.attempt AND r.outcome <> 'unknown'
+      AND l.call_id = r.call_id AND l.attempt = r.attempt AND l.job_id = r.job_id
+      AND r.outcome <> 'unknown'
 ), unanswered AS (
     UPDATE stage_leases AS l SET unanswered = true FROM result AS r
     WHERE l.call_id = ANY (ARRAY(SELECT call_id FROM result))
-      AND l.call_id = r.call_id AND l.attempt = r.attempt AND r.outcome = 'unknown'
+      AND l.call_id = r.call_id AND l.attempt = r.attempt AND l.job_id = r.job_id
+      AND r.outcome = 'unknown'
 ), mine AS ({MINE}
 ), postponed AS (
     UPDATE stage_calls AS c
@@ -173,7 +175,7 @@ WORK = Statement(
 WITH result AS (SELECT * FROM json_populate_recordset(NULL::stage_attempts, %(taken)s::json))
 UPDATE stage_leases AS l SET working = true, spent = r.spent FROM result AS r
 WHERE l.call_id = ANY (ARRAY(SELECT call_id FROM result))
-  AND l.call_id = r.call_id AND l.attempt = r.attempt
+  AND l.call_id = r.call_id AND l.attempt = r.attempt AND l.job_id = r.job_id
 """,
 )
 
@@ -700,7 +702,7 @@ SETTLE_WITHOUT_HISTORY = f"""
 WITH result AS ({RESULTS}
 ), ended AS (
     DELETE FROM stage_leases AS l USING result AS r
-    WHERE l.call_id = r.call_id AND l.attempt = r.attempt
+    WHERE l.call_id = r.call_id AND l.attempt = r.attempt AND l.job_id = r.job_id
 ), paid AS (
     DELETE FROM stage_calls AS c USING result AS r
     WHERE {FENCE} AND r.outcome IN ('succeeded', 'skipped')
