@@ -400,7 +400,7 @@ BEGIN
         FROM pg_proc AS p
         WHERE p.pronamespace = quote_ident(current_schema())::regnamespace
           AND (p.proname IN ('notify_job_state_change', 'stage_call_row', 'stage_join_is_complete',
-                             'stage_column_types')
+                             'stage_column_types', 'stage_due_calls')
                OR p.prorettype = 'trigger'::regtype AND p.proname ^@ 'job_state_listener_')
     LOOP
         IF made.foreign_owned THEN

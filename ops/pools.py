@@ -1,6 +1,7 @@
 """Pools: what several stages share, and which of them are being called."""
 
 import click
+import psycopg2
 
 import db
 import pipeline
@@ -22,8 +23,13 @@ ORDER BY s.name
 
 
 def pools(conn) -> list:
-    """A row for each pool: name, size, calling, stages, stays_with, stays_until."""
-    return db.execute(conn, POOLS).fetchall()
+    """A row for each pool: name, size, calling, stages, stays_with, stays_until. None where the
+    role may read only the views.
+    """
+    try:
+        return db.execute(conn, POOLS).fetchall()
+    except psycopg2.errors.InsufficientPrivilege:
+        return []
 
 
 class PoolName(StageName):

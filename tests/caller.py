@@ -110,8 +110,10 @@ class Caller:
         return self.database.attempts(call.job_id)[-1]
 
     def call_again(self) -> SimpleNamespace:
-        """The same, without waiting for back-off, lease or hold to pass."""
-        self.database.rows("UPDATE stage_calls SET due_at = now() WHERE due_at < 'infinity'")
+        """The same, without waiting for back-off, lease or hold to pass: in the order of due_at."""
+        self.database.rows(
+            "UPDATE stage_calls SET due_at = due_at - interval '1 day' WHERE due_at < 'infinity'"
+        )
         self.database.rows(WITHOUT_HOLDS)
         return self.call()
 

@@ -174,7 +174,7 @@ CROWD = [(1, 1, 0, 60, "succeeded"), (2, 1, 5, 70, "succeeded"), (3, 1, 8, 50, "
 def test_more_calls_at_once_than_max_running_are_found_once_the_limit_holds(database):
     for call in CROWD:  # of three rows, before there was a limit
         forge(database, call)
-    database.rows("INSERT INTO stage_limits VALUES ('planner', 2)")
+    database.rows("INSERT INTO stage_limits VALUES ('planner', '{planner}', 2)")
     assert audit(database) == {}
     for number, began, ended in ((4, 1000, 1015), (5, 1006, 1020), (6, 1014, 1030)):
         forge(database, (number, 1, began, ended, "succeeded"))

@@ -72,7 +72,8 @@ def settings_of(cwd: Path, **environ: str):
 def program(tmp_path):
     """A copy of config.py, and of what it imports, in a directory of its own."""
     (tmp_path / "program").mkdir()
-    shutil.copy(ROOT / "redaction.py", tmp_path / "program")
+    for name in ("redaction.py", "signing.py"):
+        shutil.copy(ROOT / name, tmp_path / "program")
     return Path(shutil.copy(ROOT / "config.py", tmp_path / "program")).parent
 
 

@@ -26,7 +26,7 @@ UNDER_WAY = "SELECT count(*) FROM stage_leases WHERE stage = %s AND leased_until
 
 def limit(database, running: int, stage: str = "vlm_analyze") -> None:
     """Let `stage` have `running` calls at once, as install would."""
-    database.rows("INSERT INTO stage_limits VALUES (%s, %s)", stage, running)
+    database.rows("INSERT INTO stage_limits VALUES (%s, ARRAY[%s], %s)", stage, stage, running)
 
 
 @pytest.fixture

@@ -72,7 +72,9 @@ class Pipeline(RuleBasedStateMachine):
     def empty(self):
         self.database.emptied()
         self.database.rows("DELETE FROM stage_limits")
-        self.database.rows("INSERT INTO stage_limits VALUES (%s, %s)", LIMITED, LIMIT)
+        self.database.rows(
+            "INSERT INTO stage_limits VALUES (%s, ARRAY[%s], %s)", LIMITED, LIMITED, LIMIT
+        )
 
     # --- the application ---
 

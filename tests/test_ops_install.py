@@ -32,6 +32,7 @@ MADE = [
     "table stage_leases",
     "table stage_looks",
     "table stage_joins",
+    "table stage_moves",
     "table stage_attempts",
     "table stage_totals",
     "table stage_totals_mark",
@@ -45,6 +46,7 @@ MADE = [
     "function stage_call_row()",
     "function stage_column_types()",
     "function stage_join_is_complete()",
+    "function stage_due_calls()",
     "trigger job_state_change_trigger on jobs",
     "trigger job_state_insert_trigger on jobs",
 ]

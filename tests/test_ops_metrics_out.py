@@ -24,6 +24,7 @@ PROMTOOL = shutil.which("promtool")
 def everything(database, run_command) -> str:
     """A text in which no family is missing."""
     database.rows("UPDATE pipeline_stages SET max_running = 3 WHERE stage = 'planner'")
+    database.rows("INSERT INTO stage_limits VALUES ('gpu', '{planner}', 1)")
     return run_command(database, "metrics").out
 
 

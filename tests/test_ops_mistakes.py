@@ -89,7 +89,7 @@ MISTAKES = {
         "Invalid value for 'STAGE...': 'paint' is no stage: There are vlm_analyze",
         "resume",
     ),
-    "pause": ("Missing argument 'STAGE...'", "pause"),
+    "pause": ("name a STAGE, or a --pool", "pause"),
     "cancel": ("Give job ids, or some of --stage, --tenant", "cancel"),
     "cancel 7 --error x": ("Job ids go with --stage and --table only.", "cancel"),
     "retry --table jobs": ("Give job ids, or some of --stage, --tenant", "retry"),
@@ -197,7 +197,7 @@ def test_role_without_grants_gets_one_line_that_says_where_they_are(
 
 def test_once_with_half_the_grants_ends_and_says_why(database, run_command, make_role):
     role = make_role(database)
-    some = "pipeline_stages, pipeline_tables, jobs, job_state_listener_schema"
+    some = "pipeline_stages, pipeline_tables, stage_limits, jobs, job_state_listener_schema"
     database.rows(f"GRANT SELECT ON {some} TO {role}")
     done = run_command(database, "run", "--once", DB_USER=role, DB_PASSWORD=role)
     assert done.code == 1

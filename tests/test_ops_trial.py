@@ -41,7 +41,7 @@ def test_given_up_stage_is_named_with_its_error(database, api, run_command, runn
     api.on("planner", lambda _: Answer(422, b"no text"))
     done = run_command(database, "test-job")
     assert done.code == 1
-    assert re.search(r"stalls at planner: given up: HTTP 422: no text; look with python", done.err)
+    assert re.search(r"stalls at planner: given up: HTTP 422: no text; look with ./jsl", done.err)
     assert [line.split()[0] for line in done.out.splitlines()[1:]] == STAGES[:2]
 
 

@@ -230,7 +230,7 @@ def one_of_everything(database, conn) -> None:
     assert settle(conn, held(row))
     database.rows("UPDATE pipeline_stages SET held_until = now()")
     assert settle(conn, result(claim(conn), "retry", delay=0.5, error="HTTP 500"))
-    database.rows("INSERT INTO stage_limits (name, max_running) VALUES ('vlm_analyze', 1)")
+    database.rows("INSERT INTO stage_limits VALUES ('vlm_analyze', '{vlm_analyze}', 1)")
     assert claim(conn, only=job).call_id
     database.rows(LEASE_OVER)
     row = claim(conn)  # the one before is lost

@@ -226,7 +226,7 @@ def test_call_that_was_put_off_beyond_its_lease_can_be_hurried(rested):
 
 def test_call_beyond_the_limit_of_its_stage_says_so(database, tmp_path):
     environ = database.environ | {"HEARTBEAT_DIR": str(tmp_path)}
-    database.rows("INSERT INTO stage_limits VALUES ('overlay', 1)")
+    database.rows("INSERT INTO stage_limits VALUES ('overlay', '{overlay}', 1)")
     database.rows("UPDATE pipeline_stages SET max_running = 1 WHERE stage = 'overlay'")
     rested = Rested(database, lambda *args: commands.run_here(environ, *args)).add()
     first = rested.claimed()

@@ -17,7 +17,9 @@ JOBS = 60
 SET = "UPDATE jobs SET current_step = 'planner', status = %s WHERE job_id = %s"
 
 
-def test_calls_are_made_once_while_listeners_are_killed(database, use_pipeline, api, listener):
+def test_d1_asynchronous_calls_are_made_once_while_listeners_are_killed(
+    database, use_pipeline, api, listener
+):
     use_pipeline(PIPELINE)
     install(database, TABLE)
     dice = random.Random(7)

@@ -83,7 +83,7 @@ runpy.run_path({str(PROGRAM)!r}, run_name="__main__")
 """
 
 
-def test_sessions_do_not_pile_up_while_a_synchronous_standby_is_away(
+def test_a9_sessions_do_not_pile_up_while_a_synchronous_standby_is_away(
     own_server, make_database, api, listener, tmp_path
 ):
     database = make_database(own_server)
