@@ -118,12 +118,16 @@ def test_stage_that_commits_after_its_answer(site):
     assert site.database.value(ENDED, job) == "succeeded"
 
 
-def test_limit_counts_what_is_worked_on(site):
+def test_limit_counts_what_is_worked_on(site, run_command):
     jobs = [site.database.add_job() for _ in range(4)]
     site.start(LISTENER_WORKERS=4)
     site.wait_for_working(2)
     site.database.move(site.calls("vlm_analyze")[0].job_id, "vlm_analyze", "running")
     assert len(site.calls("vlm_analyze")) == 2
+    waiting = next(job for job in jobs if job not in {r.job_id for r in site.calls("vlm_analyze")})
+    by_hand = run_command(site.database, "call", waiting, PYTHONPATH=str(ROOT / "tests"),
+                          PIPELINE_MODULE="asynchronous")  # fmt: skip
+    assert "vlm_analyze is at its limit of 2 calls at once; try again" in by_hand.refused(1)
     site.database.move(site.calls("vlm_analyze")[0].job_id, "x", "done")
     site.wait_for_calls("vlm_analyze", 3)
     site.database.move(site.calls("vlm_analyze")[1].job_id, "x", "done")

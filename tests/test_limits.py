@@ -125,15 +125,6 @@ def test_late_result_frees_no_place_of_another(database, conn, other):
     assert claim(conn).call_id is None
 
 
-def test_call_by_hand_waits_for_a_place_like_any_other(database, conn, run_command):
-    limit(database, 1)
-    database.add_job()
-    claim(conn)
-    job = database.add_job()
-    refused = run_command(database, "call", job).refused(1)
-    assert refused == f"job {job}: vlm_analyze is at its limit of 1 calls at once; try again"
-
-
 # --- at the same time ----------------------------------------------------------------------
 
 

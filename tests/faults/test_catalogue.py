@@ -26,8 +26,7 @@ FAULTS = {
     "A16": "a transaction that stays open",
     "A17": "notified while disconnected",
     "A18": "secrets in errors",
-    "A25": "a primary that is frozen while the listener is idle",
-    "A26": "an old primary that still answers",
+    "A25": "a primary that is frozen, and answers when another has taken its place",
     # NOTIFY
     "B1": "a payload of 8,000 bytes and more",
     "B2": "the notification queue is pinned and fills",
