@@ -288,11 +288,24 @@ class Listener:
             self.join_at = now + (AGAIN_EVERY if parents is None else 0 if parents else math.inf)
 
     def look_at_moves(self, conn: db.Connection, now: float) -> None:
-        """End the calls of asynchronous stages whose rows have moved on."""
-        self.move_at = self.sweep_at if self.sweep_at > now else now + self.settings.SWEEP_INTERVAL
-        if now >= self.sweep_at:
-            moves.record_missed(conn)
-        for row in moves.look(conn):
+        """End the calls of asynchronous stages whose rows have moved on. What keeps that from being
+        done keeps no call from being made.
+        """
+        try:
+            if now >= self.sweep_at:
+                moves.record_missed(conn)
+            ended = moves.look(conn)
+        except db.CONNECTION_LOST:
+            raise
+        except psycopg2.Error as error:
+            if self.once:
+                raise
+            log.error("작업 완료 확인 실패 (%.0f초 후 다시 시도): %s", LONGEST_SLEEP,
+                      " ".join(str(error).split()))  # fmt: skip
+            self.move_at = now + LONGEST_SLEEP
+            return
+        self.move_at = 0.0 if ended else now + self.settings.SWEEP_INTERVAL
+        for row in ended:
             moves.log_end(row)
             if row.outcome == "failed":
                 trigger.tell_failed(self.alerts, row.table_name, row.job_id, row.stage, row.error)

@@ -59,6 +59,7 @@ EVENTS = {
     "리스 만료 후 다시 확인됨": "call_left_to_its_lease",
     "failed 상태 확인 실패": "failed_check_error",
     "조인 확인 실패": "join_check_error",
+    "작업 완료 확인 실패": "move_check_error",
     "정리 작업 실패": "upkeep_error",
     "커밋이 응답 없는 동기 스탠바이를 기다림": "standby_away",
     "워커를 시작할 수 없음": "worker_cannot_start",

@@ -262,3 +262,12 @@ def test_call_by_hand_is_taken(site, run_command):
                        PYTHONPATH=str(ROOT / "tests"))  # fmt: skip
     assert done.code == 0
     assert site.database.value(WORKING) == 1
+
+
+def test_moves_that_cannot_be_read_keep_no_call_from_being_made(site):
+    site.database.rows("ALTER TABLE stage_moves RENAME TO elsewhere")
+    running = site.start()
+    running.wait_for_line("작업 완료 확인 실패")
+    site.database.rows("ALTER TABLE elsewhere RENAME TO stage_moves")
+    site.database.add_job("vlm_analyze", "done")
+    site.wait_for_calls("planner", 1)
