@@ -39,6 +39,9 @@ class Launched:
         self.pid = int(self._socket.recv(10))
         self.returncode: int | None = None
 
+    def __del__(self):
+        self._socket.close()  # not before: several threads may wait
+
     def wait(self, timeout: float | None = None) -> int:
         """The exit code. Several threads may wait, so it is left to be read again."""
         if self.returncode is None:

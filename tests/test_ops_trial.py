@@ -53,7 +53,7 @@ def test_stage_that_fails_the_job_is_named(database, api, run_command, running):
 
 def test_stage_that_changes_nothing_is_named(database, api, run_command, running):
     api.on("yolo_detect", lambda _: Answer(202))
-    done = run_command(database, "test-job", "--timeout", "0.5")
+    done = run_command(database, "test-job", "--timeout", "1.5")
     assert done.code == 1
     assert "stalls at yolo_detect: accepted, but the job has not changed" in done.err
 
@@ -66,14 +66,14 @@ def test_stage_that_leaves_the_job_where_nothing_leads_is_named(
         return Answer(200)
 
     api.on("yolo_detect", misspell)
-    done = run_command(database, "test-job", "--timeout", "0.5")
+    done = run_command(database, "test-job", "--timeout", "1.5")
     assert done.code == 1
     assert "stalls at (yolo_detect, doen): no stage of PIPELINE leads to that state" in done.err
 
 
 def test_paused_stage_is_named_with_who_did_it(database, run_command, running):
     run_command(database, "pause", "vlm_analyze", "--reason", "new GPU")
-    done = run_command(database, "test-job", "--timeout", "0.5", "--clean")
+    done = run_command(database, "test-job", "--timeout", "1.5", "--clean")
     assert done.code == 1
     assert re.search(r"stalls at vlm_analyze: held by \S+: new GPU", done.err)
     assert database.value("SELECT count(*) FROM jobs") == 0
@@ -96,7 +96,7 @@ def test_id_of_any_type(empty_database, run_command, listener, column):
     )
     run_command(empty_database, "install")
     listener(empty_database, STAGE_API_URL="http://127.0.0.1:1").wait_for_line(LISTENING)
-    done = run_command(empty_database, "test-job", "--timeout", "0.5")
+    done = run_command(empty_database, "test-job", "--timeout", "1.5")
     assert done.code == 1 and "stalls at vlm_analyze: held by" in done.err
 
 
