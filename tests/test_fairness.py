@@ -78,8 +78,8 @@ def test_turns_go_on_over_all_listeners(site, api):
     for _ in range(2):
         site.start("run", "--once", LISTENER_WORKERS=1)
     site.wait_for("SELECT count(*) = 30 FROM stage_attempts")
-    claimed = [row.tenant_id for row in site.rows(
-        "SELECT tenant_id FROM stage_attempts JOIN jobs USING (job_id) ORDER BY started_at")]  # fmt: skip
+    order = "SELECT tenant_id FROM stage_attempts JOIN jobs USING (job_id) ORDER BY started_at"
+    claimed = [row.tenant_id for row in site.rows(order)]
     # Two listeners may begin a claim in one order, and get the lock in the other.
     assert all({*claimed[at : at + 5]} == {*"abc"} for at in range(20))
 

@@ -54,5 +54,4 @@ def test_d1_asynchronous_calls_are_made_once_while_listeners_are_killed(
     database.wait_for("SELECT count(*) = %s FROM stage_attempts WHERE outcome = 'succeeded'", JOBS)
     database.wait_for("SELECT count(*) = 0 FROM stage_leases")
     assert set(Counter(request.job_id for request in api.calls()).values()) == {1}
-    assert database.value("SELECT count(*) FROM stage_attempts") == JOBS
     assert database.value("SELECT count(*) FROM stage_moves") == 0
