@@ -209,6 +209,14 @@ class Account:
             and fault.ended >= began
         ]
 
+    def changes(self, began: float, ended: float) -> list[Fault]:
+        """The changes of tables, and installs, between two moments: each locks for a while."""
+        return [
+            fault
+            for fault in self.history.faults
+            if fault.reach == "nothing" and fault.began <= ended and fault.ended >= began
+        ]
+
 
 class Families:
     """The variants of each job as its transactions left them, one after the other.

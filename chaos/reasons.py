@@ -106,4 +106,6 @@ def why_dead(account: Account, call: Call, one: Try) -> str:
     reach = ["worker", "listener"] + ["database"] * ("SIGALRM" in one.error)
     # A worker that is killed while it is idle may be given a call before its end is noticed.
     done = account.faults(one.claim.worker, one.claim.at - UNNOTICED, ended, *reach)
+    if "SIGALRM" in one.error:  # or waits for a lock on its tables, as everybody does
+        done += account.changes(one.claim.at, ended)
     return next((fault.kind for fault in done), "")
