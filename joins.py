@@ -105,6 +105,18 @@ def note_parent(conn, row: Any) -> None:
     execute(conn, NOTE, given | {"parent_id": row.key, "join": row.join_of})
 
 
+HAS_LOOK = """
+SELECT EXISTS (SELECT FROM stage_looks
+               WHERE parent_id = %(parent_id)s AND join_of = %(join)s) AS has_look
+"""
+
+
+def has_look(conn, row: Any) -> bool:
+    """Whether rows of the join of a claimed `row` have changed, and nobody has looked yet."""
+    given = {"parent_id": row.key, "join": row.join_of}
+    return execute(conn, HAS_LOOK, given).fetchone().has_look
+
+
 # The call is skipped because a row has left the state, and no attempt of it was accepted. The look
 # keeps the join open, so that the row's return or deletion completes it again.
 REOPEN = """

@@ -433,8 +433,11 @@ class Listener:
             owed = row.owed or calls.is_owed(conn, row, self.name)
             accepted = row.accepted or (row.call_id, row.key) in self.accepted
             refused = trigger.refused(call, row, owed, accepted)
+            is_open = not (row.is_complete or accepted)
+            if refused is None and row.join_of and joins.has_look(conn, row):
+                refused, is_open = trigger.outdated(call), True
             if refused is not None:
-                if row.join_of and row.job_found and not (row.is_complete or accepted):
+                if row.join_of and row.job_found and is_open:
                     joins.reopen(conn, row)
                     self.join_at = 0.0
                 self.keep(call, refused)

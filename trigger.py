@@ -91,6 +91,15 @@ def refused(call: Call, row: Any, owed: bool, accepted: bool) -> Result | None:
     return None
 
 
+def outdated(call: Call) -> Result:
+    """The result of a join's call whose rows have changed since it was recorded: the look that is
+    pending records it anew. Made now as well, it would be made twice.
+    """
+    log.info("Job 상태가 변경되어 스킵: %s stage=%s 현재=조인을 다시 확인", logs.ids(call.ids),
+             call.stage, extra=about(call))  # fmt: skip
+    return result(call, "skipped", error="rows of the join have changed: it is looked at anew")
+
+
 def is_given_up_with_its_parent(call: Call, row: Any) -> bool:
     """Whether the stage of a join's call has set the parent to failed, and nothing follows from it.
 

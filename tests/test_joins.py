@@ -608,6 +608,19 @@ def test_row_that_leaves_before_the_claim_takes_the_call_with_it(
     assert not joins.look(conn) and variants.owed() == []
 
 
+def test_row_that_is_done_again_before_the_claim_makes_one_call(variants, conn, caller, accepting):
+    job, [first, _] = joined(variants)
+    joins.look(conn)
+    calling = caller(accepting.url)
+    variants.move(first, "yolo_detect", "running")
+    variants.finish(first)  # and nobody has looked yet
+    assert calling.claim() is None
+    assert "looked at anew" in variants.database.attempts(job)[-1].error
+    joins.look(conn)
+    assert calling.call().outcome == "succeeded"
+    assert not joins.look(conn) and variants.owed() == []
+
+
 def test_row_that_leaves_during_a_call_that_fails_has_it_called_when_it_is_back(
     variants, conn, caller, serve
 ):
