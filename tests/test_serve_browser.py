@@ -7,6 +7,7 @@ from browsing import CONTRAST, Browser
 from pages import CHROMIUM
 from reports import everything
 from serving import TOKEN, Site, serving
+from waiting import until
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 
@@ -78,7 +79,8 @@ def test_keyboard_is_enough_to_log_in_and_pause_a_stage(database, site, browser)
         go_to(browser, field)
         browser.type(text)
     browser.after_loading(lambda: browser.press("Enter"))
-    assert browser.value("document.activeElement.id") == "reason"
+    # The browser moves the focus there once it has drawn the page.
+    until(lambda: browser.value("document.activeElement.id") == "reason", "the field has the focus")
     browser.type("새 GPU")
     browser.after_loading(lambda: browser.press("Enter"))
     assert "Pause the stage: done" in browser.value("document.title + document.body.innerText")
