@@ -61,7 +61,8 @@ def test_tenants_take_turns(site, api, workers):
     add(site, "img_gen", "zoo", 2)
     site.start("run", "--once", LISTENER_WORKERS=workers).wait()
     assert len(tenants(api)) == 54
-    assert Counter(claimed(site)[:6]) == {None: 2, "acme": 2, "zoo": 2}
+    # The third round may begin in the claim that ends the second.
+    assert Counter(claimed(site)[:8]) == {None: 2, "acme": 4, "zoo": 2}
 
 
 def test_tenant_who_comes_late_waits_for_no_more_than_the_calls_in_flight(site, api):
