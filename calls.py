@@ -55,7 +55,7 @@ class Wanted:
         most: so many calls at the most.
         share: so many before any other stage gets more than its share.
         limited: calls of other listeners count.
-        ordered: its calls, or those of another stage, have an order of their own.
+        ordered: the claim uses stage_due_calls(), as a stage or table declares an order or a rate.
         since: calls that were due before are passed by, should an old snapshot elsewhere keep
             their dead index entries; None: everything is looked at.
     """
@@ -167,8 +167,8 @@ WITH result AS ({FAILURES}
 """,
 )
 
-# What an asynchronous stage has taken keeps its lease, and so its place, until the row moves on
-# (moves.py) or the lease is over. The call itself is left as the claim made it.
+# A call that was answered with 202 keeps its lease, and so its place under the limits, until the
+# row moves on (moves.py) or the lease is over. Its row in stage_calls is not changed.
 WORK = Statement(
     "work",
     """
@@ -253,9 +253,9 @@ UNDER_WAY = """
       AND l.leased_until > now()
     OFFSET 0"""
 
-# How many calls of a stage may begin now, as its limits and its pool are; NULL: as many as there
-# are. One at a time where they follow each other at a distance. A pool that stays with another
-# stage is not for this one, as long as calls of that are due and nothing holds it.
+# How many calls of a stage may begin now; NULL: no limit. A stage with a rate (seconds) begins one
+# call at a time, and none before next_at. A pool that stays with another stage (linger) gives this
+# one no place while calls of the other are due and the other is not held.
 PLACES = """
         SELECT min(CASE
             WHEN s.next_at > now() THEN 0
@@ -294,7 +294,7 @@ DUE = f"""
         FOR UPDATE OF c SKIP LOCKED) AS open
     LIMIT %(free)s"""
 
-# The same, where calls have an order of their own: see schema.sql.
+# The same by stage_due_calls() of schema.sql: in the order of priorities and of tenants.
 DUE_IN_ORDER = f"""
     SELECT open.*, wanted.lease, wanted.stage
     FROM {WANTED}
@@ -374,8 +374,8 @@ LEFT JOIN claimed ON true
 LEFT JOIN LATERAL stage_call_row(claimed.table_name, claimed.join_of, claimed.job_id) AS job
     ON true
 """
-# Which calls begin, where the next one must wait for it, its pool stays with its stage, or another
-# tenant has the next turn.
+# Records in stage_limits when the next call of a stage with a rate may begin, which stage its pool
+# stays with, and which tenant of a fair stage was served last.
 NOTE_BEGUN = """
 , begun AS (
     SELECT stage, (array_agg(tenant ORDER BY turn DESC))[1] AS tenant FROM due GROUP BY stage

@@ -91,8 +91,10 @@ class Listener:
         self.health = StageHealth(settings, self.alerts)
         self.was_full = False  # the last claim found a call for every idle worker
         self.marks: dict[str, Any] = {}  # by stage: when the last claimed call was due
-        self.left_out: list[str] = []  # stages whose pool had another one in the last claim
-        self.tried: set[str] = set()  # those in which it has found nothing since
+        # Stages that the last claim left out, as another one of their pool was in it, and stages of
+        # a pool that it and the claims before it had in vain.
+        self.left_out: list[str] = []
+        self.tried: set[str] = set()
 
         # All by time.monotonic().
         self.look_at = self.sweep_at = self.again_at = self.marked_at = 0.0

@@ -244,7 +244,7 @@ class Limits:
 
     @property
     def is_ordered(self) -> bool:
-        """Whether it counts which call began before, and when."""
+        """Whether a claim must know which calls began before it, and when."""
         return bool(self.per_minute or self.is_fair or (self.pool and self.pool.linger))
 
 
@@ -441,7 +441,7 @@ def pool_name(function: Callable) -> str | None:
 
 
 def is_ordered() -> bool:
-    """Whether calls are made in another order than that in which they are due."""
+    """Whether calls may be made in another order than that in which they are due, or at a rate."""
     return any(limits_of(function).is_ordered for function in pipeline().values()) or any(
         table.priority or table.run_after for table in tables().values()
     )

@@ -23,8 +23,8 @@ ORDER BY s.name
 
 
 def pools(conn) -> list:
-    """A row for each pool: name, size, calling, stages, stays_with, stays_until. None where the
-    role may read only the views.
+    """A row for each pool: name, size, calling, stages, stays_with, stays_until. A role that may
+    read only the views gets no rows.
     """
     try:
         return db.execute(conn, POOLS).fetchall()

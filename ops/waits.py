@@ -16,7 +16,8 @@ WAITS = """
 SELECT c.join_of, c.stage, c.call_id, c.due_at, c.due_at = 'infinity' AS given_up,
        c.due_at > now() AS is_later, c.last_error,
        l.worker AS calling, l.unanswered, l.working, l.leased_until, s.max_running,
-       s.name AS full,
+       s.name AS full, slow.next_at, other.pool, other.stays_with, other.stays_until,
+       CASE WHEN tenant.most <= tenant.calling THEN tenant.most END AS tenant_most,
        h.stage IS NOT NULL AS has_route, h.held_until, h.held_until = 'infinity' AS paused,
        h.held_by, h.held_reason, k.pid AS locked_by, k.application_name, k.xact_start
 FROM stage_calls AS c
@@ -30,6 +31,19 @@ LEFT JOIN LATERAL (SELECT n.name, n.max_running FROM stage_limits AS n
                                            WHERE m.stage = ANY (n.stages)
                                              AND m.leased_until > now())
                    ORDER BY n.name LIMIT 1) AS s ON true
+LEFT JOIN LATERAL (SELECT n.next_at FROM stage_limits AS n
+                   WHERE c.stage = ANY (n.stages) AND n.next_at > now() LIMIT 1) AS slow ON true
+LEFT JOIN LATERAL (SELECT n.name AS pool, n.stays_with,
+                          n.stays_since + make_interval(secs => n.linger) AS stays_until
+                   FROM stage_limits AS n
+                   WHERE c.stage = ANY (n.stages) AND n.stays_with <> c.stage
+                     AND n.stays_since + make_interval(secs => n.linger) > now()
+                   LIMIT 1) AS other ON true
+LEFT JOIN LATERAL (SELECT n.per_tenant AS most,
+                          (SELECT count(*) FROM stage_leases AS m
+                           WHERE m.stage = c.stage AND m.leased_until > now()
+                             AND coalesce(m.tenant_id, '') = coalesce(c.tenant_id, '')) AS calling
+                   FROM stage_limits AS n WHERE n.name = c.stage) AS tenant ON true
 LEFT JOIN LATERAL (SELECT p.stage, max(p.held_until) FILTER (WHERE p.held_until > now())
                               AS held_until,
                           max(p.held_by) AS held_by, max(p.held_reason) AS held_reason
@@ -92,6 +106,14 @@ def why(row: Any, call: Any) -> Waits | None:
         return Waits("its last attempt failed", rows.typed("retry", row, "--now"))
     if call.full:
         return Waits(full(call))
+    if call.tenant_most:
+        return Waits(f"{call.stage} is at its limit of {call.tenant_most} calls of this tenant")
+    if call.next_at:
+        return Waits(f"{call.stage} has a rate; its next call is due {clock(call.next_at)}")
+    if call.pool:
+        until = clock(call.stays_until)
+        return Waits(f"pool {call.pool} stays with {call.stays_with} until {until}, while that has "
+                     "calls due")  # fmt: skip
     return NOBODY
 
 

@@ -140,3 +140,14 @@ def test_columns_of_another_type_are_refused(database, use_pipeline, run_command
 def test_bad_limits_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         limits(**bad)
+
+
+def test_job_says_that_its_tenant_is_at_its_limit(site, run_command):
+    add(site, "planner", "acme")
+    site.rows("INSERT INTO stage_leases (job_id, call_id, attempt, stage, worker, started_at,"
+              " leased_until, tenant_id) SELECT gen_random_uuid(), -n, 1, 'overlay', 'w', now(),"
+              " now() + interval '1 h', 'acme' FROM generate_series(1, 2) AS n")  # fmt: skip
+    job = str(site.value("SELECT job_id FROM jobs"))
+    module = {"PYTHONPATH": str(ROOT / "tests"), "PIPELINE_MODULE": "test_fairness"}
+    said = run_command(site, "job", job, **module).out
+    assert "overlay is at its limit of 2 calls of this tenant" in said

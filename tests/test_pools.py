@@ -193,3 +193,15 @@ def test_call_says_that_its_pool_is_full(site, api, run_command):
         site, "job", waiting, **module).out  # fmt: skip
     assert "pool gpu3 is at its limit" in run_command(
         site, "call", waiting, api=api, **module).refused(1)  # fmt: skip
+
+
+def test_job_and_report_say_what_a_limit_keeps_waiting(site, run_command):
+    module = {"PYTHONPATH": str(ROOT / "tests"), "PIPELINE_MODULE": "test_pools"}
+    site.rows("UPDATE stage_limits SET next_at = now() + interval '1 h' WHERE seconds > 0")
+    site.rows("UPDATE stage_limits SET stays_with = 'load_a', stays_since = now() WHERE linger > 0")
+    jobs = [site.add_job("slow", "done"), site.add_job("b", "done")]
+    slow, pooled = (run_command(site, "job", job, **module).out for job in jobs)
+    assert "paid has a rate; its next call is due" in slow
+    assert "pool gpu2 stays with load_a until" in pooled
+    page = run_command(site, "report", "--out", "-", **module).out
+    assert "Pools" in page and "gpu2" in page and "0 of 1" in page

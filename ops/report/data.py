@@ -10,6 +10,7 @@ from typing import Any
 import db
 from ops.alarms import Alarm
 from ops.listeners import connected
+from ops.pools import pools
 from ops.problem import Problem
 from ops.report.jobs import Timeline, slowest_jobs, timelines
 
@@ -56,6 +57,7 @@ class Report:
     asked: bool = False  # for these timelines
     alarms: list[Alarm] = field(default_factory=list)
     stages: list = field(default_factory=list)
+    pools: list = field(default_factory=list)
     waiting: list = field(default_factory=list)
     calls: list = field(default_factory=list)
     durations: list = field(default_factory=list)
@@ -294,6 +296,7 @@ def collect(conn, since: datetime, job_ids: Sequence[str], redact: Callable[[str
         listeners=connected(conn),
         asked=bool(job_ids),
         stages=ask(STAGES),
+        pools=[redacted(row, redact) for row in pools(conn)],
         waiting=ask(WAITING),
         calls=ask(CALLS, step=span.step),
         durations=ask(DURATIONS),

@@ -26,6 +26,7 @@ from ops.report.sections import (
     errors,
     failed,
     given_up,
+    pools,
     slowest,
     stalled,
     waits,
@@ -62,7 +63,8 @@ def page(report: Report) -> str:
     jobs = timelines(report)
     if report.asked:
         parts.append(jobs)
-    parts += [given_up(report), failed(report), stalled(report), errors(report), flow(report)]
+    parts += [given_up(report), failed(report), stalled(report), errors(report), flow(report),
+              pools(report)]  # fmt: skip
     if report.calls or report.waiting:
         parts += [waits(report), calls(report), durations(report), slowest(report)]
     else:
@@ -193,6 +195,8 @@ def card(stage: Any, waiting: int, most: int) -> str:
     if stage.held_until:
         until = "paused" if stage.paused else f"held until {stage.held_until:%H:%M:%S}"
         held = f'<p class="hold">{until}</p>'
+    if stage.working:
+        held += f"<p>{counted(stage.working, 'call')} taken with 202</p>"
     hour = "no calls in the last hour"
     if stage.calls_last_hour:
         failed = share(stage.failures_last_hour, stage.calls_last_hour)
