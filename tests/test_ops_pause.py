@@ -164,7 +164,7 @@ def test_pause_waits_until_calls_under_way_are_over(database, api, listener, run
         done = run_command(database, "pause", "vlm_analyze", "planner", "--wait")
     assert done.lines[2].startswith(f"waiting for vlm_analyze {job} (until ")
     assert done.lines[-1] == "no call of them is under way"
-    assert database.value("SELECT count(*) = 0 FROM stage_leases")
+    assert database.value("SELECT count(*) = 0 FROM stage_leases WHERE stage = 'vlm_analyze'")
 
 
 def test_pause_waits_for_a_claim_that_is_not_committed_yet(database, run_command):
