@@ -248,16 +248,16 @@ class Listener:
         free = 0 if self.is_stopping else len(self.workers.idle)
         if not self.unwritten and now < self.next_look:
             return []
-        if now >= min(self.join_at, self.sweep_at) and pipeline.joins():
+        sweep = free > 0 and now >= self.sweep_at
+        if pipeline.joins() and (sweep or now >= self.join_at):
             self.look_at_parents(conn, now)
-        if now >= self.move_at:
-            self.look_at_moves(conn, now)
+        if self.is_asynchronous and (sweep or now >= self.move_at):
+            self.look_at_moves(conn, now, sweep)
         if now >= self.again_at:
             self.again_at = now + AGAIN_EVERY
             self.unwritten, self.locked = self.unwritten + self.locked, []
             if now < self.doubtful_until:
                 self.give_back(conn)
-        sweep = free > 0 and now >= self.sweep_at
         self.tell_failed(conn)
         wanted = self.wanted(free, now, sweep)
         try:
@@ -289,12 +289,12 @@ class Listener:
         else:  # another listener that is looking may have begun too early to see it all
             self.join_at = now + (AGAIN_EVERY if parents is None else 0 if parents else math.inf)
 
-    def look_at_moves(self, conn: db.Connection, now: float) -> None:
+    def look_at_moves(self, conn: db.Connection, now: float, sweep: bool) -> None:
         """End the calls of asynchronous stages whose rows have moved on. What keeps that from being
         done keeps no call from being made.
         """
         try:
-            if now >= self.sweep_at:
+            if sweep:
                 moves.record_missed(conn)
             ended = moves.look(conn)
         except db.CONNECTION_LOST:

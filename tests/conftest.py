@@ -437,7 +437,8 @@ class SharedDatabase(Database):
     def emptied(self) -> Database:
         self.rows("ROLLBACK; RESET ROLE; RESET ALL; DELETE FROM jobs; DELETE FROM stage_calls")
         self.rows(
-            "DELETE FROM stage_attempts; DELETE FROM stage_leases;"
+            "DELETE FROM stage_attempts; DELETE FROM stage_leases; DELETE FROM stage_limits;"
+            " DELETE FROM stage_moves;"
             " DELETE FROM stage_totals; UPDATE stage_totals_mark SET counted_until = DEFAULT"
         )
         self.rows("UPDATE pipeline_stages SET held_until = NULL, hold_seconds = NULL,"

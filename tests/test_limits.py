@@ -31,9 +31,7 @@ def limit(database, running: int, stage: str = "vlm_analyze") -> None:
 
 @pytest.fixture
 def database(shared_database):
-    shared_database.rows("DELETE FROM stage_limits")
-    yield shared_database.emptied()
-    shared_database.rows("DELETE FROM stage_limits")
+    return shared_database.emptied()
 
 
 @pytest.fixture
