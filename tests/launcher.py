@@ -168,6 +168,8 @@ def close(descriptors: Sequence[int]) -> None:
 
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
+    import pytest  # noqa: F401  which the pipelines of the tests import
+
     import listener  # noqa: F401
     import ops
 
