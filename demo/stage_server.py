@@ -124,7 +124,7 @@ class StageServer(ThreadingTCPServer):
         self.api = api
         self._connections: set[socket.socket] = set()
         super().__init__(address, Handler)
-        self._thread = threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True)
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
 
     def stop_accepting(self) -> None:
