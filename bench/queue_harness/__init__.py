@@ -1,0 +1,1 @@
+"""Our adapter for a public benchmark of PostgreSQL queues, and how to run that here."""
