@@ -58,7 +58,13 @@ WHERE job_id = $1 AND current_step = $3 AND status = 'done'
 """
 DEPTH = "SELECT count(*) FROM stage_calls WHERE due_at <= now()"
 # What the pool raises while the server is away, shuts down or has ended its session.
-DATABASE_ERRORS = (OSError, asyncio.TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
+DATABASE_ERRORS = (
+    OSError,
+    asyncio.TimeoutError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+)
 
 
 @dataclass(frozen=True)
@@ -292,7 +298,7 @@ async def run(settings: Settings, directory: str) -> int:
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
-    pool = await asyncpg.create_pool(settings.database, min_size=1, max_size=CONNECTIONS)
+    pool = await asyncpg.create_pool(settings.database, min_size=0, max_size=CONNECTIONS)
     work = Work(pool, settings.work)
     server = await loop.create_server(lambda: Connection(work), "127.0.0.1", 0, backlog=2048)
     api = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
