@@ -6,7 +6,8 @@ commits (vlm_judge, done). The calls are made by `listener.py run`, a child of t
 ends with the adapter, however that ends.
 
 Standard output has JSON lines: what is measured, and first a descriptor. Standard input may have
-lines "ENQUEUE number": how many jobs to insert now. Standard error has the log.
+lines "ENQUEUE number": how many jobs to insert now. Its end, like SIGTERM, is the end of the run.
+Standard error has the log.
 """
 
 import asyncio
@@ -164,6 +165,7 @@ class Producer:
     def __init__(self, settings: Settings, pool: asyncpg.Pool):
         self.settings, self.pool = settings, pool
         self.inserted, self.depth = 0, 0
+        self.orders: asyncio.Queue[int] = asyncio.Queue()
 
     async def run(self) -> None:
         async for number in self.offered():
@@ -179,15 +181,19 @@ class Producer:
             return self.missing()
         return self.told() if self.settings.is_paced else self.timed()
 
-    async def told(self) -> AsyncIterator[int]:
-        """What standard input says."""
+    async def listen(self) -> None:
+        """Read standard input to its end."""
         lines = asyncio.StreamReader()
         protocol = asyncio.StreamReaderProtocol(lines)
         await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, sys.stdin)
         async for line in lines:
             word, _, number = line.decode().partition(" ")
-            if word == "ENQUEUE":
-                yield int(number)
+            if word == "ENQUEUE" and self.settings.is_paced:
+                self.orders.put_nowait(int(number))
+
+    async def told(self) -> AsyncIterator[int]:
+        while True:
+            yield await self.orders.get()
 
     async def timed(self) -> AsyncIterator[int]:
         """By the clock: what an INSERT took too long is made up for by the next ones."""
@@ -293,7 +299,7 @@ def end_with_parent() -> None:
 
 
 async def run(settings: Settings, directory: str) -> int:
-    """Until SIGTERM; the exit code. Where the listener ends by itself, 1."""
+    """Until the end of the run; the exit code. Where the listener ends by itself, 1."""
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -307,33 +313,40 @@ async def run(settings: Settings, directory: str) -> int:
         stdin=subprocess.DEVNULL, stdout=sys.stderr, preexec_fn=end_with_parent,
     )  # fmt: skip
     producer = Producer(settings, pool)
-    report = Report(settings, work, producer)
-    tasks = [asyncio.ensure_future(task) for task in (producer.run(), report.run())]
+    parts = [producer.run(), Report(settings, work, producer).run()]
     if settings.replica == 0 and settings.mode == "fixed":
-        tasks.append(asyncio.ensure_future(producer.watch()))
-    describe()
+        parts.append(producer.watch())
+    tasks = [asyncio.ensure_future(task) for task in parts]
+    over = [asyncio.ensure_future(task) for task in (stopped.wait(), producer.listen())]
     ended = loop.run_in_executor(None, listener.wait)
-    stop = asyncio.ensure_future(stopped.wait())
-    await asyncio.wait([stop, ended, *tasks], return_when=asyncio.FIRST_COMPLETED)
-    for task in tasks:
-        if task.done() and task.exception():
-            say(f"ended by {task.exception()!r}")
+    describe()
+    await asyncio.wait([*over, *tasks, ended], return_when=asyncio.FIRST_COMPLETED)
+    failed = [task for task in (*over, *tasks) if task.done() and task.exception()]
+    for task in failed:
+        say(f"ended by {task.exception()!r}")
+    if ended.done():
+        say(f"the listener ended with exit code {ended.result()}")
+    code = 1 if failed or ended.done() else 0
+    for task in (*over, *tasks):
         task.cancel()
     if not ended.done():
         listener.terminate()
         await asyncio.wait([ended], timeout=STOP_LIMIT)
         listener.kill()
     pool.terminate()
-    return 0 if stopped.is_set() else 1
+    return code
 
 
 def main() -> int:
+    if "DATABASE_URL" not in os.environ:
+        say("error: DATABASE_URL is not set; the harness sets it: python -m bench.queue_harness")
+        return 2
     settings = Settings.of(os.environ)
     with tempfile.TemporaryDirectory(prefix="queue-harness-") as directory:
         environ = environment(settings, "http://127.0.0.1", directory)
-        subprocess.run([*LISTENER, "install"], cwd=directory, env=environ, check=True,
-                       stdout=subprocess.DEVNULL)  # fmt: skip
-        return uvloop.run(run(settings, directory))
+        install = subprocess.run([*LISTENER, "install"], cwd=directory, env=environ,
+                                 stdout=subprocess.DEVNULL)  # fmt: skip
+        return install.returncode or uvloop.run(run(settings, directory))
 
 
 if __name__ == "__main__":
