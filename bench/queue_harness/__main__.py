@@ -87,8 +87,10 @@ class Server:
             return  # another system's turn
         with conn, conn.cursor() as cursor:
             cursor.execute(ACCOUNT)
-            named = zip(cursor.description, cursor.fetchone(), strict=True)
-            print("account:", ", ".join(f"{value} {column.name}" for column, value in named))
+            names = [column.name for column in cursor.description or ()]
+            values = cursor.fetchone() or ()
+        told = ", ".join(f"{value} {name}" for name, value in zip(names, values, strict=True))
+        print("account:", told)
         conn.close()
 
 

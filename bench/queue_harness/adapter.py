@@ -22,7 +22,7 @@ import tempfile
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -45,6 +45,7 @@ DEPTH_EVERY = 0.2  # seconds
 FALL_OFF = 0.5  # seconds to wait where the database cannot be reached
 STOP_LIMIT = 4.0  # seconds for the calls under way; the harness kills after ten
 PR_SET_PDEATHSIG = 1
+UNCOMPILED = "PYTHONDONTWRITEBYTECODE"
 
 # A call that was under way in a replica that is killed is made again after their sum.
 LEASE = {"STAGE_TIMEOUT": "10", "LEASE_MARGIN": "5"}
@@ -291,7 +292,8 @@ def environment(settings: Settings, api: str, directory: str) -> dict[str, str]:
     told = {"DATABASE_URL": settings.database, "PIPELINE_MODULE": "demo.five_stages"}
     told |= {"STAGE_API_URL": api, "LISTENER_WORKERS": str(settings.workers), **LEASE}
     told |= {"LOG_LEVEL": "WARNING", "HEARTBEAT_DIR": directory}
-    return os.environ | told
+    # A listener that has to compile every module anew starts late.
+    return {name: os.environ[name] for name in os.environ if name != UNCOMPILED} | told
 
 
 def end_with_parent() -> None:
@@ -313,21 +315,21 @@ async def run(settings: Settings, directory: str) -> int:
         stdin=subprocess.DEVNULL, stdout=sys.stderr, preexec_fn=end_with_parent,
     )  # fmt: skip
     producer = Producer(settings, pool)
-    parts = [producer.run(), Report(settings, work, producer).run()]
+    parts: list[Coroutine] = [producer.run(), Report(settings, work, producer).run()]
     if settings.replica == 0 and settings.mode == "fixed":
         parts.append(producer.watch())
-    tasks = [asyncio.ensure_future(task) for task in parts]
-    over = [asyncio.ensure_future(task) for task in (stopped.wait(), producer.listen())]
+    parts += [stopped.wait(), producer.listen()]  # which end with the run
+    tasks = [asyncio.ensure_future(part) for part in parts]
     ended = loop.run_in_executor(None, listener.wait)
     describe()
-    await asyncio.wait([*over, *tasks, ended], return_when=asyncio.FIRST_COMPLETED)
-    failed = [task for task in (*over, *tasks) if task.done() and task.exception()]
+    await asyncio.wait([*tasks, ended], return_when=asyncio.FIRST_COMPLETED)
+    failed = [task for task in tasks if task.done() and task.exception()]
     for task in failed:
         say(f"ended by {task.exception()!r}")
     if ended.done():
         say(f"the listener ended with exit code {ended.result()}")
     code = 1 if failed or ended.done() else 0
-    for task in (*over, *tasks):
+    for task in tasks:
         task.cancel()
     if not ended.done():
         listener.terminate()
