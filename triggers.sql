@@ -321,6 +321,9 @@ $do$;
 -- stage_call_row(): where the row that owes a call is now; of a join that is the parent, and
 -- whether the join is complete, and whether the parent has moved since it was first claimed.
 -- Both name the tables of the application, which a constant statement cannot.
+-- A statement that waited while ALTER TABLE rewrote a table sees none of its rows, as its snapshot
+-- is older. Nobody may take that for a deletion: it is refused, and the listener asks again. What
+-- pg_class says is of the snapshot, what pg_relation_filenode() says is of now.
 DO $do$
 DECLARE
     asked    constant jsonb := current_setting('job_state_listener.pipeline')::jsonb;
@@ -328,13 +331,22 @@ DECLARE
     id_type  constant text := (SELECT format_type(atttypid, -1) FROM pg_attribute
                                WHERE attrelid = 'stage_calls'::regclass AND attname = 'job_id');
     branches text;
+    is_stale constant text := $stale$EXISTS (
+            SELECT FROM pg_class AS c
+            WHERE (c.oid = %1$L::regclass
+                   OR c.oid IN (SELECT relid FROM pg_partition_tree(%1$L::regclass)))
+              AND c.relfilenode <> pg_relation_filenode(c.oid)) THEN
+            RAISE serialization_failure USING MESSAGE = 'a table was rewritten meanwhile: ' || %1$L;
+        END IF;$stale$;
 BEGIN
     SELECT string_agg(format($branch$
     IF a_join = %1$L THEN
-        RETURN (SELECT coalesce(bool_and((r.current_step::text = %2$L AND r.status::text = %3$L)
-                                         IS TRUE), false)
-                FROM %4$I.%5$I AS r WHERE r.%6$I = a_parent);
-    END IF;$branch$, r.join_of, r.current_step, r.status, schema, t.name, t.parent_column), '')
+        SELECT bool_and((r.current_step::text = %2$L AND r.status::text = %3$L) IS TRUE)
+        INTO is_complete FROM %4$I.%5$I AS r WHERE r.%6$I = a_parent;
+        IF is_complete IS NULL AND %7$s
+        RETURN coalesce(is_complete, false);
+    END IF;$branch$, r.join_of, r.current_step, r.status, schema, t.name, t.parent_column,
+        format(is_stale, format('%I.%I', schema, t.name))), '')
     INTO branches
     FROM jsonb_to_recordset(asked -> 'routes') AS r (
              child_table text, join_of text, current_step text, status text)
@@ -343,13 +355,14 @@ BEGIN
 
     EXECUTE format('CREATE OR REPLACE FUNCTION stage_join_is_complete(a_join text, a_parent %s)'
         ' RETURNS boolean LANGUAGE plpgsql STABLE AS %L', id_type,
-        format(E'\nBEGIN%s\n    RETURN false;\nEND\n', branches));
+        format(E'\nDECLARE\n    is_complete boolean;\nBEGIN%s\n    RETURN false;\nEND\n', branches));
 
     SELECT string_agg(format($branch$
     IF a_table = %1$L THEN
         SELECT true, to_jsonb(%2$s), r.current_step::text, r.status::text, %3$s
         INTO is_there, tenant_id, current_step, status, parent_id
-        FROM %4$I.%5$I AS r%6$s WHERE r.%7$I = an_id LIMIT 1;%8$s
+        FROM %4$I.%5$I AS r%6$s WHERE r.%7$I = an_id LIMIT 1;
+        IF is_there IS NULL AND %9$s%8$s
     END IF;$branch$, t.name,
         CASE WHEN t.tenant_column IS NOT NULL THEN format('r.%I', t.tenant_column)
              WHEN p.tenant_column IS NOT NULL THEN format('p.%I', p.tenant_column)
@@ -361,7 +374,8 @@ BEGIN
         -- The parent has it from its own parent.
         CASE WHEN t.tenant_column IS NULL AND p.tenant_column IS NULL AND p.parent_table IS NOT NULL
              THEN format('
-        tenant_id := (%I.stage_call_row(%L, %L, parent_id)).tenant_id;', schema, p.name, '') END), '')
+        tenant_id := (%I.stage_call_row(%L, %L, parent_id)).tenant_id;', schema, p.name, '') END,
+        format(is_stale, format('%I.%I', schema, t.name))), '')
     INTO branches
     FROM jsonb_to_recordset(asked -> 'tables') AS t (
              name text, id_column text, tenant_column text, parent_table text, parent_column text)

@@ -7,6 +7,7 @@ anything that it says loses a call, a pause or a line of the history.
 
 import subprocess
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
 
@@ -483,3 +484,22 @@ def test_child_whose_columns_are_widened_is_recorded(each_database, use_pipeline
     )
     variants.move(second, "iou_eval", "done")
     assert each_database.value("SELECT count(*) FROM stage_looks") == 2
+
+
+# --- a change that a claim has waited for --------------------------------------------------
+
+
+def test_claim_that_waits_for_a_rewrite_does_not_take_the_job_for_deleted(database):
+    """Its snapshot is older than the rewrite, and sees an empty table."""
+    job = database.add_job()
+    with database.connect() as change, connected(database) as conn, ThreadPoolExecutor() as pool:
+        change.autocommit = False
+        change.cursor().execute("ALTER TABLE jobs ADD number serial")
+        claiming = pool.submit(claim, conn)
+        database.wait_for(
+            "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+            " AND datname = current_database())"
+        )
+        change.commit()
+        call = claiming.result()
+    assert (call.key, call.owed, call.attempt) == (job, True, 1)

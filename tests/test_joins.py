@@ -60,6 +60,23 @@ def joined(variants: Variants, count: int = 2) -> tuple[str, list[str]]:
 # --- when it is owed -----------------------------------------------------------------------
 
 
+def test_look_that_waits_for_a_rewrite_does_not_take_the_rows_for_missing(variants, conn):
+    """Its snapshot is older than the rewrite, and sees an empty table."""
+    job, _ = joined(variants)
+    with variants.database.connect() as change, ThreadPoolExecutor() as pool:
+        change.autocommit = False
+        change.cursor().execute("ALTER TABLE jobs_variants ADD number serial")
+        looking = pool.submit(joins.look, conn)
+        variants.database.wait_for(
+            "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+            " AND datname = current_database())"
+        )
+        change.commit()
+        looking.result()
+    [call] = claim_many(conn, 1, stages=["ad_copy"]).claimed
+    assert call.key == job
+
+
 def test_join_is_owed_once_the_last_row_has_come(variants, conn):
     job = variants.database.add_job("img_gen", "queued")
     first, second = variants.add(job, count=2)
