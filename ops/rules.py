@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 
 REPEATED, OVERLAP = "repeated accepted call", "two calls at once"
 EARLY, AFTER_LEAVING = "repeated before its lease ran out", "call of a state that was left"
-LOST, LIMIT = "lost arrival", "more than max_running"
+LOST, LIMIT = "lost arrival", "limit exceeded"
 
 # Outcomes after which the stage may still be working, until the lease is over.
 UNANSWERED = {"unknown", "lost"}

@@ -188,6 +188,31 @@ def test_more_calls_at_once_than_max_running_are_found_once_the_limit_holds(data
     assert f"number 3 of 2, beside {jobs[0]}, {jobs[1]}" in finding["text"]
 
 
+def test_more_calls_at_once_than_a_pool_has_places_are_found_over_its_stages(database):
+    database.rows("INSERT INTO stage_limits VALUES ('gpu', '{planner,overlay}', 1)")
+    forge(database, (1, 1, 0, 1, "succeeded"))  # since then the limit is known to hold
+    one = forge(database, (2, 1, 1000, 1060, "succeeded"))
+    other = forge(database, (3, 1, 1005, 1070, "succeeded", "overlay"))
+    done = run_here(database.environ, "audit", "--json")
+    assert found(done) == {LIMIT: 1}
+    [finding] = json.loads(done.out)["findings"]
+    assert (finding["id"], finding["stage"]) == (other, "overlay")
+    assert f"number 2 of 1 of pool gpu, beside {one}" in finding["text"]
+
+
+def test_more_calls_in_a_minute_than_the_rate_are_found(database):
+    database.rows("INSERT INTO stage_limits (name, stages, seconds)"
+                  " VALUES ('planner', '{planner}', 20)")  # fmt: skip
+    for number, began in enumerate([0, 20, 40, 45, 60, 120]):  # one of them by a person
+        forge(database, (number, 1, began, began + 1, "succeeded"))
+    assert audit(database) == {}
+    forge(database, (10, 1, 59, 61, "retry"))
+    done = run_here(database.environ, "audit", "--json")
+    assert found(done) == {LIMIT: 1}
+    [finding] = json.loads(done.out)["findings"]
+    assert "number 6 of 3 within a minute" in finding["text"]
+
+
 # --- joins ---------------------------------------------------------------------------------
 
 

@@ -50,8 +50,10 @@ UNKNOWN = (
     "That a row of a join was missing is seen only where a call of that row was repeated "
     "afterwards or is still owed. A row that was given to another parent since may mislead.",
     "Calls that were under way together for less than {blur:.0f} s are not held against "
-    "max_running: a claim is dated by the beginning of its transaction.",
-    "max_attempts and LEASE_MARGIN are today's. Where they were changed: --since after that.",
+    "max_running or a pool: a claim is dated by the beginning of its transaction.",
+    "max_attempts, LEASE_MARGIN, per_minute and what has per_minute, fair or linger are taken as "
+    "today's. Where they were changed: --since after that.",
+    "Whether per_tenant was kept and tenants took turns: the history has no tenants.",
     "Times are the database's. Where its clock was set, or a failover lost transactions, a finding "
     "may be wrong.",
     "What a stage did with a request that got no answer is not known.",
@@ -135,7 +137,7 @@ def audit(since: datetime, as_json: bool) -> None:
 
     Arrivals without a call, accepted calls that were repeated, two calls of a row at once, calls of
     a state that was left, repeats before their lease was over, joins that were called while a row
-    was missing, more calls than max_running or max_attempts allow, rows that rest. What is allowed
+    was missing, more calls than a limit or max_attempts allow, rows that rest. What is allowed
     is no finding: a repeat of a call without an answer, `again`, `retry`, `cancel`, a job that was
     sent back. Nothing is changed. What the history cannot tell is said at the end.
     """

@@ -1,4 +1,4 @@
-"""Whether more calls of a stage were under way at once than its max_running."""
+"""Whether limits were kept: calls under way at once of a stage or pool, and calls in a minute."""
 
 from datetime import datetime, timedelta
 
@@ -6,23 +6,26 @@ from ops.audit.findings import BLUR, BY_INDEX, KEPT, Finding, Findings, Window, 
 from ops.rules import LIMIT
 
 # Since when a limit holds: the first attempt that was written after the row of the limit, by the
-# transactions that wrote them. What was claimed before may have had no limit, or another.
+# transactions that wrote them. What was claimed before may have had no limit, or another. Where
+# claims write to that row themselves, nobody knows, and the limit of today is taken.
 LIMITED = f"""{BY_INDEX}
-SELECT l.name AS stage, l.max_running, (
-    SELECT min(a.finished_at) FROM stage_attempts AS a
-    WHERE a.finished_at > %(since)s AND age(a.xmin) < age(l.xmin)) AS since
+SELECT l.name, l.stages, l.max_running, l.seconds,
+       CASE WHEN l.seconds IS NOT NULL OR l.linger IS NOT NULL OR l.is_fair THEN %(since)s
+            ELSE (SELECT min(a.finished_at) FROM stage_attempts AS a
+                  WHERE a.finished_at > %(since)s AND age(a.xmin) < age(l.xmin)) END AS since
 FROM stage_limits AS l
 """
 
-# For every call that was claimed in this window, how many of its stage were surely under way at one
-# moment: claimed before, and with BLUR still to go. A call that ended later than its lease had lost
-# its place.
+# For every call that was claimed in this window, how many under its limit were surely under way at
+# one moment: claimed before, and with BLUR still to go. A call that ended later than its lease had
+# lost its place.
 CROWDED = f"""{BY_INDEX}
 WITH limited AS (
-    SELECT * FROM unnest(%(stages)s::text[], %(most)s::integer[], %(leases)s::float8[],
-                         %(holds_since)s::timestamptz[]) AS l (stage, most, lease, holds_since)
+    SELECT * FROM unnest(%(names)s::text[], %(stages)s::text[], %(most)s::integer[],
+                         %(leases)s::float8[], %(holds_since)s::timestamptz[])
+        AS l (name, stage, most, lease, holds_since)
 ), spans AS (
-    SELECT a.table_name, a.job_id, a.call_id, a.attempt, a.stage, l.most, l.holds_since,
+    SELECT a.table_name, a.job_id, a.call_id, a.attempt, a.stage, l.name, l.most, l.holds_since,
            max(a.worker) AS worker, min(a.started_at) AS began,
            least(min(a.finished_at), min(a.started_at) + make_interval(secs => l.lease))
                - make_interval(secs => %(blur)s) AS ended
@@ -31,22 +34,50 @@ WITH limited AS (
       AND a.finished_at <= %(upto)s + make_interval(secs => %(longest)s)
       AND a.outcome NOT IN ('skipped', 'cancelled', 'lost')
       AND (a.outcome <> 'failed' OR a.http_status IS NOT NULL)
-    GROUP BY a.table_name, a.job_id, a.call_id, a.attempt, a.stage, l.most, l.holds_since, l.lease
+    GROUP BY a.table_name, a.job_id, a.call_id, a.attempt, a.stage, l.name, l.most, l.holds_since,
+             l.lease
 ), events AS (
-    SELECT *, sum(change) OVER (PARTITION BY stage ORDER BY at, change, call_id
+    SELECT *, sum(change) OVER (PARTITION BY name ORDER BY at, change, call_id
                                 ROWS UNBOUNDED PRECEDING) AS running
     FROM spans CROSS JOIN LATERAL (VALUES (began, 1), (ended, -1)) AS e (at, change)
     WHERE ended > began
 )
-SELECT table_name, job_id::text AS id, call_id, attempt, stage, worker, began, most, running, found,
+SELECT table_name, job_id::text AS id, call_id, attempt, stage, name, worker, began, found,
+       format('number %%s of %%s', running, most) AS what,
        (   SELECT string_agg(s.job_id::text, ', ' ORDER BY s.began)
            FROM spans AS s
-           WHERE s.stage = e.stage AND s.began <= e.began AND s.ended > e.began
+           WHERE s.name = e.name AND s.began <= e.began AND s.ended > e.began
              AND (s.call_id, s.attempt) <> (e.call_id, e.attempt)) AS beside
 FROM (SELECT *, count(*) OVER () AS found FROM events
       WHERE change = 1 AND running > most AND began > holds_since
         AND began > %(after)s AND began <= %(upto)s
       ORDER BY began LIMIT %(kept)s) AS e
+"""
+
+# Calls that began within a minute, this one included. One more than the rate fits between its two
+# ends, and another one may be by a person, whom no rate keeps waiting.
+FAST = f"""{BY_INDEX}
+WITH begun AS (
+    SELECT a.table_name, a.job_id, a.call_id, a.attempt, a.stage, l.most, max(a.worker) AS worker,
+           min(a.started_at) AS began
+    FROM stage_attempts AS a
+    JOIN unnest(%(stages)s::text[], %(most)s::float8[]) AS l (stage, most) ON l.stage = a.stage
+    WHERE a.finished_at > %(after)s - interval '1 minute'
+      AND a.finished_at <= %(upto)s + make_interval(secs => %(longest)s)
+      AND a.outcome NOT IN ('skipped', 'cancelled')
+      AND (a.outcome <> 'failed' OR a.http_status IS NOT NULL)
+    GROUP BY a.table_name, a.job_id, a.call_id, a.attempt, a.stage, l.most
+), counted AS (
+    SELECT *, count(*) OVER (PARTITION BY stage ORDER BY began
+                             RANGE BETWEEN '1 minute' PRECEDING AND CURRENT ROW) AS in_a_minute
+    FROM begun
+)
+SELECT table_name, job_id::text AS id, call_id, attempt, stage, stage AS name, worker, began,
+       format('number %%s of %%s within a minute', in_a_minute, most) AS what, NULL AS beside, found
+FROM (SELECT *, count(*) OVER () AS found FROM counted
+      WHERE in_a_minute > most + 2 AND began > %(since)s
+        AND began > %(after)s AND began <= %(upto)s
+      ORDER BY began LIMIT %(kept)s) AS f
 """
 
 
@@ -55,32 +86,34 @@ class Limits:
 
     def __init__(self, conn, since: datetime, leases: dict[str, float]):
         """leases: the seconds of a lease, by stage."""
-        found = ask(conn, LIMITED, {"since": since})
-        self.rows = [row for row in found if row.since and row.stage in leases]
-        self.leases = [leases[row.stage] for row in self.rows]
+        found = [row for row in ask(conn, LIMITED, {"since": since}) if row.since]
+        blur = timedelta(seconds=BLUR)
+        self.crowded = [
+            (row.name, stage, row.max_running, leases[stage], row.since + blur)
+            for row in found
+            if row.max_running
+            for stage in row.stages
+            if stage in leases
+        ]
+        self.fast = [(row.name, 60 / row.seconds) for row in found if row.seconds]
+        self.given = {"longest": max(leases.values()), "blur": BLUR, "kept": KEPT, "since": since}
 
     def look(self, conn, window: Window, findings: Findings) -> None:
-        """Find the calls that were claimed in `window` though their stage was full."""
-        if not self.rows:
-            return
-        blur = timedelta(seconds=BLUR)
-        given = {
-            "stages": [row.stage for row in self.rows],
-            "most": [row.max_running for row in self.rows],
-            "holds_since": [row.since + blur for row in self.rows],
-            "leases": self.leases,
-            "longest": max(self.leases),
-            "blur": BLUR,
-            "kept": KEPT,
-        }
-        found = ask(conn, CROWDED, given | window._asdict())
-        more = found[0].found - len(found) if found else 0
-        findings.add(map(finding_of, found), more, LIMIT)
+        """Find the calls that were claimed in `window` though their limit was reached."""
+        for sql, names, rows in (
+            (CROWDED, ("names", "stages", "most", "leases", "holds_since"), self.crowded),
+            (FAST, ("stages", "most"), self.fast),
+        ):
+            if not rows:
+                continue
+            arrays = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+            found = ask(conn, sql, self.given | arrays | window._asdict())
+            more = found[0].found - len(found) if found else 0
+            findings.add(map(finding_of, found), more, LIMIT)
 
 
 def finding_of(row) -> Finding:
-    text = (
-        f"attempt {row.attempt} of call {row.call_id} by {row.worker}: number {row.running} of "
-        f"{row.most}, beside {row.beside}"
-    )
+    text = f"attempt {row.attempt} of call {row.call_id} by {row.worker}: {row.what}"
+    text += f" of pool {row.name}" if row.name != row.stage else ""
+    text += f", beside {row.beside}" if row.beside else ""
     return Finding(LIMIT, row.table_name, row.id, row.stage, row.began, text)
