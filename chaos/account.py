@@ -6,6 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from chaos.history import Claim, Fault, History, Move, Post, Row, pid_of
+from ops.rules import UNANSWERED
 
 ROUNDING = 0.001  # seconds
 
@@ -28,6 +29,19 @@ class Try:
     def accepted(self) -> bool:
         """The stage wrote a whole 2xx answer; that it arrived is another matter."""
         return any(post.accepted for post in self.posts)
+
+    @property
+    def taken(self) -> bool:
+        """The stage wrote a whole 202."""
+        return any(post.taken for post in self.posts)
+
+    def open_until(self, post: Post) -> float:
+        """When the stage was done with a request, as far as anybody knows: after its 202 as the
+        row moved on, or with its lease."""
+        if not post.taken:
+            return post.finished
+        ended = [row.finished for row in self.rows if row.outcome not in UNANSWERED]
+        return max(post.finished, min([*ended, self.leased_until]))
 
     @property
     def claimed(self) -> float:

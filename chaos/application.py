@@ -10,10 +10,9 @@ from contextlib import closing
 import psycopg2
 
 from chaos import families
-from chaos.plan import Step
+from chaos.plan import Step, tenant
 from demo.stage_api import CONNECTION_LOST, STAGES
 
-TENANT = "chaos"
 INSERT = "INSERT INTO jobs (job_id, tenant_id, current_step, status) VALUES (%s, %s, %s, %s)"
 MOVE = "UPDATE jobs SET current_step = %s, status = %s WHERE job_id = %s"
 TOUCH = "UPDATE jobs SET status = status, updated_at = now() WHERE job_id = %s"
@@ -104,7 +103,7 @@ class Application:
 
 
 def insert(_app: Application, cursor, step: Step) -> None:
-    cursor.execute(INSERT, [step.job, TENANT, *step.state])
+    cursor.execute(INSERT, [step.job, tenant(step.job), *step.state])
 
 
 def insert_and_roll_back(app: Application, cursor, step: Step) -> None:

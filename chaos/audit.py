@@ -5,7 +5,7 @@ and the questions that turn it into a History's records afterwards.
 import psycopg2
 import psycopg2.extras
 
-from chaos.history import Claim, Debt, Gone, Join, Lease, Move, Row
+from chaos.history import Claim, Debt, Effect, Gone, Join, Lease, Limit, Move, Row
 
 # track_commit_timestamp gives each row the moment its transaction committed; what was rolled
 # back leaves none. The rows of one job follow each other as its row lock let them.
@@ -23,6 +23,7 @@ CREATE TABLE chaos.audit (
     new   jsonb
 );
 CREATE INDEX ON chaos.audit (job, at);
+CREATE TABLE chaos.effects (key text NOT NULL, job text NOT NULL, stage text NOT NULL);
 CREATE FUNCTION chaos.record() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE
     was jsonb := CASE WHEN TG_OP <> 'INSERT' THEN to_jsonb(OLD) END;
@@ -48,6 +49,10 @@ CREATE TRIGGER chaos_any AFTER INSERT OR UPDATE OR DELETE ON stage_calls
 CREATE TRIGGER chaos_insert_delete AFTER INSERT OR DELETE ON stage_leases
     FOR EACH ROW EXECUTE FUNCTION chaos.record();
 """
+
+# What a stage writes with the receiver, in the transaction that sets the row done. The values are
+# those of a Request.
+EFFECT = "INSERT INTO chaos.effects VALUES (%(key)s, %(row_id)s, %(stage)s)"
 
 # The last state that a transaction left a job in; what came before it in there, nobody saw.
 MOVES = """
@@ -102,12 +107,13 @@ ORDER BY c.seq
 
 LEASES = """
 SELECT (row ->> 'call_id')::bigint AS call, (row ->> 'attempt')::integer AS attempt,
-       row ->> 'stage' AS stage,
+       row ->> 'stage' AS stage, row ->> 'tenant_id' AS tenant, row ->> 'job_id' AS job,
        extract(epoch FROM (row ->> 'started_at')::timestamptz)::float8 AS claimed,
        extract(epoch FROM min(at) FILTER (WHERE new IS NOT NULL))::float8 AS began,
        extract(epoch FROM (row ->> 'leased_until')::timestamptz)::float8 AS until,
        extract(epoch FROM min(at) FILTER (WHERE new IS NULL))::float8 AS ended
-FROM (SELECT coalesce(new, old) - 'unanswered' AS row, new, pg_xact_commit_timestamp(tx::xid) AS at
+FROM (SELECT coalesce(new, old) - '{unanswered,working,spent}'::text[] AS row, new,
+             pg_xact_commit_timestamp(tx::xid) AS at
       FROM chaos.audit WHERE place = 'stage_leases') AS changes
 GROUP BY row
 ORDER BY began
@@ -121,6 +127,13 @@ SELECT job_id::text AS job, call_id AS call, attempt, stage, worker,
 FROM stage_attempts ORDER BY started_at, attempt
 """
 
+EFFECTS = "SELECT key, job, stage FROM chaos.effects"
+
+LIMITS = """
+SELECT name, stages, max_running AS most, seconds, is_fair, per_tenant FROM stage_limits
+ORDER BY name
+"""
+
 RECORDS = {
     "moves": (MOVES, Move),
     "debts": (DEBTS, Debt),
@@ -129,6 +142,8 @@ RECORDS = {
     "claims": (CLAIMS, Claim),
     "leases": (LEASES, Lease),
     "rows": (ROWS, Row),
+    "effects": (EFFECTS, Effect),
+    "limits": (LIMITS, Limit),
 }
 
 

@@ -12,6 +12,7 @@ from itertools import pairwise
 
 from chaos.account import Account, Call, Try
 from chaos.history import Exit, History, Join
+from chaos.limits import VISIBLE, ended_amiss, out_of_turn, over_limits
 from chaos.reasons import DIED, RECONNECTING, why_dead, why_lost, why_repeated
 from ops.rules import (
     AFTER_LEAVING,
@@ -26,10 +27,9 @@ from ops.rules import (
 )
 
 ATTEMPTS, KEYS, PROCESS = "unequal attempts", "idempotency key", "process"
-JOINED = "join recorded amiss"
-
-# Seconds after which a row that was committed is seen by every statement that begins.
-VISIBLE = 0.05
+JOINED, EFFECTS, TURNS = "join recorded amiss", "effects of a key", "tenant out of turn"
+# How a stage answers 200 without the receiver.
+WITHOUT_EFFECT = ("accept and forget", "answer before commit", "work in one transaction")
 
 
 @dataclass
@@ -55,6 +55,9 @@ def check(history: History) -> Verdict:
     verdict.findings += [(JOINED, text) for text in joins_amiss(account)]
     check_overlaps(account, verdict)
     verdict.findings += [(LIMIT, text) for text in over_limits(history)]
+    verdict.findings += [(TURNS, text) for text in out_of_turn(account)]
+    verdict.findings += [(ATTEMPTS, text) for text in ended_amiss(account)]
+    verdict.findings += [(EFFECTS, text) for text in wrong_effects(history)]
     verdict.findings += [(KEYS, text) for text in wrong_keys(account)]
     verdict.findings += [(PROCESS, text) for text in wrong_exits(account)]
     verdict.findings += [(PROCESS, bug) for bug in history.bugs]
@@ -170,7 +173,7 @@ def check_overlaps(account: Account, verdict: Verdict) -> None:
         posted.sort(key=lambda each: each[2].arrived)
         for n, earlier in enumerate(posted):
             for later in posted[n + 1 :]:
-                if later[2].arrived < earlier[2].finished:
+                if later[2].arrived < earlier[1].open_until(earlier[2]):
                     judge_overlap(earlier, later, verdict)
 
 
@@ -187,23 +190,6 @@ def judge_overlap(earlier: tuple, later: tuple, verdict: Verdict) -> None:
     else:
         text = f"{call}, attempt {first.number}, and {other}, attempt {second.number}"
         verdict.findings.append((OVERLAP, text))
-
-
-def over_limits(history: History) -> Iterator[str]:
-    """Calls that were claimed while max_running others of their stage were under way.
-
-    Whoever claims them takes turns, so the leases of a stage are committed in the order in which
-    they were counted.
-    """
-    for stage, most in history.limits.items():
-        mine = [lease for lease in history.leases if lease.stage == stage]
-        for n, lease in enumerate(mine):
-            running = sum(
-                one.until > lease.claimed and (one.ended is None or one.ended > lease.began)
-                for one in mine[: n + 1]
-            )
-            if running > most:
-                yield f"call {lease.call} of {stage} was claimed as number {running} of {most}"
 
 
 # --- attempts, keys, processes -------------------------------------------------------------
@@ -223,11 +209,11 @@ def check_attempts(account: Account, call: Call, verdict: Verdict) -> None:
             verdict.findings.append((ATTEMPTS, f"{text} is lost, and nothing was done to it"))
         if one.error.startswith(DIED) and not why_dead(account, call, one):
             verdict.findings.append((PROCESS, f"{text}: {one.error}, and nothing was done to it"))
-        if one.posts and "skipped" in one.outcomes:
+        if one.posts and "skipped" in one.outcomes and not one.taken:  # see ended_amiss
             verdict.findings.append((ATTEMPTS, f"{text} is recorded as skipped, but was sent"))
         if not one.posts and one.http:
             verdict.findings.append((ATTEMPTS, f"{text} has an answer, but was never sent"))
-        elif "succeeded" in one.outcomes and not one.accepted:
+        elif "succeeded" in one.outcomes and not (one.accepted or one.taken):
             verdict.findings.append((ATTEMPTS, f"{text} is recorded as accepted, which it was not"))
         if one.posts and one.http and one.http != one.posts[0].status:
             said = one.posts[0].status
@@ -246,6 +232,16 @@ def check_missing(account: Account, call: Call, one: Try, verdict: Verdict) -> N
         return  # given back as well, but the job's moving on had taken the row of its call
     text = f"{call}: attempt {one.number} of {claim.worker} has no row"
     verdict.findings.append((ATTEMPTS, text))
+
+
+def wrong_effects(history: History) -> Iterator[str]:
+    """What the receiver promises: a request with a key has its effect once, however often it came,
+    and has it where it was accepted."""
+    effects = Counter(effect.key for effect in history.effects)
+    yield from (f"{number} effects of {key}" for key, number in effects.items() if number > 1)
+    for post in history.posts:
+        if post.accepted and post.behaviour not in WITHOUT_EFFECT and post.key not in effects:
+            yield f"no effect of {post.key}, which was accepted: {post}"
 
 
 def wrong_keys(account: Account) -> Iterator[str]:

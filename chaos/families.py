@@ -7,6 +7,7 @@ Beside the product's pipeline, in states of their own: a family's job rests in Q
 import uuid
 
 import receiver
+from chaos.audit import EFFECT
 from demo.stage_api import Stage
 from pipeline import Call, Table
 from stage_http import Answer
@@ -41,9 +42,10 @@ JOINS = {"/".join(DETECTED): ad_copy.__name__}
 FAMILY = [QUEUED, *(("ad_copy", status) for status in ("running", "done", "failed"))]
 STAGES = {
     "/variants/detect": Stage(
-        receiver.Stage("detect", CUT, table=VARIANTS.name, id=VARIANTS.id, where="true")
+        receiver.Stage("detect", CUT, table=VARIANTS.name, id=VARIANTS.id, where="true"),
+        makes=EFFECT,
     ),
-    "/ad_copy": Stage(receiver.Stage("ad_copy", FAMILY)),
+    "/ad_copy": Stage(receiver.Stage("ad_copy", FAMILY), makes=EFFECT),
 }
 
 # What is left behind, as in application.py: no stage works on it, and nothing is owed.

@@ -13,7 +13,7 @@ import db
 from chaos.history import pid_of
 from chaos.listeners import Listener
 from chaos.pipeline import Pipeline
-from chaos.plan import SWEEP_INTERVAL, PlannedFault
+from chaos.plan import CLOCK, CLOCK_STEPS, SWEEP_INTERVAL, PlannedFault
 from chaos.proxy import Proxy
 from demo.database import START_TIMEOUT, EmbeddedDatabase
 
@@ -349,6 +349,21 @@ def install_silent(world: World, plan: PlannedFault, target: Target) -> Iterator
     world.undo(lambda: world.install("--notify"))
 
 
+@contextmanager
+def step_clock(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
+    """Forwards or backwards, and back again."""
+    target.reach = "clock"
+    listener = world.listener(plan)
+    step(listener, CLOCK_STEPS[plan.pick % len(CLOCK_STEPS)])
+    yield
+    step(listener, 0.0)
+
+
+def step(listener: Listener, seconds: float) -> None:
+    with open(listener.environ["CHAOS_CLOCK"], "r+b") as clock:
+        clock.write(CLOCK.pack(seconds))
+
+
 KINDS: dict[str, Callable[..., Context]] = {
     "kill -9 worker": kill_worker,
     "kill -9 listener": kill_listener,
@@ -379,4 +394,5 @@ KINDS: dict[str, Callable[..., Context]] = {
     "rewrite tables": rewrite_tables,
     "install": install,
     "install without NOTIFY": install_silent,
+    "step the clock of a listener": step_clock,
 }

@@ -9,6 +9,8 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+TAKEN = 202  # what an asynchronous stage answers; no other one does
+
 
 def pid_of(listener: str) -> int:
     """The process of a listener; its name is host-pid-random."""
@@ -89,6 +91,8 @@ class Lease:
     row; None where it is there still.
     """
 
+    job: str
+    tenant: str | None
     call: int
     attempt: int
     stage: str
@@ -96,6 +100,31 @@ class Lease:
     began: float
     until: float
     ended: float | None
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A row of stage_limits: of a stage, or of a pool.
+
+    stages: whose calls count; most: so many at once; seconds: between two of them; is_fair: tenants
+    take turns; per_tenant: so many of one tenant at once.
+    """
+
+    name: str
+    stages: list[str]
+    most: int | None = None
+    seconds: float | None = None
+    is_fair: bool = False
+    per_tenant: int | None = None
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a stage has written for the request with this key."""
+
+    key: str
+    job: str
+    stage: str
 
 
 @dataclass(frozen=True)
@@ -135,14 +164,21 @@ class Post:
 
     @property
     def accepted(self) -> bool:
-        return self.sent and self.status is not None and 200 <= self.status < 300
+        is_success = self.status is not None and 200 <= self.status < 300
+        return self.sent and is_success and self.status != TAKEN
+
+    @property
+    def taken(self) -> bool:
+        """The stage works on it after its answer."""
+        return self.sent and self.status == TAKEN
 
 
 @dataclass(frozen=True)
 class Fault:
     """What the nemesis did. slots: the listeners concerned; pids: their processes, if only some.
 
-    reach: "worker", "listener", "database" or "stage": what was out of order for them.
+    reach: "worker", "listener", "database" or "stage": what was out of order for them; "clock" and
+        "nothing" excuse no repeat.
     """
 
     kind: str
@@ -180,9 +216,9 @@ class History:
 
     timeout, lease: seconds that a call may take, and that it is nobody else's, as the listeners
     were told. routes: stage by "step/status"; joined: likewise, once all variants of a job are
-    there. limits: max_running by stage. listeners: slot by
-    name. owed: calls that were left at the end. orphans: results that a worker wrote, as its
-    listener was gone. mischief: what a stage function was to do, by "job/stage/attempt".
+    there. listeners: slot by name. owed: calls that were left at the end. orphans: results that a
+    worker wrote, as its listener was gone. mischief: what a stage function was to do, by
+    "job/stage/attempt".
     """
 
     seed: int
@@ -193,7 +229,7 @@ class History:
     lease: float
     routes: dict[str, str]
     joined: dict[str, str] = field(default_factory=dict)
-    limits: dict[str, int] = field(default_factory=dict)
+    limits: list[Limit] = field(default_factory=list)
     owed: int = 0
     orphans: int = 0
     moves: list[Move] = field(default_factory=list)
@@ -203,6 +239,7 @@ class History:
     claims: list[Claim] = field(default_factory=list)
     leases: list[Lease] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+    effects: list[Effect] = field(default_factory=list)
     posts: list[Post] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     exits: list[Exit] = field(default_factory=list)
@@ -223,6 +260,8 @@ RECORDS = {
     "claims": Claim,
     "leases": Lease,
     "rows": Row,
+    "effects": Effect,
+    "limits": Limit,
     "posts": Post,
     "faults": Fault,
     "exits": Exit,

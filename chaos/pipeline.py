@@ -14,7 +14,7 @@ from random import Random
 
 import psycopg2
 
-from chaos import families, plan
+from chaos import audit, families, plan
 from chaos.history import Post
 from demo.stage_api import CONNECTION_LOST, STAGES, StageApi, of_jobs
 from demo.stage_server import Answer, Hangup, Request, json_answer
@@ -22,7 +22,7 @@ from demo.stage_server import Answer, Hangup, Request, json_answer
 TOO_LONG = plan.STAGE_TIMEOUT
 ACCEPTED = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n"
 
-OF_JOBS = {path: of_jobs(*stage) for path, stage in STAGES.items()}
+OF_JOBS = {path: of_jobs(*stage, makes=audit.EFFECT) for path, stage in STAGES.items()}
 
 # What a stage that does not use the receiver does.
 TAKE = """
@@ -44,6 +44,7 @@ class Pipeline(StageApi):
         self.seed = seed
         self.calm = threading.Event()  # set: every stage just works
         self.posts: list[Post] = []
+        self._later: list[threading.Thread] = []
         self._seen: Counter[tuple] = Counter()
 
     @property
@@ -53,6 +54,7 @@ class Pipeline(StageApi):
     def arrived(self, request: Request) -> None:
         request.wall = time.time()
         request.behaviour = "none"
+        request.key = request.headers.get("Idempotency-Key", "")
         _, slot, path = request.path.split("/", 2)
         request.slot, request.path = int(slot), f"/{path}"
         super().arrived(request)
@@ -62,14 +64,16 @@ class Pipeline(StageApi):
     def answer(self, request: Request) -> Answer:
         if self.closing.is_set():
             raise Hangup
-        name, chance = "work", Random(0)
+        is_asynchronous = request.stage == plan.ASYNCHRONOUS
+        name, chance = "work later" if is_asynchronous else "work", Random(0)
         if not self.calm.is_set():
             key = (request.job_id, request.stage)
             self._seen[key] += 1
-            name, chance = plan.behaviour(self.seed, *key, self._seen[key], WEIGHTS)
+            weights = ASYNCHRONOUS_WEIGHTS if is_asynchronous else WEIGHTS
+            name, chance = plan.behaviour(self.seed, *key, self._seen[key], weights)
         request.behaviour = name
         try:
-            return BEHAVIOURS[name][1](self, request, chance)
+            return HOW[name](self, request, chance)
         except (*CONNECTION_LOST, psycopg2.Error) as error:
             return json_answer(500, error=f"database: {error}".strip())
 
@@ -79,7 +83,7 @@ class Pipeline(StageApi):
                 job=request.job_id,
                 stage=request.stage,
                 slot=request.slot,
-                key=request.headers.get("Idempotency-Key", ""),
+                key=request.key,
                 attempt=int(request.headers.get("X-Attempt", 0)),
                 arrived=request.wall,
                 finished=time.time(),
@@ -90,6 +94,23 @@ class Pipeline(StageApi):
         )
         super().finished(request)
         request.headers = request.connection = None  # it is kept, they need not be
+
+    def work_later(self, request: Request, seconds: float, result: str = "done") -> Answer:
+        """Answer 202, and do in a thread of its own what work() does."""
+        stage = self._stages[request.path]
+        given = stage.takes, request.headers, request.raw
+        (body, status, headers), job = self._receiver.begin(*given)
+        if job:
+            work = self._work_of(stage, request, result, seconds)
+            self._later.append(threading.Thread(target=job.run, args=[work], daemon=True))
+            self._later[-1].start()
+        return Answer(status, body, headers)
+
+    @property
+    def working(self) -> int:
+        """Requests that were answered with 202 and are worked on."""
+        self._later = [thread for thread in self._later if thread.is_alive()]
+        return len(self._later)
 
     def execute(self, cursor, statement: str, request: Request, **more: object) -> None:
         """TAKE or FINISH, for the row of a request."""
@@ -232,4 +253,61 @@ BEHAVIOURS: dict[str, tuple[float, Callable]] = {
     "answer before commit": (4, answer_before_commit),
     "work in one transaction": (4, work_in_one_transaction),
 }
+
+
+# --- how an asynchronous stage meets it besides --------------------------------------------
+
+
+def work_later(api: Pipeline, request: Request, chance: Random) -> Answer:
+    return api.work_later(request, chance.uniform(0, 1))
+
+
+def work_after_the_lease(api: Pipeline, request: Request, chance: Random) -> Answer:
+    """A repeated request finds the first at work."""
+    return api.work_later(request, plan.LEASE + chance.uniform(0.2, 3))
+
+
+def fail_later(api: Pipeline, request: Request, chance: Random) -> Answer:
+    return api.work_later(request, chance.uniform(0, 1), "failed")
+
+
+def work_before_answering(api: Pipeline, request: Request, chance: Random) -> Answer:
+    """The row has moved on before anybody reads the 202."""
+    answer = api.work(request, seconds=0)
+    api.closing.wait(chance.choice([0.0, 0.1, 0.5]))
+    return Answer(202) if answer.status == 200 else answer
+
+
+def fail_before_answering(api: Pipeline, request: Request, chance: Random) -> Answer:
+    answer = api.work(request, "failed", seconds=0)
+    api.closing.wait(chance.choice([0.0, 0.1, 0.5]))
+    return Answer(202) if answer.status == 500 else answer
+
+
+def take_and_forget(api: Pipeline, request: Request, _chance: Random) -> Answer:
+    """The job is left in 'running', until somebody puts it back."""
+    with api.transaction(request) as cursor:
+        cursor.connection.commit()
+    return Answer(202)
+
+
+def answer_and_forget(_api: Pipeline, _request: Request, _chance: Random) -> Answer:
+    return Answer(202)
+
+
+ASYNCHRONOUS: dict[str, tuple[float, Callable]] = {
+    "work later": (70, work_later),
+    "work after the lease": (4, work_after_the_lease),
+    "fail later": (4, fail_later),
+    "work before the 202": (8, work_before_answering),
+    "fail before the 202": (3, fail_before_answering),
+    "take and forget": (2, take_and_forget),
+    "answer 202 and forget": (4, answer_and_forget),
+}
+
+
+HOW = {name: how for name, (_, how) in (BEHAVIOURS | ASYNCHRONOUS).items()}
 WEIGHTS = {name: often for name, (often, _) in BEHAVIOURS.items()}
+# It may also answer as others do.
+ASYNCHRONOUS_WEIGHTS = WEIGHTS | {name: often for name, (often, _) in ASYNCHRONOUS.items()}
+ASYNCHRONOUS_WEIGHTS["work"] = 10

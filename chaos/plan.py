@@ -6,6 +6,7 @@ two runs of one plan are alike, not identical.
 """
 
 import random
+import struct
 import uuid
 from dataclasses import dataclass
 
@@ -48,7 +49,13 @@ FAULTS = {
     "rewrite tables": (5, 0.0, 0.0),
     "install": (3, 0.0, 0.0),
     "install without NOTIFY": (2, 1.0, 5.0),
+    "step the clock of a listener": (3, 1.0, 10.0),
 }
+ASYNCHRONOUS = "overlay"  # a stage
+# Seconds by which a listener has the time wrong, as its file holds them.
+CLOCK = struct.Struct("d")
+CLOCK_STEPS = [-1e8, -3600.0, -5.0, 5.0, 3600.0, 1e8]
+TENANTS = {"large": 6, "middle": 2, "small": 1}  # how often
 
 
 @dataclass(frozen=True)
@@ -166,6 +173,10 @@ def meddling(chance: random.Random, job: str, at: float) -> Step:
     if what == "cancel":
         what, state = "move", ("cancelled", "cancelled")
     return Step(at, job, what, state, chance.choice([0.0, 0.1, 1.0, LEASE + 0.5]))
+
+
+def tenant(job: str) -> str:
+    return random.Random(f"{job}/tenant").choices(list(TENANTS), list(TENANTS.values()))[0]
 
 
 # One job in so many meets hardly anything but trouble, so that calls are given up as well.

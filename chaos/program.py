@@ -1,23 +1,46 @@
 """`python listener.py` for a chaos run: python -m chaos.program run
 
-The pipeline is the product's own and that of the families, but for a limit, and for the mischief
-that the plan has its stage functions do. CHAOS_SEED says which plan.
+The pipeline is the product's own and that of the families, but for their limits, and for the
+mischief that the plan has its stage functions do. CHAOS_SEED says which plan, CHAOS_CLOCK names the
+file that says by how many seconds this process has the time wrong.
 """
 
 import functools
 import itertools
+import mmap
 import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from chaos import families, plan
 from demo.five_stages import PIPELINE
-from pipeline import Call, limits
+from pipeline import Call, Pool, limits
 from stage_http import Answer
 
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
-LIMITED = {"planner": 3}  # max_running
+
+
+def limits_of(seed: int) -> dict[str, dict[str, Any]]:
+    """What each stage declares. At every second seed nothing that has calls made in an order of
+    their own or at a rate, as all are claimed by another statement then."""
+    ordered = seed % 2 == 1
+    gpu = Pool("gpu", 5, linger=1.0 if ordered else None)
+    found: dict[str, dict[str, Any]] = {
+        "planner": {"max_running": 3},
+        plan.ASYNCHRONOUS: {"asynchronous": True, "pool": gpu},
+        "vlm_judge": {"pool": gpu},
+    }
+    if ordered:
+        found["vlm_analyze"] = {"per_tenant": 3}
+        found["yolo_detect"] = {"per_minute": 240}
+        found["detect"] = {"fair": True}
+    return found
+
+
+LIMITS = limits_of(SEED)
 
 
 class Mischief(Exception):
@@ -75,10 +98,21 @@ def mischievous(function: Callable[[Call], Answer]) -> Callable[[Call], Answer]:
             AFTER[planned](call)
         return answer
 
-    return limits(max_running=LIMITED.get(function.__name__))(stage)
+    return limits(**LIMITS.get(function.__name__, {}))(stage)
+
+
+def follow(clock: Path) -> None:
+    """Let this process and its workers have the time wrong by what `clock` says at the moment."""
+    with clock.open("rb") as file:
+        wrong = mmap.mmap(file.fileno(), plan.CLOCK.size, prot=mmap.PROT_READ)
+    right = time.time
+    time.time = lambda: right() + plan.CLOCK.unpack(wrong)[0]
+    time.time_ns = lambda: int(1e9 * time.time())
 
 
 if __name__ == "__main__":
+    if clock := os.environ.get("CHAOS_CLOCK"):
+        follow(Path(clock))
     PIPELINE.update(families.PIPELINE)
     PIPELINE.update({state: mischievous(function) for state, function in PIPELINE.items()})
     import listener  # its options name the stages

@@ -21,6 +21,8 @@ LOSES_ANSWER = ("post, then compute in C",)
 def why_repeated(account: Account, call: Call, first: Try, second: Try) -> str:
     """The reason for which `second` may follow `first`; empty where there is none."""
     outcomes = outcomes_by(first, second.claimed)
+    if first.taken and second.claimed >= first.leased_until:
+        return "taken with 202, and not finished while its lease lasted"
     if first.accepted:
         return why_unheard(account, call, first, second, outcomes)
     if "lost" in outcomes or not outcomes:

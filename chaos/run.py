@@ -20,7 +20,6 @@ from chaos.history import History
 from chaos.listeners import Listener, Supervisor, environment
 from chaos.nemesis import Nemesis
 from chaos.pipeline import Pipeline, url_of
-from chaos.program import LIMITED
 from chaos.proxy import Proxy
 from demo import five_stages
 from demo.database import EmbeddedDatabase
@@ -107,6 +106,9 @@ class Run:
         given["STAGE_API_URL"] = url_of(slot, self.stage_proxy.port if behind else self.api.port)
         given["HEARTBEAT_DIR"] = self.directory / f"heartbeats-{slot}"
         given["CHAOS_SEED"] = self.seed
+        given["CHAOS_CLOCK"] = clock = self.directory / f"clock-{slot}"
+        if not clock.exists():  # a listener has it mapped
+            clock.write_bytes(plan.CLOCK.pack(0.0))
         if behind:
             given["DB_PORT"] = self.database_proxy.port
         return environment(given)
@@ -184,7 +186,8 @@ class Run:
 
     def unsettled(self, conn: psycopg2.extensions.connection) -> int:
         """Requests under way, each of which may yet move its job, or what is owed."""
-        return sum(not r.finished for r in self.api.requests) or audit.owed(conn)
+        under_way = sum(not r.finished for r in self.api.requests) + self.api.working
+        return under_way or audit.owed(conn)
 
     def history(self, began: float, calm: float, owed: int) -> History:
         self.api.wait_for(lambda api: all(r.finished for r in api.requests), 60)
@@ -205,7 +208,6 @@ class Run:
             }
             | families.ROUTES,
             joined=families.JOINS,
-            limits=LIMITED,
             owed=owed,
             orphans=sum(each.orphans for each in listeners),
             posts=sorted(self.api.posts, key=lambda post: post.arrived),

@@ -186,6 +186,15 @@ class StageApi:
         if missing := [name for name in stage.needs if request.body.get(name) is None]:
             return json_answer(422, error=f"expected {', '.join(missing)}")
 
+        run = self._work_of(stage, request, result, seconds)
+        body, status, headers = self._receiver.run(stage.takes, request.headers, request.raw, run)
+        return Answer(status, body, headers)
+
+    def _work_of(
+        self, stage: Stage, request: Request, result: str, seconds: float | None
+    ) -> Callable[[receiver.Job], dict]:
+        """What a Receiver runs for a request; see work()."""
+
         def run(job: receiver.Job) -> dict:
             self.closing.wait(self._delay(stage.name) if seconds is None else seconds)
             if self._result(stage, request, result) == "failed":
@@ -194,8 +203,7 @@ class StageApi:
                 job.write(stage.makes, vars(request))
             return {"job_id": request.job_id, "stage": stage.name, "status": "done"}
 
-        body, status, headers = self._receiver.run(stage.takes, request.headers, request.raw, run)
-        return Answer(status, body, headers)
+        return run
 
     def _result(self, stage: Stage, request: Request, asked: str) -> str:
         """'failed' for as many calls of a row as the stage fails, then what is asked for."""

@@ -10,6 +10,7 @@ from chaos.checker import (
     AFTER_LEAVING,
     ATTEMPTS,
     EARLY,
+    EFFECTS,
     JOINED,
     KEYS,
     LIMIT,
@@ -17,9 +18,24 @@ from chaos.checker import (
     OVERLAP,
     PROCESS,
     REPEATED,
+    TURNS,
     check,
 )
-from chaos.history import Claim, Debt, Exit, Fault, Gone, History, Join, Lease, Move, Post, Row
+from chaos.history import (
+    Claim,
+    Debt,
+    Effect,
+    Exit,
+    Fault,
+    Gone,
+    History,
+    Join,
+    Lease,
+    Limit,
+    Move,
+    Post,
+    Row,
+)
 
 TIMEOUT, LEASE = 2.0, 3.0
 ONE, OTHER = "host-101-aaaaaa", "host-202-bbbbbb"
@@ -56,6 +72,9 @@ class Script(History):
             Post("j", self.stage(claim), self.listeners[claim.worker], key or f"key {claim.call}",
                  claim.attempt, arrived or claim.at + 0.1, finished, status, sent, "work")
         )  # fmt: skip
+        key = self.posts[-1].key
+        if status == 200 and key not in {effect.key for effect in self.effects}:
+            self.effects.append(Effect(key, "j", self.stage(claim)))
 
     def row(self, finished, outcome="succeeded", http=None, claim=None, error=None):
         """What the database says of the latest claim."""
@@ -549,25 +568,57 @@ def test_same_stage_called_for_a_job_that_came_back_during_the_lease_is_found(ou
 def leases(*spans):
     """Of one stage; each is claimed, committed and at an end at these times."""
     return [
-        Lease(number, 1, "vlm_analyze", claimed, began, claimed + LEASE, ended)
+        Lease("j", "t", number, 1, "vlm_analyze", claimed, began, claimed + LEASE, ended)
         for number, (claimed, began, ended) in enumerate(spans)
     ]
 
 
 def test_stage_that_is_full_is_not_called(script):
-    script.limits = {"vlm_analyze": 2}
+    script.limits = [Limit("gpu", ["vlm_analyze", "planner"], 2)]
     script.leases = leases((1, 1.1, 2.0), (1, 1.2, 5.0), (1.9, 2.1, None), (4.1, 4.2, None))
+    script.leases[1] = replace(script.leases[1], stage="planner")
     assert kinds(script) == set()
-    script.limits = {"vlm_analyze": 1}
+    script.limits = [Limit("gpu", ["vlm_analyze", "planner"], 1)]
     assert kinds(script) == {LIMIT}
+    script.limits = [Limit("vlm_analyze", ["vlm_analyze"], 2)]
+    assert kinds(script) == set()
 
 
 def test_limit_is_exceeded_until_the_lease_has_ended_or_run_out(script):
-    script.limits = {"vlm_analyze": 1}
+    script.limits = [Limit("vlm_analyze", ["vlm_analyze"], 1)]
     script.leases = leases((1, 1.1, None), (3.9, 4.0, None))
     assert kinds(script) == {LIMIT}
     script.leases = leases((1, 1.1, None), (4.0, 4.1, None))
     assert kinds(script) == set()
+
+
+def test_tenant_that_is_full_is_not_called(script):
+    script.limits = [Limit("vlm_analyze", ["vlm_analyze"], per_tenant=1)]
+    script.leases = leases((1, 1.1, None), (2, 2.1, None))
+    assert kinds(script) == {LIMIT}
+    script.leases[1] = replace(script.leases[1], tenant="another")
+    assert kinds(script) == set()
+
+
+def test_stage_with_a_rate_is_not_called_too_soon(script):
+    script.limits = [Limit("vlm_analyze", ["vlm_analyze"], seconds=0.5)]
+    script.leases = leases((1, 1.1, 1.2), (1.5, 1.6, 1.7))
+    assert kinds(script) == set()
+    script.leases = leases((1, 1.1, 1.2), (1.4, 1.6, 1.7))
+    assert kinds(script) == {LIMIT}
+
+
+@pytest.mark.parametrize("turns", [2, 3])
+def test_tenant_that_waits_while_another_has_its_turns_is_seen(turns, script):
+    """The job is of one tenant, and three of another have come before it."""
+    script.limits = [Limit("vlm_analyze", ["vlm_analyze"], is_fair=True)]
+    script.move(1, "img_gen")
+    script.called(5)
+    others = [replace(leases((n + 2 - (turns == 2 and n == 0) * 1.5, n + 2.1, n + 2.2))[0],
+                      job=f"o{n}", tenant="o", call=n) for n in range(turns)]  # fmt: skip
+    mine = replace(leases((5, 5.1, 5.4))[0], call=script.debts[0].call)
+    script.leases = [*others, mine]
+    assert kinds(script) == ({TURNS} if turns == 3 else set())
 
 
 def test_call_claimed_after_the_job_left_is_found(script):
@@ -575,6 +626,77 @@ def test_call_claimed_after_the_job_left_is_found(script):
     script.move(2, "img_gen", "paused")
     script.called(2.1)
     assert kinds(script) == {AFTER_LEAVING}
+
+
+# --- taken with 202 ------------------------------------------------------------------------
+
+
+def taken(script, outcome="succeeded", moved=2.0, status="done", ended=None):
+    """A call that its stage has taken, and what the row does then."""
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.post(1.3, status=202)
+    if moved:
+        script.move(moved, "vlm_analyze", status, debt=False)
+    finished = ended or moved
+    script.row(finished, outcome, claim=script.claims[-1])
+    script.rows[-1] = replace(script.rows[-1], http=202)
+    call = script.debts[0].call
+    script.leases = [
+        Lease("j", "t", call, 1, "vlm_analyze", 1.1, 1.15, 1.1 + LEASE, finished + 0.1)
+    ]
+
+
+def test_taken_call_is_over_when_its_row_moves_on(script):
+    taken(script, status="paused")
+    assert check(script).findings == []
+
+
+def test_taken_call_that_is_never_finished_is_repeated_after_its_lease(script):
+    taken(script, "unknown", moved=None, ended=1.2 + LEASE)
+    script.called(1.3 + LEASE, attempt=2)
+    verdict = check(script)
+    assert verdict.findings == []
+    assert list(verdict.repeats) == ["taken with 202, and not finished while its lease lasted"]
+
+
+def test_taken_call_that_is_repeated_while_its_stage_works_is_found(script):
+    taken(script, "unknown", moved=None, ended=2)
+    script.called(2.5, attempt=2)
+    assert kinds(script) == {EARLY, OVERLAP, ATTEMPTS}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status"),
+    [
+        ("succeeded", "running"),
+        ("succeeded", "failed"),
+        ("failed", "paused"),
+        ("skipped", "paused"),
+    ],
+)
+def test_taken_call_is_recorded_as_what_its_row_says(outcome, status, script):
+    taken(script, outcome, status=status)
+    assert kinds(script) == {ATTEMPTS}
+
+
+# --- effects -------------------------------------------------------------------------------
+
+
+def test_second_effect_of_a_key_is_found(script):
+    script.move(1, "img_gen")
+    script.called(1.1)
+    script.effects *= 2
+    assert kinds(script) == {EFFECTS}
+
+
+def test_accepted_request_without_its_effect_is_found(script):
+    script.move(1, "img_gen")
+    script.called(1.1)
+    script.effects.clear()
+    assert kinds(script) == {EFFECTS}
+    script.posts[0] = replace(script.posts[0], behaviour="accept and forget")
+    assert kinds(script) == set()
 
 
 # --- attempts ------------------------------------------------------------------------------
@@ -708,7 +830,7 @@ def test_two_keys_for_one_call_are_found(script):
     script.move(1, "img_gen")
     script.called(1.1, outcome="retry", status=500)
     script.called(1.5, attempt=2)
-    script.posts[1] = replace(script.posts[1], key="another")
+    script.posts[0] = replace(script.posts[0], key="another")
     assert kinds(script) == {KEYS}
 
 

@@ -1,0 +1,130 @@
+"""Whether the limits that hold over all listeners were kept: of stages, of pools and of tenants.
+
+Whoever claims takes turns, so the leases of a limit are committed in the order in which they were
+counted. A call that was taken with 202 has its lease until its row moves on.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import pairwise
+
+from chaos.account import ROUNDING, Account
+from chaos.history import TAKEN, History, Lease, Limit, Move
+
+# Seconds after which a row that was committed is seen by every statement that begins.
+VISIBLE = 0.05
+
+
+def over_limits(history: History) -> Iterator[str]:
+    """Calls that were claimed though their stage, pool or tenant was full, or too soon."""
+    for limit in history.limits:
+        mine = [lease for lease in history.leases if lease.stage in limit.stages]
+        if limit.most:
+            yield from crowded(mine, limit.most, limit.name)
+        if limit.seconds:
+            yield from too_fast(mine, limit)
+        if limit.per_tenant:
+            for tenant, leases in by_tenant(mine).items():
+                yield from crowded(leases, limit.per_tenant, f"{limit.name} for {tenant}")
+
+
+def crowded(leases: list[Lease], most: int, name: str) -> Iterator[str]:
+    """Calls that were claimed while `most` others were under way."""
+    for n, lease in enumerate(leases):
+        running = sum(
+            one.until > lease.claimed and (one.ended is None or one.ended > lease.began)
+            for one in leases[: n + 1]
+        )
+        if running > most:
+            yield f"call {lease.call} of {name} was claimed as number {running} of {most}"
+
+
+def too_fast(leases: list[Lease], limit: Limit) -> Iterator[str]:
+    for before, lease in pairwise(leases):
+        apart = lease.claimed - before.claimed
+        if apart < limit.seconds - ROUNDING:
+            yield (
+                f"call {lease.call} of {limit.name} was claimed {apart:.3f} s after call "
+                f"{before.call}, not {limit.seconds:g} s"
+            )
+
+
+def by_tenant(leases: list[Lease]) -> dict[str | None, list[Lease]]:
+    found = defaultdict(list)
+    for lease in leases:
+        found[lease.tenant].append(lease)
+    return found
+
+
+# --- turns ---------------------------------------------------------------------------------
+
+
+def out_of_turn(account: Account) -> Iterator[str]:
+    """Calls that waited while another tenant had more turns than theirs."""
+    for limit in account.history.limits:
+        if limit.is_fair and not limit.per_tenant:
+            mine = [one for one in account.history.leases if one.stage in limit.stages]
+            yield from passed_by(account, mine)
+
+
+def passed_by(account: Account, leases: list[Lease]) -> Iterator[str]:
+    """Only the first call of a row is judged: one of before may have kept the next one waiting."""
+    arrived = {call.number: call.arrived + VISIBLE for call in account.calls}
+    seen = set()
+    for n, lease in enumerate(leases):
+        if lease.job in seen:
+            continue
+        seen.add(lease.job)
+        turns = defaultdict(int)
+        for one in leases[:n]:
+            turns[one.tenant] += one.claimed > arrived.get(lease.call, lease.claimed)
+        own = turns.pop(lease.tenant, 0)
+        for other, count in turns.items():
+            if count > own + 1:
+                yield (
+                    f"call {lease.call} of {lease.stage} for {lease.tenant} waited while {other} "
+                    f"had {count} turns, and {lease.tenant} {own}"
+                )
+
+
+# --- taken calls ---------------------------------------------------------------------------
+
+
+def ended_amiss(account: Account) -> Iterator[str]:
+    """A call that was taken is under way until its row moves on or its lease is over, and is
+    recorded as what the row says."""
+    ends = {(lease.call, lease.attempt): lease for lease in account.history.leases}
+    moves = defaultdict(list)
+    for move in account.history.moves:
+        moves[move.job].append(move)
+    for call in account.calls:
+        for one in call.tries.values():
+            lease = ends.get((call.number, one.number))
+            if lease is None or lease.ended is None:
+                continue
+            left = [move for move in moves[call.job] if leaves(move, lease)]
+            for row in (row for row in one.rows if row.http == TAKEN):
+                if why := amiss(row.outcome, lease, left, call.stage):
+                    yield f"{call}: attempt {one.number}, taken with 202, {why}"
+
+
+def leaves(move: Move, lease: Lease) -> bool:
+    """Whether the row moved on while its call was under way."""
+    is_running = (move.step, move.status) == (lease.stage, "running")
+    return lease.claimed <= move.at <= lease.ended and not is_running
+
+
+def amiss(outcome: str, lease: Lease, left: list[Move], stage: str) -> str:
+    """What is wrong with the end of a taken call; empty where nothing is."""
+    if outcome == "unknown":
+        return "" if lease.ended >= lease.until else "was given up before its lease was over"
+    if not left:
+        return f"is recorded as {outcome}, and its row had not moved on"
+    failed = [(move.step, move.status) == (stage, "failed") for move in left]
+    if (outcome == "succeeded" and all(failed)) or (
+        outcome in ("failed", "retry") and not any(failed)
+    ):
+        return f"is recorded as {outcome}, which its row does not say"
+    if outcome == "skipped" and not any(move.step is None for move in left):
+        return "is recorded as skipped, and its row was not deleted"
+    return ""
