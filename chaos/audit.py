@@ -9,7 +9,12 @@ from chaos.history import Claim, Debt, Effect, Gone, Join, Lease, Limit, Move, R
 
 # track_commit_timestamp gives each row the moment its transaction committed; what was rolled
 # back leaves none. The rows of one job follow each other as its row lock let them.
-OPTIONS = {"track_commit_timestamp": "on", "max_connections": 300}
+# A standby that connects again does so at once.
+OPTIONS = {
+    "track_commit_timestamp": "on",
+    "max_connections": 300,
+    "wal_retrieve_retry_interval": "200ms",
+}
 
 INSTALL = """
 CREATE SCHEMA chaos;

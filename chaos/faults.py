@@ -16,6 +16,7 @@ from chaos.pipeline import Pipeline
 from chaos.plan import CLOCK, CLOCK_STEPS, SWEEP_INTERVAL, PlannedFault
 from chaos.proxy import Proxy
 from demo.database import START_TIMEOUT, EmbeddedDatabase
+from demo.standby import follow, promote
 
 BACKENDS = """
 SELECT pid, application_name FROM pg_stat_activity
@@ -24,6 +25,7 @@ WHERE starts_with(application_name, %s) ORDER BY backend_start
 TERMINATE = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE starts_with(application_name, %s)
 """
+STREAMING = "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'"
 # What an application does to its table, and the way back. tenant_id is read by our trigger, which
 # reads each row by a dynamic statement while the column is another than at install.
 COLUMNS = [
@@ -64,11 +66,12 @@ class Target:
 
 @dataclass
 class World:
-    """What there is to break. behind: the slots of the listeners behind the proxies. command: runs
-    one of the product's; its exit code.
+    """What there is to break. database: the primary. behind: the slots of the listeners behind the
+    proxies. command: runs one of the product's; its exit code.
     """
 
     database: EmbeddedDatabase
+    standby: EmbeddedDatabase
     api: Pipeline
     listeners: list[Listener]
     database_proxy: Proxy
@@ -107,6 +110,22 @@ class World:
             else:
                 return
         self.undone.append(do)
+
+    def stop_database(self, mode: str, target: Target) -> None:
+        """Raises NotNow where it is stopped already."""
+        if not self.database_up:
+            raise NotNow
+        target.reach, target.slots = "database", self.every_slot()
+        for pid in self.frozen:  # it would never end, and the server waits for it
+            os.kill(pid, signal.SIGCONT)
+        self.frozen.clear()
+        self.database_up = False
+        self.database.stop(mode)
+
+    def database_is_up(self) -> None:
+        self.database_up = True
+        while self.undone:
+            self.undo(self.undone.pop())
 
     def every_slot(self) -> list[int]:
         return [listener.slot for listener in self.listeners]
@@ -265,21 +284,28 @@ def freeze_backend(world: World, plan: PlannedFault, target: Target) -> Iterator
 def restart_database(mode: str) -> Callable[..., Context]:
     @contextmanager
     def restart(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
-        if not world.database_up:
-            raise NotNow
-        target.reach, target.slots = "database", world.every_slot()
-        for pid in world.frozen:  # it would never end, and the server waits for it
-            os.kill(pid, signal.SIGCONT)
-        world.frozen.clear()
-        world.database_up = False
-        world.database.stop(mode)
+        world.stop_database(mode, target)
         yield
         world.database.start()
-        world.database_up = True
-        while world.undone:
-            world.undo(world.undone.pop())
+        world.database_is_up()
 
     return restart
+
+
+@contextmanager
+def switch_over(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
+    """The primary is stopped, which gives its standby all it has; that is the primary then, and the
+    other one follows it. The proxy leads to the new one, and ends the connections to the old."""
+    if not world.database_up or not world.query(STREAMING)[0][0]:
+        raise NotNow
+    world.stop_database("fast", target)
+    yield
+    promote(world.standby)
+    world.database, world.standby = world.standby, world.database
+    world.database_proxy.host = world.database.host
+    world.database_proxy.cut()
+    world.database_is_up()
+    follow(world.standby, world.database)
 
 
 def network(which: str, what: str) -> Callable[..., Context]:
@@ -389,6 +415,7 @@ KINDS: dict[str, Callable[..., Context]] = {
     "drop stage network": network("stage", "drop"),
     "cut stage network": network("stage", "cut"),
     "restart stage API": restart_api,
+    "switch over to the standby": switch_over,
     "malformed notifications": garbage,
     "change columns of jobs": change_columns,
     "rewrite tables": rewrite_tables,

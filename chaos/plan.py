@@ -44,6 +44,7 @@ FAULTS = {
     "drop stage network": (2, 0.5, 4.0),
     "cut stage network": (3, 0.0, 0.0),
     "restart stage API": (2, 0.1, 3.0),
+    "switch over to the standby": (2, 0.0, 2.0),
     "malformed notifications": (1, 0.0, 0.0),
     "change columns of jobs": (5, 0.2, 3.0),
     "rewrite tables": (5, 0.0, 0.0),

@@ -21,7 +21,7 @@ class Link:
 
     def run(self) -> None:
         try:
-            self.server = socket.create_connection(("127.0.0.1", self.proxy.target))
+            self.server = socket.create_connection((self.proxy.host, self.proxy.target))
             back = threading.Thread(target=self.pump, args=(self.server, self.client), daemon=True)
             back.start()
             self.pump(self.client, self.server)
@@ -52,10 +52,10 @@ class Link:
 
 
 class Proxy:
-    """Stands before `target`, a port on 127.0.0.1; a context manager."""
+    """Stands before `target`, a port of `host`; a context manager."""
 
     def __init__(self, target: int):
-        self.target = target
+        self.target, self.host = target, "127.0.0.1"
         self.links: set[Link] = set()
         self.passing = threading.Event()
         self.passing.set()

@@ -12,6 +12,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import psycopg2
+from psycopg2.extensions import make_dsn
 
 from chaos import audit, families, plan
 from chaos.application import Application
@@ -23,6 +24,7 @@ from chaos.pipeline import Pipeline, url_of
 from chaos.proxy import Proxy
 from demo import five_stages
 from demo.database import EmbeddedDatabase
+from demo.standby import Standby
 from demo.terminal import CHILD
 from ops.audit import RESTS
 
@@ -74,7 +76,9 @@ class Run:
             for name in [name for name in os.environ if name.startswith("PG")]:
                 del os.environ[name]  # PGHOSTADDR, PGOPTIONS and others would lead us elsewhere
             self.database = stack.enter_context(EmbeddedDatabase(options=audit.OPTIONS))
-            self.api = stack.enter_context(Pipeline(self.database.dsn(), self.seed))
+            standby = stack.enter_context(Standby(self.database, audit.OPTIONS))
+            self.hosts = f"{self.database.host},{standby.host}"
+            self.api = stack.enter_context(Pipeline(self.dsn, self.seed))
             self.database_proxy = stack.enter_context(Proxy(self.database.port))
             self.stage_proxy = stack.enter_context(Proxy(self.api.port))
             with closing(self.connect()) as conn:
@@ -84,10 +88,10 @@ class Run:
                 audit.install(conn)
             self.supervisor = Supervisor([self.listener(1 + n) for n in range(self.count)])
             stack.callback(self.supervisor.close)
-            self.application = Application(self.database.dsn(), self.steps)
+            self.application = Application(self.dsn, self.steps)
             stack.callback(self.application.stop.set)
             behind = [slot for slot in range(1, self.count + 1) if self.is_behind(slot)]
-            world = World(self.database, self.api, self.supervisor.listeners,
+            world = World(self.database, standby, self.api, self.supervisor.listeners,
                           self.database_proxy, self.stage_proxy, behind, self.command)  # fmt: skip
             self.nemesis = Nemesis(world, self.planned)
             self.stack = stack.pop_all()
@@ -102,7 +106,7 @@ class Run:
 
     def environ(self, slot: int) -> dict[str, str]:
         behind = self.is_behind(slot)
-        given = SETTINGS | self.database.settings()
+        given = SETTINGS | self.database.settings() | {"DB_HOST": self.hosts}
         given["STAGE_API_URL"] = url_of(slot, self.stage_proxy.port if behind else self.api.port)
         given["HEARTBEAT_DIR"] = self.directory / f"heartbeats-{slot}"
         given["CHAOS_SEED"] = self.seed
@@ -110,7 +114,7 @@ class Run:
         if not clock.exists():  # a listener has it mapped
             clock.write_bytes(plan.CLOCK.pack(0.0))
         if behind:
-            given["DB_PORT"] = self.database_proxy.port
+            given["DB_HOST"], given["DB_PORT"] = "127.0.0.1", self.database_proxy.port
         return environment(given)
 
     def listener(self, slot: int) -> Listener:
@@ -133,8 +137,13 @@ class Run:
             if one["kind"] != RESTS
         ]
 
+    @property
+    def dsn(self) -> str:
+        """Leads to whichever of both servers is the primary."""
+        return make_dsn(self.database.dsn(), host=self.hosts, target_session_attrs="read-write")
+
     def connect(self) -> psycopg2.extensions.connection:
-        conn = psycopg2.connect(self.database.dsn())
+        conn = psycopg2.connect(self.dsn)
         conn.autocommit = True
         return conn
 

@@ -74,6 +74,8 @@ class EmbeddedDatabase:
     parent: the directory in which the temporary one is made; None: the system's.
     """
 
+    host = "127.0.0.1"
+
     def __init__(
         self,
         major: int = 18,
@@ -98,7 +100,7 @@ class EmbeddedDatabase:
         """The environment variables that point a listener here, whatever its `.env` says."""
         return {
             "DATABASE_URL": "",
-            "DB_HOST": "127.0.0.1",
+            "DB_HOST": self.host,
             "DB_PORT": str(self.port),
             "DB_NAME": database,
             "DB_USER": "postgres",
@@ -106,14 +108,14 @@ class EmbeddedDatabase:
         }
 
     def dsn(self, database: str = "postgres") -> str:
-        return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
+        return f"postgresql://postgres@{self.host}:{self.port}/{database}"
 
     def start(self) -> "EmbeddedDatabase":
         """Return when the server accepts connections; RuntimeError with its log if it does not."""
         try:
             if self._directory is None:
                 self._create()
-            options = {"listen_addresses": "127.0.0.1", "unix_socket_directories": ""}
+            options = {"listen_addresses": self.host, "unix_socket_directories": ""}
             options |= {"port": self.port} | self.options
             arguments = [f"--{name}={value}" for name, value in options.items()]
             command = [self._bin / "postgres", "-D", self._directory / "data", *arguments]

@@ -8,12 +8,12 @@ import commands
 import pytest
 from claims import connected
 from conftest import Database, Server, embedded_server
-from faults.standby import Standby
 from tcp_proxy import TcpProxy
 from waiting import until
 
 import db
 import hosts
+from demo.standby import Standby
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from waiting import LISTENING, backends, terminate_backends, wait_until_idle
 from demo.database import EmbeddedDatabase
 from demo.stage_api import StageApi
 from demo.stage_server import Answer
-from faults.standby import Standby
+from demo.standby import Standby
 from faults.test_connection import frozen, processes
 
 ACCEPTED = "SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s AND outcome = 'succeeded'"

@@ -8,7 +8,7 @@ from waiting import LISTENING, RECONNECTING, gate, wait_for_call
 
 from demo.stage_api import StageApi
 from demo.stage_server import Answer
-from faults.standby import Standby
+from demo.standby import Standby
 
 pytestmark = pytest.mark.slow
 
