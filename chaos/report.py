@@ -52,10 +52,18 @@ def figures(history: History) -> list[tuple[str, int]]:
         ("attempts claimed", len(history.claims)),
         ("requests", len(history.posts)),
         ("requests accepted", sum(post.accepted for post in history.posts)),
+        ("requests taken with 202", sum(post.taken for post in history.posts)),
+        ("effects written with the receiver", len(history.effects)),
+        ("calls under a limit", len(limited(history))),
         ("listeners started", len(history.listeners)),
         ("results written by workers without a listener", history.orphans),
         ("attempts at which a stage function misbehaved", len(history.mischief)),
     ]
+
+
+def limited(history: History) -> set[tuple[int, int]]:
+    stages = {stage for limit in history.limits for stage in limit.stages}
+    return {(lease.call, lease.attempt) for lease in history.leases if lease.stage in stages}
 
 
 def faults_table(history: History) -> str:
