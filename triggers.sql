@@ -76,6 +76,7 @@ DECLARE
     fields_read text;  -- the same, of the dynamic statement
     as_installed text;  -- how the columns are read where the table is as it was
     as_found     text;  -- and where it is not
+    borrowed     text;  -- how the parent's tenant is read
 BEGIN
     FOR t IN SELECT * FROM jsonb_to_recordset(asked -> 'tables') AS x (
         name text, id_column text, tenant_column text, parent_table text, parent_column text,
@@ -151,6 +152,35 @@ BEGIN
                   asynchronous boolean)
               WHERE r.table_name = t.name AND r.asynchronous
               GROUP BY r.stage) AS s;
+
+        -- Tenants take turns by the call's own copy. Nothing waits for a lock on the parent's
+        -- table: without the parent's tenant the call has the turns of those that have none.
+        WITH RECURSIVE listed AS (
+            SELECT * FROM jsonb_to_recordset(asked -> 'tables') AS x (
+                name text, tenant_column text, parent_table text)
+        ), above AS (
+            SELECT p.* FROM listed AS p WHERE p.name = t.parent_table AND t.tenant_column IS NULL
+            UNION ALL
+            SELECT p.* FROM above AS a JOIN listed AS p ON p.name = a.parent_table
+            WHERE a.tenant_column IS NULL
+        ), fair AS (
+            SELECT array_agg(l.name) AS stages
+            FROM jsonb_to_recordset(asked -> 'limits') AS l (name text, is_fair boolean)
+            WHERE l.is_fair
+        )
+        SELECT format($tenant$
+        IF route = ANY (%1$L::text[]) AND parent IS NOT NULL THEN
+            BEGIN
+                LOCK TABLE %2$s IN ACCESS SHARE MODE NOWAIT;
+                tenant := (%3$I.stage_call_row(%4$L, '', parent)).tenant_id #>> '{}';
+            EXCEPTION WHEN OTHERS THEN
+                tenant := NULL;
+            END;
+        END IF;$tenant$, fair.stages,
+            (SELECT string_agg(format('%I.%I', schema, a.name), ', ') FROM above AS a),
+            schema, t.parent_table)
+        INTO borrowed
+        FROM fair WHERE fair.stages IS NOT NULL AND EXISTS (SELECT FROM above);
 
         SELECT string_agg(format('%L, NEW.%I', name, name), ', ' ORDER BY position),
                string_agg(format('%L, ($1).%I', name, name), ', ' ORDER BY position)
@@ -244,7 +274,7 @@ BEGIN
     END IF;
 
     IF is_installed THEN%3$s%5$s
-        route := CASE %2$s END;
+        route := CASE %2$s END;%20$s
         IF route IS NULL THEN
             DELETE FROM %1$s AS c
             WHERE c.job_id = id AND c.table_name = %6$L AND c.join_of = ''
@@ -311,7 +341,7 @@ $wake$ END,
             CASE WHEN is_ordered THEN ', urgency, start, greatest(clock_timestamp(), start)'
                  ELSE '' END,
             CASE WHEN is_ordered THEN ', priority = excluded.priority, run_after = excluded.run_after'
-                 ELSE '' END));
+                 ELSE '' END, coalesce(borrowed, '')));
     END LOOP;
 END
 $do$;

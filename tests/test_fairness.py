@@ -3,8 +3,9 @@
 from collections import Counter
 
 import pytest
+from claims import claim_many, connected
 from conftest import ROOT
-from variants import install, stage
+from variants import TABLE, VARIANTS, install, stage
 from waiting import PATIENCE
 
 from demo.stage_server import Answer
@@ -15,6 +16,7 @@ PIPELINE = {
     ("img_gen", "done"): limits(fair=True)(stage("vlm_analyze")),
     ("planner", "done"): limits(per_tenant=2)(stage("overlay")),
     ORDERED("overlay", "done"): stage("vlm_judge"),
+    VARIANTS("iou_eval", "done"): limits(per_tenant=1)(stage("yolo_detect")),
 }
 COLUMNS = "ALTER TABLE jobs ADD priority integer, ADD run_after timestamptz;"
 
@@ -22,7 +24,7 @@ COLUMNS = "ALTER TABLE jobs ADD priority integer, ADD run_after timestamptz;"
 @pytest.fixture
 def site(database, use_pipeline, api, listener):
     use_pipeline(PIPELINE)
-    install(database, COLUMNS)
+    install(database, COLUMNS, TABLE)
     for name in ("vlm_analyze", "overlay", "vlm_judge"):
         api.on(f"/{name}", lambda request: Answer(200))
 
@@ -52,6 +54,35 @@ def claimed(database) -> list:
     """The tenants in the order of their claims: requests may overtake each other."""
     order = "SELECT tenant_id FROM stage_attempts JOIN jobs USING (job_id) ORDER BY started_at"
     return [row.tenant_id for row in database.rows(order)]
+
+
+ADD_VARIANTS = """
+WITH added AS (
+    INSERT INTO jobs (job_id, tenant_id, current_step, status)
+    VALUES (gen_random_uuid(), %s, 'family', 'queued') RETURNING job_id)
+INSERT INTO jobs_variants (job_id, current_step, status)
+SELECT job_id, 'iou_eval', 'queued' FROM added, generate_series(1, 2)
+"""
+
+
+def test_rows_without_a_tenant_of_their_own_take_the_turns_of_their_parents(site):
+    for tenant in ("acme", "zoo"):
+        site.rows(ADD_VARIANTS, tenant)
+    site.rows("UPDATE jobs_variants SET status = 'done'")
+    with connected(site) as conn:
+        given = {"stages": ["yolo_detect"], "ordered": True}
+        rows = claim_many(conn, 4, **given).claimed
+    assert sorted(row.tenant_id for row in rows) == ["acme", "zoo"]
+
+
+def test_row_whose_parents_table_is_locked_is_written_at_once(site):
+    site.rows(ADD_VARIANTS, "acme")
+    with site.connect() as change:
+        change.autocommit = False
+        change.cursor().execute("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE")
+        site.rows("SET statement_timeout = '5s'; UPDATE jobs_variants SET status = 'done'")
+        change.rollback()
+    assert site.value("SELECT count(*) FROM stage_calls WHERE tenant_id IS NULL") == 2
 
 
 @pytest.mark.parametrize("workers", [1, 3])
