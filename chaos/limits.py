@@ -76,8 +76,9 @@ def passed_by(account: Account, leases: list[Lease]) -> Iterator[str]:
             continue
         seen.add(lease.job)
         turns = defaultdict(int)
-        for one in leases[:n]:
-            turns[one.tenant] += one.claimed > arrived.get(lease.call, lease.claimed)
+        for one in leases[:n]:  # those of one transaction are in no order
+            waits = one.claimed > arrived.get(lease.call, lease.claimed)
+            turns[one.tenant] += waits and one.began < lease.began
         own = turns.pop(lease.tenant, 0)
         for other, count in turns.items():
             if count > own + 1:

@@ -608,17 +608,18 @@ def test_stage_with_a_rate_is_not_called_too_soon(script):
     assert kinds(script) == {LIMIT}
 
 
-@pytest.mark.parametrize("turns", [2, 3])
-def test_tenant_that_waits_while_another_has_its_turns_is_seen(turns, script):
-    """The job is of one tenant, and three of another have come before it."""
+@pytest.mark.parametrize(("turns", "until"), [(1, 4), (2, 4), (2, 5)])
+def test_tenant_that_waits_while_another_has_its_turns_is_seen(turns, until, script):
+    """The others have their turns from 2 s on, the last of them with this one where until is 5."""
     script.limits = [Limit("vlm_analyze", ["vlm_analyze"], is_fair=True)]
     script.move(1, "img_gen")
     script.called(5)
-    others = [replace(leases((n + 2 - (turns == 2 and n == 0) * 1.5, n + 2.1, n + 2.2))[0],
-                      job=f"o{n}", tenant="o", call=n) for n in range(turns)]  # fmt: skip
+    spans = [(2 + n, 2.1 + n, 2.2 + n) for n in range(turns - 1)]
+    others = leases(*spans, (until, until + 0.1, until + 0.3))
+    others = [replace(lease, job=f"o{n}", tenant="o") for n, lease in enumerate(others)]
     mine = replace(leases((5, 5.1, 5.4))[0], call=script.debts[0].call)
     script.leases = [*others, mine]
-    assert kinds(script) == ({TURNS} if turns == 3 else set())
+    assert kinds(script) == ({TURNS} if (turns, until) == (2, 4) else set())
 
 
 def test_call_claimed_after_the_job_left_is_found(script):
