@@ -45,6 +45,9 @@ $body$;
 -- It runs with its owner's rights: the search path holds nothing that a user could put a
 -- function or an operator in, and its tables are named with their schema, filled in here. So are
 -- the routes: looking into pipeline_stages for every row was a third of what the trigger cost.
+-- PL/pgSQL prepares each expression anew in every transaction, and most transactions move one
+-- row: what a table does not need is left out of its function, a variable has no DEFAULT, and the
+-- routes are one constant, as a comparison for each cost a tenth of the whole.
 -- The plan is pinned: planned while stage_calls was empty, the DELETE made an UPDATE of
 -- 20,000 jobs take 14 s.
 -- A column that was dropped, renamed or given another type would make NEW.column an error, in a
@@ -58,7 +61,7 @@ DECLARE
     t       record;
     place   regclass;
     columns text[];
-    routes  text;  -- the rows' own, as a CASE
+    routes  jsonb;  -- the rows' own: {step: {status: stage}}
     looks   text;  -- what a change means for the joins of the rows' parents
     is_ordered boolean;  -- the table has a column for the priority of its rows, or their time
     moves   text;  -- and for the calls that asynchronous stages work on
@@ -89,13 +92,13 @@ BEGIN
 
         is_ordered := coalesce(t.priority_column, t.run_after_column) IS NOT NULL;
 
-        SELECT string_agg(format('WHEN step = %L AND state = %L THEN %L',
-                                 r.current_step, r.status, r.stage), ' ' ORDER BY r.position)
+        SELECT coalesce(jsonb_object_agg(r.current_step, r.stages), '{}')
         INTO routes
-        FROM jsonb_to_recordset(asked -> 'routes') AS r (
-            table_name text, join_of text, current_step text, status text, stage text,
-            position integer)
-        WHERE r.table_name = t.name AND r.join_of = '';
+        FROM (SELECT x.current_step, jsonb_object_agg(x.status, x.stage) AS stages
+              FROM jsonb_to_recordset(asked -> 'routes') AS x (
+                  table_name text, join_of text, current_step text, status text, stage text)
+              WHERE x.table_name = t.name AND x.join_of = ''
+              GROUP BY x.current_step) AS r;
 
         -- A row that came to the state, to another parent, or both: look at its parent. One that
         -- was not in the state and went away may have been the last that its parent waited for.
@@ -189,8 +192,8 @@ BEGIN
             WITH ORDINALITY AS c (name, position)
         WHERE name IS NOT NULL;
 
-        as_installed := format($read$
-        IF TG_OP <> 'DELETE' THEN
+        as_installed := CASE WHEN looks IS NULL THEN '' ELSE $read$
+        IF TG_OP <> 'DELETE' THEN$read$ END || format($read$
             id := NEW.%1$I;
             step := NEW.current_step::text;
             state := NEW.status::text;$read$, t.id_column)
@@ -202,8 +205,8 @@ BEGIN
             urgency := coalesce(NEW.%I, 0);$read$, t.priority_column) END
             || CASE WHEN t.run_after_column IS NULL THEN '' ELSE format($read$
             start := CASE WHEN NEW.%1$I IS NOT NULL THEN least(NEW.%1$I, '9999-12-31') END;$read$, t.run_after_column) END
-            || $read$
-        END IF;$read$
+            || CASE WHEN looks IS NULL THEN '' ELSE $read$
+        END IF;$read$ END
             || CASE WHEN coalesce(t.parent_column, moves) IS NULL THEN '' ELSE format($read$
         IF TG_OP <> 'INSERT' THEN
             old_step := OLD.current_step::text;
@@ -237,8 +240,7 @@ BEGIN
                  ELSE 'job_state_listener_' || t.name END,
             format($body$
 DECLARE
-    is_installed constant boolean := to_regclass(%1$L) IS NOT NULL;
-    is_as_installed boolean := false;
+    is_missing boolean;  -- stage_calls
     id         %10$s;
     tenant     text;
     step       text;
@@ -248,40 +250,39 @@ DECLARE
     old_state  text;
     old_parent %10$s;
     route    text;
-    owed     boolean := false;
-    looked   boolean := false;
-    moved    boolean := false;
-    urgency  integer := 0;
+    owed     boolean;
+    looked   boolean;
+    moved    boolean;
+    urgency  integer;
     start    timestamptz;
     payload  text;
     notified text;
 BEGIN
-    IF is_installed THEN
-        is_as_installed := (TG_RELID = %11$s OR pg_partition_root(TG_RELID) = %11$s)
-            AND %12$I.stage_column_types('%11$s'::regclass, %13$L) = %14$L;
-    ELSE
-        RAISE WARNING 'Job State Listener: its tables are missing, so no call is recorded'
-            USING HINT = 'Run: ./jsl install';
-    END IF;
-    IF is_as_installed THEN%15$s
-    ELSE
+    <<reading>>
+    BEGIN
+        IF to_regclass(%1$L) IS NULL THEN
+            is_missing := true;
+            RAISE WARNING 'Job State Listener: its tables are missing, so no call is recorded'
+                USING HINT = 'Run: ./jsl install';
+        ELSIF (TG_RELID = %11$s%9$s)
+              AND %12$I.stage_column_types('%11$s'::regclass, %13$L) = %14$L THEN%15$s
+            EXIT reading;
+        END IF;
         BEGIN%16$s
         EXCEPTION WHEN OTHERS THEN
             RAISE WARNING 'Job State Listener: columns of %% have changed, so no call is recorded: %%',
                 TG_RELID::regclass, SQLERRM USING HINT = 'Run: ./jsl install';
             RETURN NULL;
         END;
-    END IF;
+    END;
 
-    IF is_installed THEN%3$s%5$s
-        route := CASE %2$s END;%20$s
+    IF is_missing IS NULL THEN%3$s%5$s
+        route := %2$L::jsonb -> step ->> state;%20$s
         IF route IS NULL THEN
             DELETE FROM %1$s AS c
             WHERE c.job_id = id AND c.table_name = %6$L AND c.join_of = ''
               AND (c.current_step IS DISTINCT FROM step OR c.status IS DISTINCT FROM state);
-        ELSIF %8$s THEN
-            RAISE WARNING 'Job State Listener: an id of more than 2,600 bytes, no call is recorded';
-        ELSIF id IS NOT NULL THEN
+%8$s        ELSIF id IS NOT NULL THEN
             -- Nearly always there is no open call, and without the clauses for one the
             -- trigger costs a twentieth less.
             INSERT INTO %1$s (job_id, table_name, tenant_id, current_step, status, stage%17$s)
@@ -309,12 +310,12 @@ BEGIN
 
     -- A new row that owes nothing is no change of state to anybody. A silent trigger does not
     -- notify: listeners poll.
-    IF TG_NARGS > 0 AND TG_ARGV[0] = 'silent' OR TG_OP = 'DELETE' OR NOT owed AND TG_OP = 'INSERT' THEN
+    IF TG_NARGS > 0 AND TG_ARGV[0] = 'silent' OR TG_OP = 'DELETE' OR owed IS NOT TRUE AND TG_OP = 'INSERT' THEN
         RETURN NULL;
     END IF;
 %7$s    RETURN NULL;
 END
-$body$, format('%I.stage_calls', schema), coalesce(routes, 'WHEN false THEN NULL'),
+$body$, format('%I.stage_calls', schema), routes,
             coalesce(looks, ''), t.id_column, coalesce(moves, ''), t.name,
             CASE WHEN t.channel IS NOT NULL THEN format($notify$
     IF payload IS NULL THEN
@@ -335,7 +336,12 @@ $notify$, fields, CASE WHEN t.name = 'jobs' THEN 1900 ELSE 1500 END, t.channel)
         notified := pg_notify('job_state_listener_wake', '');
     END IF;
 $wake$ END,
-            format(too_long, 'id'), NULL, id_type, place::oid, schema, columns,
+            CASE WHEN too_long = 'false' THEN '' ELSE format($long$        ELSIF %s THEN
+            RAISE WARNING 'Job State Listener: an id of more than 2,600 bytes, no call is recorded';
+$long$, format(too_long, 'id')) END,
+            -- Its partitions have the trigger, too.
+            CASE WHEN (SELECT relkind FROM pg_class WHERE oid = place) = 'p'
+                 THEN format(' OR pg_partition_root(TG_RELID) = %s', place::oid) END, id_type, place::oid, schema, columns,
             stage_column_types(place, columns), as_installed, as_found,
             CASE WHEN is_ordered THEN ', priority, run_after, due_at' ELSE '' END,
             CASE WHEN is_ordered THEN ', urgency, start, greatest(clock_timestamp(), start)'

@@ -135,11 +135,13 @@ def taken(conn) -> Iterator[str]:
 # for every row. After a restore from a dump too, as the table's oid is another.
 CHANGED = """
 SELECT t.name FROM jsonb_to_recordset(%(tables)s) AS t (
-    position integer, name text, id_column text, tenant_column text, parent_column text)
+    position integer, name text, id_column text, tenant_column text, parent_column text,
+    priority_column text, run_after_column text)
 CROSS JOIN LATERAL (
     SELECT array_agg(c.name ORDER BY c.position)::text AS names,
            string_agg(a.atttypid::text, ' ' ORDER BY c.position) AS types
-    FROM unnest(ARRAY[t.id_column, t.tenant_column, 'current_step', 'status', t.parent_column])
+    FROM unnest(ARRAY[t.id_column, t.tenant_column, 'current_step', 'status', t.parent_column,
+                      t.priority_column, t.run_after_column])
         WITH ORDINALITY AS c (name, position)
     LEFT JOIN pg_attribute AS a ON a.attrelid = to_regclass(quote_ident(t.name))
                                AND a.attname = c.name AND NOT a.attisdropped
@@ -176,6 +178,8 @@ def changes(conn) -> Iterator[str]:
             "id_column": table.id,
             "tenant_column": table.tenant,
             "parent_column": table.parent and table.parent[1],
+            "priority_column": table.priority,
+            "run_after_column": table.run_after,
         }
         for position, table in enumerate(pipeline.tables().values())
     ]

@@ -89,13 +89,15 @@ WHERE wanted.name NOT IN ('job_state_insert_trigger', 'job_state_listener_insert
 # Each function holds the routes of its table as they were when it was made, and the joins of its
 # rows' parents.
 STALE = """
-SELECT count(*) > 0 FROM pipeline_stages AS r JOIN pg_proc AS p
-    ON p.oid = to_regprocedure(quote_ident(%(function)s) || '()')
-WHERE CASE WHEN r.join_of = '' THEN r.table_name ELSE r.child_table END = %(table)s
-  AND strpos(p.prosrc, CASE r.join_of
-          WHEN '' THEN format('step = %%L AND state = %%L THEN %%L',
-                              r.current_step, r.status, r.stage)
-          ELSE quote_literal(r.join_of) END) = 0
+SELECT count(*) > 0
+FROM (SELECT quote_literal(coalesce(jsonb_object_agg(r.current_step, r.stages), '{}')) AS text
+      FROM (SELECT current_step, jsonb_object_agg(status, stage) AS stages FROM pipeline_stages
+            WHERE table_name = %(table)s AND join_of = '' GROUP BY current_step) AS r
+      UNION ALL
+      SELECT quote_literal(join_of) FROM pipeline_stages
+      WHERE child_table = %(table)s AND join_of <> '') AS known
+JOIN pg_proc AS p ON p.oid = to_regprocedure(quote_ident(%(function)s) || '()')
+WHERE strpos(p.prosrc, known.text) = 0
 """
 
 PRIVILEGES = """

@@ -197,8 +197,7 @@ DAMAGE = {
     ),
     "state that the function was not told": (
         "DO $$ BEGIN EXECUTE replace(pg_get_functiondef("
-        "'job_state_listener_jobs_variants()'::regprocedure), quote_literal('iou_eval'),"
-        " quote_literal('x')); END $$",
+        "'job_state_listener_jobs_variants()'::regprocedure), '\"iou_eval\"', '\"x\"'); END $$",
         "the function job_state_listener_jobs_variants() does not know all routes",
         INSTALL,
     ),

@@ -110,7 +110,7 @@ DAMAGE = {
     ),
     "route that the function was not told": (
         "DO $$ BEGIN EXECUTE replace(pg_get_functiondef('notify_job_state_change()'::regprocedure),"
-        " quote_literal('overlay'), quote_literal('x')); END $$",
+        " '\"overlay\"', '\"x\"'); END $$",
         "the function notify_job_state_change() does not know all routes",
         INSTALL,
     ),

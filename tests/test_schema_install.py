@@ -12,6 +12,7 @@ from claims import claim, connected
 import db
 from demo import five_stages
 from ops.install import DROP, apply
+from ops.verify import check_routes
 
 # What the guide told its users to run.
 FIRST_VERSION = """
@@ -197,6 +198,7 @@ def test_trigger_follows_the_routes_at_once(each_database, monkeypatch):
         with closing(db.connect(each_database.settings())) as conn:
             apply(conn)
             assert {stage_owed(*state) for state in AWKWARD} == {"planner"}
+            check_routes(conn, None)
             assert stage_owed("img_gen", "done") == "overlay"
             monkeypatch.setattr(five_stages, "PIPELINE", {("img_gen", "done"): five_stages.overlay})
             apply(conn)
