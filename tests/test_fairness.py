@@ -9,6 +9,7 @@ from variants import TABLE, VARIANTS, install, stage
 from waiting import PATIENCE
 
 from demo.stage_server import Answer
+from ops.place import changes
 from pipeline import Table, limits
 
 ORDERED = Table("jobs", id="job_id", priority="priority", run_after="run_after")
@@ -144,6 +145,13 @@ def test_highest_priority_is_called_first(site, api):
         add(site, "overlay", str(priority), priority=priority)
     site.start("run", "--once", LISTENER_WORKERS=1).wait()
     assert tenants(api) == ["5", "5", "0", "None", "-1"]
+
+
+def test_verify_says_when_a_column_of_the_order_has_changed(site):
+    with connected(site) as conn:
+        assert list(changes(conn)) == []
+        site.rows("ALTER TABLE jobs ALTER priority TYPE bigint")
+        assert len(list(changes(conn))) == 1
 
 
 def test_call_is_not_made_before_its_time(site, api):
