@@ -17,20 +17,25 @@ from bench.harness import Bench
 from bench.peers.base import Peer
 from bench.report import OURS, Table, as_json, markdown
 from bench.stage_process import StageProcess
+from bench.workloads.asynchronous import Asynchronous
 from bench.workloads.backlog import Backlog
 from bench.workloads.base import Workload
 from bench.workloads.children import ChildCommits, Children
 from bench.workloads.commits import Commits
 from bench.workloads.hop import Hop
+from bench.workloads.limits import Limits
+from bench.workloads.listeners import Listeners
 from bench.workloads.rest import Idle, Memory, Startup
 from bench.workloads.throughput import Burst, Slow
 
 RESULTS = Path(__file__).parent / "results"
 # Module and class; a module whose package is not installed is left out.
 PEERS = [("ours", "Ours"), ("ours", "Before"), ("ours", "OursQuiet"), ("references", "Floor"),
-         ("references", "NoTrigger"), ("references", "FirstDesign"), ("graphile", "Graphile"),
-         ("pgqueuer", "PgQueuer"), ("procrastinate", "Procrastinate")]  # fmt: skip
-WORKLOADS = [Hop, Burst, Slow, Commits, Children, ChildCommits, Startup, Memory, Idle, Backlog]
+         ("references", "NoTrigger"), ("references", "FirstDesign"), ("node", "Graphile"),
+         ("node", "PgBoss"), ("pgqueuer", "PgQueuer"), ("procrastinate", "Procrastinate"),
+         ("awa", "Awa"), ("dbos", "Dbos"), ("oban", "Oban")]  # fmt: skip
+WORKLOADS = [Hop, Burst, Slow, Asynchronous, Limits, Listeners, Commits, Children, ChildCommits,
+             Startup, Memory, Idle, Backlog]  # fmt: skip
 
 
 def available_peers() -> tuple[list[Peer], dict[str, str]]:

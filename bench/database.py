@@ -39,7 +39,7 @@ LOGGED = "SELECT setting = %s FROM pg_settings WHERE name = 'log_statement'"
 
 ADD_JOBS = """
 INSERT INTO jobs (tenant_id, current_step, status)
-SELECT 'bench', %s, 'running' FROM generate_series(1, %s)
+SELECT 'tenant ' || n %% %s, %s, 'running' FROM generate_series(1, %s) AS n
 RETURNING job_id::text
 """
 # Where the server does not keep them, there is nothing to ask for.
@@ -103,10 +103,11 @@ class Database:
     """A database of its own, with `jobs` and nothing else; dropped at the end.
 
     pipeline: the module with PIPELINE that our listener is to use there; then also jobs_variants.
+    limit: of the stages of bench.limited.
     """
 
-    def __init__(self, server: Server, pipeline: str | None = None):
-        self.pipeline = pipeline
+    def __init__(self, server: Server, pipeline: str | None = None, limit: str = "none"):
+        self.pipeline, self.limit = pipeline, limit
         self.server, self.name = server, f"bench_{os.getpid()}_{next(server.numbers)}"
         self.dsn = server.dsn(self.name)
 
@@ -125,7 +126,8 @@ class Database:
     def environ(self) -> dict[str, str]:
         """What points our listener here."""
         used = self.pipeline or "demo.five_stages"
-        told = {"DB_NAME": self.name, "DATABASE_URL": "", "PIPELINE_MODULE": used}
+        told = {"DB_NAME": self.name, "DATABASE_URL": "", "PIPELINE_MODULE": used,
+                "BENCH_LIMIT": self.limit}  # fmt: skip
         return self.server.settings | told
 
     def connect(self):
@@ -136,9 +138,9 @@ class Database:
         cursor.execute(sql, params or None)
         return cursor.fetchall() if cursor.description else []
 
-    def add_jobs(self, count: int, step: str = "img_gen") -> list[str]:
+    def add_jobs(self, count: int, step: str = "img_gen", tenants: int = 1) -> list[str]:
         """Ids of new jobs in (step, running): they owe nothing yet."""
-        return [job for (job,) in self.execute(ADD_JOBS, step, count)]
+        return [job for (job,) in self.execute(ADD_JOBS, tenants, step, count)]
 
     def checkpoint(self) -> None:
         """So that no run pays for what another has left."""

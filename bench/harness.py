@@ -37,8 +37,10 @@ class Bench:
     quick: bool = False
 
     @contextlib.contextmanager
-    def installed(self, peer: Peer, pipeline: str | None = None) -> Iterator[Database]:
-        with Database(self.server, pipeline) as database:
+    def installed(
+        self, peer: Peer, pipeline: str | None = None, limit: str = "none"
+    ) -> Iterator[Database]:
+        with Database(self.server, pipeline, limit) as database:
             peer.install(database)
             database.checkpoint()
             self.stages.connect(database.dsn)
@@ -59,9 +61,18 @@ class Bench:
                 processes.check()
 
     @contextlib.contextmanager
-    def running(self, peer: Peer, shape: Shape) -> Iterator[tuple[Database, Processes]]:
-        """All workers listen, have made a few calls, and have gone quiet."""
-        with self.installed(peer) as database, self.started(peer, shape, database) as processes:
+    def running(
+        self, peer: Peer, shape: Shape, limit: str | None = None
+    ) -> Iterator[tuple[Database, Processes]]:
+        """All workers listen, have made a few calls, and have gone quiet.
+
+        limit: run bench.limited with it, instead of the five stages as they are.
+        """
+        pipeline = ("bench.limited", limit) if limit else (None, "none")
+        with (
+            self.installed(peer, *pipeline) as database,
+            self.started(peer, shape, database) as processes,
+        ):
             self.stages.reset("answer")
             first_arrival(self, database, processes)
             self.rest(peer, shape, database)

@@ -4,12 +4,16 @@ import importlib.metadata
 import os
 import platform
 import re
+import shutil
 import subprocess
 from contextlib import suppress
 from pathlib import Path
 
 PACKAGES = ["psycopg2-binary", "requests", "urllib3", "procrastinate", "psycopg", "pgqueuer",
-            "asyncpg", "aiohttp", "httpx", "uvloop"]  # fmt: skip
+            "awa-pg", "dbos", "oban", "asyncpg", "aiohttp", "httpx", "uvloop"]  # fmt: skip
+# pg-boss wants a newer Node.js than machines may have, so npm brings one.
+OWN_NODE = Path(__file__).parent / "node_modules" / ".bin" / "node"
+NODE = str(OWN_NODE) if OWN_NODE.exists() else shutil.which("node") or ""
 SETTINGS = ["server_version", "fsync", "synchronous_commit", "full_page_writes", "shared_buffers",
             "max_connections", "wal_sync_method"]  # fmt: skip
 
@@ -25,7 +29,7 @@ def machine() -> dict[str, str]:
         "kernel": f"{platform.system()} {platform.release()}",
         "load before": load,
         "Python": platform.python_version(),
-        "Node.js": _output("node", "--version") or "none",
+        "Node.js": NODE and _output(NODE, "--version") or "none",
         "packages": ", ".join(f"{name} {v}" for name in PACKAGES if (v := _version(name))),
     }
 

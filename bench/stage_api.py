@@ -1,10 +1,11 @@
 """The stage API of the benchmark: python -m bench.stage_api ADDRESS prints its port and serves.
 
 One asyncio process that reads just as much HTTP as is needed, moves the job as a real stage does
-(running, work, done, answer), and remembers when what arrived. Two ways of working:
+(running, work, done, answer), and remembers when what arrived. Three ways of working:
 
     answer  200 at once; the job is not touched
     work    (stage, running) and (stage, done), a commit each, `delay` seconds apart
+    accept  the same as an asynchronous stage: 202 after the first. Counted is the end of the work.
 """
 
 import asyncio
@@ -82,11 +83,22 @@ class StageApi:
         if await self.execute(TAKE[column], job, stage, before) != "UPDATE 1":
             self.refused += 1
             return 409
+        if self.mode == "accept":
+            self.begin(self.finish_later(column, job, number, stage))
+            return 202
         if self.delay:
             await asyncio.sleep(self.delay)
+        await self.finish(column, job, number, stage)
+        return 200
+
+    async def finish(self, column: str, job: str, number: int, stage: str) -> None:
         await self.execute(FINISH[column], job, stage)
         self.done.append((time.monotonic(), job, number))
-        return 200
+
+    async def finish_later(self, *work) -> None:
+        await asyncio.sleep(self.delay)
+        await self.finish(*work)
+        self.count()
 
     def count(self) -> None:
         self.answered += 1
@@ -156,8 +168,9 @@ class Connection(asyncio.Protocol):
 
     async def answer_work(self, *work) -> None:
         status = await self.api.work(*work)
-        self.send(status, b'{"status": "done"}' if status == 200 else b'{"error": "not its turn"}')
-        self.api.count()
+        self.send(status, b'{"error": "not its turn"}' if status == 409 else b'{"status": "done"}')
+        if status != 202:
+            self.api.count()
 
     async def answer_control(self, path: str, body: dict) -> None:
         self.send(200, json.dumps(await self.api.control(path, body)).encode())

@@ -71,7 +71,7 @@ class StageProcess:
         self.ask("disconnect")
 
     def reset(self, mode: str = "answer", delay: float = 0.0) -> None:
-        """Forget what was seen. mode: "answer" or "work", see bench/stage_api.py."""
+        """Forget what was seen. mode: "answer", "work" or "accept", see bench/stage_api.py."""
         self.ask("reset", mode=mode, delay=delay)
 
     def wait(self, answered: int, seconds: float) -> int:

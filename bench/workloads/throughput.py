@@ -2,13 +2,16 @@
 
 import time
 
+from bench.database import Database
 from bench.harness import MOVE_ALL, Bench
 from bench.peers.base import Peer, Shape
 from bench.pipeline import STAGES
+from bench.processes import Processes
 from bench.stats import Metric
 from bench.workloads.base import Workload
 
 BEST = "best"
+FINISHED = "SELECT count(*) FROM jobs WHERE current_step = 'vlm_judge' AND status = 'done'"
 
 
 class Throughput(Workload):
@@ -24,20 +27,25 @@ class Throughput(Workload):
     )
 
     def measure(self, bench: Bench, peer: Peer, shape: Shape, count: int, delay: float):
-        expected = count * len(STAGES)
         with bench.running(peer, shape) as (database, processes):
-            database.add_jobs(count)
-            bench.stages.reset("work", delay)
-            cpu, server = processes.cpu(), bench.server.cpu()
-            database.execute(MOVE_ALL)
-            began = time.monotonic()
-            bench.finish(peer, processes, expected)
-            cpu, server = processes.cpu() - cpu, bench.server.cpu() - server
-            connections = database.connected()
-            record = bench.stages.record()
-            finished = database.execute(
-                "SELECT count(*) FROM jobs WHERE current_step = 'vlm_judge' AND status = 'done'"
-            )[0][0]
+            return self.timed(bench, peer, database, processes, count, delay)
+
+    def timed(
+        self, bench: Bench, peer: Peer, database: Database, processes: Processes, count: int,
+        delay: float = 0.0, mode: str = "work", tenants: int = 1,
+    ) -> dict[str, float]:  # fmt: skip
+        """The numbers of `count` jobs, through all stages of `delay` seconds each."""
+        expected = count * len(STAGES)
+        database.add_jobs(count, tenants=tenants)
+        bench.stages.reset(mode, delay)
+        cpu, server = processes.cpu(), bench.server.cpu()
+        database.execute(MOVE_ALL)
+        began = time.monotonic()
+        bench.finish(peer, processes, expected)
+        cpu, server = processes.cpu() - cpu, bench.server.cpu() - server
+        connections = database.connected()
+        record = bench.stages.record()
+        [(finished,)] = database.execute(FINISHED)
         lost = record.lost(expected)
         if not lost and finished != count:
             raise RuntimeError(f"{finished} of {count} jobs are finished, but no call is missing")
@@ -55,7 +63,7 @@ class Throughput(Workload):
 
 class Burst(Throughput):
     name = "burst"
-    title = "Burst: jobs moved all at once, five quick stages each"
+    title = "Burst: 500 jobs moved at once (250 with 1 in flight), five quick stages each"
 
     def __init__(self):
         self.best: dict[str, Shape] = {}
@@ -64,14 +72,18 @@ class Burst(Throughput):
         sizes = (1, 16) if quick else (1, 4, 16, 64)
         return [*(f"{size} in flight" for size in sizes), *([] if quick else [BEST])]
 
+    def applies(self, peer: Peer, variant: str) -> bool:
+        return peer.calls and peer.hears
+
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
-        count = 100 if bench.quick else 1000
+        count = 100 if bench.quick else 250 if variant == "1 in flight" else 500
         if variant != BEST:
             return self.measure(bench, peer, peer.shape(int(variant.split()[0])), count, 0.0)
         if peer.name not in self.best:
-            tried = dict.fromkeys(peer.best, 0.0)
-            for shape in 2 * peer.best:  # in turn, as one busy moment should not decide
-                tried[shape] += self.measure(bench, peer, shape, count // 2, 0.0)["calls/s"]
+            tried = {
+                shape: self.measure(bench, peer, shape, count // 2, 0.0)["calls/s"]
+                for shape in peer.best
+            }
             self.best[peer.name] = max(tried, key=tried.get)
         return self.measure(bench, peer, self.best[peer.name], count, 0.0)
 
@@ -80,14 +92,35 @@ class Burst(Throughput):
 
 
 class Slow(Throughput):
+    """Ideal is that each call in flight is followed by the next one at once."""
+
     name = "slow"
-    title = "Slow stages: 100 ms each, at best 10 calls/s for each that is in flight"
+    title = "Slow stages"
     quick = False
+    repetitions = 1
+    metrics = (Metric("of the ideal", "", better="higher"), *Throughput.metrics)
+    # In flight, seconds of a stage, jobs for each in flight: so many that a run takes a minute.
+    VARIANTS = {
+        "16 in flight, 0.1 s": (16, 0.1, 25),
+        "64 in flight, 0.1 s": (64, 0.1, 25),
+        "64 in flight, 1 s": (64, 1.0, 12),
+        "200 in flight, 1 s": (200, 1.0, 12),
+        "64 in flight, 10 s": (64, 10.0, 1),
+        "200 in flight, 10 s": (200, 10.0, 1),
+    }
 
     def variants(self, quick: bool) -> list[str]:
-        return [f"{size} in flight" for size in (16, 64)]
+        return list(self.VARIANTS)
+
+    def applies(self, peer: Peer, variant: str) -> bool:
+        """Ours in all of them; the peers in those where they would differ."""
+        in_flight, delay, _ = self.VARIANTS[variant]
+        return super().applies(peer, variant) and peer.hears and (
+            peer.kind in ("ours", "before") or (in_flight <= 64 and delay <= 1)
+        )  # fmt: skip
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
-        in_flight = int(variant.split()[0])
-        count = in_flight * (4 if bench.quick else 20)
-        return self.measure(bench, peer, peer.shape(in_flight), count, 0.1)
+        in_flight, delay, each = self.VARIANTS[variant]
+        count = in_flight * (min(each, 2) if bench.quick else each)
+        found = self.measure(bench, peer, peer.shape(in_flight), count, delay)
+        return {"of the ideal": found["calls/s"] * delay / in_flight} | found

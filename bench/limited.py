@@ -1,0 +1,31 @@
+"""PIPELINE of the five stages, each with the limit that BENCH_LIMIT names. None of them is
+reached: what is measured is what it costs to keep count.
+"""
+
+import os
+
+from bench.pipeline import ROUTES, STAGES
+from pipeline import Call, Pool, limits
+
+MANY = 1000
+LIMITS = {
+    "none": limits(),
+    "max_running": limits(max_running=MANY),
+    "pool": limits(pool=Pool("gpu", size=MANY)),
+    "fair": limits(fair=True),
+    "asynchronous": limits(asynchronous=True),
+}
+limit = LIMITS[os.environ["BENCH_LIMIT"]]
+
+
+def stage(name: str, path: str):
+    def function(call: Call):
+        return call.post(path)
+
+    function.__name__ = name
+    return limit(function)
+
+
+PIPELINE = {
+    state: stage(name, path) for name, (state, path) in zip(STAGES, ROUTES.items(), strict=True)
+}

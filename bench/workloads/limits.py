@@ -1,0 +1,46 @@
+"""What a limit costs that holds nothing back: a burst under each, and under none."""
+
+from bench.harness import Bench
+from bench.peers.base import Peer
+from bench.stats import Metric
+from bench.workloads.throughput import Throughput
+
+IN_FLIGHT = 16
+TENANTS = 1000
+NONE = "none"
+
+
+class Limits(Throughput):
+    name = "limits"
+    title = f"Price of a limit: a burst of 1,000 jobs of {TENANTS:,} tenants, {IN_FLIGHT} in flight"
+    quick = False
+    LIMITS = ("max_running", "pool", "fair")
+    metrics = (
+        Metric(NONE, "calls/s", better="higher", digits=0, headline=False),
+        *(Metric(f"{limit} / {NONE}", "", better="higher") for limit in LIMITS),
+        Metric(f"server CPU, {NONE}", "ms/call", headline=False),
+        *(Metric(f"server CPU, {limit}", "ms/call", headline=False) for limit in LIMITS),
+        Metric("lost", "calls", digits=0, headline=False),
+        Metric("repeated", "calls", digits=0, headline=False),
+    )
+
+    def applies(self, peer: Peer, variant: str) -> bool:
+        return peer.kind in ("ours", "before") and peer.hears
+
+    def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
+        """One after the other, so that a busy moment of the machine meets all."""
+        found = {}
+        for limit in (NONE, *self.LIMITS):
+            with bench.running(peer, peer.shape(IN_FLIGHT), limit) as (database, processes):
+                count = 100 if bench.quick else 1000
+                found[limit] = self.timed(
+                    bench, peer, database, processes, count, tenants=TENANTS
+                )  # fmt: skip
+        numbers = {NONE: found[NONE]["calls/s"]}
+        for limit in self.LIMITS:
+            numbers[f"{limit} / {NONE}"] = found[limit]["calls/s"] / found[NONE]["calls/s"]
+        for limit, of in found.items():
+            numbers[f"server CPU, {limit}"] = of["server CPU"]
+        for count in ("lost", "repeated"):
+            numbers[count] = sum(of[count] for of in found.values())
+        return numbers
