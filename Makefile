@@ -11,6 +11,8 @@ READY := .venv/.ready
 DEMO_READY := .venv/.ready-demo
 DEV_READY := .venv/.ready-dev
 BENCH_READY := bench/.venv/.ready
+# Oban for Python wants 3.12: make bench BENCH_PYTHON=python3.13
+BENCH_PYTHON ?= $(PYTHON)
 ARGS ?=
 PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check
 
@@ -103,12 +105,12 @@ $(DEV_READY): $(READY) requirements-demo.txt requirements-dev.txt
 
 $(BENCH_READY): $(READY) bench/requirements.txt bench/package.json
 	@echo 'Setting up bench/.venv; the first time takes a minute'
-	@$(PYTHON) -m venv bench/.venv
+	@$(BENCH_PYTHON) -m venv --clear bench/.venv
 	@bench/.venv/bin/python -m pip install --quiet --disable-pip-version-check -r bench/requirements.txt
 	@if command -v node > /dev/null && command -v npm > /dev/null; then \
 		npm install --prefix bench --no-package-lock --no-audit --no-fund --silent \
-			|| echo 'npm could not install graphile-worker: it is left out.'; \
+			|| echo 'npm could not install graphile-worker and pg-boss: they are left out.'; \
 	else \
-		echo 'No node and npm on this machine: graphile-worker is left out.'; \
+		echo 'No node and npm on this machine: graphile-worker and pg-boss are left out.'; \
 	fi
 	@touch $@

@@ -116,7 +116,7 @@ def show() -> None:
 @click.option("--workload", "workloads", multiple=True,
               type=click.Choice([workload.name for workload in WORKLOADS]))  # fmt: skip
 @click.option("--peer", "only", multiple=True, help="A name of `list`; may be repeated.")
-@click.option("--repetitions", type=click.IntRange(1), help="Default: 3, with --quick 1.")
+@click.option("--repetitions", type=click.IntRange(1), help="Default: 2, with --quick 1.")
 @click.option("--quick", is_flag=True, help="A look, in a few minutes: the figures are rough.")
 @click.option("--output", type=click.Path(path_type=Path), help="Without its suffix.")
 def run(workloads, only, repetitions, quick, output) -> None:
@@ -140,7 +140,7 @@ def run(workloads, only, repetitions, quick, output) -> None:
         facts["PostgreSQL"] = machine.server(server.conn)
         facts["Ceiling"] = ceiling(bench)
         for workload in chosen:
-            tables += measure(bench, workload, peers, repetitions or (1 if quick else 3))
+            tables += measure(bench, workload, peers, repetitions or (1 if quick else 2))
             notes += workload.notes()
     write(tables, facts, notes, output)
     problems = broken(tables)

@@ -29,7 +29,7 @@ def machine() -> dict[str, str]:
         "kernel": f"{platform.system()} {platform.release()}",
         "load before": load,
         "Python": platform.python_version(),
-        "Node.js": NODE and _output(NODE, "--version") or "none",
+        "Node.js": _output(NODE, "--version") if NODE else "none",
         "packages": ", ".join(f"{name} {v}" for name in PACKAGES if (v := _version(name))),
     }
 

@@ -16,10 +16,11 @@ from pathlib import Path
 import click
 import psycopg2
 
+import calls
 import config
 import db
 import upkeep
-from bench import claim_rate, operator_commands
+from bench import operator_commands
 from bench.database import OPTIONS, Server
 from bench.harness import Bench
 from bench.peers.base import Shape
@@ -28,15 +29,23 @@ from bench.stage_process import StageProcess
 from bench.workloads.hop import Hop
 from bench.workloads.rest import Memory
 from bench.workloads.throughput import Burst
+from calls import Result, Wanted
 from demo.database import EmbeddedDatabase
 from ops.install import apply
 from ops.table import table
+from pipeline import stage_names
 
 BURST = 200  # jobs, five calls each
 KEPT = "SELECT pg_size_pretty(pg_total_relation_size('stage_attempts'))"
 CALLS = 2000  # that are timed with each length of the queue
 WORKERS_EACH = 4  # of a machine
 NET = "10.199.{}"
+ADD_JOBS = """
+INSERT INTO jobs (tenant_id, current_step, status)
+SELECT 'bench', (ARRAY['img_gen', 'vlm_analyze', 'yolo_detect', 'planner', 'overlay'])[1 + n %% 5],
+       'done'
+FROM generate_series(1, %s) AS n
+"""
 
 
 def hop_cells(bench: Bench, peer: Ours, count: int) -> list[str]:
@@ -121,14 +130,48 @@ def machines(sizes: list[int]) -> str:
 # --- backlog and history -------------------------------------------------------------------
 
 
+class Turns:
+    """The database's side of a busy listener: every call is accepted at once."""
+
+    def __init__(self, settings, workers: int = 1):
+        self.conn, self.workers = db.connect(settings, pinned=True), workers
+        self.stages = stage_names()
+        self.results: list[Result] = []
+
+    def take(self, count: int) -> None:
+        """`count` calls, as many a turn as there are workers."""
+        for _ in range(count // self.workers):
+            share = -(-self.workers // len(self.stages))
+            wanted = [Wanted(stage, 630, self.workers, share) for stage in self.stages]
+            turn = calls.settle_and_claim(self.conn, self.results, wanted, self.workers, "bench")
+            self.results = []
+            for row in turn.claimed:
+                self.stages.remove(row.stage)
+                self.stages.append(row.stage)
+                self.results.append(accepted(row))
+
+
+def accepted(row) -> Result:
+    return Result(
+        job_id=row.key,
+        call_id=row.call_id,
+        attempt=row.attempt,
+        stage=row.stage,
+        worker="bench",
+        started_at=row.started_at,
+        outcome="succeeded",
+        http_status=200,
+    )
+
+
 def timed(action) -> float:
     began = time.perf_counter()
     action()
     return time.perf_counter() - began
 
 
-def claim_cell(settings) -> str:
-    turns = claim_rate.Turns(settings)
+def claim_cell(settings, workers: int = 1) -> str:
+    turns = Turns(settings, workers)
     with contextlib.closing(turns.conn):
         turns.take(200)
         return f"{CALLS / timed(lambda: turns.take(CALLS)):.0f}"
@@ -146,11 +189,13 @@ def backlog(sizes: list[int]) -> str:
             cursor = app.cursor()
             cursor.execute("TRUNCATE jobs, stage_calls, stage_attempts, stage_leases")
             for left in range(size, 0, -10_000):
-                cursor.execute(claim_rate.ADD_JOBS, [min(left, 10_000)])
+                cursor.execute(ADD_JOBS, [min(left, 10_000)])
             cursor.execute("SELECT pg_size_pretty(pg_total_relation_size('stage_calls'))")
-            rows.append([f"{size:,}", claim_cell(settings), cursor.fetchone()[0]])
+            cells = [claim_cell(settings, workers) for workers in (1, 16)]
+            rows.append([f"{size:,}", *cells, cursor.fetchone()[0]])
         app.close()
-    return table(["calls owed", "claimed and settled a second", "stage_calls"], rows)
+    header = ["calls owed", "claimed and settled a second", "16 workers", "stage_calls"]
+    return table(header, rows)
 
 
 def milliseconds(action) -> str:

@@ -1,11 +1,21 @@
 """The benchmark's arithmetic and its report; measuring itself is left to `make bench`."""
 
+import runpy
+
+import pytest
+
 from bench import pipeline
 from bench.failover import longest_gap
+from bench.peers.base import Peer
 from bench.peers.ours import Before, Ours
+from bench.peers.references import Floor
 from bench.report import Table, as_json, before_rows, details, grid, markdown, summary_rows
+from bench.stage_process import Record
 from bench.stats import Metric, Spread, best, percentile
+from bench.workloads.asynchronous import most_at_once
+from bench.workloads.throughput import Slow
 from demo.stage_api import STAGES
+from pipeline import check
 
 RATE = Metric("calls/s", "", better="higher", digits=0)
 HOP = Metric("p50", "ms")
@@ -120,3 +130,27 @@ def test_report_has_machine_and_every_value():
     assert all(part in text for part in ("- cores: 2", "## burst: a title — 1 worker", "- a note"))
     kept = as_json([made], facts, [])["results"][0]
     assert kept["values"] == {"ours": {"p50": [3.0, 1.0]}} and kept["metrics"][0]["unit"] == "ms"
+
+
+def test_calls_at_once_are_those_that_arrived_and_are_not_done():
+    arrived = [(0.0, "a", 0), (1.0, "b", 0), (2.5, "c", 0), (6.0, "a", 1)]
+    done = [(2.0, "a", 0), (5.0, "b", 0), (5.0, "c", 0), (7.0, "a", 1)]
+    assert most_at_once(Record(arrived, done, 0)) == 2
+
+
+def test_longest_stages_are_for_ours_alone():
+    measured = {
+        variant: [peer.kind for peer in (Ours(), Peer(), Floor()) if Slow().applies(peer, variant)]
+        for variant in Slow().variants(quick=False)
+    }
+    assert measured["64 in flight, 1 s"] == ["ours", "peer"]
+    assert measured["200 in flight, 1 s"] == measured["64 in flight, 10 s"] == ["ours"]
+
+
+@pytest.mark.parametrize("limit", ["none", "max_running", "pool", "fair", "asynchronous"])
+def test_pipeline_has_the_limit_that_is_measured(limit, monkeypatch):
+    monkeypatch.setenv("BENCH_LIMIT", limit)
+    stages = runpy.run_module("bench.limited")["PIPELINE"]
+    check(stages)
+    declared = [vars(stage.limits).items() for stage in stages.values()]
+    assert [{name for name, value in one if value} for one in declared] == 5 * [{limit} - {"none"}]

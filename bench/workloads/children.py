@@ -55,7 +55,7 @@ class Children(Workload):
         return peer.kind == "ours" and peer.hears
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
-        in_flight, jobs = int(variant.split()[0]), 100 if bench.quick else 1000
+        in_flight, jobs = int(variant.split()[0]), 100 if bench.quick else 300
         calls = jobs * (CHILDREN * len(CHILD_STAGES) + len(JOB_STAGES))
         counts = {"alone": calls // len(CHILD_STAGES + JOB_STAGES), "children": jobs}
         found = {
@@ -131,6 +131,7 @@ class ChildCommits(Workload):
     name = "child-commits"
     title = "Price to the application of the trigger on `jobs_variants`, and of that on `jobs`"
     quick = False
+    repetitions = 1
     metrics = (
         Metric("jobs_variants", "commits/s", better="higher", digits=0),
         Metric("jobs", "commits/s", better="higher", digits=0, headline=False),

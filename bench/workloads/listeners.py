@@ -25,6 +25,7 @@ class Listeners(Throughput):
     name = "listeners"
     title = "Other connections that LISTEN in the same database"
     quick = False
+    repetitions = 1
     metrics = (
         Metric("hop p50", "ms"),
         Metric("hop p95", "ms"),

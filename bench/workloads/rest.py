@@ -12,7 +12,8 @@ from bench.workloads.hop import room
 
 class Startup(Workload):
     name = "startup"
-    title = "Start: from the start of the process to its first call"
+    title = "Start: from the start of the process to its first call, median of three"
+    repetitions = 1
     metrics = (Metric("seconds", "s"),)
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
@@ -30,6 +31,7 @@ class Memory(Workload):
     name = "memory"
     title = "Memory of all processes after 200 calls, with room for one call at a time"
     quick = False
+    repetitions = 1
     metrics = (
         Metric("resident", "MiB", digits=1),
         Metric("proportional", "MiB", digits=1),
@@ -56,7 +58,7 @@ class Memory(Workload):
 
 class Idle(Workload):
     name = "idle"
-    title = "At rest: nothing to do for a minute"
+    title = "At rest: nothing to do, for half a minute, shown for a minute"
     repetitions = 1
     quick = False
     metrics = (
@@ -66,13 +68,13 @@ class Idle(Workload):
     )
 
     def variants(self, quick: bool) -> list[str]:
-        return ["room for 1 call"] if quick else ["room for 1 call", "room for 32 calls"]
+        return ["room for 32 calls"]
 
     def applies(self, peer: Peer, variant: str) -> bool:
         return peer.kind != "reference"
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
-        shape, seconds = peer.shape(room(variant)), 15.0 if bench.quick else 60.0
+        shape, seconds = peer.shape(room(variant)), 15.0 if bench.quick else 30.0
         with bench.running(peer, shape) as (database, processes):
             before = processes.cpu(), bench.server.cpu()
             with database.counted() as queries:
