@@ -40,6 +40,7 @@ class StageProcess:
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for the harness, which still talks to it
         )
         self.port = int(self.process.stdout.readline())
         self.connection = http.client.HTTPConnection(self.host, self.port)
