@@ -32,6 +32,8 @@ from ops.install import apply
 
 # The programs that the tests start should not compile every module anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# A shell that starts the tests in the background has them ignore Ctrl-C, and all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # The pipeline of the tests, which stages.py and .env have no say in.
 PIPELINE = {"PIPELINE_MODULE": "demo.five_stages"}
 os.environ |= PIPELINE
