@@ -15,6 +15,8 @@ from raw_server import OK, RawServer, answering, in_turn
 import config
 from stage_http import Answer, Interrupted, NoAnswer, StageApi, Unreachable
 
+pytestmark = pytest.mark.slow
+
 # Much longer than any call here may take, on however busy a machine.
 PATIENCE = 20.0
 

@@ -18,6 +18,8 @@ import listener as program
 from ops.install import apply
 from stage_http import Answer, StageApi
 
+pytestmark = pytest.mark.slow
+
 # --- settings ------------------------------------------------------------------------------
 
 ANY = st.text(st.characters(), max_size=3)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
+import pytest
 from caller import logged
 from conftest import Database
 from fuzzing import fuzzed, joined
@@ -16,6 +17,8 @@ import logs
 import notifications
 from demo.stage_api import StageApi
 from ops.install import apply
+
+pytestmark = pytest.mark.slow
 
 # What a payload can be: no NUL, no surrogates, fewer than 8000 bytes.
 TEXTS = st.text(st.characters(min_codepoint=1, exclude_categories=["Cs"]), max_size=40)

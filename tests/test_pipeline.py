@@ -52,6 +52,7 @@ def test_jobs_that_finished_while_no_listener_ran_are_called(database, api, list
     assert len(api.calls()) == 2
 
 
+@pytest.mark.slow
 def test_four_listeners_call_every_stage_of_200_jobs_exactly_once(
     database, api, listener, tmp_path
 ):

@@ -111,6 +111,7 @@ def test_pool_leaves_a_stage_that_is_paused(site, api, run_command):
     api.wait_for(lambda api: gate.order() == ["load_b"], PATIENCE)
 
 
+@pytest.mark.slow
 def test_stage_is_called_at_its_pace_over_all_listeners(site, api):
     began = site.value("SELECT clock_timestamp()")
     for _ in range(6):

@@ -11,6 +11,8 @@ import proxies
 import pytest
 from raw_server import OK, answering, in_turn
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("nginx", "haproxy", "haproxy-tcp", "apache2", "varnishd")
 
 
