@@ -26,18 +26,18 @@ import pytest
 
 import config
 import db
+from demo import five_stages
 from demo.database import EmbeddedDatabase, available_majors
 from demo.stage_api import StageApi
 from ops.install import apply
 
 # The programs that the tests start should not compile every module anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-# A shell that starts the tests in the background has them ignore Ctrl-C, and all that they start.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 # The pipeline of the tests, which stages.py and .env have no say in.
 PIPELINE = {"PIPELINE_MODULE": "demo.five_stages"}
 os.environ |= PIPELINE
 
+FIVE_STAGES = five_stages.PIPELINE
 pytest_plugins = ["busy", "variants", "caller"]
 
 ROOT = Path(__file__).parent.parent
@@ -49,9 +49,14 @@ MAJORS = available_majors()
 _number = itertools.count(1)
 
 
+def pytest_configure() -> None:
+    """In the background of a shell they would ignore Ctrl-C, and all that they start, too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_xdist_auto_num_workers() -> int:
-    """For `-n auto`: a test waits as long as it works, so two cores have time for four."""
-    return max(4, os.cpu_count())
+    """For `-n auto`: a test waits longer than it works, so two cores have time for five."""
+    return max(5, os.cpu_count())
 
 
 class Server:
@@ -112,8 +117,14 @@ class Server:
         return self.templates[key]
 
     def installed(self) -> str:
-        """The template with the schema in it."""
-        return self.template("installed", install)
+        """The template with the schema and five stages, whichever test needs it first."""
+
+        def prepare(database: "Database") -> None:
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(five_stages, "PIPELINE", FIVE_STAGES)
+                install(database)
+
+        return self.template("installed", prepare)
 
     def create_installed(self) -> str:
         return self.create(self.installed())

@@ -53,7 +53,7 @@ def test_stage_that_fails_the_job_is_named(database, api, run_command, running):
 
 def test_stage_that_changes_nothing_is_named(database, api, run_command, running):
     api.on("yolo_detect", lambda _: Answer(202))
-    done = run_command(database, "test-job", "--timeout", "1.5")
+    done = run_command(database, "test-job", "--timeout", "5")
     assert done.code == 1
     assert "stalls at yolo_detect: accepted, but the job has not changed" in done.err
 
@@ -66,7 +66,7 @@ def test_stage_that_leaves_the_job_where_nothing_leads_is_named(
         return Answer(200)
 
     api.on("yolo_detect", misspell)
-    done = run_command(database, "test-job", "--timeout", "1.5")
+    done = run_command(database, "test-job", "--timeout", "5")
     assert done.code == 1
     assert "stalls at (yolo_detect, doen): no stage of PIPELINE leads to that state" in done.err
 
@@ -96,7 +96,7 @@ def test_id_of_any_type(empty_database, run_command, listener, column):
     )
     run_command(empty_database, "install")
     listener(empty_database, STAGE_API_URL="http://127.0.0.1:1").wait_for_line(LISTENING)
-    done = run_command(empty_database, "test-job", "--timeout", "1.5")
+    done = run_command(empty_database, "test-job", "--timeout", "5")
     assert done.code == 1 and "stalls at vlm_analyze" in done.err
 
 
