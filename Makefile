@@ -47,7 +47,7 @@ check: $(READY) ## tell whether the listener on this machine is alive
 test: $(DEV_READY) ## run the tests, on a database of their own
 	@$(PYTHON) -m pytest -n auto --dist worksteal $(ARGS)
 
-test-faults: $(DEV_READY) ## run the slow tests: deadlines, real proxies, fuzzing
+test-faults: $(DEV_READY) ## run the slow tests: deadlines, proxies, browser, fuzzing
 	@$(PYTHON) -m pytest -m slow -n 8 $(ARGS)
 
 chaos: $(DEV_READY) ## break everything at random for MINUTES= (3), by a plan of SEED=, and judge

@@ -149,6 +149,7 @@ def twenty_stages(database) -> str:
     return job
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_browser_shows_it_at_any_width_with_no_label_on_another(database, tmp_path):
     pages = [html_of(database), html_of(database, everything(database))]
@@ -162,6 +163,7 @@ def test_browser_shows_it_at_any_width_with_no_label_on_another(database, tmp_pa
     assert found[1]["charts"] > 15 and found[2]["charts"] > 60
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_browser_that_prefers_dark_shows_it_dark(database, tmp_path):
     [dark] = laid_out([html_of(database)], [360], tmp_path, dark=True)

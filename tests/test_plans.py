@@ -13,6 +13,8 @@ import joins
 import upkeep
 from calls import Result
 
+pytestmark = pytest.mark.slow
+
 QUIET = "".join(
     f"ALTER TABLE {table} SET (autovacuum_enabled = off);"
     for table in (

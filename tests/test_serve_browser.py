@@ -9,7 +9,7 @@ from reports import everything
 from serving import TOKEN, Site, serving
 from waiting import until
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")]
 
 PAUSED = "SELECT held_by, held_reason FROM pipeline_stages WHERE stage = 'yolo_detect'"
 
@@ -67,7 +67,6 @@ def go_to(browser: Browser, name: str) -> None:
     raise AssertionError(f"no Tab leads to {name}")
 
 
-@pytest.mark.slow
 def test_keyboard_is_enough_to_log_in_and_pause_a_stage(database, site, browser):
     browser.appearance(1280, "light")
     browser.open(site.url + "/stage/yolo_detect?refresh=off")
@@ -94,7 +93,6 @@ def test_keyboard_is_enough_to_log_in_and_pause_a_stage(database, site, browser)
     assert browser.complaints == []
 
 
-@pytest.mark.slow
 def test_page_refreshes_itself(database, site, browser):
     browser.open(site.url)
     database.add_job(tenant="new")
