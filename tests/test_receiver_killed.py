@@ -2,9 +2,13 @@
 effect of each job is there once.
 """
 
+import pytest
+
 from chaos import once, once_api
 from chaos.once_pipeline import STAGES
 from receiver import Receiver
+
+pytestmark = pytest.mark.slow
 
 MOMENTS = 13  # statements and commits of a request
 ALL_DONE = "SELECT count(*) = %s FROM jobs WHERE current_step <> 'new' AND status = 'done'"

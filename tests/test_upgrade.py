@@ -14,6 +14,8 @@ from demo import five_stages
 from ops import migrations
 from ops.install import apply
 
+pytestmark = pytest.mark.slow
+
 RELEASED = Path(__file__).parent / "released"
 OURS = ("pipeline_stages", "stage_calls", "stage_leases", "stage_attempts", "stage_totals",
         "stage_totals_mark")  # fmt: skip

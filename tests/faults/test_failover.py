@@ -13,6 +13,8 @@ from demo.stage_server import Answer
 from demo.standby import Standby
 from faults.test_connection import frozen, processes
 
+pytestmark = pytest.mark.slow
+
 ACCEPTED = "SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s AND outcome = 'succeeded'"
 OLD = "is an old primary: it is on timeline 1, and another host has been primary on 2"
 AWAITED = "커밋이 응답 없는 동기 스탠바이를 기다림"
