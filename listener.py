@@ -209,7 +209,7 @@ class Listener:
             self.upkeep.run(conn)
             ready = self.wait(min(self.next_look, self.upkeep.next_run), conn)
             self.collect(ready)
-            if conn in ready:
+            if conn in ready or conn.notifies:
                 self.hear(conn)
 
     def wait_to_reconnect(self, error: Exception) -> None:
@@ -484,7 +484,8 @@ class Listener:
         """Sleep until something can be read, or until time.monotonic() is `until`."""
         now = time.monotonic()
         until = min(until, self.workers.next_deadline, self.alerts.next_look, now + LONGEST_SLEEP)
-        waits = not (self.finished() or (self.unwritten and conn))
+        # A statement may have read a notification that came meanwhile: nothing is left to wait for.
+        waits = not (self.finished() or (conn and (self.unwritten or conn.notifies)))
         seconds = max(0.0, until - now) if waits else 0.0
         doing = "waiting for a job to change" if conn else f"database away: {self.reason}"
         self.beat("making calls" if conn and self.workers.calls else doing, seconds)

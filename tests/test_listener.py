@@ -4,6 +4,7 @@ import json
 from contextlib import closing
 
 import pytest
+from conftest import ROOT
 from tcp_proxy import TcpProxy
 from waiting import AWAY, CLAIM, LISTENING, RECONNECTING, terminate_backends, wait_until_idle
 
@@ -109,6 +110,31 @@ def test_notification_read_with_the_answer_to_a_statement_is_not_slept_over(
         asked.wait_for("job_state_changed")
         asked.release()
         database.wait_for(DONE, 1)
+
+
+# The job becomes due during a statement that comes after the claim and says nothing of it.
+DUE_MEANWHILE = """
+import sys
+sys.path.insert(0, {root!r})
+import db, listener, ops
+listener.LONGEST_SLEEP = 3600
+ask_when = listener.Listener.ask_when
+def ask(self, conn):
+    ask_when(self, conn)
+    db.execute(conn, "UPDATE jobs SET status = 'done' WHERE status = 'waiting'")
+listener.Listener.ask_when = ask
+ops.main(listener.cli)
+"""
+
+
+def test_notification_read_by_any_other_statement_is_not_slept_over(
+    database, api, listener, tmp_path
+):
+    job = database.add_job("img_gen", "waiting")
+    program = tmp_path / "due_meanwhile.py"
+    program.write_text(DUE_MEANWHILE.format(root=str(ROOT)))
+    listener(database, api=api, program=program, **ON_TIME)
+    api.wait_for(lambda api: api.calls(job_id=job))
 
 
 def test_burst_of_notifications_is_heard_to_its_end(database, api, listener, tmp_path):
