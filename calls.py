@@ -167,8 +167,8 @@ WITH result AS ({FAILURES}
 """,
 )
 
-# A call that was answered with 202 keeps its lease, and so its place under the limits, until the
-# row moves on (moves.py) or the lease is over. Its row in stage_calls is not changed.
+# After a 202 the call keeps its lease, which counts under the limits, until the row moves on
+# (moves.py) or the lease ends. Its row in stage_calls is not changed.
 WORK = Statement(
     "work",
     """

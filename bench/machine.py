@@ -11,7 +11,7 @@ from pathlib import Path
 
 PACKAGES = ["psycopg2-binary", "requests", "urllib3", "procrastinate", "psycopg", "pgqueuer",
             "awa-pg", "dbos", "oban", "asyncpg", "aiohttp", "httpx", "uvloop"]  # fmt: skip
-# pg-boss wants a newer Node.js than machines may have, so npm brings one.
+# pg-boss needs a newer Node.js than most machines have: package.json installs one.
 OWN_NODE = Path(__file__).parent / "node_modules" / ".bin" / "node"
 NODE = str(OWN_NODE) if OWN_NODE.exists() else shutil.which("node") or ""
 SETTINGS = ["server_version", "fsync", "synchronous_commit", "full_page_writes", "shared_buffers",

@@ -12,14 +12,14 @@ from bench.database import Database
 from bench.peers.base import Peer, Shape
 from bench.pipeline import CALL, enqueueing_trigger
 
-# The function that its own `insert_job` calls, with the defaults of that.
+# The SQL function that awa's `insert_job` calls, with the default arguments of `insert_job`.
 INSERT = f"""
     PERFORM awa.insert_job_compat('call', 'calls', {CALL}::jsonb, 'available', 2::smallint,
         25::smallint, NULL, '{{}}', '{{}}', NULL, NULL::bit(8), NULL::bytea);
 """
 
-# The first worker of a new database chooses its present storage, if no job is there by then; with
-# the older one, which is used until then, these jobs would be found by polling only.
+# awa has two kinds of storage. A new database starts with the old one, whose jobs are only found by
+# polling. The first worker switches to the new one, if there is no job yet.
 STORAGE = "SELECT awa.active_queue_storage_schema()"
 
 

@@ -52,7 +52,7 @@ class PgBoss(NodePeer):
     worker = "pgboss"
     best = (Shape(1, 16), Shape(1, 64), Shape(2, 32))
 
-    # The INSERT of its documentation, "Job table", and the NOTIFY that its own `send` adds.
+    # The INSERT that pg-boss documents ("Job table"), and the NOTIFY that its `send` adds.
     SEND = f"""
         INSERT INTO pgboss.job (name, data) VALUES ('calls', {CALL});
         PERFORM pg_notify(

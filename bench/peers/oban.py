@@ -6,7 +6,8 @@ from bench.database import Database
 from bench.peers.base import Peer, Shape
 from bench.pipeline import CALL, enqueueing_trigger
 
-# What its own `enqueue` runs for one job. The worker's module is the program that is run.
+# The statement that Oban's `enqueue` runs for one job. The worker class is in the program's own
+# module, hence `__main__`.
 INSERT = f"""
     INSERT INTO oban_jobs (args, queue, worker)
     VALUES ({CALL}, 'calls', '__main__.Call');

@@ -28,8 +28,8 @@ PEERS = {
 }
 NEEDED = {"procrastinate": ".venv/bin/python", "pgboss": "node_modules"}
 
-# What is not finished and not waiting either is lost. Calls of a job beyond the first are repeated:
-# those that a kill cut short have to be.
+# A job that is neither finished nor waiting is lost. Every call of a job after its first counts as
+# repeated. A call that a kill interrupted must be repeated.
 ACCOUNT = """
 WITH calls AS (
     SELECT job_id, count(*) made, count(*) FILTER (WHERE outcome = 'succeeded') accepted

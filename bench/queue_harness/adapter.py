@@ -47,7 +47,7 @@ STOP_LIMIT = 4.0  # seconds for the calls under way; the harness kills after ten
 PR_SET_PDEATHSIG = 1
 UNCOMPILED = "PYTHONDONTWRITEBYTECODE"
 
-# A call that was under way in a replica that is killed is made again after their sum.
+# A call that was under way in a killed replica is made again after 15 s, the sum of the two.
 LEASE = {"STAGE_TIMEOUT": "10", "LEASE_MARGIN": "5"}
 
 ADD = """
@@ -59,7 +59,7 @@ UPDATE jobs SET current_step = $2, updated_at = now()
 WHERE job_id = $1 AND current_step = $3 AND status = 'done'
 """
 DEPTH = "SELECT count(*) FROM stage_calls WHERE due_at <= now()"
-# What the pool raises while the server is away, shuts down or has ended its session.
+# The errors of the pool while the server is away, is shutting down, or has ended the session.
 DATABASE_ERRORS = (
     OSError,
     asyncio.TimeoutError,

@@ -12,7 +12,7 @@ from bench.workloads.base import Workload
 
 BEST = "best"
 FINISHED = "SELECT count(*) FROM jobs WHERE current_step = 'vlm_judge' AND status = 'done'"
-# In flight, seconds of a stage, jobs for each in flight: so many that a run takes a minute.
+# Calls in flight, seconds that a stage takes, jobs for each call in flight: up to a minute a run.
 SLOW = {
     "16 in flight, 0.1 s": (16, 0.1, 25),
     "64 in flight, 0.1 s": (64, 0.1, 25),
