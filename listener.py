@@ -18,7 +18,7 @@ import select
 import socket
 import sys
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import replace
 from datetime import datetime
 from types import SimpleNamespace
@@ -75,7 +75,7 @@ class Listener:
                  only: tuple[str, ...] = (), once: bool = False):  # fmt: skip
         self.settings, self.signals, self.once = settings, signals, once
         self.name = listener_name()
-        self.limits = pipeline.stage_limits(settings)
+        self.tables, self.limits = pipeline.tables(), pipeline.stage_limits(settings)
         # The stages that are called, the one whose turn it is first.
         self.order = [stage for stage in self.limits if not only or stage in only]
         self.heartbeat = Heartbeat(settings.HEARTBEAT_DIR, self.name)
@@ -98,7 +98,8 @@ class Listener:
 
         # All by time.monotonic().
         self.look_at = self.sweep_at = self.again_at = self.marked_at = 0.0
-        self.join_at = 0.0 if pipeline.joins() else math.inf
+        self.has_joins = bool(pipeline.joins())
+        self.join_at = 0.0 if self.has_joins else math.inf
         self.is_ordered = pipeline.is_ordered()
         self.is_asynchronous = pipeline.is_asynchronous()
         self.move_at = 0.0 if self.is_asynchronous else math.inf
@@ -249,7 +250,7 @@ class Listener:
         if not self.unwritten and now < self.next_look:
             return []
         sweep = free > 0 and now >= self.sweep_at
-        if pipeline.joins() and (sweep or now >= self.join_at):
+        if self.has_joins and (sweep or now >= self.join_at):
             self.look_at_parents(conn, now)
         if self.is_asynchronous and (sweep or now >= self.move_at):
             self.look_at_moves(conn, now, sweep)
@@ -319,6 +320,7 @@ class Listener:
         found: list[Wanted] = []
         pools: set[str] = set()
         self.left_out = []
+        under_way = Counter(call.stage for call in self.workers.calls)
         for stage in self.order:
             limits = self.limits[stage]
             if limits.pool and stage in self.tried:
@@ -326,8 +328,7 @@ class Listener:
             if limits.pool and limits.pool.name in pools:
                 self.left_out.append(stage)
                 continue
-            under_way = sum(call.stage == stage for call in self.workers.calls)
-            if most := self.health.most(stage, free, under_way):
+            if most := self.health.most(stage, free, under_way[stage]):
                 lease = limits.timeout + self.settings.LEASE_MARGIN
                 share = -(-free // len(self.order))
                 found.append(Wanted(stage, lease, most, share, limits.is_shared,
@@ -431,7 +432,8 @@ class Listener:
             if row.taken_over:
                 reap(conn)
             covered_until = began + self.settings.LEASE_MARGIN
-            call = pipeline.claimed_call(row, self.limits[row.stage], self.name, covered_until)
+            table, limits = self.tables[row.table_name], self.limits[row.stage]
+            call = pipeline.claimed_call(row, table, limits, self.name, covered_until)
             owed = row.owed or calls.is_owed(conn, row, self.name)
             accepted = row.accepted or (row.call_id, row.key) in self.accepted
             refused = trigger.refused(call, row, owed, accepted)
@@ -519,7 +521,7 @@ class Listener:
             self.look_at = 0.0
             if db.WAKE_CHANNEL in heard:
                 self.due_at = 0.0  # a hold may have ended before its time
-            if db.JOIN_CHANNEL in heard and pipeline.joins():
+            if db.JOIN_CHANNEL in heard and self.has_joins:
                 self.join_at = 0.0
             if self.is_asynchronous:
                 self.move_at = 0.0

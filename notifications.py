@@ -17,7 +17,7 @@ from psycopg2.extensions import quote_ident
 import db
 import logs
 import pipeline
-from pipeline import Route, Table
+from pipeline import Table
 
 log = logging.getLogger("listener")
 
@@ -45,6 +45,14 @@ def listen(conn: db.Connection) -> None:
 def channels_of_tables() -> dict[str, Table]:
     """Where the tables of the pipeline announce changes, and which of them does."""
     return {table.channel: table for table in pipeline.tables().values() if table.channel}
+
+
+def followed_states() -> set[tuple[str, str, str]]:
+    """Table, step and status of each state that a stage follows, for the row or for its parent."""
+    rows = {
+        (route.table, route.step, route.status) for route in pipeline.routes() if not route.join
+    }
+    return rows | {(key.table.name, key.step, key.status) for key in pipeline.joins().values()}
 
 
 def can_hear(conn: db.Connection, settings: SimpleNamespace) -> bool:
@@ -112,6 +120,8 @@ class Hearing:
 
     def __init__(self, settings: SimpleNamespace):
         self.settings = settings
+        self.tables = channels_of_tables()
+        self.followed = followed_states()
         self.is_told = True  # else the listener looks every POLL_INTERVAL
         self.listens_lost = 0  # connections that ended with their LISTEN, one after the other
         self.heard: list[psycopg2.extensions.Notify] = []  # and not logged yet
@@ -183,10 +193,9 @@ class Hearing:
     def log(self) -> None:
         """Log what was heard, as far as it is allowed: nobody knows who sent it."""
         heard, self.heard = self.heard, []
-        tables = channels_of_tables() if heard else {}
         for notification in heard:
-            if table := tables.get(notification.channel):
-                if not self.changes.allows() or log_change(notification.payload, table):
+            if table := self.tables.get(notification.channel):
+                if not self.changes.allows() or self.log_change(notification.payload, table):
                     continue
                 if self.others.allows():
                     log.warning("알 수 없는 알림 무시: %.200s", notification.payload)
@@ -196,6 +205,25 @@ class Hearing:
                          notification.pid, notification.payload)  # fmt: skip
         self.tell_passed_over()
 
+    def log_change(self, payload: str, table: Table) -> bool:
+        """One line for a row's change of state, INFO where a stage follows; whether it is one."""
+        try:
+            said = json.loads(payload)
+            step, status = said["current_step"], said["status"]
+            level = logging.INFO if (table.name, step, status) in self.followed else logging.DEBUG
+            ids = {name: cut(said[name], LONGEST_ID) for name in table.ids}
+            if log.isEnabledFor(level):
+                step, status = cut(step, LONGEST_WORD), cut(status, LONGEST_WORD)
+                log.log(
+                    level,
+                    "[LISTENER] Job 상태 변화 감지: %s current_step=%s status=%s",
+                    *(logs.ids(ids), step, status),
+                    extra=logs.about(job=ids[table.ids[-1]], current_step=step, status=status),
+                )
+            return True
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return False
+
     def tell_passed_over(self) -> None:
         """Once a second, how many were not logged."""
         count = self.changes.passed_over + self.others.passed_over
@@ -203,34 +231,6 @@ class Hearing:
             log.warning("알림 %d건은 로그에 남기지 않음: 너무 많음", count)
             self.told_at = time.monotonic()
             self.changes.passed_over = self.others.passed_over = 0
-
-
-def log_change(payload: str, table: Table) -> bool:
-    """One line for a row's change of state, INFO where a stage follows; whether it is one."""
-    try:
-        said = json.loads(payload)
-        step, status = said["current_step"], said["status"]
-        level = logging.INFO if is_routed(table, step, status) else logging.DEBUG
-        ids = {name: cut(said[name], LONGEST_ID) for name in table.ids}
-        if log.isEnabledFor(level):
-            step, status = cut(step, LONGEST_WORD), cut(status, LONGEST_WORD)
-            log.log(
-                level,
-                "[LISTENER] Job 상태 변화 감지: %s current_step=%s status=%s",
-                *(logs.ids(ids), step, status),
-                extra=logs.about(job=ids[table.ids[-1]], current_step=step, status=status),
-            )
-        return True
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return False
-
-
-def is_routed(table: Table, step: str, status: str) -> bool:
-    """Whether a stage follows from a state of a row."""
-    joins = (key for key in pipeline.joins().values() if key.table == table)
-    return Route(table.name, "", step, status) in pipeline.routes() or any(
-        (key.step, key.status) == (step, status) for key in joins
-    )
 
 
 def cut(value: object, longest: int) -> object:

@@ -74,7 +74,8 @@ def next_attempt(conn, settings: SimpleNamespace, row: Any, stage: str | None) -
     limits = pipeline.stage_limits(settings).get(owed.stage)
     if limits is None:
         raise Problem(f"PIPELINE has no stage {owed.stage} any more: run `make trigger`")
-    call = pipeline.claimed_call(owed, limits, "dry run", math.inf)
+    table = pipeline.tables()[owed.table_name]
+    call = pipeline.claimed_call(owed, table, limits, "dry run", math.inf)
     call.api, call.settings = pipeline.stage_apis(settings)[owed.stage], settings
     call.until = math.inf
     return call

@@ -158,7 +158,8 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
     if not claimed:
         raise Problem(why_nothing_owed(conn, row, chosen.stage))
     [claim] = claimed
-    call = pipeline.claimed_call(claim, limits[claim.stage], name, began + settings.LEASE_MARGIN)
+    table, until = pipeline.tables()[claim.table_name], began + settings.LEASE_MARGIN
+    call = pipeline.claimed_call(claim, table, limits[claim.stage], name, until)
     # A person may try once more than max_attempts.
     call.max_attempts = max(call.max_attempts, call.spent)
     owed = claim.owed or calls.is_owed(conn, claim, name)
