@@ -5,8 +5,8 @@ from pathlib import Path
 
 import psycopg2
 import pytest
-from bell import Bell
 from claims import connected
+from subscription import Subscription
 from test_readme import Readme
 
 import listener as program
@@ -59,14 +59,14 @@ def test_every_command_of_it_can_be_parsed(name):
 
 def test_old_listener_hears_what_it_always_heard(guide, run_command):
     moved = guide.add_job(status="queued")
-    with Bell(guide) as bell:
+    with Subscription(guide) as subscription:
         guide.move(moved, "img_gen", "done")
-        before = bell.heard()
+        before = subscription.messages()
     assert run_command(guide, "install").code == 0
     guide.move(moved, "img_gen", "queued")
-    with Bell(guide) as bell:
+    with Subscription(guide) as subscription:
         guide.move(moved, "img_gen", "done")
-        assert bell.heard() == before != []
+        assert subscription.messages() == before != []
 
 
 def test_jobs_that_finish_between_install_and_start_are_called(
@@ -117,12 +117,12 @@ def test_trigger_on_variants_may_stay_or_go(guide, page, with_variants):
     add = "INSERT INTO jobs_variants (job_id, creation_order) VALUES (%s, 1)"
     move = "UPDATE jobs_variants SET status = %s"
     guide.rows(add, job)
-    with Bell(guide, "job_variant_state_changed") as bell:
+    with Subscription(guide, "job_variant_state_changed") as subscription:
         guide.rows(move, "done")
-        assert len(bell.heard()) == 2
+        assert len(subscription.messages()) == 2
         guide.rows(page.block("sql", "DROP TRIGGER"))
         guide.rows(move, "running")
-        assert len(bell.heard()) == 1
+        assert len(subscription.messages()) == 1
     guide.rows(move, "done")
     assert [row.stage for row in guide.rows("SELECT stage FROM stage_calls")] == ["vlm_analyze"]
 
@@ -133,9 +133,9 @@ def test_way_back_is_uninstall_and_the_guides_sql(guide, run_command):
     guide.rows(BEFORE[BEFORE.index("CREATE OR REPLACE FUNCTION notify_job_state_change") :
                       BEFORE.index("CREATE OR REPLACE FUNCTION notify_job_variant")])  # fmt: skip
     job = guide.add_job(status="queued")
-    with Bell(guide) as bell:
+    with Subscription(guide) as subscription:
         guide.move(job, "img_gen", "done")
-        assert len(bell.heard()) == 1
+        assert len(subscription.messages()) == 1
 
 
 # --- inserts, foreign keys, the guide's SQL ------------------------------------------------

@@ -53,25 +53,28 @@ PAYLOADS = (TEXTS | SHAPED | BROKEN | st.integers(900, 3900).map(deep)).map(
 
 @contextmanager
 def hearing(database) -> Iterator[Callable[[str, object, int], list[str]]]:
-    """hear(sql, given, count): what a listener logs when `sql` rings so many bells."""
+    """hear(sql, given, count): what a listener logs when `sql` sends `count` notifications."""
     settings = database.settings(LOG_LEVEL="DEBUG")
     with logged(settings) as output, closing(db.connect(settings)) as conn:
-        bell = notifications.Hearing(settings)
-        bell.others = notifications.Allowance(1e9, 1e9)
+        heard = notifications.Hearing(settings)
+        heard.others = notifications.Allowance(1e9, 1e9)
         notifications.listen(conn)
 
         def hear(sql: str, given: object, count: int) -> list[str]:
             said = output.tell()
             database.rows(sql, given)
-            until(lambda: (bell.hear(conn) and len(bell.heard) >= count) or not count, "every bell")
-            bell.log()
+            until(
+                lambda: (heard.hear(conn) and len(heard.heard) >= count) or not count,
+                "every notification",
+            )
+            heard.log()
             output.seek(said)
             return output.read().split("\n")[:-1]
 
         yield hear
 
 
-RING = f"SELECT pg_notify('{db.CHANNEL}', n) FROM unnest(%s::text[]) AS n"
+NOTIFY = f"SELECT pg_notify('{db.CHANNEL}', n) FROM unnest(%s::text[]) AS n"
 
 
 def test_any_notification_is_one_line_and_no_error(database):
@@ -81,7 +84,7 @@ def test_any_notification_is_one_line_and_no_error(database):
         @given(payloads=st.lists(PAYLOADS, unique=True, max_size=5))
         @example(payloads=[deep(900), deep(990), deep(3900), "9" * 7999, "[" * 7999])
         def notify(payloads: list[str]) -> None:
-            lines = hear(RING, payloads, len(payloads))
+            lines = hear(NOTIFY, payloads, len(payloads))
             assert len(lines) == len(payloads)
             for line in lines:
                 assert "Job 상태 변화 감지: job=" in line or "알 수 없는 알림 무시: " in line

@@ -244,7 +244,7 @@ def test_end_of_a_hold_wakes_an_idle_worker(database, api, listener):
 def test_sweep_finds_a_call_whose_notification_was_lost(database, api, listener, tmp_path):
     process = listener(database, api=api, SWEEP_INTERVAL=0.1)
     wait_until_idle(tmp_path)
-    database.rows("SET session_replication_role = replica")  # no trigger, so no bell
+    database.rows("SET session_replication_role = replica")  # no trigger, so no notification
     job = database.add_job("overlay", "done")
     database.rows(
         "INSERT INTO stage_calls (job_id, tenant_id, current_step, status, stage)"

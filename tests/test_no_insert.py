@@ -1,8 +1,8 @@
 """`install --no-insert`: only an UPDATE owes a call, and a row that is born finished does not."""
 
 import pytest
-from bell import Bell
 from claims import connected
+from subscription import Subscription
 from variants import PIPELINE, TABLE, Variants
 
 import joins
@@ -18,11 +18,11 @@ def test_only_an_update_owes_a_call(database, run_command):
     assert done.code == 0
     assert "  removed  trigger job_state_insert_trigger on jobs" in done.lines
     assert any("a row that is inserted owes no call" in line for line in done.lines)
-    with Bell(database) as bell:
+    with Subscription(database) as subscription:
         born, moved = database.add_job("img_gen"), database.add_job("img_gen", "queued")
-        assert bell.heard() == []
+        assert subscription.messages() == []
         database.move(moved, "img_gen", "done")
-        assert len(bell.heard()) == 1
+        assert len(subscription.messages()) == 1
     assert database.owed(born) is None and database.owed(moved).stage == "vlm_analyze"
 
 
@@ -42,9 +42,9 @@ def test_it_and_silence_are_two_settings(database, first):
         apply(conn, **{first: False})
         apply(conn, **{second: False})
         assert is_silent(conn) and is_updates_only(conn)
-        with Bell(database) as bell:
+        with Subscription(database) as subscription:
             database.move(database.add_job("img_gen", "queued"), "img_gen", "done")
-            assert bell.heard() == []
+            assert subscription.messages() == []
         apply(conn, **{first: True})
         assert (is_silent(conn), is_updates_only(conn)) == (first == "insert", first == "notify")
 

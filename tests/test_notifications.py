@@ -12,38 +12,38 @@ import db
 import notifications
 from notifications import Allowance, Hearing
 
-RING = "SELECT count(pg_notify(%s, {})) FROM generate_series(1, %s) AS n"
+NOTIFY = "SELECT count(pg_notify(%s, {})) FROM generate_series(1, %s) AS n"
 WORDS = "'words ' || n"
 CHANGES = "json_build_object('job_id', n, 'current_step', 'img_gen', 'status', 'done')::text"
 
 
 @pytest.fixture
-def hearing(database):
-    """hearing(channel, payload, count): the lines that so many notifications make."""
+def lines_of(database):
+    """lines_of(channel, payload, count): the log lines of `count` notifications."""
     settings = database.settings(LOG_LEVEL="DEBUG")
     with logged(settings) as output, closing(db.connect(settings)) as conn:
-        bell = Hearing(settings)
-        bell.listen(conn, silent=False)
+        state = Hearing(settings)
+        state.listen(conn, silent=False)
 
-        def ring(channel: str, payload: str, count: int) -> list[str]:
+        def notify(channel: str, payload: str, count: int) -> list[str]:
             said = output.tell()
-            database.rows(RING.format(payload), channel, count)
+            database.rows(NOTIFY.format(payload), channel, count)
             heard = 0
             while heard < count:
-                bell.hear(conn)
-                heard += len(bell.heard)
-                bell.log()
+                state.hear(conn)
+                heard += len(state.heard)
+                state.log()
             output.seek(said)
             return output.read().splitlines()
 
-        ring.bell, ring.conn = bell, conn
-        yield ring
+        notify.hearing, notify.conn = state, conn
+        yield notify
 
 
-def test_words_are_shown_as_what_anybody_can_send(database, make_role, hearing):
+def test_words_are_shown_as_what_anybody_can_send(database, make_role, lines_of):
     name = make_role(database)
     database.rows(f"SET ROLE {name}")
-    [line] = hearing(db.WAKE_CHANNEL, "'planner paused by root@db'", 1)
+    [line] = lines_of(db.WAKE_CHANNEL, "'planner paused by root@db'", 1)
     assert " INFO " in line and "누구나 보낼 수 있음" in line
     assert f"서버 프로세스 {database.conn.info.backend_pid}" in line
     database.rows("RESET ROLE")
@@ -54,28 +54,28 @@ def test_words_are_shown_as_what_anybody_can_send(database, make_role, hearing):
     [(db.WAKE_CHANNEL, WORDS), (db.CHANNEL, WORDS), (db.CHANNEL, CHANGES)],
     ids=["words", "no job", "jobs"],
 )
-def test_more_than_an_allowance_are_counted_and_not_logged(hearing, channel, payload):
-    hearing.bell.changes, hearing.bell.others = Allowance(50, 0), Allowance(50, 0)
-    *lines, last = hearing(channel, payload, 500)
+def test_more_than_an_allowance_are_counted_and_not_logged(lines_of, channel, payload):
+    lines_of.hearing.changes, lines_of.hearing.others = Allowance(50, 0), Allowance(50, 0)
+    *lines, last = lines_of(channel, payload, 500)
     assert len(lines) == 50
     assert "건은 로그에 남기지 않음: 너무 많음" in last
 
 
-def test_flood_of_what_is_no_job_hides_no_job(hearing):
-    hearing(db.CHANNEL, WORDS, 5000)
-    [line] = [x for x in hearing(db.CHANNEL, CHANGES, 1) if "감지" in x]
+def test_flood_of_what_is_no_job_hides_no_job(lines_of):
+    lines_of(db.CHANNEL, WORDS, 5000)
+    [line] = [x for x in lines_of(db.CHANNEL, CHANGES, 1) if "감지" in x]
     assert line.endswith("job=1 current_step=img_gen status=done")
 
 
-def test_burst_of_changes_has_a_line_each(hearing):
-    lines = hearing(db.CHANNEL, CHANGES, 5000)
+def test_burst_of_changes_has_a_line_each(lines_of):
+    lines = lines_of(db.CHANNEL, CHANGES, 5000)
     assert sum("Job 상태 변화 감지" in line for line in lines) == 5000
 
 
 @pytest.mark.parametrize("name", ["job_id", "current_step", "status"])
-def test_long_word_is_cut(hearing, name):
+def test_long_word_is_cut(lines_of, name):
     said = {"job_id": "1", "current_step": "x", "status": "y"} | {name: "z" * 7000}
-    [line] = hearing(db.CHANNEL, f"'{json.dumps(said)}'", 1)
+    [line] = lines_of(db.CHANNEL, f"'{json.dumps(said)}'", 1)
     assert "감지" in line and len(line) < 500
 
 
@@ -88,11 +88,11 @@ def test_allowance_comes_back_with_time():
     assert allowance.allows(2) and not allowance.allows()
 
 
-def test_what_one_pass_takes_is_bounded(hearing, database):
-    database.rows(RING.format("repeat('x', 7900) || n"), db.CHANNEL, 2000)
+def test_what_one_pass_takes_is_bounded(lines_of, database):
+    database.rows(NOTIFY.format("repeat('x', 7900) || n"), db.CHANNEL, 2000)
     passes = []
     until(
-        lambda: passes.append(len(notifications.hear(hearing.conn))) or sum(passes) >= 2000, "all"
+        lambda: passes.append(len(notifications.hear(lines_of.conn))) or sum(passes) >= 2000, "all"
     )
     assert max(passes) * 7900 < notifications.ENOUGH_TEXT + 2**23
 
@@ -100,25 +100,25 @@ def test_what_one_pass_takes_is_bounded(hearing, database):
 # --- a flood -------------------------------------------------------------------------------
 
 
-def test_flood_makes_it_look_instead_of_listen_and_listen_again(hearing, monkeypatch):
-    monkeypatch.setattr(hearing.bell, "pace", Allowance(100, 0))
-    lines = hearing(db.CHANNEL, WORDS, 500)
+def test_flood_makes_it_look_instead_of_listen_and_listen_again(lines_of, monkeypatch):
+    monkeypatch.setattr(lines_of.hearing, "pace", Allowance(100, 0))
+    lines = lines_of(db.CHANNEL, WORDS, 500)
     assert any("알림이 너무 많음: 60초 동안 LISTEN 대신 1초마다 확인" in line for line in lines)
     channels = "SELECT count(*) FROM pg_listening_channels()"
-    assert not hearing.bell.is_told and db.execute(hearing.conn, channels).fetchone()[0] == 0
-    hearing.bell.deaf_until, hearing.bell.pace.burst = 0.0, 1e9
-    assert hearing.bell.hear(hearing.conn)  # there may be something that it was not told
-    assert hearing.bell.is_told and db.execute(hearing.conn, channels).fetchone()[0] == 2
+    assert not lines_of.hearing.is_told and db.execute(lines_of.conn, channels).fetchone()[0] == 0
+    lines_of.hearing.deaf_until, lines_of.hearing.pace.burst = 0.0, 1e9
+    assert lines_of.hearing.hear(lines_of.conn)  # there may be something that it was not told
+    assert lines_of.hearing.is_told and db.execute(lines_of.conn, channels).fetchone()[0] == 2
 
 
-def test_connection_that_a_flood_ended_is_followed_by_one_that_does_not_listen(hearing, database):
-    hearing.conn.dropped = db.FLOOD + 1
+def test_connection_that_a_flood_ended_is_followed_by_one_that_does_not_listen(lines_of, database):
+    lines_of.conn.dropped = db.FLOOD + 1
     with closing(db.connect(database.settings())) as conn:
-        hearing.bell.listen(conn, silent=False)
-        assert not hearing.bell.is_told and hearing.bell.deaf_until is not None
+        lines_of.hearing.listen(conn, silent=False)
+        assert not lines_of.hearing.is_told and lines_of.hearing.deaf_until is not None
     with closing(db.connect(database.settings())) as conn:
-        hearing.bell.listen(conn, silent=False)
-        assert hearing.bell.is_told and hearing.bell.deaf_until is None
+        lines_of.hearing.listen(conn, silent=False)
+        assert lines_of.hearing.is_told and lines_of.hearing.deaf_until is None
 
 
 @contextmanager
@@ -126,13 +126,13 @@ def flood(database, payload: str):
     """NOTIFY as fast as one session can."""
     stop = threading.Event()
 
-    def ring() -> None:
+    def notify() -> None:
         with closing(database.connect()) as conn:
             cursor = conn.cursor()
             while not stop.is_set():
-                cursor.execute(RING.format(payload), (db.CHANNEL, 2000))
+                cursor.execute(NOTIFY.format(payload), (db.CHANNEL, 2000))
 
-    thread = threading.Thread(target=ring)
+    thread = threading.Thread(target=notify)
     thread.start()
     try:
         yield

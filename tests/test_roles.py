@@ -8,8 +8,8 @@ from contextlib import suppress
 import commands
 import psycopg2
 import pytest
-from bell import Bell
 from claims import connected
+from subscription import Subscription
 from test_schema_security import GRANTS
 from waiting import wait_until_idle
 
@@ -243,12 +243,12 @@ def test_settings_of_a_session_do_not_bend_the_trigger(each_database, grant):
     for name, value in BENT.items():
         each_database.rows(f"SET {name} = {value}")
     job = "7f1c6f4e-8f3c-4d53-9b1c-0c2b6b1f2a3d"
-    with Bell(each_database) as bell:
+    with Subscription(each_database) as subscription:
         each_database.rows(
             "INSERT INTO public.jobs (job_id, tenant_id, current_step, status)"
             " VALUES (%s, 'a\"b\\\\c', 'overlay', 'done')", job,
         )  # fmt: skip
-        [said] = bell.heard()
+        [said] = subscription.messages()
     assert said == {
         "job_id": job,
         "current_step": "overlay",
@@ -262,7 +262,9 @@ def test_settings_of_a_session_do_not_bend_the_trigger(each_database, grant):
 # --- anybody who can connect ---------------------------------------------------------------
 
 
-def test_bell_that_anybody_rings_calls_nothing(database, make_role, api, listener, tmp_path):
+def test_notification_that_anybody_sends_calls_nothing(
+    database, make_role, api, listener, tmp_path
+):
     """It makes listeners look, and they find what is owed, whatever was said."""
     process = listener(database, api=api, SWEEP_INTERVAL=3600)
     wait_until_idle(tmp_path)

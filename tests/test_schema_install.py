@@ -6,8 +6,8 @@ from pathlib import Path
 
 import psycopg2.extensions
 import pytest
-from bell import Bell
 from claims import claim, connected
+from subscription import Subscription
 
 import db
 from demo import five_stages
@@ -78,10 +78,10 @@ def install(database, **settings) -> None:
 
 
 def finish(database) -> list[dict]:
-    """Move the one job to (img_gen, done); what the bell said about it."""
-    with Bell(database) as bell:
+    """Move the one job to (img_gen, done); what is notified of it."""
+    with Subscription(database) as subscription:
         database.rows("UPDATE jobs SET status = 'done'")
-        return bell.heard()
+        return subscription.messages()
 
 
 def test_installing_again_changes_nothing(each_database):
@@ -248,9 +248,9 @@ def test_dumped_and_restored_database_goes_on(each_database, each_server, make_d
     restore = [psql, "-qX", "-v", "ON_ERROR_STOP=1", copy.dsn]
     subprocess.run(restore, input=dump, capture_output=True, check=True)
     assert copy.owed(owing) == each_database.owed(owing)
-    with Bell(copy) as bell:
+    with Subscription(copy) as subscription:
         copy.move(waiting, "img_gen", "done")
-        assert [said["job_id"] for said in bell.heard()] == [waiting]
+        assert [said["job_id"] for said in subscription.messages()] == [waiting]
     assert copy.owed(waiting).call_id > copy.owed(owing).call_id
     install(copy)
     assert copy.value("SELECT count(*) FROM stage_calls") == 2

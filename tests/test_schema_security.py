@@ -7,8 +7,8 @@ from pathlib import Path
 
 import psycopg2
 import pytest
-from bell import Bell
 from claims import LEASE_OVER, claim, connected, held, result, settle
+from subscription import Subscription
 
 import calls
 import db
@@ -34,13 +34,13 @@ def application(each_database, make_role):
 
 
 def test_application_role_needs_no_grant_on_our_tables(each_database, application):
-    with Bell(each_database) as bell:
+    with Subscription(each_database) as subscription:
         each_database.rows(f"SET ROLE {application}")
         born = each_database.add_job("overlay", "done")
         moved = each_database.add_job("img_gen", "queued")
         each_database.move(moved, "img_gen", "done")
         each_database.rows("RESET ROLE")
-        assert [said["job_id"] for said in bell.heard()] == [born, moved]
+        assert [said["job_id"] for said in subscription.messages()] == [born, moved]
     assert each_database.owed(born).stage == "vlm_judge"
     assert each_database.owed(moved).stage == "vlm_analyze"
 
@@ -110,11 +110,11 @@ def test_missing_tables_let_the_application_through_with_a_warning(
     each_database, application, tables
 ):
     each_database.rows(f"DROP TABLE {tables} CASCADE; SET ROLE {application}")
-    with Bell(each_database) as bell:
+    with Subscription(each_database) as subscription:
         job = each_database.add_job("img_gen", "queued")
         each_database.move(job, "img_gen", "done")
         assert each_database.state(job) == ("img_gen", "done")
-        assert [said["status"] for said in bell.heard()] == ["done"]
+        assert [said["status"] for said in subscription.messages()] == ["done"]
     assert "WARNING:  Job State Listener: its tables are missing" in each_database.conn.notices[-1]
     assert "./jsl install" in each_database.conn.notices[-1]
 

@@ -5,9 +5,9 @@ import secrets
 from contextlib import closing
 
 import pytest
-from bell import Bell
 from claims import claim, connected
 from conftest import Database
+from subscription import Subscription
 
 from demo import five_stages
 from ops.install import apply
@@ -51,42 +51,42 @@ def database(shared_database):
 
 
 def test_payload_comes_without_what_made_it_long(each_database):
-    with Bell(each_database) as bell:
+    with Subscription(each_database) as subscription:
         for what, tenant in LONG.items():
             job = each_database.add_job("img_gen", "done", tenant)
-            (payload,) = bell.payloads()
+            (payload,) = subscription.payloads()
             state = {"job_id": job, "current_step": "img_gen", "status": "done"}
             assert json.loads(payload) == {**state, "tenant_id": None}, what
             assert each_database.owed(job).tenant_id == tenant, what
 
 
 def test_everything_long_at_once_does_not_abort(each_database):
-    with Bell(each_database) as bell:
+    with Subscription(each_database) as subscription:
         for what, value in LONG.items():
             job = each_database.add_job("img_gen", "queued", value)
             each_database.move(job, value, value)
-            (payload,) = bell.payloads()
+            (payload,) = subscription.payloads()
             assert json.loads(payload) == dict.fromkeys(KEYS) | {"job_id": job}, what
             assert each_database.state(job) == (value, value), what
 
 
 def test_values_of_medium_length_fit_together(database):
-    with Bell(database) as bell:
+    with Subscription(database) as subscription:
         for length in range(1890, 1912):
             job = database.add_job("img_gen", "done", "t" * length)
             database.move(job, "s" * length, "한" * (length // 3))
-        for payload in bell.payloads():
+        for payload in subscription.payloads():
             assert len(payload.encode()) <= LONGEST
             assert json.loads(payload).keys() == KEYS
 
 
 def test_longest_payload_that_fits_arrives_whole(database):
-    with Bell(database) as bell:
+    with Subscription(database) as subscription:
         database.add_job("img_gen", "done", "")
-        room = LONGEST - len(bell.payloads()[0].encode())
+        room = LONGEST - len(subscription.payloads()[0].encode())
         database.add_job("img_gen", "done", "x" * room)
         database.add_job("img_gen", "done", "x" * (room + 1))
-        whole, cut = bell.payloads()
+        whole, cut = subscription.payloads()
     assert len(whole) == LONGEST
     assert json.loads(whole)["tenant_id"] == "x" * room
     assert json.loads(cut)["tenant_id"] is None
@@ -111,9 +111,9 @@ def test_job_id_of_any_type_is_owed_and_claimed(empty_database, id_type):
     database.rows(JOBS.format(id_type, "text", "text", "text"))
     install(database)
     job, our_type = JOB_IDS[id_type]
-    with Bell(database) as bell:
+    with Subscription(database) as subscription:
         database.rows("INSERT INTO jobs VALUES (%s, 't', 'img_gen', 'done')", job)
-        assert [said["job_id"] for said in bell.heard()] == [job]
+        assert [said["job_id"] for said in subscription.messages()] == [job]
     types = "SELECT format_type(atttypid, atttypmod) FROM pg_attribute WHERE attname = 'job_id'"
     for table in ("stage_calls", "stage_attempts"):
         assert database.value(types + " AND attrelid = %s::regclass", table) == our_type
@@ -128,10 +128,10 @@ def test_text_id_of_any_length_is_owed(empty_database):
     database.rows(JOBS.format("text", "text", "text", "text"))
     install(database)
     job = secrets.token_hex(1200)
-    with Bell(database) as bell:
+    with Subscription(database) as subscription:
         database.rows("INSERT INTO jobs VALUES (%s, 't', 'img_gen', 'done')", job)
         database.rows("UPDATE jobs SET current_step = %s", "s" * 7000)
-        assert [said["job_id"] for said in bell.heard()] == [job, None]
+        assert [said["job_id"] for said in subscription.messages()] == [job, None]
 
 
 def test_job_id_that_grew_wider_after_the_install_is_owed(empty_database):
@@ -147,11 +147,11 @@ def test_integer_tenant_stays_a_number(empty_database):
     database = empty_database
     database.rows(JOBS.format("bigint", "integer", "varchar(20)", "varchar(20)"))
     install(database)
-    with Bell(database) as bell:
+    with Subscription(database) as subscription:
         database.rows("INSERT INTO jobs VALUES (1, 42, 'planner', 'queued')")
         database.rows("UPDATE jobs SET status = 'done'")
         state = {"job_id": 1, "current_step": "planner", "status": "done"}
-        assert bell.heard() == [{**state, "tenant_id": 42}]
+        assert subscription.messages() == [{**state, "tenant_id": 42}]
     row = claimed(database)
     assert (row.job_id, row.tenant_id) == (1, 42)
 
@@ -162,10 +162,10 @@ def test_states_of_an_enum_type_are_routed_and_checked(each_server, make_databas
     database.rows("CREATE TYPE step AS ENUM ('img_gen', 'vlm_analyze')")
     database.rows(JOBS.format("bigint", "text", "step", "state"))
     install(database)
-    with Bell(database) as bell:
+    with Subscription(database) as subscription:
         database.rows("INSERT INTO jobs VALUES (1, 't', 'img_gen', 'queued')")
         database.rows("UPDATE jobs SET status = 'done'")
-        assert [said["status"] for said in bell.heard()] == ["done"]
+        assert [said["status"] for said in subscription.messages()] == ["done"]
     assert claimed(database).owed
     database.rows("UPDATE jobs SET current_step = NULL")
     assert database.owed(1) is None
@@ -198,11 +198,11 @@ def partitioned(partitioned_database):
 
 def test_job_that_moves_between_partitions_owes_its_call(partitioned):
     partitioned.rows("INSERT INTO jobs VALUES (1, 't', 'img_gen', 'running')")
-    with Bell(partitioned) as bell:
+    with Subscription(partitioned) as subscription:
         partitioned.rows("UPDATE jobs SET status = 'done'")
         assert partitioned.value("SELECT count(*) FROM finished") == 1
         state = {"job_id": 1, "current_step": "img_gen", "status": "done"}
-        assert bell.heard() == [{**state, "tenant_id": "t"}]
+        assert subscription.messages() == [{**state, "tenant_id": "t"}]
     assert claimed(partitioned).owed
 
 

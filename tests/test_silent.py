@@ -1,7 +1,7 @@
-"""`install --no-notify`: the debt is written, no bell rings, and listeners look by themselves."""
+"""`install --no-notify`: the debt is written, nothing is notified, and listeners poll."""
 
-from bell import Bell
 from claims import connected
+from subscription import Subscription
 from waiting import wait_until_idle
 
 from ops.install import apply
@@ -10,14 +10,14 @@ from ops.routes import is_silent
 OBJECTS = "SELECT oid, tgname FROM pg_trigger WHERE tgrelid = 'jobs'::regclass ORDER BY tgname"
 
 
-def test_silent_trigger_writes_the_debt_and_rings_no_bell(database, run_command):
+def test_silent_trigger_writes_the_debt_and_notifies_nothing(database, run_command):
     done = run_command(database, "install", "--no-notify")
     assert done.code == 0 and any("nothing is announced" in line for line in done.lines)
-    with Bell(database) as bell:
+    with Subscription(database) as subscription:
         born, moved = database.add_job("overlay"), database.add_job("img_gen", "queued")
         database.move(moved, "img_gen", "done")
         database.move(born, "overlay", "running")
-        assert bell.heard() == []
+        assert subscription.messages() == []
     assert database.owed(moved).stage == "vlm_analyze" and database.owed(born) is None
 
 

@@ -95,7 +95,7 @@ def test_d5_claim_that_commits_after_the_reconnect_is_found_again(
 # --- calls that others make hard to find ---------------------------------------------------
 
 
-def test_d6_call_that_the_application_hides_is_found_without_a_bell(
+def test_d6_call_that_the_application_hides_is_found_without_a_notification(
     database, api, listener, tmp_path
 ):
     listener(database, "run", "--workers", "1", api=api, SWEEP_INTERVAL=0.1)
@@ -197,5 +197,5 @@ def test_d9_idle_workers_ask_little_for_one_event(database, proxy, api, listener
     for _ in range(10):
         database.wait_for(SUCCEEDED, database.add_job("overlay", "done"))
         wait_until_idle(tmp_path)
-    # A claim, the settling, and one more look where the bell is heard only after the claim.
+    # A claim, the settling, and one more look where the notification arrives only after the claim.
     assert len(proxy.requests) - before <= 3 * 10 + 2

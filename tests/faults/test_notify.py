@@ -1,4 +1,4 @@
-"""The bell that is lost, stuck, or too loud: what is owed is called all the same."""
+"""Notifications that are lost, stuck or too many: calls that are owed are made all the same."""
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import psycopg2
 import pytest
-from bell import Bell
 from conftest import Database, Server, embedded_server
+from subscription import Subscription
 from waiting import (
     LISTENING,
     gate,
@@ -25,7 +25,7 @@ OWED = (
     "INSERT INTO stage_calls (job_id, tenant_id, current_step, status, stage)"
     " VALUES (%s, 'tenant', 'overlay', 'done', 'vlm_judge')"
 )
-RING = """
+NOTIFY = """
 SELECT count(pg_notify(%s, json_build_object('job_id', n, 'current_step', 'elsewhere',
                                              'status', repeat('x', %s))::text))
 FROM generate_series(1, %s) AS n
@@ -34,19 +34,19 @@ USED = "SELECT pg_notification_queue_usage()"
 
 
 @pytest.fixture(scope="module")
-def bell_server() -> Iterator[Server]:
+def notify_server() -> Iterator[Server]:
     """A server with a notification queue of 64 MiB that no other test uses."""
     with embedded_server(**OWN) as embedded:
         yield Server(embedded.settings(), embedded)
 
 
 @pytest.fixture
-def database(bell_server, make_database) -> Database:
-    return make_database(bell_server)
+def database(notify_server, make_database) -> Database:
+    return make_database(notify_server)
 
 
-def ring(database, count: int, size: int = 1000, channel: str = "job_state_changed") -> None:
-    database.rows(RING, channel, size, count)
+def notify(database, count: int, size: int = 1000, channel: str = "job_state_changed") -> None:
+    database.rows(NOTIFY, channel, size, count)
 
 
 def memory(pid: int) -> float:
@@ -80,10 +80,10 @@ def pinned_queue(server, database) -> Iterator[None]:
 
 
 def test_b2_queue_that_fills_is_a_problem_that_verify_names(
-    bell_server, database, api, run_command
+    notify_server, database, api, run_command
 ):
-    with pinned_queue(bell_server, database):
-        ring(database, 4500, 7800)
+    with pinned_queue(notify_server, database):
+        notify(database, 4500, 7800)
         assert 0.5 < database.value(USED) < 1
         done = run_command(database, "verify", api=api)
         assert done.code == 1
@@ -95,7 +95,7 @@ def test_b2_queue_that_fills_is_a_problem_that_verify_names(
 def test_b2_idle_listener_pins_nothing(database, listener, tmp_path):
     listener(database, SWEEP_INTERVAL=3600)
     wait_until_idle(tmp_path)
-    ring(database, 2000, 7000)
+    notify(database, 2000, 7000)
     wait_for_empty_queue(database)
 
 
@@ -106,7 +106,7 @@ def test_b3_listener_with_a_long_call_under_way_hears_a_flood(database, api, lis
         wait_for_call(api, job)
         before = memory(process.pid)
         for _ in range(20):
-            ring(database, 10_000, 10)
+            notify(database, 10_000, 10)
         wait_for_empty_queue(database)
         opened.set()
     process.wait_for_line(f"트리거: job={database.add_job('overlay', 'done')}")
@@ -119,25 +119,25 @@ def test_p10_notifications_are_drained_and_dropped(database, listener, tmp_path)
     wait_until_idle(tmp_path)
     before = memory(process.pid)
     for _ in range(10):
-        ring(database, 10_000, 10)
+        notify(database, 10_000, 10)
     process.wait_for_line(f"트리거: job={database.add_job()}")
     assert memory(process.pid) - before < 16
 
 
-# --- a bell that cannot be heard -----------------------------------------------------------
+# --- notifications that cannot be heard ----------------------------------------------------
 
 
 def test_b6_channel_has_this_name_and_no_other(database):
-    with Bell(database) as bell:
+    with Subscription(database) as subscription:
         database.rows("NOTIFY Job_State_Changed, 'folded'")
         database.rows("NOTIFY \"Job_State_Changed\", 'another'")
-        assert bell.payloads() == ["folded"]
+        assert subscription.payloads() == ["folded"]
 
 
-def test_b6_other_databases_hear_nothing(bell_server, database, make_database):
-    with Bell(make_database(bell_server)) as bell:
+def test_b6_other_databases_hear_nothing(notify_server, database, make_database):
+    with Subscription(make_database(notify_server)) as subscription:
         database.add_job()
-        assert bell.payloads() == []
+        assert subscription.payloads() == []
 
 
 def test_b6_two_phase_commit_of_a_state_change_is_refused_and_leaves_nothing(database):
@@ -152,20 +152,20 @@ def test_b6_two_phase_commit_of_a_state_change_is_refused_and_leaves_nothing(dat
 
 @contextmanager
 def unreadable_queue(server, database) -> Iterator[None]:
-    """What LISTEN would have to read first is gone from the disk."""
+    """The file that LISTEN reads first is deleted from the disk."""
     with pinned_queue(server, database):
-        ring(database, 600, 7800, "elsewhere")  # more than the server keeps in memory
+        notify(database, 600, 7800, "elsewhere")  # more than the server keeps in memory
         min(Path(database.value("SHOW data_directory"), "pg_notify").iterdir()).unlink()
         yield
 
 
-def test_b7_listener_whose_listen_fails_looks_every_second(bell_server, database, api, listener):
+def test_b7_listener_whose_listen_fails_looks_every_second(notify_server, database, api, listener):
     process = listener(database, api=api, SWEEP_INTERVAL=3600)
     process.wait_for_line(LISTENING)
-    with unreadable_queue(bell_server, database):
+    with unreadable_queue(notify_server, database):
         terminate_backends(database)
         process.wait_for_line("LISTEN 대신 1초마다 확인")
-        database.rows("SET session_replication_role = replica")  # no bell: it would be read
+        database.rows("SET session_replication_role = replica")  # no notification: it would be read
         job = database.add_job("overlay", "done")
         database.rows(OWED, job)
         database.wait_for(DONE, 1)
