@@ -32,7 +32,7 @@ __all__ = [
     "require_installed",
 ]
 
-# Of this program; CHANGELOG.md says what is in it.
+# The version of this program; CHANGELOG.md says what each contains.
 VERSION = "2.0.0.dev0"
 PSYCOPG2: str = psycopg2.__version__  # type: ignore[attr-defined]  # its stubs leave it out
 VERSIONS = (
@@ -50,7 +50,8 @@ COMMANDS = {
     "serve": "serve", "alert-test": "alert",
 }  # fmt: skip
 
-# How --help arranges them, by module; a command of a module that is not named is one to look with.
+# The headings of --help and the modules of the commands below each. A command whose module is not
+# listed here is shown below "Look".
 GROUPS: dict[str, list[str | None]] = {
     "Run": [None],  # those of listener.py itself
     "Look": [],
@@ -63,8 +64,8 @@ EXIT_CANNOT_START = EXIT_BAD_INPUT
 
 
 class Commands(click.Group):
-    """A group that also has the operator's commands, each imported when it is asked for: `run`
-    needs none, and all of them take 2 MB.
+    """A click group that imports an operator's command only when it is used: `run` needs none of
+    them, and together they take 2 MB of memory.
     """
 
     def list_commands(self, context: click.Context) -> list[str]:
@@ -77,7 +78,9 @@ class Commands(click.Group):
         return getattr(module, name.replace("-", "_"))
 
     def resolve_command(self, context: click.Context, args: list[str]) -> tuple:
-        """Say which command was meant. -h alone is no id, though an id may begin with a dash."""
+        """Suggest the command that a mistyped name is nearest to. `-h` means help here, although a
+        job id may begin with a dash.
+        """
         name, rest = args[0], args[1:]
         names = self.list_commands(context)
         if name not in names and not name.startswith("-") and not context.resilient_parsing:
@@ -152,12 +155,12 @@ def first_line(error: psycopg2.Error) -> str:
 
 
 def lost(error: db.ConnectionLost) -> str:
-    """The server may also have answered, and refused what no other connection would change."""
+    """One line for a lost connection, or for a server that answered and refused the command."""
     answered = getattr(error.__cause__, "pgcode", None)
     return f"the database {'refused' if answered else 'cannot be reached'}: {error}"
 
 
-# What is ours in a message of the server, whose language may be any.
+# Finds names of our tables and functions in an error of the server, in whatever language it is.
 OURS = re.compile(
     r"\b(stage_|pipeline_|given_up_calls|resting_rows|stalled_jobs|job_state_listener)"
 )

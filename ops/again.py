@@ -17,9 +17,10 @@ from ops.rows import TABLE, RowCommand
 from ops.stage import StageName
 from ops.table import clock
 
-# As the trigger records it when the row comes to its state, but whatever has become of the call
-# before. That of (stage, 'failed') has the error of the last attempt, by which a listener sees that
-# a person asked for it: else it would go on counting attempts, and perhaps be given up at once.
+# Records the call as the trigger does when a row arrives in its state, whatever became of the call
+# before it. A call of the state (stage, 'failed') gets the error of the last attempt: by that a
+# listener sees that a person asked for it. Without it the listener would continue the count of
+# attempts, and might give the call up at once.
 AGAIN = """
 INSERT INTO stage_calls AS c (job_id, table_name, tenant_id, current_step, status, stage,
                               last_error)
@@ -45,7 +46,7 @@ WHERE c.worker IS NULL OR c.due_at <= now()
 RETURNING c.call_id
 """
 
-# What became of the call before: that of (stage) or of its join.
+# The last attempt of this stage for the row.
 BEFORE = """
 SELECT call_id, outcome, worker, finished_at FROM stage_attempts
 WHERE job_id = %(key)s AND table_name = %(table)s AND stage = %(stage)s
@@ -86,7 +87,7 @@ def again(job_id: str, stage: str | None, table: str | None) -> None:
         require_complete(conn, row, join)
     refuse_under_way(conn, row, stage)
     before = what_became(conn, row, stage, join)
-    call_id = recorded(conn, row, stage, join)
+    call_id = record(conn, row, stage, join)
     wake_listeners(conn, f"{what}: call to {stage} recorded again by {operator()}")
     click.echo(f"recorded: {what}, stage {stage}, call {call_id}{before}".translate(CONTROL))
     tell_hold(conn, stage)
@@ -151,7 +152,7 @@ def refuse_under_way(conn, row: Any, stage: str) -> None:
 
 
 def what_became(conn, row: Any, stage: str, join: str) -> str:
-    """What became of the call before."""
+    """What became of the row's previous call of this stage, in words that follow the new one."""
     for call in waits.owed(conn, row, stage):
         if call.join_of == join:
             how = "given up" if call.given_up else "not made yet"
@@ -165,11 +166,11 @@ def what_became(conn, row: Any, stage: str, join: str) -> str:
     return f" (call {call.call_id} was {how}{by} {clock(call.finished_at)})"
 
 
-def recorded(conn, row: Any, stage: str, join: str) -> int:
-    """Record the call; its call_id.
+def record(conn, row: Any, stage: str, join: str) -> int:
+    """Record the call and return its call_id.
 
     Raises:
-        Problem: somebody was faster, or has the row of the call.
+        Problem: the call is under way, the row has moved on, or another transaction holds the call.
     """
     try:
         if join:

@@ -1,5 +1,5 @@
-"""What needs a person, the most urgent first: what `status` has found, each with its reason and the
-command to type. Nothing here asks the database.
+"""Alarms: problems that `status` found and a person has to act on, the most urgent first, each with
+its reason and the command to type. This module does not use the database.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from heartbeat import ALIVE
 from ops import waits
 from ops.table import counted, duration, readable
 
-# How much stands still.
+# Urgencies, the most urgent first: see Alarm.
 EVERYTHING, STAGE, JOBS, INTENDED = range(4)
 
 LATE = 300  # seconds that a call may have been due
@@ -23,8 +23,8 @@ class Alarm(NamedTuple):
     """Something that needs a person.
 
     Args:
-        urgency: EVERYTHING, STAGE, JOBS (some rest) or INTENDED (a person's pause).
-        mend: what to type; None where there is nothing.
+        urgency: EVERYTHING (no stage is called), STAGE, JOBS (some jobs) or INTENDED (a pause).
+        mend: the command to type; None where no command helps.
         kind: of `status`: "failed", "given_up", "stalled", "late", "held", …
     """
 
@@ -37,7 +37,7 @@ class Alarm(NamedTuple):
 
 
 def alarms(said: dict[str, Any]) -> list[Alarm]:
-    """The alarms of what status.look has found; those of equal urgency as the pipeline goes."""
+    """The alarms in the result of status.look(): by urgency, then in the order of the pipeline."""
     found = list(of_everything(said))
     for row in said["stages"]:
         found += of_stage(row, said["at"])

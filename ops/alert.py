@@ -16,7 +16,7 @@ def alert_test() -> None:
     settings = config.settings()
     if not settings.ALERT_COMMAND:
         raise Problem("ALERT_COMMAND is not set: nobody is told of anything (see .env.example)")
-    logging.getLogger("listener").addHandler(logging.NullHandler())  # the error is ours to tell
+    logging.getLogger("listener").addHandler(logging.NullHandler())  # errors are printed below
     alerts = Alerts(settings)
     alerts.send("test", "a test alert of Job State Listener: nothing is wrong")
     if not alerts.running:

@@ -1,5 +1,6 @@
-"""`backfill`: the calls that rows owe and that nobody recorded, because they came before install or
-while the trigger was off (a restore, session_replication_role, DISABLE TRIGGER, TRUNCATE).
+"""`backfill`: records calls that rows owe and that the trigger did not record, because the rows
+were there before install, or changed while the trigger was off (a restore,
+session_replication_role, DISABLE TRIGGER, TRUNCATE).
 """
 
 from collections import Counter
@@ -22,8 +23,8 @@ BATCH = 10_000  # rows looked at in one statement, so that none runs long
 
 # --- calls of rows that have moved on -------------------------------------------------------
 
-# Not those under way: their listener will see it. Nor those of joins: a claim asks whether all rows
-# are there.
+# Calls under way are left out: their listener checks the row. So are calls of joins: the claim
+# checks whether all rows are there.
 OUTDATED = """
 FROM stage_calls AS c
 WHERE c.worker IS NULL AND c.table_name = {name} AND c.join_of = '' AND NOT EXISTS (
@@ -50,7 +51,7 @@ ON CONFLICT DO NOTHING
 
 
 def drop_outdated(conn, of: Table, really: bool) -> int:
-    """How many calls are of rows that have moved on unseen; `really`: they are dropped."""
+    """Count the calls whose rows have moved on without the trigger; with `really`, drop them."""
     done = db.execute(conn, (DROP_OUTDATED if really else COUNT_OUTDATED)
                       .format(**rows.names(conn, of)))  # fmt: skip
     return done.rowcount if really else done.fetchone()[0]
@@ -61,9 +62,9 @@ def drop_outdated(conn, of: Table, really: bool) -> int:
 # Why a row that misses a call is left alone.
 NO_TIME = "of unknown time"
 
-# The next rows by id, and what became of the last call of each that owes one and has none. A stage
-# that only follows from a join says nothing about the row's own calls. A time in the future is as
-# good as none.
+# The next batch of rows by id. For each row that should owe a call and has none: what became of its
+# last call. Attempts of a stage that only follows from a join do not count as the row's own calls.
+# A time in the future is treated as unknown.
 MISSED = """
 WITH batch AS (
     SELECT {id} AS id, {own_tenant} AS tenant_id, r.current_step::text AS current_step,
@@ -127,10 +128,10 @@ def statement(conn, sql: str, of: Table) -> str:
 
 # --- calls of joins ------------------------------------------------------------------------
 
-# The next parents by id, and those of them whose rows are all in place, while stage_joins says that
-# no call was recorded since the last of them came. When that was is not known: the times of the
-# rows and of the parent tell when it was at the latest. A parent that is at the stage, or at one
-# that follows, was called by somebody else.
+# The next batch of parents by id, and those of them whose rows are all in place although
+# stage_joins has no call that was recorded since the last row arrived. The time of that arrival is
+# not stored: the times of the rows and of the parent are upper bounds of it. A parent that is
+# already at the stage, or at a later one, was called by somebody else.
 JOIN_MISSED = """
 WITH batch AS (
     SELECT {parent_id} AS id, r.current_step::text AS current_step, {parent_time} AS changed_at
@@ -177,8 +178,8 @@ SELECT (SELECT id::text FROM batch ORDER BY id DESC LIMIT 1) AS last,
 
 JOIN_COUNT = JOIN_MISSED + JOIN_COUNTED
 
-# With the lock of joins.py, in a statement before: nobody takes a look between ours at stage_joins
-# and the one that we append.
+# Runs after a statement that takes the lock of joins.py, so that no listener processes stage_looks
+# between our reading of stage_joins and the row that we append.
 JOIN_RECORD = f"""
 SELECT pg_advisory_xact_lock(hashtextextended('job_state_listener.joins',
                                               'stage_looks'::regclass::oid::bigint));
@@ -210,7 +211,7 @@ def in_the_past(column: str | None) -> str:
 
 
 def look_through(conn, sql: str, given: dict[str, Any], found: "Found", of: str) -> None:
-    """All rows of a table, or parents of a join, a batch at a time."""
+    """Run `sql` over all rows of a table, or parents of a join, by batches; add to `found`."""
     after = None
     while True:
         row = db.execute(conn, sql, given | {"after": after, "batch": BATCH}).fetchone()
@@ -225,8 +226,8 @@ def look_through(conn, sql: str, given: dict[str, Any], found: "Found", of: str)
 
 
 class Found:
-    """What there is: calls that are missing, by route and stage; rows left alone, by reason; how
-    many calls are outdated; what was left out.
+    """The counts to report: missing calls by route and stage; rows left alone by reason; outdated
+    calls; and lines about tables that could not be checked.
     """
 
     def __init__(self):

@@ -18,15 +18,15 @@ FROM stage_calls WHERE due_at <= now()
 """
 
 
-def a_number(_context, _option, seconds: float | None) -> float | None:
-    """FloatRange takes nan, and no lag is longer than that."""
+def refuse_nan(_context, _option, seconds: float | None) -> float | None:
+    """click.FloatRange accepts nan, and no comparison with nan is ever true."""
     if seconds is not None and math.isnan(seconds):
         raise click.BadParameter("nan is not a number of seconds.")
     return seconds
 
 
 @click.command(short_help="Exit 0 if every listener on this host is alive, 1 if not.")
-@click.option("--max-lag", type=click.FloatRange(min=0), metavar="SECONDS", callback=a_number,
+@click.option("--max-lag", type=click.FloatRange(min=0), metavar="SECONDS", callback=refuse_nan,
               help="Also ask the database: is a call overdue for longer?")  # fmt: skip
 def check(max_lag: float | None) -> None:
     """Exit 0 if every listener on this host is alive, 1 if not; one line says why.

@@ -25,20 +25,20 @@ BATCH = 1000  # calls of one statement, so that none runs long
 
 
 class Chosen(NamedTuple):
-    """Which calls are meant: all where nothing is given."""
+    """The filters of `retry` and `cancel`; without any, all calls match."""
 
     job_id: str | None = None
     table: str | None = None
     stage: str | None = None
     tenant: str | None = None
-    error: str | None = None  # is in the last error
-    since: datetime | None = None  # given up, or tried, or else recorded
-    now: bool = False  # `retry`: also what is in its back-off
+    error: str | None = None  # a text that the last error contains
+    since: datetime | None = None  # the last attempt, or else the recording, is not older
+    now: bool = False  # `retry`: also calls that wait for their next attempt
 
     @property
     def params(self) -> dict[str, Any]:
-        """An error may be stored with its letters as JSON writes them, which is not how it is
-        shown.
+        """Parameters of MATCHING. A stored error may have its letters escaped as in JSON, while
+        commands show them decoded: so both spellings are searched for.
         """
         error = self.error if self.error is None else self.error.lower()
         errors = error if error is None else [error, dumps(error)[1:-1]]
@@ -90,7 +90,7 @@ def filters(command: Callable) -> Callable:
 
 
 def require_choice(command: str, job_ids: tuple, chosen: Chosen, all_: bool) -> Any:
-    """The connection of a command that was told which calls are meant, and only once."""
+    """Check that a command was given either ids or filters or --all; then its connection."""
     narrowed = [chosen.tenant, chosen.error, chosen.since]
     is_filtered = bool(chosen.stage) or any(value is not None for value in narrowed)
     fault = None
@@ -110,7 +110,7 @@ OWES = "SELECT EXISTS (SELECT FROM stage_calls WHERE stage = %(stage)s)"
 
 
 def require_stage(conn, stage: str) -> None:
-    """`stage` is one of PIPELINE, or was one and is still owed a call."""
+    """Raises BadParameter unless `stage` is in PIPELINE, or calls to it are still owed."""
     context = click.get_current_context()
     if not db.execute(conn, OWES, {"stage": stage}).fetchone()[0]:
         [option] = [p for p in context.command.params if p.name == "stage"]
@@ -121,7 +121,11 @@ MOST_SHOWN = 20
 
 
 def show(conn, sql: str, chosen: Chosen, all_: bool, to: str) -> int:
-    """A dry run: show which calls match, and what to type to do it; how many they are."""
+    """A dry run: print the calls that match and the command that would act on them.
+
+    Returns:
+        How many calls match.
+    """
     found = db.execute(conn, sql, chosen.params | {"most": MOST_SHOWN}).fetchall()
     if not found:
         return 0
@@ -139,7 +143,7 @@ def show(conn, sql: str, chosen: Chosen, all_: bool, to: str) -> int:
 
 
 def as_typed(chosen: Chosen, all_: bool) -> str:
-    """The command line that does what was shown, with a time that does not move on."""
+    """The command line that acts on the calls just shown; --since is given as a fixed time."""
     context = click.get_current_context()
     words = [context.info_name or "", *["--all"] * all_, *["--now"] * chosen.now]
     if (reason := context.params.get("reason")) and "reason" in given_by_hand(context):
@@ -158,7 +162,7 @@ def given_by_hand(context: click.Context) -> list[str]:
 
 
 def in_batches(conn, sql: str, given: dict[str, Any]) -> Iterator[Any]:
-    """Do it to all calls that match, and that no other transaction holds."""
+    """Run `sql` until no call matches that another transaction does not hold; yields its rows."""
     while True:
         done = db.execute(conn, sql, given).fetchall()
         yield from done
@@ -167,7 +171,7 @@ def in_batches(conn, sql: str, given: dict[str, Any]) -> Iterator[Any]:
 
 
 def tell(did: str, done: list) -> None:
-    """Say to which calls it was done: the first of them, and how many."""
+    """Print the first of the calls that were changed, and how many more there are."""
     for call in done[:MOST_SHOWN]:
         click.echo(f"{did}: {rows.said(call)}, stage {call.stage}".translate(CONTROL))
     if len(done) > MOST_SHOWN:
@@ -175,7 +179,7 @@ def tell(did: str, done: list) -> None:
 
 
 def refuse_left(conn, sql: str, chosen: Chosen) -> None:
-    """Raises Problem where calls match of which nothing was changed."""
+    """Raises Problem where calls that match were left, as another transaction holds them."""
     left = db.execute(conn, sql, chosen.params | {"most": 1}).fetchone()
     if left:
         count = "1 call is" if left.calls == 1 else f"{left.calls} calls are"

@@ -65,7 +65,7 @@ def select(conn, table: pipeline.Table, column: str, key: str, parent: str | Non
     ]
 
 
-# The first and the last attempt of every stage so far. Ids of two tables may be alike.
+# The first and the last attempt of every stage so far. Rows of two tables may have the same id.
 HOPS = """
 SELECT table_name, job_id::text AS key, stage, count(*) AS attempts,
        extract(epoch FROM min(started_at))::float8 AS called,
@@ -80,7 +80,7 @@ SELECT table_name, job_id::text AS key, stage, due_at = 'infinity' AS given_up, 
 FROM stage_calls WHERE job_id IN %(keys)s AND (table_name, job_id) IN %(rows)s
 """
 
-# A stage that has set its row running, or done, may still be called.
+# Leases: a call may still be under way after its stage has set the row running or done.
 CALLING = """
 SELECT table_name, job_id::text AS key, stage
 FROM stage_leases WHERE job_id IN %(keys)s AND (table_name, job_id) IN %(rows)s
@@ -91,7 +91,7 @@ NOW = "SELECT extract(epoch FROM clock_timestamp())::float8"
 
 
 class Look:
-    """How the job and its rows stand: hops, calls owed and under way, by (row, stage)."""
+    """A snapshot of the job and its rows: hops, calls owed and under way, by (row, stage)."""
 
     def __init__(self, conn, job_id: str):
         [[self.now]] = db.execute(conn, NOW).fetchall()
@@ -103,14 +103,15 @@ class Look:
             found = db.execute(conn, sql, given) if given else []
             return [(by_row[one.table_name, one.key], one) for one in found]
 
-        # In this order: an attempt is recorded in the transaction in which its lease ends.
+        # Leases are read before attempts: an attempt is recorded in the transaction that ends its
+        # lease, so in the other order it could be missing in both.
         self.calling = {(row, call.stage) for row, call in ask(CALLING)}
         self.hops = {(row, hop.stage): hop for row, hop in ask(HOPS)}
         self.owed = {(row, call.stage): call for row, call in ask(OWED)}
 
     @cached_property
     def ahead(self) -> list[tuple[Row, str]]:
-        """The stages that are before the rows, as far as their states say."""
+        """The stages that the rows have not passed yet, judged by their states."""
         found, ends = [], {}
         for row in self.rows:
             names, ends[row] = chain(row.table, row.state)
@@ -157,7 +158,7 @@ def chain(table: str, state: tuple) -> tuple[list[str], tuple]:
 
 
 def is_end(row: Row) -> bool:
-    """Whether a stage may have left the row there for good. Some say otherwise than `done`."""
+    """Whether the row may have reached its end. Some stages end with another status than `done`."""
     if row.step not in stages_of(row.table) or row.status == "failed":
         return False
     wanted = {
@@ -181,7 +182,7 @@ class Follower:
         self.width = max(15, *map(len, pipeline.stage_names()))
 
     def follow(self) -> str:
-        """Until the job is through; what there is to say about that.
+        """Follow the job until it has passed every stage; returns the closing line.
 
         Raises:
             Problem: it stalls.
@@ -215,7 +216,7 @@ class Follower:
                 if row.table != JOBS:
                     click.echo(plain(f"  with {row.table} {row.key}: ({row.step}, {row.status})"))
         for (row, stage), hop in look.hops.items():
-            # Done is what the row says: some stages answer first, others commit first.
+            # The state of the row decides: some stages answer before they commit, others after.
             if (row, stage) in self.printed | look.calling | set(look.ahead):
                 continue
             waited = max(0.0, hop.called - self.due_since(look, row, stage))
@@ -228,7 +229,9 @@ class Follower:
                              f"took {hop.finished - hop.called:6.2f} s{tries}{of}"))  # fmt: skip
 
     def due_since(self, look: Look, row: Row, stage: str) -> float:
-        """When the call became due: when the stage before it ended, or that of the last child."""
+        """When the call became due: at the end of the stage before it, or, for a join, at the end
+        of its last child's.
+        """
         ended = [self.through[row]]
         for route, function in pipeline.routes().items():
             if route.join and (route.table, function.__name__) == (row.table, stage):
@@ -237,7 +240,7 @@ class Follower:
         return max(ended)
 
     def lost(self, look: Look) -> list[Row]:
-        """The rows that have moved to where no stage of PIPELINE leads to."""
+        """The rows in a state that PIPELINE does not lead to."""
         return [
             row for row in look.rows
             if row.state != self.first[row] and not chain(row.table, row.state)[0]
@@ -247,7 +250,7 @@ class Follower:
     def stalls(self, look: Look) -> tuple[Row, str, str] | None:
         """The row and stage that get no further, and why, as far as one can tell."""
         for (row, stage), call in look.owed.items():
-            # Not where the row was read before it came there: its hops are printed first.
+            # A row that has just arrived there is no stall: its hops are printed first.
             if call.given_up and stage == next((s for r, s in look.ahead if r == row), stage):
                 return row, stage, f"given up: {plain(call.last_error)}"
         for row in self.lost(look):

@@ -1,4 +1,4 @@
-"""What `install` makes grants nothing, whatever ALTER DEFAULT PRIVILEGES says."""
+"""Keeps the objects of `install` without grants, whatever ALTER DEFAULT PRIVILEGES says."""
 
 import db
 
@@ -20,8 +20,8 @@ OBJECTS = """
     WHERE p.pronamespace = quote_ident(current_schema())::regnamespace AND (p.proname = ANY (ours)
       OR p.prorettype = 'trigger'::regtype AND p.proname ^@ 'job_state_listener_')"""
 
-# Before anything is made: what is there, and who was granted what. A view or function whose columns
-# get another type is made anew, and its grants with it.
+# Runs first: remembers which objects exist and who has which grants. A view or function whose
+# columns change their type is dropped and made again, so its grants have to be restored.
 NOTE = f"""
 DO $do$
 DECLARE
@@ -40,8 +40,8 @@ END
 $do$;
 """
 
-# At the end. What is new is for its owner alone. The functions that are for everybody run with
-# the rights of whoever calls them.
+# Runs last: revokes all grants on new objects but their owner's. The functions that everybody may
+# execute run with the rights of the caller.
 SETTLE = f"""
 DO $do$
 DECLARE
@@ -79,7 +79,7 @@ END
 $do$;
 """
 
-# By role, what it could do to calls: not the owner, nor the role that asks.
+# What each role but the owner and ourselves may do with our tables and views.
 OTHERS = """
 SELECT CASE a.grantee WHEN 0 THEN 'everybody' ELSE a.grantee::regrole::text END AS role,
        concat_ws(', ',
@@ -101,5 +101,5 @@ GROUP BY a.grantee ORDER BY 1
 
 
 def others(conn, names: list[str]) -> list[str]:
-    """Who else may do what with our tables and views: "dashboard may read"."""
+    """What other roles may do with our tables and views, such as "dashboard may read"."""
     return [f"{row.role} may {row.may}" for row in db.execute(conn, OTHERS, {"names": names})]

@@ -14,7 +14,7 @@ from ops import rows, waits
 from ops.rows import TABLE, RowCommand, said, typed
 from ops.table import JSON, clipped, clock, duration, echo_json, echo_lines, plain, readable, table
 
-# A stage that has set its row running is still being called, though nothing is owed any more.
+# Leases: once a stage has set its row running the row owes nothing, but its call is under way.
 CALLING = """
 SELECT stage, call_id, attempt, worker, started_at, leased_until, working
 FROM stage_leases WHERE job_id = %(key)s AND table_name = %(table)s AND leased_until > now()
@@ -58,8 +58,8 @@ LEFT JOIN stage_joins AS m ON m.parent_id = %(key)s AND m.join_of = %(join)s
 
 
 def children(conn, row: Any) -> list[dict[str, Any]]:
-    """The tables whose rows may belong to `row`, each with those that do: the first of them, and
-    how many are in which state.
+    """The tables whose rows may belong to `row`; for each, the first rows that do, and how many
+    are in which state.
     """
     found = []
     for child in pipeline.tables().values():
@@ -75,7 +75,7 @@ def children(conn, row: Any) -> list[dict[str, Any]]:
 
 
 def joins(conn, row: Any, owed: list) -> list[dict[str, Any]]:
-    """What became of each join of `row`; also of those that only a call is left of."""
+    """Each join of `row` with its call; also joins that left PIPELINE and still have a call."""
     calls = {call.join_of: call for call in owed if call.join_of}
     stages = {route.join: f.__name__ for route, f in pipeline.routes().items()}
     found = []
@@ -96,7 +96,7 @@ def joins(conn, row: Any, owed: list) -> list[dict[str, Any]]:
 
 
 def resting(conn, row: Any, owed: list, calling: list, below: list[dict]) -> dict[tuple, Any]:
-    """By (table, id): why this row, and those that belong to it, rest; none where asking takes
+    """By (table, id): why this row and the rows that belong to it rest; empty where the query takes
     too long.
     """
     ids = [(child.table_name, child.job_id) for of in below for child in of["rows"]]
@@ -114,7 +114,7 @@ def resting(conn, row: Any, owed: list, calling: list, below: list[dict]) -> dic
 
 
 class Rest(NamedTuple):
-    """As RESTS has it."""
+    """A row of RESTS."""
 
     table_name: str
     job_id: str
@@ -133,7 +133,7 @@ CANCELLED = "cancelled"
 
 
 def cancelled(row: Any, attempts: list) -> Any:
-    """That a person has dropped what `row` would owe, as a row that rests; None where not."""
+    """Where a person has cancelled the call that `row` would owe: that, as a Rest; else None."""
     stage = rows.own_stage(row) if row.is_there else None
     last = next((one for one in reversed(attempts) if one.stage == stage), None)
     if last is None or last.outcome != CANCELLED:
@@ -278,7 +278,7 @@ def wait_line(stage: str, waiting: waits.Waits) -> str:
 
 
 def situation(call: Any) -> str:
-    """What becomes of a call that is owed."""
+    """The state of a call that is owed: given up, under way, or when it is due."""
     error = call.last_error and plain(readable(call.last_error))
     if call.given_up:
         return f"given up: {error}"
@@ -295,14 +295,14 @@ def on_it(call: Any) -> str:
 
 def rest_line(row: Any, why: Any) -> str:
     since = f" since {clock(why.since)}" if why.since else ""
-    # A command for all rows like it, which some reasons end with, is for `jobs`.
+    # Some reasons end with a command for all rows alike; `jobs` shows it, `job` does not.
     reason = readable(why.reason).partition(f": {pipeline.JSL} ")[0]
     text = f"rests{since}: {plain(reason)}"
     return f"{text}; to call {why.stage} again: {one_line(mended(row, why))}"
 
 
 def one_line(text: str) -> str:
-    """What is to be typed, whole, however long it is."""
+    """Text to be typed on one line; never cut, however long it is."""
     return text.translate(CONTROL)
 
 

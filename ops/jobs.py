@@ -21,7 +21,7 @@ from pipeline import JOBS, Table
 
 # --- how many ------------------------------------------------------------------------------
 
-# In the order of the pipeline: the states of a stage, and last the one that leads on.
+# The states in the order of the pipeline; of one stage, (stage, 'done') comes last.
 STATES = """
 SELECT {name}::text AS table_name, j.current_step, j.status, j.jobs, p.stage,
        coalesce(c.owed, 0) AS owed, coalesce(c.given_up, 0) AS given_up
@@ -42,8 +42,8 @@ ORDER BY coalesce(at.position, before.position), j.current_step, p.stage IS NOT 
 LIMIT %(limit)s + 1
 """
 
-# Of the parents that have rows: how many have all of them in place, and how many wait for some. One
-# whose call was recorded waits no more, though its rows may have gone on.
+# Of the parents that have rows: how many have all of them in the join's state, and how many wait
+# for some. A parent whose call was recorded no longer waits, although its rows may have moved on.
 JOINED = """
 SELECT %(join)s AS join, %(stage)s AS stage,
        count(*) FILTER (WHERE r.is_complete) AS complete,
@@ -61,7 +61,7 @@ LEFT JOIN stage_joins AS m ON m.parent_id = r.parent_id AND m.join_of = %(join)s
 
 
 def states_of(conn, only: Table, limit: int) -> list:
-    """The states that rows of a table are in, at most one more than `limit`."""
+    """The states that rows of a table are in; one more than `limit`, if there are more."""
     sql = STATES.format(**rows.names(conn, only))
     return db.execute(conn, sql, {"limit": limit}).fetchall()
 
@@ -81,8 +81,8 @@ def joins_of(conn, only: Table) -> list:
 
 # --- which rows ----------------------------------------------------------------------------
 
-# A row's time where a column of the table says it; else, or where that is in the future, what the
-# listener has recorded of the row.
+# When a row last changed: the time column of its table; where there is none, or its time is in the
+# future, the last time that the listener has recorded for the row.
 RECORDED = """greatest(c.created_at, (
     SELECT max(a.finished_at) FROM stage_attempts AS a
     WHERE a.job_id = {id} AND a.table_name = {name}))"""
@@ -106,7 +106,7 @@ ORDER BY since DESC NULLS LAST, job_id, join_of
 LIMIT %(limit)s + 1
 """
 
-# A call knows the tenant of its row, but not that of its row's parent.
+# stage_calls has the tenant of a row that has one of its own, but not that of the row's parent.
 GIVEN_UP = """
 SELECT g.table_name, g.job_id::text, at.tenant_id, g.current_step, g.status, g.join_of, g.stage,
        coalesce(g.given_up_at, g.owed_since) AS since, g.call_id, g.attempts, g.last_error
@@ -137,7 +137,13 @@ LIMIT %(limit)s + 1
 
 @dataclass(frozen=True)
 class Listing:
-    """A list of rows: its query, what its times are, and the heading of what it tells."""
+    """A list of rows.
+
+    Args:
+        sql: its query.
+        times: what the column `since` and the option --since compare.
+        heading: of the last column, whose cells are tells(row).
+    """
 
     sql: str
     times: str
@@ -160,7 +166,7 @@ def any_row(conn, settings, tables: list[Table], since: datetime | None) -> List
     """All rows of some tables.
 
     Raises:
-        Problem: nothing knows which of them have changed since then.
+        Problem: neither the tables nor the history tell which rows have changed since then.
     """
     of_each, times = [], []
     for one in tables:

@@ -1,4 +1,4 @@
-"""Who is there: the listeners that are connected, or that have a heartbeat, and their calls."""
+"""The listeners that are connected, or that have a heartbeat on this host, and their calls."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -7,9 +7,9 @@ import db
 from heartbeat import ALIVE, Beat, heartbeats
 from ops.table import clock
 
-# Of the listeners of all databases that this server tells of. An application_name is cut where an
-# identifier would be. Where it does not say which schema the listener works for, there is a pooler
-# in between, or the listener is about to say so.
+# The listeners' sessions in all databases of this server. PostgreSQL cuts an application_name at
+# the length of an identifier. One without a schema belongs to a listener behind a pooler, or to
+# one that has just connected.
 SESSIONS = """
 SELECT regexp_replace(s.said, '^[0-9]+/', '') AS listener,
        s.room - length(coalesce(substring(s.said from '^[0-9]+/'), '')) AS longest,
@@ -29,7 +29,7 @@ CALLS = """
 SELECT worker AS listener, stage, job_id, call_id, attempt, started_at, leased_until, unanswered,
        extract(epoch FROM now() - started_at)::float8 AS seconds
 FROM stage_leases
-WHERE leased_until > now() AND NOT working  -- which no listener waits for
+WHERE leased_until > now() AND NOT working  -- no listener waits for a call that was taken with 202
 ORDER BY started_at
 """
 
@@ -76,7 +76,7 @@ def listeners(conn, settings: SimpleNamespace) -> list[dict[str, Any]]:
 
 
 def doing(beat: Beat | None, is_connected: bool, calls: list[dict[str, Any]]) -> str:
-    """What a listener is doing; its calls go on though it is frozen, gone or not connected."""
+    """What a listener is doing. Its calls go on even if it is frozen, gone or not connected."""
     text = beat.doing if beat else "connected" if is_connected else "not connected"
     if under_way := sum(not call["unanswered"] for call in calls):
         text = f"{under_way} call{'s' * (under_way > 1)} under way"

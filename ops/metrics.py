@@ -100,7 +100,7 @@ OUTCOMES = (
     "succeeded", "held", "retry", "unknown", "failed", "skipped", "cancelled", "lost",
 )  # fmt: skip
 
-# Text that goes into a label: none of it ends the label, or steers a terminal.
+# Escapes text for a label, so that it cannot end the label or control a terminal.
 ESCAPED = {code: text.replace("\\", "\\\\") for code, text in CONTROL.items()}
 ESCAPED |= {ord("\n"): "\\n", ord("\\"): "\\\\", ord('"'): '\\"'}
 
@@ -137,8 +137,9 @@ ORDER BY position NULLS LAST, stage
 
 RECENT = "stage_attempts WHERE finished_at > (SELECT counted_until FROM stage_totals_mark)"
 
-# In one statement, so that no attempt is between the two while a listener counts it. The planner
-# does not know how little there is after the mark, and would read all, or even sort it.
+# Totals and uncounted attempts are read in one statement, so that an attempt that a listener counts
+# meanwhile is in exactly one of them. Without the two settings the planner, which does not know how
+# few attempts come after the mark, would read and sort the whole history.
 COUNTERS = f"""
 SET LOCAL enable_seqscan = off;
 SET LOCAL enable_sort = off;
@@ -219,7 +220,9 @@ def read_all(conn, page: Page) -> None:
 
 
 def scrape(settings: SimpleNamespace) -> tuple[Page, psycopg2.Error | None]:
-    """The metrics, and why they could not be read: half of them would look like all there are."""
+    """The metrics, and the error where they could not be read. Then the page has only our own: a
+    page with half of the others would look complete.
+    """
     page, failure, began = Page(), None, time.monotonic()
     try:
         with contextlib.closing(db.connect(settings, "job-state-listener metrics")) as conn:
@@ -231,7 +234,7 @@ def scrape(settings: SimpleNamespace) -> tuple[Page, psycopg2.Error | None]:
 
 
 def add_own(page: Page, began: float, is_up: bool) -> None:
-    """What is there also where the database is not; `began` is a time.monotonic()."""
+    """Add the metrics that need no database; `began` is a time.monotonic()."""
     page.add("up", int(is_up))
     page.add("scrape_timestamp_seconds", round(time.time(), 3))
     page.add("scrape_duration_seconds", round(time.monotonic() - began, 3))

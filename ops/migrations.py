@@ -35,9 +35,9 @@ STEPS = {
             outcome IN ('succeeded', 'held', 'retry', 'unknown', 'failed', 'skipped',
                         'cancelled', 'lost')) NOT VALID;
     """,
-    # One listener a host. Places under max_running are counted from stage_leases, and a call that
-    # got no answer has one until it is due again. A listener of version 1 that still runs may
-    # settle its calls, but finds no slot for another one.
+    # One listener a host. max_running is counted from stage_leases; a call without an answer keeps
+    # its lease until it is due again. A listener of version 1 that still runs may settle its calls,
+    # but finds no row in stage_slots to claim another one.
     2: """
         ALTER TABLE IF EXISTS stage_leases
             ADD COLUMN IF NOT EXISTS unanswered boolean NOT NULL DEFAULT false;
@@ -105,7 +105,8 @@ STEPS = {
 }
 LATEST = max(STEPS)
 
-# Everything goes beside jobs, wherever the search path finds it. A second install waits here.
+# All our objects are made in the schema of jobs, which the search path finds. A second install
+# waits here for the lock.
 BEGIN = """
 SET LOCAL lock_timeout = '7s';
 SELECT pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtext('job_state_listener.install'));
@@ -116,8 +117,8 @@ SELECT pg_catalog.set_config('search_path', pg_catalog.format('%I, pg_temp', coa
     pg_catalog.current_schema())), true);
 """
 
-# ALTER TABLE jobs SET SCHEMA takes the triggers along, and nothing else of ours. It follows, with
-# everything that is owed and every pause.
+# ALTER TABLE jobs SET SCHEMA moves the triggers with the table, but none of our other objects. This
+# moves them, with all calls, pauses and history.
 MOVE = """
 DO $do$
 DECLARE
@@ -144,8 +145,8 @@ END
 $do$;
 """
 
-# The owner of our tables may have put triggers on them: what is written there is not to run
-# those with a superuser's rights. Until the end of the transaction, or RESET ROLE.
+# The owner of our tables may have put triggers on them, which must not run with a superuser's
+# rights when we write to the tables. Holds until the end of the transaction, or RESET ROLE.
 AS_OWNER = """
 DO $do$
 DECLARE
@@ -159,7 +160,7 @@ END
 $do$;
 """
 
-# A table that is new has nobody's triggers. It belongs to whom the others belong to.
+# A table that was just made has no foreign triggers. It gets the owner of the others.
 MARK = f"""
 DO $mark$
 DECLARE
@@ -196,9 +197,10 @@ $step$;
 """
 
 
-# The application may give its ids another type or collation. Our copies follow, with all rows: a
-# copy of another collation cannot use its index, one of another type cannot be compared at all.
-# What has the type in its signature is made anew by triggers.sql and views.sql.
+# The application may have changed the type or collation of its ids. Our copies are converted, with
+# all rows: with another collation their index cannot be used, with another type they cannot be
+# compared at all. Functions with the type in their signature are made anew by triggers.sql and
+# views.sql.
 IDS = """
 DO $do$
 DECLARE

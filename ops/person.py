@@ -1,4 +1,4 @@
-"""Who types a command, and what the listeners log of it."""
+"""The person who runs a command, and the line that the listeners log about it."""
 
 import contextlib
 import getpass
@@ -9,13 +9,13 @@ from contextvars import ContextVar
 
 import db
 
-# Who acts by way of a program that is not theirs: the page of `serve`.
+# The person for whom `serve` runs a command; None in a command that was typed.
 ACTING: ContextVar[str | None] = ContextVar("ACTING", default=None)
 
 
 @contextlib.contextmanager
 def acting(name: str) -> Iterator[None]:
-    """What this thread does meanwhile is done by the person of this name."""
+    """Commands that this thread runs within the `with` are recorded under this name."""
     before = ACTING.set(name)
     try:
         yield
@@ -24,7 +24,7 @@ def acting(name: str) -> Iterator[None]:
 
 
 def operator() -> str:
-    """Who types this, for the log and the history."""
+    """The name of the person who runs the command, for the log and the history."""
     if name := ACTING.get():
         return name
     with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
@@ -36,5 +36,5 @@ WAKE_WITH = f"SELECT pg_notify('{db.WAKE_CHANNEL}', left(%(words)s, 1000))"
 
 
 def wake_listeners(conn, words: str) -> None:
-    """Wake the listeners, who log the words."""
+    """Wake all listeners; each logs `words`."""
     db.execute(conn, WAKE_WITH, {"words": words})

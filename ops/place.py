@@ -1,4 +1,6 @@
-"""Where jobs is, and whether our names are free: `install` makes nothing beside what it made."""
+"""Checks before `install`: that jobs is in the schema of an earlier install, and that no object of
+somebody else has one of our names.
+"""
 
 import json
 from collections.abc import Iterator
@@ -7,7 +9,8 @@ import db
 import pipeline
 from ops.problem import Problem
 
-# What each name has at least, in every released version. Another relation of that name is not ours.
+# Columns that each of our relations has in every released version. A relation of the same name
+# without them is not ours.
 COLUMNS = {
     "pipeline_tables": {"name", "id_column"},
     "pipeline_stages": {"current_step", "status", "stage"},
@@ -27,7 +30,8 @@ COLUMNS = {
     "given_up_calls": {"job_id", "stage"},
 }
 
-# One of which occurs in the text of our function, in every released version.
+# One of these words occurs in the text of each of our functions, in every released version. A
+# function of the same name without any of them is not ours.
 WORDS = {
     "notify_job_state_change": ["pg_notify", "stage_calls"],
     "stalled_jobs": ["stage_attempts", "resting_rows"],
@@ -109,7 +113,7 @@ WHERE c.relname = ANY (%(names)s) AND c.relnamespace = coalesce(
 GROUP BY c.oid ORDER BY c.oid
 """
 
-# Those that CREATE OR REPLACE would replace.
+# Functions with a name and number of arguments that CREATE OR REPLACE of ours would replace.
 FUNCTIONS = """
 SELECT p.proname AS name, p.oid::regprocedure::text AS shown,
        concat(p.prosrc, p.proargnames::text) AS text
@@ -123,6 +127,7 @@ WHERE p.proname = ANY (%(names)s) AND p.pronamespace = coalesce(
 
 
 def taken(conn) -> Iterator[str]:
+    """A line for each object of somebody else that has one of our names."""
     for row in db.execute(conn, RELATIONS, {"names": list(COLUMNS)}):
         if not COLUMNS[row.name] <= set(row.columns):
             yield f"{row.shown} is not ours, and we need its name: rename it"
@@ -131,8 +136,8 @@ def taken(conn) -> Iterator[str]:
             yield f"function {row.shown} is not ours, and we need its name: rename it"
 
 
-# Where a trigger function was made for other columns, it reads them by a statement that is planned
-# for every row. After a restore from a dump too, as the table's oid is another.
+# Tables whose trigger function was made for other columns, or for a table with another oid (as
+# after a restore from a dump). Such a function reads each row by a dynamic statement: slow.
 CHANGED = """
 SELECT t.name FROM jsonb_to_recordset(%(tables)s) AS t (
     position integer, name text, id_column text, tenant_column text, parent_column text,
@@ -154,7 +159,7 @@ WHERE strpos(p.prosrc, format('(''%%s''::regclass, %%L) = %%L',
 ORDER BY t.position
 """
 
-# Our copies of ids, whose type or collation is no longer that of jobs.
+# Our columns with ids of jobs whose type or collation is no longer that of jobs.job_id.
 COPIES = """
 SELECT c.place, format_type(a.atttypid, -1) AS type, format_type(j.atttypid, -1) AS wanted
 FROM (VALUES ('stage_calls', 'job_id'), ('stage_leases', 'job_id'), ('stage_attempts', 'job_id'),

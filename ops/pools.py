@@ -1,4 +1,4 @@
-"""Pools: what several stages share, and which of them are being called."""
+"""Pools: limits that several stages share, and the calls that are under way in each."""
 
 import click
 import psycopg2

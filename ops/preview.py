@@ -1,4 +1,4 @@
-"""`call JOB_ID --dry-run`: what the stage function would send."""
+"""`call JOB_ID --dry-run`: prints what the stage function would send."""
 
 import contextlib
 import inspect
@@ -93,14 +93,14 @@ def described(call: pipeline.Call, error: BaseException) -> str:
 
 
 class WouldConnect(Exception):
-    """The stage function connects to something by itself."""
+    """Raised where the stage function opens a connection of its own."""
 
 
 @contextlib.contextmanager
 def nothing_sent(keep: Callable[[requests.PreparedRequest], None]) -> Iterator[None]:
-    """Requests of call.post and of `requests` go to `keep`; no other program can be reached.
+    """Pass each request of call.post and of `requests` to `keep`, and refuse all other connections.
 
-    Except by way of a library that does not use Python's sockets, such as psycopg2.
+    A library that does not use Python's sockets, such as psycopg2, can still connect.
     """
 
     def send(adapter: HTTPAdapter, request: requests.PreparedRequest, *_: Any, **__: Any):
@@ -112,7 +112,7 @@ def nothing_sent(keep: Callable[[requests.PreparedRequest], None]) -> Iterator[N
     def connect(_: socket.socket, address: Any):
         raise WouldConnect(f"it connects to {address} by itself, which --dry-run does not let it")
 
-    # The function may make its own sessions and connections, so the classes are what to replace.
+    # Methods of the classes are replaced, as the function may make sessions and sockets of its own.
     with (
         mock.patch.object(HTTPAdapter, "send", send),
         mock.patch.object(socket.socket, "connect", connect),

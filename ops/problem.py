@@ -2,10 +2,10 @@
 
 from pipeline import JSL
 
-# What mends most of them.
+# The command that solves most of these problems.
 INSTALL = f"run `make trigger` ({JSL} install)"
 GRANTS = "see 'Roles and grants' in docs/INSTALLING.md"
 
 
 class Problem(Exception):
-    """Something a person has to mend; the message says what, and which command to run."""
+    """Something that a person has to solve; the message says what and which command to run."""

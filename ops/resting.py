@@ -1,4 +1,4 @@
-"""Rows that no call and no stage moves on, by stage: for `status` and `metrics`."""
+"""How many rows of each stage rest, as no call and no stage moves them on."""
 
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ GROUP BY stage, kind
 
 
 class Resting(NamedTuple):
-    """How many rows rest, and why the last of them does."""
+    """How many rows rest, and the reason of the last one."""
 
     jobs: int | None  # None: not known
     reason: str | None

@@ -1,4 +1,4 @@
-"""Whether the database has what this PIPELINE needs: its routes, our tables and triggers."""
+"""Compares the database with PIPELINE: its routes, our tables and triggers."""
 
 import psycopg2
 
@@ -10,7 +10,7 @@ from pipeline import Route, SharedLimit
 
 Stage = tuple[str, int | None]  # its name and max_running
 
-# Also of version 2, whose routes were all of jobs.
+# Also reads an installation of version 2, where all routes were of jobs.
 ROUTES = """
 SELECT coalesce(to_jsonb(p) ->> 'table_name', 'jobs') AS table_name,
        coalesce(to_jsonb(p) ->> 'join_of', '') AS join_of,
@@ -48,7 +48,7 @@ FROM pipeline_tables
 
 
 def difference(conn) -> list[str]:
-    """What PIPELINE and the database's copy of it do not agree on, in words."""
+    """The differences between PIPELINE and the database's copy of it, a line each."""
     ours, theirs = pipeline.stages_of_routes(), known(conn)
     found = [
         f"{route} → {shown(ours.get(route))} in {pipeline.file()}, "
@@ -74,7 +74,7 @@ def difference(conn) -> list[str]:
     return found
 
 
-# A role may find another table jobs than the one that the triggers are on.
+# The search path of a role may find a table jobs other than the one with the triggers.
 PLACE = """
 SELECT to_regclass('jobs')::text AS jobs,
        (SELECT count(DISTINCT relnamespace) FROM pg_class

@@ -35,7 +35,7 @@ class RowCommand(click.Command):
             elif word in valued:
                 value = next(words, None)
                 if value is None:
-                    return super().parse_args(context, args)  # which says so
+                    return super().parse_args(context, args)  # click reports the mistake
                 options += [word, value]
             else:
                 (options if word.startswith("--") else ids).append(word)
@@ -78,10 +78,10 @@ INSTALLED = "SELECT to_regclass('stage_calls') IS NOT NULL"
 
 
 def connected(command: str) -> db.Connection:
-    """A connection to a database that has our tables, as this program needs them.
+    """A connection to a database whose tables this program can use.
 
     Raises:
-        Problem: it has not.
+        Problem: the tables are missing, or of another version.
     """
     conn = db.connect(config.settings(), f"job-state-listener {command}")
     require_tables(conn)
@@ -89,7 +89,7 @@ def connected(command: str) -> db.Connection:
 
 
 def require_tables(conn) -> None:
-    """Raises Problem where the database has not our tables, as this program needs them."""
+    """Raises Problem where our tables are missing, or of a version that this program cannot use."""
     if not db.execute(conn, INSTALLED).fetchone()[0]:
         raise Problem(f"the listener's tables are missing: {INSTALL}")
     if refusal := migrations.refusal(conn):
@@ -100,10 +100,10 @@ def require_tables(conn) -> None:
 
 
 class NoId(Exception):
-    """What was given cannot be the id of any row."""
+    """The text given cannot be an id: the type of the id column does not allow it."""
 
 
-# Nothing but the id is converted here, so that an error is about the id.
+# Converts the id and nothing else, so that an error can only be about the id.
 KEY = """
 SELECT coalesce(c.job_id, %(id)s)::text AS key
 FROM (VALUES (1)) AS always LEFT JOIN stage_calls AS c ON false
@@ -157,14 +157,16 @@ def find(conn, id_: str, table: str | None = None) -> Any:
 
 
 def known_of(places: list) -> list:
-    """Of a key's places in all tables: those where a row is, or else those where one was."""
+    """Of an id's places (one per table): those where a row exists or owes a call; if there are
+    none, those with a history of a deleted row.
+    """
     known = [row for row in places if row.is_there or row.owes]
     return known or [row for row in places if row.has_history]
 
 
 def places(conn, key: str) -> list:
-    """The rows with this id, of whichever table, each with its table in what is to be typed where
-    there are several.
+    """The rows with this id in all tables. Where there are several, is_one_of_many is set, so that
+    the commands shown for them name the table.
     """
     found = known_of(db.execute(conn, PLACES, {"key": key, "table": None}).fetchall())
     return [row._replace(is_one_of_many=len(found) > 1) for row in found]
@@ -214,7 +216,7 @@ def one_owed(conn, row: Any, stage: str | None) -> Any:
 
 # --- rows of a table -----------------------------------------------------------------------
 
-# Only a time with its zone says when something was.
+# A column without a time zone does not say when something happened, so it is not used.
 TIME_COLUMN = """
 SELECT attname FROM pg_attribute
 WHERE attrelid = to_regclass(%(table)s) AND attname IN ('updated_at', 'created_at')
@@ -231,10 +233,10 @@ def time_column(conn, table: Table) -> str | None:
 
 
 def names(conn, table: Table) -> dict[str, str]:
-    """How a statement names `table`, as r, and its columns.
+    """The names of `table` (aliased as r) and its columns, quoted for use in a statement.
 
-    Only columns that are needed are read, by name: another one may hold what cannot be converted,
-    or megabytes.
+    Statements read only these columns: another one may hold megabytes, or values that psycopg2
+    cannot convert.
     """
 
     def quoted(name: str) -> str:
@@ -257,8 +259,8 @@ def names(conn, table: Table) -> dict[str, str]:
     return found
 
 
-# What a row owes, or else who calls it: a stage that has set it running has been paid. A row that
-# owes several calls is listed with each.
+# Rows of a table, each with the call that it owes; where it owes none, with its call under way (its
+# stage has set it running already). A row that owes several calls is listed once for each.
 LISTED = """
 SELECT {name}::text AS table_name, {id}::text AS job_id, {tenant} AS tenant_id,
        r.current_step::text AS current_step, r.status::text AS status,
@@ -288,7 +290,7 @@ def own_stage(row: Any) -> str | None:
 
 def way_on(row: Any, stage: str) -> str:
     """What a person types so that `stage` is called for a row that owes nothing."""
-    if stage == own_stage(row):  # sent back to where it is, it would have changed nothing
+    if stage == own_stage(row):  # an UPDATE to the state that it has would change nothing
         return typed("again", row)
     if any(function.__name__ == stage and route.table == row.table_name and not route.join
            for route, function in pipeline.routes().items()):  # fmt: skip

@@ -1,4 +1,4 @@
-"""The rules for the attempts of one row, by which `audit` and the chaos run judge a history."""
+"""The rules by which `audit` and the chaos run judge the attempts of one row."""
 
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
@@ -7,7 +7,7 @@ REPEATED, OVERLAP = "repeated accepted call", "two calls at once"
 EARLY, AFTER_LEAVING = "repeated before its lease ran out", "call of a state that was left"
 LOST, LIMIT = "lost arrival", "limit exceeded"
 
-# Outcomes after which the stage may still be working, until the lease is over.
+# Outcomes after which the stage may still be working until the lease is over.
 UNANSWERED = {"unknown", "lost"}
 
 
@@ -21,7 +21,7 @@ class Row(Protocol):
 
 
 class End(NamedTuple):
-    """The least that a Row is."""
+    """A Row that has nothing else."""
 
     outcome: str
     finished: float
@@ -30,8 +30,8 @@ class End(NamedTuple):
 class Attempt(Protocol):
     """One attempt of a call.
 
-    claimed: when it was claimed; leased_until: nobody else might claim it before; rows: its rows in
-    stage_attempts, of which there are two where it was taken for lost and its listener came back.
+    claimed: when it was claimed. leased_until: when its lease ended. rows: its rows in
+    stage_attempts: two where it was recorded as lost and its listener then wrote a result.
     """
 
     @property
@@ -48,7 +48,9 @@ def outcomes_by(attempt: Attempt, when: float) -> set[str]:
 
 
 def may_still_run(attempt: Attempt, when: float) -> bool:
-    """Whether its lease kept its stage from being called for its row at that moment."""
+    """Whether the stage might be at work on this attempt at that moment, so that another call of it
+    for the same row was forbidden.
+    """
     known = outcomes_by(attempt, when)
     return when < attempt.leased_until and (not known or bool(known & UNANSWERED))
 

@@ -1,4 +1,4 @@
-"""A picture drawn again and again: in place on a terminal, elsewhere one after the other."""
+"""Draws a picture again and again: in place on a terminal, else one below the other."""
 
 import os
 import shutil
@@ -50,14 +50,14 @@ class Screen:
         write(HOME + "\n".join(ERASE_LINE + line for line in shown) + rest)
 
     def suspend(self, *_: object) -> None:
-        """Ctrl-Z: the shell finds its own screen."""
+        """Ctrl-Z: give the normal screen back to the shell, stop, and draw again when continued."""
         write(LEAVE)
         os.kill(os.getpid(), signal.SIGSTOP)
         write(ENTER)
 
     def __exit__(self, *_: object) -> None:
         if self.in_place and self.last:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C comes too late
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not interrupt this
             write(LEAVE)
             click.echo("\n".join(self.last), color=True)
 

@@ -10,7 +10,7 @@ UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"
 
 
 class Since(click.ParamType):
-    """Becomes a time with its zone, which is this machine's where none is given."""
+    """Converts to a time with a zone; without one, the zone of this machine is meant."""
 
     name = "span|time"
 

@@ -31,8 +31,8 @@ class StageName(click.ParamType):
 
 
 class OwedStage(StageName):
-    """Also a stage that PIPELINE has no more, while calls to it are owed. Whether they are is asked
-    once there is a connection.
+    """Accepts any name: a stage that left PIPELINE may still be owed calls. Once there is a
+    connection, chosen.require_stage() checks the name.
     """
 
     def convert(self, value: str, param, context) -> str:

@@ -1,4 +1,4 @@
-"""`status`: what every stage owes and how it does, what the listeners do, what is wrong."""
+"""`status`: the calls and figures of every stage, what the listeners do, and what is wrong."""
 
 import contextlib
 import itertools
@@ -96,8 +96,8 @@ def look(conn, settings: SimpleNamespace) -> dict[str, Any]:
 
 
 def schema(conn) -> tuple[int | None, str | None]:
-    """The version of the database's part, and why it is not that of this program; nothing is known
-    of it to a role that may read the views alone.
+    """The version of the database's part, and a line where this program cannot work with it; both
+    None for a role that may read nothing but the views.
     """
     try:
         return migrations.version(conn), migrations.refusal(conn)
@@ -106,7 +106,11 @@ def schema(conn) -> tuple[int | None, str | None]:
 
 
 def add_resting(conn, stages: list[dict[str, Any]]) -> str | None:
-    """Add to each stage how many of its rows are failed or stalled; why that is not known."""
+    """Add to each stage how many of its rows are failed or stalled.
+
+    Returns:
+        Why that is not known; None where it is.
+    """
     found: dict[tuple[str, str], Any] = {}
     problem, none = None, NONE
     try:
@@ -124,7 +128,7 @@ def add_resting(conn, stages: list[dict[str, Any]]) -> str | None:
 
 HEADER = ["stage", "owed", "calling", "retry", "given\nup", "oldest\ndue", "calls\n/hour",
           "failed", "p50", "p95"]  # fmt: skip
-# What waits for a person, and the command that shows which rows it is.
+# By kind of problem: the command that shows its rows.
 HINTS = {
     "given_up": f"given up: {JSL} jobs --given-up, then retry JOB_ID",
     "failed": f"failed: {JSL} jobs --failed, then job ID for the way back",
@@ -249,7 +253,7 @@ def listener_lines(found: list[dict[str, Any]]) -> Iterator[Line]:
         return
     cells = []
     for row in found:
-        name = row["listener"]  # its end tells it from the others of its host
+        name = row["listener"]  # cut at its beginning: names of one host differ at their ends
         if len(name) > LONGEST_LISTENER:
             name = "…" + name[1 - LONGEST_LISTENER :]
         cells.append([name, duration(row["seconds"] and round(row["seconds"])), row["doing"]])
@@ -297,7 +301,10 @@ def status(as_json: bool, watch: bool, interval: float | None) -> None:
 
 
 def looking(settings: SimpleNamespace, interval: float) -> Iterator[dict[str, Any]]:
-    """What is known, every `interval` seconds. Once it has begun, a lost database ends nothing."""
+    """Yield the result of look() every `interval` seconds.
+
+    Where the database is lost after the first one, yields that once more, with an "error".
+    """
     name = "job-state-listener status"
     conn: db.Connection | None = db.connect(settings, name)
     said = look(conn, settings)

@@ -30,16 +30,17 @@ from ops.rows import RowCommand
 
 # --- the statements -----------------------------------------------------------------------
 
-# What was given up; with --now also what waits for its next attempt. Not what may still be under
-# way: a lease that is not over.
+# Calls that were given up; with --now also calls that wait for their next attempt. Not calls whose
+# lease is not over, as they may still be under way.
 RETRIED = """
       (c.due_at = 'infinity' OR %(now)s AND c.due_at > now() AND NOT EXISTS (
        SELECT FROM stage_leases AS l
        WHERE l.job_id = c.job_id AND l.table_name = c.table_name AND l.stage = c.stage
          AND l.leased_until > now()))"""
 
-# What was spent on a call that was given up no longer counts; attempts itself never falls (see
-# schema.sql). Not where the stage's own transaction holds the row: nobody waits for it.
+# A call that was given up gets all its attempts again: free_attempts rises, as `attempts` itself
+# never falls (see schema.sql). A row that the stage's own transaction holds is skipped, not waited
+# for.
 RETRY = f"""
 WITH chosen AS (
     SELECT c.job_id, c.table_name, c.join_of, c.due_at FROM stage_calls AS c
@@ -54,7 +55,7 @@ WHERE (c.job_id, c.table_name, c.join_of) = (chosen.job_id, chosen.table_name, c
 RETURNING c.job_id, c.table_name, c.job_id::text AS key, c.stage
 """
 
-# A call under way cannot be taken back, but is not repeated.
+# A call under way cannot be stopped, but will not be repeated.
 CANCEL = f"""
 WITH chosen AS (
     SELECT c.job_id, c.table_name, c.join_of FROM stage_calls AS c
@@ -85,7 +86,7 @@ def make_due(conn, job_id: str | None = None, stage: str | None = None, **chosen
     """Make calls that were given up due again (see Chosen for which); at most a batch of them.
 
     Returns:
-        The rows (job_id, table_name, key, stage) of those it concerned.
+        A row (job_id, table_name, key, stage) for each call that was changed.
     """
     given = Chosen(job_id=job_id, stage=stage, **chosen).params
     return db.execute(conn, RETRY, given).fetchall()
@@ -124,8 +125,8 @@ def why_nothing_owed(conn, row: Any, stage: str | None = None) -> str:
 
 
 def way_on(row: Any, stage: str | None) -> str:
-    """What a person types, behind a colon, where a row owes nothing and a stage follows from its
-    state, or has set it failed.
+    """For a row that owes nothing: ": " and the command or SQL that has `stage` called; "" where no
+    stage follows from its state and none has set it failed.
     """
     follows = rows.own_stage(row) if row.is_there else None
     if follows and stage in (None, follows):
@@ -160,7 +161,7 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
     [claim] = claimed
     table, until = pipeline.tables()[claim.table_name], began + settings.LEASE_MARGIN
     call = pipeline.claimed_call(claim, table, limits[claim.stage], name, until)
-    # A person may try once more than max_attempts.
+    # A person may try once more after max_attempts.
     call.max_attempts = max(call.max_attempts, call.spent)
     owed = claim.owed or calls.is_owed(conn, claim, name)
     ended = trigger.refused(call, claim, owed, claim.accepted)
@@ -230,7 +231,7 @@ def retry(job_ids, now, stage, tenant, error, since, all_, yes, table) -> None:
 def retry_rows(conn, job_ids: tuple[str, ...], chosen: Chosen) -> None:
     refused = []
     for job_id in job_ids:
-        # At once: the next id may be one that ends this with an error.
+        # Print each result at once, as the next id may end the command with an error.
         try:
             row = rows.find(conn, job_id, chosen.table)
         except Problem as problem:

@@ -19,7 +19,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print it as JSON, f
 RED, YELLOW = 31, 33
 
 
-# Not what may be quotes or backslashes of JSON around it.
+# \uXXXX that is not preceded by a backslash, which would itself be an escaped one.
 ESCAPED = re.compile(r"(?<!\\)(?:\\u[0-9a-fA-F]{4})+")
 
 
@@ -54,7 +54,7 @@ def duration(seconds: float | None) -> str:
 
 
 def counted(count: int, what: str) -> str:
-    """So many of what can be counted: 1 call, 1,200 calls."""
+    """A number with its noun in singular or plural: 1 call, 1,200 calls."""
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 

@@ -8,7 +8,7 @@ import pipeline
 from ops.problem import Problem
 from pipeline import Table
 
-# Integers count as one type: our copies are as wide as they go.
+# All integer types count as one, as our copies are bigint.
 COLUMNS = """
 SELECT a.attname AS name,
        CASE WHEN a.atttypid IN ('int2'::regtype, 'int4'::regtype) THEN 'bigint'
@@ -39,7 +39,7 @@ CROSS JOIN LATERAL (SELECT coalesce(nullif(t.typbasetype, 0), t.oid) AS type) AS
 WHERE a.attrelid = %(table)s::regclass AND a.attnum > 0 AND NOT a.attisdropped
 """
 
-# Beside jobs, as our functions name them all with its schema.
+# Tables in the schema of jobs: our functions qualify all names with that schema.
 PLACE = """
 SELECT format('%%I.%%I', n.nspname, c.relname) AS name, c.relowner::regrole::text AS owner,
        (SELECT rolsuper FROM pg_roles WHERE oid = c.relowner)
@@ -52,7 +52,7 @@ WHERE n.oid = (SELECT relnamespace FROM pg_class WHERE oid = to_regclass('jobs')
 
 
 class Fault(NamedTuple):
-    """What keeps a table from being used, and the way out."""
+    """Why a table cannot be used, and what to do about it."""
 
     what: str
     mend: str
@@ -69,8 +69,8 @@ def require_usable(conn) -> None:
 
 
 def faults_of_owner(conn) -> Iterator[Fault]:
-    """Whoever owns jobs can have code run by our functions (a cast), with the rights of their
-    owner: that has to be the same role.
+    """The owner of jobs can make our functions run code of theirs (by a cast), with the rights of
+    the functions' owner. So both must have the same owner.
     """
     place = db.execute(conn, PLACE, {"name": pipeline.JOBS.name}).fetchone()
     if place and not place.may_install:
@@ -89,7 +89,7 @@ def faults(conn) -> Iterator[Fault]:
     for table in pipeline.tables().values():
         place = db.execute(conn, PLACE, {"name": table.name}).fetchone()
         if place is None:
-            if table.name != pipeline.JOBS.name:  # which schema.sql makes
+            if table.name != pipeline.JOBS.name:  # schema.sql makes jobs
                 what = f"there is no table {table.name} beside jobs"
                 yield Fault(what, "create it, or take it out of PIPELINE")
             continue

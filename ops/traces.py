@@ -18,15 +18,15 @@ from ops.since import Since
 from ops.table import readable
 from ops.whole import write_whole
 
-# Spans of one request. A collector refuses one that is larger than some megabytes.
+# Spans in one request. Collectors refuse requests larger than a few megabytes.
 MOST = 1000
 SPAN_KIND_CLIENT, STATUS_CODE_ERROR = 3, 2
 JSON = json.JSONEncoder(separators=(",", ":"))
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
-# Those for which a request was made, or tried. An attempt that was taken for lost, and whose
-# worker came back after all, is told once (OFFSET 0 keeps the planner from reading all for that).
-# Page by page, as there may be millions.
+# Attempts for which a request was made, or tried, a page at a time, as there may be millions. An
+# attempt that was recorded as lost and later got a result is exported once. (OFFSET 0 keeps the
+# planner from reading the whole history for that.)
 ATTEMPTS = """
 WITH page AS (
     SELECT a.* FROM stage_attempts AS a
@@ -113,7 +113,7 @@ def span(row: Any, trace: tracing.Trace) -> dict[str, Any]:
 
 
 def said_of(row: Any, is_good: bool) -> dict[str, Any]:
-    """What a span says: by the semantic conventions for HTTP, and in words of ours."""
+    """The attributes of a span: those of OpenTelemetry's conventions for HTTP, and our own."""
     return {
         "http.request.method": "POST",
         "http.request.resend_count": row.attempt - 1 or None,

@@ -1,4 +1,4 @@
-"""`test-job`: sends a job of its own through the pipeline and watches it go."""
+"""`test-job`: inserts a test job and follows it through the pipeline."""
 
 import contextlib
 import secrets
@@ -95,7 +95,7 @@ def make(conn, tenant: str) -> str:
     column = db.execute(conn, ID_COLUMN).fetchone()
     given: dict[str, Any] = {"tenant": tenant, "step": first.step, "status": first.status}
     if not column.given:
-        number = -1 - secrets.randbelow(2**15 - 1)  # no application counts backwards
+        number = -1 - secrets.randbelow(2**15 - 1)  # negative: no application uses such ids
         ids = {"uuid": str(uuid.uuid4()), "int8": number, "int4": number, "int2": number}
         given["job_id"] = ids.get(column.type, f"test-job-{secrets.token_hex(6)}")
     try:
@@ -111,11 +111,11 @@ def make(conn, tenant: str) -> str:
 
 
 def make_by(example_job: Callable, settings: SimpleNamespace) -> str:
-    """The id of a job that example_job has made, which is committed here.
+    """Run example_job and commit; the id of its job.
 
     Raises:
-        Problem: it failed, or what it made would not be called; nothing is left of it, unless it
-            committed by itself.
+        Problem: example_job failed, or no stage would be called for its rows. Its changes are
+            rolled back, unless it committed them itself.
     """
     where = f"example_job of {pipeline.module().__name__}"
     with contextlib.closing(db.connect(settings, "job-state-listener test-job")) as conn:
@@ -137,7 +137,7 @@ def make_by(example_job: Callable, settings: SimpleNamespace) -> str:
 
 
 def require_usable(conn, where: str, job_id):
-    """Where the job is that example_job has made. Raises Problem where no stage would be called."""
+    """Find the job that example_job has made. Raises Problem where no stage would be called."""
     if conn.closed:
         raise Problem(f"{where} has closed its connection, which test-job commits")
     if conn.info.transaction_status == TRANSACTION_STATUS_INERROR:
@@ -156,7 +156,7 @@ def require_usable(conn, where: str, job_id):
 
 DELETE = "DELETE FROM {table} WHERE {id} = %(key)s"
 
-# Also what the deletion itself has recorded.
+# Includes the rows that the deletion of the job itself has recorded.
 FORGET = """
 DELETE FROM stage_calls WHERE job_id IN %(keys)s AND (table_name, job_id) IN %(rows)s;
 DELETE FROM stage_attempts WHERE job_id IN %(keys)s AND (table_name, job_id) IN %(rows)s
@@ -168,8 +168,8 @@ DELETE FROM stage_joins WHERE (parent_id, join_of) IN %(joins)s
 
 
 def remove(conn, job_id: str, seen: list) -> None:
-    """Delete the job, its rows in other tables, and the history of all, also of rows that were
-    `seen` earlier.
+    """Delete the job, its rows in other tables, and their history; also the history of rows that
+    were `seen` earlier and are gone.
 
     Raises:
         Problem: a row of another table stands in the way.

@@ -1,4 +1,4 @@
-"""`verify`: everything the listener needs, one line each, with the command that mends it."""
+"""`verify`: checks everything the listener needs; a line each, with the command that mends it."""
 
 import json
 import select
@@ -50,7 +50,7 @@ NEEDED = {
     "job_state_listener_schema": {"version"},
 }  # fmt: skip
 
-# The function names the tables with the schema that they had when it was made.
+# The text of the function has the schema that the tables had when it was made.
 FUNCTION = """
 SELECT p.prosecdef AS definer,
        p.proconfig::text LIKE '%%search_path=pg_catalog%%' AS pinned,
@@ -64,7 +64,7 @@ WHERE p.oid = to_regprocedure(quote_ident(%(function)s) || '()')
   AND c.oid = to_regclass(quote_ident(%(table)s))
 """
 
-# Those that the listener and the commands call, whatever the type of their arguments.
+# The functions that the listener and the commands call, whatever their argument types.
 FUNCTIONS = """
 SELECT name FROM unnest(ARRAY['stage_call_row', 'stage_join_is_complete']) AS name
 WHERE NOT EXISTS (SELECT FROM pg_proc AS p JOIN pg_class AS c ON c.relnamespace = p.pronamespace
@@ -86,8 +86,8 @@ WHERE wanted.name NOT IN ('job_state_insert_trigger', 'job_state_listener_insert
          AND encode(c.tgargs, 'escape') LIKE '%%updates only%%')
 """
 
-# Each function holds the routes of its table as they were when it was made, and the joins of its
-# rows' parents.
+# The text of each trigger function has the routes of its table, and the joins of its rows' parents,
+# as they were when it was made.
 STALE = """
 SELECT count(*) > 0
 FROM (SELECT quote_literal(coalesce(jsonb_object_agg(r.current_step, r.stages), '{}')) AS text
@@ -158,7 +158,7 @@ def trigger_function(table: str) -> str:
 
 
 def trigger_names(table: str) -> list[str]:
-    """The triggers of a table. A row that is deleted matters only to a join."""
+    """The names of a table's triggers. Only a table with a join needs one for DELETE."""
     if table == pipeline.JOBS.name:
         return ["job_state_change_trigger", "job_state_insert_trigger"]
     joined = any(key.table.name == table for key in pipeline.joins().values())
@@ -191,7 +191,7 @@ def check_tables(conn, settings) -> str:
         if row.names is None:
             raise Bad(f"table {table} is missing", INSTALL)
         if missing := needed - set(row.names):
-            check_version(conn)  # an earlier one lacks them, and `install` adds them
+            check_version(conn)  # an older version lacks some columns; then the advice is `install`
             raise Bad(f"{table} has no column {', '.join(sorted(missing))}", AGAIN)
         id_types += [row.id_type] if row.id_type else []
     if views := [row.name for row in db.execute(conn, VIEWS) if not row.there]:
@@ -306,7 +306,7 @@ def check_listen(conn, settings) -> str:
         raise Bad("notifications do not arrive: a transaction pooler sits in between", mend)
     notifications.listen(conn)
     db.execute(conn, f'NOTIFY "{db.WAKE_CHANNEL}"')
-    heard = notifications.hear(conn)  # most often it comes with the answer to NOTIFY
+    heard = notifications.hear(conn)  # usually it arrives together with the answer to NOTIFY
     if not heard:
         select.select([conn], [], [], 1.0)
         heard = notifications.hear(conn)
@@ -319,9 +319,9 @@ def check_listen(conn, settings) -> str:
     return f"LISTEN '{db.CHANNEL}' delivers; queue {used}% full"
 
 
-# What the answer to a GET of /healthz says about a POST to any path. Without such a page an API
-# answers 404, 405 or 403, as may a proxy that does not know it: nothing follows from those. An API
-# that does not redirect, or a proxy in front of one, would not for that page alone.
+# Answers to GET /healthz that would also be the answer to a POST to a stage, and what to do. An API
+# or proxy without such a page answers 404, 405 or 403: those say nothing about a POST. A redirect
+# does, as it is rarely configured for one page alone.
 POST_FAILS = {
     range(300, 400): ("redirects, which no POST follows", "set STAGE_API_URL to where it leads"),
     range(401, 402): ("asks for credentials", "set STAGE_API_TOKEN"),

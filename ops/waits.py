@@ -9,9 +9,9 @@ from ops import rows
 from ops.listeners import listeners
 from ops.table import clock, readable
 
-# A call, and whatever keeps it from being made. A row that another transaction has changed or
-# locked, and not committed, has that transaction's number as xmax; so long as it runs, it holds a
-# lock of that name.
+# A call, and everything that may keep it from being made. Where another transaction has changed or
+# locked the row without committing, xmax is that transaction's id, and pg_locks has a lock of that
+# id for as long as it runs.
 WAITS = """
 SELECT c.join_of, c.stage, c.call_id, c.due_at, c.due_at = 'infinity' AS given_up,
        c.due_at > now() AS is_later, c.last_error,
@@ -72,8 +72,8 @@ def owed(conn, row: Any, stage: str | None = None) -> list:
 
 
 def waits(conn, row: Any) -> dict[str, Waits]:
-    """By join ("": the row's own): why the call waits that is owed; none of those that are under
-    way, were given up, or only wait for a worker.
+    """Why each call that the row owes waits, by the name of its join ("": the row's own call).
+    Calls that are under way, were given up, or wait only for an idle worker are left out.
     """
     found = {call.join_of: why(row, call) for call in owed(conn, row)}
     taken_by_nobody = [join for join, waiting in found.items() if waiting is NOBODY]

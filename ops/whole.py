@@ -1,4 +1,4 @@
-"""Files that others read at any moment: they see the old one or the new one, never a part."""
+"""Replaces files atomically: a reader sees the old file or the new one, never a part."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from ops.problem import Problem
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Put `text` in the place of what `path` had, readable by everyone.
+    """Replace the content of `path` by `text`; everyone may read the file.
 
     Raises:
         Problem: it cannot be written; the old file is still there.
@@ -17,7 +17,7 @@ def write_whole(path: Path, text: str) -> None:
     try:
         if path.exists() and not path.is_file():
             raise Problem(f"{path} is not a file that could be replaced; nothing was written")
-        # Not the name of the file with something after it: a collector may read those as well.
+        # The temporary name does not begin with the file's: a collector might read it, too.
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
     except OSError as error:
         raise Problem(f"{path} cannot be written: {error.strerror}") from None

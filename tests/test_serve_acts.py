@@ -117,14 +117,14 @@ def test_delays_after_wrong_tokens_double_and_are_those_of_one_address(monkeypat
     monkeypatch.setattr(access.time, "monotonic", lambda: clock[0])
     guarded, waited = Access(TOKEN), []
     for _ in range(9):
-        assert not guarded.is_right("10.0.0.1", "guess")
+        assert not guarded.try_token("10.0.0.1", "guess")
         with pytest.raises(access.TooSoon) as soon:
-            guarded.is_right("10.0.0.1", TOKEN)
+            guarded.try_token("10.0.0.1", TOKEN)
         waited.append(soon.value.seconds)
-        assert guarded.is_right("10.0.0.2", TOKEN)
+        assert guarded.try_token("10.0.0.2", TOKEN)
         clock[0] += soon.value.seconds
     assert waited == [1, 2, 4, 8, 16, 32, 60, 60, 60]
-    assert guarded.is_right("10.0.0.1", TOKEN)
+    assert guarded.try_token("10.0.0.1", TOKEN)
 
 
 @pytest.mark.parametrize("name", ["", "   ", "x" * 61, "kim\x1b[31m", "\u202ekim"])

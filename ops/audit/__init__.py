@@ -1,4 +1,4 @@
-"""`audit`: whether the history of a production shows a promise that was broken."""
+"""`audit`: looks in the history of a real installation for promises that were broken."""
 
 import sys
 import time
@@ -34,7 +34,7 @@ SELECT now() AS until, (SELECT min(finished_at) FROM stage_attempts) AS first,
        (SELECT count(*) FROM stage_calls WHERE due_at = 'infinity') AS given_up
 """
 
-# Rows of which nobody knows when they last changed rest since long ago, or since just now.
+# Rows that rest. A row without a time of its last change is included, as it may be in the span.
 RESTING = """
 SELECT kind, table_name, job_id, stage, since, reason FROM resting_rows()
 WHERE since IS NULL OR since > %(since)s
@@ -42,7 +42,7 @@ ORDER BY since NULLS FIRST, job_id
 """
 NEVER_RECORDED = "its call was never recorded"
 
-# What it cannot tell, as a person reads it.
+# What audit cannot tell, as it is printed.
 UNKNOWN = (
     "A row that came to a state without a call and left it again leaves no trace.",
     "A second call of a stage for one row may be of a second arrival, or `again` by a person.",
@@ -61,7 +61,7 @@ UNKNOWN = (
 
 
 class Audit:
-    """Goes through the history since a moment, and through what there is now.
+    """Goes through the history since a time, and through the rows that rest now.
 
     Args:
         batch: how many attempts to look at in one statement.
@@ -98,7 +98,9 @@ class Audit:
             limited.look(self.conn, window, self.findings)
 
     def look_at_rows(self) -> None:
-        """What rests now. A row that its stage has set to failed is for a person, as it should."""
+        """Find rows that rest now. A row that its stage has set to failed waits for a person, which
+        is no broken promise: such rows are only counted.
+        """
         resting = ask(self.conn, READ_ONLY + RESTING, {"since": self.since})
         stalled = [row for row in resting if row.kind == "stalled"]
         self.failed = len(resting) - len(stalled)
@@ -116,7 +118,7 @@ class Audit:
         return self.findings.counts.total()
 
     def unknown(self) -> Iterator[str]:
-        """What the history does not tell."""
+        """Lines about what the history does not tell."""
         if self.span.first is None or self.span.first > self.since:
             first = f"begins {at(self.span.first)}" if self.span.first else "is empty"
             yield f"The history {first}; what was before is not known (HISTORY_DAYS)."

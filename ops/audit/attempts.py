@@ -1,4 +1,4 @@
-"""What the attempts of one row show: repeats, overlaps, calls of a state that was left."""
+"""Finds in the attempts of a row: repeats, overlaps, and calls of a state that the row had left."""
 
 import sys
 from collections.abc import Iterator
@@ -21,13 +21,13 @@ from upkeep import REAP_INTERVAL
 
 ATTEMPTS = "more attempts than allowed"
 
-# Nothing was called: the row had moved on, or a person dropped the call.
+# Outcomes without a call: the row had moved on, or a person cancelled the call.
 NOT_CALLED = "('skipped', 'cancelled')"
 
-# The rows of which a stage was called twice and an attempt ended in this window, and of each
-# attempt those before it: of its call, of its stage, and of the row's own calls. `called`: surely
-# called, as a claim may be given up ('failed') without a call. An attempt is judged in the window
-# in which its last row was written.
+# Rows for which a stage was called twice and an attempt ended in this window. Each attempt comes
+# with the attempt before it of the same call, of the same stage, and of the row's own calls.
+# `called` is false where a claim may have been given up ('failed') without a call. An attempt is
+# judged in the window in which its last row was written.
 PAIRS = f"""{BY_INDEX}
 WITH touched AS (
     SELECT DISTINCT table_name, job_id FROM stage_attempts
@@ -89,7 +89,7 @@ WHERE called AND first_call IS NOT NULL
 
 
 class Try(NamedTuple):
-    """An attempt as rules.py has it."""
+    """An Attempt of rules.py."""
 
     claimed: float
     leased_until: float
@@ -108,7 +108,7 @@ class Judge:
         self.leases, self.margin, self.most = leases, margin, most
 
     def look(self, conn, since: datetime, window: Window) -> Iterator[Finding]:
-        """What the attempts that ended in `window` do that they must not."""
+        """Find what the attempts that ended in `window` should not have done."""
         own = [f.__name__ for route, f in pipeline.routes().items() if not route.join]
         joined = [f.__name__ for route, f in pipeline.routes().items() if route.join]
         given = {"since": since, "own_stages": sorted({*own} - {*joined}), **window._asdict()}
@@ -116,7 +116,7 @@ class Judge:
             yield from self.judge(pair)
 
     def judge(self, pair: Any) -> Iterator[Finding]:
-        """What one attempt does that it must not, after those before it."""
+        """Find what one attempt should not have done, given the attempts before it."""
 
         def finding(kind: str, text: str) -> Finding:
             here = f"attempt {pair.attempt} of call {pair.call_id} by {pair.worker}: {text}"
@@ -145,11 +145,11 @@ class Judge:
             yield finding(ATTEMPTS, f"it is number {pair.spent} of {most}")
 
     def first_of(self, pair: Any) -> Try:
-        """The attempt before, of the same row and stage, with the least that its lease lasted.
+        """The previous attempt of the same row and stage, with a lower bound of its lease.
 
-        Timeouts may have been others then. A lease lasts as long as today's at the most, ends
-        LEASE_MARGIN after the call's timeout, which is not before its end, and has ended not long
-        before the attempt was found to be lost.
+        Timeouts may have been changed since. The lease is taken to end at the earliest of: today's
+        lease after the claim; LEASE_MARGIN after the end of a call without an answer, which lasted
+        at most its timeout; two rounds of upkeep before the attempt was recorded as lost.
         """
         claimed = pair.first_started.timestamp()
         until = claimed + self.leases.get(pair.stage, 0.0)
@@ -163,9 +163,10 @@ class Judge:
 
 
 def knew_accepted(pair: Any, first: Try) -> bool:
-    """Whether an attempt of the call had been accepted when this one was claimed.
+    """Whether the claim of this attempt must have known that the call had been accepted.
 
-    An answer that came after the lease may have been written while this one was being claimed.
+    It need not where the answer came after the lease, as that may have been written at the same
+    time as the claim.
     """
     if pair.accepted_before is None:
         return False
@@ -176,8 +177,8 @@ def knew_accepted(pair: Any, first: Try) -> bool:
 
 
 def has_left(pair: Any) -> bool:
-    """Whether the row had left the state that owes the call: another of its own calls was made
-    between two attempts.
+    """Whether the row had left the state that owes the call. Another of the row's own calls between
+    two attempts of this one shows it.
     """
     if not pair.is_own or pair.other_call in (None, pair.call_id):
         return False
@@ -188,7 +189,7 @@ def has_left(pair: Any) -> bool:
 
 
 def was_given_up(pair: Any) -> bool:
-    """Whether it follows an attempt that was given up, and no person had retried the call."""
+    """Whether the attempt before had been given up, and no person had retried the call."""
     return (
         pair.last_failed is not None
         and pair.last_failed <= pair.started_at

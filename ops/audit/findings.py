@@ -11,14 +11,14 @@ import db
 BATCH = 20_000
 # Seconds that a statement may take: resting_rows() reads the application's tables.
 PATIENCE = 300.0
-# A time in the history is that of the beginning of a transaction; what it did became visible up to
-# so many seconds later. Whatever could be explained by that is no finding.
+# Times in the history are those of the beginning of a transaction, whose changes became visible up
+# to this many seconds later. What such a delay can explain is no finding.
 BLUR = db.DEADLINE
 # Findings of a kind that are kept; all are counted.
 KEPT = 100
 
 READ_ONLY = f"{db.READ_ONLY}SET LOCAL statement_timeout = '{PATIENCE:.0f}s'; "
-# Looks into the history by its indexes, whatever the statistics say.
+# Has the planner use the indexes of the history, whatever the statistics say.
 BY_INDEX = f"{READ_ONLY}SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; "
 
 
@@ -34,7 +34,7 @@ class Finding(NamedTuple):
 
 
 class Findings:
-    """The first of each kind, in the order in which they are added, and how many there are."""
+    """The first KEPT findings of each kind in the order they were added, and how many there are."""
 
     def __init__(self) -> None:
         self.kept: dict[str, list[Finding]] = {}

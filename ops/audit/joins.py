@@ -10,9 +10,9 @@ from ops.rules import LOST
 
 JOINED = "join called while a row was missing"
 
-# A call is owed only while its row is in the state that owes it. So a row of which a call was
-# claimed before the join's, and once more after it or is owed still, was not in the join's state
-# between. Not the calls that the join's own state owes.
+# A call is owed only while its row is in the state that owes it. So if a call of a row was claimed
+# before the call of the join, and was claimed again after it (or is still owed), the row was not in
+# the join's state in between. Calls that the join's own state owes are left out.
 CALLED = (
     BY_INDEX
     + """
@@ -40,11 +40,11 @@ WHERE j.finished_at > %(after)s AND j.finished_at <= %(upto)s
 
 
 def called_early(conn, window: Window) -> Iterator[Finding]:
-    """The calls of joins that were made while a row was missing, as far as another shows it."""
+    """The calls of joins that were made while a row was missing, as a call of that row shows."""
     for name, state in pipeline.joins().items():
         parent, stage = pipeline.owner(state).name, stage_of(name)
         if stage in own_stages(parent):
-            continue  # whose call it was is not known
+            continue  # an attempt of this stage may be of the join or of the parent's own state
         here = (state.step, state.status)
         others = own_stages(state.table.name) - own_stages(state.table.name, here)
         given = {"table": parent, "stage": stage, "child_stages": list(others), "blur": BLUR}
@@ -73,7 +73,7 @@ def own_stages(table: str, state: tuple[str, str] | None = None) -> set[str]:
 
 # --- never recorded ------------------------------------------------------------------------
 
-# Not where a look is still to be taken: a listener will record the call.
+# Parents in stage_looks are left out: a listener will still record their calls.
 NEVER_RECORDED = f"""{backfill.JOIN_MISSED}, found AS (
     SELECT c.id, c.changed_at FROM missed AS m JOIN complete AS c ON c.id = m.id
     WHERE m.why IS NULL AND NOT EXISTS (
@@ -86,7 +86,7 @@ SELECT (SELECT id::text FROM batch ORDER BY id DESC LIMIT 1) AS last,
 
 
 def never_recorded(conn, since: datetime) -> Iterator[Finding]:
-    """The parents whose rows are all there since then, and of which no call was recorded."""
+    """The parents whose last row arrived since then, and for which no call was recorded."""
     for name, state in pipeline.joins().items():
         parent, stage = pipeline.owner(state).name, stage_of(name)
         given = {"join": name, "stage": stage, "step": state.step, "status": state.status,
@@ -104,7 +104,7 @@ def never_recorded(conn, since: datetime) -> Iterator[Finding]:
 
 
 def without_time(conn) -> Iterator[str]:
-    """The joins of which never_recorded() knows nothing, as neither table has a time."""
+    """The joins that never_recorded() cannot judge, as neither table has a time column."""
     for name, state in pipeline.joins().items():
         tables = [state.table, pipeline.owner(state)]
         if all(rows.time_column(conn, table) is None for table in tables):

@@ -5,9 +5,9 @@ from datetime import datetime, timedelta
 from ops.audit.findings import BLUR, BY_INDEX, KEPT, Finding, Findings, Window, ask
 from ops.rules import LIMIT
 
-# Since when a limit holds: the first attempt that was written after the row of the limit, by the
-# transactions that wrote them. What was claimed before may have had no limit, or another. Where
-# claims write to that row themselves, nobody knows, and the limit of today is taken.
+# Since when each limit holds: the first attempt whose transaction is newer than the one that wrote
+# the limit's row (by age(xmin)). Earlier claims may have had another limit, or none. Where claims
+# update that row themselves its transaction tells nothing, and today's limit is used throughout.
 LIMITED = f"""{BY_INDEX}
 SELECT l.name, l.stages, l.max_running, l.seconds,
        CASE WHEN l.seconds IS NOT NULL OR l.linger IS NOT NULL OR l.is_fair THEN %(since)s
@@ -16,9 +16,9 @@ SELECT l.name, l.stages, l.max_running, l.seconds,
 FROM stage_limits AS l
 """
 
-# For every call that was claimed in this window, how many under its limit were surely under way at
-# one moment: claimed before, and with BLUR still to go. A call that ended later than its lease had
-# lost its place.
+# For every call that was claimed in this window: how many calls under its limit were certainly
+# under way at that moment, that is, claimed before and ended more than BLUR later. A call counts
+# until the end of its lease at the latest.
 CROWDED = f"""{BY_INDEX}
 WITH limited AS (
     SELECT * FROM unnest(%(names)s::text[], %(stages)s::text[], %(most)s::integer[],
@@ -54,8 +54,8 @@ FROM (SELECT *, count(*) OVER () AS found FROM events
       ORDER BY began LIMIT %(kept)s) AS e
 """
 
-# Calls that began within a minute, this one included. One more than the rate fits between its two
-# ends, and another one may be by a person, whom no rate keeps waiting.
+# For each call, how many began in the minute that ends with it. Two more than the rate are allowed:
+# one because a minute includes both of its ends, and one by a person (`call`), who need not wait.
 FAST = f"""{BY_INDEX}
 WITH begun AS (
     SELECT a.table_name, a.job_id, a.call_id, a.attempt, a.stage, l.most, max(a.worker) AS worker,
@@ -82,7 +82,7 @@ FROM (SELECT *, count(*) OVER () AS found FROM counted
 
 
 class Limits:
-    """The limits that hold now, each since when."""
+    """The limits in force, and since when each of them holds."""
 
     def __init__(self, conn, since: datetime, leases: dict[str, float]):
         """leases: the seconds of a lease, by stage."""

@@ -26,7 +26,7 @@ LOWEST = 1.5
 
 
 def stack(counts: Mapping[str, int], whole: int, about: str) -> Markup:
-    """One bar across: so many of each kind, `whole` being all of its width."""
+    """A horizontal bar with a part for each kind; `whole` is the count of its full width."""
     left, parts = 0, []
     for kind in WAITS:
         if count := counts.get(kind):
@@ -39,7 +39,7 @@ def stack(counts: Mapping[str, int], whole: int, about: str) -> Markup:
 
 
 def stacked_bars(time: Span, bars: Mapping[int, Mapping[str, int]], height: int, about: str):
-    """Calls by outcome, a bar for each `step` of `time`; `bars` by how far back they are."""
+    """Calls by outcome, with a bar for each `step` of `time`. `bars`: by how many steps ago."""
     most = max((sum(bar.values()) for bar in bars.values()), default=1)
     per_call = (height - 12) / most
     parts = []
@@ -93,7 +93,7 @@ def trend(time: Span, rows: Sequence, height: int, about: str) -> Markup:
 
 # --- durations -----------------------------------------------------------------------------
 
-# Labels of a narrow chart are no nearer to each other (a share of its width).
+# The least distance between labels in a narrow chart (a share of its width).
 APART = 0.27
 
 TICKS = {0.001: "1 ms", 0.01: "10 ms", 0.1: "100 ms", 1: "1 s", 10: "10 s", 60: "1 min",

@@ -1,4 +1,4 @@
-"""What `report` shows, out of the database: a few bounded queries, grouped and cut in SQL."""
+"""The data of `report`: a few queries with limits, which group and cut in SQL."""
 
 import math
 import re
@@ -14,13 +14,12 @@ from ops.pools import pools
 from ops.problem import Problem
 from ops.report.jobs import Timeline, slowest_jobs, timelines
 
-# A bar of the charts over time is as long as the first of these (seconds) that makes at most
-# MOST_BARS of them.
+# Lengths of a bar in the charts over time (seconds): the first that makes at most MOST_BARS bars.
 STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200]
 STEPS += [days * 86400 for days in (1, 2, 7, 14, 30, 90, 365)]
 MOST_BARS = 84
 
-# Of the histogram of seconds. Each bucket ends 26 % above the last: ten make a decade.
+# The buckets of the histogram of durations: each ends 26 % above the one before, ten per decade.
 BUCKETS_A_DECADE = 10
 SHORTEST = 0.001
 
@@ -81,7 +80,7 @@ SELECT now() AS until, %(since)s AS since, current_setting('TimeZone') AS zone,
 
 STAGES = "SELECT * FROM pipeline_overview ORDER BY position, stage"
 
-# A call under way whose job has moved on to `running` owes nothing any more: only its lease tells.
+# A job whose stage has set it running owes nothing; that it is being called is in stage_leases.
 WAITING = """
 SELECT stage, table_name, join_of, current_step, status, count(*) AS jobs,
        count(*) FILTER (WHERE why = 'waiting') AS waiting,
@@ -115,7 +114,7 @@ WHERE finished_at > %(since)s AND finished_at <= %(until)s
 GROUP BY stage, outcome, back
 """
 
-# Of the calls that were accepted, as in the views; the histogram shows the others beside them.
+# Figures are of accepted calls, as in the views; the histogram also shows the others.
 DURATIONS = """
 SELECT stage, count(*) AS calls, max(seconds) AS longest,
        percentile_cont(0.5) WITHIN GROUP (ORDER BY seconds) AS p50,
@@ -137,7 +136,7 @@ WHERE finished_at > %(since)s AND finished_at <= %(until)s
 GROUP BY stage, accepted, bucket
 """
 
-# Hours put together where the span is long: their medians weighed, their worst p95 kept.
+# In a long span several hours are one step: the mean of their medians by calls, their largest p95.
 TREND = """
 SELECT stage, min(hour) AS began, max(hour) + interval '1 hour' AS ended,
        sum(p50_seconds * (calls - failures)) / sum(calls - failures) AS p50,
@@ -148,8 +147,8 @@ GROUP BY stage, floor(date_part('epoch', %(until)s - hour) / %(step)s)
 ORDER BY stage, began
 """
 
-# Texts are cut far beyond what is shown: half a secret would not be recognized as one. How
-# long a lost call took nobody knows.
+# Texts are cut much later than they are shown: a secret that was cut in half would not be
+# recognized. Lost calls are left out, as it is not known how long they took.
 SLOWEST = """
 SELECT table_name, job_id::text, stage, attempt, outcome, http_status, started_at,
        date_part('epoch', finished_at - started_at) AS seconds, left(error, 2000) AS error
@@ -162,7 +161,7 @@ LIMIT 10
 
 # --- errors, grouped -----------------------------------------------------------------------
 
-# What varies in errors that are the same: ids, addresses, numbers, ports; not the status of HTTP.
+# Parts that differ between errors of one kind: ids, addresses, numbers, ports. Not an HTTP status.
 LAST_ONE = re.compile(r" [(]attempt [0-9]+, the last one[)]")
 VARYING = re.compile(
     "[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
@@ -177,10 +176,10 @@ def folded(error: str | None) -> str | None:
     return error and VARYING.sub("…", LAST_ONE.sub("", error))
 
 
-# Of more errors than these, the last ones, nobody asks which kinds there are.
+# Only the last errors are grouped, at most this many.
 MOST_ERRORS = 20_000
 
-# Here and below: `total` is the sum of all groups, also of those beyond the limit.
+# In this and the next queries `total` is the sum over all groups, including those beyond the LIMIT.
 ERRORS = """
 SELECT stage, left(error, 1000) AS error, 1 AS texts, count(*) AS calls,
        sum(count(*)) OVER ()::bigint AS total, max(finished_at) AS last,
@@ -229,10 +228,10 @@ PLACE = ("table_name", "stage", "current_step", "status")
 
 
 def together(rows: Sequence[Any]) -> list[Any]:
-    """The rows whose texts differ in what varies alone as one, most frequent first.
+    """Merge the rows whose texts are the same once folded(); most frequent first.
 
     Args:
-        rows: of ERRORS, GIVEN_UP or RESTING. Of those that are one, the first gives the text.
+        rows: of ERRORS, GIVEN_UP or RESTING. The first of the rows merged gives the text.
     """
     found: dict[tuple, Any] = {}
     for row in rows:
@@ -244,7 +243,7 @@ def together(rows: Sequence[Any]) -> list[Any]:
 
 
 def added(row: Any, other: Any) -> Any:
-    """`row` with the counts, times and examples of another one."""
+    """`row` with the counts, times and examples of `other` added."""
     sums = {
         name: getattr(row, name) + getattr(other, name) for name in COUNTS if hasattr(row, name)
     }

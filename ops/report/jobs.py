@@ -1,4 +1,4 @@
-"""What `report` shows of single jobs: their attempts, and what they wait for."""
+"""The timelines of single jobs in `report`: their attempts, and what they wait for."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +27,7 @@ class Timeline:
     job: Any
     attempts: Sequence[Any]
     owed: Any
-    cut: bool  # there are earlier attempts
+    cut: bool  # there are earlier attempts, which are not shown
     said: Sequence[str] = ()
     below: dict[str, list["Timeline"]] = field(default_factory=dict)
 
@@ -90,7 +90,7 @@ FROM stage_call_row(%(table)s, '', %(job_id)s)
 WHERE is_there
 """
 
-# The row's own call comes first, before that of a join.
+# The row's own call comes before the calls of joins.
 OWED = """
 SELECT stage, created_at, due_at, due_at = 'infinity' AS given_up
 FROM stage_calls WHERE job_id = %(job_id)s AND table_name = %(table)s
@@ -98,7 +98,7 @@ ORDER BY join_of
 LIMIT 1
 """
 
-# The last ones, should there be too many, and those under way.
+# The last attempts, if there are too many, and the calls under way.
 ATTEMPTS = """
 SELECT * FROM (
     SELECT stage, attempt, outcome, http_status, started_at, finished_at, left(error, 2000) AS error

@@ -1,4 +1,4 @@
-"""HTML out of data: what is not Markup is escaped, whatever it is."""
+"""Makes HTML: every value that is not Markup is escaped."""
 
 import html
 from collections.abc import Iterable, Sequence
@@ -12,17 +12,17 @@ from pipeline import JOBS, Route
 
 LONGEST_TEXT = 240
 
-# Marks that turn the direction of what follows, and a byte order mark: shown, not obeyed.
+# Direction marks and the byte order mark are shown as text, so that they have no effect.
 HIDDEN = [0x061C, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF]
 SHOWN = CONTROL | {code: f"\\u{code:04x}" for code in HIDDEN}
 
 
 class Markup(str):
-    """A text that is HTML already."""
+    """Text that is HTML already and is not escaped again."""
 
 
 def text(value: Any, longest: int = LONGEST_TEXT) -> Markup:
-    """`value` as a person may read it: on one line, cut, with a direction of its own."""
+    """`value` as an element of its own text direction: on one line, cut."""
     if isinstance(value, Markup):
         return value
     if value is None or value == "":
@@ -38,7 +38,7 @@ def stage_name(value: Any) -> Markup:
 
 
 def attribute(value: Any, longest: int = LONGEST_TEXT) -> Markup:
-    """The same where no element can be: in an attribute, in an SVG's <title>."""
+    """The same without an element, for an attribute or the <title> of an SVG."""
     plain = str(value)
     plain = plain if len(plain) <= longest else plain[: longest - 1] + "…"
     return Markup(html.escape(plain.translate(SHOWN)))

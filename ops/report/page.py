@@ -58,7 +58,7 @@ PAGE = """<!DOCTYPE html>
 
 
 def page(report: Report) -> str:
-    """The whole page, which needs nothing but itself."""
+    """The whole page, which refers to no other file."""
     parts: list[str] = [heading(report), attention(report), figures(report)]
     jobs = timelines(report)
     if report.asked:
@@ -92,7 +92,7 @@ def heading(report: Report) -> Markup:
 # --- what needs a person, and the figures --------------------------------------------------
 
 
-# What tells more of an alarm.
+# By kind of alarm: the section with the details.
 SECTIONS = {"given_up": "given-up", "failed": "set-failed", "stalled": "stalled", "late": "waits"}
 URGENCY = {
     EVERYTHING: ("everything", "Every stage is concerned"),
@@ -123,7 +123,7 @@ def alarm(found: Alarm) -> Markup:
 
 
 def total(rows: list) -> int:
-    """The jobs of all groups, those that are not shown included."""
+    """How many jobs all groups have, including those that are not shown."""
     return rows[0].total if rows else 0
 
 

@@ -24,7 +24,7 @@ from ops.report.markup import (
 )
 from ops.report.svg import OUTCOMES, WAITS, legend, sample
 
-# As in the views: what was never called is no call that failed.
+# As in the views, outcomes without a call are not counted as failed calls.
 NO_CALL = ("skipped", "cancelled")
 
 NOTHING = Markup('<p class="calm">No call was made in this time.</p>')
@@ -191,7 +191,7 @@ def rarer(count: int, what: str) -> str:
 
 
 def alike(error: str | None, texts: int) -> str | None:
-    """What so many texts have in common; the one as it is."""
+    """The folded text of several errors; a single one as it is."""
     return error if texts == 1 else folded(error)
 
 
@@ -241,7 +241,7 @@ def way_back(row: Any) -> Markup:
 
 
 def ages(report: Report, row: Any) -> Markup:
-    """From the youngest to the oldest of them."""
+    """The ages of the youngest and the oldest of the jobs."""
     seconds = [(report.span.until - m).total_seconds() for m in (row.last, row.first) if m]
     return Markup(" to ".join(dict.fromkeys(map(span, seconds))) or "–")
 

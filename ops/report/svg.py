@@ -1,5 +1,5 @@
-"""The parts of a chart, as inline SVG. Across they are in per cent and down in pixels, so that a
-chart is as wide as its place and its letters are not: readable on a telephone, without a script.
+"""The parts of a chart, as inline SVG. Horizontal places are in per cent and vertical ones in
+pixels: so a chart fits any width without a script, and its letters keep their size.
 """
 
 import math
@@ -9,8 +9,9 @@ from datetime import datetime, timedelta
 from ops.report.data import STEPS
 from ops.report.markup import Markup, attribute, join, text
 
-# In the order of a stack, from below, with what a legend says. The name is the CSS class that
-# paints it; all but the usual ones have a pattern, for those who do not tell these colours apart.
+# The kinds of calls in the order of a stack, from below, with their words in a legend. The name is
+# the CSS class that paints it. The rarer kinds also have a pattern, for people who cannot tell the
+# colours apart.
 OUTCOMES = {
     "succeeded": "succeeded",
     "calling": "under way",
@@ -41,7 +42,7 @@ PATTERNS = {
 
 
 def patterns() -> Markup:
-    """What the classes of page.css fill with; once in a page."""
+    """The patterns that classes of page.css fill shapes with; needed once in a page."""
     each = join(
         f'<pattern id="{name}" width="6" height="6" patternUnits="userSpaceOnUse">'
         f'<rect class="ground {name}" width="6" height="6"/><g class="mark">{marks}</g></pattern>'
@@ -68,7 +69,7 @@ def sample(kind: str) -> Markup:
 
 
 def svg(height: int, about: str, *parts: str, kind: str = "plot") -> Markup:
-    """A chart; `about` says it to who does not see it."""
+    """A chart; `about` describes it to a screen reader."""
     return Markup(
         f'<svg class="{kind}" height="{height}" role="img" aria-label="{attribute(about, 1000)}">'
         f"{join(parts)}</svg>"
@@ -76,7 +77,7 @@ def svg(height: int, about: str, *parts: str, kind: str = "plot") -> Markup:
 
 
 def titled(words: str, *shapes: str) -> Markup:
-    """Shapes that say something when pointed at."""
+    """Shapes with a tooltip."""
     return Markup(f"<g><title>{attribute(words, 300)}</title>{join(shapes)}</g>")
 
 

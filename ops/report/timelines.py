@@ -93,25 +93,23 @@ def chart(found: Timeline, start: datetime, end: datetime) -> Markup:
 
 
 def begun(found: Timeline) -> datetime:
-    """When the first attempt of a row began that has attempts, or it came to owe a call."""
+    """When the first attempt of a row began; without attempts, when its call was recorded."""
     starts = [attempt.started_at for attempt in found.attempts]
     return min(starts + ([found.owed.created_at] if found.owed else []))
 
 
 def extent(found: Timeline, until: datetime) -> tuple[datetime, datetime]:
-    """The time that the chart of a row shows that has attempts or owes a call: up to now where it
-    waits, or is being called.
-    """
+    """Beginning and end of a row's chart; the end is now where a call waits or is under way."""
     start = begun(found)
     end = max([attempt.finished_at for attempt in found.attempts], default=until)
     if found.owed is None:
         return start, end
-    # What was given up long ago would leave no room for what went before.
+    # The time since a call was given up is drawn as at most a fifth of the rest, to leave it room.
     return start, min(until, end + (end - start) * 0.2) if found.owed.given_up else until
 
 
 class Lanes:
-    """A lane for each stage that comes up, all from `start` to `end`."""
+    """The lanes of a chart from `start` to `end`: one for each stage that is added."""
 
     def __init__(self, start: datetime, end: datetime):
         self.start, self.end = start, end
@@ -127,7 +125,7 @@ class Lanes:
         self.shapes.setdefault(stage, []).extend(shapes)
 
     def attempt(self, attempt: Any, before: datetime) -> None:
-        """An attempt as a bar; `before` is when the one before it was over."""
+        """Draw an attempt as a bar; `before` is when the attempt before it ended."""
         words = f"attempt {attempt.attempt} {attempt.outcome}, {span(lasted(attempt))}"
         left = min(self.at(attempt.started_at), 1 - NARROWEST)
         width = max(self.at(attempt.finished_at) - left, NARROWEST)
@@ -137,7 +135,7 @@ class Lanes:
         self.add(attempt.stage, words, level("wait", 10, self.at(before), left), bar)
 
     def wait(self, owed: Any, before: datetime) -> None:
-        """The call that the job owes, and that nobody is making."""
+        """Draw the wait of a call that is owed and not under way."""
         words = "given up" if owed.given_up else "waits to be called"
         kind = "wait stopped" if owed.given_up else "wait"
         self.add(owed.stage, words, level(kind, 10, self.at(max(before, owed.created_at))))

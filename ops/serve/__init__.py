@@ -52,8 +52,8 @@ def serve(host: str, port: int, names: tuple[str, ...]) -> None:
 
 
 def known_hosts(host: str, names: tuple[str, ...]) -> set[str] | None:
-    """By which names it is reached; None: by any. What only this machine reaches, no site may
-    reach by way of a browser on it (see access.is_known_host).
+    """The names that a Host header may have; None: any. Where only this machine can connect, other
+    names are refused, as a website could use a browser on it (see access.is_known_host).
     """
     if not names and not is_loopback(host):
         return None

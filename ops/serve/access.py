@@ -1,5 +1,5 @@
-"""Who may act: a session for whoever knows OPS_TOKEN, a token in each form, and no request that
-another site has sent.
+"""Access control of `serve`: sessions for people who know OPS_TOKEN, a token in each form, and
+refusal of requests that come from another site.
 """
 
 import base64
@@ -18,24 +18,22 @@ COOKIE = "job_state_listener"
 SESSION_SECONDS = 12 * 3600
 FORM_SECONDS = 3600
 LONGEST_NAME = 60
-# After a wrong token: the next attempt from that address after so many seconds, then after twice
-# as many. Nobody waits in here, the attempt is refused.
+# After a wrong token, attempts from the same address are refused for this many seconds; the delay
+# doubles with every further wrong token.
 FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0
 REMEMBERED = 10_000
 
 
 @dataclass(frozen=True)
 class Session:
-    """A person who has entered the token: the name that they gave, and what tells this session
-    from others.
-    """
+    """A person who has entered the token: the name that they gave, and the id of the session."""
 
     name: str
     id: str
 
     @property
     def person(self) -> str:
-        """As the history has it. The token is known to several people, so the name is a claim."""
+        """The name for the history. It is not verified, as several people know the token."""
         return f"{self.name} (serve)"
 
 
@@ -43,7 +41,7 @@ NOBODY = Session("", "")
 
 
 class TooSoon(Exception):
-    """Seconds until another token is looked at."""
+    """A wrong token was entered before: try again after `seconds`."""
 
     def __init__(self, seconds: float):
         super().__init__(seconds)
@@ -51,7 +49,7 @@ class TooSoon(Exception):
 
 
 class Remembered(OrderedDict):
-    """Values by name, the oldest of which go when there are too many."""
+    """Values by name; the oldest are dropped when there are more than REMEMBERED."""
 
     def keep(self, name: str, value: float) -> None:
         self[name] = value
@@ -61,8 +59,8 @@ class Remembered(OrderedDict):
 
 
 class Access:
-    """Signs with a key that is made of OPS_TOKEN and of chance, anew with each start: what an
-    earlier process has given out is worth nothing.
+    """Makes and checks cookies and form tokens. They are signed with a key derived from OPS_TOKEN
+    and random bytes, so those of an earlier process are not valid.
 
     Args:
         token: OPS_TOKEN; None where nobody may act.
@@ -79,11 +77,11 @@ class Access:
 
     # --- entering the token ---
 
-    def is_right(self, address: str, given: str) -> bool:
-        """Whether it is the token.
+    def try_token(self, address: str, given: str) -> bool:
+        """Whether `given` is the token. A wrong one delays the next attempt from `address`.
 
         Raises:
-            TooSoon: after a wrong one from this address; it was not looked at.
+            TooSoon: that delay is not over; `given` was not compared.
         """
         with self.lock:
             seconds = self.refused_until.get(address, 0.0) - time.monotonic()
@@ -103,7 +101,7 @@ class Access:
         return self.digest(self.token)
 
     def digest(self, text: bytes) -> bytes:
-        """Of one length, whatever was entered."""
+        """A digest, so that values of equal length are compared, whatever was entered."""
         return hmac.digest(self.key, text, "sha256")
 
     # --- sessions ---
@@ -114,7 +112,7 @@ class Access:
                            SESSION_SECONDS)  # fmt: skip
 
     def session(self, cookie: str) -> Session | None:
-        """The session that this is the cookie of; None where it is none of ours, or over."""
+        """The session of this cookie; None where it is not one of ours, or has expired."""
         parts = self.verified("session", cookie) if self.is_on else None
         if parts is None:
             return None
@@ -128,11 +126,11 @@ class Access:
     # --- forms ---
 
     def form_token(self, session: Session, path: str) -> str:
-        """For one form, of this session, that is sent once to `path`."""
+        """A token for one form of this session, which can be sent to `path` once."""
         return self.signed(f"form {session.id} {path}", "", FORM_SECONDS)
 
     def take_form(self, session: Session, path: str, token: str) -> bool:
-        """Whether the form was made for this session and path, and was not sent before."""
+        """Use up a form's token; False where it is not of this session and path, or was used."""
         parts = self.verified(f"form {session.id} {path}", token)
         if parts is None:
             return False
@@ -149,8 +147,8 @@ class Access:
         return f"{said}.{self.signature(purpose, said)}"
 
     def verified(self, purpose: str, value: str) -> tuple[str, str] | None:
-        """The text that was signed for this purpose and what tells it from others; None where it
-        was not, or its time is over, or it was ended.
+        """The text that was signed for this purpose, and its unique id; None where the signature is
+        wrong, the time is over, or the session was ended.
         """
         said, _, signature = value.rpartition(".")
         wanted = self.signature(purpose, said).encode()
@@ -166,7 +164,7 @@ class Access:
 
 
 def name_of(given: str) -> str | None:
-    """The name that a person gave, on one line; None where it is no name."""
+    """A person's name on one line; None where it is empty, too long, or not printable."""
     name = " ".join(given.split())
     return name if 0 < len(name) <= LONGEST_NAME and name.isprintable() else None
 
@@ -186,16 +184,16 @@ def is_address(name: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether nobody but this machine reaches what is bound to `host`."""
+    """Whether only this machine can connect to a server bound to `host`."""
     return host == "localhost" or (is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
 def is_known_host(header: str, known: Collection[str] | None) -> bool:
-    """Whether a Host header is one that people use, and not the name of a site that has made its
-    name point here (DNS rebinding). No such name is an address.
+    """Whether a Host header is one of the `known` names, localhost or an address. Any other may be
+    the name of a website that points to this machine (DNS rebinding).
 
     Args:
-        known: names in small letters; None: all.
+        known: names in lower case; None: all.
     """
     found = HOST.fullmatch(header)
     if not found:
@@ -205,7 +203,7 @@ def is_known_host(header: str, known: Collection[str] | None) -> bool:
 
 
 def is_cross_site(host: str, origin: str | None, fetch_site: str | None) -> bool:
-    """Whether a browser says that a form of another site was sent to us."""
+    """Whether the headers say that a form of another site was sent to us."""
     if fetch_site not in (None, "same-origin"):
         return True
     return origin is not None and urlsplit(origin).netloc.lower() != host.lower()

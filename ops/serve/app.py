@@ -1,4 +1,4 @@
-"""The WSGI application: which page a path is, who may see and do what, and the headers of all."""
+"""The WSGI application: maps paths to pages, checks who may act, and sets the headers."""
 
 import base64
 import hashlib
@@ -28,7 +28,7 @@ from ops.serve.looks import Looks, Unreadable
 log = logging.getLogger("listener.serve")
 
 REFRESH = 5  # seconds
-# That of the report, which has a style of its own in it.
+# Content-Security-Policy of the report, which has its style sheet inline.
 ANY_STYLE = "'unsafe-inline'"
 POLICY = (
     "default-src 'none'; style-src {style}; form-action 'self'; base-uri 'none'; "
@@ -38,7 +38,7 @@ HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
-    # Not no-referrer, with which a form of our own would be sent with "Origin: null".
+    # With no-referrer, browsers would send our own forms with "Origin: null".
     "Referrer-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -51,7 +51,7 @@ class App:
     """All pages.
 
     Args:
-        known_hosts: names by which people reach us, in small letters; None: any.
+        known_hosts: names allowed in a Host header, in lower case; None: any.
     """
 
     def __init__(self, settings: SimpleNamespace, known_hosts: Collection[str] | None):
@@ -98,7 +98,7 @@ class App:
         return response
 
     def page(self, request: Request, body: str, title: str, refreshes: bool = False) -> Response:
-        """Args: refreshes: it has no form that a person may be filling in."""
+        """Args: refreshes: whether the page reloads itself; not where it has a form to fill in."""
         refresh = REFRESH if is_refreshing(request) else 0
         shown = frame.Shown(
             title=title,
@@ -211,7 +211,7 @@ class App:
             status, said = 400, "A name of up to 60 letters is needed."
         else:
             try:
-                if self.access.is_right(request.address, sent.get("token", "")):
+                if self.access.try_token(request.address, sent.get("token", "")):
                     log.info("로그인: %s, 주소 %s", name, request.address)
                     return see_other(after, **self.set_cookie(request, name))
                 log.warning("로그인 실패: 토큰이 다름, 이름 %s, 주소 %s", name, request.address)
@@ -225,7 +225,7 @@ class App:
         return response
 
     def set_cookie(self, request: Request, name: str) -> dict[str, str]:
-        # Said by a proxy that speaks HTTPS in front of us.
+        # Set by a reverse proxy that terminates TLS.
         secure = request.environ.get("HTTP_X_FORWARDED_PROTO") == "https"
         value = f"{COOKIE}={self.access.cookie(name)}; Max-Age={SESSION_SECONDS}"
         return {"Set-Cookie": f"{value}; {COOKIE_FOR}{'; Secure' * secure}"}
@@ -265,7 +265,7 @@ COOKIE_FOR = "Path=/; HttpOnly; SameSite=Strict"
 
 PROBES: dict[str, Callable] = {"healthz": App.healthz, "readyz": App.readyz}
 
-# By the first part of the path, and how many follow.
+# Pages by the first part of the path and the number of parts after it.
 PAGES: dict[tuple[str, int], Callable] = {
     ("", 0): App.overview,
     ("metrics", 0): App.metrics,
@@ -279,12 +279,12 @@ PAGES: dict[tuple[str, int], Callable] = {
     ("do", 1): App.ask,
 }
 
-# What is sent to a path, by its first part; only with OPS_TOKEN.
+# POST handlers by the first part of the path; used only with OPS_TOKEN.
 FORMS: dict[str, Callable] = {"login": App.enter, "logout": App.leave, "do": App.act}
 
 
 def is_refreshing(request: Request) -> bool:
-    """Until the person wants it to stand still."""
+    """Whether pages reload themselves: until the person switches it off."""
     return request.query.get("refresh") != "off"
 
 
@@ -293,6 +293,6 @@ def see_other(path: str, **headers: str) -> Response:
 
 
 def local(path: str) -> str:
-    """A path of ours to go on to, and no other site's address."""
+    """`path` if it is a path of this server; "/" where it could lead to another site."""
     is_ours = path.startswith("/") and not path.startswith("//")
     return path if is_ours and path.isascii() and path.isprintable() and "\\" not in path else "/"

@@ -1,5 +1,5 @@
-"""What each page asks of the database: the queries of `status`, `job`, `jobs`, `metrics` and
-`report`, by way of Looks.
+"""The queries behind each page: those of `status`, `job`, `jobs`, `metrics` and `report`, run by
+way of Looks.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ from ops.serve.looks import Looks, Unreadable
 
 SINCE = timedelta(hours=24)  # of charts
 MOST_ROWS = 50
-# A search by tenant may read all of a table, and the others wait meanwhile.
+# Limit for a search by tenant, which may read a whole table while other viewers wait.
 SHORT = "SET LOCAL statement_timeout = '3s'; "
 
 
 def metrics(looks: Looks) -> str:
-    """Prometheus' text; where the database cannot be read, the same that the command prints."""
+    """The output of `metrics`, also where the database cannot be read."""
     began = time.monotonic()
 
     def read(conn) -> str:
@@ -47,7 +47,7 @@ def metrics(looks: Looks) -> str:
 
 
 class Board(NamedTuple):
-    """What `status` says, and where the jobs of each stage are: how many of each kind of WAITS."""
+    """The result of `status`, and for each stage how many jobs are in each kind of WAITS."""
 
     said: dict[str, Any]
     waiting: dict[str, dict[str, int]]

@@ -1,4 +1,4 @@
-"""A request as it was asked, decoded, and what is answered."""
+"""Request and Response: what a browser sent, decoded, and what is answered."""
 
 import http.cookies
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ FORM = "application/x-www-form-urlencoded"
 
 
 class Refused(Exception):
-    """The request is answered with this status, and with one line."""
+    """Raised to answer the request with this status and one line."""
 
     def __init__(self, status: int, said: str, **headers: str):
         super().__init__(status, said)
@@ -20,14 +20,14 @@ class Refused(Exception):
 
 @dataclass
 class Request:
-    """What was asked, decoded."""
+    """A request, decoded."""
 
     method: str
     path: str
     parts: list[str]  # of the path
     query: dict[str, str]
     host: str
-    address: str  # of who asks, or of the proxy in between
+    address: str  # of the client, or of a proxy in between
     environ: dict
     session: Session = NOBODY
 

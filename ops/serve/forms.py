@@ -1,4 +1,4 @@
-"""The forms: logging in and out, and one for each action, with what came of it."""
+"""The forms for logging in and out and for each action, and the page with an action's result."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from ops.rows import word_for
 from ops.serve.actions import Action, Done
 from ops.serve.parts import heading, path_of, row_path
 
-# What a link to an action, and its form, may say.
+# Fields that the link to an action and its form may have.
 FIELDS = ("stage", "id", "table")
 
 
@@ -38,7 +38,7 @@ def logout(token: str, person: str) -> Markup:
 
 
 def ask(name: str, action: Action, given: Mapping[str, str], token: str, person: str) -> Markup:
-    """The form that asks once more, and for a reason where the history keeps one."""
+    """The form that asks to confirm an action, and for a reason where the history keeps one."""
     fields = join(hidden(key, value) for key, value in given.items() if value)
     reason = ""
     if action.asks_reason:
@@ -55,7 +55,7 @@ def ask(name: str, action: Action, given: Mapping[str, str], token: str, person:
 
 
 def meant(given: Mapping[str, str]) -> str:
-    """What an action is about, in words."""
+    """The row or stage that an action is about, in words."""
     if not given.get("id"):
         return given.get("stage", "")
     row = f"{word_for(given.get('table') or pipeline.JOBS.name)} {given['id']}"
@@ -69,7 +69,7 @@ def back(given: Mapping[str, str]) -> str:
 
 
 def done(label: str, found: Done, given: Mapping[str, str]) -> Markup:
-    """What the command said."""
+    """The output of the command."""
     title = f"{label}: done" if found.status == 200 else f"{label}: refused"
     kind = "facts" if found.status == 200 else "problem"
     lines = join(f"<li>{text(line, 2000)}</li>" for line in found.said.splitlines() if line)

@@ -1,4 +1,4 @@
-"""What is around each page: its head, and the links to the others."""
+"""The frame of each page: its head, and the links to the other pages."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,17 +32,17 @@ PAGE = """<!DOCTYPE html>
 
 
 def css() -> str:
-    """That of the report, and ours."""
+    """The style sheets of the report and of `serve`."""
     return CSS.read_text(encoding="utf-8") + OWN_CSS.read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What is around a page.
+    """The variable parts of the frame.
 
     Args:
         person: who has logged in; "" where nobody has.
-        refresh: seconds until the page is read again; 0: it stands still; None: it never does.
+        refresh: seconds until the page reloads itself; 0: switched off; None: it has no refresh.
     """
 
     title: str

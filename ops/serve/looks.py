@@ -1,5 +1,5 @@
-"""What the pages ask of the database: one question at a time, and none twice within a second,
-however many people look.
+"""The queries of the pages, one at a time. Answers are cached for a second or more, so many viewers
+cost the database no more than one.
 """
 
 import threading
@@ -17,15 +17,15 @@ import ops
 from ops import rows
 from ops.problem import Problem
 
-# An answer is shown again for so many seconds, and for so many times as long as it took.
+# An answer is cached for FRESH seconds, or for TIMES as long as the query took if that is more.
 FRESH, TIMES = 1.0, 2
 MOST_KEPT = 100
-# What all questions get for a while, once one has found the database away.
+# The cache key of "the database is away", which then answers every query for a while.
 AWAY = object()
 
 
 class Unreadable(Exception):
-    """Nothing can be shown.
+    """The database could not be read.
 
     Args:
         title: what is the matter, in a few words.
@@ -39,24 +39,26 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class Kept:
+    """A cached answer."""
+
     answer: Any
     refusal: tuple[str, str] | None
     until: float  # time.monotonic()
 
 
 class Looks:
-    """A connection that only reads, made when somebody looks and again after it was lost."""
+    """Runs queries on one read-only connection, which is made when needed and again when lost."""
 
     def __init__(self, settings: SimpleNamespace):
         self.settings, self.redact = settings, config.redactor(settings)
-        # Of everything that this process does in the database: connecting switches the deadline of
-        # all connections off for a moment (see db.without_callback).
+        # Held for everything that this process does in the database: while one thread connects, no
+        # connection has its deadline (see db.without_callback).
         self.lock = threading.Lock()
         self.conn: db.Connection | None = None
         self.kept: dict[Hashable, Kept] = {}
 
     def look(self, key: Hashable, ask: Callable[[db.Connection], Any]) -> Any:
-        """The answer of `ask`, without secrets; that of another viewer who has just asked `key`.
+        """The answer of `ask` without secrets, or the one that is cached under `key`.
 
         Raises:
             Unreadable: the database is away, or refused.
@@ -66,7 +68,7 @@ class Looks:
             with self.lock:
                 kept = self.fresh(key)
                 if kept is None:
-                    kept = self.asked(key, ask)
+                    kept = self.ask_and_keep(key, ask)
         if kept.refusal:
             raise Unreadable(*kept.refusal)
         return kept.answer
@@ -81,7 +83,7 @@ class Looks:
             now = time.monotonic()
             self.kept = {key: kept for key, kept in self.kept.items() if kept.until > now}
 
-    def asked(self, key: Hashable, ask: Callable[[db.Connection], Any]) -> Kept:
+    def ask_and_keep(self, key: Hashable, ask: Callable[[db.Connection], Any]) -> Kept:
         self.make_room()
         began, answer, refusal = time.monotonic(), None, None
         try:
@@ -98,7 +100,7 @@ class Looks:
         return kept
 
     def answer(self, ask: Callable[[db.Connection], Any]) -> Any:
-        """A connection that was lost while nobody looked is made anew, and nobody is told."""
+        """Run the query; once more on a new connection where the old one was lost meanwhile."""
         if self.conn is not None:
             try:
                 return ask(self.connected())
@@ -107,17 +109,17 @@ class Looks:
         return ask(self.connected())
 
     def connected(self) -> db.Connection:
-        """Raises Problem where the database has not what this program reads."""
+        """The connection. Raises Problem where our tables are missing or of another version."""
         if self.conn is None:
             conn = db.connect(self.settings, "job-state-listener serve")
-            # In front of every statement: a pooler hands the next one to another session.
+            # Sent with every statement, as a pooler may give the next one to another session.
             conn.prefix = db.READ_ONLY + conn.prefix
             self.conn = conn
         rows.require_tables(self.conn)
         return self.conn
 
     def forget(self) -> None:
-        """What was done shows at the next look."""
+        """Empty the cache, so that the next page shows what an action has changed."""
         self.kept = {}
 
     def close(self) -> None:
@@ -127,7 +129,7 @@ class Looks:
 
 
 def why_unreadable(error: Exception) -> tuple[str, str]:
-    """A title and a line."""
+    """Title and reason of Unreadable for an error."""
     if isinstance(error, db.CONNECTION_LOST):
         return "No database", ops.lost(error)
     if isinstance(error, (psycopg2.errors.UndefinedTable, psycopg2.errors.UndefinedFunction)):

@@ -1,6 +1,4 @@
-"""The overview and the page of a stage, out of what `asking` has found; their parts and looks are
-those of the report.
-"""
+"""The overview and the page of a stage, made of the data of asking.py with parts of the report."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -76,7 +74,7 @@ def stages(found: Board) -> Markup:
 
 
 def stage_row(row: dict[str, Any], waiting: Mapping[str, int], most: int) -> list[Any]:
-    """The cells of `status`, what is none of it left out; names and numbers never disagree."""
+    """A row of the table of stages; zeros are left out."""
     cells = status.stage_cells(row)
     _, owed, calling, retrying, given_up, oldest, an_hour, failing, p50, p95 = cells
     words = ", ".join(f"{n:,} {WAITS[kind]}" for kind, n in waiting.items() if n)
@@ -84,7 +82,7 @@ def stage_row(row: dict[str, Any], waiting: Mapping[str, int], most: int) -> lis
     if row["held_until"]:
         how = "paused" if row["paused"] else f"held until {clock(row['held_until'])}"
         held = f'<p class="hold">{how}</p>'
-    # Without the words: it was asked a moment later, and they would disagree with the numbers.
+    # The bar has no numbers: it was read a moment later, and they could differ from the cells.
     bar = stack(waiting, most, words) if words else None
     numbers = [owed, calling, retrying, given_up, row["failed"], row["stalled"]]
     times = [oldest, an_hour, failing, p50, p95]

@@ -1,4 +1,4 @@
-"""What several pages have: headings, problems, links, alarms and figures."""
+"""Parts of several pages: headings, problems, links, alarms and figures."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -45,7 +45,7 @@ def stage_link(name: str | None) -> Markup:
 
 
 def row_path(table_name: str, key: str) -> str:
-    """Without its table where that is jobs, which most ids are of."""
+    """The path of a row's page; the table is left out where it is jobs."""
     is_only = len(pipeline.tables()) == 1
     return path_of("job", key) if is_only else path_of("job", table_name, key)
 
@@ -77,7 +77,7 @@ def attention(found: list[Alarm]) -> Markup:
 
 
 def alarm(found: Alarm) -> Markup:
-    """As in the report, but that it leads to the page of its stage."""
+    """As in the report, with a link to the page of its stage."""
     kind, about = URGENCY[found.urgency]
     stage = f"<b>{stage_link(found.stage)}</b> " if found.stage else ""
     reason = f'<p class="reason">{text(found.reason)}</p>' if found.reason else ""
@@ -87,7 +87,7 @@ def alarm(found: Alarm) -> Markup:
 
 
 def tiles(found: Sequence[tuple[str, Any, str, Any]]) -> Markup:
-    """Name, figure, what is said about it, whether it is bad."""
+    """Tiles, each from (name, figure, a note, whether it is bad)."""
     each = join(
         f'<div class="{"bad" if bad else "good"}"><dt>{name}</dt>'
         f"<dd>{text(value)}<small>{text(about, 60) if about else ''}</small></dd></div>"

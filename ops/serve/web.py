@@ -1,4 +1,4 @@
-"""HTTP on the standard library's WSGI server: a thread for each request, none of which may last."""
+"""HTTP on the standard library's WSGI server, with a thread for each connection."""
 
 import contextlib
 import logging
@@ -17,17 +17,17 @@ from signals import Signals
 
 log = logging.getLogger("listener.serve")
 
-# Connections at a time; more are told to come back.
+# The most connections at a time; more get 503 with Retry-After.
 MOST_CONNECTIONS = 256
 BUSY = b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 2\r\nContent-Length: 0\r\n\r\n"
-# Seconds that a client may leave us waiting, and that its connection may last in all.
+# Seconds that a client may be silent, and that its connection may last in all.
 SILENT, LONGEST = 10.0, 60.0
-# Seconds for what is under way when we are told to stop.
+# Seconds that requests under way get to finish when we are told to stop.
 LAST = 5.0
 
 
 class Handler(ServerHandler):
-    """Runs the application for one request, whose environment has nothing of this process's."""
+    """Runs the application for one request, without this process's environment variables."""
 
     os_environ = {}  # noqa: RUF012
     server_software = "job-state-listener"
@@ -36,10 +36,10 @@ class Handler(ServerHandler):
         sent: Any = request.rfile
         answer: Any = request.wfile
         super().__init__(sent, answer, sys.stderr, request.get_environ(), multithread=True)
-        self.request_handler = request  # which logs it
+        self.request_handler = request  # logs the request
 
     def log_exception(self, exc_info) -> None:
-        """The application catches its own errors; this is a client that has gone."""
+        """The application catches its own errors, so this is a client that hung up."""
         log.debug("연결이 끊김: %s", exc_info[1])
 
 
@@ -63,7 +63,7 @@ class RequestHandler(WSGIRequestHandler):
                 handler.run(self.server.app)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What cannot be read as a request gets one line."""
+        """Answer with one line what cannot be parsed as a request."""
         said = f"{int(code)} {HTTPStatus(code).phrase}\n".encode()
         self.send_response(code)
         for name, value in (("Content-Type", "text/plain"), ("Content-Length", str(len(said))),
@@ -95,18 +95,18 @@ class Server(socketserver.ThreadingMixIn, WSGIServer):
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         self.address_family, _, _, _, address = found[0]
         self.app = app
-        self.connections: dict[socket.socket, float] = {}  # and when each was made
+        self.connections: dict[socket.socket, float] = {}  # time.monotonic() at which each was made
         self.changed = threading.Condition()
         super().__init__((str(address[0]), int(address[1])), RequestHandler)
 
     def server_bind(self) -> None:
-        """Without asking the DNS for our name, as the standard library does."""
+        """Unlike the standard library's, looks up no name of this host in the DNS."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
         self.setup_environ()
 
     def serve_until(self, signals: Signals) -> None:
-        """Serve until told to stop; what is under way then has a few seconds."""
+        """Serve until told to stop; then requests under way get a few seconds to finish."""
         while not signals.requested:
             watched: list[Any] = [self, signals]
             ready, _, _ = select.select(watched, [], [], 1.0)
@@ -117,18 +117,18 @@ class Server(socketserver.ThreadingMixIn, WSGIServer):
             self.end_long_ones()
         self.server_close()
         with self.changed:
-            self.shut_down(self.connections, socket.SHUT_RD)  # who has asked nothing yet is let go
+            self.shut_down(self.connections, socket.SHUT_RD)  # ends connections without a request
             self.changed.wait_for(lambda: not self.connections, LAST)
 
     def end_long_ones(self) -> None:
-        """A client that sends or reads a byte now and then is not waited for without end."""
+        """End connections older than the limit: a client may send a byte now and then for ever."""
         now = time.monotonic()
         with self.changed:
             old = [one for one, since in self.connections.items() if now - since > LONGEST]
             self.shut_down(old, socket.SHUT_RDWR)
 
     def shut_down(self, connections: Iterable[socket.socket], how: int) -> None:
-        """Their threads notice, and end."""
+        """Shut connections down, so that their threads notice and end."""
         for connection in connections:
             with contextlib.suppress(OSError):
                 connection.shutdown(how)
