@@ -36,36 +36,38 @@ class Alarm(NamedTuple):
     stage: str | None = None
 
 
-def alarms(said: dict[str, Any]) -> list[Alarm]:
+def alarms(state: dict[str, Any]) -> list[Alarm]:
     """The alarms in the result of status.look(): by urgency, then in the order of the pipeline."""
-    found = list(of_everything(said))
-    for row in said["stages"]:
-        found += of_stage(row, said["at"])
+    found = list(of_everything(state))
+    for row in state["stages"]:
+        found += of_stage(row, state["at"])
     return sorted(found, key=lambda alarm: alarm.urgency)
 
 
-def of_everything(said: dict[str, Any]) -> Iterator[Alarm]:
+def of_everything(state: dict[str, Any]) -> Iterator[Alarm]:
     """What concerns every stage."""
-    if problem := said["triggers"]["problem"]:
+    if problem := state["triggers"]["problem"]:
         what, _, mend = problem.partition(" → ")
         yield Alarm(EVERYTHING, "triggers", "new calls may not be recorded", what, mend)
-    if problem := said["database"]["schema_problem"]:
+    if problem := state["database"]["schema_problem"]:
         yield Alarm(EVERYTHING, "schema", "program and database differ", problem)
-    found = said["listeners"]
-    if not any(row["connected"] for row in found):
-        alive = (f"{row['listener']}: {row['doing']}" for row in found if row["heartbeat"] == ALIVE)
+    listeners = state["listeners"]
+    if not any(row["connected"] for row in listeners):
+        alive = (
+            f"{row['listener']}: {row['doing']}" for row in listeners if row["heartbeat"] == ALIVE
+        )
         reason = "; ".join(alive)
         yield Alarm(EVERYTHING, "listener", "no listener is connected, nothing is called",
                     reason, waits.NOBODY.mend)  # fmt: skip
-    for row in found:
+    for row in listeners:
         if row["heartbeat"] not in (None, ALIVE):
             yield Alarm(STAGE, "listener", f"listener {row['listener']} is {row['heartbeat']}",
                         row["doing"], f"{pipeline.JSL} check")  # fmt: skip
-    if (percent := said["database"]["notification_queue_percent"]) >= FULL:
+    if (percent := state["database"]["notification_queue_percent"]) >= FULL:
         reason = "when it is full, every transaction that changes a job fails"
         yield Alarm(EVERYTHING, "queue", f"the NOTIFY queue of the server is {percent} % full",
                     reason, f"{pipeline.JSL} verify")  # fmt: skip
-    if problem := said["resting_problem"]:
+    if problem := state["resting_problem"]:
         yield Alarm(JOBS, "resting", problem)
 
 
@@ -97,8 +99,8 @@ def of_stage(row: dict[str, Any], at: datetime) -> Iterator[Alarm]:
         yield Alarm(JOBS, "given_up", what, readable(row["last_error"]), mend, stage)
     if row["stalled"]:
         what = f"{counted(row['stalled'], 'job')} stalled"
-        said = readable(row["stalled_reason"]) or ""
-        reason, _, command = said.partition(f": {pipeline.JSL} ")
+        text = readable(row["stalled_reason"]) or ""
+        reason, _, command = text.partition(f": {pipeline.JSL} ")
         mend = f"{pipeline.JSL} {command or f'jobs --stalled --stage {stage}'}"
         yield Alarm(JOBS, "stalled", what, reason, mend, stage)
 

@@ -124,11 +124,6 @@ class Rest(NamedTuple):
     reason: str
 
 
-def mended(row: Any, rests: Any) -> str:
-    """What a person types so that `row` goes on."""
-    return rows.way_on(row, rests.stage)
-
-
 CANCELLED = "cancelled"
 
 
@@ -209,7 +204,7 @@ def as_object(row, owed, calling, attempts, below, above, rests, waiting) -> dic
         "owes": plainly(own(owed)),
         "waits": plainly(waiting.get("")),
         "calling": plainly(calling[-1] if calling else None),
-        "rests": why and dict(plainly(why) or (), mend=mended(row, why)),
+        "rests": why and dict(plainly(why) or (), mend=rows.way_on(row, why.stage)),
         "joins": [
             one | {"owes": plainly(one["owes"]), "waits": plainly(waiting.get(one["join"]))}
             for one in above
@@ -298,7 +293,7 @@ def rest_line(row: Any, why: Any) -> str:
     # Some reasons end with a command for all rows alike; `jobs` shows it, `job` does not.
     reason = readable(why.reason).partition(f": {pipeline.JSL} ")[0]
     text = f"rests{since}: {plain(reason)}"
-    return f"{text}; to call {why.stage} again: {one_line(mended(row, why))}"
+    return f"{text}; to call {why.stage} again: {one_line(rows.way_on(row, why.stage))}"
 
 
 def one_line(text: str) -> str:

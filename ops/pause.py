@@ -34,7 +34,7 @@ RETURNING before.held_by, before.held_reason,
 STAGES = click.argument("stages", type=StageName(), nargs=-1, metavar="STAGE...")
 
 
-def chosen(stages: tuple[str, ...], of_pools: tuple[str, ...]) -> tuple[str, ...]:
+def named_stages(stages: tuple[str, ...], of_pools: tuple[str, ...]) -> tuple[str, ...]:
     """The stages that were named, and those of the pools, each once."""
     found = tuple(dict.fromkeys((*stages, *members(of_pools))))
     if not found:
@@ -63,17 +63,17 @@ def pause(
     """
     if timeout is not None and not wait:
         raise click.UsageError("--timeout needs --wait.", click.get_current_context())
-    stages = chosen(stages, of_pools)
+    stages = named_stages(stages, of_pools)
     conn = db.connect(config.settings(), "job-state-listener pause")
-    unknown = [stage for stage in stages if not paused(conn, stage, reason)]
+    unknown = [stage for stage in stages if not pause_stage(conn, stage, reason)]
     if unknown:
         raise Problem(f"the database does not know {' and '.join(unknown)}: run `make trigger`")
     if wait:
         wait_for_calls(conn, stages, timeout)
 
 
-def paused(conn, stage: str, reason: str) -> bool:
-    """Pause a stage and say so; False: the database does not know it."""
+def pause_stage(conn, stage: str, reason: str) -> bool:
+    """Pause a stage and print it; False where the database does not know the stage."""
     by = operator()
     if not db.execute(conn, PAUSE, {"stage": stage, "reason": reason, "by": by}).rowcount:
         return False
@@ -87,7 +87,7 @@ def paused(conn, stage: str, reason: str) -> bool:
 @POOL
 def resume(stages: tuple[str, ...], of_pools: tuple[str, ...]) -> None:
     """Call these stages again: ends a pause, and also a hold, at once."""
-    stages = chosen(stages, of_pools)
+    stages = named_stages(stages, of_pools)
     conn = db.connect(config.settings(), "job-state-listener resume")
     for stage in stages:
         lifted = db.execute(conn, RESUME, {"stage": stage}).fetchone()

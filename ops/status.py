@@ -139,38 +139,38 @@ MOST_CALLS = 10  # of one listener
 COLUMNS = 80  # where the output goes to no terminal that has its own
 
 
-def lines(said: dict[str, Any]) -> Iterator[Line]:
+def lines(found: dict[str, Any]) -> Iterator[Line]:
     """What `look` has found, for a screen of 80 columns."""
-    base = said["database"]
+    base = found["database"]
     where = f"{base['name']} on {base['host']}:{base['port']} as {base['user']}"
-    yield f"{where}, schema {base['schema_version'] or 'unknown'}, {clock(said['at'])}", 0
-    yield summary(said), 0
+    yield f"{where}, schema {base['schema_version'] or 'unknown'}, {clock(found['at'])}", 0
+    yield summary(found), 0
     if base["updates_only"]:
         yield "a row that is inserted owes no call (install --no-insert)", 0
-    problems = said["error"], base["schema_problem"], said["triggers"]["problem"]
-    for problem in filter(None, (*problems, said["resting_problem"])):
+    problems = found["error"], base["schema_problem"], found["triggers"]["problem"]
+    for problem in filter(None, (*problems, found["resting_problem"])):
         yield f"PROBLEM  {plain(problem)}", RED
-    yield from ((line, 0) for line in stage_lines(said["stages"]))
-    longest = max((len(row["stage"]) for row in said["stages"]), default=0)
-    for row in said["stages"]:
+    yield from ((line, 0) for line in stage_lines(found["stages"]))
+    longest = max((len(row["stage"]) for row in found["stages"]), default=0)
+    for row in found["stages"]:
         for text, colour in notes(row):
             yield f"{row['stage']:{longest}}  {text}", colour
-    yield from ((pool_line(row), 0) for row in said["pools"])
+    yield from ((pool_line(row), 0) for row in found["pools"])
     for kind, hint in HINTS.items():
-        if any(row[kind] for row in said["stages"]):
+        if any(row[kind] for row in found["stages"]):
             yield hint, 0
-    yield from listener_lines(said["listeners"])
+    yield from listener_lines(found["listeners"])
 
 
-def summary(said: dict[str, Any]) -> str:
-    oldest, base = said["oldest_due_seconds"], said["database"]
-    stuck = sum(row[kind] or 0 for row in said["stages"] for kind in HINTS)
+def summary(found: dict[str, Any]) -> str:
+    oldest, base = found["oldest_due_seconds"], found["database"]
+    stuck = sum(row[kind] or 0 for row in found["stages"] for kind in HINTS)
     due = f"{stuck} need a person" if stuck else "nothing is due"
     due = due if oldest is None else f"oldest due {duration(oldest)}"
     queue = f"NOTIFY queue {base['notification_queue_percent']}%"
-    triggers = "triggers on" if said["triggers"]["ok"] else "triggers BROKEN"
+    triggers = "triggers on" if found["triggers"]["ok"] else "triggers BROKEN"
     version = f"PostgreSQL {base['version']}"
-    return ", ".join([due, f"{said['calls_per_minute']:g} calls/min", version, queue, triggers])
+    return ", ".join([due, f"{found['calls_per_minute']:g} calls/min", version, queue, triggers])
 
 
 def stage_lines(stages: list[dict[str, Any]]) -> Iterator[str]:
@@ -215,20 +215,20 @@ def stage_cells(row: dict[str, Any]) -> list[Any]:
 
 
 def notes(row: dict[str, Any]) -> Iterator[Line]:
-    """What is to be said about a stage beyond its numbers."""
-    said = [f"{row['working']} taken and worked on"] if row["working"] else []
+    """What there is to say about a stage beyond its numbers."""
+    parts = [f"{row['working']} taken and worked on"] if row["working"] else []
     if row["retrying"]:
         seconds = row["next_retry_seconds"]
-        said.append(f"next retry {'in ' + duration(seconds) if seconds > 0 else 'due'}")
+        parts.append(f"next retry {'in ' + duration(seconds) if seconds > 0 else 'due'}")
     if row["paused"]:
-        said.append(f"paused by {row['held_by']}: {row['held_reason']}")
+        parts.append(f"paused by {row['held_by']}: {row['held_reason']}")
     elif row["held_until"]:
         until = clock(row["held_until"])
-        said.append(f"held until {until} by {row['held_by']}: {row['held_reason']}")
+        parts.append(f"held until {until} by {row['held_by']}: {row['held_reason']}")
     elif row["retry_error"]:
-        said.append(f"last error: {row['retry_error']}")
-    if said:
-        yield plain("; ".join(said)), YELLOW if row["held_until"] else 0
+        parts.append(f"last error: {row['retry_error']}")
+    if parts:
+        yield plain("; ".join(parts)), YELLOW if row["held_until"] else 0
     if row["given_up"]:
         yield plain(f"given up: {row['last_error']}"), RED
     for kind in ("failed", "stalled"):
@@ -292,12 +292,12 @@ def status(as_json: bool, watch: bool, interval: float | None) -> None:
         raise click.UsageError("--interval needs --watch.", click.get_current_context())
     looks = looking(config.settings(), interval or 2.0)
     if not watch:
-        said = next(looks)
-        echo_json(said) if as_json else echo_lines(lines(said), COLUMNS)
+        found = next(looks)
+        echo_json(found) if as_json else echo_lines(lines(found), COLUMNS)
         return
     with contextlib.suppress(KeyboardInterrupt), Screen(COLUMNS) as screen:
-        for said in looks:
-            echo_json(said) if as_json else screen.draw(lines(said))
+        for found in looks:
+            echo_json(found) if as_json else screen.draw(lines(found))
 
 
 def looking(settings: SimpleNamespace, interval: float) -> Iterator[dict[str, Any]]:
@@ -307,16 +307,16 @@ def looking(settings: SimpleNamespace, interval: float) -> Iterator[dict[str, An
     """
     name = "job-state-listener status"
     conn: db.Connection | None = db.connect(settings, name)
-    said = look(conn, settings)
+    found = look(conn, settings)
     while True:
-        yield said
+        yield found
         time.sleep(interval)
         try:
             conn = conn or db.connect(settings, name)
-            said = look(conn, settings)
+            found = look(conn, settings)
         except psycopg2.Error as error:
             reason = config.redactor(settings)(" ".join(str(error).split()))
             lost = isinstance(error, db.CONNECTION_LOST)
             conn = None if lost else conn
             away = "the database is away" if lost else "the database refused"
-            said |= {"error": f"{away}, trying again: {reason}"}
+            found |= {"error": f"{away}, trying again: {reason}"}

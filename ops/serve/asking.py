@@ -49,18 +49,18 @@ def metrics(looks: Looks) -> str:
 class Board(NamedTuple):
     """The result of `status`, and for each stage how many jobs are in each kind of WAITS."""
 
-    said: dict[str, Any]
+    status: dict[str, Any]
     waiting: dict[str, dict[str, int]]
 
 
 def board(looks: Looks) -> Board:
     def read(conn) -> Board:
-        said = status.look(conn, looks.settings)
+        state = status.look(conn, looks.settings)
         waiting: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(WAITS, 0))
-        for row in db.execute(conn, WAITING, {"until": said["at"]}):
+        for row in db.execute(conn, WAITING, {"until": state["at"]}):
             for kind in WAITS:
                 waiting[row.stage][kind] += getattr(row, kind)
-        return Board(said, dict(waiting))
+        return Board(state, dict(waiting))
 
     return looks.look("board", read)
 
@@ -108,7 +108,7 @@ class Stage(NamedTuple):
 def stage(looks: Looks, name: str) -> Stage | None:
     """None where there is no such stage."""
     found = board(looks)
-    [row] = [one for one in found.said["stages"] if one["stage"] == name] or [None]
+    [row] = [one for one in found.status["stages"] if one["stage"] == name] or [None]
     if row is None:
         return None
 
@@ -126,7 +126,7 @@ def stage(looks: Looks, name: str) -> Stage | None:
         charts = of_stage(whole_report(looks), name)
     except Unreadable:
         charts = None
-    return Stage(row, found.said["at"], charts, rest)
+    return Stage(row, found.status["at"], charts, rest)
 
 
 # --- rows ----------------------------------------------------------------------------------

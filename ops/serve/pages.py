@@ -28,31 +28,31 @@ from ops.table import clock, readable
 
 
 def overview(found: Board) -> Markup:
-    base = found.said["database"]
+    base = found.status["database"]
     return join([
         heading(
             "Pipeline",
             f"{base['name']} on {base['host']}:{base['port']}, PostgreSQL {base['version']}",
-            as_of(found.said["at"]),
+            as_of(found.status["at"]),
         ),
-        attention(alarms(found.said)),
-        figures(found.said),
+        attention(alarms(found.status)),
+        figures(found.status),
         stages(found),
-        pools(found.said["pools"]),
-        listeners(found.said["listeners"]),
+        pools(found.status["pools"]),
+        listeners(found.status["listeners"]),
     ], "\n")  # fmt: skip
 
 
-def figures(said: dict[str, Any]) -> Markup:
+def figures(state: dict[str, Any]) -> Markup:
     def total(name: str) -> int:
-        return sum(row[name] or 0 for row in said["stages"])
+        return sum(row[name] or 0 for row in state["stages"])
 
-    connected = sum(row["connected"] for row in said["listeners"])
-    late = said["oldest_due_seconds"]
+    connected = sum(row["connected"] for row in state["listeners"])
+    late = state["oldest_due_seconds"]
     return tiles([
         ("Listeners", connected, "connected", not connected),
         ("Owed", total("owed"), f"{total('calling'):,} under way", False),
-        ("Calls", f"{said['calls_per_minute']:g}", "a minute, in the last hour", False),
+        ("Calls", f"{state['calls_per_minute']:g}", "a minute, in the last hour", False),
         ("Oldest due", span(late), "nothing is due" if late is None else "", (late or 0) > LATE),
         ("Given up", total("given_up"), "wait for a person", total("given_up")),
         ("Failed", total("failed"), "set so by their stage", total("failed")),
@@ -67,7 +67,7 @@ STAGES = ["Stage", "*Where its jobs are", "#Owed", "#Calling", "#Retry", "#Given
 def stages(found: Board) -> Markup:
     most = max((sum(counts.values()) for counts in found.waiting.values()), default=0)
     rows = [stage_row(row, found.waiting.get(row["stage"], {}), most) for row in
-            found.said["stages"]]  # fmt: skip
+            found.status["stages"]]  # fmt: skip
     about = "Calls an hour, how many failed, p50 and p95 are those of the last hour."
     return section("stages", "Stages", legend(WAITS, WAITS) if most else "",
                    table(STAGES, rows, about))  # fmt: skip
