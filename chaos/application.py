@@ -39,7 +39,6 @@ class Application:
     def __init__(self, dsn: str, steps: list[Step]):
         self.dsn, self.steps = dsn, steps
         self.stop = threading.Event()
-        self.put_back = 0
         self.errors: list[str] = []  # statements that failed, though the database was there
 
     def run(self) -> None:
@@ -86,7 +85,6 @@ class Application:
                 MOVE, [step if status == "done" else BEFORE.get(step, step), "done", job]
             )
             cursor.connection.commit()
-            self.put_back += 1
 
     def put_back_variants(self, cursor) -> None:
         cursor.execute(families.LEFT_BEHIND)
@@ -95,7 +93,6 @@ class Application:
                 cursor.execute(families.MOVE, ["cut", "paused", variant])
                 cursor.connection.commit()
             cursor.execute(families.MOVE, [*families.CUT, variant])
-            self.put_back += 1
         cursor.connection.commit()
 
 

@@ -21,7 +21,6 @@ class Nemesis:
     def __init__(self, world: World, planned: list[PlannedFault]):
         self.world, self.planned = world, planned
         self.faults: list[Fault] = []
-        self.not_now = 0
         self.stop = threading.Event()
         self._order = itertools.count()
         self._ends: list[tuple] = []  # (time, number, plan, target, context, began)
@@ -55,7 +54,6 @@ class Nemesis:
         try:
             context.__enter__()
         except (NotNow, ProcessLookupError, psycopg2.Error):
-            self.not_now += 1
             return
         until = time.monotonic() + plan.seconds
         heapq.heappush(self._ends, (until, next(self._order), plan, target, context, began))

@@ -1,15 +1,17 @@
-"""A listener's side of calls.py, short enough to write tests in: one claim, one result."""
+"""Short ways to call calls.py in tests as a listener does: one claim, one result."""
 
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 import calls
 import db
 from calls import Result, Turn, Wanted
 
-# As if every listener that has calls under way had been away for longer than their leases.
+# Moves the end of all leases into the past.
 LEASE_OVER = "".join(
     f"UPDATE {table} SET {column} = now() - interval '1 second'"
     f" WHERE {column} BETWEEN now() AND '9999-01-01';"
@@ -29,9 +31,31 @@ def connected(database, **settings):
 
 
 def wanted(stages: Iterable[str] = STAGES, lease: float = 60, most: int = 1, **given) -> list:
-    """Any stage, up to `most` calls of each; `limited` may be a set of stages."""
+    """A Wanted for each stage, for up to `most` calls; `limited`: the stages that have limits."""
     limited, share = given.pop("limited", set(stages)), given.pop("share", most)
     return [Wanted(stage, lease, most, share, stage in limited, **given) for stage in stages]
+
+
+@pytest.fixture
+def conn(database):
+    """A listener's connection."""
+    with connected(database) as conn:
+        yield conn
+
+
+@pytest.fixture
+def other(database):
+    """A second listener's connection."""
+    with connected(database) as conn:
+        yield conn
+
+
+@pytest.fixture
+def stage(database):
+    """The stage's own connection, on which nothing is committed unless the test commits it."""
+    with closing(database.connect()) as conn:
+        conn.autocommit = False
+        yield conn
 
 
 CALL_OF = "SELECT call_id FROM stage_calls WHERE job_id = %(job_id)s AND join_of = ''"
@@ -59,7 +83,7 @@ def claim(conn, worker: str = "w", stages=STAGES, settled: Result | None = None,
 
 
 def settle(conn, *results: Result) -> bool:
-    """Write results; False where the stage's own transaction holds a row of theirs."""
+    """Settle results; False where the stage's own transaction holds the row of one of them."""
     return not calls.settle_and_claim(conn, results, [], 0, "w").unsettled
 
 
@@ -80,6 +104,6 @@ def result(row, outcome: str = "succeeded", worker: str = "w", **details) -> Res
 
 
 def held(row, worker: str = "w", **details) -> Result:
-    """The stage of `row` could not be reached, or asked for patience."""
+    """The result of a claimed `row` whose stage was unreachable, so that the stage is held."""
     given = {"delay": 0.0, "free": True, "hold": True, "error": "refused"} | details
     return result(row, "held", worker, **given)

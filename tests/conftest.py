@@ -1,6 +1,6 @@
-"""What the tests stand on: a real PostgreSQL, a real stage API, real listener processes.
+"""Fixtures: a real PostgreSQL, a real stage API, real listener processes.
 
-Every test gets a database of its own. Waiting is for events: a log line, a request, a row.
+Every test gets a database of its own. Tests wait for events: a log line, a request, a row.
 """
 
 import itertools
@@ -23,6 +23,7 @@ import launcher
 import psycopg2
 import psycopg2.extras
 import pytest
+from waiting import PATIENCE
 
 import config
 import db
@@ -31,26 +32,24 @@ from demo.database import EmbeddedDatabase, available_majors
 from demo.stage_api import StageApi
 from ops.install import apply
 
-# The programs that the tests start should not compile every module anew.
+# Let the programs that tests start use compiled modules.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-# The pipeline of the tests, which stages.py and .env have no say in.
+# The pipeline of the tests, whatever stages.py and .env contain.
 PIPELINE = {"PIPELINE_MODULE": "demo.five_stages"}
 os.environ |= PIPELINE
 
 FIVE_STAGES = five_stages.PIPELINE
-pytest_plugins = ["busy", "variants", "caller"]
+pytest_plugins = ["busy", "variants", "caller", "claims"]
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = ROOT / "listener.py"
-# Long enough for a busy machine; nothing waits this long unless it fails.
-PATIENCE = 60.0
 MAJORS = available_majors()
 
 _number = itertools.count(1)
 
 
 def pytest_configure() -> None:
-    """In the background of a shell they would ignore Ctrl-C, and all that they start, too."""
+    """Started in the background of a shell, pytest and its children would ignore SIGINT."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -65,7 +64,7 @@ class Server:
     def __init__(self, environ: dict[str, str], embedded: EmbeddedDatabase | None = None):
         self.environ = environ | PIPELINE
         self.embedded = embedded
-        self.templates: dict[str, str] = {}  # names of databases, by what was done in them
+        self.templates: dict[str, str] = {}  # names of template databases by their key
         self.admin: psycopg2.extensions.connection | None = None
 
     def connect(self, name: str = "postgres"):
@@ -97,7 +96,7 @@ class Server:
 
     def create(self, template: str = "template1", name: str | None = None) -> str:
         name = name or f"jsl_test_{os.getpid()}_{next(_number)}"
-        # To write every page to the WAL costs more than to copy files, as PostgreSQL 14 does.
+        # Copying files, as PostgreSQL 14 does, is cheaper than writing every page to the WAL.
         how = "STRATEGY FILE_COPY" if self.version >= 15 else ""
         self.administer(f"CREATE DATABASE {name} TEMPLATE {template} {how}")
         return name
@@ -108,7 +107,7 @@ class Server:
     def template(
         self, key: str, prepare: "Callable[[Database], None]", base: str = "template1"
     ) -> str:
-        """A database to copy, as `prepare` leaves a copy of `base`; made once for each `key`."""
+        """The name of a template: a copy of `base` after `prepare`. Made once for each `key`."""
         if key not in self.templates:
             database = Database(self, self.create(base))
             with closing(database.conn):
@@ -199,7 +198,7 @@ class Database:
         )
 
     def wait_for(self, sql: str, *params: object, timeout: float = PATIENCE):
-        """Ask until the first column of the first row is true; that row."""
+        """Run the query until the first column of its first row is true; that row."""
         end = time.monotonic() + timeout
         while True:
             found = self.rows(sql, *params)
@@ -209,7 +208,7 @@ class Database:
             threading.Event().wait(0.02)
 
     def become(self, template: str) -> None:
-        """Be a copy of `template`."""
+        """Replace this database by a copy of `template`."""
         self.close()
         self.server.create(template, self.name)
         self.conn = self.server.connect(self.name)
@@ -228,8 +227,8 @@ def install(database: Database) -> None:
 class Listener:
     """`python listener.py …` as a process of its own, its output read line by line.
 
-    within: a command that is to run it, such as ("ip", "netns", "exec", "a").
-    program: a script that changes something first.
+    within: a command that runs it, such as ("ip", "netns", "exec", "a").
+    program: the script to run instead of listener.py.
     """
 
     def __init__(
@@ -306,7 +305,9 @@ class Listener:
         return [int(pid) for pid in path.read_text().split()]
 
     def remember_workers(self) -> None:
-        """Know them again, though their listener is gone and a pid may be given to another."""
+        """Remember the workers by pid and start time, so that kill() finds them once the listener
+        is gone, and no other process that got one of the pids.
+        """
         if self.process.poll() is None:
             self.workers |= {pid: started(pid) for pid in self.children()}
 
@@ -330,7 +331,7 @@ class Listener:
 
 
 def started(pid: int) -> str | None:
-    """When a process started, by the clock of the kernel; None where there is none."""
+    """The start time of a process, in the kernel's ticks; None where there is no such process."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
     return None
@@ -341,10 +342,10 @@ MEMORY, ENOUGH = "/dev/shm", 8 << 30
 
 @cache
 def in_memory() -> str | None:
-    """Where files are in memory, with room for all servers; None where there is no such place.
+    """A directory in memory with room for all servers; None where there is none.
 
-    Every test makes a database of a thousand files and removes it, and ext4 looks for an unused
-    inode among all that were removed in the last seconds.
+    Every test makes and removes a database of a thousand files. That is slow on ext4, which
+    searches all inodes that were freed in the last seconds for an unused one.
     """
     with suppress(OSError):
         found = os.statvfs(MEMORY)
@@ -354,7 +355,7 @@ def in_memory() -> str | None:
 
 
 def embedded_server(major: int = MAJORS[0], **options: object) -> EmbeddedDatabase:
-    """A server that may lose its data with the machine."""
+    """An embedded server without fsync."""
     small = {"fsync": "off", "min_wal_size": "32MB", "max_wal_size": "128MB"}
     return EmbeddedDatabase(major, small | options, in_memory())
 
@@ -373,7 +374,7 @@ def server() -> Iterator[Server]:
             yield Server(embedded.settings(), embedded)
 
 
-# Files with many cases: the oldest server is asked with the slow tests.
+# In these files, which have many cases, the tests on the oldest server are slow tests.
 MANY_CASES = ("test_ddl.py", "test_schema_names.py")
 
 
@@ -502,7 +503,7 @@ def listener(tmp_path: Path) -> Iterator[Callable[..., Listener]]:
     `within` and `program` are those of Listener.
     """
     started: list[Listener] = []
-    # Found in the working directory before any other, so nobody's own .env has a say.
+    # An empty .env in the working directory is read instead of the developer's own.
     (tmp_path / ".env").touch()
     heartbeats = tmp_path / "heartbeats"
 

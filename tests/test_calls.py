@@ -2,7 +2,6 @@
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 
 import pytest
 from claims import LEASE_OVER, STAGES, claim, claim_many, connected, held, result, settle
@@ -17,27 +16,6 @@ from calls import Wanted
 @pytest.fixture
 def database(shared_database):
     return shared_database.emptied()
-
-
-@pytest.fixture
-def conn(database):
-    with connected(database) as conn:
-        yield conn
-
-
-@pytest.fixture
-def other(database):
-    """A second listener's connection."""
-    with connected(database) as conn:
-        yield conn
-
-
-@pytest.fixture
-def stage(database):
-    """The stage's own connection: what it does is not committed until it says so."""
-    with closing(database.connect()) as conn:
-        conn.autocommit = False
-        yield conn
 
 
 # --- who gets it ---------------------------------------------------------------------------

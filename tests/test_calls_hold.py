@@ -22,12 +22,6 @@ def database(shared_database):
     return shared_database.emptied()
 
 
-@pytest.fixture
-def conn(database):
-    with connected(database) as conn:
-        yield conn
-
-
 def hold(database):
     return database.row(HOLD)
 

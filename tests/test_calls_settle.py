@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import psycopg2
 import pytest
-from claims import LEASE_OVER, claim, claim_many, connected, held, result, settle, wanted
+from claims import LEASE_OVER, claim, claim_many, held, result, settle, wanted
 
 import calls
 import upkeep
@@ -15,20 +15,6 @@ from ops.steer import make_due
 @pytest.fixture
 def database(shared_database):
     return shared_database.emptied()
-
-
-@pytest.fixture
-def conn(database):
-    with connected(database) as conn:
-        yield conn
-
-
-@pytest.fixture
-def stage(database):
-    """The stage's own connection: what it does is not committed until it says so."""
-    with closing(database.connect()) as conn:
-        conn.autocommit = False
-        yield conn
 
 
 def wait_of(database, job) -> float:

@@ -34,18 +34,6 @@ def database(shared_database):
     return shared_database.emptied()
 
 
-@pytest.fixture
-def conn(database):
-    with connected(database) as conn:
-        yield conn
-
-
-@pytest.fixture
-def other(database):
-    with connected(database) as conn:
-        yield conn
-
-
 # --- places --------------------------------------------------------------------------------
 
 

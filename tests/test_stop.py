@@ -11,12 +11,12 @@ from waiting import (
     RECONNECTING,
     gate,
     is_gone,
-    pid_of,
     until,
     wait_for_call,
     wait_until_idle,
 )
 
+from chaos.history import pid_of
 from demo.stage_api import StageApi
 from demo.stage_server import Answer
 

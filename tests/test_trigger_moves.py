@@ -101,14 +101,6 @@ def test_job_that_comes_back_owes_a_new_call(database, accepting, caller):
 # --- a stage that answers before it commits ------------------------------------------------
 
 
-@pytest.fixture
-def stage(database):
-    """The stage's own connection: what it changes is not committed until it says so."""
-    with closing(database.connect()) as conn:
-        conn.autocommit = False
-        yield conn
-
-
 def answer_before_commit(database, stage, worker, lease_over: bool = False) -> str:
     """A job whose stage has answered, and still holds its row."""
     job = database.add_job()

@@ -4,7 +4,7 @@ import math
 import threading
 
 import pytest
-from claims import STAGES, claim, connected, result, settle
+from claims import STAGES, claim, result, settle
 
 import db
 import upkeep
@@ -13,18 +13,6 @@ import upkeep
 @pytest.fixture
 def database(shared_database):
     return shared_database.emptied()
-
-
-@pytest.fixture
-def conn(database):
-    with connected(database) as conn:
-        yield conn
-
-
-@pytest.fixture
-def other(database):
-    with connected(database) as conn:
-        yield conn
 
 
 def add_history(database, count: int, days: float, seconds: float = 0, outcome="succeeded") -> None:

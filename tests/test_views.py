@@ -15,12 +15,6 @@ def database(shared_database):
     return shared_database.emptied()
 
 
-@pytest.fixture
-def conn(database):
-    with connected(database) as conn:
-        yield conn
-
-
 def overview(database, stage: str = "vlm_analyze"):
     return database.row("SELECT * FROM pipeline_overview WHERE stage = %s", stage)
 

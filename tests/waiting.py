@@ -1,4 +1,4 @@
-"""Waiting for events that have no queue of their own, and stages that wait for the test."""
+"""Waiting for events by polling, and stages that wait for the test."""
 
 import threading
 import time
@@ -15,9 +15,9 @@ PATIENCE = 60.0
 
 # The address of a database that is not there: refused at once.
 AWAY = {"DB_HOST": "127.0.0.1", "DB_PORT": 1}
-# A look for due calls, as the server hears it.
+# How pg_stat_activity shows a claim.
 CLAIM = "EXECUTE claim("
-# What an idle listener asks after that.
+# The query of an idle listener after a claim.
 NEXT_DUE = "min(coming.due_at)"
 LISTENING = "LISTEN 'job_state_changed' 시작"
 RECONNECTING = "재연결 시도"
@@ -25,7 +25,7 @@ LISTENERS = "datname = current_database() AND application_name LIKE 'job-state-l
 
 
 def until(predicate: Callable[[], object], what: str, timeout: float = PATIENCE):
-    """Ask until `predicate()` is true; its value."""
+    """Call `predicate` until its value is true; that value."""
     end = time.monotonic() + timeout
     while not (value := predicate()):
         assert time.monotonic() < end, f"not within {timeout} s: {what}"
@@ -45,9 +45,9 @@ def wait_until_idle(directory: Path, listeners: int = 1) -> None:
 
 
 def wait_for_sweeps(database, listeners: int = 1, times: int = 3) -> None:
-    """Block until each listener has looked for due calls so many times from now on.
+    """Block until each listener has looked for due calls `times` more times.
 
-    A look is a claim and perhaps a question after it, of which this sees the one or the other.
+    A look is a claim, and perhaps a query after it; polling may see either of the two.
     """
     start = database.value("SELECT clock_timestamp()")
     looks: set[tuple] = set()
@@ -73,13 +73,8 @@ def backends(database) -> list[int]:
     return [row.pid for row in database.rows(f"SELECT pid FROM pg_stat_activity WHERE {LISTENERS}")]
 
 
-def pid_of(listener: str) -> int:
-    """The process of a listener; its name is host-pid-random."""
-    return int(listener.split("-")[-2])
-
-
 def is_gone(pid: int) -> bool:
-    """Whether a process has ended; where nobody reaps it, it stays as a zombie."""
+    """Whether a process has ended. A zombie, which nobody has reaped, counts as ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -95,7 +90,7 @@ def terminate_backends(database) -> None:
 def gate(
     api: StageApi, stage: str = "vlm_analyze", answer: Answer | None = None
 ) -> Iterator[threading.Event]:
-    """Keep the calls of a stage waiting until the event is set; then `answer`, or work."""
+    """Keep calls of a stage waiting until the event is set; then give `answer`, or work."""
     opened = threading.Event()
 
     def wait(_request) -> Answer | None:

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -11,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 import psycopg2
 import pytest
+from proxies import accepts, free_port
 from waiting import LISTENING, RECONNECTING, until, wait_until_idle
 
 import db
@@ -30,17 +30,6 @@ default_pool_size = {pool_size}
 """
 
 pytestmark = pytest.mark.skipif(PGBOUNCER is None, reason="pgbouncer is not installed")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def accepts(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 class PgBouncer:
