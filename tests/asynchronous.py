@@ -1,4 +1,4 @@
-"""A pipeline with stages that answer 202 and work on, for tests."""
+"""A pipeline for tests whose stages are asynchronous: they answer 202 and then work."""
 
 from variants import VARIANTS, stage
 

@@ -1,5 +1,5 @@
-"""Chromium, driven over a pipe (the DevTools protocol): what a person sees and types, with the
-scripts of pages switched off.
+"""Drives Chromium over a pipe (the DevTools protocol) as a person would, with the scripts of pages
+switched off.
 """
 
 import base64
@@ -16,7 +16,7 @@ from pages import CHROMIUM, OPTIONS
 
 KEYS = {"Tab": 9, "Enter": 13}
 
-# The lowest contrast of a text with what is behind it, and the text.
+# JavaScript that returns the lowest contrast of any text with its background, and that text.
 CONTRAST = """(() => {
   const parts = (colour) => colour.match(/[\\d.]+/g).map(Number);
   const light = (colour) => {
@@ -48,7 +48,7 @@ class Browser:
     """A browser with one page; a context manager."""
 
     def __init__(self, directory: Path):
-        # Chromium reads 3 and writes 4. Ours are moved away from there first.
+        # Chromium reads from descriptor 3 and writes to 4, so ours must have other numbers.
         ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 20) for pair in (os.pipe(), os.pipe())
                 for end in pair]  # fmt: skip
         theirs = ends[0], ends[3]
@@ -103,7 +103,7 @@ class Browser:
     # --- a person ---
 
     def after_loading(self, act: Callable[[], object]) -> None:
-        """Do it and block until a page has been loaded."""
+        """Do `act` and block until a page has been loaded."""
         self.events = [e for e in self.events if e.get("method") == "Log.entryAdded"]
         act()
         while not any(e.get("method") == "Page.loadEventFired" for e in self.events):
@@ -128,14 +128,14 @@ class Browser:
         self.ask("Input.insertText", text=text)
 
     def value(self, expression: str) -> Any:
-        """Of JavaScript of ours, which no page has."""
+        """The value of a JavaScript expression of the test's, evaluated in the page."""
         found = self.ask("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
     @property
     def complaints(self) -> list[str]:
-        """What the browser has said of the pages, such as what their policy forbids."""
+        """The browser's errors and warnings, such as violations of the page's security policy."""
         entries = [e["params"]["entry"] for e in self.events if e.get("method") == "Log.entryAdded"]
         return [entry["text"] for entry in entries]
 

@@ -1,4 +1,4 @@
-"""A database in which everything that can happen to a call has happened to one."""
+"""A database with a call in each situation that a call can be in."""
 
 import pytest
 from claims import STAGES
@@ -7,13 +7,13 @@ from waiting import gate, wait_for_call
 from demo.stage_server import Answer
 
 BEFORE = dict(zip(STAGES, ["img_gen", *STAGES], strict=False))
-# As the operator's commands print one.
+# A clock time as commands print it.
 TIME = r"(?:\d{4}-\d\d-\d\d )?\d\d:\d\d:\d\d"
 
 
 @pytest.fixture
 def busy(database, api, listener):
-    """One job in every situation, by stage: calling, retried, held, given up, due and not taken."""
+    """A job in each situation, by stage: calling, retried, held, given up, due but not claimed."""
     api.on("yolo_detect", lambda _: Answer(500, b"no memory"))
     api.on("planner", lambda _: Answer(503, headers={"Retry-After": "1800"}))
     api.on("overlay", lambda _: Answer(422, b"no text"))
@@ -24,6 +24,6 @@ def busy(database, api, listener):
         process.wait_for_line("파이프라인 단계 실행 실패", count=3)
         jobs["vlm_analyze"] = database.add_job("img_gen", "done")
         wait_for_call(api, jobs["vlm_analyze"])
-        # Only the stage is held by now, no longer this call of it.
+        # The hold is now recorded for the stage, no longer for this call.
         database.wait_for("SELECT due_at <= now() FROM stage_calls WHERE stage = 'planner'")
         yield jobs

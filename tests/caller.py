@@ -28,13 +28,13 @@ CALL_OF = "SELECT call_id FROM stage_calls WHERE job_id = %s AND join_of = ''"
 
 @contextmanager
 def logged(settings: SimpleNamespace) -> Iterator[io.StringIO]:
-    """What a worker logs meanwhile, line by line as it would print it."""
+    """Collects what is logged within the `with`, formatted as a listener prints it."""
     output, logger = io.StringIO(), logging.getLogger("listener")
     handler = logging.StreamHandler(output)
     handler.setFormatter(logs.OneLine(settings))
     logger.setLevel(settings.LOG_LEVEL)
     logger.addHandler(handler)
-    logger.propagate = False  # pytest-xdist cannot pass on what pytest captures of it
+    logger.propagate = False  # pytest-xdist cannot transfer the records that pytest would capture
     try:
         yield output
     finally:
@@ -69,7 +69,7 @@ class Caller:
         self.open.close()
 
     def claim(self, only: object = None) -> pipeline.Call | None:
-        """Settle what there is and claim the next due call, or what the job `only` owes."""
+        """Settle all results; then claim the next due call, or the one that the job `only` owes."""
         listener = self.listener
         if only is not None:
             only = (only, self.database.value(CALL_OF, only))
@@ -87,7 +87,7 @@ class Caller:
                 return None
 
     def run(self, call: pipeline.Call) -> Result:
-        """Have `call` made, as a worker does; its result is kept."""
+        """Run `call` as a worker does, and keep its result for the next settle() or claim()."""
         trigger.log_begin(call)
         ended = self.listener.health.revised(call, self.trigger.run(call))
         trigger.log_end(call, ended)
@@ -95,14 +95,14 @@ class Caller:
         return ended
 
     def settle(self, conn=None) -> None:
-        """Write what is unwritten."""
+        """Settle all results."""
         self.listener.tell_failed(conn or self.conn)
         unwritten, name = self.listener.unwritten, self.listener.name
         turn = calls.settle_and_claim(conn or self.conn, unwritten, [], 0, name)
         self.listener.settled(self.conn, turn)
 
     def call(self) -> SimpleNamespace:
-        """Claim the due call, run it, settle it: the row that the history has of it."""
+        """Claim the next due call, run it and settle it; its row in stage_attempts."""
         call = self.claim()
         assert call is not None, "nothing is due"
         self.run(call)
@@ -110,7 +110,9 @@ class Caller:
         return self.database.attempts(call.job_id)[-1]
 
     def call_again(self) -> SimpleNamespace:
-        """The same, without waiting for back-off, lease or hold to pass: in the order of due_at."""
+        """The same, after moving due_at and holds into the past, so that nothing has to be waited
+        for.
+        """
         self.database.rows(
             "UPDATE stage_calls SET due_at = due_at - interval '1 day' WHERE due_at < 'infinity'"
         )
@@ -119,7 +121,7 @@ class Caller:
 
     @property
     def lines(self) -> list[str]:
-        """What was logged, tracebacks and all."""
+        """All lines that were logged, including tracebacks."""
         return self.output.getvalue().splitlines()
 
     def line(self, text: str) -> str:
@@ -153,9 +155,9 @@ def accepting(serve) -> RawServer:
 
 @pytest.fixture
 def add_stage(database) -> Iterator[Callable[..., None]]:
-    """add_stage(function, step="x"): state (step, 'done') leads to it, as a user would have it.
+    """add_stage(function, step="x"): add the route (step, 'done') → function and install.
 
-    Nothing else may have used the database.
+    Only for a database that the test has not used yet.
     """
     before = dict(five_stages.PIPELINE)
 

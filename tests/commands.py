@@ -1,4 +1,4 @@
-"""`python listener.py …` as an operator types it: run to its end, its two outputs apart."""
+"""Runs `python listener.py …` to its end, with standard output and standard error apart."""
 
 import contextlib
 import io
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Done:
-    """A command that has ended. No command ever shows an operator a traceback."""
+    """A command that has ended. Fails the test where the command printed a traceback."""
 
     code: int
     out: str
@@ -38,7 +38,7 @@ class Done:
         return self.out.rstrip("\n").split("\n")
 
     def refused(self, code: int) -> str:
-        """The one line that a mistake gets, without its "error: "; the exit code must be `code`."""
+        """The single line of a refusal, without "error: ". Requires the exit code `code`."""
         assert self.code == code, self
         assert self.err.startswith("error: ") and self.err.count("\n") == 1, self
         return self.err.removeprefix("error: ").rstrip("\n")
@@ -47,7 +47,7 @@ class Done:
 def run(
     environ: dict[str, str], directory: Path, *args: str, stdin: str = "", python: tuple = ()
 ) -> Done:
-    """Run it with no other setting than those of `environ`; without `stdin` nobody answers.
+    """Run a command with no settings but those of `environ`.
 
     Args:
         python: the interpreter's own options, such as ("-m", "pdb").
@@ -55,7 +55,7 @@ def run(
     ours = {k: v for k, v in os.environ.items() if k not in config.SETTINGS and k[:2] != "PG"}
     environ = ours | environ
     if not python and launcher.can_launch(environ):
-        return Done(*launched(environ, directory, args, stdin))
+        return Done(*run_by_launcher(environ, directory, args, stdin))
     done = subprocess.run(
         [sys.executable, *python, str(ROOT / "listener.py"), *args],
         env=environ,
@@ -68,10 +68,10 @@ def run(
     return Done(done.returncode, done.stdout, done.stderr)
 
 
-def launched(
+def run_by_launcher(
     environ: dict[str, str], directory: Path, args: tuple[str, ...], stdin: str
 ) -> tuple[int, str, str]:
-    """The exit code and what was written, by way of files: no pipe that could fill."""
+    """Exit code and outputs of a command. They are written to files, as a pipe could fill up."""
     argv = [str(ROOT / "listener.py"), *args]
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
@@ -89,7 +89,7 @@ def launched(
 
 
 def run_here(environ: dict[str, str], *args: str) -> Done:
-    """The same in this process: a thousand times in the time of one. Not for `run`, which waits."""
+    """Run a command within this process, which is much quicker. Not for `run`, which never ends."""
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace") for _ in "12")
     log = logging.getLogger("listener")
     before = vars(log).copy()

@@ -1,4 +1,4 @@
-"""A pipeline whose stages are called again where they have set their row to failed."""
+"""A pipeline for tests in which (stage, 'failed') leads to the stage again."""
 
 from variants import PIPELINE as ONCE
 from variants import VARIANTS, stage

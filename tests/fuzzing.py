@@ -1,6 +1,6 @@
-"""The profile of the tests that make up their input: few examples, the same ones every time.
+"""Settings of hypothesis: few examples, the same ones in every run.
 
-FUZZ=100 looks for new ones, a hundred times as many.
+FUZZ=100 tries a hundred times as many, chosen at random.
 """
 
 import os
@@ -12,7 +12,7 @@ SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 
 
 def fuzzed(examples: int):
-    """The number of examples that `make test` has time for."""
+    """A decorator that sets the number of examples in a normal run."""
     return settings(
         max_examples=examples * (TIMES or 1),
         derandomize=not TIMES,
@@ -23,6 +23,6 @@ def fuzzed(examples: int):
 
 
 def joined(*words, other: strategies.SearchStrategy, at_most: int = 10):
-    """Texts (or bytes) made of `words` and of what `other` comes up with."""
+    """Texts (or bytes) that join `words` and examples of `other` in any order."""
     pieces = strategies.lists(strategies.sampled_from(words) | other, max_size=at_most)
     return pieces.map(words[0][:0].join)

@@ -1,8 +1,8 @@
-"""`python listener.py …` in a fork of a process that has imported the program already.
+"""Starts `python listener.py …` as a fork of a process that has imported the program already.
 
-Importing takes half a second of CPU, and the tests start the program a thousand times. The fork is
-a process of its own in all else: it has its environment, directory and standard streams, and runs
-the same file as `__main__`. A program of a test that changes something first is started so, too.
+Importing takes half a second of CPU, and the tests start the program a thousand times. Apart from
+that the fork is like a new process: it has its own environment, directory and standard streams, and
+runs the file as `__main__`. Other programs of tests are started in the same way.
 """
 
 import atexit
@@ -40,10 +40,10 @@ class Launched:
         self.returncode: int | None = None
 
     def __del__(self):
-        self._socket.close()  # not before: several threads may wait
+        self._socket.close()  # only here, as several threads may be waiting on it
 
     def wait(self, timeout: float | None = None) -> int:
-        """The exit code. Several threads may wait, so it is left to be read again."""
+        """The exit code. It is peeked at, so that several threads can read it."""
         if self.returncode is None:
             if not select.select([self._socket], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired("listener.py", timeout)
@@ -61,7 +61,7 @@ class Launched:
 
 
 def start(argv: list[str], environ: dict, directory: Path) -> Launched:
-    """A program with its two outputs in one, to be read line by line from `stdout`."""
+    """Start a program with standard error joined to standard output, to be read from `stdout`."""
     read, write = os.pipe()
     with open(os.devnull) as nothing:
         process = Launched(argv, environ, directory, [nothing.fileno(), write, write])
@@ -71,7 +71,7 @@ def start(argv: list[str], environ: dict, directory: Path) -> Launched:
 
 
 def can_launch(environ: dict) -> bool:
-    """False where a variable differs that only a new interpreter reads."""
+    """False where `environ` changes a variable that Python reads only at its start."""
     changed = {name for name, _ in environ.items() ^ os.environ.items()} - {"PYTHONPATH"}
     read_at_start = [path / "sitecustomize.py" for path in added_paths(environ)]
     return not any(name.startswith(READ_AT_START) for name in changed) and not any(
@@ -86,7 +86,7 @@ def added_paths(environ: dict) -> list[Path]:
 
 @cache
 def _launcher() -> socket.socket:
-    """Where a launcher of this process takes requests; it ends when this process does."""
+    """The socket on which this process's launcher takes requests. It ends with this process."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         streams = {"stdin": theirs, "stdout": subprocess.DEVNULL}
@@ -95,8 +95,8 @@ def _launcher() -> socket.socket:
 
 
 def serve(requests: socket.socket) -> None:
-    """For every request, fork a process that forks the program and tells how it ended."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes in between
+    """For every request, fork a process that forks the program and reports its exit code."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the processes in between are not waited for
     while True:
         request, descriptors, _, _ = socket.recv_fds(requests, 1 << 18, 4)
         if not request:
@@ -122,7 +122,7 @@ def launch(argv: list, environ: dict, directory: str, answer: int, *streams: int
 
 
 def become(argv: list, environ: dict, directory: str, streams: tuple) -> None:
-    """What exec does, for a program that is in memory."""
+    """Turn this fork into the program, as exec would."""
     for number, descriptor in enumerate(streams):
         os.dup2(descriptor, number)
     close(streams)
@@ -152,7 +152,7 @@ def compiled(path: str) -> types.CodeType:
 
 
 def end(code: int) -> None:
-    """End as Python does, but for taking the memory apart, which takes longer than all else."""
+    """End as Python does, but without freeing all objects, which would take the most time."""
     threading._shutdown()
     atexit._run_exitfuncs()
     with suppress(OSError, ValueError):  # of which Python has something to say

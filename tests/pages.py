@@ -1,4 +1,4 @@
-"""Reading a page of HTML: its elements, strictly, and what a browser makes of it."""
+"""Parses pages of HTML strictly, and lays them out in a browser."""
 
 import html
 import json
@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
-# Of SVG: written as <rect/>, which HTML's own elements may not be.
+# SVG elements that may be written as <rect/>; HTML elements may not.
 CLOSED = {"rect", "line", "path", "circle"}
 
 
@@ -22,12 +22,12 @@ class Element:
 
     @property
     def text(self) -> str:
-        """All of it, as a reader sees it, with a space between elements."""
+        """The text within the element, with a space between child elements."""
         parts = [c if isinstance(c, str) else c.text for c in self.children if not is_code(c)]
         return " ".join(" ".join(parts).split())
 
     def all(self, tag: str | None = None, kind: str | None = None) -> list["Element"]:
-        """The elements below it, of that tag and that class."""
+        """All descendants with this tag and this class."""
         found = []
         for child in self.children:
             if isinstance(child, Element):
@@ -48,14 +48,14 @@ def is_code(child: Element | str) -> bool:
 
 
 class Page(HTMLParser):
-    """A page whose every element is closed where it should be, and every id is there once."""
+    """A page. Fails the test where an element is not closed properly or an id is not unique."""
 
     def __init__(self, source: str):
         super().__init__(convert_charrefs=True)
         self.source = source
         self.root = Element("", {})
         self.open = [self.root]
-        self.feed(source.replace("<wbr>", ""))  # where a line may be broken, and no text
+        self.feed(source.replace("<wbr>", ""))  # <wbr> would split names in two
         self.close()
         assert self.open == [self.root], f"not closed: {[e.tag for e in self.open]}"
         ids = [e.attributes["id"] for e in self.root.all() if "id" in e.attributes]
@@ -90,7 +90,7 @@ class Page(HTMLParser):
 
     @property
     def figures(self) -> dict[str, str]:
-        """The headline figures, without what is said about them."""
+        """The headline figures by name, without their notes."""
         tiles = self.root.one("dl", "figures").all("div")
         said = {tile.one("dt").text: tile.one("dd") for tile in tiles}
         return {name: dd.text.removesuffix(f" {dd.one('small').text}") for name, dd in said.items()}
@@ -103,7 +103,7 @@ OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--n
            "--disable-background-networking", "--disable-component-update",
            "--disable-sync", "--hide-scrollbars"]  # fmt: skip
 
-# Each page in a frame of each width; all are looked at once the last has loaded.
+# Shows each page in a frame of each width, and measures all once the last one has loaded.
 FRAME = '<iframe style="width: {width}px; height: 900px; border: 0" srcdoc="{page}"></iframe>'
 MEASURE = """<output></output><script>
 addEventListener("load", () => {
@@ -135,7 +135,9 @@ addEventListener("load", () => {
 
 
 def laid_out(pages: list[str], widths: list[int], directory: Path, dark: bool = False):
-    """What Chromium makes of each page at each width: the pages of the first width come first."""
+    """Measures of each page at each width, as laid out by Chromium: all pages of the first width,
+    then those of the next.
+    """
     frames = [FRAME.format(width=w, page=html.escape(p)) for w in widths for p in pages]
     wrapper = directory / "wrapper.html"
     wrapper.write_text("<!DOCTYPE html>" + "".join(frames) + MEASURE, encoding="utf-8")

@@ -1,7 +1,7 @@
 """Real reverse proxies and application servers, where this machine has them.
 
-Each proxy has the shortest configuration with which it passes requests on and waits so many
-seconds for the stage. What begins with /nowhere/ has no route.
+Each proxy has a minimal configuration that passes requests on and waits `wait` seconds for the
+stage. It has no route for paths that begin with /nowhere/.
 """
 
 import os
@@ -132,7 +132,7 @@ class Server:
         return set(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
 
     def reload(self) -> None:
-        """Have it read its configuration anew, and wait until others do its work.
+        """Have it reload its configuration, and wait until new processes do its work.
 
         haproxy's master executes itself once more after its worker has begun to answer, and a
         signal that arrives just then is lost: so it is sent again until it has had an effect.

@@ -1,4 +1,4 @@
-"""A TCP server whose answers are written byte by byte, for servers that no library would be."""
+"""A TCP server whose answers are written byte by byte, so that it can misbehave in any way."""
 
 import socket
 import ssl
@@ -26,7 +26,7 @@ class Received:
 
 
 class Connection:
-    """What a behaviour gets: one accepted connection, and its number, beginning with 1."""
+    """The argument of a behaviour: an accepted connection and its number, beginning with 1."""
 
     def __init__(self, server: "RawServer", sock: socket.socket, number: int):
         self.server, self.sock, self.number = server, sock, number
@@ -74,7 +74,7 @@ Behaviour = Callable[[Connection], None]
 
 
 def answering(data: bytes) -> Behaviour:
-    """A behaviour: one request, `data`, closed."""
+    """A behaviour that takes one request, sends `data` and closes."""
     return lambda connection: connection.answer(data)
 
 
@@ -134,7 +134,7 @@ class RawServer:
         behaviour = self.behaviours[min(number, len(self.behaviours)) - 1]
         try:
             wrapped = self.tls.wrap_socket(sock, server_side=True) if self.tls else sock
-            self._open.append(wrapped)  # which took the descriptor over
+            self._open.append(wrapped)  # a TLS socket takes over the descriptor
             with wrapped:
                 behaviour(Connection(self, wrapped, number))
         except OSError:

@@ -1,4 +1,4 @@
-"""A stage built on receiver/."""
+"""A stage built on receiver/, for tests."""
 
 import json
 import uuid

@@ -1,4 +1,4 @@
-"""Making and reading pages of `report`, and what there is to report."""
+"""Makes and reads pages of `report`, and fills a database for them."""
 
 import os
 import uuid
@@ -28,7 +28,7 @@ HOSTILE = [
 
 def html_of(database, *jobs: str, since: float = 86400, **settings) -> str:
     """The page about the last `since` seconds, as the command writes it."""
-    # No heartbeat of any listener on this machine.
+    # An empty directory, so that no listener of this machine is shown.
     settings = database.settings(**({"HEARTBEAT_DIR": os.devnull} | settings))
     start = datetime.now(timezone.utc) - timedelta(seconds=since)
     with closing(db.connect(settings)) as conn:
@@ -42,7 +42,7 @@ def read(database, *jobs: str, **given) -> Page:
 
 def attempt(database, job: str | None = None, stage: str = "planner", outcome: str = "succeeded",
             seconds: float = 1.0, ago: float = 60.0, error: str | None = None) -> str:  # fmt: skip
-    """An attempt that was over `ago` seconds ago; its job."""
+    """Add an attempt that ended `ago` seconds ago; its job."""
     job = job or str(uuid.uuid4())
     database.rows(
         "INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, outcome, error,"
@@ -60,7 +60,7 @@ def give_up(database, job: str, error: str) -> None:
 
 
 def everything(database) -> str:
-    """One of everything that the page shows, with every hostile text; a job of it."""
+    """Add one of everything that the page shows, with hostile texts; the id of one of the jobs."""
     for number, text in enumerate(HOSTILE):
         attempt(database, outcome="retry", error=text, ago=600 * number, seconds=700)
         attempt(database, stage=STAGES[number % 5], seconds=number, ago=5000 * number)

@@ -1,4 +1,4 @@
-"""The other end of `metrics`: its text, as Prometheus' own parser reads it."""
+"""Reads the output of `metrics` with Prometheus' own parser."""
 
 import re
 
@@ -14,7 +14,7 @@ STAGES = ["vlm_analyze", "yolo_detect", "planner", "overlay", "vlm_judge"]
 
 
 class Scraped(dict):
-    """The samples of a text, as Prometheus' own parser reads them."""
+    """Samples by name and labels."""
 
     def __init__(self, text: str):
         assert text.endswith("\n") and not CONTROL.search(text), text
@@ -38,7 +38,7 @@ class Scraped(dict):
 
 
 def scrape(database, **settings) -> Scraped:
-    """What the command would print, parsed."""
+    """The output of the command, parsed; made in this process."""
     page, failure = read_metrics(database.settings(**settings))
     assert failure is None
     return Scraped(page.text())

@@ -1,4 +1,4 @@
-"""`python listener.py serve` as a process of its own, and people who look at it."""
+"""`python listener.py serve` as a process, and people who use its pages."""
 
 import html
 import re
@@ -38,7 +38,7 @@ class Site:
         return self.request("HEAD", path)
 
     def raw(self, sent: bytes) -> bytes:
-        """The answer to what is perhaps no request."""
+        """The answer to these bytes, which need not be a request."""
         with socket.create_connection(self.address) as connection:
             connection.sendall(sent)
             return b"".join(iter(lambda: connection.recv(4096), b""))
@@ -80,7 +80,7 @@ class Person(requests.Session):
 
 
 def said(response: requests.Response) -> str:
-    """The one thing that a page tells."""
+    """The text of the page's single message (role alert or status)."""
     [told] = [e for e in Page(response.text).root.all() if "role" in e.attributes
               and e.attributes["role"] in ("alert", "status")]  # fmt: skip
     return told.text

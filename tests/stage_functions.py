@@ -25,12 +25,12 @@ ops.main(listener.cli)
 # For pdb, at the body of vlm_judge.
 BREAK = f"break demo/five_stages.py:{five_stages.vlm_judge.__code__.co_firstlineno + 1}"
 POST = 'return call.post("/api/yh/llava/stage2/judge")'
-# Nothing in Python ends this before its time.
+# Blocks in C: no signal handler of Python runs, so nothing but SIGKILL ends it early.
 COMPUTE = 're.match("(a+)+$", "a" * 64 + "b")'
 
 
 def program(directory: Path, body: str, timeout: float | None = None, more: str = "") -> Path:
-    """A listener whose vlm_judge has this body and this timeout; `more` is run before it starts."""
+    """A script that runs the listener with this body and timeout of vlm_judge, after `more`."""
     path = directory / "with_stage_function.py"
     body = indent(body, "    ")
     path.write_text(PROGRAM.format(root=str(ROOT), body=body, timeout=timeout, more=more))

@@ -10,7 +10,7 @@ READY = b"Z\x00\x00\x00\x05I"
 
 
 class Hold:
-    """The first request that contains `text`: stopped on its way there, or its answer back."""
+    """Holds the first request that contains `text`, or the answer to it."""
 
     def __init__(self, text: str, stops: str):
         self.text, self.stops = text.encode(), stops
@@ -41,7 +41,7 @@ class Hold:
                 self.link.client.sendall(self.answer)
 
     def cut(self) -> None:
-        """Close the connection on both sides; what was held is gone."""
+        """Close the connection on both sides; what was held is dropped."""
         for end in (self.link.client, self.link.server):
             with suppress(OSError):  # already gone
                 end.shutdown(socket.SHUT_RDWR)

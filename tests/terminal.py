@@ -1,4 +1,4 @@
-"""A terminal of a given size, with a command of the operator's in it."""
+"""A pseudo-terminal of a given size in which a command runs."""
 
 import fcntl
 import os

@@ -84,18 +84,18 @@ class Variants:
         self.database.rows(given, job, variant)
 
     def owed(self) -> list[tuple]:
-        """What is owed: (table, id, stage), the joins' too."""
+        """All calls that are owed, as (table, id, stage); also those of joins."""
         return [tuple(row) for row in self.database.rows(OWED)]
 
 
 @pytest.fixture
 def use_pipeline(monkeypatch) -> Iterator[Callable[[dict], None]]:
-    """use_pipeline(dict): PIPELINE of this process is another."""
+    """use_pipeline(dict): replace PIPELINE in this process."""
     yield lambda routes: monkeypatch.setattr(five_stages, "PIPELINE", routes)
 
 
 def install(database, *tables: str) -> Variants:
-    """Have the application's `tables` and the PIPELINE in use in a database that is new."""
+    """Make the application's `tables` and install the PIPELINE in use, in a new database."""
 
     def prepare(made) -> None:
         made.rows("SELECT 1;" + "".join(tables))
