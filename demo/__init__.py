@@ -1,1 +1,1 @@
-"""Stand-ins that make the listener run on a bare machine: a database and a stage API."""
+"""The demo, and stand-ins with which the listener runs on a bare machine: database, stage API."""

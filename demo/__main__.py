@@ -44,7 +44,7 @@ def main() -> int:
         with ExitStack() as stack:
             play(stack, given.name, given.log, report_file(given.report))
         return 0
-    except BrokenPipeError:  # nobody reads any more, as with `make demo | head`
+    except BrokenPipeError:  # the reader has ended, as with `make demo | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (*failures, OSError, RuntimeError) as error:

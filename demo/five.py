@@ -1,4 +1,4 @@
-"""The guide's five stages in the demo: jobs are inserted, and a second later they are done."""
+"""The guide's five stages in the demo: jobs are inserted as queued and soon set to done."""
 
 import importlib
 from contextlib import suppress
@@ -14,23 +14,23 @@ from demo.stage_server import Answer, Request
 from demo.terminal import Ended, one_line
 
 BORN_DONE = JOBS[2]  # inserted as done; the others are inserted as queued and then updated
-HICCUP = "planner"  # answers 503 once
+BUSY_ONCE = "planner"  # the stage that answers 503 once
 
 
 class FiveStages:
-    """Five jobs, one a second, in a database that may have other rows."""
+    """Five jobs, one a second, in a database that may also have other jobs."""
 
     module = "stages"
     workers = 2
     time_limit = 60  # seconds for all jobs
     stages = tuple(DELAYS)
-    api_stages = None  # those that the stand-in has by itself
+    api_stages = None  # the stand-in's own five
     delays = DELAYS
-    notes = (f"its {HICCUP} answers 503 once",)
+    notes = (f"its {BUSY_ONCE} answers 503 once",)
     next = "Next: name your database in .env, then `make trigger` and `make run`; see README.md."
 
     def __init__(self) -> None:
-        """Raises Ended where stages.py is no longer the guide's, which the stand-in runs."""
+        """Raises Ended where stages.py was changed: the stand-in runs the guide's stages only."""
         try:
             found = [f.__name__ for f in importlib.import_module("stages").PIPELINE.values()]
         except Exception as error:
@@ -38,7 +38,7 @@ class FiveStages:
         if found != list(self.stages):
             names = " or ".join(f"make demo PIPELINE={name}" for name in EXAMPLES)
             raise Ended(f"this demo runs the guide's stages, and stages.py has others: {names}")
-        self.hiccups = [Answer(503, headers={"Retry-After": "1"})]
+        self.busy_answers = [Answer(503, headers={"Retry-After": "1"})]
         self.script = []
         for second, job in enumerate(JOBS, 1):
             is_done = job == BORN_DONE
@@ -50,11 +50,11 @@ class FiveStages:
         jobs.check_database(connection)
 
     def answer(self, request: Request) -> Answer | None:
-        """What the stand-in answers instead of working."""
+        """The answer of the stand-in to a request that it does not work on; None: it works."""
         if request.tenant_id != TENANT:
-            return Answer(503, headers={"Retry-After": "5"})  # costs that job nothing
+            return Answer(503, headers={"Retry-After": "5"})  # costs the job no attempt
         with suppress(IndexError):
-            return self.hiccups.pop() if request.stage == HICCUP else None
+            return self.busy_answers.pop() if request.stage == BUSY_ONCE else None
         return None
 
     @property
@@ -62,7 +62,7 @@ class FiveStages:
         return not self.script
 
     def arrive(self, board: Board, connection: Connection) -> None:
-        """Insert and update jobs as it is their time."""
+        """Insert and update the jobs whose time has come."""
         while self.script and self.script[0][0] <= board.elapsed:
             _, action, job, status = self.script.pop(0)
             if action is jobs.insert:
@@ -74,5 +74,5 @@ class FiveStages:
             board.add(f"▸ {done} job {job[:8]} (img_gen, {status})", MAGENTA)
 
     def answers(self, stage: str) -> dict[int, int]:
-        """How often a row is answered with which status; the 503 was before it was worked on."""
+        """By HTTP status: how many answers with it a row gets from the stage; without the 503."""
         return {200: 1}

@@ -1,5 +1,5 @@
-"""The guide's five stages, which the stand-in stage API runs: the pipeline of tests, chaos and
-benchmark, whatever stages.py has by now.
+"""The guide's five stages, which the stand-in stage API runs. Tests, chaos and benchmark use this
+pipeline, as stages.py may be changed.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The demo's five jobs in the database: they arrive, and are removed again."""
+"""The demo's five jobs in the database: inserted, updated, and removed at the end."""
 
 import secrets
 import uuid
@@ -20,8 +20,8 @@ def query(connection: Connection, sql: str, params: object = None) -> list[tuple
         return cursor.fetchall() if cursor.description else []
 
 
-# Jobs that our listener would claim, now or in a moment; and a listener that would claim ours.
-COMPANY = """
+# Jobs of others that our listener would claim, and listeners that would claim our jobs.
+OTHERS = """
 SELECT EXISTS (SELECT FROM jobs WHERE status <> 'failed'
                AND (current_step, status) IS DISTINCT FROM ('vlm_judge', 'done')),
        EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database()
@@ -29,15 +29,13 @@ SELECT EXISTS (SELECT FROM jobs WHERE status <> 'failed'
 
 
 def check_database(connection: Connection) -> None:
-    """Refuse a database whose jobs table takes no rows of ours, or where we would not be alone:
-    our listener would call the stand-in for other jobs, and another one its own API for ours.
-
-    Raises:
-        Ended
+    """Raises Ended where the table jobs does not take our rows, or where other jobs are due or
+    another listener runs: our listener would call the stand-in for their jobs, and theirs would
+    call their API for ours.
     """
     if query(connection, "SELECT to_regclass('jobs')") == [(None,)]:
         return
-    [(jobs, listener)] = query(connection, COMPANY)
+    [(jobs, listener)] = query(connection, OTHERS)
     if jobs or listener:
         found = "a listener is connected to" if listener else "jobs are on their way in"
         raise Ended(f"{found} this database; name an empty one, or unset DB_HOST to do without")

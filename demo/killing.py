@@ -1,4 +1,4 @@
-"""A worker of the listener is killed in the middle of a call, which the stage never sees."""
+"""Kills a worker of the listener in the middle of a call; the stage has not taken the job yet."""
 
 import os
 import select
@@ -11,14 +11,14 @@ from glob import iglob
 
 from demo.stage_server import Hangup, Request
 
-LOOKED_AT_FOR = 1.5  # seconds that the call is under way, so that it is seen on the board
+SHOWN_FOR = 1.5  # seconds that the call is under way before the kill, so that the board shows it
 
 
 class Killing:
     """Ends the worker that makes the first call of a stage.
 
     Args:
-        stage: the one whose first call does not get an answer.
+        stage: the stage whose first call gets no answer.
     """
 
     def __init__(self, stage: str):
@@ -28,10 +28,11 @@ class Killing:
         self._lock = threading.Lock()
 
     def wait_for(self, request: Request) -> None:
-        """The stage's side: it hangs in that first call, without having taken the job.
+        """In the stage API: hang in the first call until the worker is killed. Other calls, and a
+        call whose worker cannot be found, return at once and are worked on as usual.
 
         Raises:
-            Hangup: the worker is gone. Where no worker can be found, the stage works as usual.
+            Hangup: the worker is gone.
         """
         with self._lock:
             if self.request or request.stage != self.stage or not worker_behind(request):
@@ -43,10 +44,10 @@ class Killing:
         raise Hangup
 
     def look(self) -> Request | None:
-        """Kill the worker once its time has come; the call that it was making."""
+        """Kill the worker when it is time; the request that it had sent, or None."""
         if not self.request or self.is_done:
             return None
-        if time.monotonic() < self.request.time + LOOKED_AT_FOR:
+        if time.monotonic() < self.request.time + SHOWN_FOR:
             return None
         self.is_done = True
         with suppress(ProcessLookupError):
@@ -57,13 +58,13 @@ class Killing:
 
 
 def is_closed(connection: socket.socket) -> bool:
-    """Whether the other end is closed, after a moment."""
+    """Wait a moment for data; whether the other end has closed the connection."""
     readable, _, _ = select.select([connection], [], [], 0.1)
     return bool(readable) and connection.recv(1, socket.MSG_PEEK) == b""
 
 
 def worker_behind(request: Request) -> int | None:
-    """The process that has sent a request, by its socket; None where /proc does not tell."""
+    """The pid of the process that sent a request, found in /proc by its socket; None: not found."""
     with suppress(OSError, StopIteration):
         ends = request.connection.getpeername()[1], request.connection.getsockname()[1]
         ports = [f"{port:04X}" for port in ends]

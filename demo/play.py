@@ -1,4 +1,6 @@
-"""The demo, step by step: a database, a stage API, the listener, jobs, and what became of them."""
+"""The demo, step by step: start a database, a stage API and the listener, insert jobs, and check
+what became of them.
+"""
 
 import os
 import random
@@ -37,11 +39,11 @@ LOOK_EVERY = 0.2  # seconds
 
 
 def play(stack: ExitStack, name: str | None, log: bool, report: Path) -> None:
-    """What must be undone goes on `stack`.
+    """Run the demo. What must be undone at its end is put on `stack`.
 
     Args:
-        name: of a pipeline in examples/.
-        log: whether the listener's log is shown, and no board.
+        name: of a pipeline in examples/; None: the guide's five stages.
+        log: whether the listener's log is shown instead of the board.
         report: the file that `report` writes.
 
     Raises:
@@ -96,7 +98,7 @@ def play(stack: ExitStack, name: str | None, log: bool, report: Path) -> None:
 
 def watch(connection: Connection, api: StageApi, listener: Listener, shown: Example | FiveStages,
           killing: Killing, log: bool) -> Board:  # fmt: skip
-    """Let jobs arrive, and show how they get on until all are through. Raises Ended."""
+    """Insert jobs and show their progress until all have passed every stage. Raises Ended."""
     title = f"Job State Listener: {len(shown.stages)} stages, {shown.workers} workers"
     board = Board(title, shown.stages)
     began, told = time.monotonic(), 0
@@ -122,7 +124,11 @@ def is_idle(api: StageApi) -> bool:
 
 
 def tell(board: Board, told: int, log: bool) -> int:
-    """Print what has happened since the first `told` events; the log tells of the calls."""
+    """Print the events after the first `told`; beside the log, only those that it does not have.
+
+    Returns:
+        How many events there are now.
+    """
     for text, colour in board.events[told:]:
         if not log or colour in (MAGENTA, RED):
             show(text, colour)
@@ -131,7 +137,7 @@ def tell(board: Board, told: int, log: bool) -> int:
 
 def require_going_on(board: Board, api: StageApi, shown: Example | FiveStages,
                      exit_code: int | None) -> None:  # fmt: skip
-    """Raises Ended where the demo must not go on."""
+    """Raises Ended where the demo cannot go on: a signal, an ended listener, a time limit."""
     if signals:
         raise Ended
     if exit_code is not None:
@@ -153,7 +159,7 @@ def screen(log: bool) -> Iterator[Screen | None]:
         return
     try:
         with there:
-            take_signals()  # which Screen would turn into KeyboardInterrupt
+            take_signals()  # Screen would turn them into KeyboardInterrupt
             yield there
     finally:
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
@@ -161,7 +167,7 @@ def screen(log: bool) -> Iterator[Screen | None]:
 
 
 def judge(api: StageApi, board: Board, shown: Example | FiveStages, killing: Killing) -> None:
-    """The verdict, by what the stage API has seen. Raises Ended where it is not as promised."""
+    """Compare the stage API's answers with the expected ones. Raises Ended where they differ."""
     answered = Counter((r.row_id, r.stage, r.status) for r in api.requests
                        if r.status in (200, 500))  # fmt: skip
     expected = {
@@ -178,7 +184,7 @@ def judge(api: StageApi, board: Board, shown: Example | FiveStages, killing: Kil
 
 
 def report_file(given: str | None) -> Path:
-    """Where the report goes: into this directory if that can be, and not gone with the demo."""
+    """The path of the report: in the working directory, or in one that outlasts the demo."""
     if given:
         return Path(given).absolute()
     folder = Path.cwd() if os.access(".", os.W_OK) else Path(tempfile.mkdtemp(prefix="demo-"))

@@ -2,7 +2,7 @@
 
 It is built on receiver/, as a real one may be, and synchronous: it takes a job that is in the state
 before the stage, commits (stage, 'running'), works for a while, commits (stage, 'done'), and only
-then answers. Those of examples/ are in stage_examples.py.
+then answers. The stages of examples/ are in stage_examples.py.
 """
 
 import os
@@ -44,7 +44,7 @@ class Stage:
     takes: its name, and which rows it takes.
     needs: what the body must hold besides the ids.
     fails: how many times it sets a row to failed before it succeeds.
-    makes: a statement that writes what the stage has found; its values are those of a Request.
+    makes: an SQL statement that writes the stage's result, with the values of a receiver.Request.
     """
 
     takes: receiver.Stage
@@ -113,7 +113,7 @@ class StageApi:
         return self
 
     def close(self, grace: float = 1.0) -> None:
-        """Refuse new calls, let those in hand end at once (up to `grace` seconds), then cut all."""
+        """Refuse new calls, let those under way end within `grace` seconds, then cut all."""
         self.closing.set()
         if self._server:
             self._server.stop_accepting()
@@ -148,7 +148,7 @@ class StageApi:
         return [r for r in wanted if stage in (None, r.stage)]
 
     def wait_for(self, predicate: Callable[["StageApi"], object], timeout: float = 30) -> None:
-        """Block until predicate(api) is true; asked again as a request arrives and finishes."""
+        """Block until predicate(api) is true; it is called whenever a request arrives or ends."""
         with self._changed:
             if not self._changed.wait_for(lambda: predicate(self), timeout):
                 seen = ", ".join(map(str, self.requests)) or "none"
@@ -162,7 +162,7 @@ class StageApi:
             self._changed.notify_all()
 
     def finished(self, request: Request) -> None:
-        """The answer has left, or never will."""
+        """Note that the answer was sent, or will never be."""
         with self._changed:
             request.finished = time.monotonic()
             self._changed.notify_all()
@@ -206,7 +206,7 @@ class StageApi:
         return run
 
     def _result(self, stage: Stage, request: Request, asked: str) -> str:
-        """'failed' for as many calls of a row as the stage fails, then what is asked for."""
+        """The state to set: 'failed' in the first `stage.fails` calls of a row, then `asked`."""
         key = (stage.name, request.row_id)
         if self._failed[key] >= stage.fails:
             return asked
@@ -220,7 +220,7 @@ class StageApi:
             self._is_installed = True
 
     def watch(self) -> None:
-        """Send back, now and again, what a process that died has left running."""
+        """Send rows back, now and then, that a process which died has left running."""
         self._receiver.watch(*(stage.takes for stage in self._stages.values()))
 
     def _take_connection(self) -> psycopg2.extensions.connection:
@@ -257,7 +257,7 @@ def main(host: str, port: int, delay_scale: float) -> None:
 
     A delay scale of 10 is about as slow as the real models, 0 does not wait at all.
     """
-    # Blocked before any thread starts, so that sigwait() below is the one that gets them.
+    # Signals are blocked before any thread starts, so that only sigwait() below receives them.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
         dsn = database_from_environment()

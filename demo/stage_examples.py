@@ -1,4 +1,4 @@
-"""What the stand-in stage API does in the pipelines of examples/."""
+"""The stages of the stand-in stage API for the pipelines of examples/."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ OF_TENANT = """r.job_id = %(job_id)s AND EXISTS (
 
 
 def of_variants(name: str, before: str, **more: Any) -> Stage:
-    """A stage that takes variants from (before, 'done'), and those that it has set to failed."""
+    """A stage that takes variants in (before, 'done'), and variants that it has set to failed."""
     after = [(before, "done"), (name, "failed")]
     takes = receiver.Stage(
         name, after, table="jobs_variants", id="job_variants_id", where=OF_TENANT
@@ -19,8 +19,8 @@ def of_variants(name: str, before: str, **more: Any) -> Stage:
     return Stage(takes, **more)
 
 
-# A job whose variants are all there. No state of its own owes this call, so it keeps the one that
-# it is in until the work is over.
+# Takes a job whose variants are all in place. The call is owed by the join, not by the job's state,
+# so the job keeps its state until the work is done.
 ALL_THERE = """r.tenant_id IS NOT DISTINCT FROM %(tenant_id)s AND NOT EXISTS (
     SELECT FROM jobs_variants AS v WHERE v.job_id = r.job_id
        AND (v.current_step, v.status) IS DISTINCT FROM ('iou_eval', 'done'))"""
@@ -29,7 +29,7 @@ JOINED = receiver.Stage("ad_copy_gen_kor", ("img_gen", "done"), running=False, w
 MAKE_PROPOSAL = """
 INSERT INTO planner_proposals (job_variants_id, layout) VALUES (%(row_id)s, '{"text": "top"}')"""
 
-# Some overlays have an id, some have none.
+# Only some of the overlays get an id.
 MAKE_OVERLAY = """
 INSERT INTO overlays (job_variants_id, overlay_id)
 VALUES (%(row_id)s, CASE WHEN random() < 0.5 THEN gen_random_uuid() END)"""

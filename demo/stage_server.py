@@ -16,7 +16,7 @@ LARGEST_BODY = 1 << 20
 
 
 class Hangup(Exception):
-    """Raised by a behaviour: close the connection with no answer but what it wrote by itself."""
+    """Raised by a behaviour to close the connection without an answer; it may have written one."""
 
 
 @dataclass
@@ -40,10 +40,11 @@ def object_in(raw: bytes) -> dict:
 
 
 class Request:
-    """One POST as it arrived, and how it went. Times are those of time.monotonic().
+    """A POST as it arrived, and its answer. Times are those of time.monotonic().
 
-    body: the JSON object that was sent, empty where it was none; raw: its bytes.
-    status: None until the answer is known; finished: None until it has left; sent: all of it.
+    body: the JSON object that was sent; empty where it was none. raw: its bytes.
+    status: of the answer; None until it is known. finished: when the answer was sent, or failed to
+    be; None until then. sent: whether it was sent completely.
     """
 
     def __init__(self, path: str, raw: bytes, headers: HTTPMessage, connection: socket.socket):
@@ -67,7 +68,7 @@ class Request:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # headers and body in one send: apart they cost 40 ms of Nagle and delayed ACK
+    wbufsize = -1  # headers and body in one send; two sends cost 40 ms (Nagle and delayed ACK)
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
@@ -91,7 +92,7 @@ class Handler(BaseHTTPRequestHandler):
             api.finished(request)
 
     def _body(self) -> bytes:
-        """The body; where its length is not to be had, the stream is not trusted any more."""
+        """The body. Without a usable Content-Length, the connection is closed after the answer."""
         with suppress(ValueError):
             length = int(self.headers.get("Content-Length", ""))
             if 0 <= length <= LARGEST_BODY:
@@ -110,11 +111,11 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def log_message(self, *_: object) -> None:
-        """The API has its own log."""
+        """Logs nothing, as the API has its own log."""
 
 
 class StageServer(ThreadingTCPServer):
-    """Not http.server's, which looks its own name up in the DNS at every start."""
+    """An HTTP server that, unlike http.server's, does not look its name up in the DNS at start."""
 
     allow_reuse_address = True
     daemon_threads = True
@@ -146,6 +147,6 @@ class StageServer(ThreadingTCPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: socket.socket, client_address: Any) -> None:
-        """A client that went away is its own business; anything else is a bug."""
+        """Ignore a client that hung up; print any other error, as it is a bug."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)

@@ -1,4 +1,4 @@
-"""What every demo stands on: a database of its own, and the settings of the listener it runs."""
+"""What every demo needs first: a database of its own, and settings for its listener."""
 
 import os
 import tempfile

@@ -36,8 +36,8 @@ CHILD = {
     "start_new_session": True,
 }
 
-# SIGKILL leaves the demo no time to stop its child, but closes the pipe this small shell reads. It
-# kills the listener, and then the workers, which are process groups of their own in its session.
+# Where the demo is killed by SIGKILL, the pipe that this shell reads is closed. The shell then
+# kills the listener and its workers, which are process groups of their own in its session.
 GUARDIAN = """
 read -r _
 kill -KILL "-$0"
@@ -46,7 +46,9 @@ for file in /proc/[0-9]*/stat; do
 done
 """
 
-signals: list[int] = []  # only looked at between steps, so that nothing is left half started
+signals: list[
+    int
+] = []  # signals received; checked between steps, so that no step is left half done
 
 
 class Ended(Exception):
@@ -65,12 +67,12 @@ def headline(text: str) -> None:
 
 
 def show(line: str, colour: int = 0) -> None:
-    """A line that no terminal wraps."""
+    """Print a line, cut so that the terminal does not wrap it."""
     print(paint(clipped(line, columns()), colour))
 
 
 def show_log(line: str) -> None:
-    """A line of a program, as it is."""
+    """Print a line of a program unchanged."""
     print(paint(line, next((COLOURS[word] for word in COLOURS if word in line), 0)))
 
 
@@ -122,7 +124,7 @@ class Listener:
             self._lines.put(line.rstrip("\n"))
 
     def show(self, seconds: float) -> int | None:
-        """Take what it says within this time; its exit code if it has ended."""
+        """Show or keep its lines for `seconds`; its exit code if it has ended, else None."""
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             with suppress(Empty):

@@ -1,12 +1,12 @@
-"""What a stage API does with a request of the listener: take the row once, work, and answer.
+"""For stage APIs: takes the row of each request of the listener once, works, and answers.
 
 Copy this folder into the stage API's code, or import it from here. It needs a driver of the
 DB-API (psycopg2 or psycopg 3) and the table of schema.sql. docs/RECEIVER.md shows it in Flask and
 FastAPI.
 
 A request is remembered under its Idempotency-Key in the transaction that takes its row, and its
-answer in the transaction that sets the row done or failed. What the work writes is in that second
-transaction too. It begins with the fence: only the request's present owner may finish it. So
+answer in the transaction that sets the row done or failed. That second transaction also has what
+the work writes, and begins with the fence: only the present owner of the request may finish it. So
 whatever is repeated, killed or cut off, the effects of a request are there once or not at all.
 """
 

@@ -1,4 +1,4 @@
-"""Answers, and the exceptions that become one."""
+"""Answers, and exceptions that are turned into answers."""
 
 import json
 from typing import Any, NamedTuple
@@ -15,10 +15,10 @@ class Answer(NamedTuple):
 
 
 class Failed(Exception):
-    """Raised by the work: set the row to (stage, 'failed'), and answer so. Not logged as a bug.
+    """Raised by the work to set the row to (stage, 'failed'). Not logged as a bug.
 
     Args:
-        error: why, for people.
+        error: the reason, for people.
         status: of the answer, 400 to 599.
     """
 
@@ -28,7 +28,7 @@ class Failed(Exception):
 
 
 class Refused(Exception):
-    """The request is not worked on: its answer."""
+    """The request is not worked on; `answer` says why."""
 
     def __init__(self, answer: Answer):
         super().__init__(answer)
@@ -36,7 +36,7 @@ class Refused(Exception):
 
 
 class Running(Refused):
-    """It is being worked on already."""
+    """The request is being worked on already."""
 
 
 def json_answer(status: int, /, **content: Any) -> Answer:

@@ -32,14 +32,14 @@ from .signature import keys_of, verify
 log = logging.getLogger("receiver")
 
 SCHEMA = Path(__file__).with_name("schema.sql")
-# Two processes that start at once.
+# Errors of CREATE TABLE IF NOT EXISTS where two processes start at once.
 ALONE = "SELECT pg_advisory_xact_lock(hashtextextended('stage_requests schema', 0))"
 # Seconds for which a request that is not taken yet waits for the database.
 PATIENCE_TO_TAKE = 5.0
 
 
 class Headers(Protocol):
-    """Those of a request, whatever the framework."""
+    """The headers of a request, of any framework."""
 
     def items(self) -> Iterable[tuple[str, str]]: ...
 
@@ -68,7 +68,7 @@ class Job:
         self._writes.append((statement, params))
 
     def run(self, work: Callable[["Job"], dict | None]) -> Answer:
-        """Work, set the row done or failed with the answer, and return that.
+        """Run `work`, set the row done or failed, store the answer and return it.
 
         No transaction is open while `work` runs. What it returns is the answer's JSON. Where it
         raises, the row is set to failed, and nothing of what it wanted to write is written.
@@ -83,7 +83,7 @@ class Job:
             except Exception as error:
                 if isinstance(error, (TakenOver, Moved)) or is_lost(error) or state == "failed":
                     raise
-                return self._finish("failed", self._failure(error))  # what it wanted to write
+                return self._finish("failed", self._failure(error))  # a write of `work` failed
         except TakenOver:
             return self._overtaken()
         except Moved:
@@ -108,13 +108,13 @@ class Job:
         return json_answer(500, status="failed", error=one_line(error))
 
     def _overtaken(self) -> Answer:
-        """What has become of the request without us."""
+        """The answer where another owner has taken the request over meanwhile."""
         log.warning("%s %s was taken over; this work is dropped", self.stage.name, self.id)
         known = self._session.transaction(lambda cursor: read(cursor, self.key))
         return (known and known.stored) or running(self._request).answer
 
     def _set_aside(self) -> Answer:
-        """Nobody need look after a request whose row is elsewhere."""
+        """Give the request up where somebody has moved its row meanwhile."""
         self._session.transaction(lambda c: give_up(c, self._request, self._owner))
         step, status = self.stage.held(self._taken_from)
         error = f"the row was moved out of ({step}, {status}) meanwhile; nothing was written"
@@ -174,8 +174,8 @@ class Receiver:
         """Take the row and answer 202; job.run(work) is to follow, in any thread.
 
         Returns:
-            The answer, and the job; None where there is nothing to do. A repeated request is
-            answered with 202 until the work is over, then with the stored answer.
+            The answer, and the job, which is None where there is nothing to do. A repeated request
+            is answered with 202 until the work is over, then with the stored answer.
         """
         try:
             job = self.take(self.request(stage, headers, body))
@@ -205,7 +205,7 @@ class Receiver:
         row_id = content.get(stage.id) if isinstance(content, dict) else None
         if not isinstance(row_id, (str, int)) or "\0" in str(row_id):
             raise refusal(422, f"expected a JSON object with {stage.id}")
-        # Without a key, only the row's state tells whether this was done before.
+        # Without a key, only the state of the row tells whether the request was done before.
         return Request(stage, key or str(uuid.uuid4()), content, str(row_id))
 
     def take(self, request: Request) -> Job:
@@ -240,8 +240,8 @@ class Receiver:
         return Session(self.connect, self.release, None if self.lost_after else key, patience)
 
     def recover(self, *stages: Stage) -> int:
-        """Send the rows back whose request was lost with its process, so that they owe the call
-        again; how many. Also forgets what ended more than `keep_days` ago.
+        """Send back the rows whose request was lost with its process, so that they owe the call
+        again; returns how many. Also forgets requests that ended more than `keep_days` ago.
 
         See `watch`, which calls it again and again. Of a stage with running=False nothing needs
         to be sent back.
@@ -282,7 +282,7 @@ class Receiver:
             over.wait(every)
 
     def sent_back(self, cursor: Any, stage: Stage, key: str, owner: str) -> bool:
-        """Send one row back, unless its request is still worked on; whether it was."""
+        """Send one row back unless its request is still worked on; whether it was sent back."""
         if not self.lost_after and not rows(cursor, LOCK_BRIEFLY, {"key": key})[0][0]:
             return False
         sent = send_back(cursor, stage, key, owner, self.most_deaths)

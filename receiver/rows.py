@@ -1,4 +1,4 @@
-"""The rows that stages work on, and what is remembered of requests: taking and finishing them."""
+"""The SQL of taking and finishing rows, and of what is remembered of their requests."""
 
 import re
 from collections.abc import Callable
@@ -18,8 +18,8 @@ class Stage:
         after: the states in which it takes a row, one (step, status) or a list of them. Where
             (stage, 'failed') leads to the stage again, that is one of them.
         running: whether a row that was taken is set to (stage, 'running'). If not, it keeps its
-            state until the work is over. So it still owes the call, and the listener repeats what
-            got lost: the choice for joins, and for work that may well be killed.
+            state until the work is over: it still owes the call, and the listener repeats calls
+            that got lost. Use that for joins, and for work that is often killed.
         table: of the rows, with its schema where that is needed.
         id: the column that identifies a row; the body has the id under this name.
         where: what else must be true of the row r, in SQL. %(name)s is a field of the body.
@@ -76,7 +76,7 @@ class Request:
 
 
 class Known(NamedTuple):
-    """What is remembered of a key."""
+    """What is stored about the request with a key."""
 
     stage: str
     table: str
@@ -91,7 +91,7 @@ class Known(NamedTuple):
 
     @property
     def stored(self) -> Answer | None:
-        """Its answer, where it is finished."""
+        """The stored answer; None where the request is not finished."""
         if self.state not in ("done", "failed"):
             return None
         return Answer(self.answer.encode(), self.http_status, JSON)
@@ -114,8 +114,8 @@ FIND = """
 SELECT r.current_step, r.status, ({where}) IS TRUE
 FROM {table} AS r WHERE r.{id} = %(id)s"""
 
-# Where a request under another key took this row before and has not finished it, the row has been
-# set back since, and the work on that one is void.
+# Where a request under another key took this row and has not finished, the row was set back since:
+# that request is given up.
 CLAIM = """
 WITH void AS (
     UPDATE stage_requests SET state = 'abandoned', finished_at = now()
@@ -135,13 +135,13 @@ WHERE r.{id} = %(id)s AND r.current_step = %(from_step)s AND r.status = %(from_s
 
 
 def take(cursor: Any, request: Request, owner: str, known: Known | None, is_busy: bool) -> tuple:
-    """Remember the key, and set the row running, for `owner`; the state that it is taken from.
+    """Remember the key and set the row running for `owner`; returns the state it was taken from.
 
     Args:
-        known: what is remembered of the key.
-        is_busy: somebody else works on this key, and is not taken for lost.
+        known: what is stored about the key.
+        is_busy: another process works on this key, and is not taken for lost.
 
-    What has failed is taken again where its row is in a state that the stage takes: the call of a
+    A failed request is taken again if its row is in a state that the stage takes: the call of a
     join is retried under the same key.
 
     Raises:
@@ -157,7 +157,7 @@ def take(cursor: Any, request: Request, owner: str, known: Known | None, is_busy
         raise Refused(known.stored)
     runs = known is not None and known.state == "running"
     if known and runs and known.owner == owner:
-        return known.from_step, known.from_status  # our commit, whose answer was lost
+        return known.from_step, known.from_status  # we took it in a commit whose answer was lost
     if is_busy:
         raise running(request)
     found = rows(cursor, stage.sql(FIND), request.values)
@@ -166,7 +166,7 @@ def take(cursor: Any, request: Request, owner: str, known: Known | None, is_busy
     [(*now, fits)] = found
     state = tuple(now)
     if known and known.stored and not (fits and state in stage.states):
-        raise Refused(known.stored)  # it failed, and nobody wants it tried again
+        raise Refused(known.stored)  # it failed, and its row was not sent back to be tried again
     if known and runs and state == stage.held((known.from_step, known.from_status)):
         taken_from, moves = (known.from_step, known.from_status), False
     elif fits and state in stage.states:
@@ -186,7 +186,7 @@ def take(cursor: Any, request: Request, owner: str, known: Known | None, is_busy
 
 
 def move(cursor: Any, request: Request, before: tuple, after: tuple) -> bool:
-    """Set the row's state; whether it was in the state before."""
+    """Set the row's state to `after` if it is `before`; whether it was."""
     states = dict(from_step=before[0], from_status=before[1], to_step=after[0], to_status=after[1])
     cursor.execute(request.stage.sql(MOVE), request.values | states)
     return cursor.rowcount == 1
@@ -210,14 +210,14 @@ def refused_in(request: Request, state: tuple, fits: bool) -> Refused:
 
 
 class TakenOver(Exception):
-    """Another owner has the request by now; what this one did does not count."""
+    """Another owner has taken the request over; this one must not finish it."""
 
 
 class Moved(Exception):
     """Somebody has set the row's state meanwhile."""
 
 
-# The fence: of all who have ever worked on this key, the present owner alone.
+# The fence: only the present owner of the request can finish it.
 FINISH = """
 UPDATE stage_requests
 SET state = %(state)s, http_status = %(http_status)s, answer = %(answer)s, finished_at = now()
@@ -228,7 +228,7 @@ def finish(
     cursor: Any, request: Request, owner: str, taken_from: tuple, state: str, answer: Answer,
     writes: list[tuple[Any, Any]],
 ) -> Answer:  # fmt: skip
-    """Set request and row to `state`, with what the work has to write; the stored answer.
+    """Set request and row to `state` and run `writes`; returns the stored answer.
 
     Raises:
         TakenOver, Moved: the transaction is to be rolled back.
@@ -238,7 +238,7 @@ def finish(
     if cursor.rowcount != 1:
         known = read(cursor, request.key)
         if known and known.stored and known.owner == owner:
-            return known.stored  # our commit, whose answer was lost
+            return known.stored  # we finished it in a commit whose answer was lost
         raise TakenOver
     stage = request.stage
     if not move(cursor, request, stage.held(taken_from), (stage.name, state)):
@@ -292,7 +292,7 @@ SENT_BACK = """
 SELECT sum(sent_back) FROM stage_requests
 WHERE row_id = %(id)s AND stage = %(stage)s AND table_name = %(table)s"""
 
-# A person who sends the row back gives it all its chances again.
+# Also counts from 0 again: a person who sends the row back gives it all attempts again.
 FAIL = """
 UPDATE stage_requests
 SET sent_back = 0, state = CASE key WHEN %(key)s THEN 'failed' ELSE state END,
@@ -306,13 +306,13 @@ WHERE state <> 'running' AND finished_at < now() - make_interval(days => %(days)
 
 
 def running_keys(cursor: Any, stage: Stage, lost_after: float) -> list[tuple]:
-    """Key and owner of what has run for so long."""
+    """Key and owner of the stage's requests that have run for `lost_after` seconds."""
     given = {"stage": stage.name, "table": stage.table, "lost_after": float(lost_after)}
     return rows(cursor, RUNNING, given)
 
 
 def send_back(cursor: Any, stage: Stage, key: str, owner: str, most: int) -> tuple | None:
-    """Give a request up and set its row back, or to failed once that has been done `most` times.
+    """Give a request up and set its row back; to failed if that was done `most` times already.
 
     Returns:
         The row's id and its new state; None where somebody else owns or has finished the request.

@@ -1,26 +1,26 @@
-"""The database: one connection for one request, its lock, and transactions that are repeated."""
+"""One database connection for one request, its advisory lock, and transactions with retries."""
 
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-TRY_AGAIN_AFTER = 0.2  # seconds, where the database is away
+TRY_AGAIN_AFTER = 0.2  # seconds between two attempts to reach the database
 
-# Held by the session that works on a key, for as long as it does. The server is to notice soon that
-# the host of a session is gone; by default it does after two hours.
+# The advisory lock of a key, held by the session that works on it. The keepalives let the server
+# notice soon that the host of a session is gone; by default that takes two hours.
 LOCK = """
 SELECT pg_try_advisory_lock(hashtextextended('stage_requests ' || %(key)s, 0)),
        set_config('tcp_keepalives_idle', '15', false),
        set_config('tcp_keepalives_interval', '5', false),
        set_config('tcp_keepalives_count', '3', false)"""
 UNLOCK = "SELECT pg_advisory_unlock(hashtextextended('stage_requests ' || %(key)s, 0))"
-# The same lock, until the end of the transaction.
+# The same lock for one transaction.
 LOCK_BRIEFLY = "SELECT pg_try_advisory_xact_lock(hashtextextended('stage_requests ' || %(key)s, 0))"
 
-# Serialization failure, deadlock; a lock that was not to be had.
+# Retried: serialization failure, deadlock, lock not available.
 TRANSIENT = ("40", "55P03")
-# The connection itself; read-only, so a standby; too many clients; the server goes down.
+# Connection lost: connection errors, read-only (a standby), too many clients, server shutdown.
 LOST = ("08", "25006", "53300", "57P0")
 
 
@@ -93,7 +93,7 @@ class Session:
         return (sqlstate(error) or "").startswith(TRANSIENT)
 
     def drop(self) -> None:
-        """Let go of a connection that is of no more use."""
+        """Close a connection that is lost."""
         connection, self.connection, self.has_lock = self.connection, None, False
         if connection is not None:
             with suppress(Exception):
@@ -102,7 +102,7 @@ class Session:
                 self.release(connection)
 
     def rest(self) -> None:
-        """The work begins. The connection is kept for its lock; without one it is given back."""
+        """Before the work begins: give the connection back, unless it holds the lock."""
         if self.key is None:
             self.close()
 
@@ -129,8 +129,8 @@ def sqlstate(error: Exception) -> str | None:
 def is_lost(error: Exception) -> bool:
     """Whether `error` of a driver means that the database cannot be reached, or is lost.
 
-    What has no code does not come from the server. psycopg2 has a bare DatabaseError for some of
-    that.
+    An error without an SQLSTATE does not come from the server; psycopg2 raises a bare DatabaseError
+    for some of them.
     """
     if (code := sqlstate(error)) is not None:
         return code.startswith(LOST)

@@ -19,20 +19,24 @@ LONGEST = 2000
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirected POST becomes a GET, whose success says nothing."""
+    """Follows no redirect: a redirected POST becomes a GET, whose success says nothing."""
 
     def redirect_request(self, *_):
         return None
 
 
 def message(alert: dict) -> str:
-    """What the chat shows. Nothing in it is markup: an error could name everybody otherwise."""
+    """The text for the chat, with markup escaped: an error could otherwise mention everybody."""
     text = f"{alert['event']}: {alert['text']}"[:LONGEST]
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def post(url: str, text: str) -> str | None:
-    """Post it; what went wrong, in words that do not quote the URL, which is a secret."""
+    """Post `text`.
+
+    Returns:
+        What went wrong, without the URL, which is a secret; None where nothing did.
+    """
     body = json.dumps({"text": text}).encode()
     try:
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})

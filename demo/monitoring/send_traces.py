@@ -2,9 +2,9 @@
 
     python demo/monitoring/send_traces.py http://localhost:4318/v1/traces FILE
 
-FILE keeps up to when they are sent. It is written once the collector has taken all of them, so that
-after a failure the next run sends the same again, with the same ids. The first run sends those of
-the last hour.
+FILE keeps the time up to which attempts were sent. It is written once the collector has taken all
+of them: after a failure the next run sends them again, with the same ids. The first run sends the
+attempts of the last hour.
 """
 
 import http.client
@@ -18,12 +18,12 @@ from pathlib import Path
 
 LISTENER = Path(__file__).parents[2] / "listener.py"
 TIME_LIMIT = 10.0  # seconds
-# What finished at the end of a run may be committed after it.
+# An attempt that has just finished may be committed late: the last seconds wait for the next run.
 LAG = timedelta(minutes=1)
 
 
 def post(url: str, spans: bytes) -> None:
-    """Send a request; where it is not taken, end with a line that says so."""
+    """POST a request to the collector; ends the program with a line where that fails."""
     head = {"Content-Type": "application/json"}
     try:
         request = urllib.request.Request(url, spans, head)

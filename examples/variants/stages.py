@@ -5,7 +5,7 @@ from pipeline import Table, limits
 VARIANTS = Table("jobs_variants", id="job_variants_id", parent=("jobs", "job_id"),
                  channel="job_variant_state_changed")  # fmt: skip
 
-# --- of each variant: the body is {"job_variants_id", "job_id", "tenant_id"} and what is added ---
+# --- for each variant: the body has job_variants_id, job_id, tenant_id and the fields given ---
 
 
 # fmt: off
@@ -27,7 +27,7 @@ def overlay(call):
 
 
 def vlm_judge(call):
-    # None where overlay has made no row, or left it NULL: the stage can do without.
+    # None where overlay has made no row, or its id is NULL: this stage does not need it.
     found = call.fetch_value(
         "SELECT overlay_id FROM overlays WHERE job_variants_id = %(job_variants_id)s"
     )
@@ -39,7 +39,7 @@ def ocr_eval(call):
     return call.post("/api/yh/ocr/evaluate")
 
 
-# --- of the job ---
+# --- for the job ---
 
 
 def ad_copy_gen_kor(call):
