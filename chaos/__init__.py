@@ -1,1 +1,1 @@
-"""Programs that break the listener on purpose, and judge from a record what it did then."""
+"""Programs that break the listener on purpose, record what happens and judge the record."""

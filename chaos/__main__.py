@@ -33,10 +33,10 @@ def cli() -> None:
 @click.option("--record", type=click.Path(dir_okay=False, writable=True, path_type=Path),
               help="Write the history there in any case.")  # fmt: skip
 def run(seed: int | None, minutes: float, listeners: int, rate: float, record: Path | None) -> None:
-    """Let a nemesis loose on listeners, database, network and stages; exit 1 if a promise broke.
+    """Break listeners, database, network and stages at random; exit 1 if a promise broke.
 
-    The same seed gives the same plan of faults, jobs and answers. How they meet in time is the
-    machine's doing: a second run is alike, not identical.
+    The same seed gives the same plan of faults, jobs and answers. Their timing depends on the
+    machine, so a second run is similar and not identical.
     """
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
     directory = Path(tempfile.mkdtemp(prefix="chaos-"))
@@ -107,7 +107,7 @@ def once(seed: int | None, jobs: int) -> None:
 @click.option("--plot", default="soak.svg", show_default=True, help="Write the picture there.",
               type=click.Path(dir_okay=False, writable=True, path_type=Path))  # fmt: skip
 def soak(minutes: float, rate: float, plot: Path) -> None:
-    """A steady load, and what grows with it; exit 1 if anything does that should not."""
+    """Run a steady load and measure; exit 1 if something grows that should not."""
     click.echo(f"{minutes:g} minutes, {WORKERS} workers, {rate:g} jobs a second")
     with tempfile.TemporaryDirectory(prefix="soak-") as directory:
         with Soak(rate, Path(directory)) as started:

@@ -1,5 +1,5 @@
-"""The account of a run: every arrival of a job in a routed state with the call that it owed, that
-call's attempts, and for each attempt its claim, its rows in stage_attempts and its requests.
+"""The account of a run: each arrival of a job in a state of PIPELINE with the call that it owed,
+the attempts of that call, and for each attempt its claim, rows in stage_attempts and requests.
 """
 
 from collections import defaultdict
@@ -13,7 +13,7 @@ ROUNDING = 0.001  # seconds
 
 @dataclass
 class Try:
-    """One attempt of a call. leased_until: by what the database wrote and what it should have."""
+    """One attempt of a call. leased_until: what the database wrote, or should have written."""
 
     number: int
     claim: Claim
@@ -27,17 +27,17 @@ class Try:
 
     @property
     def accepted(self) -> bool:
-        """The stage wrote a whole 2xx answer; that it arrived is another matter."""
+        """Whether the stage wrote a whole 2xx answer; it may not have arrived."""
         return any(post.accepted for post in self.posts)
 
     @property
     def taken(self) -> bool:
-        """The stage wrote a whole 202."""
+        """Whether the stage wrote a whole 202 answer."""
         return any(post.taken for post in self.posts)
 
     def open_until(self, post: Post) -> float:
-        """When the stage was done with a request, as far as anybody knows: after its 202 as the
-        row moved on, or with its lease."""
+        """When the stage was done with a request, as far as a listener can know: after a 202 that
+        is when the row moved on, or when the lease ended."""
         if not post.taken:
             return post.finished
         ended = [row.finished for row in self.rows if row.outcome not in UNANSWERED]
@@ -53,7 +53,7 @@ class Try:
 
     @property
     def error(self) -> str:
-        """What its rows say, one after the other."""
+        """The errors of its rows in stage_attempts, joined."""
         return " ".join(row.error or "" for row in self.rows)
 
 
@@ -67,24 +67,24 @@ class Call:
     left: float | None  # when the job moved on; None: never
     number: int | None = None
     is_join: bool = False
-    dropped: bool = False  # taken off what is owed, and not because the job moved
-    forgotten: bool = False  # given up, and skipped without a claim, its job being deleted
+    dropped: bool = False  # removed from stage_calls although the job had not moved
+    forgotten: bool = False  # given up, then skipped without a claim, as its job was deleted
     tries: dict[int, Try] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"call {self.number} of {self.stage} for job {self.job}"
 
     def posted(self) -> list[tuple[Try, Post]]:
-        """Its requests, each with its attempt, in the order of the claims: a network that stalls
-        may let an earlier one arrive later."""
+        """Its requests, each with its attempt, in the order of the claims. They may arrive in
+        another order, as the network may hold one back."""
         ordered = sorted(self.tries.values(), key=lambda one: one.number)
         return [(one, post) for one in ordered for post in one.posts]
 
 
 class Account:
-    """Everything of a History put together. Nothing in it is judged yet.
+    """A History arranged by calls and attempts; nothing is judged here.
 
-    stray: debts, claims, rows and requests that belong to no call, each said in a line.
+    stray: a line for each debt, claim, row and request that belongs to no call.
     """
 
     def __init__(self, history: History):
@@ -92,7 +92,7 @@ class Account:
         self.stray: list[str] = []
         self.calls: list[Call] = []
         self._by_number: dict[tuple[str, int], Call] = {}
-        self._latest: dict[str, Call] = {}  # of the joins, by job
+        self._latest: dict[str, Call] = {}  # the last call of a join, by job
         self._moved = {(move.job, move.tx) for move in history.moves}
         self.families = Families(history)
         self.read_arrivals()
@@ -118,7 +118,7 @@ class Account:
                 if debt and debt.stage == stage:
                     call.number = debt.call
                     self._by_number[job, debt.call] = call
-        # A debt that did not outlast its own transaction is one that nobody ever knew of.
+        # A debt that ended in the transaction in which it was recorded was never visible.
         self.stray += [f"{debt} was recorded though no job arrived"
                        for of, debt in debts.items() if of not in self._moved]  # fmt: skip
 
@@ -159,8 +159,8 @@ class Account:
                 self.stray.append(f"{row} is of no claim")
 
     def read_moves_of_families(self) -> None:
-        """Once an attempt counts, another one follows only while the job is where it was then. One
-        that was given up, and that the operator retried, begins anew."""
+        """A join's call is repeated only while the job is in the state that it had at the first
+        attempt; after `retry` of a given-up call, in the state at the first attempt since."""
         for call in (call for call in self.calls if call.is_join):
             ended = max((n for n, one in call.tries.items() if "failed" in one.outcomes), default=0)
             later = [one for n, one in sorted(call.tries.items()) if n > ended]
@@ -175,7 +175,7 @@ class Account:
                     break
 
     def read_posts(self) -> None:
-        """By what the request says and when it came, not by its key: that is to be checked."""
+        """Assign requests by their body and time, not by their key, which is checked later."""
         claimed = defaultdict(list)
         for call in self.calls:
             for one in call.tries.values():
@@ -194,7 +194,7 @@ class Account:
                 self.stray.append(f"{post} was sent without a claim")
 
     def was_cut(self, post: Post) -> bool:
-        """By the network, or by the death of whoever was sending it."""
+        """Whether the network, or the death of its sender, may have cut the request."""
         return any(
             fault.reach in ("stage", "worker", "listener")
             and post.slot in fault.slots
@@ -204,13 +204,13 @@ class Account:
         )
 
     def mischief(self, call: Call, one: Try) -> str | None:
-        """What the stage function was to do at this attempt."""
+        """The planned misbehaviour of the stage function in this attempt."""
         return self.history.mischief.get(f"{call.job}/{call.stage}/{one.number}")
 
     def faults(self, listener: str, began: float, ended: float, *reach: str) -> list[Fault]:
-        """What was done to `listener`, or to what it needs, between two moments.
+        """The faults between two moments that hit `listener` or what it needs.
 
-        Of its workers only what was done to any of them: not which call that one was making.
+        A fault of one of its workers counts, whichever call that worker was making.
         """
         slot, pid = self.history.listeners.get(listener), pid_of(listener)
         return [
@@ -224,7 +224,7 @@ class Account:
         ]
 
     def changes(self, began: float, ended: float) -> list[Fault]:
-        """The changes of tables, and installs, between two moments: each locks for a while."""
+        """The changes of tables and installs between two moments; each holds locks for a while."""
         return [
             fault
             for fault in self.history.faults
@@ -233,9 +233,9 @@ class Account:
 
 
 class Families:
-    """The variants of each job as its transactions left them, one after the other.
+    """The states of each job's variants after each transaction.
 
-    arrivals: when one came to the state of the join.
+    arrivals: when a variant arrived in the state of the join.
     """
 
     def __init__(self, history: History):
@@ -261,8 +261,9 @@ class Families:
             self._complete[move.parent].append((move.at, bool(mine) and all(mine.values())))
 
     def left(self, job: str, at: float) -> float | None:
-        """When a variant was missing again, or the job was deleted, after the last time before `at`
-        at which all were there. That may be before `at`: a look is older than its commit.
+        """When a variant was missing again, or the job was deleted, after the last moment before
+        `at` when all variants were in place. The result may be before `at`, as a look sees an older
+        state than the one at its commit.
         """
         states = self._complete[job]
         since = max((when for when, complete in states if complete and when <= at), default=at)
@@ -275,7 +276,7 @@ class Families:
         return ((before[-1].step, before[-1].status), before[-1].at) if before else ((), when)
 
     def was_complete(self, job: str, since: float, until: float) -> bool:
-        """At any time between."""
+        """Whether all variants were in place at some moment between the two."""
         states = self._complete[job]
         for n, (at, complete) in enumerate(states):
             ended = states[n + 1][0] if n + 1 < len(states) else float("inf")
@@ -284,6 +285,6 @@ class Families:
         return False
 
     def complete_since(self) -> dict[str, float]:
-        """The jobs that were complete at the end, and when the last variant had come."""
+        """The jobs that were complete at the end, and when their last variant arrived."""
         return {job: self.arrivals[job][-1] for job, states in self._complete.items()
                 if states[-1][1] and job not in self.deleted}  # fmt: skip

@@ -1,5 +1,5 @@
-"""The application of a chaos run: adds jobs, meddles with them as planned, and puts those back on
-their way that the pipeline left where nothing is owed.
+"""The application of a chaos run: adds jobs, changes them as planned, and sends back jobs that rest
+in a state where nothing is owed.
 """
 
 import threading
@@ -20,7 +20,7 @@ LOCK = "SELECT current_step, status FROM jobs WHERE job_id = %s FOR UPDATE"
 PAUSE = "UPDATE jobs SET status = 'paused' WHERE job_id = %s RETURNING job_id"
 DELETE = "DELETE FROM jobs WHERE job_id = %s"
 
-# Where nothing is owed and nothing has moved for a while, nobody is working on the job any more.
+# Jobs that owe nothing and have not changed for 8 s: no stage works on them any more.
 LEFT_BEHIND = """
 SELECT j.job_id::text, j.current_step, j.status FROM jobs AS j
 WHERE (j.current_step, j.status) <> ('vlm_judge', 'done') AND j.status <> 'cancelled'
@@ -34,7 +34,7 @@ BEFORE = dict(STAGES.values())  # stage: the step that must be done before it
 
 
 class Application:
-    """run() goes through the steps in time; look_after() is for its own thread, again and again."""
+    """run() carries out the steps in time; look_after() is a loop for a thread of its own."""
 
     def __init__(self, dsn: str, steps: list[Step]):
         self.dsn, self.steps = dsn, steps
@@ -51,7 +51,8 @@ class Application:
                 pool.submit(self.carry_out, step)
 
     def carry_out(self, step: Step) -> None:
-        """Again where the database was lost; what came of a lost commit is in the audit."""
+        """Carry out a step, again if the database was lost. Whether a lost commit took effect is in
+        the audit table."""
         while not self.stop.is_set():
             try:
                 with closing(psycopg2.connect(self.dsn)) as conn, conn.cursor() as cursor:
@@ -61,7 +62,7 @@ class Application:
             except CONNECTION_LOST:
                 self.stop.wait(0.2)
             except (psycopg2.errors.UniqueViolation, psycopg2.errors.ForeignKeyViolation):
-                return  # that commit had succeeded after all, or the family is gone
+                return  # an earlier commit had succeeded after all, or the family was deleted
             except psycopg2.Error as error:
                 self.errors.append(f"the application could not {step.what}: {error}".strip())
                 return
@@ -78,7 +79,7 @@ class Application:
     def put_back_left_behind(self, cursor) -> None:
         cursor.execute(LEFT_BEHIND)
         for job, step, status in cursor.fetchall():
-            if status == "done":  # accepted, and nothing came of it: the same state once more
+            if status == "done":  # accepted, but not worked on: leave the state and come back to it
                 cursor.execute(PAUSE, [job])
                 cursor.connection.commit()
             cursor.execute(
@@ -129,7 +130,7 @@ def lock(app: Application, cursor, step: Step) -> None:
 
 
 def bounce(app: Application, cursor, step: Step) -> None:
-    """Away, and back to the same state: two arrivals, seconds apart."""
+    """Leave the state and come back seconds later: two arrivals."""
     cursor.execute(LOCK, [step.job])
     for state in cursor.fetchall():
         cursor.execute(PAUSE, [step.job])
@@ -139,7 +140,7 @@ def bounce(app: Application, cursor, step: Step) -> None:
 
 
 def flip(_app: Application, cursor, step: Step) -> None:
-    """Away and back in one transaction: nobody sees the job leave, yet it arrives anew."""
+    """Leave the state and come back in one transaction: a new arrival, the departure is not seen."""
     cursor.execute(LOCK, [step.job])
     for state in cursor.fetchall():
         cursor.execute(PAUSE, [step.job])
@@ -156,7 +157,7 @@ def add_variant(_app: Application, cursor, step: Step) -> None:
 
 
 def redo_variant(_app: Application, cursor, step: Step) -> None:
-    """Wherever it is, it begins anew."""
+    """Set the variant back to its first state."""
     cursor.execute(families.MOVE, ["cut", "paused", step.variant])
     cursor.connection.commit()
     cursor.execute(families.MOVE, [*families.CUT, step.variant])

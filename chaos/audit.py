@@ -1,5 +1,5 @@
-"""The database's own record of a run: a table that triggers fill in the transactions they watch,
-and the questions that turn it into a History's records afterwards.
+"""The database's record of a run: a table that triggers fill in the transactions they watch, and
+the queries that turn it into the records of a History.
 """
 
 import psycopg2
@@ -7,9 +7,9 @@ import psycopg2.extras
 
 from chaos.history import Claim, Debt, Effect, Gone, Join, Lease, Limit, Move, Row
 
-# track_commit_timestamp gives each row the moment its transaction committed; what was rolled
-# back leaves none. The rows of one job follow each other as its row lock let them.
-# A standby that connects again does so at once.
+# track_commit_timestamp records when the transaction of each row committed; a rolled back one
+# leaves no rows. Rows of one job are in the order of its row lock. The last setting lets a standby
+# reconnect at once.
 OPTIONS = {
     "track_commit_timestamp": "on",
     "max_connections": 300,
@@ -55,11 +55,11 @@ CREATE TRIGGER chaos_insert_delete AFTER INSERT OR DELETE ON stage_leases
     FOR EACH ROW EXECUTE FUNCTION chaos.record();
 """
 
-# What a stage writes with the receiver, in the transaction that sets the row done. The values are
-# those of a Request.
+# The statement that a stage runs by way of the receiver, in the transaction that sets the row done.
+# Its values are those of a receiver.Request.
 EFFECT = "INSERT INTO chaos.effects VALUES (%(key)s, %(row_id)s, %(stage)s)"
 
-# The last state that a transaction left a job in; what came before it in there, nobody saw.
+# The state of a job at the end of each transaction; earlier ones within it were never visible.
 MOVES = """
 SELECT DISTINCT ON (job, tx) job, tx::text::bigint AS tx,
        extract(epoch FROM pg_xact_commit_timestamp(tx::xid))::float8 AS at,
@@ -157,7 +157,7 @@ def install(conn: psycopg2.extensions.connection) -> None:
 
 
 def records(conn: psycopg2.extensions.connection) -> dict[str, list]:
-    """What the database knows, by the names that a History gives it."""
+    """The records of the database, by the names of History's fields."""
     found = {}
     with conn.cursor(cursor_factory=psycopg2.extras.RealDictCursor) as cursor:
         cursor.execute("ANALYZE chaos.audit")
@@ -168,8 +168,8 @@ def records(conn: psycopg2.extensions.connection) -> dict[str, list]:
     return found
 
 
-# A lease may outlast its call: of a dead listener, until somebody finds it. That of a call without
-# an answer does as well, but its attempt is in the history.
+# The lease of a dead listener outlasts its call, until another listener ends it. So does the lease
+# of a call without an answer, but that attempt is in the history already.
 OWED = """
 SELECT (SELECT count(*) FROM stage_calls)
      + (SELECT count(*) FROM stage_leases WHERE NOT unanswered)
@@ -178,7 +178,7 @@ SELECT (SELECT count(*) FROM stage_calls)
 
 
 def owed(conn: psycopg2.extensions.connection) -> int:
-    """Calls that are owed, and claims that nothing became of yet."""
+    """How many calls are owed, and claims without a result."""
     with conn.cursor() as cursor:
         cursor.execute(OWED)
         return cursor.fetchone()[0]

@@ -1,7 +1,7 @@
-"""Jobs of a chaos run that have rows of their own, the variants, and are called once all of them
-are done.
+"""Families: jobs of a chaos run that have rows in a second table, the variants. A join calls for
+the job once all of its variants are done.
 
-Beside the product's pipeline, in states of their own: a family's job rests in QUEUED until then.
+They use states of their own beside the five stages. The job stays in QUEUED until the join's call.
 """
 
 import uuid
@@ -37,8 +37,8 @@ PIPELINE = {VARIANTS(*CUT): detect, VARIANTS.every(*DETECTED): ad_copy}
 ROUTES = {"/".join(CUT): detect.__name__}
 JOINS = {"/".join(DETECTED): ad_copy.__name__}
 
-# What the stages do, by path. A family is taken wherever it is: the call says that its variants are
-# there.
+# The stages by path. A family's job is taken in any state: the call itself says that its variants
+# are in place.
 FAMILY = [QUEUED, *(("ad_copy", status) for status in ("running", "done", "failed"))]
 STAGES = {
     "/variants/detect": Stage(
@@ -48,7 +48,7 @@ STAGES = {
     "/ad_copy": Stage(receiver.Stage("ad_copy", FAMILY), makes=EFFECT),
 }
 
-# What is left behind, as in application.py: no stage works on it, and nothing is owed.
+# Variants that owe nothing and on which no stage works, as in application.py.
 LEFT_BEHIND = """
 SELECT v.job_variants_id::text, v.current_step, v.status FROM jobs_variants AS v
 WHERE (v.current_step, v.status) <> ('detect', 'done')

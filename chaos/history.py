@@ -1,5 +1,5 @@
-"""What happened in a run, as records: the moves of the jobs, the calls owed, the claims, the rows
-of stage_attempts, the POSTs, the faults. Written to JSON and read back without loss.
+"""The records of a run: moves of jobs, calls owed, claims, rows of stage_attempts, POSTs, faults.
+They are written to JSON and read back without loss.
 
 Times are seconds since the epoch on the one clock of the machine: the database's commit
 timestamps, and time.time() in this process.
@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-TAKEN = 202  # what an asynchronous stage answers; no other one does
+TAKEN = 202  # the status of asynchronous stages; no other stage answers it
 
 
 def pid_of(listener: str) -> int:
@@ -44,9 +44,9 @@ class Debt:
 
 @dataclass(frozen=True)
 class Join:
-    """A call that a listener recorded for a job, all of whose variants are there.
+    """A call that a listener recorded for a job whose variants are all in place.
 
-    looked: when the transaction began in which it looked; at: when that was committed.
+    looked: when the listener's transaction began; at: when it committed.
     """
 
     job: str
@@ -59,7 +59,7 @@ class Join:
 
 @dataclass(frozen=True)
 class Gone:
-    """A call was taken off the table of what is owed."""
+    """A call was deleted from stage_calls."""
 
     job: str
     call: int
@@ -68,10 +68,10 @@ class Gone:
 
 @dataclass(frozen=True)
 class Claim:
-    """A listener took attempt `attempt` of a call; nobody else may until `until`.
+    """A listener claimed attempt `attempt` of a call until `until`.
 
-    released: when it let go of it, with a result or without; None: the job had moved on, or the
-    next claim took it over.
+    released: when the claim was settled or given back; None: the job had moved on, or the next
+    claim took it over.
     """
 
     job: str
@@ -87,8 +87,8 @@ class Claim:
 class Lease:
     """A row of stage_leases.
 
-    claimed: the time of its claim; began, ended: when the claim was committed, and the end of the
-    row; None where it is there still.
+    claimed: the time of its claim. began: when the claim was committed. ended: when the row was
+    deleted; None: it still exists.
     """
 
     job: str
@@ -106,8 +106,8 @@ class Lease:
 class Limit:
     """A row of stage_limits: of a stage, or of a pool.
 
-    stages: whose calls count; most: so many at once; seconds: between two of them; is_fair: tenants
-    take turns; per_tenant: so many of one tenant at once.
+    stages: the stages whose calls count. most: calls at once. seconds: between two calls. is_fair:
+    tenants take turns. per_tenant: calls of one tenant at once.
     """
 
     name: str
@@ -120,7 +120,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Effect:
-    """What a stage has written for the request with this key."""
+    """The row that a stage has written for the request with this key."""
 
     key: str
     job: str
@@ -147,8 +147,8 @@ class Row:
 class Post:
     """A request as the stage API saw it.
 
-    sent: the whole answer was written. status: None where there was none. job: None where the
-    body never came.
+    sent: whether the whole answer was written. status: None without an answer. job: None where the
+    body did not arrive.
     """
 
     job: str | None
@@ -169,16 +169,16 @@ class Post:
 
     @property
     def taken(self) -> bool:
-        """The stage works on it after its answer."""
+        """Whether the stage answered 202 and then works."""
         return self.sent and self.status == TAKEN
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What the nemesis did. slots: the listeners concerned; pids: their processes, if only some.
+    """A fault of the nemesis. slots: the listeners it hit; pids: their processes, if not all.
 
-    reach: "worker", "listener", "database" or "stage": what was out of order for them; "clock" and
-        "nothing" excuse no repeat.
+    reach: what was broken for them: "worker", "listener", "database" or "stage". The values "clock"
+        and "nothing" excuse no repeat.
     """
 
     kind: str
@@ -191,7 +191,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Exit:
-    """A listener process ended. asked: it had been sent SIGTERM. ready: it had said its name."""
+    """A listener process ended. asked: after SIGTERM. ready: it had logged its name."""
 
     slot: int
     pid: int
@@ -204,7 +204,7 @@ class Exit:
 
 @dataclass(frozen=True)
 class Listening:
-    """A listener said that it listens."""
+    """A listener logged that it listens."""
 
     slot: int
     at: float

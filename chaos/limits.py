@@ -1,7 +1,7 @@
-"""Whether the limits that hold over all listeners were kept: of stages, of pools and of tenants.
+"""Checks that the limits over all listeners were kept: of stages, of pools and of tenants.
 
-Whoever claims takes turns, so the leases of a limit are committed in the order in which they were
-counted. A call that was taken with 202 has its lease until its row moves on.
+Claims under one limit run one after the other, so its leases are committed in the order in which
+they were counted. A call that was taken with 202 keeps its lease until its row moves on.
 """
 
 from collections import defaultdict
@@ -11,7 +11,7 @@ from itertools import pairwise
 from chaos.account import ROUNDING, Account
 from chaos.history import TAKEN, History, Lease, Limit, Move
 
-# Seconds after which a row that was committed is seen by every statement that begins.
+# Seconds after its commit when a row is visible to every new statement.
 VISIBLE = 0.05
 
 
@@ -68,7 +68,8 @@ def out_of_turn(account: Account) -> Iterator[str]:
 
 
 def passed_by(account: Account, leases: list[Lease]) -> Iterator[str]:
-    """Only the first call of a row is judged: one of before may have kept the next one waiting."""
+    """Only the first call of a row is judged, as it may itself have kept the row's next call
+    waiting."""
     arrived = {call.number: call.arrived + VISIBLE for call in account.calls}
     seen = set()
     for n, lease in enumerate(leases):
@@ -76,7 +77,7 @@ def passed_by(account: Account, leases: list[Lease]) -> Iterator[str]:
             continue
         seen.add(lease.job)
         turns = defaultdict(int)
-        for one in leases[:n]:  # those of one transaction are in no order
+        for one in leases[:n]:  # leases of one transaction have no order
             waits = one.claimed > arrived.get(lease.call, lease.claimed)
             turns[one.tenant] += waits and one.began < lease.began
         own = turns.pop(lease.tenant, 0)
@@ -116,7 +117,7 @@ def leaves(move: Move, lease: Lease) -> bool:
 
 
 def amiss(outcome: str, lease: Lease, left: list[Move], stage: str) -> str:
-    """What is wrong with the end of a taken call; empty where nothing is."""
+    """What is wrong with the end of a taken call; "" where nothing is."""
     if outcome == "unknown":
         return "" if lease.ended >= lease.until else "was given up before its lease was over"
     if not left:

@@ -25,8 +25,8 @@ PATIENCE = 40.0  # seconds, for a stop
 
 
 def environment(settings: dict[str, object]) -> dict[str, str]:
-    """What a listener is told: these settings, and the defaults of all others, whatever the
-    caller's environment and `.env` say."""
+    """The environment of a listener: these settings and the defaults of all others, not those of
+    the caller's environment and `.env`."""
     given = {name: default or "" for name, (default, _) in config.SETTINGS.items()}
     given["PIPELINE_MODULE"] = "demo.five_stages"
     given |= {name: str(value) for name, value in settings.items()}
@@ -34,9 +34,9 @@ def environment(settings: dict[str, object]) -> dict[str, str]:
 
 
 class Listener:
-    """One place for a listener; its process comes and goes.
+    """A slot for a listener, whose process is started again when it ends.
 
-    program: what runs it, as arguments of Python.
+    program: the arguments of Python that run it.
     """
 
     def __init__(self, slot: int, workers: int, environ: dict[str, str], directory: Path,
@@ -44,7 +44,7 @@ class Listener:
         self.slot, self.workers, self.environ, self.program = slot, workers, environ, program
         self.log = directory / f"listener-{slot}.log"
         self.asked = False  # sent SIGTERM
-        self.ready = False  # it has said that it starts
+        self.ready = False  # it has logged that it starts
         self.started = self.ended = 0.0
         self.names: list[str] = []
         self.listening: list[Listening] = []
@@ -57,7 +57,7 @@ class Listener:
         command = [sys.executable, *self.program, "run", "--workers", str(self.workers)]
         self.asked, self.ready, self.started = False, False, time.time()
         self.process = subprocess.Popen(command, env=self.environ, **CHILD)
-        # Should this program be killed, or should only the listener have been.
+        # The guardian ends what is left where this program, or only the listener, is killed.
         guard = ["sh", "-c", GUARDIAN, str(self.process.pid)]
         silent = {"stdin": subprocess.PIPE, "stderr": subprocess.DEVNULL, "start_new_session": True}
         self.guardians[self.process.pid] = subprocess.Popen(guard, **silent)
@@ -94,7 +94,7 @@ class Listener:
             os.kill(pid, signal.SIGTERM)
 
     def dismiss_guardians(self) -> None:
-        """Of sessions that are gone: their number may soon be another's."""
+        """End guardians whose session is gone, as its number may be given to another one."""
         ended = [sid for sid in self.guardians if self.process is None or sid != self.process.pid]
         there = sessions() if ended else set()
         for session in set(ended) - there:
@@ -104,14 +104,14 @@ class Listener:
             guardian.stdin.close()
 
     def end_all(self) -> None:
-        """Whatever is left of all its processes."""
+        """Kill what is left of all its processes."""
         self.dismiss_guardians()
         for guardian in self.guardians.values():
             guardian.communicate()
 
 
 def sessions() -> set[int]:
-    """The session of every process there is."""
+    """The session ids of all processes."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):

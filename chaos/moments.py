@@ -1,5 +1,5 @@
-"""Connections that something happens to at a chosen moment: after a statement or a commit, which is
-before the next one.
+"""Database connections that call a function after each statement and commit, so that a test can
+make something happen at each moment.
 """
 
 from collections.abc import Callable
@@ -9,8 +9,8 @@ import psycopg2
 
 
 class Watched:
-    """What a Receiver connects with: `happens(moment, wire)` is called after each statement and
-    commit. Moments are numbered from 1."""
+    """The `connect` of a Receiver. Calls `happens(moment, wire)` after each statement and commit;
+    moments are numbered from 1."""
 
     def __init__(self, connect: Callable, happens: Callable):
         self.connect, self.happens, self.moment = connect, happens, 0
@@ -45,7 +45,7 @@ class Wire:
         self.real.close()
 
     def cut(self) -> None:
-        """End the server's side, and let this one hear of it."""
+        """End the session on the server, and wait until this side notices."""
         with closing(self.watched.connect()) as other:
             other.autocommit = True
             kill = "SELECT pg_terminate_backend(%s, 60000)"

@@ -1,5 +1,5 @@
-"""Carries out the planned faults, each for as long as it is to last. What could not be done, as
-another fault was in the way, is not recorded.
+"""Carries out the planned faults, each for its duration. A fault that is not possible at its time,
+because of another one, is skipped and not recorded.
 """
 
 import heapq

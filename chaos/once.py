@@ -1,5 +1,6 @@
-"""`python -m chaos once`: listeners and stage APIs built on receiver/, with everything killed, cut,
-frozen, dropped and sent twice. Then each job's effect is counted: it has to be there once.
+"""`python -m chaos once`: runs listeners and stage APIs built on receiver/ while processes are
+killed and frozen, connections cut, and requests dropped and repeated. Each job must have its effect
+exactly once.
 """
 
 import os
@@ -34,10 +35,10 @@ SETTINGS = {
     "JOB_STATE_LISTENER_RECONNECT_DELAY": 0.3,
 }
 CHILDREN = 8
-MOMENTS = 16  # a request has about so many
-# How often each of them is planned.
+MOMENTS = 16  # a request has about this many (see moments.py)
+# By what is done at a moment: its weight in the plan.
 WHAT = {"kill": 4, "cut": 2, "repeat": 2, "drop": 1, "freeze": 0.5, "answer late": 0.5}
-# Seconds between two faults of the world around the requests.
+# Seconds between two faults of listeners, stage processes and database.
 EVERY = 1.5
 LIMIT = 300.0  # seconds in which all jobs are to be done
 
@@ -88,7 +89,7 @@ HAPPENED = "SELECT what, count(*) FROM happened GROUP BY what ORDER BY what"
 class Once:
     """One run; a context manager.
 
-    jobs: how many, spread over the stages. seed: of what is planned to happen to them.
+    jobs: how many, spread over the stages. seed: of the plan of what happens to them.
     """
 
     def __init__(self, seed: int, jobs: int, directory: Path):
@@ -128,7 +129,7 @@ class Once:
         return found
 
     def happen(self, tell: Callable[[str], None]) -> list[tuple]:
-        """Run it; the jobs whose effect is not there once, or that are not done."""
+        """Run it; returns the jobs that are not done, or whose effect is not there exactly once."""
         ids = [str(uuid.UUID(int=self.random.getrandbits(128))) for _ in range(self.jobs)]
         self.execute(PLAN, [fate for job in ids for fate in self.fates(job)])
         self.execute(ADD, [(job, [*STAGES][n % len(STAGES)]) for n, job in enumerate(ids)])
@@ -145,7 +146,7 @@ class Once:
         return self.execute(WRONG)
 
     def fates(self, job: str) -> list[tuple]:
-        """What happens to the requests of a job, one after the other."""
+        """What is planned for each request of a job, in order."""
         kinds, weights = list(WHAT), list(WHAT.values())
         return [
             (job, self.random.randint(1, MOMENTS), self.random.choices(kinds, weights)[0])
@@ -153,7 +154,7 @@ class Once:
         ]
 
     def break_something(self) -> str:
-        """One of the things around the requests."""
+        """Break a listener, a stage process or the database; what was done, in words."""
         self.faults += 1
         choice = self.random.choice(["stages", "listener", "database"])
         if choice == "stages":
@@ -168,7 +169,7 @@ class Once:
         return "the database crashed and was restarted"
 
     def settle(self) -> None:
-        """Let what is still under way come to its end, so that what it does is counted, too."""
+        """Wait until calls under way have ended, so that their effects are counted as well."""
         time.sleep(2 * once_api.SECONDS)
 
     def report(self) -> list[str]:

@@ -35,7 +35,7 @@ CREATE INDEX ON planned (job_id);
 CREATE TABLE effects (job_id text, stage text, key text, made_at timestamptz DEFAULT now());
 CREATE TABLE happened (job_id text, moment integer, what text);
 """
-# Noted first: whoever is killed can no longer say so.
+# Written before the fault, as a process that is killed cannot write it any more.
 NEXT = """
 WITH one AS (
     DELETE FROM planned WHERE number = (SELECT min(number) FROM planned WHERE job_id = %(job)s)
@@ -47,7 +47,7 @@ SECONDS = 2.5  # longer than LATE and than the listener waits
 
 
 class Planned:
-    """A request, and what is to happen to it."""
+    """A request, and what is planned for it."""
 
     def __init__(self, api: "Api", request: Request):
         self.api, self.request = api, request
@@ -68,7 +68,7 @@ class Planned:
         time.sleep(SECONDS)
 
     def repeat(self, wire: Wire) -> None:
-        """The same request once more, to another child."""
+        """Send the same request once more, to another child."""
         threading.Thread(target=self.api.send_again, args=[self.request], daemon=True).start()
         time.sleep(0.1)
 

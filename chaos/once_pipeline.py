@@ -1,5 +1,5 @@
-"""The pipeline of `python -m chaos once`: a stage for each way in which receiver/ can be used. A
-job goes through one of them. PIPELINE is for the listener, STAGES for the stage API.
+"""The pipeline of `python -m chaos once`: a stage for each way to use receiver/. A job goes through
+one of them. PIPELINE is for the listener, STAGES for the stage API.
 """
 
 from pipeline import Call

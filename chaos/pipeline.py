@@ -1,7 +1,7 @@
-"""The stage API of a chaos run: the stand-in of the demo, met in every mood that a real one has.
+"""The stage API of a chaos run: the stand-in of the demo with every behaviour of a real one.
 
-BEHAVIOURS is the list of moods. Each is a function of (api, request, chance) that returns an
-answer, or raises Hangup after writing to the connection what there is to write.
+BEHAVIOURS lists them. Each is a function of (api, request, chance) that returns an answer, or
+writes to the connection itself and raises Hangup.
 """
 
 import threading
@@ -24,7 +24,7 @@ ACCEPTED = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n"
 
 OF_JOBS = {path: of_jobs(*stage, makes=audit.EFFECT) for path, stage in STAGES.items()}
 
-# What a stage that does not use the receiver does.
+# The statements of a stage that does not use the receiver.
 TAKE = """
 UPDATE {table} SET current_step = %(stage)s, status = 'running'
 WHERE {id} = %(row_id)s AND (current_step, status) IN %(states)s"""
@@ -34,7 +34,7 @@ WHERE {id} = %(row_id)s AND current_step = %(stage)s AND status = 'running'"""
 
 
 class Pipeline(StageApi):
-    """Decides by the seed how each request is met, and keeps a record of it.
+    """Chooses the behaviour for each request by the seed, and keeps a record of all requests.
 
     A listener's URL is `url_of(slot)`, so that the record says whose request it was.
     """
@@ -58,7 +58,7 @@ class Pipeline(StageApi):
         _, slot, path = request.path.split("/", 2)
         request.slot, request.path = int(slot), f"/{path}"
         super().arrived(request)
-        # The row's own id, where it has one beside its job's.
+        # A variant's own id, or else the job's.
         request.job_id = request.body.get(families.VARIANTS.id, request.job_id)
 
     def answer(self, request: Request) -> Answer:
@@ -93,10 +93,10 @@ class Pipeline(StageApi):
             )
         )
         super().finished(request)
-        request.headers = request.connection = None  # it is kept, they need not be
+        request.headers = request.connection = None  # the request is kept; these need not be
 
     def work_later(self, request: Request, seconds: float, result: str = "done") -> Answer:
-        """Answer 202, and do in a thread of its own what work() does."""
+        """Answer 202, and do what work() does in a thread."""
         stage = self._stages[request.path]
         given = stage.takes, request.headers, request.raw
         (body, status, headers), job = self._receiver.begin(*given)
@@ -108,7 +108,7 @@ class Pipeline(StageApi):
 
     @property
     def working(self) -> int:
-        """Requests that were answered with 202 and are worked on."""
+        """How many requests were answered with 202 and are being worked on."""
         self._later = [thread for thread in self._later if thread.is_alive()]
         return len(self._later)
 
@@ -120,7 +120,7 @@ class Pipeline(StageApi):
 
     @contextmanager
     def transaction(self, request: Request) -> Iterator[psycopg2.extensions.cursor]:
-        """One in which the job is (stage, 'running') and nobody else sees it."""
+        """A transaction in which the job is set to (stage, 'running') but not committed."""
         with closing(self.connect()) as connection, connection.cursor() as cursor:
             self.execute(cursor, TAKE, request)
             yield cursor
@@ -130,7 +130,7 @@ def url_of(slot: int, port: int) -> str:
     return f"http://127.0.0.1:{port}/{slot}"
 
 
-# --- how a request is met ------------------------------------------------------------------
+# --- behaviours of all stages --------------------------------------------------------------
 
 
 def work(api: Pipeline, request: Request, chance: Random) -> Answer:
@@ -173,7 +173,7 @@ def answer_too_late(api: Pipeline, request: Request, chance: Random) -> Answer:
 
 
 def drip(api: Pipeline, request: Request, _chance: Random) -> Answer:
-    """Its work is done, but the answer comes a byte at a time, longer than anybody waits."""
+    """Work, then send the answer a byte at a time, for longer than the timeout."""
     request.status = api.work(request, seconds=0).status
     with suppress(OSError):
         request.connection.sendall(ACCEPTED.replace(b": 2", b": 90"))
@@ -221,7 +221,7 @@ def answer_before_commit(api: Pipeline, request: Request, chance: Random) -> Ans
 
 
 def work_in_one_transaction(api: Pipeline, request: Request, chance: Random) -> Answer:
-    """'running' is flushed, and committed only with the result, or never."""
+    """Set 'running' without committing; commit it with the result, or roll back."""
     with api.transaction(request) as cursor:
         api.closing.wait(chance.choice([0.1, 0.5, plan.LEASE + 0.5]))
         api.execute(cursor, FINISH, request, result="done")
@@ -255,7 +255,7 @@ BEHAVIOURS: dict[str, tuple[float, Callable]] = {
 }
 
 
-# --- how an asynchronous stage meets it besides --------------------------------------------
+# --- behaviours of asynchronous stages -----------------------------------------------------
 
 
 def work_later(api: Pipeline, request: Request, chance: Random) -> Answer:
@@ -263,7 +263,7 @@ def work_later(api: Pipeline, request: Request, chance: Random) -> Answer:
 
 
 def work_after_the_lease(api: Pipeline, request: Request, chance: Random) -> Answer:
-    """A repeated request finds the first at work."""
+    """Work for longer than the lease, so that a repeated request finds the first one at work."""
     return api.work_later(request, plan.LEASE + chance.uniform(0.2, 3))
 
 
@@ -272,7 +272,7 @@ def fail_later(api: Pipeline, request: Request, chance: Random) -> Answer:
 
 
 def work_before_answering(api: Pipeline, request: Request, chance: Random) -> Answer:
-    """The row has moved on before anybody reads the 202."""
+    """Answer 202 only after the row has moved on."""
     answer = api.work(request, seconds=0)
     api.closing.wait(chance.choice([0.0, 0.1, 0.5]))
     return Answer(202) if answer.status == 200 else answer
@@ -308,6 +308,6 @@ ASYNCHRONOUS: dict[str, tuple[float, Callable]] = {
 
 HOW = {name: how for name, (_, how) in (BEHAVIOURS | ASYNCHRONOUS).items()}
 WEIGHTS = {name: often for name, (often, _) in BEHAVIOURS.items()}
-# It may also answer as others do.
+# An asynchronous stage also has some behaviours of the others.
 ASYNCHRONOUS_WEIGHTS = WEIGHTS | {name: often for name, (often, _) in ASYNCHRONOUS.items()}
 ASYNCHRONOUS_WEIGHTS["work"] = 10

@@ -1,4 +1,4 @@
-"""Series as an SVG: one small chart each, two in a row."""
+"""Draws series as an SVG with a small chart for each, two in a row."""
 
 from collections.abc import Sequence
 from html import escape

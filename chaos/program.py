@@ -1,8 +1,8 @@
 """`python listener.py` for a chaos run: python -m chaos.program run
 
-The pipeline is the product's own and that of the families, but for their limits, and for the
-mischief that the plan has its stage functions do. CHAOS_SEED says which plan, CHAOS_CLOCK names the
-file that says by how many seconds this process has the time wrong.
+The pipeline is that of the five stages and of the families, with limits added, and with stage
+functions that misbehave as planned. CHAOS_SEED chooses the plan. CHAOS_CLOCK names a file with the
+seconds by which the clock of this process is wrong.
 """
 
 import functools
@@ -24,8 +24,8 @@ SEED = int(os.environ.get("CHAOS_SEED", "0"))
 
 
 def limits_of(seed: int) -> dict[str, dict[str, Any]]:
-    """What each stage declares. At every second seed nothing that has calls made in an order of
-    their own or at a rate, as all are claimed by another statement then."""
+    """The limits that each stage declares. Every second seed has no rates and no order of calls, as
+    calls are claimed by another statement where any stage declares one."""
     ordered = seed % 2 == 1
     gpu = Pool("gpu", 5, linger=1.0 if ordered else None)
     found: dict[str, dict[str, Any]] = {
@@ -44,11 +44,11 @@ LIMITS = limits_of(SEED)
 
 
 class Mischief(Exception):
-    """What a stage function raises as planned."""
+    """Raised by a stage function as planned."""
 
 
 def compute_in_c(_call: Call) -> None:
-    """No Python bytecode runs, and so no signal handler, and no other thread."""
+    """Block in C: no Python bytecode runs, so no signal handler and no other thread."""
     sum(itertools.repeat(1, 10**15))
 
 
@@ -69,7 +69,7 @@ def raise_(_call: Call) -> None:
 
 
 def fork(_call: Call) -> None:
-    """The child comes back from the stage function as well."""
+    """Fork; the child returns from the stage function as well."""
     if child := os.fork():
         os.waitpid(child, 0)
 
@@ -102,7 +102,7 @@ def mischievous(function: Callable[[Call], Answer]) -> Callable[[Call], Answer]:
 
 
 def follow(clock: Path) -> None:
-    """Let this process and its workers have the time wrong by what `clock` says at the moment."""
+    """Set the clock of this process and its workers wrong by the seconds in the file `clock`."""
     with clock.open("rb") as file:
         wrong = mmap.mmap(file.fileno(), plan.CLOCK.size, prot=mmap.PROT_READ)
     right = time.time

@@ -1,5 +1,5 @@
-"""A TCP proxy on 127.0.0.1 that can hold back, lose and cut what passes through it: a bad network
-that needs no privileges.
+"""A TCP proxy on 127.0.0.1 that can delay and lose data and cut connections: a bad network that
+needs no privileges.
 """
 
 import socket
@@ -8,7 +8,7 @@ from contextlib import suppress
 
 
 class Link:
-    """One connection: a thread for each direction. deaf: what is sent into it is lost."""
+    """One connection: a thread for each direction. deaf: whatever is sent on it is lost."""
 
     def __init__(self, proxy: "Proxy", client: socket.socket):
         self.proxy, self.client = proxy, client
@@ -27,7 +27,7 @@ class Link:
             self.pump(self.client, self.server)
             back.join()
         except OSError:
-            pass  # nobody listens there: the client sees its connection closed
+            pass  # the target does not listen: the client's connection is closed
         finally:
             self.proxy.links.discard(self)
             self.client.close()
@@ -40,7 +40,7 @@ class Link:
                 self.proxy.passing.wait()
                 if not self.deaf:
                     sink.sendall(data)
-        # Nor does the end of a connection get through while nothing does.
+        # The end of a connection is held back like its data.
         self.proxy.passing.wait()
         self.cut()
 
@@ -75,7 +75,8 @@ class Proxy:
         self.passing.clear()
 
     def drop(self) -> None:
-        """Lose everything, without a word to either end, on all connections of now until heal()."""
+        """Lose everything sent on the present connections, and on new ones until heal(); neither
+        end is told."""
         self.dropping = True
         for link in list(self.links):
             link.deaf = True

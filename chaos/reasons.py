@@ -1,25 +1,25 @@
-"""Why an attempt may follow another one of the same call: what the first came to, and which faults
-kept its result from being known.
+"""The reasons for which an attempt may follow another one of the same call: the outcome of the
+first, and faults that kept its result from being recorded.
 """
 
 from chaos.account import Account, Call, Try
 from ops.rules import outcomes_by
 
-# Seconds within which a listener's clockwork, and this program's, may differ from the plan.
+# Seconds by which the timers of a listener, and of this program, may be late.
 SLACK = 0.5
-# A listener that lost its connection reconnects and writes what it has within this.
+# Seconds within which a listener that lost its connection reconnects and writes its results.
 RECONNECTING = 12.0
 # A worker whose listener is gone has written its result so many seconds after the answer.
 ORPHAN_WRITES = 1.5
 
-# What a row says of a call whose worker did not live to say it.
+# The beginning of the error of a call whose worker died.
 KILLED, DIED = "its worker was killed by SIGKILL", "its worker "
-# What a stage function does that loses the answer it has.
+# Misbehaviour of a stage function after which its answer is lost.
 LOSES_ANSWER = ("post, then compute in C",)
 
 
 def why_repeated(account: Account, call: Call, first: Try, second: Try) -> str:
-    """The reason for which `second` may follow `first`; empty where there is none."""
+    """The reason for which `second` may follow `first`; "" where there is none."""
     outcomes = outcomes_by(first, second.claimed)
     if first.taken and second.claimed >= first.leased_until:
         return "taken with 202, and not finished while its lease lasted"
@@ -71,7 +71,7 @@ def why_unheard(account: Account, call: Call, first: Try, second: Try, outcomes:
 
 
 def why_lost(account: Account, call: Call, one: Try, when: float) -> str:
-    """What kept everybody from writing the result before `when`."""
+    """What kept the listener and its worker from writing the result before `when`."""
     listener, began = one.claim.worker, one.claim.at
     done = account.faults(listener, began, when, "listener")
     kinds = {fault.kind for fault in done}
@@ -87,7 +87,7 @@ def why_lost(account: Account, call: Call, one: Try, when: float) -> str:
 
 
 def could_be_written(account: Account, call: Call, one: Try) -> bool:
-    """Whether a worker without a listener had an answer early enough to write it."""
+    """Whether a worker whose listener is gone got its answer early enough to write the result."""
     answered = [post for post in one.posts if post.sent and post.status is not None]
     if account.mischief(call, one) in LOSES_ANSWER:
         return False
@@ -108,6 +108,6 @@ def why_dead(account: Account, call: Call, one: Try) -> str:
     reach = ["worker", "listener"] + ["database"] * ("SIGALRM" in one.error)
     # A worker that is killed while it is idle may be given a call before its end is noticed.
     done = account.faults(one.claim.worker, one.claim.at - UNNOTICED, ended, *reach)
-    if "SIGALRM" in one.error:  # or waits for a lock on its tables, as everybody does
+    if "SIGALRM" in one.error:  # also where the listener waits for a lock on the tables
         done += account.changes(one.claim.at, ended)
     return next((fault.kind for fault in done), "")

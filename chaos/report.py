@@ -10,7 +10,7 @@ from chaos.history import Fault, History
 from chaos.trend import Series
 from ops.table import table
 
-SHOWN = 20  # findings; the file has all
+SHOWN = 20  # findings that are printed; the file has all
 
 
 def report(history: History, verdict: Verdict) -> Iterator[str]:
@@ -87,16 +87,16 @@ def spread(seconds: Sequence[float]) -> tuple[str, str]:
 
 
 def until_next_call(history: History, fault: Fault) -> float | None:
-    """From the end of a fault to the next request of a listener that it concerned."""
+    """Seconds from the end of a fault to the next request of a listener that it hit."""
     arrived = [post.arrived for post in history.posts if post.slot in fault.slots]
     n = bisect_left(arrived, fault.ended)
     return arrived[n] - fault.ended if n < len(arrived) else None
 
 
 def until_listening(history: History, fault: Fault) -> float | None:
-    """From the end of a fault until the last of those whom it made connect again listens.
+    """Seconds from the end of a fault until all listeners that it made reconnect listen again.
 
-    Only what came before the next fault of these listeners is counted as this one's doing.
+    Only reconnects before the next fault of these listeners are counted.
     """
     later = [other.began for other in history.faults if shares(fault, other)]
     limit = min(later, default=history.calm)

@@ -29,7 +29,7 @@ from demo.terminal import CHILD
 from ops.audit import RESTS
 
 PROGRAM = ("-m", "chaos.program")
-# Short, so that minutes are enough for thousands of calls.
+# Short times, so that thousands of calls fit into minutes.
 SETTINGS = {
     "STAGE_TIMEOUT": plan.STAGE_TIMEOUT,
     "LEASE_MARGIN": plan.LEASE_MARGIN,
@@ -51,7 +51,7 @@ CREATE TABLE jobs (
 );
 """
 RETRY_EVERY = 1.5  # seconds between two `retry --all --yes` of the operator
-# A held stage is called again after a minute at the latest, a lease is over sooner.
+# Seconds to wait for calls that are still owed: a hold lasts a minute at most, a lease less.
 SETTLE_LIMIT = 150.0
 
 
@@ -74,7 +74,7 @@ class Run:
     def __enter__(self) -> "Run":
         with ExitStack() as stack:
             for name in [name for name in os.environ if name.startswith("PG")]:
-                del os.environ[name]  # PGHOSTADDR, PGOPTIONS and others would lead us elsewhere
+                del os.environ[name]  # PGHOSTADDR and others would connect us to another server
             self.database = stack.enter_context(EmbeddedDatabase(options=audit.OPTIONS))
             standby = stack.enter_context(Standby(self.database, audit.OPTIONS))
             self.hosts = f"{self.database.host},{standby.host}"
@@ -127,7 +127,7 @@ class Run:
         return subprocess.run(command, env=self.environ(1), timeout=60, **CHILD).returncode
 
     def audited(self) -> list[str]:
-        """What `audit` finds, which knows the tables alone; the rows that rest are the plan's."""
+        """The findings of `audit`, which sees only the tables, but rows that rest as planned."""
         command = [sys.executable, *PROGRAM, "audit", "--json"]
         given = CHILD | {"env": self.environ(1), "stderr": None}
         said = json.loads(subprocess.run(command, timeout=60, **given).stdout)
@@ -139,7 +139,7 @@ class Run:
 
     @property
     def dsn(self) -> str:
-        """Leads to whichever of both servers is the primary."""
+        """The connection string of the proxy, which leads to the present primary."""
         return make_dsn(self.database.dsn(), host=self.hosts, target_session_attrs="read-write")
 
     def connect(self) -> psycopg2.extensions.connection:
@@ -148,7 +148,7 @@ class Run:
         return conn
 
     def happen(self, tell: Callable[[str], None]) -> History:
-        """The run; its record. `tell` gets a line of progress now and then."""
+        """Run it and return its record. `tell` gets a line of progress now and then."""
         began = time.time()
         self.supervisor.start()
         with ThreadPoolExecutor(4) as pool:
@@ -184,7 +184,7 @@ class Run:
             self.command("retry", "--all", "--yes")
 
     def settle(self, tell: Callable[[str], None]) -> int:
-        """Wait until nothing is owed; how much is, should that take too long."""
+        """Wait until nothing is owed; how many calls still are when the time limit is over."""
         end = time.monotonic() + SETTLE_LIMIT
         with closing(self.connect()) as conn:
             while (owed := self.unsettled(conn)) and time.monotonic() < end:
@@ -194,7 +194,7 @@ class Run:
         return owed
 
     def unsettled(self, conn: psycopg2.extensions.connection) -> int:
-        """Requests under way, each of which may yet move its job, or what is owed."""
+        """How many requests are under way, which may still move their jobs; else, calls owed."""
         under_way = sum(not r.finished for r in self.api.requests) + self.api.working
         return under_way or audit.owed(conn)
 

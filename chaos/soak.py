@@ -1,5 +1,5 @@
-"""A steady load for a long time, and what grows with it: memory of the listener and of its workers,
-file descriptors, tables, the time until a call is claimed.
+"""`make soak`: a steady load for a long time, and a check that nothing grows: memory of the
+listener and its workers, file descriptors, tables, the time until a call is claimed.
 """
 
 import threading
@@ -18,9 +18,9 @@ from demo.terminal import run_command
 
 WORKERS = 4
 SAMPLES = 180
-# The shortest history that can be set, so that a run of half an hour sees it pruned.
+# The least value of HISTORY_DAYS, so that a run of half an hour prunes some history.
 SETTINGS = {"HISTORY_DAYS": "0.01", "LOG_LEVEL": "INFO", "SWEEP_INTERVAL": "5"}
-KEEP_JOBS = 60  # seconds: the application tidies up behind itself
+KEEP_JOBS = 60  # seconds after which the application deletes a job
 
 ADD = """
 INSERT INTO jobs (tenant_id, current_step, status)
@@ -44,8 +44,8 @@ WHERE a.stage = 'vlm_analyze' AND a.attempt = 1
   AND a.finished_at > now() - make_interval(secs => %s)
 """
 
-# name, unit, growth in the second half that is none. Dead rows are vacuumed away once a minute;
-# the history grows until it is pruned.
+# Name, unit, and the growth in the second half that is allowed. Dead rows are vacuumed once a
+# minute; the history grows until it is pruned.
 MEASURED = [
     ("memory of the listener (PSS)", "MiB", 1.0),
     ("memory of its workers (PSS)", "MiB", 1.5),
@@ -109,7 +109,7 @@ class Soak:
     def measure(
         self, seconds: float, tell: Callable[[str], None]
     ) -> tuple[list[float], list[Series]]:
-        """Sample until the time is over; when the samples were taken, and what they were."""
+        """Sample until the time is over; the times of the samples, and the series."""
         every = max(1.0, seconds / SAMPLES)
         times, samples = [], []
         self.application.start()
@@ -125,7 +125,7 @@ class Soak:
 
     def sample(self, every: float) -> list[float]:
         pids = self.listener.pids()
-        self.api.requests.clear()  # this process need not remember them
+        self.api.requests.clear()  # so that this process does not grow
         answered, self.answered = self.answered, 0
         with self.conn.cursor() as cursor:
             cursor.execute(SIZES)
@@ -146,7 +146,7 @@ def descriptors(pid: int) -> int:
 
 
 def kilobytes(pid: int, what: str) -> int:
-    """Pss counts what processes share once; Rss for each of them."""
+    """Memory of a process. what: "Pss" divides shared memory by its users, "Rss" does not."""
     with suppress(OSError):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith(f"{what}:"):

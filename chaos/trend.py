@@ -1,18 +1,18 @@
-"""Whether a series of measurements grows: a line through its second half, against its noise."""
+"""Whether a series of measurements grows: a line through its second half against the noise."""
 
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-# A growth that is less than so many times the scatter around the line may be chance.
+# Growth that is less than this many times the noise around the line may be chance.
 NOISE = 3.0
 
 
 @dataclass(frozen=True)
 class Series:
-    """One thing measured again and again. allowed: growth over the half that is none, in `unit`;
-    None where it is shown and not judged."""
+    """A quantity measured again and again. allowed: growth in the second half that is accepted, in
+    `unit`; None: the series is shown but not judged."""
 
     name: str
     unit: str
@@ -21,7 +21,7 @@ class Series:
 
     @property
     def settled(self) -> list[float]:
-        """The second half: by then caches are filled and tables have found their size."""
+        """The second half, when caches are filled and tables have their final size."""
         return self.values[len(self.values) // 2 :]
 
     @property
@@ -36,19 +36,19 @@ class Series:
 
 
 def slope(values: Sequence[float]) -> float:
-    """Theil and Sen's: the median of the slopes between all pairs; outliers do not move it."""
+    """The Theil–Sen estimator: the median of the slopes between all pairs, robust to outliers."""
     pairs = combinations(enumerate(values), 2)
     slopes = [(b - a) / (n - m) for (m, a), (n, b) in pairs]
     return statistics.median(slopes) if slopes else 0.0
 
 
 def growth(values: Sequence[float]) -> float:
-    """From the first of them to the last, along the line."""
+    """The growth from the first value to the last along the line."""
     return slope(values) * (len(values) - 1)
 
 
 def noise(values: Sequence[float]) -> float:
-    """How far the values lie from the line, in terms of a standard deviation."""
+    """The scatter of the values around the line, comparable to a standard deviation."""
     steepness = slope(values)
     rest = [value - steepness * n for n, value in enumerate(values)]
     middle = statistics.median(rest)
