@@ -29,7 +29,7 @@ from bench.workloads.rest import Idle, Memory, Startup
 from bench.workloads.throughput import Burst, Slow
 
 RESULTS = Path(__file__).parent / "results"
-# Module and class; a module whose package is not installed is left out.
+# Module and class of each peer; a module whose package is not installed is skipped.
 PEERS = [("ours", "Ours"), ("ours", "Before"), ("ours", "OursQuiet"), ("references", "Floor"),
          ("references", "NoTrigger"), ("references", "FirstDesign"), ("node", "Graphile"),
          ("node", "PgBoss"), ("pgqueuer", "PgQueuer"), ("procrastinate", "Procrastinate"),
@@ -68,7 +68,7 @@ def measure(bench: Bench, workload: Workload, peers: list[Peer], repetitions: in
                 began = time.monotonic()
                 try:
                     numbers = workload.run(bench, peer, variant)
-                except Exception as error:  # the other peers are still to be measured
+                except Exception as error:  # go on with the other peers
                     table.failures[peer.name] = f"{type(error).__name__}: {error}"
                     numbers = {}
                 table.add(peer.name, peer.kind, numbers)
@@ -84,7 +84,7 @@ def say(workload: str, variant: str, peer: str, repetition: int, numbers: dict, 
 
 
 def broken(tables: list[Table]) -> list[str]:
-    """What ours did wrong: a lost or repeated call makes every other figure worthless."""
+    """Calls that our listener lost or repeated; with one, all other figures are worthless."""
     found = []
     for table in tables:
         for count in ("lost", "repeated"):

@@ -1,4 +1,4 @@
-"""How fast the stage API itself is, for a client that does nothing but send: no peer can pass it.
+"""How fast the stage API is for a client that does nothing but send: the upper bound of all peers.
 
 Each connection takes its jobs through all five stages by itself, and no trigger is on `jobs`.
 """

@@ -1,4 +1,6 @@
-"""PIPELINE of a workload: eight stages for each row of jobs_variants, a join, and one more."""
+"""PIPELINE of a workload: eight stages for each row of jobs_variants, then two for the job, the
+first of which is called by a join.
+"""
 
 from bench.pipeline import CHILD_STAGES, JOB_STAGES
 from pipeline import Call, Table

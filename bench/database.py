@@ -1,7 +1,7 @@
 """The server that all peers share, and a fresh database on it for every run.
 
-With DB_HOST set (and DB_PORT, DB_USER, DB_PASSWORD) that server, else an embedded one with the
-settings PostgreSQL comes with: every commit of every peer waits for the disk.
+The server of DB_HOST (and DB_PORT, DB_USER, DB_PASSWORD) if set, else an embedded one with default
+settings, where every commit of every peer waits for the disk.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ OPTIONS = {
     "log_line_prefix": "%d %a ",
     "log_rotation_size": "0",
 }
-# Whatever a client sends to be executed, however many statements it holds.
+# Counts messages to execute, each of which may hold several statements.
 QUERY = r"^{} (?!bench )\S.* LOG:  (statement|execute [^:]*): "
 
 CONNECTED = """
@@ -42,7 +42,7 @@ INSERT INTO jobs (tenant_id, current_step, status)
 SELECT 'tenant ' || n %% %s, %s, 'running' FROM generate_series(1, %s) AS n
 RETURNING job_id::text
 """
-# Where the server does not keep them, there is nothing to ask for.
+# Commit timestamps exist only where the server has track_commit_timestamp on.
 COMMITTED = """
 SELECT job_id::text, extract(epoch FROM pg_xact_commit_timestamp(xmin))::float8 FROM jobs
 WHERE current_setting('track_commit_timestamp')::boolean
@@ -82,7 +82,7 @@ class Server:
         return conn
 
     def cpu(self) -> float:
-        """Seconds of CPU time that its processes have used; 0 where it is not ours to look at."""
+        """Seconds of CPU time that its processes have used; 0 where the server is not embedded."""
         return tree_seconds(self.embedded.pid) if self.embedded else 0.0
 
     def log(self, what: str) -> None:
@@ -91,7 +91,7 @@ class Server:
         self.value("SELECT pg_reload_conf()")
         while not self.value(LOGGED, what):
             time.sleep(0.01)
-        time.sleep(0.2)  # the other sessions are told by a signal, too
+        time.sleep(0.2)  # until the signal has reached the other sessions
 
     def value(self, sql: str, *params):
         cursor = self.conn.cursor()
@@ -102,8 +102,8 @@ class Server:
 class Database:
     """A database of its own, with `jobs` and nothing else; dropped at the end.
 
-    pipeline: the module with PIPELINE that our listener is to use there; then also jobs_variants.
-    limit: of the stages of bench.limited.
+    pipeline: the module with PIPELINE for our listener; with one, there is also jobs_variants.
+    limit: the name of a limit of bench.limited.
     """
 
     def __init__(self, server: Server, pipeline: str | None = None, limit: str = "none"):
@@ -124,7 +124,7 @@ class Database:
         self.server.conn.cursor().execute(f"DROP DATABASE {self.name} WITH (FORCE)")
 
     def environ(self) -> dict[str, str]:
-        """What points our listener here."""
+        """Environment variables with which our listener uses this database."""
         used = self.pipeline or "demo.five_stages"
         told = {"DB_NAME": self.name, "DATABASE_URL": "", "PIPELINE_MODULE": used,
                 "BENCH_LIMIT": self.limit}  # fmt: skip
@@ -139,16 +139,16 @@ class Database:
         return cursor.fetchall() if cursor.description else []
 
     def add_jobs(self, count: int, step: str = "img_gen", tenants: int = 1) -> list[str]:
-        """Ids of new jobs in (step, running): they owe nothing yet."""
+        """Add jobs in (step, running), which owe no call yet; their ids."""
         return [job for (job,) in self.execute(ADD_JOBS, tenants, step, count)]
 
     def checkpoint(self) -> None:
-        """So that no run pays for what another has left."""
+        """Write dirty pages, so that no run pays for those of another."""
         self.server.conn.cursor().execute("CHECKPOINT")
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[list[int]]:
-        """One number once it is left: the queries that others than the benchmark sent meanwhile.
+        """A list that gets a number at the end of the `with`: queries of all but the benchmark.
 
         A backend that only hears of a notification runs a transaction, but no query.
         """
@@ -169,5 +169,5 @@ class Database:
         return {job: when - offset for job, when in self.execute(COMMITTED)}
 
     def connected(self) -> int:
-        """Connections of others than the benchmark itself."""
+        """How many connections there are but the benchmark's own."""
         return self.server.value(CONNECTED, self.name)

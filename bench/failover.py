@@ -147,14 +147,14 @@ def kill(cluster: Cluster) -> Iterator[None]:
 
 @contextmanager
 def freeze(cluster: Cluster) -> Iterator[None]:
-    """Patroni and PostgreSQL of the leader; as they go on, that server believes it is primary."""
+    """Freeze Patroni and PostgreSQL of the leader; once thawed, it still believes it is primary."""
     with frozen(cluster.members[0]):
         yield
 
 
 @contextmanager
 def partition(cluster: Cluster) -> Iterator[None]:
-    """The leader loses etcd and its standby, and nothing else: clients reach it as before."""
+    """Cut the leader off from etcd and its standby; clients still reach it."""
     cluster.members[0].cut()
     yield
     cluster.members[0].heal()
@@ -240,7 +240,7 @@ def longest_gap(times: list[float], since: float) -> tuple[float, float]:
 def measure(
     patroni: str, mode: str, route: str, fault: str, listeners: int, delay: float, keep: Path | None
 ) -> dict:
-    """One failover: a fresh cluster, one fault, and what became of the jobs."""
+    """Measure one failover: start a cluster, cause one fault, and see what became of the jobs."""
     with ExitStack() as stack:
         cluster = stack.enter_context(Cluster(mode, patroni))
         where = stack.enter_context(ROUTES[route](cluster))
@@ -289,7 +289,7 @@ def answer(_request: Request) -> Answer:
 
 
 def wait_until_calls_go_on(api: StageApi, began: float, fault: str) -> None:
-    """Until calls have gone on for a while. A standby is away for LONGEST seconds."""
+    """Block until calls have gone on for a while; where a standby is away, for LONGEST seconds."""
     end, goes_on = began + LONGEST, False
     while time.monotonic() < end and not goes_on:
         time.sleep(1.0)
@@ -299,7 +299,7 @@ def wait_until_calls_go_on(api: StageApi, began: float, fault: str) -> None:
 
 
 def account(cluster, api, application, began: float, fault: str) -> dict:
-    """What became of the jobs, once nothing is owed any more."""
+    """Wait until nothing is owed; then count what became of the jobs."""
     end = time.monotonic() + STAGE_TIMEOUT + LEASE_MARGIN + 30
     leader = None
     while time.monotonic() < end:

@@ -1,4 +1,4 @@
-"""A PostgreSQL cluster kept by Patroni and etcd, all on 127.0.0.1, whose links can be cut."""
+"""A PostgreSQL cluster managed by Patroni and etcd, all on 127.0.0.1, whose links can be cut."""
 
 import json
 import os
@@ -31,7 +31,7 @@ SYNCHRONOUS_COMMIT = {"remote_apply": "remote_apply"}
 
 
 class Member:
-    """One Patroni with its PostgreSQL. What the others reach it by, and it etcd, can be cut."""
+    """One Patroni with its PostgreSQL. Its links to the other member and to etcd can be cut."""
 
     def __init__(self, cluster: "Cluster", number: int):
         self.cluster, self.name = cluster, f"m{number}"
@@ -98,7 +98,7 @@ class Member:
         self.process.wait()
 
     def cut(self) -> None:
-        """Nothing passes between it and the others; clients reach it as before."""
+        """Cut its links to the other member and to etcd; clients still reach it."""
         for link in self.links:
             link.drop()
 
@@ -108,7 +108,7 @@ class Member:
             link.cut()
 
     def role(self) -> str:
-        """What its Patroni says; empty where it does not answer."""
+        """Its role by its Patroni; "" where that does not answer."""
         with suppress(OSError, ValueError):
             url = f"http://127.0.0.1:{self.rest}/patroni"
             try:
@@ -193,7 +193,7 @@ class Cluster:
         return self.members[1]
 
     def is_streaming(self) -> bool:
-        """Also that the standby counts as a synchronous one, where it is to be one."""
+        """Whether the standby streams, and is synchronous where the mode says so."""
         states = self.members[0].query("SELECT sync_state FROM pg_stat_replication")
         wanted = "sync" if MODES[self.mode] else "async"
         return [state for (state,) in states] == [wanted]

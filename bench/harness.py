@@ -1,4 +1,4 @@
-"""A run: a fresh database, a peer installed in it, its processes up and warm."""
+"""Prepares a run: a new database, a peer installed in it, its processes started and warmed up."""
 
 import contextlib
 import tempfile
@@ -14,10 +14,10 @@ from bench.processes import Processes
 from bench.stage_process import StageProcess
 
 START_LIMIT = 60.0  # seconds
-SETTLE = 0.5  # seconds without a call, after which nothing is on its way
+SETTLE = 0.5  # seconds without a call, after which no call is expected any more
 WARM_UP = 20  # calls for each that can be in flight
-# Nothing has arrived and nothing was done for so long: what has not been called by now is lost.
-# Those that keep debts may have a poll interval of 30 s to find them by.
+# Seconds without a call and without CPU use, after which the missing calls count as lost; by
+# Peer.keeps_debts, as a peer that keeps them may find them by a poll every 30 s.
 PATIENCE = {True: 45.0, False: 10.0}
 BUSY = 0.05  # seconds of CPU time in a second
 
@@ -30,7 +30,7 @@ WHERE current_step = 'img_gen' AND status = 'running'
 
 @dataclass
 class Bench:
-    """What all runs share. `quick`: smaller sizes, for a look rather than for a figure."""
+    """What all runs share. `quick`: smaller sizes, for a try and not for figures."""
 
     server: Server
     stages: StageProcess
@@ -64,9 +64,9 @@ class Bench:
     def running(
         self, peer: Peer, shape: Shape, limit: str | None = None
     ) -> Iterator[tuple[Database, Processes]]:
-        """All workers listen, have made a few calls, and have gone quiet.
+        """A database with the peer's processes, which listen and have been warmed up with calls.
 
-        limit: run bench.limited with it, instead of the five stages as they are.
+        limit: use bench.limited with this limit instead of the five stages without limits.
         """
         pipeline = ("bench.limited", limit) if limit else (None, "none")
         with (
@@ -76,7 +76,9 @@ class Bench:
             self.stages.reset("answer")
             first_arrival(self, database, processes)
             self.rest(peer, shape, database)
-            for _ in range(1 if self.quick else 2):  # the second finds plans and connections made
+            for _ in range(
+                1 if self.quick else 2
+            ):  # in the second round, plans and connections exist
                 count = min(WARM_UP * shape.processes * shape.in_flight, 300)
                 database.add_jobs(count)
                 self.stages.reset("answer")
@@ -87,7 +89,7 @@ class Bench:
             yield database, processes
 
     def rest(self, peer: Peer, shape: Shape, database: Database) -> None:
-        """Block until every worker is connected and nothing is on its way any more."""
+        """Block until every worker is connected and no calls arrive any more."""
         end = time.monotonic() + START_LIMIT
         while database.connected() < peer.connections(shape):
             if time.monotonic() > end:
@@ -98,7 +100,7 @@ class Bench:
             time.sleep(SETTLE)
 
     def finish(self, peer: Peer, processes: Processes, expected: int, limit: float = 3600.0) -> int:
-        """Block until so many calls are answered, or nothing will come any more; how many were."""
+        """Block until `expected` calls are answered, or the rest counts as lost; how many were."""
         end, since, seen, answered = time.monotonic() + limit, time.monotonic(), (0, 0.0), 0
         while time.monotonic() < min(end, since + PATIENCE[peer.keeps_debts]):
             answered, cpu = self.stages.wait(expected, 1.0), processes.cpu()
@@ -111,7 +113,7 @@ class Bench:
 
 
 def first_arrival(bench: Bench, database: Database, processes: Processes) -> float:
-    """When the first call came. Until then a job is moved every 10 ms: some only listen."""
+    """When the first call came. Moves a job every 10 ms until then, as some peers only listen."""
     jobs = database.add_jobs(500, STEPS[0])
     for _ in range(int(START_LIMIT / 0.01)):
         if jobs:

@@ -1,5 +1,5 @@
-"""PIPELINE of the five stages, each with the limit that BENCH_LIMIT names. None of them is
-reached: what is measured is what it costs to keep count.
+"""PIPELINE of the five stages, each with the limit that BENCH_LIMIT names. The limits are never
+reached: the workload measures the cost of counting.
 """
 
 import os

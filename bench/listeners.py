@@ -1,6 +1,6 @@
-"""Other programs that LISTEN in the same database: python -m bench.listeners DSN COUNT CHANNEL.
+"""Other sessions that LISTEN in the same database: python -m bench.listeners DSN COUNT CHANNEL.
 
-They read what they hear and do nothing. Prints a line when all listen; ends with its input.
+They read notifications and drop them. Prints a line when all listen; ends when standard input does.
 """
 
 import select

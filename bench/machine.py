@@ -1,4 +1,4 @@
-"""What the numbers were measured on: they mean little without it."""
+"""Describes the machine, the server and the versions that figures were measured with."""
 
 import importlib.metadata
 import os
@@ -19,7 +19,7 @@ SETTINGS = ["server_version", "fsync", "synchronous_commit", "full_page_writes",
 
 
 def machine() -> dict[str, str]:
-    """The machine, and how busy it is before anything has begun."""
+    """The machine, and its load before the benchmark begins."""
     load = " ".join(f"{value:.2f}" for value in os.getloadavg())
     memory = _found(r"MemTotal:\s+(\d+)", "/proc/meminfo") or 0
     return {

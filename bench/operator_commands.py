@@ -30,8 +30,8 @@ from pipeline import JOBS
 
 ROOT = Path(__file__).parent.parent
 
-# A third of the jobs owe a call (of those 3% are given up, 5% wait for a retry), a few are in the
-# middle of a stage, the others are through. The history goes back 30 days.
+# A third of the jobs owe a call (3% of those are given up, 5% wait for a retry), a few are running
+# in a stage, the others have passed all stages. The history goes back 30 days.
 FILL = """
 SET session_replication_role = replica;
 INSERT INTO jobs (job_id, tenant_id, current_step, status, created_at, updated_at)
@@ -140,7 +140,7 @@ def main(times: int, attempts: int, count: int, major: int, show_plans: bool) ->
 
 
 def fill(server: EmbeddedDatabase, sizes: dict[str, int]) -> None:
-    """Takes longer than any call of the listener may; statistics as autovacuum would leave them."""
+    """Fill the database, without the listener's deadline, and ANALYZE as autovacuum would."""
     psycopg2.extensions.set_wait_callback(None)
     with contextlib.closing(psycopg2.connect(server.dsn())) as conn:
         conn.autocommit = True

@@ -1,5 +1,5 @@
-"""What every program in the benchmark works on: the table, the five stages, one trigger for all
-that keep a queue. Imports nothing, as the memory of whoever imports it is measured.
+"""What all programs of the benchmark share: the table, the five stages, and the trigger of peers
+with a queue. Imports nothing, as the memory of the programs that import it is measured.
 """
 
 # state: the path of the stage that it owes
@@ -40,7 +40,7 @@ CREATE TABLE jobs_variants (
 CREATE INDEX ON jobs_variants (job_id);
 """
 
-# The guide's trigger: nothing but NOTIFY.
+# The trigger of the guide, which only notifies.
 NOTIFY_ONLY = """
 CREATE FUNCTION notify_only() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -72,7 +72,7 @@ CREATE TRIGGER enqueue_call AFTER UPDATE ON jobs FOR EACH ROW
     EXECUTE FUNCTION enqueue_call();
 """
 
-# A queue's trigger runs only where a call is owed, and hands over what the call needs.
+# The trigger of a peer with a queue runs only where a call is owed, and enqueues its data.
 CALL = """json_build_object('job_id', NEW.job_id, 'tenant_id', NEW.tenant_id,
                              'current_step', NEW.current_step, 'status', NEW.status)"""
 

@@ -1,4 +1,4 @@
-"""Processes that a peer runs as: started, watched from outside through /proc, and stopped."""
+"""Starts the processes of a peer, measures them through /proc, and stops them."""
 
 import os
 import signal
@@ -59,7 +59,7 @@ class Processes:
         return self.log_path.read_text(errors="replace")
 
     def pids(self) -> list[int]:
-        """Of all processes, children included; not of a parent that only supervises."""
+        """The pids of all processes with their children, without a parent that only supervises."""
         return [pid for process in self.processes for pid in descendants(process.pid)]
 
     def weight(self) -> Weight:
@@ -88,7 +88,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """To the nanosecond, where /proc/PID/stat counts ticks of 10 ms."""
+    """CPU time in nanosecond resolution; /proc/PID/stat has ticks of 10 ms."""
     spent = 0
     for task in Path(f"/proc/{pid}/task").glob("*"):
         with suppress(OSError):

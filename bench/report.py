@@ -1,4 +1,4 @@
-"""The results as a Markdown report: ours against floor and best peer, then each table."""
+"""Makes a Markdown report: ours against the floor and the best peer, then a table per workload."""
 
 from dataclasses import asdict, dataclass, field
 
@@ -81,7 +81,7 @@ def summary_rows(table: Table) -> list[list[str]]:
 
 
 def before_rows(table: Table) -> list[list[str]]:
-    """A row for each metric that both have."""
+    """A row for each metric that both ours and "before" have."""
     rows = []
     for metric in table.metrics:
         medians = table.medians(metric)

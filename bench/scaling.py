@@ -1,7 +1,7 @@
 """How the listener's cost grows: bench/.venv/bin/python -m bench.scaling
 
-With calls at once, with machines (network namespaces, so only as root), with the calls that are
-owed and with the history that is kept. What it prints is what docs/SCALING.md quotes.
+It measures with more calls at once, more machines (network namespaces, so only as root), more calls
+owed and more history. docs/SCALING.md quotes what it prints.
 """
 
 import contextlib

@@ -29,7 +29,7 @@ STAGE_OF = {
 }
 LONGER = ["img_gen", *CHILD_STAGES, *JOB_STAGES]
 STAGE_OF |= {f"/{stage}": (n, stage, LONGER[n]) for n, stage in enumerate(LONGER[1:])}
-# By the column that identifies the row.
+# The table by the name of its id column.
 TABLES = {"job_id": "jobs", "job_variants_id": "jobs_variants"}
 TAKE = {
     column: f"""
@@ -107,7 +107,7 @@ class StageApi:
                 future.set_result(None)
 
     async def control(self, path: str, body: dict) -> dict:
-        """What the harness asks for."""
+        """Carry out a request of the harness."""
         if path == "/bench/connect":
             await self.connect(body["dsn"])
         elif path == "/bench/disconnect":
@@ -132,7 +132,7 @@ class StageApi:
 
 
 class Connection(asyncio.Protocol):
-    """A kept-alive connection: one request at a time, headers and body in any pieces."""
+    """A kept-alive connection, with one request at a time, which may arrive in any pieces."""
 
     def __init__(self, api: StageApi):
         self.api, self.buffer = api, b""
@@ -186,7 +186,7 @@ async def serve() -> None:
         lambda: Connection(api), sys.argv[1], 0, backlog=2048
     )
     print(server.sockets[0].getsockname()[1], flush=True)
-    # The end of its standard input is the end of the harness, however that ended.
+    # Standard input is closed when the harness ends, however it ends.
     asyncio.get_running_loop().add_reader(0, os._exit, 0)
     gc.freeze()
     gc.disable()  # only between two measurements

@@ -1,4 +1,4 @@
-"""The harness's end of the stage API: started once, told what to do before each run."""
+"""Starts the stage API once and controls it before and after each run."""
 
 import http.client
 import json
@@ -61,7 +61,7 @@ class StageProcess:
             self.connection.request("POST", f"/bench/{what}", json.dumps(body))
             return json.loads(self.connection.getresponse().read())
         except BaseException:
-            self.connection.close()  # the next question is asked on another one
+            self.connection.close()  # the next request opens another one
             raise
 
     def connect(self, dsn: str) -> None:

@@ -1,4 +1,4 @@
-"""From single values to what a table says: medians with their spread, and ratios of medians."""
+"""Medians with their spread, percentiles, and ratios of medians."""
 
 import statistics
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Metric:
-    """What a number means. better: "lower" or "higher"; headline: whether the summary has it."""
+    """A measured quantity. better: "lower" or "higher". headline: whether the summary has it."""
 
     name: str
     unit: str
@@ -45,7 +45,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def ratio(ours: float, other: float) -> float | None:
-    """ours / other, whatever is better; None where there is nothing to compare with."""
+    """ours / other, whichever is better; None where there is nothing to compare with."""
     return ours / other if other else None
 
 

@@ -59,7 +59,7 @@ class Case:
         return conn
 
     def burst(self, jobs: int, keep_session: bool) -> None:
-        """Move `jobs` new jobs in and out, and time both."""
+        """Move `jobs` new jobs into a state that owes a call and out of it; the seconds of both."""
         self.kept.cursor().execute("DELETE FROM jobs WHERE tenant_id = 'burst'")
         self.kept.cursor().execute(ADD_JOBS, ["burst", "running", jobs])
         for name in ("jobs", "stage_calls"):  # without ANALYZE

@@ -140,7 +140,7 @@ def bounce(app: Application, cursor, step: Step) -> None:
 
 
 def flip(_app: Application, cursor, step: Step) -> None:
-    """Leave the state and come back in one transaction: a new arrival, the departure is not seen."""
+    """Leave the state and come back in one transaction, which is a new arrival."""
     cursor.execute(LOCK, [step.job])
     for state in cursor.fetchall():
         cursor.execute(PAUSE, [step.job])

@@ -1,4 +1,4 @@
-"""What a peer is to the harness."""
+"""The interface of a peer: a job queue that is measured."""
 
 import sys
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @dataclass(frozen=True)
 class Shape:
-    """So many worker processes, each with so many calls in flight."""
+    """How many worker processes a peer has, and how many calls in flight each of them."""
 
     processes: int = 1
     in_flight: int = 1
@@ -22,14 +22,14 @@ class Shape:
 
 
 class Peer:
-    """One way to do the job.
+    """A job queue that is measured.
 
-    name: as in the tables; worker: the module of bench.workers that runs as one of its processes.
-    kind: "ours"; "before", an earlier version of it; "peer", that ours is compared with;
-        "reference", that keeps no books.
-    calls: False for what only has a trigger.
-    keeps_debts: whether a call is still owed where nobody was listening when the job moved.
-    hears: False for what looks every second, where to measure the latency is to measure that.
+    name: as in the tables. worker: the module of bench.workers for its processes.
+    kind: "ours"; "before": an earlier version of ours; "peer": another queue; "reference": calls
+        without recording what is owed.
+    calls: False where there is only a trigger and nobody calls.
+    keeps_debts: whether a call is still owed if nobody was listening when the job moved.
+    hears: False where it polls every second, so that a latency would only measure the interval.
     best: the shapes to try for the largest throughput.
     """
 
@@ -42,7 +42,7 @@ class Peer:
     best: tuple[Shape, ...] = ()
 
     def shape(self, in_flight: int) -> Shape:
-        """How this peer has so many calls in flight at the same time."""
+        """The Shape in which this peer has `in_flight` calls at once."""
         return Shape(1, in_flight)
 
     def unavailable(self) -> str | None:
@@ -57,11 +57,11 @@ class Peer:
         return [[sys.executable, "-m", f"bench.workers.{self.worker}"]] * shape.processes
 
     def environ(self, database: Database, api: str, directory: Path) -> dict[str, str]:
-        """What its processes are told besides."""
+        """Environment variables for its processes."""
         return {}
 
     def connections(self, shape: Shape) -> int:
-        """How many connections there are at least once all of it is up."""
+        """The least number of connections once all its processes have started."""
         return shape.processes
 
     def start(self, shape: Shape, database: Database, api: str, directory: Path) -> Processes:

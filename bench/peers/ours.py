@@ -36,13 +36,13 @@ class Ours(Peer):
         return [[*self.listener, "run", "--workers", str(shape.in_flight)]] * shape.processes
 
     def environ(self, database: Database, api: str, directory: Path) -> dict[str, str]:
-        (directory / ".env").touch()  # so that nobody's own has a say
+        (directory / ".env").touch()  # read instead of the developer's own
         told = {"STAGE_API_URL": api, "HEARTBEAT_DIR": str(directory / "heartbeats")}
         return database.environ() | told | {"PYTHONPATH": str(self.root)}
 
 
 class OursQuiet(Ours):
-    """With a trigger that only writes the debt; the listener polls."""
+    """Installed with --no-notify, so the listener polls."""
 
     name = "ours, no NOTIFY"
     options = ("--no-notify",)
@@ -50,7 +50,7 @@ class OursQuiet(Ours):
 
 
 class Before(Ours):
-    """What the change to be measured started from."""
+    """The version before a change that is measured."""
 
     name = "before"
     kind = "before"
@@ -60,7 +60,7 @@ class Before(Ours):
         return Path(os.environ["BENCH_BEFORE"]).resolve()
 
     def connections(self, shape: Shape) -> int:
-        """Each of its workers had its own."""
+        """Each worker of that version had a connection."""
         return shape.processes * shape.in_flight
 
     def unavailable(self) -> str | None:

@@ -9,7 +9,7 @@ from bench.database import Database
 from bench.peers.base import Peer, Shape
 from bench.pipeline import CALL, enqueueing_trigger
 
-# What its own `enqueue` runs for one job: the job, and the log of it.
+# The statements that its `enqueue` runs for one job: they add the job and a log entry.
 ENQUEUE = f"""
     WITH inserted AS (
         INSERT INTO pgqueuer (priority, entrypoint, payload, execute_after, status)

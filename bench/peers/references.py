@@ -1,4 +1,4 @@
-"""Those that keep no books: what they cost is the least it can cost."""
+"""References that do not record what is owed: a lower bound of the cost."""
 
 from bench.database import Database
 from bench.peers.base import Peer, Shape
@@ -22,7 +22,7 @@ class Floor(Peer):
 
 
 class NoTrigger(Floor):
-    """What the application pays without any of them."""
+    """No trigger at all: what the application's transactions cost without any queue."""
 
     name = "no trigger"
     calls = False
@@ -32,7 +32,7 @@ class NoTrigger(Floor):
 
 
 class FirstDesign(Peer):
-    """The guide's, with asyncpg and httpx."""
+    """The first design of the guide, with asyncpg and httpx."""
 
     name = "first design"
     worker = "first_design"

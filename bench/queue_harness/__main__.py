@@ -1,7 +1,7 @@
-"""python -m bench.queue_harness CHECKOUT run …: the harness in CHECKOUT, with our adapter added.
+"""python -m bench.queue_harness CHECKOUT run …: runs the harness in CHECKOUT with our adapter.
 
-What follows CHECKOUT is what its own program takes. Its server is an embedded one instead of a
-container, with the settings of its postgres.conf, and so are the adapters that run without one:
+The arguments after CHECKOUT are those of the harness. Instead of in containers, the server runs
+embedded, with the settings of its postgres.conf, and these adapters run as processes:
 procrastinate where CHECKOUT/procrastinate-bench/.venv exists, pgboss where
 CHECKOUT/pgboss-bench/node_modules does.
 """
@@ -19,7 +19,7 @@ from demo.database import EmbeddedDatabase, available_majors
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-# The harness measures bloat with it.
+# The extension with which the harness measures bloat.
 EXTENSION = "/usr/share/postgresql/{}/extension/pgstattuple.control"
 SETTING = re.compile(r"^(\w+) *= *'?([^'\n#]+?)'? *(#.*)?$", re.MULTILINE)
 PEERS = {
@@ -46,7 +46,7 @@ FROM jobs j LEFT JOIN stage_calls o USING (job_id) LEFT JOIN calls USING (job_id
 
 
 def options(text: str) -> dict[str, Any]:
-    """Of postgresql.conf; without where to listen, which stays this machine alone."""
+    """The settings in a postgresql.conf, but listen_addresses: only this machine may connect."""
     found = {name: value for name, value, _ in SETTING.findall(text)}
     found.pop("listen_addresses", None)
     return found
@@ -69,7 +69,7 @@ class Server:
             self.is_up = True
 
     def stop(self, _image: str) -> None:
-        """Its data stay."""
+        """Stop the server and keep its data."""
         self.database.stop()
         self.is_up = False
 
@@ -80,7 +80,7 @@ class Server:
         self.database.close()
 
     def account(self) -> None:
-        """Print what has become of our jobs, where there are any."""
+        """Print what became of our jobs, if there are any."""
         try:
             conn = psycopg2.connect(self.database.dsn(MANIFEST["db_name"]))
         except psycopg2.OperationalError:

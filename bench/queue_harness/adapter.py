@@ -42,7 +42,7 @@ MANIFEST = json.loads((Path(__file__).parent / "adapter.json").read_text())
 WINDOW = 30.0  # seconds that a percentile looks back
 REMEMBERED = 65536  # latencies at most, so that memory does not grow
 DEPTH_EVERY = 0.2  # seconds
-FALL_OFF = 0.5  # seconds to wait where the database cannot be reached
+RETRY_AFTER = 0.5  # seconds to wait where the database cannot be reached
 STOP_LIMIT = 4.0  # seconds for the calls under way; the harness kills after ten
 PR_SET_PDEATHSIG = 1
 UNCOMPILED = "PYTHONDONTWRITEBYTECODE"
@@ -71,7 +71,7 @@ DATABASE_ERRORS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What the harness says in environment variables."""
+    """The environment variables that the harness sets."""
 
     database: str
     replica: int
@@ -110,12 +110,12 @@ class Settings:
     def current_rate(self) -> float:
         try:
             return float(Path(self.rate_file or "").read_text())
-        except (OSError, ValueError):  # none, or it is being written
+        except (OSError, ValueError):  # there is no file, or it is being written
             return self.rate
 
 
 def new_job() -> uuid.UUID:
-    """An id that says when the job was made: nanoseconds, then chance."""
+    """An id with the time at which the job was made: nanoseconds, then random bits."""
     return uuid.UUID(int=time.time_ns() << 64 | random.getrandbits(64))
 
 
@@ -175,7 +175,7 @@ class Producer:
                 self.inserted += number
             except DATABASE_ERRORS as error:
                 say(f"{number} jobs not inserted: {error or type(error).__name__}")
-                await asyncio.sleep(FALL_OFF)
+                await asyncio.sleep(RETRY_AFTER)
 
     def offered(self) -> AsyncIterator[int]:
         if self.settings.mode == "depth-target":
@@ -197,7 +197,7 @@ class Producer:
             yield await self.orders.get()
 
     async def timed(self) -> AsyncIterator[int]:
-        """By the clock: what an INSERT took too long is made up for by the next ones."""
+        """Job counts by the clock: a late INSERT is made up for by larger ones."""
         owed, since = 0.0, time.monotonic()
         while True:
             await asyncio.sleep(self.settings.tick)
@@ -209,7 +209,7 @@ class Producer:
                 yield number
 
     async def missing(self) -> AsyncIterator[int]:
-        """What is missing from the depth."""
+        """Job counts that fill the queue up to the depth."""
         while True:
             await self.measure()
             missing = self.settings.depth - self.depth
@@ -221,7 +221,7 @@ class Producer:
         try:
             self.depth = await self.pool.fetchval(DEPTH)
         except DATABASE_ERRORS:
-            await asyncio.sleep(FALL_OFF)
+            await asyncio.sleep(RETRY_AFTER)
 
     async def watch(self) -> None:
         while True:
@@ -230,7 +230,7 @@ class Producer:
 
 
 class Report:
-    """What was measured, every few seconds, at whole multiples of them by the clock."""
+    """Prints what was measured every `sample` seconds, at multiples of them by the clock."""
 
     def __init__(self, settings: Settings, work: Work, producer: Producer):
         self.settings, self.work, self.producer = settings, work, producer

@@ -1,6 +1,6 @@
-"""The floor: a bare select() loop that POSTs what it hears of with `requests`, and keeps no books.
+"""The floor: a bare select() loop that POSTs for each notification and records nothing.
 
-Of several processes each calls for the jobs that fall to it by their id.
+With several processes, each calls for the jobs whose ids fall to it.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Asynchronous stages, which answer 202 and work on: what a thousand calls at once cost."""
+"""What a thousand calls at once of asynchronous stages cost, which answer 202 and then work."""
 
 import time
 
@@ -49,7 +49,7 @@ class Asynchronous(Throughput):
         self, bench: Bench, peer: Peer, database: Database, processes: Processes, count: int,
         hold: float,
     ) -> tuple[dict[str, float], Record]:  # fmt: skip
-        """What it takes while the last stage of all jobs works on them, for `hold` seconds."""
+        """Figures while the last stage works on all jobs at once, for `hold` seconds."""
         database.add_jobs(count, "overlay")
         bench.stages.reset("accept", hold)
         database.execute(MOVE_ALL.replace("img_gen", "overlay"))

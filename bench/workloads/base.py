@@ -1,4 +1,4 @@
-"""What a workload is to the harness."""
+"""The interface of a workload: a measurement that is run with each peer."""
 
 from bench.harness import Bench
 from bench.peers.base import Peer
@@ -6,13 +6,13 @@ from bench.stats import Metric
 
 
 class Workload:
-    """One question, asked of each peer in turn.
+    """A measurement that is run with each peer in turn.
 
     name: for --workload; title and explanation: for the report.
-    metrics: of the numbers that `run` returns, in the order of the table's columns.
-    variants: the columns' circumstances, such as how many workers; each is a table of its own.
-    quick: whether it is part of a quick run that does not ask for it by name.
-    repetitions: at most so many, where one takes long; None for as many as are asked for.
+    metrics: the numbers that `run` returns, in the order of the table's columns.
+    variants: conditions such as the number of workers; each variant has a table of its own.
+    quick: whether a quick run includes it without being asked for it by name.
+    repetitions: the most that are run, as one takes long; None: as many as are asked for.
     """
 
     name = ""
@@ -25,7 +25,7 @@ class Workload:
         return [""]
 
     def applies(self, peer: Peer, variant: str) -> bool:
-        """Whether the question makes sense for this peer."""
+        """Whether the measurement makes sense for this peer."""
         return peer.calls
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
@@ -33,5 +33,5 @@ class Workload:
         raise NotImplementedError
 
     def notes(self) -> list[str]:
-        """What the report should say besides."""
+        """Lines to add to the report."""
         return []

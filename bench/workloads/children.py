@@ -1,6 +1,6 @@
-"""What rows of a second table and a join cost, against the same with jobs alone.
+"""What rows of a second table and a join cost, compared with the same stages for jobs alone.
 
-Both are measured in every run, one after the other, so that a busy moment meets both.
+Every run measures both, one after the other, so that other load on the machine affects both.
 """
 
 import time

@@ -54,7 +54,7 @@ class Hop(Workload):
         moved = self.move(bench, database, jobs)
         arrived = {job: when for when, job, _ in reversed(bench.stages.record().arrived)}
         committed = database.committed()
-        # The application may be the last to learn that it has committed.
+        # The call may arrive before the application gets the answer to its COMMIT.
         hops = [arrived[job] - committed.get(job, back) for job, (_, back) in moved.items()]
         whole = [arrived[job] - sent for job, (sent, _) in moved.items()]
         return percentiles(hops) | {"with commit p50": percentile(whole, 50) * 1000}

@@ -1,4 +1,4 @@
-"""What a limit costs that holds nothing back: a burst under each, and under none."""
+"""What a limit costs that is never reached: a burst under each kind of limit, and under none."""
 
 from bench.harness import Bench
 from bench.peers.base import Peer
@@ -29,7 +29,7 @@ class Limits(Throughput):
         return peer.kind == "ours" and peer.hears
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
-        """One after the other, so that a busy moment of the machine meets all."""
+        """Measure one after the other, so that other load on the machine affects all."""
         found = {}
         for limit in (NONE, *self.LIMITS):
             with bench.running(peer, peer.shape(IN_FLIGHT), limit) as (database, processes):

@@ -1,4 +1,4 @@
-"""Whether it matters that others LISTEN in the same database: each NOTIFY wakes all of them."""
+"""What other sessions that LISTEN in the same database cost, as each NOTIFY wakes all of them."""
 
 import contextlib
 import subprocess

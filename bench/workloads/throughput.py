@@ -1,4 +1,4 @@
-"""How many calls a second: of a burst of jobs, and of stages that take their time."""
+"""How many calls a second: for a burst of jobs, and with slow stages."""
 
 import time
 
@@ -113,7 +113,7 @@ class Slow(Throughput):
         return list(SLOW)
 
     def applies(self, peer: Peer, variant: str) -> bool:
-        """The longest for ours alone, for the sake of time. What keeps no books has no limit."""
+        """Peers that keep debts; the longest variants only for ours, to save time."""
         in_flight, delay, _ = SLOW[variant]
         is_short = in_flight <= 64 and delay <= 1
         return peer.hears and peer.keeps_debts and (is_short or peer.kind in ("ours", "before"))
