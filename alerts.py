@@ -1,6 +1,6 @@
-"""ALERT_COMMAND: told of what needs a person, beside the loop: a program that fails or hangs costs
-the listener nothing but a line in its log. What happens to many jobs of a stage is told once, and
-then counted.
+"""Runs ALERT_COMMAND for events that need a person. The listener never waits for it: a command that
+fails or hangs costs only a line in the log. An event that happens to many jobs of a stage is sent
+once and then counted.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ log = logging.getLogger("listener.alerts")
 TIME_LIMIT = 10.0  # seconds for one run
 AT_ONCE = 4
 LONGEST_QUEUE = 1000
-# Seconds after an alert in which more of the same are only counted.
+# Seconds after an alert during which more of the same event and stage are only counted.
 EPISODE = 600.0
 
 
@@ -37,7 +37,7 @@ class Run:
     until: float  # time.monotonic()
 
     def end_if_over(self) -> bool:
-        """End it where its time is over; whether it has ended."""
+        """Kill the command if its time is over; whether it has ended."""
         if self.process.poll() is None and time.monotonic() < self.until:
             return False
         if self.process.poll() is None:
@@ -55,10 +55,10 @@ class Run:
 
 @dataclass
 class Episode:
-    """What was told of a stage, and how much more of it has come since."""
+    """An event that was sent for a stage, and how many more there were since."""
 
-    until: float  # time.monotonic() at which that is told
-    said: dict[str, Any] = field(default_factory=dict)  # the last of it
+    until: float  # time.monotonic() at which the count is sent
+    said: dict[str, Any] = field(default_factory=dict)  # the last one
     count: int = 0
 
 
@@ -74,7 +74,7 @@ class Alerts:
     def send(self, event: str, text: str, **details: Any) -> None:
         """Give the command a JSON object on its standard input: event, text and `details`.
 
-        More of the same event and stage within EPISODE is told as one, with its `count`.
+        More of the same event and stage within EPISODE are sent as one, with their `count`.
         """
         said = {"event": event, "text": text, **details}
         key = event, details.get("stage")
@@ -85,7 +85,7 @@ class Alerts:
         self.put(said)
 
     def recovered(self, event: str, stage: str, text: str) -> None:
-        """What was told of `stage` is over."""
+        """Send that an event of `stage` is over."""
         self.episodes.pop((event, stage), None)
         self.put({"event": "recovered", "text": f"{stage}: {text}", "stage": stage, "of": event})
 
@@ -99,7 +99,7 @@ class Alerts:
         self.look()
 
     def end_episodes(self, now: float) -> None:
-        """Tell of what was counted, once its time has come."""
+        """Send the counts of episodes that are over."""
         for key, episode in list(self.episodes.items()):
             if now < episode.until:
                 continue
@@ -116,13 +116,13 @@ class Alerts:
 
     @property
     def next_look(self) -> float:
-        """time.monotonic() at which a run that has not ended is ended, or more is told."""
+        """time.monotonic() at which the next run is to be killed, or the next count to be sent."""
         times = [run.until for run in self.running]
         times += [episode.until for episode in self.episodes.values() if episode.count]
         return min(times, default=math.inf)
 
     def look(self) -> bool:
-        """End what is over, start what waits; whether something still runs."""
+        """Send counts, end finished runs and start waiting ones; whether any is still running."""
         if any(time.monotonic() >= episode.until for episode in self.episodes.values()):
             self.end_episodes(time.monotonic())
         self.running = [run for run in self.running if not run.end_if_over()]
@@ -131,11 +131,11 @@ class Alerts:
         return bool(self.running)
 
     def start(self, said: bytes) -> None:
-        # Data goes to standard input alone: no shell, no argument, no variable can be made of it.
+        # Data goes to standard input only, so it can become no shell command, argument or variable.
         environ = {name: value for name, value in os.environ.items() if not is_secret(name)}
         try:
             output = scratch_file()
-            # A file, and no pipe that could be full where nobody reads it.
+            # Output goes to a file: a pipe that is not read could fill up and block the command.
             with scratch_file() as given:
                 given.write(said)
                 given.seek(0)
@@ -149,10 +149,10 @@ class Alerts:
         self.running.append(Run(process, output, time.monotonic() + TIME_LIMIT))
 
     def close(self, hurry: bool = False) -> None:
-        """Let what waits and what runs come to its end, which TIME_LIMIT brings about.
+        """Wait until all alerts are sent and all runs have ended, each within TIME_LIMIT.
 
         Args:
-            hurry: what waits is logged as not sent, and what runs goes on by itself.
+            hurry: do not wait: log waiting alerts as not sent, and leave runs to themselves.
         """
         self.end_episodes(math.inf)
         while hurry and self.waiting:
@@ -162,7 +162,7 @@ class Alerts:
 
 
 def scratch_file() -> IO[bytes]:
-    """A file without a name; in memory where that is possible, so on a full or read-only disk."""
+    """A file without a name; in memory if possible, so that no disk has to be writable."""
     with contextlib.suppress(AttributeError, OSError):  # not on macOS
         return os.fdopen(os.memfd_create("alert"), "w+b")
     return tempfile.TemporaryFile()

@@ -24,7 +24,7 @@ import psycopg2.extensions
 import signing
 from redaction import redactor
 
-if not (hasattr(os, "fork") and hasattr(os, "waitid")):  # all of our programs import this first
+if not (hasattr(os, "fork") and hasattr(os, "waitid")):  # here, as every program imports config
     sys.stderr.write(
         "error: this runs on Linux, and for development on macOS with Python 3.13 or later;"
         " on Windows use Docker or WSL\n"
@@ -39,7 +39,7 @@ class SettingsError(Exception):
 
 
 class Allowed(ValueError):
-    """Raised by a parser: says what is allowed."""
+    """Raised by a parser; the message says what is allowed."""
 
 
 def boolean(text: str) -> bool:
@@ -99,7 +99,7 @@ def http_url(text: str) -> str:
 
 
 def certificates(text: str) -> str:
-    """A wrong path would otherwise be found out at the first call."""
+    """A file of certificates, loaded here so that a wrong path is found before the first call."""
     try:
         if not os.path.isfile(text):
             raise ValueError
@@ -130,7 +130,9 @@ def database_url(text: str) -> str:
 
 
 def storable(value: str) -> bool:
-    """Whether database and file system can take it; what is no UTF-8 arrives as surrogates."""
+    """Whether database and file system can store the text. Bytes that are not UTF-8 arrive as
+    surrogates, which they cannot.
+    """
     return not re.search(r"[\0\ud800-\udfff]", value)
 
 
@@ -141,14 +143,14 @@ def text(value: str) -> str:
 
 
 def token(text: str) -> str:
-    """What may stand in an HTTP header after "Bearer" (RFC 6750, 2.1, and a little more)."""
+    """A token allowed in an HTTP header after "Bearer" (RFC 6750, 2.1, and a little more)."""
     if not re.fullmatch(r"[!-~]+", text):
         raise Allowed("visible ASCII characters without spaces")
     return text
 
 
 def secrets(text: str) -> tuple[str, ...]:
-    """What signs requests: one secret, or two while one is being changed."""
+    """The secrets that sign requests: one, or two while it is being changed."""
     found = tuple(text.replace(",", " ").split())
     try:
         if len(found) not in (1, 2):
@@ -164,14 +166,14 @@ def secrets(text: str) -> tuple[str, ...]:
 
 
 def long_token(text: str) -> str:
-    """One that nobody guesses, however long they try."""
+    """A token that is too long to be guessed."""
     if not re.fullmatch(r"[!-~]{16,}", text):
         raise Allowed("16 visible ASCII characters or more, without spaces")
     return text
 
 
 def command(text: str) -> list[str]:
-    """A program and its arguments, quoted as for a shell, which never sees them."""
+    """A program and its arguments, quoted as for a shell; no shell runs them."""
     try:
         return shlex.split(text)
     except ValueError:
@@ -188,10 +190,10 @@ def module(text: str) -> str:
 
 
 def directory_for_heartbeats() -> str:
-    """The same for the listener and for `check`, whatever else happens to the file systems.
+    """The default of HEARTBEAT_DIR. Listener and `check` must choose the same directory.
 
-    tempfile.gettempdir() fails on a read-only root, and chooses by writing a file, so a disk that
-    is full now and not later gives two answers. /dev/shm can be written in any container.
+    tempfile.gettempdir() is not used: it fails on a read-only root, and as it chooses by writing a
+    file, its answer changes when a disk is full. /dev/shm can be written in any container.
     """
     given = [os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP")]
     for place in [*filter(None, given), "/tmp", "/var/tmp", "/dev/shm"]:  # noqa: S108
@@ -202,7 +204,7 @@ def directory_for_heartbeats() -> str:
 
 SECONDS = "a number of seconds"
 SECRET = {"DB_PASSWORD", "DATABASE_URL", "STAGE_API_TOKEN", "STAGE_API_SECRET", "OPS_TOKEN"}
-# STAGE_API_URL_VLM_ANALYZE: where the stage vlm_analyze is, should it be elsewhere.
+# STAGE_API_URL_VLM_ANALYZE is the base URL of the stage vlm_analyze, instead of STAGE_API_URL.
 STAGE_URL = "STAGE_API_URL_"
 
 # name: (default, parser). The order is the order of `.env.example`.
@@ -238,7 +240,7 @@ SETTINGS: dict[str, tuple[str | None, Callable[[str], Any]]] = {
 }
 
 
-# What another one that is set makes of no account: it is read where it can be, and never refused.
+# Settings that another setting overrides. Where that one is set, a bad value of these is ignored.
 OVERRULED = {
     "DATABASE_URL": ("DB_HOST", "DB_PORT", "DB_NAME", "DB_USER", "DB_PASSWORD"),
     "LISTENER_ENABLED": ("ENABLE_JOB_STATE_LISTENER",),
@@ -248,8 +250,9 @@ OVERRULED = {
 def read(environ: Mapping[str, str]) -> SimpleNamespace:
     """The settings of `environ`, one attribute a name. An empty value counts as not set.
 
-    LISTENER_ENABLED is what counts, whichever setting said it. STAGE_API_URLS has the base URLs of
-    single stages, by the stage's name in capitals. WARNINGS has what was passed over.
+    LISTENER_ENABLED says whether the listener is on, by whichever setting. STAGE_API_URLS has the
+    base URLs of single stages, by the stage's name in capitals. WARNINGS has a line for each value
+    that was ignored.
 
     Raises:
         SettingsError: naming the variable, its value (unless secret) and what is allowed.
@@ -283,7 +286,7 @@ def read(environ: Mapping[str, str]) -> SimpleNamespace:
 
 
 def not_a_port(text: str) -> str:
-    """Kubernetes sets NAME_PORT=tcp://… for every service, so for one that is called db."""
+    """Warn of DB_PORT=tcp://…, which Kubernetes sets where a service is called db."""
     default = SETTINGS["DB_PORT"][0]
     shown = repr(re.sub(r"//[^@]*@", "//***@", text))[:80]
     return f"DB_PORT={shown} is passed over, {default} is used: Kubernetes sets it for a service db"
@@ -295,13 +298,13 @@ def parsed(name: str, given: str, parse: Callable[[str], Any]) -> Any:
             raise Allowed("this without its quotes, which `docker --env-file` keeps")
         return parse(given)
     except Allowed as allowed:
-        # What stands before an @ may be a password, and so may a port that is no number.
+        # Text before an @ may be a password; so may a port that is not a number.
         secret = name in SECRET or re.search(r"@|//.*:\d*[^\d/]", given)
         shown = "***" if secret else repr(given)[:80]
         raise SettingsError(f"{name}={shown} cannot be used: allowed is {allowed}") from None
 
 
-# A password may be anything, and a command is split as a shell does it.
+# Quotes around these may be meant: a password can be anything, a command is split like a shell's.
 MAY_BE_QUOTED = {"DB_PASSWORD", "ALERT_COMMAND"}
 
 
@@ -313,7 +316,7 @@ def in_quotes(text: str) -> bool:
 def settings() -> SimpleNamespace:
     """This process's settings, read at the first call; READ_FROM says where each name was."""
     beside = [Path(".env"), Path(__file__).parent / ".env"]
-    # Not Path.is_file(), which fails in a directory that is closed to us.
+    # Not Path.is_file(), which raises in a directory that we may not enter.
     file = next((path for path in beside if os.path.isfile(path)), None)
     from_file, unread = ({}, []) if file is None else values_in(file)
     values = read(from_file | os.environ)
@@ -325,7 +328,9 @@ def settings() -> SimpleNamespace:
 
 
 def misspelt(given: Iterable[str]) -> list[str]:
-    """What to say of names that are nearly ours. A `.env` that an application shares has others."""
+    """A warning for each name that is nearly one of ours. Other names are ignored, as a `.env` may
+    be shared with an application.
+    """
     missing = SETTINGS.keys() - set(given)
     found = []
     for name in given:
@@ -341,10 +346,10 @@ SOME_NAME = re.compile(r"\s*(?:export\s+)?(\w+)")
 
 
 def values_in(file: Path) -> tuple[dict[str, str], list[str]]:
-    """What a `.env` file says, and a warning for each line that cannot be read.
+    """The values in a `.env` file, and a warning for each line that cannot be read.
 
-    ${NAME} is what that name is set to, except in single quotes. Where nothing is set the text
-    stays as it is: python-dotenv would cut it out of a password.
+    ${NAME} is replaced by the value of NAME, except in single quotes. Where NAME is not set the
+    text stays, as it may be part of a password; python-dotenv would remove it.
 
     Raises:
         SettingsError: the file cannot be read, or the line of a setting of ours.

@@ -1,5 +1,5 @@
-"""The connection: made, and never waited for without a deadline. Driver errors are translated
-here, once: whatever makes a connection useless becomes ConnectionLost.
+"""Database connections, on which every wait has a deadline. Driver errors are translated here:
+every error that makes a connection useless becomes ConnectionLost.
 """
 
 import contextlib
@@ -18,16 +18,16 @@ import psycopg2.extras
 import config
 
 CHANNEL = "job_state_changed"
-# For our own commands: "look now", without pretending that a job changed.
+# NOTIFY channel of our own commands: wakes listeners although no job has changed.
 WAKE_CHANNEL = "job_state_listener_wake"
-# From the trigger of a table with joins: look whether a parent has all of its rows.
+# NOTIFY channel of the triggers of tables with joins: a parent may have all of its rows.
 JOIN_CHANNEL = "job_state_listener_join"
 WAKE = f'NOTIFY "{WAKE_CHANNEL}"'
 # A listener's application_name is this and its name, for pg_stat_activity and `status`.
 LISTENER_APPLICATION = "job-state-listener run "
 
-# Between the two, once it is connected: which schema it works for, as a database may have several
-# installations. Not behind a pooler, whose session is somebody else's next.
+# Once connected, the oid of its schema stands between prefix and name, as a database may have
+# several installations. Not behind a pooler, which gives the session to other clients.
 SIGN = """
 SELECT set_config('application_name', %(prefix)s || relnamespace || '/' || %(name)s, false)
 FROM pg_class WHERE oid = to_regclass('stage_calls')
@@ -39,11 +39,12 @@ DEADLINE = 10.0
 STOP_DEADLINE = 3.0
 # Notifications that are kept at a time: 400,000 unread ones took 130 MB.
 ENOUGH = 10_000
-# As many more before one answer, for so many seconds: it will not come in time (see `hear`).
+# With this many notifications before one answer, for this many seconds, the answer will not come in
+# time (see notifications.hear).
 FLOOD, FLOODED_AFTER = 50_000, 1.0
 
-# Noticed within about 7 s: an idle half-open connection by the keepalives, an unacknowledged
-# query only by tcp_user_timeout (milliseconds).
+# A dead server is noticed within about 7 s: on an idle connection by the keepalives, after a query
+# that is not acknowledged only by tcp_user_timeout (milliseconds).
 CONNECTION: dict[str, Any] = {
     "client_encoding": "UTF8",
     "connect_timeout": 5,
@@ -52,7 +53,7 @@ CONNECTION: dict[str, Any] = {
     "keepalives_count": 1,
     "tcp_user_timeout": 7000,
 }
-# Whatever a DATABASE_URL says that the application shares with us.
+# Set for every session, whatever a DATABASE_URL that is shared with the application says.
 PRIMARY = {"target_session_attrs": "read-write"}
 
 # Plans may not depend on when ANALYZE last ran, and pinning them inflates the cost past
@@ -69,7 +70,7 @@ PINNED = {
     "enable_nestloop": "on",
     "plan_cache_mode": "force_generic_plan",
 }
-# For a person's query, and for one that reads all of jobs.
+# Put before a person's query, and before one that reads all of jobs: it is planned as usual.
 UNPINNED = "".join(f"SET LOCAL {name} = DEFAULT; " for name in PINNED)
 # lock_timeout is shorter than deadlock_timeout: where a listener and the application would
 # wait for each other, the listener gives way. ALTER ROLE or ALTER DATABASE may have set any of
@@ -86,11 +87,11 @@ SESSION = {
     "array_nulls": "on",
     "quote_all_identifiers": "off",
 }
-# The same, from a version of the server on (PostgreSQL 14 is 140000). A session that rests is no
-# fault, and statement_timeout bounds our transactions, none of which waits for anything else.
+# Further settings, by the server version that introduced them (PostgreSQL 14 is 140000). They
+# switch limits of idle sessions and transactions off; statement_timeout bounds our transactions.
 SINCE = {140000: {"idle_session_timeout": "0"}, 170000: {"transaction_timeout": "0"}}
-# When the server notices that a listener vanished with its host: by default after two hours.
-# Behind a pooler it is the pooler's connection, and none of our business.
+# Lets the server notice that a listener's host is gone; by default it does so after two hours. Not
+# set behind a pooler, where the connection to the server is the pooler's.
 PEER = {
     "tcp_keepalives_idle": "15s",
     "tcp_keepalives_interval": "5s",
@@ -117,11 +118,11 @@ def wait_with_deadline(conn: "Connection") -> None:
     A stop shortens the wait to STOP_DEADLINE. Raising is the only safe way out: closing the
     connection in here deadlocks.
     """
-    stop = getattr(conn, "stop", None)  # not every connection is of our class
+    stop = getattr(conn, "stop", None)  # a connection of other code has none
     allowed, started = getattr(conn, "deadline", DEADLINE), time.monotonic()
     began = started
     while (state := conn.poll()) != psycopg2.extensions.POLL_OK:
-        # What piled up meanwhile comes before the answer; all of it means "look now".
+        # Notifications arrive before the answer. Only the last are kept, as all mean "look now".
         if len(conn.notifies) > ENOUGH:
             conn.dropped = getattr(conn, "dropped", 0) + len(conn.notifies) - ENOUGH
             del conn.notifies[:-ENOUGH]
@@ -145,11 +146,11 @@ def wait_with_deadline(conn: "Connection") -> None:
 class Connection(psycopg2.extensions.connection):
     """A connection that knows how its settings reach the server."""
 
-    # Put before every statement behind a pooler, where a session's settings would leak.
+    # Sent before every statement behind a pooler, as settings of the session would reach others.
     prefix = ""
     # Seconds that a statement may take.
     deadline = DEADLINE
-    # What wakes a wait for the server: `requested`, and a file descriptor that select() takes.
+    # Signals: a stop `requested` shortens waits, and its file descriptor wakes them.
     stop = None
     dropped = 0  # notifications that piled up before an answer, and were not kept
 
@@ -206,9 +207,9 @@ def connect(
 
 
 def hint(settings: SimpleNamespace, reason: str) -> str:
-    """What a person may not think of, after some reasons for which a server refuses."""
+    """Advice to append to some of the reasons for which a server refuses."""
     if "session is read-only" in reason:
-        # Not overruled: it is how a database is closed to writes before it is moved elsewhere.
+        # We do not override it: a database is closed to writes this way before it is moved.
         return " (a standby, or default_transaction_read_only is set for the role or the database)"
     quoted = not settings.DATABASE_URL and config.in_quotes(settings.DB_PASSWORD or "")
     if quoted and "authentication failed" in reason:
@@ -217,7 +218,7 @@ def hint(settings: SimpleNamespace, reason: str) -> str:
 
 
 def targets(settings: SimpleNamespace) -> Iterator[dict[str, str]]:
-    """What libpq is to be told, once for each host that is given."""
+    """Connection parameters for libpq: one dict for each host that is given."""
     target = {
         "host": settings.DB_HOST,
         "port": settings.DB_PORT,
@@ -232,21 +233,21 @@ def targets(settings: SimpleNamespace) -> Iterator[dict[str, str]]:
              if name in target}  # fmt: skip
     count = max((len(lists[name]) for name in ("host", "hostaddr") if name in lists), default=1)
     if any(len(given) not in (1, count) for given in lists.values()):
-        yield target  # libpq says what does not match
+        yield target  # libpq reports numbers of hosts and ports that do not match
         return
     for number in range(count):
         one = {name: given[number % len(given)] for name, given in lists.items()}
         yield target | one
 
 
-# For every connection of this process; a worker, whose stage functions may have connections of
-# their own, does without: COPY is refused while there is such a callback.
+# A wait callback is for all connections of a process, and COPY is refused while there is one. So
+# workers have none, as their stage functions may have connections of their own.
 psycopg2.extensions.set_wait_callback(wait_with_deadline)
 
 
 @contextlib.contextmanager
 def without_callback() -> Iterator[None]:
-    """Wait for the server in libpq itself."""
+    """Within the `with`, libpq waits for the server itself, without our deadline."""
     before = psycopg2.extensions.get_wait_callback()
     psycopg2.extensions.set_wait_callback(None)
     try:
@@ -256,15 +257,15 @@ def without_callback() -> Iterator[None]:
 
 
 def sign(conn: Connection, listener: str) -> None:
-    """Let others see which schema this connection of a listener works for."""
+    """Put the schema of this listener into its application_name, for `status`."""
     if not conn.prefix:
         execute(conn, SIGN, {"prefix": LISTENER_APPLICATION, "name": listener})
 
 
-# A commit that waits for a synchronous standby takes no notice of a client that has gone: each
-# connection that we give up would leave a session, with its locks, until the server takes no more.
-# Whoever of us sent it has given up by now. What it committed is then seen by everybody, but may
-# not have reached the standby.
+# A commit that waits for a synchronous standby does not notice that its client is gone. So each
+# connection that we give up would leave a session with its locks, until the server takes no more.
+# Such sessions of listeners that have given up are ended here: their commit becomes visible, but
+# may not have reached the standby.
 END_WAITING = """
 SELECT count(*) AS waiting,
        count(CASE WHEN usename = current_user AND application_name LIKE 'job-state-listener%%'
@@ -276,7 +277,7 @@ WHERE datname = current_database() AND wait_event = 'SyncRep'
 
 
 def end_waiting(conn: Connection) -> int:
-    """End what is left of connections that were given up.
+    """End sessions that are left of connections which were given up.
 
     Returns:
         How many sessions have been waiting for a standby, as far as our role can see.
@@ -308,7 +309,7 @@ BACKEND_PID = "SELECT pg_catalog.pg_backend_pid()"
 
 
 def is_pooled(conn: Connection) -> bool:
-    """Whether something sits in between: a pooler makes up the pid it reports at connect."""
+    """Whether there is a pooler in between: it reports a made-up backend pid at connect."""
     return execute(conn, BACKEND_PID).fetchone()[0] != conn.info.backend_pid
 
 
@@ -359,8 +360,8 @@ def run(conn: Connection, statements: Sequence[Statement], params: dict[str, Any
 def prepare(conn: Connection, statements: Sequence[Statement]) -> None:
     """PREPARE `statements`; conn.prepared has the EXECUTE of each.
 
-    Each in a round trip of its own: should the next one fail, the server still knows it. The types
-    of their parameters follow from their use.
+    Each takes a round trip of its own, so that those before one that fails stay prepared. The
+    server infers the types of parameters from their use.
     """
     for one in statements:
         given = list(dict.fromkeys(PLACEHOLDER.findall(one.sql)))
@@ -398,8 +399,8 @@ def query(settings: SimpleNamespace, sql: str, params: dict[str, Any] | None = N
     """The rows of a read-only query on a connection of its own, as named tuples.
 
     Raises:
-        ConnectionLost: there is no database. Not where the query itself loses the connection: one
-            that always does so is to be given up some time.
+        ConnectionLost: the database cannot be reached. Not raised where the query itself loses the
+            connection: a call whose query always does so has to be given up some time.
         psycopg2.Error: the query's own fault.
     """
     with contextlib.closing(connect(settings, "job-state-listener lookup")) as conn:

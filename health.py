@@ -1,5 +1,5 @@
-"""What the calls of a stage say together. One answer does not tell whether it is about the job or
-about the stage: a 404 may mean this job, or that a deploy is under way.
+"""Judges a stage by the answers to several of its calls. One answer does not tell whether the job
+or the stage is at fault: a 404 may mean this job, or a deploy under way.
 """
 
 import logging
@@ -14,31 +14,31 @@ from pipeline import Call
 
 log = logging.getLogger("listener")
 
-# After so many calls of a stage without an answer, one at a time until it answers.
+# After this many calls of a stage without an answer, it is called one at a time until it answers.
 UNANSWERED = 2
-# Answers to what all calls of a stage have in common: token, path, method, headers, host, and a
-# redirect to TLS or to a login. About the stage where several jobs get them.
+# Statuses that refuse something all calls of a stage have in common: token, path, method, headers,
+# host; also redirects (to TLS, to a login). Where several jobs get them, the stage is at fault.
 WRONG = (300, 301, 302, 303, 305, 307, 308, 401, 402, 403, 404, 405, 406, 407, 410, 411, 414, 415,
          417, 421, 426, 431, 501, 505, 511)  # fmt: skip
-# Answers of a gateway that has lost its stage, or never had it. Likewise, though the work may run.
+# Statuses of a gateway that cannot reach its stage. Treated likewise, although the work may run.
 LOST = (502, 520, 522)
 THROTTLED = (429, 503)
-# Seconds between two probes of a stage that refuses every job. They are not doubled: where a stage
-# knows nothing of many jobs, the one that it would accept has its turn only after all of them.
+# Seconds between two probes of a stage that refuses every job. The delay is not doubled: if a stage
+# rejects only some jobs, one that it would accept may have its turn after many of those.
 PROBE_EVERY = 5.0
 REMEMBERED = 1000
 
 
 @dataclass
 class Health:
-    """How a stage does, as far as this listener has seen."""
+    """The state of a stage, judged by the calls of this listener."""
 
-    unanswered: int = 0  # calls without an answer, one after the other
+    unanswered: int = 0  # calls in a row without an answer
     accepted: int = 0
     # The last call with a wrong answer, where none was accepted since.
     refused: Result | None = None
-    is_wrong: bool = False  # several jobs got one
-    # For each call that the stage refused or put off: how many others it had accepted by then.
+    is_wrong: bool = False  # several jobs got a wrong answer
+    # By call_id of calls that the stage refused or put off: calls it had accepted before that.
     suspects: OrderedDict[int, int] = field(default_factory=OrderedDict)
 
 
@@ -48,17 +48,17 @@ class StageHealth:
     def __init__(self, settings: SimpleNamespace, alerts: Alerts):
         self.settings, self.alerts = settings, alerts
         self.of: dict[str, Health] = defaultdict(Health)
-        self.revived: list[Result] = []  # given up for what was the stage's fault
+        self.revived: list[Result] = []  # given up, although the stage was at fault: to be undone
 
     def most(self, stage: str, free: int, under_way: int) -> int:
-        """How many calls of `stage` may begin; one at a time of one that is silent or wrong."""
+        """How many calls of `stage` may begin: one at a time if it is silent or wrong."""
         health = self.of[stage]
         if health.is_wrong or health.unanswered >= UNANSWERED:
             return max(0, 1 - under_way)
         return free
 
     def revised(self, call: Call, ended: Result) -> Result:
-        """What came of `call`, in the light of the stage's other calls."""
+        """The result of `call`, changed where other calls show that the stage is at fault."""
         health, status = self.of[call.stage], ended.http_status
         if ended.outcome == "unknown" and status != 409:
             health.unanswered += 1
@@ -75,8 +75,8 @@ class StageHealth:
         return ended
 
     def wrong(self, health: Health, call: Call, ended: Result) -> Result:
-        """An answer that is about the stage where two jobs get it one after the other."""
-        if is_about_the_job(health, call):
+        """The result of a wrong answer: the stage is at fault where two jobs in a row got one."""
+        if note_refusal(health, call):
             return ended
         before, health.refused = health.refused, ended
         if not health.is_wrong:
@@ -97,21 +97,25 @@ class StageHealth:
         self.alerts.send("stage_refuses", text, stage=stage, error=error)
 
     def throttled(self, health: Health, call: Call, ended: Result) -> Result:
-        """A request for patience: about the job where the stage accepts others meanwhile."""
-        if is_about_the_job(health, call):
+        """The result of 429 or 503: an attempt of the job if the stage accepts others meanwhile."""
+        if note_refusal(health, call):
             return self.again(call, ended, "retry")
         return ended
 
     def again(self, call: Call, ended: Result, outcome: str, **details) -> Result:
-        """The same answer, but with another outcome."""
+        """The same answer with another outcome."""
         revised = trigger.failure(call, outcome, ended.error or "", self.settings.RETRY_DELAY,
                                   http_status=ended.http_status, **details)  # fmt: skip
         revised.seconds, revised.trace = ended.seconds, ended.trace
         return revised
 
 
-def is_about_the_job(health: Health, call: Call) -> bool:
-    """Whether the stage has accepted others since it answered this call in such a way before."""
+def note_refusal(health: Health, call: Call) -> bool:
+    """Note that the stage refused or put off `call`.
+
+    Returns:
+        Whether it has accepted other calls since it first did: then the job is at fault.
+    """
     before = health.suspects.setdefault(call.call_id, health.accepted)
     if len(health.suspects) > REMEMBERED:
         health.suspects.popitem(last=False)

@@ -1,5 +1,5 @@
-"""The heartbeat: a small file for each listener that says what it is doing and until when that may
-take. The listener writes it, `check` reads it, and neither asks the database.
+"""The heartbeat: a small file for each listener that says what it is doing, and until when that may
+last. The listener writes it and `check` reads it; neither uses the database for that.
 """
 
 import contextlib
@@ -17,24 +17,25 @@ log = logging.getLogger("listener.heartbeat")
 SIZE = 4096  # bytes, spaces included
 # Seconds between attempts to make the file, where that fails.
 AGAIN = 1.0
-# Nobody else's file, should HEARTBEAT_DIR be a shared directory.
+# Marks our files, as HEARTBEAT_DIR may have files of other programs.
 SUFFIX = ".heartbeat"
 DEAD, HANGING, ALIVE = "dead", "hanging", "alive"
 
 
 @lru_cache(maxsize=1)
 def boot_id() -> str:
-    """Says which boot a monotonic time belongs to."""
+    """The id of the present boot: monotonic times of another boot cannot be compared."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
 
 
 class Heartbeat:
-    """A file that is locked for as long as this process lives, whatever pid is reused later.
+    """The heartbeat file of this process, which holds a lock on it until it ends: unlike a pid, a
+    lock cannot be reused by another process.
 
-    It keeps its size, so a full disk cannot leave it empty. Where it cannot be written the
-    listener says so once and goes on.
+    The file keeps its size, so that a full disk cannot leave it empty. Where it cannot be written,
+    the listener logs that once and goes on.
     """
 
     def __init__(self, directory: str, name: str):
@@ -67,7 +68,7 @@ class Heartbeat:
         if doing != self.doing:
             self.doing, self.since = doing, now
         elif abs(now + seconds - self.valid_until) < 1.0:
-            return  # the same as it says already
+            return  # the file says the same already
         self.valid_until = now + seconds
         said = {"pid": os.getpid(), "listener": self.path.stem, "doing": doing[:200]}
         said |= {"since": self.since, "valid_until": self.valid_until, "boot": boot_id()}
@@ -87,7 +88,7 @@ class Heartbeat:
         self.failed = True
 
     def leave(self) -> None:
-        """In a forked child: the file is locked for as long as anybody has it open."""
+        """Close the file. A forked child must do so, as its copy would keep the lock."""
         if self.file is not None:
             os.close(self.file)
             self.file = None
@@ -100,7 +101,7 @@ class Heartbeat:
 
 
 def make_locked(path: Path) -> int:
-    """Open and lock `path`, once more where another listener's remove_dead came in between."""
+    """Open and lock `path`; again if another listener's remove_dead() removed it in between."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -129,10 +130,10 @@ class Beat:
 
 
 def heartbeats(directory: str) -> list[Beat]:
-    """Every listener that has a heartbeat file in `directory`; none where there is no such thing.
+    """The heartbeats in `directory`; none where it does not exist.
 
     Raises:
-        OSError: it cannot be read; Path.glob would tell of an empty one.
+        OSError: it cannot be read. (Path.glob would return nothing instead.)
     """
     beats = []
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -144,14 +145,14 @@ def heartbeats(directory: str) -> list[Beat]:
 
 
 def carefully(path: str, flags: int) -> int:
-    """An opener for what others may have put here: no link is followed, no pipe waited for."""
+    """An opener for files that others may have made: follows no link, waits for no pipe."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def read_beat(path: Path) -> Beat:
     with open(path, opener=carefully) as file:
         text = file.read(SIZE)
-    if not text and is_locked(path):  # made just now, or on a full disk
+    if not text and is_locked(path):  # it was made just now, or the disk is full
         return Beat(path.stem, 0, ALIVE, "something that it cannot write down: disk full?", 0.0)
     said = json.loads(text)
     now = time.monotonic()

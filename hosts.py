@@ -20,7 +20,7 @@ import psycopg2
 import config
 import db
 
-# Fewer connections that are left than these are said.
+# Warn where fewer connections than these are left.
 FEW = 3
 # Seconds between two looks at the other hosts, and for one look.
 LOOK_EVERY = 60.0
@@ -29,7 +29,7 @@ TIME_LIMIT = 30.0
 # it waits for that (seconds).
 PING_EVERY, PING_DEADLINE = 5.0, 4.0
 
-# What a session that may not read the others' statistics can know. Superusers have some more.
+# Computed from what every role may read. Superusers have some reserved connections more.
 LEFT = """
 SELECT least(
     current_setting('max_connections')::integer
@@ -49,8 +49,7 @@ def connections_left(conn) -> int:
 
 
 class Place(NamedTuple):
-    """Which database cluster a primary is of, and on which timeline: that grows with each
-    promotion."""
+    """The database cluster of a primary and its timeline, which grows with each promotion."""
 
     system: str
     timeline: int
@@ -65,7 +64,7 @@ FROM pg_control_system()
 
 
 def place(conn) -> Place | None:
-    """None where the server does not tell."""
+    """The place of the server we are connected to; None where we may not read it."""
     try:
         return Place(*db.execute(conn, PLACE).fetchone())
     except db.CONNECTION_LOST:
@@ -93,7 +92,7 @@ def is_several(settings: SimpleNamespace) -> bool:
 def timelines(
     settings: SimpleNamespace, trying: Callable[[str], None] = lambda host: None
 ) -> dict[str, Place]:
-    """The place of each host that is primary, by its name; the latest timeline last.
+    """The place of each host that is a primary, by its name; the latest timeline comes last.
 
     Args:
         trying: told each host before it is tried.
@@ -111,7 +110,7 @@ def timelines(
 
 
 def split_brain(found: dict[str, Place]) -> str | None:
-    """What is wrong where two hosts are primary on different timelines."""
+    """A line where two hosts are primaries on different timelines; None where not."""
     if len({there.timeline for there in found.values()}) < 2:
         return None
     *old, (new, latest) = [(name, there.timeline) for name, there in found.items()]
@@ -120,12 +119,12 @@ def split_brain(found: dict[str, Place]) -> str | None:
 
 
 class OldPrimary(db.ConnectionLost):
-    """Another host has been primary on a later timeline."""
+    """This host is an old primary: another one has been primary on a later timeline."""
 
 
 class Watch:
-    """Knows the latest timeline, so that the listener stays away from an old primary. Looks at all
-    hosts now and then, in a process of its own: a dead host costs seconds.
+    """Remembers the latest timeline, so that the listener does not work on an old primary. Looks at
+    all hosts now and then, in a separate process, as a dead host takes seconds.
     """
 
     def __init__(self, settings: SimpleNamespace):
@@ -137,7 +136,8 @@ class Watch:
         self.here: tuple[str, Place] | None = None  # where the listener is connected
 
     def arrive(self, conn, trying: Callable[[str], None]) -> None:
-        """Compare a new connection with the other hosts: they are asked once, at the start.
+        """Check that a new connection leads to the latest primary; at the first connection, also
+        asks the other hosts.
 
         Raises:
             OldPrimary
@@ -157,7 +157,7 @@ class Watch:
             self.latest[system] = max(timeline, self.latest.get(system, 0))
 
     def require_latest(self) -> None:
-        """Raises OldPrimary where that is what the listener works on."""
+        """Raises OldPrimary where the listener is connected to one."""
         if self.here is None:
             return
         name, (system, timeline) = self.here
@@ -169,7 +169,9 @@ class Watch:
             )
 
     def look(self) -> str | None:
-        """Never waits; what is wrong, once, as soon as it is known."""
+        """Start a look when it is time, or take its result; never waits. Returns a line about a
+        split brain when it is first seen.
+        """
         now = time.monotonic()
         if self.process is None and now >= self.look_at:
             self.look_at = now + LOOK_EVERY
@@ -190,7 +192,7 @@ class Watch:
             text = ended.communicate()[0]
         self.process = None
         found = {}
-        with contextlib.suppress(ValueError):  # it has failed
+        with contextlib.suppress(ValueError):  # the process has failed
             found = {name: Place(*there) for name, there in json.loads(text).items()}
         self.learn(found.values())
         said = split_brain(found) or ""

@@ -10,11 +10,11 @@ from typing import Any
 
 from db import WAKE_CHANNEL, Statement, execute, run
 
-# One listener at a time takes looks. With two, one could take the look of an arrival and the other
-# that of the last missing row's deletion, and neither would know of the other's. The lock is a
-# statement of its own, before the one that looks, whose snapshot is then newer than what the
-# listener before has recorded. We do not wait for it, as its holder may be frozen. The next
-# statement reads whether we got it from a transaction-local setting.
+# Only one listener at a time processes stage_looks. With two, one could take the look of an arrival
+# and the other the look of the last missing row's deletion, and neither would know of both. The
+# lock is taken in a statement before the one that looks, whose snapshot then includes what the
+# previous listener recorded. We do not wait for the lock, as its holder may be frozen: a
+# transaction-local setting tells the next statement whether we got it.
 LOCK_JOINS = Statement(
     "lock_joins",
     """
@@ -23,9 +23,9 @@ SELECT set_config('job_state_listener.looks', pg_try_advisory_xact_lock(
 """,
 )
 
-# All looks of at most so many parents. A call is recorded where every row is in place, and one of
-# them arrived since the last call was recorded: going away alone makes no second call. There may be
-# more calls than this listener has workers, so the others are woken.
+# Takes all looks of a batch of parents. A call is recorded where every row is in place and at least
+# one of them arrived since the last call was recorded; a row that only leaves makes no second call.
+# There may be more calls than this listener has workers, so the other listeners are woken.
 LOOK = Statement(
     "look",
     """
@@ -86,13 +86,13 @@ def look(conn) -> int | None:
     """Look at the parents whose rows have changed.
 
     Returns:
-        How many; where it is not 0 there may be more. None: another listener is looking.
+        How many parents; if not 0, there may be more. None: another listener holds the lock.
     """
     return run(conn, [LOCK_JOINS, LOOK], {"wake": WAKE_CHANNEL}).fetchone().parents
 
 
-# Where the parent is when the call of a join is first made, and so long as no attempt of it counts.
-# A listener that was lost between its claim and this has made no call, so the next claim notes it.
+# Stores the state of the parent when the call of a join is first made, and again as long as no
+# attempt counts. A listener that is lost before this has made no call, so the next claim stores it.
 NOTE = """
 UPDATE stage_joins SET is_noted = true, parent_step = %(step)s, parent_status = %(status)s
 WHERE parent_id = %(parent_id)s AND join_of = %(join)s AND (%(first)s OR NOT is_noted)
@@ -100,7 +100,7 @@ WHERE parent_id = %(parent_id)s AND join_of = %(join)s AND (%(first)s OR NOT is_
 
 
 def note_parent(conn, row: Any) -> None:
-    """Keep where the parent of a claimed `row` is, before its call is made."""
+    """Store the state of the parent of a claimed `row`, before its call is made."""
     given = {"step": row.job_step, "status": row.job_status, "first": row.spent == 1}
     execute(conn, NOTE, given | {"parent_id": row.key, "join": row.join_of})
 
@@ -112,26 +112,25 @@ SELECT EXISTS (SELECT FROM stage_looks
 
 
 def has_look(conn, row: Any) -> bool:
-    """Whether rows of the join of a claimed `row` have changed, and nobody has looked yet."""
+    """Whether stage_looks has a change of the rows of a claimed `row`'s join."""
     given = {"parent_id": row.key, "join": row.join_of}
     return execute(conn, HAS_LOOK, given).fetchone().has_look
 
 
-# The call is skipped because a row has left the state, and no attempt of it was accepted. The look
-# keeps the join open, so that the row's return or deletion completes it again.
+# Used where the call is skipped, as a row has left the state and no attempt was accepted. A look is
+# appended so that the join stays open: the row's return or deletion then completes it again.
 REOPEN = """
 INSERT INTO stage_looks (parent_id, join_of, arrived) VALUES (%(parent_id)s, %(join)s, true)
 """
 
 
 def reopen(conn, row: Any) -> None:
-    """Look again at the parent of a claimed `row`, whose call is not made."""
+    """Append a look at the parent of a claimed `row` whose call is not made."""
     execute(conn, REOPEN, {"parent_id": row.key, "join": row.join_of})
 
 
-# A person wants the call of a join made again: it is recorded as if a row had arrived, and what
-# there is to look at is looked at with it. Nothing comes back where a row is missing, or where the
-# call is under way.
+# Records the call of a join for a person who wants it made again, as if a row had arrived; takes
+# the looks of that parent as well. Returns no row where a row is missing or the call is under way.
 AGAIN = """
 SELECT pg_advisory_xact_lock(
     hashtextextended('job_state_listener.joins', 'stage_looks'::regclass::oid::bigint));
@@ -165,10 +164,11 @@ SELECT call_id FROM recorded
 
 
 def record_again(conn, key: str, join: str) -> int | None:
-    """Record the call of a join afresh; its call_id, or None where that may not be.
+    """Record the call of a join again; its call_id, or None where a row is missing or the call is
+    under way.
 
     Raises:
-        psycopg2.errors.LockNotAvailable: another transaction has it, or a listener is looking.
+        psycopg2.errors.LockNotAvailable: another transaction holds the call or the lock.
     """
     found = execute(conn, AGAIN, {"key": key, "join": join}).fetchone()
     return found and found.call_id

@@ -12,9 +12,9 @@ import trigger
 
 log = logging.getLogger("listener.trigger")
 
-# A call that began after the move is another one. One whose answer is not there yet keeps its
-# move: who writes the 202 looks again. What is locked is being ended by another listener. A place
-# may be free now, so the other listeners are woken.
+# A move older than a call does not end it. A move whose call has no answer yet stays until its 202
+# is recorded, and is processed then. Locked rows are being processed by another listener. A place
+# under a limit may be free afterwards, so the other listeners are woken.
 LOOK = """
 WITH seen AS (
     SELECT move_id, job_id, table_name, stage, is_failed, moved_at FROM stage_moves
@@ -71,8 +71,8 @@ def look(conn) -> list:
     return db.execute(conn, LOOK, {"wake": db.WAKE_CHANNEL}).fetchall()
 
 
-# Moves that no trigger has seen: the row was deleted, or changed past the triggers. A join's
-# call is owed by no state of the parent, which was in the one noted when it was first claimed.
+# Moves that no trigger has recorded: the row was deleted, or changed while the trigger was off. For
+# the call of a join, the parent has moved if it left the state stored at the call's first claim.
 RECORD_MISSED = """
 INSERT INTO stage_moves (job_id, table_name, stage, is_failed)
 SELECT l.job_id, l.table_name, l.stage,
@@ -100,7 +100,7 @@ def record_missed(conn) -> None:
 
 
 def log_end(row) -> None:
-    """The line of a call's end, as trigger.log_end has it."""
+    """Log the end of a call in the words of trigger.log_end."""
     about_row = trigger.row_name(row.table_name, row.job_id)
     about = logs.about(job=row.job_id, table=row.table_name, stage=row.stage, status=202,
                        duration=round(row.seconds, 3), outcome=row.outcome)  # fmt: skip

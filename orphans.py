@@ -1,4 +1,4 @@
-"""Reaping what nobody waits for: the listener as process 1 of a container without an init."""
+"""Reaps orphans where the listener is process 1 of a container without an init."""
 
 import contextlib
 import os

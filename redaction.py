@@ -1,5 +1,5 @@
-"""Secrets are replaced by *** in whatever is logged, stored or printed, in every spelling in which
-they can come back: a stage API may show our own headers in its error page.
+"""Replaces secrets by *** in all text that is logged, stored or printed. A stage API may show our
+headers in its error page, so secrets are found in every encoding in which they may come back.
 """
 
 import base64
@@ -13,9 +13,9 @@ import psycopg2.extensions
 
 import signing
 
-# Replacing a text of three letters would eat the log's own words.
+# Shorter secrets are not replaced: three letters also occur in the log's own words.
 SHORTEST = 4
-# No text of ours is cut that is shorter than this.
+# All texts that we cut are at least this long.
 SHORTEST_CUT = 200
 
 PASSWORD_IN_URL = re.compile(r"(://[^:/@\s]*):[^@/\s]+@")
@@ -23,7 +23,7 @@ PASSWORD_NAMED = re.compile(r"(?i)(password\s*=\s*)\S+")
 AUTHORIZATION = re.compile(
     r"(?i)(authorization\W{1,12}(?:b['\"])?(?:basic|bearer|token)(?:\s|%20)+)[\w.~+/=-]+"
 )
-# What only a text has that was encoded: percent signs, backslashes, HTML entities, + for a space.
+# Characters of encoded text: percent signs, backslashes, HTML entities, + for a space.
 ENCODED = re.compile(r"[%\\&+]")
 NAMED = {'"': "quot", "&": "amp", "'": "apos", "<": "lt", ">": "gt"}
 
@@ -41,17 +41,17 @@ def secrets_in(values: SimpleNamespace) -> Iterator[str | None]:
             yield from (password or user, unquote(password or user))
     if values.DATABASE_URL:
         yield psycopg2.extensions.parse_dsn(values.DATABASE_URL).get("password")
-        # As it was written, percent signs and all: that is how errors quote it.
+        # Also as it was written, percent-encoded, as errors quote it like that.
         yield from re.findall(r"://[^:/@]*:([^@]*)@", values.DATABASE_URL)
 
 
 def redactor(values: SimpleNamespace) -> "Redactor":
-    """What replaces every secret of `values`, and what looks like one, by ***."""
+    """The Redactor for the secrets of `values`, which also replaces text that looks like one."""
     return Redactor(secrets_in(values))
 
 
 class Redactor:
-    """Called with a text, gives it back without its secrets."""
+    """Called with a text, returns it without secrets."""
 
     def __init__(self, secrets: Iterable[str | None]):
         known = {secret for secret in secrets if secret and len(secret) >= SHORTEST}
@@ -76,7 +76,7 @@ class Redactor:
         return message
 
     def without_a_beginning(self, line: str) -> str:
-        """`line`, whose end may be the beginning of a secret that was cut."""
+        """`line` without the beginning of a secret at its end, where a text was cut."""
         if len(line) < SHORTEST_CUT:
             return line
         for secret in self.secrets:
@@ -86,12 +86,12 @@ class Redactor:
         return line
 
 
-# What a cut leaves of an encoded letter, or of one of several bytes.
+# What a cut may leave of an encoded letter, or of a letter of several bytes.
 HALF = re.compile(r"[%\\&][\w%\\&#;]{0,40}|[\ufffd…]*")
 
 
 def ends_within(secret: str, line: str, position: int) -> bool:
-    """Whether `line` ends before `secret` does, whose first letters end at `position`."""
+    """Whether `line` ends within `secret`, whose first letters end at `position` of the line."""
     before = position
     for letter in secret[SHORTEST:]:
         found = pattern(letter).match(line, position)
@@ -108,7 +108,7 @@ def pattern(text: str) -> re.Pattern:
 
 
 def spelled(letter: str) -> str:
-    """A regular expression of what becomes of one letter in URLs, JSON, HTML, Python, C.
+    """A regular expression for one letter as it is encoded in URLs, JSON, HTML, Python or C.
 
     Backslashes are doubled where JSON is put into JSON.
     """

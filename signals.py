@@ -1,4 +1,4 @@
-"""Signals that wake a select(): being told to stop, and the end of a child process."""
+"""Signals that wake a select(): those that ask to stop, and SIGCHLD at the end of a child."""
 
 import contextlib
 import signal
@@ -8,7 +8,7 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Signals:
-    """Counts what was received. The handlers do nothing else; the loop looks and decides."""
+    """Notes signals that were received. The handlers do nothing else; the loop acts on them."""
 
     def __init__(self):
         self.stops: list[int] = []  # the signals that asked to stop
@@ -36,15 +36,15 @@ class Signals:
         return self.receiving.fileno()
 
     def drain(self) -> None:
-        """Take what woke the select()."""
+        """Read the bytes that woke the select()."""
         with contextlib.suppress(BlockingIOError):
             while self.receiving.recv(4096):
                 pass
 
     def leave(self) -> None:
-        """In a forked child: it is told nothing by these signals, and the parent not by its own.
+        """In a forked child: ignore these signals, and do not wake the parent by them.
 
-        Handlers that do nothing, and not SIG_IGN, which the programs that it starts would inherit.
+        The handlers do nothing. SIG_IGN would be inherited by programs that the child starts.
         """
         signal.set_wakeup_fd(-1)
         for number in STOPPING:

@@ -1,4 +1,4 @@
-"""Signatures by which a stage API knows that a request is the listener's (Standard Webhooks)."""
+"""Signs requests, so that a stage API can verify who sent them (Standard Webhooks)."""
 
 import base64
 import hashlib

@@ -1,5 +1,5 @@
-"""HTTP: one POST to the stage API with `requests`, and an honest account of what became of it: an
-Answer, or an exception that says whether it may have been sent.
+"""HTTP: one POST to the stage API with `requests`. Its outcome is an Answer, or an exception that
+says whether the request may have been sent.
 """
 
 import http.client
@@ -39,14 +39,14 @@ class Interrupted(Exception):
 
 
 class NoAnswer(Exception):
-    """Sent, and nobody can know what became of it: time ran out, or the answer was cut."""
+    """Sent, and it is unknown whether the stage works on it: no answer in time, or a cut one."""
 
 
 class TimeIsUp(Exception):
     """Not sent: the time for this call was over before its POST."""
 
 
-# What `requests` and urllib3 raise, wrapped or as it comes from below.
+# The exceptions of `requests`, urllib3 and below that a POST may raise.
 FAILED = (
     requests.RequestException,
     urllib3.exceptions.HTTPError,
@@ -62,13 +62,14 @@ NOT_CONNECTED = (
 )
 
 CONNECT_TIMEOUT = 5.0
-# Servers close idle connections, gunicorn after 2 s: a POST sent into that moment dies unseen.
+# A connection idle for longer is not reused: servers close idle ones (gunicorn after 2 s), and a
+# POST that is sent at that moment gets no answer.
 REUSE_WITHIN = 1.0
 TEXT_LIMIT = 2000
 BODY_LIMIT = 16 * 2**20
 LONGEST_RETRY_AFTER = 3600.0
 
-# A dead peer is noticed within about 40 s of a call's silence.
+# A dead server is noticed within about 40 s, however long the call may take.
 SOCKET_OPTIONS = [
     (socket.IPPROTO_TCP, getattr(socket, name), value)
     for name, value in {
@@ -129,7 +130,7 @@ class StageApi:
         try:
             return self.send("POST", path, headers, left, data)
         except BaseException:
-            # What this connection still holds must not be read as the next call's answer.
+            # Unread data of this answer must not be read as the answer of the next call.
             self.close()
             raise
         finally:
@@ -175,7 +176,7 @@ class StageApi:
 
 
 def prepared(url: str, token: str | None) -> requests.PreparedRequest:
-    """What every request to `url` has in common, with the token or the URL's user."""
+    """The parts that all requests to `url` share, with the token or the URL's user."""
     headers = {
         "User-Agent": "job-state-listener",
         "Accept-Encoding": "identity",
@@ -206,8 +207,8 @@ def read(raw: urllib3.BaseHTTPResponse) -> str:
     status = raw.status
     if status < 200:
         raise NoAnswer(f"status {status}, which is not a final answer")
-    # What http.client itself will hold the body to. "Transfer-Encoding: gzip, chunked" is read as
-    # whatever comes until the connection ends, and so is a length that is no number.
+    # Whether http.client checks the length of the body. It does not with "Transfer-Encoding: gzip,
+    # chunked" or a length that is no number: then it reads until the connection ends.
     chunked = raw.headers.get("Transfer-Encoding", "").lower() == "chunked"
     framed = chunked or raw.length_remaining is not None
     beginning, size = b"", 0
@@ -246,10 +247,10 @@ def parse_retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def translated(error: Exception) -> Exception:
-    """What an exception of `requests` or urllib3 says about the request."""
+    """The Unreachable, Interrupted or NoAnswer for an exception of `requests` or urllib3."""
     causes = list(chain(error))
     text = f"{type(causes[-1]).__name__}: {causes[-1]}"
-    # Of a stage function's own request; a connection of ours has said so itself (HttpConnection).
+    # Only for a stage function's own request: our HttpConnection raises Unreachable itself.
     if any(isinstance(cause, NOT_CONNECTED) for cause in causes):
         return Unreachable(text)
     if any(isinstance(cause, (TimeoutError, requests.ReadTimeout)) for cause in causes):
@@ -260,7 +261,7 @@ def translated(error: Exception) -> Exception:
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """`error` and what it was made from: urllib3 wraps in three ways."""
+    """`error` and the exceptions it was made from, which urllib3 wraps in three ways."""
     seen: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in seen:
@@ -275,7 +276,9 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 
 class WholeLines(io.BufferedReader):
-    """http.client takes the end of a connection for the end of a line, and of all headers."""
+    """Raises where a line is cut. http.client would take the end of the connection for the end of
+    the line, and of all headers.
+    """
 
     begun = False
 
@@ -293,7 +296,7 @@ class WholeResponse(http.client.HTTPResponse):
         self.fp = WholeLines(self.fp.detach())
 
     def _read_status(self):
-        """http.client reads past 100 only, not past the other interim answers (RFC 9110, 15.2)."""
+        """Skip all interim answers (RFC 9110, 15.2); http.client skips only 100."""
         while True:
             version, status, reason = super()._read_status()  # type: ignore[misc]  # private
             if status not in range(102, 200):
@@ -302,7 +305,7 @@ class WholeResponse(http.client.HTTPResponse):
 
 
 class HttpConnection(urllib3.connection.HTTPConnection):
-    """A connection that says so where nothing was sent, and takes only a whole head."""
+    """A connection that raises Unreachable where nothing was sent, and refuses cut headers."""
 
     response_class = WholeResponse
 
@@ -315,7 +318,7 @@ class HttpConnection(urllib3.connection.HTTPConnection):
             super().connect()
         except FAILED as error:
             cause = list(chain(error))[-1]
-            # No exception that urllib3 or requests would catch on its way up.
+            # This exception is not one that urllib3 or requests would catch.
             raise Unreachable(f"{type(cause).__name__}: {cause}") from error
 
 

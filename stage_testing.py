@@ -92,7 +92,7 @@ class Query(NamedTuple):
 
 @dataclass
 class OfflineCall(Call):
-    """A call whose queries are answered from `rows`, and kept in `queries`."""
+    """A call that answers queries from `rows`, and keeps them in `queries`."""
 
     rows: Mapping[str, Found] = field(default_factory=dict)
     queries: list[Query] = field(default_factory=list)
@@ -110,7 +110,7 @@ class OfflineCall(Call):
         return [row_of(one) for one in self.found(said)]
 
     def look_up(self, sql: str, params: dict[str, Any]) -> list:
-        """A declared trace is not looked for, so that no test needs a row for it."""
+        """No rows: a declared trace is not looked up, so that no test needs a row for it."""
         return []
 
     def found(self, sql: str) -> Sequence[Mapping[str, Any]]:

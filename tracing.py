@@ -1,6 +1,6 @@
 """Trace ids of calls (W3C Trace Context): sent as `traceparent`, exported by `traces`.
 
-They are made from ids, not by chance, so that both agree without anything being stored.
+They are derived from ids and not random, so that both agree although nothing is stored.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ TRACEPARENT = re.compile(
 class Trace(NamedTuple):
     """The trace that a call belongs to.
 
-    parent_id: the span that the call follows from, where somebody else began the trace.
+    parent_id: the parent span, where somebody else began the trace.
     flags: as in traceparent; 1: it is recorded.
     """
 

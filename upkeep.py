@@ -1,5 +1,5 @@
-"""Upkeep, beside the calls: attempts of listeners that are gone, calls of jobs that are gone,
-history that has grown old, jobs that rest. Any listener does it for all.
+"""Upkeep beside the calls: ends leases of lost listeners, drops calls of deleted jobs, counts and
+prunes the history, and reports jobs that rest. Each listener does it for all.
 """
 
 import logging
@@ -24,7 +24,7 @@ HISTORY_INTERVAL = STALLED_INTERVAL = FAILED_INTERVAL = 300.0
 
 
 class Upkeep:
-    """Does what is due of it, a batch at a time, so that no call waits for long."""
+    """Runs the tasks that are due, a batch at a time, so that no call has to wait for long."""
 
     def __init__(self, settings: SimpleNamespace, stages: Iterable[str], name: str, alerts: Alerts):
         self.settings, self.stages, self.name, self.alerts = settings, list(stages), name, alerts
@@ -40,7 +40,8 @@ class Upkeep:
         return min(self.reap_at, self.history_at, self.failed_at, self.stalled_at, self.episodes_at)
 
     def run(self, conn) -> None:
-        """Do what is due. What the database refuses is said once a round, and stops nothing else.
+        """Run the tasks that are due. One that the database refuses is logged once a round; the
+        others go on.
 
         Raises:
             ConnectionLost
@@ -91,8 +92,9 @@ class Upkeep:
 
 # --- leases that ran out -------------------------------------------------------------------
 
-# A listener that never came back, or an asynchronous stage. Should they do so after all, they add
-# what they know. What got no answer has its row in the history.
+# Ends the leases of listeners that are lost, and of asynchronous stages that did not finish, with a
+# row in the history for each. A result that comes later gets a row, too. A call without an answer
+# has its row already.
 REAP = """
 WITH over AS (
     DELETE FROM stage_leases WHERE leased_until <= now() RETURNING *
@@ -116,15 +118,15 @@ def reap(conn) -> int:
 # --- the history ---------------------------------------------------------------------------
 
 BATCH = 1000
-# Seconds that metrics tells accepted calls apart by; what takes longer is within infinity.
+# Upper bounds (seconds) of the histogram of accepted calls in `metrics`; above is infinity.
 BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
 BOUNDS = {
     "within": [*BUCKETS, math.inf],
     "bounds": [f"{seconds} s" for seconds in BUCKETS],
 }
 
-# Attempts by stage, outcome and the least of BUCKETS that is not exceeded; `rows` are theirs. A
-# clock that was set back makes a time negative, which no counter may be.
+# Counts the attempts in {rows} by stage, outcome and the smallest bucket that holds them. A negative
+# duration (the clock was set back) counts as 0, as a counter must not fall.
 TOTALS = """
 SELECT stage, outcome, (%(within)s::float8[])[1 + width_bucket(
            finished_at - started_at - interval '1 microsecond', %(bounds)s::interval[]
@@ -136,8 +138,8 @@ FROM {rows}
 GROUP BY stage, outcome, within_seconds
 """
 
-# Attempts are counted once, in the order in which they finished. Those of the last minutes wait:
-# one that finished earlier may still be on its way to its commit.
+# Attempts are counted once, in the order in which they finished. Those of the last minutes are left
+# for later, as an attempt that finished earlier may not be committed yet.
 COUNT = f"""
 WITH mark AS (
     SELECT counted_until FROM stage_totals_mark FOR UPDATE SKIP LOCKED
@@ -166,8 +168,8 @@ def count(conn, batch: int = BATCH) -> int:
     return execute(conn, COUNT, {"batch": batch} | BOUNDS).fetchone()[0]
 
 
-# One listener at a time, and in small batches: nobody else ever waits for it. What is not counted
-# yet stays.
+# One listener at a time, in small batches, so that no other waits. Attempts that are not counted
+# yet are not deleted.
 PRUNE = """
 DELETE FROM stage_attempts WHERE ctid = ANY (ARRAY(
     SELECT ctid FROM stage_attempts
@@ -192,7 +194,7 @@ def keep_history(conn, days: float) -> bool:
 
 # --- deleted jobs, stalled stages ----------------------------------------------------------
 
-# A given-up call waits for a person; where its job was deleted there is nothing to wait for.
+# A given-up call waits for a person, but not if its job was deleted: then it is dropped.
 FORGET = """
 WITH gone AS (
     DELETE FROM stage_calls AS c
@@ -214,9 +216,9 @@ def forget_deleted(conn, stages: Iterable[str], worker: str) -> int:
     return execute(conn, FORGET, {"stages": list(stages), "worker": worker}).rowcount
 
 
-# There is one row of stage_joins a parent, for as long as that lives. They are gone through in the
-# order of the ids, a batch a round. Rows of a join that PIPELINE no longer has stay: whose they are
-# is not known, and it may come back.
+# stage_joins has a row for each parent and join, until the parent is deleted. They are checked in
+# the order of the ids, a batch a round. Rows of a join that left PIPELINE stay, as their table is
+# not known, and the join may come back.
 FORGET_PARENTS = """
 WITH batch AS (
     SELECT parent_id, join_of FROM stage_joins
@@ -235,7 +237,7 @@ FROM batch
 
 
 def forget_parents(conn, after: Any = None, batch: int = BATCH) -> Any:
-    """Drop what is known of the joins of deleted parents, of a batch of them.
+    """Delete rows of stage_joins whose parents were deleted; checks one batch.
 
     Args:
         after: what the last batch returned.
@@ -247,7 +249,7 @@ def forget_parents(conn, after: Any = None, batch: int = BATCH) -> Any:
     return found.last if found.found == batch else None
 
 
-# A listener knows STAGE_TIMEOUT, which stalled_jobs() and people read from here.
+# Stores the timeouts, which come from the listener's settings, for stalled_jobs() and people.
 TELL_TIMEOUTS = """
 UPDATE pipeline_stages AS p SET timeout = told.timeout
 FROM unnest(%(stages)s::text[], %(timeouts)s::float8[]) AS told (stage, timeout)
@@ -256,12 +258,12 @@ WHERE p.stage = told.stage AND p.timeout IS DISTINCT FROM told.timeout
 
 
 def tell_timeouts(conn, timeouts: Mapping[str, float]) -> None:
-    """Bring the timeout of every stage, in seconds, into pipeline_stages."""
+    """Write the timeout of every stage, in seconds, to pipeline_stages."""
     given = {"stages": list(timeouts), "timeouts": list(timeouts.values())}
     execute(conn, TELL_TIMEOUTS, given)
 
 
-# One listener sees it first, and marks the stage until nothing of it is stalled any more.
+# The first listener that sees a stalled row marks its stage, until no row of it is stalled.
 NEWLY_STALLED = """
 WITH stalled AS (
     SELECT stage, count(*) AS jobs, max(reason) AS reason FROM stalled_jobs() GROUP BY stage
@@ -350,11 +352,11 @@ def tell_absence(conn, after: float, alerts: Alerts) -> None:
 
 # --- stages that wait, or accept nothing ----------------------------------------------------
 
-# So many attempts without one that was accepted tell that it is the stage.
+# At least this many attempts, none of them accepted, show that the stage is at fault.
 REFUSALS = 3
 
-# One listener sees it first, and marks the stage until it is over. A paused stage waits as a person
-# wants it to.
+# The first listener that sees it marks the stage until it is over. Paused stages are left out, as a
+# person wants them to wait.
 EPISODES = """
 WITH stage AS (
     SELECT stage, bool_or(held_until = 'infinity') AS paused,
@@ -403,7 +405,7 @@ def episodes(conn, after: float) -> list:
 
 
 def tell_episode(alerts: Alerts, row: Any) -> None:
-    """Tell people what has begun at a stage, or is over."""
+    """Send the alert of an episode that has begun, or is over."""
     stage = row.stage
     if row.waiting and not row.was_waiting:
         why = row.held_reason or row.last_error or "no listener has taken it"
