@@ -41,7 +41,7 @@ class Result:
     retry_after: float | None = None  # seconds the stage asked for
     after_hold: bool = False  # was claimed after a hold of its stage, which its success lifts
     limited: bool = False  # its stage has limits over all listeners
-    is_told: bool = False  # people have been told of it
+    is_told: bool = False  # an alert was sent about it
     seconds: float = 0.0  # how long the attempt took, for the log
     trace: str | None = None  # the traceback of a bug in the stage function, for the log
 
@@ -425,12 +425,12 @@ def settle_and_claim(
         wanted: the stages to choose from, those whose turn it is first.
         free: how many workers are idle; 0: only settle, and wake the other listeners, as a
             place under a limit may be free now.
-        worker: in whose name.
+        worker: the name of the listener that claims.
         sweep: also take calls that were never tried and whose time, by the clock, has not come.
         only: the row's id and the call's: claim this call, due or not.
 
     Raises:
-        psycopg2.Error: and nothing of it has happened, unless the connection was lost.
+        psycopg2.Error: nothing was changed, unless the connection was lost.
     """
     paid = [result for result in results if result.outcome in PAID]
     taken = [result for result in results if result.outcome == TAKEN]
@@ -473,7 +473,7 @@ def settle_and_claim(
     return Turn(claimed, unsettled, rows[0].asked_at)
 
 
-# A place under a limit is free and was not taken: the other listeners look whether it is theirs.
+# A place under a limit is free and this listener did not take it, so the others are woken.
 WAKE_WAITING = f"""
 SELECT pg_notify('{WAKE_CHANNEL}', '') WHERE EXISTS (
     SELECT FROM stage_limits AS s JOIN stage_calls AS c ON c.stage = ANY (s.stages)
@@ -591,7 +591,7 @@ WHERE (j.current_step, j.status) = (r.stage, 'failed')
 
 
 def set_failed(conn, results: Sequence[Result]) -> dict[int, bool]:
-    """Of the calls whose stage has set the row to failed: whether a stage follows from that."""
+    """By call_id of the calls whose stage has set the row to failed: whether a stage follows."""
     if not results:
         return {}
     rows = execute(conn, SET_FAILED, {"results": as_json(conn, results)})
@@ -643,8 +643,8 @@ def put_off(conn, row, worker: str, spent: int, delay: float, error: str | None)
 
 # --- what cannot be written, or was never begun --------------------------------------------
 
-# A row of its own: 22 data, 23 constraint, 54 a limit of the server, such as the length of an index
-# entry. Anything else would fail for every row.
+# SQLSTATE classes of errors that concern single rows: 22 data, 23 constraint, 54 a limit of the
+# server, such as the length of an index entry. Any other error would occur for every row.
 FAULT_OF_THE_ROW = ("22", "23", "54")
 
 
@@ -697,7 +697,7 @@ def settle_alone(conn, result: Result) -> bool:
     return True
 
 
-# For a result that the history does not take: only the call itself is paid, or given up.
+# For a result that cannot be written to the history: the call alone is removed, or given up.
 SETTLE_WITHOUT_HISTORY = f"""
 WITH result AS ({RESULTS}
 ), ended AS (

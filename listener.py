@@ -107,7 +107,7 @@ class Listener:
         self.due_at = 0.0  # when the next call will be due, as far as is known
         self.asks = False  # whether to ask
         self.asked_at: datetime | None = None  # since when
-        self.doubtful_until = -math.inf  # something may be claimed in our name and not be known
+        self.doubtful_until = -math.inf  # until then a claim of ours may exist that we do not know
         self.checked = False  # whether the database knows this PIPELINE
         self.refusal: ops.Problem | None = None  # why this program must not go on
         self.nothing_due = False
@@ -558,7 +558,7 @@ class Listener:
             log.info("시작하지 않은 호출 %d건을 되돌림", found.given_back)
 
     def obey(self) -> None:
-        """The first signal: claim no more. The second: leave at once, the leases cover."""
+        """The first signal: claim no more. The second: exit at once; leases protect the calls."""
         if len(self.signals.stops) > 1:
             self.workers.stop()
             raise SystemExit(128 + self.signals.stops[-1])

@@ -83,7 +83,7 @@ EVENTS = {
     "요청 처리 오류": "request_error",
 }
 
-# What JSON leaves as it is, and some terminals obey.
+# Characters that JSON does not escape and that some terminals interpret.
 IN_JSON = {code: f"\\u{code:04x}" for code in CONTROL if code >= 127}
 
 
@@ -174,7 +174,7 @@ def set_up(settings: SimpleNamespace) -> None:
     # What cannot be written, to a full disk or a pipe that nobody reads, is lost: logging would
     # print it on standard error, with a traceback and its secrets.
     logging.raiseExceptions = False
-    # What no line of ours says need not be found out (see "Optimization" in the docs of logging).
+    # Skip data that our lines do not show (see "Optimization" in the docs of logging).
     logging._srcfile, logging.logThreads, logging.logMultiprocessing = None, False, False
     handler = logging.StreamHandler(sys.stdout)
     formatter = OneObject if settings.LOG_FORMAT == "json" else OneLine

@@ -1,6 +1,4 @@
-"""Hearing what the database announces: LISTEN, whether anything would arrive, all that has, and
-the lines that the log has of it.
-"""
+"""Receiving notifications: LISTEN, testing whether they arrive, reading and logging them."""
 
 import contextlib
 import json
@@ -22,12 +20,12 @@ from pipeline import Table
 log = logging.getLogger("listener")
 
 
-# Anybody who can connect can NOTIFY. What is heard is logged as long as it does not come faster,
-# for longer than a burst, than so many a second; then it is only counted.
+# Anybody who can connect can NOTIFY. Up to a burst, and then up to this many a second, are logged;
+# more are only counted.
 BURST, PER_SECOND = 10_000, 1000
 OTHERS_BURST, OTHERS_PER_SECOND = 1000, 10
-# More than these at once, and then a second, and the listener does without for DEAF_FOR seconds:
-# whatever it asks is answered behind all that it has to be told.
+# With more than this burst and rate, the listener stops listening for DEAF_FOR seconds: every
+# answer of the server would come after all the notifications.
 FLOOD_PER_SECOND = 5000
 DEAF_FOR = 60.0
 # Characters taken from the connection at a time, whatever else waits in the socket.
@@ -43,7 +41,7 @@ def listen(conn: db.Connection) -> None:
 
 
 def channels_of_tables() -> dict[str, Table]:
-    """Where the tables of the pipeline announce changes, and which of them does."""
+    """The tables of the pipeline by the channel on which their changes are announced."""
     return {table.channel: table for table in pipeline.tables().values() if table.channel}
 
 
@@ -104,7 +102,7 @@ class Allowance:
         self.passed_over = 0
 
     def allows(self, count: int = 1) -> bool:
-        """Take `count` off; where so many are not left, they are passed over."""
+        """Use up `count`; where not that many are left, False, and they count as passed over."""
         now = time.monotonic()
         self.left = min(self.burst, self.left + (now - self.looked_at) * self.per_second)
         self.looked_at = now
@@ -116,7 +114,7 @@ class Allowance:
 
 
 class Hearing:
-    """What a listener hears. It only means "look now": nothing depends on its words."""
+    """The notifications of a listener. Each only means "look now": its text has no effect."""
 
     def __init__(self, settings: SimpleNamespace):
         self.settings = settings
@@ -185,7 +183,7 @@ class Hearing:
         return {notification.channel for notification in heard}
 
     def do_without(self) -> None:
-        """After a flood: look every POLL_INTERVAL for a while."""
+        """After a flood: stop listening and poll every POLL_INTERVAL for a while."""
         self.is_told, self.deaf_until = False, time.monotonic() + DEAF_FOR
         log.warning("알림이 너무 많음: %.0f초 동안 LISTEN 대신 %g초마다 확인",
                     DEAF_FOR, self.settings.POLL_INTERVAL)  # fmt: skip
@@ -225,7 +223,7 @@ class Hearing:
             return False
 
     def tell_passed_over(self) -> None:
-        """Once a second, how many were not logged."""
+        """Log, at most once a second, how many notifications were not logged."""
         count = self.changes.passed_over + self.others.passed_over
         if count and time.monotonic() - self.told_at >= 1.0:
             log.warning("알림 %d건은 로그에 남기지 않음: 너무 많음", count)

@@ -459,8 +459,8 @@ def stages_of_routes() -> dict[Route, tuple[str, int | None]]:
 
 # --- what a person types -------------------------------------------------------------------
 
-# How this program is started by hand in its folder, which is also the container's: with .venv's
-# packages, whether it is activated or not.
+# How this program is started by hand in its folder, also in the container: with the packages of
+# .venv, whether that is activated or not.
 JSL = "./jsl"
 
 
@@ -621,7 +621,7 @@ class Call:
         return trace.traceparent(tracing.span_id(self.key, self.call_id, self.attempt))
 
     def look_up(self, sql: str, params: dict[str, Any]) -> list:
-        """As `query`, for what no call fails without: no rows where the database has none."""
+        """As `query`, for data that a call can do without."""
         try:
             return db.query(self.settings, sql, params)
         except psycopg2.Error:

@@ -34,8 +34,8 @@ LONGEST_BACKOFF = 300.0  # seconds
 MAY_RUN = (409, 460, 499, 502, 504, 520, 522, 524, 598, 599)
 # The stage asks for patience, or a gateway could not connect to it.
 NOT_NOW = (429, 503, 521, 523, 525, 526, 530)
-# Who says 503 although the request was passed on, and what Envoy adds where it was not. What it
-# says after it has tried again is not known to be true of the first time.
+# Texts of a 503 from gateways that had passed the request on, and what Envoy adds where it had not.
+# After a retry, Envoy's text need not be true of the first attempt.
 PASSED_ON = re.compile(
     "disconnect/reset before headers"  # Envoy
     "|<title>503 Backend fetch failed"  # Varnish
@@ -188,8 +188,8 @@ class Trigger:
             return result(call, "released")
         if by_hand and isinstance(error, (KeyboardInterrupt, bdb.BdbQuit)):
             return self.failure(call, "unknown", "stopped by hand")
-        # A bug, or a value that it misses. The line is not indented as the code of a SyntaxError
-        # is, and comes before any notes.
+        # A bug, or a missing value. Its line is the first that is not indented: code of a
+        # SyntaxError is indented, and notes come later.
         said = [t for t in traceback.format_exception_only(error) if not t.startswith(" ")]
         ended = self.failure(call, "retry", said[0].strip())
         ended.trace = self.trace(error)

@@ -125,8 +125,8 @@ BOUNDS = {
     "bounds": [f"{seconds} s" for seconds in BUCKETS],
 }
 
-# Counts the attempts in {rows} by stage, outcome and the smallest bucket that holds them. A negative
-# duration (the clock was set back) counts as 0, as a counter must not fall.
+# Counts the attempts in {rows} by stage, outcome and the smallest bucket that holds them. A
+# negative duration (the clock was set back) counts as 0, as a counter must not fall.
 TOTALS = """
 SELECT stage, outcome, (%(within)s::float8[])[1 + width_bucket(
            finished_at - started_at - interval '1 microsecond', %(bounds)s::interval[]

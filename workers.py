@@ -240,13 +240,13 @@ class Workers:
         return f"no answer within {seconds:g} s, so its worker was killed"
 
     def lost(self, call: Call, began: float, reason: str) -> Result:
-        """What came of a call whose worker did not live to say it: nobody knows."""
+        """The result of a call whose worker died: unknown."""
         ended = trigger.failure(call, "unknown", reason, self.settings.RETRY_DELAY)
         ended.seconds = time.monotonic() - began
         return ended
 
     def stop(self) -> None:
-        """Kill all of them: idle ones, or a person is in a hurry and the leases cover."""
+        """Kill all workers: they are idle, or a second signal came; leases protect their calls."""
         for worker in list(self.all):
             worker.kill()
         self.all = []
