@@ -1,4 +1,4 @@
-"""docs/ADOPTING.md: its SQL and commands take a database of the guide's users over."""
+"""docs/ADOPTING.md: its SQL and commands move a database of the guide's users to this listener."""
 
 import shlex
 from pathlib import Path
@@ -43,7 +43,7 @@ def with_variants(page, monkeypatch):
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_every_command_of_it_can_be_parsed(name):
+def test_every_command_of_the_page_can_be_parsed(name):
     blocks = [body for language, body in Readme(name).blocks if language == "bash"]
     lines = [line for body in blocks for line in body.splitlines()]
     assert len(lines) >= 6
@@ -72,7 +72,7 @@ def test_old_listener_hears_what_it_always_heard(guide, run_command):
 def test_jobs_that_finish_between_install_and_start_are_called(
     guide, page, run_command, listener, served
 ):
-    lost = guide.add_job()  # of the old listener
+    lost = guide.add_job()  # a job that the old listener has lost
     run_command(guide, "install")
     moved = guide.add_job(status="queued")
     guide.move(moved, "img_gen", "done")

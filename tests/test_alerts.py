@@ -1,4 +1,4 @@
-"""ALERT_COMMAND: told once of each given-up call and each newly stalled stage, and harmless."""
+"""ALERT_COMMAND: gets each given-up call and each newly stalled stage once, and can do no harm."""
 
 import json
 import shlex
@@ -14,7 +14,7 @@ import config
 import upkeep
 from demo.stage_server import Answer
 
-# Appends what it is told to a file.
+# A command that appends each alert to a file.
 TELL = ["sh", "-c", 'exec cat >> "$0"']
 
 
@@ -24,7 +24,7 @@ def python(script: str, *args: object) -> str:
 
 @pytest.fixture
 def told(tmp_path):
-    """told(): what the command was told so far; told.command is its setting."""
+    """told(): the alerts that the command got so far; told.command: the value of ALERT_COMMAND."""
     file = tmp_path / "told"
     file.touch()
 

@@ -1,4 +1,4 @@
-"""Stages that answer 202 and work on."""
+"""Asynchronous stages, which answer 202 and then work."""
 
 from contextlib import closing
 
@@ -68,7 +68,7 @@ def test_worker_is_idle_while_calls_are_worked_on(site):
 
 
 def test_state_of_the_job_is_what_ends_a_call(site):
-    """Not running, nor back to the state that owed the call; but any other, set by anybody."""
+    """Not (stage, 'running') or the state that owes the call, but any other, whoever sets it."""
     job = site.database.add_job()
     site.start()
     site.wait_for_working(1)

@@ -1,4 +1,4 @@
-"""`audit`: what a real run does is no finding; what breaks a promise, forged, is found."""
+"""`audit`: finds nothing in a real run, and each broken promise in a forged history."""
 
 import json
 import threading
@@ -28,8 +28,8 @@ VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, 200, 'w')
 
 
 def forge(database, *attempts: tuple, job: str | None = None, table: str = "jobs") -> str:
-    """Rows of the history: (call, attempt, seconds of its claim and its end, outcome), then maybe
-    the stage and what is spent. The id of the row that they are of.
+    """Add rows of the history: (call, attempt, seconds of its claim and its end, outcome), and
+    optionally the stage and the attempts spent. Returns the id of the row that they are of.
     """
     job = job or str(uuid.uuid4())
     for call, attempt, began, ended, outcome, *more in attempts:
@@ -40,7 +40,7 @@ def forge(database, *attempts: tuple, job: str | None = None, table: str = "jobs
 
 
 def found(done) -> dict[str, int]:
-    """The findings of `audit --json` by kind, of which its exit code says whether there are any."""
+    """How many findings of each kind `audit --json` has; checks that the exit code agrees."""
     kinds = {kind: n for kind, n in json.loads(done.out)["broken"].items() if n}
     assert done.code == bool(kinds), done
     return kinds
@@ -178,7 +178,7 @@ def test_more_calls_at_once_than_max_running_are_found_once_the_limit_holds(data
     assert audit(database) == {}
     for number, began, ended in ((4, 1000, 1015), (5, 1006, 1020), (6, 1014, 1030)):
         forge(database, (number, 1, began, ended, "succeeded"))
-    assert audit(database) == {}  # they may have taken turns within the seconds that a claim takes
+    assert audit(database) == {}  # as a claim takes seconds, they need not have overlapped
     jobs = [forge(database, (call + 10, n, began + 2000, ended + 2000, outcome))
             for call, n, began, ended, outcome in CROWD]  # fmt: skip
     done = run_here(database.environ, "audit", "--json")

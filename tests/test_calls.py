@@ -153,7 +153,7 @@ def test_turn_is_one_round_trip(database):
             database.add_job()
         rows = claim_many(conn, 4).claimed
         assert settle(conn, *(result(row, "retry", delay=0) for row in rows))
-        rows = claim_many(conn, 4).claimed  # by now all is prepared
+        rows = claim_many(conn, 4).claimed  # the statements are prepared now
         before = len(proxy.requests)
         claim_many(conn, 4, results=[result(row, "retry", delay=0) for row in rows])
         assert len(proxy.requests) == before + 1
@@ -230,7 +230,7 @@ def test_claim_leaves_no_transaction_open(database, conn):
 
 
 def take_by_any_means(conn, job) -> list:
-    """By a claim, by a sweep, by hand."""
+    """The calls that a claim, a sweep and a claim by hand get."""
     found = claim_many(conn, 4, "second").claimed
     found += claim_many(conn, 4, "second", sweep=True).claimed
     return found + claim_many(conn, 4, "second", only=job).claimed
@@ -369,7 +369,7 @@ def test_job_that_moves_between_two_states_of_one_stage_during_the_claim_is_call
     database.rows("UPDATE pipeline_stages SET stage = 'vlm_analyze' WHERE current_step = 'planner'")
     job = database.add_job()
     row = claim(conn)
-    # As the claim's snapshot saw it: the job in one state, its newest call of the other.
+    # What the claim sees: its snapshot has the job in one state, its newest call is of the other.
     database.move(job, "planner", "done")
     database.rows("UPDATE stage_calls SET worker = 'w', attempts = 1")
     moved = database.owed(job)

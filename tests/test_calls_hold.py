@@ -13,7 +13,7 @@ HOLD = (
     "SELECT held_until, hold_seconds, held_reason FROM pipeline_stages WHERE stage = 'vlm_analyze'"
 )
 LENGTH = "SELECT extract(epoch FROM held_until - now())::float8 FROM pipeline_stages WHERE stage = "
-# The hold is over, and so began by its length before that.
+# Ends the hold now, so that it began its length ago.
 HOLD_OVER = "UPDATE pipeline_stages SET held_until = now() - interval '1 microsecond'"
 
 

@@ -353,7 +353,7 @@ def test_lease_of_a_call_without_an_answer_is_not_given_back(database, conn):
     assert claim(conn).call_id is None
 
 
-def test_lease_of_a_call_without_an_answer_ends_unrecorded(database, conn):
+def test_lease_of_a_call_without_an_answer_ends_without_a_lost_row(database, conn):
     job = database.add_job()
     settle(conn, result(claim(conn), "unknown", delay=0, after_lease=True))
     assert upkeep.reap(conn) == 0

@@ -1,4 +1,4 @@
-"""The checker of the chaos run: histories written by hand, of which each must be seen through."""
+"""The checker of the chaos run: judges histories written by hand, with and without faults."""
 
 import uuid
 from dataclasses import replace
@@ -43,7 +43,7 @@ STAGES = {"img_gen": "vlm_analyze", "vlm_analyze": "yolo_detect"}
 
 
 class Script(History):
-    """A history of one job, told event by event. Every event may be left out, or told wrongly."""
+    """A history of one job, written event by event; tests omit events, or write wrong ones."""
 
     def __init__(self):
         routes = {f"{step}/done": stage for step, stage in STAGES.items()}

@@ -1,4 +1,4 @@
-"""Settings: what each may be, what is said about one that cannot be used, and that no secret is."""
+"""Settings: allowed values, the line about a bad one, and that no secret is in that line."""
 
 from urllib.parse import unquote
 
@@ -148,7 +148,7 @@ NASTY = [
 
 
 @pytest.mark.parametrize("name", config.SETTINGS)
-def test_nothing_that_is_given_breaks_more_than_its_setting(name):
+def test_any_value_is_taken_or_refused_under_its_name(name):
     for value in NASTY:
         try:
             config.read({name: value})

@@ -1,5 +1,5 @@
-"""Where settings come from: the environment, `.env` here, `.env` beside the program; and what a
-person sees who runs it without them.
+"""Where settings come from: the environment, `.env` in the working directory, `.env` beside the
+program; and what a person sees without them.
 """
 
 import os

@@ -19,7 +19,7 @@ from waiting import LISTENING, RECONNECTING, wait_until_idle
 import db
 from demo.database import SYSTEM_INSTALLS, available_majors
 
-# The embedded server knows no TLS, and gets something in front of it; one of the system does.
+# A server of the system has TLS itself; the embedded one has none, so TLS is put in front of it.
 INSTALLED = [major for major in available_majors() if (SYSTEM_INSTALLS / str(major)).is_dir()]
 MAJORS = sorted({available_majors()[0], *INSTALLED[:1]})
 pytestmark = pytest.mark.parametrize("each_server", MAJORS, indirect=True, scope="session")
@@ -104,7 +104,7 @@ def tls_in_front(database, authority: trustme.CA) -> Iterator[SimpleNamespace]:
 
 @pytest.fixture
 def tls(each_database, authority) -> Iterator[SimpleNamespace]:
-    """`port` of localhost, where the database speaks TLS; `client(conn)`: whom it takes us for."""
+    """`port`: of localhost, where the database speaks TLS; `client(conn)`: our name."""
     has_tls = each_database.value("SHOW ssl_library") != ""
     with (own_tls if has_tls else tls_in_front)(each_database, authority) as started:
         yield started

@@ -1,8 +1,8 @@
-"""What a team does to jobs over its life, and what then becomes of writes, listener and commands.
+"""Changes that a team makes to the table jobs, and their effect on writes, listener and commands.
 
-CHANGES is the table "Changing jobs" of docs/OPERATING.md. Whatever is done: the application's next
-write goes through, in a session that has written before and in a new one, and neither `install` nor
-anything that it says loses a call, a pause or a line of the history.
+CHANGES is the table "Changing jobs" of docs/OPERATING.md. After each change the application's next
+write succeeds, in a session that has written before and in a new one, and neither `install` nor
+following its advice loses a call, a pause or a row of the history.
 """
 
 import subprocess
@@ -39,7 +39,7 @@ CREATE TRIGGER job_state_change_trigger AFTER UPDATE ON jobs FOR EACH ROW
 COMMIT
 """
 
-# The application knows which job a number has become.
+# The application keeps the mapping from numbers to new ids.
 NUMBER_TO_UUID = """
 ALTER TABLE jobs ADD number bigint;
 UPDATE jobs SET number = job_id;
@@ -76,13 +76,13 @@ CHANGED = "columns of jobs have changed since install, or it was restored"
 class Change:
     """sql: what the team runs.
 
-    write: what becomes of the next write: its call is "recorded", it "warns" that it is not, or
-        "unseen": it goes by our triggers.
-    listener, install: "" where it works, else what it says.
-    verify: the problems, each by some words of it.
-    mend: the SQL that install needs before it works, where it says something.
-    table: what jobs is before. names: columns of the application's writes that have another name;
-        None where there is none of it. place: where it writes. ids: of its jobs.
+    write: the effect of the next write: its call is "recorded", the trigger "warns" that it is not,
+        or it is "unseen" by our triggers.
+    listener, install: "" where it works, else its error.
+    verify: some words of each problem that it reports.
+    mend: the SQL that makes install work again, where it has an error.
+    table: the definition of jobs before. names: columns that the application writes under another
+        name; None: no longer. place: the table that it writes to. ids: of its jobs.
     """
 
     sql: str
@@ -235,7 +235,7 @@ CHANGES = {
 
 
 class Team:
-    """The application before and after a change: what it writes, and what was owed."""
+    """The application before and after a change, and calls that were owed before it."""
 
     def __init__(self, database, change: Change):
         self.database, self.change = database, change
@@ -244,7 +244,7 @@ class Team:
         self.old_session = database.connect()
         self.write(self.old_session, self.ids[0])
         self.write(self.old_session, self.ids[1])
-        # Owed with a past: tried, given up, of a stage that is paused.
+        # Calls that were tried, were given up, or are of a stage that is paused.
         database.rows(
             "UPDATE stage_calls SET attempts = 3, due_at = 'infinity', last_error = 'HTTP 500';"
             "UPDATE pipeline_stages SET held_until = 'infinity', held_by = 'kim';"
@@ -291,7 +291,7 @@ class Team:
         return said
 
     def kept(self) -> list:
-        """What must not be lost: the first two calls, the pauses and the history."""
+        """The data that must not be lost: the first two calls, the pauses and the history."""
         return [
             self.database.rows("SELECT attempts, due_at, last_error, call_id FROM stage_calls"
                                " WHERE attempts = 3 ORDER BY call_id"),
@@ -301,7 +301,7 @@ class Team:
 
 
 def said_by(action) -> str:
-    """What it is refused with; "" where it works."""
+    """The error that `action` raises; "" where it works."""
     try:
         action()
     except (Problem, psycopg2.Error) as refused:
@@ -309,8 +309,8 @@ def said_by(action) -> str:
     return ""
 
 
-def listen(database) -> None:
-    """What a listener does first, and again and again."""
+def run_turn(database) -> None:
+    """The statements of a listener: its checks at the start, and a turn."""
     with connected(database) as conn:
         require_installed(conn)
         database.rows("UPDATE stage_calls SET due_at = now() WHERE attempts = 3;"
@@ -348,7 +348,7 @@ def test_next_write_goes_through(team):
 
 
 @every_change
-def test_verify_names_it(team):
+def test_verify_names_the_change(team):
     team.change_it()
     found = problems(team.database)
     assert len(found) >= len(team.change.verify) and (found == []) == (team.change.verify == ())
@@ -359,7 +359,7 @@ def test_verify_names_it(team):
 @every_change
 def test_listener_goes_on_or_says_why_not(team):
     team.change_it()
-    said = said_by(lambda: listen(team.database))
+    said = said_by(lambda: run_turn(team.database))
     assert team.change.listener in said and bool(said) == bool(team.change.listener)
 
 
@@ -376,7 +376,7 @@ def test_install_keeps_all_that_is_owed(team):
     assert problems(team.database) == []
     place = "app.jobs" if team.change.place == "app.jobs" else "jobs"
     assert team.write(team.old_session, team.ids[2], place) == "recorded"
-    listen(team.database)
+    run_turn(team.database)
     assert team.database.value("SELECT count(*) FROM stage_leases") == 1
 
 

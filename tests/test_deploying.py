@@ -43,7 +43,7 @@ def seconds(text: str) -> int:
 
 
 def longest_call(settings) -> float:
-    """What a listener may have to wait for before it stops."""
+    """The longest time that a listener may have to wait for a call before it stops."""
     return settings.STAGE_TIMEOUT + settings.LEASE_MARGIN
 
 

@@ -1,4 +1,4 @@
-"""A stage whose error page shows our own headers: nobody who reads of it may see the secret."""
+"""A stage whose error page shows our own headers: the secret in them is shown nowhere."""
 
 import base64
 import json
@@ -38,7 +38,7 @@ def test_headers_that_a_stage_shows_are_shown_to_nobody(
     worker.listener.alerts.close()
     seen = [attempt.error, database.owed(job).last_error, worker.output.getvalue()]
     seen.append(told.read_text())
-    for command in COMMANDS:  # which know of no secret
+    for command in COMMANDS:  # they run without the setting that has the secret
         done = run_command(database, *command.format(job=job).split())
         seen.append(done.out + done.err)
         assert done.code == 0, done.err

@@ -1,4 +1,4 @@
-"""Alerts for a team that sleeps: what lasts is told once, and once more when it is over."""
+"""Alerts about lasting problems: sent once when they begin, and once when they are over."""
 
 import json
 import time
@@ -13,7 +13,7 @@ from alerts import Alerts, Episode
 
 @pytest.fixture
 def sent(database):
-    """Alerts that are kept instead of sent; what they say is in `.events`."""
+    """An Alerts that keeps alerts in `.events` instead of sending them."""
     kept = Alerts(database.settings(ALERT_COMMAND="/bin/true"))
     kept.events = []
     kept.put = kept.events.append
@@ -21,7 +21,7 @@ def sent(database):
 
 
 def look(database, sent, after: float = 600) -> list[tuple[str, str]]:
-    """What an upkeep tells now: (event, stage)."""
+    """The alerts of one upkeep now: (event, stage)."""
     sent.events.clear()
     with connected(database) as conn:
         for row in upkeep.episodes(conn, after):

@@ -1,4 +1,4 @@
-"""Stages that fail by themselves: they set (stage, 'failed'), and answer as they like."""
+"""Stages that set their row to (stage, 'failed'), whatever they answer."""
 
 import shlex
 from collections.abc import Callable
@@ -49,7 +49,7 @@ class Site:
         return self.listener(self.database, *args, api=self.api, **given)
 
     def add(self, table: str) -> str:
-        """The id of a row that owes vlm_analyze, or yolo_detect."""
+        """Add a row that owes a call: a job of vlm_analyze, or a variant of yolo_detect; its id."""
         job = self.database.add_job("img_gen", "done" if table == "jobs" else "queued")
         return job if table == "jobs" else self.variants.add(job, "img_gen", "done")[0]
 
@@ -79,7 +79,7 @@ class Site:
         sql = "SELECT kind, table_name, job_id, stage FROM resting_rows()"
         return [tuple(row) for row in self.database.rows(sql)]
 
-    def settled(self) -> None:
+    def wait_until_settled(self) -> None:
         """Block until nothing is due or under way."""
         self.database.wait_for(
             "SELECT NOT EXISTS (SELECT FROM stage_leases WHERE NOT unanswered)"
@@ -93,14 +93,14 @@ TABLES = pytest.mark.parametrize("table", list(STAGES))
 
 @pytest.fixture
 def site(database, use_pipeline, api, listener, told) -> Site:  # noqa: F811
-    """Nothing follows from failed."""
+    """With a pipeline in which no stage follows from (stage, 'failed')."""
     use_pipeline(PIPELINE)
     return Site(install(database, TABLE), api, listener, told, "variants")
 
 
 @pytest.fixture
 def routed(database, use_pipeline, api, listener, told) -> Site:  # noqa: F811
-    """The stage follows from failed again."""
+    """With a pipeline in which (stage, 'failed') leads to the stage again."""
     use_pipeline(ROUTED)
     return Site(install(database, TABLE), api, listener, told, "failing")
 
@@ -136,13 +136,13 @@ def test_row_set_failed_is_recorded_told_once_and_shown(site, table, end):
     assert [line for line in process.lines if SET_FAILED in line] == [
         line for line in process.lines if SET_FAILED in line and said in line and "UPDATE" in line
     ]
-    # A listener that looks anew tells it to nobody again.
+    # A listener that starts later sends no second alert.
     again = site.start("run", "--once")
     assert again.wait() == 0
     assert SET_FAILED not in again.output and len(site.calls(stage)) == 1
     [alert] = site.told()
     assert (alert["event"], alert["job"], alert["table"]) == ("failed_by_stage", row, table)
-    # What it says is what sends the row back.
+    # The SQL in the alert sends the row back.
     site.api.on(f"/{stage}", lambda _: Answer(200))
     site.database.rows(alert["sql"])
     assert site.start("run", "--once").wait() == 0
@@ -218,7 +218,7 @@ def test_running_that_is_flushed_and_rolled_back_is_called_again(site, table):
     process = site.start(STAGE_TIMEOUT=2, LEASE_MARGIN=1)
     site.add(table)
     site.wait_for_calls(stage, 2)
-    site.settled()
+    site.wait_until_settled()
     assert SET_FAILED not in process.output and site.told() == []
 
 
@@ -259,7 +259,7 @@ def test_row_sent_back_during_its_first_call_is_called_after_it(site, table):
     process = site.start()
     row = site.add(table)
     site.wait_for_calls(stage, 2)
-    site.settled()
+    site.wait_until_settled()
     first, second = site.database.attempts(row)
     assert (first.outcome, second.outcome, second.attempt) == ("retry", "succeeded", 1)
     assert first.finished_at <= second.started_at
@@ -284,7 +284,7 @@ def test_routed_failed_carries_attempts_on_and_ends(routed, table, status):
     process = routed.start(**FAST)
     row = routed.add(table)
     until(routed.told, "an alert")
-    routed.settled()
+    routed.wait_until_settled()
     assert len(routed.calls(stage)) == 3
     assert spent(routed, row)[:3] == [1, 2, 3]
     [owed] = routed.database.rows("SELECT due_at = 'infinity' AS given_up FROM stage_calls"
@@ -331,7 +331,7 @@ def test_routed_failed_ends_though_each_listener_is_killed(routed, table):
     routed.start(**FAST)
     until(routed.told, "an alert")
     assert len(routed.calls(stage)) == 3
-    routed.settled()
+    routed.wait_until_settled()
     assert routed.database.value(
         "SELECT due_at = 'infinity' FROM stage_calls WHERE job_id = %s", row
     )
@@ -344,7 +344,7 @@ def test_row_sent_back_by_hand_has_all_attempts_again(routed, table):
     routed.start(**FAST)
     row = routed.add(table)
     until(routed.told, "an alert")
-    routed.settled()
+    routed.wait_until_settled()
     routed.database.rows(
         "UPDATE stage_attempts SET started_at = started_at - interval '1 hour',"
         " finished_at = finished_at - interval '1 hour'"
@@ -368,7 +368,7 @@ def test_routed_failed_of_a_call_that_was_given_back_still_carries_on(routed):
     )
     routed.start(**FAST)
     until(routed.told, "an alert")
-    routed.settled()
+    routed.wait_until_settled()
     assert spent(routed, row)[:3] == [1, 2, 3] and len(routed.calls("vlm_analyze")) == 3
 
 
@@ -410,18 +410,18 @@ def test_join_whose_stage_set_the_parent_failed_is_given_up_and_told_once(site, 
     job = joined(site)
     assert said in process.wait_for_line(SET_FAILED)
     until(site.told, "an alert")
-    site.settled()
+    site.wait_until_settled()
     assert site.database.owed(job).given_up and len(site.calls("ad_copy")) == 1
     [attempt] = site.database.attempts(job)
     assert attempt.outcome == "failed" and "set failed by its stage" in attempt.error
     site.api.on("/ad_copy", lambda _: Answer(200))
     [alert] = site.told()
     assert alert["sql"] == f"./jsl again --table jobs --stage ad_copy {job}"
-    # The way back.
+    # The command that is shown calls the stage again.
     given = {"PYTHONPATH": str(ROOT / "tests"), "PIPELINE_MODULE": "variants"}
     assert run_command(site.database, *shlex.split(alert["sql"])[1:], **given).code == 0
     site.wait_for_calls("ad_copy", 2)
-    site.settled()
+    site.wait_until_settled()
     assert site.database.owed(job) is None
 
 
@@ -450,14 +450,14 @@ def test_join_whose_parent_was_set_failed_unheard_is_kept_for_a_person(site, kil
     site.database.rows("UPDATE stage_calls SET due_at = now()" if not killed else LEASE_OVER)
     again = site.start()
     again.wait_for_line(SET_FAILED)
-    site.settled()
+    site.wait_until_settled()
     assert site.database.owed(job).given_up
     until(site.told, "an alert")
     site.api.on("/ad_copy", lambda _: Answer(200))
     given = {"PYTHONPATH": str(ROOT / "tests"), "PIPELINE_MODULE": "variants"}
     assert run_command(site.database, "retry", job, **given).code == 0
     site.wait_for_calls("ad_copy", 2)
-    site.settled()
+    site.wait_until_settled()
     assert site.database.owed(job) is None and len(site.told()) == 1
 
 
@@ -467,7 +467,7 @@ def test_routed_failed_of_a_join_carries_attempts_on_and_ends(routed):
     routed.start(**FAST)
     job = joined(routed)
     until(routed.told, "an alert")
-    routed.settled()
+    routed.wait_until_settled()
     assert len(routed.calls("ad_copy")) == 3
     [owed] = routed.database.rows(
         "SELECT join_of, due_at = 'infinity' AS given_up FROM stage_calls"

@@ -1,4 +1,4 @@
-"""Which of the due calls of a stage comes first: tenants that take turns, priorities, a time."""
+"""The order of a stage's due calls: tenants that take turns, priorities, and run_after."""
 
 from collections import Counter
 

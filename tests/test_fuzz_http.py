@@ -41,7 +41,7 @@ def accepted(result) -> bool:
 
 
 def head(answer: io.BytesIO) -> list[bytes]:
-    """The lines up to an empty one; EOFError where they are cut."""
+    """The header lines up to the empty line; EOFError where they are cut."""
     lines = []
     while True:
         line = answer.readline()

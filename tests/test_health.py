@@ -1,4 +1,4 @@
-"""Answers that are about the stage, and answers that are about one job: only others tell."""
+"""Whether a refusal is the fault of the stage or of the job is judged by calls of other jobs."""
 
 import pytest
 from claims import LEASE_OVER

@@ -33,7 +33,7 @@ def states(directory: Path) -> dict[str, str]:
 
 
 def die(heartbeat: Heartbeat) -> None:
-    """What the kernel does to the file of a process that ends."""
+    """Close the file, as the kernel does when a process ends."""
     os.close(heartbeat.file)
 
 

@@ -1,4 +1,4 @@
-"""Joins: a call of a parent, once every row that belongs to it is there."""
+"""Joins: a parent owes a call once every row that belongs to it is in the join's state."""
 
 import itertools
 import json
@@ -50,7 +50,7 @@ def claim_join(conn, stages=("ad_copy",)):
 
 
 def joined(variants: Variants, count: int = 2) -> tuple[str, list[str]]:
-    """A job all of whose variants have come, and they."""
+    """A job whose variants are all in the join's state, and the ids of the variants."""
     job = variants.database.add_job("img_gen", "queued")
     ids = variants.add(job, count=count)
     variants.finish(*ids)
@@ -156,7 +156,7 @@ class Application:
                 self.move_rows(pool, rows, extra, chance)
 
     def move_rows(self, pool, rows: list[str], extra: str | None, chance: random.Random) -> None:
-        """All have moved their row before the first of them commits; chance says in which order."""
+        """Move all rows before the first transaction commits; they commit in random order."""
         order = chance.sample(range(3), 3)
         moved, turns = threading.Barrier(3), [threading.Event() for _ in range(4)]
         turns[0].set()
@@ -293,7 +293,7 @@ def test_joins_whose_commits_overlap_in_every_order_are_called_once(each_variant
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_join_is_seen_by_a_look_between_any_two_commits(variants, conn, order):
-    """A look at each moment, and never anything is owed before the last commit."""
+    """Looks after every commit: nothing is owed before the last one."""
     job = variants.database.add_job("img_gen", "queued")
     rows = variants.add(job, count=3)
     applications = [psycopg2.connect(variants.database.dsn) for _ in rows]
@@ -333,7 +333,7 @@ def test_nobody_waits_for_a_transaction_that_holds_a_row_and_its_parent(variants
 
 
 def test_looks_that_come_after_the_lock_are_taken_by_whoever_has_it(variants, conn):
-    """Where they were also taken by another one, neither knew what the other had taken."""
+    """If two listeners took looks at once, neither would know of those that the other took."""
     with connected(variants.database) as other:
         db.execute(other, "BEGIN;" + joins.LOCK_JOINS.sql)
         job, _ = joined(variants)
@@ -590,7 +590,9 @@ def test_row_that_is_deleted_after_the_call_makes_none(variants, conn):
     assert variants.owed() == []
 
 
-def test_pruned_history_makes_a_parent_neither_stalled_nor_owing(variants, conn, caller, serve):
+def test_parent_is_neither_stalled_nor_owing_once_its_history_is_pruned(
+    variants, conn, caller, serve
+):
     job, _ = joined(variants)
     joins.look(conn)
     caller(serve(in_turn(OK)).url).call()

@@ -1,4 +1,4 @@
-"""max_running: exact over all listeners, and no stage waits for a place of another."""
+"""max_running: exact over all listeners, and a full stage does not keep another one waiting."""
 
 import threading
 from collections import Counter
@@ -114,8 +114,8 @@ def test_late_result_frees_no_place_of_another(database, conn, other):
 # --- at the same time ----------------------------------------------------------------------
 
 
-def patient(conn):
-    """It waits for a lock for as long as it takes."""
+def wait_for_locks(conn):
+    """Make the connection wait for locks without a limit."""
     db.execute(conn, "SET lock_timeout = 0")
     return conn
 
@@ -146,7 +146,7 @@ def test_limit_is_exact_although_calls_arrive_between_lock_and_claim(
 ):
     limit(database, 1), limit(database, 1, "planner")
     database.add_job("img_gen")
-    patient(conn), patient(other)
+    wait_for_locks(conn), wait_for_locks(other)
     with ThreadPoolExecutor(2) as pool, closing(database.connect()) as application:
         application.cursor().execute(f"BEGIN; {TWO_JOBS}")
         with holding_limit(database, "vlm_analyze"):
@@ -166,7 +166,7 @@ def test_limit_is_exact_for_two_people_at_once(database, conn, other):
     limit(database, 1)
     jobs = [database.add_job(), database.add_job()]
     database.rows("UPDATE stage_calls SET due_at = now() + interval '1 hour', attempts = 1")
-    patient(other)
+    wait_for_locks(other)
     db.execute(conn, "BEGIN")
     assert claim(conn, only=jobs[0]).call_id
     with ThreadPoolExecutor(1) as pool:
@@ -177,7 +177,7 @@ def test_limit_is_exact_for_two_people_at_once(database, conn, other):
 
 
 class Stages:
-    """How many calls each stage has in hand, as the stages themselves would count."""
+    """Counts the calls under way of each stage, as the stages themselves would."""
 
     def __init__(self):
         self.now, self.most, self.lock = Counter(), Counter(), threading.Lock()
@@ -202,7 +202,7 @@ def test_limits_are_exact_over_listeners_that_claim_many_at_once(database):
     def listen(name: str) -> None:
         rows = []
         with connected(database) as conn:
-            patient(conn)
+            wait_for_locks(conn)
             while sum(done.values()) < jobs:
                 counted.end(rows)  # before another listener can know
                 results = [result(row, worker=name) for row in rows]

@@ -1,4 +1,4 @@
-"""The loop: what it says, what it hears, and when it wakes up."""
+"""The loop: its log, its notifications, and when it wakes up."""
 
 import json
 from contextlib import closing

@@ -41,7 +41,7 @@ DETAILS = {
     "failed": {},
     "held": {"delay": 1.0, "free": True, "hold": True},
 }
-# All that the database knows of time; what never ends or never began stays.
+# Columns with times, which the test moves; NULL and infinity stay.
 CLOCKS = {
     "stage_calls": ["due_at", "started_at"],
     "stage_leases": ["leased_until", "started_at"],

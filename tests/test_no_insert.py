@@ -1,4 +1,4 @@
-"""`install --no-insert`: only an UPDATE owes a call, and a row that is born finished does not."""
+"""`install --no-insert`: only an UPDATE makes a row owe a call, an INSERT does not."""
 
 import pytest
 from claims import connected
@@ -26,7 +26,7 @@ def test_only_an_update_owes_a_call(database, run_command):
     assert database.owed(born) is None and database.owed(moved).stage == "vlm_analyze"
 
 
-def test_installing_again_keeps_it_until_told_otherwise(database, run_command):
+def test_installing_again_keeps_no_insert_until_told_otherwise(database, run_command):
     run_command(database, "install", "--no-insert")
     before = database.rows(OBJECTS)
     run_command(database, "install")
@@ -36,7 +36,7 @@ def test_installing_again_keeps_it_until_told_otherwise(database, run_command):
 
 
 @pytest.mark.parametrize("first", ["notify", "insert"])
-def test_it_and_silence_are_two_settings(database, first):
+def test_no_insert_and_no_notify_are_two_settings(database, first):
     second = {"notify": "insert", "insert": "notify"}[first]
     with connected(database) as conn:
         apply(conn, **{first: False})
@@ -49,7 +49,7 @@ def test_it_and_silence_are_two_settings(database, first):
         assert (is_silent(conn), is_updates_only(conn)) == (first == "insert", first == "notify")
 
 
-def test_trigger_that_install_finds_from_before_is_no_wish_of_anybody(empty_database, run_command):
+def test_trigger_from_before_install_does_not_mean_no_insert(empty_database, run_command):
     """The guide's trigger was on UPDATE alone."""
     empty_database.rows("""
         CREATE TABLE jobs (job_id uuid PRIMARY KEY, tenant_id text, current_step text, status text);
@@ -75,7 +75,7 @@ def test_listener_runs_verify_and_status_say_so(database, api, listener, run_com
     assert database.state(job) == ("vlm_judge", "done")
 
 
-def test_rows_of_every_table_are_meant(database, use_pipeline):
+def test_no_insert_is_for_every_table(database, use_pipeline):
     use_pipeline(PIPELINE)
     database.rows(TABLE)
     variants = Variants(database)

@@ -1,4 +1,6 @@
-"""What anybody who can connect may NOTIFY: it is shown as that, counted, and delays no call."""
+"""Notifications, which anybody who can connect may send: they are logged as such, or only counted,
+and delay no call.
+"""
 
 import json
 import threading
@@ -61,7 +63,7 @@ def test_more_than_an_allowance_are_counted_and_not_logged(lines_of, channel, pa
     assert "건은 로그에 남기지 않음: 너무 많음" in last
 
 
-def test_flood_of_what_is_no_job_hides_no_job(lines_of):
+def test_flood_of_other_texts_hides_no_job(lines_of):
     lines_of(db.CHANNEL, WORDS, 5000)
     [line] = [x for x in lines_of(db.CHANNEL, CHANGES, 1) if "감지" in x]
     assert line.endswith("job=1 current_step=img_gen status=done")
@@ -100,7 +102,7 @@ def test_what_one_pass_takes_is_bounded(lines_of, database):
 # --- a flood -------------------------------------------------------------------------------
 
 
-def test_flood_makes_it_look_instead_of_listen_and_listen_again(lines_of, monkeypatch):
+def test_flood_makes_a_listener_poll_and_later_listen_again(lines_of, monkeypatch):
     monkeypatch.setattr(lines_of.hearing, "pace", Allowance(100, 0))
     lines = lines_of(db.CHANNEL, WORDS, 500)
     assert any("알림이 너무 많음: 60초 동안 LISTEN 대신 1초마다 확인" in line for line in lines)

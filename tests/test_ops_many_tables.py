@@ -348,7 +348,7 @@ def test_table_that_cannot_be_used_is_refused_in_one_line(
 
 # How each is mended, as far as its line is SQL.
 @pytest.mark.parametrize("fault", [name for name in REFUSED if " ON " in REFUSED[name][2]])
-def test_sql_of_a_refusal_is_the_way_out(empty_database, run_command, fault):
+def test_sql_of_a_refusal_mends_the_table(empty_database, run_command, fault):
     jobs, beside, _ = REFUSED[fault]
     empty_database.rows(f"{jobs}; {beside}")
     said = run_command(empty_database, "install", **HERE).refused(1)

@@ -1,4 +1,4 @@
-"""`metrics`: every number with the real thing behind it, and counters that never fall."""
+"""`metrics`: every number in a real situation, and counters that never fall."""
 
 import re
 from contextlib import closing

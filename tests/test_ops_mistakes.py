@@ -1,4 +1,4 @@
-"""Every mistake gets one line on stderr and its exit code; no secret and no trick gets through."""
+"""Every mistake gets one line on stderr and an exit code, and shows no secret."""
 
 import os
 import re
@@ -147,7 +147,7 @@ def demanding(server, database, make_role) -> str:
     if not server.embedded:
         yield role
         return
-    # The embedded server trusts everyone on this machine: this one it shall not.
+    # The embedded server asks nobody on this machine for a password, except this role from now on.
     path = database.value("SHOW hba_file")
     kept = database.value("SELECT pg_read_file(%s)", path)
     write = "COPY (SELECT regexp_split_to_table(%s, E'\\n')) TO %s; SELECT pg_reload_conf()"

@@ -1,4 +1,4 @@
-"""`report`: what the page says is what the database has."""
+"""`report`: the page shows what is in the database."""
 
 import re
 import uuid
@@ -264,7 +264,7 @@ def test_given_up_and_failed_jobs_are_grouped_likewise(database):
     assert len(given_up[3].split()) == len(failed[3].split()) == 6  # three, with their tenants
 
 
-def test_connected_listener_and_nothing_wrong_is_said_too(database):
+def test_healthy_pipeline_with_a_listener_is_said(database):
     with closing(db.connect(database.settings(), db.LISTENER_APPLICATION + "w")):
         shown = read(database)
     assert not shown.root.all("ol", "attention")

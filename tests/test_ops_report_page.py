@@ -151,7 +151,7 @@ def twenty_stages(database) -> str:
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
-def test_browser_shows_it_at_any_width_with_no_label_on_another(database, tmp_path):
+def test_browser_shows_the_page_at_any_width_without_overlapping_labels(database, tmp_path):
     pages = [html_of(database), html_of(database, everything(database))]
     pages.append(html_of(database, twenty_stages(database)))
     found = laid_out(pages, [360, 768, 1280], tmp_path)

@@ -55,7 +55,7 @@ def test_ctrl_c_gives_the_terminal_back_with_the_last_picture(database, watch):
     assert "Traceback" not in terminal.output
 
 
-def test_sigterm_gives_the_terminal_back_too(database, watch):
+def test_sigterm_gives_the_terminal_back(database, watch):
     terminal = watch(database)
     terminal.wait_for("no listener is connected")
     terminal.process.terminate()
@@ -63,7 +63,7 @@ def test_sigterm_gives_the_terminal_back_too(database, watch):
     assert LEAVE in terminal.output
 
 
-def test_ctrl_z_gives_the_terminal_back_until_it_goes_on(database, watch):
+def test_ctrl_z_gives_the_terminal_back_until_continued(database, watch):
     terminal = watch(database)
     terminal.wait_for("no listener is connected")
     terminal.type("\x1a")
@@ -138,7 +138,7 @@ def test_colour_is_for_terminals_without_no_color(database, watch):
 
 
 @pytest.mark.parametrize("term", ["dumb", ""])
-def test_terminal_that_cannot_move_its_cursor_gets_one_after_the_other(database, watch, term):
+def test_terminal_that_cannot_move_its_cursor_gets_one_picture_after_another(database, watch, term):
     terminal = watch(database, TERM=term, NO_COLOR="1")
     until(lambda: terminal.output.count("nothing is due") >= 3, "three pictures")
     assert not CODES.search(terminal.output)
@@ -147,7 +147,7 @@ def test_terminal_that_cannot_move_its_cursor_gets_one_after_the_other(database,
 # --- where there is no terminal ------------------------------------------------------------
 
 
-def test_pipe_gets_one_after_the_other_in_plain_text(database, listener):
+def test_pipe_gets_one_picture_after_another_in_plain_text(database, listener):
     process = listener(database, "status", "--watch", "--interval", "0.1")
     process.wait_for_line("nothing is due", count=3)
     process.signal(signal.SIGINT)

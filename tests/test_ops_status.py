@@ -1,4 +1,4 @@
-"""`status`: every column with the real thing behind it."""
+"""`status`: every column in a real situation."""
 
 import json
 import re
@@ -279,7 +279,7 @@ def test_status_shows_the_oldest_calls_and_how_many_more(
 def test_call_without_an_answer_is_shown_until_its_lease_is_over(
     database, api, listener, run_command
 ):
-    """Its stage may still be at it, but the listener is free for others."""
+    """Its stage may still be working on it, but the worker is free for other calls."""
     with gate(api):
         process = listener(database, api=api, STAGE_TIMEOUT=0.2)
         job = database.add_job("img_gen", "done")

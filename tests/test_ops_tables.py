@@ -318,7 +318,7 @@ def test_jobs_has_a_block_for_each_table_and_what_joins_wait_for(variants, run):
     assert run("jobs", "--table", "jobs").lines[-1].split()[:3] == ["x", "y", "2"]
 
 
-def test_lists_are_of_all_tables_and_a_row_has_the_tenant_of_its_parent(variants, run):
+def test_lists_have_rows_of_all_tables_with_the_tenant_of_their_parents(variants, run):
     acme, zoo = (variants.database.add_job("img_gen", "done", t) for t in ("acme", "zoo"))
     [first] = variants.add(acme, "img_gen", "done")
     variants.add(zoo, "img_gen", "done")

@@ -1,4 +1,4 @@
-"""The listener is killed, stopped, or late: no answer is lost, no call is made beside another."""
+"""The listener is killed, stopped, or late: no answer is lost, and no two calls overlap."""
 
 import os
 import re

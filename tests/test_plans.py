@@ -27,7 +27,7 @@ QUIET = "".join(
         "jobs",
     )
 )
-# As the application's transactions would leave it, but in a fraction of the time.
+# Fills the queue as the application's transactions would, but quicker.
 FILL = """
 SET session_replication_role = replica;
 INSERT INTO jobs (job_id, current_step, status)
@@ -52,7 +52,7 @@ QUEUES = {
     "drained and vacuumed": "VACUUM ANALYZE",
     "vacuumed when empty, then full": FILL,
 }
-# Since when only the statistics know: two looks make a difference.
+# Counters since some earlier moment; a test takes the difference of two readings.
 READ = """
 SELECT relname, seq_scan, idx_scan, idx_tup_fetch + seq_tup_read
 FROM pg_stat_xact_user_tables WHERE schemaname = 'public'
@@ -66,7 +66,7 @@ def explain(conn, statement: db.Statement | str, given: dict) -> str:
     return "\n".join(row[0] for row in db.execute(conn, "EXPLAIN " + sql, given))
 
 
-# Rows by the dozen: how they are read makes no difference.
+# Tables with few rows, which may be read in any way.
 SMALL = ("pipeline_stages", "stage_limits", "stage_leases", "stage_totals", "stage_totals_mark")
 
 

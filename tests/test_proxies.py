@@ -1,7 +1,7 @@
-"""What stands between the listener and a stage, and answers on its behalf (docs/answers.md).
+"""Proxies and application servers that answer in place of a stage (docs/answers.md).
 
-The question is always whether the stage may be at work: then the call is not made again before its
-lease is over.
+Each test checks whether the stage may be working: then the call is not repeated before its lease is
+over.
 """
 
 import threading
@@ -235,7 +235,9 @@ def test_worker_that_gunicorn_ends_says_so(database, caller, app_server, between
 
 
 @pytest.mark.parametrize("kind", [None, "nginx"])
-def test_worker_that_gunicorn_must_kill_leaves_it_open(database, caller, app_server, between, kind):
+def test_worker_that_gunicorn_must_kill_leaves_the_outcome_unknown(
+    database, caller, app_server, between, kind
+):
     url = app_server("gunicorn", COMPUTES, "--timeout", "1").url
     url = between(kind, url).url if kind else url
     assert outcome(database, caller, url) == (("unknown", 502) if kind else ("retry", None))

@@ -1,4 +1,4 @@
-"""What was started and left behind becomes no zombie, also where the listener is process 1."""
+"""Processes that were left behind become no zombies, also where the listener is process 1."""
 
 import subprocess
 import sys

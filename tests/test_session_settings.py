@@ -1,4 +1,4 @@
-"""What ALTER ROLE and ALTER DATABASE may have set for our sessions, and that it changes nothing."""
+"""Settings that ALTER ROLE and ALTER DATABASE may have made for our sessions have no effect."""
 
 import json
 from contextlib import closing

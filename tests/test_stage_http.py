@@ -1,4 +1,4 @@
-"""What became of a POST, whatever the server does: accepted, not sent, broken, or not known."""
+"""The outcome of a POST, whatever the server does: accepted, not sent, broken, or not known."""
 
 import contextlib
 import socket

@@ -13,7 +13,7 @@ MOVE = "UPDATE jobs SET current_step = 'vlm_analyze', status = %s WHERE job_id =
 
 
 class OpenTransaction:
-    """Behaviour of a stage: flushes its states and ends the transaction when it is told to."""
+    """Behaviour of a stage: sets its states in a transaction that stays open until end()."""
 
     def __init__(self, api, *states: str, answer: Answer | None = None):
         self.api, self.states, self.answer = api, states, answer

@@ -20,7 +20,7 @@ from chaos.history import pid_of
 from demo.stage_api import StageApi
 from demo.stage_server import Answer
 
-NEVER = {"SWEEP_INTERVAL": 3600}  # whoever waits for the clock waits longer than a test
+NEVER = {"SWEEP_INTERVAL": 3600}  # no sweep happens during a test
 
 
 # --- the first signal ----------------------------------------------------------------------

@@ -12,7 +12,7 @@ for module, names in {names!r}.items():
 sys.path.insert(0, {directory!r})
 runpy.run_path({program!r}, run_name="__main__")
 """
-# What macOS does not have, as far as anything of ours asks for it.
+# Names that we use and macOS does not have.
 ONLY_LINUX = {
     "os": ["memfd_create", "pidfd_open", "eventfd"],
     "time": ["CLOCK_BOOTTIME"],

@@ -1,4 +1,4 @@
-"""Stage functions as people write them: what they may ask, and what their mistakes cost."""
+"""Stage functions as people write them: their lookups, and the outcome of their mistakes."""
 
 import asyncio
 import json
@@ -594,7 +594,7 @@ def test_call_that_takes_its_time_at_the_prompt_is_made(database, api, run_comma
     assert database.state(job) == ("vlm_judge", "done")
 
 
-def test_call_that_is_left_at_the_prompt_is_not_known(database, api, run_command):
+def test_call_that_is_left_at_the_prompt_has_an_unknown_outcome(database, api, run_command):
     job = database.add_job("overlay", "done")
     run_command(database, "call", job, api=api, stdin=AT_THE_PROMPT + "q\n", python=("-m", "pdb"))
     [attempt] = database.attempts(job)

@@ -116,7 +116,7 @@ def answer_before_commit(database, stage, worker, lease_over: bool = False) -> s
 
 
 def settle_again(worker) -> None:
-    """What the listener does every second while the stage holds the row of a call."""
+    """Settle again, as the listener does every second while the stage holds the row of a call."""
     listener = worker.listener
     listener.unwritten, listener.locked = listener.locked, []
     worker.settle()

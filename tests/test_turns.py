@@ -1,4 +1,4 @@
-"""What a listener and its workers do together: turns are fair, prompt, cheap, and lose nothing."""
+"""The turns of a listener with its workers: fair, prompt, cheap, and without losses."""
 
 import pytest
 from faults.test_connection import frozen

@@ -1,4 +1,4 @@
-"""Upkeep: history is counted once, pruned when it is old, and never in anybody's way."""
+"""Upkeep: history is counted once and pruned when it is old, and nobody waits for that."""
 
 import math
 import threading

@@ -238,7 +238,7 @@ def test_reader_reads_the_views_and_nothing_else(server, make_database, make_rol
     database.rows("RESET ROLE")
 
 
-def test_reader_of_an_earlier_version_reads_what_came_later(server, make_database, make_role):
+def test_reader_of_an_earlier_version_may_read_newer_views(server, make_database, make_role):
     database = make_database(server)
     role = make_role(database)
     database.rows(f"GRANT EXECUTE ON FUNCTION stalled_jobs() TO {role}")

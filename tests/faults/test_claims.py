@@ -1,4 +1,4 @@
-"""Claims and results whose connection dies on the way, and calls that others make hard to find."""
+"""Claims and results whose connection is lost on the way, and due calls that are hard to find."""
 
 import os
 import socket
@@ -140,7 +140,7 @@ INSERT INTO jobs (current_step, status) SELECT 'img_gen', 'done' FROM generate_s
 
 @contextmanager
 def old_snapshot(database) -> Iterator[None]:
-    """A report elsewhere, during which nothing that is deleted can be cleared away."""
+    """A long transaction elsewhere, during which deleted rows cannot be vacuumed."""
     with closing(database.connect()) as report:
         report.set_session(isolation_level="REPEATABLE READ", autocommit=False)
         report.cursor().execute("SELECT count(*) FROM jobs")
@@ -154,7 +154,7 @@ FROM pg_statio_user_tables WHERE relname = 'stage_calls'
 
 
 def with_idle_worker(listener: Listener) -> Listener:
-    """One that asks for a call in each of its turns, and makes none."""
+    """Give the listener an idle worker, so that it claims in each turn; the calls are not made."""
     ours, _ = socket.socketpair()
     listener.workers.all = [Worker(os.getpid(), ours)]
     return listener

@@ -1,4 +1,4 @@
-"""What breaks between a listener and its database, and what must come of it."""
+"""Faults between a listener and its database."""
 
 import os
 import signal
@@ -151,7 +151,7 @@ def test_a12_server_that_became_read_only_is_left_and_found_again(
         job = database.add_job("overlay", "queued")
         database.rows(read_only.format("on"))
         database.rows("SELECT pg_reload_conf()")
-        # Whoever connects now is read-only: so is, with its next statement, whoever is connected.
+        # New sessions are read-only, and the present ones from their next statement on.
         until(lambda: new_session_is_read_only(database), "the server to read its configuration")
         database.move(job, "overlay", "done")
         process.wait_for_line("read-only")

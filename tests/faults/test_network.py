@@ -1,4 +1,4 @@
-"""Packets that nobody delivers: each side believes that the other one is there and silent."""
+"""Packets that are lost: each side believes that the other one is connected and silent."""
 
 import subprocess
 import sys

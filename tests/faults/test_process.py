@@ -1,4 +1,4 @@
-"""The process and what surrounds it: signals, the disk, the clock, a pipe that nobody reads."""
+"""Faults around the process: signals, the disk, the clock, a pipe that nobody reads."""
 
 import fcntl
 import json

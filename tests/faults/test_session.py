@@ -1,4 +1,4 @@
-"""What a listener's session is, and what it must not be: open, shared, or telling secrets."""
+"""The session of a listener: its limits, its transactions, and no secrets in it."""
 
 import os
 import shutil

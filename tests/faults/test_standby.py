@@ -36,7 +36,7 @@ def standby(primary) -> Iterator[Database]:
 
 @pytest.fixture
 def api(standby) -> Iterator[StageApi]:
-    """Works on the standby, as soon as that takes writes."""
+    """A stage API that uses the standby, once that has been promoted."""
     with StageApi(standby.dsn) as served:
         yield served
 

@@ -1,4 +1,4 @@
-"""What the database trigger cannot see or cannot reach, and what brings the debts back."""
+"""Changes that the database trigger cannot see or record, and how their calls are found again."""
 
 import subprocess
 
