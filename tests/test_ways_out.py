@@ -374,7 +374,7 @@ def test_call_of_a_routed_failed_that_a_person_wants_is_made(routed, run_command
     process = routed.start(**FAST)
     row = routed.add("jobs")
     until(routed.told, "an alert")
-    routed.settled()
+    routed.wait_until_settled()
     process.stop()
     routed.api.on("/vlm_analyze", lambda _: Answer(200))
     given = {"PYTHONPATH": str(commands.ROOT / "tests"), "PIPELINE_MODULE": routed.module}
