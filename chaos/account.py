@@ -223,12 +223,15 @@ class Account:
             and fault.ended >= began
         ]
 
-    def changes(self, began: float, ended: float) -> list[Fault]:
-        """The changes of tables and installs between two moments; each holds locks for a while."""
+    def locked(self, began: float, ended: float) -> list[tuple[Fault, float]]:
+        """The changes of tables and installs that held or waited for the lock of a table between
+        two moments, each with how many seconds of them.
+        """
         return [
-            fault
+            (fault, min(until, ended) - max(since, began))
             for fault in self.history.faults
-            if fault.reach == "nothing" and fault.began <= ended and fault.ended >= began
+            for since, until in fault.locked
+            if since <= ended and until >= began
         ]
 
 

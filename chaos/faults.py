@@ -62,6 +62,16 @@ class Target:
     reach: str
     slots: list[int]
     pids: list[int] = field(default_factory=list)
+    locked: list[tuple[float, float]] = field(default_factory=list)
+
+    @contextmanager
+    def locking(self) -> Iterator[None]:
+        """Notes how long a statement locks a table or waits for that, also where it gives up."""
+        began = time.time()
+        try:
+            yield
+        finally:
+            self.locked.append((began, time.time()))
 
 
 @dataclass
@@ -90,10 +100,16 @@ class World:
                 cursor.execute(sql, params)
                 return cursor.fetchall() if cursor.description else []
 
-    def install(self, *options: str) -> None:
+    def change(self, sql: str, target: Target) -> None:
+        """Changes a table. Raises psycopg2.Error where somebody holds a lock for too long."""
+        with target.locking():
+            self.query(sql)
+
+    def install(self, target: Target, *options: str) -> None:
         """Raises NotNow where it is refused: somebody holds a lock, or the database is away."""
-        if self.command("install", *options):
-            raise NotNow
+        with target.locking():
+            if self.command("install", *options):
+                raise NotNow
 
     def undo(self, do: Callable[[], object]) -> None:
         """Do it again and again until nothing is in the way; where the database is stopped, once it
@@ -340,29 +356,29 @@ def garbage(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
     yield
 
 
-# What follows is none of it a fault: it excuses no repeat.
+# What follows is none of it a fault: it excuses no repeat, but where it has locked tables.
 
 
 @contextmanager
 def change_columns(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
     target.reach = "nothing"
     change, back = COLUMNS[plan.pick % len(COLUMNS)]
-    world.query(change)
+    world.change(change, target)
     yield
-    world.undo(lambda: world.query(back))
+    world.undo(lambda: world.change(back, target))
 
 
 @contextmanager
 def rewrite_tables(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
     target.reach = "nothing"
-    world.query(REWRITES[plan.pick % len(REWRITES)])
+    world.change(REWRITES[plan.pick % len(REWRITES)], target)
     yield
 
 
 @contextmanager
 def install(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
     target.reach = "nothing"
-    world.install()
+    world.install(target)
     yield
 
 
@@ -370,9 +386,9 @@ def install(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
 def install_silent(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
     """The triggers are made anew, and calls are found by polling; then again as before."""
     target.reach = "nothing"
-    world.install("--no-notify")
+    world.install(target, "--no-notify")
     yield
-    world.undo(lambda: world.install("--notify"))
+    world.undo(lambda: world.install(target, "--notify"))
 
 
 @contextmanager

@@ -179,6 +179,7 @@ class Fault:
 
     reach: what was broken for them: "worker", "listener", "database" or "stage". The values "clock"
         and "nothing" excuse no repeat.
+    locked: from when to when it held or waited for the lock of a table, with everybody behind it.
     """
 
     kind: str
@@ -187,6 +188,7 @@ class Fault:
     ended: float
     slots: list[int]
     pids: list[int] = field(default_factory=list)
+    locked: list[tuple[float, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """Carries out the planned faults, each for its duration. A fault that is not possible at its time,
-because of another one, is skipped and not recorded.
+because of another one, is skipped and not recorded, unless it made others wait behind it.
 """
 
 import heapq
@@ -54,6 +54,8 @@ class Nemesis:
         try:
             context.__enter__()
         except (NotNow, ProcessLookupError, psycopg2.Error):
+            if target.locked:
+                self.record(f"{plan.kind}, given up", began, target)
             return
         until = time.monotonic() + plan.seconds
         heapq.heappush(self._ends, (until, next(self._order), plan, target, context, began))
@@ -62,4 +64,7 @@ class Nemesis:
         _, _, plan, target, context, began = fault
         with suppress(ProcessLookupError):
             context.__exit__(None, None, None)
-        self.faults.append(Fault(plan.kind, began=began, ended=time.time(), **vars(target)))
+        self.record(plan.kind, began, target)
+
+    def record(self, kind: str, began: float, target: Target) -> None:
+        self.faults.append(Fault(kind, began=began, ended=time.time(), **vars(target)))

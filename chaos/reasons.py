@@ -81,9 +81,18 @@ def why_lost(account: Account, call: Call, one: Try, when: float) -> str:
         return "the listener was frozen"
     if account.faults(listener, began - RECONNECTING, when, "database"):
         return "its result could not be written: no database"
+    if was_locked(account, one, when):
+        return "its result could not be written: a table was being changed"
     if "kill -9 listener" in kinds and not could_be_written(account, call, one):
         return "the listener was killed, and no answer came in time"
     return ""
+
+
+def was_locked(account: Account, one: Try, when: float) -> bool:
+    """Whether changes of tables kept everybody waiting for most of the time from the answer on."""
+    answered = min([one.claim.at + account.history.timeout, *(p.finished for p in one.posts)])
+    locked = sum(seconds for _, seconds in account.locked(answered, when))
+    return locked > (when - answered) / 2
 
 
 def could_be_written(account: Account, call: Call, one: Try) -> bool:
@@ -109,5 +118,5 @@ def why_dead(account: Account, call: Call, one: Try) -> str:
     # A worker that is killed while it is idle may be given a call before its end is noticed.
     done = account.faults(one.claim.worker, one.claim.at - UNNOTICED, ended, *reach)
     if "SIGALRM" in one.error:  # also where the listener waits for a lock on the tables
-        done += account.changes(one.claim.at, ended)
+        done += [fault for fault, _ in account.locked(one.claim.at, ended)]
     return next((fault.kind for fault in done), "")

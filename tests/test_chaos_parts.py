@@ -8,12 +8,13 @@ import socket
 import subprocess
 import sys
 from contextlib import closing
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 from waiting import PATIENCE, until
 
-from chaos import faults, pipeline, plan, program
+from chaos import faults, nemesis, pipeline, plan, program
 from chaos.application import ACTIONS
 from chaos.plot import svg
 from chaos.proxy import Proxy
@@ -47,6 +48,22 @@ def test_everything_planned_can_be_done():
     assert kinds == set(plan.FAULTS)
     assert {step.what for step in plan.steps(7, 300, 3)} == set(ACTIONS)
     assert set(plan.MISCHIEF) == program.BEFORE.keys() | program.AFTER.keys()
+
+
+def test_change_that_gives_up_is_recorded_with_the_time_it_kept_others_waiting(
+    database, monkeypatch
+):
+    monkeypatch.setattr(faults, "WAIT_FOR_LOCK", "-c lock_timeout=1")
+    server = SimpleNamespace(dsn=lambda: database.dsn)
+    world = faults.World(server, None, None, [], None, None, [], None)
+    done = nemesis.Nemesis(world, [])
+    with database.conn.cursor() as cursor:
+        cursor.execute("BEGIN; LOCK TABLE jobs IN ROW SHARE MODE")
+        done.begin(plan.PlannedFault(0.0, "rewrite tables", 0.0, 0))
+        done.begin(plan.PlannedFault(0.0, "terminate backend", 0.0, 0))  # there is none
+    assert [fault.kind for fault in done.faults] == ["rewrite tables, given up"]
+    [(began, ended)] = done.faults[0].locked
+    assert done.faults[0].began <= began < ended <= done.faults[0].ended
 
 
 def test_mischief_is_planned_for_the_first_attempts_alone():
