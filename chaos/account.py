@@ -203,6 +203,14 @@ class Account:
             for fault in self.history.faults
         )
 
+    def lease_ended(self, call: Call, one: Try) -> float:
+        """When the lease of an attempt was ended; without that, when it ran out."""
+        mine = (call.number, one.number)
+        found = [
+            lease.ended for lease in self.history.leases if (lease.call, lease.attempt) == mine
+        ]
+        return next((ended for ended in found if ended is not None), one.leased_until)
+
     def mischief(self, call: Call, one: Try) -> str | None:
         """The planned misbehaviour of the stage function in this attempt."""
         return self.history.mischief.get(f"{call.job}/{call.stage}/{one.number}")

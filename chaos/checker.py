@@ -227,7 +227,8 @@ def check_missing(account: Account, call: Call, one: Try, verdict: Verdict) -> N
         return
     near = (claim.at - RECONNECTING, claim.until + RECONNECTING)
     done = account.faults(claim.worker, *near) if call.left else []
-    killed = any(fault.kind.startswith("kill -9 listener") for fault in done)
+    ended = account.lease_ended(call, one)
+    killed = any(f.kind.startswith("kill -9 listener") and f.began <= ended for f in done)
     if done and not one.posts and not killed:
         return  # given back as well, but the job's moving on had taken the row of its call
     text = f"{call}: attempt {one.number} of {claim.worker} has no row"

@@ -285,6 +285,11 @@ def test_claim_whose_answer_was_lost_leaves_no_trace_where_the_job_moved_on(scri
     script.fault("terminate backend", "database", 1.1)
     script.move(1.2, "img_gen", "paused")
     assert kinds(script) == set()
+    script.kill(3.0)
+    assert kinds(script) == {ATTEMPTS}
+    call, until = script.claims[-1].call, script.claims[-1].until
+    script.leases.append(Lease("j", "t", call, 1, "vlm_analyze", 1.1, 1.1, until, 1.3))
+    assert kinds(script) == set()  # it was given back before the listener was killed
 
 
 def test_calls_recorded_on_the_way_in_one_transaction_count_for_nothing(script):
