@@ -16,7 +16,7 @@ from chaos.pipeline import Pipeline
 from chaos.plan import CLOCK, CLOCK_STEPS, SWEEP_INTERVAL, PlannedFault
 from chaos.proxy import Proxy
 from demo.database import START_TIMEOUT, EmbeddedDatabase
-from demo.standby import follow, promote
+from demo.standby import follow, promote, rebuild
 
 BACKENDS = """
 SELECT pid, application_name FROM pg_stat_activity
@@ -26,6 +26,12 @@ TERMINATE = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE starts_with(application_name, %s)
 """
 STREAMING = "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'"
+# Until a commit has to wait for the standby. The checkpointer tells the others so, and it begins
+# no checkpoint before.
+WAIT_FOR_STANDBY = "ALTER SYSTEM SET synchronous_standby_names = '*'"
+WAIT_NO_MORE = "ALTER SYSTEM RESET synchronous_standby_names"
+STANDBY_TIMEOUT = 5.0  # seconds
+SYNCHRONOUS = "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'"
 # What an application does to its table, and the way back. tenant_id is read by our trigger, which
 # reads each row by a dynamic statement while the column is another than at install.
 COLUMNS = [
@@ -126,6 +132,33 @@ class World:
             else:
                 return
         self.undone.append(do)
+
+    def wait_for_standby(self) -> None:
+        """From now on each commit is with the standby before anybody hears of it. Raises NotNow
+        where the standby has gone.
+        """
+        self.reload(WAIT_FOR_STANDBY)
+        end = time.monotonic() + STANDBY_TIMEOUT
+        while not self.query(SYNCHRONOUS)[0][0]:
+            if time.monotonic() > end:
+                self.undo(lambda: self.reload(WAIT_NO_MORE))
+                raise NotNow
+            time.sleep(0.05)
+        self.query("CHECKPOINT")
+
+    def reload(self, setting: str) -> None:
+        self.query(setting)
+        self.query("SELECT pg_reload_conf()")
+
+    def fail_over(self) -> None:
+        """The standby is the primary now, and the proxy leads there. It ends what leads to the old
+        one, which is the standby from now on: somebody has to start it.
+        """
+        promote(self.standby)
+        self.database, self.standby = self.standby, self.database
+        self.database_proxy.host = self.database.host
+        self.database_proxy.cut()
+        self.database_is_up()
 
     def stop_database(self, mode: str, target: Target) -> None:
         """Raises NotNow where it is stopped already."""
@@ -316,12 +349,24 @@ def switch_over(world: World, plan: PlannedFault, target: Target) -> Iterator[No
         raise NotNow
     world.stop_database("fast", target)
     yield
-    promote(world.standby)
-    world.database, world.standby = world.standby, world.database
-    world.database_proxy.host = world.database.host
-    world.database_proxy.cut()
-    world.database_is_up()
+    world.fail_over()
     follow(world.standby, world.database)
+
+
+@contextmanager
+def crash(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
+    """The primary loses its power, and its standby becomes the primary, to which each commit had to
+    go before anybody heard of it. The other one begins anew, with a copy."""
+    is_ready = world.database_up and not world.frozen and world.query(STREAMING)[0][0]
+    if not is_ready:  # a frozen backend may keep a checkpoint waiting
+        raise NotNow
+    world.wait_for_standby()
+    target.reach, target.slots = "database", world.every_slot()
+    world.database_up = False
+    world.database.kill()
+    yield
+    world.fail_over()
+    rebuild(world.standby, world.database)
 
 
 def network(which: str, what: str) -> Callable[..., Context]:
@@ -432,6 +477,7 @@ KINDS: dict[str, Callable[..., Context]] = {
     "cut stage network": network("stage", "cut"),
     "restart stage API": restart_api,
     "switch over to the standby": switch_over,
+    "fail over from a crashed primary": crash,
     "malformed notifications": garbage,
     "change columns of jobs": change_columns,
     "rewrite tables": rewrite_tables,

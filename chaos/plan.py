@@ -45,6 +45,7 @@ FAULTS = {
     "cut stage network": (3, 0.0, 0.0),
     "restart stage API": (2, 0.1, 3.0),
     "switch over to the standby": (2, 0.0, 2.0),
+    "fail over from a crashed primary": (2, 0.0, 2.0),
     "malformed notifications": (1, 0.0, 0.0),
     "change columns of jobs": (5, 0.2, 3.0),
     "rewrite tables": (5, 0.0, 0.0),

@@ -24,10 +24,16 @@ class Standby(EmbeddedDatabase):
 
     def _create(self) -> None:
         super()._create()
-        data = self._directory / "data"
-        shutil.rmtree(data)
-        copy = [self._bin / "pg_basebackup", "-D", data, "-R", "-N", "-c", "fast"]
-        subprocess.run([*copy, "-d", self.primary.dsn()], check=True, **self._process)
+        copy(self, self.primary)
+
+
+def copy(server: EmbeddedDatabase, primary: EmbeddedDatabase) -> None:
+    """Replace what a server that does not run has by all that `primary` has."""
+    data = server._directory / "data"  # is kept, as its number leads to the memory a crash left
+    for each in data.iterdir():
+        shutil.rmtree(each) if each.is_dir() else each.unlink()
+    command = [server._bin / "pg_basebackup", "-D", data, "-R", "-N", "-c", "fast"]
+    subprocess.run([*command, "-d", primary.dsn()], check=True, **server._process)
 
 
 def promote(server: EmbeddedDatabase) -> None:
@@ -46,3 +52,9 @@ def follow(server: EmbeddedDatabase, primary: EmbeddedDatabase) -> None:
     shutil.chown(signal, data.stat().st_uid, data.stat().st_gid)
     server.options |= {"primary_conninfo": primary.dsn()}
     server.start()
+
+
+def rebuild(server: EmbeddedDatabase, primary: EmbeddedDatabase) -> None:
+    """Start a primary that crashed, now as a standby with a copy of another one."""
+    copy(server, primary)
+    follow(server, primary)
