@@ -70,15 +70,6 @@ class Target:
     pids: list[int] = field(default_factory=list)
     locked: list[tuple[float, float]] = field(default_factory=list)
 
-    @contextmanager
-    def locking(self) -> Iterator[None]:
-        """Notes how long a statement locks a table or waits for that, also where it gives up."""
-        began = time.time()
-        try:
-            yield
-        finally:
-            self.locked.append((began, time.time()))
-
 
 @dataclass
 class World:
@@ -108,14 +99,25 @@ class World:
 
     def change(self, sql: str, target: Target) -> None:
         """Changes a table. Raises psycopg2.Error where somebody holds a lock for too long."""
-        with target.locking():
+        with self.locking(target):
             self.query(sql)
 
     def install(self, target: Target, *options: str) -> None:
         """Raises NotNow where it is refused: somebody holds a lock, or the database is away."""
-        with target.locking():
+        with self.locking(target):
             if self.command("install", *options):
                 raise NotNow
+
+    @contextmanager
+    def locking(self, target: Target) -> Iterator[None]:
+        """Notes how long a statement locks a table or waits for that, also where it gives up."""
+        if not self.database_up:
+            raise NotNow
+        began = time.time()
+        try:
+            yield
+        finally:
+            target.locked.append((began, time.time()))
 
     def undo(self, do: Callable[[], object]) -> None:
         """Do it again and again until nothing is in the way; where the database is stopped, once it
