@@ -69,6 +69,7 @@ class Target:
     slots: list[int]
     pids: list[int] = field(default_factory=list)
     locked: list[tuple[float, float]] = field(default_factory=list)
+    ended: float = 0.0  # where that is before everything is as it was
 
 
 @dataclass
@@ -152,7 +153,7 @@ class World:
         self.query(setting)
         self.query("SELECT pg_reload_conf()")
 
-    def fail_over(self) -> None:
+    def fail_over(self, target: Target) -> None:
         """The standby is the primary now, and the proxy leads there. It ends what leads to the old
         one, which is the standby from now on: somebody has to start it.
         """
@@ -161,6 +162,7 @@ class World:
         self.database_proxy.host = self.database.host
         self.database_proxy.cut()
         self.database_is_up()
+        target.ended = time.time()
 
     def stop_database(self, mode: str, target: Target) -> None:
         """Raises NotNow where it is stopped already."""
@@ -351,7 +353,7 @@ def switch_over(world: World, plan: PlannedFault, target: Target) -> Iterator[No
         raise NotNow
     world.stop_database("fast", target)
     yield
-    world.fail_over()
+    world.fail_over(target)
     follow(world.standby, world.database)
 
 
@@ -367,7 +369,7 @@ def crash(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
     world.database_up = False
     world.database.kill()
     yield
-    world.fail_over()
+    world.fail_over(target)
     rebuild(world.standby, world.database)
 
 

@@ -67,4 +67,5 @@ class Nemesis:
         self.record(plan.kind, began, target)
 
     def record(self, kind: str, began: float, target: Target) -> None:
-        self.faults.append(Fault(kind, began=began, ended=time.time(), **vars(target)))
+        given = vars(target) | {"ended": target.ended or time.time()}
+        self.faults.append(Fault(kind, began=began, **given))
