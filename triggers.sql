@@ -3,9 +3,13 @@
 -- Applied by `make trigger` after schema.sql, in the same transaction and search path. They are
 -- generated here: which tables and states there are is filled in as text.
 
--- What they are made for: `install` says it; else it is as it was.
+-- What they are made for: `install` says it; else it is as it was. The arguments of the triggers
+-- keep what it was asked for: --no-notify ('silent'), --notify-owed, --no-insert.
 DO $do$
 DECLARE
+    before constant text := coalesce(
+        (SELECT encode(tgargs, 'escape') FROM pg_trigger WHERE tgrelid = 'jobs'::regclass
+         AND tgname = 'job_state_change_trigger'), '');
     known constant jsonb := jsonb_build_object(
         'tables', coalesce(
             (SELECT jsonb_agg(to_jsonb(t) ORDER BY t.position) FROM pipeline_tables AS t),
@@ -15,6 +19,15 @@ DECLARE
 BEGIN
     IF coalesce(current_setting('job_state_listener.pipeline', true), '') = '' THEN
         PERFORM set_config('job_state_listener.pipeline', known::text, true);
+    END IF;
+    IF coalesce(current_setting('job_state_listener.announced', true), '') = '' THEN
+        PERFORM set_config('job_state_listener.announced',
+                           CASE WHEN before LIKE 'silent%' THEN 'nothing'
+                                WHEN before LIKE 'owed only%' THEN 'owed' ELSE 'all' END, true);
+    END IF;
+    IF coalesce(current_setting('job_state_listener.updates_only', true), '') = '' THEN
+        PERFORM set_config('job_state_listener.updates_only',
+                           (before LIKE '%updates only%')::text, true);
     END IF;
 END
 $do$;
@@ -57,6 +70,7 @@ $body$;
 DO $do$
 DECLARE
     asked   constant jsonb := current_setting('job_state_listener.pipeline')::jsonb;
+    announced constant text := current_setting('job_state_listener.announced');
     schema  constant text := current_schema();
     t       record;
     place   regclass;
@@ -119,10 +133,10 @@ BEGIN
             looked := true;
         END IF;$look$, r.current_step, r.status, r.join_of, schema,
             format(too_long, 'parent'), format(too_long, 'old_parent')), '')
-            || $look$
-        IF looked AND (TG_NARGS = 0 OR TG_ARGV[0] <> 'silent') THEN
+            || CASE WHEN announced = 'nothing' THEN '' ELSE $look$
+        IF looked THEN
             notified := pg_notify('job_state_listener_join', '');
-        END IF;
+        END IF;$look$ END || $look$
         IF TG_OP = 'DELETE' OR TG_OP = 'UPDATE'
            AND old_step IS NOT DISTINCT FROM step AND old_state IS NOT DISTINCT FROM state THEN
             RETURN NULL;
@@ -308,16 +322,19 @@ BEGIN
         END IF;
     END IF;
 
-    -- A new row that owes nothing is no change of state to anybody. A silent trigger does not
-    -- notify: listeners poll.
-    IF TG_NARGS > 0 AND TG_ARGV[0] = 'silent' OR TG_OP = 'DELETE' OR owed IS NOT TRUE AND TG_OP = 'INSERT' THEN
-        RETURN NULL;
-    END IF;
 %7$s    RETURN NULL;
 END
 $body$, format('%I.stage_calls', schema), routes,
             coalesce(looks, ''), t.id_column, coalesce(moves, ''), t.name,
-            CASE WHEN t.channel IS NOT NULL THEN format($notify$
+            CASE WHEN announced = 'nothing' THEN '' ELSE
+            -- A new row that owes nothing is no change of state to anybody.
+            CASE WHEN announced = 'all' AND t.channel IS NOT NULL THEN $notify$
+    IF TG_OP = 'DELETE' OR owed IS NOT TRUE AND TG_OP = 'INSERT' THEN
+        RETURN NULL;
+    END IF;$notify$ ELSE $notify$
+    IF owed IS NOT TRUE AND moved IS NOT TRUE THEN
+        RETURN NULL;
+    END IF;$notify$ END || CASE WHEN t.channel IS NOT NULL THEN format($notify$
     IF payload IS NULL THEN
         payload := json_build_object(%1$s)::text;
     END IF;
@@ -332,10 +349,9 @@ $body$, format('%I.stage_calls', schema), routes,
     -- An assignment needs no executor, which PERFORM would start for every row.
     notified := pg_notify(%3$L, payload);
 $notify$, fields, CASE WHEN t.name = 'jobs' THEN 1900 ELSE 1500 END, t.channel)
-            ELSE $wake$    IF owed OR moved THEN  -- no change is announced, but a listener may sleep
-        notified := pg_notify('job_state_listener_wake', '');
-    END IF;
-$wake$ END,
+            ELSE $notify$
+    notified := pg_notify('job_state_listener_wake', '');
+$notify$ END END,
             CASE WHEN too_long = 'false' THEN '' ELSE format($long$        ELSIF %s THEN
             RAISE WARNING 'Job State Listener: an id of more than 2,600 bytes, no call is recorded';
 $long$, format(too_long, 'id')) END,
@@ -472,19 +488,11 @@ DECLARE
     wanted record;
     found  pg_trigger;
     gone   record;
-    -- The arguments of every trigger say what `install` was asked for: --no-notify, --no-insert.
-    -- Where it is not asked, it stays as it was.
-    before constant text := coalesce(
-        (SELECT encode(tgargs, 'escape') FROM pg_trigger WHERE tgrelid = 'jobs'::regclass
-         AND tgname = 'job_state_change_trigger'), '');
-    silent constant boolean := coalesce(
-        nullif(current_setting('job_state_listener.silent', true), '')::boolean,
-        before LIKE 'silent%');
-    updates_only constant boolean := coalesce(
-        nullif(current_setting('job_state_listener.updates_only', true), '')::boolean,
-        before LIKE '%updates only%');
+    updates_only constant boolean := current_setting('job_state_listener.updates_only');
     arguments constant text := concat_ws(', ',
-        CASE WHEN silent THEN quote_literal('silent') END,
+        CASE current_setting('job_state_listener.announced')
+            WHEN 'nothing' THEN quote_literal('silent')
+            WHEN 'owed' THEN quote_literal('owed only') END,
         CASE WHEN updates_only THEN quote_literal('updates only') END);
 BEGIN
     FOR gone IN

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import click
 import psycopg2
@@ -15,7 +16,7 @@ from ops import migrations
 from ops.migrations import FUNCTIONS, TABLES, VIEWS
 from ops.place import require_place
 from ops.problem import Problem
-from ops.routes import is_silent, is_updates_only, known, shown
+from ops.routes import announced, is_silent, is_updates_only, known, shown
 from ops.tables import require_usable
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +29,7 @@ LOCK_TIMEOUT = "SET LOCAL lock_timeout = '800ms'; "
 
 # What triggers.sql makes the functions and the triggers from.
 ASKED = """
-SELECT set_config('job_state_listener.silent', %(silent)s, true),
+SELECT set_config('job_state_listener.announced', %(announced)s, true),
        set_config('job_state_listener.updates_only', %(updates_only)s, true),
        set_config('job_state_listener.pipeline', %(pipeline)s, true);
 """
@@ -90,6 +91,9 @@ $do$;
 INSERT INTO stage_totals_mark DEFAULT VALUES ON CONFLICT DO NOTHING;
 """
 
+# What triggers.sql calls the choices of `notify`.
+ANNOUNCED = {None: "", True: "all", "owed": "owed", False: "nothing"}
+
 # Whatever our functions are hung on, and they themselves.
 OURS = f"""
 SELECT p.oid, p.proname FROM pg_proc AS p
@@ -145,7 +149,7 @@ def apply(
     conn,
     settings: SimpleNamespace | None = None,
     reader: str | None = None,
-    notify: bool | None = None,
+    notify: bool | Literal["owed"] | None = None,
     insert: bool | None = None,
 ) -> None:
     """Bring schema.sql, views.sql and PIPELINE into the database, in one transaction.
@@ -153,7 +157,8 @@ def apply(
     Args:
         settings: whose STAGE_TIMEOUT counts; those of this process by default.
         reader: a role that may read the views.
-        notify: whether the triggers notify; None: as before, at first yes.
+        notify: whether the triggers notify, or "owed": only of changes that a listener has to act
+            on; None: as before, at first of every change.
         insert: whether a row that is inserted owes a call; None: as before, at first yes.
 
     Raises:
@@ -163,7 +168,7 @@ def apply(
     require_usable(conn)
     fill_in = conn.cursor().mogrify
     asked = {
-        "silent": "" if notify is None else str(not notify),
+        "announced": ANNOUNCED[notify],
         "updates_only": "" if insert is None else str(not insert),
         "pipeline": json.dumps(described(conn, settings or config.settings())),
     }
@@ -230,15 +235,25 @@ def described(conn, settings: SimpleNamespace) -> dict[str, list]:
 @click.option("--notify/--no-notify", default=None,
               help="Whether changes of jobs are announced; without, listeners look "
                    "every POLL_INTERVAL. Default: as it was, at first announced.")  # fmt: skip
+@click.option(
+    "--notify-owed", is_flag=True, help="Announce only changes that owe a call; --notify goes back."
+)
 @click.option("--insert/--no-insert", default=None,
               help="Whether a row that is inserted in a routed state owes a call; without, only "
                    "an UPDATE does. Default: as it was, at first yes.")  # fmt: skip
-def install(reader: str | None, notify: bool | None, insert: bool | None) -> None:
+def install(
+    reader: str | None, notify: bool | None, notify_owed: bool, insert: bool | None
+) -> None:
     """Create tables, functions, triggers and views, and copy PIPELINE into the database.
 
     Again and again without harm: what is right already stays as it is, and no row of jobs, or of
     another table of PIPELINE, is changed. Where one cannot be used, it says why and does nothing.
     """
+    if notify_owed and notify is not None:
+        raise click.UsageError(
+            "--notify, --no-notify and --notify-owed exclude each other.",
+            click.get_current_context(),
+        )
     settings = config.settings()
     conn = db.connect(settings, "job-state-listener install")
     tables = pipeline.tables()
@@ -249,7 +264,7 @@ def install(reader: str | None, notify: bool | None, insert: bool | None) -> Non
         before_routes, version = {}, migrations.LATEST
     migrations.require_not_newer(conn)
     try:
-        apply(conn, settings, reader, notify, insert)
+        apply(conn, settings, reader, "owed" if notify_owed else notify, insert)
         # A stage may be called more often now.
         db.execute(conn, db.WAKE)
     except psycopg2.errors.UndefinedObject:
@@ -277,6 +292,8 @@ def install(reader: str | None, notify: bool | None, insert: bool | None) -> Non
         click.echo(f"  {done:7}  {route} → {shown(stage)}")
     for route in before_routes.keys() - routes.keys():
         click.echo(f"  removed  {route} → {shown(before_routes[route])}")
+    if announced(conn) == "owed":
+        click.echo("  note: only changes that owe a call are announced; --notify: every change")
     if is_silent(conn):
         click.echo("  note: nothing is announced; listeners look every POLL_INTERVAL: restart them")
     if is_updates_only(conn):

@@ -112,16 +112,24 @@ def require_installed(conn) -> None:
 
 
 ARGUMENTS = """
-SELECT encode(tgargs, 'escape') LIKE 'silent%' AS silent,
+SELECT CASE WHEN encode(tgargs, 'escape') LIKE 'silent%' THEN 'nothing'
+            WHEN encode(tgargs, 'escape') LIKE 'owed only%' THEN 'owed' ELSE 'all' END AS announced,
        encode(tgargs, 'escape') LIKE '%updates only%' AS updates_only
 FROM pg_trigger
 WHERE tgrelid = to_regclass('jobs') AND tgname = 'job_state_change_trigger'
 """
 
 
+def announced(conn) -> str:
+    """Which changes the triggers notify of: "all"; "owed", those that a listener has to act on,
+    after `install --notify-owed`; or "nothing", after `install --no-notify`.
+    """
+    return db.execute(conn, ARGUMENTS).fetchone().announced
+
+
 def is_silent(conn) -> bool:
     """Whether `install --no-notify` made the triggers, so that they do not notify."""
-    return db.execute(conn, ARGUMENTS).fetchone().silent
+    return announced(conn) == "nothing"
 
 
 def is_updates_only(conn) -> bool:

@@ -16,7 +16,7 @@ import pipeline
 import stage_http
 from ops import grants, migrations, place
 from ops.problem import GRANTS
-from ops.routes import difference
+from ops.routes import announced, difference
 from ops.tables import faults
 from pipeline import JSL
 
@@ -73,8 +73,7 @@ WHERE NOT EXISTS (SELECT FROM pg_proc AS p JOIN pg_class AS c ON c.relnamespace 
 
 TRIGGERS = """
 SELECT wanted.table_name, wanted.name, t.tgenabled AS enabled,
-       t.tgfoid = to_regprocedure(quote_ident(wanted.function) || '()') AS ours,
-       encode(t.tgargs, 'escape') LIKE 'silent%%' AS silent
+       t.tgfoid = to_regprocedure(quote_ident(wanted.function) || '()') AS ours
 FROM jsonb_to_recordset(%(wanted)s) AS wanted (table_name text, name text, function text)
 LEFT JOIN pg_trigger AS t
     ON t.tgname = wanted.name AND t.tgrelid = to_regclass(quote_ident(wanted.table_name))
@@ -166,7 +165,7 @@ def trigger_names(table: str) -> list[str]:
 
 
 def triggers(conn) -> list:
-    """Each trigger that PIPELINE needs: enabled (None: missing), ours, silent."""
+    """Each trigger that PIPELINE needs: enabled (None: missing), ours."""
     wanted = [
         {"table_name": table, "name": name, "function": trigger_function(table)}
         for table in pipeline.tables()
@@ -258,7 +257,11 @@ def check_triggers(conn, settings) -> str:
             raise Bad(f"trigger {row.name} on {row.table_name} runs another function", INSTALL)
         if row.enabled not in ("O", "A"):
             raise Bad(f"trigger {row.name} on {row.table_name} is disabled", INSTALL)
-    quiet = ", without NOTIFY: listeners look every POLL_INTERVAL" * rows[0].silent
+    quiet = {
+        "all": "",
+        "owed": ", NOTIFY only where a call is owed",
+        "nothing": ", without NOTIFY: listeners look every POLL_INTERVAL",
+    }[announced(conn)]
     names: dict[str, list[str]] = {row.table_name: [] for row in rows}
     for row in rows:
         names[row.table_name].append(row.name)
