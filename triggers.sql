@@ -60,7 +60,8 @@ $body$;
 -- the routes: looking into pipeline_stages for every row was a third of what the trigger cost.
 -- PL/pgSQL prepares each expression anew in every transaction, and most transactions move one
 -- row: what a table does not need is left out of its function, a variable has no DEFAULT, and the
--- routes are one constant, as a comparison for each cost a tenth of the whole.
+-- routes are one constant, as a comparison for each cost a tenth of the whole. RETURN NULL would be
+-- another expression; what an AFTER trigger returns is ignored.
 -- The plan is pinned: planned while stage_calls was empty, the DELETE made an UPDATE of
 -- 20,000 jobs take 14 s.
 -- A column that was dropped, renamed or given another type would make NEW.column an error, in a
@@ -139,7 +140,7 @@ BEGIN
         END IF;$look$ END || $look$
         IF TG_OP = 'DELETE' OR TG_OP = 'UPDATE'
            AND old_step IS NOT DISTINCT FROM step AND old_state IS NOT DISTINCT FROM state THEN
-            RETURN NULL;
+            RETURN NEW;
         END IF;$look$
         INTO looks
         FROM jsonb_to_recordset(asked -> 'routes') AS r (
@@ -286,7 +287,7 @@ BEGIN
         EXCEPTION WHEN OTHERS THEN
             RAISE WARNING 'Job State Listener: columns of %% have changed, so no call is recorded: %%',
                 TG_RELID::regclass, SQLERRM USING HINT = 'Run: ./jsl install';
-            RETURN NULL;
+            RETURN NEW;
         END;
     END;
 
@@ -322,7 +323,7 @@ BEGIN
         END IF;
     END IF;
 
-%7$s    RETURN NULL;
+%7$s    RETURN NEW;
 END
 $body$, format('%I.stage_calls', schema), routes,
             coalesce(looks, ''), t.id_column, coalesce(moves, ''), t.name,
@@ -330,14 +331,12 @@ $body$, format('%I.stage_calls', schema), routes,
             -- A new row that owes nothing is no change of state to anybody.
             CASE WHEN announced = 'all' AND t.channel IS NOT NULL THEN $notify$
     IF TG_OP = 'DELETE' OR owed IS NOT TRUE AND TG_OP = 'INSERT' THEN
-        RETURN NULL;
+        RETURN NEW;
     END IF;$notify$ ELSE $notify$
     IF owed IS NOT TRUE AND moved IS NOT TRUE THEN
-        RETURN NULL;
+        RETURN NEW;
     END IF;$notify$ END || CASE WHEN t.channel IS NOT NULL THEN format($notify$
-    IF payload IS NULL THEN
-        payload := json_build_object(%1$s)::text;
-    END IF;
+    payload := coalesce(payload, json_build_object(%1$s)::text);
     IF octet_length(payload) > 7999 THEN
         -- NOTIFY would abort the application's transaction: null for what is long. Four
         -- values of 1,900 bytes and their names make 7,999, five of 1,500 less.

@@ -30,7 +30,8 @@ from bench.workloads.throughput import Burst, Slow
 
 RESULTS = Path(__file__).parent / "results"
 # Module and class of each peer; a module whose package is not installed is skipped.
-PEERS = [("ours", "Ours"), ("ours", "Before"), ("ours", "OursQuiet"), ("references", "Floor"),
+PEERS = [("ours", "Ours"), ("ours", "Before"), ("ours", "OursQuiet"), ("ours", "OursOwed"),
+         ("references", "Floor"),
          ("references", "NoTrigger"), ("references", "FirstDesign"), ("node", "Graphile"),
          ("node", "PgBoss"), ("pgqueuer", "PgQueuer"), ("procrastinate", "Procrastinate"),
          ("awa", "Awa"), ("dbos", "Dbos"), ("oban", "Oban")]  # fmt: skip

@@ -49,6 +49,15 @@ class OursQuiet(Ours):
     hears = False
 
 
+class OursOwed(Ours):
+    """A trigger that notifies only where a call is owed. To the listener it makes no difference."""
+
+    name = "ours, NOTIFY where owed"
+    kind = "reference"
+    options = ("--notify-owed",)
+    calls = hears = False
+
+
 class Before(Ours):
     """The version before a change that is measured."""
 
