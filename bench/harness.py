@@ -76,9 +76,7 @@ class Bench:
             self.stages.reset("answer")
             first_arrival(self, database, processes)
             self.rest(peer, shape, database)
-            for _ in range(
-                1 if self.quick else 2
-            ):  # in the second round, plans and connections exist
+            for _ in range(1 if self.quick else 2):  # in the second, plans and connections exist
                 count = min(WARM_UP * shape.processes * shape.in_flight, 300)
                 database.add_jobs(count)
                 self.stages.reset("answer")
