@@ -104,16 +104,21 @@ def ended_amiss(account: Account) -> Iterator[str]:
             lease = ends.get((call.number, one.number))
             if lease is None or lease.ended is None:
                 continue
-            left = [move for move in moves[call.job] if leaves(move, lease)]
+            both = zip([None, *moves[call.job]], moves[call.job], strict=False)
+            left = [move for before, move in both if leaves(before, move, lease)]
             for row in (row for row in one.rows if row.http == TAKEN):
                 if why := amiss(row.outcome, lease, left, call.stage):
                     yield f"{call}: attempt {one.number}, taken with 202, {why}"
 
 
-def leaves(move: Move, lease: Lease) -> bool:
-    """Whether the row moved on while its call was under way."""
-    is_running = (move.step, move.status) == (lease.stage, "running")
-    return lease.claimed <= move.at <= lease.ended and not is_running
+def leaves(before: Move | None, move: Move, lease: Lease) -> bool:
+    """Whether the row moved on while its call was under way. It may come back in the same
+    transaction, after which it is in the state of before.
+    """
+    running = (lease.stage, "running")
+    was_running = before is not None and (before.step, before.status) == running
+    is_running = (move.step, move.status) == running
+    return lease.claimed <= move.at <= lease.ended and (was_running or not is_running)
 
 
 def amiss(outcome: str, lease: Lease, left: list[Move], stage: str) -> str:

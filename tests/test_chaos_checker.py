@@ -672,6 +672,13 @@ def test_taken_call_is_over_when_its_row_moves_on(script):
     assert check(script).findings == []
 
 
+def test_taken_call_is_over_when_its_row_leaves_and_comes_back_in_one_transaction(script):
+    taken(script, moved=1.35, status="running", ended=1.4)
+    assert kinds(script) == {ATTEMPTS}
+    script.move(1.45, "vlm_analyze", "running", debt=False)
+    assert kinds(script) == set()
+
+
 def test_taken_call_that_is_never_finished_is_repeated_after_its_lease(script):
     taken(script, "unknown", moved=None, ended=1.2 + LEASE)
     script.called(1.3 + LEASE, attempt=2)
