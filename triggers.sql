@@ -81,6 +81,7 @@ DECLARE
     is_ordered boolean;  -- the table has a column for the priority of its rows, or their time
     moves   text;  -- and for the calls that asynchronous stages work on
     fields  text;  -- of the notification
+    tells   text;  -- the notification, and of which changes there is one
     id_type constant text := (
         SELECT format('%I.%I', n.nspname, y.typname)
         FROM pg_attribute AS a JOIN pg_type AS y ON y.oid = a.atttypid
@@ -248,6 +249,30 @@ BEGIN
                 coalesce('($1).' || quote_ident(t.parent_column) || '::text::' || id_type,
                          'NULL'))) END;
 
+        -- A new row that owes nothing is no change of state to anybody.
+        tells := CASE WHEN announced <> 'nothing' THEN format($notify$
+    IF %s THEN
+        RETURN NEW;
+    END IF;%s$notify$,
+            CASE WHEN announced = 'all' AND t.channel IS NOT NULL
+                 THEN $unless$TG_OP = 'DELETE' OR owed IS NOT TRUE AND TG_OP = 'INSERT'$unless$
+                 ELSE 'owed IS NOT TRUE AND moved IS NOT TRUE' END,
+            CASE WHEN t.channel IS NULL THEN $notify$
+    notified := pg_notify('job_state_listener_wake', '');
+$notify$ ELSE format($notify$
+    payload := coalesce(payload, json_build_object(%1$s)::text);
+    IF octet_length(payload) > 7999 THEN
+        -- NOTIFY would abort the application's transaction: null for what is long. Four
+        -- values of 1,900 bytes and their names make 7,999, five of 1,500 less.
+        SELECT json_object_agg(field.key, CASE
+                   WHEN octet_length(field.value::text) <= %2$s THEN field.value END)::text
+        INTO payload
+        FROM json_each(payload::json) AS field;
+    END IF;
+    -- An assignment needs no executor, which PERFORM would start for every row.
+    notified := pg_notify(%3$L, payload);
+$notify$, fields, CASE WHEN t.name = 'jobs' THEN 1900 ELSE 1500 END, t.channel) END) END;
+
         EXECUTE format('CREATE OR REPLACE FUNCTION %I() RETURNS trigger'
             ' LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp'
             ' SET enable_seqscan = off AS %L',
@@ -327,30 +352,7 @@ BEGIN
 END
 $body$, format('%I.stage_calls', schema), routes,
             coalesce(looks, ''), t.id_column, coalesce(moves, ''), t.name,
-            CASE WHEN announced = 'nothing' THEN '' ELSE
-            -- A new row that owes nothing is no change of state to anybody.
-            CASE WHEN announced = 'all' AND t.channel IS NOT NULL THEN $notify$
-    IF TG_OP = 'DELETE' OR owed IS NOT TRUE AND TG_OP = 'INSERT' THEN
-        RETURN NEW;
-    END IF;$notify$ ELSE $notify$
-    IF owed IS NOT TRUE AND moved IS NOT TRUE THEN
-        RETURN NEW;
-    END IF;$notify$ END || CASE WHEN t.channel IS NOT NULL THEN format($notify$
-    payload := coalesce(payload, json_build_object(%1$s)::text);
-    IF octet_length(payload) > 7999 THEN
-        -- NOTIFY would abort the application's transaction: null for what is long. Four
-        -- values of 1,900 bytes and their names make 7,999, five of 1,500 less.
-        SELECT json_object_agg(field.key, CASE
-                   WHEN octet_length(field.value::text) <= %2$s THEN field.value END)::text
-        INTO payload
-        FROM json_each(payload::json) AS field;
-    END IF;
-    -- An assignment needs no executor, which PERFORM would start for every row.
-    notified := pg_notify(%3$L, payload);
-$notify$, fields, CASE WHEN t.name = 'jobs' THEN 1900 ELSE 1500 END, t.channel)
-            ELSE $notify$
-    notified := pg_notify('job_state_listener_wake', '');
-$notify$ END END,
+            coalesce(tells, ''),
             CASE WHEN too_long = 'false' THEN '' ELSE format($long$        ELSIF %s THEN
             RAISE WARNING 'Job State Listener: an id of more than 2,600 bytes, no call is recorded';
 $long$, format(too_long, 'id')) END,
