@@ -39,7 +39,7 @@ PIPELINE = {"PIPELINE_MODULE": "demo.five_stages"}
 os.environ |= PIPELINE
 
 FIVE_STAGES = five_stages.PIPELINE
-pytest_plugins = ["busy", "variants", "caller", "claims"]
+pytest_plugins = ["claims", "busy", "variants", "caller"]
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = ROOT / "listener.py"

@@ -1,11 +1,11 @@
 """docs/ADOPTING.md: its SQL and commands move a database of the guide's users to this listener."""
 
 import shlex
-from pathlib import Path
 
 import psycopg2
 import pytest
 from claims import connected
+from guide import DATABASE, JOBS_TRIGGER
 from subscription import Subscription
 from test_readme import Readme
 
@@ -15,7 +15,6 @@ from demo import five_stages
 from ops.install import apply
 
 PAGES = ["docs/ADOPTING.md", "docs/ADOPTING.ko.md"]
-BEFORE = (Path(__file__).parent / "guide_database.sql").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +25,7 @@ def page() -> Readme:
 @pytest.fixture
 def guide(empty_database):
     """A database of the guide's users, with a tenant."""
-    empty_database.rows(BEFORE)
+    empty_database.rows(DATABASE)
     empty_database.rows("INSERT INTO tenants VALUES ('tenant', 'A tenant')")
     return empty_database
 
@@ -130,8 +129,7 @@ def test_trigger_on_variants_may_stay_or_go(guide, page, with_variants):
 def test_way_back_is_uninstall_and_the_guides_sql(guide, run_command):
     run_command(guide, "install")
     run_command(guide, "uninstall", "--yes")
-    guide.rows(BEFORE[BEFORE.index("CREATE OR REPLACE FUNCTION notify_job_state_change") :
-                      BEFORE.index("CREATE OR REPLACE FUNCTION notify_job_variant")])  # fmt: skip
+    guide.rows(JOBS_TRIGGER)
     job = guide.add_job(status="queued")
     with Subscription(guide) as subscription:
         guide.move(job, "img_gen", "done")

@@ -4,6 +4,7 @@ import subprocess
 from contextlib import closing
 from pathlib import Path
 
+import guide
 import psycopg2.extensions
 import pytest
 from claims import claim, connected
@@ -13,36 +14,6 @@ import db
 from demo import five_stages
 from ops.install import DROP, apply
 from ops.verify import check_routes
-
-# What the guide told its users to run.
-FIRST_VERSION = """
-CREATE OR REPLACE FUNCTION notify_job_state_change()
-RETURNS TRIGGER AS $$
-BEGIN
-    -- current_step 또는 status가 변경된 경우에만 NOTIFY 발행
-    IF (OLD.current_step IS DISTINCT FROM NEW.current_step
-       OR OLD.status IS DISTINCT FROM NEW.status) THEN
-        PERFORM pg_notify('job_state_changed',
-            json_build_object(
-                'job_id', NEW.job_id,
-                'current_step', NEW.current_step,
-                'status', NEW.status,
-                'tenant_id', NEW.tenant_id
-            )::text
-        );
-    END IF;
-    RETURN NEW;
-END;
-$$ LANGUAGE plpgsql;
-
-DROP TRIGGER IF EXISTS job_state_change_trigger ON jobs;
-CREATE TRIGGER job_state_change_trigger
-    AFTER UPDATE ON jobs
-    FOR EACH ROW
-    WHEN (OLD.current_step IS DISTINCT FROM NEW.current_step
-       OR OLD.status IS DISTINCT FROM NEW.status)
-    EXECUTE FUNCTION notify_job_state_change();
-"""
 
 JOBS = """
 CREATE TABLE jobs (job_id uuid PRIMARY KEY DEFAULT gen_random_uuid(), tenant_id varchar(80),
@@ -107,7 +78,7 @@ def test_tables_of_the_application_are_left_as_they_are(each_server, make_databa
 
 def test_first_version_is_upgraded_in_place(each_server, make_database):
     database = make_database(each_server, installed=False)
-    database.rows(JOBS + FIRST_VERSION)
+    database.rows(JOBS + guide.JOBS_TRIGGER)
     trigger = database.row("SELECT oid FROM pg_trigger WHERE tgname = 'job_state_change_trigger'")
     assert len(finish(database)) == 1
     install(database)
@@ -120,7 +91,7 @@ def test_first_version_is_upgraded_in_place(each_server, make_database):
 def test_first_version_of_another_role_is_taken_over(empty_database, make_role):
     owner = make_role(empty_database)
     empty_database.rows(f"GRANT CREATE ON SCHEMA public TO {owner}; SET ROLE {owner}")
-    empty_database.rows(JOBS + FIRST_VERSION)
+    empty_database.rows(JOBS + guide.JOBS_TRIGGER)
     empty_database.rows("RESET ROLE")
     install(empty_database)
     empty_database.rows(f"SET ROLE {owner}")
