@@ -110,7 +110,7 @@ def certificates(text: str) -> str:
 
 
 def database_url(text: str) -> str:
-    """Also takes the SQLAlchemy spelling `postgresql+driver://`, which the guide's users have.
+    """A database URL, also in SQLAlchemy's spelling `postgresql+driver://` of the guide's users.
 
     A password with a bare @, / or # in it would be read as part of the host, and shown in errors.
     """

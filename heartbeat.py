@@ -120,7 +120,7 @@ def is_same(path: Path, file: int) -> bool:
 
 @dataclass(frozen=True)
 class Beat:
-    """What a heartbeat file says; `state` is DEAD, HANGING or ALIVE."""
+    """The content of a heartbeat file; `state` is DEAD, HANGING or ALIVE."""
 
     listener: str
     pid: int

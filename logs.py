@@ -171,7 +171,7 @@ def set_up(settings: SimpleNamespace) -> None:
     """Log to standard output, where `docker logs … | grep` looks."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # None where it is closed
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
-    # What cannot be written, to a full disk or a pipe that nobody reads, is lost: logging would
+    # Lines that cannot be written (full disk, pipe without a reader) are dropped: logging would
     # print it on standard error, with a traceback and its secrets.
     logging.raiseExceptions = False
     # Skip data that our lines do not show (see "Optimization" in the docs of logging).

@@ -186,7 +186,7 @@ def prepared(url: str, token: str | None) -> requests.PreparedRequest:
     if token:
         headers["Authorization"] = f"Bearer {token}"
     elif parts.username is not None:
-        # As bytes: as text, requests takes those of Latin-1 only.
+        # As bytes, since requests encodes text as Latin-1.
         auth = unquote(parts.username).encode(), unquote(parts.password or "").encode()
     return requests.Request("POST", url, headers, auth=auth).prepare()
 

@@ -36,7 +36,7 @@ Found = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
 
 
 class Request(NamedTuple):
-    """What a stage API gets.
+    """A request as a stage API gets it.
 
     path: without STAGE_API_URL.
     body: read from the JSON, so that a UUID is its text.

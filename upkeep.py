@@ -314,7 +314,7 @@ RETURNING job_id::text, table_name, stage, error
 
 
 def newly_failed(conn) -> list:
-    """The rows that their stage has set to failed, and of which nobody has been told."""
+    """The rows that their stage has set to failed, and about which no alert was sent."""
     return execute(conn, UNPINNED + NEWLY_FAILED).fetchall()
 
 
@@ -325,7 +325,7 @@ def newly_stalled(conn) -> list:
     return execute(conn, UNPINNED + NEWLY_STALLED).fetchall()
 
 
-# --- what nobody called while no listener ran -----------------------------------------------
+# --- calls that waited while no listener ran ------------------------------------------------
 
 ABSENCE = """
 SELECT count(*) AS calls, extract(epoch FROM now() - min(c.due_at))::float8 AS seconds

@@ -308,6 +308,6 @@ ASYNCHRONOUS: dict[str, tuple[float, Callable]] = {
 
 HOW = {name: how for name, (_, how) in (BEHAVIOURS | ASYNCHRONOUS).items()}
 WEIGHTS = {name: often for name, (often, _) in BEHAVIOURS.items()}
-# An asynchronous stage also has some behaviours of the others.
+# An asynchronous stage also has the behaviours of the others.
 ASYNCHRONOUS_WEIGHTS = WEIGHTS | {name: often for name, (often, _) in ASYNCHRONOUS.items()}
 ASYNCHRONOUS_WEIGHTS["work"] = 10

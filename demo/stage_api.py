@@ -39,7 +39,7 @@ DELAYS = dict(vlm_analyze=1.8, yolo_detect=0.5, planner=0.9, overlay=0.4, vlm_ju
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage API does with a request.
+    """A stage of the stand-in.
 
     takes: its name, and which rows it takes.
     needs: what the body must hold besides the ids.

@@ -1,4 +1,4 @@
-"""What the demo shows in the terminal: its own lines, and those of the listener it runs there."""
+"""The terminal of the demo: its own lines, and those of the listener and the commands it runs."""
 
 import shutil
 import signal

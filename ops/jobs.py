@@ -303,7 +303,7 @@ def state_lines(name: str, found: list) -> Iterator[Line]:
 
 
 def joined_lines(found: list) -> Iterator[Line]:
-    """Of how many parents all rows are in a state, and how many still wait for some."""
+    """Lines for each join: how many parents are complete, and how many wait for rows."""
     cells = [[f"every {row.join}", row.complete, row.waiting, row.stage, row.owed, row.given_up]
              for row in found]  # fmt: skip
     yield "", 0

@@ -95,7 +95,7 @@ FAMILIES = {
     ),
 }
 
-# As in the CHECK of stage_attempts.
+# All outcomes, as in the CHECK of stage_attempts.
 OUTCOMES = (
     "succeeded", "held", "retry", "unknown", "failed", "skipped", "cancelled", "lost",
 )  # fmt: skip

@@ -4,7 +4,7 @@ import db
 from ops import grants
 from ops.problem import INSTALL, Problem
 
-# What install makes, and uninstall removes. stage_slots is that of version 1. Every trigger
+# The objects that install makes and uninstall removes. stage_slots is of version 1. Every trigger
 # function but that of jobs has a name of its own, after its table.
 TABLES = (
     "pipeline_tables", "pipeline_stages", "stage_limits", "stage_calls", "stage_leases",
@@ -255,7 +255,7 @@ GRANTED = grants.SETTLE.format(names=NAMES)
 
 
 def script() -> str:
-    """What brings an installation of any released version to this one, in one transaction.
+    """The SQL that upgrades an installation of any released version, in one transaction.
 
     Its first statements find out where jobs is, and note what was granted.
     """

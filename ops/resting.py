@@ -4,7 +4,8 @@ from typing import Any, NamedTuple
 
 import db
 
-# Not in pipeline_overview, which answers within milliseconds: this reads the application's tables.
+# A query apart from pipeline_overview, which answers within milliseconds: this one reads the
+# application's tables.
 RESTING = """
 SELECT stage, kind, count(*) AS jobs,
        (array_agg(left(reason, 2000) ORDER BY since DESC NULLS LAST))[1] AS reason

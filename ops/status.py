@@ -140,7 +140,7 @@ COLUMNS = 80  # where the output goes to no terminal that has its own
 
 
 def lines(found: dict[str, Any]) -> Iterator[Line]:
-    """What `look` has found, for a screen of 80 columns."""
+    """The result of look() as lines for a screen of 80 columns."""
     base = found["database"]
     where = f"{base['name']} on {base['host']}:{base['port']} as {base['user']}"
     yield f"{where}, schema {base['schema_version'] or 'unknown'}, {clock(found['at'])}", 0

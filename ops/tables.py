@@ -83,7 +83,7 @@ def faults_of_owner(conn) -> Iterator[Fault]:
 
 
 def faults(conn) -> Iterator[Fault]:
-    """What is wrong with the tables of PIPELINE as they are."""
+    """The faults of all tables of PIPELINE."""
     joined = {key.table.name for key in pipeline.joins().values()}
     types, owners = {}, {}
     for table in pipeline.tables().values():

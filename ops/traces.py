@@ -131,7 +131,7 @@ def said_of(row: Any, is_good: bool) -> dict[str, Any]:
 
 
 def attributes(said: dict[str, Any]) -> list[dict[str, Any]]:
-    """As OTLP has them; None is left out. 64-bit numbers are text in JSON."""
+    """Attributes in OTLP's form, without those that are None. 64-bit numbers are text in JSON."""
     return [
         {"key": name, "value": {"intValue": str(v)} if isinstance(v, int) else {"stringValue": v}}
         for name, v in said.items()

@@ -30,7 +30,7 @@ FROM pg_attribute
 WHERE attrelid = to_regclass(quote_ident(%(table)s)) AND attnum > 0 AND NOT attisdropped
 """
 
-# Of our tables.
+# The columns of our tables that a listener needs.
 NEEDED = {
     "pipeline_tables": {"name", "id_column", "parent_table", "parent_column", "channel"},
     "pipeline_stages": {"table_name", "join_of", "current_step", "status", "stage", "max_running",

@@ -7,7 +7,7 @@ JSON = {"Content-Type": "application/json"}
 
 
 class Answer(NamedTuple):
-    """What to answer. Flask takes it as it is; FastAPI and Starlette as Response(*answer)."""
+    """An HTTP answer. Flask takes it as it is; FastAPI and Starlette as Response(*answer)."""
 
     body: bytes
     status: int

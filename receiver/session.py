@@ -77,7 +77,7 @@ class Session:
         cursor = self.connection.cursor()
         cursor.execute(LOCK, {"key": self.key})
         self.has_lock = cursor.fetchone()[0]
-        # What follows must see what the last holder of the lock has committed.
+        # The next statement needs a new snapshot, with what the last holder of the lock committed.
         self.connection.commit()
 
     def clean_up(self, error: Exception) -> bool:

@@ -104,7 +104,7 @@ def tls_in_front(database, authority: trustme.CA) -> Iterator[SimpleNamespace]:
 
 @pytest.fixture
 def tls(each_database, authority) -> Iterator[SimpleNamespace]:
-    """`port`: of localhost, where the database speaks TLS; `client(conn)`: our name."""
+    """`port`: of localhost, where the database speaks TLS; `client(conn)`: whom it takes us for."""
     has_tls = each_database.value("SHOW ssl_library") != ""
     with (own_tls if has_tls else tls_in_front)(each_database, authority) as started:
         yield started

@@ -19,7 +19,7 @@ ONLY_LINUX = {
     "socket": ["TCP_USER_TIMEOUT", "TCP_KEEPIDLE", "TCP_KEEPINTVL"],
 }
 
-# Started by a command, it is a Python of its own, which has nothing imported yet.
+# Run by `env`, the program starts in a new interpreter, which has nothing imported yet.
 COLD = ("env",)
 
 

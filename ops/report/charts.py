@@ -21,7 +21,7 @@ from ops.report.svg import (
     upright,
 )
 
-# What is there at all is seen (pixels).
+# The least height of a bar (pixels).
 LOWEST = 1.5
 
 

@@ -33,7 +33,7 @@ class Timeline:
 
     @property
     def rows(self) -> list["Timeline"]:
-        """It and those below it."""
+        """This row and all rows below it."""
         return [self, *(child for some in self.below.values() for child in some)]
 
 
@@ -49,13 +49,13 @@ LIMIT %(most)s
 
 
 def slowest_jobs(ask: Callable) -> list[Timeline]:
-    """Those with the longest time from the first call to the end of the last."""
+    """The jobs with the longest time from their first call to the end of their last one."""
     slow = ask(SLOW_JOBS, most=MOST_JOBS)
     return [timeline(ask, row.table_name, row.job_id) for row in slow]
 
 
 def timelines(conn, ask: Callable, redact: Callable, ids: Sequence[str]) -> list[Timeline]:
-    """Those of the rows with these ids, of whichever table, with the rows that belong to them."""
+    """The timelines of the rows with these ids, in any table, and of rows that belong to them."""
     return [family(conn, ask, redact, row) for key in ids for row in rows.places(conn, key)]
 
 

@@ -85,7 +85,7 @@ def section(name: str, heading: str, *parts: str) -> Markup:
 
 
 def span(seconds: float | None) -> str:
-    """So many seconds as a person says it: 40 ms, 2.5 s, 38 s, 3.5 min, 12 h, 2.1 d."""
+    """A duration as a person says it: 40 ms, 2.5 s, 38 s, 3.5 min, 12 h, 2.1 d."""
     if seconds is None:
         return "–"
     if seconds < 0.9995:
@@ -127,6 +127,6 @@ def state(row: Any) -> Markup:
 
 
 def row_name(row: Any) -> str:
-    """Its id, and its table where that is not jobs."""
+    """The id of a row, and its table where that is not jobs."""
     table = getattr(row, "table_name", None) or row.table
     return row.job_id if table == JOBS.name else f"{table} {row.job_id}"

@@ -73,7 +73,7 @@ def page(report: Report) -> str:
     until = f"{report.span.until:%Y-%m-%d %H:%M}"
     return PAGE.format(
         title=attribute(f"Pipeline report: {report.database}, {until}"),
-        # Not at import: the listener runs without it.
+        # Read here and not at import, as the listener runs without this file.
         css=CSS.read_text(encoding="utf-8"),
         patterns=patterns(),
         body=join(filter(None, parts), "\n"),

@@ -20,7 +20,7 @@ from ops.report.markup import (
 )
 from ops.report.svg import OUTCOMES, legend, level, rect, svg, time_axis, titled
 
-# What is there at all is seen (a share of the width).
+# The least width of a bar (a share of the chart).
 NARROWEST = 0.004
 
 

@@ -1,4 +1,4 @@
-"""What a person may do on the page: the commands themselves, with the name that they gave."""
+"""The actions of the pages: they run the operator's commands under the person's name."""
 
 import contextlib
 import io
@@ -99,7 +99,7 @@ def typed(action: Action, given: Mapping[str, str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Done:
-    """What came of it: the command's own words, and an HTTP status."""
+    """The result of an action: the output of the command, and an HTTP status."""
 
     status: int
     said: str

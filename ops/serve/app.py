@@ -189,7 +189,7 @@ class App:
         return self.page(request, body, rows.said(found.found.row), refreshes=True)
 
     def search(self, request: Request) -> Response:
-        """By id, in every table, or by tenant. It has a form, so it does not refresh itself."""
+        """Search by id, in every table, or by tenant. No refresh, as the page has a form."""
         asked = request.query.get("q", "").strip()
         found = asking.search(self.looks, self.settings, asked) if asked else None
         return self.page(request, row_pages.search(asked, found), "Search")

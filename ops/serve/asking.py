@@ -69,7 +69,7 @@ def board(looks: Looks) -> Board:
 
 
 def whole_report(looks: Looks) -> Report:
-    """Of the last 24 hours."""
+    """The report of the last 24 hours."""
 
     def read(conn) -> Report:
         since = datetime.now(timezone.utc) - SINCE
@@ -106,7 +106,7 @@ class Stage(NamedTuple):
 
 
 def stage(looks: Looks, name: str) -> Stage | None:
-    """None where there is no such stage."""
+    """The data of a stage's page; None where there is no such stage."""
     found = board(looks)
     [row] = [one for one in found.status["stages"] if one["stage"] == name] or [None]
     if row is None:
@@ -170,7 +170,7 @@ def row(looks: Looks, place: Any) -> Row:
 
 
 class Found(NamedTuple):
-    """What a search has found."""
+    """The results of a search."""
 
     by_id: list
     by_tenant: list
@@ -179,7 +179,7 @@ class Found(NamedTuple):
 
 
 def search(looks: Looks, settings: SimpleNamespace, asked: str) -> Found:
-    """By id in every table, and by tenant."""
+    """Search by id in every table, and by tenant."""
     by_id = places(looks, asked)
 
     def read(conn) -> Found:
