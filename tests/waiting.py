@@ -82,7 +82,8 @@ def is_gone(pid: int) -> bool:
 
 
 def terminate_backends(database) -> None:
-    assert backends(database)
+    """Terminate the sessions of all listeners, once there is one."""
+    until(lambda: backends(database), "a connected listener")
     database.rows(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {LISTENERS}")
 
 
