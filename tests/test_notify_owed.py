@@ -1,9 +1,9 @@
 """`install --notify-owed`: NOTIFY only where a listener has something to do."""
 
 import asynchronous
-from bell import Bell
 from claims import connected
 from conftest import ROOT
+from subscription import Subscription
 from variants import PIPELINE, TABLE, Variants
 from waiting import wait_until_idle
 
@@ -18,18 +18,21 @@ TRIGGERS = "SELECT oid, tgname FROM pg_trigger WHERE tgrelid = 'jobs'::regclass 
 def test_only_a_change_that_owes_a_call_is_announced(database, run_command):
     done = run_command(database, "install", "--notify-owed")
     assert done.code == 0 and any("only changes that owe a call" in line for line in done.lines)
-    with Bell(database) as bell:
+    with Subscription(database) as changes:
         job = database.add_job("img_gen", "queued")
         database.move(job, "img_gen", "done")
-        [said] = bell.heard()
+        [said] = changes.messages()
         assert (said["job_id"], said["current_step"], said["status"]) == (job, "img_gen", "done")
         assert database.owed(job).stage == "vlm_analyze"
         database.move(job, "vlm_analyze", "running")
         database.move(job, "vlm_analyze", "failed")
-        assert bell.heard() == [] and database.owed(job) is None
+        assert changes.messages() == [] and database.owed(job) is None
         database.move(job, "vlm_analyze", "done")
         database.move(job, "yolo_detect", "done")  # from one state that owes a call to another
-        assert [said["current_step"] for said in bell.heard()] == ["vlm_analyze", "yolo_detect"]
+        assert [said["current_step"] for said in changes.messages()] == [
+            "vlm_analyze",
+            "yolo_detect",
+        ]
 
 
 def test_choice_stays_until_another_one_is_made(database, run_command):
@@ -46,9 +49,9 @@ def test_choice_stays_until_another_one_is_made(database, run_command):
         apply(conn, notify="owed")
         apply(conn, notify=True)
         assert announced(conn) == "all"
-    with Bell(database) as bell:
+    with Subscription(database) as changes:
         database.move(database.add_job("img_gen", "queued"), "img_gen", "running")
-        assert len(bell.heard()) == 1
+        assert len(changes.messages()) == 1
 
 
 def test_verify_says_so(database, api, run_command):
@@ -82,8 +85,8 @@ def test_join_is_looked_at(database, use_pipeline):
     with connected(database) as conn:
         apply(conn, notify="owed")
         [variant] = variants.add(database.add_job("img_gen", "queued"))
-        with Bell(database, "job_variant_state_changed") as changes:
-            with Bell(database, db.JOIN_CHANNEL) as looks:
+        with Subscription(database, "job_variant_state_changed") as changes:
+            with Subscription(database, db.JOIN_CHANNEL) as looks:
                 variants.move(variant, "iou_eval", "running")
                 variants.move(variant, "iou_eval", "done")
                 assert looks.payloads() == [""]
