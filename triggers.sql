@@ -255,7 +255,8 @@ BEGIN
         RETURN NEW;
     END IF;%s$notify$,
             CASE WHEN announced = 'all' AND t.channel IS NOT NULL
-                 THEN $unless$TG_OP = 'DELETE' OR owed IS NOT TRUE AND TG_OP = 'INSERT'$unless$
+                 THEN $unless$TG_OP = 'DELETE'
+       OR TG_OP = 'INSERT' AND owed IS NOT TRUE AND moved IS NOT TRUE$unless$
                  ELSE 'owed IS NOT TRUE AND moved IS NOT TRUE' END,
             CASE WHEN t.channel IS NULL THEN $notify$
     notified := pg_notify('job_state_listener_wake', '');

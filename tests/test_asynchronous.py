@@ -4,12 +4,13 @@ from contextlib import closing
 
 import pytest
 from asynchronous import PIPELINE
-from claims import LEASE_OVER
+from claims import LEASE_OVER, connected
 from conftest import ROOT
 from variants import TABLE, install
-from waiting import PATIENCE
+from waiting import PATIENCE, wait_until_idle
 
 from demo.stage_server import Answer, Hangup
+from ops.install import apply
 
 TAKEN = Answer(202)
 WORKING = "SELECT count(*) FROM stage_leases WHERE working"
@@ -220,6 +221,28 @@ def test_child_and_join_are_worked_on(site):
     site.database.wait_for(NOBODY)
     assert [row.stage for row in site.database.attempts(variant)] == ["yolo_detect"]
     assert site.database.value(ENDED, job) == "succeeded"
+
+
+PARTITIONED = """
+ALTER TABLE jobs RENAME TO jobs_before;
+CREATE TABLE jobs (LIKE jobs_before INCLUDING DEFAULTS) PARTITION BY LIST (status);
+CREATE INDEX ON jobs (job_id);
+CREATE TABLE running PARTITION OF jobs FOR VALUES IN ('running');
+CREATE TABLE others PARTITION OF jobs DEFAULT;
+"""
+
+
+def test_row_that_leaves_running_for_another_partition(site, tmp_path):
+    site.database.rows(PARTITIONED)
+    with connected(site.database) as conn:
+        apply(conn)
+    job = site.database.add_job("vlm_analyze", "done")
+    site.start()
+    site.wait_for_working(1)
+    site.database.move(job, "planner", "running")
+    wait_until_idle(tmp_path)
+    site.database.move(job, "planner", "failed")  # an INSERT there, which owes no call
+    site.database.wait_for(NOBODY)
 
 
 @pytest.mark.parametrize("how", ["DELETE FROM jobs", "moved past the triggers"])
