@@ -243,20 +243,19 @@ def move_and_add(cursor, row: str) -> None:
 WAYS = (move, roll_back_and_move, move_behind_a_savepoint, move_and_add)
 
 
-def call_joins(database, worker: str, over: threading.Event) -> Counter:
+def call_joins(conn, worker: str, over: threading.Event) -> Counter:
     """A listener's turns until nothing comes any more: how often each parent was called."""
     called, last = Counter(), False
-    with connected(database) as conn:
-        while not last:
-            last = over.is_set()  # one more turn, as something may have come before that
-            while (parents := joins.look(conn)) or (last and parents is None):
-                pass
-            turn = claim_many(conn, 4, worker, ["ad_copy"])
-            assert all(row.owed for row in turn.claimed)
-            called.update(row.key for row in turn.claimed)
-            if turn.claimed:
-                last = False
-                settle(conn, *[result(row, worker=worker) for row in turn.claimed])
+    while not last:
+        last = over.is_set()  # one more turn, as something may have come before that
+        while (parents := joins.look(conn)) or (last and parents is None):
+            pass
+        turn = claim_many(conn, 4, worker, ["ad_copy"])
+        assert all(row.owed for row in turn.claimed)
+        called.update(row.key for row in turn.claimed)
+        if turn.claimed:
+            last = False
+            settle(conn, *[result(row, worker=worker) for row in turn.claimed])
     return called
 
 
@@ -274,9 +273,11 @@ def test_joins_whose_commits_overlap_in_every_order_are_called_once(each_variant
     over = threading.Event()
     mine = [list(parents.values())[n::4] for n in range(4)]
     with ThreadPoolExecutor(6) as pool, ExitStack() as stack:
-        stack.callback(over.set)
         applications = [stack.enter_context(closing(Application(database, limbo))) for _ in mine]
-        listeners = [pool.submit(call_joins, database, name, over) for name in ("a", "b")]
+        # Connecting changes psycopg2's wait callback, which all threads of a process share.
+        conns = {name: stack.enter_context(connected(database)) for name in ("a", "b")}
+        stack.callback(over.set)
+        listeners = [pool.submit(call_joins, conns[name], name, over) for name in conns]
         list(pool.map(Application.move_all, applications, mine))
         over.set()
         called = sum((each.result() for each in listeners), Counter())
