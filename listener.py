@@ -59,6 +59,9 @@ LONGEST_SLEEP = 5.0
 HEARTBEAT_MARGIN = 20.0
 # How often to look whether a stage has let go of the row of a call that it has answered.
 AGAIN_EVERY = 1.0
+# Looks at parents, and at moves, are at least so far apart: while calls end all the time, each look
+# is a round trip that they wait for.
+LOOKS_APART = 0.05
 # For so long a claim passes by what was due before the last one. A call that was committed late
 # waits that long at the most.
 MARKED_FOR = 1.0
@@ -100,6 +103,7 @@ class Listener:
         self.look_at = self.sweep_at = self.again_at = self.marked_at = 0.0
         self.has_joins = bool(pipeline.joins())
         self.join_at = 0.0 if self.has_joins else math.inf
+        self.joins_looked_at = self.moves_looked_at = -math.inf
         self.is_ordered = pipeline.is_ordered()
         self.is_asynchronous = pipeline.is_asynchronous()
         self.move_at = 0.0 if self.is_asynchronous else math.inf
@@ -277,6 +281,7 @@ class Listener:
 
     def look_at_parents(self, conn: db.Connection, now: float) -> None:
         """Record what joins owe. What keeps that from being done keeps no other call from it."""
+        self.joins_looked_at = now
         try:
             parents = joins.look(conn)
         except db.CONNECTION_LOST:
@@ -287,13 +292,16 @@ class Listener:
             log.error("조인 확인 실패 (%.0f초 후 다시 시도): %s", LONGEST_SLEEP,
                       " ".join(str(error).split()))  # fmt: skip
             self.join_at = now + LONGEST_SLEEP
-        else:  # another listener that is looking may have begun too early to see it all
-            self.join_at = now + (AGAIN_EVERY if parents is None else 0 if parents else math.inf)
+        else:
+            self.join_at = now + LOOKS_APART if parents else math.inf
+            if parents is None:  # another listener is looking, and may have begun too early
+                self.join_at = now + AGAIN_EVERY
 
     def look_at_moves(self, conn: db.Connection, now: float, sweep: bool) -> None:
         """End the calls of asynchronous stages whose rows have moved on. What keeps that from being
         done keeps no call from being made.
         """
+        self.moves_looked_at = now
         try:
             if sweep:
                 moves.record_missed(conn)
@@ -307,7 +315,7 @@ class Listener:
                       " ".join(str(error).split()))  # fmt: skip
             self.move_at = now + LONGEST_SLEEP
             return
-        self.move_at = 0.0 if ended else now + self.settings.SWEEP_INTERVAL
+        self.move_at = now + (LOOKS_APART if ended else self.settings.SWEEP_INTERVAL)
         for row in ended:
             moves.log_end(row)
             if row.outcome == "failed":
@@ -359,7 +367,7 @@ class Listener:
         if any(result.delay is not None for result in self.unwritten):
             self.due_at = 0.0
         if any(result.outcome == TAKEN for result in self.unwritten):
-            self.move_at = 0.0  # the row may have moved on before
+            self.move_at = self.moves_looked_at + LOOKS_APART  # the row may have moved on before
         self.unwritten = []
         for result in self.health.revived:
             log.warning(
@@ -522,9 +530,9 @@ class Listener:
             if db.WAKE_CHANNEL in heard:
                 self.due_at = 0.0  # a hold may have ended before its time
             if db.JOIN_CHANNEL in heard and self.has_joins:
-                self.join_at = 0.0
+                self.join_at = min(self.join_at, self.joins_looked_at + LOOKS_APART)
             if self.is_asynchronous:
-                self.move_at = 0.0
+                self.move_at = min(self.move_at, self.moves_looked_at + LOOKS_APART)
         if was_told and not self.hearing.is_told:  # sweeps come sooner from now on
             self.sweep_at = 0.0
 
