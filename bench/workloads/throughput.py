@@ -82,7 +82,9 @@ class Burst(Throughput):
         return [*(f"{size} in flight" for size in sizes), *([] if quick else [BEST])]
 
     def applies(self, peer: Peer, variant: str) -> bool:
-        return peer.calls and peer.hears
+        """The first design has no limit: with more processes, each makes every call."""
+        has_limit = peer.keeps_debts or peer.kind == "reference"
+        return peer.calls and peer.hears and (has_limit or variant == "1 in flight")
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
         count = 100 if bench.quick else 250 if variant == "1 in flight" else 500
