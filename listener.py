@@ -59,8 +59,8 @@ LONGEST_SLEEP = 5.0
 HEARTBEAT_MARGIN = 20.0
 # How often to look whether a stage has let go of the row of a call that it has answered.
 AGAIN_EVERY = 1.0
-# Looks at parents, and at moves, are at least so far apart: while calls end all the time, each look
-# is a round trip that they wait for.
+# Seconds between two looks at the parents of joins, and between two at the moves of asynchronous
+# calls: each look is a round trip during which no call is claimed or settled.
 LOOKS_APART = 0.05
 # For so long a claim passes by what was due before the last one. A call that was committed late
 # waits that long at the most.
@@ -494,7 +494,7 @@ class Listener:
         """Sleep until something can be read, or until time.monotonic() is `until`."""
         now = time.monotonic()
         until = min(until, self.workers.next_deadline, self.alerts.next_look, now + LONGEST_SLEEP)
-        # A statement may have read a notification that came meanwhile: nothing is left to wait for.
+        # A statement may have read a notification already: select() would not wake for it.
         waits = not (self.finished() or (conn and (self.unwritten or conn.notifies)))
         seconds = max(0.0, until - now) if waits else 0.0
         doing = "waiting for a job to change" if conn else f"database away: {self.reason}"

@@ -3,8 +3,8 @@
 -- Applied by `make trigger` after schema.sql, in the same transaction and search path. They are
 -- generated here: which tables and states there are is filled in as text.
 
--- What they are made for: `install` says it; else it is as it was. The arguments of the triggers
--- keep what it was asked for: --no-notify ('silent'), --notify-owed, --no-insert.
+-- `install` sets what they are made for; a setting that is missing stays as it was. The arguments
+-- of the triggers store the options: --no-notify ('silent'), --notify-owed, --no-insert.
 DO $do$
 DECLARE
     before constant text := coalesce(
@@ -77,11 +77,11 @@ DECLARE
     place   regclass;
     columns text[];
     routes  jsonb;  -- the rows' own: {step: {status: stage}}
-    looks   text;  -- what a change means for the joins of the rows' parents
+    looks   text;  -- statements that record looks at parents; NULL: no joins
     is_ordered boolean;  -- the table has a column for the priority of its rows, or their time
-    moves   text;  -- and for the calls that asynchronous stages work on
+    moves   text;  -- statements that record moves; NULL: no asynchronous stage
     fields  text;  -- of the notification
-    tells   text;  -- the notification, and of which changes there is one
+    tells   text;  -- statements that notify; NULL: nothing is announced
     id_type constant text := (
         SELECT format('%I.%I', n.nspname, y.typname)
         FROM pg_attribute AS a JOIN pg_type AS y ON y.oid = a.atttypid
@@ -249,7 +249,8 @@ BEGIN
                 coalesce('($1).' || quote_ident(t.parent_column) || '::text::' || id_type,
                          'NULL'))) END;
 
-        -- A new row that owes nothing is no change of state to anybody.
+        -- A new row that owes nothing is not announced, unless it comes from another partition and
+        -- has left an asynchronous stage.
         tells := CASE WHEN announced <> 'nothing' THEN format($notify$
     IF %s THEN
         RETURN NEW;

@@ -26,8 +26,8 @@ TERMINATE = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE starts_with(application_name, %s)
 """
 STREAMING = "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'"
-# Until a commit has to wait for the standby. The checkpointer tells the others so, and it begins
-# no checkpoint before.
+# Makes each commit wait for the standby. Sessions do so once the checkpointer has read the setting,
+# which it has when a later CHECKPOINT is done.
 WAIT_FOR_STANDBY = "ALTER SYSTEM SET synchronous_standby_names = '*'"
 WAIT_NO_MORE = "ALTER SYSTEM RESET synchronous_standby_names"
 STANDBY_TIMEOUT = 5.0  # seconds
@@ -69,7 +69,7 @@ class Target:
     slots: list[int]
     pids: list[int] = field(default_factory=list)
     locked: list[tuple[float, float]] = field(default_factory=list)
-    ended: float = 0.0  # where that is before everything is as it was
+    ended: float = 0.0  # time.time() of the end, if before the clean-up; 0: after the clean-up
 
 
 @dataclass
@@ -111,7 +111,7 @@ class World:
 
     @contextmanager
     def locking(self, target: Target) -> Iterator[None]:
-        """Notes how long a statement locks a table or waits for that, also where it gives up."""
+        """Note how long a statement holds or waits for the lock of a table, even if it gives up."""
         if not self.database_up:
             raise NotNow
         began = time.time()
@@ -137,9 +137,7 @@ class World:
         self.undone.append(do)
 
     def wait_for_standby(self) -> None:
-        """From now on each commit is with the standby before anybody hears of it. Raises NotNow
-        where the standby has gone.
-        """
+        """Make each commit wait until the standby has it. Raises NotNow if the standby is gone."""
         self.reload(WAIT_FOR_STANDBY)
         end = time.monotonic() + STANDBY_TIMEOUT
         while not self.query(SYNCHRONOUS)[0][0]:
@@ -154,8 +152,8 @@ class World:
         self.query("SELECT pg_reload_conf()")
 
     def fail_over(self, target: Target) -> None:
-        """The standby is the primary now, and the proxy leads there. It ends what leads to the old
-        one, which is the standby from now on: somebody has to start it.
+        """Promote the standby and lead the proxy to it; connections to the old primary are cut. The
+        old primary becomes the standby, and the caller has to start it.
         """
         promote(self.standby)
         self.database, self.standby = self.standby, self.database
@@ -359,8 +357,9 @@ def switch_over(world: World, plan: PlannedFault, target: Target) -> Iterator[No
 
 @contextmanager
 def crash(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
-    """The primary loses its power, and its standby becomes the primary, to which each commit had to
-    go before anybody heard of it. The other one begins anew, with a copy."""
+    """Kill all processes of the primary while each commit waits for the standby, and promote the
+    standby. The old primary is rebuilt from a copy of the new one.
+    """
     is_ready = world.database_up and not world.frozen and world.query(STREAMING)[0][0]
     if not is_ready:  # a frozen backend may keep a checkpoint waiting
         raise NotNow
@@ -405,7 +404,7 @@ def garbage(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
     yield
 
 
-# What follows is none of it a fault: it excuses no repeat, but where it has locked tables.
+# The following are no faults: they excuse a repeat only while they lock tables.
 
 
 @contextmanager

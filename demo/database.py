@@ -133,8 +133,8 @@ class EmbeddedDatabase:
         self._server.wait()
 
     def kill(self) -> None:
-        """Ends all its processes at once, as a host does that loses its power."""
-        os.kill(self.pid, signal.SIGSTOP)  # it starts no others
+        """Kill all processes of the server at once, as a power failure would."""
+        os.kill(self.pid, signal.SIGSTOP)  # so that it starts no others
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         for pid in [self.pid, *map(int, children)]:
             with suppress(ProcessLookupError):

@@ -28,8 +28,9 @@ class Standby(EmbeddedDatabase):
 
 
 def copy(server: EmbeddedDatabase, primary: EmbeddedDatabase) -> None:
-    """Replace what a server that does not run has by all that `primary` has."""
-    data = server._directory / "data"  # is kept, as its number leads to the memory a crash left
+    """Replace the data of a stopped server by a copy of the data of `primary`."""
+    # The directory itself is kept: by its inode PostgreSQL finds shared memory left by a crash.
+    data = server._directory / "data"
     for each in data.iterdir():
         shutil.rmtree(each) if each.is_dir() else each.unlink()
     command = [server._bin / "pg_basebackup", "-D", data, "-R", "-N", "-c", "fast"]
@@ -55,6 +56,6 @@ def follow(server: EmbeddedDatabase, primary: EmbeddedDatabase) -> None:
 
 
 def rebuild(server: EmbeddedDatabase, primary: EmbeddedDatabase) -> None:
-    """Start a primary that crashed, now as a standby with a copy of another one."""
+    """Start a crashed primary as a standby, with a copy of the data of `primary`."""
     copy(server, primary)
     follow(server, primary)

@@ -450,7 +450,9 @@ def test_worker_that_crashes_though_nobody_planned_it_is_found(planned, script):
     assert kinds(script) == (set() if planned else {PROCESS})
 
 
-def test_accepted_call_taken_for_lost_without_a_fault_is_found(script):
+@pytest.mark.parametrize(("locked", "found"), [(2.0, set()), (0.5, {REPEATED, ATTEMPTS}),
+                                               (0.0, {REPEATED, ATTEMPTS})])  # fmt: skip
+def test_accepted_call_may_be_taken_for_lost_only_while_its_table_is_locked(locked, found, script):
     script.move(1, "img_gen")
     script.claim(1.1)
     script.post(1.4)
@@ -458,20 +460,9 @@ def test_accepted_call_taken_for_lost_without_a_fault_is_found(script):
     script.row(1.1 + LEASE, "lost", claim=script.claims[0])
     script.post(4.5)
     script.row(4.5)
-    assert kinds(script) == {REPEATED, ATTEMPTS}
-
-
-@pytest.mark.parametrize(("locked", "found"), [(2.0, set()), (0.5, {REPEATED, ATTEMPTS})])
-def test_accepted_call_may_be_taken_for_lost_while_its_table_was_locked(locked, found, script):
-    script.move(1, "img_gen")
-    script.claim(1.1)
-    script.post(1.4)
-    script.claim(1.1 + LEASE, attempt=2, worker=OTHER)
-    script.row(1.1 + LEASE, "lost", claim=script.claims[0])
-    script.post(4.5)
-    script.row(4.5)
-    script.fault("change columns of jobs, given up", "nothing", 1.3, 1.3 + locked)
-    script.faults[-1].locked.append((1.3, 1.3 + locked))
+    if locked:
+        script.fault("change columns of jobs, given up", "nothing", 1.3, 1.3 + locked)
+        script.faults[-1].locked.append((1.3, 1.3 + locked))
     assert kinds(script) == found
 
 
