@@ -10,9 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg2
+from psycopg2.extensions import cursor
 
 from db import CONNECTION_LOST, WAKE_CHANNEL, Statement, execute, run
 
@@ -46,8 +47,7 @@ class Result:
     trace: str | None = None  # the traceback of a bug in the stage function, for the log
 
 
-@dataclass(frozen=True)
-class Wanted:
+class Wanted(NamedTuple):
     """A stage to claim calls of.
 
     Args:
@@ -346,7 +346,8 @@ TAKE = f"""
     SELECT job_id, table_name, call_id, attempts, stage, worker, started_at, due_at, tenant_id
     FROM claimed
 )
-SELECT claimed.call_id, claimed.job_id, claimed.job_id::text AS key, claimed.table_name,
+SELECT {UNSETTLED} AS unsettled, now() AS asked_at,
+       claimed.call_id, claimed.job_id, claimed.job_id::text AS key, claimed.table_name,
        claimed.join_of, claimed.current_step, claimed.status, claimed.stage,
        claimed.attempts AS attempt, claimed.attempts - claimed.free_attempts AS spent,
        claimed.started_at::text,
@@ -367,8 +368,7 @@ SELECT claimed.call_id, claimed.job_id, claimed.job_id::text AS key, claimed.tab
             WHERE a.job_id = claimed.job_id AND a.call_id = claimed.call_id
             ORDER BY a.finished_at DESC LIMIT 1) END AS outcome_before,
        EXISTS (SELECT FROM pipeline_stages AS p
-               WHERE p.stage = claimed.stage AND p.hold_seconds IS NOT NULL) AS after_hold,
-       {UNSETTLED} AS unsettled, now() AS asked_at
+               WHERE p.stage = claimed.stage AND p.hold_seconds IS NOT NULL) AS after_hold
 FROM (VALUES (1)) AS always
 LEFT JOIN claimed ON true
 LEFT JOIN LATERAL stage_call_row(claimed.table_name, claimed.join_of, claimed.job_id) AS job
@@ -395,16 +395,56 @@ CLAIM_IN_ORDER = Statement("claim_in_order", f"WITH due AS ({DUE_IN_ORDER}){NOTE
 CLAIM_BY_HAND = Statement("claim_by_hand", f"WITH due AS ({DUE_BY_HAND}){NOTE_BEGUN}{TAKE}")
 
 
+class Claimed(NamedTuple):
+    """A call that was claimed, and where its row is now: what TAKE selects, in that order.
+
+    key: the row's id as the database writes it.
+    current_step, status: the state that owes it.
+    taken_over: the attempt before was lost with its listener.
+    job_found, job_step, job_status: of its row, or its parent's where that owes it.
+    is_complete: of a join: all rows of the parent are in its state.
+    owed: the row is still in the state that owes it.
+    accepted: an attempt before was.
+    outcome_before: of a join: the outcome of the attempt before.
+    after_hold: its stage was held before.
+    """
+
+    call_id: int
+    job_id: Any
+    key: str
+    table_name: str
+    join_of: str
+    current_step: str
+    status: str
+    stage: str
+    attempt: int
+    spent: int
+    started_at: str
+    taken_over: bool
+    was_due_at: datetime
+    last_error: str | None
+    tenant_id: Any
+    parent_id: Any
+    job_found: bool
+    job_step: str | None
+    job_status: str | None
+    is_complete: bool | None
+    owed: bool
+    accepted: bool
+    outcome_before: str | None
+    after_hold: bool
+
+
 @dataclass(frozen=True)
 class Turn:
     """What one round trip brought about.
 
-    claimed: the rows of the calls that were claimed, the one due longest first.
+    claimed: the one due longest first.
     unsettled: calls whose row the stage's own transaction holds: settle them again later.
     asked_at: the database's time of the claim; None where it was more than one.
     """
 
-    claimed: list
+    claimed: list[Claimed]
     unsettled: list[int]
     asked_at: datetime | None = None
 
@@ -460,17 +500,18 @@ def settle_and_claim(
         params["only"], params["only_call"] = only
     if claim is TELL and not results:
         return Turn([], [])
-    rows = run(conn, [statement for statement, is_needed in needed.items() if is_needed], params)
-    rows = rows.fetchall()
-    unsettled = [int(call_id) for call_id in (rows[0].unsettled or "").split()]
+    statements = [statement for statement, is_needed in needed.items() if is_needed]
+    rows = run(conn, statements, params, rows=cursor).fetchall()
+    skipped, asked_at = rows[0][:2]
+    unsettled = [int(call_id) for call_id in (skipped or "").split()]
     if claim is TELL:
         return Turn([], unsettled)
-    claimed = [row for row in rows if row.call_id is not None]
-    freed = Counter(r.stage for r in results if r.limited and r.outcome not in ("unknown", TAKEN))
-    if free_places := freed - Counter(row.stage for row in claimed):
+    claimed = [Claimed(*row[2:]) for row in rows if row[2] is not None]
+    freed = [r.stage for r in results if r.limited and r.outcome not in ("unknown", TAKEN)]
+    if free_places := Counter(freed) - Counter(row.stage for row in claimed) if freed else None:
         execute(conn, WAKE_WAITING, {"stages": list(free_places)})
     claimed.sort(key=attrgetter("was_due_at"))
-    return Turn(claimed, unsettled, rows[0].asked_at)
+    return Turn(claimed, unsettled, asked_at)
 
 
 # A place under a limit is free and this listener did not take it, so the others are woken.

@@ -313,8 +313,16 @@ def is_pooled(conn: Connection) -> bool:
     return execute(conn, BACKEND_PID).fetchone()[0] != conn.info.backend_pid
 
 
-def execute(conn: Connection, sql: str, params: dict[str, Any] | None = None):
+def execute(
+    conn: Connection,
+    sql: str,
+    params: dict[str, Any] | None = None,
+    rows: type[psycopg2.extensions.cursor] = psycopg2.extras.NamedTupleCursor,
+):
     """Run `sql` and return its cursor. Several statements in one are one transaction.
+
+    Args:
+        rows: the kind of cursor, which makes the rows.
 
     Raises:
         ConnectionLost: connect again; whether the statement took effect is not known.
@@ -322,7 +330,7 @@ def execute(conn: Connection, sql: str, params: dict[str, Any] | None = None):
     """
     for chances_left in (1, 0):
         try:
-            cursor = conn.cursor(cursor_factory=psycopg2.extras.NamedTupleCursor)
+            cursor = conn.cursor(cursor_factory=rows)
             cursor.execute(conn.prefix + sql, params)
             return cursor
         except psycopg2.Error as error:
@@ -344,17 +352,18 @@ class Statement:
 PLACEHOLDER = re.compile(r"%\((\w+)\)s")
 
 
-def run(conn: Connection, statements: Sequence[Statement], params: dict[str, Any]):
-    """Run `statements` as one transaction and return the cursor of the last.
+def run(conn: Connection, statements: Sequence[Statement], params: dict[str, Any], **kind: Any):
+    """Run `statements` as one transaction and return the cursor of the last; `kind` as execute's.
 
     A session prepares each once, as planning a claim costs more than running it. Not behind a
     pooler, where the next transaction may have another session.
     """
     if conn.prefix:
-        return execute(conn, ";".join(one.sql for one in statements), params)
+        return execute(conn, ";".join(one.sql for one in statements), params, **kind)
     if new := [one for one in statements if one.name not in conn.prepared]:
         prepare(conn, new)
-    return execute(conn, ";".join(conn.prepared[one.name] for one in statements), params)
+    sql = ";".join(conn.prepared[one.name] for one in statements)
+    return execute(conn, sql, params, **kind)
 
 
 def prepare(conn: Connection, statements: Sequence[Statement]) -> None:

@@ -50,11 +50,11 @@ class StageHealth:
         self.of: dict[str, Health] = defaultdict(Health)
         self.revived: list[Result] = []  # given up, although the stage was at fault: to be undone
 
-    def most(self, stage: str, free: int, under_way: int) -> int:
+    def most(self, stage: str, free: int, under_way: list[Call]) -> int:
         """How many calls of `stage` may begin: one at a time if it is silent or wrong."""
         health = self.of[stage]
         if health.is_wrong or health.unanswered >= UNANSWERED:
-            return max(0, 1 - under_way)
+            return 0 if any(call.stage == stage for call in under_way) else 1
         return free
 
     def revised(self, call: Call, ended: Result) -> Result:

@@ -18,7 +18,7 @@ import select
 import socket
 import sys
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from dataclasses import replace
 from datetime import datetime
 from types import SimpleNamespace
@@ -39,7 +39,7 @@ import ops
 import pipeline
 import trigger
 from alerts import Alerts
-from calls import PAID, TAKEN, Result, Turn, Wanted
+from calls import PAID, TAKEN, Claimed, Result, Turn, Wanted
 from health import StageHealth
 from heartbeat import Heartbeat
 from ops.rows import TABLE, RowCommand
@@ -328,7 +328,7 @@ class Listener:
         found: list[Wanted] = []
         pools: set[str] = set()
         self.left_out = []
-        under_way = Counter(call.stage for call in self.workers.calls)
+        under_way = self.workers.calls
         for stage in self.order:
             limits = self.limits[stage]
             if limits.pool and stage in self.tried:
@@ -336,7 +336,7 @@ class Listener:
             if limits.pool and limits.pool.name in pools:
                 self.left_out.append(stage)
                 continue
-            if most := self.health.most(stage, free, under_way[stage]):
+            if most := self.health.most(stage, free, under_way):
                 lease = limits.timeout + self.settings.LEASE_MARGIN
                 share = -(-free // len(self.order))
                 found.append(Wanted(stage, lease, most, share, limits.is_shared,
@@ -459,7 +459,7 @@ class Listener:
                 to_make.append(call)
         return to_make
 
-    def put_off_after_failed(self, conn: db.Connection, call: Call, row: Any) -> bool:
+    def put_off_after_failed(self, conn: db.Connection, call: Call, row: Claimed) -> bool:
         """Let a call that (stage, 'failed') owes to that stage wait, or give it up; whether it did.
 
         It takes over attempts and back-off of the call before it, or a stage that always fails

@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
+from requests.structures import CaseInsensitiveDict
 
 import signing
 
@@ -96,7 +97,7 @@ class StageApi:
     def __init__(self, settings: SimpleNamespace, url: str | None = None):
         self.url = url or settings.STAGE_API_URL
         self.verify = settings.STAGE_API_CA_BUNDLE or True
-        self.prepared = prepared(self.url, settings.STAGE_API_TOKEN)
+        self.headers = shared_headers(self.url, settings.STAGE_API_TOKEN)
         self.secrets = settings.STAGE_API_SECRET or ()
         self.adapter = WholeAnswers()
         self.used_at = 0.0
@@ -168,15 +169,16 @@ class StageApi:
         self, method: str, path: str, headers: Mapping[str, str], data: bytes | None = None
     ) -> requests.PreparedRequest:
         """A request as it is sent."""
-        request = self.prepared.copy()
+        request = requests.PreparedRequest()
         request.method, request.url = method, requests.utils.requote_uri(self.url + path)
-        request.prepare_body(data, None)
-        request.headers.update(headers)
+        length = {} if data is None else {"Content-Length": str(len(data))}
+        request.headers = CaseInsensitiveDict({**self.headers, **length, **headers})
+        request.body = data
         return request
 
 
-def prepared(url: str, token: str | None) -> requests.PreparedRequest:
-    """The parts that all requests to `url` share, with the token or the URL's user."""
+def shared_headers(url: str, token: str | None) -> Mapping[str, str]:
+    """What all requests to `url` have in common, with the token or the URL's user."""
     headers = {
         "User-Agent": "job-state-listener",
         "Accept-Encoding": "identity",
@@ -188,7 +190,7 @@ def prepared(url: str, token: str | None) -> requests.PreparedRequest:
     elif parts.username is not None:
         # As bytes, since requests encodes text as Latin-1.
         auth = unquote(parts.username).encode(), unquote(parts.password or "").encode()
-    return requests.Request("POST", url, headers, auth=auth).prepare()
+    return requests.Request("GET", url, headers, auth=auth).prepare().headers
 
 
 def answer_of(response: requests.Response) -> Answer:

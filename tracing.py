@@ -42,7 +42,8 @@ def read(traceparent: str | None) -> Trace | None:
 def made(table: str, key: str) -> Trace:
     """The trace of a row: a UUID itself, so that a job's trace is found by the job's id."""
     try:
-        is_usable = str(uuid.UUID(key)) == key and uuid.UUID(key).int
+        number = uuid.UUID(key)
+        is_usable = str(number) == key and number.int
     except ValueError:
         is_usable = False
     return Trace(key.replace("-", "") if is_usable else hexadecimal(f"{table}/{key}", 16))

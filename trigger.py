@@ -11,6 +11,7 @@ import random
 import re
 import time
 import traceback
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,7 @@ import logs
 import pipeline
 import stage_http
 from alerts import Alerts
-from calls import TAKEN, Result
+from calls import TAKEN, Claimed, Result
 from pipeline import Call
 
 log = logging.getLogger("listener.trigger")
@@ -55,11 +56,11 @@ def boottime() -> float:
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
-def refused(call: Call, row: Any, owed: bool, accepted: bool) -> Result | None:
+def refused(call: Call, row: Claimed, owed: bool, accepted: bool) -> Result | None:
     """The result of a claim that must not be called; None where it must.
 
     Args:
-        row: of the claim: `job_found`, `job_step` and `job_status` say where the job is now.
+        row: of the claim.
         owed: the job is still in the state that owes the call.
         accepted: an earlier attempt of it was accepted.
     """
@@ -100,7 +101,7 @@ def outdated(call: Call) -> Result:
     return result(call, "skipped", error="rows of the join have changed: it is looked at anew")
 
 
-def is_given_up_with_its_parent(call: Call, row: Any) -> bool:
+def is_given_up_with_its_parent(call: Call, row: Claimed) -> bool:
     """Whether the stage of a join's call has set the parent to failed, and nothing follows from it.
 
     It is kept for a person to retry, as no state of the parent's owes it.
@@ -120,7 +121,7 @@ class Trigger:
     def __init__(self, settings: SimpleNamespace):
         self.settings = settings
         self.redact = config.redactor(settings)
-        self.apis = pipeline.stage_apis(settings)
+        self.apis, self.routes = pipeline.stage_apis(settings), pipeline.routes()
 
     def run(self, call: Call, by_hand: bool = False) -> Result:
         """Run the stage function of `call`; what came of it.
@@ -148,7 +149,7 @@ class Trigger:
 
     def outcome(self, call: Call, by_hand: bool) -> Result:
         try:
-            return self.judged(call, answer_of(call))
+            return self.judged(call, answer_of(call, self.routes))
         except BaseException as error:
             if call.answer is None or not is_accepted(call):
                 return self.raised(call, error, by_hand)
@@ -207,15 +208,17 @@ class Trigger:
         return failure(call, outcome, error, self.settings.RETRY_DELAY, **details)
 
 
-def answer_of(call: Call) -> stage_http.Answer:
+def answer_of(call: Call, routes: Mapping[pipeline.Route, Callable]) -> stage_http.Answer:
     """Run the stage function; the answer that it returns, whoever sent the request.
+
+    Args:
+        routes: as of pipeline.routes().
 
     Raises:
         NoAnswer, Unreachable, Interrupted: also where the function used `requests` itself.
         Exception: what the function raised.
     """
     try:
-        routes = pipeline.routes()
         if call.route not in routes:
             raise LookupError(f"PIPELINE has no {call.route} any more")
         answer = routes[call.route](call)

@@ -54,7 +54,7 @@ def show(conn, settings: SimpleNamespace, row: Any, stage: str | None) -> None:
 
     try:
         with db.without_callback(), nothing_sent(keep):
-            trigger.answer_of(call)
+            trigger.answer_of(call, pipeline.routes())
     except db.ConnectionLost:
         raise
     except (Exception, SystemExit) as error:

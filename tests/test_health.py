@@ -1,5 +1,7 @@
 """Whether a refusal is the fault of the stage or of the job is judged by calls of other jobs."""
 
+from types import SimpleNamespace
+
 import pytest
 from claims import LEASE_OVER
 from raw_server import OK, in_turn
@@ -37,8 +39,9 @@ def test_wrong_answer_to_several_jobs_is_about_the_stage(database, serve, caller
     assert not database.owed(first).given_up and not database.owed(second).given_up
     assert worker.line("단계가 모든 job을 거절함")
     # Claimed one at a time meanwhile.
-    assert worker.listener.health.most("vlm_analyze", 8, 0) == 1
-    assert worker.listener.health.most("vlm_analyze", 8, 1) == 0
+    assert worker.listener.health.most("vlm_analyze", 8, []) == 1
+    under_way = [SimpleNamespace(stage="vlm_analyze")]
+    assert worker.listener.health.most("vlm_analyze", 8, under_way) == 0
 
 
 def test_stage_that_accepts_again_is_called_as_before(database, serve, caller):
@@ -47,7 +50,7 @@ def test_stage_that_accepts_again_is_called_as_before(database, serve, caller):
     worker.call(), worker.call()
     outcomes = [worker.call_again().outcome for _ in jobs]
     assert outcomes == ["succeeded"] * 3 and not database.value(HELD)
-    assert worker.listener.health.most("vlm_analyze", 8, 0) == 8
+    assert worker.listener.health.most("vlm_analyze", 8, []) == 8
 
 
 def test_wrong_answers_with_a_success_between_are_about_the_jobs(database, serve, caller):
@@ -177,7 +180,7 @@ def test_stage_that_its_gateway_has_lost_is_held_and_costs_one_attempt(
     for _ in range(10):
         assert call_after_leases(database, worker).outcome == "unknown"
         assert database.value(HELD)
-        assert worker.listener.health.most("vlm_analyze", 8, 0) == 1
+        assert worker.listener.health.most("vlm_analyze", 8, []) == 1
     assert not any(database.owed(job).given_up for job in jobs)
     worker.line("단계가 모든 job을 거절함")
     for _ in jobs:
@@ -215,4 +218,4 @@ def test_gateway_that_gives_up_waiting_is_no_answer(database, serve, caller):
         database.add_job()
     worker = caller(serve(in_turn(answer("504 Gateway Timeout"))).url)
     assert [worker.call().outcome for _ in range(2)] == ["unknown", "unknown"]
-    assert worker.listener.health.most("vlm_analyze", 8, 0) == 1
+    assert worker.listener.health.most("vlm_analyze", 8, []) == 1
