@@ -21,7 +21,7 @@ from ops.listeners import listeners
 from ops.pools import pools
 from ops.problem import Problem
 from ops.resting import NONE, Resting, resting
-from ops.routes import is_updates_only
+from ops.routes import announced, is_updates_only
 from ops.screen import Screen
 from ops.table import (
     JSON,
@@ -81,6 +81,7 @@ def look(conn, settings: SimpleNamespace) -> dict[str, Any]:
             "schema_version": version,
             "schema_problem": refusal,
             "updates_only": problem is None and is_updates_only(conn),
+            "announced": announced(conn) if problem is None else None,
             "notification_queue_percent": db.execute(conn, QUEUE).fetchone()[0],
         },
         "triggers": {"ok": problem is None, "problem": problem},
@@ -134,6 +135,11 @@ HINTS = {
     "failed": f"failed: {JSL} jobs --failed, then job ID for the way back",
     "stalled": f"stalled: {JSL} jobs --stalled",
 }
+# By what the triggers announce, where that is not every change.
+ANNOUNCED = {
+    "owed": "only changes that owe a call are announced (install --notify-owed)",
+    "nothing": "nothing is announced (install --no-notify): listeners look every POLL_INTERVAL",
+}
 LONGEST_LISTENER = 21
 MOST_CALLS = 10  # of one listener
 COLUMNS = 80  # where the output goes to no terminal that has its own
@@ -147,6 +153,8 @@ def lines(found: dict[str, Any]) -> Iterator[Line]:
     yield summary(found), 0
     if base["updates_only"]:
         yield "a row that is inserted owes no call (install --no-insert)", 0
+    if said := ANNOUNCED.get(base["announced"]):
+        yield said, 0
     problems = found["error"], base["schema_problem"], found["triggers"]["problem"]
     for problem in filter(None, (*problems, found["resting_problem"])):
         yield f"PROBLEM  {plain(problem)}", RED

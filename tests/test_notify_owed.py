@@ -54,11 +54,19 @@ def test_choice_stays_until_another_one_is_made(database, run_command):
         assert len(changes.messages()) == 1
 
 
-def test_verify_says_so(database, api, run_command):
+def test_verify_and_status_say_so(database, api, run_command):
     run_command(database, "install", "--notify-owed")
     done = run_command(database, "verify", api=api)
     assert done.code == 0
     assert any(line.endswith(", NOTIFY only where a call is owed") for line in done.lines)
+    said = "{} (install --{})"
+    owed = said.format("only changes that owe a call are announced", "notify-owed")
+    assert owed in run_command(database, "status").lines
+    run_command(database, "install", "--no-notify")
+    nothing = said.format("nothing is announced", "no-notify")
+    assert f"{nothing}: listeners look every POLL_INTERVAL" in run_command(database, "status").lines
+    run_command(database, "install", "--notify")
+    assert not any("announced" in line for line in run_command(database, "status").lines)
 
 
 def test_two_choices_at_once_are_refused(database, run_command):

@@ -380,9 +380,10 @@ def test_function_that_left_pipeline_is_a_failed_attempt(database, accepting, ca
         return call.post("/api/x")
 
     add_stage(leaving, "x")
+    add_stage(leaving, "y")  # so that its calls are claimed
     job = database.add_job("x")
-    worker = caller(accepting.url)
     del five_stages.PIPELINE["x", "done"]
+    worker = caller(accepting.url)
     attempt = worker.call()
     assert attempt.outcome == "retry" and "PIPELINE has no (x, done)" in attempt.error
     assert accepting.connections == 0 and not database.owed(job).given_up
