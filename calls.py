@@ -507,9 +507,10 @@ def settle_and_claim(
     if claim is TELL:
         return Turn([], unsettled)
     claimed = [Claimed(*row[2:]) for row in rows if row[2] is not None]
-    freed = [r.stage for r in results if r.limited and r.outcome not in ("unknown", TAKEN)]
-    if free_places := Counter(freed) - Counter(row.stage for row in claimed) if freed else None:
-        execute(conn, WAKE_WAITING, {"stages": list(free_places)})
+    if freed := [r.stage for r in results if r.limited and r.outcome not in ("unknown", TAKEN)]:
+        free_places = Counter(freed) - Counter(row.stage for row in claimed)
+        if free_places:
+            execute(conn, WAKE_WAITING, {"stages": list(free_places)})
     claimed.sort(key=attrgetter("was_due_at"))
     return Turn(claimed, unsettled, asked_at)
 

@@ -25,6 +25,7 @@ JOIN_CHANNEL = "job_state_listener_join"
 WAKE = f'NOTIFY "{WAKE_CHANNEL}"'
 # A listener's application_name is this and its name, for pg_stat_activity and `status`.
 LISTENER_APPLICATION = "job-state-listener run "
+CALL_APPLICATION = "job-state-listener call "  # that of a call by hand, with its name
 
 # Once connected, the oid of its schema stands between prefix and name, as a database may have
 # several installations. Not behind a pooler, which gives the session to other clients.

@@ -676,12 +676,13 @@ def call(job_id: str, stage: str | None, dry_run: bool, table: str | None) -> No
 
     settings = config.settings()
     logs.set_up(settings)
-    conn = db.connect(settings, "job-state-listener call", pinned=True)
+    name = listener_name()
+    conn = db.connect(settings, db.CALL_APPLICATION + name, pinned=True)
     ops.require_installed(conn)
     row = rows.find(conn, job_id, table)
     if dry_run:
         return preview.show(conn, settings, row, stage)
-    sys.exit(0 if steer.call_by_hand(conn, settings, listener_name(), row, stage) else 1)
+    sys.exit(0 if steer.call_by_hand(conn, settings, name, row, stage) else 1)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ import db
 from heartbeat import ALIVE, Beat, heartbeats
 from ops.table import clock
 
-# The listeners' sessions in all databases of this server. PostgreSQL cuts an application_name at
-# the length of an identifier. One without a schema belongs to a listener behind a pooler, or to
-# one that has just connected.
+# The sessions of listeners, or of calls by hand, in all databases of this server. PostgreSQL cuts
+# an application_name at the length of an identifier. One without a schema belongs to a call by
+# hand, to a listener behind a pooler, or to one that has just connected.
 SESSIONS = """
 SELECT regexp_replace(s.said, '^[0-9]+/', '') AS listener,
        s.room - length(coalesce(substring(s.said from '^[0-9]+/'), '')) AS longest,
@@ -34,9 +34,9 @@ ORDER BY started_at
 """
 
 
-def sessions(conn) -> list:
-    """The sessions of listeners that are connected to this server."""
-    return db.execute(conn, SESSIONS, {"prefix": db.LISTENER_APPLICATION}).fetchall()
+def sessions(conn, application: str = db.LISTENER_APPLICATION) -> list:
+    """The sessions of listeners that are connected to this server, or those of calls by hand."""
+    return db.execute(conn, SESSIONS, {"prefix": application}).fetchall()
 
 
 def connected(conn) -> int:
@@ -45,8 +45,8 @@ def connected(conn) -> int:
 
 
 def listeners(conn, settings: SimpleNamespace) -> list[dict[str, Any]]:
-    """Every listener that is connected, has calls under way, or a heartbeat on this host; not
-    those that work in another database or for another schema of this one.
+    """Every listener that is connected, has calls under way, or a heartbeat on this host, and every
+    call by hand; not those that work in another database or for another schema of this one.
     """
     beats = {beat.listener: beat for beat in heartbeats(settings.HEARTBEAT_DIR)}
     calls = [row._asdict() for row in db.execute(conn, CALLS)]
@@ -59,16 +59,18 @@ def listeners(conn, settings: SimpleNamespace) -> list[dict[str, Any]]:
         elif not any(call["listener"] == name for call in calls):
             beats.pop(name, None)
             names.pop(name, None)
+    hands = sessions(conn, db.CALL_APPLICATION)
     found = []
     for name in sorted(names | since):
         beat, ours = beats.get(name), [call for call in calls if call["listener"] == name]
+        hand = next((row for row in hands if name[: row.longest] == row.listener), None)
         found.append(
             {
                 "listener": name,
                 "connected": name in since,
                 "heartbeat": beat and beat.state,
-                "seconds": beat.seconds if beat else since.get(name),
-                "doing": doing(beat, name in since, ours),
+                "seconds": beat.seconds if beat else since.get(name, hand and hand.seconds),
+                "doing": "a call by hand" if hand else doing(beat, name in since, ours),
                 "calls": ours,
             }
         )

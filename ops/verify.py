@@ -368,6 +368,21 @@ def check_hosts(conn, settings) -> str:
     return f"{left} more connections are left"
 
 
+COMMITS = """
+SELECT count(*) AS waiting FROM pg_stat_activity
+WHERE datname = current_database() AND wait_event = 'SyncRep'
+  AND query_start < now() - make_interval(secs => %(deadline)s)
+"""
+
+
+def check_commits(conn, settings) -> str:
+    if waiting := db.execute(conn, COMMITS, {"deadline": db.DEADLINE}).fetchone().waiting:
+        raise Bad(f"commits that wait for a synchronous standby since over {db.DEADLINE:.0f} s: "
+                  f"{waiting}",
+                  "start it, or take it out of synchronous_standby_names")  # fmt: skip
+    return "no commit that this role can see waits for a synchronous standby"
+
+
 def check_enabled(conn, settings) -> str:
     if off := config.why_off(settings):
         raise Bad(f"the listener is off: {off}", "set LISTENER_ENABLED=true")
@@ -377,7 +392,7 @@ def check_enabled(conn, settings) -> str:
 CHECKS: list[Callable] = [
     check_server, check_tables, check_rows, check_columns, check_function, check_triggers,
     check_routes, check_privileges, check_others, check_listen, check_stage_api, check_signing,
-    check_hosts, check_enabled,
+    check_hosts, check_commits, check_enabled,
 ]  # fmt: skip
 
 

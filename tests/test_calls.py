@@ -4,7 +4,17 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from claims import LEASE_OVER, STAGES, claim, claim_many, connected, held, result, settle
+from claims import (
+    LEASE_OVER,
+    STAGES,
+    claim,
+    claim_many,
+    connected,
+    held,
+    result,
+    settle,
+    wanted,
+)
 from tcp_proxy import TcpProxy
 
 import calls
@@ -290,6 +300,14 @@ def test_other_stage_of_the_same_job_is_called_meanwhile(database, conn):
 
 
 # --- the lease -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("claim", [calls.CLAIM, calls.CLAIM_IN_ORDER, calls.CLAIM_BY_HAND])
+def test_rows_of_a_claim_are_what_claimed_says(conn, claim):
+    params = calls.places(wanted()) | {"free": 1, "worker": "w", "sweep": False}
+    found = db.execute(conn, claim.sql, params | {"only": None, "only_call": None})
+    names = [column.name for column in found.description]
+    assert names == ["unsettled", "asked_at", *calls.Claimed._fields]
 
 
 def test_call_is_taken_over_once_its_lease_has_run_out(database, conn, other):

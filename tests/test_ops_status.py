@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import psycopg2
@@ -304,6 +305,20 @@ def test_frozen_listener_is_hanging(database, listener, run_command, tmp_path):
     finally:
         heartbeat.close()
     assert (name, doing) == ("stuck", "hanging: waiting for a job to change")
+
+
+def test_call_by_hand_is_shown_as_one(database, api, run_command):
+    job = database.add_job("img_gen", "done")
+    with gate(api) as opened, ThreadPoolExecutor() as pool:
+        called = pool.submit(run_command, database, "call", job, api=api)
+        wait_for_call(api, job)
+        said = json.loads(run_command(database, "status", "--json").out)
+        [[_, _, doing], [_, under_way]] = status(run_command, database).listeners
+        opened.set()
+        assert called.result().code == 0
+    [hand] = said["listeners"]
+    assert not hand["connected"] and hand["seconds"] >= 0
+    assert doing == "a call by hand" and under_way == f"vlm_analyze {job}"
 
 
 def test_calls_of_a_killed_listener_are_shown_until_they_end(

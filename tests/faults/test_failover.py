@@ -4,14 +4,17 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from claims import connected
 from conftest import PROGRAM, Database, Server
-from waiting import LISTENING, backends, terminate_backends, wait_until_idle
+from waiting import LISTENING, backends, terminate_backends, until, wait_until_idle
 
+import db
 from demo.database import EmbeddedDatabase
 from demo.stage_api import StageApi
 from demo.stage_server import Answer
 from demo.standby import Standby
 from faults.test_connection import frozen, processes
+from ops import verify
 
 pytestmark = pytest.mark.slow
 
@@ -85,8 +88,17 @@ runpy.run_path({str(PROGRAM)!r}, run_name="__main__")
 """
 
 
+def verified(database) -> str:
+    """What `verify` says of commits."""
+    with connected(database) as conn:
+        try:
+            return verify.check_commits(conn, None)
+        except verify.Bad as bad:
+            return str(bad)
+
+
 def test_a9_sessions_do_not_pile_up_while_a_synchronous_standby_is_away(
-    own_server, make_database, api, listener, tmp_path
+    own_server, make_database, api, listener, tmp_path, monkeypatch
 ):
     database = make_database(own_server)
     program = tmp_path / "impatient.py"
@@ -104,8 +116,11 @@ def test_a9_sessions_do_not_pile_up_while_a_synchronous_standby_is_away(
         assert len(backends(database)) <= 2  # the last one may be ending
         assert process.output.count(AWAITED) == 1
         assert api.calls(job) == []  # nothing is called whose claim a new primary might not know
+        monkeypatch.setattr(db, "DEADLINE", 0.0)
+        until(lambda: verified(database).startswith("commits that wait"), "verify says so")
     finally:
         database.rows("ALTER SYSTEM RESET synchronous_standby_names")
         database.rows("SELECT pg_reload_conf()")
     database.wait_for(ACCEPTED, job)
     assert len(api.calls(job)) == 1
+    assert verified(database).startswith("no commit")
