@@ -10,7 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import psycopg2
+import psycopg2.extensions
 
+import pipeline
 import trigger
 from alerts import Alerts
 from db import CONNECTION_LOST, UNPINNED, execute
@@ -20,7 +22,7 @@ log = logging.getLogger("listener")
 
 # Seconds between two rounds.
 REAP_INTERVAL = EPISODES_INTERVAL = 60.0
-HISTORY_INTERVAL = STALLED_INTERVAL = FAILED_INTERVAL = 300.0
+HISTORY_INTERVAL = FORGET_INTERVAL = STALLED_INTERVAL = FAILED_INTERVAL = 300.0
 
 
 class Upkeep:
@@ -30,14 +32,18 @@ class Upkeep:
         self.settings, self.stages, self.name, self.alerts = settings, list(stages), name, alerts
         self.is_new = True  # has not run yet
         # By time.monotonic().
-        self.reap_at = self.history_at = self.failed_at = 0.0
+        self.reap_at = self.history_at = self.forget_at = self.failed_at = 0.0
         self.stalled_at = self.episodes_at = 0.0 if settings.ALERT_COMMAND else math.inf
-        self.parents_after: Any = None  # how far forget_parents has come
+        # How far forget_deleted, forget_parents and newly_failed have come; None: at the beginning.
+        self.given_up_after: Any = None
+        self.parents_after: Any = None
+        self.failed_after: Any = None
 
     @property
     def next_run(self) -> float:
         """time.monotonic() at which something is due."""
-        return min(self.reap_at, self.history_at, self.failed_at, self.stalled_at, self.episodes_at)
+        return min(self.reap_at, self.history_at, self.forget_at, self.failed_at, self.stalled_at,
+                   self.episodes_at)  # fmt: skip
 
     def run(self, conn) -> None:
         """Run the tasks that are due. One that the database refuses is logged once a round; the
@@ -54,13 +60,20 @@ class Upkeep:
             self.attempt(reap, conn)
         if now >= self.history_at:
             self.history_at = now + HISTORY_INTERVAL
-            self.attempt(forget_deleted, conn, self.stages, self.name)
-            self.parents_after = self.attempt(forget_parents, conn, self.parents_after)
             if self.attempt(keep_history, conn, self.settings.HISTORY_DAYS):
                 self.history_at = now  # there is more
+        if now >= self.forget_at:
+            self.forget_at = now + FORGET_INTERVAL
+            given = self.stages, self.name, self.given_up_after
+            _, self.given_up_after = self.attempt(forget_deleted, conn, *given) or (0, None)
+            self.parents_after = self.attempt(forget_parents, conn, self.parents_after)
         if now >= self.failed_at:
             self.failed_at = now + FAILED_INTERVAL
-            for row in self.attempt(newly_failed, conn) or []:
+            done = self.attempt(newly_failed, conn, self.failed_after)
+            failed, self.failed_after = done or ([], None)
+            if self.failed_after is not None:
+                self.failed_at = now  # there is more
+            for row in failed:
                 trigger.tell_failed(self.alerts, row.table_name, row.job_id, row.stage, row.error)
         if self.is_new and self.settings.ALERT_COMMAND:
             self.attempt(tell_absence, conn, self.settings.ALERT_AFTER, self.alerts)
@@ -194,26 +207,48 @@ def keep_history(conn, days: float) -> bool:
 
 # --- deleted jobs, stalled stages ----------------------------------------------------------
 
-# A given-up call waits for a person, but not if its job was deleted: then it is dropped.
+# A given-up call waits for a person, but not if its job was deleted: then it is dropped. They are
+# checked in the order of the ids, a batch a round.
 FORGET = """
-WITH gone AS (
-    DELETE FROM stage_calls AS c
-    WHERE c.due_at = 'infinity' AND c.stage = ANY (%(stages)s)
+WITH given_up AS MATERIALIZED (
+    SELECT job_id, call_id FROM stage_calls
+    WHERE due_at = 'infinity' AND stage = ANY (%(stages)s)
+), batch AS (
+    SELECT * FROM given_up WHERE %(after)s IS NULL OR job_id >= %(after)s
+    ORDER BY job_id, call_id LIMIT %(batch)s
+), gone AS (
+    DELETE FROM stage_calls AS c USING batch
+    WHERE c.job_id = batch.job_id AND c.call_id = batch.call_id AND c.due_at = 'infinity'
       AND (stage_call_row(c.table_name, '', c.job_id)).is_there IS NULL
     RETURNING c.*
+), recorded AS (
+    INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, stage, worker, started_at,
+                                finished_at, outcome, error)
+    SELECT job_id, table_name, call_id, attempts + 1, stage, %(worker)s, now(), now(),
+           'skipped', 'the job was deleted'
+    FROM gone
+    ON CONFLICT DO NOTHING
 )
-INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, stage, worker, started_at,
-                            finished_at, outcome, error)
-SELECT job_id, table_name, call_id, attempts + 1, stage, %(worker)s, now(), now(),
-       'skipped', 'the job was deleted'
-FROM gone
-ON CONFLICT DO NOTHING
+SELECT count(*) AS found, (SELECT count(*) FROM gone) AS dropped,
+       (SELECT job_id FROM batch ORDER BY job_id DESC LIMIT 1) AS last
+FROM batch
 """
 
 
-def forget_deleted(conn, stages: Iterable[str], worker: str) -> int:
-    """Drop the given-up calls of deleted jobs, with a row in the history; how many."""
-    return execute(conn, FORGET, {"stages": list(stages), "worker": worker}).rowcount
+def forget_deleted(
+    conn, stages: Iterable[str], worker: str, after: Any = None, batch: int = BATCH
+) -> tuple[int, Any]:
+    """Drop the given-up calls of deleted jobs, with a row in the history; checks one batch.
+
+    Args:
+        after: what the last batch returned.
+
+    Returns:
+        How many were dropped, and the id that the next batch begins with; None: the first.
+    """
+    given = {"stages": list(stages), "worker": worker, "after": after, "batch": batch}
+    found = execute(conn, FORGET, given).fetchone()
+    return found.dropped, found.last if found.found == batch else None
 
 
 # stage_joins has a row for each parent and join, until the parent is deleted. They are checked in
@@ -283,17 +318,27 @@ SELECT DISTINCT stage, jobs, reason FROM marked
 
 # Rows that their stage has set to failed after it had answered, or without an answer: those called
 # in the last hour, as this must not take long. `status` and resting_rows() show older ones. The row
-# in the history is made once, whichever listener looks first.
+# in the history is made once, whichever listener looks first. The tables are named here, as
+# stage_call_row() would take several times as long; OFFSET 0 keeps the planner from reading one of
+# them as a whole.
 NEWLY_FAILED = """
-WITH recent AS (
-    SELECT DISTINCT ON (job_id, table_name, stage) *
-    FROM stage_attempts
-    WHERE finished_at > now() - interval '1 hour' AND outcome NOT IN ('skipped', 'cancelled')
-    ORDER BY job_id, table_name, stage, finished_at DESC
+WITH batch AS (
+    SELECT * FROM stage_attempts
+    WHERE finished_at > coalesce(%(after)s, now() - interval '1 hour')
+    ORDER BY finished_at
+    FETCH FIRST %(batch)s ROWS WITH TIES
+), candidate AS (
+    SELECT a.* FROM batch AS a
+    WHERE a.outcome NOT IN ('failed', 'skipped', 'cancelled') AND CASE a.table_name {rows} END
+    OFFSET 0
 ), failed AS (
-    SELECT a.* FROM recent AS a
-    CROSS JOIN LATERAL stage_call_row(a.table_name, '', a.job_id) AS r
-    WHERE a.outcome <> 'failed' AND (r.current_step, r.status) = (a.stage, 'failed')
+    SELECT a.* FROM candidate AS a
+    WHERE NOT EXISTS (SELECT FROM stage_attempts AS later
+                      WHERE (later.job_id, later.table_name, later.stage)
+                            = (a.job_id, a.table_name, a.stage)
+                        AND later.outcome NOT IN ('skipped', 'cancelled')
+                        AND (later.finished_at, later.call_id, later.attempt)
+                            > (a.finished_at, a.call_id, a.attempt))
       AND NOT EXISTS (SELECT FROM stage_calls AS c
                       WHERE c.job_id = a.job_id AND c.table_name = a.table_name)
       AND NOT EXISTS (SELECT FROM stage_leases AS l
@@ -302,20 +347,48 @@ WITH recent AS (
       AND NOT EXISTS (SELECT FROM pipeline_stages AS p
                       WHERE (p.table_name, p.join_of, p.current_step, p.status)
                             = (a.table_name, '', a.stage, 'failed'))
+), recorded AS (
+    INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, spent, stage, worker,
+                                started_at, finished_at, outcome, error)
+    SELECT job_id, table_name, call_id, attempt, spent, stage, worker, started_at, now(), 'failed',
+           left('set failed by its stage' || coalesce(': ' || error, ''), 2000)
+    FROM failed
+    ON CONFLICT DO NOTHING
+    RETURNING job_id::text, table_name, stage, error
 )
-INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, spent, stage, worker, started_at,
-                            finished_at, outcome, error)
-SELECT job_id, table_name, call_id, attempt, spent, stage, worker, started_at, now(), 'failed',
-       left('set failed by its stage' || coalesce(': ' || error, ''), 2000)
-FROM failed
-ON CONFLICT DO NOTHING
-RETURNING job_id::text, table_name, stage, error
+SELECT recorded.*, seen.*
+FROM (SELECT count(*) AS attempts, max(finished_at) AS until FROM batch) AS seen
+LEFT JOIN recorded ON true
 """
+IS_FAILED = """
+WHEN {name} THEN EXISTS (
+    SELECT FROM {table} AS r
+    WHERE r.{id} = a.job_id AND (r.current_step::text, r.status::text) = (a.stage, 'failed')
+    OFFSET 0)"""
 
 
-def newly_failed(conn) -> list:
-    """The rows that their stage has set to failed, and about which no alert was sent."""
-    return execute(conn, UNPINNED + NEWLY_FAILED).fetchall()
+def newly_failed(conn, after: Any = None, batch: int = BATCH) -> tuple[list, Any]:
+    """The rows that their stage has set to failed, and about which no alert was sent. Checks one
+    batch of the attempts of the last hour.
+
+    Args:
+        after: what the last batch returned.
+
+    Returns:
+        The rows, and the time after which the next batch begins; None: an hour ago.
+    """
+    rows = "".join(
+        IS_FAILED.format(
+            name=psycopg2.extensions.QuotedString(table.name).getquoted().decode(),
+            table=pipeline.name_in_sql(table.name),
+            id=pipeline.name_in_sql(table.id),
+        )
+        for table in pipeline.tables().values()
+    ).replace("%", "%%")
+    sql = NEWLY_FAILED.format(rows=rows)
+    found = execute(conn, sql, {"after": after, "batch": batch}).fetchall()
+    is_last = found[0].attempts < batch
+    return [row for row in found if row.job_id is not None], None if is_last else found[0].until
 
 
 def newly_stalled(conn) -> list:

@@ -188,6 +188,21 @@ def test_held_stages_cost_nothing_however_many_calls_they_have(each_database):
         assert rows_read(conn, lambda: claim(conn))["stage_calls"] <= len(STAGES)
 
 
+def test_a_batch_of_upkeep_reads_no_more_than_it_checks(each_database):
+    each_database.rows(QUIET + FILL, STAGES)
+    each_database.rows("UPDATE stage_attempts SET finished_at = now() - random() * interval '1 h'")
+    each_database.rows("UPDATE stage_calls SET due_at = 'infinity' WHERE job_id::text < '03'")
+    given_up = each_database.value("SELECT count(*) FROM stage_calls WHERE due_at = 'infinity'")
+    each_database.rows("VACUUM stage_attempts, stage_calls")
+    with connected(each_database) as conn:
+        read = read_by(conn, lambda: upkeep.newly_failed(conn, batch=100))
+        assert read["jobs"][0] == 0 and read["jobs"][2] <= 100
+        assert read["stage_attempts"][0] == 0 and read["stage_attempts"][2] <= 300
+        read = read_by(conn, lambda: upkeep.forget_deleted(conn, STAGES, "w", batch=10))
+        assert read["jobs"][0] == 0 and read["jobs"][2] <= 10
+        assert read["stage_calls"][0] == 0 and read["stage_calls"][2] <= given_up + 30
+
+
 # --- the database trigger ------------------------------------------------------------------
 
 

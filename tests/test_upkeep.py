@@ -155,13 +155,57 @@ def test_there_is_more_to_do_only_where_a_batch_was_not_enough(database, conn):
 # --- deleted jobs --------------------------------------------------------------------------
 
 
+def test_given_up_calls_of_deleted_jobs_are_forgotten_batch_by_batch(database, conn):
+    jobs = [database.add_job() for _ in range(5)]
+    for _ in jobs:
+        settle(conn, result(claim(conn), "failed"))
+    database.rows("DELETE FROM jobs WHERE job_id <> %s", jobs[2])
+    dropped, after = upkeep.forget_deleted(conn, STAGES, "w", batch=2)
+    while after is not None:
+        more, after = upkeep.forget_deleted(conn, STAGES, "w", after, batch=2)
+        assert more <= 2
+        dropped += more
+    assert dropped == 4
+    assert database.value("SELECT array_agg(job_id::text) FROM stage_calls") == [jobs[2]]
+
+
+def test_rows_set_failed_are_found_batch_by_batch_and_once(database, conn):
+    jobs = [database.add_job() for _ in range(7)]
+    for _ in jobs:
+        settle(conn, result(claim(conn)))
+    for job in jobs[1:]:
+        database.move(job, "vlm_analyze", "failed")
+    found, batches = [], 0
+    after = None
+    while batches == 0 or after is not None:
+        rows, after = upkeep.newly_failed(conn, after, batch=2)
+        found += [(row.table_name, row.job_id, row.stage) for row in rows]
+        batches += 1
+    assert batches >= 4
+    assert sorted(found) == sorted(("jobs", job, "vlm_analyze") for job in jobs[1:])
+    assert upkeep.newly_failed(conn) == ([], None)
+
+
+def test_row_that_was_sent_back_and_accepted_since_is_not_told_as_failed(database, conn):
+    """The last attempt counts: a person has seen to the one before it."""
+    job = database.add_job()
+    settle(conn, result(claim(conn)))
+    database.move(job, "vlm_analyze", "failed")
+    assert len(upkeep.newly_failed(conn)[0]) == 1
+    database.move(job, "img_gen", "done")
+    settle(conn, result(claim(conn)))
+    assert upkeep.newly_failed(conn) == ([], None)
+    database.move(job, "vlm_analyze", "failed")
+    assert [row.job_id for row in upkeep.newly_failed(conn)[0]] == [job]
+
+
 def test_given_up_calls_of_deleted_jobs_are_forgotten_and_recorded(database, conn):
     deleted, kept, unsettled = (database.add_job() for _ in range(3))
     for _ in range(2):
         settle(conn, result(claim(conn), "failed"))
     database.rows("DELETE FROM jobs WHERE job_id IN (%s, %s)", deleted, unsettled)
-    assert upkeep.forget_deleted(conn, ["planner"], "w") == 0
-    assert upkeep.forget_deleted(conn, STAGES, "w") == 1
+    assert upkeep.forget_deleted(conn, ["planner"], "w") == (0, None)
+    assert upkeep.forget_deleted(conn, STAGES, "w") == (1, None)
     assert database.owed(deleted) is None
     assert [a.outcome for a in database.attempts(deleted)] == ["failed", "skipped"]
     assert database.owed(kept).given_up
