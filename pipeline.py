@@ -447,9 +447,14 @@ def is_ordered() -> bool:
     )
 
 
+def asynchronous_stages() -> set[str]:
+    """The names of the stages that are asynchronous."""
+    return {f.__name__ for f in pipeline().values() if limits_of(f).asynchronous}
+
+
 def is_asynchronous() -> bool:
     """Whether any stage is."""
-    return any(limits_of(function).asynchronous for function in pipeline().values())
+    return bool(asynchronous_stages())
 
 
 def stages_of_routes() -> dict[Route, tuple[str, int | None]]:

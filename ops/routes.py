@@ -40,6 +40,8 @@ LIMITS = """
 SELECT name, stages, max_running, seconds, linger, is_fair, per_tenant FROM stage_limits
 """
 
+ASYNCHRONOUS = "SELECT DISTINCT stage FROM pipeline_stages WHERE asynchronous"
+
 TABLES = """
 SELECT name, id_column, tenant_column, parent_table, parent_column, channel, priority_column,
        run_after_column
@@ -62,6 +64,11 @@ def difference(conn) -> list[str]:
         f"the limits of {name} are not those of the database"
         for name in sorted(limits.keys() | declared_limits.keys())
         if limits.get(name) != declared_limits.get(name)
+    ]
+    asynchronous = {row.stage for row in db.execute(conn, ASYNCHRONOUS)}
+    found += [
+        f"stage {name} is asynchronous in one of {pipeline.file()} and the database"
+        for name in sorted(asynchronous ^ pipeline.asynchronous_stages())
     ]
     rows = {row.name: tuple(row) for row in db.execute(conn, TABLES)}
     for table in pipeline.tables().values():

@@ -288,6 +288,20 @@ def test_call_by_hand_is_taken(site, run_command):
     assert site.database.value(WORKING) == 1
 
 
+def test_stage_that_became_asynchronous_needs_an_install(site, run_command):
+    changed = "UPDATE pipeline_stages SET asynchronous = NOT asynchronous WHERE stage = 'planner'"
+    site.database.rows(changed)
+    running = site.start()
+    assert running.wait() == 2 and "make trigger" in running.lines[-1]
+    said = "stage planner is asynchronous in one of asynchronous.py and the database"
+    given = {"PIPELINE_MODULE": "asynchronous", "PYTHONPATH": str(ROOT / "tests")}
+    done = run_command(site.database, "verify", api=site.api, **given)
+    assert done.code == 1 and said in done.out
+    assert run_command(site.database, "install", **given).code == 0
+    done = run_command(site.database, "verify", api=site.api, **given)
+    assert done.code == 0 and said not in done.out
+
+
 def test_moves_that_cannot_be_read_keep_no_call_from_being_made(site):
     site.database.rows("ALTER TABLE stage_moves RENAME TO elsewhere")
     running = site.start()
