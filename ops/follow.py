@@ -249,9 +249,12 @@ class Follower:
 
     def stalls(self, look: Look) -> tuple[Row, str, str] | None:
         """The row and stage that get no further, and why, as far as one can tell."""
+        working = {row for row, _ in look.calling}
         for (row, stage), call in look.owed.items():
-            # A row that has just arrived there is no stall: its hops are printed first.
-            if call.given_up and stage == next((s for r, s in look.ahead if r == row), stage):
+            # A row that has just arrived there is no stall: its hops are printed first, when the
+            # calls have ended, as a stage may move its row before it answers.
+            next_stage = next((name for one, name in look.ahead if one == row), stage)
+            if call.given_up and row not in working and stage == next_stage:
                 return row, stage, f"given up: {plain(call.last_error)}"
         for row in self.lost(look):
             if row.status == "failed" and row.step in stages_of(row.table):

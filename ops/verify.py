@@ -368,17 +368,18 @@ def check_hosts(conn, settings) -> str:
     return f"{left} more connections are left"
 
 
+COMMIT_WAITS = db.DEADLINE  # seconds after which a commit waits for too long
 COMMITS = """
 SELECT count(*) AS waiting FROM pg_stat_activity
 WHERE datname = current_database() AND wait_event = 'SyncRep'
-  AND query_start < now() - make_interval(secs => %(deadline)s)
+  AND query_start < now() - make_interval(secs => %(seconds)s)
 """
 
 
 def check_commits(conn, settings) -> str:
-    if waiting := db.execute(conn, COMMITS, {"deadline": db.DEADLINE}).fetchone().waiting:
-        raise Bad(f"commits that wait for a synchronous standby since over {db.DEADLINE:.0f} s: "
-                  f"{waiting}",
+    if waiting := db.execute(conn, COMMITS, {"seconds": COMMIT_WAITS}).fetchone().waiting:
+        raise Bad(f"{waiting} commits have waited for a synchronous standby for over "
+                  f"{COMMIT_WAITS:g} s",
                   "start it, or take it out of synchronous_standby_names")  # fmt: skip
     return "no commit that this role can see waits for a synchronous standby"
 
