@@ -65,11 +65,12 @@ def difference(conn) -> list[str]:
         for name in sorted(limits.keys() | declared_limits.keys())
         if limits.get(name) != declared_limits.get(name)
     ]
-    asynchronous = {row.stage for row in db.execute(conn, ASYNCHRONOUS)}
-    found += [
-        f"stage {name} is asynchronous in one of {pipeline.file()} and the database"
-        for name in sorted(asynchronous ^ pipeline.asynchronous_stages())
-    ]
+    declared_ones = pipeline.asynchronous_stages()
+    known_ones = {row.stage for row in db.execute(conn, ASYNCHRONOUS)}
+    for name in sorted(declared_ones ^ known_ones):
+        places = [pipeline.file(), "the database"]
+        one, other = places if name in declared_ones else reversed(places)
+        found.append(f"stage {name} is asynchronous in {one}, not in {other}")
     rows = {row.name: tuple(row) for row in db.execute(conn, TABLES)}
     for table in pipeline.tables().values():
         parent, column = pipeline.parent_name(table), table.parent and table.parent[1]

@@ -378,9 +378,9 @@ WHERE datname = current_database() AND wait_event = 'SyncRep'
 
 def check_commits(conn, settings) -> str:
     if waiting := db.execute(conn, COMMITS, {"seconds": COMMIT_WAITS}).fetchone().waiting:
-        raise Bad(f"{waiting} commits have waited for a synchronous standby for over "
-                  f"{COMMIT_WAITS:g} s",
-                  "start it, or take it out of synchronous_standby_names")  # fmt: skip
+        raise Bad("commits that have waited for a synchronous standby for over "
+                  f"{COMMIT_WAITS:g} s: {waiting}",
+                  "start the standby, or take it out of synchronous_standby_names")  # fmt: skip
     return "no commit that this role can see waits for a synchronous standby"
 
 

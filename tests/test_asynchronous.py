@@ -293,7 +293,7 @@ def test_stage_that_became_asynchronous_needs_an_install(site, run_command):
     site.database.rows(changed)
     running = site.start()
     assert running.wait() == 2 and "make trigger" in running.lines[-1]
-    said = "stage planner is asynchronous in one of asynchronous.py and the database"
+    said = "stage planner is asynchronous in asynchronous.py, not in the database"
     given = {"PIPELINE_MODULE": "asynchronous", "PYTHONPATH": str(ROOT / "tests")}
     done = run_command(site.database, "verify", api=site.api, **given)
     assert done.code == 1 and said in done.out

@@ -116,7 +116,7 @@ def test_a9_sessions_do_not_pile_up_while_a_synchronous_standby_is_away(
         assert process.output.count(AWAITED) == 1
         assert api.calls(job) == []  # nothing is called whose claim a new primary might not know
         monkeypatch.setattr(verify, "COMMIT_WAITS", 0.0)
-        until(lambda: "commits have waited" in verified(database), "verify says so")
+        until(lambda: verified(database).startswith("commits that have waited"), "verify says so")
     finally:
         database.rows("ALTER SYSTEM RESET synchronous_standby_names")
         database.rows("SELECT pg_reload_conf()")
