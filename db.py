@@ -267,14 +267,16 @@ def sign(conn: Connection, listener: str) -> None:
 # connection that we give up would leave a session with its locks, until the server takes no more.
 # Such sessions of listeners that have given up are ended here: their commit becomes visible, but
 # may not have reached the standby.
-END_WAITING = """
-SELECT count(*) AS waiting,
-       count(CASE WHEN usename = current_user AND application_name LIKE 'job-state-listener%%'
-                  THEN pg_terminate_backend(pid) END) AS ended
+WAITING = """
 FROM pg_stat_activity
 WHERE datname = current_database() AND wait_event = 'SyncRep'
   AND query_start < now() - make_interval(secs => %(deadline)s)
 """
+END_WAITING = f"""
+SELECT count(*) AS waiting,
+       count(CASE WHEN usename = current_user AND application_name LIKE 'job-state-listener%%'
+                  THEN pg_terminate_backend(pid) END) AS ended
+{WAITING}"""
 
 
 def end_waiting(conn: Connection) -> int:
@@ -318,12 +320,9 @@ def execute(
     conn: Connection,
     sql: str,
     params: dict[str, Any] | None = None,
-    rows: type[psycopg2.extensions.cursor] = psycopg2.extras.NamedTupleCursor,
+    cursor_factory: type[psycopg2.extensions.cursor] = psycopg2.extras.NamedTupleCursor,
 ):
     """Run `sql` and return its cursor. Several statements in one are one transaction.
-
-    Args:
-        rows: the kind of cursor, which makes the rows.
 
     Raises:
         ConnectionLost: connect again; whether the statement took effect is not known.
@@ -331,7 +330,7 @@ def execute(
     """
     for chances_left in (1, 0):
         try:
-            cursor = conn.cursor(cursor_factory=rows)
+            cursor = conn.cursor(cursor_factory=cursor_factory)
             cursor.execute(conn.prefix + sql, params)
             return cursor
         except psycopg2.Error as error:
@@ -353,18 +352,23 @@ class Statement:
 PLACEHOLDER = re.compile(r"%\((\w+)\)s")
 
 
-def run(conn: Connection, statements: Sequence[Statement], params: dict[str, Any], **kind: Any):
-    """Run `statements` as one transaction and return the cursor of the last; `kind` as execute's.
+def run(
+    conn: Connection,
+    statements: Sequence[Statement],
+    params: dict[str, Any],
+    cursor_factory: type[psycopg2.extensions.cursor] = psycopg2.extras.NamedTupleCursor,
+):
+    """Run `statements` as one transaction and return the cursor of the last.
 
     A session prepares each once, as planning a claim costs more than running it. Not behind a
     pooler, where the next transaction may have another session.
     """
     if conn.prefix:
-        return execute(conn, ";".join(one.sql for one in statements), params, **kind)
+        return execute(conn, ";".join(one.sql for one in statements), params, cursor_factory)
     if new := [one for one in statements if one.name not in conn.prepared]:
         prepare(conn, new)
     sql = ";".join(conn.prepared[one.name] for one in statements)
-    return execute(conn, sql, params, **kind)
+    return execute(conn, sql, params, cursor_factory)
 
 
 def prepare(conn: Connection, statements: Sequence[Statement]) -> None:

@@ -3,8 +3,9 @@
 -- Applied by `make trigger` after schema.sql, in the same transaction and search path. They are
 -- generated here: which tables and states there are is filled in as text.
 
--- `install` sets what they are made for; a setting that is missing stays as it was. The arguments
--- of the triggers store the options: --no-notify ('silent'), --notify-owed, --no-insert.
+-- The options of `install` come as settings of this transaction. The triggers store them as their
+-- arguments: --no-notify ('silent'), --notify-owed ('owed only'), --no-insert ('updates only'). An
+-- option that is not given keeps the value that is stored there.
 DO $do$
 DECLARE
     before constant text := coalesce(

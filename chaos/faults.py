@@ -26,8 +26,8 @@ TERMINATE = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE starts_with(application_name, %s)
 """
 STREAMING = "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'"
-# Makes each commit wait for the standby. Sessions do so once the checkpointer has read the setting,
-# which it has when a later CHECKPOINT is done.
+# Makes each commit wait for the standby, but only once the checkpointer has read the setting. A
+# CHECKPOINT afterwards shows that it has.
 WAIT_FOR_STANDBY = "ALTER SYSTEM SET synchronous_standby_names = '*'"
 WAIT_NO_MORE = "ALTER SYSTEM RESET synchronous_standby_names"
 STANDBY_TIMEOUT = 5.0  # seconds
@@ -404,7 +404,8 @@ def garbage(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
     yield
 
 
-# The following are no faults: they excuse a repeat only while they lock tables.
+# What follows are changes by an application or operator, not faults. The checker accepts a repeated
+# call because of one only while it locks a table.
 
 
 @contextmanager

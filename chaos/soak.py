@@ -33,8 +33,8 @@ SELECT sum(pg_total_relation_size(c.oid)) FILTER (WHERE NOT is_history) / 1024.0
        sum(pg_total_relation_size(c.oid)) FILTER (WHERE is_history) / 1024.0,
        sum(s.n_dead_tup) FILTER (WHERE NOT is_history)
 FROM pg_class AS c JOIN pg_stat_user_tables AS s ON s.relid = c.oid
-CROSS JOIN LATERAL (
-    SELECT c.relname ~ '^stage_(attempts|totals)' AS is_history) AS kind  -- filled by pruning
+CROSS JOIN LATERAL (  -- pruning moves rows from stage_attempts to stage_totals
+    SELECT c.relname ~ '^stage_(attempts|totals)' AS is_history) AS kind
 WHERE c.relname LIKE 'stage\\_%' AND c.relname <> 'stage_requests'  -- the stand-in's own
    OR c.relname = 'pipeline_stages'
 """

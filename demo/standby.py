@@ -29,7 +29,8 @@ class Standby(EmbeddedDatabase):
 
 def copy(server: EmbeddedDatabase, primary: EmbeddedDatabase) -> None:
     """Replace the data of a stopped server by a copy of the data of `primary`."""
-    # The directory itself is kept: by its inode PostgreSQL finds shared memory left by a crash.
+    # Empty the directory, but keep it: PostgreSQL finds the shared memory that a crash has left by
+    # the inode of its data directory.
     data = server._directory / "data"
     for each in data.iterdir():
         shutil.rmtree(each) if each.is_dir() else each.unlink()

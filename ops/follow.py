@@ -251,8 +251,8 @@ class Follower:
         """The row and stage that get no further, and why, as far as one can tell."""
         working = {row for row, _ in look.calling}
         for (row, stage), call in look.owed.items():
-            # A row that has just arrived there is no stall: its hops are printed first, when the
-            # calls have ended, as a stage may move its row before it answers.
+            # Print all hops before this stall. A stage may move its row before it answers, so the
+            # hop to here is printed only when no call of the row is under way.
             next_stage = next((name for one, name in look.ahead if one == row), stage)
             if call.given_up and row not in working and stage == next_stage:
                 return row, stage, f"given up: {plain(call.last_error)}"

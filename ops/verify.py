@@ -368,16 +368,12 @@ def check_hosts(conn, settings) -> str:
     return f"{left} more connections are left"
 
 
-COMMIT_WAITS = db.DEADLINE  # seconds after which a commit waits for too long
-COMMITS = """
-SELECT count(*) AS waiting FROM pg_stat_activity
-WHERE datname = current_database() AND wait_event = 'SyncRep'
-  AND query_start < now() - make_interval(secs => %(seconds)s)
-"""
+COMMIT_WAITS = db.DEADLINE  # a commit that waits for longer (seconds) is a problem
+COMMITS = f"SELECT count(*) AS waiting {db.WAITING}"
 
 
 def check_commits(conn, settings) -> str:
-    if waiting := db.execute(conn, COMMITS, {"seconds": COMMIT_WAITS}).fetchone().waiting:
+    if waiting := db.execute(conn, COMMITS, {"deadline": COMMIT_WAITS}).fetchone().waiting:
         raise Bad("commits that have waited for a synchronous standby for over "
                   f"{COMMIT_WAITS:g} s: {waiting}",
                   "start the standby, or take it out of synchronous_standby_names")  # fmt: skip
