@@ -95,7 +95,9 @@ class Alerts:
         if len(self.waiting) >= LONGEST_QUEUE:
             log.error("알림 대기열이 가득 차 버림: %s", said["text"])
             return
-        self.waiting.append(json.dumps(said, default=str, ensure_ascii=False).encode() + b"\n")
+        text = json.dumps(said, default=str, ensure_ascii=False)
+        # An error may hold half of a surrogate pair, which UTF-8 has not.
+        self.waiting.append(text.encode("utf-8", "backslashreplace") + b"\n")
         self.look()
 
     def end_episodes(self, now: float) -> None:

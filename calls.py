@@ -3,6 +3,7 @@
 Each statement is a constant above the small function that runs it. All times are the database's.
 """
 
+import contextlib
 import json
 import logging
 from collections import Counter
@@ -501,7 +502,7 @@ def settle_and_claim(
     if claim is TELL and not results:
         return Turn([], [])
     statements = [statement for statement, is_needed in needed.items() if is_needed]
-    rows = run(conn, statements, params, rows=cursor).fetchall()
+    rows = run(conn, statements, params, cursor_factory=cursor).fetchall()
     skipped, asked_at = rows[0][:2]
     unsettled = [int(call_id) for call_id in (skipped or "").split()]
     if claim is TELL:
@@ -510,7 +511,9 @@ def settle_and_claim(
     if freed := [r.stage for r in results if r.limited and r.outcome not in ("unknown", TAKEN)]:
         free_places = Counter(freed) - Counter(row.stage for row in claimed)
         if free_places:
-            execute(conn, WAKE_WAITING, {"stages": list(free_places)})
+            # The turn is committed. Without this the others look at their next sweep.
+            with contextlib.suppress(psycopg2.Error):
+                execute(conn, WAKE_WAITING, {"stages": list(free_places)})
     claimed.sort(key=attrgetter("was_due_at"))
     return Turn(claimed, unsettled, asked_at)
 
@@ -612,6 +615,20 @@ def is_owed(conn, row, worker: str) -> bool:
     """Whether the job of a claimed `row` is in the state that owes it, asked once more."""
     given = {"job_id": row.key, "call_id": row.call_id, "attempt": row.attempt}
     return execute(conn, STILL_OWED, given | {"worker": worker}).fetchone()[0]
+
+
+IS_ROUTED = """
+SELECT EXISTS (SELECT FROM pipeline_stages
+               WHERE (table_name, join_of, current_step, status)
+                     = (%(table)s, %(join)s, %(step)s, %(status)s)) AS is_routed
+"""
+
+
+def is_routed(conn, row: Claimed) -> bool:
+    """Whether the database knows the state that owes a claimed `row`."""
+    given = {"table": row.table_name, "join": row.join_of}
+    given |= {"step": row.current_step, "status": row.status}
+    return execute(conn, IS_ROUTED, given).fetchone().is_routed
 
 
 # --- stages that fail by themselves --------------------------------------------------------

@@ -45,7 +45,7 @@ from heartbeat import Heartbeat
 from ops.rows import TABLE, RowCommand
 from ops.stage import StageName
 from orphans import reap_orphans
-from pipeline import Call
+from pipeline import Call, Route, Table
 from signals import Signals
 from trigger import boottime
 from upkeep import Upkeep, reap, tell_timeouts
@@ -67,6 +67,8 @@ LOOKS_APART = 0.05
 MARKED_FOR = 1.0
 # After a lost connection, a statement that was sent on it may still take effect for so long.
 DOUBTFUL = 600.0
+# Seconds until a call is looked at again that only a newer listener can make.
+PASSED_OVER_FOR = 10.0
 # Accepted calls that are remembered, should a new primary have forgotten them.
 REMEMBERED = 10_000
 
@@ -91,6 +93,7 @@ class Listener:
         self.unwritten: list[Result] = []  # outlive the connection
         self.locked: list[Result] = []  # recorded, but the stage still holds the row of the call
         self.accepted: OrderedDict[tuple, None] = OrderedDict()
+        self.passed_over: set[Route] = set()  # of a newer PIPELINE; each was told once
         self.health = StageHealth(settings, self.alerts)
         self.was_full = False  # the last claim found a call for every idle worker
         self.marks: dict[str, Any] = {}  # by stage: when the last claimed call was due
@@ -276,6 +279,8 @@ class Listener:
             turn = calls.in_parts(conn, self.unwritten, wanted, free, self.name)
         self.settled(conn, turn)
         self.plan(conn, turn, free, sweep)
+        if turn.asked_at is None and free and wanted:  # in parts, one call is claimed at the most
+            self.look_at, self.nothing_due = min(self.look_at, now + AGAIN_EVERY), False
         self.try_others(turn, wanted, sweep)
         return self.claimed(conn, turn, began)
 
@@ -305,7 +310,7 @@ class Listener:
         try:
             if sweep:
                 moves.record_missed(conn)
-            ended = moves.look(conn)
+            ended, has_more = moves.look(conn)
         except db.CONNECTION_LOST:
             raise
         except psycopg2.Error as error:
@@ -315,7 +320,7 @@ class Listener:
                       " ".join(str(error).split()))  # fmt: skip
             self.move_at = now + LONGEST_SLEEP
             return
-        self.move_at = now + (LOOKS_APART if ended else self.settings.SWEEP_INTERVAL)
+        self.move_at = now + (LOOKS_APART if has_more else self.settings.SWEEP_INTERVAL)
         for row in ended:
             moves.log_end(row)
             if row.outcome == "failed":
@@ -434,14 +439,21 @@ class Listener:
     def claimed(self, conn: db.Connection, turn: Turn, began: float) -> list[Call]:
         """The calls to make; the result of those that must not be made is there already."""
         to_make = []
+        under_way = {(call.call_id, call.key, call.attempt) for call in self.workers.calls}
         for row in turn.claimed:
             self.order.remove(row.stage)
             self.order.append(row.stage)
             if row.taken_over:
                 reap(conn)
+            if (row.call_id, row.key, row.attempt) in under_way:
+                continue  # a new primary did not know that we had claimed it
             covered_until = began + self.settings.LEASE_MARGIN
-            table, limits = self.tables[row.table_name], self.limits[row.stage]
+            table = self.tables.get(row.table_name) or Table(row.table_name, id="id")
+            limits = self.limits[row.stage]
             call = pipeline.claimed_call(row, table, limits, self.name, covered_until)
+            if call.route not in self.workers.trigger.routes:
+                self.pass_over(conn, call, row)
+                continue
             owed = row.owed or calls.is_owed(conn, row, self.name)
             accepted = row.accepted or (row.call_id, row.key) in self.accepted
             refused = trigger.refused(call, row, owed, accepted)
@@ -458,6 +470,22 @@ class Listener:
                     joins.note_parent(conn, row)
                 to_make.append(call)
         return to_make
+
+    def pass_over(self, conn: db.Connection, call: Call, row: Claimed) -> None:
+        """Do not make a call that this PIPELINE does not have. It waits for a newer listener where
+        the database has it; else it has left PIPELINE, and fails.
+        """
+        if calls.is_routed(conn, row):
+            calls.put_off(conn, row, self.name, row.spent - 1, PASSED_OVER_FOR, row.last_error)
+            if call.route not in self.passed_over:
+                self.passed_over.add(call.route)
+                log.warning("새 PIPELINE의 호출을 미룸 (새 리스너를 시작하세요): %s → %s",
+                            call.route, call.stage)  # fmt: skip
+            return
+        error = f"PIPELINE has no {call.route} any more"
+        ended = trigger.failure(call, "retry", error, self.settings.RETRY_DELAY)
+        trigger.log_end(call, ended)
+        self.keep(call, ended)
 
     def put_off_after_failed(self, conn: db.Connection, call: Call, row: Claimed) -> bool:
         """Let a call that (stage, 'failed') owes to that stage wait, or give it up; whether it did.
@@ -494,7 +522,8 @@ class Listener:
         """Sleep until something can be read, or until time.monotonic() is `until`."""
         now = time.monotonic()
         until = min(until, self.workers.next_deadline, self.alerts.next_look, now + LONGEST_SLEEP)
-        # A statement may have read a notification already: select() would not wake for it.
+        # A notification that arrived with the answer of a statement has been read from the socket
+        # already, so select() would not wake for it.
         waits = not (self.finished() or (conn and (self.unwritten or conn.notifies)))
         seconds = max(0.0, until - now) if waits else 0.0
         doing = "waiting for a job to change" if conn else f"database away: {self.reason}"

@@ -38,6 +38,7 @@ WITH seen AS (
         SELECT move_id FROM seen EXCEPT
         SELECT move_id FROM leased WHERE (call_id, attempt) NOT IN (
             SELECT call_id, attempt FROM ended))
+    RETURNING move_id
 ), recorded AS (
     INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, spent, stage, worker,
                                 started_at, finished_at, http_status, outcome, error)
@@ -51,34 +52,40 @@ WITH seen AS (
                 WHEN m.is_failed THEN 'set failed by its stage' END
     FROM ended AS e CROSS JOIN LATERAL (
         SELECT l.moved_at, l.is_failed,
-               (stage_call_row(e.table_name, '', e.job_id)).is_there IS NULL AS is_deleted
+               e.table_name IN (SELECT name FROM pipeline_tables)
+                   AND (stage_call_row(e.table_name, '', e.job_id)).is_there IS NULL AS is_deleted
         FROM leased AS l
         WHERE (l.call_id, l.attempt) = (e.call_id, e.attempt) ORDER BY l.moved_at LIMIT 1) AS m
     ON CONFLICT DO NOTHING
     RETURNING job_id::text, table_name, stage, outcome, error,
               extract(epoch FROM finished_at - started_at)::float8 AS seconds
 )
-SELECT recorded.*, pg_notify(%(wake)s, '') AS woken FROM recorded
+SELECT recorded.*, taken.moves,
+       CASE WHEN recorded.job_id IS NOT NULL THEN pg_notify(%(wake)s, '') END AS woken
+FROM (SELECT count(*) AS moves FROM forgotten) AS taken LEFT JOIN recorded ON true
 """
 
 
-def look(conn) -> list:
+def look(conn) -> tuple[list, bool]:
     """End the calls whose rows have moved on.
 
     Returns:
-        A row for each: job_id (the row's id), table_name, stage, outcome, error, seconds.
+        A row for each: job_id (the row's id), table_name, stage, outcome, error, seconds; and
+        whether there may be more moves.
     """
-    return db.execute(conn, LOOK, {"wake": db.WAKE_CHANNEL}).fetchall()
+    rows = db.execute(conn, LOOK, {"wake": db.WAKE_CHANNEL}).fetchall()
+    return [row for row in rows if row.job_id is not None], rows[0].moves > 0
 
 
 # Moves that no trigger has recorded: the row was deleted, or changed while the trigger was off. For
 # the call of a join, the parent has moved if it left the state stored at the call's first claim.
+# Where the row of a table that left PIPELINE is now is not known: its call ends with its lease.
 RECORD_MISSED = """
 INSERT INTO stage_moves (job_id, table_name, stage, is_failed)
 SELECT l.job_id, l.table_name, l.stage,
        coalesce((r.current_step, r.status) = (l.stage, 'failed'), false)
 FROM stage_leases AS l CROSS JOIN LATERAL stage_call_row(l.table_name, '', l.job_id) AS r
-WHERE l.working
+WHERE l.working AND l.table_name IN (SELECT name FROM pipeline_tables)
   AND (r.is_there IS NULL
        OR (r.current_step, r.status) IS DISTINCT FROM (l.stage, 'running')
       AND NOT EXISTS (

@@ -582,6 +582,7 @@ class Call:
     settings: SimpleNamespace = None  # type: ignore[assignment]  # the worker's own
     until: float = 0.0  # time.monotonic() by which the whole call must be over
     answer: Answer | None = None  # of the last POST
+    answered: Any = None  # two bytes shared with the listener: the status of the last POST
 
     def __post_init__(self):
         self.ids = self.ids or {JOBS.id: self.job_id}
@@ -613,8 +614,15 @@ class Call:
             "traceparent": self.traceparent,
         }
         self.answer = None
+        self.tell_listener(0)
         self.answer = self.api.post(path, body, headers, self.until)
+        self.tell_listener(self.answer.status)
         return self.answer
+
+    def tell_listener(self, status: int) -> None:
+        """Let the listener know the answer, should this process not live to return it."""
+        if self.answered is not None:
+            self.answered[:2] = status.to_bytes(2, "big")
 
     @property
     def traceparent(self) -> str:

@@ -160,10 +160,8 @@ class Trigger:
     def judged(self, call: Call, answer: stage_http.Answer) -> Result:
         """What the answer's status means."""
         status = answer.status
-        if status == 202 and call.asynchronous:
-            return result(call, TAKEN, http_status=status)
-        if 200 <= status < 300:
-            return result(call, "succeeded", http_status=status)
+        if ended := accepted(call, status):
+            return ended
         error = f"HTTP {status}: {answer.text}".rstrip(": ")
         if status in MAY_RUN or (status == 503 and may_run(answer.text)):
             return self.failure(call, "unknown", error, http_status=status)
@@ -248,6 +246,15 @@ def answer_in(response: requests.Response) -> stage_http.Answer:
 def may_run(text: str) -> bool:
     """Whether a 503 is that of a gateway which had passed the request on."""
     return bool(PASSED_ON.search(text)) and not NOT_PASSED_ON.search(text)
+
+
+def accepted(call: Call, status: int) -> Result | None:
+    """The result of a call that was answered with `status`; None where that did not accept it."""
+    if status == 202 and call.asynchronous:
+        return result(call, TAKEN, http_status=status)
+    if 200 <= status < 300:
+        return result(call, "succeeded", http_status=status)
+    return None
 
 
 def is_accepted(call: Call) -> bool:

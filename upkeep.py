@@ -65,7 +65,7 @@ class Upkeep:
         if now >= self.forget_at:
             self.forget_at = now + FORGET_INTERVAL
             given = self.stages, self.name, self.given_up_after
-            _, self.given_up_after = self.attempt(forget_deleted, conn, *given) or (0, None)
+            self.given_up_after = self.attempt(forget_deleted, conn, *given)
             self.parents_after = self.attempt(forget_parents, conn, self.parents_after)
         if now >= self.failed_at:
             self.failed_at = now + FAILED_INTERVAL
@@ -208,11 +208,13 @@ def keep_history(conn, days: float) -> bool:
 # --- deleted jobs, stalled stages ----------------------------------------------------------
 
 # A given-up call waits for a person, but not if its job was deleted: then it is dropped. They are
-# checked in the order of the ids, a batch a round.
+# checked in the order of the ids, a batch a round. Whether a row of a table that left PIPELINE was
+# deleted is not known.
 FORGET = """
 WITH given_up AS MATERIALIZED (
     SELECT job_id, call_id FROM stage_calls
     WHERE due_at = 'infinity' AND stage = ANY (%(stages)s)
+      AND table_name IN (SELECT name FROM pipeline_tables)
 ), batch AS (
     SELECT * FROM given_up WHERE %(after)s IS NULL OR job_id >= %(after)s
     ORDER BY job_id, call_id LIMIT %(batch)s
@@ -229,7 +231,7 @@ WITH given_up AS MATERIALIZED (
     FROM gone
     ON CONFLICT DO NOTHING
 )
-SELECT count(*) AS found, (SELECT count(*) FROM gone) AS dropped,
+SELECT count(*) AS found,
        (SELECT job_id FROM batch ORDER BY job_id DESC LIMIT 1) AS last
 FROM batch
 """
@@ -237,18 +239,18 @@ FROM batch
 
 def forget_deleted(
     conn, stages: Iterable[str], worker: str, after: Any = None, batch: int = BATCH
-) -> tuple[int, Any]:
+) -> Any:
     """Drop the given-up calls of deleted jobs, with a row in the history; checks one batch.
 
     Args:
         after: what the last batch returned.
 
     Returns:
-        How many were dropped, and the id that the next batch begins with; None: the first.
+        The id that the next batch begins with; None: with the first.
     """
     given = {"stages": list(stages), "worker": worker, "after": after, "batch": batch}
     found = execute(conn, FORGET, given).fetchone()
-    return found.dropped, found.last if found.found == batch else None
+    return found.last if found.found == batch else None
 
 
 # stage_joins has a row for each parent and join, until the parent is deleted. They are checked in

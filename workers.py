@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import math
+import mmap
 import os
 import signal
 import socket
@@ -52,9 +53,10 @@ def packed(message: Call | Result) -> bytes:
 class Worker:
     """One worker process as the listener sees it."""
 
-    def __init__(self, pid: int, end: socket.socket):
+    def __init__(self, pid: int, end: socket.socket, answered: mmap.mmap):
         self.pid = pid
         self.end = end
+        self.answered = answered  # see Call
         self.end.setblocking(False)
         self.is_open = True
         self.call: Call | None = None
@@ -68,6 +70,7 @@ class Worker:
         return self.end.fileno()
 
     def give(self, call: Call) -> None:
+        self.answered[:2] = bytes(2)
         self.unsent = packed(call)
         self.call, self.made, self.began = call, self.made + 1, time.monotonic()
         self.until = self.began + call.timeout + GRACE
@@ -120,6 +123,7 @@ class Worker:
         with contextlib.suppress(OSError):
             os.killpg(self.pid, signal.SIGKILL)
         self.end.close()
+        self.answered.close()
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         return os.waitstatus_to_exitcode(status) if pid else None
 
@@ -181,13 +185,14 @@ class Workers:
 
     def start(self) -> Worker:
         ours, theirs = socket.socketpair()
+        answered = mmap.mmap(-1, 2)  # memory that a fork shares
         pid = os.fork()
         if pid == 0:
-            live(self, theirs, [ours, *(worker.end for worker in self.all)])
+            live(self, theirs, answered, [ours, *(worker.end for worker in self.all)])
         theirs.close()
         with contextlib.suppress(OSError):
             os.setpgid(pid, pid)  # as the child does: whoever comes first
-        return Worker(pid, ours)
+        return Worker(pid, ours, answered)
 
     def give(self, call: Call) -> None:
         """Have `call` made by an idle worker, whose last result is written."""
@@ -216,9 +221,11 @@ class Workers:
             if call is not None and result is not None:
                 ended.append((call, result))
             if has_ended or now >= worker.until:
+                status = int.from_bytes(worker.answered[:2], "big")
                 reason = self.end(worker, has_ended)
                 if worker.call is not None:
-                    ended.append((worker.call, self.lost(worker.call, worker.began, reason)))
+                    lost = self.lost(worker.call, worker.began, status, reason)
+                    ended.append((worker.call, lost))
         return ended
 
     def end(self, worker: Worker, has_ended: bool) -> str:
@@ -239,9 +246,16 @@ class Workers:
         seconds = worker.call.timeout if worker.call else 0
         return f"no answer within {seconds:g} s, so its worker was killed"
 
-    def lost(self, call: Call, began: float, reason: str) -> Result:
-        """The result of a call whose worker died: unknown."""
-        ended = trigger.failure(call, "unknown", reason, self.settings.RETRY_DELAY)
+    def lost(self, call: Call, began: float, status: int, reason: str) -> Result:
+        """The result of a call whose worker died: unknown, but not if its stage had accepted it.
+
+        Args:
+            status: of the answer to its last POST; 0: there was none.
+        """
+        if ended := trigger.accepted(call, status):
+            ended.trace = f"{reason}, after the call was accepted"
+        else:
+            ended = trigger.failure(call, "unknown", reason, self.settings.RETRY_DELAY)
         ended.seconds = time.monotonic() - began
         return ended
 
@@ -264,7 +278,9 @@ def received(worker: Worker) -> Result | None:
 # --- in a worker ---------------------------------------------------------------------------
 
 
-def live(workers: Workers, end: socket.socket, others: list[socket.socket]) -> None:
+def live(
+    workers: Workers, end: socket.socket, answered: mmap.mmap, others: list[socket.socket]
+) -> None:
     """The life of a worker, from the fork to its end; does not return."""
     code = 1
     try:
@@ -280,7 +296,7 @@ def live(workers: Workers, end: socket.socket, others: list[socket.socket]) -> N
         for other in others:
             other.close()
         psycopg2.extensions.set_wait_callback(None)  # see db.without_callback
-        make_calls(workers, end)
+        make_calls(workers, end, answered)
         code = 0
     except BaseException:
         log.exception("워커 오류")
@@ -289,13 +305,15 @@ def live(workers: Workers, end: socket.socket, others: list[socket.socket]) -> N
         os._exit(code)
 
 
-def make_calls(workers: Workers, end: socket.socket) -> None:
+def make_calls(workers: Workers, end: socket.socket, answered: mmap.mmap) -> None:
     """One call after the other, for as long as the listener lives."""
     last: tuple[Call, Result] | None = None
     for call in given(end):
         last = None  # is written: only then does the listener give a worker its next call
         arm(call)
+        call.answered = answered
         result = workers.trigger.run(call)
+        call.answered = None  # a thread that it left behind may go on to POST
         flush_output()
         last = call, result
         try:

@@ -129,7 +129,12 @@ WHERE relkind = 'p' AND oid IN (
 ORDER BY 1
 """
 
-ORPHANS = "SELECT count(*) FROM stage_calls WHERE stage <> ALL (%(stages)s)"
+ORPHANS = """
+SELECT count(*) FROM stage_calls AS c
+WHERE NOT EXISTS (SELECT FROM pipeline_stages AS p
+                  WHERE (p.table_name, p.join_of, p.current_step, p.status)
+                        = (c.table_name, c.join_of, c.current_step, c.status))
+"""
 
 
 # What a dashboard needs, and nothing else. %%I is filled in by the database.
@@ -305,9 +310,9 @@ def install(
             )
     if reader:
         click.echo(f"  granted  the views to {reader}")
-    orphans = db.execute(conn, ORPHANS, {"stages": pipeline.stage_names()}).fetchone()[0]
+    orphans = db.execute(conn, ORPHANS).fetchone()[0]
     if orphans:
-        click.echo(f"  note: {orphans} open calls belong to stages that PIPELINE no longer has")
+        click.echo(f"  note: {orphans} open calls are of states that PIPELINE no longer has")
     click.echo(f"Next: {pipeline.JSL} verify, then {pipeline.JSL}")
 
 

@@ -128,6 +128,13 @@ def test_alert_is_sent_though_no_file_can_be_made(monkeypatch, told):
     assert [said["text"] for said in told()] == ["read-only"]
 
 
+def test_text_that_utf8_has_not_is_sent(told):
+    sending = alerts.Alerts(config.read({"ALERT_COMMAND": told.command}))
+    sending.send("given_up", "KeyError: '\ud800'")
+    sending.close()
+    assert [said["text"] for said in told()] == ["KeyError: '\ud800'"]
+
+
 def test_more_alerts_than_may_run_at_once_wait_their_turn(told):
     many = alerts.Alerts(config.read({"ALERT_COMMAND": told.command}))
     for number in range(3 * alerts.AT_ONCE):

@@ -302,6 +302,20 @@ def test_stage_that_became_asynchronous_needs_an_install(site, run_command):
     assert done.code == 0 and said not in done.out
 
 
+def test_more_moves_than_are_looked_at_at_once_hide_none(site):
+    """Rows of a bulk load have left the stage, too, and nobody was called for them."""
+    job = site.database.add_job("vlm_analyze", "done")
+    site.start()
+    site.wait_for_working(1)
+    site.database.rows("INSERT INTO stage_moves (job_id, table_name, stage, is_failed)"
+                       " SELECT gen_random_uuid(), 'jobs', 'planner', false"
+                       " FROM generate_series(1, 3500)")  # fmt: skip
+    site.database.move(job, "planner", "done")
+    site.database.wait_for(NOBODY)
+    site.database.wait_for("SELECT count(*) = 0 FROM stage_moves")
+    assert site.database.value(ENDED, job) == "succeeded"
+
+
 def test_moves_that_cannot_be_read_keep_no_call_from_being_made(site):
     site.database.rows("ALTER TABLE stage_moves RENAME TO elsewhere")
     running = site.start()

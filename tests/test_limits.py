@@ -34,6 +34,20 @@ def database(shared_database):
     return shared_database.emptied()
 
 
+# --- waking the others ---------------------------------------------------------------------
+
+
+def test_calls_are_claimed_though_the_others_cannot_be_woken(database, conn, monkeypatch):
+    """It is asked after the commit: an error then must not hide what was claimed."""
+    monkeypatch.setattr(calls, "WAKE_WAITING", "SELECT 1 / 0, %(stages)s")
+    limit(database, 1)
+    database.add_job()
+    first = claim(conn)
+    database.add_job("overlay")
+    turn = claim_many(conn, 1, results=[result(first, limited=True)])
+    assert [row.stage for row in turn.claimed] == ["vlm_judge"]
+
+
 # --- places --------------------------------------------------------------------------------
 
 

@@ -244,7 +244,7 @@ def one_of_everything(database, conn) -> None:
     assert calls.give_back(conn, "w", keep=[1]).given_back == 1
     assert settle(conn, result(claim(conn), "unknown", delay=0, after_lease=True))
     database.rows("DELETE FROM jobs; UPDATE stage_calls SET due_at = 'infinity'")
-    assert upkeep.forget_deleted(conn, ["overlay"], "w") == (1, None)
+    assert upkeep.forget_deleted(conn, ["overlay"], "w") is None
     database.rows("UPDATE stage_attempts SET finished_at = finished_at - interval '2 days'")
     assert upkeep.count(conn) == 7
     assert upkeep.prune(conn, days=1) + upkeep.prune(conn, days=0.5) == 7

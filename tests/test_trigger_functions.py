@@ -383,10 +383,50 @@ def test_function_that_left_pipeline_is_a_failed_attempt(database, accepting, ca
     add_stage(leaving, "y")  # so that its calls are claimed
     job = database.add_job("x")
     del five_stages.PIPELINE["x", "done"]
+    database.rows("DELETE FROM pipeline_stages WHERE current_step = 'x'")
     worker = caller(accepting.url)
-    attempt = worker.call()
+    assert worker.claim() is None
+    [attempt] = database.attempts(job)
     assert attempt.outcome == "retry" and "PIPELINE has no (x, done)" in attempt.error
     assert accepting.connections == 0 and not database.owed(job).given_up
+
+
+def test_call_of_a_newer_pipeline_waits_for_its_listener(database, accepting, caller, add_stage):
+    """`make trigger` comes first in a deploy; the old listener is still there."""
+
+    def arriving(call):
+        return call.post("/api/x")
+
+    add_stage(arriving, "x")
+    add_stage(arriving, "y")
+    job = database.add_job("x")
+    del five_stages.PIPELINE["x", "done"]
+    old = caller(accepting.url)
+    for _ in range(8):
+        assert old.claim() is None
+        database.rows("UPDATE stage_calls SET due_at = now()")
+    assert database.attempts(job) == [] and not database.owed(job).given_up
+    assert "(x, done)" in old.line("새 PIPELINE의 호출을 미룸")
+    five_stages.PIPELINE["x", "done"] = arriving
+    call = caller(accepting.url, "new").claim()
+    assert (call.job_id, call.spent) == (job, 1)
+
+
+def test_call_of_a_table_that_left_pipeline_keeps_no_other_from_being_made(
+    database, accepting, caller, add_stage
+):
+    def shared(call):
+        return call.post("/api/x")
+
+    add_stage(shared, "x")
+    gone, job = database.add_job("x"), database.add_job("x")
+    database.rows("UPDATE stage_calls SET table_name = 'variants' WHERE job_id = %s", gone)
+    worker = caller(accepting.url)
+    assert worker.call().outcome == "succeeded" and database.owed(job) is None
+    assert worker.claim() is None
+    [attempt] = database.attempts(gone)
+    assert attempt.outcome == "retry"
+    assert "PIPELINE has no variants (x, done) any more" in attempt.error
 
 
 def test_call_of_a_stage_that_left_pipeline_stays_visible(database, accepting, caller, add_stage):

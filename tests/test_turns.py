@@ -84,6 +84,25 @@ def test_call_that_a_new_primary_forgot_is_not_repeated(database, api, listener,
     assert len(api.calls()) == 1
 
 
+def test_call_under_way_that_a_new_primary_forgot_is_not_made_beside_itself(
+    database, api, listener
+):
+    with gate(api, STAGE, Answer(200)) as opened:
+        listener(database, api=api, SWEEP_INTERVAL=3600)
+        job = database.add_job("overlay")
+        wait_for_call(api, job)
+        database.rows(
+            "DELETE FROM stage_leases; UPDATE stage_calls SET attempts = 0, worker = NULL,"
+            " started_at = NULL, due_at = now()"
+        )
+        database.rows(db.WAKE)
+        database.wait_for("SELECT count(*) = 1 FROM stage_leases")
+        opened.set()
+        database.wait_for(SUCCEEDED, job)
+    assert database.owed(job) is None and len(api.calls(job)) == 1
+    assert database.value("SELECT count(*) FROM stage_leases") == 0
+
+
 def test_idle_listener_with_many_workers_is_one_connection_and_few_statements(
     database, api, listener, tmp_path
 ):

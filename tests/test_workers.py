@@ -67,6 +67,46 @@ def test_call_that_ends_its_worker_is_one_unknown_call(what, database, api, list
     assert process.output.count(f"{FAILED}: job={job}") == 1
 
 
+@pytest.mark.parametrize("what", ["exits", "crashes", "is killed", "computes"])
+def test_accepted_call_stays_accepted_though_its_worker_ends(
+    what, database, api, listener, tmp_path
+):
+    end, says = FATAL[what]
+    body = POST.removeprefix("return ") + "\n" + end
+    process = listener(database, api=api, program=program(tmp_path, body, 1), LEASE_MARGIN=1)
+    job = database.add_job("overlay")
+    database.wait_for(SUCCEEDED, job)
+    assert database.owed(job) is None and len(api.calls(job)) == 1
+    (attempt,) = database.attempts(job)
+    assert (attempt.outcome, attempt.http_status) == ("succeeded", 200)
+    assert says in process.wait_for_line("    | ")
+
+
+def test_thread_of_an_accepted_call_says_nothing_of_the_next(database, api, listener, tmp_path):
+    """It may go on to POST when its worker makes another call already, and that call is unknown."""
+    gone_on = tmp_path / "gone on"
+    body = f"""
+if call.tenant_id == 'first':
+    def later():
+        while not os.path.exists({str(gone_on)!r}): time.sleep(0.01)
+        call.post('/api/yh/llava/stage2/judge')
+        os._exit(3)
+    threading.Thread(target=later, daemon=True).start()
+    {POST}
+open({str(gone_on)!r}, 'w').close()
+time.sleep(600)
+"""
+    process = listener(database, "run", "--workers", "1", api=api,
+                       program=program(tmp_path, body, 60))  # fmt: skip
+    first = database.add_job("overlay", tenant="first")
+    database.wait_for(SUCCEEDED, first)
+    second = database.add_job("overlay")
+    process.wait_for_line(FAILED)
+    database.wait_for("SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s", second)
+    (attempt,) = database.attempts(second)
+    assert attempt.outcome == "unknown" and "exited with 3" in attempt.error
+
+
 def test_call_is_left_alone_until_its_lease_is_over(database, api, listener, tmp_path):
     died = tmp_path / "died"
     body = f"if not os.path.exists({str(died)!r}):\n    open({str(died)!r}, 'w'); os._exit(3)\n"
