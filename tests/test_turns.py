@@ -1,6 +1,10 @@
 """The turns of a listener with its workers: fair, prompt, cheap, and without losses."""
 
+import time
+
+import psycopg2
 import pytest
+from faults.test_claims import with_idle_worker
 from faults.test_connection import frozen
 from stage_functions import COMPUTE, POST, program
 from tcp_proxy import TcpProxy
@@ -14,6 +18,7 @@ from waiting import (
     wait_until_idle,
 )
 
+import calls
 import db
 from demo.stage_api import StageApi
 from demo.stage_server import Answer
@@ -101,6 +106,25 @@ def test_call_under_way_that_a_new_primary_forgot_is_not_made_beside_itself(
         database.wait_for(SUCCEEDED, job)
     assert database.owed(job) is None and len(api.calls(job)) == 1
     assert database.value("SELECT count(*) FROM stage_leases") == 0
+
+
+def test_turn_in_parts_is_soon_followed_by_another(database, caller, monkeypatch):
+    """It claims one call at the most, so that others may be due."""
+    claiming = caller("http://127.0.0.1:1")
+    listener = with_idle_worker(claiming.listener)
+    listener.settle_and_claim(claiming.conn)
+
+    def locked(*_args, **_given):
+        raise psycopg2.errors.LockNotAvailable("somebody holds the row of a limit")
+
+    monkeypatch.setattr(calls, "settle_and_claim", locked)
+    database.add_job()
+    listener.look_at = 0.0
+    assert listener.settle_and_claim(claiming.conn) == []
+    assert listener.next_look < time.monotonic() + 2 and not listener.nothing_due
+    monkeypatch.undo()
+    listener.look_at = 0.0
+    assert len(listener.settle_and_claim(claiming.conn)) == 1
 
 
 def test_idle_listener_with_many_workers_is_one_connection_and_few_statements(

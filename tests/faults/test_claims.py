@@ -3,17 +3,14 @@
 import mmap
 import os
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
-import psycopg2
 import pytest
 from claims import claim, connected
 from tcp_proxy import TcpProxy
 from waiting import CLAIM, LISTENING, gate, wait_for_call, wait_for_sweeps, wait_until_idle
 
-import calls
 import db
 from demo.stage_server import Answer
 from listener import Listener
@@ -162,25 +159,6 @@ def with_idle_worker(listener: Listener) -> Listener:
     ours, _ = socket.socketpair()
     listener.workers.all = [Worker(os.getpid(), ours, mmap.mmap(-1, 2))]
     return listener
-
-
-def test_turn_in_parts_is_soon_followed_by_another(database, caller, monkeypatch):
-    """It claims one call at the most, so that others may be due."""
-    claiming = caller("http://127.0.0.1:1")
-    listener = with_idle_worker(claiming.listener)
-    listener.settle_and_claim(claiming.conn)
-
-    def locked(*_args, **_given):
-        raise psycopg2.errors.LockNotAvailable("somebody holds the row of a limit")
-
-    monkeypatch.setattr(calls, "settle_and_claim", locked)
-    database.add_job()
-    listener.look_at = 0.0
-    assert listener.settle_and_claim(claiming.conn) == []
-    assert listener.next_look < time.monotonic() + 2 and not listener.nothing_due
-    monkeypatch.undo()
-    listener.look_at = 0.0
-    assert len(listener.settle_and_claim(claiming.conn)) == 1
 
 
 def pages_read(database, claiming, claims: int = 20) -> int:
