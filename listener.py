@@ -267,6 +267,8 @@ class Listener:
             if now < self.doubtful_until:
                 self.give_back(conn)
         self.tell_failed(conn)
+        if self.unwritten:  # each may free a place of a pool
+            self.tried = set()
         wanted = self.wanted(free, now, sweep)
         try:
             turn = calls.settle_and_claim(

@@ -5,10 +5,12 @@ import threading
 import pytest
 from asynchronous import asynchronous
 from conftest import ROOT
+from faults.test_claims import with_idle_worker
 from variants import install, stage
 from waiting import PATIENCE
 
 import pipeline
+import trigger
 from demo.stage_server import Answer
 from pipeline import Pool, limits
 
@@ -98,6 +100,18 @@ def test_pool_stays_with_the_stage_that_has_calls(site, api):
     site.start("run", "--once", LISTENER_WORKERS=4).wait()
     first = gate.order()[0]
     assert gate.order() == [first] * 3 + ["load_b" if first == "load_a" else "load_a"] * 3
+
+
+def test_result_has_all_stages_of_a_pool_looked_at_again(site, caller):
+    """The claims before it, while the pool was full, may have left out all of them."""
+    claiming = caller("http://127.0.0.1:1")
+    listener = with_idle_worker(claiming.listener)
+    site.add_job("img_gen", "done"), site.add_job("overlay", "done")
+    [first] = listener.settle_and_claim(claiming.conn)
+    assert listener.settle_and_claim(claiming.conn) == []
+    listener.keep(first, trigger.result(first, "skipped"))
+    [second] = listener.settle_and_claim(claiming.conn)
+    assert {first.stage, second.stage} == {"vlm_analyze", "vlm_judge"}
 
 
 def test_pool_leaves_a_stage_that_is_paused(site, api, run_command):
