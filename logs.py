@@ -58,6 +58,7 @@ EVENTS = {
     "한 건씩 다시 시도": "turn_done_in_parts",
     "결과를 기록할 수 없음": "result_not_recorded",
     "리스 만료 후 다시 확인됨": "call_left_to_its_lease",
+    "데이터베이스 시계가 되돌아감": "database_clock_set_back",
     "failed 상태 확인 실패": "failed_check_error",
     "조인 확인 실패": "join_check_error",
     "작업 완료 확인 실패": "move_check_error",

@@ -15,7 +15,7 @@ import psycopg2.extensions
 import pipeline
 import trigger
 from alerts import Alerts
-from db import CONNECTION_LOST, UNPINNED, execute
+from db import CONNECTION_LOST, UNPINNED, WAKE_CHANNEL, execute
 from ops import migrations
 
 log = logging.getLogger("listener")
@@ -58,6 +58,8 @@ class Upkeep:
             self.reap_at = now + REAP_INTERVAL
             migrations.require_not_newer(conn)
             self.attempt(reap, conn)
+            if mended := self.attempt(mend_clock, conn):
+                log.warning("데이터베이스 시계가 되돌아감: 늦춰진 대기 %d건을 바로잡음", mended)
         if now >= self.history_at:
             self.history_at = now + HISTORY_INTERVAL
             if self.attempt(keep_history, conn, self.settings.HISTORY_DAYS):
@@ -126,6 +128,57 @@ ON CONFLICT DO NOTHING
 def reap(conn) -> int:
     """End the leases that have run out, each with a row in the history; how many."""
     return execute(conn, REAP).rowcount
+
+
+# --- a clock that was set back -------------------------------------------------------------
+
+# Times that the database's clock has yet to reach, though they were its now(): the clock was set
+# back, or a new primary's is behind. Each wait that was measured from such a time begins anew, so
+# that none is longer than it was made to be. clock_timestamp(), as another transaction's now() may
+# be later than ours. A retry is measured from the last attempt of its row.
+MEND_CLOCK = (
+    """
+UPDATE stage_limits SET next_at = now() + make_interval(secs => seconds)
+WHERE next_at > clock_timestamp() + make_interval(secs => seconds)
+""",
+    """
+UPDATE stage_limits SET stays_since = now() WHERE stays_since > clock_timestamp()
+""",
+    """
+UPDATE pipeline_stages SET held_until = now() + make_interval(secs => hold_seconds)
+WHERE held_until > clock_timestamp() + make_interval(secs => hold_seconds)
+  AND held_until < 'infinity'
+""",
+    """
+UPDATE stage_leases SET started_at = now(), leased_until = now() + (leased_until - started_at)
+WHERE started_at > clock_timestamp()
+""",
+    """
+WITH later AS (
+    SELECT c.job_id, c.call_id, since.at
+    FROM (SELECT DISTINCT stage FROM pipeline_stages) AS p
+    JOIN stage_calls AS c
+      ON c.stage = p.stage AND c.due_at > now() AND c.due_at < 'infinity' AND c.attempts > 0
+    CROSS JOIN LATERAL (
+        SELECT coalesce(c.started_at, max(a.finished_at)) AS at FROM stage_attempts AS a
+        WHERE a.job_id = c.job_id AND a.table_name = c.table_name) AS since
+    WHERE since.at > clock_timestamp() AND c.due_at >= since.at
+    FOR UPDATE OF c SKIP LOCKED
+)
+UPDATE stage_calls AS c
+SET started_at = CASE WHEN c.started_at IS NOT NULL THEN now() END,
+    due_at = now() + (c.due_at - later.at)
+FROM later WHERE c.job_id = later.job_id AND c.call_id = later.call_id
+""",
+)
+
+
+def mend_clock(conn) -> int:
+    """Shorten what waits longer than it should as the database's clock was set back; how many."""
+    mended = sum(execute(conn, sql).rowcount for sql in MEND_CLOCK)
+    if mended:
+        execute(conn, f"NOTIFY {WAKE_CHANNEL}")  # listeners know when they meant to look again
+    return mended
 
 
 # --- the history ---------------------------------------------------------------------------

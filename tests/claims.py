@@ -1,7 +1,7 @@
 """Short ways to call calls.py in tests as a listener does: one claim, one result."""
 
 from collections.abc import Iterable
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +17,27 @@ LEASE_OVER = "".join(
     f" WHERE {column} BETWEEN now() AND '9999-01-01';"
     for table, column in (("stage_calls", "due_at"), ("stage_leases", "leased_until"))
 )
+# Columns with times of the database; NULL and infinity stay what they are when they are moved.
+TIMES = {
+    "stage_calls": ["due_at", "started_at"],
+    "stage_leases": ["leased_until", "started_at"],
+    "stage_limits": ["next_at", "stays_since"],
+    "pipeline_stages": ["held_until"],
+    "stage_attempts": ["started_at", "finished_at"],
+}
 STAGES = ["vlm_analyze", "yolo_detect", "planner", "overlay", "vlm_judge"]
+
+
+def let_pass(database, seconds: float) -> None:
+    """Move all times so many seconds into the past, as if these had passed."""
+    for table, columns in TIMES.items():
+        moved = ", ".join(f"{c} = {c} - make_interval(secs => {seconds})" for c in columns)
+        database.rows(f"UPDATE {table} SET {moved}")
+
+
+def set_clock_back(database, seconds: float) -> None:
+    """Leave all times as a server's clock leaves them that was set back by so many seconds."""
+    let_pass(database, -seconds)
 
 
 @contextmanager
@@ -28,6 +48,15 @@ def connected(database, **settings):
         yield conn
     finally:
         conn.close()
+
+
+@contextmanager
+def all_connected(database, count: int):
+    """Connections for as many threads, made before any runs: connecting changes psycopg2's wait
+    callback, which all threads of a process share.
+    """
+    with ExitStack() as stack:
+        yield [stack.enter_context(connected(database)) for _ in range(count)]
 
 
 def wanted(stages: Iterable[str] = STAGES, lease: float = 60, most: int = 1, **given) -> list:

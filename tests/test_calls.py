@@ -7,6 +7,7 @@ import pytest
 from claims import (
     LEASE_OVER,
     STAGES,
+    all_connected,
     claim,
     claim_many,
     connected,
@@ -61,15 +62,15 @@ def test_second_listener_gets_nothing(database, conn, other):
 def shared_among_listeners(database) -> list:
     """The job ids that four listeners claim at the same time, until nothing is due."""
 
-    def work(name: str) -> list:
+    def work(name: str, conn) -> list:
         jobs = []
-        with connected(database) as conn:
-            while rows := claim_many(conn, 3, name).claimed:
-                jobs += [row.job_id for row in rows]
+        while rows := claim_many(conn, 3, name).claimed:
+            jobs += [row.job_id for row in rows]
         return jobs
 
-    with ThreadPoolExecutor(4) as pool:
-        return [job for jobs in pool.map(work, ["a", "b", "c", "d"]) for job in jobs]
+    names = ["a", "b", "c", "d"]
+    with all_connected(database, len(names)) as conns, ThreadPoolExecutor(4) as pool:
+        return [job for jobs in pool.map(work, names, conns) for job in jobs]
 
 
 def test_listeners_share_the_calls_without_claiming_one_twice(database):

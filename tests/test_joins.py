@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing
 
 import psycopg2
 import pytest
-from claims import LEASE_OVER, claim_many, connected, result, settle
+from claims import LEASE_OVER, all_connected, claim_many, connected, result, settle
 from conftest import ROOT
 from psycopg2 import errors
 from psycopg2.extensions import (
@@ -274,8 +274,7 @@ def test_joins_whose_commits_overlap_in_every_order_are_called_once(each_variant
     mine = [list(parents.values())[n::4] for n in range(4)]
     with ThreadPoolExecutor(6) as pool, ExitStack() as stack:
         applications = [stack.enter_context(closing(Application(database, limbo))) for _ in mine]
-        # Connecting changes psycopg2's wait callback, which all threads of a process share.
-        conns = {name: stack.enter_context(connected(database)) for name in ("a", "b")}
+        conns = dict(zip("ab", stack.enter_context(all_connected(database, 2)), strict=True))
         stack.callback(over.set)
         listeners = [pool.submit(call_joins, conns[name], name, over) for name in conns]
         list(pool.map(Application.move_all, applications, mine))

@@ -7,7 +7,17 @@ from contextlib import closing, contextmanager
 
 import psycopg2
 import pytest
-from claims import LEASE_OVER, STAGES, claim, claim_many, connected, result, settle, wanted
+from claims import (
+    LEASE_OVER,
+    STAGES,
+    all_connected,
+    claim,
+    claim_many,
+    connected,
+    result,
+    settle,
+    wanted,
+)
 from commands import ROOT
 from waiting import until
 
@@ -213,20 +223,19 @@ def test_limits_are_exact_over_listeners_that_claim_many_at_once(database):
     for number in range(90):
         database.add_job(steps[number % 3])
 
-    def listen(name: str) -> None:
+    def listen(name: str, conn) -> None:
         rows = []
-        with connected(database) as conn:
-            wait_for_locks(conn)
-            while sum(done.values()) < jobs:
-                counted.end(rows)  # before another listener can know
-                results = [result(row, worker=name) for row in rows]
-                rows = claim_many(conn, 4, name, results=results, share=1).claimed
-                counted.begin(rows)
-                done.update(row.stage for row in rows)
-            counted.end(rows)
+        wait_for_locks(conn)
+        while sum(done.values()) < jobs:
+            counted.end(rows)  # before another listener can know
+            results = [result(row, worker=name) for row in rows]
+            rows = claim_many(conn, 4, name, results=results, share=1).claimed
+            counted.begin(rows)
+            done.update(row.stage for row in rows)
+        counted.end(rows)
 
-    with ThreadPoolExecutor(4) as pool:
-        running = [pool.submit(listen, name) for name in "abcd"]
+    with all_connected(database, 4) as conns, ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(listen, *each) for each in zip("abcd", conns, strict=True)]
         for number in range(90, jobs):  # they arrive meanwhile
             database.add_job(steps[number % 3])
         for one in running:

@@ -5,7 +5,7 @@ SQL in any order, with several listeners and a clock that the test moves.
 import itertools
 
 import pytest
-from claims import claim_many, connected, result, settle
+from claims import claim_many, connected, let_pass, result, set_clock_back, settle
 from fuzzing import fuzzed
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -40,13 +40,6 @@ DETAILS = {
     "unknown": {"delay": 0.0, "after_lease": True},
     "failed": {},
     "held": {"delay": 1.0, "free": True, "hold": True},
-}
-# Columns with times, which the test moves; NULL and infinity stay.
-CLOCKS = {
-    "stage_calls": ["due_at", "started_at"],
-    "stage_leases": ["leased_until", "started_at"],
-    "pipeline_stages": ["held_until"],
-    "stage_attempts": ["started_at", "finished_at"],
 }
 
 
@@ -174,13 +167,17 @@ class Pipeline(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([5, 30, LEASE + 1]))
     def wait(self, seconds):
-        for table, columns in CLOCKS.items():
-            moved = ", ".join(f"{c} = {c} - make_interval(secs => {seconds})" for c in columns)
-            self.database.rows(f"UPDATE {table} SET {moved}")
+        let_pass(self.database, seconds)
         if seconds > LEASE:
             self.late += [(name, row) for name, rows in self.held.items() for row in rows]
             self.held = {name: [] for name in LISTENERS}
             self.unanswered.clear()
+
+    @rule(seconds=st.sampled_from([5, 3600]))
+    def set_back(self, seconds):
+        """After that, what is under way is over when `wait` says so."""
+        set_clock_back(self.database, seconds)
+        upkeep.mend_clock(self.conns["a"])
 
     @rule()
     def reap(self):

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import psycopg2.extras
 import pytest
-from claims import LEASE_OVER, STAGES, claim, claim_many, connected, result, settle
+from claims import (
+    LEASE_OVER,
+    STAGES,
+    all_connected,
+    claim,
+    claim_many,
+    connected,
+    result,
+    settle,
+)
 from waiting import until
 
 import pipeline
@@ -372,9 +381,13 @@ def is_waiting(database, application: str) -> bool:
 
 def test_second_install_waits_for_the_first(database):
     lock = "SELECT pg_advisory_xact_lock(hashtext('job_state_listener.install'))"
-    with ThreadPoolExecutor(1) as pool, closing(database.connect()) as first:
+    with (
+        connected(database) as conn,
+        closing(database.connect()) as first,
+        ThreadPoolExecutor(1) as pool,
+    ):
         first.cursor().execute(f"BEGIN; {lock}")
-        second = pool.submit(upgrade, database)
+        second = pool.submit(apply, conn)
         until(lambda: is_waiting(database, "job-state-listener"), "the second install to wait")
         assert database.value("SELECT to_regclass('stage_limits')") is None
         first.cursor().execute("COMMIT")
@@ -384,9 +397,8 @@ def test_second_install_waits_for_the_first(database):
 
 def test_installs_at_once_migrate_once(database, old):
     every_situation(database, old)
-    with ThreadPoolExecutor(3) as pool:
-        for one in [pool.submit(upgrade, database) for _ in range(3)]:
-            one.result()
+    with all_connected(database, 3) as conns, ThreadPoolExecutor(3) as pool:
+        list(pool.map(apply, conns))
     assert database.rows(migrations.VERSION) == [(migrations.LATEST,)]
     assert len(database.rows("SELECT 1 FROM stage_leases WHERE unanswered")) == 1
 

@@ -4,7 +4,17 @@ import math
 import threading
 
 import pytest
-from claims import STAGES, claim, result, settle
+from claims import (
+    LEASE_OVER,
+    STAGES,
+    claim,
+    claim_many,
+    connected,
+    held,
+    result,
+    set_clock_back,
+    settle,
+)
 
 import db
 import moves
@@ -228,3 +238,81 @@ def test_given_up_calls_of_deleted_jobs_are_forgotten_and_recorded(database, con
     assert [a.outcome for a in database.attempts(deleted)] == ["failed", "skipped"]
     assert database.owed(kept).given_up
     assert not database.owed(unsettled).given_up
+
+
+# --- a clock that was set back -------------------------------------------------------------
+
+
+def waits(database) -> list[float]:
+    """Seconds until the calls are due, and until their leases end."""
+    return database.rows(
+        "SELECT extract(epoch FROM c.due_at - now())::float8 AS due,"
+        " extract(epoch FROM l.leased_until - now())::float8 AS leased"
+        " FROM stage_calls AS c LEFT JOIN stage_leases AS l USING (call_id)"
+    )[0]
+
+
+def test_call_under_way_is_due_after_its_lease_although_the_clock_was_set_back(database, conn):
+    """Its listener may be gone."""
+    database.add_job()
+    claim(conn, lease=60)
+    set_clock_back(database, 7200)
+    assert min(waits(database)) > 7000
+    assert upkeep.mend_clock(conn) == 2
+    assert max(waits(database)) <= 60
+    assert upkeep.mend_clock(conn) == 0
+    database.rows(LEASE_OVER)
+    assert claim(conn).attempt == 2
+
+
+RETRIED = {"outcome": "retry", "delay": 40.0}
+UNANSWERED = {"outcome": "unknown", "delay": 0.0, "after_lease": True}
+
+
+@pytest.mark.parametrize("outcome", [RETRIED, UNANSWERED])
+def test_retry_waits_no_longer_although_the_clock_was_set_back(database, conn, outcome):
+    database.add_job()
+    settle(conn, result(claim(conn, lease=40), **outcome))
+    set_clock_back(database, 7200)
+    upkeep.mend_clock(conn)
+    assert 30 < waits(database)[0] <= 41
+    assert upkeep.mend_clock(conn) == 0  # though its last attempt has still to come, by the clock
+
+
+def test_hold_and_rate_last_no_longer_although_the_clock_was_set_back(database, conn):
+    database.rows(
+        "INSERT INTO stage_limits (name, stages, seconds, next_at)"
+        " VALUES ('vlm_analyze', '{vlm_analyze}', 5, now() + interval '5 s')"
+    )
+    database.add_job("planner", "done")
+    settle(conn, held(claim(conn), retry_after=30.0))
+    database.rows("UPDATE pipeline_stages SET held_until = 'infinity' WHERE stage = 'planner'")
+    set_clock_back(database, 7200)
+    assert upkeep.mend_clock(conn) == 3  # the waiting call, too
+    until = "SELECT extract(epoch FROM {} - now())::float8 FROM {} WHERE {} = '{}'"
+    assert database.value(until.format("next_at", "stage_limits", "name", "vlm_analyze")) <= 5
+    assert database.value(until.format("held_until", "pipeline_stages", "stage", "overlay")) <= 30
+    paused = "SELECT held_until = 'infinity' FROM pipeline_stages WHERE stage = 'planner'"
+    assert database.value(paused)
+
+
+def test_clock_that_was_not_set_back_changes_nothing(database, conn, other):
+    """Also where another transaction has begun later than this one."""
+    for _ in range(3):
+        database.add_job()
+    db.execute(conn, "BEGIN")
+    db.execute(conn, "SELECT")
+    rows = claim_many(other, 3).claimed
+    settle(other, result(rows[0], "retry", delay=600.0), result(rows[1], "failed"))
+    assert upkeep.mend_clock(conn) == 0
+    db.execute(conn, "COMMIT")
+
+
+def test_listener_mends_what_a_clock_that_was_set_back_delays(database, api, listener):
+    job = database.add_job()
+    with connected(database) as conn:
+        settle(conn, result(claim(conn), "retry", delay=0.5))
+    set_clock_back(database, 7200)
+    process = listener(database, api=api)
+    process.wait_for_line("데이터베이스 시계가 되돌아감")
+    api.wait_for(lambda api: [call.job_id for call in api.calls()] == [job])
