@@ -13,6 +13,7 @@ from itertools import pairwise
 from chaos.account import Account, Call, Try
 from chaos.history import Exit, History, Join
 from chaos.limits import VISIBLE, ended_amiss, out_of_turn, over_limits
+from chaos.lost import judged
 from chaos.reasons import DIED, RECONNECTING, why_dead, why_lost, why_repeated
 from ops.rules import (
     AFTER_LEAVING,
@@ -43,6 +44,7 @@ class Verdict:
 
 def check(history: History) -> Verdict:
     """Every check on every call of a run."""
+    history = judged(history)
     account, verdict = Account(history), Verdict()
     verdict.findings += [(ATTEMPTS, text) for text in account.stray]
     for call in account.calls:

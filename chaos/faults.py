@@ -13,7 +13,7 @@ import db
 from chaos.history import pid_of
 from chaos.listeners import Listener
 from chaos.pipeline import Pipeline
-from chaos.plan import CLOCK, CLOCK_STEPS, SWEEP_INTERVAL, PlannedFault
+from chaos.plan import CLOCK, CLOCK_STEPS, LOST, SWEEP_INTERVAL, PlannedFault
 from chaos.proxy import Proxy
 from demo.database import START_TIMEOUT, EmbeddedDatabase
 from demo.standby import follow, promote, rebuild
@@ -25,7 +25,7 @@ WHERE starts_with(application_name, %s) ORDER BY backend_start
 TERMINATE = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE starts_with(application_name, %s)
 """
-STREAMING = "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'"
+SENDERS = "SELECT pid FROM pg_stat_replication WHERE state = 'streaming'"
 # Makes each commit wait for the standby, but only once the checkpointer has read the setting. A
 # CHECKPOINT afterwards shows that it has.
 WAIT_FOR_STANDBY = "ALTER SYSTEM SET synchronous_standby_names = '*'"
@@ -69,6 +69,7 @@ class Target:
     slots: list[int]
     pids: list[int] = field(default_factory=list)
     locked: list[tuple[float, float]] = field(default_factory=list)
+    lost: list[tuple[float, float]] = field(default_factory=list)
     ended: float = 0.0  # time.time() of the end, if before the clean-up; 0: after the clean-up
 
 
@@ -135,6 +136,11 @@ class World:
             else:
                 return
         self.undone.append(do)
+
+    def require_standby(self) -> None:
+        """Raises NotNow unless it follows, and no frozen backend can keep a checkpoint waiting."""
+        if not self.database_up or self.frozen or not self.query(SENDERS):
+            raise NotNow
 
     def wait_for_standby(self) -> None:
         """Make each commit wait until the standby has it. Raises NotNow if the standby is gone."""
@@ -347,7 +353,7 @@ def restart_database(mode: str) -> Callable[..., Context]:
 def switch_over(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
     """The primary is stopped, which gives its standby all it has; that is the primary then, and the
     other one follows it. The proxy leads to the new one, and ends the connections to the old."""
-    if not world.database_up or not world.query(STREAMING)[0][0]:
+    if not world.database_up or not world.query(SENDERS):
         raise NotNow
     world.stop_database("fast", target)
     yield
@@ -360,10 +366,27 @@ def crash(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
     """Kill all processes of the primary while each commit waits for the standby, and promote the
     standby. The old primary is rebuilt from a copy of the new one.
     """
-    is_ready = world.database_up and not world.frozen and world.query(STREAMING)[0][0]
-    if not is_ready:  # a frozen backend may keep a checkpoint waiting
-        raise NotNow
+    world.require_standby()
     world.wait_for_standby()
+    with crashed(world, target):
+        yield
+
+
+@contextmanager
+def lose_commits(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
+    """The same, but what was committed in the last moments did not reach the standby."""
+    world.require_standby()
+    began = time.time()
+    for (pid,) in world.query(SENDERS):
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(LOST)
+    with crashed(world, target):
+        target.lost.append((began, time.time()))
+        yield
+
+
+@contextmanager
+def crashed(world: World, target: Target) -> Iterator[None]:
     target.reach, target.slots = "database", world.every_slot()
     world.database_up = False
     world.database.kill()
@@ -482,6 +505,7 @@ KINDS: dict[str, Callable[..., Context]] = {
     "restart stage API": restart_api,
     "switch over to the standby": switch_over,
     "fail over from a crashed primary": crash,
+    "fail over and lose commits": lose_commits,
     "malformed notifications": garbage,
     "change columns of jobs": change_columns,
     "rewrite tables": rewrite_tables,

@@ -180,6 +180,7 @@ class Fault:
     reach: what was broken for them: "worker", "listener", "database" or "stage". The values "clock"
         and "nothing" excuse no repeat.
     locked: from when to when it held or waited for the lock of a table, with everybody behind it.
+    lost: from when to when transactions were committed that no longer exist.
     """
 
     kind: str
@@ -189,6 +190,7 @@ class Fault:
     slots: list[int]
     pids: list[int] = field(default_factory=list)
     locked: list[tuple[float, float]] = field(default_factory=list)
+    lost: list[tuple[float, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

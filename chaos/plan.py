@@ -16,6 +16,7 @@ from demo import five_stages
 STAGE_TIMEOUT, LEASE_MARGIN = 2.0, 2.5  # seconds, as the listeners are told
 LEASE = STAGE_TIMEOUT + LEASE_MARGIN
 SWEEP_INTERVAL = 1.0
+LOST = 1.0  # seconds whose commits a failover may lose
 DATABASE_DEADLINE = 10.0  # db.DEADLINE: after that a listener gives a connection up
 
 # kind: (how often, shortest and longest duration in seconds)
@@ -46,6 +47,7 @@ FAULTS = {
     "restart stage API": (2, 0.1, 3.0),
     "switch over to the standby": (2, 0.0, 2.0),
     "fail over from a crashed primary": (2, 0.0, 2.0),
+    "fail over and lose commits": (1, 0.0, 2.0),
     "malformed notifications": (1, 0.0, 0.0),
     "change columns of jobs": (5, 0.2, 3.0),
     "rewrite tables": (5, 0.0, 0.0),

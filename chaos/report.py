@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from chaos.checker import Verdict
 from chaos.history import Fault, History
+from chaos.lost import jobs_with_lost_commits
 from chaos.trend import Series
 from ops.table import table
 
@@ -58,6 +59,7 @@ def figures(history: History) -> list[tuple[str, int]]:
         ("listeners started", len(history.listeners)),
         ("results written by workers without a listener", history.orphans),
         ("attempts at which a stage function misbehaved", len(history.mischief)),
+        ("jobs and variants of which commits may be lost", len(jobs_with_lost_commits(history))),
     ]
 
 

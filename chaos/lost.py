@@ -1,0 +1,44 @@
+"""What a failover that loses commits leaves to be judged.
+
+Of a job that was worked on in the lost moments the database knows another history than the stages
+do. Such a job, with its whole family, has to come through, as every job has; beyond that only the
+others are judged.
+"""
+
+from chaos.history import History
+
+# Seconds before the lost moments within which a call must have been answered, for its result and
+# the work that follows a 202 to be committed before them.
+BEFORE = 10.0
+OF_JOBS = ("moves", "debts", "joins", "gone", "claims", "leases", "rows", "effects", "posts")
+
+
+def jobs_with_lost_commits(history: History) -> set[str]:
+    """The jobs, and variants, of which the database may have lost something."""
+    spans = [(began - BEFORE, ended + history.timeout)
+             for fault in history.faults for began, ended in fault.lost]  # fmt: skip
+    touched = {
+        post.job
+        for post in history.posts
+        if post.job
+        and any(post.finished >= began and post.arrived <= ended for began, ended in spans)
+    }
+    parent_of = {move.job: move.parent for move in history.moves if move.parent}
+    families = touched | {parent_of[job] for job in touched if job in parent_of}
+    return families | {variant for variant, parent in parent_of.items() if parent in families}
+
+
+def judged(history: History) -> History:
+    """The history without these jobs."""
+    lost = jobs_with_lost_commits(history)
+    if not lost:
+        return history
+    kept = {
+        name: [one for one in getattr(history, name) if one.job not in lost] for name in OF_JOBS
+    }
+    bugs = [
+        bug
+        for bug in history.bugs
+        if not bug.startswith("audit:") or not any(job in bug for job in lost)
+    ]
+    return History(**(vars(history) | kept | {"bugs": bugs}))
