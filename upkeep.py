@@ -58,8 +58,8 @@ class Upkeep:
             self.reap_at = now + REAP_INTERVAL
             migrations.require_not_newer(conn)
             self.attempt(reap, conn)
-            if mended := self.attempt(mend_clock, conn):
-                log.warning("데이터베이스 시계가 되돌아감: 늦춰진 대기 %d건을 바로잡음", mended)
+            if shortened := self.attempt(shorten_waits, conn):
+                log.warning("데이터베이스 시계가 되돌아감: 길어진 대기 %d건을 다시 셈", shortened)
         if now >= self.history_at:
             self.history_at = now + HISTORY_INTERVAL
             if self.attempt(keep_history, conn, self.settings.HISTORY_DAYS):
@@ -136,7 +136,7 @@ def reap(conn) -> int:
 # back, or a new primary's is behind. Each wait that was measured from such a time begins anew, so
 # that none is longer than it was made to be. clock_timestamp(), as another transaction's now() may
 # be later than ours. A retry is measured from the last attempt of its row.
-MEND_CLOCK = (
+SHORTEN_WAITS = (
     """
 UPDATE stage_limits SET next_at = now() + make_interval(secs => seconds)
 WHERE next_at > clock_timestamp() + make_interval(secs => seconds)
@@ -173,12 +173,12 @@ FROM later WHERE c.job_id = later.job_id AND c.call_id = later.call_id
 )
 
 
-def mend_clock(conn) -> int:
+def shorten_waits(conn) -> int:
     """Shorten what waits longer than it should as the database's clock was set back; how many."""
-    mended = sum(execute(conn, sql).rowcount for sql in MEND_CLOCK)
-    if mended:
+    shortened = sum(execute(conn, sql).rowcount for sql in SHORTEN_WAITS)
+    if shortened:
         execute(conn, f"NOTIFY {WAKE_CHANNEL}")  # listeners know when they meant to look again
-    return mended
+    return shortened
 
 
 # --- the history ---------------------------------------------------------------------------

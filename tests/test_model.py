@@ -177,7 +177,7 @@ class Pipeline(RuleBasedStateMachine):
     def set_back(self, seconds):
         """After that, what is under way is over when `wait` says so."""
         set_clock_back(self.database, seconds)
-        upkeep.mend_clock(self.conns["a"])
+        upkeep.shorten_waits(self.conns["a"])
 
     @rule()
     def reap(self):

@@ -258,9 +258,9 @@ def test_call_under_way_is_due_after_its_lease_although_the_clock_was_set_back(d
     claim(conn, lease=60)
     set_clock_back(database, 7200)
     assert min(waits(database)) > 7000
-    assert upkeep.mend_clock(conn) == 2
+    assert upkeep.shorten_waits(conn) == 2
     assert max(waits(database)) <= 60
-    assert upkeep.mend_clock(conn) == 0
+    assert upkeep.shorten_waits(conn) == 0
     database.rows(LEASE_OVER)
     assert claim(conn).attempt == 2
 
@@ -274,9 +274,10 @@ def test_retry_waits_no_longer_although_the_clock_was_set_back(database, conn, o
     database.add_job()
     settle(conn, result(claim(conn, lease=40), **outcome))
     set_clock_back(database, 7200)
-    upkeep.mend_clock(conn)
+    upkeep.shorten_waits(conn)
     assert 30 < waits(database)[0] <= 41
-    assert upkeep.mend_clock(conn) == 0  # though its last attempt has still to come, by the clock
+    # Its last attempt is still to come, by the clock.
+    assert upkeep.shorten_waits(conn) == 0
 
 
 def test_hold_and_rate_last_no_longer_although_the_clock_was_set_back(database, conn):
@@ -288,7 +289,7 @@ def test_hold_and_rate_last_no_longer_although_the_clock_was_set_back(database, 
     settle(conn, held(claim(conn), retry_after=30.0))
     database.rows("UPDATE pipeline_stages SET held_until = 'infinity' WHERE stage = 'planner'")
     set_clock_back(database, 7200)
-    assert upkeep.mend_clock(conn) == 3  # the waiting call, too
+    assert upkeep.shorten_waits(conn) == 3  # the waiting call, too
     until = "SELECT extract(epoch FROM {} - now())::float8 FROM {} WHERE {} = '{}'"
     assert database.value(until.format("next_at", "stage_limits", "name", "vlm_analyze")) <= 5
     assert database.value(until.format("held_until", "pipeline_stages", "stage", "overlay")) <= 30
@@ -304,11 +305,11 @@ def test_clock_that_was_not_set_back_changes_nothing(database, conn, other):
     db.execute(conn, "SELECT")
     rows = claim_many(other, 3).claimed
     settle(other, result(rows[0], "retry", delay=600.0), result(rows[1], "failed"))
-    assert upkeep.mend_clock(conn) == 0
+    assert upkeep.shorten_waits(conn) == 0
     db.execute(conn, "COMMIT")
 
 
-def test_listener_mends_what_a_clock_that_was_set_back_delays(database, api, listener):
+def test_listener_shortens_what_a_clock_that_was_set_back_delays(database, api, listener):
     job = database.add_job()
     with connected(database) as conn:
         settle(conn, result(claim(conn), "retry", delay=0.5))
