@@ -219,6 +219,8 @@ class Listener:
             self.collect(ready)
             if conn in ready or conn.notifies:
                 self.hear(conn)
+        if time.monotonic() < self.doubtful_until:
+            self.give_back(conn)  # nobody else would before its lease is over
 
     def wait_to_reconnect(self, error: Exception) -> None:
         """Say what happened, each reason once and then only counted; calls under way go on."""
@@ -574,7 +576,7 @@ class Listener:
             trigger.log_end(call, ended)
             if ended.outcome == "released":
                 self.doubtful_until = max(self.doubtful_until, time.monotonic() + AGAIN_EVERY)
-                self.look_at = self.again_at = 0.0
+                self.look_at, self.again_at, self.nothing_due = 0.0, 0.0, False
                 continue
             self.keep(call, ended)
 

@@ -11,11 +11,13 @@ import pytest
 import requests
 import trustme
 from conftest import ROOT
+from faults.test_claims import with_idle_worker
 from raw_server import OK, answering, in_turn
 from stage_functions import BREAK
 from test_stage_http import black_hole
 from waiting import AWAY, wait_until_idle
 
+import trigger
 from demo import five_stages
 from trigger import boottime
 
@@ -606,6 +608,40 @@ def test_call_that_a_frozen_worker_did_not_begin_in_time_is_released(
     [made] = api.calls(job)
     assert made.headers["X-Attempt"] == "2"
     assert process.children() == [worker] and process.stop() == 0
+
+
+def test_call_released_at_a_stop_is_due_again_at_once(database, api, listener, tmp_path):
+    lease = {"STAGE_TIMEOUT": 30, "LEASE_MARGIN": 1}
+    process = listener(database, "run", "--workers", "1", api=api, **lease)
+    wait_until_idle(tmp_path)
+    [worker] = process.children()
+    os.kill(worker, signal.SIGSTOP)
+    database.add_job("overlay", "done")
+    database.wait_for("SELECT clock_timestamp() > started_at + interval '1 s' FROM stage_calls")
+    process.signal(signal.SIGTERM)
+    process.wait_for_line("중지 요청")
+    os.kill(worker, signal.SIGCONT)
+    assert process.wait() == 0 and api.requests == []
+    due = "SELECT due_at <= now() AND attempts = free_attempts FROM stage_calls"
+    assert database.value(due)
+    assert database.value("SELECT count(*) FROM stage_leases") == 0
+
+
+def test_run_once_does_not_end_before_a_released_call_is_made(
+    database, accepting, caller, monkeypatch
+):
+    database.add_job("overlay", "done")
+    claiming = caller(accepting.url)
+    listener = with_idle_worker(claiming.listener)
+    listener.once = True
+    [call] = listener.settle_and_claim(claiming.conn)
+    assert listener.settle_and_claim(claiming.conn) == [] and listener.finished()
+    released = [(call, trigger.result(call, "released"))]
+    monkeypatch.setattr(listener.workers, "collect", lambda ready: released)
+    listener.collect([])
+    assert not listener.finished()
+    [again] = listener.settle_and_claim(claiming.conn)
+    assert again.attempt == 2
 
 
 # --- by hand -------------------------------------------------------------------------------
