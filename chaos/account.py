@@ -5,7 +5,7 @@ the attempts of that call, and for each attempt its claim, rows in stage_attempt
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from chaos.history import Claim, Fault, History, Move, Post, Row, pid_of
+from chaos.history import Claim, Fault, History, Lease, Move, Post, Row, pid_of
 from ops.rules import UNANSWERED
 
 ROUNDING = 0.001  # seconds
@@ -203,13 +203,23 @@ class Account:
             for fault in self.history.faults
         )
 
+    def lease(self, call: Call, one: Try) -> Lease | None:
+        mine = (call.number, one.number)
+        return next(
+            (each for each in self.history.leases if (each.call, each.attempt) == mine), None
+        )
+
+    def committed(self, call: Call, one: Try) -> float:
+        """When the claim of an attempt was committed; its own time is that of its transaction's
+        beginning, which may be before the call came.
+        """
+        lease = self.lease(call, one)
+        return lease.began if lease else one.claimed
+
     def lease_ended(self, call: Call, one: Try) -> float:
         """When the lease of an attempt was ended; without that, when it ran out."""
-        mine = (call.number, one.number)
-        found = [
-            lease.ended for lease in self.history.leases if (lease.call, lease.attempt) == mine
-        ]
-        return next((ended for ended in found if ended is not None), one.leased_until)
+        lease = self.lease(call, one)
+        return lease.ended if lease and lease.ended is not None else one.leased_until
 
     def mischief(self, call: Call, one: Try) -> str | None:
         """The planned misbehaviour of the stage function in this attempt."""

@@ -176,12 +176,12 @@ def check_overlaps(account: Account, verdict: Verdict) -> None:
         for n, earlier in enumerate(posted):
             for later in posted[n + 1 :]:
                 if later[2].arrived < earlier[1].open_until(earlier[2]):
-                    judge_overlap(earlier, later, verdict)
+                    judge_overlap(account, earlier, later, verdict)
 
 
-def judge_overlap(earlier: tuple, later: tuple, verdict: Verdict) -> None:
+def judge_overlap(account: Account, earlier: tuple, later: tuple, verdict: Verdict) -> None:
     (call, first, _), (other, second, _) = sorted([earlier, later], key=lambda e: e[1].claim.at)
-    left = call.left is not None and call.left <= second.claim.at
+    left = call.left is not None and call.left <= account.committed(other, second)
     same_stage = call.stage == other.stage and may_still_run(first, second.claimed)
     if call is not other and left and not same_stage:
         verdict.overlaps["the job had moved on meanwhile"] += 1

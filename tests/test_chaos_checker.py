@@ -310,13 +310,19 @@ def test_given_up_call_of_a_deleted_job_is_dropped_without_a_claim(script):
     assert kinds(script) == set()
 
 
-def test_job_called_away_during_a_call_is_called_at_its_new_place(script):
+@pytest.mark.parametrize("began", [2.1, 1.999])
+def test_job_called_away_during_a_call_is_called_at_its_new_place(began, script):
+    """The transaction of the claim may have begun before the call came."""
     script.move(1, "img_gen")
     script.claim(1.1)
     script.post(3.0)
     script.row(3.0)
     script.move(2, "vlm_analyze")
-    script.called(2.1, worker=OTHER)
+    script.called(began, worker=OTHER)
+    claim = script.claims[-1]
+    script.leases.append(
+        Lease("j", "t", claim.call, 1, "yolo_detect", claim.at, 2.1, claim.until, 3.0)
+    )
     verdict = check(script)
     assert verdict.findings == []
     assert list(verdict.overlaps) == ["the job had moved on meanwhile"]
