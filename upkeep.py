@@ -21,8 +21,9 @@ from ops import migrations
 log = logging.getLogger("listener")
 
 # Seconds between two rounds.
-REAP_INTERVAL = EPISODES_INTERVAL = 60.0
+REAP_INTERVAL = CLOCK_INTERVAL = EPISODES_INTERVAL = 60.0
 HISTORY_INTERVAL = FORGET_INTERVAL = STALLED_INTERVAL = FAILED_INTERVAL = 300.0
+BATCH = 1000  # rows that one statement handles
 
 
 class Upkeep:
@@ -32,7 +33,8 @@ class Upkeep:
         self.settings, self.stages, self.name, self.alerts = settings, list(stages), name, alerts
         self.is_new = True  # has not run yet
         # By time.monotonic().
-        self.reap_at = self.history_at = self.forget_at = self.failed_at = 0.0
+        self.reap_at = self.clock_at = 0.0
+        self.history_at = self.forget_at = self.failed_at = 0.0
         self.stalled_at = self.episodes_at = 0.0 if settings.ALERT_COMMAND else math.inf
         # How far forget_deleted, forget_parents and newly_failed have come; None: at the beginning.
         self.given_up_after: Any = None
@@ -42,8 +44,8 @@ class Upkeep:
     @property
     def next_run(self) -> float:
         """time.monotonic() at which something is due."""
-        return min(self.reap_at, self.history_at, self.forget_at, self.failed_at, self.stalled_at,
-                   self.episodes_at)  # fmt: skip
+        return min(self.reap_at, self.clock_at, self.history_at, self.forget_at, self.failed_at,
+                   self.stalled_at, self.episodes_at)  # fmt: skip
 
     def run(self, conn) -> None:
         """Run the tasks that are due. One that the database refuses is logged once a round; the
@@ -58,8 +60,11 @@ class Upkeep:
             self.reap_at = now + REAP_INTERVAL
             migrations.require_not_newer(conn)
             self.attempt(reap, conn)
+        if now >= self.clock_at:
+            self.clock_at = now + CLOCK_INTERVAL
             if shortened := self.attempt(shorten_waits, conn):
                 log.warning("데이터베이스 시계가 되돌아감: 길어진 대기 %d건을 다시 셈", shortened)
+                self.clock_at = now  # there may be more
         if now >= self.history_at:
             self.history_at = now + HISTORY_INTERVAL
             if self.attempt(keep_history, conn, self.settings.HISTORY_DAYS):
@@ -135,7 +140,7 @@ def reap(conn) -> int:
 # Times that the database's clock has yet to reach, though they were its now(): the clock was set
 # back, or a new primary's is behind. Each wait that was measured from such a time begins anew, so
 # that none is longer than it was made to be. clock_timestamp(), as another transaction's now() may
-# be later than ours. A retry is measured from the last attempt of its row.
+# be later than ours.
 SHORTEN_WAITS = (
     """
 UPDATE stage_limits SET next_at = now() + make_interval(secs => seconds)
@@ -153,29 +158,48 @@ WHERE held_until > clock_timestamp() + make_interval(secs => hold_seconds)
 UPDATE stage_leases SET started_at = now(), leased_until = now() + (leased_until - started_at)
 WHERE started_at > clock_timestamp()
 """,
-    """
+)
+# The same for calls, a batch at a time. A retry waits since the last attempt of its row. One that
+# was never tried is due now, as is one that nobody has in hand and that no back-off can have put
+# off for so long; they keep their order.
+SHORTEN_CALLS = f"""
 WITH later AS (
-    SELECT c.job_id, c.call_id, since.at
+    SELECT c.job_id, c.call_id, c.due_at, c.started_at,
+           CASE WHEN c.attempts > 0 AND c.due_at >= since.at AND since.at > clock_timestamp()
+                THEN c.due_at - since.at END AS wait
     FROM (SELECT DISTINCT stage FROM pipeline_stages) AS p
-    JOIN stage_calls AS c
-      ON c.stage = p.stage AND c.due_at > now() AND c.due_at < 'infinity' AND c.attempts > 0
+    JOIN stage_calls AS c ON c.stage = p.stage AND c.due_at > now() AND c.due_at < 'infinity'
     CROSS JOIN LATERAL (
         SELECT coalesce(c.started_at, max(a.finished_at)) AS at FROM stage_attempts AS a
         WHERE a.job_id = c.job_id AND a.table_name = c.table_name) AS since
-    WHERE since.at > clock_timestamp() AND c.due_at >= since.at
+    WHERE c.due_at > clock_timestamp()
+      AND (c.attempts = 0
+           OR (c.due_at >= since.at AND since.at > clock_timestamp())
+           OR (c.worker IS NULL
+               AND c.due_at > clock_timestamp() + interval '{trigger.LONGEST_BACKOFF} s'
+               AND NOT EXISTS (SELECT FROM stage_leases AS l
+                               WHERE l.call_id = c.call_id AND l.leased_until > now())))
+    ORDER BY c.due_at LIMIT %(batch)s
     FOR UPDATE OF c SKIP LOCKED
+), shorter AS (
+    SELECT job_id, call_id,
+           now() + coalesce(wait, row_number() OVER (ORDER BY due_at) * interval '1 us') AS due_at
+    FROM later
 )
 UPDATE stage_calls AS c
-SET started_at = CASE WHEN c.started_at IS NOT NULL THEN now() END,
-    due_at = now() + (c.due_at - later.at)
-FROM later WHERE c.job_id = later.job_id AND c.call_id = later.call_id
-""",
-)
+SET started_at = CASE WHEN c.started_at IS NOT NULL THEN now() END, due_at = s.due_at
+FROM shorter AS s WHERE c.job_id = s.job_id AND c.call_id = s.call_id
+"""
 
 
-def shorten_waits(conn) -> int:
-    """Shorten what waits longer than it should as the database's clock was set back; how many."""
+def shorten_waits(conn, batch: int = BATCH) -> int:
+    """Shorten what waits longer than it should as the database's clock was set back.
+
+    Returns:
+        How many; as many as `batch` or more: there may be further calls.
+    """
     shortened = sum(execute(conn, sql).rowcount for sql in SHORTEN_WAITS)
+    shortened += execute(conn, SHORTEN_CALLS, {"batch": batch}).rowcount
     if shortened:
         execute(conn, f"NOTIFY {WAKE_CHANNEL}")  # listeners know when they meant to look again
     return shortened
@@ -183,7 +207,6 @@ def shorten_waits(conn) -> int:
 
 # --- the history ---------------------------------------------------------------------------
 
-BATCH = 1000
 # Upper bounds (seconds) of the histogram of accepted calls in `metrics`; above is infinity.
 BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
 BOUNDS = {

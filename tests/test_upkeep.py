@@ -16,6 +16,7 @@ from claims import (
     settle,
 )
 
+import calls
 import db
 import moves
 import upkeep
@@ -280,6 +281,29 @@ def test_retry_waits_no_longer_although_the_clock_was_set_back(database, conn, o
     assert upkeep.shorten_waits(conn) == 0
 
 
+def test_calls_never_tried_keep_their_order_although_the_clock_was_set_back(database, conn):
+    jobs = [database.add_job() for _ in range(5)]
+    set_clock_back(database, 7200)
+    assert [upkeep.shorten_waits(conn, batch=2) for _ in range(4)] == [2, 2, 1, 0]
+    assert [row.job_id for row in claim_many(conn, 5).claimed] == jobs
+
+
+def test_call_that_was_given_back_waits_no_longer_although_the_clock_was_set_back(database, conn):
+    database.add_job()
+    claim(conn)
+    calls.give_back(conn, "w", [])
+    set_clock_back(database, 7200)
+    assert upkeep.shorten_waits(conn) == 1
+    assert claim(conn).attempt == 2
+
+
+def test_call_that_waits_for_a_long_lease_is_no_sign_of_a_clock(database, conn):
+    database.add_job()
+    settle(conn, result(claim(conn, lease=7200), "unknown", delay=0.0, after_lease=True))
+    assert upkeep.shorten_waits(conn) == 0
+    assert waits(database)[0] > 7000
+
+
 def test_hold_and_rate_last_no_longer_although_the_clock_was_set_back(database, conn):
     database.rows(
         "INSERT INTO stage_limits (name, stages, seconds, next_at)"
@@ -304,7 +328,7 @@ def test_clock_that_was_not_set_back_changes_nothing(database, conn, other):
     db.execute(conn, "BEGIN")
     db.execute(conn, "SELECT")
     rows = claim_many(other, 3).claimed
-    settle(other, result(rows[0], "retry", delay=600.0), result(rows[1], "failed"))
+    settle(other, result(rows[0], "retry", delay=290.0), result(rows[1], "failed"))
     assert upkeep.shorten_waits(conn) == 0
     db.execute(conn, "COMMIT")
 
