@@ -20,7 +20,7 @@ import sys
 import time
 from collections import OrderedDict
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -69,6 +69,9 @@ MARKED_FOR = 1.0
 DOUBTFUL = 600.0
 # Seconds until a call is looked at again that only a newer listener can make.
 PASSED_OVER_FOR = 10.0
+# A sweep finds calls that were never tried before their time, by a clock that was set back. The
+# times of two transactions differ by less.
+EARLY = timedelta(seconds=1)
 # Accepted calls that are remembered, should a new primary have forgotten them.
 REMEMBERED = 10_000
 
@@ -421,6 +424,9 @@ class Listener:
                 else self.settings.POLL_INTERVAL
             )
             self.sweep_at, self.due_at = now + every, 0.0
+            asked_at = turn.asked_at
+            if asked_at and any(row.was_due_at > asked_at + EARLY for row in turn.claimed):
+                self.upkeep.clock_at, self.upkeep.clock_is_back = 0.0, True
         self.nothing_due, was_full = False, self.was_full
         self.was_full = len(turn.claimed) >= free
         if self.was_full:

@@ -32,6 +32,7 @@ class Upkeep:
     def __init__(self, settings: SimpleNamespace, stages: Iterable[str], name: str, alerts: Alerts):
         self.settings, self.stages, self.name, self.alerts = settings, list(stages), name, alerts
         self.is_new = True  # has not run yet
+        self.clock_is_back = False  # a sweep has found a call before its time
         # By time.monotonic().
         self.reap_at = self.clock_at = 0.0
         self.history_at = self.forget_at = self.failed_at = 0.0
@@ -62,7 +63,9 @@ class Upkeep:
             self.attempt(reap, conn)
         if now >= self.clock_at:
             self.clock_at = now + CLOCK_INTERVAL
-            if shortened := self.attempt(shorten_waits, conn):
+            shortened = self.attempt(shorten_waits, conn, self.clock_is_back)
+            self.clock_is_back = bool(shortened)
+            if shortened:
                 log.warning("데이터베이스 시계가 되돌아감: 길어진 대기 %d건을 다시 셈", shortened)
                 self.clock_at = now  # there may be more
         if now >= self.history_at:
@@ -159,50 +162,73 @@ UPDATE stage_leases SET started_at = now(), leased_until = now() + (leased_until
 WHERE started_at > clock_timestamp()
 """,
 )
-# The same for calls, a batch at a time. A retry waits since the last attempt of its row. One that
-# was never tried is due now, as is one that nobody has in hand and that no back-off can have put
-# off for so long; they keep their order.
-SHORTEN_CALLS = f"""
+# What follows reads all calls that wait, so only where something shows that the clock was set back.
+IS_BACK = """
+SELECT coalesce(max(finished_at) > clock_timestamp(), false) AS is_back FROM stage_attempts
+"""
+# Calls that were never tried are due now, in their order, a batch of each stage at a time.
+SHORTEN_UNTRIED = """
 WITH later AS (
-    SELECT c.job_id, c.call_id, c.due_at, c.started_at,
-           CASE WHEN c.attempts > 0 AND c.due_at >= since.at AND since.at > clock_timestamp()
-                THEN c.due_at - since.at END AS wait
+    SELECT c.*
     FROM (SELECT DISTINCT stage FROM pipeline_stages) AS p
-    JOIN stage_calls AS c ON c.stage = p.stage AND c.due_at > now() AND c.due_at < 'infinity'
     CROSS JOIN LATERAL (
-        SELECT coalesce(c.started_at, max(a.finished_at)) AS at FROM stage_attempts AS a
-        WHERE a.job_id = c.job_id AND a.table_name = c.table_name) AS since
-    WHERE c.due_at > clock_timestamp()
-      AND (c.attempts = 0
-           OR (c.due_at >= since.at AND since.at > clock_timestamp())
-           OR (c.worker IS NULL
-               AND c.due_at > clock_timestamp() + interval '{trigger.LONGEST_BACKOFF} s'
-               AND NOT EXISTS (SELECT FROM stage_leases AS l
-                               WHERE l.call_id = c.call_id AND l.leased_until > now())))
-    ORDER BY c.due_at LIMIT %(batch)s
-    FOR UPDATE OF c SKIP LOCKED
-), shorter AS (
-    SELECT job_id, call_id,
-           now() + coalesce(wait, row_number() OVER (ORDER BY due_at) * interval '1 us') AS due_at
-    FROM later
+        SELECT c.job_id, c.call_id, c.due_at FROM stage_calls AS c
+        WHERE c.stage = p.stage AND c.due_at > now() AND c.due_at < 'infinity'
+          AND c.due_at > clock_timestamp() AND c.attempts = 0
+        ORDER BY c.due_at LIMIT %(batch)s
+        FOR UPDATE OF c SKIP LOCKED) AS c
+), numbered AS (
+    SELECT job_id, call_id, row_number() OVER (ORDER BY due_at) AS number FROM later
+)
+UPDATE stage_calls AS c SET due_at = now() + n.number * interval '1 us'
+FROM numbered AS n WHERE c.job_id = n.job_id AND c.call_id = n.call_id
+"""
+# A retry waits since the last attempt of its row. One that waits longer than any back-off for
+# another reason, as it was given back, is due now.
+SHORTEN_TRIED = f"""
+WITH later AS (
+    SELECT c.*
+    FROM (SELECT DISTINCT stage FROM pipeline_stages) AS p
+    CROSS JOIN LATERAL (
+        SELECT c.job_id, c.call_id,
+               CASE WHEN c.due_at >= since.at AND since.at > clock_timestamp()
+                    THEN c.due_at - since.at ELSE '0' END AS wait
+        FROM stage_calls AS c
+        CROSS JOIN LATERAL (
+            SELECT coalesce(c.started_at, max(a.finished_at)) AS at FROM stage_attempts AS a
+            WHERE a.job_id = c.job_id AND a.table_name = c.table_name) AS since
+        WHERE c.stage = p.stage AND c.due_at > now() AND c.due_at < 'infinity' AND c.attempts > 0
+          AND ((c.due_at >= since.at AND since.at > clock_timestamp())
+               OR (c.worker IS NULL
+                   AND c.due_at > clock_timestamp() + interval '{trigger.LONGEST_BACKOFF} s'
+                   AND NOT EXISTS (SELECT FROM stage_leases AS l
+                                   WHERE l.call_id = c.call_id AND l.leased_until > now())))
+        ORDER BY c.due_at DESC LIMIT %(batch)s
+        FOR UPDATE OF c SKIP LOCKED) AS c
 )
 UPDATE stage_calls AS c
-SET started_at = CASE WHEN c.started_at IS NOT NULL THEN now() END, due_at = s.due_at
-FROM shorter AS s WHERE c.job_id = s.job_id AND c.call_id = s.call_id
+SET started_at = CASE WHEN c.started_at IS NOT NULL THEN now() END, due_at = now() + later.wait
+FROM later WHERE c.job_id = later.job_id AND c.call_id = later.call_id
 """
 
 
-def shorten_waits(conn, batch: int = BATCH) -> int:
-    """Shorten what waits longer than it should as the database's clock was set back.
+def shorten_waits(conn, is_back: bool = False, batch: int = BATCH) -> int:
+    """Shorten what waits longer than it should as the database's clock was set back; how many.
 
-    Returns:
-        How many; as many as `batch` or more: there may be further calls.
+    There may be further calls, unless there were none.
+
+    Args:
+        is_back: whether that is known.
     """
-    shortened = sum(execute(conn, sql).rowcount for sql in SHORTEN_WAITS)
-    shortened += execute(conn, SHORTEN_CALLS, {"batch": batch}).rowcount
-    if shortened:
+    found = sum(execute(conn, sql).rowcount for sql in SHORTEN_WAITS)
+    if found or is_back or execute(conn, IS_BACK).fetchone().is_back:
+        untried = execute(conn, SHORTEN_UNTRIED, {"batch": batch}).rowcount
+        found += untried
+        if untried < batch:
+            found += execute(conn, SHORTEN_TRIED, {"batch": batch}).rowcount
+    if found:
         execute(conn, f"NOTIFY {WAKE_CHANNEL}")  # listeners know when they meant to look again
-    return shortened
+    return found
 
 
 # --- the history ---------------------------------------------------------------------------
