@@ -183,22 +183,17 @@ WITH later AS (
 UPDATE stage_calls AS c SET due_at = now() + n.number * interval '1 us'
 FROM numbered AS n WHERE c.job_id = n.job_id AND c.call_id = n.call_id
 """
-# A retry waits since the last attempt of its row. One that waits longer than any back-off for
-# another reason, as it was given back, is due now.
+# One that is claimed waits for its lease, and one that nobody has in hand no longer than a back-off
+# can be.
 SHORTEN_TRIED = f"""
 WITH later AS (
     SELECT c.*
     FROM (SELECT DISTINCT stage FROM pipeline_stages) AS p
     CROSS JOIN LATERAL (
-        SELECT c.job_id, c.call_id,
-               CASE WHEN c.due_at >= since.at AND since.at > clock_timestamp()
-                    THEN c.due_at - since.at ELSE '0' END AS wait
+        SELECT c.job_id, c.call_id, coalesce(c.due_at - c.started_at, '0') AS wait
         FROM stage_calls AS c
-        CROSS JOIN LATERAL (
-            SELECT coalesce(c.started_at, max(a.finished_at)) AS at FROM stage_attempts AS a
-            WHERE a.job_id = c.job_id AND a.table_name = c.table_name) AS since
         WHERE c.stage = p.stage AND c.due_at > now() AND c.due_at < 'infinity' AND c.attempts > 0
-          AND ((c.due_at >= since.at AND since.at > clock_timestamp())
+          AND (c.started_at > clock_timestamp()
                OR (c.worker IS NULL
                    AND c.due_at > clock_timestamp() + interval '{trigger.LONGEST_BACKOFF} s'
                    AND NOT EXISTS (SELECT FROM stage_leases AS l

@@ -11,6 +11,7 @@ from claims import (
     claim_many,
     connected,
     held,
+    let_pass,
     result,
     set_clock_back,
     settle,
@@ -266,19 +267,32 @@ def test_call_under_way_is_due_after_its_lease_although_the_clock_was_set_back(d
     assert claim(conn).attempt == 2
 
 
-RETRIED = {"outcome": "retry", "delay": 40.0}
+RETRIED = {"outcome": "retry", "delay": 100.0}
 UNANSWERED = {"outcome": "unknown", "delay": 0.0, "after_lease": True}
 
 
-@pytest.mark.parametrize("outcome", [RETRIED, UNANSWERED])
-def test_retry_waits_no_longer_although_the_clock_was_set_back(database, conn, outcome):
+@pytest.mark.parametrize("seconds", [100, 7200])
+def test_retry_waits_no_longer_than_a_back_off_although_the_clock_was_set_back(
+    database, conn, seconds
+):
     database.add_job()
-    settle(conn, result(claim(conn, lease=40), **outcome))
+    settle(conn, result(claim(conn), **RETRIED))
+    set_clock_back(database, seconds)
+    for _ in range(3):  # the last attempt is still to come, by the clock
+        upkeep.shorten_waits(conn)
+    assert (waits(database)[0] <= 0) == (seconds > 300)
+
+
+def test_call_without_an_answer_waits_for_its_lease_although_the_clock_was_set_back(database, conn):
+    database.add_job()
+    settle(conn, result(claim(conn, lease=400), **UNANSWERED))
     set_clock_back(database, 7200)
     upkeep.shorten_waits(conn)
-    assert 30 < waits(database)[0] <= 41
-    # Its last attempt is still to come, by the clock.
-    assert upkeep.shorten_waits(conn) == 0
+    assert 390 < waits(database)[1] <= 400
+    assert claim_many(conn, 1, sweep=True).claimed == []
+    let_pass(database, 401)
+    upkeep.shorten_waits(conn)
+    assert claim(conn).attempt == 2
 
 
 def test_calls_never_tried_keep_their_order_although_the_clock_was_set_back(database, conn):
@@ -302,8 +316,8 @@ def test_call_that_was_given_back_waits_no_longer_although_the_clock_was_set_bac
 
 def test_call_that_waits_for_a_long_lease_is_no_sign_of_a_clock(database, conn):
     database.add_job()
-    settle(conn, result(claim(conn, lease=7200), "unknown", delay=0.0, after_lease=True))
-    assert upkeep.shorten_waits(conn) == 0
+    settle(conn, result(claim(conn, lease=7200), **UNANSWERED))
+    assert upkeep.shorten_waits(conn, is_back=True) == 0
     assert waits(database)[0] > 7000
 
 
