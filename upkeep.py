@@ -32,7 +32,7 @@ class Upkeep:
     def __init__(self, settings: SimpleNamespace, stages: Iterable[str], name: str, alerts: Alerts):
         self.settings, self.stages, self.name, self.alerts = settings, list(stages), name, alerts
         self.is_new = True  # has not run yet
-        self.clock_is_back = False  # a sweep has found a call before its time
+        self.clock_is_back = False  # as a sweep has shown, or the last look
         # By time.monotonic().
         self.reap_at = self.clock_at = 0.0
         self.history_at = self.forget_at = self.failed_at = 0.0
