@@ -263,7 +263,9 @@ BEGIN
             CASE WHEN t.channel IS NULL THEN $notify$
     notified := pg_notify('job_state_listener_wake', '');
 $notify$ ELSE format($notify$
-    payload := coalesce(payload, json_build_object(%1$s)::text);
+    IF payload IS NULL THEN  -- else NEW is not as it was at install, and its types would be kept
+        payload := json_build_object(%1$s)::text;
+    END IF;
     IF octet_length(payload) > 7999 THEN
         -- NOTIFY would abort the application's transaction: null for what is long. Four
         -- values of 1,900 bytes and their names make 7,999, five of 1,500 less.

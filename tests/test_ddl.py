@@ -489,6 +489,21 @@ def test_child_whose_columns_are_widened_is_recorded(each_database, use_pipeline
 # --- a change that a claim has waited for --------------------------------------------------
 
 
+def test_session_that_first_wrote_while_a_column_was_another_writes_on(each_database):
+    """PL/pgSQL keeps the types of NEW for as long as the session lasts."""
+    job = each_database.add_job("img_gen", "queued")
+    each_database.rows("ALTER TABLE jobs ALTER tenant_id TYPE varchar(99)")
+    with closing(each_database.connect()) as application:
+        application.autocommit = True
+        move = "UPDATE jobs SET status = %s WHERE job_id = %s"
+        for status in ("done", "paused"):
+            application.cursor().execute(move, [status, job])
+        each_database.rows("ALTER TABLE jobs ALTER tenant_id TYPE text")
+        for status in ("done", "paused", "done"):
+            application.cursor().execute(move, [status, job])
+    assert each_database.owed(job)
+
+
 def test_claim_that_waits_for_a_rewrite_does_not_take_the_job_for_deleted(database):
     """Its snapshot is older than the rewrite, and sees an empty table."""
     job = database.add_job()
