@@ -69,8 +69,8 @@ MARKED_FOR = 1.0
 DOUBTFUL = 600.0
 # Seconds until a call is looked at again that only a newer listener can make.
 PASSED_OVER_FOR = 10.0
-# A sweep finds calls that were never tried before their time, by a clock that was set back. The
-# times of two transactions differ by less.
+# A sweep claims a call that was never tried although it is not due yet. Where that is so early, the
+# database's clock was set back, or the claim has waited for a lock, and the look finds nothing.
 EARLY = timedelta(seconds=1)
 # Accepted calls that are remembered, should a new primary have forgotten them.
 REMEMBERED = 10_000
@@ -104,6 +104,7 @@ class Listener:
         # a pool that it and the claims before it had in vain.
         self.left_out: list[str] = []
         self.tried: set[str] = set()
+        self.freed = False  # a result has been settled since they were tried
 
         # All by time.monotonic().
         self.look_at = self.sweep_at = self.again_at = self.marked_at = 0.0
@@ -272,8 +273,8 @@ class Listener:
             if now < self.doubtful_until:
                 self.give_back(conn)
         self.tell_failed(conn)
-        if self.unwritten:  # each may free a place of a pool
-            self.tried = set()
+        if self.unwritten and self.tried:
+            self.freed = True
         wanted = self.wanted(free, now, sweep)
         try:
             turn = calls.settle_and_claim(
@@ -359,10 +360,13 @@ class Listener:
     def try_others(self, turn: Turn, wanted: list[Wanted], sweep: bool) -> None:
         """Look again at once where a claim has left out stages, as others share a pool with them.
 
-        A claim has one stage of each pool, as every stage counts the free places for itself.
+        A claim has one stage of each pool, as every stage counts the free places for itself. A
+        result that came after one of them had been tried in vain may have freed its place.
         """
         if not self.left_out:
-            self.tried = set()
+            if self.freed:
+                self.look_at, self.nothing_due = 0.0, False
+            self.tried, self.freed = set(), False
             return
         claimed = {row.stage for row in turn.claimed}
         self.tried = self.tried - claimed | {stage.stage for stage in wanted} - claimed
@@ -426,7 +430,7 @@ class Listener:
             self.sweep_at, self.due_at = now + every, 0.0
             asked_at = turn.asked_at
             if asked_at and any(row.was_due_at > asked_at + EARLY for row in turn.claimed):
-                self.upkeep.clock_at, self.upkeep.clock_is_back = 0.0, True
+                self.upkeep.note_clock_set_back()
         self.nothing_due, was_full = False, self.was_full
         self.was_full = len(turn.claimed) >= free
         if self.was_full:

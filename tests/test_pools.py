@@ -4,6 +4,7 @@ import threading
 
 import pytest
 from asynchronous import asynchronous
+from claims import connected
 from conftest import ROOT
 from faults.test_claims import with_idle_worker
 from variants import install, stage
@@ -11,7 +12,9 @@ from waiting import PATIENCE
 
 import pipeline
 import trigger
+import upkeep
 from demo.stage_server import Answer
+from ops.install import apply
 from pipeline import Pool, limits
 
 GPU = Pool("gpu1", 1)
@@ -109,9 +112,27 @@ def test_result_has_all_stages_of_a_pool_looked_at_again(site, caller):
     site.add_job("img_gen", "done"), site.add_job("overlay", "done")
     [first] = listener.settle_and_claim(claiming.conn)
     assert listener.settle_and_claim(claiming.conn) == []
+    listener.once = True
     listener.keep(first, trigger.result(first, "skipped"))
-    [second] = listener.settle_and_claim(claiming.conn)
-    assert {first.stage, second.stage} == {"vlm_analyze", "vlm_judge"}
+    second = listener.settle_and_claim(claiming.conn)
+    while not second:
+        assert not listener.finished()
+        second = listener.settle_and_claim(claiming.conn)
+    assert {first.stage, second[0].stage} == {"vlm_analyze", "vlm_judge"}
+
+
+def test_stage_whose_pool_has_an_idle_one_is_called_beside_a_busy_stage(site, caller):
+    """Each claim settles a result, as the busy stage keeps the only worker at work."""
+    claiming = caller("http://127.0.0.1:1")
+    listener = with_idle_worker(claiming.listener)
+    for _ in range(8):
+        site.add_job("planner", "done"), site.add_job("overlay", "done")
+    called = []
+    for _ in range(6):
+        [call] = listener.settle_and_claim(claiming.conn)
+        called.append(call.stage)
+        listener.keep(call, trigger.result(call, "skipped"))
+    assert called.count("vlm_judge") >= 2 and called.count("overlay") >= 2
 
 
 def test_pool_leaves_a_stage_that_is_paused(site, api, run_command):
@@ -208,6 +229,15 @@ def test_call_says_that_its_pool_is_full(site, api, run_command):
         site, "job", waiting, **module).out  # fmt: skip
     assert "pool gpu3 is at its limit" in run_command(
         site, "call", waiting, api=api, **module).refused(1)  # fmt: skip
+
+
+def test_install_with_a_higher_rate_ends_a_wait_of_the_lower_one(site):
+    site.rows("UPDATE stage_limits SET next_at = now() + interval '1 h' WHERE name = 'paid'")
+    soon = "SELECT next_at <= now() + interval '0.1 s' FROM stage_limits WHERE name = 'paid'"
+    with connected(site) as conn:
+        apply(conn)
+        assert site.value(soon)
+        assert upkeep.shorten_waits(conn) == 0  # it is no sign of a clock that was set back
 
 
 def test_job_and_report_say_what_a_limit_keeps_waiting(site, run_command):
