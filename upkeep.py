@@ -32,7 +32,7 @@ class Upkeep:
     def __init__(self, settings: SimpleNamespace, stages: Iterable[str], name: str, alerts: Alerts):
         self.settings, self.stages, self.name, self.alerts = settings, list(stages), name, alerts
         self.is_new = True  # has not run yet
-        self.clock_is_back = False  # as a sweep has shown, or the last look
+        self.clock_is_back = False  # whether the database's clock is known to have been set back
         # By time.monotonic().
         self.reap_at = self.clock_at = 0.0
         self.history_at = self.forget_at = self.failed_at = 0.0
@@ -63,11 +63,13 @@ class Upkeep:
             self.attempt(reap, conn)
         if now >= self.clock_at:
             self.clock_at = now + CLOCK_INTERVAL
-            shortened = self.attempt(shorten_waits, conn, self.clock_is_back)
-            self.clock_is_back = bool(shortened)
-            if shortened:
-                log.warning("데이터베이스 시계가 되돌아감: 길어진 대기 %d건을 다시 셈", shortened)
-                self.clock_at = now  # there may be more
+            found = self.attempt(shorten_waits, conn, self.clock_is_back)
+            if found:
+                log.warning("데이터베이스 시계가 되돌아감: 길어진 대기 %d건을 다시 셈", found)
+            if found is not None:  # not refused
+                self.clock_is_back = found >= BATCH
+                if self.clock_is_back:
+                    self.clock_at = now  # there is more
         if now >= self.history_at:
             self.history_at = now + HISTORY_INTERVAL
             if self.attempt(keep_history, conn, self.settings.HISTORY_DAYS):
@@ -101,6 +103,10 @@ class Upkeep:
                 log.error("정체된 단계: stage=%s jobs=%d", row.stage, row.jobs)
                 text = f"{row.jobs} jobs are stalled at {row.stage}: {row.reason}"
                 self.alerts.send("stalled", text, **row._asdict())
+
+    def note_clock_set_back(self) -> None:
+        """A call was found before it was due: look at once what else waits too long."""
+        self.clock_at, self.clock_is_back = 0.0, True
 
     def attempt(self, do: Callable, conn, *given: Any) -> Any:
         try:
@@ -140,10 +146,10 @@ def reap(conn) -> int:
 
 # --- a clock that was set back -------------------------------------------------------------
 
-# Times that the database's clock has yet to reach, though they were its now(): the clock was set
-# back, or a new primary's is behind. Each wait that was measured from such a time begins anew, so
-# that none is longer than it was made to be. clock_timestamp(), as another transaction's now() may
-# be later than ours.
+# The end of a lease, hold or rate was computed from now(). Where the clock was then set back, or a
+# failover led to a host whose clock is behind, that end is further away than the wait is long. Such
+# a wait starts again from the present now(). The comparisons are with clock_timestamp(), as another
+# transaction may have begun, and committed, after ours began.
 SHORTEN_WAITS = (
     """
 UPDATE stage_limits SET next_at = now() + make_interval(secs => seconds)
@@ -162,58 +168,66 @@ UPDATE stage_leases SET started_at = now(), leased_until = now() + (leased_until
 WHERE started_at > clock_timestamp()
 """,
 )
-# What follows reads all calls that wait, so only where something shows that the clock was set back.
+# The statements below read all waiting calls, so they run only after a sign that the clock was set
+# back. This is one, for as long as the last attempt is in the future.
 IS_BACK = """
 SELECT coalesce(max(finished_at) > clock_timestamp(), false) AS is_back FROM stage_attempts
 """
-# Calls that were never tried are due now, in their order, a batch of each stage at a time.
+# Calls that were never tried become due now, in their order, or at their run_after: at most so many
+# of each stage.
 SHORTEN_UNTRIED = """
 WITH later AS (
     SELECT c.*
     FROM (SELECT DISTINCT stage FROM pipeline_stages) AS p
     CROSS JOIN LATERAL (
-        SELECT c.job_id, c.call_id, c.due_at FROM stage_calls AS c
+        SELECT c.job_id, c.call_id, c.due_at, c.run_after FROM stage_calls AS c
         WHERE c.stage = p.stage AND c.due_at > now() AND c.due_at < 'infinity'
           AND c.due_at > clock_timestamp() AND c.attempts = 0
+          AND (c.run_after IS NULL OR c.due_at > c.run_after)
         ORDER BY c.due_at LIMIT %(batch)s
         FOR UPDATE OF c SKIP LOCKED) AS c
 ), numbered AS (
-    SELECT job_id, call_id, row_number() OVER (ORDER BY due_at) AS number FROM later
+    SELECT job_id, call_id, run_after, row_number() OVER (ORDER BY due_at) AS number FROM later
 )
-UPDATE stage_calls AS c SET due_at = now() + n.number * interval '1 us'
+UPDATE stage_calls AS c
+SET due_at = greatest(now() + n.number * interval '1 us', n.run_after)
 FROM numbered AS n WHERE c.job_id = n.job_id AND c.call_id = n.call_id
 """
-# One that is claimed waits for its lease, and one that nobody has in hand no longer than a back-off
-# can be.
+# A claimed call becomes due when its lease ends. Any other call waits for a back-off, or for the
+# lease of an attempt without an answer; one that waits longer than both becomes due.
 SHORTEN_TRIED = f"""
 WITH later AS (
     SELECT c.*
     FROM (SELECT DISTINCT stage FROM pipeline_stages) AS p
     CROSS JOIN LATERAL (
-        SELECT c.job_id, c.call_id, coalesce(c.due_at - c.started_at, '0') AS wait
+        SELECT c.job_id, c.call_id,
+               CASE WHEN c.worker IS NOT NULL THEN now() + (c.due_at - c.started_at)
+                    ELSE greatest(now(), lease.until) END AS due_at
         FROM stage_calls AS c
+        CROSS JOIN LATERAL (SELECT max(l.leased_until) AS until FROM stage_leases AS l
+                            WHERE l.call_id = c.call_id) AS lease
         WHERE c.stage = p.stage AND c.due_at > now() AND c.due_at < 'infinity' AND c.attempts > 0
-          AND (c.started_at > clock_timestamp()
-               OR (c.worker IS NULL
-                   AND c.due_at > clock_timestamp() + interval '{trigger.LONGEST_BACKOFF} s'
-                   AND NOT EXISTS (SELECT FROM stage_leases AS l
-                                   WHERE l.call_id = c.call_id AND l.leased_until > now())))
+          AND CASE WHEN c.worker IS NOT NULL THEN c.started_at > clock_timestamp()
+                   ELSE c.due_at > greatest(lease.until, clock_timestamp()
+                                            + interval '{trigger.LONGEST_BACKOFF} s') END
         ORDER BY c.due_at DESC LIMIT %(batch)s
         FOR UPDATE OF c SKIP LOCKED) AS c
 )
 UPDATE stage_calls AS c
-SET started_at = CASE WHEN c.started_at IS NOT NULL THEN now() END, due_at = now() + later.wait
+SET started_at = CASE WHEN c.worker IS NOT NULL THEN now() END, due_at = later.due_at
 FROM later WHERE c.job_id = later.job_id AND c.call_id = later.call_id
 """
 
 
 def shorten_waits(conn, is_back: bool = False, batch: int = BATCH) -> int:
-    """Shorten what waits longer than it should as the database's clock was set back; how many.
-
-    There may be further calls, unless there were none.
+    """Shorten what waits longer than it should, as the database's clock was set back.
 
     Args:
-        is_back: whether that is known.
+        is_back: whether the clock is known to have been set back.
+        batch: how many calls of each stage at most.
+
+    Returns:
+        How much was shortened; with less than `batch`, nothing is left.
     """
     found = sum(execute(conn, sql).rowcount for sql in SHORTEN_WAITS)
     if found or is_back or execute(conn, IS_BACK).fetchone().is_back:
@@ -222,7 +236,7 @@ def shorten_waits(conn, is_back: bool = False, batch: int = BATCH) -> int:
         if untried < batch:
             found += execute(conn, SHORTEN_TRIED, {"batch": batch}).rowcount
     if found:
-        execute(conn, f"NOTIFY {WAKE_CHANNEL}")  # listeners know when they meant to look again
+        execute(conn, f"NOTIFY {WAKE_CHANNEL}")  # listeners have planned their next look already
     return found
 
 

@@ -1,14 +1,13 @@
 """What a failover that loses commits leaves to be judged.
 
-Of a job that was worked on in the lost moments the database knows another history than the stages
-do. Such a job, with its whole family, has to come through, as every job has; beyond that only the
-others are judged.
+The database and the stages have different records of a job that was worked on meanwhile. Of such a
+job and its family the checker asks only that nothing is owed at the end; it judges all others.
 """
 
 from chaos.history import History
 
-# Seconds before the lost moments within which a call must have been answered, for its result and
-# the work that follows a 202 to be committed before them.
+# The result of a call that was answered less than so many seconds before the loss, or the work that
+# follows a 202, may have been committed during it.
 BEFORE = 10.0
 OF_JOBS = ("moves", "debts", "joins", "gone", "claims", "leases", "rows", "effects", "posts")
 

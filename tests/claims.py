@@ -17,7 +17,7 @@ LEASE_OVER = "".join(
     f" WHERE {column} BETWEEN now() AND '9999-01-01';"
     for table, column in (("stage_calls", "due_at"), ("stage_leases", "leased_until"))
 )
-# Columns with times of the database; NULL and infinity stay what they are when they are moved.
+# The columns with times that the database writes.
 TIMES = {
     "stage_calls": ["due_at", "started_at"],
     "stage_leases": ["leased_until", "started_at"],
@@ -29,7 +29,7 @@ STAGES = ["vlm_analyze", "yolo_detect", "planner", "overlay", "vlm_judge"]
 
 
 def let_pass(database, seconds: float) -> None:
-    """Move all times so many seconds into the past, as if these had passed."""
+    """Move all times into the past, as if so many seconds had passed; infinity stays."""
     for table, columns in TIMES.items():
         moved = ", ".join(f"{c} = {c} - make_interval(secs => {seconds})" for c in columns)
         database.rows(f"UPDATE {table} SET {moved}")

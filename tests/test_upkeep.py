@@ -314,11 +314,43 @@ def test_call_that_was_given_back_waits_no_longer_although_the_clock_was_set_bac
     assert (row.job_id, row.attempt) == (given_back, 2)
 
 
-def test_call_that_waits_for_a_long_lease_is_no_sign_of_a_clock(database, conn):
+def test_waits_that_are_meant_to_be_long_are_kept(database, conn):
+    """A lease longer than any back-off, and a time before which a call is not to be made."""
     database.add_job()
     settle(conn, result(claim(conn, lease=7200), **UNANSWERED))
+    planned = database.add_job()
+    database.rows(
+        "UPDATE stage_calls SET run_after = now() + interval '1 day',"
+        " due_at = now() + interval '1 day' WHERE job_id = %s", planned
+    )  # fmt: skip
     assert upkeep.shorten_waits(conn, is_back=True) == 0
-    assert waits(database)[0] > 7000
+    set_clock_back(database, 3600)
+    upkeep.shorten_waits(conn)
+    due = "SELECT run_after <= due_at FROM stage_calls WHERE job_id = %s"
+    assert database.value(due, planned)
+    answer_by = "SELECT extract(epoch FROM max(leased_until) - now())::float8 FROM stage_leases"
+    assert 7000 < database.value(answer_by) <= 7200
+    assert upkeep.shorten_waits(conn) == 0
+
+
+def test_call_without_an_answer_is_due_after_a_lease_that_is_longer_than_the_step(database, conn):
+    database.add_job()
+    settle(conn, result(claim(conn, lease=7200), **UNANSWERED))
+    set_clock_back(database, 3600)
+    upkeep.shorten_waits(conn)
+    let_pass(database, 7201)
+    assert claim(conn).attempt == 2
+
+
+def test_call_that_was_given_up_and_retried_waits_no_longer_than_a_back_off(database, conn):
+    database.add_job()
+    claim(conn)
+    database.rows(LEASE_OVER)
+    assert calls.give_up_first(conn, "vlm_analyze", "error")
+    database.rows("UPDATE stage_calls SET due_at = now() + interval '2 hours'")  # as `retry` did
+    assert upkeep.shorten_waits(conn, is_back=True) == 1
+    assert claim(conn).attempt == 2
+    assert upkeep.shorten_waits(conn, is_back=True) == 0
 
 
 def test_hold_and_rate_last_no_longer_although_the_clock_was_set_back(database, conn):
