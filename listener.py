@@ -342,9 +342,10 @@ class Listener:
         pools: set[str] = set()
         self.left_out = []
         under_way = self.workers.calls
+        full = self.full_pools()
         for stage in self.order:
             limits = self.limits[stage]
-            if limits.pool and stage in self.tried:
+            if limits.pool and (stage in self.tried or limits.pool.name in full):
                 continue
             if limits.pool and limits.pool.name in pools:
                 self.left_out.append(stage)
@@ -356,6 +357,11 @@ class Listener:
                                     self.marks.get(stage), self.is_ordered))  # fmt: skip
                 pools |= {limits.pool.name} if limits.pool else set()
         return found
+
+    def full_pools(self) -> set[str]:
+        """The pools whose places are all taken by calls of this listener."""
+        pools = [self.limits[call.stage].pool for call in self.workers.calls]
+        return {pool.name for pool in pools if pool and pools.count(pool) >= pool.size}
 
     def try_others(self, turn: Turn, wanted: list[Wanted], sweep: bool) -> None:
         """Look again at once where a claim has left out stages, as others share a pool with them.
