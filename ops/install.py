@@ -72,7 +72,8 @@ SELECT * FROM wanted_limits
 ON CONFLICT (name) DO UPDATE
 SET stages = excluded.stages, max_running = excluded.max_running, seconds = excluded.seconds,
     linger = excluded.linger, is_fair = excluded.is_fair, per_tenant = excluded.per_tenant,
-    next_at = CASE WHEN stage_limits.next_at > now() + make_interval(secs => excluded.seconds)
+    next_at = CASE WHEN excluded.seconds IS NULL THEN NULL
+                   WHEN stage_limits.next_at > now() + make_interval(secs => excluded.seconds)
                    THEN now() + make_interval(secs => excluded.seconds)
                    ELSE stage_limits.next_at END;
 -- Serve stage_due_calls(); a write to stage_calls pays for each.
