@@ -67,8 +67,8 @@ class Upkeep:
             if found:
                 log.warning("데이터베이스 시계가 되돌아감: 길어진 대기 %d건을 다시 셈", found)
             if found is not None:  # not refused
-                self.clock_is_back = found >= BATCH
-                if self.clock_is_back:
+                self.clock_is_back = found > 0  # a row may have been locked
+                if found >= BATCH:
                     self.clock_at = now  # there is more
         if now >= self.history_at:
             self.history_at = now + HISTORY_INTERVAL
