@@ -436,18 +436,24 @@ class Claimed(NamedTuple):
     after_hold: bool
 
 
-@dataclass(frozen=True)
+@dataclass
 class Turn:
-    """What one round trip brought about.
+    """What one turn of the loop brought about.
 
     claimed: the one due longest first.
     unsettled: calls whose row the stage's own transaction holds: settle them again later.
-    asked_at: the database's time of the claim; None where it was more than one.
+    asked_at: the database's time of the (first) claim; None where something was done in parts.
     """
 
     claimed: list[Claimed]
     unsettled: list[int]
     asked_at: datetime | None = None
+
+    def add(self, later: "Turn") -> None:
+        """Add what a later claim of the same turn found."""
+        self.claimed += later.claimed
+        if later.asked_at is None:
+            self.asked_at = None
 
 
 def settle_and_claim(
@@ -573,7 +579,8 @@ FROM unnest(%(stages)s::text[]) AS wanted (stage)
 LEFT JOIN LATERAL (
     SELECT max(h.until) AS until FROM (
         SELECT p.held_until AS until FROM pipeline_stages AS p
-        WHERE p.stage = wanted.stage AND p.held_until > now()
+        WHERE p.stage = wanted.stage
+          AND p.held_until > coalesce(%(asked_at)s::timestamptz, now())
         UNION ALL
         SELECT s.next_at FROM stage_limits AS s
         WHERE wanted.stage = ANY (s.stages)
@@ -594,7 +601,7 @@ def next_due(conn, stages: Iterable[str], asked_at: datetime | None = None) -> f
     """Seconds until the next call of these stages will be due; None where none will.
 
     Args:
-        asked_at: of the last claim; what has become due since then is due now.
+        asked_at: of the last turn; what has become due since then is due now.
     """
     given = {"stages": list(stages), "asked_at": asked_at}
     return execute(conn, NEXT_DUE, given).fetchone()[0]

@@ -18,7 +18,7 @@ import select
 import socket
 import sys
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import replace
 from datetime import datetime, timedelta
 from types import SimpleNamespace
@@ -45,7 +45,7 @@ from heartbeat import Heartbeat
 from ops.rows import TABLE, RowCommand
 from ops.stage import StageName
 from orphans import reap_orphans
-from pipeline import Call, Route, Table
+from pipeline import Call, Pool, Route, Table
 from signals import Signals
 from trigger import boottime
 from upkeep import Upkeep, reap, tell_timeouts
@@ -100,11 +100,6 @@ class Listener:
         self.health = StageHealth(settings, self.alerts)
         self.was_full = False  # the last claim found a call for every idle worker
         self.marks: dict[str, Any] = {}  # by stage: when the last claimed call was due
-        # Stages that the last claim left out, as another one of their pool was in it, and stages of
-        # a pool that it and the claims before it had in vain.
-        self.left_out: list[str] = []
-        self.tried: set[str] = set()
-        self.freed = False  # a result has been settled since they were tried
 
         # All by time.monotonic().
         self.look_at = self.sweep_at = self.again_at = self.marked_at = 0.0
@@ -119,6 +114,7 @@ class Listener:
         self.asks = False  # whether to ask
         self.asked_at: datetime | None = None  # since when
         self.doubtful_until = -math.inf  # until then a claim of ours may exist that we do not know
+        self.is_held = False  # one exists, but the application holds its row
         self.checked = False  # whether the database knows this PIPELINE
         self.refusal: ops.Problem | None = None  # why this program must not go on
         self.nothing_due = False
@@ -223,7 +219,7 @@ class Listener:
             self.collect(ready)
             if conn in ready or conn.notifies:
                 self.hear(conn)
-        if time.monotonic() < self.doubtful_until:
+        if self.is_doubtful:
             self.give_back(conn)  # nobody else would before its lease is over
 
     def wait_to_reconnect(self, error: Exception) -> None:
@@ -254,10 +250,17 @@ class Listener:
         """Whether no further call is claimed."""
         return self.signals.requested or self.refusal is not None
 
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether there may be a claim of ours that is not under way."""
+        return self.is_held or time.monotonic() < self.doubtful_until
+
     # --- one turn ---
 
     def settle_and_claim(self, conn: db.Connection) -> list[Call]:
-        """Settle all results and claim a call for each idle worker: one round trip, one commit."""
+        """Settle all results and claim a call for each idle worker: one round trip, one commit;
+        one more for each further stage of a pool that is asked while workers are idle.
+        """
         now, began = time.monotonic(), boottime()
         free = 0 if self.is_stopping else len(self.workers.idle)
         if not self.unwritten and now < self.next_look:
@@ -270,27 +273,31 @@ class Listener:
         if now >= self.again_at:
             self.again_at = now + AGAIN_EVERY
             self.unwritten, self.locked = self.unwritten + self.locked, []
-            if now < self.doubtful_until:
+            if self.is_doubtful:
                 self.give_back(conn)
         self.tell_failed(conn)
-        if self.unwritten and self.tried:
-            self.freed = True
-        wanted = self.wanted(free, now, sweep)
+        wanted, *others = self.wanted(free, now, sweep)
+        turn = self.ask(conn, wanted, free, sweep)
+        self.settled(conn, turn)
+        for more in others:
+            if len(turn.claimed) < free:
+                turn.add(self.ask(conn, more, free - len(turn.claimed), sweep))
+        self.plan(conn, turn, free, sweep)
+        if turn.asked_at is None and free and wanted:  # in parts, one call is claimed at the most
+            self.look_at, self.nothing_due = min(self.look_at, now + AGAIN_EVERY), False
+        return self.claimed(conn, turn, began)
+
+    def ask(self, conn: db.Connection, wanted: list[Wanted], free: int, sweep: bool) -> Turn:
+        """Settle what is unwritten and claim calls of these stages, in parts where that fails."""
         try:
-            turn = calls.settle_and_claim(
+            return calls.settle_and_claim(
                 conn, self.unwritten, wanted, free, self.name, sweep=sweep
             )
         except db.CONNECTION_LOST:
             raise
         except psycopg2.Error as error:
             log.warning("한 건씩 다시 시도: %s", " ".join(str(error).split()))
-            turn = calls.in_parts(conn, self.unwritten, wanted, free, self.name)
-        self.settled(conn, turn)
-        self.plan(conn, turn, free, sweep)
-        if turn.asked_at is None and free and wanted:  # in parts, one call is claimed at the most
-            self.look_at, self.nothing_due = min(self.look_at, now + AGAIN_EVERY), False
-        self.try_others(turn, wanted, sweep)
-        return self.claimed(conn, turn, began)
+            return calls.in_parts(conn, self.unwritten, wanted, free, self.name)
 
     def look_at_parents(self, conn: db.Connection, now: float) -> None:
         """Record what joins owe. What keeps that from being done keeps no other call from it."""
@@ -334,51 +341,36 @@ class Listener:
             if row.outcome == "failed":
                 trigger.tell_failed(self.alerts, row.table_name, row.job_id, row.stage, row.error)
 
-    def wanted(self, free: int, now: float, sweep: bool) -> list[Wanted]:
-        """The stages to claim calls of, and how many of each."""
+    def wanted(self, free: int, now: float, sweep: bool) -> list[list[Wanted]]:
+        """The stages to claim calls of, in their turn, and how many of each. They are as many
+        claims as it takes to have no two stages of a pool in one: each stage counts the free
+        places of its pool for itself.
+        """
         if sweep or now - self.marked_at > MARKED_FOR:
             self.marks, self.marked_at = {}, now
-        found: list[Wanted] = []
-        pools: set[str] = set()
-        self.left_out = []
         under_way = self.workers.calls
-        full = self.full_pools()
+        held = Counter(self.limits[call.stage].pool for call in under_way)
+        claims: list[list[Wanted]] = [[]]
+        pools: set[Pool] = set()
         for stage in self.order:
             limits = self.limits[stage]
-            if limits.pool and (stage in self.tried or limits.pool.name in full):
-                continue
-            if limits.pool and limits.pool.name in pools:
-                self.left_out.append(stage)
+            if limits.pool and held[limits.pool] >= limits.pool.size:
                 continue
             if most := self.health.most(stage, free, under_way):
+                if limits.pool in pools:
+                    claims.append([])
+                    pools = set()
+                if limits.pool:
+                    pools.add(limits.pool)
                 lease = limits.timeout + self.settings.LEASE_MARGIN
                 share = -(-free // len(self.order))
-                found.append(Wanted(stage, lease, most, share, limits.is_shared,
-                                    self.marks.get(stage), self.is_ordered))  # fmt: skip
-                pools |= {limits.pool.name} if limits.pool else set()
-        return found
+                claims[-1].append(Wanted(stage, lease, most, share, limits.is_shared,
+                                         self.marks.get(stage), self.is_ordered))  # fmt: skip
+        return claims
 
-    def full_pools(self) -> set[str]:
-        """The pools whose places are all taken by calls of this listener."""
-        pools = [self.limits[call.stage].pool for call in self.workers.calls]
-        return {pool.name for pool in pools if pool and pools.count(pool) >= pool.size}
-
-    def try_others(self, turn: Turn, wanted: list[Wanted], sweep: bool) -> None:
-        """Look again at once where a claim has left out stages, as others share a pool with them.
-
-        A claim has one stage of each pool, as every stage counts the free places for itself. A
-        result that came after one of them had been tried in vain may have freed its place.
-        """
-        if not self.left_out:
-            if self.freed:
-                self.look_at, self.nothing_due = 0.0, False
-            self.tried, self.freed = set(), False
-            return
-        claimed = {row.stage for row in turn.claimed}
-        self.tried = self.tried - claimed | {stage.stage for stage in wanted} - claimed
-        self.look_at, self.nothing_due = 0.0, False
-        if sweep:
-            self.sweep_at = 0.0
+    def lingers(self, stage: str) -> bool:
+        pool = self.limits[stage].pool
+        return pool is not None and pool.linger is not None
 
     def settled(self, conn: db.Connection, turn: Turn) -> None:
         """The results are in the database; those whose row is locked are settled again later."""
@@ -443,10 +435,12 @@ class Listener:
             self.look_at = 0.0  # there may be more, as soon as a worker is idle
             if was_full and not sweep:
                 self.marks |= {row.stage: row.was_due_at for row in turn.claimed}
-        elif self.marks:
-            self.look_at, self.marks = 0.0, {}  # there may be something before the marks
+        elif self.marks or any(self.lingers(row.stage) for row in turn.claimed):
+            # There may be something before the marks, or the pool goes on to another stage.
+            self.look_at, self.marks = 0.0, {}
         else:
-            self.asked_at, self.asks = turn.asked_at, free > 0 and now >= self.due_at
+            self.asked_at = turn.asked_at
+            self.asks = free > 0 and now >= self.due_at
             self.look_at = self.due_at if now < self.due_at else math.inf
             self.nothing_due = not turn.claimed and self.join_at == math.inf
 
@@ -566,7 +560,7 @@ class Listener:
     @property
     def next_look(self) -> float:
         """time.monotonic() of the next look for due calls; needs an idle worker."""
-        times = [self.move_at, *([self.again_at] if self.locked else [])]
+        times = [self.move_at, *([self.again_at] if self.locked or self.is_held else [])]
         if self.workers.idle and not self.is_stopping:
             times += [self.look_at, self.sweep_at, self.join_at]
         return min(times, default=math.inf)
@@ -609,8 +603,7 @@ class Listener:
         keep = [call.call_id for call in self.workers.calls]
         keep += [result.call_id for result in (*self.locked, *self.unwritten)]
         found = calls.give_back(conn, self.name, keep)
-        if found.locked:
-            self.doubtful_until = max(self.doubtful_until, time.monotonic() + 2 * AGAIN_EVERY)
+        self.is_held = found.locked > 0
         if found.given_back:
             log.info("시작하지 않은 호출 %d건을 되돌림", found.given_back)
 

@@ -75,12 +75,14 @@ class Caller:
             only = (only, self.database.value(CALL_OF, only))
         while True:
             began = boottime()
-            wanted = listener.wanted(1, time.monotonic(), sweep=True)
             listener.tell_failed(self.conn)
-            turn = calls.settle_and_claim(
-                self.conn, listener.unwritten, wanted, 1, listener.name, sweep=True, only=only
-            )
-            listener.settled(self.conn, turn)
+            for wanted in listener.wanted(1, time.monotonic(), sweep=True):
+                turn = calls.settle_and_claim(
+                    self.conn, listener.unwritten, wanted, 1, listener.name, sweep=True, only=only
+                )
+                listener.settled(self.conn, turn)
+                if turn.claimed:
+                    break
             if found := listener.claimed(self.conn, turn, began):
                 return found[0]
             if not turn.claimed:

@@ -4,21 +4,25 @@ import threading
 
 import pytest
 from asynchronous import asynchronous
+from caller import Caller
 from claims import connected
 from conftest import ROOT
-from faults.test_claims import with_idle_worker
+from faults.test_claims import with_idle_worker, with_idle_workers
 from variants import install, stage
 from waiting import PATIENCE
 
+import calls
 import pipeline
 import trigger
 import upkeep
 from demo.stage_server import Answer
+from listener import Listener
 from ops.install import apply
-from pipeline import Pool, limits
+from pipeline import Call, Pool, limits
 
 GPU = Pool("gpu1", 1)
 LINGERING = Pool("gpu2", 1, linger=3600)
+WIDE, WIDE_LINGERING = Pool("gpu4", 2), Pool("gpu5", 2, linger=3600)
 
 POOLED = {
     ("img_gen", "done"): limits(pool=GPU)(stage("vlm_analyze")),
@@ -26,10 +30,30 @@ POOLED = {
     ("planner", "done"): stage("overlay"),
     ("a", "done"): limits(pool=LINGERING)(stage("load_a")),
     ("b", "done"): limits(pool=LINGERING)(stage("load_b")),
+    ("c", "done"): limits(pool=WIDE, max_running=2)(stage("crop")),
+    ("d", "done"): limits(pool=WIDE)(stage("draw")),
+    ("e", "done"): limits(pool=WIDE)(stage("erase")),
+    ("f", "done"): limits(pool=WIDE_LINGERING)(stage("resize")),
+    ("g", "done"): limits(pool=WIDE_LINGERING)(stage("sort")),
     ("slow", "done"): limits(per_minute=600)(stage("paid")),
     ("x", "done"): asynchronous("taken", pool=Pool("gpu3", 2)),
 }
 PIPELINE = POOLED
+
+
+def claim(claiming: Caller) -> list[Call]:
+    """The calls of one turn, each of which a worker is busy with from now on."""
+    listener = claiming.listener
+    found = listener.settle_and_claim(claiming.conn)
+    for call in found:
+        listener.workers.idle[0].call = call
+    return found
+
+
+def end(listener: Listener, call: Call) -> None:
+    [worker] = [worker for worker in listener.workers.all if worker.call == call]
+    worker.call = None
+    listener.keep(call, trigger.result(call, "skipped"))
 
 
 class Gate:
@@ -106,7 +130,6 @@ def test_pool_stays_with_the_stage_that_has_calls(site, api):
 
 
 def test_result_has_all_stages_of_a_pool_looked_at_again(site, caller):
-    """The claims before it, while the pool was full, may have left out all of them."""
     claiming = caller("http://127.0.0.1:1")
     listener = with_idle_worker(claiming.listener)
     site.add_job("img_gen", "done"), site.add_job("overlay", "done")
@@ -133,6 +156,69 @@ def test_stage_whose_pool_has_an_idle_one_is_called_beside_a_busy_stage(site, ca
         called.append(call.stage)
         listener.keep(call, trigger.result(call, "skipped"))
     assert called.count("vlm_judge") >= 2 and called.count("overlay") >= 2
+
+
+def test_stage_that_had_nothing_is_asked_again_beside_two_busy_ones_of_its_pool(site, caller):
+    claiming = caller("http://127.0.0.1:1")
+    listener = with_idle_worker(claiming.listener)
+    for _ in range(12):
+        site.add_job("c", "done"), site.add_job("d", "done")
+    called = []
+    for turn in range(16):
+        if turn == 4:
+            site.add_job("e", "done")
+        for call in listener.settle_and_claim(claiming.conn):
+            called.append(call.stage)
+            listener.keep(call, trigger.result(call, "skipped"))
+    assert "erase" in called and called.count("crop") >= 4 and called.count("draw") >= 4
+
+
+def test_stages_of_a_pool_take_turns_while_all_workers_are_busy(site, caller):
+    """All calls take equally long, so that results of the pool and of others alternate."""
+    claiming = caller("http://127.0.0.1:1")
+    listener = with_idle_workers(claiming.listener, 2)
+    for _ in range(12):
+        site.add_job("overlay", "done"), site.add_job("planner", "done")
+    busy = {call.stage: call for call in claim(claiming)}
+    assert sorted(busy) == ["overlay", "vlm_judge"]
+    site.add_job("img_gen", "done")
+    called = []
+    for _ in range(4):
+        for stage_called in list(busy):
+            end(listener, busy.pop(stage_called))
+            busy |= {call.stage: call for call in claim(claiming)}
+            called += busy
+    assert "vlm_analyze" in called
+
+
+def test_place_that_a_lingering_pool_kept_is_offered_at_once(site, caller):
+    claiming = caller("http://127.0.0.1:1")
+    with_idle_workers(claiming.listener, 4)
+    claiming.listener.order.sort(reverse=True)  # sort is asked before resize
+    site.rows("UPDATE stage_limits SET stays_with = 'resize', stays_since = now()"
+              " WHERE name = 'gpu5'")  # fmt: skip
+    site.add_job("f", "done"), site.add_job("g", "done")
+    assert [call.stage for call in claim(claiming)] == ["resize"]
+    assert [call.stage for call in claim(claiming)] == ["sort"]
+
+
+def test_limit_that_somebody_holds_keeps_no_other_stage_of_its_pool_waiting(site, caller):
+    claiming = caller("http://127.0.0.1:1")
+    with_idle_workers(claiming.listener, 4)
+    site.add_job("c", "done"), site.add_job("d", "done")
+    with connected(site) as other:
+        other.autocommit = False
+        other.cursor().execute("SELECT FROM stage_limits WHERE name = 'crop' FOR UPDATE")
+        assert [call.stage for call in claim(claiming)] == ["draw"]
+
+
+def test_hold_that_ended_since_the_last_turn_has_ended(site, caller):
+    conn = caller("http://127.0.0.1:1").conn
+    site.add_job("c", "done")
+    site.rows("UPDATE pipeline_stages SET held_until = now()")
+    asked_at = site.value("SELECT now() - interval '1 s'")
+    site.rows("UPDATE stage_calls SET due_at = now() - interval '1 h'")
+    assert calls.next_due(conn, ["crop"], asked_at) <= 0
 
 
 def test_pool_leaves_a_stage_that_is_paused(site, api, run_command):
@@ -238,6 +324,14 @@ def test_install_with_a_higher_rate_ends_a_wait_of_the_lower_one(site):
         apply(conn)
         assert site.value(soon)
         assert upkeep.shorten_waits(conn) == 0  # it is no sign of a clock that was set back
+
+
+def test_install_without_a_rate_ends_its_wait(site, use_pipeline):
+    site.rows("UPDATE stage_limits SET next_at = now() + interval '1 h' WHERE name = 'paid'")
+    use_pipeline(PIPELINE | {("slow", "done"): limits(max_running=3)(stage("paid"))})
+    with connected(site) as conn:
+        apply(conn)
+    assert site.value("SELECT next_at IS NULL FROM stage_limits WHERE name = 'paid'")
 
 
 def test_job_and_report_say_what_a_limit_keeps_waiting(site, run_command):

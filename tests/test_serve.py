@@ -128,7 +128,13 @@ def test_pools_are_shown(use_pipeline, make_database, server, tmp_path):
     here = {"PIPELINE_MODULE": "test_pools", "PYTHONPATH": str(Path(__file__).parent)}
     with serving(database, tmp_path, **here) as site:
         lines = [e.text for e in site.page("/").section("pools").all("li")]
-    assert lines == ["pool gpu1: 0/1", "pool gpu2: 0/1", "pool gpu3: 0/2"]
+    assert lines == [
+        "pool gpu1: 0/1",
+        "pool gpu2: 0/1",
+        "pool gpu3: 0/2",
+        "pool gpu4: 0/2",
+        "pool gpu5: 0/2",
+    ]
 
 
 def test_secrets_are_on_no_page(database, tmp_path):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import os
 import signal
 import ssl
@@ -10,6 +11,7 @@ from datetime import timedelta
 import pytest
 import requests
 import trustme
+from claims import connected
 from conftest import ROOT
 from faults.test_claims import with_idle_worker
 from raw_server import OK, answering, in_turn
@@ -640,6 +642,28 @@ def test_run_once_does_not_end_before_a_released_call_is_made(
     monkeypatch.setattr(listener.workers, "collect", lambda ready: released)
     listener.collect([])
     assert not listener.finished()
+    [again] = listener.settle_and_claim(claiming.conn)
+    assert again.attempt == 2
+
+
+def test_released_call_whose_row_is_held_is_given_back_once_it_is_let_go(
+    database, accepting, caller, monkeypatch
+):
+    database.add_job("overlay", "done")
+    claiming = caller(accepting.url)
+    listener = with_idle_worker(claiming.listener)
+    [call] = listener.settle_and_claim(claiming.conn)
+    released = [(call, trigger.result(call, "released"))]
+    monkeypatch.setattr(listener.workers, "collect", lambda ready: released)
+    with connected(database) as application:
+        application.autocommit = False
+        application.cursor().execute("UPDATE jobs SET status = 'running'")
+        listener.collect([])
+        assert listener.settle_and_claim(claiming.conn) == []
+        application.rollback()
+    listener.look_at = listener.sweep_at = math.inf
+    assert listener.next_look == listener.again_at
+    listener.again_at = listener.doubtful_until = 0.0
     [again] = listener.settle_and_claim(claiming.conn)
     assert again.attempt == 2
 

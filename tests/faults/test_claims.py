@@ -156,8 +156,13 @@ FROM pg_statio_user_tables WHERE relname = 'stage_calls'
 
 def with_idle_worker(listener: Listener) -> Listener:
     """Give the listener an idle worker, so that it claims in each turn; the calls are not made."""
-    ours, _ = socket.socketpair()
-    listener.workers.all = [Worker(os.getpid(), ours, mmap.mmap(-1, 2))]
+    return with_idle_workers(listener, 1)
+
+
+def with_idle_workers(listener: Listener, number: int) -> Listener:
+    listener.workers.all = [
+        Worker(os.getpid(), socket.socketpair()[0], mmap.mmap(-1, 2)) for _ in range(number)
+    ]
     return listener
 
 
