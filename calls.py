@@ -54,7 +54,7 @@ class Wanted(NamedTuple):
     Args:
         lease: seconds for which nobody else may take such a call.
         most: so many calls at the most.
-        share: so many before any other stage gets more than its share.
+        share: so many before any other stage of the claim gets more than its share.
         limited: calls of other listeners count.
         ordered: the claim uses stage_due_calls(), as a stage or table declares an order or a rate.
         since: calls that were due before are passed by, should an old snapshot elsewhere keep
@@ -440,9 +440,9 @@ class Claimed(NamedTuple):
 class Turn:
     """What one turn of the loop brought about.
 
-    claimed: the one due longest first.
+    claimed: of each claim, the one due longest first.
     unsettled: calls whose row the stage's own transaction holds: settle them again later.
-    asked_at: the database's time of the (first) claim; None where something was done in parts.
+    asked_at: the database's time of the (first) claim; None where one was refused as a whole.
     """
 
     claimed: list[Claimed]
@@ -517,19 +517,24 @@ def settle_and_claim(
     if freed := [r.stage for r in results if r.limited and r.outcome not in ("unknown", TAKEN)]:
         free_places = Counter(freed) - Counter(row.stage for row in claimed)
         if free_places:
-            # The turn is committed. Without this the others look at their next sweep.
-            with contextlib.suppress(psycopg2.Error):
-                execute(conn, WAKE_WAITING, {"stages": list(free_places)})
+            wake_waiting(conn, free_places)
     claimed.sort(key=attrgetter("was_due_at"))
     return Turn(claimed, unsettled, asked_at)
 
 
-# A place under a limit is free and this listener did not take it, so the others are woken.
 WAKE_WAITING = f"""
 SELECT pg_notify('{WAKE_CHANNEL}', '') WHERE EXISTS (
     SELECT FROM stage_limits AS s JOIN stage_calls AS c ON c.stage = ANY (s.stages)
     WHERE s.stages && %(stages)s::text[] AND c.due_at <= now())
 """
+
+
+def wake_waiting(conn, stages: Iterable[str]) -> None:
+    """Wake all listeners where calls wait for a place under a limit of these stages, as one may be
+    free that this listener has not taken. Without this the others look at their next sweep.
+    """
+    with contextlib.suppress(psycopg2.Error):
+        execute(conn, WAKE_WAITING, {"stages": list(stages)})
 
 
 def places(wanted: Sequence[Wanted]) -> dict[str, str]:
@@ -574,7 +579,11 @@ def as_json(conn, results: Sequence[Result]) -> str:
 # row is locked, is found by the next sweep. The end of a hold counts as well, as a call may be
 # recorded while it lasts, and so does the time until the next call of a stage may begin.
 NEXT_DUE = """
-SELECT extract(epoch FROM min(coming.due_at) - now())::float8
+SELECT extract(epoch FROM least(min(coming.due_at), (
+           SELECT min(s.stays_since + make_interval(secs => s.linger)) FROM stage_limits AS s
+           WHERE s.stages && %(stages)s::text[]
+             AND s.stays_since + make_interval(secs => s.linger)
+                 > coalesce(%(asked_at)s::timestamptz, now()))) - now())::float8
 FROM unnest(%(stages)s::text[]) AS wanted (stage)
 LEFT JOIN LATERAL (
     SELECT max(h.until) AS until FROM (

@@ -114,7 +114,7 @@ class Listener:
         self.asks = False  # whether to ask
         self.asked_at: datetime | None = None  # since when
         self.doubtful_until = -math.inf  # until then a claim of ours may exist that we do not know
-        self.is_held = False  # one exists, but the application holds its row
+        self.gives_back = False  # one exists: its call was released
         self.checked = False  # whether the database knows this PIPELINE
         self.refusal: ops.Problem | None = None  # why this program must not go on
         self.nothing_due = False
@@ -253,7 +253,7 @@ class Listener:
     @property
     def is_doubtful(self) -> bool:
         """Whether there may be a claim of ours that is not under way."""
-        return self.is_held or time.monotonic() < self.doubtful_until
+        return self.gives_back or time.monotonic() < self.doubtful_until
 
     # --- one turn ---
 
@@ -279,11 +279,9 @@ class Listener:
         wanted, *others = self.wanted(free, now, sweep)
         turn = self.ask(conn, wanted, free, sweep)
         self.settled(conn, turn)
-        for more in others:
-            if len(turn.claimed) < free:
-                turn.add(self.ask(conn, more, free - len(turn.claimed), sweep))
+        self.ask_others(conn, turn, others, free, sweep)
         self.plan(conn, turn, free, sweep)
-        if turn.asked_at is None and free and wanted:  # in parts, one call is claimed at the most
+        if turn.asked_at is None and free and wanted:  # not everything has been asked for
             self.look_at, self.nothing_due = min(self.look_at, now + AGAIN_EVERY), False
         return self.claimed(conn, turn, began)
 
@@ -298,6 +296,23 @@ class Listener:
         except psycopg2.Error as error:
             log.warning("한 건씩 다시 시도: %s", " ".join(str(error).split()))
             return calls.in_parts(conn, self.unwritten, wanted, free, self.name)
+
+    def ask_others(
+        self, conn: db.Connection, turn: Turn, others: list[list[Wanted]], free: int, sweep: bool
+    ) -> None:
+        """Go on to claim while workers are idle, until a claim is refused, which may have taken
+        seconds. What is claimed by then is kept, and the next turn begins with what is left.
+        """
+        while others and turn.asked_at and len(turn.claimed) < free:
+            try:
+                turn.add(self.ask(conn, others.pop(0), free - len(turn.claimed), sweep))
+            except psycopg2.Error:
+                if not turn.claimed:
+                    raise
+                turn.asked_at = None
+        if turn.asked_at is None:
+            left = {wanted.stage for claim in others for wanted in claim}
+            self.order.sort(key=lambda stage: stage not in left)
 
     def look_at_parents(self, conn: db.Connection, now: float) -> None:
         """Record what joins owe. What keeps that from being done keeps no other call from it."""
@@ -348,6 +363,8 @@ class Listener:
         """
         if sweep or now - self.marked_at > MARKED_FOR:
             self.marks, self.marked_at = {}, now
+        if not free:
+            return [[]]
         under_way = self.workers.calls
         held = Counter(self.limits[call.stage].pool for call in under_way)
         claims: list[list[Wanted]] = [[]]
@@ -368,9 +385,10 @@ class Listener:
                                          self.marks.get(stage), self.is_ordered))  # fmt: skip
         return claims
 
-    def lingers(self, stage: str) -> bool:
+    def leaves_places(self, stage: str) -> bool:
+        """Whether the pool of a claimed call may have more places, which it kept for this stage."""
         pool = self.limits[stage].pool
-        return pool is not None and pool.linger is not None
+        return pool is not None and pool.linger is not None and pool.size > 1
 
     def settled(self, conn: db.Connection, turn: Turn) -> None:
         """The results are in the database; those whose row is locked are settled again later."""
@@ -429,15 +447,17 @@ class Listener:
             asked_at = turn.asked_at
             if asked_at and any(row.was_due_at > asked_at + EARLY for row in turn.claimed):
                 self.upkeep.note_clock_set_back()
+        left = [row.stage for row in turn.claimed if self.leaves_places(row.stage)]
+        if left:
+            calls.wake_waiting(conn, left)
         self.nothing_due, was_full = False, self.was_full
         self.was_full = len(turn.claimed) >= free
         if self.was_full:
             self.look_at = 0.0  # there may be more, as soon as a worker is idle
             if was_full and not sweep:
                 self.marks |= {row.stage: row.was_due_at for row in turn.claimed}
-        elif self.marks or any(self.lingers(row.stage) for row in turn.claimed):
-            # There may be something before the marks, or the pool goes on to another stage.
-            self.look_at, self.marks = 0.0, {}
+        elif self.marks or left:
+            self.look_at, self.marks = 0.0, {}  # there may be something before the marks
         else:
             self.asked_at = turn.asked_at
             self.asks = free > 0 and now >= self.due_at
@@ -560,7 +580,7 @@ class Listener:
     @property
     def next_look(self) -> float:
         """time.monotonic() of the next look for due calls; needs an idle worker."""
-        times = [self.move_at, *([self.again_at] if self.locked or self.is_held else [])]
+        times = [self.move_at, *([self.again_at] if self.locked or self.gives_back else [])]
         if self.workers.idle and not self.is_stopping:
             times += [self.look_at, self.sweep_at, self.join_at]
         return min(times, default=math.inf)
@@ -585,7 +605,7 @@ class Listener:
             ended = self.health.revised(call, ended)
             trigger.log_end(call, ended)
             if ended.outcome == "released":
-                self.doubtful_until = max(self.doubtful_until, time.monotonic() + AGAIN_EVERY)
+                self.gives_back = True
                 self.look_at, self.again_at, self.nothing_due = 0.0, 0.0, False
                 continue
             self.keep(call, ended)
@@ -603,7 +623,7 @@ class Listener:
         keep = [call.call_id for call in self.workers.calls]
         keep += [result.call_id for result in (*self.locked, *self.unwritten)]
         found = calls.give_back(conn, self.name, keep)
-        self.is_held = found.locked > 0
+        self.gives_back = found.locked > 0  # by the application
         if found.given_back:
             log.info("시작하지 않은 호출 %d건을 되돌림", found.given_back)
 

@@ -1,5 +1,6 @@
 """Limits that several stages share, and stages that are called at a pace."""
 
+import select
 import threading
 
 import pytest
@@ -12,6 +13,7 @@ from variants import install, stage
 from waiting import PATIENCE
 
 import calls
+import db
 import pipeline
 import trigger
 import upkeep
@@ -54,6 +56,14 @@ def end(listener: Listener, call: Call) -> None:
     [worker] = [worker for worker in listener.workers.all if worker.call == call]
     worker.call = None
     listener.keep(call, trigger.result(call, "skipped"))
+
+
+# An error that is not that of a row.
+REFUSING = """
+CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RAISE EXCEPTION 'no!'; END$$;
+CREATE TRIGGER refuse BEFORE UPDATE ON stage_calls
+FOR EACH ROW WHEN (NEW.stage = 'draw') EXECUTE FUNCTION refuse();
+"""
 
 
 class Gate:
@@ -202,6 +212,29 @@ def test_place_that_a_lingering_pool_kept_is_offered_at_once(site, caller):
     assert [call.stage for call in claim(claiming)] == ["sort"]
 
 
+def test_place_that_a_lingering_pool_kept_is_offered_to_other_listeners(site, caller):
+    claiming = caller("http://127.0.0.1:1")
+    with_idle_workers(claiming.listener, 1).order = ["resize"]
+    site.rows("UPDATE stage_limits SET stays_with = 'resize', stays_since = now()"
+              " WHERE name = 'gpu5'")  # fmt: skip
+    site.add_job("f", "done"), site.add_job("g", "done")
+    with connected(site) as other:
+        other.cursor().execute(f"LISTEN {db.WAKE_CHANNEL}")
+        assert [call.stage for call in claim(claiming)] == ["resize"]
+        assert select.select([other], [], [], PATIENCE)[0]
+
+
+def test_pool_is_looked_at_when_it_stays_no_longer(site, caller):
+    conn = caller("http://127.0.0.1:1").conn
+    site.rows("UPDATE stage_limits SET stays_with = 'resize', stays_since = now()"
+              " WHERE name = 'gpu5'")  # fmt: skip
+    assert 0 < calls.next_due(conn, ["sort"]) <= 3600
+    site.rows("UPDATE stage_limits SET stays_since = now() - interval '1 h' WHERE name = 'gpu5'")
+    assert calls.next_due(conn, ["sort"]) is None
+    asked_at = site.value("SELECT now() - interval '1 s'")
+    assert calls.next_due(conn, ["sort"], asked_at) <= 0
+
+
 def test_limit_that_somebody_holds_keeps_no_other_stage_of_its_pool_waiting(site, caller):
     claiming = caller("http://127.0.0.1:1")
     with_idle_workers(claiming.listener, 4)
@@ -209,7 +242,21 @@ def test_limit_that_somebody_holds_keeps_no_other_stage_of_its_pool_waiting(site
     with connected(site) as other:
         other.autocommit = False
         other.cursor().execute("SELECT FROM stage_limits WHERE name = 'crop' FOR UPDATE")
-        assert [call.stage for call in claim(claiming)] == ["draw"]
+        first, second = claim(claiming), claim(claiming)
+    assert [call.stage for call in (*first, *second)] == ["draw"]
+
+
+def test_claim_that_is_refused_takes_no_other_call_with_it(site, caller):
+    """Neither what the turn has claimed before, nor what it would have claimed afterwards."""
+    claiming = caller("http://127.0.0.1:1")
+    listener = with_idle_workers(claiming.listener, 4)
+    listener.order = ["overlay", "crop", "draw", "erase"]
+    site.rows(REFUSING)
+    for step in ("planner", "d", "e"):
+        site.add_job(step, "done")
+    assert [call.stage for call in claim(claiming)] == ["overlay"]
+    listener.look_at = 0.0
+    assert [call.stage for call in claim(claiming)] == ["erase"]
 
 
 def test_hold_that_ended_since_the_last_turn_has_ended(site, caller):

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import ssl
+import time
 from datetime import timedelta
 
 import pytest
@@ -644,6 +645,22 @@ def test_run_once_does_not_end_before_a_released_call_is_made(
     assert not listener.finished()
     [again] = listener.settle_and_claim(claiming.conn)
     assert again.attempt == 2
+
+
+def test_call_released_while_others_end_at_a_stop_is_given_back(
+    database, accepting, caller, monkeypatch
+):
+    database.add_job("overlay", "done")
+    claiming = caller(accepting.url)
+    listener = with_idle_worker(claiming.listener)
+    [call] = listener.settle_and_claim(claiming.conn)
+    listener.signals.requested = True
+    released = [(call, trigger.result(call, "released"))]
+    monkeypatch.setattr(listener.workers, "collect", lambda ready: released)
+    listener.collect([])
+    assert listener.next_look <= time.monotonic()
+    assert listener.settle_and_claim(claiming.conn) == []
+    assert database.value("SELECT count(*) FROM stage_leases") == 0
 
 
 def test_released_call_whose_row_is_held_is_given_back_once_it_is_let_go(
