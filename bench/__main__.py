@@ -56,9 +56,12 @@ def available_peers() -> tuple[list[Peer], dict[str, str]]:
     return peers, missing
 
 
-def measure(bench: Bench, workload: Workload, peers: list[Peer], repetitions: int) -> list[Table]:
-    """Every variant; the peers take turns, so that a busy moment of the machine meets all."""
-    tables = []
+def measure(
+    bench: Bench, workload: Workload, peers: list[Peer], repetitions: int, tables: list[Table]
+) -> None:
+    """Add a table for every variant; the peers take turns, so that a busy moment of the machine
+    meets all.
+    """
     for variant in workload.variants(bench.quick):
         table = Table(workload.name, workload.title, variant, workload.metrics)
         tables.append(table)
@@ -74,7 +77,6 @@ def measure(bench: Bench, workload: Workload, peers: list[Peer], repetitions: in
                     numbers = {}
                 table.add(peer.name, peer.kind, numbers)
                 say(workload.name, variant, peer.name, repetition, numbers, began)
-    return tables
 
 
 def say(workload: str, variant: str, peer: str, repetition: int, numbers: dict, began: float):
@@ -121,7 +123,8 @@ def show() -> None:
 @click.option("--quick", is_flag=True, help="A look, in a few minutes: the figures are rough.")
 @click.option("--output", type=click.Path(path_type=Path), help="Without its suffix.")
 def run(workloads, only, repetitions, quick, output) -> None:
-    """Measure and report, to the terminal and to bench/results/.
+    """Measure and report, to the terminal and to bench/results/; what there is by then, if it is
+    ended by a signal.
 
     Exit codes: 0 done; 1 ours lost or repeated a call; 2 bad input.
     """
@@ -134,15 +137,21 @@ def run(workloads, only, repetitions, quick, output) -> None:
     chosen = [w() for w in WORKLOADS if w.name in workloads]
     chosen = chosen or [w() for w in WORKLOADS if w.quick or not quick]
     facts = {"Machine": machine.machine()}
-    tables, notes = [], [f"left out: {name}: {why}" for name, why in missing.items()]
+    tables: list[Table] = []
+    notes = [f"left out: {name}: {why}" for name, why in missing.items()]
     with ExitStack() as stack:
         server, stages = stack.enter_context(Server()), stack.enter_context(StageProcess())
         bench = Bench(server, stages, quick)
         facts["PostgreSQL"] = machine.server(server.conn)
         facts["Ceiling"] = ceiling(bench)
-        for workload in chosen:
-            tables += measure(bench, workload, peers, repetitions or (1 if quick else 2))
-            notes += workload.notes()
+        try:
+            for workload in chosen:
+                measure(bench, workload, peers, repetitions or (1 if quick else 2), tables)
+                notes += workload.notes()
+        except (KeyboardInterrupt, SystemExit):
+            notes.append(f"ended by a signal in {tables[-1].workload} {tables[-1].variant}")
+            write(tables, facts, notes, output)
+            raise
     write(tables, facts, notes, output)
     problems = broken(tables)
     for problem in problems:
