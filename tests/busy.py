@@ -7,6 +7,7 @@ from waiting import gate, wait_for_call
 from demo.stage_server import Answer
 
 BEFORE = dict(zip(STAGES, ["img_gen", *STAGES], strict=False))
+RETRIED = "WHERE stage = 'yolo_detect'"
 # A clock time as commands print it.
 TIME = r"(?:\d{4}-\d\d-\d\d )?\d\d:\d\d:\d\d"
 
@@ -22,6 +23,10 @@ def busy(database, api, listener):
         process = listener(database, "run", "--workers=1", *only, api=api, RETRY_DELAY=3600)
         jobs = {stage: database.add_job(BEFORE[stage], "done") for stage in STAGES[1:]}
         process.wait_for_line("파이프라인 단계 실행 실패", count=3)
+        # The back-off is random, from 0 on.
+        database.wait_for(f"SELECT attempts = 1 AND worker IS NULL FROM stage_calls {RETRIED}")
+        later = "due_at = now() + interval '4 min'"
+        database.rows(f"UPDATE stage_calls SET {later} {RETRIED}")
         jobs["vlm_analyze"] = database.add_job("img_gen", "done")
         wait_for_call(api, jobs["vlm_analyze"])
         # The hold is now recorded for the stage, no longer for this call.
