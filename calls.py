@@ -102,7 +102,9 @@ FENCE = """c.job_id = r.job_id AND c.call_id = r.call_id AND c.attempts = r.atte
 # SKIP LOCKED, as the stage's own transaction may still hold the row of the call when it answers.
 # A generic plan that is made while the queue is empty may join by scanning a whole index, and is
 # kept when the queue is full. So rows are looked up one by one (LATERAL … LIMIT 1), or by a list
-# of their keys (= ANY (ARRAY(…))), which leaves the planner only index conditions.
+# of their keys (= ANY (ARRAY(…))), which leaves the planner only index conditions, if each column
+# that has an index is in such a list: a table that was analyzed while it had one row is joined by
+# whatever index there is, and an old snapshot elsewhere keeps its dead entries.
 MINE = f"""
     SELECT r.* FROM result AS r CROSS JOIN LATERAL (
         SELECT c.job_id FROM stage_calls AS c WHERE {FENCE}
@@ -127,6 +129,7 @@ WITH result AS ({RESULTS}
 ), ended AS (
     DELETE FROM stage_leases AS l USING result AS r
     WHERE l.call_id = ANY (ARRAY(SELECT call_id FROM result))
+      AND l.job_id = ANY (ARRAY(SELECT job_id FROM result))
       AND l.call_id = r.call_id AND l.attempt = r.attempt AND l.job_id = r.job_id
 ), mine AS ({MINE}
 ), paid AS (
@@ -146,11 +149,13 @@ WITH result AS ({FAILURES}
 ), ended AS (
     DELETE FROM stage_leases AS l USING result AS r
     WHERE l.call_id = ANY (ARRAY(SELECT call_id FROM result))
+      AND l.job_id = ANY (ARRAY(SELECT job_id FROM result))
       AND l.call_id = r.call_id AND l.attempt = r.attempt AND l.job_id = r.job_id
       AND r.outcome <> 'unknown'
 ), unanswered AS (
     UPDATE stage_leases AS l SET unanswered = true FROM result AS r
     WHERE l.call_id = ANY (ARRAY(SELECT call_id FROM result))
+      AND l.job_id = ANY (ARRAY(SELECT job_id FROM result))
       AND l.call_id = r.call_id AND l.attempt = r.attempt AND l.job_id = r.job_id
       AND r.outcome = 'unknown'
 ), mine AS ({MINE}
@@ -176,6 +181,7 @@ WORK = Statement(
 WITH result AS (SELECT * FROM json_populate_recordset(NULL::stage_attempts, %(taken)s::json))
 UPDATE stage_leases AS l SET working = true, spent = r.spent FROM result AS r
 WHERE l.call_id = ANY (ARRAY(SELECT call_id FROM result))
+  AND l.job_id = ANY (ARRAY(SELECT job_id FROM result))
   AND l.call_id = r.call_id AND l.attempt = r.attempt AND l.job_id = r.job_id
 """,
 )

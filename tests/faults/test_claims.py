@@ -12,6 +12,7 @@ from tcp_proxy import TcpProxy
 from waiting import CLAIM, LISTENING, gate, wait_for_call, wait_for_sweeps, wait_until_idle
 
 import db
+import trigger
 from demo.stage_server import Answer
 from listener import Listener
 from workers import Worker
@@ -155,6 +156,18 @@ FROM pg_statio_user_tables WHERE relname = 'stage_calls'
 """
 
 
+DEAD_LEASES = """
+INSERT INTO stage_leases (job_id, call_id, attempt, stage, worker, started_at, leased_until)
+SELECT gen_random_uuid(), -n, 1, 'vlm_analyze', 'gone', now(), now() + interval '1 h'
+FROM generate_series(1, 10000) AS n;
+DELETE FROM stage_leases;
+SELECT pg_stat_force_next_flush()
+"""
+ENTRIES = """
+SELECT sum(idx_tup_read)::bigint FROM pg_stat_user_indexes WHERE relname = 'stage_leases'
+"""
+
+
 def with_idle_worker(listener: Listener) -> Listener:
     """Give the listener an idle worker, so that it claims in each turn; the calls are not made."""
     return with_idle_workers(listener, 1)
@@ -193,6 +206,25 @@ def test_d8_claims_under_an_old_snapshot_read_little_more_than_without(
         database.rows("DELETE FROM stage_calls; " + LEFT_BEHIND)
         claiming.listener.marks.clear()
         assert pages_read(database, claiming) <= 1.25 * clean
+
+
+def test_d8_settling_under_an_old_snapshot_reads_little(database, caller):
+    """Also once the table of leases was analyzed: one row that is alive, and many dead ones."""
+    claiming = caller("http://127.0.0.1:1", SWEEP_INTERVAL=3600)
+    database.rows("INSERT INTO jobs (current_step, status)"
+                  " SELECT 'img_gen', 'done' FROM generate_series(1, 30)")  # fmt: skip
+    listener, flush = with_idle_worker(claiming.listener), "SELECT pg_stat_force_next_flush()"
+    with old_snapshot(database):
+        database.rows(DEAD_LEASES)
+        [call] = listener.settle_and_claim(claiming.conn)
+        database.rows("ANALYZE stage_leases")
+        db.execute(claiming.conn, flush)
+        before = database.value(ENTRIES)
+        for _ in range(20):
+            listener.keep(call, trigger.result(call, "succeeded"))
+            [call] = listener.settle_and_claim(claiming.conn)
+        db.execute(claiming.conn, flush)
+        assert database.value(ENTRIES) - before < 20 * 100
 
 
 def test_d9_idle_workers_ask_little_for_one_event(database, proxy, api, listener, tmp_path):
