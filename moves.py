@@ -23,15 +23,17 @@ WITH seen AS (
 ), leased AS (
     SELECT s.move_id, s.is_failed, s.moved_at, l.call_id, l.attempt, l.working
     FROM seen AS s JOIN stage_leases AS l
-        ON (l.job_id, l.table_name, l.stage) = (s.job_id, s.table_name, s.stage)
+        ON (l.job_id, l.table_name, l.stage || '') = (s.job_id, s.table_name, s.stage)
        AND l.started_at <= s.moved_at AND NOT l.unanswered
+    WHERE l.job_id = ANY (ARRAY(SELECT job_id FROM seen))
 ), mine AS (
     SELECT l.call_id, l.attempt FROM stage_leases AS l
     WHERE l.call_id = ANY (ARRAY(SELECT call_id FROM leased WHERE working)) AND l.working
     FOR UPDATE SKIP LOCKED
 ), ended AS (
     DELETE FROM stage_leases AS l USING mine
-    WHERE (l.call_id, l.attempt) = (mine.call_id, mine.attempt)
+    WHERE l.call_id = ANY (ARRAY(SELECT call_id FROM mine))
+      AND (l.call_id, l.attempt) = (mine.call_id, mine.attempt)
     RETURNING l.*
 ), forgotten AS (
     DELETE FROM stage_moves WHERE move_id IN (

@@ -7,11 +7,15 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
 import pytest
+from asynchronous import asynchronous
 from claims import claim, connected
 from tcp_proxy import TcpProxy
+from variants import install
 from waiting import CLAIM, LISTENING, gate, wait_for_call, wait_for_sweeps, wait_until_idle
 
+import calls
 import db
+import moves
 import trigger
 from demo.stage_server import Answer
 from listener import Listener
@@ -163,8 +167,10 @@ FROM generate_series(1, 10000) AS n;
 DELETE FROM stage_leases;
 SELECT pg_stat_force_next_flush()
 """
+# Of indexes, and rows of the table read without one.
 ENTRIES = """
-SELECT sum(idx_tup_read)::bigint FROM pg_stat_user_indexes WHERE relname = 'stage_leases'
+SELECT (SELECT sum(idx_tup_read)::bigint FROM pg_stat_user_indexes WHERE relname = 'stage_leases')
+       + (SELECT seq_tup_read FROM pg_stat_user_tables WHERE relname = 'stage_leases')
 """
 
 
@@ -225,6 +231,31 @@ def test_d8_settling_under_an_old_snapshot_reads_little(database, caller):
             [call] = listener.settle_and_claim(claiming.conn)
         db.execute(claiming.conn, flush)
         assert database.value(ENTRIES) - before < 20 * 100
+
+
+@pytest.mark.parametrize("moved", [1, 5])
+def test_d8_ending_moved_calls_under_an_old_snapshot_reads_little(
+    database, use_pipeline, caller, moved
+):
+    use_pipeline({("img_gen", "done"): asynchronous("vlm_analyze")})
+    install(database, "SELECT 1;")
+    claiming = caller("http://127.0.0.1:1")
+    listener, flush = with_idle_worker(claiming.listener), "SELECT pg_stat_force_next_flush()"
+    jobs = [database.add_job("img_gen", "done") for _ in range(moved)]
+    with old_snapshot(database):
+        database.rows(DEAD_LEASES)
+        for _ in jobs:
+            [call] = listener.settle_and_claim(claiming.conn)
+            listener.keep(call, trigger.result(call, calls.TAKEN))
+        listener.settle_and_claim(claiming.conn)
+        database.rows("ANALYZE stage_leases")
+        for job in jobs:
+            database.move(job, "vlm_analyze", "done")
+        db.execute(claiming.conn, flush)
+        before = database.value(ENTRIES)
+        ended, _ = moves.look(claiming.conn)
+        db.execute(claiming.conn, flush)
+        assert len(ended) == moved and database.value(ENTRIES) - before < 1000
 
 
 def test_d9_idle_workers_ask_little_for_one_event(database, proxy, api, listener, tmp_path):
