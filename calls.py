@@ -101,10 +101,10 @@ FENCE = """c.job_id = r.job_id AND c.call_id = r.call_id AND c.attempts = r.atte
 
 # SKIP LOCKED, as the stage's own transaction may still hold the row of the call when it answers.
 # A generic plan that is made while the queue is empty may join by scanning a whole index, and is
-# kept when the queue is full. So rows are looked up one by one (LATERAL … LIMIT 1), or by a list
-# of their keys (= ANY (ARRAY(…))), which leaves the planner only index conditions, if each column
-# that has an index is in such a list: a table that was analyzed while it had one row is joined by
-# whatever index there is, and an old snapshot elsewhere keeps its dead entries.
+# kept when the queue is full. The same plan is made for a table that had one row when it was
+# analyzed, and an old snapshot elsewhere keeps the dead entries of its indexes. So rows are looked
+# up one by one (LATERAL … LIMIT 1), or by lists of their keys (= ANY (ARRAY(…))), with a list for
+# each index of the table: that leaves the planner only index conditions.
 MINE = f"""
     SELECT r.* FROM result AS r CROSS JOIN LATERAL (
         SELECT c.job_id FROM stage_calls AS c WHERE {FENCE}
@@ -583,7 +583,8 @@ def as_json(conn, results: Sequence[Result]) -> str:
 
 # Seconds until the next call will be due. A call that is due already and was not claimed, as its
 # row is locked, is found by the next sweep. The end of a hold counts as well, as a call may be
-# recorded while it lasts, and so does the time until the next call of a stage may begin.
+# recorded while it lasts, and so do the time until the next call of a stage may begin, and the time
+# at which a pool stays with a stage no longer.
 NEXT_DUE = """
 SELECT extract(epoch FROM least(min(coming.due_at), (
            SELECT min(s.stays_since + make_interval(secs => s.linger)) FROM stage_limits AS s

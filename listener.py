@@ -69,8 +69,9 @@ MARKED_FOR = 1.0
 DOUBTFUL = 600.0
 # Seconds until a call is looked at again that only a newer listener can make.
 PASSED_OVER_FOR = 10.0
-# A sweep claims a call that was never tried although it is not due yet. Where that is so early, the
-# database's clock was set back, or the claim has waited for a lock, and the look finds nothing.
+# A sweep also claims calls that were never tried and are not due yet. One that is claimed so long
+# before it is due is a sign that the database's clock was set back. If the claim has only waited
+# for a lock, the look that follows finds nothing.
 EARLY = timedelta(seconds=1)
 # Accepted calls that are remembered, should a new primary have forgotten them.
 REMEMBERED = 10_000
@@ -114,7 +115,7 @@ class Listener:
         self.asks = False  # whether to ask
         self.asked_at: datetime | None = None  # since when
         self.doubtful_until = -math.inf  # until then a claim of ours may exist that we do not know
-        self.gives_back = False  # one exists: its call was released
+        self.gives_back = False  # such a claim does exist: its call was released
         self.checked = False  # whether the database knows this PIPELINE
         self.refusal: ops.Problem | None = None  # why this program must not go on
         self.nothing_due = False
