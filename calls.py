@@ -252,8 +252,8 @@ WANTED = """unnest(%(stages)s::text[], %(leases)s::float8[], %(since)s::timestam
                 %(skip)s::integer[], %(most)s::integer[])
       AS wanted (stage, lease, since, skip, most)"""
 
-# A request for the same row and stage may still be running.
-# The stage is no condition for an index: that on the stage alone would be read as a whole.
+# A request for the same row and stage may still be running. Looked up row by row (OFFSET 0), by
+# the row's id: an index read as a whole, or by its stage, has the dead leases of other rows.
 UNDER_WAY = """
     SELECT FROM stage_leases AS l
     WHERE l.job_id = c.job_id AND l.table_name = c.table_name AND l.stage || '' = c.stage
@@ -273,8 +273,9 @@ PLACES = """
                  AND NOT EXISTS (SELECT FROM pipeline_stages AS p
                                  WHERE p.stage = s.stays_with AND p.held_until > now())
             THEN 0
-            ELSE least(s.max_running - (SELECT count(*) FROM stage_leases AS l
-                                        WHERE l.stage = ANY (s.stages) AND l.leased_until > now()),
+            ELSE least(CASE WHEN s.max_running IS NOT NULL THEN s.max_running - (
+                           SELECT count(*) FROM stage_leases AS l
+                           WHERE l.stage = ANY (s.stages) AND l.leased_until > now()) END,
                        CASE WHEN s.seconds IS NOT NULL THEN 1 END)
             END) AS free
         FROM stage_limits AS s WHERE wanted.stage = ANY (s.stages)"""

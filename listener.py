@@ -59,9 +59,10 @@ LONGEST_SLEEP = 5.0
 HEARTBEAT_MARGIN = 20.0
 # How often to look whether a stage has let go of the row of a call that it has answered.
 AGAIN_EVERY = 1.0
-# Seconds between two looks at the parents of joins, and between two at the moves of asynchronous
-# calls: each look is a round trip during which no call is claimed or settled.
-LOOKS_APART = 0.05
+# Seconds from one look at the parents of joins to the next, and from one at the moves of
+# asynchronous calls, and at least so many times what the look took: during a look no call is
+# claimed or settled, and under an old snapshot elsewhere each look takes longer.
+LOOKS_APART, LOOKS_APART_TIMES = 0.05, 5
 # For so long a claim passes by what was due before the last one. A call that was committed late
 # waits that long at the most.
 MARKED_FOR = 1.0
@@ -106,7 +107,7 @@ class Listener:
         self.look_at = self.sweep_at = self.again_at = self.marked_at = 0.0
         self.has_joins = bool(pipeline.joins())
         self.join_at = 0.0 if self.has_joins else math.inf
-        self.joins_looked_at = self.moves_looked_at = -math.inf
+        self.joins_rest_until = self.moves_rest_until = -math.inf  # no look before
         self.is_ordered = pipeline.is_ordered()
         self.is_asynchronous = pipeline.is_asynchronous()
         self.move_at = 0.0 if self.is_asynchronous else math.inf
@@ -268,9 +269,9 @@ class Listener:
             return []
         sweep = free > 0 and now >= self.sweep_at
         if self.has_joins and (sweep or now >= self.join_at):
-            self.look_at_parents(conn, now)
+            self.look_at_parents(conn)
         if self.is_asynchronous and (sweep or now >= self.move_at):
-            self.look_at_moves(conn, now, sweep)
+            self.look_at_moves(conn, sweep)
         if now >= self.again_at:
             self.again_at = now + AGAIN_EVERY
             self.unwritten, self.locked = self.unwritten + self.locked, []
@@ -315,9 +316,9 @@ class Listener:
             left = {wanted.stage for claim in others for wanted in claim}
             self.order.sort(key=lambda stage: stage not in left)
 
-    def look_at_parents(self, conn: db.Connection, now: float) -> None:
+    def look_at_parents(self, conn: db.Connection) -> None:
         """Record what joins owe. What keeps that from being done keeps no other call from it."""
-        self.joins_looked_at = now
+        now = time.monotonic()
         try:
             parents = joins.look(conn)
         except db.CONNECTION_LOST:
@@ -327,17 +328,18 @@ class Listener:
                 raise
             log.error("조인 확인 실패 (%.0f초 후 다시 시도): %s", LONGEST_SLEEP,
                       " ".join(str(error).split()))  # fmt: skip
-            self.join_at = now + LONGEST_SLEEP
+            self.join_at = self.joins_rest_until = now + LONGEST_SLEEP
         else:
-            self.join_at = now + LOOKS_APART if parents else math.inf
+            self.joins_rest_until = rest_until(now)
+            self.join_at = self.joins_rest_until if parents else math.inf
             if parents is None:  # another listener is looking, and may have begun too early
                 self.join_at = now + AGAIN_EVERY
 
-    def look_at_moves(self, conn: db.Connection, now: float, sweep: bool) -> None:
+    def look_at_moves(self, conn: db.Connection, sweep: bool) -> None:
         """End the calls of asynchronous stages whose rows have moved on. What keeps that from being
         done keeps no call from being made.
         """
-        self.moves_looked_at = now
+        now = time.monotonic()
         try:
             if sweep:
                 moves.record_missed(conn)
@@ -349,9 +351,10 @@ class Listener:
                 raise
             log.error("작업 완료 확인 실패 (%.0f초 후 다시 시도): %s", LONGEST_SLEEP,
                       " ".join(str(error).split()))  # fmt: skip
-            self.move_at = now + LONGEST_SLEEP
+            self.move_at = self.moves_rest_until = now + LONGEST_SLEEP
             return
-        self.move_at = now + (LOOKS_APART if has_more else self.settings.SWEEP_INTERVAL)
+        self.moves_rest_until = rest_until(now)
+        self.move_at = self.moves_rest_until if has_more else now + self.settings.SWEEP_INTERVAL
         for row in ended:
             moves.log_end(row)
             if row.outcome == "failed":
@@ -400,7 +403,7 @@ class Listener:
         if any(result.delay is not None for result in self.unwritten):
             self.due_at = 0.0
         if any(result.outcome == TAKEN for result in self.unwritten):
-            self.move_at = self.moves_looked_at + LOOKS_APART  # the row may have moved on before
+            self.move_at = self.moves_rest_until  # the row may have moved on before
         self.unwritten = []
         for result in self.health.revived:
             log.warning(
@@ -594,9 +597,9 @@ class Listener:
             if db.WAKE_CHANNEL in heard:
                 self.due_at = 0.0  # a hold may have ended before its time
             if db.JOIN_CHANNEL in heard and self.has_joins:
-                self.join_at = min(self.join_at, self.joins_looked_at + LOOKS_APART)
+                self.join_at = min(self.join_at, self.joins_rest_until)
             if self.is_asynchronous:
-                self.move_at = min(self.move_at, self.moves_looked_at + LOOKS_APART)
+                self.move_at = min(self.move_at, self.moves_rest_until)
         if was_told and not self.hearing.is_told:  # sweeps come sooner from now on
             self.sweep_at = 0.0
 
@@ -646,6 +649,11 @@ class Listener:
 
     def beat_for_host(self, host: str) -> None:
         self.beat("connecting to the database", db.CONNECTION["connect_timeout"])
+
+
+def rest_until(began: float) -> float:
+    """time.monotonic() before which there is no other look like the one that has just ended."""
+    return began + max(LOOKS_APART, LOOKS_APART_TIMES * (time.monotonic() - began))
 
 
 def listener_name() -> str:

@@ -239,9 +239,10 @@ BEGIN
         -- Serves the claim: is a request for the same job still under way?
         CREATE INDEX stage_leases_job_idx ON stage_leases (job_id);
     END IF;
-    IF to_regclass('stage_leases_stage_idx') IS NULL THEN
-        -- Serves the claim: how many calls of a limited stage are under way?
-        CREATE INDEX stage_leases_stage_idx ON stage_leases (stage);
+    IF to_regclass('stage_leases_running_idx') IS NULL THEN
+        -- Serves the claim: how many calls of a limited stage are under way? Dead entries that an
+        -- old snapshot elsewhere keeps are read no longer than their leases would have lasted.
+        CREATE INDEX stage_leases_running_idx ON stage_leases (stage, leased_until);
     END IF;
     IF to_regclass('stage_attempts_finished_idx') IS NULL THEN
         -- Serves the pruning of history and every question about a span of time.
@@ -254,7 +255,8 @@ $do$;
 -- highest priority, and of these those of one tenant after the other, where the stage is fair, else
 -- the one that is due longest. Used by the claim where a stage or a table declares such a thing.
 -- a_skip and a_most: passes so many by, and then returns so many. The statements are written so
--- that each of their conditions serves an index in a plan for any values, too.
+-- that each of their conditions serves an index in a plan for any values, too; see UNDER_WAY in
+-- calls.py for the leases.
 CREATE OR REPLACE FUNCTION stage_due_calls(a_stage text, a_skip integer, a_most integer,
                                            a_sweep boolean)
 RETURNS SETOF stage_calls LANGUAGE plpgsql SET search_path FROM CURRENT AS $body$
@@ -294,7 +296,8 @@ BEGIN
                   AND (c.run_after IS NULL OR c.run_after <= now())
                   AND NOT EXISTS (SELECT FROM stage_leases AS l
                                   WHERE l.job_id = c.job_id AND l.table_name = c.table_name
-                                    AND l.stage = c.stage AND l.leased_until > now())
+                                    AND l.stage || '' = c.stage AND l.leased_until > now()
+                                  OFFSET 0)
                 ORDER BY c.due_at LIMIT a_skip + a_most - cardinality(chosen)
                 FOR UPDATE OF c SKIP LOCKED
             LOOP
@@ -327,10 +330,11 @@ BEGIN
                 is_taken := false;
                 CONTINUE;
             END IF;
-            CONTINUE WHEN of_stage.per_tenant <= cardinality(array_positions(tenants, tenant)) + (
-                SELECT count(*) FROM stage_leases AS l
-                WHERE l.stage = a_stage AND coalesce(l.tenant_id, '') = tenant
-                  AND l.leased_until > now());
+            CONTINUE WHEN of_stage.per_tenant IS NOT NULL
+                AND of_stage.per_tenant <= cardinality(array_positions(tenants, tenant)) + (
+                    SELECT count(*) FROM stage_leases AS l
+                    WHERE l.stage = a_stage AND coalesce(l.tenant_id, '') = tenant
+                      AND l.leased_until > now());
             SELECT c.* INTO call FROM stage_calls AS c
             WHERE c.stage = a_stage AND c.priority = level AND coalesce(c.tenant_id, '') = tenant
               AND c.due_at <= until AND c.due_at < 'infinity'
@@ -339,7 +343,8 @@ BEGIN
               AND c.call_id <> ALL (chosen)
               AND NOT EXISTS (SELECT FROM stage_leases AS l
                               WHERE l.job_id = c.job_id AND l.table_name = c.table_name
-                                AND l.stage = c.stage AND l.leased_until > now())
+                                AND l.stage || '' = c.stage AND l.leased_until > now()
+                              OFFSET 0)
             ORDER BY c.due_at LIMIT 1
             FOR UPDATE OF c SKIP LOCKED;
             CONTINUE WHEN NOT FOUND;

@@ -101,6 +101,7 @@ STEPS = {
             ADD COLUMN working boolean NOT NULL DEFAULT false,
             ADD COLUMN spent integer,
             ADD COLUMN tenant_id text;
+        DROP INDEX IF EXISTS stage_leases_stage_idx;
     """,
 }
 LATEST = max(STEPS)

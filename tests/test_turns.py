@@ -1,13 +1,16 @@
 """The turns of a listener with its workers: fair, prompt, cheap, and without losses."""
 
 import time
+from itertools import pairwise
 
 import psycopg2
 import pytest
+from asynchronous import PIPELINE
 from faults.test_claims import with_idle_worker
 from faults.test_connection import frozen
 from stage_functions import COMPUTE, POST, program
 from tcp_proxy import TcpProxy
+from variants import TABLE, install
 from waiting import (
     LISTENING,
     RECONNECTING,
@@ -20,8 +23,11 @@ from waiting import (
 
 import calls
 import db
+import joins
+import moves
 from demo.stage_api import StageApi
 from demo.stage_server import Answer
+from listener import LONGEST_SLEEP
 
 STAGE = "vlm_judge"
 SUCCEEDED = "SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s AND outcome = 'succeeded'"
@@ -125,6 +131,47 @@ def test_turn_in_parts_is_soon_followed_by_another(database, caller, monkeypatch
     monkeypatch.undo()
     listener.look_at = 0.0
     assert len(listener.settle_and_claim(claiming.conn)) == 1
+
+
+@pytest.mark.parametrize("slow", [joins, moves])
+def test_slow_looks_leave_most_of_the_time_to_calls(
+    slow, database, use_pipeline, caller, monkeypatch
+):
+    """However often they are asked for."""
+    use_pipeline(PIPELINE)
+    install(database, TABLE)
+    claiming = caller("http://127.0.0.1:1")
+    listener, look, began = with_idle_worker(claiming.listener), slow.look, []
+
+    def slowly(conn):
+        began.append(time.monotonic())
+        db.execute(conn, "SELECT pg_sleep(0.05)")
+        return look(conn)
+
+    monkeypatch.setattr(slow, "look", slowly)
+    monkeypatch.setattr(listener.hearing, "hear", lambda _: {db.CHANNEL, db.JOIN_CHANNEL})
+    while len(began) < 3:
+        listener.settle_and_claim(claiming.conn)
+        listener.hear(claiming.conn)
+    assert min(later - earlier for earlier, later in pairwise(began)) >= 5 * 0.05
+
+
+@pytest.mark.parametrize("failing", [joins, moves])
+def test_look_that_fails_is_not_made_again_at_once(
+    failing, database, use_pipeline, caller, monkeypatch
+):
+    """Though it is asked for."""
+    use_pipeline(PIPELINE)
+    install(database, TABLE)
+    claiming = caller("http://127.0.0.1:1")
+    listener, began = with_idle_worker(claiming.listener), time.monotonic()
+    monkeypatch.setattr(failing, "look", lambda conn: db.execute(conn, "SELECT 1 / 0"))
+    monkeypatch.setattr(listener.hearing, "hear", lambda _: {db.CHANNEL, db.JOIN_CHANNEL})
+    listener.settle_and_claim(claiming.conn)
+    listener.hear(claiming.conn)
+    at = {joins: listener.join_at, moves: listener.move_at}
+    assert at[failing] >= began + LONGEST_SLEEP
+    claiming.line("5초 후 다시 시도")
 
 
 def test_idle_listener_with_many_workers_is_one_connection_and_few_statements(

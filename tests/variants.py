@@ -102,7 +102,8 @@ def install(database, *tables: str) -> Variants:
         with closing(db.connect(made.settings())) as conn:
             apply(conn)
 
-    key = f"{tables} {pipeline.tables()} {pipeline.stages_of_routes()}"
+    routes = [(route, f.__name__, pipeline.limits_of(f)) for route, f in pipeline.routes().items()]
+    key = f"{tables} {pipeline.tables()} {routes}"
     database.become(database.server.template(key, prepare, database.server.installed()))
     return Variants(database)
 
