@@ -293,9 +293,11 @@ def test_call_without_our_tables_says_what_to_run(empty_database, run_command):
 @pytest.mark.parametrize("args", [["call"], ["run", "--once"]], ids=" ".join)
 def test_debugger_stops_in_the_stage_function(database, api, run_command, args):
     job = database.add_job("overlay", "done")
-    typed = f"{BREAK}\ncontinue\nprint('at', call.job_id, call.attempt)\ncontinue\nq\n"
+    # Printed in one piece, as the listener may write a line at the same time.
+    say = "print(f'at {call.job_id} {call.attempt}')"
+    typed = f"{BREAK}\ncontinue\n{say}\ncontinue\nq\n"
     given = [*args, job] if args == ["call"] else args
     done = run_command(database, *given, api=api, stdin=typed, python=("-m", "pdb"))
-    assert f"at {job} 1" in done.out
+    assert f"at {job} 1" in done.out, done.out
     assert "The program exited via sys.exit(). Exit status: 0" in done.out
     assert database.state(job) == ("vlm_judge", "done")
