@@ -133,15 +133,20 @@ def test_turn_in_parts_is_soon_followed_by_another(database, caller, monkeypatch
     assert len(listener.settle_and_claim(claiming.conn)) == 1
 
 
-@pytest.mark.parametrize("slow", [joins, moves])
-def test_slow_looks_leave_most_of_the_time_to_calls(
-    slow, database, use_pipeline, caller, monkeypatch
-):
-    """However often they are asked for."""
+@pytest.fixture
+def asked(database, use_pipeline, caller, monkeypatch):
+    """A Caller whose listener is asked all the time to look at joins and moves."""
     use_pipeline(PIPELINE)
     install(database, TABLE)
     claiming = caller("http://127.0.0.1:1")
-    listener, look, began = with_idle_worker(claiming.listener), slow.look, []
+    with_idle_worker(claiming.listener)
+    monkeypatch.setattr(claiming.listener.hearing, "hear", lambda _: {db.CHANNEL, db.JOIN_CHANNEL})
+    return claiming
+
+
+@pytest.mark.parametrize("slow", [joins, moves])
+def test_slow_looks_leave_most_of_the_time_to_calls(slow, asked, monkeypatch):
+    look, began = slow.look, []
 
     def slowly(conn):
         began.append(time.monotonic())
@@ -149,29 +154,21 @@ def test_slow_looks_leave_most_of_the_time_to_calls(
         return look(conn)
 
     monkeypatch.setattr(slow, "look", slowly)
-    monkeypatch.setattr(listener.hearing, "hear", lambda _: {db.CHANNEL, db.JOIN_CHANNEL})
     while len(began) < 3:
-        listener.settle_and_claim(claiming.conn)
-        listener.hear(claiming.conn)
+        asked.listener.settle_and_claim(asked.conn)
+        asked.listener.hear(asked.conn)
     assert min(later - earlier for earlier, later in pairwise(began)) >= 5 * 0.05
 
 
 @pytest.mark.parametrize("failing", [joins, moves])
-def test_look_that_fails_is_not_made_again_at_once(
-    failing, database, use_pipeline, caller, monkeypatch
-):
-    """Though it is asked for."""
-    use_pipeline(PIPELINE)
-    install(database, TABLE)
-    claiming = caller("http://127.0.0.1:1")
-    listener, began = with_idle_worker(claiming.listener), time.monotonic()
+def test_look_that_fails_is_not_made_again_at_once(failing, asked, monkeypatch):
+    listener, began = asked.listener, time.monotonic()
     monkeypatch.setattr(failing, "look", lambda conn: db.execute(conn, "SELECT 1 / 0"))
-    monkeypatch.setattr(listener.hearing, "hear", lambda _: {db.CHANNEL, db.JOIN_CHANNEL})
-    listener.settle_and_claim(claiming.conn)
-    listener.hear(claiming.conn)
+    listener.settle_and_claim(asked.conn)
+    listener.hear(asked.conn)
     at = {joins: listener.join_at, moves: listener.move_at}
     assert at[failing] >= began + LONGEST_SLEEP
-    claiming.line("5초 후 다시 시도")
+    asked.line("5초 후 다시 시도")
 
 
 def test_idle_listener_with_many_workers_is_one_connection_and_few_statements(
