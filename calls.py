@@ -252,12 +252,13 @@ WANTED = """unnest(%(stages)s::text[], %(leases)s::float8[], %(since)s::timestam
                 %(skip)s::integer[], %(most)s::integer[])
       AS wanted (stage, lease, since, skip, most)"""
 
-# A request for the same row and stage may still be running. Looked up row by row (OFFSET 0), by
-# the row's id: an index read as a whole, or by its stage, has the dead leases of other rows.
+# A request for the same row and stage may still be running. Looked up row by row (OFFSET 0), and
+# by the row's id: an index that is read as a whole, or by stage or time, has the dead leases of
+# other rows. So neither is a condition for an index.
 UNDER_WAY = """
     SELECT FROM stage_leases AS l
     WHERE l.job_id = c.job_id AND l.table_name = c.table_name AND l.stage || '' = c.stage
-      AND l.leased_until > now()
+      AND l.leased_until + interval '0' > now()
     OFFSET 0"""
 
 # How many calls of a stage may begin now; NULL: no limit. A stage with a rate (seconds) begins one

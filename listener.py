@@ -60,9 +60,10 @@ HEARTBEAT_MARGIN = 20.0
 # How often to look whether a stage has let go of the row of a call that it has answered.
 AGAIN_EVERY = 1.0
 # Seconds from one look at the parents of joins to the next, and from one at the moves of
-# asynchronous calls, and at least so many times what the look took: during a look no call is
-# claimed or settled, and under an old snapshot elsewhere each look takes longer.
-LOOKS_APART, LOOKS_APART_TIMES = 0.05, 5
+# asynchronous calls, at least and at most. Between them ten times what the look took, as no call is
+# claimed or settled meanwhile: under an old snapshot elsewhere it takes long to find little.
+LOOKS_APART, LOOKS_APART_TIMES, LOOKS_APART_MOST = 0.05, 10, 30.0
+MANY = 100  # a look that finds so many has not taken long in vain
 # For so long a claim passes by what was due before the last one. A call that was committed late
 # waits that long at the most.
 MARKED_FOR = 1.0
@@ -76,6 +77,43 @@ PASSED_OVER_FOR = 10.0
 EARLY = timedelta(seconds=1)
 # Accepted calls that are remembered, should a new primary have forgotten them.
 REMEMBERED = 10_000
+
+
+class Look:
+    """When to look at joins, or at the moves of asynchronous calls. All by time.monotonic().
+
+    at: of the next look; infinity: not before it is asked for.
+    rests_until: no look before, whoever asks for it.
+    """
+
+    def __init__(self, is_needed: bool):
+        self.is_needed = is_needed
+        self.at = 0.0 if is_needed else math.inf
+        self.rests_until = -math.inf
+
+    def ask(self) -> None:
+        """Look as soon as the rest is over."""
+        if self.is_needed:
+            self.at = min(self.at, self.rests_until)
+
+    def rest(self, began: float, found: int, then: float = 0.0) -> None:
+        """A look that began then has ended.
+
+        Args:
+            found: how many parents, or moves.
+            then: seconds until the next look where nobody asks for it.
+        """
+        now = time.monotonic()
+        apart = LOOKS_APART_TIMES * (now - began) if found < MANY else 0.0
+        self.rests_until = began + max(LOOKS_APART, min(apart, LOOKS_APART_MOST))
+        self.at = max(self.rests_until, now + then)
+
+    def fail(self, began: float) -> float:
+        """A look that began then has failed; seconds until the next one."""
+        self.rest(began, 0)
+        now = time.monotonic()
+        self.rests_until = self.at = max(self.rests_until, now + LONGEST_SLEEP)
+        return self.at - now
 
 
 class Listener:
@@ -105,12 +143,10 @@ class Listener:
 
         # All by time.monotonic().
         self.look_at = self.sweep_at = self.again_at = self.marked_at = 0.0
-        self.has_joins = bool(pipeline.joins())
-        self.join_at = 0.0 if self.has_joins else math.inf
-        self.joins_rest_until = self.moves_rest_until = -math.inf  # no look before
+        self.join_look = Look(bool(pipeline.joins()))
+        self.move_look = Look(pipeline.is_asynchronous())
+        self.may_miss_moves = False  # some that no trigger has recorded
         self.is_ordered = pipeline.is_ordered()
-        self.is_asynchronous = pipeline.is_asynchronous()
-        self.move_at = 0.0 if self.is_asynchronous else math.inf
         self.ping_at = 0.0 if hosts.is_several(settings) else math.inf
         self.due_at = 0.0  # when the next call will be due, as far as is known
         self.asks = False  # whether to ask
@@ -268,10 +304,14 @@ class Listener:
         if not self.unwritten and now < self.next_look:
             return []
         sweep = free > 0 and now >= self.sweep_at
-        if self.has_joins and (sweep or now >= self.join_at):
+        if sweep:
+            self.join_look.ask()
+            self.move_look.ask()
+            self.may_miss_moves = True
+        if now >= self.join_look.at:
             self.look_at_parents(conn)
-        if self.is_asynchronous and (sweep or now >= self.move_at):
-            self.look_at_moves(conn, sweep)
+        if now >= self.move_look.at:
+            self.look_at_moves(conn)
         if now >= self.again_at:
             self.again_at = now + AGAIN_EVERY
             self.unwritten, self.locked = self.unwritten + self.locked, []
@@ -318,7 +358,7 @@ class Listener:
 
     def look_at_parents(self, conn: db.Connection) -> None:
         """Record what joins owe. What keeps that from being done keeps no other call from it."""
-        now = time.monotonic()
+        began = time.monotonic()
         try:
             parents = joins.look(conn)
         except db.CONNECTION_LOST:
@@ -326,35 +366,33 @@ class Listener:
         except psycopg2.Error as error:
             if self.once:
                 raise
-            log.error("조인 확인 실패 (%.0f초 후 다시 시도): %s", LONGEST_SLEEP,
+            log.error("조인 확인 실패 (%.0f초 후 다시 시도): %s", self.join_look.fail(began),
                       " ".join(str(error).split()))  # fmt: skip
-            self.join_at = self.joins_rest_until = now + LONGEST_SLEEP
         else:
-            self.joins_rest_until = rest_until(now)
-            self.join_at = self.joins_rest_until if parents else math.inf
+            then = 0.0 if parents else math.inf
             if parents is None:  # another listener is looking, and may have begun too early
-                self.join_at = now + AGAIN_EVERY
+                then = AGAIN_EVERY
+            self.join_look.rest(began, parents or 0, then)
 
-    def look_at_moves(self, conn: db.Connection, sweep: bool) -> None:
+    def look_at_moves(self, conn: db.Connection) -> None:
         """End the calls of asynchronous stages whose rows have moved on. What keeps that from being
         done keeps no call from being made.
         """
-        now = time.monotonic()
+        began = time.monotonic()
         try:
-            if sweep:
+            if self.may_miss_moves:
                 moves.record_missed(conn)
-            ended, has_more = moves.look(conn)
+                self.may_miss_moves, began = False, time.monotonic()
+            ended, seen = moves.look(conn)
         except db.CONNECTION_LOST:
             raise
         except psycopg2.Error as error:
             if self.once:
                 raise
-            log.error("작업 완료 확인 실패 (%.0f초 후 다시 시도): %s", LONGEST_SLEEP,
+            log.error("작업 완료 확인 실패 (%.0f초 후 다시 시도): %s", self.move_look.fail(began),
                       " ".join(str(error).split()))  # fmt: skip
-            self.move_at = self.moves_rest_until = now + LONGEST_SLEEP
             return
-        self.moves_rest_until = rest_until(now)
-        self.move_at = self.moves_rest_until if has_more else now + self.settings.SWEEP_INTERVAL
+        self.move_look.rest(began, seen, 0.0 if seen else self.settings.SWEEP_INTERVAL)
         for row in ended:
             moves.log_end(row)
             if row.outcome == "failed":
@@ -403,7 +441,7 @@ class Listener:
         if any(result.delay is not None for result in self.unwritten):
             self.due_at = 0.0
         if any(result.outcome == TAKEN for result in self.unwritten):
-            self.move_at = self.moves_rest_until  # the row may have moved on before
+            self.move_look.ask()  # the row may have moved on before
         self.unwritten = []
         for result in self.health.revived:
             log.warning(
@@ -466,7 +504,7 @@ class Listener:
             self.asked_at = turn.asked_at
             self.asks = free > 0 and now >= self.due_at
             self.look_at = self.due_at if now < self.due_at else math.inf
-            self.nothing_due = not turn.claimed and self.join_at == math.inf
+            self.nothing_due = not turn.claimed and self.join_look.at == math.inf
 
     def ask_when(self, conn: db.Connection) -> None:
         """Ask when the next call will be due, where a claim found less than there are workers."""
@@ -501,7 +539,7 @@ class Listener:
             if refused is not None:
                 if row.join_of and row.job_found and is_open:
                     joins.reopen(conn, row)
-                    self.join_at = 0.0
+                    self.join_look.ask()
                 self.keep(call, refused)
             elif not self.put_off_after_failed(conn, call, row):
                 if row.join_of:
@@ -584,9 +622,9 @@ class Listener:
     @property
     def next_look(self) -> float:
         """time.monotonic() of the next look for due calls; needs an idle worker."""
-        times = [self.move_at, *([self.again_at] if self.locked or self.gives_back else [])]
+        times = [self.move_look.at, *([self.again_at] if self.locked or self.gives_back else [])]
         if self.workers.idle and not self.is_stopping:
-            times += [self.look_at, self.sweep_at, self.join_at]
+            times += [self.look_at, self.sweep_at, self.join_look.at]
         return min(times, default=math.inf)
 
     def hear(self, conn: db.Connection) -> None:
@@ -596,10 +634,9 @@ class Listener:
             self.look_at = 0.0
             if db.WAKE_CHANNEL in heard:
                 self.due_at = 0.0  # a hold may have ended before its time
-            if db.JOIN_CHANNEL in heard and self.has_joins:
-                self.join_at = min(self.join_at, self.joins_rest_until)
-            if self.is_asynchronous:
-                self.move_at = min(self.move_at, self.moves_rest_until)
+            if db.JOIN_CHANNEL in heard:
+                self.join_look.ask()
+            self.move_look.ask()
         if was_told and not self.hearing.is_told:  # sweeps come sooner from now on
             self.sweep_at = 0.0
 
@@ -649,11 +686,6 @@ class Listener:
 
     def beat_for_host(self, host: str) -> None:
         self.beat("connecting to the database", db.CONNECTION["connect_timeout"])
-
-
-def rest_until(began: float) -> float:
-    """time.monotonic() before which there is no other look like the one that has just ended."""
-    return began + max(LOOKS_APART, LOOKS_APART_TIMES * (time.monotonic() - began))
 
 
 def listener_name() -> str:

@@ -68,15 +68,15 @@ FROM (SELECT count(*) AS moves FROM forgotten) AS taken LEFT JOIN recorded ON tr
 """
 
 
-def look(conn) -> tuple[list, bool]:
+def look(conn) -> tuple[list, int]:
     """End the calls whose rows have moved on.
 
     Returns:
-        A row for each: job_id (the row's id), table_name, stage, outcome, error, seconds; and
-        whether there may be more moves.
+        A row for each: job_id (the row's id), table_name, stage, outcome, error, seconds; and how
+        many moves; if not 0, there may be more.
     """
     rows = db.execute(conn, LOOK, {"wake": db.WAKE_CHANNEL}).fetchall()
-    return [row for row in rows if row.job_id is not None], rows[0].moves > 0
+    return [row for row in rows if row.job_id is not None], rows[0].moves
 
 
 # Moves that no trigger has recorded: the row was deleted, or changed while the trigger was off. For

@@ -296,7 +296,8 @@ BEGIN
                   AND (c.run_after IS NULL OR c.run_after <= now())
                   AND NOT EXISTS (SELECT FROM stage_leases AS l
                                   WHERE l.job_id = c.job_id AND l.table_name = c.table_name
-                                    AND l.stage || '' = c.stage AND l.leased_until > now()
+                                    AND l.stage || '' = c.stage
+                                    AND l.leased_until + interval '0' > now()
                                   OFFSET 0)
                 ORDER BY c.due_at LIMIT a_skip + a_most - cardinality(chosen)
                 FOR UPDATE OF c SKIP LOCKED
@@ -343,7 +344,8 @@ BEGIN
               AND c.call_id <> ALL (chosen)
               AND NOT EXISTS (SELECT FROM stage_leases AS l
                               WHERE l.job_id = c.job_id AND l.table_name = c.table_name
-                                AND l.stage || '' = c.stage AND l.leased_until > now()
+                                AND l.stage || '' = c.stage
+                                AND l.leased_until + interval '0' > now()
                               OFFSET 0)
             ORDER BY c.due_at LIMIT 1
             FOR UPDATE OF c SKIP LOCKED;

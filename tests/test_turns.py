@@ -17,6 +17,7 @@ from waiting import (
     backends,
     gate,
     terminate_backends,
+    until,
     wait_for_call,
     wait_until_idle,
 )
@@ -146,28 +147,52 @@ def asked(database, use_pipeline, caller, monkeypatch):
 
 @pytest.mark.parametrize("slow", [joins, moves])
 def test_slow_looks_leave_most_of_the_time_to_calls(slow, asked, monkeypatch):
-    look, began = slow.look, []
+    """Sweeps included."""
+    look, began, listener = slow.look, [], asked.listener
 
     def slowly(conn):
         began.append(time.monotonic())
         db.execute(conn, "SELECT pg_sleep(0.05)")
         return look(conn)
 
+    def turn() -> bool:
+        listener.sweep_at = 0.0
+        listener.settle_and_claim(asked.conn)
+        listener.hear(asked.conn)
+        return len(began) == 3
+
     monkeypatch.setattr(slow, "look", slowly)
-    while len(began) < 3:
-        asked.listener.settle_and_claim(asked.conn)
-        asked.listener.hear(asked.conn)
-    assert min(later - earlier for earlier, later in pairwise(began)) >= 5 * 0.05
+    until(turn, "three looks")
+    assert min(later - earlier for earlier, later in pairwise(began)) >= 10 * 0.05
+
+
+@pytest.mark.parametrize("slow", [joins, moves])
+def test_slow_look_that_finds_much_is_soon_followed_by_another(slow, asked, monkeypatch):
+    def slowly(conn):
+        db.execute(conn, "SELECT pg_sleep(0.05)")
+        return {joins: 500, moves: ([], 500)}[slow]
+
+    monkeypatch.setattr(slow, "look", slowly)
+    asked.listener.settle_and_claim(asked.conn)
+    look = {joins: asked.listener.join_look, moves: asked.listener.move_look}[slow]
+    assert look.at <= time.monotonic()
 
 
 @pytest.mark.parametrize("failing", [joins, moves])
 def test_look_that_fails_is_not_made_again_at_once(failing, asked, monkeypatch):
-    listener, began = asked.listener, time.monotonic()
-    monkeypatch.setattr(failing, "look", lambda conn: db.execute(conn, "SELECT 1 / 0"))
+    listener, ended = asked.listener, []
+
+    def fail(conn):
+        try:
+            db.execute(conn, "SELECT pg_sleep(0.05), 1 / 0")
+        finally:
+            ended.append(time.monotonic())
+
+    monkeypatch.setattr(failing, "look", fail)
     listener.settle_and_claim(asked.conn)
     listener.hear(asked.conn)
-    at = {joins: listener.join_at, moves: listener.move_at}
-    assert at[failing] >= began + LONGEST_SLEEP
+    look = {joins: listener.join_look, moves: listener.move_look}[failing]
+    assert look.at >= ended[0] + LONGEST_SLEEP
     asked.line("5초 후 다시 시도")
 
 

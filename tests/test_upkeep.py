@@ -224,7 +224,7 @@ def test_taken_call_of_a_table_that_left_pipeline_keeps_its_lease(database, conn
     claim(conn)
     database.rows("UPDATE stage_leases SET table_name = 'left', working = true")
     moves.record_missed(conn)
-    assert moves.look(conn) == ([], False)
+    assert moves.look(conn) == ([], 0)
     assert database.value("SELECT count(*) FROM stage_leases WHERE working") == 1
 
 

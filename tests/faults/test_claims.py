@@ -163,8 +163,9 @@ FROM pg_statio_user_tables WHERE relname = 'stage_calls'
 
 DEAD_LEASES = """
 INSERT INTO stage_leases (job_id, call_id, attempt, stage, worker, started_at, leased_until)
-SELECT gen_random_uuid(), -n, 1, 'vlm_analyze', 'gone', now(), now() + interval %s
-FROM generate_series(1, 10000) AS n;
+SELECT gen_random_uuid(), -n, 1, 'vlm_analyze', 'gone', now(),
+       now() + interval %s - n / 4 * interval '1 ms'
+FROM generate_series(1, 50000) AS n;
 DELETE FROM stage_leases;
 SELECT pg_stat_force_next_flush()
 """
@@ -216,6 +217,7 @@ def test_d8_claims_under_an_old_snapshot_read_little_more_than_without(
 
 
 # Leases that are over are not counted under a limit; dead ones that are not may be among them.
+@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(
     ("given", "other", "dead"),
     [
@@ -228,27 +230,30 @@ def test_d8_claims_under_an_old_snapshot_read_little_more_than_without(
     ],
 )
 def test_d8_settling_and_claiming_under_an_old_snapshot_read_few_leases(
-    given, other, dead, database, use_pipeline, caller
+    given, other, dead, workers, database, use_pipeline, caller
 ):
-    """Also once the table of leases was analyzed: one row that is alive, and many dead ones."""
+    """Also once the table of leases was analyzed: few rows that are alive, and many dead ones."""
     routes = {("img_gen", "done"): limits(**given)(stage("vlm_analyze"))}
     use_pipeline(routes | {("overlay", "done"): limits(**other)(stage("vlm_judge"))})
     install(database, "SELECT 1;")
     claiming = caller("http://127.0.0.1:1", SWEEP_INTERVAL=3600)
     database.rows("INSERT INTO jobs (current_step, status)"
-                  " SELECT 'img_gen', 'done' FROM generate_series(1, 30)")  # fmt: skip
-    listener, flush = with_idle_worker(claiming.listener), "SELECT pg_stat_force_next_flush()"
+                  " SELECT 'img_gen', 'done' FROM generate_series(1, 80)")  # fmt: skip
+    listener = with_idle_workers(claiming.listener, workers)
+    flush = "SELECT pg_stat_force_next_flush()"
     with old_snapshot(database):
         database.rows(DEAD_LEASES, dead)
-        [call] = listener.settle_and_claim(claiming.conn)
+        claimed = listener.settle_and_claim(claiming.conn)
         database.rows("ANALYZE stage_leases")
         db.execute(claiming.conn, flush)
         before = database.value(ENTRIES)
         for _ in range(20):
-            listener.keep(call, trigger.result(call, "succeeded"))
-            [call] = listener.settle_and_claim(claiming.conn)
+            for call in claimed:
+                listener.keep(call, trigger.result(call, "succeeded"))
+            claimed = listener.settle_and_claim(claiming.conn)
+            assert len(claimed) == workers
         db.execute(claiming.conn, flush)
-        assert database.value(ENTRIES) - before < 20 * 100
+        assert database.value(ENTRIES) - before < 20 * workers * 200
 
 
 @pytest.mark.parametrize("moved", [1, 5])
