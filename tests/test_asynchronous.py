@@ -152,7 +152,11 @@ def test_listener_that_is_killed_leaves_them_to_the_next(site, dies):
 
 def test_stage_that_never_finishes_is_called_again_under_the_same_key(site):
     job = site.database.add_job("vlm_analyze", "done")
-    site.start(STAGE_TIMEOUT=0.5, LEASE_MARGIN=1, MAX_ATTEMPTS=2)
+    site.start(SWEEP_INTERVAL=0.1, MAX_ATTEMPTS=2)
+    for number in (1, 2):
+        site.wait_for_calls("planner", number)
+        site.wait_for_working(1)
+        site.database.rows(LEASE_OVER)
     site.database.wait_for("SELECT due_at = 'infinity' FROM stage_calls")
     first, second = site.calls("planner")
     assert first.headers["Idempotency-Key"] == second.headers["Idempotency-Key"]

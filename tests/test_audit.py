@@ -57,7 +57,7 @@ def shared(shared_database):
 
 # --- what is allowed -----------------------------------------------------------------------
 
-FAST = {"STAGE_TIMEOUT": 2, "LEASE_MARGIN": 1, "SWEEP_INTERVAL": 1}
+FAST = {"STAGE_TIMEOUT": 5, "LEASE_MARGIN": 1, "SWEEP_INTERVAL": 1}
 STAY = "SELECT count(*) = 0 FROM jobs WHERE (current_step, status) <> ('vlm_judge', 'done')"
 
 

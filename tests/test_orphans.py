@@ -105,16 +105,16 @@ def test_worker_of_a_stopped_listener_ends_with_its_lease(database, api, listene
         if not workers:
             workers.extend(first.children())
             api.closing.wait(60)
-        gone.append(is_gone(workers[0]))
+        gone.append(until(lambda: is_gone(workers[0]), "the end of the first worker"))
         return Answer(200)
 
     api.on(STAGE, answer)
-    endless = program(tmp_path, "call.until = time.monotonic() + 600\n" + POST, 1)
-    first = listener(database, "run", "--workers", "1", api=api, program=endless, LEASE_MARGIN=1)
+    endless = program(tmp_path, "call.until = time.monotonic() + 600\n" + POST, 3)
+    first = listener(database, "run", "--workers", "1", api=api, program=endless, LEASE_MARGIN=2)
     job = database.add_job("overlay")
     wait_for_call(api, job)
     first.signal(signal.SIGSTOP)
-    listener(database, api=api, LEASE_MARGIN=1)
+    listener(database, api=api)
     database.wait_for(SUCCEEDED, job)
     assert gone == [True]
     first.signal(signal.SIGCONT)
@@ -128,10 +128,10 @@ def test_worker_of_a_stopped_listener_ends_with_its_lease(database, api, listene
 def test_call_that_comes_too_late_for_its_lease_is_not_made_but_claimed_again(
     who, database, api, listener, tmp_path
 ):
-    """Its lease of 6 s has to cover its 5 s: stopped for more than the margin between the two."""
+    """Its lease of 7 s has to cover its 5 s: stopped for more than the margin between the two."""
     with TcpProxy(database.environ) as proxy:
         process = listener(database, "run", "--workers", "1", api=api, **proxy.settings,
-                           STAGE_TIMEOUT=5, LEASE_MARGIN=1, SWEEP_INTERVAL=3600)  # fmt: skip
+                           STAGE_TIMEOUT=5, LEASE_MARGIN=2, SWEEP_INTERVAL=3600)  # fmt: skip
         wait_until_idle(tmp_path)
         claimed, (worker,) = None, process.children()
         if who == "worker":
@@ -139,7 +139,7 @@ def test_call_that_comes_too_late_for_its_lease_is_not_made_but_claimed_again(
         else:
             claimed = proxy.hold_answer(CLAIM)
         job = database.add_job("overlay")
-        database.wait_for(CLAIMED_FOR, 1, job)
+        database.wait_for(CLAIMED_FOR, 2, job)
         if claimed:
             claimed.release()
         os.kill(worker, signal.SIGCONT)
@@ -155,11 +155,11 @@ def test_call_that_its_worker_never_began_is_made_again_after_its_lease(
     database, api, listener, tmp_path
 ):
     process = listener(database, "run", "--workers", "1", api=api,
-                       STAGE_TIMEOUT=1, LEASE_MARGIN=1)  # fmt: skip
+                       STAGE_TIMEOUT=2, LEASE_MARGIN=2)  # fmt: skip
     wait_until_idle(tmp_path)
     os.kill(process.children()[0], signal.SIGSTOP)
     job = database.add_job("overlay")
-    process.wait_for_line("no answer within 1 s, so its worker was killed")
+    process.wait_for_line("no answer within 2 s, so its worker was killed")
     database.wait_for(SUCCEEDED, job)
     assert [row.outcome for row in database.attempts(job)] == ["unknown", "succeeded"]
     assert len(api.calls(job)) == 1

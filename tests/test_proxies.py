@@ -229,7 +229,7 @@ async def app(scope, receive, send):
 
 @pytest.mark.parametrize("kind", [None, "nginx"])
 def test_worker_that_gunicorn_ends_says_so(database, caller, app_server, between, kind):
-    url = app_server("gunicorn", HANGS, "--timeout", "1").url
+    url = app_server("gunicorn", HANGS, "--timeout", "2").url
     url = between(kind, url).url if kind else url
     assert outcome(database, caller, url) == ("retry", 500)
 
@@ -238,7 +238,7 @@ def test_worker_that_gunicorn_ends_says_so(database, caller, app_server, between
 def test_worker_that_gunicorn_must_kill_leaves_the_outcome_unknown(
     database, caller, app_server, between, kind
 ):
-    url = app_server("gunicorn", COMPUTES, "--timeout", "1").url
+    url = app_server("gunicorn", COMPUTES, "--timeout", "2").url
     url = between(kind, url).url if kind else url
     assert outcome(database, caller, url) == (("unknown", 502) if kind else ("retry", None))
 

@@ -63,7 +63,7 @@ def test_open_transaction_keeps_other_listeners_away_after_the_lease(
 
 
 def test_accepted_call_is_not_repeated_when_the_stage_rolls_back(database, api, listener, tmp_path):
-    lease = {"STAGE_TIMEOUT": 0.2, "LEASE_MARGIN": 1, "SWEEP_INTERVAL": 0.1}
+    lease = {"STAGE_TIMEOUT": 2, "LEASE_MARGIN": 2, "SWEEP_INTERVAL": 0.1}
     listener(database, api=api, **lease)
     wait_until_idle(tmp_path)
     with closing(OpenTransaction(api, "running", answer=Answer(200))) as stage:
@@ -106,7 +106,7 @@ def test_answer_is_settled_once_the_stage_lets_go_and_not_at_the_lease(database,
 
 
 def test_stop_while_a_stage_has_answered_and_not_committed(database, api, listener):
-    lease = {"STAGE_TIMEOUT": 0.2, "LEASE_MARGIN": 1, "SWEEP_INTERVAL": 0.1}
+    lease = {"STAGE_TIMEOUT": 2, "LEASE_MARGIN": 2, "SWEEP_INTERVAL": 0.1}
     process = listener(database, api=api, **lease)
     with closing(OpenTransaction(api, "running", answer=Answer(200))) as stage:
         api.on("vlm_analyze", stage)

@@ -597,13 +597,13 @@ def test_call_that_its_lease_does_not_cover_is_not_made(database, accepting, ask
 def test_call_that_a_frozen_worker_did_not_begin_in_time_is_released(
     database, api, listener, tmp_path
 ):
-    lease = {"STAGE_TIMEOUT": 30, "LEASE_MARGIN": 1}
+    lease = {"STAGE_TIMEOUT": 30, "LEASE_MARGIN": 2}
     process = listener(database, "run", "--workers", "1", api=api, **lease)
     wait_until_idle(tmp_path)
     [worker] = process.children()
     os.kill(worker, signal.SIGSTOP)
     job = database.add_job("overlay", "done")
-    late = "SELECT clock_timestamp() > started_at + interval '1 s' FROM stage_calls"
+    late = "SELECT clock_timestamp() > started_at + interval '2 s' FROM stage_calls"
     database.wait_for(late)
     os.kill(worker, signal.SIGCONT)
     process.wait_for_line("리스가 모자라 호출하지 않고 되돌림")
