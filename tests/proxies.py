@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 from waiting import PATIENCE, until
 
+from demo.database import _free_port as free_port
+
 SBIN = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
 
 NGINX = """
@@ -84,11 +86,6 @@ COMMANDS = {
 }
 RELOAD = {"nginx": signal.SIGHUP, "haproxy": signal.SIGUSR2, "apache2": signal.SIGUSR1}
 MODULES = ("/usr/lib/apache2/modules", "/usr/lib64/httpd/modules")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def accepts(port: int) -> bool:

@@ -16,6 +16,7 @@ from waiting import (
     wait_until_idle,
 )
 
+from demo.database import _free_port
 from demo.stage_api import StageApi
 from demo.stage_server import Answer
 
@@ -273,12 +274,12 @@ def test_throttled_stage_does_not_stop_the_other_stages(database, api, listener)
     assert all(database.owed(job).attempts == database.owed(job).free_attempts for job in held)
 
 
-def test_refused_connection_costs_no_attempt_and_is_called_once_it_is_back(database, api, listener):
-    api.close()
+def test_refused_connection_costs_no_attempt_and_is_called_once_it_is_back(database, listener):
+    api = StageApi(database.dsn, port=_free_port())
     process = listener(database, api=api, MAX_ATTEMPTS=1)
     job = database.add_job("overlay", "done")
     process.wait_for_line("파이프라인 단계 실행 실패")
-    api.start()
-    database.wait_for(SUCCEEDED, 1, job)
+    with api:
+        database.wait_for(SUCCEEDED, 1, job)
     assert len(api.calls(job)) == 1
     assert {row.outcome for row in database.attempts(job)} == {"held", "succeeded"}

@@ -4,6 +4,7 @@ Each test checks whether the stage may be working: then the call is not repeated
 over.
 """
 
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -51,8 +52,10 @@ def app_server(tmp_path):
 
 @pytest.fixture
 def nobody():
-    """The URL of a stage that is down."""
-    return f"http://127.0.0.1:{proxies.free_port()}"
+    """The URL of a stage that is down: its port is taken, so that nobody else listens there."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
 def outcome(database, caller, url: str) -> tuple[str, int | None]:
