@@ -82,7 +82,7 @@ def test_variants_call_each_stage_once_and_ocr_eval_until_it_succeeds(running):
                  ("ad_copy_gen_kor", "instagram_feed_gen")}  # fmt: skip
     assert len(rows) == 6
     assert running.calls() == expected
-    assert running.database.value("SELECT count(*) FROM stage_calls") == 0
+    running.database.wait_for("SELECT count(*) = 0 FROM stage_calls")
 
 
 @each("variants")

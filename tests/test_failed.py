@@ -1,6 +1,7 @@
 """Stages that set their row to (stage, 'failed'), whatever they answer."""
 
 import shlex
+import threading
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -316,16 +317,19 @@ def test_routed_failed_waits_longer_from_time_to_time(routed):
 @TABLES
 def test_routed_failed_ends_though_each_listener_is_killed(routed, table):
     stage, _ = STAGES[table]
-    process = None
+    process, is_started = None, threading.Event()
 
     def kill(_request):
+        is_started.wait(PATIENCE)
         process.kill()
         raise Hangup
 
     routed.fails(table, kill)
     row = routed.add(table)
     for number in range(1, 4):
+        is_started.clear()
         process = routed.start(**FAST)
+        is_started.set()
         routed.wait_for_calls(stage, number)
         process.process.wait(PATIENCE)
         routed.database.rows(LEASE_OVER)

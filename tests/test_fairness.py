@@ -1,5 +1,7 @@
 """The order of a stage's due calls: tenants that take turns, priorities, and run_after."""
 
+import itertools
+import threading
 from collections import Counter
 
 import pytest
@@ -99,10 +101,15 @@ def test_tenants_take_turns(site, api, workers):
 
 def test_tenant_who_comes_late_waits_for_no_more_than_the_calls_in_flight(site, api):
     add(site, "img_gen", "acme", 200)
+    number, added = itertools.count(1), threading.Event()
 
     def behave(request):
-        if len(api.calls()) == 20:
+        arrived = next(number)
+        if arrived == 20:
             add(site, "img_gen", "zoo")
+            added.set()
+        elif arrived > 20:
+            added.wait(PATIENCE)
         return Answer(200)
 
     api.on("/vlm_analyze", behave)

@@ -3,7 +3,6 @@
 import getpass
 import json
 import socket
-import threading
 from contextlib import closing
 
 import pytest
@@ -160,10 +159,12 @@ def test_pause_waits_until_calls_under_way_are_over(database, api, listener, run
         refused = given_up.refused(1)
         assert refused.startswith(f"after 0 s there is still under way: vlm_analyze {job} (until ")
         assert refused.endswith("; the pause stays") and paused(database, "vlm_analyze")
-        threading.Timer(1.0, opened.set).start()
-        done = run_command(database, "pause", "vlm_analyze", "planner", "--wait")
-    assert done.lines[2].startswith(f"waiting for vlm_analyze {job} (until ")
-    assert done.lines[-1] == "no call of them is under way"
+        waiting = listener(database, "pause", "vlm_analyze", "planner", "--wait")
+        waiting.wait_for_line(f"waiting for vlm_analyze {job} (until ")
+        opened.set()
+        assert waiting.wait() == 0
+    assert waiting.lines[2].startswith("waiting for ")
+    assert waiting.lines[-1] == "no call of them is under way"
     assert database.value("SELECT count(*) = 0 FROM stage_leases WHERE stage = 'vlm_analyze'")
 
 

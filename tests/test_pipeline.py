@@ -12,6 +12,7 @@ from waiting import (
     PATIENCE,
     gate,
     terminate_backends,
+    until,
     wait_for_call,
     wait_until_idle,
 )
@@ -257,7 +258,7 @@ def test_given_up_job_does_not_stop_the_others(database, api, listener, tmp_path
     listener(database, api=api)
     jobs = [database.add_job() for _ in range(3)]
     database.wait_for(ALL_THROUGH, 3)
-    assert database.owed(poisoned).given_up
+    until(lambda: database.owed(poisoned).given_up, "the end of its call")
     assert len(api.calls(poisoned)) == 1
     assert {call.job_id for call in api.calls()} == {poisoned, *jobs}
 

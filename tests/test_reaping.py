@@ -1,5 +1,6 @@
 """Processes that were left behind become no zombies, also where the listener is process 1."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -66,8 +67,9 @@ def test_other_processes_reap_nothing():
 def test_listener_that_is_process_1_has_no_zombies(database, api, listener, tmp_path):
     if subprocess.run([*UNSHARE, "true"], capture_output=True).returncode:
         pytest.skip("a pid namespace needs root")
-    leave = tmp_path / "leave.sh"
-    leave.write_text("#!/bin/sh\n(sleep 0.1 &)\n")
+    leave, end = tmp_path / "leave.sh", tmp_path / "end"
+    os.mkfifo(end)
+    leave.write_text(f"#!/bin/sh\n(read -r _ < '{end}' &)\n")
     leave.chmod(0o755)
     api.on("vlm_judge", lambda _: Answer(422))
     process = listener(database, api=api, within=UNSHARE, ALERT_COMMAND=leave)
@@ -80,6 +82,7 @@ def test_listener_that_is_process_1_has_no_zombies(database, api, listener, tmp_
         return len(children.read_text().split()) == 4
 
     until(lambda: not only_workers(), "the alert")
+    end.open("w").close()
     until(only_workers, "no process but the workers")
 
 

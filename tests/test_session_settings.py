@@ -115,11 +115,11 @@ def bendable(database, make_role):
 @pytest.mark.parametrize("kind", EVERYWHERE)
 @pytest.mark.parametrize("name", ["idle_session_timeout", "transaction_timeout"])
 def test_listener_that_rests_keeps_its_session(bendable, listener, tmp_path, kind, name):
-    as_role = bend(bendable, kind, {name: "150ms"})
-    process = listener(bendable, SWEEP_INTERVAL=0.4, **as_role)
+    as_role = bend(bendable, kind, {name: "1s"})
+    process = listener(bendable, SWEEP_INTERVAL=1.5, **as_role)
     wait_until_idle(tmp_path)
     before = backends(bendable)
-    wait_for_sweeps(bendable)  # each after a rest that is longer
+    wait_for_sweeps(bendable, times=2)  # each after a rest that is longer
     assert backends(bendable) == before and len(before) == 1
     assert "오류" not in process.output
 

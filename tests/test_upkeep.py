@@ -383,7 +383,7 @@ def test_clock_that_was_not_set_back_changes_nothing(database, conn, other):
 
 
 def test_listener_shortens_what_a_clock_that_was_set_back_delays(database, api, listener):
-    job = database.add_job()
+    job = database.add_job("overlay")
     with connected(database) as conn:
         settle(conn, result(claim(conn), "retry", delay=0.5))
     set_clock_back(database, 7200)
