@@ -2,7 +2,7 @@
 
 import pytest
 from claims import STAGES
-from waiting import gate, wait_for_call
+from waiting import LONGEST_WAITS, gate, wait_for_call
 
 from demo.stage_server import Answer
 
@@ -20,10 +20,10 @@ def busy(database, api, listener):
     api.on("overlay", lambda _: Answer(422, b"no text"))
     with gate(api):
         only = [f"--stage={stage}" for stage in STAGES[:-1]]
-        process = listener(database, "run", "--workers=1", *only, api=api, RETRY_DELAY=3600)
+        process = listener(database, "run", "--workers=1", *only, api=api, RETRY_DELAY=3600,
+                           program=LONGEST_WAITS)  # fmt: skip
         jobs = {stage: database.add_job(BEFORE[stage], "done") for stage in STAGES[1:]}
         process.wait_for_line("파이프라인 단계 실행 실패", count=3)
-        # The back-off is random, from 0 on.
         database.wait_for(f"SELECT attempts = 1 AND worker IS NULL FROM stage_calls {RETRIED}")
         later = "due_at = now() + interval '4 min'"
         database.rows(f"UPDATE stage_calls SET {later} {RETRIED}")

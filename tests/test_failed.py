@@ -13,7 +13,7 @@ from conftest import ROOT
 from failing import PIPELINE as ROUTED
 from test_alerts import told  # noqa: F401 (a fixture)
 from variants import PIPELINE, TABLE, Variants, install
-from waiting import PATIENCE, until
+from waiting import LONGEST_WAITS, PATIENCE, until
 
 import upkeep
 from demo.stage_server import Answer, Hangup
@@ -171,7 +171,7 @@ def test_row_set_failed_by_a_stage_that_answers_200_is_told_by_the_next_look(sit
 def test_row_set_failed_after_the_answer_is_told_by_the_next_look(site, table):
     stage, _ = STAGES[table]
     site.api.on(f"/{stage}", lambda _: Answer(500, b"no GPU"))
-    process = site.start(RETRY_DELAY=1000)
+    process = site.start(RETRY_DELAY=1000, program=LONGEST_WAITS)
     row = site.add(table)
     site.database.wait_for("SELECT count(*) = 1 FROM stage_attempts WHERE outcome = 'retry'")
     site.set(table, row, stage, "failed")
@@ -301,7 +301,7 @@ def test_routed_failed_carries_attempts_on_and_ends(routed, table, status):
 def test_routed_failed_waits_longer_from_time_to_time(routed):
     """The delay after an attempt is chosen below RETRY_DELAY × 2^attempts."""
     routed.fails("jobs", lambda _: Answer(500))
-    process = routed.start(MAX_ATTEMPTS=3, RETRY_DELAY=1000)
+    process = routed.start(MAX_ATTEMPTS=3, RETRY_DELAY=1000, program=LONGEST_WAITS)
     row = routed.add("jobs")
     routed.database.wait_for(
         "SELECT count(*) = 1 FROM stage_calls WHERE current_step = 'vlm_analyze'"
@@ -364,7 +364,7 @@ def test_row_sent_back_by_hand_has_all_attempts_again(routed, table):
 def test_routed_failed_of_a_call_that_was_given_back_still_carries_on(routed):
     """A claim whose answer was lost is no attempt, and not the beginning of a new count."""
     routed.fails("jobs", lambda _: Answer(500))
-    process = routed.start(MAX_ATTEMPTS=3, RETRY_DELAY=1000)
+    process = routed.start(MAX_ATTEMPTS=3, RETRY_DELAY=1000, program=LONGEST_WAITS)
     row = routed.add("jobs")
     routed.database.wait_for("SELECT count(*) = 1 FROM stage_calls WHERE last_error IS NOT NULL")
     process.stop()
@@ -433,7 +433,7 @@ def test_join_whose_stage_set_the_parent_failed_is_given_up_and_told_once(site, 
 @pytest.mark.parametrize("killed", [True, False])
 def test_join_whose_parent_was_set_failed_unheard_is_kept_for_a_person(site, killed, run_command):
     """The listener was killed, or the stage set the parent to failed after its answer."""
-    process = site.start(RETRY_DELAY=1000)
+    process = site.start(RETRY_DELAY=1000, program=LONGEST_WAITS)
 
     def end(_request):
         if killed:

@@ -7,7 +7,7 @@ import pytest
 from claims import connected
 from scraping import PREFIX, STAGES, scrape
 from test_plans import rows_read
-from waiting import gate, wait_for_call, wait_until_idle
+from waiting import LONGEST_WAITS, gate, wait_for_call, wait_until_idle
 
 import db
 import upkeep
@@ -28,7 +28,7 @@ def test_every_situation_of_a_call_is_counted_where_it_is(database, api, listene
     api.on("overlay", lambda _: Answer(422, b"no text"))
     run_command(database, "pause", "vlm_judge")
     with gate(api):
-        process = listener(database, api=api, RETRY_DELAY=3600)
+        process = listener(database, api=api, RETRY_DELAY=3600, program=LONGEST_WAITS)
         for step in STAGES[:-1]:
             database.add_job(step, "done")
         process.wait_for_line("파이프라인 단계 실행 실패", count=3)

@@ -18,6 +18,7 @@ from trigger import backoff
 
 ERROR = b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n"
 BUSY = b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"
+BUSY_A_MINUTE = BUSY.replace(b"Content", b"Retry-After: 60\r\nContent")
 HOLD = "SELECT hold_seconds, held_until > now() AS held FROM pipeline_stages WHERE stage = %s"
 
 
@@ -131,7 +132,7 @@ def test_hold_doubles_up_to_a_minute(database, serve, caller):
 def test_hold_is_for_all_workers_and_for_this_stage_alone(database, serve, caller):
     database.add_job(), database.add_job()
     other_stage = database.add_job("planner", "done")
-    server = serve(in_turn(BUSY, OK))
+    server = serve(in_turn(BUSY_A_MINUTE, OK))
     caller(server.url).call()
     second = caller(server.url, name="second")
     assert str(second.claim().job_id) == other_stage
@@ -140,7 +141,7 @@ def test_hold_is_for_all_workers_and_for_this_stage_alone(database, serve, calle
 
 def test_first_success_lifts_the_hold(database, serve, caller):
     database.add_job()
-    worker = caller(serve(in_turn(BUSY, OK)).url)
+    worker = caller(serve(in_turn(BUSY_A_MINUTE, OK)).url)
     worker.call()
     assert database.row(HOLD, "vlm_analyze").held
     worker.call_again()
@@ -151,7 +152,7 @@ def test_success_that_began_before_the_hold_does_not_lift_it(database, serve, ca
     database.add_job(), database.add_job()
     early = caller(serve(in_turn(OK)).url, name="early")
     call = early.claim()
-    caller(serve(in_turn(BUSY)).url).call()
+    caller(serve(in_turn(BUSY_A_MINUTE)).url).call()
     early.run(call)
     early.settle()
     assert database.row(HOLD, "vlm_analyze").held

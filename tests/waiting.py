@@ -15,6 +15,8 @@ PATIENCE = 60.0
 
 # The address of a database that is not there: refused at once.
 AWAY = {"DB_HOST": "127.0.0.1", "DB_PORT": 1}
+# The `program` of a listener whose retries do not come at once by chance.
+LONGEST_WAITS = Path(__file__).with_name("longest_waits.py")
 # How pg_stat_activity shows a claim.
 CLAIM = "EXECUTE claim("
 # The query of an idle listener after a claim.
