@@ -59,6 +59,7 @@ class Worker:
         self.answered = answered  # see Call
         self.end.setblocking(False)
         self.is_open = True
+        self.is_garbled = False  # what came is no result
         self.call: Call | None = None
         self.began = 0.0  # time.monotonic() at which it was given this call
         self.until = math.inf  # time.monotonic() at which the process is killed
@@ -241,6 +242,8 @@ class Workers:
             return f"its worker was killed by {signal.Signals(-code).name}"
         if has_ended:
             return f"its worker exited with {code}"
+        if worker.is_garbled:
+            return "its worker sent what is no result, so it was killed"
         if not worker.is_open:
             return "its worker closed its connection to the listener"
         seconds = worker.call.timeout if worker.call else 0
@@ -271,7 +274,7 @@ def received(worker: Worker) -> Result | None:
         return worker.receive()
     except Exception as error:  # a stage function has written to this socket
         log.error("워커가 알 수 없는 것을 보냄: %s", error)
-        worker.until = 0.0
+        worker.is_garbled, worker.until = True, 0.0
         return None
 
 

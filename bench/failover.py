@@ -27,7 +27,7 @@ import config
 import db
 from bench.ha_cluster import MODES, Cluster
 from bench.processes import Processes
-from demo.database import _free_port
+from demo.database import free_port
 from demo.stage_api import StageApi
 from demo.stage_server import Answer, Request
 
@@ -89,7 +89,7 @@ def hosts(cluster: Cluster) -> Iterator[str]:
 
 @contextmanager
 def haproxy(cluster: Cluster) -> Iterator[str]:
-    port, (m1, m2) = _free_port(), cluster.members
+    port, (m1, m2) = free_port(), cluster.members
     file = cluster.directory / "haproxy.cfg"
     file.write_text(HAPROXY.format(port=port, m1=m1, m2=m2))
     program = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin")
@@ -101,7 +101,7 @@ def pgbouncer(mode: str) -> Callable:
     @contextmanager
     def route(cluster: Cluster) -> Iterator[str]:
         with haproxy(cluster) as target:
-            port, file = _free_port(), cluster.directory / "pgbouncer.ini"
+            port, file = free_port(), cluster.directory / "pgbouncer.ini"
             file.write_text(PGBOUNCER.format(port=port, mode=mode, target=target.split(":")[1]))
             program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
             with running([program, "-q", file], **cluster.process):

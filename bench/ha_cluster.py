@@ -16,7 +16,7 @@ from typing import Any
 import psycopg2
 
 from chaos.proxy import Proxy
-from demo.database import ENVIRONMENT, _binaries, _free_port
+from demo.database import ENVIRONMENT, _binaries, free_port
 
 START_LIMIT = 90.0  # seconds
 # Shorter than Patroni's defaults (30, 10, 10), which make a failover ten seconds slower.
@@ -36,7 +36,7 @@ class Member:
     def __init__(self, cluster: "Cluster", number: int):
         self.cluster, self.name = cluster, f"m{number}"
         self.directory = cluster.directory / self.name
-        self.port, self.rest = _free_port(), _free_port()
+        self.port, self.rest = free_port(), free_port()
         stack = cluster.stack
         self.links = [stack.enter_context(Proxy(port))
                       for port in (self.port, self.rest, cluster.etcd_port)]  # fmt: skip
@@ -166,7 +166,7 @@ class Cluster:
         self.stack.close()
 
     def start_etcd(self) -> None:
-        self.etcd_port, peer = _free_port(), _free_port()
+        self.etcd_port, peer = free_port(), free_port()
         url, peer_url = f"http://127.0.0.1:{self.etcd_port}", f"http://127.0.0.1:{peer}"
         words = ["--data-dir", str(self.directory / "etcd"), "--listen-client-urls", url,
                  "--advertise-client-urls", url, "--listen-peer-urls", peer_url,

@@ -56,9 +56,12 @@ def available_majors() -> list[int]:
     return sorted(_binaries(), reverse=True)
 
 
-def _free_port() -> int:
-    # Below the ephemeral ports: out of those, a client that retries while the server is down can
-    # be given the server's own port as its source, and is then connected to itself.
+def free_port() -> int:
+    """A TCP port for a server on 127.0.0.1 that may go down and come back.
+
+    It is below the ephemeral ports: out of those, a client that retries meanwhile can be given the
+    server's own port as its source, and is then connected to itself.
+    """
     for port in random.SystemRandom().sample(range(15000, 32000), 200):
         with suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
@@ -87,7 +90,7 @@ class EmbeddedDatabase:
         self.major = major
         self.options = options or {}
         self.parent = parent
-        self.port = _free_port()
+        self.port = free_port()
         self._directory: Path | None = None
         self._server: subprocess.Popen | None = None
 

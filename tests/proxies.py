@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from waiting import PATIENCE, until
 
-from demo.database import _free_port as free_port
+from demo.database import free_port
 
 SBIN = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
 

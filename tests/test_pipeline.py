@@ -17,7 +17,7 @@ from waiting import (
     wait_until_idle,
 )
 
-from demo.database import _free_port
+from demo.database import free_port
 from demo.stage_api import StageApi
 from demo.stage_server import Answer
 
@@ -276,7 +276,7 @@ def test_throttled_stage_does_not_stop_the_other_stages(database, api, listener)
 
 
 def test_refused_connection_costs_no_attempt_and_is_called_once_it_is_back(database, listener):
-    api = StageApi(database.dsn, port=_free_port())
+    api = StageApi(database.dsn, port=free_port())
     process = listener(database, api=api, MAX_ATTEMPTS=1)
     job = database.add_job("overlay", "done")
     process.wait_for_line("파이프라인 단계 실행 실패")
