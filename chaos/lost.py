@@ -9,7 +9,8 @@ from chaos.history import History
 # The result of a call that was answered less than so many seconds before the loss, or the work that
 # follows a 202, may have been committed during it.
 BEFORE = 10.0
-OF_JOBS = ("moves", "debts", "joins", "gone", "claims", "leases", "rows", "effects", "posts")
+# Not their leases, which count for limits and turns.
+OF_JOBS = ("moves", "debts", "joins", "gone", "claims", "rows", "effects", "posts")
 
 
 def jobs_with_lost_commits(history: History) -> set[str]:

@@ -620,6 +620,16 @@ def test_limit_is_exceeded_until_the_lease_has_ended_or_run_out(script):
     assert kinds(script) == set()
 
 
+def test_lease_of_a_job_with_lost_commits_counts_for_a_limit(script):
+    script.limits = [Limit("vlm_analyze", ["vlm_analyze"], 1)]
+    script.leases = leases((1, 1.1, 3.0), (1.5, 1.6, 3.0))
+    script.leases[0] = replace(script.leases[0], job="k")
+    script.posts.append(Post("k", "vlm_analyze", 1, "key", 1, 1.2, 1.3, 500, True, "refuse"))
+    script.fault("fail over and lose commits", "database", 1.2, 3)
+    script.faults[-1].lost.append((1.2, 2.2))
+    assert kinds(script) == {LIMIT}
+
+
 def test_tenant_that_is_full_is_not_called(script):
     script.limits = [Limit("vlm_analyze", ["vlm_analyze"], per_tenant=1)]
     script.leases = leases((1, 1.1, None), (2, 2.1, None))
