@@ -69,12 +69,14 @@ FROM jsonb_populate_recordset(
 DELETE FROM stage_limits WHERE name NOT IN (SELECT name FROM wanted_limits);
 INSERT INTO stage_limits (name, stages, max_running, seconds, linger, is_fair, per_tenant)
 SELECT * FROM wanted_limits
+-- Not now(): next_at may be of a call that was claimed while we waited for a lock.
 ON CONFLICT (name) DO UPDATE
 SET stages = excluded.stages, max_running = excluded.max_running, seconds = excluded.seconds,
     linger = excluded.linger, is_fair = excluded.is_fair, per_tenant = excluded.per_tenant,
     next_at = CASE WHEN excluded.seconds IS NULL THEN NULL
-                   WHEN stage_limits.next_at > now() + make_interval(secs => excluded.seconds)
-                   THEN now() + make_interval(secs => excluded.seconds)
+                   WHEN stage_limits.next_at
+                        > clock_timestamp() + make_interval(secs => excluded.seconds)
+                   THEN clock_timestamp() + make_interval(secs => excluded.seconds)
                    ELSE stage_limits.next_at END;
 -- Serve stage_due_calls(); a write to stage_calls pays for each.
 DO $do$

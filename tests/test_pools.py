@@ -373,6 +373,17 @@ def test_install_with_a_higher_rate_ends_a_wait_of_the_lower_one(site):
         assert upkeep.shorten_waits(conn) == 0  # it is no sign of a clock that was set back
 
 
+def test_install_does_not_shorten_the_wait_of_a_call_that_was_claimed_meanwhile(site):
+    claimed = "UPDATE stage_limits SET next_at = now() + make_interval(secs => seconds)"
+    with connected(site) as conn:
+        db.execute(conn, "BEGIN")
+        site.rows(f"{claimed} WHERE name = 'paid'")
+        [next_at] = site.rows("SELECT next_at FROM stage_limits WHERE name = 'paid'")
+        apply(conn)
+        db.execute(conn, "COMMIT")
+    assert site.rows("SELECT next_at FROM stage_limits WHERE name = 'paid'") == [next_at]
+
+
 def test_install_without_a_rate_ends_its_wait(site, use_pipeline):
     site.rows("UPDATE stage_limits SET next_at = now() + interval '1 h' WHERE name = 'paid'")
     use_pipeline(PIPELINE | {("slow", "done"): limits(max_running=3)(stage("paid"))})
