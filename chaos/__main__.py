@@ -25,7 +25,8 @@ def cli() -> None:
 
 @cli.command()
 @click.option("--seed", type=int, help="Which plan; default: a new one, which is printed.")
-@click.option("--minutes", default=3.0, show_default=True, type=click.FloatRange(0.1, 24 * 60))
+# A run is shorter than clock.STEP.
+@click.option("--minutes", default=3.0, show_default=True, type=click.FloatRange(0.1, 23 * 60))
 @click.option("--listeners", default=4, show_default=True, type=click.IntRange(1, 32),
               help="Every second one has four workers, the later half a bad network.")  # fmt: skip
 @click.option("--rate", default=2.5, show_default=True, type=click.FloatRange(0.1, 50),

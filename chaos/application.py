@@ -26,8 +26,8 @@ SELECT j.job_id::text, j.current_step, j.status FROM jobs AS j
 WHERE (j.current_step, j.status) <> ('vlm_judge', 'done') AND j.status <> 'cancelled'
   AND j.current_step NOT IN ('family', 'ad_copy')
   AND NOT EXISTS (SELECT FROM stage_calls AS c WHERE c.job_id = j.job_id)
-  AND (SELECT max(a.at) FROM chaos.audit AS a WHERE a.job = j.job_id::text)
-      < now() - interval '8 s'
+  AND (SELECT max(chaos.seconds(a.at)) FROM chaos.audit AS a WHERE a.job = j.job_id::text)
+      < chaos.seconds(now()) - 8
 LIMIT 20
 """
 BEFORE = dict(STAGES.values())  # stage: the step that must be done before it

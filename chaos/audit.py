@@ -2,9 +2,12 @@
 the queries that turn it into the records of a History.
 """
 
+import time
+
 import psycopg2
 import psycopg2.extras
 
+from chaos.clock import STEP
 from chaos.history import Claim, Debt, Effect, Gone, Join, Lease, Limit, Move, Row
 
 # track_commit_timestamp records when the transaction of each row committed; a rolled back one
@@ -16,8 +19,18 @@ OPTIONS = {
     "wal_retrieve_retry_interval": "200ms",
 }
 
-INSTALL = """
+# Seconds since the epoch on a clock that was not set back: STEP is longer than a run, so it is the
+# one time since the run's beginning that is whole steps away.
+TIME = """
 CREATE SCHEMA chaos;
+CREATE FUNCTION chaos.seconds(timestamptz) RETURNS float8 LANGUAGE sql STABLE AS $$
+    SELECT extract(epoch FROM $1)::float8
+         - %(step)s * floor((extract(epoch FROM $1)::float8 - %(began)s) / %(step)s)
+$$;
+"""
+EARLIER = 60.0  # seconds before install() to which a time may belong
+
+INSTALL = """
 CREATE TABLE chaos.audit (
     seq   bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     at    timestamptz NOT NULL DEFAULT clock_timestamp(),
@@ -62,7 +75,7 @@ EFFECT = "INSERT INTO chaos.effects VALUES (%(key)s, %(row_id)s, %(stage)s)"
 # The state of a job at the end of each transaction; earlier ones within it were never visible.
 MOVES = """
 SELECT DISTINCT ON (job, tx) job, tx::text::bigint AS tx,
-       extract(epoch FROM pg_xact_commit_timestamp(tx::xid))::float8 AS at,
+       chaos.seconds(pg_xact_commit_timestamp(tx::xid)) AS at,
        new ->> 'current_step' AS step, new ->> 'status' AS status,
        CASE WHEN place = 'jobs_variants' THEN coalesce(new, old) ->> 'job_id' END AS parent
 FROM chaos.audit WHERE place IN ('jobs', 'jobs_variants') ORDER BY job, tx, seq DESC
@@ -80,8 +93,8 @@ ORDER BY job, tx, seq DESC
 
 JOINS = """
 SELECT job, (new ->> 'call_id')::bigint AS call, new ->> 'stage' AS stage, tx::text::bigint AS tx,
-       extract(epoch FROM (new ->> 'created_at')::timestamptz)::float8 AS looked,
-       extract(epoch FROM pg_xact_commit_timestamp(tx::xid))::float8 AS at
+       chaos.seconds((new ->> 'created_at')::timestamptz) AS looked,
+       chaos.seconds(pg_xact_commit_timestamp(tx::xid)) AS at
 FROM chaos.audit
 WHERE place = 'stage_calls' AND (old IS NULL OR old ->> 'call_id' <> new ->> 'call_id')
   AND new ->> 'join_of' <> ''
@@ -96,9 +109,9 @@ FROM chaos.audit WHERE place = 'stage_calls' AND new IS NULL ORDER BY seq
 CLAIMS = """
 SELECT c.job, (c.new ->> 'call_id')::bigint AS call, (c.new ->> 'attempts')::integer AS attempt,
        c.new ->> 'worker' AS worker,
-       extract(epoch FROM (c.new ->> 'started_at')::timestamptz)::float8 AS at,
-       extract(epoch FROM (c.new ->> 'due_at')::timestamptz)::float8 AS until,
-       (SELECT extract(epoch FROM min(r.at))::float8 FROM chaos.audit AS r
+       chaos.seconds((c.new ->> 'started_at')::timestamptz) AS at,
+       chaos.seconds((c.new ->> 'due_at')::timestamptz) AS until,
+       (SELECT min(chaos.seconds(r.at)) FROM chaos.audit AS r
         WHERE r.job = c.job AND r.seq > c.seq AND r.place = 'stage_calls'
           AND r.old @> jsonb_build_object('call_id', c.new -> 'call_id',
                                           'attempts', c.new -> 'attempts')
@@ -110,15 +123,16 @@ WHERE c.place = 'stage_calls' AND c.old ->> 'call_id' = c.new ->> 'call_id'
 ORDER BY c.seq
 """
 
+# A lease starts again where the clock was set back. What was promised is its first end.
 LEASES = """
 SELECT (row ->> 'call_id')::bigint AS call, (row ->> 'attempt')::integer AS attempt,
        row ->> 'stage' AS stage, row ->> 'tenant_id' AS tenant, row ->> 'job_id' AS job,
-       extract(epoch FROM (row ->> 'started_at')::timestamptz)::float8 AS claimed,
-       extract(epoch FROM min(at) FILTER (WHERE new IS NOT NULL))::float8 AS began,
-       extract(epoch FROM (row ->> 'leased_until')::timestamptz)::float8 AS until,
-       extract(epoch FROM min(at) FILTER (WHERE new IS NULL))::float8 AS ended
-FROM (SELECT coalesce(new, old) - '{unanswered,working,spent}'::text[] AS row, new,
-             pg_xact_commit_timestamp(tx::xid) AS at
+       chaos.seconds(min((new ->> 'started_at')::timestamptz)) AS claimed,
+       min(at) FILTER (WHERE new IS NOT NULL) AS began,
+       chaos.seconds(min((new ->> 'leased_until')::timestamptz)) AS until,
+       min(at) FILTER (WHERE new IS NULL) AS ended
+FROM (SELECT new, chaos.seconds(pg_xact_commit_timestamp(tx::xid)) AS at, coalesce(new, old)
+                 - '{started_at,leased_until,unanswered,working,spent}'::text[] AS row
       FROM chaos.audit WHERE place = 'stage_leases') AS changes
 GROUP BY row
 ORDER BY began
@@ -126,10 +140,10 @@ ORDER BY began
 
 ROWS = """
 SELECT job_id::text AS job, call_id AS call, attempt, stage, worker,
-       extract(epoch FROM started_at)::float8 AS started,
-       extract(epoch FROM finished_at)::float8 AS finished,
+       chaos.seconds(started_at) AS started,
+       chaos.seconds(finished_at) AS finished,
        http_status AS http, outcome, error
-FROM stage_attempts ORDER BY started_at, attempt
+FROM stage_attempts ORDER BY started, attempt
 """
 
 EFFECTS = "SELECT key, job, stage FROM chaos.effects"
@@ -153,7 +167,22 @@ RECORDS = {
 
 
 def install(conn: psycopg2.extensions.connection) -> None:
+    """Before the clock of the database is set back."""
+    given = {"step": STEP, "began": time.time() - EARLIER}
+    conn.cursor().execute(TIME, given)
     conn.cursor().execute(INSTALL)
+
+
+# `audit` takes the times of the history as they are.
+SET_RIGHT = """
+UPDATE stage_attempts SET started_at = to_timestamp(chaos.seconds(started_at)),
+                          finished_at = to_timestamp(chaos.seconds(finished_at))
+"""
+
+
+def set_right(conn: psycopg2.extensions.connection) -> None:
+    """Correct the times of the history, whose clock was set back."""
+    conn.cursor().execute(SET_RIGHT)
 
 
 def records(conn: psycopg2.extensions.connection) -> dict[str, list]:

@@ -53,8 +53,8 @@ LEFT_BEHIND = """
 SELECT v.job_variants_id::text, v.current_step, v.status FROM jobs_variants AS v
 WHERE (v.current_step, v.status) <> ('detect', 'done')
   AND NOT EXISTS (SELECT FROM stage_calls AS c WHERE c.job_id = v.job_variants_id)
-  AND (SELECT max(a.at) FROM chaos.audit AS a WHERE a.job = v.job_variants_id::text)
-      < now() - interval '8 s'
+  AND (SELECT max(chaos.seconds(a.at)) FROM chaos.audit AS a WHERE a.job = v.job_variants_id::text)
+      < chaos.seconds(now()) - 8
 LIMIT 20
 """
 MOVE = "UPDATE jobs_variants SET current_step = %s, status = %s WHERE job_variants_id = %s"

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 import psycopg2
 
 import db
+from chaos.clock import STEP, Clock
 from chaos.history import pid_of
 from chaos.listeners import Listener
 from chaos.pipeline import Pipeline
-from chaos.plan import CLOCK, CLOCK_STEPS, LOST, SWEEP_INTERVAL, PlannedFault
+from chaos.plan import CLOCK, CLOCK_STEPS, LOST, SET_BACK, SWEEP_INTERVAL, PlannedFault
 from chaos.proxy import Proxy
 from demo.database import START_TIMEOUT, EmbeddedDatabase
 from demo.standby import follow, promote, rebuild
@@ -76,7 +77,8 @@ class Target:
 @dataclass
 class World:
     """What there is to break. database: the primary. behind: the slots of the listeners behind the
-    proxies. command: runs one of the product's; its exit code.
+    proxies. command: runs one of the product's; its exit code. clock: that of both servers; None:
+    it cannot be set.
     """
 
     database: EmbeddedDatabase
@@ -87,6 +89,7 @@ class World:
     stage_proxy: Proxy
     behind: list[int]
     command: Callable[..., int]
+    clock: Clock | None = None
     database_up: bool = True
     undone: list[Callable[[], object]] = field(default_factory=list)
     frozen: set[int] = field(default_factory=set)  # backends
@@ -478,6 +481,16 @@ def step(listener: Listener, seconds: float) -> None:
         clock.write(CLOCK.pack(seconds))
 
 
+@contextmanager
+def set_back(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
+    """For good: a clock that is set forward past the end of a lease may repeat a call."""
+    if world.clock is None:
+        raise NotNow
+    target.reach = "clock"
+    world.clock.set_back(STEP)
+    yield
+
+
 KINDS: dict[str, Callable[..., Context]] = {
     "kill -9 worker": kill_worker,
     "kill -9 listener": kill_listener,
@@ -512,4 +525,5 @@ KINDS: dict[str, Callable[..., Context]] = {
     "install": install,
     "install without NOTIFY": install_silent,
     "step the clock of a listener": step_clock,
+    SET_BACK: set_back,
 }

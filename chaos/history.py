@@ -2,7 +2,7 @@
 They are written to JSON and read back without loss.
 
 Times are seconds since the epoch on the one clock of the machine: the database's commit
-timestamps, and time.time() in this process.
+timestamps, from which audit.py takes the steps of its clock, and time.time() in this process.
 """
 
 import json

@@ -19,6 +19,7 @@ SWEEP_INTERVAL = 1.0
 LOST = 1.0  # seconds whose commits a failover may lose
 DATABASE_DEADLINE = 10.0  # db.DEADLINE: after that a listener gives a connection up
 
+SET_BACK = "set the clock of the database back"
 # kind: (how often, shortest and longest duration in seconds)
 FAULTS = {
     "kill -9 worker": (4, 0.0, 0.0),
@@ -54,6 +55,7 @@ FAULTS = {
     "install": (3, 0.0, 0.0),
     "install without NOTIFY": (2, 1.0, 5.0),
     "step the clock of a listener": (3, 1.0, 10.0),
+    SET_BACK: (2, 0.0, 0.0),
 }
 ASYNCHRONOUS = "overlay"  # a stage
 # Seconds by which a listener has the time wrong, as its file holds them.

@@ -16,6 +16,7 @@ from psycopg2.extensions import make_dsn
 
 from chaos import audit, families, plan
 from chaos.application import Application
+from chaos.clock import Clock, library
 from chaos.faults import World
 from chaos.history import History
 from chaos.listeners import Listener, Supervisor, environment
@@ -51,8 +52,9 @@ CREATE TABLE jobs (
 );
 """
 RETRY_EVERY = 1.5  # seconds between two `retry --all --yes` of the operator
-# Seconds to wait for calls that are still owed: a hold lasts a minute at most, a lease less.
-SETTLE_LIMIT = 150.0
+# Seconds to wait for calls that are still owed: a hold lasts a minute at most, a lease less. That
+# the clock was set back is noticed within a minute, or two where a row was locked.
+SETTLE_LIMIT = 270.0
 
 
 class Run:
@@ -66,6 +68,7 @@ class Run:
     def __init__(self, seed: int, seconds: float, listeners: int, rate: float, directory: Path):
         self.seed, self.seconds, self.directory = seed, seconds, directory
         self.planned = plan.faults(seed, seconds)
+        self.sets_clock_back = plan.SET_BACK in {fault.kind for fault in self.planned}
         self.steps = plan.steps(seed, seconds, rate)
         self.count = listeners
         self.stack = ExitStack()
@@ -75,7 +78,11 @@ class Run:
         with ExitStack() as stack:
             for name in [name for name in os.environ if name.startswith("PG")]:
                 del os.environ[name]  # PGHOSTADDR and others would connect us to another server
-            self.database = stack.enter_context(EmbeddedDatabase(options=audit.OPTIONS))
+            preloaded = library() if self.sets_clock_back else None
+            self.clock = stack.enter_context(Clock(preloaded)) if preloaded else None
+            environ = self.clock.environ if self.clock else None
+            database = EmbeddedDatabase(options=audit.OPTIONS, environ=environ)
+            self.database = stack.enter_context(database)
             standby = stack.enter_context(Standby(self.database, audit.OPTIONS))
             self.hosts = f"{self.database.host},{standby.host}"
             self.api = stack.enter_context(Pipeline(self.dsn, self.seed))
@@ -92,7 +99,8 @@ class Run:
             stack.callback(self.application.stop.set)
             behind = [slot for slot in range(1, self.count + 1) if self.is_behind(slot)]
             world = World(self.database, standby, self.api, self.supervisor.listeners,
-                          self.database_proxy, self.stage_proxy, behind, self.command)  # fmt: skip
+                          self.database_proxy, self.stage_proxy, behind, self.command,
+                          self.clock)  # fmt: skip
             self.nemesis = Nemesis(world, self.planned)
             self.stack = stack.pop_all()
         return self
@@ -128,7 +136,7 @@ class Run:
 
     def audited(self) -> list[str]:
         """The findings of `audit`, which sees only the tables, but rows that rest as planned."""
-        command = [sys.executable, *PROGRAM, "audit", "--json"]
+        command = [sys.executable, *PROGRAM, "audit", "--json", "--since", "2000-01-01"]
         given = CHILD | {"env": self.environ(1), "stderr": None}
         said = json.loads(subprocess.run(command, timeout=60, **given).stdout)
         return [
@@ -149,6 +157,8 @@ class Run:
 
     def happen(self, tell: Callable[[str], None]) -> History:
         """Run it and return its record. `tell` gets a line of progress now and then."""
+        if self.sets_clock_back and self.clock is None:
+            tell("libfaketime is not installed: the clock of the database is not set back")
         began = time.time()
         self.supervisor.start()
         with ThreadPoolExecutor(4) as pool:
@@ -171,6 +181,10 @@ class Run:
             for helper in helpers:
                 helper.result()
         self.supervisor.stop()
+        if self.clock:  # nobody is left whose lease could end by this
+            self.clock.set_right()
+            with closing(self.connect()) as conn:
+                audit.set_right(conn)
         return self.history(began, calm, owed)
 
     def report(self, tell: Callable[[str], None], seconds: float) -> None:

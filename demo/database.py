@@ -75,6 +75,7 @@ class EmbeddedDatabase:
     major: one of available_majors().
     options: further server settings, such as {"max_connections": 200, "fsync": "off"}.
     parent: the directory in which the temporary one is made; None: the system's.
+    environ: further environment variables of the server's programs.
     """
 
     host = "127.0.0.1"
@@ -84,12 +85,14 @@ class EmbeddedDatabase:
         major: int = 18,
         options: dict[str, Any] | None = None,
         parent: str | None = None,
+        environ: dict[str, str] | None = None,
     ) -> None:
         if major not in _binaries():
             raise ValueError(f"no PostgreSQL {major} on this machine, only {available_majors()}")
         self.major = major
         self.options = options or {}
         self.parent = parent
+        self.environ = environ or {}
         self.port = free_port()
         self._directory: Path | None = None
         self._server: subprocess.Popen | None = None
@@ -182,7 +185,7 @@ class EmbeddedDatabase:
         process |= {"stdout": subprocess.DEVNULL}
         self._guardian = subprocess.Popen(guardian, stdin=subprocess.PIPE, **process)
         self._log = (directory / "log").open("a")
-        self._process = process | {"env": ENVIRONMENT, "stderr": self._log}
+        self._process = process | {"env": ENVIRONMENT | self.environ, "stderr": self._log}
         self._directory, self._owner = directory, os.getpid()
         atexit.register(self.close)
 

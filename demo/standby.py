@@ -19,7 +19,8 @@ class Standby(EmbeddedDatabase):
     host = "127.0.0.2"
 
     def __init__(self, primary: EmbeddedDatabase, options: dict[str, Any] | None = None):
-        super().__init__(primary.major, {"fsync": "off"} | (options or {}), primary.parent)
+        options = {"fsync": "off"} | (options or {})
+        super().__init__(primary.major, options, primary.parent, primary.environ)
         self.primary, self.port = primary, primary.port
 
     def _create(self) -> None:

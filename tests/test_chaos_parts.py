@@ -7,18 +7,22 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import closing
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import psycopg2
 import pytest
 from waiting import PATIENCE, until
 
-from chaos import faults, nemesis, pipeline, plan, program
+from chaos import audit, faults, nemesis, pipeline, plan, program
 from chaos.application import ACTIONS
+from chaos.clock import STEP, Clock, library
 from chaos.plot import svg
 from chaos.proxy import Proxy
 from chaos.trend import Series
+from demo.database import EmbeddedDatabase
 from demo.terminal import CHILD, GUARDIAN
 
 # --- the plan ------------------------------------------------------------------------------
@@ -66,12 +70,69 @@ def test_change_that_gives_up_is_recorded_with_the_time_it_kept_others_waiting(
     assert done.faults[0].began <= began < ended <= done.faults[0].ended
 
 
+def test_clock_of_the_database_stays_as_it_is_without_libfaketime():
+    world = faults.World(None, None, None, [], None, None, [], None)
+    with pytest.raises(faults.NotNow):
+        faults.KINDS[plan.SET_BACK](world, None, faults.Target("", [])).__enter__()
+
+
 def test_mischief_is_planned_for_the_first_attempts_alone():
     planned = [[plan.mischief(7, f"job {n}", "planner", attempt) for n in range(2000)]
                for attempt in (1, plan.TRIED + 1)]  # fmt: skip
     assert set(planned[0]) == {None, *plan.MISCHIEF}
     assert planned[0].count(None) > 1800
     assert set(planned[1]) == {None}
+
+
+# --- the clock of the database -------------------------------------------------------------
+
+BEGAN = 1_800_000_000.0
+
+
+@pytest.mark.parametrize("seconds", [0, 0.25, 3600, STEP - 1])
+def test_time_is_read_without_the_steps_of_the_clock(database, seconds):
+    with database.conn.cursor() as cursor:
+        cursor.execute(audit.TIME, {"step": STEP, "began": BEGAN})
+    for steps in (0, 1, 700):
+        read = "SELECT chaos.seconds(to_timestamp(%s))"
+        assert database.value(read, BEGAN + seconds - steps * STEP) == BEGAN + seconds
+
+
+# What audit.py records of, and upkeep's new start of a lease.
+TABLES = """
+CREATE TABLE jobs (current_step text, status text);
+CREATE TABLE jobs_variants (current_step text, status text);
+CREATE TABLE stage_calls ();
+CREATE TABLE stage_leases (job_id text, call_id bigint, attempt integer, stage text,
+                           tenant_id text, started_at timestamptz, leased_until timestamptz);
+"""
+LEASE = "INSERT INTO stage_leases VALUES ('j', 1, 1, 's', 't', now(), now() + interval '5 s')"
+AGAIN = "UPDATE stage_leases SET started_at = now(), leased_until = now() + interval '5 s'"
+
+
+@pytest.mark.skipif(not library(), reason="libfaketime is not installed")
+def test_lease_that_starts_again_on_a_clock_set_back_is_one_lease():
+    with (
+        Clock(library()) as clock,
+        EmbeddedDatabase(options=audit.OPTIONS, environ=clock.environ) as server,
+        closing(psycopg2.connect(server.dsn())) as conn,
+        conn.cursor() as cursor,
+    ):
+        conn.autocommit = True
+        cursor.execute(TABLES)
+        audit.install(conn)
+        began = time.time()
+        cursor.execute(LEASE)
+        clock.set_back(STEP)
+        cursor.execute("SELECT extract(epoch FROM now())::float8")
+        assert began - STEP <= cursor.fetchone()[0] <= time.time() - STEP
+        again = time.time()
+        cursor.execute(AGAIN)
+        cursor.execute("DELETE FROM stage_leases")
+        cursor.execute(audit.LEASES)
+        [(*_, claimed, committed, until, ended)] = cursor.fetchall()
+    assert began <= claimed <= committed <= again <= ended <= time.time()
+    assert until == pytest.approx(claimed + 5)
 
 
 # --- the processes -------------------------------------------------------------------------

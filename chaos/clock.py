@@ -1,0 +1,55 @@
+"""The clock of the database servers of a run, which libfaketime sets back."""
+
+import os
+import tempfile
+from pathlib import Path
+
+# Seconds of one step: longer than any run, so that audit.py can tell from any time of the database
+# what it would be without the steps.
+STEP = 86400
+LIBRARY = "libfaketime.so.1"
+PLACES = ("lib/*/faketime", "lib/faketime", "lib64/faketime", "local/lib/faketime")
+
+
+def library() -> Path | None:
+    """libfaketime, where it is installed; Debian's package has this name."""
+    return next(
+        (file for place in PLACES for file in Path("/usr").glob(f"{place}/{LIBRARY}")), None
+    )
+
+
+class Clock:
+    """A context manager. The servers that are started with `environ` show this clock's time."""
+
+    def __init__(self, preloaded: Path):
+        self.back = 0
+        # The user of the servers may not be allowed into our TMPDIR.
+        self.directory = tempfile.TemporaryDirectory(prefix="chaos-clock-", dir="/tmp")
+        os.chmod(self.directory.name, 0o755)
+        self.file = Path(self.directory.name) / "clock"
+        self.environ = {
+            "LD_PRELOAD": str(preloaded),
+            "FAKETIME_TIMESTAMP_FILE": str(self.file),
+            "FAKETIME_NO_CACHE": "1",  # or processes would differ for a while
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            "FAKETIME_DISABLE_SHM": "1",  # kill -9 would leave it behind; 0.9.10 ignores this
+            "NO_FAKE_STAT": "1",
+        }
+
+    def __enter__(self) -> "Clock":
+        self.set_back(0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.directory.cleanup()
+
+    def set_back(self, seconds: int) -> None:
+        """Set it so many seconds further back than it is. All servers see it at once."""
+        self.back += seconds
+        new = self.file.with_suffix(".new")
+        new.write_text(f"-{self.back}\n")
+        new.chmod(0o644)
+        new.replace(self.file)
+
+    def set_right(self) -> None:
+        self.set_back(-self.back)
