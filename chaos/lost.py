@@ -23,6 +23,12 @@ def jobs_with_lost_commits(history: History) -> set[str]:
         if post.job
         and any(post.finished >= began and post.arrived <= ended for began, ended in spans)
     }
+    # A request may not have arrived whose claim is lost.
+    touched |= {
+        row.job
+        for row in history.rows
+        if any(row.finished >= began and row.started <= ended for began, ended in spans)
+    }
     parent_of = {move.job: move.parent for move in history.moves if move.parent}
     families = touched | {parent_of[job] for job in touched if job in parent_of}
     return families | {variant for variant, parent in parent_of.items() if parent in families}

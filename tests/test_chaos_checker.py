@@ -472,11 +472,16 @@ def test_accepted_call_may_be_taken_for_lost_only_while_its_table_is_locked(lock
     assert kinds(script) == found
 
 
+@pytest.mark.parametrize("arrived", [True, False])
 @pytest.mark.parametrize(("lost", "is_judged"), [((1.2, 2.2), False), ((20, 21), True)])
-def test_job_of_which_a_failover_lost_commits_only_has_to_come_through(lost, is_judged, script):
+def test_job_of_which_a_failover_lost_commits_only_has_to_come_through(
+    lost, is_judged, arrived, script
+):
     script.move(1, "img_gen")
     script.called(1.1)
     script.claims.clear()
+    if not arrived:
+        script.posts.clear()
     script.fault("fail over and lose commits", "database", lost[0], lost[1] + 1)
     script.faults[-1].lost.append(lost)
     assert bool(kinds(script)) == is_judged
