@@ -278,10 +278,12 @@ def give_up(cursor: Any, request: Request, owner: str) -> None:
 
 # --- what was lost with its process --------------------------------------------------------
 
+# With lost_after = 0, started_at says nothing: the clock may have been set back.
 RUNNING = """
 SELECT key, owner FROM stage_requests
 WHERE stage = %(stage)s AND table_name = %(table)s AND state = 'running'
-  AND started_at < clock_timestamp() - make_interval(secs => %(lost_after)s)"""
+  AND (%(lost_after)s = 0
+       OR started_at < clock_timestamp() - make_interval(secs => %(lost_after)s))"""
 
 ABANDON = """
 UPDATE stage_requests SET state = 'abandoned', sent_back = sent_back + 1, finished_at = now()

@@ -298,10 +298,13 @@ def lose(site, job) -> None:
     site.cut()
 
 
-def test_recover_sends_back_what_was_lost_and_leaves_alone_what_is_worked_on(site):
+@pytest.mark.parametrize("set_back", ["0", "1 day"])
+def test_recover_sends_back_what_was_lost_and_leaves_alone_what_is_worked_on(set_back, site):
+    """Also where the clock was set back since."""
     lost, alive = site.database.add_job(), site.database.add_job()
     lose(site, lost)
     stopped = Stopped(site, site.request(alive))
+    site.database.rows("UPDATE stage_requests SET started_at = started_at + interval %s", set_back)
     assert site.receiver.recover(ANALYZE) == 1
     assert site.database.state(lost) == ("img_gen", "done")
     assert site.database.owed(lost).stage == "vlm_analyze"
