@@ -375,7 +375,7 @@ SELECT {UNSETTLED} AS unsettled, now() AS asked_at,
        CASE WHEN claimed.join_of <> '' THEN (
             SELECT a.outcome FROM stage_attempts AS a
             WHERE a.job_id = claimed.job_id AND a.call_id = claimed.call_id
-            ORDER BY a.finished_at DESC LIMIT 1) END AS outcome_before,
+            ORDER BY a.attempt DESC, a.finished_at DESC LIMIT 1) END AS outcome_before,
        EXISTS (SELECT FROM pipeline_stages AS p
                WHERE p.stage = claimed.stage AND p.hold_seconds IS NOT NULL) AS after_hold
 FROM (VALUES (1)) AS always
@@ -683,10 +683,12 @@ def set_failed(conn, results: Sequence[Result]) -> dict[int, bool]:
 
 
 # Where (stage, 'failed') leads to the stage again, the call goes on counting where the one before
-# it ended, whatever that was answered.
+# it ended, whatever that was answered. By the row's id (OFFSET 0): by time, all of the history
+# would be read where there is none.
 SPENT_BEFORE = """
-SELECT coalesce(spent, attempt) AS spent, error FROM stage_attempts
-WHERE job_id = %(job_id)s AND table_name = %(table)s AND stage = %(stage)s
+SELECT coalesce(spent, attempt) AS spent, error
+FROM (SELECT * FROM stage_attempts WHERE job_id = %(job_id)s OFFSET 0) AS of_row
+WHERE table_name = %(table)s AND stage = %(stage)s
   AND call_id <> %(call_id)s AND outcome NOT IN ('skipped', 'cancelled')
 ORDER BY finished_at DESC
 LIMIT 1

@@ -72,7 +72,7 @@ SMALL = ("pipeline_stages", "stage_limits", "stage_leases", "stage_totals", "sta
 
 def scans(plan: str) -> set[str]:
     """How our big tables are read: 'Index Scan using jobs_pkey on jobs'."""
-    plan = plan.replace("Index Only Scan", "Index Scan")
+    plan = plan.replace("Index Only Scan", "Index Scan").replace("Scan Backward", "Scan")
     found = re.findall(r"((?:Seq|Index|Heap|Tid) Scan (?:using \w+ )?on (\w+))", plan)
     return {scan for scan, table in found if table not in SMALL}
 
@@ -92,6 +92,7 @@ def parameters(database, conn) -> dict:
         "accepted_at": "{}",
     }
     given |= calls.places(wanted(most=8, share=2)) | {"sweep": False, "asked_at": now}
+    given |= {"job_id": job, "call_id": 1, "table": "jobs", "stage": "vlm_analyze"}
     given |= {"wake": db.WAKE_CHANNEL, "after": job, "parent_id": job, "join": "every"}
     return given | {
         "days": 30,
@@ -118,6 +119,7 @@ PLANS = {
     calls.CLAIM: {BY_DUE, BY_JOB, HISTORY},
     calls.CLAIM_BY_HAND: {BY_JOB, HISTORY},
     calls.NEXT_DUE: {BY_DUE},
+    calls.SPENT_BEFORE: {HISTORY},
     joins.LOCK_JOINS: set(),
     joins.LOOK: {LOOKS, "Tid Scan on stage_looks", JOINS},
     joins.NOTE: {JOINS},
