@@ -64,9 +64,10 @@ class Call:
     job: str
     stage: str
     arrived: float
-    left: float | None  # when the job moved on; None: never
+    left: float | None  # when the job moved on, or a variant of a join was missing; None: never
     number: int | None = None
     is_join: bool = False
+    moved_on: float | None = None  # of a join: when its job left the state of the first attempt
     dropped: bool = False  # removed from stage_calls although the job had not moved
     forgotten: bool = False  # given up, then skipped without a claim, as its job was deleted
     tries: dict[int, Try] = field(default_factory=dict)
@@ -171,6 +172,7 @@ class Account:
             for one in later[later.index(counted[0]) + 1 :]:
                 where, since = self.families.place(call.job, one.claim.at)
                 if where != noted:
+                    call.moved_on = since
                     call.left = since if call.left is None else min(call.left, since)
                     break
 

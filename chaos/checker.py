@@ -49,7 +49,7 @@ def check(history: History) -> Verdict:
     verdict.findings += [(ATTEMPTS, text) for text in account.stray]
     for call in account.calls:
         verdict.findings += [(LOST, text) for text in lost(call)]
-        verdict.findings += [(AFTER_LEAVING, text) for text in after_leaving(call)]
+        verdict.findings += [(AFTER_LEAVING, text) for text in after_leaving(account, call)]
         verdict.findings += [(EARLY, text) for text in too_early(call)]
         check_repeats(account, call, verdict)
         check_attempts(account, call, verdict)
@@ -86,11 +86,19 @@ def lost(call: Call) -> Iterator[str]:
         yield f"{call}: it was dropped, and nothing was accepted"
 
 
-def after_leaving(call: Call) -> Iterator[str]:
+def after_leaving(account: Account, call: Call) -> Iterator[str]:
     for one, _post in call.posted():
-        is_first = call.is_join and one.number == min(call.tries)
-        if call.left is not None and one.claim.at >= call.left and not is_first:
-            yield f"{call}: attempt {one.number} was claimed {one.claim.at - call.left:.3f} s after"
+        if call.left is None or one.claim.at < call.left + VISIBLE:
+            continue
+        if call.is_join and (one.number == min(call.tries) or is_back(account, call, one.claim.at)):
+            continue
+        yield f"{call}: attempt {one.number} was claimed {one.claim.at - call.left:.3f} s after"
+
+
+def is_back(account: Account, call: Call, at: float) -> bool:
+    """Whether all variants are in place again, as the one that was missing was deleted."""
+    has_moved_on = call.moved_on is not None and call.moved_on <= at
+    return not has_moved_on and account.families.was_complete(call.job, at - VISIBLE, at)
 
 
 def lost_joins(account: Account) -> Iterator[str]:

@@ -1040,6 +1040,20 @@ def test_join_called_again_after_the_job_has_moved_on_is_seen(family):
     assert AFTER_LEAVING in kinds(family)
 
 
+@pytest.mark.parametrize(("deleted", "found"), [(True, set()), (False, {AFTER_LEAVING})])
+def test_join_is_called_again_only_once_the_missing_variant_is_gone(deleted, found, family):
+    family.variant(4, "b", "cut", "running")
+    family.variant(4.5, "b")
+    family.record(4.6)
+    family.claim(4.7)
+    family.variant(4.8, "c", "cut", "done")
+    family.row(4.7 + TIMEOUT, "unknown")
+    if deleted:
+        family.variant(5, "c", None, None)
+    family.called(4.7 + LEASE, attempt=2)
+    assert kinds(family) == found
+
+
 def test_accepted_join_that_is_repeated_is_seen(family):
     family.called(8, attempt=2)
     assert REPEATED in kinds(family)
