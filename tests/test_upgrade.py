@@ -285,6 +285,21 @@ def test_upgrade_from_the_first_release_keeps_everything(each_server, make_datab
 # --- from versions 2 and 3 -----------------------------------------------------------------
 
 
+# stage_slots stays, as a listener of version 1 may still run.
+INDEXES = """
+SELECT indexdef FROM pg_indexes WHERE schemaname = 'public' AND tablename <> 'stage_slots'
+ORDER BY indexname
+"""
+
+
+@pytest.mark.parametrize("version", [0, 1, 2, 3])
+def test_upgrade_leaves_the_indexes_of_a_new_installation(each_server, make_database, version):
+    database = make_database(each_server, installed=False)
+    install_released(database, version)
+    upgrade(database)
+    assert database.rows(INDEXES) == make_database(each_server).rows(INDEXES)
+
+
 @pytest.mark.parametrize("version", [2, 3])
 def test_upgrade_keeps_what_is_owed_and_under_way(each_server, make_database, version):
     database = make_database(each_server, installed=False)
