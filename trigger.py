@@ -72,7 +72,12 @@ def refused(call: Call, row: Claimed, owed: bool, accepted: bool) -> Result | No
         now = f"({row.job_step}, {row.job_status})" if row.job_found else "deleted"
         if call.join and row.job_found and not row.is_complete:
             now = f"not every row is in {call.join}"
-        elif call.join and row.outcome_before == "retry" and row.job_step != call.stage:
+        elif (
+            call.join
+            and row.outcome_before == "retry"
+            and not accepted
+            and row.job_step != call.stage
+        ):
             # Its stage refused it, and somebody else has moved the parent since: nobody made it.
             ended = failure(call, "failed", f"refused, and the job is at {now} since", 0)
             log_end(call, ended)

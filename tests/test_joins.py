@@ -25,6 +25,7 @@ from waiting import PATIENCE
 
 import db
 import joins
+import trigger
 import upkeep
 from demo.stage_server import Answer
 from ops.steer import make_due
@@ -543,6 +544,25 @@ def test_refused_call_is_given_up_and_not_forgotten_where_the_parent_went_its_ow
     assert variants.database.owed(job).given_up
     make_due(conn, job)
     assert calling.call().outcome == "succeeded"
+
+
+def test_refused_call_whose_lost_attempt_was_accepted_after_all_is_over(
+    variants, conn, caller, serve
+):
+    job, _ = joined(variants)
+    joins.look(conn)
+    calling = caller(serve(in_turn(BAD)).url)
+    lost = calling.claim()
+    variants.database.rows(LEASE_OVER)
+    assert calling.call().outcome == "retry"
+    calling.listener.keep(lost, trigger.result(lost, "succeeded"))
+    calling.settle()
+    variants.database.move(job, "vlm_analyze", "running")
+    variants.database.rows("UPDATE stage_calls SET due_at = now()")
+    assert calling.claim() is None
+    calling.settle()
+    assert variants.database.attempts(job)[-1].outcome == "skipped"
+    assert variants.database.owed(job) is None
 
 
 def test_call_of_a_held_stage_does_not_care_where_the_parent_has_gone(
