@@ -318,12 +318,16 @@ BEGIN
                 SELECT coalesce(c.tenant_id, '') INTO tenant FROM stage_calls AS c
                 WHERE c.stage = a_stage AND c.priority = level
                   AND c.due_at <= until AND c.due_at < 'infinity'
+                  AND (c.due_at <= now() OR c.attempts = 0)
+                  AND (c.run_after IS NULL OR c.run_after <= now())
                 ORDER BY coalesce(c.tenant_id, '') LIMIT 1;
             ELSE
                 SELECT coalesce(c.tenant_id, '') INTO tenant FROM stage_calls AS c
                 WHERE c.stage = a_stage AND c.priority = level
                   AND coalesce(c.tenant_id, '') > tenant
                   AND c.due_at <= until AND c.due_at < 'infinity'
+                  AND (c.due_at <= now() OR c.attempts = 0)
+                  AND (c.run_after IS NULL OR c.run_after <= now())
                 ORDER BY coalesce(c.tenant_id, '') LIMIT 1;
             END IF;
             IF tenant IS NULL THEN  -- the next round begins, unless this one has brought nothing

@@ -7,9 +7,11 @@ from collections import Counter
 import pytest
 from claims import claim_many, connected
 from conftest import ROOT
+from test_plans import read_by
 from variants import TABLE, VARIANTS, install, stage
 from waiting import PATIENCE
 
+import db
 from demo.stage_server import Answer
 from ops.place import changes
 from pipeline import Table, limits
@@ -86,6 +88,16 @@ def test_row_whose_parents_table_is_locked_is_written_at_once(site):
         site.rows("SET statement_timeout = '5s'; UPDATE jobs_variants SET status = 'done'")
         change.rollback()
     assert site.value("SELECT count(*) FROM stage_calls WHERE tenant_id IS NULL") == 2
+
+
+def test_sweep_does_not_ask_for_each_tenant_whose_calls_wait(site):
+    site.rows("INSERT INTO jobs (tenant_id, current_step, status, run_after)"
+              " SELECT 'tenant ' || n, 'img_gen', 'done', now() + interval '1 day'"
+              " FROM generate_series(1, 200) AS n")  # fmt: skip
+    with connected(site) as conn:
+        sweep = "SELECT FROM stage_due_calls('vlm_analyze', 0, 1, true)"
+        _, index_scans, _ = read_by(conn, lambda: db.execute(conn, sweep))["stage_calls"]
+    assert index_scans <= 5
 
 
 @pytest.mark.parametrize("workers", [1, 3])
