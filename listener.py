@@ -105,7 +105,8 @@ class Look:
         """
         now = time.monotonic()
         apart = LOOKS_APART_TIMES * (now - began) if found < MANY else 0.0
-        self.rests_until = began + max(LOOKS_APART, min(apart, LOOKS_APART_MOST))
+        most = LONGEST_SLEEP if found else LOOKS_APART_MOST
+        self.rests_until = began + max(LOOKS_APART, min(apart, most))
         self.at = max(self.rests_until, now + then)
 
     def fail(self, began: float) -> float:
