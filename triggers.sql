@@ -419,16 +419,16 @@ BEGIN
     IF a_table = %1$L THEN
         SELECT true, to_jsonb(%2$s), r.current_step::text, r.status::text, %3$s
         INTO is_there, tenant_id, current_step, status, parent_id
-        FROM %4$I.%5$I AS r%6$s WHERE r.%7$I = an_id LIMIT 1;
-        IF is_there IS NULL AND %9$s%8$s
+        FROM %4$I.%5$I AS r WHERE r.%6$I = an_id LIMIT 1;
+        IF is_there IS NULL AND %8$s%7$s
     END IF;$branch$, t.name,
+        -- The parent is not joined: planned while it had one row, that would read all of it.
         CASE WHEN t.tenant_column IS NOT NULL THEN format('r.%I', t.tenant_column)
-             WHEN p.tenant_column IS NOT NULL THEN format('p.%I', p.tenant_column)
+             WHEN p.tenant_column IS NOT NULL
+             THEN format('(SELECT p.%I FROM %I.%I AS p WHERE p.%I = r.%I LIMIT 1)',
+                         p.tenant_column, schema, p.name, p.id_column, t.parent_column)
              ELSE 'NULL::text' END,
-        coalesce('r.' || quote_ident(t.parent_column), 'NULL'), schema, t.name,
-        CASE WHEN t.tenant_column IS NULL AND p.tenant_column IS NOT NULL
-             THEN format(' LEFT JOIN %I.%I AS p ON p.%I = r.%I', schema, p.name, p.id_column,
-                         t.parent_column) END, t.id_column,
+        coalesce('r.' || quote_ident(t.parent_column), 'NULL'), schema, t.name, t.id_column,
         -- The parent has it from its own parent.
         CASE WHEN t.tenant_column IS NULL AND p.tenant_column IS NULL AND p.parent_table IS NOT NULL
              THEN format('

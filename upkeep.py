@@ -508,6 +508,8 @@ def newly_stalled(conn) -> list:
     """The stages (stage, jobs, reason) that are stalled since any listener last looked, or no more
     (jobs is None).
     """
+    # PostgreSQL 18 keeps the plans of stalled_jobs(), however much has been added since.
+    execute(conn, "DISCARD PLANS")
     return execute(conn, UNPINNED + NEWLY_STALLED).fetchall()
 
 

@@ -259,6 +259,18 @@ def test_trigger_planned_when_empty_reads_by_index_when_full(each_database, appl
         each_database.rows("DELETE FROM stage_calls")
 
 
+def test_look_for_stalled_jobs_reads_each_row_a_few_times(each_database):
+    """Planned while there was one job, and 20,000 are there now."""
+    each_database.add_job("img_gen", "running")
+    for table in ("jobs", "stage_attempts", "stage_calls"):
+        each_database.rows(f"VACUUM ANALYZE {table}")
+    with connected(each_database) as conn:
+        upkeep.newly_stalled(conn)
+        each_database.rows(FILL, STAGES)
+        read = rows_read(conn, lambda: upkeep.newly_stalled(conn))
+    assert max(read["jobs"], read["stage_attempts"]) <= 5 * 20_000
+
+
 # --- joins ---------------------------------------------------------------------------------
 
 
@@ -278,3 +290,23 @@ def test_look_at_one_parent_reads_its_rows_alone(variants):
     for table in ("jobs", "jobs_variants", "stage_calls", "stage_joins", "stage_looks"):
         sequential, _, rows = read[table]
         assert (sequential, rows <= 20) == (0, True), (table, read[table])
+
+
+SOME = "SELECT job_variants_id::text FROM jobs_variants OFFSET 15000 LIMIT 4"
+
+
+def test_row_and_its_parent_are_read_by_their_ids(variants):
+    """For the parent's tenant; planned while there was one of each, and 20,000 are there now."""
+    database = variants.database
+    [first] = variants.add(database.add_job("x"))
+    for table in ("jobs", "jobs_variants"):
+        database.rows(f"VACUUM ANALYZE {table}")
+    ask = "SELECT tenant_id FROM stage_call_row('jobs_variants', '', %(id)s)"
+    with connected(database) as conn:
+        db.execute(conn, ask, {"id": first})
+        database.rows(FILL, STAGES)
+        database.rows("INSERT INTO jobs_variants"
+                      " SELECT gen_random_uuid(), job_id, 'x', 'x' FROM jobs")  # fmt: skip
+        for row in database.rows(SOME):
+            read = read_by(conn, lambda row=row: db.execute(conn, ask, {"id": row[0]}))
+            assert (read["jobs"][2], read["jobs_variants"][2]) == (1, 1)
