@@ -127,6 +127,7 @@ PLANS = {
     upkeep.COUNT: {BY_TIME},
     upkeep.PRUNE: {BY_TIME, "Tid Scan on stage_attempts"},
 }
+READS = re.compile(r"Scan (?:Backward )?using stage_(?:calls|attempts)_\w+ on .*\n *(.*)")
 # The claim reads on in the index from where the last one was, and no further than what is due.
 SINCE = re.compile(r"Index Cond: \(\(stage = wanted.stage\) AND \(due_at >= wanted.since\)"
                    r" AND \(due_at < 'infinity'.*?\) AND \(due_at <= CASE")  # fmt: skip
@@ -144,7 +145,7 @@ def test_listener_reads_by_index_whatever_the_queue_was(each_database):
                 assert scans(plan) == expected, f"{queue}: {plan}"
                 assert not re.search("Hash |Merge|JIT", plan), f"{queue}: {plan}"
                 # A plan made while the queue was empty may not read a whole index.
-                reads = re.findall(r"Scan using stage_calls_\w+ on .*\n *(.*)", plan)
+                reads = READS.findall(plan)
                 assert all(line.startswith("Index Cond") for line in reads), f"{queue}: {plan}"
             plan = explain(conn, calls.CLAIM, given)
             assert SINCE.search(plan), f"{queue}: {plan}"
