@@ -101,10 +101,10 @@ FENCE = """c.job_id = r.job_id AND c.call_id = r.call_id AND c.attempts = r.atte
 
 # SKIP LOCKED, as the stage's own transaction may still hold the row of the call when it answers.
 # A generic plan that is made while the queue is empty may join by scanning a whole index, and is
-# kept when the queue is full. The same plan is made for a table that had one row when it was
-# analyzed, and an old snapshot elsewhere keeps the dead entries of its indexes. So rows are looked
-# up one by one (LATERAL … LIMIT 1), or by lists of their keys (= ANY (ARRAY(…))), with a list for
-# each index of the table: that leaves the planner only index conditions.
+# kept when the queue is full. So does a plan for a table that had one row when it was analyzed, and
+# under an old snapshot elsewhere that index is full of dead entries. So rows are looked up one by
+# one (LATERAL … LIMIT 1), or by lists of their keys (= ANY (ARRAY(…))), one list for each index of
+# the table. Then each index that the planner may choose has a condition.
 MINE = f"""
     SELECT r.* FROM result AS r CROSS JOIN LATERAL (
         SELECT c.job_id FROM stage_calls AS c WHERE {FENCE}
@@ -252,9 +252,9 @@ WANTED = """unnest(%(stages)s::text[], %(leases)s::float8[], %(since)s::timestam
                 %(skip)s::integer[], %(most)s::integer[])
       AS wanted (stage, lease, since, skip, most)"""
 
-# A request for the same row and stage may still be running. Looked up row by row (OFFSET 0), and
-# by the row's id: an index that is read as a whole, or by stage or time, has the dead leases of
-# other rows. So neither is a condition for an index.
+# A request for the same row and stage may still be running. It is looked up for each row (OFFSET 0
+# prevents a join) and by the row's id alone (|| '' and + interval '0' keep the planner from using
+# stage or time for an index): any other way would read the dead leases of other rows.
 UNDER_WAY = """
     SELECT FROM stage_leases AS l
     WHERE l.job_id = c.job_id AND l.table_name = c.table_name AND l.stage || '' = c.stage
@@ -584,9 +584,9 @@ def as_json(conn, results: Sequence[Result]) -> str:
 
 
 # Seconds until the next call will be due. A call that is due already and was not claimed, as its
-# row is locked, is found by the next sweep. The end of a hold counts as well, as a call may be
-# recorded while it lasts, and so do the time until the next call of a stage may begin, and the time
-# at which a pool stays with a stage no longer.
+# row is locked, is found by the next sweep. Three more times count: when a hold ends, as a call may
+# be recorded while it lasts; when the next call of a stage with a rate may begin; and when a pool
+# stops staying with a stage.
 NEXT_DUE = """
 SELECT extract(epoch FROM least(min(coming.due_at), (
            SELECT min(s.stays_since + make_interval(secs => s.linger)) FROM stage_limits AS s
@@ -683,8 +683,8 @@ def set_failed(conn, results: Sequence[Result]) -> dict[int, bool]:
 
 
 # Where (stage, 'failed') leads to the stage again, the call goes on counting where the one before
-# it ended, whatever that was answered. By the row's id (OFFSET 0): by time, all of the history
-# would be read where there is none.
+# it ended, whatever that was answered. OFFSET 0 makes the planner look by the row's id. By time, it
+# would read all of the history where the row has no such attempt.
 SPENT_BEFORE = """
 SELECT coalesce(spent, attempt) AS spent, error
 FROM (SELECT * FROM stage_attempts WHERE job_id = %(job_id)s OFFSET 0) AS of_row

@@ -59,11 +59,11 @@ LONGEST_SLEEP = 5.0
 HEARTBEAT_MARGIN = 20.0
 # How often to look whether a stage has let go of the row of a call that it has answered.
 AGAIN_EVERY = 1.0
-# Seconds from one look at the parents of joins to the next, and from one at the moves of
-# asynchronous calls, at least and at most. Between them ten times what the look took, as no call is
-# claimed or settled meanwhile: under an old snapshot elsewhere it takes long to find little.
+# No call is claimed or settled during a look at the parents of joins, or at the moves of
+# asynchronous calls. Under an old snapshot elsewhere a look takes long and finds little. So the
+# next one starts after ten times the seconds that it took, counted from its start, within limits.
 LOOKS_APART, LOOKS_APART_TIMES, LOOKS_APART_MOST = 0.05, 10, 30.0
-MANY = 100  # a look that finds so many has not taken long in vain
+MANY = 100  # parents or moves; a look that finds so many is soon followed by another
 # For so long a claim passes by what was due before the last one. A call that was committed late
 # waits that long at the most.
 MARKED_FOR = 1.0
@@ -146,7 +146,7 @@ class Listener:
         self.look_at = self.sweep_at = self.again_at = self.marked_at = 0.0
         self.join_look = Look(bool(pipeline.joins()))
         self.move_look = Look(pipeline.is_asynchronous())
-        self.may_miss_moves = False  # some that no trigger has recorded
+        self.may_miss_moves = False  # there may be moves that no trigger has recorded
         self.is_ordered = pipeline.is_ordered()
         self.ping_at = 0.0 if hosts.is_several(settings) else math.inf
         self.due_at = 0.0  # when the next call will be due, as far as is known
@@ -367,7 +367,8 @@ class Listener:
         except psycopg2.Error as error:
             if self.once:
                 raise
-            log.error("조인 확인 실패 (%.0f초 후 다시 시도): %s", self.join_look.fail(began),
+            seconds = self.join_look.fail(began)
+            log.error("조인 확인 실패 (%.0f초 후 다시 시도): %s", seconds,
                       " ".join(str(error).split()))  # fmt: skip
         else:
             then = 0.0 if parents else math.inf
@@ -390,7 +391,8 @@ class Listener:
         except psycopg2.Error as error:
             if self.once:
                 raise
-            log.error("작업 완료 확인 실패 (%.0f초 후 다시 시도): %s", self.move_look.fail(began),
+            seconds = self.move_look.fail(began)
+            log.error("작업 완료 확인 실패 (%.0f초 후 다시 시도): %s", seconds,
                       " ".join(str(error).split()))  # fmt: skip
             return
         self.move_look.rest(began, seen, 0.0 if seen else self.settings.SWEEP_INTERVAL)

@@ -422,7 +422,7 @@ BEGIN
         FROM %4$I.%5$I AS r WHERE r.%6$I = an_id LIMIT 1;
         IF is_there IS NULL AND %8$s%7$s
     END IF;$branch$, t.name,
-        -- The parent is not joined: planned while it had one row, that would read all of it.
+        -- Not a join: one that is planned while both tables have one row reads all of both later.
         CASE WHEN t.tenant_column IS NOT NULL THEN format('r.%I', t.tenant_column)
              WHEN p.tenant_column IS NOT NULL
              THEN format('(SELECT p.%I FROM %I.%I AS p WHERE p.%I = r.%I LIMIT 1)',

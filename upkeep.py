@@ -508,7 +508,8 @@ def newly_stalled(conn) -> list:
     """The stages (stage, jobs, reason) that are stalled since any listener last looked, or no more
     (jobs is None).
     """
-    # PostgreSQL 18 keeps the plans of stalled_jobs(), however much has been added since.
+    # PostgreSQL 18 keeps the plan of stalled_jobs() for the session: one made while there was one
+    # job would be used for all jobs that have come since.
     execute(conn, "DISCARD PLANS")
     return execute(conn, UNPINNED + NEWLY_STALLED).fetchall()
 

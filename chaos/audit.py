@@ -19,8 +19,8 @@ OPTIONS = {
     "wal_retrieve_retry_interval": "200ms",
 }
 
-# Seconds since the epoch on a clock that was not set back: STEP is longer than a run, so it is the
-# one time since the run's beginning that is whole steps away.
+# What a time of the database would be, in seconds since the epoch, had its clock not been set back.
+# A step is longer than a run: the time since the run's beginning that is whole steps away.
 TIME = """
 CREATE SCHEMA chaos;
 CREATE FUNCTION chaos.seconds(timestamptz) RETURNS float8 LANGUAGE sql STABLE AS $$
@@ -123,7 +123,8 @@ WHERE c.place = 'stage_calls' AND c.old ->> 'call_id' = c.new ->> 'call_id'
 ORDER BY c.seq
 """
 
-# A lease starts again where the clock was set back. What was promised is its first end.
+# After the clock was set back, a listener lets each lease begin again. It is judged by the end that
+# it had at first.
 LEASES = """
 SELECT (row ->> 'call_id')::bigint AS call, (row ->> 'attempt')::integer AS attempt,
        row ->> 'stage' AS stage, row ->> 'tenant_id' AS tenant, row ->> 'job_id' AS job,

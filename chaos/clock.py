@@ -4,8 +4,8 @@ import os
 import tempfile
 from pathlib import Path
 
-# Seconds of one step: longer than any run, so that audit.py can tell from any time of the database
-# what it would be without the steps.
+# Seconds of one step. It is longer than any run, so that audit.py can take the steps out of each
+# time of the database.
 STEP = 86400
 LIBRARY = "libfaketime.so.1"
 PLACES = ("lib/*/faketime", "lib/faketime", "lib64/faketime", "local/lib/faketime")

@@ -52,8 +52,8 @@ CREATE TABLE jobs (
 );
 """
 RETRY_EVERY = 1.5  # seconds between two `retry --all --yes` of the operator
-# Seconds to wait for calls that are still owed: a hold lasts a minute at most, a lease less. That
-# the clock was set back is noticed within a minute, or two where a row was locked.
+# Seconds to wait for calls that are still owed. A hold lasts a minute at most, a lease less. A
+# clock that was set back is noticed within a minute, or two where a row was locked.
 SETTLE_LIMIT = 270.0
 
 

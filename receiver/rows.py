@@ -278,7 +278,8 @@ def give_up(cursor: Any, request: Request, owner: str) -> None:
 
 # --- what was lost with its process --------------------------------------------------------
 
-# With lost_after = 0, started_at says nothing: the clock may have been set back.
+# With lost_after = 0 the lock of a request decides whether it is lost, so its time is not asked
+# for: the clock may have been set back since.
 RUNNING = """
 SELECT key, owner FROM stage_requests
 WHERE stage = %(stage)s AND table_name = %(table)s AND state = 'running'

@@ -28,7 +28,7 @@ import joins
 import moves
 from demo.stage_api import StageApi
 from demo.stage_server import Answer
-from listener import LONGEST_SLEEP
+from listener import LONGEST_SLEEP, Look
 
 STAGE = "vlm_judge"
 SUCCEEDED = "SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s AND outcome = 'succeeded'"
@@ -175,6 +175,13 @@ def test_slow_look_that_finds_much_is_soon_followed_by_another(slow, asked, monk
     asked.listener.settle_and_claim(asked.conn)
     look = {joins: asked.listener.join_look, moves: asked.listener.move_look}[slow]
     assert look.at <= time.monotonic()
+
+
+@pytest.mark.parametrize(("found", "seconds"), [(0, 30.0), (5, LONGEST_SLEEP), (500, 0.05)])
+def test_look_that_took_long_rests_the_less_the_more_it_found(found, seconds):
+    look, began = Look(True), time.monotonic() - 3.0
+    look.rest(began, found)
+    assert look.rests_until == began + seconds
 
 
 @pytest.mark.parametrize("failing", [joins, moves])
