@@ -75,6 +75,14 @@ BEGIN
                            one.role, CASE WHEN one.option THEN ' WITH GRANT OPTION' ELSE '' END);
         END LOOP;
     END LOOP;
+    -- An earlier version let its owner alone execute it.
+    FOR made IN
+        SELECT o.oid::regprocedure AS called FROM ({OBJECTS}) AS o
+        WHERE o.name = 'stage_due_calls' AND NOT EXISTS (
+            SELECT FROM aclexplode(o.acl) AS a WHERE a.grantee <> o.owner)
+    LOOP
+        EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO PUBLIC', made.called);
+    END LOOP;
 END
 $do$;
 """

@@ -66,17 +66,21 @@ WHERE p.oid = to_regprocedure(quote_ident(%(function)s) || '()')
 
 # The functions that the listener and the commands call, whatever their argument types.
 FUNCTIONS = """
-SELECT name FROM unnest(ARRAY['stage_call_row', 'stage_join_is_complete']) AS name
-WHERE NOT EXISTS (SELECT FROM pg_proc AS p JOIN pg_class AS c ON c.relnamespace = p.pronamespace
-                  WHERE p.proname = name AND c.oid = to_regclass('stage_calls'))
+SELECT name, p.oid IS NOT NULL AS there, has_function_privilege(p.oid, 'EXECUTE') AS may_execute
+FROM unnest(ARRAY['stage_call_row', 'stage_join_is_complete', 'stage_due_calls']) AS name
+JOIN pg_class AS c ON c.oid = to_regclass('stage_calls')
+LEFT JOIN pg_proc AS p ON p.proname = name AND p.pronamespace = c.relnamespace
 """
 
+# A function that records no call is not ours: somebody may have replaced the body of ours.
 TRIGGERS = """
 SELECT wanted.table_name, wanted.name, t.tgenabled AS enabled,
-       t.tgfoid = to_regprocedure(quote_ident(wanted.function) || '()') AS ours
+       p.oid = to_regprocedure(quote_ident(wanted.function) || '()')
+           AND strpos(p.prosrc, 'stage_calls') > 0 AS ours
 FROM jsonb_to_recordset(%(wanted)s) AS wanted (table_name text, name text, function text)
 LEFT JOIN pg_trigger AS t
     ON t.tgname = wanted.name AND t.tgrelid = to_regclass(quote_ident(wanted.table_name))
+LEFT JOIN pg_proc AS p ON p.oid = t.tgfoid
 WHERE wanted.name NOT IN ('job_state_insert_trigger', 'job_state_listener_insert')
    OR NOT EXISTS (  -- install --no-insert
        SELECT FROM pg_trigger AS c
@@ -294,6 +298,8 @@ def check_privileges(conn, settings) -> str:
              "asynchronous": pipeline.is_asynchronous()}  # fmt: skip
     if missing := db.execute(conn, PRIVILEGES, given).fetchone().missing:
         raise Bad(f"role {conn.info.user} lacks {missing}", GRANTS)
+    if closed := [row.name for row in db.execute(conn, FUNCTIONS) if not row.may_execute]:
+        raise Bad(f"role {conn.info.user} may not execute {', '.join(closed)}", GRANTS)
     if closed := [row.name for row in db.execute(conn, VIEWS) if row.readable is False]:
         mend = f"{JSL} install --reader {conn.info.user}"
         raise Bad(f"role {conn.info.user} may not read {', '.join(closed)}", mend)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psycopg2
 import pytest
-from claims import LEASE_OVER, claim, connected, held, result, settle
+from claims import LEASE_OVER, claim, claim_many, connected, held, result, settle
 from subscription import Subscription
 
 import calls
@@ -283,6 +283,18 @@ def test_listener_role_needs_each_of_its_grants(database, make_role):
             database.rows(f"GRANT {privilege} ON {table} TO {role}")
         database.rows(EMPTY)
         one_of_everything(database, conn)
+
+
+def test_listener_role_may_claim_in_order_also_where_an_earlier_install_forbade_it(
+    each_database, listener_role
+):
+    each_database.rows("REVOKE ALL ON FUNCTION stage_due_calls FROM PUBLIC")
+    with connected(each_database) as conn:
+        apply(conn)
+    job = each_database.add_job()
+    with connected(each_database, DB_USER=listener_role, DB_PASSWORD=listener_role) as conn:
+        [row] = claim_many(conn, 1, ordered=True).claimed
+    assert row.job_id == job
 
 
 def test_listener_role_cannot_lead_jobs_elsewhere(each_database, listener_role):
