@@ -82,7 +82,8 @@ def difference(conn) -> list[str]:
     return found
 
 
-# The search path of a role may find a table jobs other than the one with the triggers.
+# The search path of a role may find a table jobs other than the one with the triggers, and somebody
+# may have replaced our trigger function by one that records no call.
 PLACE = """
 SELECT to_regclass('jobs')::text AS jobs,
        (SELECT count(DISTINCT relnamespace) FROM pg_class
@@ -90,9 +91,10 @@ SELECT to_regclass('jobs')::text AS jobs,
                       to_regclass('pipeline_stages'))) AS schemas,
        (SELECT count(DISTINCT tgname) = 2 - (
                    count(*) FILTER (WHERE encode(tgargs, 'escape') LIKE '%updates only%') > 0)::int
-        FROM pg_trigger
+        FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid
         WHERE tgrelid = to_regclass('jobs')
-          AND tgname IN ('job_state_change_trigger', 'job_state_insert_trigger')) AS is_watched
+          AND tgname IN ('job_state_change_trigger', 'job_state_insert_trigger')
+          AND strpos(p.prosrc, 'stage_calls') > 0) AS is_watched
 """
 
 

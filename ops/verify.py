@@ -199,7 +199,7 @@ def check_tables(conn, settings) -> str:
         id_types += [row.id_type] if row.id_type else []
     if views := [row.name for row in db.execute(conn, VIEWS) if not row.there]:
         raise Bad(f"view {', '.join(views)} is missing", INSTALL)
-    if functions := [row.name for row in db.execute(conn, FUNCTIONS)]:
+    if functions := [row.name for row in db.execute(conn, FUNCTIONS) if not row.there]:
         raise Bad(f"function {', '.join(functions)} is missing", INSTALL)
     check_version(conn)
     return f"tables and columns of version {migrations.LATEST}, job_id is {id_types[0]}"

@@ -10,6 +10,7 @@ import psycopg2
 import pytest
 from busy import TIME
 from claims import STAGES
+from guide import JOBS_TRIGGER
 from scraping import scrape
 from waiting import LISTENERS, PATIENCE, gate, until, wait_for_call, wait_until_idle
 
@@ -17,6 +18,8 @@ import db
 from demo.stage_api import StageApi
 from heartbeat import Heartbeat, heartbeats
 from ops.migrations import LATEST
+from ops.problem import Problem
+from ops.routes import require_installed
 
 NAMES = ["owed", "calling", "retry", "given up", "oldest due", "calls", "failed", "p50", "p95"]
 IDLE = ["0", "0", "0", "0", "-", "0", "-", "-", "-"]
@@ -163,8 +166,12 @@ def test_status_shows_a_stage_that_lost_its_route_last(database, run_command):
             "DROP TRIGGER job_state_change_trigger ON jobs",
             "trigger job_state_change_trigger is missing on jobs → ./jsl install",
         ),
+        (
+            JOBS_TRIGGER,
+            "trigger job_state_change_trigger on jobs runs another function → ./jsl install",
+        ),
     ],
-    ids=["disabled", "missing"],
+    ids=["disabled", "missing", "made by the guide's SQL once more"],
 )
 def test_status_tells_of_a_broken_trigger(database, run_command, broken, problem):
     database.rows(broken)
@@ -173,6 +180,13 @@ def test_status_tells_of_a_broken_trigger(database, run_command, broken, problem
     assert done.lines[2].startswith(f"PROBLEM  {problem}"[:79])
     said = json.loads(run_command(database, "status", "--json").out)
     assert said["triggers"] == {"ok": False, "problem": problem}
+
+
+def test_listener_does_not_start_where_the_trigger_records_nothing(database):
+    database.rows(JOBS_TRIGGER)
+    refused = pytest.raises(Problem, match="jobs that this role sees has no triggers of ours")
+    with closing(db.connect(database.settings())) as conn, refused:
+        require_installed(conn)
 
 
 @pytest.mark.parametrize("kind", ["given_up", "failed", "stalled"])
