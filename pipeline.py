@@ -270,11 +270,17 @@ def limits(
     fair: bool = False,
     per_tenant: int | None = None,
 ) -> Callable[[Function], Function]:
-    """Declare the Limits of the stage function below."""
+    """Declare the Limits of the stage function below.
+
+    Raises:
+        ValueError: one of them cannot be used, or the function has some already.
+    """
     declared = Limits(max_running, timeout, max_attempts, asynchronous, pool, per_minute, fair,
                       per_tenant)  # fmt: skip
 
     def declare(function: Function) -> Function:
+        if hasattr(function, "limits"):
+            raise ValueError(f"{function.__name__} has two @limits: give all of them in one")
         function.limits = declared  # type: ignore[attr-defined]  # a function may have any
         return function
 

@@ -7,6 +7,7 @@ from contextlib import closing, contextmanager
 
 import psycopg2
 import pytest
+import variants
 from claims import (
     LEASE_OVER,
     STAGES,
@@ -336,6 +337,7 @@ def declare():
     changed = []
 
     def declared(function, **given) -> None:
+        vars(function).pop("limits", None)
         pipeline.limits(**given)(function)
         changed.append(function)
 
@@ -383,6 +385,11 @@ def test_impossible_limit_is_refused_where_it_is_declared(given):
     [name] = given
     with pytest.raises(ValueError, match=name):
         pipeline.limits(**given)(lambda call: None)
+
+
+def test_two_declarations_of_limits_are_refused():
+    with pytest.raises(ValueError, match="planner has two @limits"):
+        pipeline.limits(timeout=60)(pipeline.limits(max_running=1)(variants.stage("planner")))
 
 
 def test_timeout_and_attempts_of_a_stage_win_over_the_settings(database, caller, serve, declare):
