@@ -20,14 +20,18 @@ from ops.table import clock
 # Records the call as the trigger does when a row arrives in its state, whatever became of the call
 # before it. A call of the state (stage, 'failed') gets the error of the last attempt: by that a
 # listener sees that a person asked for it. Without it the listener would continue the count of
-# attempts, and might give the call up at once.
+# attempts, and might give the call up at once. A call that was recorded after this statement began
+# is that of another state, and stays.
 AGAIN = """
 INSERT INTO stage_calls AS c (job_id, table_name, tenant_id, current_step, status, stage,
-                              last_error)
-SELECT %(key)s, p.table_name, at.tenant_id #>> '{}', p.current_step, p.status, p.stage,
+                              last_error, priority, run_after, due_at)
+SELECT %(key)s, p.table_name, at.tenant_id #>> '{{}}', p.current_step, p.status, p.stage,
        CASE WHEN (p.current_step, p.status) = (p.stage, 'failed')
-            THEN coalesce(last.error, 'set failed by its stage') END
+            THEN coalesce(last.error, 'set failed by its stage') END,
+       declared.priority, declared.run_after, greatest(clock_timestamp(), declared.run_after)
 FROM pipeline_stages AS p
+CROSS JOIN (SELECT {priority} AS priority, {run_after} AS run_after FROM {table} AS r
+            WHERE {id} = %(key)s) AS declared
 JOIN stage_call_row(%(table)s, '', %(key)s) AS at
     ON (at.current_step, at.status) = (p.current_step, p.status)
 CROSS JOIN LATERAL (
@@ -41,8 +45,10 @@ ON CONFLICT (job_id, table_name, join_of) DO UPDATE
 SET call_id = DEFAULT, tenant_id = excluded.tenant_id, current_step = excluded.current_step,
     status = excluded.status, stage = excluded.stage, created_at = excluded.created_at,
     due_at = excluded.due_at, attempts = 0, free_attempts = 0, worker = NULL, started_at = NULL,
-    last_error = excluded.last_error
-WHERE c.worker IS NULL OR c.due_at <= now()
+    last_error = excluded.last_error, priority = excluded.priority, run_after = excluded.run_after
+WHERE (c.worker IS NULL OR c.due_at <= now()) AND c.call_id = (
+    SELECT b.call_id FROM stage_calls AS b
+    WHERE (b.job_id, b.table_name, b.join_of) = (c.job_id, c.table_name, c.join_of))
 RETURNING c.call_id
 """
 
@@ -176,8 +182,9 @@ def record(conn, row: Any, stage: str, join: str) -> int:
         if join:
             call_id = joins.record_again(conn, row.key, join)
         else:
+            sql = AGAIN.format(**rows.names(conn, pipeline.tables()[row.table_name]))
             given = {"key": row.key, "table": row.table_name}
-            found = db.execute(conn, AGAIN, given).fetchone()
+            found = db.execute(conn, sql, given).fetchone()
             call_id = found and found.call_id
     except psycopg2.errors.LockNotAvailable:
         held = f"another transaction holds its call to {stage}; nothing was changed: try again"

@@ -24,7 +24,8 @@ BATCH = 10_000  # rows looked at in one statement, so that none runs long
 # --- calls of rows that have moved on -------------------------------------------------------
 
 # Calls under way are left out: their listener checks the row. So are calls of joins: the claim
-# checks whether all rows are there.
+# checks whether all rows are there. A call that takes the place of an outdated one meanwhile has
+# another call_id.
 OUTDATED = """
 FROM stage_calls AS c
 WHERE c.worker IS NULL AND c.table_name = {name} AND c.join_of = '' AND NOT EXISTS (
@@ -36,10 +37,15 @@ WHERE c.worker IS NULL AND c.table_name = {name} AND c.join_of = '' AND NOT EXIS
 COUNT_OUTDATED = f"SELECT count(*) {OUTDATED}"
 
 DROP_OUTDATED = f"""
-WITH gone AS (
-    DELETE FROM stage_calls WHERE (job_id, table_name, join_of) IN (
-        SELECT c.job_id, c.table_name, c.join_of {OUTDATED} FOR UPDATE SKIP LOCKED)
-    RETURNING *
+WITH outdated AS MATERIALIZED (
+    SELECT c.job_id, c.call_id {OUTDATED}
+), mine AS (
+    SELECT c.job_id, c.call_id FROM stage_calls AS c JOIN outdated USING (job_id, call_id)
+    FOR UPDATE OF c SKIP LOCKED
+), gone AS (
+    DELETE FROM stage_calls AS c USING mine
+    WHERE (c.job_id, c.call_id) = (mine.job_id, mine.call_id)
+    RETURNING c.*
 )
 INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, stage, worker, started_at,
                             finished_at, outcome, error)
@@ -67,8 +73,8 @@ NO_TIME = "of unknown time"
 # A time in the future is treated as unknown.
 MISSED = """
 WITH batch AS (
-    SELECT {id} AS id, {own_tenant} AS tenant_id, r.current_step::text AS current_step,
-           r.status::text AS status, {time} AS changed_at
+    SELECT {id} AS id, r.current_step::text AS current_step, r.status::text AS status,
+           {time} AS changed_at, {priority} AS priority, {run_after} AS run_after
     FROM {table} AS r
     WHERE %(after)s IS NULL OR {id} > %(after)s
     ORDER BY {id}
@@ -112,18 +118,20 @@ SELECT (SELECT id::text FROM batch ORDER BY id DESC LIMIT 1) AS last,
 COUNT = MISSED + COUNTED
 
 RECORD = f"""{MISSED}, recorded AS (
-    INSERT INTO stage_calls (job_id, table_name, tenant_id, current_step, status, stage)
-    SELECT id, {{name}}, tenant_id, current_step, status, stage FROM missed WHERE why IS NULL
+    INSERT INTO stage_calls (job_id, table_name, tenant_id, current_step, status, stage, priority,
+                             run_after, due_at)
+    SELECT id, {{name}}, (stage_call_row({{name}}, '', id)).tenant_id #>> '{{{{}}}}', current_step,
+           status, stage, priority, run_after, greatest(clock_timestamp(), run_after)
+    FROM missed WHERE why IS NULL
     ON CONFLICT DO NOTHING
 )
 {COUNTED}"""
 
 
 def statement(conn, sql: str, of: Table) -> str:
-    names, column = rows.names(conn, of), rows.time_column(conn, of)
-    own_tenant = names["tenant"] if of.tenant else "NULL::text"
+    column = rows.time_column(conn, of)
     time = f"r.{column}" if column else "NULL::timestamptz"
-    return sql.format(own_tenant=own_tenant, time=time, **names)
+    return sql.format(time=time, **rows.names(conn, of))
 
 
 # --- calls of joins ------------------------------------------------------------------------

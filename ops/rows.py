@@ -249,8 +249,17 @@ def names(conn, table: Table) -> dict[str, str]:
         "id": f"r.{quoted(table.id)}",
         "parent": f"r.{quoted(table.parent[1])}" if table.parent else "NULL",
         "tenant": f"r.{quoted(table.tenant)}::text" if table.tenant else "NULL::text",
+        # As the trigger copies them.
+        "priority": "0",
+        "run_after": "NULL::timestamptz",
         "beside": "",
     }
+    if table.priority:
+        value = f"least(greatest(r.{quoted(table.priority)}, -2147483648), 2147483647)"
+        found["priority"] = f"coalesce({value}, 0)::integer"
+    if table.run_after:
+        value = f"r.{quoted(table.run_after)}"
+        found["run_after"] = f"CASE WHEN {value} IS NOT NULL THEN least({value}, '9999-12-31') END"
     if parent and parent.tenant and not table.tenant:
         found["tenant"] = f"p.{quoted(parent.tenant)}::text"
         found["beside"] = (

@@ -39,8 +39,8 @@ RETRIED = """
          AND l.leased_until > now()))"""
 
 # A call that was given up gets all its attempts again: free_attempts rises, as `attempts` itself
-# never falls (see schema.sql). A row that the stage's own transaction holds is skipped, not waited
-# for.
+# never falls (see schema.sql). A person wants it now, so it does not wait for its run_after either.
+# A row that the stage's own transaction holds is skipped, not waited for.
 RETRY = f"""
 WITH chosen AS (
     SELECT c.job_id, c.table_name, c.join_of, c.due_at FROM stage_calls AS c
@@ -48,7 +48,7 @@ WITH chosen AS (
     LIMIT %(batch)s
     FOR UPDATE OF c SKIP LOCKED)
 UPDATE stage_calls AS c
-SET due_at = clock_timestamp(),
+SET due_at = clock_timestamp(), run_after = NULL,
     free_attempts = CASE WHEN chosen.due_at = 'infinity' THEN c.attempts ELSE c.free_attempts END
 FROM chosen
 WHERE (c.job_id, c.table_name, c.join_of) = (chosen.job_id, chosen.table_name, chosen.join_of)

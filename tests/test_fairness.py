@@ -186,6 +186,41 @@ def test_call_is_not_made_before_its_time(site, api):
     assert not site.value("SELECT due_at = 'infinity' FROM stage_calls")
 
 
+def test_call_that_waits_for_its_time_says_so_and_can_be_hurried(site, run_command, api):
+    add(site, "overlay", "later", run_after="9999-01-01")
+    job = str(site.value("SELECT job_id FROM jobs"))
+    module = {"PYTHONPATH": str(ROOT / "tests"), "PIPELINE_MODULE": "test_fairness"}
+    assert "its row has run_after 9999-01-01" in run_command(site, "job", job, **module).out
+    assert run_command(site, "retry", "--now", job, **module).code == 0
+    site.start("run", "--once").wait()
+    assert tenants(api) == ["later"]
+
+
+ORDER = "SELECT priority, run_after, due_at > now() AS is_later, tenant_id FROM stage_calls"
+
+
+@pytest.mark.parametrize("command", ["again", "backfill"])
+def test_call_that_a_command_records_has_the_order_of_the_trigger(site, run_command, command):
+    add(site, "overlay", "acme", priority=7, run_after="9999-01-01")
+    before = site.rows(ORDER)
+    job = str(site.value("SELECT job_id FROM jobs"))
+    site.rows("DELETE FROM stage_calls")
+    module = {"PYTHONPATH": str(ROOT / "tests"), "PIPELINE_MODULE": "test_fairness"}
+    typed = ["again", job] if command == "again" else ["backfill", "--apply"]
+    assert run_command(site, *typed, **module).code == 0
+    assert site.rows(ORDER) == before
+    assert before[0].priority == 7 and before[0].is_later
+
+
+def test_backfill_records_the_tenant_of_the_parent(site, run_command):
+    site.rows(ADD_VARIANTS, "acme")
+    site.rows("UPDATE jobs_variants SET status = 'done'")
+    site.rows("DELETE FROM stage_calls")
+    module = {"PYTHONPATH": str(ROOT / "tests"), "PIPELINE_MODULE": "test_fairness"}
+    run_command(site, "backfill", "--apply", **module)
+    assert [row.tenant_id for row in site.rows(ORDER)] == ["acme", "acme"]
+
+
 def test_columns_of_another_type_are_refused(database, use_pipeline, run_command):
     use_pipeline(PIPELINE)
     database.rows("ALTER TABLE jobs ADD priority text, ADD run_after timestamptz")

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -330,6 +331,20 @@ def test_again_does_not_repeat_a_call_under_way(rested):
     refused = rested.typed("again", rested.job).refused(1)
     assert refused.startswith(f"job {rested.job}: {worker} is calling overlay, until ")
     assert rested.database.owed(rested.job) == before
+
+
+def test_again_leaves_the_call_of_the_state_that_the_job_comes_to_meanwhile(rested):
+    with rested.database.connect() as change, ThreadPoolExecutor() as pool:
+        change.autocommit = False
+        change.cursor().execute("UPDATE jobs SET current_step = 'overlay', status = 'done'")
+        typing = pool.submit(rested.typed, "again", rested.job)
+        rested.database.wait_for(
+            "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+            " AND datname = current_database())"
+        )
+        change.commit()
+        typing.result().refused(1)
+    assert rested.database.owed(rested.job).stage == "vlm_judge"
 
 
 def test_again_of_a_paused_stage_says_what_keeps_it(rested):
