@@ -25,8 +25,9 @@ JSON = json.JSONEncoder(separators=(",", ":"))
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 # Attempts for which a request was made, or tried, a page at a time, as there may be millions. An
-# attempt that was recorded as lost and later got a result is exported once. (OFFSET 0 keeps the
-# planner from reading the whole history for that.)
+# attempt that was recorded as lost and later got a result, or whose stage accepted it and then set
+# the row to failed, is exported once. (OFFSET 0 keeps the planner from reading the whole history
+# for that.)
 ATTEMPTS = """
 WITH page AS (
     SELECT a.* FROM stage_attempts AS a
@@ -34,10 +35,10 @@ WITH page AS (
       AND (a.finished_at, a.call_id, a.attempt, a.outcome)
           > (%(since)s::timestamptz, %(call_id)s::bigint, %(attempt)s::integer, %(outcome)s::text)
       AND a.outcome NOT IN ('skipped', 'cancelled')
-      AND NOT (a.outcome = 'lost' AND EXISTS (
+      AND NOT (a.outcome IN ('lost', 'failed') AND EXISTS (
           SELECT FROM stage_attempts AS b
           WHERE b.job_id = a.job_id AND b.call_id = a.call_id AND b.attempt = a.attempt
-            AND b.outcome <> 'lost' OFFSET 0))
+            AND b.outcome NOT IN ('lost', a.outcome) OFFSET 0))
     ORDER BY a.finished_at, a.call_id, a.attempt, a.outcome
     LIMIT %(most)s
 )

@@ -146,6 +146,15 @@ def test_attempts_without_a_request_are_left_out_and_a_lost_one_that_came_back_i
     assert sorted(found) == [("lost", "lost"), ("succeeded", "")]
 
 
+def test_attempt_after_which_its_stage_set_failed_is_told_once(shared_database):
+    database = shared_database.emptied()
+    add_attempts(database, 1, "succeeded")
+    database.rows("INSERT INTO stage_attempts SELECT job_id, call_id, attempt, stage, worker,"
+                  " started_at, finished_at + interval '1 s', NULL, 'failed' FROM stage_attempts"
+                  )  # fmt: skip
+    assert [said(s)["job_state_listener.outcome"] for s in exported(database)] == ["succeeded"]
+
+
 def test_each_attempt_is_in_one_page_and_in_one_of_the_spans_of_time(shared_database, monkeypatch):
     monkeypatch.setattr(traces, "MOST", 2)
     database = shared_database.emptied()
