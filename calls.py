@@ -783,6 +783,18 @@ def settle_alone(conn, result: Result) -> bool:
     return True
 
 
+IS_RECORDED = """
+SELECT EXISTS (SELECT FROM stage_attempts
+               WHERE job_id = %(job_id)s AND call_id = %(call_id)s AND attempt = %(attempt)s
+                 AND outcome = %(outcome)s) AS is_recorded
+"""
+
+
+def is_recorded(conn, result: Result) -> bool:
+    """Whether the history has `result`. It never has that of a call that was taken."""
+    return execute(conn, IS_RECORDED, vars(result)).fetchone().is_recorded
+
+
 # For a result that cannot be written to the history: the call alone is removed, or given up.
 SETTLE_WITHOUT_HISTORY = f"""
 WITH result AS ({RESULTS}

@@ -38,6 +38,8 @@ FROM pg_class WHERE oid = to_regclass('stage_calls')
 # neither keepalives nor statement_timeout would end the wait.
 DEADLINE = 10.0
 STOP_DEADLINE = 3.0
+# Seconds between two calls of `beat` while an answer is awaited.
+BEAT_EVERY = 5.0
 # Notifications that are kept at a time: 400,000 unread ones took 130 MB.
 ENOUGH = 10_000
 # With this many notifications before one answer, for this many seconds, the answer will not come in
@@ -119,7 +121,7 @@ def wait_with_deadline(conn: "Connection") -> None:
     A stop shortens the wait to STOP_DEADLINE. Raising is the only safe way out: closing the
     connection in here deadlocks.
     """
-    stop = getattr(conn, "stop", None)  # a connection of other code has none
+    stop, beat = getattr(conn, "stop", None), getattr(conn, "beat", None)  # other code has none
     allowed, started = getattr(conn, "deadline", DEADLINE), time.monotonic()
     began = started
     while (state := conn.poll()) != psycopg2.extensions.POLL_OK:
@@ -137,9 +139,11 @@ def wait_with_deadline(conn: "Connection") -> None:
         reading = [conn, *watched] if state == psycopg2.extensions.POLL_READ else watched
         writing = [conn] if state == psycopg2.extensions.POLL_WRITE else []
         left = started + allowed - now
-        ready = select.select(reading, writing, [], left) if left > 0 else ()
-        if not any(ready):
+        if left <= 0:
             raise ConnectionLost(f"the database did not answer within {allowed:.0f} s")
+        if beat is not None:
+            beat()
+        ready = select.select(reading, writing, [], min(left, BEAT_EVERY))
         if stop is not None and stop in ready[0]:
             stop.drain()
 
@@ -153,6 +157,8 @@ class Connection(psycopg2.extensions.connection):
     deadline = DEADLINE
     # Signals: a stop `requested` shortens waits, and its file descriptor wakes them.
     stop = None
+    # Called while an answer is awaited.
+    beat: Callable[[], None] | None = None
     dropped = 0  # notifications that piled up before an answer, and were not kept
 
     def __init__(self, *args, **kwargs):

@@ -136,7 +136,9 @@ class Listener:
 
         self.unwritten: list[Result] = []  # outlive the connection
         self.locked: list[Result] = []  # recorded, but the stage still holds the row of the call
-        self.accepted: OrderedDict[tuple, None] = OrderedDict()
+        # By call_id and key: the attempt that an asynchronous stage has taken; the next one is made
+        # after its timeout. Infinity: a call that was accepted and is never repeated.
+        self.accepted: OrderedDict[tuple, float] = OrderedDict()
         self.passed_over: set[Route] = set()  # of a newer PIPELINE; each was told once
         self.health = StageHealth(settings, self.alerts)
         self.was_full = False  # the last claim found a call for every idle worker
@@ -200,7 +202,7 @@ class Listener:
         conn = db.connect(
             self.settings, name, True, self.signals, self.beat_for_host, last=self.target
         )
-        self.target = conn.target
+        self.target, conn.beat = conn.target, self.beat_for_answer
         try:
             self.prepare(conn)
         except BaseException:
@@ -534,8 +536,9 @@ class Listener:
                 self.pass_over(conn, call, row)
                 continue
             owed = row.owed or calls.is_owed(conn, row, self.name)
-            accepted = row.accepted or (row.call_id, row.key) in self.accepted
-            refused = trigger.refused(call, row, owed, accepted)
+            known = self.accepted.get((row.call_id, row.key), 0)
+            accepted = row.accepted or known == math.inf
+            refused = trigger.refused(call, row, owed, accepted, taken=row.attempt <= known)
             is_open = not (row.is_complete or accepted)
             if refused is None and row.join_of and joins.has_look(conn, row):
                 refused, is_open = trigger.outdated(call), True
@@ -657,8 +660,9 @@ class Listener:
     def keep(self, call: Call, ended: Result) -> None:
         """Keep a result until the database has it."""
         self.unwritten.append(ended)
-        if ended.outcome == "succeeded":
-            self.accepted[call.call_id, call.key] = None
+        if ended.outcome in ("succeeded", TAKEN):
+            attempt = ended.attempt if ended.outcome == TAKEN else math.inf
+            self.accepted[call.call_id, call.key] = attempt
             if len(self.accepted) > REMEMBERED:
                 self.accepted.popitem(last=False)
 
@@ -686,6 +690,11 @@ class Listener:
 
     def beat(self, doing: str, seconds: float) -> None:
         self.heartbeat.beat(doing, seconds + HEARTBEAT_MARGIN)
+
+    def beat_for_answer(self) -> None:
+        """Statements that take long, one after the other, do not look like a frozen listener."""
+        if self.heartbeat.valid_until - time.monotonic() < HEARTBEAT_MARGIN - LONGEST_SLEEP:
+            self.beat("asking the database", LONGEST_SLEEP)
 
     def beat_for_host(self, host: str) -> None:
         self.beat("connecting to the database", db.CONNECTION["connect_timeout"])
@@ -739,7 +748,11 @@ def cli(context: click.Context) -> None:
               help="Call only this stage; may be repeated.")  # fmt: skip
 @click.option("--once", is_flag=True, help="Run until nothing is due, then exit: for cron.")
 def run(workers: int | None = None, only: tuple[str, ...] = (), once: bool = False) -> None:
-    """Listen, and call the next stage of every job that finishes one."""
+    """Listen, and call the next stage of every job that finishes one.
+
+    With --once, what waits for its next attempt, or for a hold, a limit or a rate, is left for the
+    next run.
+    """
     settings = config.settings()
     if settings.LISTENER_ENABLED:
         config.require_database(settings)

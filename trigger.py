@@ -56,13 +56,16 @@ def boottime() -> float:
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
-def refused(call: Call, row: Claimed, owed: bool, accepted: bool) -> Result | None:
+def refused(
+    call: Call, row: Claimed, owed: bool, accepted: bool, taken: bool = False
+) -> Result | None:
     """The result of a claim that must not be called; None where it must.
 
     Args:
         row: of the claim.
         owed: the job is still in the state that owes the call.
         accepted: an earlier attempt of it was accepted.
+        taken: so was this one, by an asynchronous stage, and the database has forgotten it.
     """
     if not owed and is_given_up_with_its_parent(call, row):
         ended = failure(call, "failed", "nobody knows what became of the attempt before", 0)
@@ -86,9 +89,11 @@ def refused(call: Call, row: Claimed, owed: bool, accepted: bool) -> Result | No
         log.info("Job 상태가 변경되어 스킵: %s stage=%s 현재=%s", ids, call.stage, now,
                  extra=about(call))  # fmt: skip
         return result(call, "skipped", error=f"the job has moved on: {now}")
-    if accepted:
+    if accepted or taken:
         log.info("이미 수락된 호출이라 스킵: %s stage=%s", logs.ids(call.ids), call.stage,
                  extra=about(call))  # fmt: skip
+        if taken and not accepted:
+            return result(call, TAKEN, http_status=202)
         return result(call, "skipped", error="an earlier attempt was accepted")
     if call.spent > call.max_attempts:
         ended = failure(call, "failed", "nobody knows what became of the last attempt", 0)

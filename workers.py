@@ -25,6 +25,7 @@ import psycopg2.extensions
 import calls
 import db
 import trigger
+from alerts import Alerts
 from calls import Result
 from heartbeat import Heartbeat
 from pipeline import Call
@@ -345,7 +346,7 @@ def arm(call: Call) -> None:
 def settle_as_orphan(settings: SimpleNamespace, call: Call, result: Result) -> None:
     """The listener is gone: write the result here, as long as the lease lasts.
 
-    It may have been written already; the fence makes that harmless.
+    It may have been written already; the fence makes that harmless. Then nothing is said.
     """
     if result.outcome == "released":
         return
@@ -355,13 +356,25 @@ def settle_as_orphan(settings: SimpleNamespace, call: Call, result: Result) -> N
             with contextlib.closing(
                 db.connect(settings, db.LISTENER_APPLICATION + call.listener, pinned=True)
             ) as conn:
+                is_known = calls.is_recorded(conn, result)
                 calls.settle_and_claim(conn, [result], [], 0, call.listener)
-            log.warning("리스너가 사라져 워커가 결과를 기록함: job=%s stage=%s outcome=%s",
-                        call.job_id, call.stage, result.outcome)  # fmt: skip
+            if not is_known:
+                tell(settings, call, result)
             return
         except psycopg2.Error as error:
             log.warning("워커가 결과를 기록할 수 없음: %s", " ".join(str(error).split()))
             time.sleep(settings.JOB_STATE_LISTENER_RECONNECT_DELAY)
+
+
+def tell(settings: SimpleNamespace, call: Call, result: Result) -> None:
+    """Say what the listener would have said about this result."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    trigger.log_end(call, result)
+    log.warning("리스너가 사라져 워커가 결과를 기록함: job=%s stage=%s outcome=%s",
+                call.job_id, call.stage, result.outcome)  # fmt: skip
+    alerts = Alerts(settings)
+    trigger.alert_given_up(alerts, result)
+    alerts.close()
 
 
 def flush_output() -> None:

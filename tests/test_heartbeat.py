@@ -14,6 +14,7 @@ import pytest
 from conftest import PROGRAM
 from waiting import AWAY, RECONNECTING, gate, until, wait_for_call, wait_until_idle
 
+import db
 from heartbeat import ALIVE, DEAD, HANGING, Heartbeat, heartbeats
 from listener import HEARTBEAT_MARGIN, LONGEST_SLEEP
 from ops.check import verdict
@@ -284,6 +285,19 @@ def test_database_that_is_away_is_no_reason_to_restart_a_listener(database, list
     process.wait_for_line(RECONNECTING)
     until(lambda: "database away" in verdict(str(beats))[1], "a heartbeat")
     assert verdict(str(beats))[0] is True
+
+
+def test_statements_that_take_long_are_not_a_hang(database, caller, beats, monkeypatch):
+    """One after the other, they may take longer than a heartbeat allows for."""
+    monkeypatch.setattr(db, "BEAT_EVERY", 0.01)
+    listener = caller("http://127.0.0.1:1", HEARTBEAT_DIR=beats).listener
+    listener.signals = None  # that of a test has no file descriptor
+    conn = listener.connect()
+    listener.beat("making calls", -HEARTBEAT_MARGIN)
+    assert list(states(beats).values()) == [HANGING]
+    db.execute(conn, "SELECT pg_sleep(0.1)")
+    assert list(states(beats).values()) == [ALIVE]
+    conn.close()
 
 
 def test_long_call_is_not_a_hang(database, api, listener, beats):

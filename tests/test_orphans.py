@@ -1,5 +1,6 @@
 """The listener is killed, stopped, or late: no answer is lost, and no two calls overlap."""
 
+import json
 import os
 import re
 import signal
@@ -48,6 +49,29 @@ def test_answers_that_come_after_the_listener_was_killed_are_recorded(database, 
     assert listener(database, "run", "--once", api=api).wait() == 0
     assert sorted(call.job_id for call in api.calls()) == sorted(jobs)
     database.wait_for(f"SELECT count(*) = 0 FROM pg_stat_activity WHERE {LISTENERS}")
+
+
+def test_call_that_is_given_up_after_the_listener_was_killed_is_told_once(
+    database, api, listener, tmp_path
+):
+    told = tmp_path / "told"
+    with gate(api, STAGE, Answer(422)) as opened:
+        process = listener(database, "run", "--workers", "2", api=api,
+                           ALERT_COMMAND=f"tee -a {told}")  # fmt: skip
+        known = database.add_job("planner", "done", tenant="told by the listener")
+        api.on("overlay", lambda _: Answer(422))
+        database.wait_for("SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s", known)
+        job = database.add_job("overlay")
+        wait_for_call(api, job)
+        workers = process.children()
+        process.kill_alone()
+        opened.set()
+        until(lambda: all(map(is_gone, workers)), "the end of the workers")
+    said = [json.loads(line) for line in told.read_text().splitlines()]
+    assert sorted((one["event"], one["job"]) for one in said) == sorted(
+        ("given_up", str(one)) for one in (job, known)
+    )
+    assert [line for line in process.lines if "실행 실패" in line and job in line]
 
 
 def test_answers_that_the_killed_listener_had_not_read_are_recorded(

@@ -8,6 +8,7 @@ import pytest
 from asynchronous import PIPELINE
 from faults.test_claims import with_idle_worker
 from faults.test_connection import frozen
+from raw_server import OK, in_turn
 from stage_functions import COMPUTE, POST, program
 from tcp_proxy import TcpProxy
 from variants import TABLE, install
@@ -95,6 +96,28 @@ def test_call_that_a_new_primary_forgot_is_not_repeated(database, api, listener,
     assert len(api.calls()) == 1
 
 
+TAKE_BACK = (
+    "DELETE FROM stage_leases; UPDATE stage_calls SET attempts = 0, worker = NULL,"
+    " started_at = NULL, due_at = now()"
+)
+
+
+def test_taken_call_that_a_new_primary_forgot_is_not_repeated_before_its_timeout(
+    database, use_pipeline, caller, serve
+):
+    use_pipeline(PIPELINE)
+    install(database, TABLE)
+    stage = serve(in_turn(OK.replace(b"200", b"202")))
+    calling, job = caller(stage.url), database.add_job()
+    calling.run(calling.claim())
+    calling.settle()
+    database.rows(TAKE_BACK)
+    assert calling.claim() is None
+    calling.settle()
+    assert database.value("SELECT working FROM stage_leases WHERE job_id = %s", job)
+    assert len(stage.requests) == 1
+
+
 def test_call_under_way_that_a_new_primary_forgot_is_not_made_beside_itself(
     database, api, listener
 ):
@@ -102,10 +125,7 @@ def test_call_under_way_that_a_new_primary_forgot_is_not_made_beside_itself(
         listener(database, api=api, SWEEP_INTERVAL=3600)
         job = database.add_job("overlay")
         wait_for_call(api, job)
-        database.rows(
-            "DELETE FROM stage_leases; UPDATE stage_calls SET attempts = 0, worker = NULL,"
-            " started_at = NULL, due_at = now()"
-        )
+        database.rows(TAKE_BACK)
         database.rows(db.WAKE)
         database.wait_for("SELECT count(*) = 1 FROM stage_leases")
         opened.set()
