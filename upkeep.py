@@ -551,21 +551,23 @@ WITH stage AS (
     SELECT stage, bool_or(held_until = 'infinity') AS paused,
            max(held_reason) FILTER (WHERE held_until > now()) AS held_reason
     FROM pipeline_stages GROUP BY stage
+), tried AS (
+    SELECT stage, count(*) AS attempts, count(*) FILTER (WHERE outcome = 'succeeded') AS accepted,
+           (array_agg(error ORDER BY finished_at DESC))[1] AS last_error
+    FROM stage_attempts
+    WHERE finished_at > now() - make_interval(secs => %(after)s)
+      AND outcome NOT IN ('skipped', 'cancelled')
+    GROUP BY stage
 ), state AS (
     SELECT s.stage, due.oldest, s.held_reason, tried.last_error,
            NOT coalesce(s.paused, false)
                AND due.oldest < now() - make_interval(secs => %(after)s) IS TRUE AS waiting,
-           tried.attempts >= %(refusals)s AND tried.accepted = 0 AS refusing
+           (tried.attempts >= %(refusals)s AND tried.accepted = 0) IS TRUE AS refusing
     FROM stage AS s
+    LEFT JOIN tried USING (stage)
     CROSS JOIN LATERAL (
         SELECT min(c.due_at) AS oldest FROM stage_calls AS c
         WHERE c.stage = s.stage AND c.due_at <= now()) AS due
-    CROSS JOIN LATERAL (
-        SELECT count(*) AS attempts, count(*) FILTER (WHERE a.outcome = 'succeeded') AS accepted,
-               (array_agg(a.error ORDER BY a.finished_at DESC))[1] AS last_error
-        FROM stage_attempts AS a
-        WHERE a.finished_at > now() - make_interval(secs => %(after)s) AND a.stage = s.stage
-          AND a.outcome NOT IN ('skipped', 'cancelled')) AS tried
 ), marked AS (
     UPDATE pipeline_stages AS p
     SET waiting_since = CASE WHEN s.waiting THEN coalesce(p.waiting_since, now()) END,
