@@ -22,7 +22,7 @@ log = logging.getLogger("listener.serve")
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535),
               metavar="PORT", help="Where to listen; 0 takes a free one.")  # fmt: skip
 @click.option("--allow-host", "names", multiple=True, metavar="NAME",
-              help="A name by which a proxy reaches it; may be repeated.")  # fmt: skip
+              help="A name that people type to reach it, by a proxy; may be repeated.")  # fmt: skip
 def serve(host: str, port: int, names: tuple[str, ...]) -> None:
     """Serve a live page until SIGTERM or Ctrl-C: stages, rows, search, /metrics, /healthz, /readyz.
 
