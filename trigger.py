@@ -30,8 +30,8 @@ from pipeline import Call
 log = logging.getLogger("listener.trigger")
 
 LONGEST_BACKOFF = 300.0  # seconds
-# Statuses after which the work may still run: the stage says so (409), or who answers is a gateway,
-# or a timeout of the stage's framework, that had passed the request on. docs/answers.md has each.
+# Statuses after which the work may still run: the stage says so (409), or a gateway or framework
+# had passed the request on and stopped waiting. docs/answers.md has each.
 MAY_RUN = (409, 460, 499, 502, 504, 520, 522, 524, 598, 599)
 # The stage asks for patience, or a gateway could not connect to it.
 NOT_NOW = (429, 503, 521, 523, 525, 526, 530)
@@ -378,9 +378,10 @@ def what_next(call: Call, ended: Result) -> str:
 
 def alert_given_up(alerts: Alerts, ended: Result) -> None:
     if ended.outcome == "failed":
-        text = f"job {ended.job_id}: {ended.stage} was given up: {ended.error}"
-        about = {"job": ended.job_id, "stage": ended.stage, "error": ended.error}
-        alerts.send("given_up", text, **about, http_status=ended.http_status)
+        row = row_name(ended.table_name, ended.job_id).replace("=", " ", 1)
+        text = f"{row}: {ended.stage} was given up: {ended.error}"
+        about = {"job": ended.job_id, "table": ended.table_name, "stage": ended.stage}
+        alerts.send("given_up", text, **about, error=ended.error, http_status=ended.http_status)
 
 
 def row_name(table: str, key: str) -> str:

@@ -294,7 +294,8 @@ def test_routed_failed_carries_attempts_on_and_ends(routed, table, status):
     assert owed.given_up
     process.stop()
     [alert] = routed.told()
-    assert (alert["event"], alert["job"]) == ("given_up", row)
+    assert (alert["event"], alert["job"], alert["table"]) == ("given_up", row, table)
+    assert alert["text"].startswith(f"{'job' if table == 'jobs' else 'job_variants_id'} {row}: ")
     assert "(attempt 3, the last one)" in alert["error"]
 
 
