@@ -121,6 +121,7 @@ class Hearing:
         self.tables = channels_of_tables()
         self.followed = followed_states()
         self.is_told = True  # else the listener looks every POLL_INTERVAL
+        self.silent = False  # the triggers do not notify
         self.listens_lost = 0  # connections that ended with their LISTEN, one after the other
         self.heard: list[psycopg2.extensions.Notify] = []  # and not logged yet
         self.changes = Allowance(BURST, PER_SECOND)
@@ -139,7 +140,7 @@ class Hearing:
         Args:
             silent: the triggers do not notify (`install --no-notify`).
         """
-        is_told, why, self.deaf_until = False, "트랜잭션 풀러?", None
+        is_told, why, self.deaf_until, self.silent = False, "트랜잭션 풀러?", None, silent
         if self.conn is not None and self.conn.dropped > db.FLOOD:
             self.conn = None
             self.do_without()
@@ -177,7 +178,7 @@ class Hearing:
             self.do_without()
         elif self.deaf_until is not None and now >= self.deaf_until:
             listen(conn)
-            self.is_told, self.deaf_until, self.pace.left = True, None, db.FLOOD
+            self.is_told, self.deaf_until, self.pace.left = not self.silent, None, db.FLOOD
             log.info("LISTEN '%s' 시작", db.CHANNEL)
             return {db.CHANNEL, db.WAKE_CHANNEL, db.JOIN_CHANNEL}  # what came meanwhile
         return {notification.channel for notification in heard}
@@ -198,7 +199,7 @@ class Hearing:
                 if self.others.allows():
                     log.warning("알 수 없는 알림 무시: %.200s", notification.payload)
             elif notification.payload and self.others.allows():
-                # In words, by `pause` and `resume`, but anybody can.
+                # Sent by `pause` and `resume`, or by anybody.
                 log.info("알림으로 온 말 (누구나 보낼 수 있음, 서버 프로세스 %d): %.500s",
                          notification.pid, notification.payload)  # fmt: skip
         self.tell_passed_over()

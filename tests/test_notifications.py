@@ -113,6 +113,15 @@ def test_flood_makes_a_listener_poll_and_later_listen_again(lines_of, monkeypatc
     assert lines_of.hearing.is_told and db.execute(lines_of.conn, channels).fetchone()[0] == 2
 
 
+def test_flood_leaves_a_listener_without_notify_polling(lines_of, database):
+    with closing(db.connect(database.settings())) as conn:
+        hearing = lines_of.hearing
+        hearing.listen(conn, silent=True)
+        hearing.deaf_until, hearing.pace.burst = 0.0, 1e9
+        hearing.hear(conn)
+        assert hearing.deaf_until is None and not hearing.is_told
+
+
 def test_connection_that_a_flood_ended_is_followed_by_one_that_does_not_listen(lines_of, database):
     lines_of.conn.dropped = db.FLOOD + 1
     with closing(db.connect(database.settings())) as conn:
