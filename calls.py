@@ -43,7 +43,7 @@ class Result:
     retry_after: float | None = None  # seconds the stage asked for
     after_hold: bool = False  # was claimed after a hold of its stage, which its success lifts
     limited: bool = False  # its stage has limits over all listeners
-    is_told: bool = False  # an alert was sent about it
+    is_told: bool = False  # no alert is to be sent about it any more
     seconds: float = 0.0  # how long the attempt took, for the log
     trace: str | None = None  # the traceback of a bug in the stage function, for the log
 
@@ -409,7 +409,7 @@ class Claimed(NamedTuple):
 
     key: the row's id as the database writes it.
     current_step, status: the state that owes it.
-    taken_over: the attempt before was lost with its listener.
+    taken_over: the lease of the attempt before ran out.
     job_found, job_step, job_status: of its row, or its parent's where that owes it.
     is_complete: of a join: all rows of the parent are in its state.
     owed: the row is still in the state that owes it.
@@ -450,7 +450,8 @@ class Turn:
 
     claimed: of each claim, the one due longest first.
     unsettled: calls whose row the stage's own transaction holds: settle them again later.
-    asked_at: the database's time of the (first) claim; None where one was refused as a whole.
+    asked_at: the database's time of the (first) claim; None: there was none, or one was refused as
+        a whole.
     """
 
     claimed: list[Claimed]
@@ -701,9 +702,9 @@ def spent_before(conn, row):
     return execute(conn, SPENT_BEFORE, given | {"call_id": row.call_id}).fetchone()
 
 
-# The claim itself counts for nothing. Its number becomes that of the last attempt where it can, as
-# an attempt whose listener is lost leaves no other account of what is spent. Where the application
-# holds the row of the call, it is about to owe something else.
+# The claim itself counts for nothing. `attempts` becomes what is spent where it can: if the
+# listener is lost, nothing else says how much that was. Where the application holds the row of the
+# call, it is about to owe something else.
 PUT_OFF = """
 WITH mine AS (
     SELECT job_id, call_id FROM stage_calls
@@ -722,7 +723,7 @@ FROM mine WHERE c.job_id = mine.job_id AND c.call_id = mine.call_id
 
 
 def put_off(conn, row, worker: str, spent: int, delay: float, error: str | None) -> None:
-    """Let the first claim of a call wait for `delay` seconds, with `spent` attempts behind it."""
+    """Let a claimed call wait for `delay` seconds, with `spent` attempts behind it."""
     given = {"job_id": row.key, "call_id": row.call_id, "attempt": row.attempt, "worker": worker}
     execute(conn, PUT_OFF, given | {"spent": spent, "delay": delay, "error": error})
 

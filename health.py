@@ -38,7 +38,7 @@ class Health:
     # The last call with a wrong answer, where none was accepted since.
     refused: Result | None = None
     is_wrong: bool = False  # several jobs got a wrong answer
-    # By call_id of calls that the stage refused or put off: calls it had accepted before that.
+    # By call_id of a call that was refused or put off: how many the stage had accepted by then.
     suspects: OrderedDict[int, int] = field(default_factory=OrderedDict)
 
 
@@ -48,7 +48,7 @@ class StageHealth:
     def __init__(self, settings: SimpleNamespace, alerts: Alerts):
         self.settings, self.alerts = settings, alerts
         self.of: dict[str, Health] = defaultdict(Health)
-        self.revived: list[Result] = []  # given up, although the stage was at fault: to be undone
+        self.to_revive: list[Result] = []  # given up, although the stage was at fault: to be undone
 
     def most(self, stage: str, free: int, under_way: list[Call]) -> int:
         """How many calls of `stage` may begin: one at a time if it is silent or wrong."""
@@ -84,7 +84,7 @@ class StageHealth:
                 return ended
             health.is_wrong = True
             if before.outcome == "failed":
-                self.revived.append(before)
+                self.to_revive.append(before)
             self.tell(call.stage, ended.error or "")
         if ended.outcome == "unknown":
             return self.again(call, ended, "unknown", hold=True, free=True)

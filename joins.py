@@ -117,8 +117,8 @@ def has_look(conn, row: Any) -> bool:
     return execute(conn, HAS_LOOK, given).fetchone().has_look
 
 
-# Used where the call is skipped, as a row has left the state and no attempt was accepted. A look is
-# appended so that the join stays open: the row's return or deletion then completes it again.
+# Used where the call is skipped though no attempt was accepted: a row has left the state, or the
+# rows have changed since. A look is appended so that the join stays open until it is complete.
 REOPEN = """
 INSERT INTO stage_looks (parent_id, join_of, arrived) VALUES (%(parent_id)s, %(join)s, true)
 """

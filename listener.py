@@ -53,8 +53,8 @@ from workers import Workers
 
 log = logging.getLogger("listener")
 
-# The longest sleep, and what a heartbeat allows for a few statements on top of it (seconds). One
-# that is frozen is noticed within the sum.
+# The longest sleep, and what a heartbeat allows for a few statements on top of it (seconds). A
+# frozen listener is noticed by `check` within the sum.
 LONGEST_SLEEP = 5.0
 HEARTBEAT_MARGIN = 20.0
 # How often to look whether a stage has let go of the row of a call that it has answered.
@@ -96,21 +96,22 @@ class Look:
         if self.is_needed:
             self.at = min(self.at, self.rests_until)
 
-    def rest(self, began: float, found: int, then: float = 0.0) -> None:
-        """A look that began then has ended.
+    def rest(self, began: float, found: int, delay: float = 0.0) -> None:
+        """Note that a look has ended.
 
         Args:
+            began: time.monotonic() at its beginning.
             found: how many parents, or moves.
-            then: seconds until the next look where nobody asks for it.
+            delay: seconds until the next look where nobody asks for it.
         """
         now = time.monotonic()
         apart = LOOKS_APART_TIMES * (now - began) if found < MANY else 0.0
         most = LONGEST_SLEEP if found else LOOKS_APART_MOST
         self.rests_until = began + max(LOOKS_APART, min(apart, most))
-        self.at = max(self.rests_until, now + then)
+        self.at = max(self.rests_until, now + delay)
 
     def fail(self, began: float) -> float:
-        """A look that began then has failed; seconds until the next one."""
+        """Note that a look has failed, which began at `began`; seconds until the next one."""
         self.rest(began, 0)
         now = time.monotonic()
         self.rests_until = self.at = max(self.rests_until, now + LONGEST_SLEEP)
@@ -155,7 +156,7 @@ class Listener:
         self.asks = False  # whether to ask
         self.asked_at: datetime | None = None  # since when
         self.doubtful_until = -math.inf  # until then a claim of ours may exist that we do not know
-        self.gives_back = False  # such a claim does exist: its call was released
+        self.gives_back = False  # there is one: its call was released, or the row is locked
         self.checked = False  # whether the database knows this PIPELINE
         self.refusal: ops.Problem | None = None  # why this program must not go on
         self.nothing_due = False
@@ -245,7 +246,7 @@ class Listener:
             for call in claimed:
                 self.workers.give(call)
             try:
-                self.hear(conn)  # what the claim has read, and maybe not seen
+                self.hear(conn)  # notifications that came with the answer to the claim
             finally:
                 self.hearing.log()
                 for call in claimed:
@@ -373,10 +374,10 @@ class Listener:
             log.error("조인 확인 실패 (%.0f초 후 다시 시도): %s", seconds,
                       " ".join(str(error).split()))  # fmt: skip
         else:
-            then = 0.0 if parents else math.inf
+            delay = 0.0 if parents else math.inf
             if parents is None:  # another listener is looking, and may have begun too early
-                then = AGAIN_EVERY
-            self.join_look.rest(began, parents or 0, then)
+                delay = AGAIN_EVERY
+            self.join_look.rest(began, parents or 0, delay)
 
     def look_at_moves(self, conn: db.Connection) -> None:
         """End the calls of asynchronous stages whose rows have moved on. What keeps that from being
@@ -448,12 +449,12 @@ class Listener:
         if any(result.outcome == TAKEN for result in self.unwritten):
             self.move_look.ask()  # the row may have moved on before
         self.unwritten = []
-        for result in self.health.revived:
+        for result in self.health.to_revive:
             log.warning(
                 "포기한 호출을 되살림 (단계의 문제): job=%s stage=%s", result.job_id, result.stage
             )
             calls.revive(conn, result)
-        self.health.revived = []
+        self.health.to_revive = []
 
     def tell_failed(self, conn: db.Connection) -> None:
         """Tell people of the calls that have failed: given up, or set failed by their stage."""
@@ -573,7 +574,7 @@ class Listener:
         """Let a call that (stage, 'failed') owes to that stage wait, or give it up; whether it did.
 
         It takes over attempts and back-off of the call before it, or a stage that always fails
-        would be called for ever. Not where a person has asked for it: then it has an error.
+        would be called for ever. A call with an error is made: a person has asked for it.
         """
         if (
             call.spent > 1
@@ -627,7 +628,7 @@ class Listener:
 
     @property
     def next_look(self) -> float:
-        """time.monotonic() of the next look for due calls; needs an idle worker."""
+        """time.monotonic() of the next turn. Only with an idle worker it looks for due calls."""
         times = [self.move_look.at, *([self.again_at] if self.locked or self.gives_back else [])]
         if self.workers.idle and not self.is_stopping:
             times += [self.look_at, self.sweep_at, self.join_look.at]
@@ -667,7 +668,9 @@ class Listener:
                 self.accepted.popitem(last=False)
 
     def give_back(self, conn: db.Connection) -> None:
-        """Free what was claimed in our name and never begun, as its answer was lost."""
+        """Free what was claimed in our name and never begun: the answer to the claim was lost, or
+        the lease was too short for the call.
+        """
         keep = [call.call_id for call in self.workers.calls]
         keep += [result.call_id for result in (*self.locked, *self.unwritten)]
         found = calls.give_back(conn, self.name, keep)
@@ -757,8 +760,8 @@ def run(workers: int | None = None, only: tuple[str, ...] = (), once: bool = Fal
     if settings.LISTENER_ENABLED:
         config.require_database(settings)
     logs.set_up(settings)
-    # What is there by now stays: a collection would go through all of it, and a worker's would
-    # write to, and so copy, what it shares with the others.
+    # What is loaded is frozen: a collection would go through all of it, and in a worker it would
+    # copy the memory that is shared with the listener.
     gc.freeze()
     signals = Signals()
     try:

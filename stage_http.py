@@ -205,7 +205,7 @@ def answer_of(response: requests.Response) -> Answer:
 
 
 def read(raw: urllib3.BaseHTTPResponse) -> str:
-    """The beginning of the body, undecoded; the rest is read and dropped."""
+    """The beginning of the body as text, not decompressed; the rest is read and dropped."""
     status = raw.status
     if status < 200:
         raise NoAnswer(f"status {status}, which is not a final answer")

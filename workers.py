@@ -110,7 +110,7 @@ class Worker:
             size += LENGTH.unpack_from(self.received)[0]
         if size > LARGEST:
             raise ValueError(f"a message of {size} bytes")
-        if len(self.received) < size or not self.received:
+        if len(self.received) < size:
             return None
         result = Result(**json.loads(self.received[LENGTH.size : size]))
         self.received, self.call, self.until = bytearray(), None, math.inf
@@ -299,7 +299,7 @@ def live(
         workers.heartbeat.leave()
         for other in others:
             other.close()
-        psycopg2.extensions.set_wait_callback(None)  # see db.without_callback
+        psycopg2.extensions.set_wait_callback(None)  # see where db.py sets it
         make_calls(workers, end, answered)
         code = 0
     except BaseException:
