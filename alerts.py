@@ -60,6 +60,7 @@ class Episode:
     until: float  # time.monotonic() at which the count is sent
     said: dict[str, Any] = field(default_factory=dict)  # the last one
     count: int = 0
+    recovered: dict[str, Any] | None = None  # to be sent at its end, unless it happens again
 
 
 class Alerts:
@@ -79,15 +80,24 @@ class Alerts:
         said = {"event": event, "text": text, **details}
         key = event, details.get("stage")
         if episode := self.episodes.get(key):
-            episode.said, episode.count = said, episode.count + 1
+            episode.said, episode.count, episode.recovered = said, episode.count + 1, None
             return
         self.episodes[key] = Episode(time.monotonic() + EPISODE)
         self.put(said)
 
-    def recovered(self, event: str, stage: str, text: str) -> None:
-        """Send that an event of `stage` is over."""
+    def recovered(self, event: str, stage: str, text: str, at_once: bool = True) -> None:
+        """Send that an event of `stage` is over.
+
+        Args:
+            at_once: even within EPISODE of the alert, as the event cannot come and go quickly.
+        """
+        said = {"event": "recovered", "text": f"{stage}: {text}", "stage": stage, "of": event}
+        episode = self.episodes.get((event, stage))
+        if episode and not at_once:
+            episode.recovered = said
+            return
         self.episodes.pop((event, stage), None)
-        self.put({"event": "recovered", "text": f"{stage}: {text}", "stage": stage, "of": event})
+        self.put(said)
 
     def put(self, said: dict[str, Any]) -> None:
         if not self.command:
@@ -101,7 +111,7 @@ class Alerts:
         self.look()
 
     def end_episodes(self, now: float) -> None:
-        """Send the counts of episodes that are over."""
+        """Send the counts of episodes that are over, and what has recovered."""
         for key, episode in list(self.episodes.items()):
             if now < episode.until:
                 continue
@@ -111,6 +121,8 @@ class Alerts:
                     self.episodes[key] = Episode(now + EPISODE)
                 text = f"{episode.count} more of the same, the last: {episode.said['text']}"
                 self.put(episode.said | {"text": text, "count": episode.count})
+            if episode.recovered:
+                self.put(episode.recovered)
 
     @property
     def pids(self) -> list[int]:
@@ -120,7 +132,8 @@ class Alerts:
     def next_look(self) -> float:
         """time.monotonic() at which the next run is to be killed, or the next count to be sent."""
         times = [run.until for run in self.running]
-        times += [episode.until for episode in self.episodes.values() if episode.count]
+        episodes = self.episodes.values()
+        times += [one.until for one in episodes if one.count or one.recovered]
         return min(times, default=math.inf)
 
     def look(self) -> bool:

@@ -65,6 +65,9 @@ class StageHealth:
         elif status is not None:
             health.unanswered = 0
         if ended.outcome in ("succeeded", TAKEN):
+            if health.is_wrong:
+                text = "it accepts calls again"
+                self.alerts.recovered("stage_refuses", call.stage, text, at_once=False)
             health.accepted += 1
             health.refused, health.is_wrong = None, False
             health.suspects.pop(call.call_id, None)

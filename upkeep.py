@@ -544,25 +544,31 @@ def tell_absence(conn, after: float, alerts: Alerts) -> None:
 # At least this many attempts, none of them accepted, show that the stage is at fault.
 REFUSALS = 3
 
-# The first listener that sees it marks the stage until it is over. Paused stages are left out, as a
-# person wants them to wait.
+# The first listener that sees it marks the stage until it is over. Paused stages are left as they
+# are, as a person wants them to wait. Only a success shows that a stage accepts calls again: one
+# that is tried with one call at a time, or has no calls, makes few attempts.
 EPISODES = """
 WITH stage AS (
-    SELECT stage, bool_or(held_until = 'infinity') AS paused,
-           max(held_reason) FILTER (WHERE held_until > now()) AS held_reason
+    SELECT stage, bool_or(held_until = 'infinity') IS TRUE AS paused,
+           max(held_reason) FILTER (WHERE held_until > now()) AS held_reason,
+           min(waiting_since) IS NOT NULL AS was_waiting, min(refusing_since) AS refusing_since
     FROM pipeline_stages GROUP BY stage
 ), tried AS (
-    SELECT stage, count(*) AS attempts, count(*) FILTER (WHERE outcome = 'succeeded') AS accepted,
+    SELECT stage, count(*) AS attempts,
+           max(finished_at) FILTER (WHERE outcome = 'succeeded') AS accepted_at,
            (array_agg(error ORDER BY finished_at DESC))[1] AS last_error
     FROM stage_attempts
-    WHERE finished_at > now() - make_interval(secs => %(after)s)
+    WHERE finished_at > now() - make_interval(secs => %(recent)s)
       AND outcome NOT IN ('skipped', 'cancelled')
     GROUP BY stage
 ), state AS (
-    SELECT s.stage, due.oldest, s.held_reason, tried.last_error,
-           NOT coalesce(s.paused, false)
-               AND due.oldest < now() - make_interval(secs => %(after)s) IS TRUE AS waiting,
-           (tried.attempts >= %(refusals)s AND tried.accepted = 0) IS TRUE AS refusing
+    SELECT s.stage, due.oldest, s.held_reason, tried.last_error, s.was_waiting,
+           s.refusing_since IS NOT NULL AS was_refusing,
+           CASE WHEN s.paused THEN s.was_waiting
+                ELSE due.oldest < now() - make_interval(secs => %(after)s) IS TRUE END AS waiting,
+           (s.refusing_since IS NOT NULL OR tried.attempts >= %(refusals)s) IS TRUE
+               AND (tried.accepted_at > coalesce(s.refusing_since, '-infinity')) IS NOT TRUE
+               AS refusing
     FROM stage AS s
     LEFT JOIN tried USING (stage)
     CROSS JOIN LATERAL (
@@ -572,14 +578,11 @@ WITH stage AS (
     UPDATE pipeline_stages AS p
     SET waiting_since = CASE WHEN s.waiting THEN coalesce(p.waiting_since, now()) END,
         refusing_since = CASE WHEN s.refusing THEN coalesce(p.refusing_since, now()) END
-    FROM state AS s, pipeline_stages AS before
+    FROM state AS s
     WHERE p.stage = s.stage
       AND ((p.waiting_since IS NOT NULL) <> s.waiting
            OR (p.refusing_since IS NOT NULL) <> s.refusing)
-      AND (before.table_name, before.join_of, before.current_step, before.status)
-          = (p.table_name, p.join_of, p.current_step, p.status)
-    RETURNING s.*, before.waiting_since IS NOT NULL AS was_waiting,
-              before.refusing_since IS NOT NULL AS was_refusing
+    RETURNING s.*
 )
 SELECT DISTINCT stage, waiting, was_waiting, refusing, was_refusing, held_reason, last_error,
        extract(epoch FROM now() - oldest)::float8 AS seconds
@@ -591,7 +594,9 @@ def episodes(conn, after: float) -> list:
     """The stages whose calls have been waiting for `after` seconds, or that accepted none of
     several in that time, and those where that is over.
     """
-    given = {"after": after, "refusals": REFUSALS}
+    # No success between two looks may be missed, however short `after` is.
+    recent = max(after, 2 * EPISODES_INTERVAL)
+    given = {"after": after, "recent": recent, "refusals": REFUSALS}
     return execute(conn, UNPINNED + EPISODES, given).fetchall()
 
 
@@ -604,7 +609,7 @@ def tell_episode(alerts: Alerts, row: Any) -> None:
         log.error("밀린 단계: stage=%s 대기=%.0f초 %s", stage, row.seconds, why)
         alerts.send("waiting", text, stage=stage, seconds=row.seconds, reason=why)
     elif row.was_waiting and not row.waiting:
-        alerts.recovered("waiting", stage, "its calls are made in time again")
+        alerts.recovered("waiting", stage, "no call of it is late any more")
     if row.refusing and not row.was_refusing:
         text = f"{stage} accepts no call: {row.last_error}"
         log.error("호출을 하나도 수락하지 않는 단계: stage=%s %s", stage, row.last_error)

@@ -22,7 +22,7 @@ TIMES = {
     "stage_calls": ["due_at", "started_at"],
     "stage_leases": ["leased_until", "started_at"],
     "stage_limits": ["next_at", "stays_since"],
-    "pipeline_stages": ["held_until"],
+    "pipeline_stages": ["held_until", "waiting_since", "refusing_since"],
     "stage_attempts": ["started_at", "finished_at"],
 }
 STAGES = ["vlm_analyze", "yolo_detect", "planner", "overlay", "vlm_judge"]

@@ -1,10 +1,11 @@
 """Alerts about lasting problems: sent once when they begin, and once when they are over."""
 
 import json
+import math
 import time
 
 import pytest
-from claims import connected
+from claims import connected, let_pass
 
 import alerts as alerts_module
 import upkeep
@@ -60,19 +61,50 @@ def test_paused_stage_wakes_nobody(database, sent):
     assert look(database, sent) == []
 
 
+def test_pause_of_a_stage_that_waits_is_no_recovery(database, sent):
+    database.add_job("img_gen", "done")
+    database.rows(OLD)
+    assert look(database, sent) == [("waiting", "vlm_analyze")]
+    database.rows("UPDATE pipeline_stages SET held_until = 'infinity'")
+    assert look(database, sent) == []
+    database.rows("UPDATE pipeline_stages SET held_until = NULL")
+    assert look(database, sent) == []
+    database.rows("DELETE FROM stage_calls")
+    assert look(database, sent) == [("recovered", "vlm_analyze")]
+
+
+TRIED = """
+INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at, finished_at,
+                            outcome, error)
+SELECT job_id, call_id, 1, stage, 'w', now(), now(), %s, 'HTTP 500' FROM stage_calls
+WHERE job_id = %s
+"""
+
+
 def test_stage_that_accepts_nothing_is_told_once_and_when_it_is_over(database, sent):
     jobs = [database.add_job("img_gen", "done") for _ in range(4)]
-    tried = ("INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at,"
-             " finished_at, outcome, error) SELECT job_id, call_id, 1, stage, 'w', now(), now(),"
-             " %s, 'HTTP 500' FROM stage_calls WHERE job_id = %s")  # fmt: skip
     for job in jobs[:2]:
-        database.rows(tried, "retry", job)
+        database.rows(TRIED, "retry", job)
     assert look(database, sent) == []
-    database.rows(tried, "retry", jobs[2])
+    database.rows(TRIED, "retry", jobs[2])
     assert look(database, sent) == [("refusing", "vlm_analyze")]
     assert sent.events[0]["text"] == "vlm_analyze accepts no call: HTTP 500"
     assert look(database, sent) == []
-    database.rows(tried, "succeeded", jobs[3])
+    database.rows(TRIED, "succeeded", jobs[3])
+    assert look(database, sent) == [("recovered", "vlm_analyze")]
+
+
+def test_stage_that_is_hardly_called_any_more_has_not_recovered(database, sent):
+    jobs = [database.add_job("img_gen", "done") for _ in range(5)]
+    database.rows("UPDATE stage_calls SET due_at = 'infinity'")
+    for job in jobs[:3]:
+        database.rows(TRIED, "unknown", job)
+    assert look(database, sent) == [("refusing", "vlm_analyze")]
+    for job in (None, jobs[3]):
+        let_pass(database, 700)
+        database.rows(TRIED, "unknown", job)
+        assert look(database, sent) == []
+    database.rows(TRIED, "succeeded", jobs[4])
     assert look(database, sent) == [("recovered", "vlm_analyze")]
 
 
@@ -106,6 +138,20 @@ def test_many_of_the_same_are_told_as_one_and_counted(sent):
     assert sent.events[2]["count"] == 999
     assert sent.events[2]["text"] == "999 more of the same, the last: job 999"
     assert sent.episodes.keys() == {("given_up", "overlay")}
+
+
+def test_what_comes_and_goes_quickly_is_told_once(sent):
+    for _ in range(3):
+        sent.send("stage_refuses", "401", stage="overlay")
+        sent.recovered("stage_refuses", "overlay", "it accepts calls again", at_once=False)
+    assert len(sent.events) == 1 and sent.next_look < math.inf
+    sent.end_episodes(time.monotonic() + alerts_module.EPISODE + 1)
+    assert [said.get("count", said["event"]) for said in sent.events[1:]] == [2, "recovered"]
+    sent.send("stage_refuses", "401", stage="planner")
+    sent.recovered("stage_refuses", "planner", "it accepts calls again", at_once=False)
+    sent.send("stage_refuses", "401", stage="planner")
+    sent.end_episodes(math.inf)
+    assert [said["event"] for said in sent.events[3:]] == ["stage_refuses"] * 2
 
 
 def test_what_was_counted_is_told_before_the_listener_ends(sent):

@@ -55,6 +55,8 @@ def test_stage_that_accepts_again_is_called_as_before(database, serve, caller):
     outcomes = [worker.call_again().outcome for _ in jobs]
     assert outcomes == ["succeeded"] * 3 and not database.value(HELD)
     assert worker.listener.health.most("vlm_analyze", 8, []) == 8
+    episode = worker.listener.alerts.episodes["stage_refuses", "vlm_analyze"]
+    assert episode.count == 0 and episode.recovered["of"] == "stage_refuses"
 
 
 def test_wrong_answers_with_a_success_between_are_about_the_jobs(database, serve, caller):
