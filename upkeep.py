@@ -16,7 +16,8 @@ import pipeline
 import trigger
 from alerts import Alerts
 from db import CONNECTION_LOST, UNPINNED, WAKE_CHANNEL, execute
-from ops import migrations
+from ops import listeners, migrations
+from ops.alarms import why_late
 
 log = logging.getLogger("listener")
 
@@ -526,7 +527,11 @@ WHERE c.due_at < now() - make_interval(secs => %(after)s) AND c.worker IS NULL A
 
 
 def tell_absence(conn, after: float, alerts: Alerts) -> None:
-    """Tell people that calls had been waiting for more than `after` seconds at the start."""
+    """Tell people that calls had been waiting for more than `after` seconds at the start; but not
+    where another listener has been there.
+    """
+    if not listeners.is_first(conn):
+        return
     row = execute(conn, UNPINNED + ABSENCE, {"after": after}).fetchone()
     if row.calls:
         text = (
@@ -551,6 +556,7 @@ EPISODES = """
 WITH stage AS (
     SELECT stage, bool_or(held_until = 'infinity') IS TRUE AS paused,
            max(held_reason) FILTER (WHERE held_until > now()) AS held_reason,
+           max(max_running) AS max_running,
            min(waiting_since) IS NOT NULL AS was_waiting, min(refusing_since) AS refusing_since
     FROM pipeline_stages GROUP BY stage
 ), tried AS (
@@ -562,7 +568,7 @@ WITH stage AS (
       AND outcome NOT IN ('skipped', 'cancelled')
     GROUP BY stage
 ), state AS (
-    SELECT s.stage, due.oldest, s.held_reason, tried.last_error, s.was_waiting,
+    SELECT s.stage, due.oldest, s.held_reason, s.max_running, tried.last_error, s.was_waiting,
            s.refusing_since IS NOT NULL AS was_refusing,
            CASE WHEN s.paused THEN s.was_waiting
                 ELSE due.oldest < now() - make_interval(secs => %(after)s) IS TRUE END AS waiting,
@@ -585,8 +591,13 @@ WITH stage AS (
     RETURNING s.*
 )
 SELECT DISTINCT stage, waiting, was_waiting, refusing, was_refusing, held_reason, last_error,
-       extract(epoch FROM now() - oldest)::float8 AS seconds
-FROM marked
+       last_error AS retry_error, max_running,
+       extract(epoch FROM now() - oldest)::float8 AS seconds,
+       (SELECT count(*) FROM stage_calls AS c
+        WHERE c.stage = m.stage AND c.due_at <= now()) AS due,
+       (SELECT count(*) FROM stage_leases AS l
+        WHERE l.stage = m.stage AND l.leased_until > now()) AS calling
+FROM marked AS m
 """
 
 
@@ -604,7 +615,7 @@ def tell_episode(alerts: Alerts, row: Any) -> None:
     """Send the alert of an episode that has begun, or is over."""
     stage = row.stage
     if row.waiting and not row.was_waiting:
-        why = row.held_reason or row.last_error or "no listener has taken it"
+        why = row.held_reason or why_late(row._asdict())
         text = f"a call of {stage} has been due for {row.seconds / 60:.0f} minutes: {why}"
         log.error("밀린 단계: stage=%s 대기=%.0f초 %s", stage, row.seconds, why)
         alerts.send("waiting", text, stage=stage, seconds=row.seconds, reason=why)

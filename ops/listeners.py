@@ -17,8 +17,9 @@ SELECT regexp_replace(s.said, '^[0-9]+/', '') AS listener,
            AND coalesce(substring(s.said from '^([0-9]+)/') = (
                SELECT relnamespace::text FROM pg_class WHERE oid = to_regclass('stage_calls')
            ), true) AS is_ours,
-       extract(epoch FROM now() - s.backend_start)::float8 AS seconds
-FROM (SELECT datname, backend_start,
+       extract(epoch FROM now() - s.backend_start)::float8 AS seconds,
+       s.pid = pg_backend_pid() AS is_own
+FROM (SELECT datname, pid, backend_start,
              substr(application_name, length(%(prefix)s) + 1) AS said,
              current_setting('max_identifier_length')::integer - length(%(prefix)s) AS room
       FROM pg_stat_activity WHERE starts_with(application_name, %(prefix)s)) AS s
@@ -42,6 +43,14 @@ def sessions(conn, application: str = db.LISTENER_APPLICATION) -> list:
 def connected(conn) -> int:
     """How many listeners are connected that work for these tables."""
     return sum(row.is_ours for row in sessions(conn))
+
+
+def is_first(conn) -> bool:
+    """Whether no listener is connected that was there before this one. A role that may not see when
+    the sessions of other roles began takes itself for the first.
+    """
+    ours = [row for row in sessions(conn) if row.is_ours]
+    return not ours or ours[0].is_own
 
 
 def listeners(conn, settings: SimpleNamespace) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import pytest
 from claims import connected, let_pass
 
 import alerts as alerts_module
+import db
 import upkeep
 from alerts import Alerts, Episode
 
@@ -38,7 +39,7 @@ def test_stage_whose_calls_wait_is_told_once_and_when_it_is_over(database, sent)
     assert look(database, sent) == []
     database.rows(OLD)
     assert look(database, sent) == [("waiting", "vlm_analyze")]
-    assert "has been due for 11 minutes: no listener has taken it" in sent.events[0]["text"]
+    assert "has been due for 11 minutes: 1 call due, 0 under way" in sent.events[0]["text"]
     assert look(database, sent) == []
     database.rows("DELETE FROM stage_calls")
     assert look(database, sent) == [("recovered", "vlm_analyze")]
@@ -52,6 +53,17 @@ def test_held_stage_says_why_it_waits(database, sent):
                   " hold_seconds = 60, held_reason = 'HTTP 503'")  # fmt: skip
     assert look(database, sent) == [("waiting", "vlm_analyze")]
     assert sent.events[0]["reason"] == "HTTP 503"
+
+
+def test_stage_at_its_limit_says_so(database, sent):
+    database.add_job("img_gen", "done")
+    database.rows(OLD)
+    database.rows("UPDATE pipeline_stages SET max_running = 1 WHERE stage = 'vlm_analyze'")
+    database.rows("INSERT INTO stage_leases (job_id, call_id, attempt, stage, worker, started_at,"
+                  " leased_until) SELECT job_id, 0, 1, stage, 'w', now(), now() + '1 minute'"
+                  " FROM stage_calls")  # fmt: skip
+    assert look(database, sent) == [("waiting", "vlm_analyze")]
+    assert sent.events[0]["reason"] == "the stage is at its limit of 1 calls at once"
 
 
 def test_paused_stage_wakes_nobody(database, sent):
@@ -127,6 +139,18 @@ def test_listener_that_was_away_says_what_had_waited(database, sent):
     assert sent.events[0]["text"] == (
         "a listener has started: 3 calls had been waiting, the oldest for 11 minutes"
     )
+
+
+def test_listener_that_joins_another_says_nothing_of_absence(database, sent):
+    database.add_job("img_gen", "done")
+    database.rows(OLD)
+    with connected(database) as first, connected(database) as second:
+        for conn in (first, second):
+            db.sign(conn, "w")
+        upkeep.tell_absence(second, 600, sent)
+        assert sent.events == []
+        upkeep.tell_absence(first, 600, sent)
+        assert len(sent.events) == 1
 
 
 def test_many_of_the_same_are_told_as_one_and_counted(sent):
