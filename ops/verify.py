@@ -2,6 +2,7 @@
 
 import json
 import select
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -364,6 +365,17 @@ def check_signing(conn, settings) -> str:
     return f"requests are signed{', with two secrets' * (len(settings.STAGE_API_SECRET) > 1)}"
 
 
+def check_alerts(conn, settings) -> str | None:
+    """Whether ALERT_COMMAND, where it is set, can be started."""
+    if not settings.ALERT_COMMAND:
+        return None
+    program = settings.ALERT_COMMAND[0]
+    if shutil.which(program) is None:
+        raise Bad(f"ALERT_COMMAND cannot be started: there is no program {program}",
+                  f"set ALERT_COMMAND, then {JSL} alert-test")  # fmt: skip
+    return f"ALERT_COMMAND runs {program}; {JSL} alert-test sends one"
+
+
 def check_hosts(conn, settings) -> str:
     if (left := hosts.connections_left(conn)) < hosts.FEW:
         raise Bad(f"{left} more connections to the database are left",
@@ -395,14 +407,15 @@ def check_enabled(conn, settings) -> str:
 CHECKS: list[Callable] = [
     check_server, check_tables, check_rows, check_columns, check_function, check_triggers,
     check_routes, check_privileges, check_others, check_listen, check_stage_api, check_signing,
-    check_hosts, check_commits, check_enabled,
+    check_alerts, check_hosts, check_commits, check_enabled,
 ]  # fmt: skip
 
 
 def run_checks(conn, settings) -> Iterator[tuple[bool, str]]:
     for one in CHECKS:
         try:
-            yield True, one(conn, settings)
+            if said := one(conn, settings):
+                yield True, said
         except Bad as bad:
             yield from ((False, f"{each} → {each.mend}") for each in (bad, *bad.others))
         except db.ConnectionLost:
