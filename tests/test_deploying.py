@@ -247,15 +247,37 @@ def test_systemd_check_reads_the_heartbeats_of_the_listener():
     assert heartbeats == [f"/run/{runtime}"] * 2
 
 
-@pytest.mark.parametrize("result", ["success", "exit-code"])
-def test_systemd_check_kills_a_listener_that_hangs(result, tmp_path):
-    kill = dict(unit("job-state-listener-check.service"))["ExecStopPost"]
-    command = shlex.split(kill.removeprefix("+").replace("$$", "$"))
+@pytest.fixture
+def systemctl(tmp_path):
+    """A PATH whose systemctl prints what it was given."""
     (tmp_path / "systemctl").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / "systemctl").chmod(0o755)
-    environ = {"PATH": str(tmp_path), "SERVICE_RESULT": result}
+    return f"{tmp_path}:/usr/bin:/bin"
+
+
+KILL = "kill --kill-who=main --signal=KILL job-state-listener"
+
+
+@pytest.mark.parametrize("status", ["0", "1", "2", "TERM"])
+def test_systemd_check_kills_a_listener_that_hangs_and_no_other(status, systemctl):
+    kill = dict(unit("job-state-listener-check.service"))["ExecStopPost"]
+    command = shlex.split(kill.removeprefix("+").replace("$$", "$"))
+    environ = {"PATH": systemctl, "EXIT_STATUS": status}
     said = subprocess.run(command, env=environ, capture_output=True, text=True, check=True).stdout
-    assert said.startswith("kill --kill-who=main --signal=KILL") == (result != "success")
+    assert said == (f"{KILL}.service\n" if status == "1" else "")
+
+
+@pytest.mark.parametrize("page", ["OPERATING.md", "OPERATING.ko.md"])
+@pytest.mark.parametrize("code", [0, 1, 2, None])
+def test_cron_kills_a_listener_that_hangs_and_no_other(page, code, systemctl, tmp_path):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    [line] = re.findall(r"^\* \* \* \* \* (cd .*systemctl kill.*)$", text, re.MULTILINE)
+    (tmp_path / "jsl").write_text(f"#!/bin/sh\nexit {code}\n")
+    (tmp_path / "jsl").chmod(0o755)
+    there = tmp_path / "nowhere" if code is None else tmp_path
+    command = line.replace("/srv/listener", str(there))
+    done = subprocess.run(["sh", "-c", command], env={"PATH": systemctl}, capture_output=True)
+    assert done.stdout.decode() == (f"{KILL}\n" if code == 1 else "")
 
 
 # --- Kubernetes ----------------------------------------------------------------------------
