@@ -72,6 +72,16 @@ def test_person_retries_a_row_or_all_that_a_stage_gave_up(database, kim):
     assert not any(database.owed(job).given_up for job in jobs)
 
 
+def test_retry_of_a_stage_leaves_what_waits_and_says_so(database, kim):
+    job = database.add_job("planner", "done")
+    database.rows("UPDATE stage_calls SET due_at = now() + interval '1 hour'")
+    way = "/do/retry?stage=overlay"
+    form = Page(kim.at(way).text).root.text
+    assert "is due now where it is chosen by its row, not by its stage" in form
+    assert "1 wait for their next attempt" in said(kim.does(way))
+    assert said(kim.does(f"/do/retry?id={job}&stage=overlay")).count("due again") == 1
+
+
 def test_mistakes_get_the_words_of_the_command(database, kim):
     for path in ("/do/pause?stage=paint", "/do/again?id=7&table=paint"):
         refused = kim.does(path)

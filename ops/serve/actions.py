@@ -54,6 +54,7 @@ def of_row(given: Mapping[str, str]) -> list[str]:
 
 
 def retry_words(given: Mapping[str, str]) -> list[str]:
+    """Not --now for a stage: all of its calls that were planned for next week would be made."""
     if given.get("id"):
         return ["--now", *of_row(given)]
     return [f"--stage={given['stage']}", "--yes"]
@@ -72,8 +73,8 @@ ACTIONS = {
     ),
     "retry": Action(
         retry, "Retry now",
-        "What was given up is due again, with all its attempts; what waits for its next attempt "
-        "is due now.",
+        "What was given up is due again, with all its attempts. A call that waits, for its next "
+        "attempt or its time, is due now where it is chosen by its row, not by its stage.",
         False, retry_words,
     ),
     "again": Action(
