@@ -87,23 +87,35 @@ END
 $do$;
 """
 
-# What each role but the owner and ourselves may do with our tables and views.
+# What each role but the owner and ourselves may do with our tables and views, or with columns of
+# them; and who may execute the functions that read the rows of all tenants.
 OTHERS = """
+WITH ours AS (
+    SELECT c.oid, c.relname, c.relowner, c.relacl FROM pg_class AS c
+    WHERE c.oid IN (SELECT to_regclass(name) FROM unnest(%(names)s::text[]) AS name)
+), acls (name, owner, acl) AS (
+    SELECT relname, relowner, relacl FROM ours
+    UNION ALL
+    SELECT o.relname, o.relowner, t.attacl
+    FROM ours AS o JOIN pg_attribute AS t ON t.attrelid = o.oid
+    UNION ALL
+    SELECT proname, proowner, coalesce(proacl, acldefault('f', proowner)) FROM pg_proc
+    WHERE oid IN (to_regprocedure('stalled_jobs()'), to_regprocedure('resting_rows()'))
+)
 SELECT CASE a.grantee WHEN 0 THEN 'everybody' ELSE a.grantee::regrole::text END AS role,
        concat_ws(', ',
-           CASE WHEN bool_or(a.privilege_type = 'SELECT') THEN 'read' END,
-           CASE WHEN bool_or(a.privilege_type = 'INSERT' AND c.relname = 'stage_calls')
-                THEN 'add' END,
-           CASE WHEN bool_or(a.privilege_type = 'UPDATE' AND c.relname = 'pipeline_stages')
+           CASE WHEN bool_or(a.privilege_type IN ('SELECT', 'EXECUTE')) THEN 'read' END,
+           CASE WHEN bool_or(a.privilege_type = 'INSERT') THEN 'add' END,
+           CASE WHEN bool_or(a.privilege_type = 'UPDATE' AND acls.name = 'pipeline_stages')
                 THEN 'pause' END,
-           CASE WHEN bool_or(a.privilege_type = 'UPDATE' AND c.relname <> 'pipeline_stages')
+           CASE WHEN bool_or(a.privilege_type = 'UPDATE' AND acls.name <> 'pipeline_stages')
                 THEN 'change' END,
            CASE WHEN bool_or(a.privilege_type IN ('DELETE', 'TRUNCATE')) THEN 'delete' END,
-           CASE WHEN bool_or(a.privilege_type IN ('TRIGGER', 'REFERENCES')) THEN 'hang on to' END
+           CASE WHEN bool_or(a.privilege_type IN ('TRIGGER', 'REFERENCES')) THEN 'hang on to' END,
+           CASE WHEN bool_or(a.privilege_type = 'MAINTAIN') THEN 'maintain' END
        ) AS may
-FROM pg_class AS c CROSS JOIN LATERAL aclexplode(c.relacl) AS a
-WHERE c.oid IN (SELECT to_regclass(name) FROM unnest(%(names)s::text[]) AS name)
-  AND a.grantee <> c.relowner AND a.grantee <> current_user::regrole
+FROM acls CROSS JOIN LATERAL aclexplode(acls.acl) AS a
+WHERE a.grantee <> acls.owner AND a.grantee <> current_user::regrole
 GROUP BY a.grantee ORDER BY 1
 """
 

@@ -264,3 +264,19 @@ def test_verify_lists_who_else_has_rights(each_database, make_role):
     assert found == sorted([
         "everybody may add", f"{reader} may read", f"{other} may read, pause, delete"
     ])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("granted", "may"),
+    [
+        ("INSERT ON stage_attempts", "add"),
+        ("UPDATE (held_until) ON pipeline_stages", "pause"),
+        ("SELECT (tenant_id) ON stage_calls", "read"),
+        ("EXECUTE ON FUNCTION resting_rows()", "read"),
+    ],
+)
+def test_verify_lists_rights_on_part_of_it(database, make_role, granted, may):
+    role = make_role(database)
+    database.rows(f"GRANT {granted} TO {role}")
+    with connected(database) as conn:
+        assert others(conn, [*migrations.TABLES, *migrations.VIEWS]) == [f"{role} may {may}"]
