@@ -220,6 +220,7 @@ ORDER BY 1, 2
 FOR_EVERYBODY = [
     ("stage_call_row", "everybody"),
     ("stage_column_types", "everybody"),
+    ("stage_due_calls", "everybody"),
     ("stage_join_is_complete", "everybody"),
 ]
 
