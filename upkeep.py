@@ -550,8 +550,8 @@ def tell_absence(conn, after: float, alerts: Alerts) -> None:
 REFUSALS = 3
 
 # The first listener that sees it marks the stage until it is over. Paused stages are left as they
-# are, as a person wants them to wait. Only a success shows that a stage accepts calls again: one
-# that is tried with one call at a time, or has no calls, makes few attempts.
+# are, as a person wants them to wait. Only a success, or a call that was taken, shows that a stage
+# accepts calls again: one that is tried with one call at a time, or has none, makes few attempts.
 EPISODES = """
 WITH stage AS (
     SELECT stage, bool_or(held_until = 'infinity') IS TRUE AS paused,
@@ -573,10 +573,14 @@ WITH stage AS (
            CASE WHEN s.paused THEN s.was_waiting
                 ELSE due.oldest < now() - make_interval(secs => %(after)s) IS TRUE END AS waiting,
            (s.refusing_since IS NOT NULL OR tried.attempts >= %(refusals)s) IS TRUE
-               AND (tried.accepted_at > coalesce(s.refusing_since, '-infinity')) IS NOT TRUE
-               AS refusing
+               AND (greatest(tried.accepted_at, taken.at)
+                    > coalesce(s.refusing_since, '-infinity')) IS NOT TRUE AS refusing
     FROM stage AS s
     LEFT JOIN tried USING (stage)
+    CROSS JOIN LATERAL (
+        SELECT max(l.started_at) AS at FROM stage_leases AS l
+        WHERE l.stage = s.stage AND l.working
+          AND l.started_at > now() - make_interval(secs => %(recent)s)) AS taken
     CROSS JOIN LATERAL (
         SELECT min(c.due_at) AS oldest FROM stage_calls AS c
         WHERE c.stage = s.stage AND c.due_at <= now()) AS due

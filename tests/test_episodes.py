@@ -120,6 +120,17 @@ def test_stage_that_is_hardly_called_any_more_has_not_recovered(database, sent):
     assert look(database, sent) == [("recovered", "vlm_analyze")]
 
 
+def test_stage_that_works_on_a_call_it_has_taken_accepts_calls(database, sent):
+    jobs = [database.add_job("img_gen", "done") for _ in range(4)]
+    for job in jobs[:3]:
+        database.rows(TRIED, "held", job)
+    database.rows("INSERT INTO stage_leases (job_id, call_id, attempt, stage, worker, started_at,"
+                  " leased_until, working) SELECT job_id, call_id, 1, stage, 'w', now(),"
+                  " now() + interval '1 hour', true FROM stage_calls WHERE job_id = %s", jobs[3]
+                  )  # fmt: skip
+    assert look(database, sent) == []
+
+
 def test_two_listeners_tell_it_once(database, sent):
     database.add_job("img_gen", "done")
     database.rows(OLD)
