@@ -24,6 +24,7 @@ import listener as program
 import ops
 from demo import five_stages
 from ops.problem import GRANTS
+from pipeline import limits
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -314,3 +315,13 @@ def test_example_of_a_stage_function_works(database, accepting, caller, add_stag
     assert worker.call_again().outcome == "succeeded"
     body = json.loads(accepting.requests[0].body)
     assert body == {"job_id": job, "tenant_id": "tenant", "text": "안녕", "proposal_id": 7}
+
+
+def test_each_limit_of_a_stage_has_an_example_that_works():
+    shown = set()
+    for _, body in Readme("docs/STAGES.md").blocks:
+        if "@limits(" in body:
+            exec(body, {"limits": limits})
+            calls = (node for node in ast.walk(ast.parse(body)) if isinstance(node, ast.Call))
+            shown |= {k.arg for c in calls if ast.unparse(c.func) == "limits" for k in c.keywords}
+    assert shown == set(inspect.signature(limits).parameters)
