@@ -17,6 +17,7 @@ import config
 import db
 from heartbeat import ALIVE
 from ops import migrations
+from ops.limits import LIMIT_FIELDS, limits
 from ops.listeners import listeners
 from ops.pools import pools
 from ops.problem import Problem
@@ -63,6 +64,9 @@ def look(conn, settings: SimpleNamespace) -> dict[str, Any]:
         raise Problem(refusal)
     for row in stages:
         row["held_until"] = "infinity" if row["paused"] else row["held_until"]
+    declared = {row.stage: row._asdict() for row in limits(conn)}
+    for row in stages:
+        row |= {name: declared.get(row["stage"], {}).get(name) for name in LIMIT_FIELDS}
     resting_problem = add_resting(conn, stages)
     problem = None
     try:
@@ -237,12 +241,30 @@ def notes(row: dict[str, Any]) -> Iterator[Line]:
         parts.append(f"last error: {row['retry_error']}")
     if parts:
         yield plain("; ".join(parts)), YELLOW if row["held_until"] else 0
+    if declared := limit_words(row):
+        yield plain("; ".join(declared)), 0
+    if row["planned"]:
+        first = f"the first for {clock(row['planned_at'])}"
+        yield f"{row['planned']:,} planned by run_after, {first}", 0
     if row["given_up"]:
         yield plain(f"given up: {row['last_error']}"), RED
     for kind in ("failed", "stalled"):
         if count := row[kind]:
             rows = "row is" if count == 1 else "rows are"
             yield plain(f"{count} {rows} {kind}: {row[f'{kind}_reason']}"), RED
+
+
+def limit_words(row: dict[str, Any]) -> list[str]:
+    """A stage's rate, and the turns of its tenants, as far as it declares them."""
+    words = []
+    if row["per_minute"]:
+        begins = f"at {clock(row['next_at'])}" if row["next_at"] else "now"
+        words.append(f"{row['per_minute']:g} calls a minute, the next may begin {begins}")
+    if row["fair"]:
+        most = f", at most {row['per_tenant']} at once of each" if row["per_tenant"] else ""
+        last = f"; the last was {row['last_tenant']}" if row["last_tenant"] else ""
+        words.append(f"tenants take turns{most}{last}")
+    return words
 
 
 def pool_line(row: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """The order of a stage's due calls: tenants that take turns, priorities, and run_after."""
 
 import itertools
+import json
 import threading
 from collections import Counter
 
@@ -12,7 +13,9 @@ from variants import TABLE, VARIANTS, install, stage
 from waiting import PATIENCE
 
 import db
+import upkeep
 from demo.stage_server import Answer
+from ops.check import LAG
 from ops.place import changes
 from pipeline import Table, limits
 
@@ -21,8 +24,10 @@ PIPELINE = {
     ("img_gen", "done"): limits(fair=True)(stage("vlm_analyze")),
     ("planner", "done"): limits(per_tenant=2)(stage("overlay")),
     ORDERED("overlay", "done"): stage("vlm_judge"),
+    ("yolo_detect", "done"): limits(per_minute=7)(stage("planner")),
     VARIANTS("iou_eval", "done"): limits(per_tenant=1)(stage("yolo_detect")),
 }
+MODULE = {"PYTHONPATH": str(ROOT / "tests"), "PIPELINE_MODULE": "test_fairness"}
 COLUMNS = "ALTER TABLE jobs ADD priority integer, ADD run_after timestamptz;"
 
 
@@ -34,8 +39,7 @@ def site(database, use_pipeline, api, listener):
         api.on(f"/{name}", lambda request: Answer(200))
 
     def start(*args, **settings):
-        given = {"PYTHONPATH": str(ROOT / "tests"), "PIPELINE_MODULE": "test_fairness",
-                 "SWEEP_INTERVAL": 3600} | settings  # fmt: skip
+        given = MODULE | {"SWEEP_INTERVAL": 3600} | settings
         return listener(database, *args, api=api, **given)
 
     database.start = start
@@ -224,8 +228,7 @@ def test_backfill_records_the_tenant_of_the_parent(site, run_command):
 def test_columns_of_another_type_are_refused(database, use_pipeline, run_command):
     use_pipeline(PIPELINE)
     database.rows("ALTER TABLE jobs ADD priority text, ADD run_after timestamptz")
-    done = run_command(database, "install", PYTHONPATH=str(ROOT / "tests"),
-                       PIPELINE_MODULE="test_fairness")  # fmt: skip
+    done = run_command(database, "install", **MODULE)
     assert "jobs.priority is of type text, not integer" in done.refused(1)
 
 
@@ -241,6 +244,51 @@ def test_job_says_that_its_tenant_is_at_its_limit(site, run_command):
               " leased_until, tenant_id) SELECT gen_random_uuid(), -n, 1, 'overlay', 'w', now(),"
               " now() + interval '1 h', 'acme' FROM generate_series(1, 2) AS n")  # fmt: skip
     job = str(site.value("SELECT job_id FROM jobs"))
-    module = {"PYTHONPATH": str(ROOT / "tests"), "PIPELINE_MODULE": "test_fairness"}
-    said = run_command(site, "job", job, **module).out
+    said = run_command(site, "job", job, **MODULE).out
     assert "overlay is at its limit of 2 calls of this tenant" in said
+
+
+# --- what is shown -------------------------------------------------------------------------
+
+LATER = "2100-01-01 12:00+00"
+
+
+@pytest.fixture
+def planned(site):
+    """Two calls of vlm_judge wait for their run_after, one of planner for its rate, and a tenant
+    was served.
+    """
+    add(site, "overlay", "acme", run_after=LATER)
+    add(site, "overlay", "zoo", run_after="infinity")
+    site.rows("UPDATE stage_limits SET next_at = %s WHERE name = 'planner'", LATER)
+    site.rows("UPDATE stage_limits SET last_tenant = 'acme' WHERE name = 'overlay'")
+    return site
+
+
+def test_status_shows_rates_turns_and_what_is_planned(planned, run_command):
+    lines = run_command(planned, "status", TZ="UTC", **MODULE).lines
+    assert lines[-6:-1] == [
+        "vlm_analyze  tenants take turns",
+        "overlay      tenants take turns, at most 2 at once of each; the last was acme",
+        "vlm_judge    2 planned by run_after, the first for 2100-01-01 12:00:00",
+        "planner      7 calls a minute, the next may begin at 2100-01-01 12:00:00",
+        "yolo_detect  tenants take turns, at most 1 at once of each",
+    ]
+
+
+def test_status_as_json_shows_the_same(planned, run_command):
+    found = json.loads(run_command(planned, "status", "--json", **MODULE).out)
+    by_name = {row["stage"]: row for row in found["stages"]}
+    assert (by_name["planner"]["per_minute"], by_name["planner"]["next_at"][:4]) == (7, "2100")
+    names = ("fair", "per_tenant", "last_tenant", "planned")
+    assert [by_name["overlay"][name] for name in names] == [True, 2, "acme", 0]
+    assert (by_name["vlm_judge"]["planned"], by_name["vlm_judge"]["by_priority"]) == (2, True)
+    assert by_name["yolo_detect"]["planned"] is None
+
+
+def test_planned_call_is_not_late(planned, run_command):
+    planned.rows("UPDATE stage_calls SET created_at = now() - interval '3 h'")
+    assert "nothing is due" in run_command(planned, "status", **MODULE).out
+    with connected(planned) as conn:
+        assert db.execute(conn, LAG).fetchone()[0] == 0
+        assert upkeep.episodes(conn, 60) == []
