@@ -17,6 +17,7 @@ import upkeep
 from demo.stage_server import Answer
 from ops.check import LAG
 from ops.place import changes
+from ops.report.data import WAITING
 from pipeline import Table, limits
 
 ORDERED = Table("jobs", id="job_id", priority="priority", run_after="run_after")
@@ -292,3 +293,4 @@ def test_planned_call_is_not_late(planned, run_command):
     with connected(planned) as conn:
         assert db.execute(conn, LAG).fetchone()[0] == 0
         assert upkeep.episodes(conn, 60) == []
+        assert {row.longest_seconds for row in db.execute(conn, WAITING, {"until": "now"})} == {0}

@@ -94,7 +94,8 @@ FROM (SELECT stage, table_name, join_of, current_step, status,
                   WHEN worker IS NOT NULL AND due_at > now() THEN 'calling'
                   WHEN worker IS NULL AND attempts > 0 THEN 'retrying'
                   ELSE 'waiting' END AS why,
-             date_part('epoch', %(until)s - created_at) AS age
+             -- A call does not wait before its run_after.
+             greatest(date_part('epoch', %(until)s - greatest(created_at, run_after)), 0) AS age
       FROM stage_calls
       UNION ALL
       SELECT l.stage, l.table_name, '', l.stage, 'running', 'calling',
