@@ -16,6 +16,7 @@ import db
 import pipeline
 import upkeep
 from logs import CONTROL
+from ops.limits import limits
 from ops.listeners import connected
 from ops.pools import pools
 from ops.resting import NONE, resting
@@ -53,6 +54,18 @@ FAMILIES = {
     "job_state_listener_max_running_calls": (
         "gauge",
         "How many may be under way; only of stages with such a limit.",
+    ),
+    "job_state_listener_max_tenant_calls": (
+        "gauge",
+        "How many of one tenant may be under way; only of stages with per_tenant.",
+    ),
+    "job_state_listener_max_calls_per_minute": (
+        "gauge",
+        "How many may begin in a minute; only of stages with per_minute.",
+    ),
+    "job_state_listener_planned_calls": (
+        "gauge",
+        "Owed calls that wait for their run_after; only of stages whose table declares it.",
     ),
     "job_state_listener_retrying_calls": ("gauge", "Owed calls that failed and are tried again."),
     "job_state_listener_given_up_calls": ("gauge", "Owed calls that wait for a person."),
@@ -175,6 +188,15 @@ def read_stages(conn, page: Page) -> None:
             values["max_running_calls"] = row.max_running
         for name, value in values.items():
             page.add(name, value, stage=row.stage)
+    for of in limits(conn):
+        values = {
+            "max_tenant_calls": of.per_tenant,
+            "max_calls_per_minute": of.per_minute,
+            "planned_calls": of.planned,
+        }
+        for name, value in values.items():
+            if value is not None:
+                page.add(name, value, stage=of.stage)
     for pool in pools(conn):
         page.add("pool_calls", pool.calling, pool=pool.name)
         page.add("pool_size", pool.size, pool=pool.name)

@@ -11,6 +11,13 @@ from ops.metrics import scrape as read_metrics
 
 PREFIX = "job_state_listener_"
 STAGES = ["vlm_analyze", "yolo_detect", "planner", "overlay", "vlm_judge"]
+# The limits without which some metrics are not written.
+EVERYTHING = """
+UPDATE pipeline_stages SET max_running = 3 WHERE stage = 'planner';
+INSERT INTO stage_limits (name, stages, max_running) VALUES ('gpu', '{planner}', 1);
+INSERT INTO stage_limits (name, stages, seconds, per_tenant) VALUES ('planner', '{planner}', 1, 2);
+UPDATE pipeline_tables SET run_after_column = 'run_after';
+"""
 
 
 class Scraped(dict):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import threading
 from collections import Counter
 
@@ -285,6 +286,23 @@ def test_status_as_json_shows_the_same(planned, run_command):
     assert [by_name["overlay"][name] for name in names] == [True, 2, "acme", 0]
     assert (by_name["vlm_judge"]["planned"], by_name["vlm_judge"]["by_priority"]) == (2, True)
     assert by_name["yolo_detect"]["planned"] is None
+
+
+def test_metrics_have_only_what_stages_declare(planned, run_command):
+    shown = run_command(planned, "metrics", **MODULE).out
+    names = "max_tenant_calls|max_calls_per_minute|planned_calls"
+    found = re.findall(
+        rf'^job_state_listener_({names}){{stage="(\w+)"}} (.+)$', shown, re.MULTILINE
+    )
+    assert found == [
+        ("max_tenant_calls", "overlay", "2"),
+        ("max_tenant_calls", "yolo_detect", "1"),
+        ("max_calls_per_minute", "planner", "7.0"),
+        ("planned_calls", "vlm_analyze", "0"),
+        ("planned_calls", "overlay", "0"),
+        ("planned_calls", "vlm_judge", "2"),
+        ("planned_calls", "planner", "0"),
+    ]
 
 
 def test_planned_call_is_not_late(planned, run_command):

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from scraping import Scraped
+from scraping import EVERYTHING, Scraped
 from test_readme import Readme
 from waiting import until
 
@@ -73,9 +73,7 @@ def test_both_languages_have_the_same_structure():
 
 
 def test_every_metric_is_documented_as_it_is_written(page, database, run_command):
-    database.rows("UPDATE pipeline_stages SET max_running = 1")
-    database.rows("INSERT INTO stage_limits (name, stages, max_running)"
-                  " VALUES ('gpu', '{planner}', 1)")  # fmt: skip
+    database.rows(EVERYTHING)
     written = {}
     for family in Scraped(run_command(database, "metrics").out).families:
         name = family.name + ("_total" if family.type == "counter" else "")

@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import pytest
-from scraping import PREFIX, STAGES, Scraped, scrape
+from scraping import EVERYTHING, PREFIX, STAGES, Scraped, scrape
 from test_ops_mistakes import HOSTILE, NOWHERE
 from waiting import AWAY
 
@@ -23,8 +23,7 @@ PROMTOOL = shutil.which("promtool")
 @pytest.fixture
 def everything(database, run_command) -> str:
     """A text in which no family is missing."""
-    database.rows("UPDATE pipeline_stages SET max_running = 3 WHERE stage = 'planner'")
-    database.rows("INSERT INTO stage_limits VALUES ('gpu', '{planner}', 1)")
+    database.rows(EVERYTHING)
     return run_command(database, "metrics").out
 
 
