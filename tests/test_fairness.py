@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 from claims import claim_many, connected
 from conftest import ROOT
+from pages import Page
 from test_plans import read_by
 from variants import TABLE, VARIANTS, install, stage
 from waiting import PATIENCE
@@ -302,6 +303,17 @@ def test_metrics_have_only_what_stages_declare(planned, run_command):
         ("planned_calls", "overlay", "0"),
         ("planned_calls", "vlm_judge", "2"),
         ("planned_calls", "planner", "0"),
+    ]
+
+
+def test_report_lists_what_stages_declare(planned, run_command):
+    page = Page(run_command(planned, "report", "--out", "-", **MODULE).out)
+    assert page.table("limits") == [
+        ["vlm_analyze", "–", "–", "–", "–", "tenants take turns, highest priority first"],
+        ["overlay", "–", "–", "–", "2", "tenants take turns, highest priority first"],
+        ["vlm_judge", "–", "–", "–", "–", "highest priority first, 2 planned by run_after"],
+        ["planner", "–", "–", "7", "–", "highest priority first"],
+        ["yolo_detect", "–", "–", "–", "1", "tenants take turns"],
     ]
 
 

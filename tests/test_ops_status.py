@@ -9,14 +9,16 @@ from contextlib import closing
 import psycopg2
 import pytest
 from busy import TIME
-from claims import STAGES
+from claims import STAGES, connected
 from guide import JOBS_TRIGGER
 from scraping import scrape
+from test_plans import rows_read
 from waiting import LISTENERS, PATIENCE, gate, until, wait_for_call, wait_until_idle
 
 import db
 from demo.stage_api import StageApi
 from heartbeat import Heartbeat, heartbeats
+from ops.limits import limits
 from ops.migrations import LATEST
 from ops.problem import Problem
 from ops.routes import require_installed
@@ -123,6 +125,12 @@ def test_status_of_an_idle_database_without_listeners(database, run_command):
     assert said.groups == {}
     assert {stage: said.row(stage) for stage in said.stages} == dict.fromkeys(STAGES, IDLE)
     assert said.rest == [NO_LISTENER]
+
+
+def test_limits_read_no_calls_where_nothing_is_planned(database):
+    database.add_job()
+    with connected(database) as conn:
+        assert rows_read(conn, lambda: limits(conn))["stage_calls"] == 0
 
 
 ATTEMPTS = """

@@ -9,6 +9,7 @@ from typing import Any
 
 import db
 from ops.alarms import Alarm
+from ops.limits import limits
 from ops.listeners import connected
 from ops.pools import pools
 from ops.problem import Problem
@@ -56,6 +57,7 @@ class Report:
     asked: bool = False  # for these timelines
     alarms: list[Alarm] = field(default_factory=list)
     stages: list = field(default_factory=list)
+    limits: list = field(default_factory=list)
     pools: list = field(default_factory=list)
     waiting: list = field(default_factory=list)
     calls: list = field(default_factory=list)
@@ -296,6 +298,7 @@ def collect(conn, since: datetime, job_ids: Sequence[str], redact: Callable[[str
         listeners=connected(conn),
         asked=bool(job_ids),
         stages=ask(STAGES),
+        limits=[redacted(row, redact) for row in limits(conn)],
         pools=[redacted(row, redact) for row in pools(conn)],
         waiting=ask(WAITING),
         calls=ask(CALLS, step=span.step),

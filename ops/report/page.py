@@ -8,6 +8,7 @@ import pipeline
 from ops.alarms import EVERYTHING, INTENDED, JOBS, STAGE, Alarm
 from ops.report.charts import stack
 from ops.report.data import Report
+from ops.report.limits import limits, pools
 from ops.report.markup import (
     Markup,
     attribute,
@@ -26,7 +27,6 @@ from ops.report.sections import (
     errors,
     failed,
     given_up,
-    pools,
     slowest,
     stalled,
     waits,
@@ -64,7 +64,7 @@ def page(report: Report) -> str:
     if report.asked:
         parts.append(jobs)
     parts += [given_up(report), failed(report), stalled(report), errors(report), flow(report),
-              pools(report)]  # fmt: skip
+              limits(report), pools(report)]  # fmt: skip
     if report.calls or report.waiting:
         parts += [waits(report), calls(report), durations(report), slowest(report)]
     else:

@@ -143,17 +143,6 @@ def outcomes(report: Report, total: Counter) -> Markup:
 # --- jobs by name --------------------------------------------------------------------------
 
 
-def pools(report: Report) -> Markup:
-    rows = [
-        [row.name, f"{row.calling} of {row.size}", ", ".join(dict.fromkeys(row.stages)),
-         row.stays_with]
-        for row in report.pools
-    ]  # fmt: skip
-    header = ["Pool", "#Calls", "Stages that are called", "Stays with"]
-    about = "What several stages share; with linger, the stage that it stays with."
-    return section("pools", "Pools", table(header, rows, about)) if rows else Markup("")
-
-
 def slowest(report: Report) -> Markup:
     rows = [
         [row_name(row), stage_name(row.stage), Markup(span(row.seconds)), row.outcome,
