@@ -64,6 +64,10 @@ class Table:
         if self.name == "jobs":  # what it has anyway
             object.__setattr__(self, "channel", self.channel or db.CHANNEL)
             object.__setattr__(self, "tenant", self.tenant or "tenant_id")
+        for word in ("name", "id", "channel", "tenant", "priority", "run_after", "trace"):
+            value = getattr(self, word)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ValueError(f"Table({self.name!r}): {word}={value!r}: allowed is a name")
         if not 0 < len(self.name.encode()) <= LONGEST_NAME:
             raise ValueError(f"Table({self.name!r}): its name may have {LONGEST_NAME} bytes")
         if self.channel is not None and not 0 < len(self.channel.encode()) < 64:
@@ -166,6 +170,12 @@ def parent_name(table: Table) -> str | None:
 # --- limits --------------------------------------------------------------------------------
 
 
+def is_positive(value: Any, *kinds: type) -> bool:
+    """Whether `value` is a number of these kinds, above 0 and finite. True is none."""
+    is_number = isinstance(value, kinds) and not isinstance(value, bool)
+    return is_number and 0 < value < math.inf
+
+
 @dataclass(frozen=True)
 class Pool:
     """Something that several stages share, such as a GPU: `@limits(pool=GPU)`.
@@ -187,9 +197,9 @@ class Pool:
     def __post_init__(self):
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"Pool({self.name!r}): allowed is a name")
-        if not isinstance(self.size, int) or self.size < 1:
+        if not is_positive(self.size, int):
             raise ValueError(f"Pool({self.name!r}): size={self.size!r}: allowed is 1 or more")
-        if self.linger is not None and not self.linger > 0:
+        if self.linger is not None and not is_positive(self.linger, int, float):
             raise ValueError(f"Pool({self.name!r}): linger={self.linger!r}: allowed are seconds")
 
 
@@ -221,10 +231,16 @@ class Limits:
     per_tenant: int | None = None
 
     def __post_init__(self):
-        for name in ("max_running", "timeout", "max_attempts", "per_minute", "per_tenant"):
+        for name in ("max_running", "max_attempts", "per_tenant"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value!r} of a stage: allowed is more than 0, or None")
+            if value is not None and not is_positive(value, int):
+                allowed = "a whole number above 0, or None"
+                raise ValueError(f"{name}={value!r} of a stage: allowed is {allowed}")
+        for name in ("timeout", "per_minute"):
+            value = getattr(self, name)
+            if value is not None and not is_positive(value, int, float):
+                allowed = "a number above 0, or None"
+                raise ValueError(f"{name}={value!r} of a stage: allowed is {allowed}")
         for name in ("asynchronous", "fair"):
             if not isinstance(getattr(self, name), bool):
                 given = getattr(self, name)
@@ -252,7 +268,7 @@ class Limits:
 class FullLimits(Limits):
     """Limits where what is not declared is as in the settings."""
 
-    timeout: float = math.inf
+    timeout: float = 600
     max_attempts: int = 1
 
 

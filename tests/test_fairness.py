@@ -235,6 +235,12 @@ def test_columns_of_another_type_are_refused(database, use_pipeline, run_command
     assert "jobs.priority is of type text, not integer" in done.refused(1)
 
 
+@pytest.mark.parametrize("bad", [{"priority": True}, {"run_after": ""}, {"trace": 5}])
+def test_what_is_no_name_of_a_column_is_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad)) + ".*: allowed is a name"):
+        Table("jobs", id="job_id", **bad)
+
+
 @pytest.mark.parametrize("bad", [{"fair": 1}, {"per_tenant": 0}])
 def test_bad_limits_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):

@@ -307,7 +307,12 @@ def test_place_in_a_pool_is_kept_by_what_is_worked_on(site, api):
 @pytest.mark.parametrize("bad, said", [
     ({"pool": [GPU, LINGERING]}, "a stage has one Pool"),
     ({"pool": "gpu1"}, "a stage has one Pool"),
-    ({"per_minute": 0}, "per_minute=0 of a stage: allowed is more than 0"),
+    ({"per_minute": 0}, "per_minute=0 of a stage: allowed is a number above 0"),
+    ({"per_minute": float("inf")}, "per_minute=inf of a stage: allowed is a number above 0"),
+    ({"timeout": "60"}, "timeout='60' of a stage: allowed is a number above 0"),
+    ({"max_running": 1.5}, "max_running=1.5 of a stage: allowed is a whole number above 0"),
+    ({"per_tenant": 0.5}, "per_tenant=0.5 of a stage: allowed is a whole number above 0"),
+    ({"max_attempts": True}, "max_attempts=True of a stage: allowed is a whole number above 0"),
 ])  # fmt: skip
 def test_bad_limits_are_refused(bad, said):
     with pytest.raises(ValueError, match=said):
@@ -326,7 +331,16 @@ def test_pools_of_one_name_are_refused(pools, said):
         pipeline.check({("a", "b"): functions[0], ("c", "d"): functions[1]})
 
 
-@pytest.mark.parametrize("bad", [{"name": ""}, {"size": 0}, {"linger": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"name": ""},
+        {"size": 0},
+        {"size": True},
+        {"linger": 0},
+        {"linger": "60"},
+    ],
+)
 def test_bad_pool_is_refused(bad):
     with pytest.raises(ValueError, match="Pool"):
         Pool(**({"name": "gpu"} | bad))
