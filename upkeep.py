@@ -595,13 +595,14 @@ WITH stage AS (
     RETURNING s.*
 )
 SELECT DISTINCT stage, waiting, was_waiting, refusing, was_refusing, held_reason, last_error,
-       last_error AS retry_error, max_running,
+       last_error AS retry_error, m.max_running, 60 / r.seconds AS per_minute,
+       CASE WHEN r.next_at > now() THEN r.next_at END AS next_at,
        extract(epoch FROM now() - oldest)::float8 AS seconds,
        (SELECT count(*) FROM stage_calls AS c
         WHERE c.stage = m.stage AND c.due_at <= now()) AS due,
        (SELECT count(*) FROM stage_leases AS l
         WHERE l.stage = m.stage AND l.leased_until > now()) AS calling
-FROM marked AS m
+FROM marked AS m LEFT JOIN stage_limits AS r ON r.name = m.stage
 """
 
 

@@ -109,6 +109,8 @@ def why_late(row: dict[str, Any]) -> str:
     """Why a call that is due is not made, as far as its stage tells."""
     if row["max_running"] and row["calling"] >= row["max_running"]:
         return f"the stage is at its limit of {row['max_running']} calls at once"
+    if row["next_at"]:
+        return f"the stage is at its rate of {row['per_minute']:g} calls a minute"
     if row["retry_error"]:
         return f"last error: {readable(row['retry_error'])}"
     return f"{counted(row['due'], 'call')} due, {row['calling']} under way"

@@ -241,8 +241,7 @@ def notes(row: dict[str, Any]) -> Iterator[Line]:
         parts.append(f"last error: {row['retry_error']}")
     if parts:
         yield plain("; ".join(parts)), YELLOW if row["held_until"] else 0
-    if declared := limit_words(row):
-        yield plain("; ".join(declared)), 0
+    yield from ((plain(words), 0) for words in limit_words(row))
     if row["planned"]:
         first = f"the first for {clock(row['planned_at'])}"
         yield f"{row['planned']:,} planned by run_after, {first}", 0
@@ -254,17 +253,15 @@ def notes(row: dict[str, Any]) -> Iterator[Line]:
             yield plain(f"{count} {rows} {kind}: {row[f'{kind}_reason']}"), RED
 
 
-def limit_words(row: dict[str, Any]) -> list[str]:
+def limit_words(row: dict[str, Any]) -> Iterator[str]:
     """A stage's rate, and the turns of its tenants, as far as it declares them."""
-    words = []
     if row["per_minute"]:
         begins = f"at {clock(row['next_at'])}" if row["next_at"] else "now"
-        words.append(f"{row['per_minute']:g} calls a minute, the next may begin {begins}")
+        yield f"{row['per_minute']:g} calls a minute, the next may begin {begins}"
     if row["fair"]:
         most = f", at most {row['per_tenant']} at once of each" if row["per_tenant"] else ""
         last = f"; the last was {row['last_tenant']}" if row["last_tenant"] else ""
-        words.append(f"tenants take turns{most}{last}")
-    return words
+        yield f"tenants take turns{most}{last}"
 
 
 def pool_line(row: dict[str, Any]) -> str:

@@ -55,6 +55,15 @@ def test_held_stage_says_why_it_waits(database, sent):
     assert sent.events[0]["reason"] == "HTTP 503"
 
 
+def test_stage_at_its_rate_says_so(database, sent):
+    database.add_job("img_gen", "done")
+    database.rows(OLD)
+    database.rows("INSERT INTO stage_limits (name, stages, seconds, next_at) VALUES"
+                  " ('vlm_analyze', '{vlm_analyze}', 8, now() + interval '1 min')")  # fmt: skip
+    assert look(database, sent) == [("waiting", "vlm_analyze")]
+    assert sent.events[0]["reason"] == "the stage is at its rate of 7.5 calls a minute"
+
+
 def test_stage_at_its_limit_says_so(database, sent):
     database.add_job("img_gen", "done")
     database.rows(OLD)

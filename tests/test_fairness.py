@@ -27,7 +27,7 @@ PIPELINE = {
     ("img_gen", "done"): limits(fair=True)(stage("vlm_analyze")),
     ("planner", "done"): limits(per_tenant=2)(stage("overlay")),
     ORDERED("overlay", "done"): stage("vlm_judge"),
-    ("yolo_detect", "done"): limits(per_minute=7)(stage("planner")),
+    ("yolo_detect", "done"): limits(per_minute=7, fair=True)(stage("planner")),
     VARIANTS("iou_eval", "done"): limits(per_tenant=1)(stage("yolo_detect")),
 }
 MODULE = {"PYTHONPATH": str(ROOT / "tests"), "PIPELINE_MODULE": "test_fairness"}
@@ -276,11 +276,12 @@ def planned(site):
 
 def test_status_shows_rates_turns_and_what_is_planned(planned, run_command):
     lines = run_command(planned, "status", TZ="UTC", **MODULE).lines
-    assert lines[-6:-1] == [
+    assert lines[-7:-1] == [
         "vlm_analyze  tenants take turns",
         "overlay      tenants take turns, at most 2 at once of each; the last was acme",
         "vlm_judge    2 planned by run_after, the first for 2100-01-01 12:00:00",
         "planner      7 calls a minute, the next may begin at 2100-01-01 12:00:00",
+        "planner      tenants take turns",
         "yolo_detect  tenants take turns, at most 1 at once of each",
     ]
 
@@ -313,14 +314,17 @@ def test_metrics_have_only_what_stages_declare(planned, run_command):
 
 
 def test_report_lists_what_stages_declare(planned, run_command):
+    add(planned, "yolo_detect", "acme")
+    planned.rows("UPDATE stage_calls SET due_at = now() - interval '1 h' WHERE stage = 'planner'")
     page = Page(run_command(planned, "report", "--out", "-", **MODULE).out)
     assert page.table("limits") == [
         ["vlm_analyze", "–", "–", "–", "–", "tenants take turns, highest priority first"],
         ["overlay", "–", "–", "–", "2", "tenants take turns, highest priority first"],
         ["vlm_judge", "–", "–", "–", "–", "highest priority first, 2 planned by run_after"],
-        ["planner", "–", "–", "7", "–", "highest priority first"],
+        ["planner", "–", "–", "7", "–", "tenants take turns, highest priority first"],
         ["yolo_detect", "–", "–", "–", "1", "tenants take turns"],
     ]
+    assert "the stage is at its rate of 7 calls a minute" in page.root.text
 
 
 def test_planned_call_is_not_late(planned, run_command):
