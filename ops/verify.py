@@ -299,7 +299,7 @@ def check_privileges(conn, settings) -> str:
              "asynchronous": pipeline.is_asynchronous()}  # fmt: skip
     if missing := db.execute(conn, PRIVILEGES, given).fetchone().missing:
         raise Bad(f"role {conn.info.user} lacks {missing}", GRANTS)
-    if closed := [row.name for row in db.execute(conn, FUNCTIONS) if not row.may_execute]:
+    if closed := [row.name for row in db.execute(conn, FUNCTIONS) if row.may_execute is False]:
         raise Bad(f"role {conn.info.user} may not execute {', '.join(closed)}", GRANTS)
     if closed := [row.name for row in db.execute(conn, VIEWS) if row.readable is False]:
         mend = f"{JSL} install --reader {conn.info.user}"
