@@ -101,13 +101,17 @@ BEGIN
     FROM pg_attribute JOIN pg_type ON pg_type.oid = atttypid
     WHERE attrelid = 'jobs'::regclass AND attname = 'job_id';
 
+    -- Stages remember calls by their Idempotency-Key, which is made of call_id. So its numbers begin
+    -- with the time (hundredths of a second since 2026): none is used again after uninstall and
+    -- install.
+
     -- What is owed now: at most one open call per row, and one per join of a parent. job_id is the
     -- row's id, whatever its table calls it. Small, so that its plans hold.
     EXECUTE format($ddl$
         CREATE TABLE IF NOT EXISTS stage_calls (
             job_id        %s NOT NULL,
-            tenant_id     text,
-            call_id       bigint GENERATED ALWAYS AS IDENTITY (CACHE 32),
+            tenant_id     text,  -- its first 500 characters: an index takes no long ones
+            call_id       bigint GENERATED ALWAYS AS IDENTITY (START WITH %s CACHE 32),
             current_step  text NOT NULL,
             status        text NOT NULL,
             stage         text NOT NULL,
@@ -130,7 +134,7 @@ BEGIN
             PRIMARY KEY (job_id, table_name, join_of)
             -- No CHECK here: each one costs the application 3 µs a row.
         ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000)
-    $ddl$, id_type);
+    $ddl$, id_type, greatest(1, extract(epoch FROM clock_timestamp() - timestamptz '2026-01-01') * 100)::bigint);
 
     -- Who is calling what: one row per attempt under way. A stage that sets its job running
     -- has paid the debt, but its call goes on, and its worker may yet be lost. An attempt that

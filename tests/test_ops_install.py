@@ -98,7 +98,9 @@ def test_install_beside_existing_jobs_leaves_their_rows(empty_database, run_comm
     empty_database.move("8", "img_gen", "done")
     done = run_command(empty_database, "job", "8")
     assert done.lines[0] == "job 8 is at (img_gen, done), tenant t"
-    assert done.lines[1].startswith("owes: vlm_analyze (call 1, 0 attempts spent), due now")
+    call_id = empty_database.value("SELECT call_id FROM stage_calls")
+    owes = f"owes: vlm_analyze (call {call_id}, 0 attempts spent), due now"
+    assert done.lines[1].startswith(owes)
 
 
 def test_install_names_what_left_the_pipeline(database, run_command):
@@ -193,6 +195,14 @@ def test_uninstall_takes_only_what_is_ours(empty_database, run_command):
     assert empty_database.rows(OBJECTS) == before[0]
     assert empty_database.rows("SELECT *, xmin, ctid FROM jobs") == before[1]
     empty_database.move("a", "img_gen", "queued")
+
+
+def test_no_call_has_the_number_of_one_before_uninstall(database, run_command):
+    """Stages remember calls by keys that are made of these numbers."""
+    numbers = "SELECT call_id FROM stage_calls WHERE job_id = %s"
+    before = database.value(numbers, database.add_job())
+    run_command(database, "uninstall", "--yes"), run_command(database, "install")
+    assert database.value(numbers, database.add_job()) > before
 
 
 def test_uninstall_twice_has_nothing_left_to_remove(database, run_command):
