@@ -23,10 +23,6 @@ ROOT = Path(__file__).parent.parent
 # One after the other, in one transaction.
 SCHEMA = [ROOT / "schema.sql", ROOT / "triggers.sql", ROOT / "views.sql"]
 
-# Waiting longer for the lock on jobs would make the application wait behind us, or lose a
-# deadlock to us (deadlock_timeout is 1 s).
-LOCK_TIMEOUT = "SET LOCAL lock_timeout = '800ms'; "
-
 # What triggers.sql makes the functions and the triggers from.
 ASKED = """
 SELECT set_config('job_state_listener.announced', %(announced)s, true),
@@ -183,7 +179,7 @@ def apply(
         "updates_only": "" if insert is None else str(not insert),
         "pipeline": json.dumps(described(conn, settings or config.settings())),
     }
-    script = migrations.script() + LOCK_TIMEOUT + fill_in(ASKED, asked).decode()
+    script = migrations.script() + fill_in(ASKED, asked).decode()
     script += "".join(file.read_text() for file in SCHEMA)
     script += migrations.GRANTED
     if reader:
@@ -369,7 +365,7 @@ def uninstall(yes: bool) -> None:
     if not yes:
         click.confirm("Remove?", abort=True)
     try:
-        db.execute(conn, LOCK_TIMEOUT + DROP)
+        db.execute(conn, migrations.LOCK_TIMEOUT + DROP)
     except psycopg2.errors.LockNotAvailable:
         raise Problem(
             "a table is locked by another transaction; nothing was removed: try again"

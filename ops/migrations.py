@@ -106,11 +106,16 @@ STEPS = {
 }
 LATEST = max(STEPS)
 
+# Waiting longer for a lock on jobs or on our tables would make the application wait behind us, or
+# lose a deadlock to us (deadlock_timeout is 1 s).
+LOCK_TIMEOUT = "SET LOCAL lock_timeout = '800ms'; "
+
 # All our objects are made in the schema of jobs, which the search path finds. A second install
-# waits here for the lock.
-BEGIN = """
+# waits here for the first.
+BEGIN = f"""
 SET LOCAL lock_timeout = '7s';
 SELECT pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtext('job_state_listener.install'));
+{LOCK_TIMEOUT}
 SELECT pg_catalog.set_config('search_path', pg_catalog.format('%I, pg_temp', coalesce(
     (SELECT n.nspname FROM pg_catalog.pg_class AS c
      JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
