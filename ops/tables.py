@@ -13,6 +13,7 @@ COLUMNS = """
 SELECT a.attname AS name,
        CASE WHEN a.atttypid IN ('int2'::regtype, 'int4'::regtype) THEN 'bigint'
             ELSE format_type(a.atttypid, -1) END AS type,
+       a.attgenerated = 'v' AS is_virtual,
        EXISTS (SELECT FROM pg_index AS i
                WHERE i.indrelid = a.attrelid AND i.indisvalid AND i.indpred IS NULL
                  AND i.indkey[0] = a.attnum) AS is_indexed,
@@ -136,6 +137,12 @@ def faults_of_columns(table: Table, columns: dict, is_joined: bool) -> Iterator[
     elif not id_column.is_unique:
         what = f"{name}.{table.id} is not unique by itself, so a call could go to another row"
         yield Fault(what, f"CREATE UNIQUE INDEX ON {name} ({table.id}){other}")
+    seen = [table.id, "current_step", "status", table.tenant, table.parent_column, table.priority,
+            table.run_after]  # fmt: skip
+    for column in seen:
+        if column and columns[column].is_virtual:
+            what = f"{name}.{column} is a VIRTUAL generated column, which no trigger sees"
+            yield Fault(what, f"make it a STORED or a plain one (ALTER TABLE){other}")
     for column, type_ in ((table.priority, "integer"), (table.run_after, "timestamptz")):
         wanted = {"integer": "bigint", "timestamptz": "timestamp with time zone"}[type_]
         if column and columns[column].type != wanted:

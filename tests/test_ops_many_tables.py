@@ -333,6 +333,18 @@ REFUSED = {
 }  # fmt: skip
 
 
+def test_generated_column_that_no_trigger_sees_is_refused(empty_database, run_command):
+    if empty_database.conn.info.server_version < 180000:
+        pytest.skip("PostgreSQL 18 has VIRTUAL generated columns")
+    virtual = "status text GENERATED ALWAYS AS ('done') VIRTUAL"
+    empty_database.rows(f"{JOBS}; {TABLE.replace('status          text', virtual)}")
+    said = run_command(empty_database, "install", **HERE).refused(1)
+    assert said.startswith(
+        "jobs_variants.status is a VIRTUAL generated column, which no trigger "
+        f"sees: make it a STORED or a plain one (ALTER TABLE){OTHER}"
+    )
+
+
 @pytest.mark.parametrize("fault", REFUSED)
 def test_table_that_cannot_be_used_is_refused_in_one_line(
     each_server, make_database, run_command, fault
