@@ -294,6 +294,7 @@ DUE = f"""
         WHERE c.stage = wanted.stage AND c.due_at >= wanted.since AND c.due_at < 'infinity'
           AND c.due_at <= CASE WHEN %(sweep)s THEN 'infinity' ELSE now() END
           AND (c.due_at <= now() OR c.attempts = 0)
+          AND (c.run_after IS NULL OR c.run_after <= now())
           AND NOT EXISTS (SELECT FROM pipeline_stages AS p
                           WHERE p.stage = wanted.stage AND p.held_until > now())
           AND NOT EXISTS ({UNDER_WAY})
