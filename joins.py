@@ -64,7 +64,7 @@ WITH parents AS (
     INSERT INTO stage_calls AS c (job_id, table_name, join_of, tenant_id, current_step, status,
                                   stage)
     SELECT a.parent_id, p.table_name, p.join_of,
-           (stage_call_row(p.table_name, '', a.parent_id)).tenant_id #>> '{}',
+           left((stage_call_row(p.table_name, '', a.parent_id)).tenant_id #>> '{}', 500),
            p.current_step, p.status, p.stage
     FROM asked AS a JOIN pipeline_stages AS p ON p.join_of = a.join_of
     WHERE a.is_open AND a.is_complete

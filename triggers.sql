@@ -192,7 +192,7 @@ BEGIN
         IF route = ANY (%1$L::text[]) AND parent IS NOT NULL THEN
             BEGIN
                 LOCK TABLE %2$s IN ACCESS SHARE MODE NOWAIT;
-                tenant := (%3$I.stage_call_row(%4$L, '', parent)).tenant_id #>> '{}';
+                tenant := left((%3$I.stage_call_row(%4$L, '', parent)).tenant_id #>> '{}', 500);
             EXCEPTION WHEN OTHERS THEN
                 tenant := NULL;
             END;
@@ -215,11 +215,11 @@ BEGIN
             step := NEW.current_step::text;
             state := NEW.status::text;$read$, t.id_column)
             || CASE WHEN t.tenant_column IS NULL THEN '' ELSE format($read$
-            tenant := NEW.%I::text;$read$, t.tenant_column) END
+            tenant := left(NEW.%I::text, 500);$read$, t.tenant_column) END
             || CASE WHEN t.parent_column IS NULL THEN '' ELSE format($read$
             parent := NEW.%I;$read$, t.parent_column) END
             || CASE WHEN t.priority_column IS NULL THEN '' ELSE format($read$
-            urgency := coalesce(NEW.%I, 0);$read$, t.priority_column) END
+            urgency := least(greatest(coalesce(NEW.%I, 0), -2147483648), 2147483647);$read$, t.priority_column) END
             || CASE WHEN t.run_after_column IS NULL THEN '' ELSE format($read$
             start := CASE WHEN NEW.%1$I IS NOT NULL THEN least(NEW.%1$I, '9999-12-31') END;$read$, t.run_after_column) END
             || CASE WHEN looks IS NULL THEN '' ELSE $read$
@@ -236,10 +236,11 @@ BEGIN
             END IF;$read$, format('SELECT ($1).%1$I::text::%2$s, ($1).current_step::text,'
                 ' ($1).status::text, %3$s, %4$s, json_build_object(%5$s)::text, %6$s, %7$s',
                 t.id_column, id_type,
-                coalesce('($1).' || quote_ident(t.tenant_column) || '::text', 'NULL'),
+                coalesce('left(($1).' || quote_ident(t.tenant_column) || '::text, 500)', 'NULL'),
                 coalesce('($1).' || quote_ident(t.parent_column) || '::text::' || id_type, 'NULL'),
                 fields_read,
-                coalesce('coalesce(($1).' || quote_ident(t.priority_column) || ', 0)', '0'),
+                coalesce('least(greatest(coalesce(($1).' || quote_ident(t.priority_column)
+                         || ', 0), -2147483648), 2147483647)', '0'),
                 CASE WHEN t.run_after_column IS NULL THEN 'NULL'
                      ELSE format('CASE WHEN ($1).%1$I IS NOT NULL THEN least(($1).%1$I,'
                                  ' ''9999-12-31''::timestamptz) END', t.run_after_column) END))

@@ -25,7 +25,7 @@ from ops.table import clock
 AGAIN = """
 INSERT INTO stage_calls AS c (job_id, table_name, tenant_id, current_step, status, stage,
                               last_error, priority, run_after, due_at)
-SELECT %(key)s, p.table_name, at.tenant_id #>> '{{}}', p.current_step, p.status, p.stage,
+SELECT %(key)s, p.table_name, left(at.tenant_id #>> '{{}}', 500), p.current_step, p.status, p.stage,
        CASE WHEN (p.current_step, p.status) = (p.stage, 'failed')
             THEN coalesce(last.error, 'set failed by its stage') END,
        declared.priority, declared.run_after, greatest(clock_timestamp(), declared.run_after)

@@ -120,8 +120,8 @@ COUNT = MISSED + COUNTED
 RECORD = f"""{MISSED}, recorded AS (
     INSERT INTO stage_calls (job_id, table_name, tenant_id, current_step, status, stage, priority,
                              run_after, due_at)
-    SELECT id, {{name}}, (stage_call_row({{name}}, '', id)).tenant_id #>> '{{{{}}}}', current_step,
-           status, stage, priority, run_after, greatest(clock_timestamp(), run_after)
+    SELECT id, {{name}}, left((stage_call_row({{name}}, '', id)).tenant_id #>> '{{{{}}}}', 500),
+           current_step, status, stage, priority, run_after, greatest(clock_timestamp(), run_after)
     FROM missed WHERE why IS NULL
     ON CONFLICT DO NOTHING
 )

@@ -193,6 +193,39 @@ def test_call_is_not_made_before_its_time(site, api):
     assert not site.value("SELECT due_at = 'infinity' FROM stage_calls")
 
 
+def test_listener_that_does_not_know_of_run_after_leaves_such_a_call(site):
+    """During a deploy, one with the PIPELINE of before."""
+    add(site, "overlay", "later", run_after="9999-01-01")
+    with connected(site) as conn:
+        turn = claim_many(conn, 1, stages=["vlm_judge"], sweep=True)
+    assert turn.claimed == []
+
+
+@pytest.mark.parametrize("seen", ["as installed", "as found"])
+def test_priority_beyond_an_integer_does_not_hurt_the_application(database, use_pipeline, seen):
+    use_pipeline(PIPELINE)
+    install(database, COLUMNS.replace("priority integer", "priority bigint"), TABLE)
+    if seen == "as found":  # a dynamic statement reads the row
+        database.rows("ALTER TABLE jobs ALTER run_after TYPE timestamptz(3)")
+        database.rows("ALTER TABLE jobs ALTER priority TYPE numeric")
+    for priority in (2**40, -(2**40), 7):
+        add(database, "overlay", "acme", priority=priority)
+    found = database.rows("SELECT priority FROM stage_calls ORDER BY priority")
+    assert [row.priority for row in found] == [-(2**31), 7, 2**31 - 1]
+
+
+LONG = "SELECT string_agg(md5(n::text), '') FROM generate_series(1, 300) AS n"
+
+
+def test_long_tenant_does_not_hurt_the_application_nor_a_join(site):
+    tenant = site.value(LONG)  # 9,600 letters that cannot be compressed
+    add(site, "img_gen", tenant)
+    site.rows(ADD_VARIANTS, tenant)
+    site.rows("UPDATE jobs_variants SET status = 'done'")
+    found = site.rows("SELECT tenant_id FROM stage_calls")
+    assert {row.tenant_id for row in found} == {tenant[:500]} and len(found) == 3
+
+
 def test_call_that_waits_for_its_time_says_so_and_can_be_hurried(site, run_command, api):
     add(site, "overlay", "later", run_after="9999-01-01")
     job = str(site.value("SELECT job_id FROM jobs"))
