@@ -8,7 +8,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -453,11 +453,13 @@ class Turn:
     unsettled: calls whose row the stage's own transaction holds: settle them again later.
     asked_at: the database's time of the (first) claim; None: there was none, or one was refused as
         a whole.
+    refused: by stage, why no call of it can be claimed.
     """
 
     claimed: list[Claimed]
     unsettled: list[int]
     asked_at: datetime | None = None
+    refused: dict[str, psycopg2.Error] = field(default_factory=dict)
 
     def add(self, later: "Turn") -> None:
         """Add what a later claim of the same turn found."""
@@ -741,28 +743,36 @@ def in_parts(
 ) -> Turn:
     """What settle_and_claim could not do at once: each result alone, then a claim of one call.
 
-    What fails alone is one failed call.
+    What fails alone is one failed call, or one stage that is refused, as where a column of its
+    table was renamed.
 
     Raises:
-        psycopg2.Error: the fault is not that of a row.
+        psycopg2.Error: a result cannot be settled, and the fault is not that of a row.
     """
     unsettled = [result.call_id for result in results if not settle_alone(conn, result)]
+    refused: dict[str, psycopg2.Error] = {}
     for stage in wanted[: free and len(wanted)]:
         try:
             turn = settle_and_claim(conn, [], [stage], 1, worker)
+        except CONNECTION_LOST:
+            raise
         except psycopg2.errors.LockNotAvailable:
             continue  # somebody holds the row of its limit
+        except psycopg2.errors.QueryCanceled as error:
+            refused[stage.stage] = error
+            break  # the next one may take as long
         except psycopg2.Error as error:
             if not (error.pgcode or "").startswith(FAULT_OF_THE_ROW):
-                raise
+                refused[stage.stage] = error
+                continue
             job_id = give_up_first(conn, stage.stage, " ".join(str(error).split()))
             log.error(
                 "포기 (호출을 가져올 수 없음): job=%s stage=%s %s", job_id, stage.stage, error
             )
         else:
             if turn.claimed:
-                return Turn(turn.claimed, unsettled)
-    return Turn([], unsettled)
+                return Turn(turn.claimed, unsettled, refused=refused)
+    return Turn([], unsettled, refused=refused)
 
 
 def settle_alone(conn, result: Result) -> bool:

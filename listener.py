@@ -141,6 +141,7 @@ class Listener:
         # after its timeout. Infinity: a call that was accepted and is never repeated.
         self.accepted: OrderedDict[tuple, float] = OrderedDict()
         self.passed_over: set[Route] = set()  # of a newer PIPELINE; each was told once
+        self.refused: dict[str, str] = {}  # by stage: why no call of it can be claimed
         self.health = StageHealth(settings, self.alerts)
         self.was_full = False  # the last claim found a call for every idle worker
         self.marks: dict[str, Any] = {}  # by stage: when the last claimed call was due
@@ -242,7 +243,13 @@ class Listener:
         """The loop."""
         while not self.finished():
             self.workers.start_missing()
-            claimed = self.settle_and_claim(conn)
+            try:
+                claimed = self.settle_and_claim(conn)
+            except db.CONNECTION_LOST:
+                raise
+            except psycopg2.Error:
+                self.upkeep.run(conn)  # as every turn may fail before it
+                raise
             for call in claimed:
                 self.workers.give(call)
             try:
@@ -334,14 +341,39 @@ class Listener:
     def ask(self, conn: db.Connection, wanted: list[Wanted], free: int, sweep: bool) -> Turn:
         """Settle what is unwritten and claim calls of these stages, in parts where that fails."""
         try:
-            return calls.settle_and_claim(
+            turn = calls.settle_and_claim(
                 conn, self.unwritten, wanted, free, self.name, sweep=sweep
             )
         except db.CONNECTION_LOST:
             raise
         except psycopg2.Error as error:
-            log.warning("한 건씩 다시 시도: %s", " ".join(str(error).split()))
-            return calls.in_parts(conn, self.unwritten, wanted, free, self.name)
+            reason = " ".join(str(error).split())
+            if reason not in self.refused.values():
+                log.warning("한 건씩 다시 시도: %s", reason)
+            turn = calls.in_parts(conn, self.unwritten, wanted, free, self.name)
+        self.note_refused(turn, wanted)
+        return turn
+
+    def note_refused(self, turn: Turn, wanted: list[Wanted]) -> None:
+        """Remember the stages of which no call can be claimed: only a sweep asks for them again, so
+        that they do not keep the others waiting.
+
+        Raises:
+            psycopg2.Error: nothing else can be done. Where all stages are refused, a new
+                connection may help.
+        """
+        before = self.refused
+        asked = {stage.stage for stage in wanted}
+        self.refused = {stage: why for stage, why in before.items() if stage not in asked}
+        for stage, error in turn.refused.items():
+            self.refused[stage] = " ".join(str(error).split())
+            if self.refused[stage] != before.get(stage):
+                log.error("단계의 호출을 가져올 수 없음 (%.0f초마다 다시 시도): stage=%s %s",
+                          LONGEST_SLEEP, stage, self.refused[stage])  # fmt: skip
+        if turn.claimed or self.unwritten:
+            return
+        if turn.refused and (self.once or len(self.refused) == len(self.order)):
+            raise next(iter(turn.refused.values()))
 
     def ask_others(
         self, conn: db.Connection, turn: Turn, others: list[list[Wanted]], free: int, sweep: bool
@@ -418,6 +450,8 @@ class Listener:
         claims: list[list[Wanted]] = [[]]
         pools: set[Pool] = set()
         for stage in self.order:
+            if stage in self.refused and not (sweep or self.once):
+                continue
             limits = self.limits[stage]
             if limits.pool and held[limits.pool] >= limits.pool.size:
                 continue
@@ -495,6 +529,8 @@ class Listener:
             asked_at = turn.asked_at
             if asked_at and any(row.was_due_at > asked_at + EARLY for row in turn.claimed):
                 self.upkeep.note_clock_set_back()
+        if self.refused:
+            self.sweep_at = min(self.sweep_at, now + LONGEST_SLEEP)
         left = [row.stage for row in turn.claimed if self.leaves_places(row.stage)]
         if left:
             calls.wake_waiting(conn, left)

@@ -56,6 +56,7 @@ EVENTS = {
     "정체된 단계": "stalled",
     "부재 후 시작": "back",
     "한 건씩 다시 시도": "turn_done_in_parts",
+    "단계의 호출을 가져올 수 없음": "stage_cannot_be_claimed",
     "결과를 기록할 수 없음": "result_not_recorded",
     "리스 만료 후 다시 확인됨": "call_left_to_its_lease",
     "데이터베이스 시계가 되돌아감": "database_clock_set_back",

@@ -177,6 +177,15 @@ def test_stage_is_newly_stalled_once_until_nothing_of_it_is(database, accepted):
     assert database.rows("SELECT 1 FROM pipeline_stages WHERE stalled_since IS NOT NULL") == []
 
 
+def test_call_that_waits_is_told_though_no_call_can_be_claimed(database, listener, told):
+    database.add_job()
+    database.rows("UPDATE stage_calls SET due_at = now() - interval '1 hour';"
+                  "ALTER TABLE jobs RENAME tenant_id TO customer")  # fmt: skip
+    process = listener(database, "run", "--stage", "vlm_analyze", ALERT_COMMAND=told.command)
+    until(lambda: any(said["event"] == "waiting" for said in told()), "an alert")
+    assert "column r.tenant_id does not exist" in process.output
+
+
 def test_newly_stalled_stage_is_told(database, accepted, api, run_command, told):
     run_command(database, "run", "--once", api=api, ALERT_COMMAND=told.command)
     [said] = told()

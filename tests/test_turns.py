@@ -6,11 +6,13 @@ from itertools import pairwise
 import psycopg2
 import pytest
 from asynchronous import PIPELINE
+from claims import wanted
 from faults.test_claims import with_idle_worker
 from faults.test_connection import frozen
 from raw_server import OK, in_turn
 from stage_functions import COMPUTE, POST, program
 from tcp_proxy import TcpProxy
+from variants import PIPELINE as OF_TWO_TABLES
 from variants import TABLE, install
 from waiting import (
     LISTENING,
@@ -151,6 +153,81 @@ def test_turn_in_parts_is_soon_followed_by_another(database, caller, monkeypatch
     monkeypatch.undo()
     listener.look_at = 0.0
     assert len(listener.settle_and_claim(claiming.conn)) == 1
+
+
+RENAME = "ALTER TABLE jobs_variants RENAME status TO state"
+MEND = "ALTER TABLE jobs_variants RENAME state TO status"
+
+
+@pytest.fixture
+def two_tables(database, use_pipeline, caller):
+    """A Caller with an idle worker; calls of jobs are due, and calls of jobs_variants before."""
+    use_pipeline(OF_TWO_TABLES)
+    rows = install(database, TABLE)
+    jobs = [database.add_job() for _ in range(3)]
+    rows.add(jobs[0], status="done", count=2)
+    database.rows("UPDATE stage_calls SET due_at = now() - interval '1 hour'"
+                  " WHERE table_name = 'jobs_variants'")  # fmt: skip
+    claiming = caller("http://127.0.0.1:1")
+    with_idle_worker(claiming.listener)
+    return claiming
+
+
+def stages_of_turns(claiming, turns: int) -> list[str]:
+    """The stages of which calls are claimed; each turn looks for some."""
+    stages = []
+    for _ in range(turns):
+        claiming.listener.look_at = 0.0
+        stages += [call.stage for call in claiming.listener.settle_and_claim(claiming.conn)]
+    return stages
+
+
+def test_table_that_cannot_be_read_keeps_no_call_of_another_waiting(database, two_tables):
+    database.rows(RENAME)
+    assert stages_of_turns(two_tables, 3) == ["vlm_analyze"] * 3
+    assert two_tables.listener.next_look <= time.monotonic() + LONGEST_SLEEP
+    for _ in range(2):
+        two_tables.listener.sweep_at = 0.0
+        assert stages_of_turns(two_tables, 1) == []
+    assert "stage=yolo_detect column r.status" in two_tables.line("단계의 호출을 가져올 수 없음")
+    two_tables.line("한 건씩 다시 시도")
+    database.rows(MEND)
+    two_tables.listener.sweep_at = 0.0
+    assert stages_of_turns(two_tables, 2) == ["yolo_detect"] * 2
+
+
+def test_result_is_settled_though_no_call_can_be_claimed(database, two_tables):
+    listener = two_tables.listener
+    call = two_tables.claim()
+    database.rows(RENAME + "; DELETE FROM stage_calls WHERE table_name = 'jobs' AND worker IS NULL")
+    two_tables.run(call)
+    assert stages_of_turns(two_tables, 1) == [] and not listener.unwritten
+    assert len(database.attempts(call.job_id)) == 1
+
+
+def test_once_fails_where_a_table_cannot_be_read_after_all_other_calls(database, two_tables):
+    database.rows(RENAME)
+    two_tables.listener.once = True
+    assert stages_of_turns(two_tables, 3) == ["vlm_analyze"] * 3
+    with pytest.raises(psycopg2.errors.UndefinedColumn):
+        stages_of_turns(two_tables, 1)
+
+
+REFUSE = """
+CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE SQLSTATE '{}'; END $$;
+CREATE TRIGGER refuse BEFORE UPDATE ON stage_calls FOR EACH ROW EXECUTE FUNCTION refuse()
+"""
+
+
+@pytest.mark.parametrize(("code", "refused"), [("42501", 2), ("57014", 1)])
+def test_turn_in_parts_goes_on_after_a_stage_that_is_refused_unless_it_took_long(
+    database, caller, code, refused
+):
+    database.add_job()
+    database.add_job("overlay")
+    database.rows(REFUSE.format(code))
+    turn = calls.in_parts(caller("http://127.0.0.1:1").conn, [], wanted(), 4, "w")
+    assert [error.pgcode for error in turn.refused.values()] == [code] * refused
 
 
 @pytest.fixture

@@ -155,7 +155,7 @@ def test_c9_listener_that_may_not_see_a_job_drops_nothing(database, api, listene
     job = database.add_job("overlay", "done")
     process = listener(database, api=api, DB_USER=role, DB_PASSWORD=role)
     process.wait_for_line(LISTENING)
-    assert "row-level security" in process.wait_for_line("리스너 오류 발생")
+    assert "row-level security" in process.wait_for_line("단계의 호출을 가져올 수 없음")
     assert (database.owed(job).attempts, database.attempts(job)) == (0, [])
     database.rows(f"ALTER ROLE {role} BYPASSRLS")
     database.wait_for(SUCCEEDED, job)
