@@ -93,6 +93,11 @@ SESSION = {
 # Further settings, by the server version that introduced them (PostgreSQL 14 is 140000). They
 # switch limits of idle sessions and transactions off; statement_timeout bounds our transactions.
 SINCE = {140000: {"idle_session_timeout": "0"}, 170000: {"transaction_timeout": "0"}}
+# With `off`, a server that crashes may forget what it has confirmed: a claim whose call was made,
+# or a result that was let go of. The other values all wait for the server's own disk.
+WAIT_FOR_DISK = """
+SELECT set_config('synchronous_commit', 'on', {is_local})
+WHERE current_setting('synchronous_commit') = 'off'; """
 # Lets the server notice that a listener's host is gone; by default it does so after two hours. Not
 # set behind a pooler, where the connection to the server is the pooler's.
 PEER = {
@@ -308,6 +313,7 @@ def prepare_session(conn: Connection, session: dict[str, str]) -> None:
     setting = "SET LOCAL {} = '{}'; " if pooled else "SET {} = '{}'; "
     session = session if pooled else session | PEER
     commands = "".join(setting.format(name, value) for name, value in session.items())
+    commands += WAIT_FOR_DISK.format(is_local=pooled)
     if pooled:
         conn.prefix = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; " + commands
     else:

@@ -60,6 +60,24 @@ def test_session_has_our_limits_whatever_was_set_for_it(each_bendable, kind):
             assert now == then, name
 
 
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize(
+    ("given", "ours"),
+    [("off", "on"), ("local", "local"), ("remote_write", "remote_write"), ("on", "on"),
+     ("remote_apply", "remote_apply")],
+)  # fmt: skip
+def test_our_commits_wait_for_the_disk_and_for_what_else_was_set(
+    bendable, monkeypatch, given, ours, pooled
+):
+    as_role = bend(bendable, "database", {"synchronous_commit": given})
+    monkeypatch.setattr(db, "is_pooled", lambda _: pooled)
+    with connected(bendable, **as_role) as conn:
+        assert db.execute(conn, "SHOW synchronous_commit").fetchone() == (ours,)
+        with conn.cursor() as cursor:  # as another client of a pooler
+            cursor.execute("SHOW synchronous_commit")
+            assert cursor.fetchone() == (given if pooled else ours,)
+
+
 # Those that only look, and those that change something.
 LOOKING = [
     "status",
