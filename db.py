@@ -115,6 +115,9 @@ class ConnectionLost(psycopg2.OperationalError):
 CONNECTION_LOST = (ConnectionLost,)
 # 40: serialization failure, deadlock; 55P03: lock not available; 57014: query cancelled.
 TRY_AGAIN = ("40", "55P03", "57014")
+# Seconds within which a statement must fail to be repeated. One that statement_timeout has ended
+# would keep the loop waiting for as long again; one that a person has cancelled is repeated.
+TRY_AGAIN_WITHIN = 4.0
 # 08: connection; 25006: read-only, so a standby; 53300: too many clients; 57P0: going down;
 # 0A000: a column of jobs has another type than when a statement was prepared.
 LOST = ("08", "25006", "53300", "57P0", "0A000")
@@ -340,6 +343,7 @@ def execute(
         ConnectionLost: connect again; whether the statement took effect is not known.
         psycopg2.Error: the statement's own fault; the connection is still good.
     """
+    began = time.monotonic()
     for chances_left in (1, 0):
         try:
             cursor = conn.cursor(cursor_factory=cursor_factory)
@@ -348,7 +352,9 @@ def execute(
         except psycopg2.Error as error:
             if is_lost(conn, error):
                 raise ConnectionLost(" ".join(str(error).split())) from error
-            if not chances_left or not (error.pgcode or "").startswith(TRY_AGAIN):
+            if not (error.pgcode or "").startswith(TRY_AGAIN):
+                raise
+            if not chances_left or time.monotonic() - began > TRY_AGAIN_WITHIN:
                 raise
     raise AssertionError("unreachable")
 

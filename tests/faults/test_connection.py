@@ -88,6 +88,16 @@ def test_a4_passing_errors_are_tried_again_on_the_same_connection(code, database
     assert db.execute(conn, "SELECT fail_first() AS tries").fetchone().tries == 2
 
 
+def test_a4_statement_that_took_long_is_not_tried_again(database, conn, monkeypatch):
+    database.rows("CREATE SEQUENCE tries")
+    slow = "SET LOCAL statement_timeout = '50ms'; SELECT nextval('tries'), pg_sleep(60)"
+    for within, tries in ((3600.0, 2), (0.0, 3)):
+        monkeypatch.setattr(db, "TRY_AGAIN_WITHIN", within)
+        with pytest.raises(psycopg2.errors.QueryCanceled):
+            db.execute(conn, slow)
+        assert database.value("SELECT last_value FROM tries") == tries
+
+
 def test_a4_errors_that_do_not_pass_are_raised_and_the_connection_stays_good(conn):
     with pytest.raises(psycopg2.errors.SerializationFailure):
         db.execute(conn, "DO $$ BEGIN RAISE SQLSTATE '40001'; END $$")
