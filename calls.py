@@ -765,7 +765,7 @@ def in_parts(
             if not (error.pgcode or "").startswith(FAULT_OF_THE_ROW):
                 refused[stage.stage] = error
                 continue
-            job_id = give_up_first(conn, stage.stage, " ".join(str(error).split()))
+            job_id = give_up_first(conn, stage, " ".join(str(error).split()))
             log.error(
                 "포기 (호출을 가져올 수 없음): job=%s stage=%s %s", job_id, stage.stage, error
             )
@@ -824,24 +824,29 @@ WHERE {FENCE} AND r.outcome NOT IN ('succeeded', 'skipped')
 """
 
 
-# The call that a claim of this stage would take first.
-GIVE_UP_FIRST = f"""
-UPDATE stage_calls SET due_at = 'infinity', worker = NULL, last_error = left(%(error)s, 500)
-WHERE (job_id, call_id) = (
+# The call that a claim of this stage would take first: see DUE and DUE_IN_ORDER.
+FIRST = f"""
     SELECT c.job_id, c.call_id FROM stage_calls AS c
-    WHERE c.stage = %(stage)s AND c.due_at <= now()
+    WHERE c.stage = %(stage)s AND c.due_at >= %(since)s AND c.due_at <= now()
       AND NOT EXISTS (SELECT FROM pipeline_stages AS p
                       WHERE p.stage = c.stage AND p.held_until > now())
       AND NOT EXISTS ({UNDER_WAY})
     ORDER BY c.due_at LIMIT 1
-    FOR UPDATE OF c SKIP LOCKED)
+    FOR UPDATE OF c SKIP LOCKED"""
+FIRST_IN_ORDER = """
+    SELECT c.job_id, c.call_id FROM stage_due_calls(%(stage)s, 0, 1, false) AS c"""
+GIVE_UP_FIRST = """
+UPDATE stage_calls SET due_at = 'infinity', worker = NULL, last_error = left(%(error)s, 500)
+WHERE (job_id, call_id) = ({first})
 RETURNING job_id::text
 """
 
 
-def give_up_first(conn, stage: str, error: str) -> str | None:
-    """Give up the first due call of `stage`, which cannot be claimed; the id of its job."""
-    row = execute(conn, GIVE_UP_FIRST, {"stage": stage, "error": error}).fetchone()
+def give_up_first(conn, wanted: Wanted, error: str) -> str | None:
+    """Give up the first due call of a stage, which cannot be claimed; the id of its job."""
+    sql = GIVE_UP_FIRST.format(first=FIRST_IN_ORDER if wanted.ordered else FIRST)
+    given = {"stage": wanted.stage, "since": wanted.since or "-infinity", "error": error}
+    row = execute(conn, sql, given).fetchone()
     return row and row.job_id
 
 

@@ -7,13 +7,14 @@ import threading
 from collections import Counter
 
 import pytest
-from claims import claim_many, connected
+from claims import claim_many, connected, wanted
 from conftest import ROOT
 from pages import Page
 from test_plans import read_by
 from variants import TABLE, VARIANTS, install, stage
 from waiting import PATIENCE
 
+import calls
 import db
 import upkeep
 from demo.stage_server import Answer
@@ -191,6 +192,17 @@ def test_call_is_not_made_before_its_time(site, api):
     assert site.value("SELECT min(started_at) >= %s FROM stage_attempts WHERE job_id ="
                       " (SELECT job_id FROM jobs WHERE tenant_id = 'later')", soon)  # fmt: skip
     assert not site.value("SELECT due_at = 'infinity' FROM stage_calls")
+
+
+def test_call_that_cannot_be_claimed_is_given_up_and_none_of_lower_priority(site):
+    add(site, "overlay", "healthy")
+    add(site, "overlay", "poisoned", priority=10)
+    site.rows("UPDATE stage_calls SET attempts = 2147483647 WHERE priority = 10")
+    given = wanted(["vlm_judge"], ordered=True)
+    with connected(site) as conn:
+        assert calls.in_parts(conn, [], given, 1, "w").claimed == []
+        [row] = calls.in_parts(conn, [], given, 1, "w").claimed
+    assert row.tenant_id == "healthy"
 
 
 def test_listener_that_does_not_know_of_run_after_leaves_such_a_call(site):

@@ -15,6 +15,7 @@ from claims import (
     result,
     set_clock_back,
     settle,
+    wanted,
 )
 
 import calls
@@ -346,7 +347,8 @@ def test_call_that_was_given_up_and_retried_waits_no_longer_than_a_back_off(data
     database.add_job()
     claim(conn)
     database.rows(LEASE_OVER)
-    assert calls.give_up_first(conn, "vlm_analyze", "error")
+    [first] = wanted(["vlm_analyze"])
+    assert calls.give_up_first(conn, first, "error")
     database.rows("UPDATE stage_calls SET due_at = now() + interval '2 hours'")  # as `retry` did
     assert upkeep.shorten_waits(conn, is_back=True) == 1
     assert claim(conn).attempt == 2
