@@ -79,6 +79,7 @@ DECLARE
     columns text[];
     routes  jsonb;  -- the rows' own: {step: {status: stage}}
     looks   text;  -- statements that record looks at parents; NULL: no joins
+    moving  text;  -- statements before them, where the table has partitions
     is_ordered boolean;  -- the table has a column for the priority of its rows, or their time
     moves   text;  -- statements that record moves; NULL: no asynchronous stage
     fields  text;  -- of the notification
@@ -117,13 +118,24 @@ BEGIN
               WHERE x.table_name = t.name AND x.join_of = ''
               GROUP BY x.current_step) AS r;
 
+        -- One UPDATE that moves a row to another partition deletes it there and inserts it here, in
+        -- this order. Such a row has not come to its state.
+        moving := CASE WHEN (SELECT relkind FROM pg_class WHERE oid = place) = 'p' THEN $move$
+        IF TG_OP = 'DELETE' THEN
+            moved_row := set_config('job_state_listener.moved_row', concat_ws(
+                ' ', statement_timestamp(), old_id, old_parent, old_step, old_state), true);
+        ELSIF TG_OP = 'INSERT' THEN
+            stays := current_setting('job_state_listener.moved_row', true) = concat_ws(
+                ' ', statement_timestamp(), id, parent, step, state);
+        END IF;$move$ ELSE '' END;
+
         -- A row that came to the state, to another parent, or both: look at its parent. One that
         -- was not in the state and went away may have been the last that its parent waited for.
-        SELECT string_agg(format($look$
+        SELECT moving || string_agg(format($look$
         IF (step = %1$L AND state = %2$L) IS TRUE
            AND (TG_OP = 'INSERT' OR old_parent IS DISTINCT FROM parent
                 OR (old_step = %1$L AND old_state = %2$L) IS NOT TRUE)
-           AND parent IS NOT NULL AND NOT %5$s THEN
+           AND parent IS NOT NULL AND NOT %5$s%7$s THEN
             INSERT INTO %4$I.stage_looks (parent_id, join_of, arrived) VALUES (parent, %3$L, true);
             looked := true;
         END IF;
@@ -135,7 +147,8 @@ BEGIN
             VALUES (old_parent, %3$L, false);
             looked := true;
         END IF;$look$, r.current_step, r.status, r.join_of, schema,
-            format(too_long, 'parent'), format(too_long, 'old_parent')), '')
+            format(too_long, 'parent'), format(too_long, 'old_parent'),
+            CASE WHEN moving <> '' THEN ' AND stays IS NOT TRUE' END), '')
             || CASE WHEN announced = 'nothing' THEN '' ELSE $look$
         IF looked THEN
             notified := pg_notify('job_state_listener_join', '');
@@ -228,7 +241,9 @@ BEGIN
         IF TG_OP <> 'INSERT' THEN
             old_step := OLD.current_step::text;
             old_state := OLD.status::text;%s
-        END IF;$read$, E'\n            old_parent := OLD.' || quote_ident(t.parent_column) || ';') END;
+        END IF;$read$, E'\n            old_parent := OLD.' || quote_ident(t.parent_column) || ';'
+                || CASE WHEN moving = '' THEN ''
+                        ELSE E'\n            old_id := OLD.' || quote_ident(t.id_column) || ';' END) END;
         -- By way of text, as a cast between numbers would round.
         as_found := format($read$
             IF TG_OP <> 'DELETE' THEN
@@ -246,10 +261,11 @@ BEGIN
                                  ' ''9999-12-31''::timestamptz) END', t.run_after_column) END))
             || CASE WHEN coalesce(t.parent_column, moves) IS NULL THEN '' ELSE format($read$
             IF TG_OP <> 'INSERT' THEN
-                EXECUTE %1$L INTO old_step, old_state, old_parent USING OLD;
-            END IF;$read$, format('SELECT ($1).current_step::text, ($1).status::text, %1$s',
+                EXECUTE %1$L INTO old_step, old_state, old_parent, old_id USING OLD;
+            END IF;$read$, format('SELECT ($1).current_step::text, ($1).status::text, %1$s,'
+                                  ' ($1).%2$I::text::%3$s',
                 coalesce('($1).' || quote_ident(t.parent_column) || '::text::' || id_type,
-                         'NULL'))) END;
+                         'NULL'), t.id_column, id_type)) END;
 
         -- A new row that owes nothing is not announced, unless it comes from another partition and
         -- has left an asynchronous stage.
@@ -295,9 +311,12 @@ DECLARE
     old_step   text;
     old_state  text;
     old_parent %10$s;
+    old_id     %10$s;
     route    text;
     owed     boolean;
     looked   boolean;
+    stays    boolean;
+    moved_row text;
     moved    boolean;
     urgency  integer;
     start    timestamptz;

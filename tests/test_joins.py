@@ -28,6 +28,7 @@ import joins
 import trigger
 import upkeep
 from demo.stage_server import Answer
+from ops.install import apply
 from ops.steer import make_due
 from pipeline import Table
 
@@ -90,6 +91,39 @@ def test_join_is_owed_once_the_last_row_has_come(variants, conn):
     settle(conn, result(row))
     assert not joins.look(conn)
     assert variants.owed() == []
+
+
+PARTITIONED = """
+ALTER TABLE jobs_variants RENAME TO before;
+CREATE TABLE jobs_variants (LIKE before INCLUDING DEFAULTS, archived boolean DEFAULT false)
+    PARTITION BY LIST (archived);
+CREATE INDEX ON jobs_variants (job_variants_id);
+CREATE INDEX ON jobs_variants (job_id);
+CREATE TABLE present PARTITION OF jobs_variants FOR VALUES IN (false);
+CREATE TABLE past PARTITION OF jobs_variants FOR VALUES IN (true);
+"""
+
+
+@pytest.mark.parametrize("read", ["as installed", "as found"])
+def test_row_that_moves_to_another_partition_has_not_come(variants, conn, read):
+    variants.database.rows(PARTITIONED)
+    apply(conn)
+    job, ids = joined(variants)
+    settle(conn, result(claim_join(conn)))
+    if read == "as found":  # by a dynamic statement
+        variants.database.rows("DROP TRIGGER job_state_listener_change ON jobs_variants")
+        variants.database.rows("ALTER TABLE jobs_variants ALTER status TYPE varchar(90)")
+    variants.database.rows("UPDATE jobs_variants SET archived = true")
+    joins.look(conn)
+    assert variants.owed() == []
+    variants.database.rows("UPDATE jobs_variants SET archived = false, status = 'queued';"
+                           "UPDATE jobs_variants SET archived = true, status = 'done'")  # fmt: skip
+    assert claim_join(conn).key == job
+    again = "INSERT INTO jobs_variants VALUES (%s, %s, 'iou_eval', 'done', true)"
+    variants.delete(ids[0])
+    joins.look(conn)
+    variants.database.rows(again, ids[0], job)
+    assert variants.database.value("SELECT arrived FROM stage_looks")
 
 
 def test_row_that_is_born_in_the_state_counts_as_one_that_came(variants, conn):
