@@ -299,6 +299,9 @@ def install(
         click.echo(f"  {done:7}  {route} → {shown(stage)}")
     for route in before_routes.keys() - routes.keys():
         click.echo(f"  removed  {route} → {shown(before_routes[route])}")
+    if "table jobs" in before and routes.keys() - before_routes.keys():
+        click.echo("  note: rows that are in a new state already, or come to it in a transaction "
+                   f"that is open, owe no call: {pipeline.JSL} backfill")  # fmt: skip
     if announced(conn) == "owed":
         click.echo("  note: only changes that owe a call are announced; --notify: every change")
     if is_silent(conn):

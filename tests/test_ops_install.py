@@ -92,8 +92,10 @@ def test_install_beside_existing_jobs_leaves_their_rows(empty_database, run_comm
     )
     rows = "SELECT *, xmin, ctid FROM jobs"
     before = empty_database.rows(rows)
-    assert words(run_command(empty_database, "install"))["table jobs"] == "kept"
+    done = run_command(empty_database, "install")
+    assert words(done)["table jobs"] == "kept" and "owe no call: ./jsl backfill" in done.out
     assert empty_database.rows(rows) == before
+    assert "backfill" not in run_command(empty_database, "install").out
     assert empty_database.rows("SELECT 1 FROM stage_calls") == []
     empty_database.move("8", "img_gen", "done")
     done = run_command(empty_database, "job", "8")
