@@ -15,7 +15,7 @@ import hosts
 import notifications
 import pipeline
 import stage_http
-from ops import grants, migrations, place
+from ops import grants, migrations, place, rows
 from ops.problem import GRANTS
 from ops.routes import announced, difference
 from ops.tables import faults
@@ -221,7 +221,10 @@ def check_rows(conn, settings) -> str:
         raise Bad(str(found[0]), found[0].mend, found[1:])
     tables = pipeline.tables().values()
     said = (f"{table.name} ({', '.join(table.ids)})" for table in tables)
-    return f"table{'s' * (len(tables) > 1)} of PIPELINE: {', '.join(said)}"
+    line = f"table{'s' * (len(tables) > 1)} of PIPELINE: {', '.join(said)}"
+    if timeless := [table.name for table in tables if rows.time_column(conn, table) is None]:
+        line += f"; no updated_at or created_at of type timestamptz in {', '.join(timeless)}"
+    return line
 
 
 def check_function(conn, settings) -> str:

@@ -168,7 +168,8 @@ def test_verify_names_pipeline_tables_functions_and_triggers(variants, run_comma
     done = run_command(variants.database, "verify", api=api, **HERE)
     assert problems(done) == []
     said = [line.removeprefix("ok       ") for line in done.lines]
-    assert "tables of PIPELINE: jobs (job_id), jobs_variants (job_variants_id, job_id)" in said
+    tables = "tables of PIPELINE: jobs (job_id), jobs_variants (job_variants_id, job_id)"
+    assert f"{tables}; no updated_at or created_at of type timestamptz in jobs_variants" in said
     assert "functions notify_job_state_change(), job_state_listener_jobs_variants()" in said
     assert (
         "triggers job_state_change_trigger, job_state_insert_trigger, enabled on jobs; "

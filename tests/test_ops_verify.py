@@ -164,6 +164,14 @@ def test_problem_is_named_and_the_command_given_mends_it(database, api, damage):
     assert checked(database, STAGE_API_URL=api.url) == []
 
 
+def test_table_without_a_time_to_trust_is_named(database, api, run_command):
+    database.rows("ALTER TABLE jobs ALTER updated_at TYPE timestamp,"
+                  " ALTER created_at TYPE timestamp")  # fmt: skip
+    lines = run_command(database, "verify", api=api).lines
+    [line] = [line for line in lines if "of PIPELINE: " in line]
+    assert line.endswith("; no updated_at or created_at of type timestamptz in jobs")
+
+
 def test_problem_is_printed_with_its_command_and_exit_1(database, api, run_command):
     database.rows("ALTER TABLE jobs DISABLE TRIGGER job_state_change_trigger")
     done = run_command(database, "verify", api=api)
