@@ -76,15 +76,6 @@ def place(conn) -> Place | None:
 PING = "SELECT 1"
 
 
-def ping(conn) -> None:
-    """Raises ConnectionLost where the server does not answer at once: it may be frozen."""
-    conn.deadline = PING_DEADLINE
-    try:
-        db.execute(conn, PING)
-    finally:
-        conn.deadline = db.DEADLINE
-
-
 def is_several(settings: SimpleNamespace) -> bool:
     return len(list(db.targets(settings))) > 1
 
@@ -130,6 +121,7 @@ class Watch:
     def __init__(self, settings: SimpleNamespace):
         self.settings, self.several = settings, is_several(settings)
         self.look_at = time.monotonic() + LOOK_EVERY if self.several else float("inf")
+        self.ping_at = 0.0 if self.several else float("inf")
         self.process: subprocess.Popen | None = None
         self.said = ""
         self.latest: dict[str, int] = {}  # timeline by system
@@ -167,6 +159,21 @@ class Watch:
                 f" been primary on {self.latest[system]} (is it the right one after all? then stop"
                 " the other one and restart the listener)"
             )
+
+    def ping(self, conn) -> None:
+        """Where there are other hosts, ask this one now and then for a sign of life.
+
+        Raises:
+            ConnectionLost: it did not answer at once, and may be frozen.
+        """
+        if time.monotonic() < self.ping_at:
+            return
+        self.ping_at = time.monotonic() + PING_EVERY
+        conn.deadline = PING_DEADLINE
+        try:
+            db.execute(conn, PING)
+        finally:
+            conn.deadline = db.DEADLINE
 
     def look(self) -> str | None:
         """Start a look when it is time, or take its result; never waits. Returns a line about a

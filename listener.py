@@ -152,7 +152,6 @@ class Listener:
         self.move_look = Look(pipeline.is_asynchronous())
         self.may_miss_moves = False  # there may be moves that no trigger has recorded
         self.is_ordered = pipeline.is_ordered()
-        self.ping_at = 0.0 if hosts.is_several(settings) else math.inf
         self.due_at = 0.0  # when the next call will be due, as far as is known
         self.asks = False  # whether to ask
         self.asked_at: datetime | None = None  # since when
@@ -245,10 +244,9 @@ class Listener:
             self.workers.start_missing()
             try:
                 claimed = self.settle_and_claim(conn)
-            except db.CONNECTION_LOST:
-                raise
-            except psycopg2.Error:
-                self.upkeep.run(conn)  # as every turn may fail before it
+            except psycopg2.Error as error:
+                if not isinstance(error, db.CONNECTION_LOST):
+                    self.upkeep.run(conn)  # else no turn may come to it
                 raise
             for call in claimed:
                 self.workers.give(call)
@@ -258,11 +256,8 @@ class Listener:
                 self.hearing.log()
                 for call in claimed:
                     trigger.log_begin(call)
-            if self.asks:
-                self.ask_when(conn)
-            if time.monotonic() >= self.ping_at:
-                self.ping_at = time.monotonic() + hosts.PING_EVERY
-                hosts.ping(conn)
+            self.ask_when(conn)
+            self.hosts.ping(conn)
             self.upkeep.run(conn)
             ready = self.wait(min(self.next_look, self.upkeep.next_run), conn)
             self.collect(ready)
@@ -550,6 +545,8 @@ class Listener:
 
     def ask_when(self, conn: db.Connection) -> None:
         """Ask when the next call will be due, where a claim found less than there are workers."""
+        if not self.asks:
+            return
         seconds = calls.next_due(conn, self.order, self.asked_at)
         self.due_at = math.inf if seconds is None else time.monotonic() + seconds
         self.look_at, self.asks = min(self.look_at, self.due_at), False
