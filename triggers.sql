@@ -119,14 +119,18 @@ BEGIN
               GROUP BY x.current_step) AS r;
 
         -- One UPDATE that moves a row to another partition deletes it there and inserts it here, in
-        -- this order. Such a row has not come to its state.
+        -- this order. Such a row has not come to its state. One that is deleted and inserted anew
+        -- comes to the partition that it was in.
         moving := CASE WHEN (SELECT relkind FROM pg_class WHERE oid = place) = 'p' THEN $move$
         IF TG_OP = 'DELETE' THEN
             moved_row := set_config('job_state_listener.moved_row', concat_ws(
                 ' ', statement_timestamp(), old_id, old_parent, old_step, old_state), true);
-        ELSIF TG_OP = 'INSERT' THEN
-            stays := current_setting('job_state_listener.moved_row', true) = concat_ws(
-                ' ', statement_timestamp(), id, parent, step, state);
+            moved_from := set_config('job_state_listener.moved_from', TG_RELID::text, true);
+        ELSIF TG_OP = 'INSERT'
+              AND current_setting('job_state_listener.moved_row', true) = concat_ws(
+                  ' ', statement_timestamp(), id, parent, step, state)
+              AND current_setting('job_state_listener.moved_from', true) <> TG_RELID::text THEN
+            RETURN NEW;
         END IF;$move$ ELSE '' END;
 
         -- A row that came to the state, to another parent, or both: look at its parent. One that
@@ -135,7 +139,7 @@ BEGIN
         IF (step = %1$L AND state = %2$L) IS TRUE
            AND (TG_OP = 'INSERT' OR old_parent IS DISTINCT FROM parent
                 OR (old_step = %1$L AND old_state = %2$L) IS NOT TRUE)
-           AND parent IS NOT NULL AND NOT %5$s%7$s THEN
+           AND parent IS NOT NULL AND NOT %5$s THEN
             INSERT INTO %4$I.stage_looks (parent_id, join_of, arrived) VALUES (parent, %3$L, true);
             looked := true;
         END IF;
@@ -147,8 +151,7 @@ BEGIN
             VALUES (old_parent, %3$L, false);
             looked := true;
         END IF;$look$, r.current_step, r.status, r.join_of, schema,
-            format(too_long, 'parent'), format(too_long, 'old_parent'),
-            CASE WHEN moving <> '' THEN ' AND stays IS NOT TRUE' END), '')
+            format(too_long, 'parent'), format(too_long, 'old_parent')), '')
             || CASE WHEN announced = 'nothing' THEN '' ELSE $look$
         IF looked THEN
             notified := pg_notify('job_state_listener_join', '');
@@ -315,8 +318,8 @@ DECLARE
     route    text;
     owed     boolean;
     looked   boolean;
-    stays    boolean;
-    moved_row text;
+    moved_row  text;
+    moved_from text;
     moved    boolean;
     urgency  integer;
     start    timestamptz;
@@ -389,7 +392,7 @@ $long$, format(too_long, 'id')) END,
             CASE WHEN is_ordered THEN ', urgency, start, greatest(clock_timestamp(), start)'
                  ELSE '' END,
             CASE WHEN is_ordered THEN ', priority = excluded.priority, run_after = excluded.run_after'
-                 ELSE '' END, coalesce(borrowed, '')));
+                 ELSE ', priority = 0, run_after = NULL' END, coalesce(borrowed, '')));
     END LOOP;
 END
 $do$;

@@ -41,6 +41,7 @@ WITH outdated AS MATERIALIZED (
     SELECT c.job_id, c.call_id {OUTDATED}
 ), mine AS (
     SELECT c.job_id, c.call_id FROM stage_calls AS c JOIN outdated USING (job_id, call_id)
+    WHERE c.worker IS NULL
     FOR UPDATE OF c SKIP LOCKED
 ), gone AS (
     DELETE FROM stage_calls AS c USING mine

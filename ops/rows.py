@@ -255,8 +255,8 @@ def names(conn, table: Table) -> dict[str, str]:
         "beside": "",
     }
     if table.priority:
-        value = f"least(greatest(r.{quoted(table.priority)}, -2147483648), 2147483647)"
-        found["priority"] = f"coalesce({value}, 0)::integer"
+        value = f"coalesce(r.{quoted(table.priority)}, 0)"
+        found["priority"] = f"least(greatest({value}, -2147483648), 2147483647)::integer"
     if table.run_after:
         value = f"r.{quoted(table.run_after)}"
         found["run_after"] = f"CASE WHEN {value} IS NOT NULL THEN least({value}, '9999-12-31') END"

@@ -19,6 +19,7 @@ import db
 import upkeep
 from demo.stage_server import Answer
 from ops.check import LAG
+from ops.install import apply
 from ops.place import changes
 from ops.report.data import WAITING
 from pipeline import Table, limits
@@ -205,6 +206,16 @@ def test_call_that_cannot_be_claimed_is_given_up_and_none_of_lower_priority(site
     assert row.tenant_id == "healthy"
 
 
+def test_row_of_a_table_that_declares_no_time_any_more_is_called_when_it_moves(site, use_pipeline):
+    add(site, "overlay", "acme", run_after="9999-01-01", priority=-1)
+    use_pipeline({("overlay", "done"): stage("vlm_judge"), ("vlm_judge", "done"): stage("planner")})
+    with connected(site) as conn:
+        apply(conn)
+        site.rows("UPDATE jobs SET current_step = 'vlm_judge'")
+        [row] = claim_many(conn, 1, stages=["planner"]).claimed
+    assert site.rows("SELECT priority, run_after FROM stage_calls") == [(0, None)] and row
+
+
 def test_listener_that_does_not_know_of_run_after_leaves_such_a_call(site):
     """During a deploy, one with the PIPELINE of before."""
     add(site, "overlay", "later", run_after="9999-01-01")
@@ -251,9 +262,12 @@ def test_call_that_waits_for_its_time_says_so_and_can_be_hurried(site, run_comma
 ORDER = "SELECT priority, run_after, due_at > now() AS is_later, tenant_id FROM stage_calls"
 
 
+@pytest.mark.parametrize("priority", [7, None])
 @pytest.mark.parametrize("command", ["again", "backfill"])
-def test_call_that_a_command_records_has_the_order_of_the_trigger(site, run_command, command):
-    add(site, "overlay", "acme", priority=7, run_after="9999-01-01")
+def test_call_that_a_command_records_has_the_order_of_the_trigger(
+    site, run_command, command, priority
+):
+    add(site, "overlay", "acme", priority=priority, run_after="9999-01-01")
     before = site.rows(ORDER)
     job = str(site.value("SELECT job_id FROM jobs"))
     site.rows("DELETE FROM stage_calls")
@@ -261,7 +275,7 @@ def test_call_that_a_command_records_has_the_order_of_the_trigger(site, run_comm
     typed = ["again", job] if command == "again" else ["backfill", "--apply"]
     assert run_command(site, *typed, **module).code == 0
     assert site.rows(ORDER) == before
-    assert before[0].priority == 7 and before[0].is_later
+    assert before[0].priority == (priority or 0) and before[0].is_later
 
 
 def test_backfill_records_the_tenant_of_the_parent(site, run_command):
