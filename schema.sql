@@ -102,8 +102,8 @@ BEGIN
     WHERE attrelid = 'jobs'::regclass AND attname = 'job_id';
 
     -- Stages remember calls by their Idempotency-Key, which is made of call_id. So its numbers begin
-    -- with the time (hundredths of a second since 2026): none is used again after uninstall and
-    -- install.
+    -- with the time, 10,000 for each second since 2026: after uninstall and install none is used
+    -- again.
 
     -- What is owed now: at most one open call per row, and one per join of a parent. job_id is the
     -- row's id, whatever its table calls it. Small, so that its plans hold.
@@ -134,7 +134,7 @@ BEGIN
             PRIMARY KEY (job_id, table_name, join_of)
             -- No CHECK here: each one costs the application 3 µs a row.
         ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000)
-    $ddl$, id_type, greatest(1, extract(epoch FROM clock_timestamp() - timestamptz '2026-01-01') * 100)::bigint);
+    $ddl$, id_type, greatest(1, extract(epoch FROM clock_timestamp() - timestamptz '2026-01-01') * 10000)::bigint);
 
     -- Who is calling what: one row per attempt under way. A stage that sets its job running
     -- has paid the debt, but its call goes on, and its worker may yet be lost. An attempt that
