@@ -798,12 +798,12 @@ def settle_alone(conn, result: Result) -> bool:
 IS_RECORDED = """
 SELECT EXISTS (SELECT FROM stage_attempts
                WHERE job_id = %(job_id)s AND call_id = %(call_id)s AND attempt = %(attempt)s
-                 AND outcome = %(outcome)s) AS is_recorded
+                 AND outcome <> 'lost') AS is_recorded
 """
 
 
 def is_recorded(conn, result: Result) -> bool:
-    """Whether the history has `result`. It never has that of a call that was taken."""
+    """Whether the history has a result of this attempt. It has none of a call that was taken."""
     return execute(conn, IS_RECORDED, vars(result)).fetchone().is_recorded
 
 

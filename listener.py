@@ -497,19 +497,8 @@ class Listener:
             log.warning("failed 상태 확인 실패: %s", " ".join(str(error).split()))
             is_routed = {}
         for result in failures:
-            if is_routed.get(result.call_id):
-                # Nothing is given up: the call that follows from it goes on counting.
-                result.is_told = True
-                continue
-            if result.call_id in is_routed:
-                result.outcome, result.delay, result.hold = "failed", None, False
-                result.error = f"{result.error} ({trigger.SET_FAILED})"
-                trigger.tell_failed(
-                    self.alerts, result.table_name, result.job_id, result.stage, result.error
-                )
-            else:
-                trigger.alert_given_up(self.alerts, result)
-            result.is_told = result.outcome == "failed"
+            trigger.alert_failure(self.alerts, result, is_routed)
+            result.is_told = result.outcome == "failed" or result.call_id in is_routed
 
     def plan(self, conn: db.Connection, turn: Turn, free: int, sweep: bool) -> None:
         """When to look again."""

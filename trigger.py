@@ -376,6 +376,21 @@ def what_next(call: Call, ended: Result) -> str:
     return f"{when} {then} (Job이 그대로면)"
 
 
+def alert_failure(alerts: Alerts, ended: Result, is_routed: Mapping[int, bool]) -> None:
+    """Tell people of a result that is no success, if it needs them. Where its stage has set the row
+    to failed, it becomes a failure, unless another call follows from that.
+
+    Args:
+        is_routed: as of calls.set_failed().
+    """
+    if ended.call_id not in is_routed:
+        alert_given_up(alerts, ended)
+    elif not is_routed[ended.call_id]:
+        ended.outcome, ended.delay, ended.hold = "failed", None, False
+        ended.error = f"{ended.error} ({SET_FAILED})"
+        tell_failed(alerts, ended.table_name, ended.job_id, ended.stage, ended.error)
+
+
 def alert_given_up(alerts: Alerts, ended: Result) -> None:
     if ended.outcome == "failed":
         row = row_name(ended.table_name, ended.job_id).replace("=", " ", 1)

@@ -351,30 +351,34 @@ def settle_as_orphan(settings: SimpleNamespace, call: Call, result: Result) -> N
     if result.outcome == "released":
         return
     arm(call)
+    alerts = Alerts(settings)
     while True:
         try:
             with contextlib.closing(
                 db.connect(settings, db.LISTENER_APPLICATION + call.listener, pinned=True)
             ) as conn:
-                is_known = calls.is_recorded(conn, result)
+                is_new = not calls.is_recorded(conn, result)
+                if is_new and not result.is_told:
+                    tell(conn, alerts, call, result)
                 calls.settle_and_claim(conn, [result], [], 0, call.listener)
-            if not is_known:
-                tell(settings, call, result)
-            return
+            break
         except psycopg2.Error as error:
             log.warning("워커가 결과를 기록할 수 없음: %s", " ".join(str(error).split()))
             time.sleep(settings.JOB_STATE_LISTENER_RECONNECT_DELAY)
-
-
-def tell(settings: SimpleNamespace, call: Call, result: Result) -> None:
-    """Say what the listener would have said about this result."""
     signal.setitimer(signal.ITIMER_REAL, 0)
-    trigger.log_end(call, result)
-    log.warning("리스너가 사라져 워커가 결과를 기록함: job=%s stage=%s outcome=%s",
-                call.job_id, call.stage, result.outcome)  # fmt: skip
-    alerts = Alerts(settings)
-    trigger.alert_given_up(alerts, result)
+    if is_new:
+        log.warning("리스너가 사라져 워커가 결과를 기록함: job=%s stage=%s outcome=%s",
+                    call.job_id, call.stage, result.outcome)  # fmt: skip
     alerts.close()
+
+
+def tell(conn: db.Connection, alerts: Alerts, call: Call, result: Result) -> None:
+    """Say once what the listener would have said about this result."""
+    failures = [] if result.outcome in (*calls.PAID, calls.TAKEN) else [result]
+    is_routed = calls.set_failed(conn, failures)
+    trigger.log_end(call, result)
+    trigger.alert_failure(alerts, result, is_routed)
+    result.is_told = True
 
 
 def flush_output() -> None:

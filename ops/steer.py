@@ -187,12 +187,8 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
 
 def alert(conn, alerts: Alerts, ended: calls.Result) -> None:
     """Tell people of a call that was given up, or whose stage has set its row to failed."""
-    if ended.outcome in (*calls.PAID, calls.TAKEN, "held") or not calls.set_failed(conn, [ended]):
-        trigger.alert_given_up(alerts, ended)
-        return
-    ended.outcome, ended.delay, ended.hold = "failed", None, False
-    ended.error = f"{ended.error} ({trigger.SET_FAILED})"
-    trigger.tell_failed(alerts, ended.table_name, ended.job_id, ended.stage, ended.error)
+    asked = [] if ended.outcome in (*calls.PAID, calls.TAKEN, "held") else [ended]
+    trigger.alert_failure(alerts, ended, calls.set_failed(conn, asked))
 
 
 # --- retry ---------------------------------------------------------------------------------

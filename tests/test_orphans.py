@@ -18,6 +18,8 @@ from waiting import (
     wait_until_idle,
 )
 
+import trigger
+import workers
 from demo.stage_api import StageApi
 from demo.stage_server import Answer
 
@@ -72,6 +74,22 @@ def test_call_that_is_given_up_after_the_listener_was_killed_is_told_once(
         ("given_up", str(one)) for one in (job, known)
     )
     assert [line for line in process.lines if "실행 실패" in line and job in line]
+
+
+def test_row_that_its_stage_set_failed_after_the_listener_was_killed_is_told_so(
+    database, caller, tmp_path
+):
+    told = tmp_path / "told"
+    calling = caller("http://127.0.0.1:1", ALERT_COMMAND=f"tee -a {told}")
+    job = database.add_job("yolo_detect")
+    call = calling.claim()
+    database.move(job, "planner", "failed")
+    ended = trigger.failure(call, "failed", "HTTP 422: no GPU", 0, http_status=422)
+    workers.settle_as_orphan(calling.settings, call, ended)
+    said = json.loads(told.read_text())
+    assert (said["event"], said["job"]) == ("failed_by_stage", job)
+    [attempt] = database.attempts(job)
+    assert "set failed by its stage" in attempt.error
 
 
 def test_answers_that_the_killed_listener_had_not_read_are_recorded(
