@@ -117,7 +117,7 @@ class Alerts:
                 continue
             del self.episodes[key]
             if episode.count:
-                if now < math.inf:
+                if now < math.inf and not episode.recovered:
                     self.episodes[key] = Episode(now + EPISODE)
                 text = f"{episode.count} more of the same, the last: {episode.said['text']}"
                 self.put(episode.said | {"text": text, "count": episode.count})

@@ -579,8 +579,7 @@ WITH stage AS (
     LEFT JOIN tried USING (stage)
     CROSS JOIN LATERAL (
         SELECT max(l.started_at) AS at FROM stage_leases AS l
-        WHERE l.stage = s.stage AND l.working
-          AND l.started_at > now() - make_interval(secs => %(recent)s)) AS taken
+        WHERE l.stage = s.stage AND l.working AND l.leased_until > now()) AS taken
     CROSS JOIN LATERAL (
         SELECT min(c.due_at) AS oldest FROM stage_calls AS c
         WHERE c.stage = s.stage AND c.due_at <= now()) AS due

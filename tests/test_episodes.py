@@ -134,9 +134,9 @@ def test_stage_that_works_on_a_call_it_has_taken_accepts_calls(database, sent):
     for job in jobs[:3]:
         database.rows(TRIED, "held", job)
     database.rows("INSERT INTO stage_leases (job_id, call_id, attempt, stage, worker, started_at,"
-                  " leased_until, working) SELECT job_id, call_id, 1, stage, 'w', now(),"
-                  " now() + interval '1 hour', true FROM stage_calls WHERE job_id = %s", jobs[3]
-                  )  # fmt: skip
+                  " leased_until, working) SELECT job_id, call_id, 1, stage, 'w',"
+                  " now() - interval '20 minutes', now() + interval '1 hour', true"
+                  " FROM stage_calls WHERE job_id = %s", jobs[3])  # fmt: skip
     assert look(database, sent) == []
 
 
@@ -191,6 +191,8 @@ def test_what_comes_and_goes_quickly_is_told_once(sent):
     assert len(sent.events) == 1 and sent.next_look < math.inf
     sent.end_episodes(time.monotonic() + alerts_module.EPISODE + 1)
     assert [said.get("count", said["event"]) for said in sent.events[1:]] == [2, "recovered"]
+    sent.send("stage_refuses", "401", stage="overlay")
+    assert sent.events.pop()["event"] == "stage_refuses"  # at once, as people were told it is over
     sent.send("stage_refuses", "401", stage="planner")
     sent.recovered("stage_refuses", "planner", "it accepts calls again", at_once=False)
     sent.send("stage_refuses", "401", stage="planner")
