@@ -174,10 +174,16 @@ def install(conn: psycopg2.extensions.connection) -> None:
     conn.cursor().execute(INSTALL)
 
 
-# `audit` takes the times of the history as they are.
+# `audit` takes the times of the history as they are. An attempt whose lease was begun again is said
+# to have started then: it has the time of its claim back.
 SET_RIGHT = """
-UPDATE stage_attempts SET started_at = to_timestamp(chaos.seconds(started_at)),
-                          finished_at = to_timestamp(chaos.seconds(finished_at))
+UPDATE stage_attempts AS a
+SET started_at = to_timestamp(least(chaos.seconds(a.started_at), (
+        SELECT min(chaos.seconds((l.new ->> 'started_at')::timestamptz)) FROM chaos.audit AS l
+        WHERE l.place = 'stage_leases' AND l.job = a.job_id::text
+          AND (l.new ->> 'call_id')::bigint = a.call_id
+          AND (l.new ->> 'attempt')::integer = a.attempt))),
+    finished_at = to_timestamp(chaos.seconds(a.finished_at))
 """
 
 
