@@ -30,10 +30,13 @@ from ops.rows import RowCommand
 
 # --- the statements -----------------------------------------------------------------------
 
-# Calls that were given up; with --now also calls that wait for their next attempt. Not calls whose
-# lease is not over, as they may still be under way.
+# Calls that were given up; with --now also calls that wait for their next attempt, and where a row
+# is named also its call for a later run_after. Not calls whose lease is not over, as they may still
+# be under way.
 RETRIED = """
-      (c.due_at = 'infinity' OR %(now)s AND c.due_at > now() AND NOT EXISTS (
+      (c.due_at = 'infinity' OR %(now)s AND c.due_at > now()
+       AND (c.run_after IS NULL OR c.run_after <= now() OR %(job_id)s IS NOT NULL)
+       AND NOT EXISTS (
        SELECT FROM stage_leases AS l
        WHERE l.job_id = c.job_id AND l.table_name = c.table_name AND l.stage = c.stage
          AND l.leased_until > now()))"""
@@ -204,7 +207,8 @@ def retry(job_ids, now, stage, tenant, error, since, all_, yes, table) -> None:
     Give job ids; or choose calls with --stage, --tenant, --error and --since, or --all: then
     they are shown, and --yes makes them due. Of an id, all given-up calls, or that to --stage; it
     may also be that of a row of another table. With --now also calls that wait for their next
-    attempt, which they have without delay. Those that may still be under way are left alone.
+    attempt, which they have without delay; that of an id also where it waits for its run_after.
+    Those that may still be under way are left alone.
     """
     chosen = Chosen(None, table, stage, tenant, error, since, now)
     conn = require_choice("retry", job_ids, chosen, all_)

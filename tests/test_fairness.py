@@ -254,6 +254,7 @@ def test_call_that_waits_for_its_time_says_so_and_can_be_hurried(site, run_comma
     job = str(site.value("SELECT job_id FROM jobs"))
     module = {"PYTHONPATH": str(ROOT / "tests"), "PIPELINE_MODULE": "test_fairness"}
     assert "its row has run_after 9999-01-01" in run_command(site, "job", job, **module).out
+    assert "no such call" in run_command(site, "retry", "--now", "--all", "--yes", **module).out
     assert run_command(site, "retry", "--now", job, **module).code == 0
     site.start("run", "--once").wait()
     assert tenants(api) == ["later"]
