@@ -110,7 +110,7 @@ WITH batch AS (
 )"""
 
 COUNTED = """
-SELECT (SELECT id::text FROM batch ORDER BY id DESC LIMIT 1) AS last,
+SELECT (SELECT id::text FROM batch ORDER BY batch.id DESC LIMIT 1) AS last,
        (SELECT json_agg(json_build_array(current_step, status, stage, why, rows))
         FROM (SELECT current_step, status, stage, why, count(*) AS rows
               FROM missed GROUP BY 1, 2, 3, 4) AS counted) AS found
@@ -180,7 +180,7 @@ WITH batch AS (
 )"""
 
 JOIN_COUNTED = """
-SELECT (SELECT id::text FROM batch ORDER BY id DESC LIMIT 1) AS last,
+SELECT (SELECT id::text FROM batch ORDER BY batch.id DESC LIMIT 1) AS last,
        (SELECT json_agg(json_build_array('every', %(join)s, %(stage)s, why, parents))
         FROM (SELECT why, count(*) AS parents FROM missed GROUP BY why) AS counted) AS found
 """

@@ -36,6 +36,16 @@ def test_dry_run_counts_by_state_and_changes_nothing(database, unseen, run_comma
     assert database.rows(STAGES) == []
 
 
+def test_rows_with_numbers_for_ids_are_counted_once(empty_database, run_command):
+    empty_database.rows(
+        "CREATE TABLE jobs (job_id bigint PRIMARY KEY, tenant_id text, current_step text,"
+        " status text); INSERT INTO jobs SELECT n, 't', 'img_gen', 'done'"
+        " FROM generate_series(1, 12) AS n"
+    )
+    run_command(empty_database, "install")
+    assert run_command(empty_database, "backfill").lines[-1].startswith("12 calls are missing")
+
+
 def test_apply_records_what_is_missing_once(database, unseen, run_command):
     unseen(BORN, "img_gen", "done", 3)
     database.add_job("planner")

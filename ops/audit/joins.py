@@ -79,8 +79,8 @@ NEVER_RECORDED = f"""{backfill.JOIN_MISSED}, found AS (
     WHERE m.why IS NULL AND NOT EXISTS (
         SELECT FROM stage_looks AS k WHERE k.parent_id = m.id AND k.join_of = %(join)s)
 )
-SELECT (SELECT id::text FROM batch ORDER BY id DESC LIMIT 1) AS last,
-       ARRAY(SELECT id::text FROM found ORDER BY id) AS ids,
+SELECT (SELECT id::text FROM batch ORDER BY batch.id DESC LIMIT 1) AS last,
+       ARRAY(SELECT id::text FROM found ORDER BY found.id) AS ids,
        ARRAY(SELECT changed_at FROM found ORDER BY id) AS times
 """
 
