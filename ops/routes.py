@@ -91,10 +91,14 @@ SELECT to_regclass('jobs')::text AS jobs,
                       to_regclass('pipeline_stages'))) AS schemas,
        (SELECT count(DISTINCT tgname) = 2 - (
                    count(*) FILTER (WHERE encode(tgargs, 'escape') LIKE '%updates only%') > 0)::int
+        FROM pg_trigger
+        WHERE tgrelid = to_regclass('jobs')
+          AND tgname IN ('job_state_change_trigger', 'job_state_insert_trigger')) AS is_watched,
+       (SELECT string_agg(DISTINCT t.tgfoid::regprocedure::text, ', ')
         FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid
         WHERE tgrelid = to_regclass('jobs')
           AND tgname IN ('job_state_change_trigger', 'job_state_insert_trigger')
-          AND strpos(p.prosrc, 'stage_calls') > 0) AS is_watched
+          AND strpos(p.prosrc, 'stage_calls') = 0) AS replaced
 """
 
 
@@ -119,6 +123,8 @@ def require_installed(conn) -> None:
     if place.schemas != 1 or not place.is_watched:
         reason = f"the table {place.jobs} that this role sees has no triggers of ours"
         raise Problem(f"{reason}: {INSTALL}")
+    if place.replaced:
+        raise Problem(f"function {place.replaced} is not the listener's: {INSTALL}")
 
 
 ARGUMENTS = """

@@ -192,7 +192,7 @@ def test_status_tells_of_a_broken_trigger(database, run_command, broken, problem
 
 def test_listener_does_not_start_where_the_trigger_records_nothing(database):
     database.rows(JOBS_TRIGGER)
-    refused = pytest.raises(Problem, match="jobs that this role sees has no triggers of ours")
+    refused = pytest.raises(Problem, match="notify_job_state_change\\(\\) is not the listener's")
     with closing(db.connect(database.settings())) as conn, refused:
         require_installed(conn)
 
