@@ -342,7 +342,7 @@ class Listener:
         except db.CONNECTION_LOST:
             raise
         except psycopg2.Error as error:
-            reason = " ".join(str(error).split())
+            reason = str(error).strip().split("\n")[0]
             if reason not in self.refused.values():
                 log.warning("한 건씩 다시 시도: %s", reason)
             turn = calls.in_parts(conn, self.unwritten, wanted, free, self.name)
@@ -361,7 +361,7 @@ class Listener:
         asked = {stage.stage for stage in wanted}
         self.refused = {stage: why for stage, why in before.items() if stage not in asked}
         for stage, error in turn.refused.items():
-            self.refused[stage] = " ".join(str(error).split())
+            self.refused[stage] = str(error).strip().split("\n")[0]
             if self.refused[stage] != before.get(stage):
                 log.error("단계의 호출을 가져올 수 없음 (%.0f초마다 다시 시도): stage=%s %s",
                           LONGEST_SLEEP, stage, self.refused[stage])  # fmt: skip

@@ -18,6 +18,7 @@ from logs import CONTROL, LONGEST_LINE
 from ops import rows
 from ops.problem import GRANTS, INSTALL, Problem
 from ops.routes import is_silent, require_installed
+from pipeline import JSL
 
 __all__ = [
     "EXIT_CANNOT_START",
@@ -146,6 +147,8 @@ def main(cli: click.Group) -> None:
         fail(missing(error), EXIT_PROBLEM)
     except psycopg2.errors.InsufficientPrivilege as error:
         fail(f"{first_line(error)}: {GRANTS}", EXIT_PROBLEM)
+    except psycopg2.errors.UndefinedColumn as error:
+        fail(f"the database refused: {first_line(error)}: {JSL} verify", EXIT_PROBLEM)
     except psycopg2.Error as error:
         fail(f"the database refused: {first_line(error)}", EXIT_PROBLEM)
 
