@@ -402,7 +402,7 @@ def alert_given_up(alerts: Alerts, ended: Result) -> None:
 def row_name(table: str, key: str) -> str:
     """The row of a table, as a line of the log names it."""
     known = pipeline.tables().get(table)
-    return f"{'job' if known in (None, pipeline.JOBS) else known.id}={key}"
+    return f"{'job' if known is None or known.name == pipeline.JOBS.name else known.id}={key}"
 
 
 SET_FAILED = "set failed by its stage"
