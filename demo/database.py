@@ -136,7 +136,10 @@ class EmbeddedDatabase:
         """What `pg_ctl stop -m MODE` does: fast, immediate or smart."""
         self._server.send_signal(STOP_SIGNALS[mode])
         self._server.send_signal(signal.SIGCONT)  # a stopped process does not handle signals
-        self._server.wait()
+        try:
+            self._server.wait(60)
+        except subprocess.TimeoutExpired:  # PostgreSQL 18 may hang when told so while it recovers
+            self.kill()
 
     def kill(self) -> None:
         """Kill all processes of the server at once, as a power failure would."""
