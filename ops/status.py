@@ -161,7 +161,9 @@ def lines(found: dict[str, Any]) -> Iterator[Line]:
         yield said, 0
     problems = found["error"], base["schema_problem"], found["triggers"]["problem"]
     for problem in filter(None, (*problems, found["resting_problem"])):
-        yield f"PROBLEM  {plain(problem)}", RED
+        what, *mend = plain(problem).split(" → ")
+        yield f"PROBLEM  {what}", RED
+        yield from ((f"       → {each}", RED) for each in mend)
     yield from ((line, 0) for line in stage_lines(found["stages"]))
     longest = max((len(row["stage"]) for row in found["stages"]), default=0)
     for row in found["stages"]:

@@ -185,7 +185,8 @@ def test_status_tells_of_a_broken_trigger(database, run_command, broken, problem
     database.rows(broken)
     done = run_command(database, "status")
     assert done.lines[1].endswith(", triggers BROKEN")
-    assert done.lines[2].startswith(f"PROBLEM  {problem}"[:79])
+    what, mend = problem.split(" → ")
+    assert done.lines[2:4] == [f"PROBLEM  {what}", f"       → {mend}"]
     said = json.loads(run_command(database, "status", "--json").out)
     assert said["triggers"] == {"ok": False, "problem": problem}
 
