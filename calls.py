@@ -491,6 +491,9 @@ def settle_and_claim(
     Raises:
         psycopg2.Error: nothing was changed, unless the connection was lost.
     """
+    claims = free > 0 and bool(wanted)
+    if not (claims or results):
+        return Turn([], [])
     paid = [result for result in results if result.outcome in PAID]
     taken = [result for result in results if result.outcome == TAKEN]
     failures = [result for result in results if result.outcome not in (*PAID, TAKEN)]
@@ -500,7 +503,7 @@ def settle_and_claim(
     claim = CLAIM_IN_ORDER if any(stage.ordered for stage in wanted) else CLAIM
     if only is not None:
         claim = CLAIM_BY_HAND
-    if not (free and wanted):
+    if not claims:
         claim = TELL
     needed = {
         PAY: paid, WORK: taken, LIFT: lifting, POSTPONE: failures,
@@ -517,8 +520,6 @@ def settle_and_claim(
     }
     if only is not None:
         params["only"], params["only_call"] = only
-    if claim is TELL and not results:
-        return Turn([], [])
     statements = [statement for statement, is_needed in needed.items() if is_needed]
     rows = run(conn, statements, params, cursor_factory=cursor).fetchall()
     skipped, asked_at = rows[0][:2]
@@ -751,7 +752,7 @@ def in_parts(
     """
     unsettled = [result.call_id for result in results if not settle_alone(conn, result)]
     refused: dict[str, psycopg2.Error] = {}
-    for stage in wanted[: free and len(wanted)]:
+    for stage in wanted if free else []:
         try:
             turn = settle_and_claim(conn, [], [stage], 1, worker)
         except CONNECTION_LOST:
