@@ -137,8 +137,8 @@ SELECT pg_advisory_xact_lock(
 WITH recorded AS (
     INSERT INTO stage_calls AS c (job_id, table_name, join_of, tenant_id, current_step, status,
                                   stage)
-    SELECT %(key)s, p.table_name, p.join_of, at.tenant_id #>> '{}', p.current_step, p.status,
-           p.stage
+    SELECT %(key)s, p.table_name, p.join_of, left(at.tenant_id #>> '{}', 500), p.current_step,
+           p.status, p.stage
     FROM pipeline_stages AS p CROSS JOIN stage_call_row(p.table_name, p.join_of, %(key)s) AS at
     WHERE p.join_of = %(join)s AND at.is_complete AND NOT EXISTS (
         SELECT FROM stage_leases AS l

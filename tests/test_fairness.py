@@ -16,6 +16,7 @@ from waiting import PATIENCE
 
 import calls
 import db
+import joins
 import upkeep
 from demo.stage_server import Answer
 from ops.check import LAG
@@ -240,13 +241,21 @@ def test_priority_beyond_an_integer_does_not_hurt_the_application(database, use_
 LONG = "SELECT string_agg(md5(n::text), '') FROM generate_series(1, 300) AS n"
 
 
-def test_long_tenant_does_not_hurt_the_application_nor_a_join(site):
+def test_long_tenant_does_not_hurt_the_application_nor_a_join(site, use_pipeline):
+    use_pipeline(PIPELINE | {VARIANTS.every("iou_eval", "done"): stage("ad_copy")})
     tenant = site.value(LONG)  # 9,600 letters that cannot be compressed
-    add(site, "img_gen", tenant)
-    site.rows(ADD_VARIANTS, tenant)
-    site.rows("UPDATE jobs_variants SET status = 'done'")
-    found = site.rows("SELECT tenant_id FROM stage_calls")
-    assert {row.tenant_id for row in found} == {tenant[:500]} and len(found) == 3
+    with connected(site) as conn:
+        apply(conn)
+        add(site, "img_gen", tenant)
+        site.rows(ADD_VARIANTS, tenant)
+        site.rows("UPDATE jobs_variants SET status = 'done'")
+        joins.look(conn)
+        found = site.rows("SELECT tenant_id FROM stage_calls")
+        assert {row.tenant_id for row in found} == {tenant[:500]} and len(found) == 4
+        site.rows("DELETE FROM stage_calls")
+        parent = site.value("SELECT DISTINCT job_id::text FROM jobs_variants")
+        assert joins.record_again(conn, parent, "jobs_variants (iou_eval, done)")
+    assert site.value("SELECT tenant_id FROM stage_calls") == tenant[:500]
 
 
 def test_call_that_waits_for_its_time_says_so_and_can_be_hurried(site, run_command, api):
