@@ -54,8 +54,8 @@ MATCHING = """
   AND (%(since)s::timestamptz IS NULL OR %(since)s <= coalesce(
        (SELECT max(a.finished_at) FROM stage_attempts AS a
         WHERE a.job_id = c.job_id AND a.call_id = c.call_id), c.created_at))
-  AND (%(tenant)s::text IS NULL OR %(tenant)s = coalesce(
-       c.tenant_id, (stage_call_row(c.table_name, '', c.job_id)).tenant_id #>> '{}'))"""
+  AND (%(tenant)s::text IS NULL OR left(%(tenant)s, 500) = left(coalesce(
+       c.tenant_id, (stage_call_row(c.table_name, '', c.job_id)).tenant_id #>> '{}'), 500))"""
 
 LISTED = """
 SELECT c.job_id::text, c.table_name, c.stage, c.last_error, count(*) OVER () AS calls,

@@ -115,7 +115,7 @@ CROSS JOIN LATERAL (
     SELECT coalesce(g.tenant_id, (stage_call_row(g.table_name, '', g.job_id)).tenant_id #>> '{}')
         AS tenant_id) AS at
 WHERE (%(since)s::timestamptz IS NULL OR coalesce(g.given_up_at, g.owed_since) >= %(since)s)
-  AND (%(tenant)s::text IS NULL OR at.tenant_id = %(tenant)s)
+  AND (%(tenant)s::text IS NULL OR left(at.tenant_id, 500) = left(%(tenant)s, 500))
   AND (%(stage)s::text IS NULL OR g.stage = %(stage)s)
   AND (%(table)s::text IS NULL OR g.table_name = %(table)s)
 ORDER BY since DESC, job_id

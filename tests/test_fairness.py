@@ -258,6 +258,16 @@ def test_long_tenant_does_not_hurt_the_application_nor_a_join(site, use_pipeline
     assert site.value("SELECT tenant_id FROM stage_calls") == tenant[:500]
 
 
+def test_calls_of_a_long_tenant_are_chosen_by_it(site, run_command):
+    tenant = site.value(LONG)
+    add(site, "img_gen", tenant)
+    site.rows("UPDATE stage_calls SET due_at = 'infinity'")
+    listed = run_command(site, "jobs", "--given-up", "--tenant", tenant, "--json", **MODULE)
+    assert len(json.loads(listed.out)["jobs"]) == 1
+    retried = run_command(site, "retry", "--tenant", tenant, "--yes", **MODULE)
+    assert "due again" in retried.out
+
+
 def test_call_that_waits_for_its_time_says_so_and_can_be_hurried(site, run_command, api):
     add(site, "overlay", "later", run_after="9999-01-01")
     job = str(site.value("SELECT job_id FROM jobs"))
