@@ -97,6 +97,7 @@ STEPS = {
         ALTER TABLE stage_calls
             ADD COLUMN priority integer NOT NULL DEFAULT 0,
             ADD COLUMN run_after timestamptz;
+        UPDATE stage_calls SET tenant_id = left(tenant_id, 500) WHERE length(tenant_id) > 500;
         ALTER TABLE IF EXISTS stage_leases
             ADD COLUMN working boolean NOT NULL DEFAULT false,
             ADD COLUMN spent integer,

@@ -16,6 +16,7 @@ from claims import (
     result,
     settle,
 )
+from variants import stage
 from waiting import until
 
 import pipeline
@@ -334,6 +335,17 @@ def test_upgrade_keeps_what_is_owed_and_under_way(each_server, make_database, ve
         assert {row.key for row in taken} == {in_hand, unanswered}
         settle(conn, *map(result, taken))
     assert [row.job_id for row in database.rows("SELECT job_id FROM stage_calls")] == [given_up]
+
+
+def test_call_of_a_long_tenant_is_in_the_index_of_a_fair_stage(server, make_database, monkeypatch):
+    database = make_database(server, installed=False)
+    install_released(database, 3)
+    long = "SELECT string_agg(md5(n::text), '') FROM generate_series(1, 300) AS n"
+    job = database.add_job(tenant=database.value(long))
+    fair = pipeline.limits(fair=True)(stage("vlm_analyze"))
+    monkeypatch.setitem(five_stages.PIPELINE, ("img_gen", "done"), fair)
+    upgrade(database)
+    assert len(database.owed(job).tenant_id) == 500
 
 
 @pytest.mark.parametrize("version", [2, 3])
