@@ -348,6 +348,25 @@ def test_call_of_a_long_tenant_is_in_the_index_of_a_fair_stage(server, make_data
     assert len(database.owed(job).tenant_id) == 500
 
 
+# The application's writes wait behind a lock that an install waits for.
+WATCHED = """
+CREATE FUNCTION watch() RETURNS event_trigger LANGUAGE plpgsql AS $$
+BEGIN
+    ASSERT current_setting('lock_timeout') = '800ms', current_setting('lock_timeout');
+END $$;
+CREATE EVENT TRIGGER watch ON ddl_command_start EXECUTE FUNCTION watch();
+"""
+
+
+@pytest.mark.parametrize("version", [0, 3])
+def test_upgrade_waits_less_than_a_second_for_each_lock(server, make_database, version):
+    database = make_database(server, installed=False)
+    install_released(database, version)
+    database.rows(WATCHED)
+    upgrade(database)
+    assert database.value(migrations.VERSION) == migrations.LATEST
+
+
 @pytest.mark.parametrize("version", [2, 3])
 def test_second_upgrade_changes_nothing_more(each_server, make_database, version):
     database = make_database(each_server, installed=False)
