@@ -799,7 +799,7 @@ def settle_alone(conn, result: Result) -> bool:
 IS_RECORDED = """
 SELECT EXISTS (SELECT FROM stage_attempts
                WHERE job_id = %(job_id)s AND call_id = %(call_id)s AND attempt = %(attempt)s
-                 AND outcome <> 'lost') AS is_recorded
+                 AND outcome NOT IN ('lost', 'cancelled')) AS is_recorded
 """
 
 

@@ -92,6 +92,19 @@ def test_row_that_its_stage_set_failed_after_the_listener_was_killed_is_told_so(
     assert "set failed by its stage" in attempt.error
 
 
+def test_answer_is_recorded_by_a_worker_while_the_table_of_the_row_is_locked(database, caller):
+    calling = caller("http://127.0.0.1:1")
+    job = database.add_job("yolo_detect")
+    call = calling.claim()
+    ended = trigger.failure(call, "failed", "HTTP 422: no GPU", 0, http_status=422)
+    with database.connect() as change:
+        change.autocommit = False
+        change.cursor().execute("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE")
+        workers.settle_as_orphan(calling.settings, call, ended)
+        assert [attempt.outcome for attempt in database.attempts(job)] == ["failed"]
+        change.rollback()
+
+
 def test_answers_that_the_killed_listener_had_not_read_are_recorded(
     database, api, listener, tmp_path
 ):
