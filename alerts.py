@@ -89,7 +89,7 @@ class Alerts:
         """Send that an event of `stage` is over.
 
         Args:
-            at_once: even within EPISODE of the alert, as the event cannot come and go quickly.
+            at_once: False: not before the end of EPISODE, and not if it happens again until then.
         """
         said = {"event": "recovered", "text": f"{stage}: {text}", "stage": stage, "of": event}
         episode = self.episodes.get((event, stage))

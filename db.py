@@ -94,7 +94,7 @@ SESSION = {
 # switch limits of idle sessions and transactions off; statement_timeout bounds our transactions.
 SINCE = {140000: {"idle_session_timeout": "0"}, 170000: {"transaction_timeout": "0"}}
 # With `off`, a server that crashes may forget what it has confirmed: a claim whose call was made,
-# or a result that was let go of. The other values all wait for the server's own disk.
+# or a result that the listener keeps no longer. All other values wait for the server's own disk.
 WAIT_FOR_DISK = """
 SELECT set_config('synchronous_commit', 'on', {is_local})
 WHERE current_setting('synchronous_commit') = 'off'; """
@@ -115,8 +115,8 @@ class ConnectionLost(psycopg2.OperationalError):
 CONNECTION_LOST = (ConnectionLost,)
 # 40: serialization failure, deadlock; 55P03: lock not available; 57014: query cancelled.
 TRY_AGAIN = ("40", "55P03", "57014")
-# Seconds within which a statement must fail to be repeated. One that statement_timeout has ended
-# would keep the loop waiting for as long again; one that a person has cancelled is repeated.
+# A statement that has failed after more seconds than this is not repeated. So one that a person has
+# cancelled is, and one that statement_timeout has ended is not: it would take as long again.
 TRY_AGAIN_WITHIN = 4.0
 # 08: connection; 25006: read-only, so a standby; 53300: too many clients; 57P0: going down;
 # 0A000: a column of jobs has another type than when a statement was prepared.

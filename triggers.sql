@@ -119,8 +119,8 @@ BEGIN
               GROUP BY x.current_step) AS r;
 
         -- One UPDATE that moves a row to another partition deletes it there and inserts it here, in
-        -- this order. Such a row has not come to its state. One that is deleted and inserted anew
-        -- comes to the partition that it was in.
+        -- this order. Such a row has not come to its state. A row that is deleted and inserted anew
+        -- has: it is in the same partition as before.
         moving := CASE WHEN (SELECT relkind FROM pg_class WHERE oid = place) = 'p' THEN $move$
         IF TG_OP = 'DELETE' THEN
             moved_row := set_config('job_state_listener.moved_row', concat_ws(
