@@ -100,11 +100,11 @@ FENCE = """c.job_id = r.job_id AND c.call_id = r.call_id AND c.attempts = r.atte
       AND c.worker = r.worker"""
 
 # SKIP LOCKED, as the stage's own transaction may still hold the row of the call when it answers.
-# A generic plan that is made while the queue is empty may join by scanning a whole index, and is
-# kept when the queue is full. So does a plan for a table that had one row when it was analyzed, and
-# under an old snapshot elsewhere that index is full of dead entries. So rows are looked up one by
-# one (LATERAL … LIMIT 1), or by lists of their keys (= ANY (ARRAY(…))), one list for each index of
-# the table. Then each index that the planner may choose has a condition.
+# A generic plan may join by scanning a whole index, if it was made while the queue was empty, or
+# the statistics said one row. It is kept when the queue is full, and when an old snapshot
+# elsewhere keeps the index full of dead entries. So rows are looked up one by one (LATERAL … LIMIT
+# 1), or by lists of their keys (= ANY (ARRAY(…))), one list for each index of the table. Then each
+# index that the planner may choose has a condition.
 MINE = f"""
     SELECT r.* FROM result AS r CROSS JOIN LATERAL (
         SELECT c.job_id FROM stage_calls AS c WHERE {FENCE}
@@ -453,13 +453,13 @@ class Turn:
     unsettled: calls whose row the stage's own transaction holds: settle them again later.
     asked_at: the database's time of the (first) claim; None: there was none, or one was refused as
         a whole.
-    refused: by stage, why no call of it can be claimed.
+    unclaimable: by stage, why no call of it can be claimed.
     """
 
     claimed: list[Claimed]
     unsettled: list[int]
     asked_at: datetime | None = None
-    refused: dict[str, psycopg2.Error] = field(default_factory=dict)
+    unclaimable: dict[str, psycopg2.Error] = field(default_factory=dict)
 
     def add(self, later: "Turn") -> None:
         """Add what a later claim of the same turn found."""
@@ -666,7 +666,7 @@ def is_routed(conn, row: Claimed) -> bool:
 # Which results are of rows that their stage has set to failed, and whether a stage follows from
 # that. What the row owed went with its state; a join's call is still there. Where that got no
 # answer, the parent may have been failed before, and the stage at work: it keeps its lease.
-SET_FAILED = f"""
+FAILED_BY_STAGE = f"""
 SELECT r.call_id,
        EXISTS (SELECT FROM pipeline_stages AS p
                WHERE p.table_name = r.table_name AND p.join_of = ''
@@ -679,17 +679,29 @@ WHERE (j.current_step, j.status) = (r.stage, 'failed')
 """
 
 
-def set_failed(conn, results: Sequence[Result]) -> dict[int, bool]:
-    """By call_id of the calls whose stage has set the row to failed: whether a stage follows."""
-    if not results:
+def failed_by_stage(conn, results: Iterable[Result]) -> dict[int, bool]:
+    """By call_id of the calls whose stage has set the row to failed: whether a stage follows.
+
+    Only of calls that were sent and not accepted. Where the rows cannot be read, none: the look for
+    rows that rest finds them later.
+    """
+    asked = [r for r in results if r.outcome not in (*PAID, TAKEN)
+             and (r.http_status is not None or r.outcome != "held")]  # fmt: skip
+    if not asked:
         return {}
-    rows = execute(conn, SET_FAILED, {"results": as_json(conn, results)})
+    try:
+        rows = execute(conn, FAILED_BY_STAGE, {"results": as_json(conn, asked)}).fetchall()
+    except CONNECTION_LOST:
+        raise
+    except psycopg2.Error as error:
+        log.warning("failed 상태 확인 실패: %s", " ".join(str(error).split()))
+        return {}
     return {row.call_id: row.is_routed for row in rows}
 
 
 # Where (stage, 'failed') leads to the stage again, the call goes on counting where the one before
-# it ended, whatever that was answered. OFFSET 0 makes the planner look by the row's id. By time, it
-# would read all of the history where the row has no such attempt.
+# it ended, whatever that was answered. OFFSET 0 makes the planner look the row up by its id. If it
+# went by time, it would read all of the history where the row has no such attempt.
 SPENT_BEFORE = """
 SELECT coalesce(spent, attempt) AS spent, error
 FROM (SELECT * FROM stage_attempts WHERE job_id = %(job_id)s OFFSET 0) AS of_row
@@ -744,14 +756,14 @@ def in_parts(
 ) -> Turn:
     """What settle_and_claim could not do at once: each result alone, then a claim of one call.
 
-    What fails alone is one failed call, or one stage that is refused, as where a column of its
-    table was renamed.
+    What fails alone is one failed call, or one stage whose calls cannot be claimed, as where a
+    column of its table was renamed.
 
     Raises:
         psycopg2.Error: a result cannot be settled, and the fault is not that of a row.
     """
     unsettled = [result.call_id for result in results if not settle_alone(conn, result)]
-    refused: dict[str, psycopg2.Error] = {}
+    unclaimable: dict[str, psycopg2.Error] = {}
     for stage in wanted if free else []:
         try:
             turn = settle_and_claim(conn, [], [stage], 1, worker)
@@ -760,11 +772,11 @@ def in_parts(
         except psycopg2.errors.LockNotAvailable:
             continue  # somebody holds the row of its limit
         except psycopg2.errors.QueryCanceled as error:
-            refused[stage.stage] = error
+            unclaimable[stage.stage] = error
             break  # the next one may take as long
         except psycopg2.Error as error:
             if not (error.pgcode or "").startswith(FAULT_OF_THE_ROW):
-                refused[stage.stage] = error
+                unclaimable[stage.stage] = error
                 continue
             job_id = give_up_first(conn, stage, " ".join(str(error).split()))
             log.error(
@@ -772,8 +784,8 @@ def in_parts(
             )
         else:
             if turn.claimed:
-                return Turn(turn.claimed, unsettled, refused=refused)
-    return Turn([], unsettled, refused=refused)
+                return Turn(turn.claimed, unsettled, unclaimable=unclaimable)
+    return Turn([], unsettled, unclaimable=unclaimable)
 
 
 def settle_alone(conn, result: Result) -> bool:

@@ -141,7 +141,7 @@ class Listener:
         # after its timeout. Infinity: a call that was accepted and is never repeated.
         self.accepted: OrderedDict[tuple, float] = OrderedDict()
         self.passed_over: set[Route] = set()  # of a newer PIPELINE; each was told once
-        self.refused: dict[str, str] = {}  # by stage: why no call of it can be claimed
+        self.unclaimable: dict[str, str] = {}  # by stage: why no call of it can be claimed
         self.health = StageHealth(settings, self.alerts)
         self.was_full = False  # the last claim found a call for every idle worker
         self.marks: dict[str, Any] = {}  # by stage: when the last claimed call was due
@@ -246,7 +246,7 @@ class Listener:
                 claimed = self.settle_and_claim(conn)
             except psycopg2.Error as error:
                 if not isinstance(error, db.CONNECTION_LOST):
-                    self.upkeep.run(conn)  # else no turn may come to it
+                    self.upkeep.run(conn)  # it must run even where every turn fails
                 raise
             for call in claimed:
                 self.workers.give(call)
@@ -342,33 +342,33 @@ class Listener:
         except db.CONNECTION_LOST:
             raise
         except psycopg2.Error as error:
-            reason = str(error).strip().split("\n")[0]
-            if reason not in self.refused.values():
+            reason = ops.first_line(error)
+            if reason not in self.unclaimable.values():
                 log.warning("한 건씩 다시 시도: %s", reason)
             turn = calls.in_parts(conn, self.unwritten, wanted, free, self.name)
-        self.note_refused(turn, wanted)
+        self.note_unclaimable(turn, wanted)
         return turn
 
-    def note_refused(self, turn: Turn, wanted: list[Wanted]) -> None:
+    def note_unclaimable(self, turn: Turn, wanted: list[Wanted]) -> None:
         """Remember the stages of which no call can be claimed: only a sweep asks for them again, so
         that they do not keep the others waiting.
 
         Raises:
-            psycopg2.Error: nothing else can be done. Where all stages are refused, a new
+            psycopg2.Error: nothing else can be done. Where that holds for all stages, a new
                 connection may help.
         """
-        before = self.refused
+        before = self.unclaimable
         asked = {stage.stage for stage in wanted}
-        self.refused = {stage: why for stage, why in before.items() if stage not in asked}
-        for stage, error in turn.refused.items():
-            self.refused[stage] = str(error).strip().split("\n")[0]
-            if self.refused[stage] != before.get(stage):
+        self.unclaimable = {stage: why for stage, why in before.items() if stage not in asked}
+        for stage, error in turn.unclaimable.items():
+            self.unclaimable[stage] = ops.first_line(error)
+            if self.unclaimable[stage] != before.get(stage):
                 log.error("단계의 호출을 가져올 수 없음 (%.0f초마다 다시 시도): stage=%s %s",
-                          LONGEST_SLEEP, stage, self.refused[stage])  # fmt: skip
+                          LONGEST_SLEEP, stage, self.unclaimable[stage])  # fmt: skip
         if turn.claimed or self.unwritten:
             return
-        if turn.refused and (self.once or len(self.refused) == len(self.order)):
-            raise next(iter(turn.refused.values()))
+        if turn.unclaimable and (self.once or len(self.unclaimable) == len(self.order)):
+            raise next(iter(turn.unclaimable.values()))
 
     def ask_others(
         self, conn: db.Connection, turn: Turn, others: list[list[Wanted]], free: int, sweep: bool
@@ -445,7 +445,7 @@ class Listener:
         claims: list[list[Wanted]] = [[]]
         pools: set[Pool] = set()
         for stage in self.order:
-            if stage in self.refused and not (sweep or self.once):
+            if stage in self.unclaimable and not (sweep or self.once):
                 continue
             limits = self.limits[stage]
             if limits.pool and held[limits.pool] >= limits.pool.size:
@@ -488,14 +488,7 @@ class Listener:
     def tell_failed(self, conn: db.Connection) -> None:
         """Tell people of the calls that have failed: given up, or set failed by their stage."""
         failures = [r for r in self.unwritten if r.outcome not in (*PAID, TAKEN) and not r.is_told]
-        asked = [r for r in failures if r.http_status is not None or r.outcome != "held"]
-        try:
-            is_routed = calls.set_failed(conn, asked)
-        except db.CONNECTION_LOST:
-            raise
-        except psycopg2.Error as error:  # the look for rows that rest finds them, too
-            log.warning("failed 상태 확인 실패: %s", " ".join(str(error).split()))
-            is_routed = {}
+        is_routed = calls.failed_by_stage(conn, failures)
         for result in failures:
             trigger.alert_failure(self.alerts, result, is_routed)
             result.is_told = result.outcome == "failed" or result.call_id in is_routed
@@ -513,7 +506,7 @@ class Listener:
             asked_at = turn.asked_at
             if asked_at and any(row.was_due_at > asked_at + EARLY for row in turn.claimed):
                 self.upkeep.note_clock_set_back()
-        if self.refused:
+        if self.unclaimable:
             self.sweep_at = min(self.sweep_at, now + LONGEST_SLEEP)
         left = [row.stage for row in turn.claimed if self.leaves_places(row.stage)]
         if left:

@@ -65,7 +65,7 @@ def refused(
         row: of the claim.
         owed: the job is still in the state that owes the call.
         accepted: an earlier attempt of it was accepted.
-        taken: so was this one, by an asynchronous stage, and the database has forgotten it.
+        taken: an asynchronous stage has taken this very attempt, but a failover lost its claim.
     """
     if not owed and is_given_up_with_its_parent(call, row):
         ended = failure(call, "failed", "nobody knows what became of the attempt before", 0)
@@ -381,7 +381,7 @@ def alert_failure(alerts: Alerts, ended: Result, is_routed: Mapping[int, bool]) 
     to failed, it becomes a failure, unless another call follows from that.
 
     Args:
-        is_routed: as of calls.set_failed().
+        is_routed: as of calls.failed_by_stage().
     """
     if ended.call_id not in is_routed:
         alert_given_up(alerts, ended)

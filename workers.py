@@ -374,14 +374,7 @@ def settle_as_orphan(settings: SimpleNamespace, call: Call, result: Result) -> N
 
 def tell(conn: db.Connection, alerts: Alerts, call: Call, result: Result) -> None:
     """Say once what the listener would have said about this result."""
-    failures = [] if result.outcome in (*calls.PAID, calls.TAKEN, "held") else [result]
-    try:
-        is_routed = calls.set_failed(conn, failures)
-    except db.CONNECTION_LOST:
-        raise
-    except psycopg2.Error as error:  # a lock on the table: the look for rows that rest finds them
-        log.warning("failed 상태 확인 실패: %s", " ".join(str(error).split()))
-        is_routed = {}
+    is_routed = calls.failed_by_stage(conn, [result])
     trigger.log_end(call, result)
     trigger.alert_failure(alerts, result, is_routed)
     result.is_told = True

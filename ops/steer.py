@@ -190,8 +190,7 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
 
 def alert(conn, alerts: Alerts, ended: calls.Result) -> None:
     """Tell people of a call that was given up, or whose stage has set its row to failed."""
-    asked = [] if ended.outcome in (*calls.PAID, calls.TAKEN, "held") else [ended]
-    trigger.alert_failure(alerts, ended, calls.set_failed(conn, asked))
+    trigger.alert_failure(alerts, ended, calls.failed_by_stage(conn, [ended]))
 
 
 # --- retry ---------------------------------------------------------------------------------

@@ -227,7 +227,7 @@ def test_turn_in_parts_goes_on_after_a_stage_that_is_refused_unless_it_took_long
     database.add_job("overlay")
     database.rows(REFUSE.format(code))
     turn = calls.in_parts(caller("http://127.0.0.1:1").conn, [], wanted(), 4, "w")
-    assert [error.pgcode for error in turn.refused.values()] == [code] * refused
+    assert [error.pgcode for error in turn.unclaimable.values()] == [code] * refused
 
 
 @pytest.fixture
