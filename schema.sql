@@ -132,7 +132,7 @@ BEGIN
             priority      integer NOT NULL DEFAULT 0,  -- the highest is called first
             run_after     timestamptz,
             PRIMARY KEY (job_id, table_name, join_of)
-            -- No CHECK here: each one costs the application 3 µs a row.
+            -- No CHECK here: each one costs the application 3 us a row.
         ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000)
     $ddl$, id_type, greatest(1, extract(epoch FROM clock_timestamp() - timestamptz '2026-01-01') * 10000)::bigint);
 

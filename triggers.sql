@@ -412,6 +412,17 @@ DECLARE
     id_type  constant text := (SELECT format_type(atttypid, -1) FROM pg_attribute
                                WHERE attrelid = 'stage_calls'::regclass AND attname = 'job_id');
     branches text;
+    -- An id of a text type is compared by the collation of its column. The arguments have that of
+    -- the call, which is "C" by the names of tables, and then no index on the column serves.
+    collated constant jsonb := (
+        SELECT jsonb_object_agg(concat_ws(' ', p.relname, a.attname),
+                                format(' COLLATE %I.%I', n.nspname, c.collname))
+        FROM pg_class AS p JOIN pg_attribute AS a ON a.attrelid = p.oid
+        JOIN pg_collation AS c ON c.oid = a.attcollation
+        JOIN pg_namespace AS n ON n.oid = c.collnamespace
+        WHERE p.relnamespace = quote_ident(current_schema())::regnamespace
+          AND (p.relname = 'stage_joins' OR p.relname IN (
+               SELECT name FROM jsonb_to_recordset(asked -> 'tables') AS x (name text))));
     is_stale constant text := $stale$EXISTS (
             SELECT FROM pg_class AS c
             WHERE (c.oid = %1$L::regclass
@@ -423,11 +434,12 @@ BEGIN
     SELECT string_agg(format($branch$
     IF a_join = %1$L THEN
         SELECT bool_and((r.current_step::text = %2$L AND r.status::text = %3$L) IS TRUE)
-        INTO is_complete FROM %4$I.%5$I AS r WHERE r.%6$I = a_parent;
+        INTO is_complete FROM %4$I.%5$I AS r WHERE r.%6$I = a_parent%8$s;
         IF is_complete IS NULL AND %7$s
         RETURN coalesce(is_complete, false);
     END IF;$branch$, r.join_of, r.current_step, r.status, schema, t.name, t.parent_column,
-        format(is_stale, format('%I.%I', schema, t.name))), '')
+        format(is_stale, format('%I.%I', schema, t.name)),
+        collated ->> concat_ws(' ', t.name, t.parent_column)), '')
     INTO branches
     FROM jsonb_to_recordset(asked -> 'routes') AS r (
              child_table text, join_of text, current_step text, status text)
@@ -442,7 +454,7 @@ BEGIN
     IF a_table = %1$L THEN
         SELECT true, to_jsonb(%2$s), r.current_step::text, r.status::text, %3$s
         INTO is_there, tenant_id, current_step, status, parent_id
-        FROM %4$I.%5$I AS r WHERE r.%6$I = an_id LIMIT 1;
+        FROM %4$I.%5$I AS r WHERE r.%6$I = an_id%9$s LIMIT 1;
         IF is_there IS NULL AND %8$s%7$s
     END IF;$branch$, t.name,
         -- Not a join: one that is planned while both tables have one row reads all of both later.
@@ -456,7 +468,8 @@ BEGIN
         CASE WHEN t.tenant_column IS NULL AND p.tenant_column IS NULL AND p.parent_table IS NOT NULL
              THEN format('
         tenant_id := (%I.stage_call_row(%L, %L, parent_id)).tenant_id;', schema, p.name, '') END,
-        format(is_stale, format('%I.%I', schema, t.name))), '')
+        format(is_stale, format('%I.%I', schema, t.name)),
+        collated ->> concat_ws(' ', t.name, t.id_column)), '')
     INTO branches
     FROM jsonb_to_recordset(asked -> 'tables') AS t (
              name text, id_column text, tenant_column text, parent_table text, parent_column text)
@@ -474,10 +487,10 @@ BEGIN%1$s
         SELECT m.is_noted AND (m.parent_step, m.parent_status)
                               IS DISTINCT FROM (stage_call_row.current_step, stage_call_row.status)
         INTO has_moved
-        FROM %2$I.stage_joins AS m WHERE m.parent_id = an_id AND m.join_of = a_join;
+        FROM %2$I.stage_joins AS m WHERE m.parent_id = an_id%3$s AND m.join_of = a_join;
     END IF;
 END
-$body$, branches, schema));
+$body$, branches, schema, collated ->> 'stage_joins parent_id'));
 END
 $do$;
 

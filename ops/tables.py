@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import psycopg2
+
 import db
 import pipeline
 from ops.problem import Problem
@@ -103,6 +105,9 @@ def faults(conn) -> Iterator[Fault]:
             yield Fault(what, "add it (ALTER TABLE)" + OTHER * (table != pipeline.JOBS))
             continue
         yield from faults_of_columns(table, columns, table.name in joined)
+        if not takes_null(conn, kind := columns[table.id].type):
+            what = f"{table.name}.{table.id} is of type {kind}, which refuses NULL"
+            yield Fault(what, "give it the type that this domain is made of (ALTER TABLE)")
         types[table.name], owners[table.name] = columns[table.id].type, place.owner
         if parent and columns[parent].type != columns[table.id].type:
             yield Fault(
@@ -123,6 +128,15 @@ def faults(conn) -> Iterator[Fault]:
                 "run with the rights of one owner",
                 f"ALTER TABLE {name} OWNER TO {owners[first]}",
             )
+
+
+def takes_null(conn, type_: str) -> bool:
+    """Whether a variable of this type can be without a value, as those of our functions are."""
+    try:
+        db.execute(conn, f"SELECT NULL::{type_}")
+    except (psycopg2.errors.NotNullViolation, psycopg2.errors.CheckViolation):
+        return False
+    return True
 
 
 OTHER = ", or name another column in Table(...)"

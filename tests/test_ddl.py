@@ -181,7 +181,6 @@ CHANGES = {
     ),
     "another collation": Change(
         'ALTER TABLE jobs ALTER job_id TYPE text COLLATE "ucs_basic"',
-        listener="could not determine which collation",
         verify=("with another collation in stage_",), table=JOBS.format("text"),
     ),
     "retype status by the recipe": Change(RECIPE, verify=(CHANGED,)),

@@ -2,11 +2,14 @@
 
 import pytest
 from claims import claim, connected, result, settle
+from test_plans import read_by
 from test_schema_install import install
+from variants import PIPELINE
 
+import joins
 from ops import migrations
 from ops.grants import others
-from ops.install import apply
+from ops.install import SCHEMA, apply
 from ops.problem import Problem
 
 JOBS = "CREATE TABLE jobs (job_id {} PRIMARY KEY, tenant_id text, current_step text, status text)"
@@ -68,7 +71,9 @@ TYPES = """
 CREATE TYPE pair AS (a int, b text);
 CREATE TYPE letter AS ENUM ('a', 'b');
 CREATE DOMAIN document AS json;
-CREATE DOMAIN number AS int
+CREATE DOMAIN number AS int;
+CREATE DOMAIN filled AS uuid NOT NULL;
+CREATE DOMAIN checked AS uuid CHECK (VALUE IS NOT NULL)
 """
 UNFIT = ["jsonb", "json", "point", "xml", "pair", "document", "bytea", "text[]"]
 FIT = {"inet": "::1", "number": 7, "letter": "a", "date": "2020-02-29", "char(4)": "ab"}
@@ -81,6 +86,16 @@ def test_type_that_cannot_be_an_id_is_refused(each_server, make_database, id_typ
     assert refused(database) == (
         f"jobs.job_id is of type {id_type}, which cannot be an id: give it a type such as uuid, "
         "bigint or text (ALTER TABLE)"
+    )
+
+
+@pytest.mark.parametrize("id_type", ["filled", "checked"])
+def test_domain_that_refuses_null_cannot_be_an_id(each_server, make_database, id_type):
+    database = make_database(each_server, installed=False)
+    database.rows(TYPES + ";" + JOBS.format(id_type))
+    assert refused(database) == (
+        f"jobs.job_id is of type {id_type}, which refuses NULL: give it the type that this domain "
+        "is made of (ALTER TABLE)"
     )
 
 
@@ -120,11 +135,50 @@ def test_id_that_is_not_unique_by_itself_is_refused(each_server, make_database, 
     install(database)
 
 
+def test_scripts_are_known_in_every_encoding():
+    for file in SCHEMA:
+        assert file.read_text(encoding="utf-8").isascii()
+
+
 # --- collations ----------------------------------------------------------------------------
 
 SCANS = """
 SELECT relname, seq_scan, idx_scan FROM pg_stat_xact_user_tables WHERE relname ^@ 'stage_calls'
 """
+
+
+CHILDREN = """
+CREATE TABLE jobs_variants (job_variants_id {0} PRIMARY KEY, job_id {0}, current_step text,
+                            status text);
+CREATE INDEX ON jobs_variants (job_id)
+"""
+MANY = """
+INSERT INTO jobs SELECT n, 't', 'x', 'x' FROM generate_series(1, 5000) AS n;
+INSERT INTO jobs_variants SELECT n, n, 'x', 'x' FROM generate_series(1, 5000) AS n;
+INSERT INTO stage_joins SELECT job_id, 'x', false FROM jobs;
+ANALYZE
+"""
+
+
+@pytest.mark.parametrize("id_type", ["text", 'varchar(20) COLLATE "POSIX"'])
+def test_rows_with_ids_of_text_are_read_by_their_ids(
+    each_server, make_database, use_pipeline, id_type
+):
+    use_pipeline(PIPELINE)
+    database = make_database(each_server, installed=False)
+    database.rows(f"{JOBS.format(id_type)}; {CHILDREN.format(id_type)}")
+    install(database)
+    database.rows(MANY)
+    with connected(database) as conn:
+        database.rows("UPDATE jobs_variants SET current_step = 'iou_eval', status = 'done'"
+                      " WHERE job_id = '4000'")  # fmt: skip
+        looked = read_by(conn, lambda: joins.look(conn))
+        joins.look(conn)
+        claimed = read_by(conn, lambda: claim(conn, stages=["ad_copy"]))
+        assert claim(conn, stages=["ad_copy"]).key == "4000"
+    for read in (looked, claimed):
+        scans = {table: scans for table, (scans, _, _) in read.items()}
+        assert (scans["jobs"], scans["jobs_variants"], scans["stage_joins"]) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at first", "when installed"])
