@@ -192,6 +192,36 @@ END
 $mark$;
 """
 
+# The trigger functions are made anew for another key of stage_calls, or another type of its ids. A
+# write of the application that waited in the old one for a lock on stage_calls would fail. So it
+# waits for its own table, before the trigger is called.
+LOCK = """
+DO $do$
+DECLARE
+    place regclass;
+BEGIN
+    IF (SELECT version FROM job_state_listener_schema) < 3 OR (
+           SELECT c.atttypid <> j.atttypid
+                  AND NOT (c.atttypid = 'int8'::regtype
+                           AND j.atttypid IN ('int2'::regtype, 'int4'::regtype))
+           FROM pg_attribute AS c JOIN pg_attribute AS j
+               ON j.attrelid = to_regclass('jobs') AND j.attname = 'job_id'
+           WHERE c.attrelid = to_regclass('stage_calls') AND c.attname = 'job_id')
+    THEN
+        FOR place IN
+            SELECT DISTINCT t.tgrelid FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid
+            WHERE t.tgparentid = 0
+              AND p.pronamespace = quote_ident(current_schema())::regnamespace
+              AND (p.proname = 'notify_job_state_change' OR p.proname ^@ 'job_state_listener_')
+            ORDER BY 1
+        LOOP
+            EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', place);
+        END LOOP;
+    END IF;
+END
+$do$;
+"""
+
 STEP = """
 DO $step$
 BEGIN
@@ -268,7 +298,7 @@ def script() -> str:
     """
     steps = (STEP.format(version=number, statements=text) for number, text in STEPS.items())
     first = BEGIN + MOVE.format(names=NAMES) + grants.NOTE.format(names=NAMES)
-    return first + MARK + AS_OWNER + "".join(steps) + IDS + "RESET ROLE;"
+    return first + MARK + LOCK + AS_OWNER + "".join(steps) + IDS + "RESET ROLE;"
 
 
 FOUND = "SELECT to_regclass('job_state_listener_schema') IS NOT NULL AS marked"

@@ -19,6 +19,7 @@ from claims import (
 from variants import stage
 from waiting import until
 
+import db
 import pipeline
 from demo import five_stages
 from ops import migrations
@@ -101,6 +102,26 @@ def old(database):
     worker = OldWorker(database)
     with closing(worker.conn):
         yield worker
+
+
+WRITE = "UPDATE jobs SET current_step = 'overlay', status = 'done' WHERE job_id = %s"
+BLOCKED = "SELECT count(*) > 0 FROM pg_locks WHERE NOT granted"
+
+
+@pytest.mark.parametrize("version", [0, 1, 2])
+def test_write_that_waits_for_the_upgrade_succeeds(each_server, make_database, version):
+    database = make_database(each_server, installed=False)
+    install_released(database, version)
+    job = database.add_job("img_gen", "running")
+    with connected(database) as conn, ThreadPoolExecutor() as pool:
+        db.execute(conn, "BEGIN")
+        apply(conn)
+        with closing(database.connect()) as application:
+            written = pool.submit(application.cursor().execute, WRITE, (job,))
+            database.wait_for(BLOCKED)
+            db.execute(conn, "COMMIT")
+            written.result()
+    assert database.owed(job).stage == "vlm_judge"
 
 
 def upgrade(database) -> None:
