@@ -148,11 +148,13 @@ BEGIN
                 IS NOT DISTINCT FROM (m.parent_step, m.parent_status)
         CROSS JOIN LATERAL (
             SELECT max(a.finished_at) AS finished_at,
-                   (array_agg(a.outcome ORDER BY a.finished_at DESC))[1] AS outcome
+                   (array_agg(a.outcome ORDER BY a.finished_at DESC))[1] AS outcome,
+                   (array_agg(a.call_id ORDER BY a.finished_at DESC))[1] AS call_id,
+                   array_agg(a.call_id) FILTER (WHERE a.outcome = 'cancelled') AS cancelled
             FROM %4$I.stage_attempts AS a
             WHERE a.job_id = m.parent_id AND a.table_name = %1$L AND a.stage = %3$L) AS last
         WHERE m.join_of = %7$L AND m.is_noted AND NOT m.is_open
-          AND last.outcome IS DISTINCT FROM 'cancelled'
+          AND (last.call_id = ANY (last.cancelled) AND last.outcome <> 'succeeded') IS NOT TRUE
           AND greatest(m.recorded_at, last.finished_at)
               < now() - make_interval(secs => %8$s)
           AND NOT EXISTS (SELECT FROM %4$I.stage_calls AS c
@@ -209,6 +211,8 @@ AS $body$
         SELECT max(a.finished_at) AS finished_at,
                (array_agg(a.stage ORDER BY a.finished_at DESC))[1] AS stage,
                (array_agg(a.outcome ORDER BY a.finished_at DESC))[1] AS outcome,
+               (array_agg(a.call_id ORDER BY a.finished_at DESC))[1] AS call_id,
+               array_agg(a.call_id) FILTER (WHERE a.outcome = 'cancelled') AS cancelled,
                (array_agg(a.http_status ORDER BY a.finished_at DESC))[1] AS http_status,
                (array_agg(a.error ORDER BY a.finished_at DESC))[1] AS error
         FROM %1$I.stage_attempts AS a
@@ -222,8 +226,11 @@ AS $body$
       AND NOT EXISTS (SELECT FROM %1$I.stage_leases AS l
                       WHERE l.job_id = r.id AND l.table_name = r.table_name
                         AND l.leased_until > now())
-      AND (r.kind = 'failed' OR last.outcome IS DISTINCT FROM 'cancelled'
-           AND CASE WHEN r.kind = 'running' AND last.stage = r.stage
+      -- A call that was cancelled while it was under way has its result after that.
+      AND (r.kind = 'owed' AND last.stage = r.stage AND last.call_id = ANY (last.cancelled)
+           AND last.outcome <> 'succeeded') IS NOT TRUE
+      AND (r.kind = 'failed'
+           OR CASE WHEN r.kind = 'running' AND last.stage = r.stage
                          AND (last.outcome, last.http_status) = ('unknown', 202)
                          AND last.finished_at > r.changed_at IS NOT FALSE
                     THEN true  -- an asynchronous stage, whose timeout is over

@@ -87,13 +87,18 @@ WITH batch AS (
         AND (p.current_step, p.status) = (b.current_step, b.status)
     WHERE %(since)s IS NULL OR (b.changed_at < %(since)s) IS NOT TRUE
 ), missed AS (
-    SELECT o.*, CASE WHEN last.stage = o.stage AND last.outcome IN (
-                         'succeeded', 'skipped', 'cancelled') THEN last.outcome
+    SELECT o.*, CASE WHEN last.stage = o.stage AND last.outcome IN ('succeeded', 'skipped')
+                     THEN last.outcome
+                     -- Also while it was under way: then its result comes after that.
+                     WHEN last.stage = o.stage AND last.call_id = ANY (last.cancelled)
+                     THEN 'cancelled'
                      WHEN o.has_time IS NOT TRUE THEN %(no_time)s END AS why
     FROM owing AS o
     CROSS JOIN LATERAL (
         SELECT (array_agg(a.stage ORDER BY a.finished_at DESC))[1] AS stage,
-               (array_agg(a.outcome ORDER BY a.finished_at DESC))[1] AS outcome
+               (array_agg(a.outcome ORDER BY a.finished_at DESC))[1] AS outcome,
+               (array_agg(a.call_id ORDER BY a.finished_at DESC))[1] AS call_id,
+               array_agg(a.call_id) FILTER (WHERE a.outcome = 'cancelled') AS cancelled
         FROM stage_attempts AS a
         WHERE a.job_id = o.id AND a.table_name = {name}
           AND (a.stage = o.stage OR NOT EXISTS (

@@ -72,6 +72,26 @@ def test_job_that_owes_or_whose_call_was_cancelled_is_not_stalled(database, run_
     assert stalled(run_command, database) == []
 
 
+@pytest.mark.parametrize("outcome", ["retry", "failed", "unknown", "lost"])
+def test_job_whose_call_was_cancelled_under_way_is_not_stalled(database, run_command, outcome):
+    job = database.add_job("planner", "done")
+    with connected(database) as conn:
+        row = claim(conn)
+        assert run_command(database, "cancel", job).code == 0
+        if outcome == "lost":
+            database.rows(LEASE_OVER)
+            upkeep.reap(conn)
+        else:
+            settle(conn, result(row, outcome))
+    database.rows(f"DELETE FROM stage_leases; UPDATE jobs SET updated_at = {LONG_AGO}")
+    later = "CASE outcome WHEN 'cancelled' THEN '1' ELSE '0' END::interval"
+    database.rows(f"UPDATE stage_attempts SET finished_at = {LONG_AGO} - {later}")
+    assert stalled(run_command, database) == []
+    left = "left alone, as their call was made before: 1 cancelled; see jobs --stalled"
+    done = run_command(database, "backfill", "--apply")
+    assert done.lines == [left, "0 calls recorded"]
+
+
 def test_stalled_jobs_are_filtered_and_the_oldest_comes_first(database, run_command):
     running = {stage: database.add_job(stage, "running") for stage in STAGES[:3]}
     for minutes, job in enumerate(running.values(), 20):
