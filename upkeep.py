@@ -38,7 +38,8 @@ class Upkeep:
         self.reap_at = self.clock_at = 0.0
         self.history_at = self.forget_at = self.failed_at = 0.0
         self.stalled_at = self.episodes_at = 0.0 if settings.ALERT_COMMAND else math.inf
-        # How far forget_deleted, forget_parents and newly_failed have come; None: at the beginning.
+        # How far these have come; None: at the beginning.
+        self.pruned_until: Any = None
         self.given_up_after: Any = None
         self.parents_after: Any = None
         self.failed_after: Any = None
@@ -73,8 +74,10 @@ class Upkeep:
                     self.clock_at = now  # there is more
         if now >= self.history_at:
             self.history_at = now + HISTORY_INTERVAL
-            if self.attempt(keep_history, conn, self.settings.HISTORY_DAYS):
-                self.history_at = now  # there is more
+            done = self.attempt(keep_history, conn, self.settings.HISTORY_DAYS, self.pruned_until)
+            is_more, self.pruned_until = done or (False, None)
+            if is_more:
+                self.history_at = now
         if now >= self.forget_at:
             self.forget_at = now + FORGET_INTERVAL
             given = self.stages, self.name, self.given_up_after
@@ -294,27 +297,55 @@ def count(conn, batch: int = BATCH) -> int:
 
 
 # One listener at a time, in small batches, so that no other waits. Attempts that are not counted
-# yet are not deleted.
+# yet are not deleted, nor those that alone tell why a row that still rests in its state owes
+# nothing: without them `backfill` would have an accepted or cancelled call made again.
 PRUNE = """
-DELETE FROM stage_attempts WHERE ctid = ANY (ARRAY(
-    SELECT ctid FROM stage_attempts
-    WHERE finished_at < now() - make_interval(secs => 86400 * %(days)s)
+WITH batch AS (
+    SELECT ctid AS place, job_id, table_name, stage, outcome, finished_at FROM stage_attempts
+    WHERE finished_at > coalesce(%(pruned_until)s::timestamptz, '-infinity')
+      AND finished_at < now() - make_interval(secs => 86400 * %(days)s)
       AND finished_at <= (SELECT counted_until FROM stage_totals_mark)
       AND (SELECT pg_try_advisory_xact_lock(hashtext('job_state_listener.prune')))
     ORDER BY finished_at
-    LIMIT %(batch)s))
+    FETCH FIRST %(batch)s ROWS WITH TIES
+), pruned AS (
+    DELETE FROM stage_attempts WHERE ctid = ANY (ARRAY(
+        SELECT b.place FROM batch AS b
+        WHERE NOT (b.outcome IN ('succeeded', 'skipped', 'cancelled') AND EXISTS (
+            SELECT FROM pipeline_stages AS p
+            CROSS JOIN stage_call_row(b.table_name, '', b.job_id) AS r
+            WHERE (p.table_name, p.join_of, p.stage) = (b.table_name, '', b.stage)
+              AND (p.current_step, p.status) = (r.current_step, r.status)))))
+    RETURNING stage
+)
+SELECT (SELECT count(*) FROM pruned) AS pruned, count(*) AS attempts, max(finished_at) AS until
+FROM batch
 """
 
 
-def prune(conn, days: float, batch: int = BATCH) -> int:
-    """Delete a batch of the attempts that finished more than `days` ago; how many."""
-    return execute(conn, PRUNE, {"days": days, "batch": batch}).rowcount
+def prune(conn, days: float, after: Any = None, batch: int = BATCH):
+    """Look at a batch of the attempts that finished more than `days` ago, and delete them except
+    for those that are still needed.
+
+    Args:
+        after: `until` of the last batch: what was kept is not looked at again.
+
+    Returns:
+        A row: how many `attempts` it looked at, how many were `pruned`, and `until` when they had
+        finished; None where there was none.
+    """
+    given = {"days": days, "pruned_until": after, "batch": batch}
+    return execute(conn, PRUNE, given).fetchone()
 
 
-def keep_history(conn, days: float) -> bool:
-    """Count a batch of attempts and prune another; whether there are more."""
-    done = count(conn), prune(conn, days)
-    return max(done) >= BATCH
+def keep_history(conn, days: float, after: Any = None) -> tuple[bool, Any]:
+    """Count a batch of attempts and prune another.
+
+    Returns:
+        Whether there are more, and the `after` of the next batch.
+    """
+    counted, done = count(conn), prune(conn, days, after)
+    return max(counted, done.attempts) >= BATCH, done.until or after
 
 
 # --- deleted jobs, stalled stages ----------------------------------------------------------

@@ -145,10 +145,10 @@ def test_counters_stay_what_they_are_while_history_is_counted_and_pruned(databas
     first = scrape(database).counters()
     assert sum(n for key, n in first.items() if key[0] == PREFIX + "attempts_total") == 1000
     with connected(database) as conn:
-        counted = upkeep.count(conn, batch=400), upkeep.prune(conn, 30, batch=100)
+        counted = upkeep.count(conn, batch=400), upkeep.prune(conn, 30, batch=100).pruned
         assert counted == (400, 100)
         assert scrape(database).counters() == first
-        assert upkeep.keep_history(conn, 0.01) is False
+        assert upkeep.keep_history(conn, 0.01)[0] is False
     assert database.value("SELECT count(*) FROM stage_attempts") == 1
     assert scrape(database).counters() == first
 

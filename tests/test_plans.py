@@ -96,6 +96,7 @@ def parameters(database, conn) -> dict:
     given |= {"wake": db.WAKE_CHANNEL, "after": job, "parent_id": job, "join": "every"}
     return given | {
         "days": 30,
+        "pruned_until": now,
         "batch": 100,
         "step": "x",
         "status": "y",

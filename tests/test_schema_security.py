@@ -247,7 +247,7 @@ def one_of_everything(database, conn) -> None:
     assert upkeep.forget_deleted(conn, ["overlay"], "w") is None
     database.rows("UPDATE stage_attempts SET finished_at = finished_at - interval '2 days'")
     assert upkeep.count(conn) == 7
-    assert upkeep.prune(conn, days=1) + upkeep.prune(conn, days=0.5) == 7
+    assert upkeep.prune(conn, days=1).pruned + upkeep.prune(conn, days=0.5).pruned == 7
     database.rows("DELETE FROM stage_limits")  # which PIPELINE does not declare
     migrations.require_not_newer(conn)
     require_installed(conn)

@@ -128,7 +128,7 @@ def test_old_history_is_pruned_in_batches(database, conn):
     add_history(database, 10, days=31)
     add_history(database, 5, days=29.9)
     upkeep.count(conn)
-    assert [upkeep.prune(conn, 30, batch=10) for _ in range(4)] == [10, 10, 5, 0]
+    assert [upkeep.prune(conn, 30, batch=10).pruned for _ in range(4)] == [10, 10, 5, 0]
     assert database.value("SELECT count(*) FROM stage_attempts") == 5
 
 
@@ -136,32 +136,53 @@ def test_pruning_takes_the_oldest_first(database, conn):
     add_history(database, 5, days=31)
     add_history(database, 5, days=40)
     upkeep.count(conn)
-    assert upkeep.prune(conn, 30, batch=5) == 5
+    assert upkeep.prune(conn, 30, batch=5).pruned == 5
     sql = "SELECT count(*) FROM stage_attempts WHERE finished_at > now() - interval '35 days'"
     assert database.value(sql) == 5
 
 
 def test_what_is_not_counted_yet_is_not_pruned(database, conn):
     add_history(database, 10, days=40)
-    assert upkeep.prune(conn, 30) == 0
+    assert upkeep.prune(conn, 30).pruned == 0
     upkeep.count(conn, batch=4)
-    assert upkeep.prune(conn, 30) == 4
+    assert upkeep.prune(conn, 30).pruned == 4
+
+
+@pytest.mark.parametrize("outcome", ["succeeded", "cancelled"])
+def test_what_keeps_a_row_from_being_called_again_is_not_pruned(
+    database, conn, run_command, outcome
+):
+    rests, moved, gone = (database.add_job() for _ in range(3))
+    if outcome == "cancelled":
+        run_command(database, "cancel", rests, moved, gone)
+    else:
+        settle(conn, *(result(row) for row in claim_many(conn, 3).claimed))
+    database.move(moved, "vlm_analyze", "running")
+    database.rows("DELETE FROM jobs WHERE job_id = %s", gone)
+    database.rows("UPDATE stage_attempts SET finished_at = finished_at - interval '40 days'")
+    upkeep.count(conn)
+    done = upkeep.prune(conn, 30)
+    assert (done.attempts, done.pruned) == (3, 2)
+    assert upkeep.prune(conn, 30, done.until).attempts == 0
+    assert database.value("SELECT job_id::text FROM stage_attempts") == rests
+    done = run_command(database, "backfill", "--apply")
+    assert done.lines[-1] == "0 calls recorded"
 
 
 def test_one_worker_prunes_at_a_time_and_no_other_waits(database, conn, other):
     add_history(database, 20, days=40)
     upkeep.count(conn)
     db.execute(other, "BEGIN")
-    assert upkeep.prune(other, 30, batch=10) == 10
-    assert upkeep.prune(conn, 30, batch=10) == 0
+    assert upkeep.prune(other, 30, batch=10).pruned == 10
+    assert upkeep.prune(conn, 30, batch=10).pruned == 0
     db.execute(other, "COMMIT")
-    assert upkeep.prune(conn, 30, batch=10) == 10
+    assert upkeep.prune(conn, 30, batch=10).pruned == 10
 
 
 def test_there_is_more_to_do_only_where_a_batch_was_not_enough(database, conn):
     """A few attempts grow old all the time: they are no reason to look after every call."""
     add_history(database, 1001, days=40)
-    assert [upkeep.keep_history(conn, 30) for _ in range(3)] == [True, False, False]
+    assert [upkeep.keep_history(conn, 30)[0] for _ in range(3)] == [True, False, False]
     assert database.value("SELECT count(*) FROM stage_attempts") == 0
     assert totals(database) == [("succeeded", 0.1, 1001, 0)]
 
@@ -348,7 +369,7 @@ def test_call_that_was_given_up_and_retried_waits_no_longer_than_a_back_off(data
     claim(conn)
     database.rows(LEASE_OVER)
     [first] = wanted(["vlm_analyze"])
-    assert calls.give_up_first(conn, first, "error")
+    assert calls.give_up_first(conn, first, "w", "error")
     database.rows("UPDATE stage_calls SET due_at = now() + interval '2 hours'")  # as `retry` did
     assert upkeep.shorten_waits(conn, is_back=True) == 1
     assert claim(conn).attempt == 2
