@@ -41,6 +41,12 @@ SELECT r.table_name, r.join_of, r.child_table, r.current_step, r.status, r.stage
        r.pool
 FROM jsonb_populate_recordset(
     NULL::pipeline_stages, current_setting('job_state_listener.pipeline')::jsonb -> 'routes') AS r;
+CREATE TEMPORARY TABLE known_stages ON COMMIT DROP AS
+SELECT table_name, join_of, current_step, status, stage, held_until, hold_seconds, held_reason,
+       held_by, stalled_since, waiting_since, refusing_since
+FROM pipeline_stages
+ORDER BY table_name, join_of, current_step, status
+FOR UPDATE;
 DELETE FROM pipeline_stages WHERE (table_name, join_of, current_step, status) NOT IN (
     SELECT table_name, join_of, current_step, status FROM wanted_stages);
 INSERT INTO pipeline_stages (table_name, join_of, child_table, current_step, status, stage,
@@ -51,6 +57,23 @@ ON CONFLICT (table_name, join_of, current_step, status) DO UPDATE
 SET stage = excluded.stage, max_running = excluded.max_running, timeout = excluded.timeout,
     position = excluded.position, child_table = excluded.child_table,
     asynchronous = excluded.asynchronous, pool = excluded.pool;
+-- A pause stays with its stage, whatever states lead to it now, or with its state where the stage
+-- was renamed; and so does all else that is known of a stage.
+UPDATE pipeline_stages AS p
+SET held_until = k.held_until, hold_seconds = k.hold_seconds, held_reason = k.held_reason,
+    held_by = k.held_by, stalled_since = k.stalled_since, waiting_since = k.waiting_since,
+    refusing_since = k.refusing_since
+FROM wanted_stages AS w LEFT JOIN LATERAL (
+    SELECT * FROM known_stages AS known
+    WHERE known.stage = w.stage
+       OR (known.table_name, known.join_of, known.current_step, known.status)
+              = (w.table_name, w.join_of, w.current_step, w.status)
+          AND known.stage NOT IN (SELECT stage FROM wanted_stages)
+          AND w.stage NOT IN (SELECT stage FROM known_stages)
+    ORDER BY known.held_until DESC NULLS LAST
+    LIMIT 1) AS k ON true
+WHERE (p.table_name, p.join_of, p.current_step, p.status)
+      = (w.table_name, w.join_of, w.current_step, w.status);
 UPDATE stage_calls AS c SET stage = renamed.stage
 FROM (SELECT o.job_id, o.call_id, p.stage
       FROM stage_calls AS o

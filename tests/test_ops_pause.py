@@ -6,14 +6,23 @@ import socket
 from contextlib import closing
 
 import pytest
+from variants import stage
 from waiting import LISTENING, gate, wait_for_call, wait_for_sweeps, wait_until_idle
 
+import db
+from demo import five_stages
 from demo.stage_server import Answer
+from ops.install import apply
 
 OPERATOR = f"{getpass.getuser()}@{socket.gethostname()}"
 GPU = ("--reason", "GPU maintenance")
 PAUSED = "SELECT held_until = 'infinity' AND held_by = %s FROM pipeline_stages WHERE stage = %s"
 NOT_HELD = "SELECT held_until IS NULL FROM pipeline_stages WHERE stage = %s"
+
+
+def install(database) -> None:
+    with closing(db.connect(database.settings())) as conn:
+        apply(conn)
 
 
 def pause(run_command, database, stage: str = "planner", *args: str) -> None:
@@ -63,6 +72,37 @@ def test_pause_outlasts_a_restart_and_an_install(database, api, listener, run_co
     wait_for_sweeps(database)
     assert api.requests == [] and paused(database)
     assert database.owed(job).stage == "planner"
+
+
+FIVE = five_stages.PIPELINE
+CHANGED = {
+    "the stage before it goes": {
+        ("img_gen", "done"): FIVE["img_gen", "done"],
+        ("vlm_analyze", "done"): FIVE["yolo_detect", "done"],
+    },
+    "another comes before it": FIVE
+    | {("yolo_detect", "done"): stage("resize"), ("resize", "done"): FIVE["yolo_detect", "done"]},
+    "another state leads to it as well": FIVE | {("again", "done"): FIVE["yolo_detect", "done"]},
+}
+
+
+@pytest.mark.parametrize("routes", CHANGED.values(), ids=CHANGED)
+def test_pause_stays_with_its_stage_whatever_leads_to_it(
+    database, run_command, use_pipeline, routes
+):
+    pause(run_command, database, "planner", *GPU)
+    use_pipeline(routes)
+    install(database)
+    held = database.rows("SELECT DISTINCT stage, held_reason FROM pipeline_stages ORDER BY 1")
+    names = sorted({function.__name__ for function in routes.values()})
+    assert held == [(name, "GPU maintenance" if name == "planner" else None) for name in names]
+
+
+def test_pause_stays_with_a_stage_that_is_renamed(database, run_command, use_pipeline):
+    pause(run_command, database, "planner", *GPU)
+    use_pipeline(FIVE | {("yolo_detect", "done"): stage("layout")})
+    install(database)
+    assert paused(database, "layout")
 
 
 def test_pause_is_shown_in_status_with_its_reason(database, run_command):
