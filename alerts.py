@@ -24,6 +24,8 @@ log = logging.getLogger("listener.alerts")
 TIME_LIMIT = 10.0  # seconds for one run
 AT_ONCE = 4
 LONGEST_QUEUE = 1000
+# Events that are sent once by a mark in the database, whichever listener sees them begin or end.
+MARKED = ("waiting", "refusing", "stalled")
 # Seconds after an alert during which more of the same event and stage are only counted.
 EPISODE = 600.0
 
@@ -75,10 +77,14 @@ class Alerts:
     def send(self, event: str, text: str, **details: Any) -> None:
         """Give the command a JSON object on its standard input: event, text and `details`.
 
-        More of the same event and stage within EPISODE are sent as one, with their `count`.
+        More of the same event and stage within EPISODE are sent as one, with their `count`. Those
+        of MARKED are sent each.
         """
         said = {"event": event, "text": text, **details}
         key = event, details.get("stage")
+        if event in MARKED:
+            self.put(said)
+            return
         if episode := self.episodes.get(key):
             episode.said, episode.count, episode.recovered = said, episode.count + 1, None
             return
@@ -112,10 +118,10 @@ class Alerts:
 
     def end_episodes(self, now: float) -> None:
         """Send the counts of episodes that are over, and what has recovered."""
-        for key, episode in list(self.episodes.items()):
-            if now < episode.until:
-                continue
+        over = [(key, one) for key, one in self.episodes.items() if now >= one.until]
+        for key, _ in over:  # first, as put() looks for others that are over
             del self.episodes[key]
+        for key, episode in over:
             if episode.count:
                 if now < math.inf and not episode.recovered:
                     self.episodes[key] = Episode(now + EPISODE)
