@@ -172,7 +172,9 @@ class Hearing:
         """Take what has been announced, to be logged by `log`; the channels that it came on."""
         heard = hear(conn)
         self.heard += heard
-        now, count, conn.dropped = time.monotonic(), len(heard) + conn.dropped, 0
+        everything = {db.CHANNEL, db.WAKE_CHANNEL, db.JOIN_CHANNEL}
+        now, dropped, conn.dropped = time.monotonic(), conn.dropped, 0
+        count = len(heard) + dropped
         if self.deaf_until is None and not self.pace.allows(count):
             db.execute(conn, "UNLISTEN *")
             self.do_without()
@@ -180,7 +182,9 @@ class Hearing:
             listen(conn)
             self.is_told, self.deaf_until, self.pace.left = not self.silent, None, db.FLOOD
             log.info("LISTEN '%s' 시작", db.CHANNEL)
-            return {db.CHANNEL, db.WAKE_CHANNEL, db.JOIN_CHANNEL}  # what came meanwhile
+            return everything  # may have come meanwhile
+        if dropped:
+            return everything
         return {notification.channel for notification in heard}
 
     def do_without(self) -> None:

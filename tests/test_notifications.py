@@ -132,6 +132,14 @@ def test_connection_that_a_flood_ended_is_followed_by_one_that_does_not_listen(l
         assert lines_of.hearing.is_told and lines_of.hearing.deaf_until is None
 
 
+def test_notifications_that_were_dropped_may_have_been_of_any_channel(lines_of):
+    assert lines_of.hearing.hear(lines_of.conn) == set()
+    lines_of.conn.dropped = 1
+    channels = {db.CHANNEL, db.WAKE_CHANNEL, db.JOIN_CHANNEL}
+    assert lines_of.hearing.hear(lines_of.conn) == channels
+    assert lines_of.hearing.hear(lines_of.conn) == set()
+
+
 @contextmanager
 def flood(database, payload: str):
     """NOTIFY as fast as one session can."""
