@@ -454,12 +454,14 @@ class Turn:
     asked_at: the database's time of the (first) claim; None: there was none, or one was refused as
         a whole.
     unclaimable: by stage, why no call of it can be claimed.
+    given_up: calls that the database made us give up, which nobody has been told of.
     """
 
     claimed: list[Claimed]
     unsettled: list[int]
     asked_at: datetime | None = None
     unclaimable: dict[str, psycopg2.Error] = field(default_factory=dict)
+    given_up: list[Result] = field(default_factory=list)
 
     def add(self, later: "Turn") -> None:
         """Add what a later claim of the same turn found."""
@@ -762,8 +764,9 @@ def in_parts(
     Raises:
         psycopg2.Error: a result cannot be settled, and the fault is not that of a row.
     """
-    unsettled = [result.call_id for result in results if not settle_alone(conn, result)]
-    unclaimable: dict[str, psycopg2.Error] = {}
+    done = Turn([], [])
+    for result in results:
+        settle_alone(conn, result, done)
     for stage in wanted if free else []:
         try:
             turn = settle_and_claim(conn, [], [stage], 1, worker)
@@ -772,26 +775,28 @@ def in_parts(
         except psycopg2.errors.LockNotAvailable:
             continue  # somebody holds the row of its limit
         except psycopg2.errors.QueryCanceled as error:
-            unclaimable[stage.stage] = error
+            done.unclaimable[stage.stage] = error
             break  # the next one may take as long
         except psycopg2.Error as error:
             if not (error.pgcode or "").startswith(FAULT_OF_THE_ROW):
-                unclaimable[stage.stage] = error
+                done.unclaimable[stage.stage] = error
                 continue
-            job_id = give_up_first(conn, stage, " ".join(str(error).split()))
-            log.error(
-                "포기 (호출을 가져올 수 없음): job=%s stage=%s %s", job_id, stage.stage, error
-            )
+            reason = f"its call cannot be claimed: {' '.join(str(error).split())}"
+            done.given_up += give_up_first(conn, stage, worker, reason)
         else:
             if turn.claimed:
-                return Turn(turn.claimed, unsettled, unclaimable=unclaimable)
-    return Turn([], unsettled, unclaimable=unclaimable)
+                done.claimed = turn.claimed
+                break
+    return done
 
 
-def settle_alone(conn, result: Result) -> bool:
-    """Write one result, in whatever form the database takes it; False where the row is locked."""
+def settle_alone(conn, result: Result, done: Turn) -> None:
+    """Write one result, in whatever form the database takes it, and note in `done` what came of
+    that.
+    """
     try:
-        return not settle_and_claim(conn, [result], [], 0, result.worker).unsettled
+        done.unsettled += settle_and_claim(conn, [result], [], 0, result.worker).unsettled
+        return
     except psycopg2.Error as error:
         if not (error.pgcode or "").startswith(FAULT_OF_THE_ROW):
             raise
@@ -805,7 +810,9 @@ def settle_alone(conn, result: Result) -> bool:
         raise
     except psycopg2.Error as error:
         log.error("리스 만료 후 다시 확인됨: job=%s %s", result.job_id, error)
-    return True
+    else:
+        if result.outcome not in (*PAID, "failed"):
+            done.given_up.append(replace(result, outcome="failed", error=reason))
 
 
 IS_RECORDED = """
@@ -851,16 +858,21 @@ FIRST_IN_ORDER = """
 GIVE_UP_FIRST = """
 UPDATE stage_calls SET due_at = 'infinity', worker = NULL, last_error = left(%(error)s, 500)
 WHERE (job_id, call_id) = ({first})
-RETURNING job_id::text
+RETURNING job_id::text, call_id, attempts AS attempt, stage, table_name
 """
 
 
-def give_up_first(conn, wanted: Wanted, error: str) -> str | None:
-    """Give up the first due call of a stage, which cannot be claimed; the id of its job."""
+def give_up_first(conn, wanted: Wanted, worker: str, error: str) -> list[Result]:
+    """Give up the first due call of a stage, which cannot be claimed; as a result, where there is
+    one.
+    """
     sql = GIVE_UP_FIRST.format(first=FIRST_IN_ORDER if wanted.ordered else FIRST)
     given = {"stage": wanted.stage, "since": wanted.since or "-infinity", "error": error}
-    row = execute(conn, sql, given).fetchone()
-    return row and row.job_id
+    rows = execute(conn, sql, given).fetchall()
+    for row in rows:
+        log.error("포기 (호출을 가져올 수 없음): job=%s stage=%s %s", row.job_id, row.stage, error)
+    return [Result(**row._asdict(), worker=worker, started_at="", outcome="failed", error=error)
+            for row in rows]  # fmt: skip
 
 
 REVIVE = """

@@ -282,6 +282,7 @@ class Listener:
         until = time.monotonic() + delay
         self.doubtful_until = time.monotonic() + DOUBTFUL
         while time.monotonic() < until and not self.finished():
+            self.workers.start_missing()
             self.collect(self.wait(until))
 
     def finished(self) -> bool:
@@ -346,6 +347,8 @@ class Listener:
             if reason not in self.unclaimable.values():
                 log.warning("한 건씩 다시 시도: %s", reason)
             turn = calls.in_parts(conn, self.unwritten, wanted, free, self.name)
+            for given_up in turn.given_up:
+                trigger.alert_given_up(self.alerts, given_up)
         self.note_unclaimable(turn, wanted)
         return turn
 
@@ -521,7 +524,8 @@ class Listener:
             self.look_at, self.marks = 0.0, {}  # there may be something before the marks
         else:
             self.asked_at = turn.asked_at
-            self.asks = free > 0 and now >= self.due_at
+            # A new call may have to wait for its time, or for a rate.
+            self.asks = free > 0 and (self.is_ordered or now >= self.due_at)
             self.look_at = self.due_at if now < self.due_at else math.inf
             self.nothing_due = not turn.claimed and self.join_look.at == math.inf
 

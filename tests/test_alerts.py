@@ -46,6 +46,33 @@ def test_given_up_calls_of_a_stage_are_told_once(database, api, run_command, tol
     assert (said["event"], said["stage"], said["http_status"]) == ("given_up", "planner", 422)
 
 
+def test_episodes_that_are_over_at_once_are_told_each(database, told):
+    alerting = alerts.Alerts(database.settings(ALERT_COMMAND=told.command))
+    for stage in ("planner", "overlay"):
+        for _ in range(2):
+            alerting.send("stage_refuses", "it refuses", stage=stage)
+        alerting.recovered("stage_refuses", stage, "it accepts", at_once=False)
+    for episode in alerting.episodes.values():
+        episode.until = 0.0
+    alerting.look()
+    alerting.close()
+    events = sorted((said["stage"], said["event"], said.get("count", 0)) for said in told())
+    assert events == [
+        (stage, *rest)
+        for stage in ("overlay", "planner")
+        for rest in [("recovered", 0), ("stage_refuses", 0), ("stage_refuses", 1)]
+    ]
+
+
+def test_call_that_cannot_be_claimed_is_told(database, api, run_command, told):
+    job = database.add_job("yolo_detect")
+    database.rows("UPDATE stage_calls SET attempts = 2147483647")
+    run_command(database, "run", "--once", api=api, ALERT_COMMAND=told.command)
+    [said] = told()
+    assert (said["event"], said["job"], said["stage"]) == ("given_up", job, "planner")
+    assert "its call cannot be claimed: " in said["error"]
+
+
 def test_failure_that_is_retried_is_no_alert(database, api, listener, told):
     answers = [Answer(500), Answer(422)]
     api.on("vlm_judge", lambda _: answers.pop(0))

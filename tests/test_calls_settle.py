@@ -258,10 +258,11 @@ def test_result_that_the_database_refuses_costs_only_itself(database, conn, why)
 def test_result_that_cannot_be_recorded_gives_its_call_up_and_says_why(database, conn):
     job = database.add_job()
     settled = result(claim(conn), "never heard of", error="HTTP 418")
-    calls.in_parts(conn, [settled], wanted(), 1, "w")
+    [given_up] = calls.in_parts(conn, [settled], wanted(), 1, "w").given_up
     call = database.owed(job)
     assert call.given_up and call.worker is None
     assert call.last_error.startswith("its result (never heard of) cannot be recorded:")
+    assert (given_up.outcome, given_up.job_id) == ("failed", job)
 
 
 @pytest.mark.parametrize(("outcome", "owes"), [("succeeded", False), ("failed", True)])
@@ -298,7 +299,9 @@ def test_call_that_cannot_be_claimed_is_given_up_and_the_next_one_is_claimed(dat
     database.rows(POISON, poisoned)
     with pytest.raises(psycopg2.errors.NumericValueOutOfRange):
         claim_many(conn, 4)
-    assert [row.job_id for row in calls.in_parts(conn, [], wanted(), 4, "w").claimed] == [other]
+    turn = calls.in_parts(conn, [], wanted(), 4, "w")
+    assert [row.job_id for row in turn.claimed] == [other]
+    assert [(one.outcome, one.job_id) for one in turn.given_up] == [("failed", poisoned)]
     call = database.owed(poisoned)
     assert call.given_up and "integer out of range" in call.last_error
     assert [row.job_id for row in claim_many(conn, 4).claimed] == [next_job]

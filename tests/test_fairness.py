@@ -12,7 +12,7 @@ from conftest import ROOT
 from pages import Page
 from test_plans import read_by
 from variants import TABLE, VARIANTS, install, stage
-from waiting import PATIENCE
+from waiting import PATIENCE, wait_until_idle
 
 import calls
 import db
@@ -194,6 +194,16 @@ def test_call_is_not_made_before_its_time(site, api):
     assert site.value("SELECT min(started_at) >= %s FROM stage_attempts WHERE job_id ="
                       " (SELECT job_id FROM jobs WHERE tenant_id = 'later')", soon)  # fmt: skip
     assert not site.value("SELECT due_at = 'infinity' FROM stage_calls")
+
+
+def test_call_that_comes_while_nothing_is_due_is_made_at_its_time(site, api, tmp_path):
+    add(site, "overlay", "next week", run_after="9999-01-01")
+    site.start(LISTENER_WORKERS=2)
+    wait_until_idle(tmp_path)
+    [[soon]] = site.rows("SELECT now() + interval '1 second'")
+    add(site, "overlay", "soon", run_after=soon)
+    site.wait_for("SELECT count(*) = 1 FROM stage_attempts")
+    assert tenants(api) == ["soon"]
 
 
 def test_call_that_cannot_be_claimed_is_given_up_and_none_of_lower_priority(site):

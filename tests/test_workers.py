@@ -68,6 +68,12 @@ def test_call_that_ends_its_worker_is_one_unknown_call(what, database, api, list
     assert process.output.count(f"{FAILED}: job={job}") == 1
 
 
+def test_missing_workers_are_started_though_the_database_is_away(database, api, listener):
+    """Else the loop would wake for them again and again."""
+    process = listener(database, api=api, DB_PORT=1, JOB_STATE_LISTENER_RECONNECT_DELAY=600)
+    until(lambda: len(process.children()) == 4, "four workers")
+
+
 @pytest.mark.parametrize("what", ["exits", "crashes", "is killed", "computes"])
 def test_accepted_call_stays_accepted_though_its_worker_ends(
     what, database, api, listener, tmp_path
