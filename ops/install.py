@@ -13,8 +13,7 @@ import config
 import db
 import pipeline
 from ops import migrations
-from ops.migrations import FUNCTIONS, TABLES, VIEWS
-from ops.place import require_place
+from ops.place import named, require_place
 from ops.problem import Problem
 from ops.routes import announced, is_silent, is_updates_only, known, shown
 from ops.tables import require_usable
@@ -119,32 +118,29 @@ INSERT INTO stage_totals_mark DEFAULT VALUES ON CONFLICT DO NOTHING;
 # What triggers.sql calls the choices of `notify`.
 ANNOUNCED = {None: "", True: "all", "owed": "owed", False: "nothing"}
 
-# Whatever our functions are hung on, and they themselves.
-OURS = f"""
-SELECT p.oid, p.proname FROM pg_proc AS p
-WHERE p.pronamespace = (SELECT relnamespace FROM pg_class WHERE oid = coalesce(
-          to_regclass('stage_calls'), to_regclass('jobs')))
-  AND (p.proname IN {FUNCTIONS}
-       OR p.prorettype = 'trigger'::regtype AND p.proname ^@ 'job_state_listener_')
+GIVEN = """
+SELECT CASE relkind WHEN 'v' THEN 'view ' ELSE 'table ' END || relname AS name FROM pg_class
+WHERE oid IN (SELECT to_regclass(quote_ident(name)) FROM unnest(%(tables)s::text[]) AS name)
 """
 
-OBJECTS = f"""
-SELECT CASE relkind WHEN 'v' THEN 'view ' ELSE 'table ' END || relname AS name FROM pg_class
-WHERE oid IN (SELECT to_regclass(quote_ident(name)) FROM unnest(%(names)s::text[]) AS name)
-UNION ALL
-SELECT 'function ' || proname || '()' FROM ({OURS}) AS ours
-UNION ALL
-SELECT 'trigger ' || t.tgname || ' on ' || c.relname
-FROM pg_trigger AS t JOIN ({OURS}) AS ours ON ours.oid = t.tgfoid
-JOIN pg_class AS c ON c.oid = t.tgrelid
-WHERE t.tgparentid = 0
+# Whatever our functions are hung on.
+TRIGGERS = """
+SELECT format('trigger %%I on %%s', tgname, tgrelid::regclass) AS name FROM pg_trigger
+WHERE tgfoid = ANY (%(functions)s::oid[]) AND tgparentid = 0
 """
 
 
 def objects(conn, tables: Iterable[str] = ()) -> list[str]:
     """What is there of the application's `tables`, and of what install makes."""
-    given = {"names": [*tables, *TABLES, *VIEWS]}
-    return [row.name for row in db.execute(conn, OBJECTS, given)]
+    ours, _ = named(conn, "stage_calls")
+    functions = [row.oid for row in ours if row.kind == "function"]
+    given = db.execute(conn, GIVEN, {"tables": list(tables)}).fetchall()
+    hung = db.execute(conn, TRIGGERS, {"functions": functions}).fetchall()
+    return [
+        *(row.name for row in given),
+        *(f"{row.kind} {row.called}" for row in ours),
+        *(row.name for row in hung),
+    ]
 
 
 PARTITIONED = """
@@ -344,37 +340,28 @@ def install(
     click.echo(f"Next: {pipeline.JSL} verify, then {pipeline.JSL}")
 
 
-DROP = f"""
-DO $do$
-DECLARE
-    made record;
-BEGIN
-    FOR made IN
-        SELECT t.tgname AS name, t.tgrelid::regclass AS place
-        FROM pg_trigger AS t JOIN ({OURS}) AS ours ON ours.oid = t.tgfoid WHERE t.tgparentid = 0
-    LOOP
-        EXECUTE 'DROP TRIGGER ' || quote_ident(made.name) || ' ON ' || made.place;
-    END LOOP;
-    FOR made IN SELECT oid::regprocedure AS name FROM ({OURS}) AS ours LOOP
-        EXECUTE 'DROP FUNCTION ' || made.name;
-    END LOOP;
-END
-$do$;
-DROP VIEW IF EXISTS {", ".join(VIEWS)};
-DROP TABLE IF EXISTS {", ".join(TABLES)};
-"""
-
 OPEN_CALLS = "SELECT count(*) FROM stage_calls"
 THEIRS = "SELECT name FROM pipeline_tables ORDER BY position"
+
+
+def remove(conn, names: list[str]) -> None:
+    """Drop what `objects()` has named, in one transaction: each after what depends on it."""
+    db.execute(conn, migrations.LOCK_TIMEOUT + "".join(f"DROP {name};" for name in names[::-1]))
 
 
 @click.command(short_help="Remove what install made; jobs and its rows stay.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def uninstall(yes: bool) -> None:
-    """Remove exactly what install made. The application's tables and their rows stay."""
+    """Remove exactly what install made.
+
+    The application's tables and their rows stay. What has one of our names and is not ours is
+    named, and stays as well.
+    """
     settings = config.settings()
     conn = db.connect(settings, "job-state-listener uninstall")
     there = objects(conn)
+    for row in named(conn, "stage_calls")[1]:
+        click.echo(f"note: {row.kind} {row.called} is not ours and stays")
     if not there:
         click.echo("nothing to remove")
         return
@@ -391,7 +378,7 @@ def uninstall(yes: bool) -> None:
     if not yes:
         click.confirm("Remove?", abort=True)
     try:
-        db.execute(conn, migrations.LOCK_TIMEOUT + DROP)
+        remove(conn, there)
     except psycopg2.errors.LockNotAvailable:
         raise Problem(
             "a table is locked by another transaction; nothing was removed: try again"

@@ -1,5 +1,5 @@
 """Checks before `install`: that jobs is in the schema of an earlier install, and that no object of
-somebody else has one of our names.
+somebody else has one of our names. `uninstall` leaves such objects.
 """
 
 import json
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import db
 import pipeline
+from ops.migrations import VIEWS
 from ops.problem import Problem
 
 # Columns that each of our relations has in every released version. A relation of the same name
@@ -103,37 +104,62 @@ def misplaced(conn) -> Iterator[str]:
         )
 
 
+# Relations with our names in the schema of the table %(beside)s, or else of jobs. The views come
+# last: what is dropped in the opposite order is dropped before what it depends on.
 RELATIONS = """
-SELECT c.relname AS name, c.oid::regclass::text AS shown, array_agg(a.attname::text) AS columns
-FROM pg_class AS c LEFT JOIN pg_attribute AS a
-    ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+SELECT c.relname AS name, c.oid, c.oid::regclass::text AS called,
+       CASE WHEN c.relkind IN ('r', 'p') THEN 'table' WHEN c.relkind = 'v' THEN 'view'
+            ELSE 'relation' END AS kind,
+       ARRAY(SELECT a.attname::text FROM pg_attribute AS a
+             WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped) AS columns
+FROM pg_class AS c
 WHERE c.relname = ANY (%(names)s) AND c.relnamespace = coalesce(
+    (SELECT relnamespace FROM pg_class WHERE oid = to_regclass(%(beside)s)),
     (SELECT relnamespace FROM pg_class WHERE oid = to_regclass('jobs')),
     to_regnamespace(quote_ident(current_schema())))
-GROUP BY c.oid ORDER BY c.oid
+ORDER BY c.relkind = 'v', c.oid
 """
 
-# Functions with a name and number of arguments that CREATE OR REPLACE of ours would replace.
+# Functions with a name and number of arguments that CREATE OR REPLACE of ours would replace, and
+# trigger functions with a name as ours have it for further tables.
 FUNCTIONS = """
-SELECT p.proname AS name, p.oid::regprocedure::text AS shown,
+SELECT p.proname AS name, p.oid, p.oid::regprocedure::text AS called, 'function' AS kind,
        concat(p.prosrc, p.proargnames::text) AS text
 FROM pg_proc AS p
-WHERE p.proname = ANY (%(names)s) AND p.pronamespace = coalesce(
+WHERE (p.proname = ANY (%(names)s)
+       OR p.prorettype = 'trigger'::regtype AND p.proname ^@ 'job_state_listener_')
+  AND p.pronamespace = coalesce(
+    (SELECT relnamespace FROM pg_class WHERE oid = to_regclass(%(beside)s)),
     (SELECT relnamespace FROM pg_class WHERE oid = to_regclass('jobs')),
     to_regnamespace(quote_ident(current_schema())))
   AND p.pronargs = CASE p.proname WHEN 'stage_call_row' THEN 3 WHEN 'stage_join_is_complete' THEN 2
-                                  WHEN 'stage_column_types' THEN 2 ELSE 0 END
+                                  WHEN 'stage_column_types' THEN 2 WHEN 'stage_due_calls' THEN 4
+                                  ELSE 0 END
+ORDER BY p.oid
 """
+
+
+def named(conn, beside: str) -> tuple[list, list]:
+    """What has one of our names in the schema of the table `beside`: ours, and what is not ours."""
+    found = [
+        *db.execute(conn, RELATIONS, {"names": list(COLUMNS), "beside": beside}),
+        *db.execute(conn, FUNCTIONS, {"names": list(WORDS), "beside": beside}),
+    ]
+    return [row for row in found if is_ours(row)], [row for row in found if not is_ours(row)]
+
+
+def is_ours(row) -> bool:
+    if row.kind == "function":
+        return any(word in row.text for word in WORDS.get(row.name, ["stage_calls"]))
+    kind = "view" if row.name in VIEWS else "table"
+    return row.kind == kind and COLUMNS[row.name] <= set(row.columns)
 
 
 def taken(conn) -> Iterator[str]:
     """A line for each object of somebody else that has one of our names."""
-    for row in db.execute(conn, RELATIONS, {"names": list(COLUMNS)}):
-        if not COLUMNS[row.name] <= set(row.columns):
-            yield f"{row.shown} is not ours, and we need its name: rename it"
-    for row in db.execute(conn, FUNCTIONS, {"names": list(WORDS)}):
-        if not any(word in row.text for word in WORDS[row.name]):
-            yield f"function {row.shown} is not ours, and we need its name: rename it"
+    for row in named(conn, "jobs")[1]:
+        if row.name in COLUMNS or row.name in WORDS:
+            yield f"{row.kind} {row.called} is not ours, and we need its name: rename it"
 
 
 # Tables whose trigger function was made for other columns, or for a table with another oid (as

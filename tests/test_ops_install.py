@@ -43,10 +43,10 @@ MADE = [
     "function notify_job_state_change()",
     "function stalled_jobs()",
     "function resting_rows()",
-    "function stage_call_row()",
-    "function stage_column_types()",
-    "function stage_join_is_complete()",
-    "function stage_due_calls()",
+    "function stage_call_row(text,text,uuid)",
+    "function stage_column_types(regclass,text[])",
+    "function stage_join_is_complete(text,uuid)",
+    "function stage_due_calls(text,integer,integer,boolean)",
     "trigger job_state_change_trigger on jobs",
     "trigger job_state_insert_trigger on jobs",
 ]
@@ -197,6 +197,35 @@ def test_uninstall_takes_only_what_is_ours(empty_database, run_command):
     assert empty_database.rows(OBJECTS) == before[0]
     assert empty_database.rows("SELECT *, xmin, ctid FROM jobs") == before[1]
     empty_database.move("a", "img_gen", "queued")
+
+
+LEFT = """
+SELECT relname AS name FROM pg_class
+WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'v')
+UNION ALL SELECT proname FROM pg_proc WHERE pronamespace = 'public'::regnamespace
+UNION ALL SELECT tgname FROM pg_trigger WHERE NOT tgisinternal
+"""
+
+
+def test_uninstall_leaves_what_only_has_a_name_like_ours(database, run_command):
+    database.rows(
+        "CREATE FUNCTION stalled_jobs(int) RETURNS int LANGUAGE sql AS 'SELECT 1';"
+        "CREATE FUNCTION job_state_listener_audit() RETURNS trigger LANGUAGE plpgsql"
+        " AS 'BEGIN RETURN NEW; END';"
+        "CREATE TRIGGER audit AFTER UPDATE ON jobs"
+        " FOR EACH ROW EXECUTE FUNCTION job_state_listener_audit();"
+        "DROP TABLE stage_limits; CREATE TABLE stage_limits (plan text, calls int);"
+        "INSERT INTO stage_limits VALUES ('free', 10)"
+    )
+    done = run_command(database, "uninstall", "--yes")
+    assert (done.code, done.lines[:2], done.lines[-1]) == (0, [
+        "note: table stage_limits is not ours and stays",
+        "note: function job_state_listener_audit() is not ours and stays",
+    ], "removed")  # fmt: skip
+    assert database.rows("SELECT * FROM stage_limits") == [("free", 10)]
+    assert {row.name for row in database.rows(LEFT)} == {
+        "jobs", "stage_limits", "stalled_jobs", "job_state_listener_audit", "audit",
+    }  # fmt: skip
 
 
 def test_no_call_has_the_number_of_one_before_uninstall(database, run_command):

@@ -8,7 +8,7 @@ from faults.test_pooler import PGBOUNCER, pooler  # noqa: F401
 from test_readme import Readme
 
 import db
-from ops.install import DROP, apply
+from ops.install import apply, objects, remove
 from ops.migrations import LATEST
 from ops.verify import check_stage_api, run_checks
 
@@ -155,9 +155,9 @@ def test_problem_is_named_and_the_command_given_mends_it(database, api, damage):
     database.rows(sql)
     assert checked(database, STAGE_API_URL=api.url) == [(what, mend)]
     if mend in (INSTALL, AGAIN):
-        if mend == AGAIN:
-            database.rows(DROP)
         with closing(db.connect(database.settings())) as conn:
+            if mend == AGAIN:
+                remove(conn, objects(conn))
             apply(conn)
     else:
         database.rows(mend)

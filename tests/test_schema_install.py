@@ -12,7 +12,7 @@ from subscription import Subscription
 
 import db
 from demo import five_stages
-from ops.install import DROP, apply
+from ops.install import apply, objects, remove
 from ops.verify import check_routes
 
 JOBS = """
@@ -230,7 +230,8 @@ def test_dumped_and_restored_database_goes_on(each_database, each_server, make_d
 def test_uninstalled_leaves_jobs_and_its_rows(each_database):
     job = each_database.add_job("img_gen", "done")
     before = each_database.rows("SELECT *, xmin FROM jobs")
-    each_database.rows(DROP)
+    with connected(each_database) as conn:
+        remove(conn, objects(conn))
     assert each_database.rows("SELECT *, xmin FROM jobs") == before
     assert each_database.rows("SELECT 1 FROM pg_trigger WHERE tgrelid = 'jobs'::regclass") == []
     each_database.move(job, "img_gen", "queued")

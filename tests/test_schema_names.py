@@ -35,14 +35,23 @@ def refused(database, **settings) -> str:
 # --- names ---------------------------------------------------------------------------------
 
 NAMES = {
-    "a table": ("CREATE TABLE stage_calls (id int)", "stage_calls"),
-    "a view": ("CREATE VIEW stage_latency AS SELECT 1 AS one", "stage_latency"),
-    "a table of a view's name": ("CREATE TABLE given_up_calls (id int)", "given_up_calls"),
-    "a sequence": ("CREATE SEQUENCE stage_leases", "stage_leases"),
-    "a type": ("CREATE TYPE stage_limits AS (a int)", "stage_limits"),
+    "a table": ("CREATE TABLE stage_calls (id int)", "table stage_calls"),
+    "a view": ("CREATE VIEW stage_latency AS SELECT 1 AS one", "view stage_latency"),
+    "a table of a view's name": ("CREATE TABLE given_up_calls (id int)", "table given_up_calls"),
+    "a table with the columns of a view": (
+        "CREATE TABLE stage_latency (stage text, hour timestamptz)",
+        "table stage_latency",
+    ),
+    "a sequence": ("CREATE SEQUENCE stage_leases", "relation stage_leases"),
+    "a type": ("CREATE TYPE stage_limits AS (a int)", "relation stage_limits"),
     "a function": (
         "CREATE FUNCTION stalled_jobs() RETURNS int LANGUAGE sql AS 'SELECT 1'",
         "function stalled_jobs()",
+    ),
+    "a function with arguments": (
+        "CREATE FUNCTION stage_due_calls(text, int, int, boolean) RETURNS int LANGUAGE sql"
+        " AS 'SELECT 1'",
+        "function stage_due_calls(text,integer,integer,boolean)",
     ),
     "a trigger function": (
         "CREATE FUNCTION notify_job_state_change() RETURNS trigger LANGUAGE plpgsql"
@@ -60,9 +69,13 @@ def test_names_of_the_application_are_refused_and_never_replaced(empty_database,
 
 
 def test_functions_of_our_names_with_other_arguments_are_left_alone(empty_database):
-    empty_database.rows("CREATE FUNCTION stalled_jobs(int) RETURNS int LANGUAGE sql AS 'SELECT 1'")
+    empty_database.rows(
+        "CREATE FUNCTION stalled_jobs(int) RETURNS int LANGUAGE sql AS 'SELECT 1';"
+        "CREATE FUNCTION stage_due_calls() RETURNS int LANGUAGE sql AS 'SELECT 2'"
+    )
     install(empty_database)
-    assert empty_database.value("SELECT stalled_jobs(5)") == 1
+    found = empty_database.row("SELECT stalled_jobs(5), stage_due_calls()")
+    assert found == (1, 2)
 
 
 # --- ids -----------------------------------------------------------------------------------
