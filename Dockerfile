@@ -11,10 +11,11 @@ COPY requirements.txt ./
 RUN pip install --no-cache-dir --disable-pip-version-check --root-user-action=ignore \
     --requirement requirements.txt
 
-# .dockerignore names the files.
+# .dockerignore names the files. COPY keeps the modes that they have on the host, where a umask may
+# keep them from others, and so from USER.
 COPY . ./
 # docker exec CONTAINER jsl status
-RUN ln -s /app/jsl /usr/local/bin/jsl
+RUN chmod -R a+rX . && ln -s /app/jsl /usr/local/bin/jsl
 
 USER 10001
 

@@ -111,11 +111,15 @@ def make_base(suite: str, archive: Path, folder: Path) -> None:
 
 
 def build(buildah: Buildah) -> None:
-    say("building the image")
+    say("building the image of files that only their owner may read, as with umask 077")
+    context = buildah.folder / "context"
+    unwanted = shutil.ignore_patterns(".git", ".venv", "node_modules")
+    shutil.copytree(ROOT, context, ignore=unwanted)
+    run("chmod", "--recursive", "go=", context)
     configuration = buildah.folder / "pip.conf"
     mounts = {"/etc/pip.conf": configuration} | pip_configuration(configuration)
     volumes = [f"--volume={source}:{target}:ro" for target, source in mounts.items()]
-    buildah("bud", "--pull-never", "--format=docker", *volumes, f"--tag={IMAGE}", ROOT)
+    buildah("bud", "--pull-never", "--format=docker", *volumes, f"--tag={IMAGE}", context)
 
 
 def pip_configuration(file: Path) -> dict[str, Path]:
