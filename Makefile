@@ -1,4 +1,5 @@
-# Every target sets up .venv first, with the packages that it needs: any Python from 3.10 on will do.
+# Every target sets up .venv first, with the packages that it needs: any Python from 3.10 on will do,
+# on macOS from 3.13 on, which has os.waitid there.
 # Settings come from the environment or .env; further arguments: make test ARGS="-k claim".
 # make itself ends with 2 whatever a command ends with, which it prints: scripts call ./jsl.
 
@@ -80,12 +81,12 @@ clean: ## remove .venv and caches
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): requirements.txt
-	@python=; for candidate in python3.13 python3.12 python3.11 python3.10 python3; do \
-		$$candidate -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 10))' 2> /dev/null \
+	@python=; for candidate in python3.15 python3.14 python3.13 python3.12 python3.11 python3.10 python3; do \
+		$$candidate -c 'import ensurepip, os, sys; os.waitid; sys.exit(sys.version_info < (3, 10))' 2> /dev/null \
 			&& python=$$candidate && break; \
 	done; \
 	if [ -z "$$python" ]; then \
-		echo 'No Python 3.10 or newer with venv found (Debian, Ubuntu: apt install python3-venv).' >&2; \
+		echo 'No Python 3.10 or newer (on macOS: 3.13) with venv found (Debian, Ubuntu: apt install python3-venv).' >&2; \
 		exit 1; \
 	fi; \
 	echo "Setting up .venv with $$($$python --version); the first time takes a minute"; \

@@ -164,6 +164,21 @@ def test_target_names_the_exit_code_of_its_command(copy):
 
 
 @needs_make
+def test_newest_python_that_will_do_sets_up_venv(copy, tmp_path):
+    """That of 3.15 lacks what Python has on macOS only from 3.13 on."""
+    without = f'{shlex.quote(sys.executable)} -c "import os; del os.waitid; $2"'
+    pythons = tmp_path / "pythons"
+    pythons.mkdir()
+    for version, tried in {"3.12": "true", "3.14": "true", "3.15": without}.items():
+        python = pythons / f"python{version}"
+        python.write_text(f'#!/bin/sh\n[ "$1" != -c ] || exec {tried}\necho Python {version}.0\n'
+                          '[ "$1" = --version ]\n')  # fmt: skip
+        python.chmod(0o755)
+    done = copy.run(MAKE, "setup", path=pythons)
+    assert done.stdout.startswith("Setting up .venv with Python 3.14.0;"), done
+
+
+@needs_make
 def test_venv_whose_python_is_gone_is_set_up_anew(copy):
     (copy.folder / ".venv" / "bin").mkdir(parents=True)
     (copy.folder / ".venv" / "bin" / "python").symlink_to("/nowhere/python3")
