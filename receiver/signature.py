@@ -21,7 +21,8 @@ def keys_of(secrets: str | Iterable[str] | None) -> list[bytes]:
     """The keys in one or more `whsec_…`, given as a list, or with a space or comma in between.
 
     Raises:
-        SecretError: one of them is not `whsec_` and base64. Its value is not in the text.
+        SecretError: one of them is not `whsec_` and base64; its value is not in the text. Or there
+            is none, and yet `secrets` is not None.
     """
     given = re.split(r"[\s,]+", secrets) if isinstance(secrets, str) else list(secrets or ())
     keys = []
@@ -34,6 +35,8 @@ def keys_of(secrets: str | Iterable[str] | None) -> list[bytes]:
         if not key:
             raise SecretError(f"secret {number} is not whsec_ followed by base64")
         keys.append(key)
+    if secrets is not None and not keys:
+        raise SecretError("secrets are empty: allowed is whsec_…, or None to check nothing")
     return keys
 
 

@@ -64,6 +64,12 @@ def test_without_a_secret_nothing_is_checked():
     assert receive({"Idempotency-Key": "k"}, secrets=None).key == "k"
 
 
+@pytest.mark.parametrize("secrets", ["", " ,", [], [""]])
+def test_empty_secrets_are_refused(secrets):
+    with pytest.raises(SecretError, match="secrets are empty"):
+        Receiver(lambda: None, secrets=secrets)
+
+
 @pytest.mark.parametrize("secret", ["plain", "whsec_", "whsec_%%", "whsk_QUJD"])
 def test_secret_that_cannot_be_used_is_refused_and_not_shown(secret):
     with pytest.raises(SecretError, match="secret 2 is not whsec_ followed by base64"):
