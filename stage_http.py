@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import formatdate, parsedate_to_datetime
 from types import SimpleNamespace
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import requests
@@ -141,8 +142,7 @@ class StageApi:
         """The status of a GET of `path`.
 
         Raises:
-            Unreachable, Interrupted, NoAnswer: the step of connecting or reading took longer than
-                `seconds`, or failed.
+            Unreachable, Interrupted, NoAnswer: it took longer than `seconds`, or failed.
         """
         try:
             return self.send("GET", path, {}, seconds).status
@@ -158,7 +158,7 @@ class StageApi:
         data: bytes | None = None,
     ) -> Answer:
         request = self.request(method, path, headers, data)
-        timeout = (min(CONNECT_TIMEOUT, seconds), seconds)
+        timeout: Any = urllib3.Timeout(total=seconds)  # which the types of requests do not know
         try:
             response = self.adapter.send(request, stream=True, timeout=timeout, verify=self.verify)
             return answer_of(response)
@@ -316,12 +316,18 @@ class HttpConnection(urllib3.connection.HTTPConnection):
         super().__init__(host.replace("%25", "%"), *args, **kwargs)
 
     def connect(self) -> None:
+        # What the whole call has left; urllib3 also sends the request with this timeout.
+        timeout = self.timeout
+        self.timeout = min(CONNECT_TIMEOUT, timeout or CONNECT_TIMEOUT)
         try:
             super().connect()
         except FAILED as error:
             cause = list(chain(error))[-1]
             # This exception is not one that urllib3 or requests would catch.
             raise Unreachable(f"{type(cause).__name__}: {cause}") from error
+        finally:
+            self.timeout = timeout
+        self.sock.settimeout(timeout)
 
 
 class HttpsConnection(HttpConnection, urllib3.connection.HTTPSConnection):

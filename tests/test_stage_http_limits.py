@@ -58,6 +58,20 @@ def test_request_that_nobody_reads_ends_at_its_deadline(serve, api):
     assert post(stage_api) == Answer(200, "ok")
 
 
+def read_late(connection) -> None:
+    while not connection.closing.wait(0.5) and connection.receive():
+        connection.send(OK)
+
+
+def test_request_that_is_read_late_has_the_time_of_the_call(serve, api, monkeypatch):
+    monkeypatch.setattr(stage_http, "CONNECT_TIMEOUT", 0.2)
+    server = serve(read_late)
+    stage_api = api(server.url)
+    for _ in range(2):  # on a new connection, and on the one that is kept alive
+        answer = stage_api.post("/x", {"text": "x" * 2**24}, {}, time.monotonic() + 30)
+        assert answer == Answer(200, "ok") and server.connections == 1
+
+
 def body_drip(connection) -> None:
     connection.answer(HEAD + b"Content-Length: 100000\r\n\r\n")
     connection.drip(b"x")

@@ -9,6 +9,7 @@ import trustme
 from raw_server import OK, in_turn
 
 import config
+import stage_http
 from stage_http import Answer, NoAnswer, StageApi, Unreachable
 
 HERE = "127.0.0.1"
@@ -119,6 +120,13 @@ def test_handshake_with_a_plain_port_is_not_sent(serve, behaviour):
     url = serve(behaviour).url.replace("http:", "https:")
     with pytest.raises(Unreachable):
         post(StageApi(config.read({"STAGE_API_URL": url})), left=0.5)
+
+
+def test_handshake_has_the_time_for_connecting_alone(serve, monkeypatch):
+    monkeypatch.setattr(stage_http, "CONNECT_TIMEOUT", 0.2)
+    url = serve(stay_silent).url.replace("http:", "https:")
+    with pytest.raises(Unreachable, match="timed out"):
+        post(StageApi(config.read({"STAGE_API_URL": url})), left=60)
 
 
 @pytest.mark.parametrize(
