@@ -59,7 +59,6 @@ FAILED = (
 NOT_CONNECTED = (
     urllib3.exceptions.NewConnectionError,
     urllib3.exceptions.ConnectTimeoutError,
-    urllib3.exceptions.ProxyError,
     ssl.SSLCertVerificationError,
 )
 
@@ -252,12 +251,18 @@ def translated(error: Exception) -> Exception:
     """The Unreachable, Interrupted or NoAnswer for an exception of `requests` or urllib3."""
     causes = list(chain(error))
     text = f"{type(causes[-1]).__name__}: {causes[-1]}"
+
+    def has(*kinds: type) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
     # Only for a stage function's own request: our HttpConnection raises Unreachable itself.
-    if any(isinstance(cause, NOT_CONNECTED) for cause in causes):
+    # urllib3 also raises ProxyError where the connection broke after the request was sent.
+    refused_by_proxy = has(urllib3.exceptions.ProxyError) and not has(ConnectionError)
+    if has(*NOT_CONNECTED) or refused_by_proxy:
         return Unreachable(text)
-    if any(isinstance(cause, (TimeoutError, requests.ReadTimeout)) for cause in causes):
+    if has(TimeoutError, requests.ReadTimeout):
         return NoAnswer(f"no answer in time ({text})")
-    if any(isinstance(cause, ConnectionError) for cause in causes):
+    if has(ConnectionError):
         return Interrupted(text)
     return NoAnswer(text)
 

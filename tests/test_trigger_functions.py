@@ -355,6 +355,23 @@ def test_own_request_that_cannot_connect_holds_the_stage(database, serve, caller
     assert database.value(held) == 1
 
 
+NO_TUNNEL = answering(b"HTTP/1.1 503 No tunnel\r\nContent-Length: 0\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "scheme", "outcome"),
+    [(reset, "http", "retry"), (answering(b""), "http", "retry"), (NO_TUNNEL, "https", "held")],
+    ids=["reset", "closed", "no tunnel"],
+)
+def test_own_request_whose_proxy_breaks_is_told_from_one_that_it_refuses(
+    database, serve, caller, add_stage, behaviour, scheme, outcome
+):
+    proxy, url = serve(behaviour), f"{scheme}://stage-api.invalid"
+    add_stage(lambda call: requests.post(url, proxies={scheme: proxy.url}))
+    database.add_job("x")
+    assert caller(url).call().outcome == outcome and len(proxy.requests) == 1
+
+
 def test_own_request_whose_connect_times_out_holds_the_stage(database, caller, add_stage):
     add_stage(sends(timeout=0.3))
     database.add_job("x")
