@@ -157,10 +157,11 @@ class StageApi:
         data: bytes | None = None,
     ) -> Answer:
         request = self.request(method, path, headers, data)
+        until = time.monotonic() + seconds
         timeout: Any = urllib3.Timeout(total=seconds)  # which the types of requests do not know
         try:
             response = self.adapter.send(request, stream=True, timeout=timeout, verify=self.verify)
-            return answer_of(response)
+            return answer_of(response, until)
         except FAILED as error:
             raise translated(error) from error
 
@@ -192,22 +193,26 @@ def shared_headers(url: str, token: str | None) -> Mapping[str, str]:
     return requests.Request("GET", url, headers, auth=auth).prepare().headers
 
 
-def answer_of(response: requests.Response) -> Answer:
+def answer_of(response: requests.Response, until: float) -> Answer:
     """The answer, once all of it is here.
+
+    Args:
+        until: by when a long answer that accepts must have ended (time.monotonic()).
 
     Raises:
         NoAnswer: the answer is cut, endless, or not a final one, or may have been cut.
     """
     with response:
         retry_after = parse_retry_after(response.headers)
-        return Answer(response.status_code, read(response.raw), retry_after)
+        return Answer(response.status_code, read(response.raw, until), retry_after)
 
 
-def read(raw: urllib3.BaseHTTPResponse) -> str:
+def read(raw: urllib3.BaseHTTPResponse, until: float) -> str:
     """The beginning of the body as text, not decompressed; the rest is read and dropped."""
     status = raw.status
     if status < 200:
         raise NoAnswer(f"status {status}, which is not a final answer")
+    accepts = status < 300
     # Whether http.client checks the length of the body. It does not with "Transfer-Encoding: gzip,
     # chunked" or a length that is no number: then it reads until the connection ends.
     chunked = raw.headers.get("Transfer-Encoding", "").lower() == "chunked"
@@ -217,11 +222,11 @@ def read(raw: urllib3.BaseHTTPResponse) -> str:
         while chunk := raw.read(2**16, decode_content=False):
             size += len(chunk)
             beginning = beginning or chunk[:TEXT_LIMIT]
-            if size > BODY_LIMIT:
+            if size > BODY_LIMIT and (not accepts or time.monotonic() > until):
                 raise NoAnswer(f"the answer is longer than {BODY_LIMIT >> 20} MiB")
     except (urllib3.exceptions.HTTPError, OSError) as error:
         raise NoAnswer(f"status {status}, then {type(error).__name__}: {error}") from error
-    if 200 <= status < 300 and not framed:
+    if accepts and not framed:
         raise NoAnswer(f"status {status}, but the answer may have been cut")
     return beginning.decode("utf-8", "replace")
 

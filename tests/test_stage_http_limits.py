@@ -152,28 +152,32 @@ def at_most(size: int):
 
 def endless_chunks(connection) -> None:
     connection.answer(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
-    connection.drip(b"10000\r\n" + b"x" * 2**16 + b"\r\n", seconds=0)
+    while not connection.closing.is_set():
+        connection.send(b"10000\r\n" + b"x" * 2**16 + b"\r\n")
 
 
-def one_mebibyte_too_many(connection) -> None:
-    connection.answer(HEAD + b"Content-Length: %d\r\n\r\n" % (17 * MEBIBYTE))
-    connection.drip(b"x" * 2**16, seconds=0, times=17 * 16)
+def long(status: int, size: int):
+    """A behaviour: an answer of so many MiB."""
+
+    def answer(connection) -> None:
+        head = b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n" % (status, size * MEBIBYTE)
+        connection.answer(head)
+        connection.drip(b"x" * 2**16, seconds=0, times=size * 16)
+
+    return answer
 
 
-@pytest.mark.parametrize("behaviour", [endless_chunks, one_mebibyte_too_many])
-def test_long_answer_is_dropped_and_not_known(serve, api, behaviour):
+@pytest.mark.parametrize(("behaviour", "left"), [(endless_chunks, 1), (long(500, 17), 30)])
+def test_long_answer_is_dropped_and_not_known(serve, api, behaviour, left):
     stage_api = api(serve(behaviour, good).url)
     with at_most(4 * MEBIBYTE), pytest.raises(NoAnswer, match="16 MiB"):
-        post(stage_api)
+        post(stage_api, left)
     assert post(stage_api) == Answer(200, "ok")
 
 
-def test_answer_of_15_mebibytes_is_accepted_and_not_kept(serve, api):
-    def long(connection):
-        connection.answer(HEAD + b"Content-Length: %d\r\n\r\n" % (15 * MEBIBYTE))
-        connection.drip(b"x" * 2**16, seconds=0, times=15 * 16)
-
-    stage_api = api(serve(long).url)
+@pytest.mark.parametrize("size", [15, 17])
+def test_long_answer_that_accepts_is_read_to_its_end_and_not_kept(serve, api, size):
+    stage_api = api(serve(long(200, size)).url)
     with at_most(4 * MEBIBYTE):
         assert post(stage_api) == Answer(200, "x" * 2000)
 
