@@ -361,6 +361,12 @@ class WholeAnswers(HTTPAdapter):
         self.pool = self.pool or super().get_connection_with_tls_context(request, verify)
         return self.pool
 
+    def cert_verify(self, *args, **kwargs):
+        try:
+            super().cert_verify(*args, **kwargs)
+        except OSError as error:  # a file of certificates is missing
+            raise Unreachable(str(error)) from error
+
     def forget(self) -> None:
         """Close the connection; the next request makes another."""
         self.poolmanager.clear()

@@ -1,5 +1,6 @@
 """TLS: until the handshake is over nothing was sent, and from then on it may have been."""
 
+import shutil
 import socket
 import ssl
 import time
@@ -94,6 +95,17 @@ def test_verify_trusts_what_calls_trust(database, run_command, serve, tls, bundl
     assert problem.endswith(" → set STAGE_API_CA_BUNDLE")
     trusted = run_command(database, "verify", STAGE_API_URL=url, STAGE_API_CA_BUNDLE=bundle)
     assert trusted.code == 0 and f"stage API {url} answers (HTTP 200" in trusted.out
+
+
+def test_without_the_file_of_authorities_nothing_is_sent(serve, tls, bundle, tmp_path):
+    server, file = serve(good, tls=tls), tmp_path / "ca.pem"
+    shutil.copy(bundle, file)
+    api = StageApi(config.read({"STAGE_API_URL": server.url, "STAGE_API_CA_BUNDLE": str(file)}))
+    file.unlink()
+    with pytest.raises(Unreachable, match=f"invalid path: {file}"):
+        post(api)
+    shutil.copy(bundle, file)
+    assert post(api) == Answer(200, "ok") and len(server.requests) == 1
 
 
 def answer_plainly(connection) -> None:
