@@ -5,6 +5,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from .answers import one_line
+
 TRY_AGAIN_AFTER = 0.2  # seconds between two attempts to reach the database
 
 # The advisory lock of a key, held by the session that works on it. The keepalives let the server
@@ -22,6 +24,10 @@ LOCK_BRIEFLY = "SELECT pg_try_advisory_xact_lock(hashtextextended('stage_request
 TRANSIENT = ("40", "55P03")
 # Connection lost: connection errors, read-only (a standby), too many clients, server shutdown.
 LOST = ("08", "25006", "53300", "57P0")
+
+
+class NoConnection(Exception):
+    """`connect` made none, for a reason that is not the server's: a pool has none left."""
 
 
 class Session:
@@ -65,7 +71,12 @@ class Session:
 
     def cursor(self) -> Any:
         if self.connection is None:
-            self.connection = self.connect()
+            try:
+                self.connection = self.connect()
+            except Exception as error:
+                if sqlstate(error) is None and not is_lost(error):
+                    raise NoConnection(one_line(error)) from error
+                raise
             driver = getattr(self.connection, "driver_connection", self.connection)  # SQLAlchemy
             if driver.autocommit:
                 driver.autocommit = False
@@ -136,7 +147,8 @@ def is_lost(error: Exception) -> bool:
         return code.startswith(LOST)
     names = {kind.__name__ for kind in type(error).__mro__}
     is_bare = type(error).__name__ == "DatabaseError"
-    return is_bare or bool(names & {"OperationalError", "InterfaceError"})
+    is_ours = isinstance(error, NoConnection)
+    return is_ours or is_bare or bool(names & {"OperationalError", "InterfaceError"})
 
 
 def rows(cursor: Any, statement: str, values: dict[str, Any]) -> list[tuple]:

@@ -207,6 +207,31 @@ def test_database_that_is_away_is_asked_for_patience(site, monkeypatch):
     assert site.run(site.request(site.database.add_job()), receiver=away).status == 503
 
 
+def test_pool_that_has_no_connection_left_is_waited_for(site, monkeypatch):
+    pool = psycopg2.pool.ThreadedConnectionPool(1, 1, site.database.dsn)
+    taken, job = [], site.database.add_job()
+
+    def connect():
+        try:
+            return pool.getconn()
+        except psycopg2.pool.PoolError:
+            pool.putconn(taken.pop())  # somebody gives one back: the next attempt gets it
+            raise
+
+    def work(job):
+        taken.append(pool.getconn())
+        return site.work(job)
+
+    site.receiver = site.make(connect, release=pool.putconn, lost_after=900)
+    assert site.run(site.request(job), work).status == 200 and site.effects(job) == 1
+    monkeypatch.setattr("receiver.receiver.PATIENCE_TO_TAKE", 0)
+    full = site.make(pool.getconn, release=pool.putconn)
+    pool.getconn()
+    answer = site.run(site.request(site.database.add_job()), receiver=full)
+    assert answer.status == 503 and "exhausted" in answer.body.decode()
+    pool.closeall()
+
+
 # --- at the same time ----------------------------------------------------------------------
 
 
