@@ -318,7 +318,8 @@ def send_back(cursor: Any, stage: Stage, key: str, owner: str, most: int) -> tup
     """Give a request up and set its row back; to failed if that was done `most` times already.
 
     Returns:
-        The row's id and its new state; None where somebody else owns or has finished the request.
+        The row's id and its new state; None where somebody else owns or has finished the request,
+        or has moved the row.
     """
     lost = rows(cursor, ABANDON, {"key": key, "owner": owner})
     if not lost:
@@ -331,8 +332,7 @@ def send_back(cursor: Any, stage: Stage, key: str, owner: str, most: int) -> tup
         answer = json_answer(500, status="failed", error=error).body.decode()
         cursor.execute(FAIL, request.values | {"answer": answer})
         after = (stage.name, "failed")
-    move(cursor, request, (stage.name, "running"), after)
-    return row_id, after
+    return (row_id, after) if move(cursor, request, (stage.name, "running"), after) else None
 
 
 def forget(cursor: Any, days: int) -> None:

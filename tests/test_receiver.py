@@ -337,6 +337,15 @@ def test_recover_sends_back_what_was_lost_and_leaves_alone_what_is_worked_on(set
     assert stopped.go().status == 200
 
 
+def test_recover_does_not_count_a_row_that_was_moved_meanwhile(site, caplog):
+    job = site.database.add_job()
+    lose(site, job)
+    site.database.move(job, "img_gen", "cancelled")
+    assert site.receiver.recover(ANALYZE) == 0 and "lost with its process" not in caplog.text
+    assert site.database.state(job) == ("img_gen", "cancelled")
+    assert site.database.value("SELECT state FROM stage_requests") == "abandoned"
+
+
 def test_row_whose_process_dies_again_and_again_is_set_failed_until_a_person_sends_it_back(site):
     job = site.database.add_job()
     site.receiver = site.make(most_deaths=2)
