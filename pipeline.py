@@ -5,6 +5,7 @@ stages.py, or the module that PIPELINE_MODULE names, is written with it.
 
 import functools
 import importlib
+import inspect
 import math
 import re
 import shlex
@@ -347,9 +348,12 @@ def check(pipeline: Any) -> None:
     if not isinstance(pipeline, dict) or not pipeline:
         raise ValueError("it must be a dict of states and stage functions")
     declared: dict[str, Table] = {}
+    found: set[Route] = set()
     for key, function in pipeline.items():
         if not callable(function) or not hasattr(function, "__name__"):
             raise ValueError(f"{key!r}: {function!r} is no function")
+        if inspect.iscoroutinefunction(function):
+            raise ValueError(f"{function.__name__}: allowed is `def`, not `async def`")
         state = (key.step, key.status) if isinstance(key, State) else key
         words = state if isinstance(state, tuple) else ()
         if len(words) != 2 or not all(isinstance(word, str) and word for word in words):
@@ -361,6 +365,9 @@ def check(pipeline: Any) -> None:
                 raise ValueError("table jobs cannot have a parent")
             if table.name == JOBS.name and table.id != JOBS.id:
                 raise ValueError(f"table jobs: id={table.id!r}: allowed is {JOBS.id!r}")
+        if (route := route_of(key)) in found:
+            raise ValueError(f"{route} is there twice: with a Table, and as a plain tuple")
+        found.add(route)
     check_pools(pipeline)
 
 

@@ -17,7 +17,9 @@ from waiting import (
     wait_until_idle,
 )
 
+import pipeline
 from demo.database import free_port
+from demo.five_stages import overlay, planner
 from demo.stage_api import StageApi
 from demo.stage_server import Answer
 
@@ -273,6 +275,25 @@ def test_throttled_stage_does_not_stop_the_other_stages(database, api, listener)
     assert [call.stage for call in api.calls(job)] == STAGES[2:]
     assert len(api.calls(stage="yolo_detect")) == 1
     assert all(database.owed(job).attempts == database.owed(job).free_attempts for job in held)
+
+
+async def asynchronous(call):
+    return call.post("/api/x")
+
+
+TWICE = {pipeline.JOBS("img_gen", "done"): overlay, ("img_gen", "done"): planner}
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (TWICE, r"^\(img_gen, done\) is there twice"),
+        ({("img_gen", "done"): asynchronous}, "^asynchronous: allowed is `def`"),
+    ],
+)
+def test_pipeline_that_could_not_make_all_its_calls_is_refused(bad, said):
+    with pytest.raises(ValueError, match=said):
+        pipeline.check(bad)
 
 
 def test_refused_connection_costs_no_attempt_and_is_called_once_it_is_back(database, listener):
