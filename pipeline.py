@@ -630,6 +630,7 @@ class Call:
             Unreachable, Interrupted, NoAnswer: see there; a stage function lets them pass.
             TimeIsUp: the stage function used up its timeout before this; nothing was sent.
             ValueError: `path` does not begin with a slash, or a field is NaN or infinite.
+            TypeError: a field is of a type such as bytes or set, for which JSON has nothing.
         """
         if not path.startswith("/"):
             raise ValueError(f"the path of a stage begins with a slash: {path!r}")

@@ -118,8 +118,9 @@ class StageApi:
             Unreachable, TimeIsUp: it was not sent.
             Interrupted: the connection broke while waiting.
             NoAnswer: whether it ran is not known.
+            TypeError, ValueError: `body` cannot be JSON.
         """
-        data = json.dumps(body, default=str, allow_nan=False).encode()
+        data = json.dumps(body, default=as_text, allow_nan=False).encode()
         if time.monotonic() - self.used_at > REUSE_WITHIN:
             self.close()
         left = until - time.monotonic()
@@ -175,6 +176,18 @@ class StageApi:
         request.headers = CaseInsensitiveDict({**self.headers, **length, **headers})
         request.body = data
         return request
+
+
+def as_text(value: Any) -> str:
+    """A value that JSON does not have, such as a UUID, a time or a Decimal, as text.
+
+    Raises:
+        TypeError: its text would be Python.
+    """
+    if isinstance(value, (bytes, bytearray, memoryview, set, frozenset)):
+        kind = type(value).__name__
+        raise TypeError(f"a field is of type {kind}, which JSON does not have: give text or a list")
+    return str(value)
 
 
 def shared_headers(url: str, token: str | None) -> Mapping[str, str]:

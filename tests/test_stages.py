@@ -120,6 +120,13 @@ def test_number_that_json_does_not_have_is_refused_before_anything_is_sent(accep
     assert accepting.connections == 0
 
 
+@pytest.mark.parametrize("value", [b"x", bytearray(b"x"), memoryview(b"x"), {"x"}, [{"a": b"x"}]])
+def test_bytes_and_sets_are_refused_before_anything_is_sent(accepting, value):
+    with pytest.raises(TypeError, match=r"a field is of type (bytes|bytearray|memoryview|set), "):
+        make_call(accepting).post("/api/x", image=value)
+    assert accepting.connections == 0
+
+
 @pytest.mark.parametrize("stage", PATHS)
 def test_state_before_a_stage_leads_to_its_path(accepting, stage):
     before = dict(zip(PATHS, ["img_gen", *PATHS], strict=False))[stage]
