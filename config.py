@@ -248,7 +248,7 @@ OVERRULED = {
 
 
 def read(environ: Mapping[str, str]) -> SimpleNamespace:
-    """The settings of `environ`, one attribute a name. An empty value counts as not set.
+    """The settings of `environ`, one attribute a name. A blank value counts as not set.
 
     LISTENER_ENABLED says whether the listener is on, by whichever setting. STAGE_API_URLS has the
     base URLs of single stages, by the stage's name in capitals. WARNINGS has a line for each value
@@ -257,7 +257,12 @@ def read(environ: Mapping[str, str]) -> SimpleNamespace:
     Raises:
         SettingsError: naming the variable, its value (unless secret) and what is allowed.
     """
-    given = {name: value.strip() for name, value in environ.items() if value and value.strip()}
+    given = {
+        # A password may have spaces at its ends; a Secret made with `echo` ends with a newline.
+        name: value.strip("\r\n" if name == "DB_PASSWORD" else None)
+        for name, value in environ.items()
+        if value and value.strip()
+    }
     overruled = {name for by, names in OVERRULED.items() if by in given for name in names}
     values = SimpleNamespace(WARNINGS=[], READ_FROM={})
     for name, (default, parse) in SETTINGS.items():

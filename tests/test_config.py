@@ -72,7 +72,7 @@ GOOD = {
     "DB_PORT": [("1", 1), ("65535", 65535)],
     "LISTENER_ENABLED": [("true", True), ("off", False)],
     "PIPELINE_MODULE": [("stages", "stages"), ("a.b_2.c", "a.b_2.c"), ("단계", "단계")],
-    "DB_PASSWORD": [("p@ss #'\"%40 💥", "p@ss #'\"%40 💥")],
+    "DB_PASSWORD": [("p@ss #'\"%40 💥", "p@ss #'\"%40 💥"), (" x ", " x "), ("x\r\n", "x")],
     "DATABASE_URL": [(URL, URL), ("host=db dbname=x", "host=db dbname=x"),
                      ("postgres://db/x", "postgres://db/x")],
     "STAGE_API_URL": [("http://api:8011/", "http://api:8011"), ("https://api", "https://api"),

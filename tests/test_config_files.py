@@ -112,6 +112,7 @@ def test_file_of_the_working_directory_comes_first_and_alone(tmp_path, program):
     ("line", "password"),
     [
         ("DB_PASSWORD='a #b'", "a #b"),
+        ("DB_PASSWORD=' a #b '", " a #b "),
         ('DB_PASSWORD="a #b"  # 비밀번호', "a #b"),
         ("DB_PASSWORD=a#b", "a#b"),
         ("export DB_PASSWORD=x", "x"),
