@@ -76,9 +76,9 @@ def test_overview_says_what_status_says(database, site, run_command):
     assert {f"/stage/{stage['stage']}" for stage in said["stages"]} <= links
 
 
-def fresh(site: Site, words: str) -> Page | None:
-    """The overview, once it is about what a test has just changed."""
-    shown = site.page("/")
+def fresh(site: Site, words: str, path: str = "/") -> Page | None:
+    """A page (the overview by default), once it is about what a test has just changed."""
+    shown = site.page(path)
     return shown if words in shown.root.text else None
 
 
@@ -154,6 +154,13 @@ def test_report_is_served_whole(database, site):
     shown = site.get("/report")
     assert Page(shown.text).section("pipeline")
     assert "style-src 'unsafe-inline'" in shown.headers["Content-Security-Policy"]
+
+
+def test_report_begins_with_what_needs_a_person(database, site):
+    give_up(database, database.add_job("planner", "done"), "HTTP 404: no text")
+    alarm = "overlay 1 call given up HTTP 404: no text ./jsl retry --stage overlay"
+    shown = until(lambda: fresh(site, alarm, "/report"), "the call of this test")
+    assert alarm in [e.text for e in shown.root.one("ol", "attention").all("li")]
 
 
 # --- for programs --------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import db
 import pipeline
 from ops import job, jobs, rows, status
 from ops import metrics as of_metrics
+from ops.alarms import alarms
 from ops.report.data import WAITING, Report, Span, collect, redacted
 from ops.report.jobs import with_rows_below
 from ops.report.page import page
@@ -79,7 +80,9 @@ def whole_report(looks: Looks) -> Report:
 
 
 def report(looks: Looks) -> str:
-    return page(whole_report(looks))
+    """The page of the report, which begins with what needs a person now."""
+    now = [redacted(alarm, looks.redact) for alarm in alarms(board(looks).status)]
+    return page(dataclasses.replace(whole_report(looks), alarms=now))
 
 
 def of_stage(whole: Report, name: str) -> Report:
