@@ -339,13 +339,15 @@ DUE_BY_HAND = f"""
 
 # Takes the calls found, each for as long as its lease. All are found before the first is taken,
 # which is what the ORDER BY is for: OFFSET does not count a row that this command has updated,
-# and so passed by calls that were due. The state of the job is looked up in this same statement.
-# There is always a row, as it also says which results could not be settled.
+# and so passed by calls that were due. A call that was given up, which only a person takes, has all
+# its attempts again. The state of the job is looked up in this same statement. There is always a
+# row, as it also says which results could not be settled.
 TAKE = f"""
 , claimed AS (
     UPDATE stage_calls AS c
     SET attempts = c.attempts + 1, worker = %(worker)s, started_at = now(),
-        due_at = now() + make_interval(secs => due.lease)
+        due_at = now() + make_interval(secs => due.lease),
+        free_attempts = CASE WHEN due.due_at = 'infinity' THEN c.attempts ELSE c.free_attempts END
     FROM (SELECT * FROM due ORDER BY due_at) AS due
     WHERE c.job_id = ANY (ARRAY(SELECT job_id FROM due))
       AND c.job_id = due.job_id AND c.call_id = due.call_id

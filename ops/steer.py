@@ -85,16 +85,6 @@ LIST_RETRIED = LISTED.format(matching=f"{MATCHING} AND {RETRIED}")
 LIST_CANCELLED = LISTED.format(matching=MATCHING)
 
 
-def make_due(conn, job_id: str | None = None, stage: str | None = None, **chosen: Any) -> list:
-    """Make calls that were given up due again (see Chosen for which); at most a batch of them.
-
-    Returns:
-        A row (job_id, table_name, key, stage) for each call that was changed.
-    """
-    given = Chosen(job_id=job_id, stage=stage, **chosen).params
-    return db.execute(conn, RETRY, given).fetchall()
-
-
 # --- why not -------------------------------------------------------------------------------
 
 
@@ -118,6 +108,8 @@ def why_nothing_owed(conn, row: Any, stage: str | None = None) -> str:
             f"{what}: {call.calling} is calling {call.stage}; its lease ends "
             f"{call.leased_until:%F %T}"
         )
+    if not call.has_route and (gone := waits.why(row, call)):
+        return f"{what}: {gone.why}: {gone.mend}"
     if call.full:
         return f"{what}: {waits.full(call)}; try again"
     if call.given_up or call.locked_by:
@@ -153,7 +145,6 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
     chosen = rows.one_owed(conn, row, stage)
     if chosen is None:
         raise Problem(why_nothing_owed(conn, row, stage))
-    make_due(conn, row.key, chosen.stage, table=row.table_name)
     wanted = [Wanted(stage, limit.timeout + settings.LEASE_MARGIN, 1, 1,
                      limit.is_shared) for stage, limit in limits.items()]  # fmt: skip
     began = trigger.boottime()

@@ -10,6 +10,8 @@ import pytest
 import calls
 import db
 from calls import Result, Turn, Wanted
+from ops.chosen import Chosen
+from ops.steer import RETRY
 
 # Moves the end of all leases into the past.
 LEASE_OVER = "".join(
@@ -114,6 +116,11 @@ def claim(conn, worker: str = "w", stages=STAGES, settled: Result | None = None,
 def settle(conn, *results: Result) -> bool:
     """Settle results; False where the stage's own transaction holds the row of one of them."""
     return not calls.settle_and_claim(conn, results, [], 0, "w").unsettled
+
+
+def make_due(conn, job: str | None = None) -> list:
+    """Make given-up calls (of a job) due again, as `retry` does; a row for each."""
+    return db.execute(conn, RETRY, Chosen(job_id=job).params).fetchall()
 
 
 def result(row, outcome: str = "succeeded", worker: str = "w", **details) -> Result:

@@ -5,11 +5,10 @@ from dataclasses import replace
 
 import psycopg2
 import pytest
-from claims import LEASE_OVER, claim, claim_many, held, result, settle, wanted
+from claims import LEASE_OVER, claim, claim_many, held, make_due, result, settle, wanted
 
 import calls
 import upkeep
-from ops.steer import make_due
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing
 
 import psycopg2
 import pytest
-from claims import LEASE_OVER, all_connected, claim_many, connected, result, settle
+from claims import LEASE_OVER, all_connected, claim_many, connected, make_due, result, settle
 from conftest import ROOT
 from psycopg2 import errors
 from psycopg2.extensions import (
@@ -29,7 +29,6 @@ import trigger
 import upkeep
 from demo.stage_server import Answer
 from ops.install import apply
-from ops.steer import make_due
 from pipeline import Table
 
 JOIN = "jobs_variants (iou_eval, done)"

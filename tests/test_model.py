@@ -5,7 +5,7 @@ SQL in any order, with several listeners and a clock that the test moves.
 import itertools
 
 import pytest
-from claims import claim_many, connected, let_pass, result, set_clock_back, settle
+from claims import claim_many, connected, let_pass, make_due, result, set_clock_back, settle
 from fuzzing import fuzzed
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -22,7 +22,7 @@ import calls
 import upkeep
 from ops.chosen import Chosen
 from ops.pause import PAUSE, RESUME
-from ops.steer import CANCEL, make_due
+from ops.steer import CANCEL
 
 ROUTED = {
     ("img_gen", "done"): "vlm_analyze",

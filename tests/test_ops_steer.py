@@ -5,10 +5,13 @@ import uuid
 from contextlib import closing
 
 import pytest
+from claims import claim, connected
 from stage_functions import BREAK
 from waiting import gate, wait_for_call
 
 from demo.stage_server import Answer, Hangup
+from ops import rows, steer
+from ops.problem import Problem
 
 GIVE_UP = "UPDATE stage_calls SET due_at = 'infinity', attempts = 5, last_error = 'HTTP 500'"
 SEE = " See: ./jsl retry --help"
@@ -258,6 +261,26 @@ def test_call_of_a_given_up_job_has_all_its_attempts_again(database, api, run_co
     assert run_command(database, "call", job, api=api).code == 1
     owed = database.owed(job)
     assert (owed.given_up, owed.attempts - owed.free_attempts) == (False, 1)
+
+
+def test_call_that_its_stage_has_no_place_for_changes_nothing(database):
+    database.rows("INSERT INTO stage_limits VALUES ('overlay', '{overlay}', 1)")
+    database.add_job("planner", "done")
+    with connected(database) as conn:
+        claim(conn)
+        job = database.add_job("planner", "done")
+        database.rows(f"{GIVE_UP} WHERE job_id = %s", job)
+        before = database.owed(job)
+        with pytest.raises(Problem, match="overlay is at its limit of 1 calls at once"):
+            steer.call_by_hand(conn, database.settings(), "w", rows.find(conn, job), None)
+    assert before.given_up and database.owed(job) == before
+
+
+def test_given_up_call_of_a_stage_that_left_the_pipeline_says_so(database, api, run_command):
+    job = database.add_job("planner", "done")
+    database.rows(f"{GIVE_UP}, stage = 'painter'")
+    refused = run_command(database, "call", job, api=api).refused(1)
+    assert refused == f"job {job}: PIPELINE has no stage painter: ./jsl again {job}"
 
 
 def test_call_that_may_still_be_running_is_not_repeated(database, api, run_command):

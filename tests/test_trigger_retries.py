@@ -7,12 +7,11 @@ from contextlib import closing
 from datetime import timedelta
 
 import pytest
-from claims import LEASE_OVER
+from claims import LEASE_OVER, make_due
 from raw_server import OK, answering, in_turn
 from waiting import wait_until_idle
 
 import db
-from ops.steer import make_due
 from pipeline import limits
 from trigger import backoff
 
