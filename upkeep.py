@@ -266,6 +266,15 @@ FROM {rows}
 GROUP BY stage, outcome, within_seconds
 """
 
+# Adds the attempts in {rows} to stage_totals.
+ADD_TOTALS = f"""
+INSERT INTO stage_totals AS t (stage, outcome, within_seconds, attempts, microseconds)
+{TOTALS}
+ON CONFLICT (stage, outcome, within_seconds) DO UPDATE
+SET attempts = t.attempts + excluded.attempts,
+    microseconds = t.microseconds + excluded.microseconds
+"""
+
 # Attempts are counted once, in the order in which they finished. Those of the last minutes are left
 # for later, as an attempt that finished earlier may not be committed yet.
 COUNT = f"""
@@ -278,11 +287,7 @@ WITH mark AS (
     ORDER BY finished_at
     FETCH FIRST %(batch)s ROWS WITH TIES
 ), added AS (
-    INSERT INTO stage_totals AS t (stage, outcome, within_seconds, attempts, microseconds)
-    {TOTALS.format(rows="batch")}
-    ON CONFLICT (stage, outcome, within_seconds) DO UPDATE
-    SET attempts = t.attempts + excluded.attempts,
-        microseconds = t.microseconds + excluded.microseconds
+    {ADD_TOTALS.format(rows="batch")}
 ), moved AS (
     UPDATE stage_totals_mark SET counted_until = (SELECT max(finished_at) FROM batch)
     WHERE EXISTS (SELECT FROM batch)

@@ -14,6 +14,7 @@ from psycopg2.extensions import TRANSACTION_STATUS_INERROR, quote_ident
 import config
 import db
 import pipeline
+import upkeep
 from ops.follow import Follower, Look, named, rows_of
 from ops.listeners import connected
 from ops.problem import Problem
@@ -156,10 +157,19 @@ def require_usable(conn, where: str, job_id):
 
 DELETE = "DELETE FROM {table} WHERE {id} = %(key)s"
 
-# Includes the rows that the deletion of the job itself has recorded.
-FORGET = """
+# Includes the rows that the deletion of the job itself has recorded. Attempts that no listener has
+# counted yet are counted here, as a counter of `metrics` must not fall.
+FORGET = f"""
 DELETE FROM stage_calls WHERE job_id IN %(keys)s AND (table_name, job_id) IN %(rows)s;
-DELETE FROM stage_attempts WHERE job_id IN %(keys)s AND (table_name, job_id) IN %(rows)s
+WITH mark AS (
+    SELECT counted_until FROM stage_totals_mark FOR UPDATE
+), gone AS (
+    DELETE FROM stage_attempts WHERE job_id IN %(keys)s AND (table_name, job_id) IN %(rows)s
+    RETURNING stage, outcome, started_at, finished_at
+), uncounted AS (
+    SELECT * FROM gone WHERE finished_at > (SELECT counted_until FROM mark)
+)
+{upkeep.ADD_TOTALS.format(rows="uncounted")}
 """
 FORGET_JOINS = """
 DELETE FROM stage_looks WHERE (parent_id, join_of) IN %(joins)s;
@@ -182,7 +192,7 @@ def remove(conn, job_id: str, seen: list) -> None:
         sql = DELETE.format(**{name: quote_ident(text, conn) for name, text in names.items()})
         script.append(fill_in(sql, {"key": row.key}).decode())
     if rows := list(dict.fromkeys([*rows, *seen])):
-        script.append(fill_in(FORGET, named(rows)).decode())
+        script.append(fill_in(FORGET, named(rows) | upkeep.BOUNDS).decode())
         joins = tuple((row.key, join) for row in rows for join, key in pipeline.joins().items()
                       if pipeline.parent_name(key.table) == row.table)  # fmt: skip
         if joins:

@@ -4,11 +4,16 @@ import re
 from contextlib import closing
 
 import pytest
+from claims import connected
 from commands import ROOT
+from reports import attempt
+from scraping import scrape
 from waiting import LISTENING
 
+import upkeep
 from demo.stage_api import StageApi
 from demo.stage_server import Answer
+from ops import trial
 
 STAGES = ["vlm_analyze", "yolo_detect", "planner", "overlay", "vlm_judge"]
 
@@ -35,6 +40,17 @@ def test_clean_leaves_nothing_of_the_job(database, run_command, running):
     assert done.code == 0 and done.lines[-1].endswith("and its history are deleted")
     for table in ("jobs", "stage_calls", "stage_attempts"):
         assert database.value(f"SELECT count(*) FROM {table}") == 0
+
+
+def test_clean_lets_no_counter_of_metrics_fall(database):
+    job = database.add_job("vlm_judge", "done")
+    attempt(database, job, ago=600), attempt(database, job, ago=60)
+    with connected(database) as conn:
+        assert upkeep.count(conn) == 1
+        before = scrape(database).counters()
+        trial.remove(conn, job, [])
+    assert database.attempts(job) == []
+    assert scrape(database).counters() == before
 
 
 def test_given_up_stage_is_named_with_its_error(database, api, run_command, running):
