@@ -53,11 +53,21 @@ def is_first(conn) -> bool:
     return not ours or ours[0].is_own
 
 
+def heartbeats_here(settings: SimpleNamespace) -> tuple[dict[str, Beat], str | None]:
+    """The heartbeats on this host by their listeners, and why they cannot be read: they may belong
+    to another user.
+    """
+    try:
+        return {beat.listener: beat for beat in heartbeats(settings.HEARTBEAT_DIR)}, None
+    except OSError as error:
+        return {}, f"the heartbeats cannot be read: {error}"
+
+
 def listeners(conn, settings: SimpleNamespace) -> list[dict[str, Any]]:
     """Every listener that is connected, has calls under way, or a heartbeat on this host, and every
     call by hand; not those that work in another database or for another schema of this one.
     """
-    beats = {beat.listener: beat for beat in heartbeats(settings.HEARTBEAT_DIR)}
+    beats, _ = heartbeats_here(settings)
     calls = [row._asdict() for row in db.execute(conn, CALLS)]
     names = dict.fromkeys([*beats, *(call["listener"] for call in calls)])
     since = {}

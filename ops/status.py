@@ -18,7 +18,7 @@ import db
 from heartbeat import ALIVE
 from ops import migrations
 from ops.limits import LIMIT_FIELDS, limits
-from ops.listeners import listeners
+from ops.listeners import heartbeats_here, listeners
 from ops.pools import pools
 from ops.problem import Problem
 from ops.resting import NONE, Resting, resting
@@ -97,6 +97,7 @@ def look(conn, settings: SimpleNamespace) -> dict[str, Any]:
         "stages": stages,
         "pools": [row._asdict() for row in pools(conn)],
         "listeners": listeners(conn, settings),
+        "heartbeat_problem": heartbeats_here(settings)[1],
     }
 
 
@@ -174,6 +175,8 @@ def lines(found: dict[str, Any]) -> Iterator[Line]:
         if any(row[kind] for row in found["stages"]):
             yield hint, 0
     yield from listener_lines(found["listeners"])
+    if problem := found["heartbeat_problem"]:
+        yield plain(problem), YELLOW
 
 
 def summary(found: dict[str, Any]) -> str:

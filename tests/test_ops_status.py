@@ -330,6 +330,16 @@ def test_frozen_listener_is_hanging(database, listener, run_command, tmp_path):
     assert (name, doing) == ("stuck", "hanging: waiting for a job to change")
 
 
+def test_heartbeats_that_cannot_be_read_are_said_so_and_left_out(database, run_command):
+    unreadable = {"HEARTBEAT_DIR": "/" + "x" * 300}  # root may read those of any user
+    job = database.add_job("planner", "done")
+    none, why = status(run_command, database, **unreadable).rest
+    assert none == NO_LISTENER
+    assert why.startswith("the heartbeats cannot be read: [Errno 36] File name too long: ")
+    waits = run_command(database, "job", job, **unreadable).lines[-1]
+    assert waits == "overlay waits: no listener is connected; ./jsl"
+
+
 def test_call_by_hand_is_shown_as_one(database, api, run_command):
     job = database.add_job("img_gen", "done")
     with gate(api) as opened, ThreadPoolExecutor() as pool:
