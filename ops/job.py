@@ -305,13 +305,13 @@ def join_line(row: Any, join: dict[str, Any]) -> str:
     text = f"every {join['join']}: "
     if join["owes"]:
         return text + f"owes {owes(row, join['owes'])}"
+    if join["recorded_at"] and not join["is_open"]:  # its rows may have moved on since
+        there = f"all {join['rows']} are there; " if 0 < join["rows"] == join["in_place"] else ""
+        return text + f"{there}{join['stage']} was recorded {clock(join['recorded_at'])}"
     if not join["rows"]:
         return text + "there is no row yet"
     if join["in_place"] < join["rows"]:
         return text + f"waiting for {join['rows'] - join['in_place']} of {join['rows']}"
-    if join["recorded_at"] and not join["is_open"]:
-        when = clock(join["recorded_at"])
-        return text + f"all {join['rows']} are there; {join['stage']} was recorded {when}"
     again = one_line(typed("again", row, "--stage", join["stage"]))
     return text + f"all {join['rows']} are there; {join['stage']} is not recorded: {again}"
 

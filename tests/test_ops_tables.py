@@ -7,6 +7,7 @@ from contextlib import closing
 
 import commands
 import pytest
+from busy import TIME
 from claims import claim_many, connected, result, settle
 from commands import Done
 from variants import PIPELINE, VARIANTS, stage
@@ -103,6 +104,8 @@ def test_parent_tells_its_own_call_and_that_of_its_join(variants, run, joined):
     assert (told["rows"], told["in_place"], told["owes"]["stage"]) == (2, 2, "ad_copy")
     call(variants.database, ["ad_copy"])
     assert "all 2 are there; ad_copy was recorded " in run("job", joined).lines[2]
+    variants.database.rows("UPDATE jobs_variants SET current_step = 'archive'")
+    assert re.fullmatch(rf"every .*\): ad_copy was recorded {TIME}", run("job", joined).lines[2])
 
 
 def test_many_rows_are_summed_up(variants, run):
