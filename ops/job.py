@@ -16,7 +16,7 @@ from ops.table import JSON, clipped, clock, duration, echo_json, echo_lines, pla
 
 # Leases: once a stage has set its row running the row owes nothing, but its call is under way.
 CALLING = """
-SELECT stage, call_id, attempt, worker, started_at, leased_until, working
+SELECT stage, call_id, attempt, worker, started_at, leased_until, working, unanswered
 FROM stage_leases WHERE job_id = %(key)s AND table_name = %(table)s AND leased_until > now()
 ORDER BY started_at
 """
@@ -284,6 +284,9 @@ def situation(call: Any) -> str:
 
 
 def on_it(call: Any) -> str:
+    """Who works on a call that is under way; where it got no answer, its stage may."""
+    if call.unanswered:
+        return f"no answer; the stage may run until {clock(call.leased_until)}"
     who = f"{call.stage} works on it" if call.working else f"{call.worker} is on it"
     return f"{who} since {clock(call.started_at)}"
 

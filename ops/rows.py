@@ -188,9 +188,13 @@ SELECT join_of, call_id, stage, attempts, attempts - free_attempts AS spent, wor
        due_at, due_at = 'infinity' AS given_up, last_error,
        CASE WHEN due_at < 'infinity'
             THEN round(extract(epoch FROM due_at - now()))::bigint END AS due_in_seconds,
-       EXISTS (SELECT FROM stage_leases AS l WHERE l.call_id = stage_calls.call_id AND l.working
-                                               AND l.leased_until > now()) AS working
-FROM stage_calls WHERE job_id = %(key)s AND table_name = %(table)s
+       coalesce(l.working, false) AS working, coalesce(l.unanswered, false) AS unanswered,
+       l.leased_until
+FROM stage_calls AS c
+LEFT JOIN LATERAL (SELECT working, unanswered, leased_until FROM stage_leases
+                   WHERE call_id = c.call_id AND leased_until > now()
+                   ORDER BY attempt DESC LIMIT 1) AS l ON true
+WHERE job_id = %(key)s AND table_name = %(table)s
 ORDER BY join_of
 """
 
@@ -279,7 +283,8 @@ SELECT {name}::text AS table_name, {id}::text AS job_id, {tenant} AS tenant_id,
        CASE WHEN c.stage IS NULL THEN l.started_at ELSE c.started_at END AS started_at,
        CASE WHEN c.due_at = 'infinity' THEN NULL
             ELSE round(extract(epoch FROM coalesce(c.due_at, l.leased_until) - now()))::bigint
-       END AS due_in_seconds, c.last_error, coalesce(l.working, false) AS working
+       END AS due_in_seconds, c.last_error, coalesce(l.working, false) AS working,
+       coalesce(l.unanswered AND c.stage IS NULL, false) AS unanswered, l.leased_until
 FROM {table} AS r {beside}
 LEFT JOIN stage_calls AS c ON c.job_id = {id} AND c.table_name = {name}
 LEFT JOIN (SELECT DISTINCT ON (job_id) * FROM stage_leases

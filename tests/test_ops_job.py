@@ -6,6 +6,7 @@ import uuid
 
 import pytest
 from busy import BEFORE, TIME
+from claims import claim, connected, result, settle
 
 from demo.stage_server import Answer
 
@@ -28,6 +29,18 @@ def test_job_tells_what_it_owes(database, run_command, busy):
         f"1 attempts spent, given up: HTTP 422: no text; ./jsl retry {busy['overlay']}"
     )
     assert owes("vlm_judge") == "0 attempts spent, due now"
+
+
+def test_call_without_an_answer_is_not_said_to_be_under_way(database, run_command):
+    job = database.add_job("planner", "done")
+    with connected(database) as conn:
+        row = claim(conn)
+        database.move(job, "overlay", "running")
+        settle(conn, result(row, "unknown", delay=0.0, after_lease=True))
+    said = run_command(database, "job", job).lines[2]
+    told = "no answer; the stage may run until"
+    assert re.fullmatch(rf"called: overlay \(call \d+\), {told} {TIME}", said)
+    assert f"overlay: {told} " in run_command(database, "jobs", "--stage", "overlay").lines[1]
 
 
 def test_job_lists_every_attempt(database, api, listener, run_command):
