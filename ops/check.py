@@ -10,6 +10,7 @@ import config
 import db
 from heartbeat import ALIVE, DEAD, HANGING, heartbeats
 from logs import CONTROL
+from ops import EXIT_DATABASE_AWAY, EXIT_PROBLEM
 from pipeline import JSL
 
 LAG = """
@@ -32,15 +33,17 @@ def check(max_lag: float | None) -> None:
     """Exit 0 if every listener on this host is alive, 1 if not; one line says why.
 
     Reads only the heartbeat files: a database that is away is no reason to restart it, and a call
-    that takes long is none either.
+    that takes long is none either. With --max-lag, 1 also if a call is overdue, and 3 if the
+    database cannot be reached.
     """
     settings = config.settings()
     alive, line = verdict(settings.HEARTBEAT_DIR, config.why_off(settings))
+    code = 0 if alive else EXIT_PROBLEM
     if alive and max_lag is not None:
-        alive, line = lag(settings, max_lag, line)
+        code, line = lag(settings, max_lag, line)
     line = config.redactor(settings)(line).translate(CONTROL)
-    click.echo(f"{'ok' if alive else 'not ok'}: {line}")
-    sys.exit(0 if alive else 1)
+    click.echo(f"{'not ok' if code else 'ok'}: {line}")
+    sys.exit(code)
 
 
 def verdict(directory: str, off: str | None = None) -> tuple[bool, str]:
@@ -65,12 +68,15 @@ def verdict(directory: str, off: str | None = None) -> tuple[bool, str]:
     return True, f"{len(beats)} listener{'s' * (len(beats) > 1)} alive: {doing}"
 
 
-def lag(settings, max_lag: float, line: str) -> tuple[bool, str]:
+def lag(settings, max_lag: float, line: str) -> tuple[int, str]:
+    """The exit code, and why."""
     try:
         conn = db.connect(settings, "job-state-listener check")
         seconds = db.execute(conn, LAG).fetchone()[0]
     except psycopg2.Error as error:
-        return False, f"the lag is not known: {' '.join(str(error).split())}"
+        code = EXIT_DATABASE_AWAY if isinstance(error, db.CONNECTION_LOST) else EXIT_PROBLEM
+        return code, f"the lag is not known: {' '.join(str(error).split())}"
     if seconds > max_lag:
-        return False, f"the oldest due call has waited {seconds:.0f} s, allowed are {max_lag:g} s"
-    return True, f"{line}; oldest due call {seconds:.0f} s"
+        waited = f"the oldest due call has waited {seconds:.0f} s"
+        return EXIT_PROBLEM, f"{waited}, allowed are {max_lag:g} s"
+    return 0, f"{line}; oldest due call {seconds:.0f} s"

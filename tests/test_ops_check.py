@@ -1,4 +1,4 @@
-"""`check`, as cron and HEALTHCHECK use it: 0 alive, 1 not, and one line that says why."""
+"""`check`, as cron and HEALTHCHECK use it: 0 alive, 1 not, 3 no database; one line says why."""
 
 import os
 import signal
@@ -154,6 +154,6 @@ def test_given_up_call_is_no_lag(database, run_command, waiting):
 
 
 def test_lag_of_a_database_that_is_away_is_not_known(database, run_command, waiting):
-    told = line(run_command(database, "check", "--max-lag", "60", **AWAY), 1)
+    told = line(run_command(database, "check", "--max-lag", "60", **AWAY), 3)
     assert told.startswith("the lag is not known: ")
     assert "onnection refused" in told
