@@ -372,6 +372,16 @@ def test_keda_counts_the_calls_that_a_listener_could_make(database):
     assert wanted() == 3
     database.rows("UPDATE stage_calls SET due_at = 'infinity' WHERE stage = 'planner'")
     assert wanted() == 2
+    leased = ("INSERT INTO stage_leases (job_id, call_id, attempt, stage, worker, started_at,"
+              " leased_until, working) SELECT job_id, %s, 1, %s, 'w', now(),"
+              " now() + interval '1 h', %s FROM jobs LIMIT 1")  # fmt: skip
+    database.rows(leased, -1, "overlay", True), database.rows(leased, -2, "planner", True)
+    assert wanted() == 2
+    database.rows(leased, -3, "vlm_analyze", False)
+    assert wanted() == 3
+    database.rows("UPDATE pipeline_stages SET max_running = 2 WHERE stage = 'vlm_analyze'")
+    database.rows(leased, -4, "vlm_analyze", True)
+    assert wanted() == 1
 
 
 # --- Grafana -------------------------------------------------------------------------------
