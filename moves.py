@@ -9,13 +9,16 @@ import logging
 import db
 import logs
 import trigger
+import upkeep
 
 log = logging.getLogger("listener.trigger")
 
 # A move older than a call does not end it. A move whose call has no answer yet stays until its 202
 # is recorded, and is processed then. Locked rows are being processed by another listener. A place
-# under a limit may be free afterwards, so the other listeners are woken.
-LOOK = """
+# under a limit may be free afterwards, so the other listeners are woken. A move may have been
+# committed long after it was made: where the attempts of that time are counted already, its own
+# is counted here. Those of the last minutes are not, so the mark is locked for older ones alone.
+LOOK = f"""
 WITH seen AS (
     SELECT move_id, job_id, table_name, stage, is_failed, moved_at FROM stage_moves
     ORDER BY move_id LIMIT 1000
@@ -59,10 +62,18 @@ WITH seen AS (
         FROM leased AS l
         WHERE (l.call_id, l.attempt) = (e.call_id, e.attempt) ORDER BY l.moved_at LIMIT 1) AS m
     ON CONFLICT DO NOTHING
-    RETURNING job_id::text, table_name, stage, outcome, error,
-              extract(epoch FROM finished_at - started_at)::float8 AS seconds
+    RETURNING job_id, table_name, stage, outcome, error, started_at, finished_at
+), late AS (
+    SELECT * FROM recorded WHERE finished_at < now() - interval '4 minutes'
+), mark AS (
+    SELECT counted_until FROM stage_totals_mark WHERE EXISTS (SELECT FROM late) FOR UPDATE
+), passed AS (
+    SELECT late.* FROM late JOIN mark ON late.finished_at <= mark.counted_until
+), counted AS (
+    {upkeep.ADD_TOTALS.format(rows="passed")}
 )
-SELECT recorded.*, taken.moves,
+SELECT recorded.job_id::text, table_name, stage, outcome, error,
+       extract(epoch FROM finished_at - started_at)::float8 AS seconds, taken.moves,
        CASE WHEN recorded.job_id IS NOT NULL THEN pg_notify(%(wake)s, '') END AS woken
 FROM (SELECT count(*) AS moves FROM forgotten) AS taken LEFT JOIN recorded ON true
 """
@@ -75,7 +86,7 @@ def look(conn) -> tuple[list, int]:
         A row for each: job_id (the row's id), table_name, stage, outcome, error, seconds; and how
         many moves; if not 0, there may be more.
     """
-    rows = db.execute(conn, LOOK, {"wake": db.WAKE_CHANNEL}).fetchall()
+    rows = db.execute(conn, LOOK, {"wake": db.WAKE_CHANNEL} | upkeep.BOUNDS).fetchall()
     return [row for row in rows if row.job_id is not None], rows[0].moves
 
 

@@ -120,6 +120,27 @@ def test_worker_with_an_older_view_of_the_history_counts_nothing_twice(database,
     assert upkeep.count(conn) == 0
 
 
+@pytest.mark.parametrize(("mark", "counted"), [(10, 1), (90, 0)])
+def test_call_that_ends_behind_the_mark_is_counted_at_once(database, conn, mark, counted):
+    """Its stage moved the row an hour ago, and has committed now."""
+    database.rows(
+        "UPDATE stage_totals_mark SET counted_until = now() - make_interval(mins => %s);"
+        "INSERT INTO stage_leases (job_id, call_id, attempt, stage, worker, started_at,"
+        "                          leased_until, working)"
+        " SELECT gen_random_uuid(), 1, 1, 'planner', 'w', now() - interval '2 hours',"
+        "        now() + interval '1 hour', true;"
+        "INSERT INTO stage_moves (job_id, table_name, stage, is_failed, moved_at)"
+        " SELECT job_id, 'gone', stage, false, now() - interval '1 hour' FROM stage_leases;"
+        "UPDATE stage_leases SET table_name = 'gone'",
+        mark,
+    )
+    [ended], _ = moves.look(conn)
+    assert ended.outcome == "succeeded"
+    assert [row[2] for row in totals(database)] == [1] * counted
+    upkeep.count(conn)
+    assert [row[2] for row in totals(database)] == [1]
+
+
 # --- pruning -------------------------------------------------------------------------------
 
 
