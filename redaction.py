@@ -31,6 +31,7 @@ NAMED = {'"': "quot", "&": "amp", "'": "apos", "<": "lt", ">": "gt"}
 def secrets_in(values: SimpleNamespace) -> Iterator[str | None]:
     """Every secret of the settings, also as `requests` sends it."""
     yield from (values.DB_PASSWORD, values.STAGE_API_TOKEN, values.OPS_TOKEN)
+    yield (values.DB_PASSWORD or "").strip()  # as a line that was cut into words has it
     for secret in values.STAGE_API_SECRET or ():
         yield from (secret, secret.removeprefix(signing.PREFIX).rstrip("="))
     for url in (values.STAGE_API_URL, *values.STAGE_API_URLS.values()):
