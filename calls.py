@@ -807,13 +807,13 @@ def settle_alone(conn, result: Result, done: Turn) -> None:
     ascii_only = reason.encode("ascii", "backslashreplace").decode()
     try:
         params = {"results": as_json(conn, [replace(result, error=ascii_only)])}
-        execute(conn, SETTLE_WITHOUT_HISTORY, params)
+        given_up = execute(conn, SETTLE_WITHOUT_HISTORY, params).rowcount
     except CONNECTION_LOST:
         raise
     except psycopg2.Error as error:
         log.error("리스 만료 후 다시 확인됨: job=%s %s", result.job_id, error)
     else:
-        if result.outcome not in (*PAID, "failed"):
+        if given_up and not result.is_told:
             done.given_up.append(replace(result, outcome="failed", error=reason))
 
 

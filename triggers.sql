@@ -460,8 +460,9 @@ BEGIN
         -- Not a join: one that is planned while both tables have one row reads all of both later.
         CASE WHEN t.tenant_column IS NOT NULL THEN format('r.%I', t.tenant_column)
              WHEN p.tenant_column IS NOT NULL
-             THEN format('(SELECT p.%I FROM %I.%I AS p WHERE p.%I = r.%I LIMIT 1)',
-                         p.tenant_column, schema, p.name, p.id_column, t.parent_column)
+             THEN format('(SELECT p.%I FROM %I.%I AS p WHERE p.%I = r.%I%s LIMIT 1)',
+                         p.tenant_column, schema, p.name, p.id_column, t.parent_column,
+                         collated ->> concat_ws(' ', p.name, p.id_column))
              ELSE 'NULL::text' END,
         coalesce('r.' || quote_ident(t.parent_column), 'NULL'), schema, t.name, t.id_column,
         -- The parent has it from its own parent.
@@ -509,7 +510,8 @@ BEGIN
         WHERE p.pronamespace = quote_ident(current_schema())::regnamespace
           AND (p.proname IN ('notify_job_state_change', 'stage_call_row', 'stage_join_is_complete',
                              'stage_column_types', 'stage_due_calls')
-               OR p.prorettype = 'trigger'::regtype AND p.proname ^@ 'job_state_listener_')
+               OR p.prorettype = 'trigger'::regtype AND p.proname ^@ 'job_state_listener_'
+                  AND strpos(p.prosrc, 'stage_calls') > 0)
     LOOP
         IF made.foreign_owned THEN
             EXECUTE format('ALTER FUNCTION %s OWNER TO %s', made.name, owner);
@@ -541,7 +543,8 @@ BEGIN
         SELECT t.tgname AS name, t.tgrelid::regclass AS place, p.oid::regprocedure AS function
         FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid
         WHERE p.pronamespace = quote_ident(current_schema())::regnamespace
-          AND (p.proname ^@ 'job_state_listener_' OR p.proname = 'notify_job_state_change')
+          AND (p.proname = 'notify_job_state_change'
+               OR p.proname ^@ 'job_state_listener_' AND strpos(p.prosrc, 'stage_calls') > 0)
           AND p.prorettype = 'trigger'::regtype AND t.tgparentid = 0
           AND NOT EXISTS (SELECT FROM jsonb_to_recordset(asked -> 'tables') AS x (name text)
                           WHERE to_regclass(format('%I', x.name)) = t.tgrelid

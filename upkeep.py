@@ -24,6 +24,7 @@ log = logging.getLogger("listener")
 # Seconds between two rounds.
 REAP_INTERVAL = CLOCK_INTERVAL = EPISODES_INTERVAL = 60.0
 HISTORY_INTERVAL = FORGET_INTERVAL = STALLED_INTERVAL = FAILED_INTERVAL = 300.0
+PRUNE_ALL_INTERVAL = 86400.0
 BATCH = 1000  # rows that one statement handles
 
 
@@ -36,7 +37,7 @@ class Upkeep:
         self.clock_is_back = False  # whether the database's clock is known to have been set back
         # By time.monotonic().
         self.reap_at = self.clock_at = 0.0
-        self.history_at = self.forget_at = self.failed_at = 0.0
+        self.history_at = self.prune_all_at = self.forget_at = self.failed_at = 0.0
         self.stalled_at = self.episodes_at = 0.0 if settings.ALERT_COMMAND else math.inf
         # How far these have come; None: at the beginning.
         self.pruned_until: Any = None
@@ -74,10 +75,15 @@ class Upkeep:
                     self.clock_at = now  # there is more
         if now >= self.history_at:
             self.history_at = now + HISTORY_INTERVAL
-            done = self.attempt(keep_history, conn, self.settings.HISTORY_DAYS, self.pruned_until)
-            is_more, self.pruned_until = done or (False, None)
-            if is_more:
-                self.history_at = now
+            looked_at = self.attempt(count, conn) or 0
+            if now >= self.prune_all_at:  # what was kept may have moved on
+                self.prune_all_at, self.pruned_until = now + PRUNE_ALL_INTERVAL, None
+            done = self.attempt(prune, conn, self.settings.HISTORY_DAYS, self.pruned_until)
+            if done:
+                self.pruned_until = done.until or self.pruned_until
+                looked_at = max(looked_at, done.attempts)
+            if looked_at >= BATCH:
+                self.history_at = now  # there is more
         if now >= self.forget_at:
             self.forget_at = now + FORGET_INTERVAL
             given = self.stages, self.name, self.given_up_after
@@ -303,7 +309,8 @@ def count(conn, batch: int = BATCH) -> int:
 
 # One listener at a time, in small batches, so that no other waits. Attempts that are not counted
 # yet are not deleted, nor those that alone tell why a row that still rests in its state owes
-# nothing: without them `backfill` would have an accepted or cancelled call made again.
+# nothing: without them `backfill` would have an accepted or cancelled call made again. Whether rows
+# of a table that cannot be read rest is not known, so all that tells of them is kept.
 PRUNE = """
 WITH batch AS (
     SELECT ctid AS place, job_id, table_name, stage, outcome, finished_at FROM stage_attempts
@@ -316,16 +323,23 @@ WITH batch AS (
 ), pruned AS (
     DELETE FROM stage_attempts WHERE ctid = ANY (ARRAY(
         SELECT b.place FROM batch AS b
-        WHERE NOT (b.outcome IN ('succeeded', 'skipped', 'cancelled') AND EXISTS (
-            SELECT FROM pipeline_stages AS p
-            CROSS JOIN stage_call_row(b.table_name, '', b.job_id) AS r
-            WHERE (p.table_name, p.join_of, p.stage) = (b.table_name, '', b.stage)
-              AND (p.current_step, p.status) = (r.current_step, r.status)))))
+        WHERE NOT (b.outcome IN ('succeeded', 'skipped', 'cancelled')
+                   AND CASE b.table_name {rests}
+                       ELSE b.table_name = ANY (%(unreadable)s) END)))
     RETURNING stage
 )
 SELECT (SELECT count(*) FROM pruned) AS pruned, count(*) AS attempts, max(finished_at) AS until
 FROM batch
 """
+# As in NEWLY_FAILED.
+RESTS = """
+WHEN {name} THEN EXISTS (
+    SELECT FROM {table} AS r
+    JOIN pipeline_stages AS p
+        ON (p.current_step, p.status) = (r.current_step::text, r.status::text)
+    WHERE r.{id} = b.job_id AND (p.table_name, p.join_of, p.stage) = ({name}, '', b.stage)
+    OFFSET 0)"""
+CAN_BE_READ = "SELECT CASE b.table_name {rests} END FROM stage_attempts AS b LIMIT 0"
 
 
 def prune(conn, days: float, after: Any = None, batch: int = BATCH):
@@ -339,18 +353,40 @@ def prune(conn, days: float, after: Any = None, batch: int = BATCH):
         A row: how many `attempts` it looked at, how many were `pruned`, and `until` when they had
         finished; None where there was none.
     """
-    given = {"days": days, "pruned_until": after, "batch": batch}
-    return execute(conn, PRUNE, given).fetchone()
+    tables = list(pipeline.tables().values())
+    given = {"days": days, "pruned_until": after, "batch": batch, "unreadable": []}
+    try:
+        return execute(conn, PRUNE.format(rests=by_table(RESTS, tables)), given).fetchone()
+    except CONNECTION_LOST:
+        raise
+    except psycopg2.Error:
+        readable = [table for table in tables if can_be_read(conn, table)]
+        if len(readable) in (0, len(tables)):
+            raise
+    given["unreadable"] = [table.name for table in tables if table not in readable]
+    return execute(conn, PRUNE.format(rests=by_table(RESTS, readable)), given).fetchone()
 
 
-def keep_history(conn, days: float, after: Any = None) -> tuple[bool, Any]:
-    """Count a batch of attempts and prune another.
+def can_be_read(conn, table: pipeline.Table) -> bool:
+    try:
+        execute(conn, CAN_BE_READ.format(rests=by_table(RESTS, [table])), {})
+    except CONNECTION_LOST:
+        raise
+    except psycopg2.Error:
+        return False
+    return True
 
-    Returns:
-        Whether there are more, and the `after` of the next batch.
-    """
-    counted, done = count(conn), prune(conn, days, after)
-    return max(counted, done.attempts) >= BATCH, done.until or after
+
+def by_table(template: str, tables: Iterable[pipeline.Table]) -> str:
+    """`template` with the names of each table, for a statement with parameters."""
+    return "".join(
+        template.format(
+            name=psycopg2.extensions.QuotedString(table.name).getquoted().decode(),
+            table=pipeline.name_in_sql(table.name),
+            id=pipeline.name_in_sql(table.id),
+        )
+        for table in tables
+    ).replace("%", "%%")
 
 
 # --- deleted jobs, stalled stages ----------------------------------------------------------
@@ -527,15 +563,7 @@ def newly_failed(conn, after: Any = None, batch: int = BATCH) -> tuple[list, Any
     Returns:
         The rows, and the time after which the next batch begins; None: an hour ago.
     """
-    rows = "".join(
-        IS_FAILED.format(
-            name=psycopg2.extensions.QuotedString(table.name).getquoted().decode(),
-            table=pipeline.name_in_sql(table.name),
-            id=pipeline.name_in_sql(table.id),
-        )
-        for table in pipeline.tables().values()
-    ).replace("%", "%%")
-    sql = NEWLY_FAILED.format(rows=rows)
+    sql = NEWLY_FAILED.format(rows=by_table(IS_FAILED, pipeline.tables().values()))
     found = execute(conn, sql, {"after": after, "batch": batch}).fetchall()
     is_last = found[0].attempts < batch
     return [row for row in found if row.job_id is not None], None if is_last else found[0].until

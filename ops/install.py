@@ -47,11 +47,11 @@ FROM pipeline_stages
 ORDER BY table_name, join_of, current_step, status
 FOR UPDATE;
 DELETE FROM pipeline_stages WHERE (table_name, join_of, current_step, status) NOT IN (
-    SELECT table_name, join_of, current_step, status FROM wanted_stages);
+    SELECT table_name, join_of, current_step, status FROM pg_temp.wanted_stages);
 INSERT INTO pipeline_stages (table_name, join_of, child_table, current_step, status, stage,
                              max_running, timeout, position, asynchronous,
                              pool)
-SELECT * FROM wanted_stages
+SELECT * FROM pg_temp.wanted_stages
 ON CONFLICT (table_name, join_of, current_step, status) DO UPDATE
 SET stage = excluded.stage, max_running = excluded.max_running, timeout = excluded.timeout,
     position = excluded.position, child_table = excluded.child_table,
@@ -62,13 +62,16 @@ UPDATE pipeline_stages AS p
 SET held_until = k.held_until, hold_seconds = k.hold_seconds, held_reason = k.held_reason,
     held_by = k.held_by, stalled_since = k.stalled_since, waiting_since = k.waiting_since,
     refusing_since = k.refusing_since
-FROM wanted_stages AS w LEFT JOIN LATERAL (
-    SELECT * FROM known_stages AS known
+FROM pg_temp.wanted_stages AS w LEFT JOIN LATERAL (
+    SELECT * FROM pg_temp.known_stages AS known
     WHERE known.stage = w.stage
-       OR (known.table_name, known.join_of, known.current_step, known.status)
-              = (w.table_name, w.join_of, w.current_step, w.status)
-          AND known.stage NOT IN (SELECT stage FROM wanted_stages)
-          AND w.stage NOT IN (SELECT stage FROM known_stages)
+       OR w.stage NOT IN (SELECT stage FROM pg_temp.known_stages)
+          AND known.stage NOT IN (SELECT stage FROM pg_temp.wanted_stages)
+          AND EXISTS (
+              SELECT FROM pg_temp.wanted_stages AS x
+              WHERE x.stage = w.stage
+                AND (x.table_name, x.join_of, x.current_step, x.status)
+                    = (known.table_name, known.join_of, known.current_step, known.status))
     ORDER BY known.held_until DESC NULLS LAST
     LIMIT 1) AS k ON true
 WHERE (p.table_name, p.join_of, p.current_step, p.status)
@@ -84,9 +87,9 @@ CREATE TEMPORARY TABLE wanted_limits ON COMMIT DROP AS
 SELECT l.name, l.stages, l.max_running, l.seconds, l.linger, l.is_fair, l.per_tenant
 FROM jsonb_populate_recordset(
     NULL::stage_limits, current_setting('job_state_listener.pipeline')::jsonb -> 'limits') AS l;
-DELETE FROM stage_limits WHERE name NOT IN (SELECT name FROM wanted_limits);
+DELETE FROM stage_limits WHERE name NOT IN (SELECT name FROM pg_temp.wanted_limits);
 INSERT INTO stage_limits (name, stages, max_running, seconds, linger, is_fair, per_tenant)
-SELECT * FROM wanted_limits
+SELECT * FROM pg_temp.wanted_limits
 -- Not now(): next_at may be of a call that was claimed while we waited for a lock.
 ON CONFLICT (name) DO UPDATE
 SET stages = excluded.stages, max_running = excluded.max_running, seconds = excluded.seconds,
@@ -99,7 +102,7 @@ SET stages = excluded.stages, max_running = excluded.max_running, seconds = excl
 -- Serve stage_due_calls(); a write to stage_calls pays for each.
 DO $do$
 BEGIN
-    IF NOT EXISTS (SELECT FROM wanted_limits WHERE is_fair) THEN
+    IF NOT EXISTS (SELECT FROM pg_temp.wanted_limits WHERE is_fair) THEN
         DROP INDEX IF EXISTS stage_calls_tenant_idx;
     ELSIF to_regclass('stage_calls_tenant_idx') IS NULL THEN
         CREATE INDEX stage_calls_tenant_idx

@@ -157,8 +157,9 @@ def is_ours(row) -> bool:
 
 def taken(conn) -> Iterator[str]:
     """A line for each object of somebody else that has one of our names."""
+    needed = {*COLUMNS, *WORDS, *(f"job_state_listener_{name}" for name in pipeline.tables())}
     for row in named(conn, "jobs")[1]:
-        if row.name in COLUMNS or row.name in WORDS:
+        if row.name in needed:
             yield f"{row.kind} {row.called} is not ours, and we need its name: rename it"
 
 

@@ -264,6 +264,15 @@ def test_result_that_cannot_be_recorded_gives_its_call_up_and_says_why(database,
     assert (given_up.outcome, given_up.job_id) == ("failed", job)
 
 
+def test_result_that_cannot_be_recorded_of_a_call_that_is_owed_no_more_is_no_failure(
+    database, conn
+):
+    job = database.add_job()
+    settled = result(claim(conn), "never heard of")
+    database.move(job, "vlm_analyze", "running")
+    assert calls.in_parts(conn, [settled], wanted(), 1, "w").given_up == []
+
+
 @pytest.mark.parametrize(("outcome", "owes"), [("succeeded", False), ("failed", True)])
 def test_call_that_the_history_does_not_take_is_settled_all_the_same(database, conn, outcome, owes):
     poisoned, other = database.add_job(), database.add_job()

@@ -20,6 +20,7 @@ from psycopg2.extensions import (
     ISOLATION_LEVEL_SERIALIZABLE,
 )
 from raw_server import OK, in_turn
+from test_upkeep import add_history
 from variants import MOVE, PIPELINE, TABLE, VARIANTS, Variants, install, stage
 from waiting import PATIENCE
 
@@ -640,6 +641,23 @@ def test_row_that_is_deleted_after_the_call_makes_none(variants, conn):
     variants.delete(late)
     joins.look(conn)
     assert variants.owed() == []
+
+
+def test_table_that_cannot_be_read_keeps_no_other_from_being_pruned(variants, conn):
+    database = variants.database
+    [rests] = variants.add(database.add_job("x"), "img_gen", "done")
+    add_history(database, 3, days=40)
+    database.rows(
+        "INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, stage, worker,"
+        "                            started_at, finished_at, outcome)"
+        " SELECT %s, 'jobs_variants', 1, 1, 'yolo_detect', 'w', at, at, 'succeeded'"
+        " FROM (SELECT now() - interval '41 days' AS at) AS t;"
+        "ALTER TABLE jobs_variants RENAME status TO state",
+        rests,
+    )
+    upkeep.count(conn)
+    assert upkeep.prune(conn, 30).pruned == 3
+    assert database.value("SELECT job_id::text FROM stage_attempts") == rests
 
 
 def test_parent_is_neither_stalled_nor_owing_once_its_history_is_pruned(

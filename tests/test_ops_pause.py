@@ -100,9 +100,12 @@ def test_pause_stays_with_its_stage_whatever_leads_to_it(
 
 def test_pause_stays_with_a_stage_that_is_renamed(database, run_command, use_pipeline):
     pause(run_command, database, "planner", *GPU)
-    use_pipeline(FIVE | {("yolo_detect", "done"): stage("layout")})
+    layout = stage("layout")
+    use_pipeline(FIVE | {("yolo_detect", "done"): layout, ("again", "done"): layout})
+    database.rows("CREATE TABLE known_stages (); CREATE TABLE wanted_stages ()")
     install(database)
-    assert paused(database, "layout")
+    held = "SELECT count(*) FROM pipeline_stages WHERE stage = 'layout' AND held_until = 'infinity'"
+    assert database.value(held) == 2
 
 
 def test_pause_is_shown_in_status_with_its_reason(database, run_command):

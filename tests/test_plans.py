@@ -10,6 +10,7 @@ from claims import STAGES, claim, claim_many, connected, held, result, settle, w
 import calls
 import db
 import joins
+import pipeline
 import upkeep
 from calls import Result
 
@@ -97,6 +98,7 @@ def parameters(database, conn) -> dict:
     return given | {
         "days": 30,
         "pruned_until": now,
+        "unreadable": [],
         "batch": 100,
         "step": "x",
         "status": "y",
@@ -111,6 +113,7 @@ HISTORY = "Index Scan using stage_attempts_pkey on stage_attempts"
 BY_TIME = "Index Scan using stage_attempts_finished_idx on stage_attempts"
 LOOKS = "Index Scan using stage_looks_pkey on stage_looks"
 JOINS = "Index Scan using stage_joins_pkey on stage_joins"
+PRUNE = upkeep.PRUNE.format(rests=upkeep.by_table(upkeep.RESTS, [pipeline.JOBS]))
 PLANS = {
     calls.PAY: {BY_JOB},
     calls.POSTPONE: {BY_JOB},
@@ -126,7 +129,7 @@ PLANS = {
     joins.NOTE: {JOINS},
     upkeep.FORGET_PARENTS: {JOINS},
     upkeep.COUNT: {BY_TIME},
-    upkeep.PRUNE: {BY_TIME, "Tid Scan on stage_attempts"},
+    PRUNE: {BY_TIME, "Tid Scan on stage_attempts", "Index Scan using jobs_pkey on jobs"},
 }
 READS = re.compile(r"Scan (?:Backward )?using stage_(?:calls|attempts)_\w+ on .*\n *(.*)")
 # The claim reads on in the index from where the last one was, and no further than what is due.

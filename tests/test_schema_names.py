@@ -4,13 +4,14 @@ import pytest
 from claims import claim, connected, result, settle
 from test_plans import read_by
 from test_schema_install import install
-from variants import PIPELINE
+from variants import PIPELINE, stage
 
 import joins
 from ops import migrations
 from ops.grants import others
 from ops.install import SCHEMA, apply
 from ops.problem import Problem
+from pipeline import Table
 
 JOBS = "CREATE TABLE jobs (job_id {} PRIMARY KEY, tenant_id text, current_step text, status text)"
 EVERYTHING = """
@@ -76,6 +77,29 @@ def test_functions_of_our_names_with_other_arguments_are_left_alone(empty_databa
     install(empty_database)
     found = empty_database.row("SELECT stalled_jobs(5), stage_due_calls()")
     assert found == (1, 2)
+
+
+THEIRS = """
+CREATE FUNCTION job_state_listener_{0}() RETURNS trigger LANGUAGE plpgsql
+    AS 'BEGIN RETURN NULL; END';
+CREATE TABLE notes (id int);
+CREATE TRIGGER noted AFTER INSERT ON notes EXECUTE FUNCTION job_state_listener_{0}()
+"""
+
+
+def test_trigger_of_the_application_with_our_prefix_stays(empty_database):
+    empty_database.rows(THEIRS.format("audit"))
+    install(empty_database)
+    assert empty_database.value("SELECT count(*) FROM pg_trigger WHERE tgname = 'noted'") == 1
+
+
+def test_trigger_function_with_the_name_of_ours_is_refused(variants, use_pipeline):
+    database = variants.database
+    database.rows("CREATE TABLE other (other_id uuid PRIMARY KEY, current_step text, status text);"
+                  + THEIRS.format("other"))  # fmt: skip
+    use_pipeline(PIPELINE | {Table("other", id="other_id")("x", "y"): stage("planner")})
+    named = "function job_state_listener_other()"
+    assert refused(database) == f"{named} is not ours, and we need its name: rename it"
 
 
 # --- ids -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import math
 import threading
+import time
 
 import pytest
 from claims import (
@@ -22,6 +23,7 @@ import calls
 import db
 import moves
 import upkeep
+from alerts import Alerts
 
 
 @pytest.fixture
@@ -203,7 +205,10 @@ def test_one_worker_prunes_at_a_time_and_no_other_waits(database, conn, other):
 def test_there_is_more_to_do_only_where_a_batch_was_not_enough(database, conn):
     """A few attempts grow old all the time: they are no reason to look after every call."""
     add_history(database, 1001, days=40)
-    assert [upkeep.keep_history(conn, 30)[0] for _ in range(3)] == [True, False, False]
+    task = upkeep.Upkeep(database.settings(), [], "w", Alerts(database.settings()))
+    for more in (True, False):
+        task.run(conn)
+        assert (task.history_at <= time.monotonic()) == more
     assert database.value("SELECT count(*) FROM stage_attempts") == 0
     assert totals(database) == [("succeeded", 0.1, 1001, 0)]
 
