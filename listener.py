@@ -178,6 +178,7 @@ class Listener:
                  self.name, self.workers.size, self.order)  # fmt: skip
         try:
             while not self.finished():
+                lost = None
                 try:
                     with contextlib.closing(self.connect()) as conn:
                         self.work(conn)
@@ -186,7 +187,9 @@ class Listener:
                 except Exception as error:
                     if self.once and not self.workers.calls and not self.unwritten:
                         raise
-                    self.wait_to_reconnect(error)
+                    lost = error
+                if lost:  # out here, as a worker that is forked inherits what is being handled
+                    self.wait_to_reconnect(lost)
         finally:
             self.workers.stop()
             self.alerts.close(hurry=self.signals.requested)

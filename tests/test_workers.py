@@ -74,6 +74,21 @@ def test_missing_workers_are_started_though_the_database_is_away(database, api, 
     until(lambda: len(process.children()) == 4, "four workers")
 
 
+def test_worker_that_was_started_while_the_database_was_away_knows_nothing_of_that(
+    database, api, listener, tmp_path
+):
+    """The traceback of its stage function begins with that function's error."""
+    away = "UPDATE pg_database SET datallowconn = %s WHERE datname = current_database()"
+    database.rows(away, False)
+    process = listener(database, api=api, program=program(tmp_path, "1 / 0", 600))
+    until(lambda: len(process.children()) == 4, "four workers")
+    database.rows(away, True)
+    database.add_job("overlay")
+    process.wait_for_line(FAILED)
+    assert "ZeroDivisionError" in process.output
+    assert "another exception occurred" not in process.output
+
+
 @pytest.mark.parametrize("what", ["exits", "crashes", "is killed", "computes"])
 def test_accepted_call_stays_accepted_though_its_worker_ends(
     what, database, api, listener, tmp_path
