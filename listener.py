@@ -611,8 +611,9 @@ class Listener:
         error = f"{before.error or trigger.SET_FAILED}"
         if before.spent >= call.max_attempts:
             call.spent = before.spent
-            ended = trigger.failure(call, "failed", f"{error} (attempt {call.spent}, the last one)",
-                                    0)  # fmt: skip
+            if "the last one)" not in error:
+                error += f" (attempt {call.spent}, the last one)"
+            ended = trigger.failure(call, "failed", error, 0)
             trigger.log_end(call, ended)
             self.keep(call, ended)
         else:

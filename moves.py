@@ -15,7 +15,8 @@ log = logging.getLogger("listener.trigger")
 
 # A move older than a call does not end it. A move whose call has no answer yet stays until its 202
 # is recorded, and is processed then. Locked rows are being processed by another listener. A place
-# under a limit may be free afterwards, so the other listeners are woken. A move may have been
+# under a limit may be free afterwards, so the other listeners are woken. A row's own call went with
+# its state; that of a join is still there. A move may have been
 # committed long after it was made: where the attempts of that time are counted already, its own
 # is counted here. Those of the last minutes are not, so the mark is locked for older ones alone.
 LOOK = f"""
@@ -62,7 +63,19 @@ WITH seen AS (
         FROM leased AS l
         WHERE (l.call_id, l.attempt) = (e.call_id, e.attempt) ORDER BY l.moved_at LIMIT 1) AS m
     ON CONFLICT DO NOTHING
-    RETURNING job_id, table_name, stage, outcome, error, started_at, finished_at
+    RETURNING job_id, table_name, stage, call_id, attempt, outcome, error, started_at, finished_at
+), paid AS (
+    DELETE FROM stage_calls AS c USING recorded AS r
+    WHERE c.job_id = ANY (ARRAY(SELECT job_id FROM recorded)) AND c.join_of <> ''
+      AND (c.job_id, c.call_id, c.attempts) = (r.job_id, r.call_id, r.attempt)
+      AND r.outcome <> 'failed'
+), given_up AS (
+    UPDATE stage_calls AS c
+    SET due_at = 'infinity', worker = NULL, started_at = NULL, last_error = r.error
+    FROM recorded AS r
+    WHERE c.job_id = ANY (ARRAY(SELECT job_id FROM recorded)) AND c.join_of <> ''
+      AND (c.job_id, c.call_id, c.attempts) = (r.job_id, r.call_id, r.attempt)
+      AND r.outcome = 'failed'
 ), late AS (
     SELECT * FROM recorded WHERE finished_at < now() - interval '4 minutes'
 ), mark AS (

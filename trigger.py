@@ -80,6 +80,7 @@ def refused(
             and row.outcome_before == "retry"
             and not accepted
             and row.job_step != call.stage
+            and not (row.last_error or "").endswith(f"({SET_FAILED})")  # a stage followed from that
         ):
             # Its stage refused it, and somebody else has moved the parent since: nobody made it.
             ended = failure(call, "failed", f"refused, and the job is at {now} since", 0)
@@ -192,7 +193,8 @@ class Trigger:
         if isinstance(error, stage_http.Interrupted):
             return self.failure(call, "retry", f"connection broke while waiting: {error}")
         if isinstance(error, db.ConnectionLost):
-            return self.failure(call, "held", f"no database for the stage function: {error}")
+            text = f"no database for the stage function: {error}"
+            return self.failure(call, "held", text, hold=True)
         if by_hand and isinstance(error, stage_http.TimeIsUp):
             return result(call, "released")
         if by_hand and isinstance(error, (KeyboardInterrupt, bdb.BdbQuit)):
@@ -385,9 +387,10 @@ def alert_failure(alerts: Alerts, ended: Result, is_routed: Mapping[int, bool]) 
     """
     if ended.call_id not in is_routed:
         alert_given_up(alerts, ended)
-    elif not is_routed[ended.call_id]:
+        return
+    ended.error = f"{ended.error} ({SET_FAILED})"
+    if not is_routed[ended.call_id]:
         ended.outcome, ended.delay, ended.hold = "failed", None, False
-        ended.error = f"{ended.error} ({SET_FAILED})"
         tell_failed(alerts, ended.table_name, ended.job_id, ended.stage, ended.error)
 
 

@@ -212,7 +212,8 @@ def test_failed_that_nothing_follows_from_is_told(site):
     assert site.database.value("SELECT kind FROM resting_rows()") == "failed"
 
 
-def test_child_and_join_are_worked_on(site):
+@pytest.mark.parametrize("status", ["done", "failed"])
+def test_child_and_join_are_worked_on(site, status):
     job = site.database.add_job("x", "y")
     [variant] = site.variants.add(job, "img_gen", "done")
     site.start()
@@ -221,10 +222,14 @@ def test_child_and_join_are_worked_on(site):
     site.wait_for_calls("ad_copy", 1)
     site.wait_for_working(1)
     site.database.move(job, "ad_copy", "running")
-    site.database.move(job, "ad_copy", "done")
+    site.database.move(job, "ad_copy", status)
     site.database.wait_for(NOBODY)
     assert [row.stage for row in site.database.attempts(variant)] == ["yolo_detect"]
-    assert site.database.value(ENDED, job) == "succeeded"
+    if status == "done":
+        assert site.database.value(ENDED, job) == "succeeded" and site.variants.owed() == []
+    else:
+        call = site.database.owed(job)
+        assert call.given_up and call.last_error == "set failed by its stage"
 
 
 PARTITIONED = """

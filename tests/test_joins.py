@@ -579,6 +579,27 @@ def test_refused_call_is_given_up_and_not_forgotten_where_the_parent_went_its_ow
     assert calling.call().outcome == "succeeded"
 
 
+def test_refused_call_is_over_where_its_stage_has_set_the_parent_to_failed_and_another_follows(
+    variants, use_pipeline, caller, serve
+):
+    use_pipeline(PIPELINE | {("ad_copy", "failed"): stage("cleanup")})
+    with connected(variants.database) as conn:
+        apply(conn)
+        job, _ = joined(variants)
+        joins.look(conn)
+    calling = caller(serve(in_turn(BAD)).url)
+    call = calling.claim()
+    variants.database.move(job, "ad_copy", "failed")
+    calling.run(call)
+    calling.settle()
+    variants.database.move(job, "cleanup", "done")
+    variants.database.rows("UPDATE stage_calls SET due_at = now()")
+    assert calling.claim() is None
+    calling.settle()
+    assert [row.outcome for row in variants.database.attempts(job)] == ["retry", "skipped"]
+    assert variants.owed() == []
+
+
 def test_refused_call_whose_lost_attempt_was_accepted_after_all_is_over(
     variants, conn, caller, serve
 ):
