@@ -49,15 +49,14 @@ FLOOD, FLOODED_AFTER = 50_000, 1.0
 # A dead server is noticed within about 7 s: on an idle connection by the keepalives, after a query
 # that is not acknowledged only by tcp_user_timeout (milliseconds).
 CONNECTION: dict[str, Any] = {
-    "client_encoding": "UTF8",
-    "connect_timeout": 5,
+    "connect_timeout": 5,  # the longest
     "keepalives_idle": 5,
     "keepalives_interval": 2,
     "keepalives_count": 1,
     "tcp_user_timeout": 7000,
 }
-# Set for every session, whatever a DATABASE_URL that is shared with the application says.
-PRIMARY = {"target_session_attrs": "read-write"}
+# Whatever a DATABASE_URL that is shared with the application says.
+ALWAYS = {"client_encoding": "UTF8", "target_session_attrs": "read-write"}
 
 # Plans may not depend on when ANALYZE last ran, and pinning them inflates the cost past
 # jit_above_cost up to PostgreSQL 17. row_security=off makes a policy on jobs an error, where
@@ -172,6 +171,7 @@ class Connection(psycopg2.extensions.connection):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.target: dict[str, str] = {}  # the one of targets() that it is connected to
+        self.number = 0  # of that target
         self.prepared: dict[str, str] = {}  # by name: the EXECUTE of every prepared statement
 
 
@@ -182,6 +182,7 @@ def connect(
     stop: Any = None,
     trying: Callable[[str], None] = lambda host: None,
     last: dict[str, str] | None = None,
+    first: int | None = None,
 ) -> Connection:
     """An autocommit connection with a deadline on every call.
 
@@ -193,6 +194,7 @@ def connect(
             each of its addresses.
         last: the target of a connection that was lost. It is tried last: a server may take
             connections and do no work.
+        first: the number of the target that is tried first.
 
     Raises:
         SettingsError: no database is configured.
@@ -200,14 +202,16 @@ def connect(
     """
     config.require_database(settings)
     reasons = []
-    for target in sorted(targets(settings), key=lambda target: target == last):
+    for number, target in sorted(
+        enumerate(targets(settings)), key=lambda one: (one[0] != first, one[1] == last)
+    ):
         trying(target.get("host") or target.get("hostaddr") or "")
         try:
-            conn = connect_to({"application_name": name} | CONNECTION | target | PRIMARY)
+            conn = connect_to({"application_name": name} | options(target))
         except psycopg2.Error as error:
             reasons.append(" ".join(str(error).split()) + hint(settings, str(error)))
             continue
-        conn.stop, conn.target = stop, target
+        conn.stop, conn.target, conn.number = stop, target, number
         try:
             conn.autocommit = True
             prepare_session(conn, SESSION | PINNED if pinned else SESSION)
@@ -219,6 +223,14 @@ def connect(
             continue
         return conn
     raise ConnectionLost("; ".join(reasons))
+
+
+def options(target: dict[str, str]) -> dict[str, Any]:
+    """For libpq: how one of targets() is connected to."""
+    options = CONNECTION | target | ALWAYS
+    seconds, most = str(options["connect_timeout"]), CONNECTION["connect_timeout"]
+    options["connect_timeout"] = min(int(seconds) if seconds.isdigit() else most, most) or most
+    return options
 
 
 def hint(settings: SimpleNamespace, reason: str) -> str:
@@ -427,15 +439,23 @@ def is_lost(conn: Connection, error: psycopg2.Error) -> bool:
 READ_ONLY = "SET TRANSACTION READ ONLY; "
 
 
-def query(settings: SimpleNamespace, sql: str, params: dict[str, Any] | None = None) -> list:
+def query(
+    settings: SimpleNamespace,
+    sql: str,
+    params: dict[str, Any] | None = None,
+    first: int | None = None,
+) -> list:
     """The rows of a read-only query on a connection of its own, as named tuples.
+
+    Args:
+        first: see connect().
 
     Raises:
         ConnectionLost: the database cannot be reached. Not raised where the query itself loses the
             connection: a call whose query always does so has to be given up some time.
         psycopg2.Error: the query's own fault.
     """
-    with contextlib.closing(connect(settings, "job-state-listener lookup")) as conn:
+    with contextlib.closing(connect(settings, "job-state-listener lookup", first=first)) as conn:
         try:
             return execute(conn, READ_ONLY + sql, params).fetchall()
         except ConnectionLost as lost:

@@ -1,12 +1,11 @@
 """The servers of the database: how many connections are left, which of several hosts is the
 primary, and whether two are at once (a split brain).
 
-    python -m hosts     prints the primaries as JSON: [system, timeline] by host
+    python hosts.py     prints the primaries as JSON: [system, timeline] by host
 """
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -93,7 +92,7 @@ def timelines(
         trying(target.get("host") or target.get("hostaddr") or "")
         with (
             contextlib.suppress(psycopg2.Error),
-            contextlib.closing(db.connect_to(db.CONNECTION | target | db.PRIMARY)) as conn,
+            contextlib.closing(db.connect_to(db.options(target))) as conn,
         ):
             if there := place(conn):
                 found[f"{conn.info.host}:{conn.info.port}"] = there
@@ -184,9 +183,9 @@ class Watch:
             self.look_at = now + LOOK_EVERY
             with contextlib.suppress(OSError):
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", "hosts"], stdout=subprocess.PIPE,
+                    # By its path: with -m, modules of the working directory would come first.
+                    [sys.executable, str(Path(__file__))], stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, text=True,
-                    env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
                     start_new_session=True,
                 )  # fmt: skip
         if self.process is None:

@@ -204,6 +204,7 @@ class Workers:
                 self.all.append(self.start())
                 self.end(worker, has_ended=False)
                 worker = self.all[-1]
+        call.host = self.conn.number if self.conn else None
         worker.give(call)
 
     def collect(self, ready: Iterable[Any]) -> list[tuple[Call, Result]]:
@@ -355,7 +356,7 @@ def settle_as_orphan(settings: SimpleNamespace, call: Call, result: Result) -> N
     while True:
         try:
             with contextlib.closing(
-                db.connect(settings, db.LISTENER_APPLICATION + call.listener, pinned=True)
+                db.connect(settings, db.LISTENER_APPLICATION + call.listener, True, first=call.host)
             ) as conn:
                 is_new = not calls.is_recorded(conn, result)
                 if is_new and not result.is_told:

@@ -83,6 +83,24 @@ def test_host_of_a_lost_connection_is_tried_last(proxied):
             assert conn.target == found and conn.info.port == int(found["port"])
 
 
+def test_workers_ask_the_host_that_the_listener_works_on(proxied, database):
+    proxy, settings = proxied
+    assert db.query(settings, "SELECT 1 AS one", first=1) == [(1,)]
+    assert proxy.links == []
+    with closing(db.connect(settings, last=next(db.targets(settings)))) as conn:
+        assert conn.number == 1
+
+
+def test_url_changes_neither_the_encoding_nor_how_long_a_host_is_tried(database):
+    for given, seconds in {"40": 5, "0": 5, "2": 2, "soon": 5}.items():
+        url = f"{database.dsn} client_encoding=latin1 connect_timeout={given} keepalives_idle=9"
+        [target] = db.targets(database.settings(DATABASE_URL=url))
+        options = db.options(target)
+        assert (options["connect_timeout"], options["keepalives_idle"]) == (seconds, "9")
+    with closing(db.connect_to(options)) as conn:
+        assert conn.encoding == "UTF8"
+
+
 def test_standby_is_refused_whatever_the_url_says(database):
     url = f"{database.dsn} target_session_attrs=any options='-c default_transaction_read_only=on'"
     settings = database.settings(DATABASE_URL=url)
@@ -109,7 +127,7 @@ def pair():
             following.stop("immediate")
 
 
-def test_old_primary_that_still_answers_is_named(pair, monkeypatch):
+def test_old_primary_that_still_answers_is_named(pair, monkeypatch, tmp_path):
     primary, standby = pair
     settings = primary.settings(DB_HOST=primary.both["DB_HOST"])
     assert hosts.split_brain(hosts.timelines(settings)) is None
@@ -124,6 +142,10 @@ def test_old_primary_that_still_answers_is_named(pair, monkeypatch):
 
     for name, value in primary.both.items():
         monkeypatch.setenv(name, value)
+    # The look is a process, in which no module of the working directory may take the place of ours.
+    (tmp_path / "config.py").write_text("raise SystemExit(1)")
+    (tmp_path / ".env").touch()
+    monkeypatch.chdir(tmp_path)
     watch = hosts.Watch(settings)
     assert watch.look() is None and watch.process is None  # it is too early
     with closing(db.connect(primary.settings())) as conn:
