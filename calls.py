@@ -163,7 +163,7 @@ WITH result AS ({FAILURES}
     UPDATE stage_calls AS c
     SET worker = NULL, started_at = NULL, last_error = left(r.error, 2000),
         free_attempts = c.free_attempts + r.free,
-        due_at = greatest(CASE WHEN r.after_lease THEN c.due_at END,
+        due_at = greatest(CASE WHEN r.after_lease THEN c.due_at END, c.run_after,
                           coalesce(now() + make_interval(secs => r.delay), 'infinity'))
     FROM mine AS r
     WHERE c.job_id = ANY (ARRAY(SELECT job_id FROM mine))
@@ -755,6 +755,14 @@ def put_off(conn, row, worker: str, spent: int, delay: float, error: str | None)
 FAULT_OF_THE_ROW = ("22", "23", "54")
 
 
+def is_fault_of_row(error: psycopg2.Error) -> bool:
+    """Whether an error concerns a single row. That the queue of notifications is full (54000, but
+    of no table) does not.
+    """
+    code = error.pgcode or ""
+    return code.startswith(FAULT_OF_THE_ROW) and (code[:2] != "54" or bool(error.diag.table_name))
+
+
 def in_parts(
     conn, results: Sequence[Result], wanted: Sequence[Wanted], free: int, worker: str
 ) -> Turn:
@@ -780,7 +788,7 @@ def in_parts(
             done.unclaimable[stage.stage] = error
             break  # the next one may take as long
         except psycopg2.Error as error:
-            if not (error.pgcode or "").startswith(FAULT_OF_THE_ROW):
+            if not is_fault_of_row(error):
                 done.unclaimable[stage.stage] = error
                 continue
             reason = f"its call cannot be claimed: {' '.join(str(error).split())}"
@@ -800,7 +808,7 @@ def settle_alone(conn, result: Result, done: Turn) -> None:
         done.unsettled += settle_and_claim(conn, [result], [], 0, result.worker).unsettled
         return
     except psycopg2.Error as error:
-        if not (error.pgcode or "").startswith(FAULT_OF_THE_ROW):
+        if not is_fault_of_row(error):
             raise
         reason = f"its result ({result.outcome}) cannot be recorded: {' '.join(str(error).split())}"
     log.error("결과를 기록할 수 없음: job=%s stage=%s %s", result.job_id, result.stage, reason)

@@ -299,6 +299,26 @@ def test_fault_of_more_than_one_row_gives_nothing_up(database, conn):
     assert database.rows("SELECT 1 FROM stage_calls WHERE due_at = 'infinity'") == []
 
 
+FULL = """
+CREATE FUNCTION is_full() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN RAISE program_limit_exceeded USING MESSAGE = 'too many notifications in the NOTIFY queue'; END
+$$;
+CREATE TRIGGER is_full BEFORE INSERT ON stage_attempts EXECUTE FUNCTION is_full()
+"""
+
+
+def test_full_queue_of_notifications_gives_nothing_up(database, conn):
+    job = database.add_job()
+    settled = result(claim(conn), "retry", delay=5.0)
+    database.rows(FULL)
+    try:
+        with pytest.raises(psycopg2.errors.ProgramLimitExceeded):
+            calls.in_parts(conn, [settled], wanted(), 1, "w")
+    finally:
+        database.rows("DROP TRIGGER is_full ON stage_attempts; DROP FUNCTION is_full()")
+    assert not database.owed(job).given_up
+
+
 POISON = "UPDATE stage_calls SET attempts = 2147483647 WHERE job_id = %s"
 
 

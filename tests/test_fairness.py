@@ -206,6 +206,14 @@ def test_call_that_comes_while_nothing_is_due_is_made_at_its_time(site, api, tmp
     assert tenants(api) == ["soon"]
 
 
+def test_call_by_hand_that_fails_waits_for_its_time_again(site, api, run_command):
+    api.on("/vlm_judge", lambda request: Answer(500))
+    add(site, "overlay", "acme", run_after="9999-01-01")
+    [[job]] = site.rows("SELECT job_id::text FROM jobs")
+    assert run_command(site, "call", job, api=api, **MODULE).code == 1
+    assert site.value("SELECT due_at = run_after FROM stage_calls")
+
+
 def test_call_that_cannot_be_claimed_is_given_up_and_none_of_lower_priority(site):
     add(site, "overlay", "healthy")
     add(site, "overlay", "poisoned", priority=10)
