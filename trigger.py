@@ -162,9 +162,12 @@ class Trigger:
         try:
             return self.judged(call, answer_of(call, self.routes))
         except BaseException as error:
-            if call.answer is None or not is_accepted(call):
+            if call.answer is None:
                 return self.raised(call, error, by_hand)
-            ended = self.judged(call, call.answer)  # whatever the stage function did next
+            ended = self.judged(call, call.answer)
+            if ended.outcome not in ("succeeded", TAKEN, "unknown"):
+                return self.raised(call, error, by_hand)
+            # Its stage has taken it, or may have, whatever the stage function did next.
             ended.trace = self.trace(error)
             return ended
 

@@ -167,8 +167,10 @@ def too_early(call: Call) -> Iterator[str]:
 
 
 def broke(one: Try) -> bool:
-    """The connection was closed on a worker that waited: a refusal, as the README has it."""
-    return "connection broke" in one.error
+    """The connection was closed on a worker that waited: a refusal, as the README has it. Or the
+    stage function raised after an answer that was one.
+    """
+    return "connection broke" in one.error or "Mischief" in one.error
 
 
 # --- at once -------------------------------------------------------------------------------

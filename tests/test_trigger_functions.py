@@ -237,6 +237,17 @@ def test_exception_after_a_refusal_is_retried(database, serve, caller, add_stage
     assert (attempt.outcome, attempt.error) == ("retry", "RuntimeError: after the answer")
 
 
+def test_exception_after_an_answer_of_a_call_that_may_run_waits_for_its_lease(
+    database, serve, caller, add_stage
+):
+    add_stage(posts_and(raise_error))
+    database.add_job("x")
+    gateway = b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n"
+    calling = caller(serve(in_turn(gateway)).url)
+    assert calling.call().outcome == "unknown"
+    assert calling.line("RuntimeError: after the answer")
+
+
 def test_nan_in_a_field_is_a_failed_attempt(database, accepting, caller, add_stage):
     add_stage(lambda call: call.post("/api/x", score=float("nan")))
     database.add_job("x")
