@@ -737,7 +737,8 @@ WITH mine AS (
 UPDATE stage_calls AS c
 SET attempts = greatest(%(attempt)s, %(spent)s),
     free_attempts = greatest(%(attempt)s - %(spent)s, 0), worker = NULL, started_at = NULL,
-    last_error = left(%(error)s, 2000), due_at = now() + make_interval(secs => %(delay)s)
+    last_error = left(%(error)s, 2000),
+    due_at = greatest(now() + make_interval(secs => %(delay)s), c.run_after)
 FROM mine WHERE c.job_id = mine.job_id AND c.call_id = mine.call_id
 """
 
@@ -821,7 +822,7 @@ def settle_alone(conn, result: Result, done: Turn) -> None:
     except psycopg2.Error as error:
         log.error("리스 만료 후 다시 확인됨: job=%s %s", result.job_id, error)
     else:
-        if given_up and not result.is_told:
+        if given_up and not (result.is_told and result.outcome == "failed"):
             done.given_up.append(replace(result, outcome="failed", error=reason))
 
 
@@ -922,7 +923,8 @@ WITH claimed AS (
     RETURNING l.call_id
 ), given_back AS (
     UPDATE stage_calls
-    SET worker = NULL, started_at = NULL, due_at = now(), free_attempts = free_attempts + 1
+    SET worker = NULL, started_at = NULL, due_at = greatest(now(), run_after),
+        free_attempts = free_attempts + 1
     WHERE job_id = ANY (ARRAY(SELECT job_id FROM open))
       AND call_id = ANY (ARRAY(SELECT call_id FROM open))
 )

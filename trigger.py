@@ -391,7 +391,7 @@ def alert_failure(alerts: Alerts, ended: Result, is_routed: Mapping[int, bool]) 
     if ended.call_id not in is_routed:
         alert_given_up(alerts, ended)
         return
-    ended.error = f"{ended.error} ({SET_FAILED})"
+    ended.error = f"{(ended.error or '')[:1900]} ({SET_FAILED})"  # 2,000 are recorded
     if not is_routed[ended.call_id]:
         ended.outcome, ended.delay, ended.hold = "failed", None, False
         tell_failed(alerts, ended.table_name, ended.job_id, ended.stage, ended.error)

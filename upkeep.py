@@ -337,7 +337,7 @@ WHEN {name} THEN EXISTS (
     SELECT FROM {table} AS r
     JOIN pipeline_stages AS p
         ON (p.current_step, p.status) = (r.current_step::text, r.status::text)
-    WHERE r.{id} = b.job_id AND (p.table_name, p.join_of, p.stage) = ({name}, '', b.stage)
+    WHERE r.{id} = b.job_id{collate} AND (p.table_name, p.join_of, p.stage) = ({name}, '', b.stage)
     OFFSET 0)"""
 CAN_BE_READ = "SELECT CASE b.table_name {rests} END FROM stage_attempts AS b LIMIT 0"
 
@@ -356,7 +356,7 @@ def prune(conn, days: float, after: Any = None, batch: int = BATCH):
     tables = list(pipeline.tables().values())
     given = {"days": days, "pruned_until": after, "batch": batch, "unreadable": []}
     try:
-        return execute(conn, PRUNE.format(rests=by_table(RESTS, tables)), given).fetchone()
+        return execute(conn, PRUNE.format(rests=by_table(conn, RESTS, tables)), given).fetchone()
     except CONNECTION_LOST:
         raise
     except psycopg2.Error:
@@ -364,12 +364,12 @@ def prune(conn, days: float, after: Any = None, batch: int = BATCH):
         if len(readable) in (0, len(tables)):
             raise
     given["unreadable"] = [table.name for table in tables if table not in readable]
-    return execute(conn, PRUNE.format(rests=by_table(RESTS, readable)), given).fetchone()
+    return execute(conn, PRUNE.format(rests=by_table(conn, RESTS, readable)), given).fetchone()
 
 
 def can_be_read(conn, table: pipeline.Table) -> bool:
     try:
-        execute(conn, CAN_BE_READ.format(rests=by_table(RESTS, [table])), {})
+        execute(conn, CAN_BE_READ.format(rests=by_table(conn, RESTS, [table])), {})
     except CONNECTION_LOST:
         raise
     except psycopg2.Error:
@@ -377,13 +377,28 @@ def can_be_read(conn, table: pipeline.Table) -> bool:
     return True
 
 
-def by_table(template: str, tables: Iterable[pipeline.Table]) -> str:
+# An id of a text type is compared by the collation of its own column, or no index on that serves.
+COLLATIONS = """
+SELECT wanted.name, format(' COLLATE %%I.%%I', n.nspname, c.collname) AS collate
+FROM unnest(%(names)s::text[], %(ids)s::text[]) AS wanted (name, id)
+JOIN pg_attribute AS a
+    ON (a.attrelid, a.attname) = (to_regclass(quote_ident(wanted.name)), wanted.id)
+JOIN pg_collation AS c ON c.oid = a.attcollation
+JOIN pg_namespace AS n ON n.oid = c.collnamespace
+"""
+
+
+def by_table(conn, template: str, tables: Iterable[pipeline.Table]) -> str:
     """`template` with the names of each table, for a statement with parameters."""
+    tables = list(tables)
+    given = {"names": [table.name for table in tables], "ids": [table.id for table in tables]}
+    collated = {row.name: row.collate for row in execute(conn, COLLATIONS, given)}
     return "".join(
         template.format(
             name=psycopg2.extensions.QuotedString(table.name).getquoted().decode(),
             table=pipeline.name_in_sql(table.name),
             id=pipeline.name_in_sql(table.id),
+            collate=collated.get(table.name, ""),
         )
         for table in tables
     ).replace("%", "%%")
@@ -549,7 +564,8 @@ LEFT JOIN recorded ON true
 IS_FAILED = """
 WHEN {name} THEN EXISTS (
     SELECT FROM {table} AS r
-    WHERE r.{id} = a.job_id AND (r.current_step::text, r.status::text) = (a.stage, 'failed')
+    WHERE r.{id} = a.job_id{collate}
+      AND (r.current_step::text, r.status::text) = (a.stage, 'failed')
     OFFSET 0)"""
 
 
@@ -563,7 +579,7 @@ def newly_failed(conn, after: Any = None, batch: int = BATCH) -> tuple[list, Any
     Returns:
         The rows, and the time after which the next batch begins; None: an hour ago.
     """
-    sql = NEWLY_FAILED.format(rows=by_table(IS_FAILED, pipeline.tables().values()))
+    sql = NEWLY_FAILED.format(rows=by_table(conn, IS_FAILED, pipeline.tables().values()))
     found = execute(conn, sql, {"after": after, "batch": batch}).fetchall()
     is_last = found[0].attempts < batch
     return [row for row in found if row.job_id is not None], None if is_last else found[0].until

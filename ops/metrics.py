@@ -71,7 +71,7 @@ FAMILIES = {
     "job_state_listener_given_up_calls": ("gauge", "Owed calls that wait for a person."),
     "job_state_listener_stage_held": (
         "gauge",
-        "1 while nobody calls the stage because it was unreachable or asked for patience.",
+        "1 while nobody calls the stage: unreachable, overloaded, or no database for its lookups.",
     ),
     "job_state_listener_stage_paused": (
         "gauge",

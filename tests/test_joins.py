@@ -587,7 +587,8 @@ def test_refused_call_is_over_where_its_stage_has_set_the_parent_to_failed_and_a
         apply(conn)
         job, _ = joined(variants)
         joins.look(conn)
-    calling = caller(serve(in_turn(BAD)).url)
+    page = b"HTTP/1.1 500 No\r\nContent-Length: 3000\r\n\r\n" + b"x" * 3000
+    calling = caller(serve(in_turn(page)).url)
     call = calling.claim()
     variants.database.move(job, "ad_copy", "failed")
     calling.run(call)

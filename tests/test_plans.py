@@ -10,7 +10,6 @@ from claims import STAGES, claim, claim_many, connected, held, result, settle, w
 import calls
 import db
 import joins
-import pipeline
 import upkeep
 from calls import Result
 
@@ -113,7 +112,8 @@ HISTORY = "Index Scan using stage_attempts_pkey on stage_attempts"
 BY_TIME = "Index Scan using stage_attempts_finished_idx on stage_attempts"
 LOOKS = "Index Scan using stage_looks_pkey on stage_looks"
 JOINS = "Index Scan using stage_joins_pkey on stage_joins"
-PRUNE = upkeep.PRUNE.format(rests=upkeep.by_table(upkeep.RESTS, [pipeline.JOBS]))
+RESTS = upkeep.RESTS.format(name="'jobs'", table="jobs", id="job_id", collate="")
+PRUNE = upkeep.PRUNE.format(rests=RESTS)
 PLANS = {
     calls.PAY: {BY_JOB},
     calls.POSTPONE: {BY_JOB},

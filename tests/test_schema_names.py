@@ -7,6 +7,7 @@ from test_schema_install import install
 from variants import PIPELINE, stage
 
 import joins
+import upkeep
 from ops import migrations
 from ops.grants import others
 from ops.install import SCHEMA, apply
@@ -216,6 +217,28 @@ def test_rows_with_ids_of_text_are_read_by_their_ids(
     for read in (looked, claimed):
         scans = {table: scans for table, (scans, _, _) in read.items()}
         assert (scans["jobs"], scans["jobs_variants"], scans["stage_joins"]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "types", [('text COLLATE "C"', "text"), ('text COLLATE "POSIX"', 'text COLLATE "C"')]
+)
+def test_rows_of_a_table_with_another_collation_are_read_by_their_ids(
+    each_server, make_database, use_pipeline, types
+):
+    use_pipeline(PIPELINE)
+    database = make_database(each_server, installed=False)
+    database.rows(f"{JOBS.format(types[0])}; {CHILDREN.format(types[1])}")
+    install(database)
+    database.rows(MANY)
+    database.rows("INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, stage, worker,"
+                  "                            started_at, finished_at, outcome)"
+                  " SELECT '4000', 'jobs_variants', 1, 1, 'yolo_detect', 'w', at, at, 'succeeded'"
+                  " FROM (SELECT now() - interval '40 days' AS at) AS t")  # fmt: skip
+    with connected(database) as conn:
+        upkeep.count(conn)
+        pruned = read_by(conn, lambda: upkeep.prune(conn, 30))
+        upkeep.newly_failed(conn)
+    assert pruned["jobs_variants"][:2] == (0, 1)
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at first", "when installed"])
