@@ -24,7 +24,8 @@ log = logging.getLogger("listener.alerts")
 TIME_LIMIT = 10.0  # seconds for one run
 AT_ONCE = 4
 LONGEST_QUEUE = 1000
-# Events that are sent once by a mark in the database, whichever listener sees them begin or end.
+# The beginning and the end of these are marked in the database, and one listener tells them. So
+# they are sent each time.
 MARKED = ("waiting", "refusing", "stalled")
 # Seconds after an alert during which more of the same event and stage are only counted.
 EPISODE = 600.0
@@ -78,7 +79,7 @@ class Alerts:
         """Give the command a JSON object on its standard input: event, text and `details`.
 
         More of the same event and stage within EPISODE are sent as one, with their `count`. Those
-        of MARKED are sent each.
+        of MARKED are sent each time.
         """
         said = {"event": event, "text": text, **details}
         key = event, details.get("stage")

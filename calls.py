@@ -100,11 +100,11 @@ FENCE = """c.job_id = r.job_id AND c.call_id = r.call_id AND c.attempts = r.atte
       AND c.worker = r.worker"""
 
 # SKIP LOCKED, as the stage's own transaction may still hold the row of the call when it answers.
-# A generic plan may join by scanning a whole index, if it was made while the queue was empty, or
-# the statistics said one row. It is kept when the queue is full, and when an old snapshot
-# elsewhere keeps the index full of dead entries. So rows are looked up one by one (LATERAL … LIMIT
-# 1), or by lists of their keys (= ANY (ARRAY(…))), one list for each index of the table. Then each
-# index that the planner may choose has a condition.
+# A generic plan that was made while the queue was empty, or the statistics said one row, may scan
+# a whole index for a join. The session goes on using it when the queue is full, or when an old
+# snapshot elsewhere keeps dead entries in the index. So rows are looked up one by one (LATERAL …
+# LIMIT 1), or by lists of their keys (= ANY (ARRAY(…))), one list for each index of the table. Then
+# each index that the planner may choose has a condition.
 MINE = f"""
     SELECT r.* FROM result AS r CROSS JOIN LATERAL (
         SELECT c.job_id FROM stage_calls AS c WHERE {FENCE}
@@ -339,7 +339,7 @@ DUE_BY_HAND = f"""
 
 # Takes the calls found, each for as long as its lease. All are found before the first is taken,
 # which is what the ORDER BY is for: OFFSET does not count a row that this command has updated,
-# and so passed by calls that were due. A call that was given up, which only a person takes, has all
+# and so passed by calls that were due. Only a person takes a call that was given up; it gets all
 # its attempts again. The state of the job is looked up in this same statement. There is always a
 # row, as it also says which results could not be settled.
 TAKE = f"""
@@ -704,8 +704,8 @@ def failed_by_stage(conn, results: Iterable[Result]) -> dict[int, bool]:
 
 
 # Where (stage, 'failed') leads to the stage again, the call goes on counting where the one before
-# it ended, whatever that was answered. OFFSET 0 makes the planner look the row up by its id. If it
-# went by time, it would read all of the history where the row has no such attempt.
+# it ended, whatever its outcome. OFFSET 0 makes the planner look the row up by its id. By time, it
+# would read all of the history where the row has no such attempt.
 SPENT_BEFORE = """
 SELECT coalesce(spent, attempt) AS spent, error
 FROM (SELECT * FROM stage_attempts WHERE job_id = %(job_id)s OFFSET 0) AS of_row

@@ -92,8 +92,8 @@ SESSION = {
 # Further settings, by the server version that introduced them (PostgreSQL 14 is 140000). They
 # switch limits of idle sessions and transactions off; statement_timeout bounds our transactions.
 SINCE = {140000: {"idle_session_timeout": "0"}, 170000: {"transaction_timeout": "0"}}
-# With `off`, a server that crashes may forget what it has confirmed: a claim whose call was made,
-# or a result that the listener keeps no longer. All other values wait for the server's own disk.
+# With `off`, a server that crashes may forget a commit that it has confirmed: a claim whose call
+# was made, or a result that we have dropped since. All other values wait for the server's disk.
 WAIT_FOR_DISK = """
 SELECT set_config('synchronous_commit', 'on', {is_local})
 WHERE current_setting('synchronous_commit') = 'off'; """
@@ -114,8 +114,8 @@ class ConnectionLost(psycopg2.OperationalError):
 CONNECTION_LOST = (ConnectionLost,)
 # 40: serialization failure, deadlock; 55P03: lock not available; 57014: query cancelled.
 TRY_AGAIN = ("40", "55P03", "57014")
-# A statement that has failed after more seconds than this is not repeated. So one that a person has
-# cancelled is, and one that statement_timeout has ended is not: it would take as long again.
+# Seconds. A statement that took longer before it failed is not repeated: statement_timeout has
+# ended it, and would again. One that a person has cancelled mostly failed sooner: it is repeated.
 TRY_AGAIN_WITHIN = 4.0
 # 08: connection; 25006: read-only, so a standby; 53300: too many clients; 57P0: going down;
 # 0A000: a column of jobs has another type than when a statement was prepared.
@@ -171,7 +171,7 @@ class Connection(psycopg2.extensions.connection):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.target: dict[str, str] = {}  # the one of targets() that it is connected to
-        self.number = 0  # of that target
+        self.target_number = 0  # its place among them
         self.prepared: dict[str, str] = {}  # by name: the EXECUTE of every prepared statement
 
 
@@ -211,7 +211,7 @@ def connect(
         except psycopg2.Error as error:
             reasons.append(" ".join(str(error).split()) + hint(settings, str(error)))
             continue
-        conn.stop, conn.target, conn.number = stop, target, number
+        conn.stop, conn.target, conn.target_number = stop, target, number
         try:
             conn.autocommit = True
             prepare_session(conn, SESSION | PINNED if pinned else SESSION)
@@ -227,10 +227,9 @@ def connect(
 
 def options(target: dict[str, str]) -> dict[str, Any]:
     """For libpq: how one of targets() is connected to."""
-    options = CONNECTION | target | ALWAYS
-    seconds, most = str(options["connect_timeout"]), CONNECTION["connect_timeout"]
-    options["connect_timeout"] = min(int(seconds) if seconds.isdigit() else most, most) or most
-    return options
+    given, most = target.get("connect_timeout", ""), CONNECTION["connect_timeout"]
+    seconds = min(int(given), most) if given.isdigit() else most
+    return CONNECTION | target | ALWAYS | {"connect_timeout": seconds or most}
 
 
 def hint(settings: SimpleNamespace, reason: str) -> str:

@@ -15,10 +15,10 @@ log = logging.getLogger("listener.trigger")
 
 # A move older than a call does not end it. A move whose call has no answer yet stays until its 202
 # is recorded, and is processed then. Locked rows are being processed by another listener. A place
-# under a limit may be free afterwards, so the other listeners are woken. A row's own call went with
-# its state; that of a join is still there. A move may have been
-# committed long after it was made: where the attempts of that time are counted already, its own
-# is counted here. Those of the last minutes are not, so the mark is locked for older ones alone.
+# under a limit may be free afterwards, so the other listeners are woken. The trigger has removed a
+# row's own call; that of a join is removed here. A move may have been committed long after it was
+# made. Where the attempts of that time are counted already, this one is counted here. Those of the
+# last minutes are not counted yet, so the mark is locked for older ones alone.
 LOOK = f"""
 WITH seen AS (
     SELECT move_id, job_id, table_name, stage, is_failed, moved_at FROM stage_moves

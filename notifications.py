@@ -183,9 +183,7 @@ class Hearing:
             self.is_told, self.deaf_until, self.pace.left = not self.silent, None, db.FLOOD
             log.info("LISTEN '%s' 시작", db.CHANNEL)
             return everything  # may have come meanwhile
-        if dropped:
-            return everything
-        return {notification.channel for notification in heard}
+        return everything if dropped else {notification.channel for notification in heard}
 
     def do_without(self) -> None:
         """After a flood: stop listening and poll every POLL_INTERVAL for a while."""

@@ -607,7 +607,7 @@ class Call:
     after_hold: bool = False  # its stage was held before
     limited: bool = False  # its stage has limits over all listeners
     asynchronous: bool = False  # 202 means that its stage works on it
-    host: int | None = None  # number of the target (see db.targets) that the listener works on
+    target_number: int | None = None  # the one of db.targets() that the listener works on
     api: StageApi = None  # type: ignore[assignment]  # the worker's own
     settings: SimpleNamespace = None  # type: ignore[assignment]  # the worker's own
     until: float = 0.0  # time.monotonic() by which the whole call must be over
@@ -667,7 +667,7 @@ class Call:
     def look_up(self, sql: str, params: dict[str, Any]) -> list:
         """As `query`, for data that a call can do without."""
         try:
-            return db.query(self.settings, sql, params, self.host)
+            return db.query(self.settings, sql, params, self.target_number)
         except psycopg2.Error:
             return []
 
@@ -704,7 +704,7 @@ class Call:
         return {"job_id": self.job_id, **self.ids, "tenant_id": self.tenant_id}
 
     def query(self, sql: str, params: dict[str, Any]) -> list:
-        return db.query(self.settings, sql, self.values | params, self.host)
+        return db.query(self.settings, sql, self.values | params, self.target_number)
 
 
 VALUE = "SELECT {}::text FROM {} WHERE {} = %(key)s"

@@ -204,7 +204,7 @@ class Workers:
                 self.all.append(self.start())
                 self.end(worker, has_ended=False)
                 worker = self.all[-1]
-        call.host = self.conn.number if self.conn else None
+        call.target_number = self.conn.target_number if self.conn else None
         worker.give(call)
 
     def collect(self, ready: Iterable[Any]) -> list[tuple[Call, Result]]:
@@ -355,9 +355,8 @@ def settle_as_orphan(settings: SimpleNamespace, call: Call, result: Result) -> N
     alerts = Alerts(settings)
     while True:
         try:
-            with contextlib.closing(
-                db.connect(settings, db.LISTENER_APPLICATION + call.listener, True, first=call.host)
-            ) as conn:
+            name, first = db.LISTENER_APPLICATION + call.listener, call.target_number
+            with contextlib.closing(db.connect(settings, name, True, first=first)) as conn:
                 is_new = not calls.is_recorded(conn, result)
                 if is_new and not result.is_told:
                     tell(conn, alerts, call, result)

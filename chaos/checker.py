@@ -158,7 +158,8 @@ def too_early(call: Call) -> Iterator[str]:
     """An attempt that nobody knows the end of is followed by another only after its lease."""
     for first, second in pairwise(sorted(call.tries.values(), key=lambda one: one.number)):
         known = outcomes_by(first, second.claimed)
-        unsure = "failed" in known and first.http is None and first.posts and not broke(first)
+        unsure = "failed" in known and first.http is None and first.posts
+        unsure = unsure and not (broke(first) or raised(first))
         under_way = may_still_run(first, second.claimed) and (known or first.posts)
         early = first.leased_until - second.claimed
         if early > 0 and (unsure or under_way):
@@ -167,10 +168,13 @@ def too_early(call: Call) -> Iterator[str]:
 
 
 def broke(one: Try) -> bool:
-    """The connection was closed on a worker that waited: a refusal, as the README has it. Or the
-    stage function raised after an answer that was one.
-    """
-    return "connection broke" in one.error or "Mischief" in one.error
+    """The connection was closed on a worker that waited: a refusal, as the README has it."""
+    return "connection broke" in one.error
+
+
+def raised(one: Try) -> bool:
+    """The stage function raised an exception after the answer."""
+    return "Mischief" in one.error
 
 
 # --- at once -------------------------------------------------------------------------------

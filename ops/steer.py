@@ -155,7 +155,7 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
     [claim] = claimed
     table, until = pipeline.tables()[claim.table_name], began + settings.LEASE_MARGIN
     call = pipeline.claimed_call(claim, table, limits[claim.stage], name, until)
-    call.host = conn.number
+    call.target_number = conn.target_number
     # A person may try once more after max_attempts.
     call.max_attempts = max(call.max_attempts, call.spent)
     owed = claim.owed or calls.is_owed(conn, claim, name)

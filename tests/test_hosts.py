@@ -88,7 +88,7 @@ def test_workers_ask_the_host_that_the_listener_works_on(proxied, database):
     assert db.query(settings, "SELECT 1 AS one", first=1) == [(1,)]
     assert proxy.links == []
     with closing(db.connect(settings, last=next(db.targets(settings)))) as conn:
-        assert conn.number == 1
+        assert conn.target_number == 1
 
 
 def test_url_changes_neither_the_encoding_nor_how_long_a_host_is_tried(database):
