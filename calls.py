@@ -770,12 +770,13 @@ def in_parts(
     """What settle_and_claim could not do at once: each result alone, then a claim of one call.
 
     What fails alone is one failed call, or one stage whose calls cannot be claimed, as where a
-    column of its table was renamed.
+    column of its table was renamed, or its table is locked while others have calls.
 
     Raises:
         psycopg2.Error: a result cannot be settled, and the fault is not that of a row.
     """
     done = Turn([], [])
+    locked: dict[str, psycopg2.Error] = {}  # stages whose calls wait for a table
     for result in results:
         settle_alone(conn, result, done)
     for stage in wanted if free else []:
@@ -783,8 +784,9 @@ def in_parts(
             turn = settle_and_claim(conn, [], [stage], 1, worker)
         except CONNECTION_LOST:
             raise
-        except psycopg2.errors.LockNotAvailable:
-            continue  # somebody holds the row of its limit
+        except psycopg2.errors.LockNotAvailable as error:
+            if not stage.limited:  # else somebody may hold the row of its limit, for a moment
+                locked[stage.stage] = error
         except psycopg2.errors.QueryCanceled as error:
             done.unclaimable[stage.stage] = error
             break  # the next one may take as long
@@ -797,6 +799,7 @@ def in_parts(
         else:
             if turn.claimed:
                 done.claimed = turn.claimed
+                done.unclaimable |= locked  # while they are asked, this one is not
                 break
     return done
 

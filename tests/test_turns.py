@@ -1,5 +1,6 @@
 """The turns of a listener with its workers: fair, prompt, cheap, and without losses."""
 
+import contextlib
 import time
 from itertools import pairwise
 
@@ -194,6 +195,18 @@ def test_table_that_cannot_be_read_keeps_no_call_of_another_waiting(database, tw
     database.rows(MEND)
     two_tables.listener.sweep_at = 0.0
     assert stages_of_turns(two_tables, 2) == ["yolo_detect"] * 2
+
+
+def test_table_that_is_locked_keeps_no_call_of_another_waiting(database, two_tables):
+    with contextlib.closing(database.connect()) as change:
+        change.autocommit = False
+        change.cursor().execute("LOCK TABLE jobs_variants IN ACCESS EXCLUSIVE MODE")
+        assert stages_of_turns(two_tables, 2) == ["vlm_analyze"] * 2
+        assert two_tables.listener.unclaimable.keys() == {"yolo_detect"}
+        assert two_tables.listener.next_look <= time.monotonic() + LONGEST_SLEEP
+    two_tables.line("한 건씩 다시 시도")  # the second turn did not wait
+    two_tables.listener.sweep_at = 0.0
+    assert stages_of_turns(two_tables, 1) == ["yolo_detect"]
 
 
 def test_result_is_settled_though_no_call_can_be_claimed(database, two_tables):
