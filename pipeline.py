@@ -22,7 +22,7 @@ import config
 import db
 import tracing
 from stage_http import Answer as Answer
-from stage_http import StageApi
+from stage_http import Interrupted, NoAnswer, StageApi, TimeIsUp, Unreachable
 
 # --- tables and states ---------------------------------------------------------------------
 
@@ -612,6 +612,7 @@ class Call:
     settings: SimpleNamespace = None  # type: ignore[assignment]  # the worker's own
     until: float = 0.0  # time.monotonic() by which the whole call must be over
     answer: Answer | None = None  # of the last POST
+    unanswered: Exception | None = None  # why the last POST got no answer
     answered: Any = None  # two bytes shared with the listener: the status of the last POST
 
     def __post_init__(self):
@@ -644,9 +645,22 @@ class Call:
             "X-Attempt": str(self.attempt),
             "traceparent": self.traceparent,
         }
-        self.answer = None
+        before, self.answer = self.answer, None
         self.tell_listener(0)
-        self.answer = self.api.post(path, body, headers, self.until)
+        try:
+            self.answer = self.api.post(path, body, headers, self.until)
+        except (Unreachable, TimeIsUp, TypeError, ValueError) as error:
+            # Nothing was sent: what came of the POST before counts, unless that was accepted.
+            if before is not None and before.status >= 300:
+                self.answer = before
+            elif isinstance(error, Unreachable):
+                self.unanswered = self.unanswered or error
+            raise
+        except Exception as error:  # also of a signal handler, while it waits
+            is_known = isinstance(error, (Interrupted, NoAnswer))
+            self.unanswered = error if is_known else NoAnswer(f"{type(error).__name__}: {error}")
+            raise
+        self.unanswered = None
         self.tell_listener(self.answer.status)
         return self.answer
 

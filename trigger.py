@@ -162,14 +162,23 @@ class Trigger:
         try:
             return self.judged(call, answer_of(call, self.routes))
         except BaseException as error:
-            if call.answer is None:
-                return self.raised(call, error, by_hand)
+            ended = self.raised(call, error, by_hand)
+            posted = self.posted(call, by_hand)
+            if posted is None or error is call.unanswered:
+                return ended
+            if ended.outcome == "unknown" and posted.outcome in ("held", "retry", "failed"):
+                return ended  # another request of the stage function may still run
+            posted.trace = self.trace(error)
+            return posted
+
+    def posted(self, call: Call, by_hand: bool) -> Result | None:
+        """What came of call.post, where that counts whatever the stage function did next."""
+        if call.answer is not None:
             ended = self.judged(call, call.answer)
-            if ended.outcome not in ("succeeded", TAKEN, "unknown"):
-                return self.raised(call, error, by_hand)
-            # Its stage has taken it, or may have, whatever the stage function did next.
-            ended.trace = self.trace(error)
-            return ended
+            return None if ended.outcome in ("retry", "failed") else ended
+        if call.unanswered is not None:
+            return self.raised(call, call.unanswered, by_hand)
+        return None
 
     def judged(self, call: Call, answer: stage_http.Answer) -> Result:
         """What the answer's status means."""
@@ -195,6 +204,9 @@ class Trigger:
             return self.failure(call, "unknown", str(error))
         if isinstance(error, stage_http.Interrupted):
             return self.failure(call, "retry", f"connection broke while waiting: {error}")
+        # raise_for_status() of a request that the stage function made beside call.post.
+        if getattr(getattr(error, "response", None), "status_code", None) in MAY_RUN:
+            return self.failure(call, "unknown", str(error))
         if isinstance(error, db.ConnectionLost):
             text = f"no database for the stage function: {error}"
             return self.failure(call, "held", text, hold=True)
@@ -240,8 +252,8 @@ def answer_of(call: Call, routes: Mapping[pipeline.Route, Callable]) -> stage_ht
         if isinstance(answer, requests.Response):
             answer = answer_in(answer)
     except requests.HTTPError as error:  # raise_for_status()
-        if error.response is None or is_accepted(call):
-            raise
+        if error.response is None or call.answer is not None or call.unanswered is not None:
+            raise  # call.post has made the call
         answer = answer_in(error.response)
     except (requests.ConnectionError, requests.Timeout, ChunkedEncodingError) as error:
         raise stage_http.translated(error) from error
@@ -270,10 +282,6 @@ def accepted(call: Call, status: int) -> Result | None:
     if 200 <= status < 300:
         return result(call, "succeeded", http_status=status)
     return None
-
-
-def is_accepted(call: Call) -> bool:
-    return call.answer is not None and 200 <= call.answer.status < 300
 
 
 # --- results -------------------------------------------------------------------------------
