@@ -56,6 +56,8 @@ FAILED = (
     OSError,
 )
 
+# Of a stage function's own request: the head of an answer came, and a body that cannot be read.
+CUT = (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError)
 NOT_CONNECTED = (
     urllib3.exceptions.NewConnectionError,
     urllib3.exceptions.ConnectTimeoutError,
@@ -273,6 +275,8 @@ def translated(error: Exception) -> Exception:
     def has(*kinds: type) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
 
+    if isinstance(error, CUT):
+        return NoAnswer(text)
     # Only for a stage function's own request: our HttpConnection raises Unreachable itself.
     # urllib3 also raises ProxyError where the connection broke after the request was sent.
     refused_by_proxy = has(urllib3.exceptions.ProxyError) and not has(ConnectionError)

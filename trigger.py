@@ -16,7 +16,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import requests
-from requests.exceptions import ChunkedEncodingError
 
 import config
 import db
@@ -47,6 +46,8 @@ NOT_PASSED_ON = re.compile(
     "(?<!latest )reset reason: (?:(?:local |remote )?connection failure|connection timeout|overflow"
     "|(?:local|remote) refused stream reset|overload manager reset)"
 )
+# What `requests` raises where a stage function's own request got no answer, or no whole one.
+OWN_REQUEST_FAILED = (requests.ConnectionError, requests.Timeout, *stage_http.CUT)
 # Seconds after its timeout at which the listener ends a call that has not ended itself.
 GRACE = 0.5
 
@@ -246,26 +247,41 @@ def answer_of(call: Call, routes: Mapping[pipeline.Route, Callable]) -> stage_ht
     try:
         if call.route not in routes:
             raise LookupError(f"PIPELINE has no {call.route} any more")
-        answer = routes[call.route](call)
+        answer = returned(routes[call.route], call)
         if answer is None:
             answer = call.answer
         if isinstance(answer, requests.Response):
             answer = answer_in(answer)
-    except requests.HTTPError as error:  # raise_for_status()
-        if error.response is None or call.answer is not None or call.unanswered is not None:
-            raise  # call.post has made the call
-        answer = answer_in(error.response)
-    except (requests.ConnectionError, requests.Timeout, ChunkedEncodingError) as error:
+    except OWN_REQUEST_FAILED as error:
         raise stage_http.translated(error) from error
     if not isinstance(answer, stage_http.Answer):
         raise TypeError(f"stage function {call.stage} must return call.post(...)")
     return answer
 
 
+def returned(function: Callable, call: Call) -> Any:
+    """What the stage function returns; where raise_for_status() of its own request raises, the
+    response of that, unless call.post has made the call.
+    """
+    try:
+        return function(call)
+    except requests.HTTPError as error:
+        if error.response is None or call.answer is not None or call.unanswered is not None:
+            raise
+        return error.response
+
+
 def answer_in(response: requests.Response) -> stage_http.Answer:
     """The answer to a request that the stage function sent itself."""
+    first = response.history[0] if response.history else response
+    if first.request is not None and first.request.method != response.request.method:
+        response = first  # a redirect, to a login say, that `requests` has followed with a GET
+    try:
+        body = response.content or b""
+    except RuntimeError:  # the stage function has read it as a stream
+        body = b""
     # Not response.text, which guesses the encoding from all of a body, however long.
-    text = (response.content or b"")[: stage_http.TEXT_LIMIT].decode("utf-8", "replace")
+    text = body[: stage_http.TEXT_LIMIT].decode("utf-8", "replace")
     retry_after = stage_http.parse_retry_after(response.headers)
     return stage_http.Answer(response.status_code, text, retry_after)
 

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import ssl
+import threading
 import time
 from datetime import timedelta
 
@@ -309,6 +310,39 @@ def test_raise_for_status_says_what_the_answer_says(
     assert attempt.error == f"HTTP {status}: no" and "Traceback" not in worker.output.getvalue()
 
 
+@pytest.mark.parametrize(("status", "outcome"), [(200, "succeeded"), (500, "retry")])
+def test_response_that_the_function_has_read_as_a_stream_counts(
+    database, serve, caller, add_stage, status, outcome
+):
+    def streaming(call):
+        response = sends(stream=True)(call)
+        assert [*response.iter_lines()] == [b"no"]
+        response.raise_for_status()
+        return response
+
+    add_stage(streaming)
+    database.add_job("x")
+    attempt = caller(serve(in_turn(reply(status))).url).call()
+    assert (attempt.outcome, attempt.http_status) == (outcome, status)
+    assert attempt.error == (None if outcome == "succeeded" else "HTTP 500")
+
+
+@pytest.mark.parametrize(
+    ("status", "outcome", "method"),
+    [(302, "failed", "GET"), (303, "failed", "GET"), (307, "succeeded", "POST")],
+)
+def test_redirect_that_is_followed_with_a_get_is_not_the_answer_of_the_stage(
+    database, serve, caller, add_stage, status, outcome, method
+):
+    login = serve(in_turn(OK))
+    add_stage(sends())
+    database.add_job("x")
+    redirect = reply(status, b"Location: %s/login" % login.url.encode())
+    attempt = caller(serve(in_turn(redirect)).url).call()
+    assert (attempt.outcome, attempt.http_status) == (outcome, 200 if method == "POST" else status)
+    assert login.requests[0].head.startswith(f"{method} /login ")
+
+
 def test_http_error_without_an_answer_is_named(database, accepting, caller, add_stage):
     add_stage(fails(requests.HTTPError("made up")))
     database.add_job("x")
@@ -332,10 +366,12 @@ def untrusted(serve) -> str:
     return serve(in_turn(OK), tls=context).url
 
 
+NO_GZIP = OK.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n")
 BROKEN = {
     "read timeout": (silent, {"timeout": 0.3}, "unknown", "timed out"),
     "cut": (answering(OK[:-1]), {}, "unknown", "IncompleteRead"),
     "cut in a stream": (answering(OK[:-1]), {"stream": True}, "unknown", "IncompleteRead"),
+    "no gzip": (answering(NO_GZIP), {}, "unknown", "incorrect header check"),
     "reset": (reset, {}, "retry", "connection broke while waiting: ConnectionResetError"),
 }
 
@@ -350,6 +386,27 @@ def test_own_request_that_breaks_is_told_apart(
     attempt = worker.call()
     assert attempt.outcome == outcome and text in attempt.error
     assert "Traceback" not in worker.output.getvalue()
+
+
+def test_own_request_that_is_reset_within_its_answer_waits_for_its_lease(
+    database, serve, caller, add_stage
+):
+    begun = threading.Event()
+
+    def reset_within(connection):
+        connection.answer(OK[:-1])
+        begun.wait(30)
+        connection.reset()
+
+    def streaming(call):
+        response = sends(stream=True)(call)
+        begun.set()
+        return response
+
+    add_stage(streaming)
+    database.add_job("x")
+    attempt = caller(serve(reset_within).url).call()
+    assert attempt.outcome == "unknown" and "ConnectionResetError" in attempt.error
 
 
 @pytest.mark.parametrize(
