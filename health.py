@@ -101,9 +101,12 @@ class StageHealth:
 
     def throttled(self, health: Health, call: Call, ended: Result) -> Result:
         """The result of 429 or 503: an attempt of the job if the stage accepts others meanwhile."""
-        if note_refusal(health, call):
-            return self.again(call, ended, "retry")
-        return ended
+        if not note_refusal(health, call):
+            return ended
+        revised = self.again(call, ended, "retry")
+        if revised.delay is not None:
+            revised.delay = max(revised.delay, ended.retry_after or 0.0)
+        return revised
 
     def again(self, call: Call, ended: Result, outcome: str, **details) -> Result:
         """The same answer with another outcome."""

@@ -1,5 +1,6 @@
 """Whether a refusal is the fault of the stage or of the job is judged by calls of other jobs."""
 
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -91,6 +92,17 @@ def test_job_that_is_put_off_while_others_are_accepted_spends_attempts(
         outcomes = [a.outcome for a in database.attempts(deadly)]
         assert len(outcomes) < 12
     assert outcomes[0] == "held" and outcomes[-3:] == ["retry", "retry", "failed"]
+
+
+def test_job_that_is_put_off_waits_for_as_long_as_its_stage_asks(database, serve, caller):
+    busy, later = database.add_job(), "503 Busy\r\nRetry-After: 600"
+    worker = caller(serve(lambda connection: reply(connection, [busy], later)).url)
+    while not database.attempts(busy) or database.attempts(busy)[-1].outcome == "held":
+        database.add_job()
+        worker.call_again()
+    last = database.attempts(busy)[-1]
+    assert last.outcome == "retry"
+    assert database.owed(busy).due_at - last.finished_at == timedelta(seconds=600)
 
 
 def reply(connection, deadly: list[str], status: str) -> None:
