@@ -189,7 +189,7 @@ class Receiver:
         """The request, where its signature and its body are right.
 
         Raises:
-            Refused: 401 or 422.
+            Refused: 401, 422 or 503.
         """
         given = {name.lower(): value for name, value in headers.items()}
         key = given.get("idempotency-key")

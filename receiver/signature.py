@@ -49,12 +49,13 @@ def verify(keys: list[bytes], headers: Mapping[str, str], body: bytes, now: floa
         now: seconds since 1970.
 
     Raises:
-        Refused: 401, and what is missing or wrong.
+        Refused: 401, and what is missing or wrong; 503 where only its time is too old, as that of a
+            request that has waited for a worker: sent again, it is signed anew.
     """
     if missing := [name for name in HEADERS if not headers.get(name)]:
         raise refusal(401, f"not signed: no {', '.join(missing)}")
     identity, sent, signatures = (headers[name] for name in HEADERS)
-    if not re.fullmatch("[0-9]{1,15}", sent) or abs(now - int(sent)) > TOLERANCE:
+    if not re.fullmatch("[0-9]{1,15}", sent) or int(sent) - now > TOLERANCE:
         raise refusal(401, f"webhook-timestamp is not within {TOLERANCE} s of this clock")
     signed = f"{identity}.{sent}.".encode() + body
     allowed = [b"v1," + base64.b64encode(hmac.digest(k, signed, hashlib.sha256)) for k in keys]
@@ -62,3 +63,6 @@ def verify(keys: list[bytes], headers: Mapping[str, str], body: bytes, now: floa
     # A list and not a generator, so that the time does not depend on which signature matches.
     if not any([hmac.compare_digest(one, other) for one in allowed for other in offered]):
         raise refusal(401, "the signature is not that of this body under any of our secrets")
+    if now - int(sent) > TOLERANCE:
+        error = f"signed {now - int(sent):.0f} s ago, more than {TOLERANCE} s by this clock"
+        raise refusal(503, error)
