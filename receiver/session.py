@@ -50,6 +50,7 @@ class Session:
         self.key, self.patience = key, patience
         self.connection: Any = None
         self.has_lock = False
+        self.was_autocommit = False  # it is given back as it came
 
     def transaction(self, do: Callable[[Any], Any]) -> Any:
         """What do(cursor) returns, once it is committed.
@@ -77,8 +78,9 @@ class Session:
                 if sqlstate(error) is None and not is_lost(error):
                     raise NoConnection(one_line(error)) from error
                 raise
-            driver = getattr(self.connection, "driver_connection", self.connection)  # SQLAlchemy
-            if driver.autocommit:
+            driver = driver_of(self.connection)
+            self.was_autocommit = driver.autocommit
+            if self.was_autocommit:
                 driver.autocommit = False
             if self.key is not None:
                 self.lock()
@@ -108,7 +110,7 @@ class Session:
         connection, self.connection, self.has_lock = self.connection, None, False
         if connection is not None:
             with suppress(Exception):
-                getattr(connection, "driver_connection", connection).close()
+                driver_of(connection).close()
             with suppress(Exception):
                 self.release(connection)
 
@@ -125,11 +127,18 @@ class Session:
             if self.has_lock:
                 self.connection.cursor().execute(UNLOCK, {"key": self.key})
                 self.connection.commit()
+            if self.was_autocommit:
+                driver_of(self.connection).autocommit = True
         except Exception:
             self.drop()
             return
         connection, self.connection, self.has_lock = self.connection, None, False
         self.release(connection)
+
+
+def driver_of(connection: Any) -> Any:
+    """The driver's connection, which SQLAlchemy's has inside."""
+    return getattr(connection, "driver_connection", connection)
 
 
 def sqlstate(error: Exception) -> str | None:

@@ -86,6 +86,19 @@ def test_driver_takes_works_repeats_and_recovers(site, kind):
     assert site.run(retried, work).status == 200 and site.effects(lost) == 1
 
 
+@pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
+@pytest.mark.parametrize("autocommit", [True, False])
+@pytest.mark.parametrize("lost_after", [None, 900])
+def test_connection_is_given_back_as_it_came(site, driver, autocommit, lost_after):
+    connection, given_back = pytest.importorskip(driver).connect(site.database.dsn), []
+    connection.autocommit = autocommit
+    site.receiver = site.make(lambda: connection, release=given_back.append, lost_after=lost_after)
+    job = site.database.add_job()
+    assert site.run(site.request(job)).status == 200 and site.effects(job) == 1
+    assert given_back and connection.autocommit == autocommit
+    connection.close()
+
+
 def test_statement_of_sqlalchemy_is_written_with_the_rest(site):
     sqlalchemy = pytest.importorskip("sqlalchemy")
     from sqlalchemy.dialects.postgresql import psycopg2 as dialect
