@@ -249,12 +249,16 @@ class Receiver:
         session, sent = self.session(PATIENCE_TO_TAKE), 0
         try:
             for stage in (one for one in stages if one.running):
-                sent += sum(
-                    session.transaction(partial(self.sent_back, stage=stage, key=key, owner=owner))
-                    for key, owner in session.transaction(
-                        partial(running_keys, stage=stage, lost_after=self.lost_after or 0)
-                    )
-                )
+                asked = partial(running_keys, stage=stage, lost_after=self.lost_after or 0)
+                for key, owner, row_id in session.transaction(asked):
+                    lost = partial(self.sent_back, stage=stage, key=key, owner=owner)
+                    try:
+                        sent += session.transaction(lost)
+                    except Exception as error:  # such as a trigger of the application's
+                        if is_lost(error):
+                            raise
+                        text = one_line(error)
+                        log.error("%s %s cannot be sent back: %s", stage.name, row_id, text)
             session.transaction(partial(forget, days=self.keep_days))
         finally:
             session.close()

@@ -281,7 +281,7 @@ def give_up(cursor: Any, request: Request, owner: str) -> None:
 # With lost_after = 0 the lock of a request decides whether it is lost, so its time is not asked
 # for: the clock may have been set back since.
 RUNNING = """
-SELECT key, owner FROM stage_requests
+SELECT key, owner, row_id FROM stage_requests
 WHERE stage = %(stage)s AND table_name = %(table)s AND state = 'running'
   AND (%(lost_after)s = 0
        OR started_at < clock_timestamp() - make_interval(secs => %(lost_after)s))"""
@@ -309,7 +309,7 @@ WHERE state <> 'running' AND finished_at < now() - make_interval(days => %(days)
 
 
 def running_keys(cursor: Any, stage: Stage, lost_after: float) -> list[tuple]:
-    """Key and owner of the stage's requests that have run for `lost_after` seconds."""
+    """Key, owner and row of the stage's requests that have run for `lost_after` seconds."""
     given = {"stage": stage.name, "table": stage.table, "lost_after": float(lost_after)}
     return rows(cursor, RUNNING, given)
 

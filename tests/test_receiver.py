@@ -346,6 +346,26 @@ def test_recover_does_not_count_a_row_that_was_moved_meanwhile(site, caplog):
     assert site.database.value("SELECT state FROM stage_requests") == "abandoned"
 
 
+KEPT = "ALTER TABLE jobs ADD CONSTRAINT kept CHECK (job_id <> '{}' OR status = 'running') NOT VALID"
+
+
+def test_row_that_cannot_be_sent_back_keeps_no_other_from_it(site, caplog):
+    kept, lost, old = (site.database.add_job() for _ in range(3))
+    answered = site.request(old)
+    site.run(answered)
+    site.database.rows("UPDATE stage_requests SET finished_at = now() - interval '31 days'")
+    lose(site, kept), lose(site, lost)
+    site.database.rows(KEPT.format(kept))
+    try:
+        assert site.receiver.recover(ANALYZE) == 1
+    finally:
+        site.database.rows("ALTER TABLE jobs DROP CONSTRAINT kept")
+    assert site.database.state(lost) == ("img_gen", "done")
+    assert f"vlm_analyze {kept} cannot be sent back: CheckViolation" in caplog.text
+    assert site.remembered(answered) is None
+    assert site.receiver.recover(ANALYZE) == 1
+
+
 def test_row_whose_process_dies_again_and_again_is_set_failed_until_a_person_sends_it_back(site):
     job = site.database.add_job()
     site.receiver = site.make(most_deaths=2)
