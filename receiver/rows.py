@@ -24,6 +24,9 @@ class Stage:
         id: the column that identifies a row; the body has the id under this name.
         where: what else must be true of the row r, in SQL. %(name)s is a field of the body.
         touch: a column that is set to now() with each change of the state.
+
+    Raises:
+        ValueError: `after` is no state, and no list of states.
     """
 
     name: str
@@ -33,6 +36,12 @@ class Stage:
     id: str = "job_id"
     where: str = "r.tenant_id IS NOT DISTINCT FROM %(tenant_id)s"
     touch: str | None = None
+
+    def __post_init__(self) -> None:
+        states = self.states if isinstance(self.after, (tuple, list)) else []
+        if not states or not all(map(is_state, states)):
+            allowed = "(step, status), or a list of such"
+            raise ValueError(f"Stage({self.name!r}): after={self.after!r}: allowed is {allowed}")
 
     @property
     def states(self) -> list[tuple[str, str]]:
@@ -47,6 +56,10 @@ class Stage:
         table = ".".join(map(quoted, self.table.split(".")))
         touch = f", {quoted(self.touch)} = now()" if self.touch else ""
         return statement.format(table=table, id=quoted(self.id), where=self.where, touch=touch)
+
+
+def is_state(value: Any) -> bool:
+    return isinstance(value, tuple) and list(map(type, value)) == [str, str]
 
 
 def quoted(name: str) -> str:

@@ -152,6 +152,15 @@ def test_other_tables_ids_conditions_and_a_column_to_touch(site):
     assert done == [("done", False), ("done", True)]
 
 
+AFTERS = ["done", ["img_gen", "done"], [["img_gen", "done"]], (("img_gen", "done"),), (), [], None]
+
+
+@pytest.mark.parametrize("after", AFTERS, ids=repr)
+def test_state_that_no_row_can_be_in_is_refused(after):
+    with pytest.raises(ValueError, match=r"Stage\('s'\): after=.* allowed is \(step, status\), or"):
+        Stage("s", after)
+
+
 # --- what is not taken ---------------------------------------------------------------------
 
 
