@@ -6,7 +6,6 @@ stages.py, or the module that PIPELINE_MODULE names, is written with it.
 import functools
 import importlib
 import inspect
-import math
 import re
 import shlex
 import uuid
@@ -171,10 +170,15 @@ def parent_name(table: Table) -> str | None:
 # --- limits --------------------------------------------------------------------------------
 
 
-def is_positive(value: Any, *kinds: type) -> bool:
-    """Whether `value` is a number of these kinds, above 0 and finite. True is none."""
+LARGEST = 2**31 - 1  # of PostgreSQL's integer
+LONGEST = 86_400  # seconds, as of STAGE_TIMEOUT
+SLOWEST = 1e-6  # calls a minute: one in two years
+
+
+def is_positive(value: Any, *kinds: type, most: float = LARGEST) -> bool:
+    """Whether `value` is a number of these kinds, above 0 and at most `most`. True is none."""
     is_number = isinstance(value, kinds) and not isinstance(value, bool)
-    return is_number and 0 < value < math.inf
+    return is_number and 0 < value <= most
 
 
 @dataclass(frozen=True)
@@ -199,9 +203,11 @@ class Pool:
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"Pool({self.name!r}): allowed is a name")
         if not is_positive(self.size, int):
-            raise ValueError(f"Pool({self.name!r}): size={self.size!r}: allowed is 1 or more")
-        if self.linger is not None and not is_positive(self.linger, int, float):
-            raise ValueError(f"Pool({self.name!r}): linger={self.linger!r}: allowed are seconds")
+            allowed = f"1 to {LARGEST}"
+            raise ValueError(f"Pool({self.name!r}): size={self.size!r}: allowed is {allowed}")
+        if self.linger is not None and not is_positive(self.linger, int, float, most=LONGEST):
+            allowed = f"up to {LONGEST} seconds"
+            raise ValueError(f"Pool({self.name!r}): linger={self.linger!r}: allowed is {allowed}")
 
 
 @dataclass(frozen=True)
@@ -235,13 +241,15 @@ class Limits:
         for name in ("max_running", "max_attempts", "per_tenant"):
             value = getattr(self, name)
             if value is not None and not is_positive(value, int):
-                allowed = "a whole number above 0, or None"
+                allowed = f"a whole number above 0, up to {LARGEST}, or None"
                 raise ValueError(f"{name}={value!r} of a stage: allowed is {allowed}")
-        for name in ("timeout", "per_minute"):
-            value = getattr(self, name)
-            if value is not None and not is_positive(value, int, float):
-                allowed = "a number above 0, or None"
-                raise ValueError(f"{name}={value!r} of a stage: allowed is {allowed}")
+        timeout, rate = self.timeout, self.per_minute
+        if timeout is not None and not is_positive(timeout, int, float, most=LONGEST):
+            allowed = f"a number above 0, up to {LONGEST}, or None"
+            raise ValueError(f"timeout={timeout!r} of a stage: allowed is {allowed}")
+        if rate is not None and not (is_positive(rate, int, float) and rate > SLOWEST):
+            allowed = f"a number above {SLOWEST:f}, or None"
+            raise ValueError(f"per_minute={rate!r} of a stage: allowed is {allowed}")
         for name in ("asynchronous", "fair"):
             if not isinstance(getattr(self, name), bool):
                 given = getattr(self, name)
@@ -352,8 +360,7 @@ def check(pipeline: Any) -> None:
     for key, function in pipeline.items():
         if not callable(function) or not hasattr(function, "__name__"):
             raise ValueError(f"{key!r}: {function!r} is no function")
-        if inspect.iscoroutinefunction(function):
-            raise ValueError(f"{function.__name__}: allowed is `def`, not `async def`")
+        check_function(function)
         state = (key.step, key.status) if isinstance(key, State) else key
         words = state if isinstance(state, tuple) else ()
         if len(words) != 2 or not all(isinstance(word, str) and word for word in words):
@@ -368,7 +375,37 @@ def check(pipeline: Any) -> None:
         if (route := route_of(key)) in found:
             raise ValueError(f"{route} is there twice: with a Table, and as a plain tuple")
         found.add(route)
+    check_names(pipeline)
     check_pools(pipeline)
+
+
+def check_function(function: Callable) -> None:
+    """Raises ValueError where it cannot be a stage function."""
+    name = function.__name__
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        raise ValueError(f"{name}: allowed is `def`, not `async def`")
+    if inspect.isgeneratorfunction(function):
+        raise ValueError(f"{name}: a stage function returns its answer, and does not `yield`")
+    try:
+        inspect.signature(function, follow_wrapped=False).bind(None)
+    except TypeError:
+        raise ValueError(f"{name}: a stage function takes one argument, the call") from None
+
+
+def check_names(pipeline: dict[Any, Callable]) -> None:
+    """Raises ValueError where two stages cannot be told apart by their names."""
+    functions: dict[tuple[str, str], Callable] = {}
+    names: dict[str, str] = {}
+    for key, function in pipeline.items():
+        name, table = function.__name__, route_of(key).table
+        function = inspect.unwrap(function)  # it may have been decorated for each of its states
+        if functions.setdefault((table, name), function) != function:
+            hint = "a decorator keeps it with functools.wraps"
+            raise ValueError(f"two functions of {table} are called {name}: a stage needs a name of"
+                             f" its own ({hint})")  # fmt: skip
+        if (other := names.setdefault(name.upper(), name)) != name:
+            both = config.STAGE_URL + name.upper()
+            raise ValueError(f"{other} and {name} differ by case alone: {both} would be of both")
 
 
 def check_pools(pipeline: dict[Any, Callable]) -> None:

@@ -1,11 +1,13 @@
 """End to end, with real processes: what the whole promises."""
 
+import functools
 import os
 import signal
 from collections import Counter
 from datetime import timedelta
 
 import pytest
+from variants import VARIANTS, stage
 from waiting import (
     LISTENERS,
     LISTENING,
@@ -281,6 +283,32 @@ async def asynchronous(call):
     return call.post("/api/x")
 
 
+def no_argument():
+    pass
+
+
+def second_argument(call, note):
+    pass
+
+
+def yielding(call):
+    yield call.post("/api/x")
+
+
+async def yielding_later(call):
+    yield call.post("/api/x")
+
+
+def with_more(function):
+    """A decorator that gives the function a second argument."""
+
+    @functools.wraps(function)
+    def wrapper(call):
+        return function(call, "note")
+
+    return wrapper
+
+
 TWICE = {pipeline.JOBS("img_gen", "done"): overlay, ("img_gen", "done"): planner}
 
 
@@ -289,11 +317,27 @@ TWICE = {pipeline.JOBS("img_gen", "done"): overlay, ("img_gen", "done"): planner
     [
         (TWICE, r"^\(img_gen, done\) is there twice"),
         ({("img_gen", "done"): asynchronous}, "^asynchronous: allowed is `def`"),
+        ({("img_gen", "done"): yielding_later}, "^yielding_later: allowed is `def`"),
+        ({("img_gen", "done"): yielding}, "^yielding: .* does not `yield`"),
+        ({("img_gen", "done"): no_argument}, "^no_argument: .* takes one argument, the call"),
+        ({("img_gen", "done"): second_argument}, "^second_argument: .* takes one argument"),
+        ({("a", "b"): lambda call: 1, ("c", "d"): lambda call: 2}, "of jobs are called <lambda>:"),
+        ({("a", "b"): stage("planner"), ("c", "d"): stage("planner")}, "are called planner: a"),
+        (
+            {("a", "b"): stage("planner"), VARIANTS("c", "d"): stage("Planner")},
+            "^planner and Planner differ by case alone: STAGE_API_URL_PLANNER would be of both",
+        ),
     ],
 )
 def test_pipeline_that_could_not_make_all_its_calls_is_refused(bad, said):
     with pytest.raises(ValueError, match=said):
         pipeline.check(bad)
+
+
+def test_function_of_several_states_or_tables_and_one_that_is_wrapped_are_none_of_these():
+    states = {("a", "b"): planner, ("c", "d"): planner, VARIANTS("a", "b"): stage("planner")}
+    states |= {("e", word): with_more(second_argument) for word in ("done", "failed")}
+    assert pipeline.check(states) is None
 
 
 def test_refused_connection_costs_no_attempt_and_is_called_once_it_is_back(database, listener):
