@@ -659,7 +659,7 @@ class Call:
     def route(self) -> Route:
         return Route(self.table, self.join, self.current_step, self.status)
 
-    def post(self, path: str, **fields: Any) -> Answer:
+    def post(self, path: str, /, **fields: Any) -> Answer:
         """POST {"job_id", "tenant_id", **fields} to `path` of the stage API.
 
         Where the row of another table owes the call, its own id comes first, under the name of
@@ -669,7 +669,8 @@ class Call:
             Unreachable, Interrupted, NoAnswer: see there; a stage function lets them pass.
             TimeIsUp: the stage function used up its timeout before this; nothing was sent.
             ValueError: `path` does not begin with a slash, or a field is NaN or infinite.
-            TypeError: a field is of a type such as bytes or set, for which JSON has nothing.
+            TypeError: a field is of a type, such as bytes, set or a generator, for which JSON has
+                nothing, and which has no text of its own.
         """
         if not path.startswith("/"):
             raise ValueError(f"the path of a stage begins with a slash: {path!r}")

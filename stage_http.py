@@ -186,7 +186,8 @@ def as_text(value: Any) -> str:
     Raises:
         TypeError: its text would be Python.
     """
-    if isinstance(value, (bytes, bytearray, memoryview, set, frozenset)):
+    is_repr = type(value).__str__ is object.__str__  # type: ignore[comparison-overlap]
+    if is_repr or isinstance(value, (bytes, bytearray)):
         kind = type(value).__name__
         raise TypeError(f"a field is of type {kind}, which JSON does not have: give text or a list")
     return str(value)
