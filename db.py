@@ -443,8 +443,9 @@ def query(
     sql: str,
     params: dict[str, Any] | None = None,
     first: int | None = None,
+    cursor_factory: type[psycopg2.extensions.cursor] = psycopg2.extras.NamedTupleCursor,
 ) -> list:
-    """The rows of a read-only query on a connection of its own, as named tuples.
+    """The rows of a read-only query on a connection of its own.
 
     Args:
         first: see connect().
@@ -456,6 +457,6 @@ def query(
     """
     with contextlib.closing(connect(settings, "job-state-listener lookup", first=first)) as conn:
         try:
-            return execute(conn, READ_ONLY + sql, params).fetchall()
+            return execute(conn, READ_ONLY + sql, params, cursor_factory).fetchall()
         except ConnectionLost as lost:
             raise lost.__cause__ or lost from None

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, TypeVar, Union
 from urllib.parse import quote
 
 import psycopg2
+import psycopg2.extensions
+import psycopg2.extras
 
 import config
 import db
@@ -734,6 +736,7 @@ class Call:
             db.ConnectionLost: no database; a stage function lets it pass, and the call is due
                 again without having spent an attempt.
             psycopg2.Error: the query's own fault.
+            ValueError: two columns have one name, or one that is a keyword of Python.
         """
         rows = self.query(sql, params)
         if not rows:
@@ -745,9 +748,9 @@ class Call:
 
     def fetch_value(self, sql: str, **params: Any) -> Any:
         """A value that the body can do without: the first column of the first row; None where
-        there is no row, or it is NULL. Asked for and raising as `fetch_one`.
+        there is no row, or it is NULL. Asked for as `fetch_one`; its name does not matter.
         """
-        rows = self.query(sql, params)
+        rows = self.query(sql, params, psycopg2.extensions.cursor)
         return rows[0][0] if rows else None
 
     @property
@@ -755,8 +758,11 @@ class Call:
         """What every query is given."""
         return {"job_id": self.job_id, **self.ids, "tenant_id": self.tenant_id}
 
-    def query(self, sql: str, params: dict[str, Any]) -> list:
-        return db.query(self.settings, sql, self.values | params, self.target_number)
+    def query(
+        self, sql: str, params: dict[str, Any], cursor: type = psycopg2.extras.NamedTupleCursor
+    ) -> list:
+        given = self.values | params
+        return db.query(self.settings, sql, given, self.target_number, cursor)
 
 
 VALUE = "SELECT {}::text FROM {} WHERE {} = %(key)s"

@@ -13,10 +13,13 @@ docs/STAGES.md, "Testing a stage", has more.
 
 import json
 import math
+import re
 from collections import namedtuple
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+from psycopg2.extras import NamedTupleCursor
 
 import config
 import pipeline
@@ -90,6 +93,10 @@ class Query(NamedTuple):
     params: dict[str, Any]
 
 
+# What psycopg2 replaces; any other % it refuses.
+PLACEHOLDER = re.compile(r"%(?:%|\(([^)]*)\)s)")
+
+
 @dataclass
 class OfflineCall(Call):
     """A call that answers queries from `rows`, and keeps them in `queries`."""
@@ -97,17 +104,18 @@ class OfflineCall(Call):
     rows: Mapping[str, Found] = field(default_factory=dict)
     queries: list[Query] = field(default_factory=list)
 
-    def query(self, sql: str, params: dict[str, Any]) -> list:
+    def query(self, sql: str, params: dict[str, Any], cursor: type = NamedTupleCursor) -> list:
         query = Query(sql, self.values | params)
         self.queries.append(query)
         said = " ".join(sql.split())
-        try:
-            sql % query.params
-        except KeyError as error:
-            raise LookupError(f"no value for %({error.args[0]})s in: {said}") from None
-        except (TypeError, ValueError) as error:  # psycopg2 also wants % as %%
-            raise ValueError(f"{error} in: {said}") from None
-        return [row_of(one) for one in self.found(said)]
+        for name in PLACEHOLDER.findall(sql):
+            if name and name not in query.params:
+                raise LookupError(f"no value for %({name})s in: {said}")
+        if "%" in PLACEHOLDER.sub("", sql):
+            raise ValueError(f"a % that is neither %(name)s nor %% in: {said}")
+        if cursor is NamedTupleCursor:
+            return [named(one) for one in self.found(said)]
+        return [tuple(one.values()) for one in self.found(said)]
 
     def look_up(self, sql: str, params: dict[str, Any]) -> list:
         """No rows: a declared trace is not looked up, so that no test needs a row for it."""
@@ -122,8 +130,11 @@ class OfflineCall(Call):
         return [found] if isinstance(found, Mapping) else found or []
 
 
-def row_of(columns: Mapping[str, Any]) -> Any:
-    return namedtuple("Record", columns, rename=True)(*columns.values())
+def named(columns: Mapping[str, Any]) -> Any:
+    """The row as psycopg2 names its columns, which raises ValueError for a keyword of Python."""
+    names = [re.sub(r"\W", "_", name) for name in columns]
+    names = [f"f{name}" if re.match("[_0-9]", name) else name for name in names]
+    return namedtuple("Record", names)(*columns.values())
 
 
 def make_call(

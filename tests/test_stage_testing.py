@@ -7,9 +7,11 @@ import re
 import subprocess
 import sys
 import uuid
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+from test_stages import make_call as real_call
 from variants import VARIANTS
 
 from examples.variants import stages as ten
@@ -39,8 +41,6 @@ def test_request_has_the_headers_that_are_sent():
 
 
 def test_same_request_as_a_stage_api_gets(accepting):
-    from test_stages import make_call as real_call
-
     api = FakeStageApi(settings={"STAGE_API_URL": accepting.url})
     given = {"text": "안녕", "id": uuid.UUID(int=7)}
     real_call(accepting).post("/api/x y", **given)
@@ -135,10 +135,34 @@ def test_query_that_no_row_was_given_for_says_which():
         call.fetch_value("SELECT text FROM job_inputs")
 
 
-@pytest.mark.parametrize("sql", ["SELECT %(nobody)s", "SELECT 'a' LIKE '% b'"])
-def test_placeholder_that_psycopg2_would_refuse_is_refused(sql):
-    with pytest.raises((LookupError, ValueError), match="in: SELECT"):
-        make_call(rows={"SELECT": None}).fetch_value(sql)
+@pytest.fixture
+def asking(database):
+    """A call that asks a database, and one that does not."""
+    real = real_call(SimpleNamespace(url="http://127.0.0.1:9"), settings=database.settings())
+    return real, make_call(rows={"SELECT": {"class": 7}})
+
+
+@pytest.mark.parametrize(
+    "sql", ["SELECT %(nobody)s", "SELECT 'a' LIKE '% b'", "SELECT %s", "SELECT %(number)d"]
+)
+def test_placeholder_that_psycopg2_would_refuse_is_refused(asking, sql):
+    for call in asking:
+        with pytest.raises((LookupError, ValueError, TypeError)):
+            call.fetch_value(sql, number=7)
+
+
+def test_value_may_be_a_column_of_any_name_and_a_row_may_not(asking):
+    for call in asking:
+        assert call.fetch_value("SELECT %(number)s AS class WHERE '%%' <> 'a'", number=7) == 7
+        with pytest.raises(ValueError, match="keyword: 'class'"):
+            call.fetch_one("SELECT 7 AS class")
+    assert asking[0].fetch_value("SELECT 7, 8") == 7
+
+
+def test_columns_are_named_as_psycopg2_names_them(asking):
+    call = make_call(rows={"SELECT": {"?column?": 1, "a b": 2, "1st": 3}})
+    real, fake = (one.fetch_one('SELECT 1, 2 AS "a b", 3 AS "1st"') for one in (asking[0], call))
+    assert real._asdict() == fake._asdict()
 
 
 def test_settings_are_defaults_and_those_given(monkeypatch):
