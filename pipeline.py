@@ -6,7 +6,6 @@ stages.py, or the module that PIPELINE_MODULE names, is written with it.
 import functools
 import importlib
 import inspect
-import re
 import shlex
 import uuid
 from collections.abc import Callable
@@ -550,8 +549,8 @@ def typed(command: str, table: str, key: str, *options: str, with_table: bool = 
 
 
 def name_in_sql(name: str) -> str:
-    is_plain = re.fullmatch("[a-z_][a-z0-9_]*", name)
-    return name if is_plain else '"' + name.replace('"', '""') + '"'
+    """`name` in quotes, as it may be a reserved word; the names of our own JOBS are none."""
+    return name if name in (JOBS.name, JOBS.id) else '"' + name.replace('"', '""') + '"'
 
 
 # For a person, who sees what it does.

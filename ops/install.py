@@ -16,7 +16,7 @@ from ops import migrations
 from ops.place import named, require_place
 from ops.problem import Problem
 from ops.routes import announced, is_silent, is_updates_only, known, shown
-from ops.tables import require_usable
+from ops.tables import require_usable, tenant_columns
 
 ROOT = Path(__file__).parent.parent
 # One after the other, in one transaction.
@@ -210,26 +210,16 @@ def apply(
     db.execute(conn, script)
 
 
-# A table that does not say so may have its own column for the tenant.
-HAS_TENANT = """
-SELECT c.relname AS name FROM pg_class AS c
-JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attname = %(column)s AND NOT a.attisdropped
-WHERE c.oid IN (SELECT to_regclass(format('%%I', name)) FROM unnest(%(tables)s::text[]) AS name)
-"""
-
-
 def described(conn, settings: SimpleNamespace) -> dict[str, list]:
     """What PIPELINE declares, as rows of pipeline_tables, pipeline_stages and stage_limits."""
     timeouts = pipeline.timeouts(settings)
-    given = {"tables": list(pipeline.tables()), "column": pipeline.JOBS.tenant}
-    has_tenant = {row.name for row in db.execute(conn, HAS_TENANT, given)}
+    tenants = tenant_columns(conn)
     tables = [
         {
             "name": table.name,
             "position": position,
             "id_column": table.id,
-            "tenant_column": table.tenant
-            or (pipeline.JOBS.tenant if table.name in has_tenant else None),
+            "tenant_column": tenants[table.name],
             "parent_table": pipeline.parent_name(table),
             "parent_column": table.parent and table.parent[1],
             "channel": table.channel,

@@ -9,6 +9,7 @@ import db
 import pipeline
 from ops.migrations import VIEWS
 from ops.problem import Problem
+from ops.tables import tenant_columns
 
 # Columns that each of our relations has in every released version. A relation of the same name
 # without them is not ours.
@@ -203,12 +204,13 @@ def changes(conn) -> Iterator[str]:
     if copy := db.execute(conn, COPIES).fetchone():
         also = " with another collation" * (copy.type == copy.wanted)
         yield f"job_id is {copy.wanted} in jobs and {copy.type}{also} in {copy.place}"
+    tenants = tenant_columns(conn)
     tables = [
         {
             "position": position,
             "name": table.name,
             "id_column": table.id,
-            "tenant_column": table.tenant,
+            "tenant_column": tenants[table.name],
             "parent_column": table.parent and table.parent[1],
             "priority_column": table.priority,
             "run_after_column": table.run_after,

@@ -169,3 +169,23 @@ def faults_of_columns(table: Table, columns: dict, is_joined: bool) -> Iterator[
         column = table.parent_column
         what = f"{name}.{column} has no index, so each look at a parent would read all of {name}"
         yield Fault(what, f"CREATE INDEX ON {name} ({column})")
+
+
+# --- what a table does not declare ---------------------------------------------------------
+
+# A table that does not say so may have its own column for the tenant.
+HAS_TENANT = """
+SELECT c.relname AS name FROM pg_class AS c
+JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attname = %(column)s AND NOT a.attisdropped
+WHERE c.oid IN (SELECT to_regclass(format('%%I', name)) FROM unnest(%(tables)s::text[]) AS name)
+"""
+
+
+def tenant_columns(conn) -> dict[str, str | None]:
+    """The column with the tenant by table; None where a row has its parent's, or none."""
+    given = {"tables": list(pipeline.tables()), "column": pipeline.JOBS.tenant}
+    has_own = {row.name for row in db.execute(conn, HAS_TENANT, given)}
+    return {
+        table.name: table.tenant or (pipeline.JOBS.tenant if table.name in has_own else None)
+        for table in pipeline.tables().values()
+    }

@@ -2,6 +2,7 @@
 
 import json
 import re
+import uuid
 from contextlib import closing
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from variants import TABLE, Variants, stage
 
 import db
 import pipeline
+import upkeep
 from ops.install import apply
+from ops.place import changes
 from ops.tables import faults
 from ops.verify import run_checks
 from pipeline import Table
@@ -145,7 +148,7 @@ def test_report_of_a_row_shows_whose_it_is_and_how_it_goes_on(variants):
     assert article.one("h3").text == f"jobs_variants {variant}"
     where, _, rests = [line.text for line in article.one("ul", "said").all("li")]
     assert "(yolo_detect, failed), of job " in where
-    assert "set failed by its stage" in rests and "UPDATE jobs_variants SET" in rests
+    assert "set failed by its stage" in rests and 'UPDATE "jobs_variants" SET' in rests
     assert not article.all("h4")
 
 
@@ -389,3 +392,37 @@ def test_name_in_capitals_is_no_obstacle(empty_database, use_pipeline, api):
     with closing(db.connect(settings)) as conn:
         apply(conn)
         assert [said for ok, said in run_checks(conn, settings) if not ok] == []
+
+
+def test_name_that_is_a_reserved_word_is_no_obstacle(empty_database, use_pipeline):
+    orders = Table("order", id="user")
+    use_pipeline({("a", "done"): stage("one"), orders("b", "done"): stage("two")})
+    empty_database.rows(JOBS)
+    empty_database.rows('CREATE TABLE "order" ("user" uuid PRIMARY KEY, current_step text,'
+                        " status text)")  # fmt: skip
+    job = str(uuid.uuid4())
+    with connected(empty_database) as conn:
+        apply(conn)
+        empty_database.rows("""INSERT INTO "order" VALUES (%s, 'b', 'done')""", job)
+        [row] = claim_many(conn, 1, stages=["two"]).claimed
+        empty_database.rows("""UPDATE "order" SET current_step = 'two', status = 'failed'""")
+        settle(conn, result(row, table_name="order"))
+        assert [row.job_id for row in upkeep.newly_failed(conn)[0]] == [job]
+        empty_database.rows("UPDATE stage_totals_mark SET counted_until = now()")
+        done = upkeep.prune(conn, 0)
+        assert done.pruned == done.attempts > 0
+    empty_database.rows(pipeline.sent_back("order", job, "two"))
+    assert empty_database.value("SELECT stage FROM stage_calls") == "two"
+
+
+def test_tenant_column_that_is_not_declared_is_no_change(empty_database, use_pipeline):
+    parts = Table("parts", id="part")
+    use_pipeline({("a", "done"): stage("one"), parts("b", "done"): stage("two")})
+    empty_database.rows(JOBS)
+    empty_database.rows("CREATE TABLE parts (part uuid PRIMARY KEY, tenant_id text,"
+                        " current_step text, status text)")  # fmt: skip
+    with connected(empty_database) as conn:
+        apply(conn)
+        assert list(changes(conn)) == []
+        empty_database.rows("ALTER TABLE parts DROP tenant_id CASCADE")
+        assert [said.split()[2] for said in changes(conn)] == ["parts"]
