@@ -73,13 +73,13 @@ class Redactor:
         if "authorization" in lower:
             message = AUTHORIZATION.sub(r"\1***", message)
         if len(message) >= SHORTEST_CUT and self.secrets:
-            message = "\n".join(map(self.without_a_beginning, message.split("\n")))
+            *lines, last = message.split("\n")
+            long = [self.without_a_beginning(o) if len(o) >= SHORTEST_CUT else o for o in lines]
+            message = "\n".join([*long, self.without_a_beginning(last)])
         return message
 
     def without_a_beginning(self, line: str) -> str:
         """`line` without the beginning of a secret at its end, where a text was cut."""
-        if len(line) < SHORTEST_CUT:
-            return line
         for secret in self.secrets:
             for found in pattern(secret[:SHORTEST]).finditer(line, max(0, len(line) - 4096)):
                 if ends_within(secret, line, found.end()):
@@ -105,13 +105,21 @@ def ends_within(secret: str, line: str, position: int) -> bool:
 @lru_cache(maxsize=1024)
 def pattern(text: str) -> re.Pattern:
     """Matches `text` however it is spelled, letter by letter."""
-    return re.compile("".join(spelled(letter) for letter in text))
+    runs = re.findall(r"\\+|[^\\]", text)
+    return re.compile("".join(spelled(run[0], len(run)) for run in runs))
 
 
-def spelled(letter: str) -> str:
+# How many backslashes stand for one in JSON in JSON, four deep. Without a limit, the search in a
+# long run of them would take the square of its length.
+DEEPEST = 16
+ANY, SOME = rf"\\{{0,{DEEPEST}}}", rf"\\{{1,{DEEPEST}}}"
+
+
+def spelled(letter: str, count: int = 1) -> str:
     """A regular expression for one letter as it is encoded in URLs, JSON, HTML, Python or C.
 
-    Backslashes are doubled where JSON is put into JSON.
+    Args:
+        count: how many of them; only of backslashes, which are doubled where JSON is put into JSON.
     """
     if letter.isascii() and letter.isalnum():
         return letter
@@ -119,16 +127,19 @@ def spelled(letter: str) -> str:
     units = letter.encode("utf-16-be", "surrogatepass").hex()
     ways = [
         "".join(f"%(?:25)*(?i:{byte:02x})" for byte in raw),
-        "".join(rf"\\+u(?i:{units[i : i + 4]})" for i in range(0, len(units), 4)),
-        "".join(rf"\\+x(?i:{byte:02x})" for byte in raw),
-        rf"\\+x(?i:{ord(letter):02x})",
-        rf"\\+U(?i:{ord(letter):08x})",
-        rf"\\*&(?:amp;)*#0*{ord(letter)};",
-        rf"\\*&(?:amp;)*#[xX]0*(?i:{ord(letter):x});",
-        rf"\\*{re.escape(letter)}" if letter != "\\" else r"\\+",
+        "".join(rf"{SOME}u(?i:{units[i : i + 4]})" for i in range(0, len(units), 4)),
+        "".join(rf"{SOME}x(?i:{byte:02x})" for byte in raw),
+        rf"{SOME}x(?i:{ord(letter):02x})",
+        rf"{SOME}U(?i:{ord(letter):08x})",
+        rf"{ANY}&(?:amp;)*#0*{ord(letter)};",
+        rf"{ANY}&(?:amp;)*#[xX]0*(?i:{ord(letter):x});",
     ]
     if letter in NAMED:
-        ways.insert(0, rf"\\*&(?:amp;)*{NAMED[letter]};")
+        ways.insert(0, rf"{ANY}&(?:amp;)*{NAMED[letter]};")
+    if letter == "\\":
+        encoded = "|".join(ways)
+        return rf"(?:(?:{encoded}){{{count}}}|\\{{{count},{DEEPEST * count}}})"
+    ways.append(ANY + re.escape(letter))
     if letter == " ":
         ways.append(r"\+")
     return f"(?:{'|'.join(ways)})"

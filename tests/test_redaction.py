@@ -4,6 +4,7 @@ import base64
 import html
 import json
 import re
+import time
 from urllib.parse import quote, quote_plus
 
 import pytest
@@ -119,6 +120,14 @@ def test_text_without_secrets_is_left_as_it_is(text):
     assert redact(text) == text
 
 
+def test_long_run_of_backslashes_takes_no_time():
+    for secret in ("!Secret9xyz", "a\\\\\\\\b"):
+        redact = config.redactor(config.read({"DB_PASSWORD": secret}))
+        began = time.process_time()
+        assert redact("\\" * 50_000) == "\\" * 50_000
+        assert time.process_time() - began < 5
+
+
 # --- the cut -------------------------------------------------------------------------------
 
 PAGE = "<h1>Forbidden</h1> your headers were: " + "x: y, " * 60
@@ -162,9 +171,10 @@ def failed(database, caller, serve):
 
 
 @pytest.mark.parametrize("left", [4, 5, 17, 43])
-def test_error_page_that_is_cut_within_our_token_leaves_nothing_of_it(failed, left):
+@pytest.mark.parametrize("line", ["." * 500, "." * 150 + "\n"])
+def test_error_page_that_is_cut_within_our_token_leaves_nothing_of_it(failed, left, line):
     token = "Tq7-" + "aB3/" * 10
-    page = "." * (TEXT_LIMIT - left) + token
+    page = (line * 20)[-(TEXT_LIMIT - left) :] + token
     said = failed(page.encode(), STAGE_API_TOKEN=token)
     assert said.startswith("HTTP 422: .....") and "Tq" not in said
 
