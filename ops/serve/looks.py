@@ -57,8 +57,12 @@ class Looks:
         self.conn: db.Connection | None = None
         self.kept: dict[Hashable, Kept] = {}
 
-    def look(self, key: Hashable, ask: Callable[[db.Connection], Any]) -> Any:
-        """The answer of `ask` without secrets, or the one that is cached under `key`.
+    def look(self, key: Hashable, ask: Callable[[db.Connection], Any], redacts: bool = True) -> Any:
+        """The answer of `ask`, or the one that is cached under `key`.
+
+        Args:
+            redacts: replace secrets; not in what programs read, such as the names of metrics and
+                the ids that rows are found by.
 
         Raises:
             Unreadable: the database is away, or refused.
@@ -68,7 +72,7 @@ class Looks:
             with self.lock:
                 kept = self.fresh(key)
                 if kept is None:
-                    kept = self.ask_and_keep(key, ask)
+                    kept = self.ask_and_keep(key, ask, redacts)
         if kept.refusal:
             raise Unreadable(*kept.refusal)
         return kept.answer
@@ -83,11 +87,15 @@ class Looks:
             now = time.monotonic()
             self.kept = {key: kept for key, kept in self.kept.items() if kept.until > now}
 
-    def ask_and_keep(self, key: Hashable, ask: Callable[[db.Connection], Any]) -> Kept:
+    def ask_and_keep(
+        self, key: Hashable, ask: Callable[[db.Connection], Any], redacts: bool
+    ) -> Kept:
         self.make_room()
         began, answer, refusal = time.monotonic(), None, None
         try:
-            answer = without_secrets(self.answer(ask), self.redact)
+            answer = self.answer(ask)
+            if redacts:
+                answer = without_secrets(answer, self.redact)
         except (psycopg2.Error, Problem) as error:
             title, reason = why_unreadable(error)
             refusal = title, " ".join(self.redact(reason).split())
