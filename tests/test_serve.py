@@ -188,6 +188,14 @@ def test_row_whose_id_has_a_password_is_found(empty_database, run_command, tmp_p
         assert shown.one("h1").text == "job ***-7" and "due now" in shown.text
 
 
+@pytest.mark.parametrize("target", ["*", "foo", "http:"])
+def test_target_without_a_slash_is_no_page(database, tmp_path, target):
+    with serving(database, tmp_path) as site:
+        answer = site.raw(f"OPTIONS {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        assert answer.split()[1] == b"404"
+        assert "Traceback" not in site.process.output
+
+
 def test_every_answer_has_strict_headers(database, site):
     for path in ("/", "/stage/planner", "/search", "/nowhere", "/metrics", "/healthz"):
         headers = site.get(path).headers
@@ -340,6 +348,18 @@ def test_stops_with_exit_0_though_somebody_is_connected(database, tmp_path, numb
 def test_port_that_is_taken_gets_one_line(database, site, run_command):
     refused = run_command(database, "serve", "--port", str(site.address[1])).refused(2)
     assert "Address already in use" in refused and "--port" in refused
+
+
+@pytest.mark.parametrize("host", ["no host", "a..b", "192.0.2.1"])
+def test_address_that_cannot_be_listened_on_gets_one_line(database, run_command, host):
+    assert "give another --port, or --host" in run_command(
+        database, "serve", "--host", host
+    ).refused(2)
+
+
+def test_address_is_taken_in_brackets_as_urls_have_it(database, tmp_path):
+    with serving(database, tmp_path, "--host", "[::1]") as site:
+        assert "//[::1]:" in site.process.output and "WARNING" not in site.process.output
 
 
 def test_serving_the_network_without_tls_is_a_warning(database, tmp_path):

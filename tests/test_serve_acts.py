@@ -1,6 +1,7 @@
 """`serve` with OPS_TOKEN: what a person may do there, and what nobody may do in their name."""
 
 import re
+import time
 
 import pytest
 from pages import Page
@@ -8,7 +9,7 @@ from reports import give_up
 from serving import TOKEN, Person, Site, said, serving
 
 from ops.serve import access
-from ops.serve.access import Access, Session
+from ops.serve.access import NOBODY, Access, Session
 
 PAUSE = "/do/pause?stage=planner"
 PAUSED = "SELECT held_by FROM pipeline_stages WHERE stage = 'planner' AND held_until > now()"
@@ -154,6 +155,34 @@ def test_session_is_over_after_its_time_and_after_leaving(database, site, kim, m
     monkeypatch.setattr(access, "FORM_SECONDS", -1)
     session = Session("kim", "1")
     assert not guarded.take_form(session, PAUSE, guarded.form_token(session, PAUSE))
+
+
+def test_session_that_was_left_is_over_however_many_login_forms_are_sent(monkeypatch):
+    monkeypatch.setattr(access, "REMEMBERED", 3)
+    guarded = Access(TOKEN)
+    cookie = guarded.cookie("kim")
+    kim = guarded.session(cookie)
+    form = guarded.form_token(kim, PAUSE)
+    assert guarded.take_form(kim, PAUSE, form)
+    guarded.end(kim)
+    for _ in range(5):
+        assert guarded.take_form(NOBODY, "/login", guarded.form_token(NOBODY, "/login"))
+    assert guarded.session(cookie) is None and not guarded.take_form(kim, PAUSE, form)
+
+
+def test_what_is_over_anyway_is_forgotten(monkeypatch):
+    guarded = Access(TOKEN)
+    guarded.end(Session("kim", "1"))
+    now = time.time()
+    monkeypatch.setattr(access.time, "time", lambda: now + access.SESSION_SECONDS + 1)
+    guarded.end(Session("kim", "2"))
+    assert guarded.ended.keys() == {"2"}
+
+
+@pytest.mark.parametrize("other", ["x=1", 'prefs={"a":1}', "flag", "n=a b", "x[]=1", "=;;"])
+def test_cookie_of_another_program_is_no_obstacle(site, kim, other):
+    cookie = f"{other}; job_state_listener={kim.cookies['job_state_listener']}; {other}"
+    assert "Log out" in site.get("/", Cookie=cookie).text
 
 
 def test_token_that_could_be_guessed_is_refused_in_one_line(database, run_command):

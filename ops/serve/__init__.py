@@ -32,11 +32,12 @@ def serve(host: str, port: int, names: tuple[str, ...]) -> None:
     settings = config.settings()
     config.require_database(settings)
     logs.set_up(settings)
+    host = host.strip("[]")  # as an IPv6 address is written in a URL
     app = App(settings, known_hosts(host, names))
     try:
         server = Server(host, port, app)
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
+        reason = getattr(error, "strerror", None) or str(error)
         click.echo(f"error: {host}:{port} cannot be listened on: {reason}: give another --port, or "
                    "--host", err=True)  # fmt: skip
         sys.exit(ops.EXIT_CANNOT_START)

@@ -58,6 +58,16 @@ class Remembered(OrderedDict):
             self.popitem(last=False)
 
 
+class Spent(dict[str, float]):
+    """Ids that are no longer valid, each until its time would be over anyway."""
+
+    def keep(self, id_: str, seconds: float) -> None:
+        now = time.time()
+        for old in [one for one, until in self.items() if until < now]:
+            del self[old]
+        self[id_] = now + seconds
+
+
 class Access:
     """Makes and checks cookies and form tokens. They are signed with a key derived from OPS_TOKEN
     and random bytes, so those of an earlier process are not valid.
@@ -71,7 +81,9 @@ class Access:
         self.is_on = token is not None
         self.key = hmac.digest(self.token, secrets.token_bytes(32), "sha256")
         self.lock = threading.Lock()
-        self.used = Remembered()  # forms that were sent, sessions that were ended
+        self.ended = Spent()  # sessions
+        self.used = Spent()  # forms that people sent who were logged in
+        self.used_logins = Remembered()  # login forms, which anybody can send
         self.failures = Remembered()  # by address: how many wrong tokens
         self.refused_until = Remembered()  # by address: time.monotonic()
 
@@ -121,7 +133,7 @@ class Access:
 
     def end(self, session: Session) -> None:
         with self.lock:
-            self.used.keep(session.id, 0.0)
+            self.ended.keep(session.id, SESSION_SECONDS)
 
     # --- forms ---
 
@@ -134,10 +146,11 @@ class Access:
         parts = self.verified(f"form {session.id} {path}", token)
         if parts is None:
             return False
+        used = self.used_logins if session is NOBODY else self.used
         with self.lock:
-            if parts[1] in self.used:
+            if parts[1] in used:
                 return False
-            self.used.keep(parts[1], 0.0)
+            used.keep(parts[1], FORM_SECONDS)
         return True
 
     # --- signing ---
@@ -156,7 +169,7 @@ class Access:
             return None
         text, until, number = said.split(".")
         with self.lock:
-            ended = purpose == "session" and number in self.used
+            ended = purpose == "session" and number in self.ended
         return None if ended or float(until) < time.time() else (text, number)
 
     def signature(self, purpose: str, said: str) -> str:
@@ -185,7 +198,10 @@ def is_address(name: str) -> bool:
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can connect to a server bound to `host`."""
-    return host == "localhost" or (is_address(host) and ipaddress.ip_address(host).is_loopback)
+    address = host.strip("[]")
+    return host == "localhost" or (
+        is_address(address) and ipaddress.ip_address(address).is_loopback
+    )
 
 
 def is_known_host(header: str, known: Collection[str] | None) -> bool:

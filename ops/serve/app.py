@@ -115,6 +115,8 @@ class App:
 
     def respond(self, request: Request) -> Response:
         """Raises Refused, Unreadable."""
+        if not request.parts:  # OPTIONS *, or GET of a target without a slash
+            raise Refused(404, "there is no such page")
         first, *rest = request.parts
         if request.method not in ("GET", "HEAD", "POST"):
             raise Refused(405, f"{request.method[:20]} is not understood here", Allow="GET, HEAD")

@@ -1,6 +1,5 @@
 """Request and Response: what a browser sent, decoded, and what is answered."""
 
-import http.cookies
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, unquote
 
@@ -46,12 +45,14 @@ class Request:
 
     @property
     def cookie(self) -> str:
-        found: http.cookies.SimpleCookie = http.cookies.SimpleCookie()
-        try:
-            found.load(self.environ.get("HTTP_COOKIE", ""))
-        except http.cookies.CookieError:
-            return ""
-        return found[COOKIE].value if COOKIE in found else ""
+        """The value of our cookie. Those of other programs on this host may be no valid ones, at
+        which http.cookies would stop.
+        """
+        for pair in self.environ.get("HTTP_COOKIE", "").split(";"):
+            name, _, value = pair.strip().partition("=")
+            if name == COOKIE:
+                return value
+        return ""
 
     def form(self) -> dict[str, str]:
         """The fields that were sent. Raises Refused where they cannot be read."""
