@@ -200,7 +200,7 @@ class Receiver:
             key = given["webhook-id"]
         try:
             content = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             content = None
         row_id = content.get(stage.id) if isinstance(content, dict) else None
         if not isinstance(row_id, (str, int)) or "\0" in str(row_id):
