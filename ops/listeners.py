@@ -9,7 +9,8 @@ from ops.table import clock
 
 # The sessions of listeners, or of calls by hand, in all databases of this server. PostgreSQL cuts
 # an application_name at the length of an identifier. One without a schema belongs to a call by
-# hand, to a listener behind a pooler, or to one that has just connected.
+# hand, to a listener behind a pooler, or to one that has just connected. Anybody can give a session
+# such a name, so in this database its role must be one that may write to stage_calls, or become it.
 SESSIONS = """
 SELECT regexp_replace(s.said, '^[0-9]+/', '') AS listener,
        s.room - length(coalesce(substring(s.said from '^[0-9]+/'), '')) AS longest,
@@ -22,7 +23,12 @@ SELECT regexp_replace(s.said, '^[0-9]+/', '') AS listener,
 FROM (SELECT datname, pid, backend_start,
              substr(application_name, length(%(prefix)s) + 1) AS said,
              current_setting('max_identifier_length')::integer - length(%(prefix)s) AS room
-      FROM pg_stat_activity WHERE starts_with(application_name, %(prefix)s)) AS s
+      FROM pg_stat_activity AS a
+      WHERE starts_with(application_name, %(prefix)s)
+        AND (datname <> current_database() OR EXISTS (
+            SELECT FROM pg_roles AS r
+            WHERE pg_has_role(a.usesysid, r.oid, 'MEMBER')
+              AND has_table_privilege(r.oid, to_regclass('stage_calls'), 'UPDATE')))) AS s
 ORDER BY s.backend_start
 """
 

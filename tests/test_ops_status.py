@@ -426,6 +426,24 @@ def test_listener_that_does_not_say_its_schema_counts(database, run_command):
         assert [row[0] for row in status(run_command, database).listeners] == ["pooled"]
 
 
+def test_session_of_a_role_that_may_claim_nothing_is_no_listener(database, make_role, run_command):
+    role = make_role(database)
+    given = database.settings(DB_USER=role, DB_PASSWORD=role)
+    with closing(db.connect(given, db.LISTENER_APPLICATION + "pretended")):
+        assert status(run_command, database).rest == [NO_LISTENER]
+        database.rows(f"GRANT UPDATE ON stage_calls TO {role}")
+        assert [row[0] for row in status(run_command, database).listeners] == ["pretended"]
+
+
+def test_listener_whose_role_has_its_rights_by_set_role_counts(database, make_role, run_command):
+    role, group = make_role(database), make_role(database)
+    database.rows(f"ALTER ROLE {role} NOINHERIT; GRANT {group} TO {role};"
+                  f" GRANT UPDATE ON stage_calls TO {group}")  # fmt: skip
+    given = database.settings(DB_USER=role, DB_PASSWORD=role)
+    with closing(db.connect(given, db.LISTENER_APPLICATION + "member")):
+        assert [row[0] for row in status(run_command, database).listeners] == ["member"]
+
+
 def test_status_names_what_an_older_database_needs(database, run_command):
     database.rows("DROP TABLE stage_limits CASCADE; DROP TABLE job_state_listener_schema;"
                   "ALTER TABLE stage_leases DROP COLUMN unanswered")  # fmt: skip
