@@ -82,8 +82,9 @@ def difference(conn) -> list[str]:
     return found
 
 
-# The search path of a role may find a table jobs other than the one with the triggers, and somebody
-# may have replaced our trigger function by one that records no call.
+# The search path of a role may find a table jobs other than the one with the triggers. Somebody may
+# have replaced our trigger function by one that records no call, or renamed the schema: the text of
+# the function has the schema that the tables had when it was made.
 PLACE = """
 SELECT to_regclass('jobs')::text AS jobs,
        (SELECT count(DISTINCT relnamespace) FROM pg_class
@@ -98,7 +99,7 @@ SELECT to_regclass('jobs')::text AS jobs,
         FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid
         WHERE tgrelid = to_regclass('jobs')
           AND tgname IN ('job_state_change_trigger', 'job_state_insert_trigger')
-          AND strpos(p.prosrc, 'stage_calls') = 0) AS replaced
+          AND strpos(p.prosrc, p.pronamespace::regnamespace || '.stage_calls') = 0) AS replaced
 """
 
 

@@ -73,11 +73,12 @@ JOIN pg_class AS c ON c.oid = to_regclass('stage_calls')
 LEFT JOIN pg_proc AS p ON p.proname = name AND p.pronamespace = c.relnamespace
 """
 
-# A function that records no call is not ours: somebody may have replaced the body of ours.
+# A function that records no call is not ours: somebody may have replaced the body of ours, or
+# renamed the schema that it names.
 TRIGGERS = """
 SELECT wanted.table_name, wanted.name, t.tgenabled AS enabled,
        p.oid = to_regprocedure(quote_ident(wanted.function) || '()')
-           AND strpos(p.prosrc, 'stage_calls') > 0 AS ours
+           AND strpos(p.prosrc, p.pronamespace::regnamespace || '.stage_calls') > 0 AS ours
 FROM jsonb_to_recordset(%(wanted)s) AS wanted (table_name text, name text, function text)
 LEFT JOIN pg_trigger AS t
     ON t.tgname = wanted.name AND t.tgrelid = to_regclass(quote_ident(wanted.table_name))

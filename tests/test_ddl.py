@@ -194,6 +194,11 @@ CHANGES = {
         "CREATE SCHEMA app; ALTER TABLE jobs SET SCHEMA app", place="app.jobs",
         listener="has no triggers of ours", verify=("notify_job_state_change() is not",),
     ),
+    "rename its schema": Change(
+        "ALTER SCHEMA public RENAME TO app", place="app.jobs",
+        write="warns", listener="notify_job_state_change() is not the listener's",
+        verify=("notify_job_state_change() is not", "runs another function"),
+    ),
     "partition it by attaching it": Change(
         PARTITION, listener="has no triggers of ours", verify=(CHANGED, "is missing on jobs"),
     ),
@@ -275,7 +280,7 @@ class Team:
         with closing(self.database.connect()) as conn:
             for statement in self.change.sql.split(";\n" if "BEGIN" in self.change.sql else "\0"):
                 conn.cursor().execute(statement)
-        if "SET SCHEMA app" in self.change.sql:
+        if self.change.place == "app.jobs":
             name = self.database.name
             self.database.rows(f"ALTER DATABASE {name} SET search_path = app, public")
             self.database.rows("SET search_path = app, public")
