@@ -40,8 +40,9 @@ END
 $do$;
 """
 
-# Runs last: revokes all grants on new objects but their owner's. The functions that everybody may
-# execute run with the rights of the caller.
+# Runs last: revokes all grants on new objects but their owner's, and remembers the statement that
+# lets roles read the new tables and sequences again that could read them by default. The functions
+# that everybody may execute run with the rights of the caller.
 SETTLE = f"""
 DO $do$
 DECLARE
@@ -50,6 +51,17 @@ DECLARE
     made record;
     one  record;
 BEGIN
+    PERFORM set_config('job_state_listener.unread', coalesce((
+        WITH new AS (
+            SELECT o.* FROM ({OBJECTS}) AS o JOIN pg_class AS c ON c.oid = o.oid
+            WHERE o.kind <> 'FUNCTION' AND c.relkind <> 'v' AND NOT was ? o.oid::text
+        )
+        SELECT format('GRANT SELECT ON %s TO %s',
+                      (SELECT string_agg(name, ', ' ORDER BY name) FROM new),
+                      string_agg(DISTINCT a.grantee::regrole::text, ', '))
+        FROM new, aclexplode(new.acl) AS a
+        WHERE a.privilege_type = 'SELECT' AND a.grantee NOT IN (0, new.owner)
+        HAVING count(*) > 0), ''), true);
     FOR made IN
         SELECT o.*, CASE o.kind WHEN 'FUNCTION' THEN o.oid::regprocedure::text
                         ELSE o.name END AS called

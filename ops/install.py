@@ -153,6 +153,12 @@ WHERE relkind = 'p' AND oid IN (
 ORDER BY 1
 """
 
+# FOR ALL TABLES, or FOR TABLES IN SCHEMA.
+PUBLISHED = """
+SELECT DISTINCT pubname AS name FROM pg_publication_tables
+WHERE schemaname = current_schema() AND tablename = ANY (%(tables)s) ORDER BY 1
+"""
+
 ORPHANS = """
 SELECT count(*) FROM stage_calls AS c
 WHERE NOT EXISTS (SELECT FROM pipeline_stages AS p
@@ -180,7 +186,7 @@ def apply(
     reader: str | None = None,
     notify: bool | Literal["owed"] | None = None,
     insert: bool | None = None,
-) -> None:
+) -> str:
     """Bring schema.sql, views.sql and PIPELINE into the database, in one transaction.
 
     Args:
@@ -189,6 +195,10 @@ def apply(
         notify: whether the triggers notify, or "owed": only of changes that a listener has to act
             on; None: as before, at first of every change.
         insert: whether a row that is inserted owes a call; None: as before, at first yes.
+
+    Returns:
+        The GRANT for the roles that cannot read new tables, though ALTER DEFAULT PRIVILEGES says
+        that they can; "" where there is none.
 
     Raises:
         Problem: a table of PIPELINE cannot be used, or something has one of our names.
@@ -206,8 +216,8 @@ def apply(
     script += migrations.GRANTED
     if reader:
         script += fill_in(READER, {"reader": reader}).decode()
-    script += migrations.AS_OWNER + SYNC
-    db.execute(conn, script)
+    script += migrations.AS_OWNER + SYNC + migrations.UNREAD
+    return db.execute(conn, script).fetchone()[0]
 
 
 def described(conn, settings: SimpleNamespace) -> dict[str, list]:
@@ -283,7 +293,7 @@ def install(
         before_routes, version = {}, migrations.LATEST
     migrations.require_not_newer(conn)
     try:
-        apply(conn, settings, reader, "owed" if notify_owed else notify, insert)
+        unread = apply(conn, settings, reader, "owed" if notify_owed else notify, insert)
         # A stage may be called more often now.
         db.execute(conn, db.WAKE)
     except psycopg2.errors.UndefinedObject:
@@ -314,6 +324,17 @@ def install(
     if "table jobs" in before and routes.keys() - before_routes.keys():
         click.echo("  note: rows that are in a new state already, or come to it in a transaction "
                    f"that is open, owe no call: {pipeline.JSL} backfill")  # fmt: skip
+    if unread:
+        click.echo(
+            "  note: our tables are for their owner alone, whatever ALTER DEFAULT "
+            f"PRIVILEGES says; so that these roles can dump the database: {unread}"
+        )
+    created = [name.removeprefix("table ") for name in there if name not in before]
+    for row in db.execute(conn, PUBLISHED, {"tables": created}):
+        click.echo(
+            f"  note: publication {row.name} publishes our tables: make them at its subscribers, "
+            "where replication stops otherwise (pg_dump --schema-only)"
+        )
     if announced(conn) == "owed":
         click.echo("  note: only changes that owe a call are announced; --notify: every change")
     if is_silent(conn):

@@ -289,6 +289,8 @@ $do$;
 
 # The end of the transaction, but for what the operator grants.
 GRANTED = grants.SETTLE.format(names=NAMES)
+# After it, in its transaction; "" where no role could read new tables by default.
+UNREAD = "SELECT current_setting('job_state_listener.unread')"
 
 
 def script() -> str:

@@ -1,8 +1,11 @@
 """`install` and `uninstall`, as an operator runs them."""
 
+import re
+import subprocess
 from contextlib import closing
 
 import pytest
+from test_schema_install import program
 
 # Everything in a database that somebody made, but for rows.
 OBJECTS = """
@@ -160,6 +163,36 @@ def test_owner_of_jobs_may_install_and_uninstall(empty_database, run_command, ma
     job = empty_database.add_job("img_gen", "done")
     assert empty_database.owed(job).stage == "vlm_analyze"
     assert run_command(empty_database, "uninstall", "--yes", **login).code == 0
+
+
+def dumped(database, role: str) -> str:
+    """What pg_dump says as `role`; "" where it works."""
+    command = [program(database, "pg_dump"), f"{database.dsn} user={role} password={role}"]
+    return subprocess.run(command, capture_output=True, text=True).stderr
+
+
+def test_install_says_what_a_role_that_dumps_the_database_needs(
+    each_server, make_database, run_command, make_role
+):
+    database = make_database(each_server, installed=False)
+    role = make_role(database)
+    database.rows(f"ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO {role}")
+    said = run_command(database, "install").out
+    assert "permission denied" in dumped(database, role)
+    database.rows(re.search(f"dump the database: (GRANT SELECT ON .* TO {role})\n", said)[1])
+    assert dumped(database, role) == ""
+    assert "GRANT" not in run_command(database, "install").out
+    database.rows("DROP TABLE stage_moves")  # as before the version that brought it
+    said = run_command(database, "install").out
+    assert f"GRANT SELECT ON stage_moves, stage_moves_move_id_seq TO {role}\n" in said
+
+
+@pytest.mark.parametrize("published", ["ALL TABLES", "TABLES IN SCHEMA public"])
+def test_install_says_that_subscribers_need_our_tables(empty_database, run_command, published):
+    empty_database.rows(f"{JOBS}; CREATE PUBLICATION to_reports FOR {published}")
+    note = "note: publication to_reports publishes our tables: make them at its subscribers"
+    assert note in run_command(empty_database, "install").out
+    assert "publication" not in run_command(empty_database, "install").out
 
 
 # --- uninstall -----------------------------------------------------------------------------
