@@ -25,6 +25,7 @@ log = logging.getLogger("listener")
 REAP_INTERVAL = CLOCK_INTERVAL = EPISODES_INTERVAL = 60.0
 HISTORY_INTERVAL = FORGET_INTERVAL = STALLED_INTERVAL = FAILED_INTERVAL = 300.0
 PRUNE_ALL_INTERVAL = 86400.0
+LONGEST_STALLED_INTERVAL = 3600.0
 BATCH = 1000  # rows that one statement handles
 
 
@@ -39,6 +40,7 @@ class Upkeep:
         self.reap_at = self.clock_at = 0.0
         self.history_at = self.prune_all_at = self.forget_at = self.failed_at = 0.0
         self.stalled_at = self.episodes_at = 0.0 if settings.ALERT_COMMAND else math.inf
+        self.stalled_interval = STALLED_INTERVAL
         # How far these have come; None: at the beginning.
         self.pruned_until: Any = None
         self.given_up_after: Any = None
@@ -105,8 +107,15 @@ class Upkeep:
             for row in self.attempt(episodes, conn, self.settings.ALERT_AFTER) or []:
                 tell_episode(self.alerts, row)
         if now >= self.stalled_at:
-            self.stalled_at = now + STALLED_INTERVAL
-            for row in self.attempt(newly_stalled, conn) or []:
+            found = self.attempt(newly_stalled, conn)
+            # With tens of millions of rows statement_timeout ends it, and no call began meanwhile.
+            self.stalled_interval = (
+                STALLED_INTERVAL
+                if found is not None
+                else min(2 * self.stalled_interval, LONGEST_STALLED_INTERVAL)
+            )
+            self.stalled_at = now + self.stalled_interval
+            for row in found or []:
                 if row.jobs is None:
                     self.alerts.recovered("stalled", row.stage, "no job is stalled any more")
                     continue

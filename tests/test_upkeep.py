@@ -216,6 +216,21 @@ def test_there_is_more_to_do_only_where_a_batch_was_not_enough(database, conn):
 # --- deleted jobs --------------------------------------------------------------------------
 
 
+def test_look_for_stalled_rows_that_fails_is_repeated_less_and_less_often(database, conn):
+    settings = database.settings(ALERT_COMMAND="true")
+    task = upkeep.Upkeep(settings, [], "w", Alerts(settings))
+
+    def minutes_until_the_next() -> int:
+        task.stalled_at, before = 0.0, time.monotonic()
+        task.run(conn)
+        return int(task.stalled_at - before) // 60
+
+    database.rows("ALTER FUNCTION stalled_jobs RENAME TO taken_away")
+    assert [minutes_until_the_next() for _ in range(5)] == [10, 20, 40, 60, 60]
+    database.rows("ALTER FUNCTION taken_away RENAME TO stalled_jobs")
+    assert [minutes_until_the_next() for _ in range(2)] == [5, 5]
+
+
 def test_given_up_calls_of_deleted_jobs_are_forgotten_batch_by_batch(database, conn):
     jobs = [database.add_job() for _ in range(5)]
     for _ in jobs:
