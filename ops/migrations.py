@@ -283,6 +283,12 @@ EXCEPTION WHEN data_exception OR cannot_coerce THEN
     RAISE EXCEPTION USING ERRCODE = 'datatype_mismatch', MESSAGE = format(
         'an id in %s is no %s (%s): only you know which job it is now; see "Changing jobs" in '
         'docs/OPERATING.md', copy.place, wanted.name, SQLERRM);
+-- Not given more time, as writes to jobs wait for this.
+WHEN query_canceled THEN
+    RAISE EXCEPTION USING ERRCODE = 'query_canceled', MESSAGE = format(
+        'the ids of %s were not changed to %s (%s), and nothing else was: where it is too long, '
+        'shorten the history, see "Changing jobs" in docs/OPERATING.md',
+        copy.place, wanted.name, SQLERRM);
 END
 $do$;
 """

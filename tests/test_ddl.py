@@ -16,9 +16,11 @@ import pytest
 from claims import claim, connected
 from commands import run_here
 from conftest import install
+from test_readme import Readme
 from test_schema_install import program
 from variants import PIPELINE, TABLE, Variants
 
+from ops.install import apply
 from ops.problem import Problem
 from ops.routes import require_installed
 
@@ -427,6 +429,34 @@ def test_rows_that_replication_applies_are_found_by_backfill(database):
     done = run_here(database.environ, "backfill", "--apply")
     assert "1 calls recorded" in done.out
     assert database.owed(job).stage == "vlm_analyze"
+
+
+# Casting one uuid to this takes a minute.
+SLOW = "00000000-0000-0000-0000-000000000000"
+SLOW_IDS = f"""
+CREATE DOMAIN slow_id AS text CHECK (CASE value WHEN '{SLOW}' THEN pg_sleep(60) IS NOT NULL END);
+ALTER TABLE jobs ALTER job_id DROP DEFAULT, ALTER job_id TYPE slow_id
+"""
+
+
+def test_history_that_takes_too_long_to_follow_new_ids_can_be_shortened(database):
+    jobs = database.add_job("img_gen", "done"), database.add_job("img_gen", "running"), SLOW
+    for job in jobs:
+        database.rows(
+            "INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at,"
+            " finished_at, outcome) SELECT %s, 1, 1, 'vlm_analyze', 'w', t, t, 'succeeded'"
+            " FROM (SELECT now() - interval '2 days') AS x (t)",
+            job,
+        )
+    database.rows(SLOW_IDS)
+    with connected(database) as conn:
+        conn.cursor().execute("SET statement_timeout = '1s'")
+        with pytest.raises(psycopg2.errors.QueryCanceled, match="shorten the history"):
+            apply(conn)
+        database.rows(Readme("docs/OPERATING.md").block("sql", "DELETE FROM stage_attempts"))
+        apply(conn)
+    assert [row.job_id for row in database.rows("SELECT job_id FROM stage_attempts")] == [jobs[0]]
+    assert problems(database) == []
 
 
 REFUSED = [
