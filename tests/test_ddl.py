@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import psycopg2
 import pytest
-from claims import claim, connected
+from claims import claim, connected, result, settle
 from commands import run_here
 from conftest import install
 from test_readme import Readme
@@ -418,6 +418,24 @@ def test_restored_database_records_at_once_and_install_makes_it_fast(
     install(copy)
     assert problems(copy) == []
     assert copy.value("SELECT count(*) FROM stage_calls") == 2
+
+
+def test_data_alone_is_restored_where_our_tables_are_empty_and_no_trigger_fires(
+    database, make_database
+):
+    database.add_job()
+    database.add_job()
+    with connected(database) as conn:
+        assert settle(conn, result(claim(conn)))  # this row rests and owes nothing
+    command = [program(database, "pg_dump"), "--data-only", "--disable-triggers", database.dsn]
+    dump = subprocess.run(command, capture_output=True, check=True).stdout
+    copy = make_database(database.server)
+    copy.rows(Readme("docs/OPERATING.md").block("sql", "TRUNCATE pipeline_tables"))
+    restore = [program(copy, "psql"), "-qX", "-v", "ON_ERROR_STOP=1", copy.dsn]
+    subprocess.run(restore, input=dump, capture_output=True, check=True)
+    calls = "SELECT job_id, call_id FROM stage_calls"
+    assert copy.rows(calls) == database.rows(calls) != []
+    assert problems(copy) == []
 
 
 def test_rows_that_replication_applies_are_found_by_backfill(database):
