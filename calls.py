@@ -380,7 +380,10 @@ SELECT {UNSETTLED} AS unsettled, now() AS asked_at,
             WHERE a.job_id = claimed.job_id AND a.call_id = claimed.call_id
             ORDER BY a.attempt DESC, a.finished_at DESC LIMIT 1) END AS outcome_before,
        EXISTS (SELECT FROM pipeline_stages AS p
-               WHERE p.stage = claimed.stage AND p.hold_seconds IS NOT NULL) AS after_hold
+               WHERE p.stage = claimed.stage AND p.hold_seconds IS NOT NULL) AS after_hold,
+       (SELECT p.stage FROM pipeline_stages AS p
+        WHERE p.table_name = claimed.table_name AND p.join_of = claimed.join_of
+          AND p.current_step = claimed.current_step AND p.status = claimed.status) AS routed_to
 FROM (VALUES (1)) AS always
 LEFT JOIN claimed ON true
 LEFT JOIN LATERAL stage_call_row(claimed.table_name, claimed.join_of, claimed.job_id) AS job
@@ -419,6 +422,7 @@ class Claimed(NamedTuple):
     accepted: an attempt before was.
     outcome_before: of a join: the outcome of the attempt before.
     after_hold: its stage was held before.
+    routed_to: the stage that the state leads to, as the database knows PIPELINE; None: to none.
     """
 
     call_id: int
@@ -445,6 +449,7 @@ class Claimed(NamedTuple):
     accepted: bool
     outcome_before: str | None
     after_hold: bool
+    routed_to: str | None
 
 
 @dataclass
@@ -651,20 +656,6 @@ def is_owed(conn, row, worker: str) -> bool:
     return execute(conn, STILL_OWED, given | {"worker": worker}).fetchone()[0]
 
 
-IS_ROUTED = """
-SELECT EXISTS (SELECT FROM pipeline_stages
-               WHERE (table_name, join_of, current_step, status)
-                     = (%(table)s, %(join)s, %(step)s, %(status)s)) AS is_routed
-"""
-
-
-def is_routed(conn, row: Claimed) -> bool:
-    """Whether the database knows the state that owes a claimed `row`."""
-    given = {"table": row.table_name, "join": row.join_of}
-    given |= {"step": row.current_step, "status": row.status}
-    return execute(conn, IS_ROUTED, given).fetchone().is_routed
-
-
 # --- stages that fail by themselves --------------------------------------------------------
 
 # Which results are of rows that their stage has set to failed, and whether a stage follows from
@@ -724,7 +715,8 @@ def spent_before(conn, row):
 
 # The claim itself counts for nothing. `attempts` becomes what is spent where it can: if the
 # listener is lost, nothing else says how much that was. Where the application holds the row of the
-# call, it is about to owe something else.
+# call, it is about to owe something else. A call may have been recorded under a name that its stage
+# had before.
 PUT_OFF = """
 WITH mine AS (
     SELECT job_id, call_id FROM stage_calls
@@ -737,7 +729,7 @@ WITH mine AS (
 UPDATE stage_calls AS c
 SET attempts = greatest(%(attempt)s, %(spent)s),
     free_attempts = greatest(%(attempt)s - %(spent)s, 0), worker = NULL, started_at = NULL,
-    last_error = left(%(error)s, 2000),
+    last_error = left(%(error)s, 2000), stage = %(stage)s,
     due_at = greatest(now() + make_interval(secs => %(delay)s), c.run_after)
 FROM mine WHERE c.job_id = mine.job_id AND c.call_id = mine.call_id
 """
@@ -746,6 +738,7 @@ FROM mine WHERE c.job_id = mine.job_id AND c.call_id = mine.call_id
 def put_off(conn, row, worker: str, spent: int, delay: float, error: str | None) -> None:
     """Let a claimed call wait for `delay` seconds, with `spent` attempts behind it."""
     given = {"job_id": row.key, "call_id": row.call_id, "attempt": row.attempt, "worker": worker}
+    given |= {"stage": row.routed_to or row.stage}
     execute(conn, PUT_OFF, given | {"spent": spent, "delay": delay, "error": error})
 
 

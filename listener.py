@@ -69,7 +69,7 @@ MANY = 100  # parents or moves; a look that finds so many is soon followed by an
 MARKED_FOR = 1.0
 # After a lost connection, a statement that was sent on it may still take effect for so long.
 DOUBTFUL = 600.0
-# Seconds until a call is looked at again that only a newer listener can make.
+# Seconds until a call is looked at again that only a listener of another PIPELINE can make.
 PASSED_OVER_FOR = 10.0
 # A sweep also claims calls that were never tried and are not due yet. One that is claimed so long
 # before it is due is a sign that the database's clock was set back. If the claim has only waited
@@ -140,7 +140,7 @@ class Listener:
         # By call_id and key: the attempt that an asynchronous stage has taken; the next one is made
         # after its timeout. Infinity: a call that was accepted and is never repeated.
         self.accepted: OrderedDict[tuple, float] = OrderedDict()
-        self.passed_over: set[Route] = set()  # of a newer PIPELINE; each was told once
+        self.passed_over: set[Route] = set()  # of another PIPELINE; each was told once
         self.unclaimable: dict[str, str] = {}  # by stage: why no call of it can be claimed
         self.health = StageHealth(settings, self.alerts)
         self.was_full = False  # the last claim found a call for every idle worker
@@ -555,7 +555,8 @@ class Listener:
             table = self.tables.get(row.table_name) or Table(row.table_name, id="id")
             limits = self.limits[row.stage]
             call = pipeline.claimed_call(row, table, limits, self.name, covered_until)
-            if call.route not in self.workers.trigger.routes:
+            function = self.workers.trigger.routes.get(call.route)
+            if function is None or not function.__name__ == row.stage == row.routed_to:
                 self.pass_over(conn, call, row)
                 continue
             owed = row.owed or calls.is_owed(conn, row, self.name)
@@ -577,15 +578,15 @@ class Listener:
         return to_make
 
     def pass_over(self, conn: db.Connection, call: Call, row: Claimed) -> None:
-        """Do not make a call that this PIPELINE does not have. It waits for a newer listener where
-        the database has it; else it has left PIPELINE, and fails.
+        """Do not make a call that not both this PIPELINE and the database's have. Where one of them
+        knows its state, it waits for a listener of the other, or for an install; else it fails.
         """
-        if calls.is_routed(conn, row):
+        if row.routed_to or call.route in self.workers.trigger.routes:
             calls.put_off(conn, row, self.name, row.spent - 1, PASSED_OVER_FOR, row.last_error)
             if call.route not in self.passed_over:
                 self.passed_over.add(call.route)
-                log.warning("새 PIPELINE의 호출을 미룸 (새 리스너를 시작하세요): %s → %s",
-                            call.route, call.stage)  # fmt: skip
+                log.warning("다른 PIPELINE의 호출을 미룸 (make trigger 후 재시작 필요): %s → %s",
+                            call.route, row.routed_to or call.stage)  # fmt: skip
             return
         error = f"PIPELINE has no {call.route} any more"
         ended = trigger.failure(call, "retry", error, self.settings.RETRY_DELAY)

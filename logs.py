@@ -44,7 +44,7 @@ EVENTS = {
     "단계 함수 오류": "stage_function_error",
     "Job 상태가 변경되어 스킵": "call_skipped",
     "이미 수락된 호출이라 스킵": "call_already_accepted",
-    "새 PIPELINE의 호출을 미룸": "call_of_newer_pipeline",
+    "다른 PIPELINE의 호출을 미룸": "call_of_other_pipeline",
     "리스가 모자라 호출하지 않고 되돌림": "call_released",
     "시작하지 않은 호출 %d건을 되돌림": "calls_given_back",
     "포기한 호출을 되살림": "call_revived",

@@ -203,7 +203,10 @@ AS $body$
                 THEN 'set failed by its stage' || coalesce(': ' || CASE
                      WHEN last.stage = r.stage THEN last.error END, '')
                 WHEN r.kind = 'running' THEN 'running for longer than the timeout'
-                WHEN last.stage = r.stage AND last.outcome IN ('succeeded', 'skipped')
+                WHEN last.stage = r.stage
+                     AND (last.outcome = 'succeeded'
+                          OR (last.outcome, last.error)
+                             = ('skipped', 'an earlier attempt was accepted'))
                 THEN 'accepted by the stage, but the job has not changed'
                 ELSE 'its call was never recorded: ./jsl backfill' END
     FROM resting AS r

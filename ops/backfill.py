@@ -70,8 +70,9 @@ def drop_outdated(conn, of: Table, really: bool) -> int:
 NO_TIME = "of unknown time"
 
 # The next batch of rows by id. For each row that should owe a call and has none: what became of its
-# last call. Attempts of a stage that only follows from a join do not count as the row's own calls.
-# A time in the future is treated as unknown.
+# last call. Attempts of a stage that only follows from a join do not count as the row's own calls,
+# nor does a call that was skipped as the row was elsewhere, or not found. A time in the future is
+# treated as unknown.
 MISSED = """
 WITH batch AS (
     SELECT {id} AS id, r.current_step::text AS current_step, r.status::text AS status,
@@ -87,7 +88,10 @@ WITH batch AS (
         AND (p.current_step, p.status) = (b.current_step, b.status)
     WHERE %(since)s IS NULL OR (b.changed_at < %(since)s) IS NOT TRUE
 ), missed AS (
-    SELECT o.*, CASE WHEN last.stage = o.stage AND last.outcome IN ('succeeded', 'skipped')
+    SELECT o.*, CASE WHEN last.stage = o.stage AND (
+                              last.outcome = 'succeeded'
+                              OR (last.outcome, last.error)
+                                 = ('skipped', 'an earlier attempt was accepted'))
                      THEN last.outcome
                      -- Also while it was under way: then its result comes after that.
                      WHEN last.stage = o.stage AND last.call_id = ANY (last.cancelled)
@@ -97,6 +101,7 @@ WITH batch AS (
     CROSS JOIN LATERAL (
         SELECT (array_agg(a.stage ORDER BY a.finished_at DESC))[1] AS stage,
                (array_agg(a.outcome ORDER BY a.finished_at DESC))[1] AS outcome,
+               (array_agg(a.error ORDER BY a.finished_at DESC))[1] AS error,
                (array_agg(a.call_id ORDER BY a.finished_at DESC))[1] AS call_id,
                array_agg(a.call_id) FILTER (WHERE a.outcome = 'cancelled') AS cancelled
         FROM stage_attempts AS a

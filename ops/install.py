@@ -115,6 +115,11 @@ BEGIN
     END IF;
 END
 $do$;
+-- Looks of a join that PIPELINE did not have meanwhile were taken, and changes of its rows missed.
+INSERT INTO stage_looks (parent_id, join_of, arrived)
+SELECT parent_id, join_of, true FROM stage_joins
+WHERE is_open AND join_of IN (SELECT join_of FROM pg_temp.wanted_stages WHERE join_of <> ''
+                              EXCEPT SELECT join_of FROM pg_temp.known_stages);
 INSERT INTO stage_totals_mark DEFAULT VALUES ON CONFLICT DO NOTHING;
 """
 

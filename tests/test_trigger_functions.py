@@ -497,7 +497,7 @@ def test_call_of_a_newer_pipeline_waits_for_its_listener(database, accepting, ca
         assert old.claim() is None
         database.rows("UPDATE stage_calls SET due_at = now()")
     assert database.attempts(job) == [] and not database.owed(job).given_up
-    assert "(x, done)" in old.line("새 PIPELINE의 호출을 미룸")
+    assert "(x, done)" in old.line("다른 PIPELINE의 호출을 미룸")
     five_stages.PIPELINE["x", "done"] = arriving
     call = caller(accepting.url, "new").claim()
     assert (call.job_id, call.spent) == (job, 1)

@@ -1,0 +1,135 @@
+"""PIPELINE changes while calls are owed and listeners of another PIPELINE run."""
+
+import uuid
+from collections.abc import Callable
+from contextlib import closing
+
+import pytest
+from variants import TABLE, VARIANTS, stage
+
+import db
+import joins
+from ops import backfill
+from ops.install import apply
+from pipeline import limits
+
+A, B, C = stage("aa"), stage("bb"), stage("cc")
+VARIANT = "INSERT INTO jobs_variants VALUES (%s, %s, %s, 'done')"
+DUE = "UPDATE stage_calls SET due_at = now()"
+
+
+@pytest.fixture
+def change(database, use_pipeline) -> Callable[[dict], None]:
+    """change(dict): use this PIPELINE, and install it."""
+
+    def to(routes: dict) -> None:
+        use_pipeline(routes)
+        with closing(db.connect(database.settings())) as conn:
+            apply(conn)
+
+    return to
+
+
+def add_variant(database, step: str) -> tuple[str, str]:
+    """A job and its only variant; their ids."""
+    job, variant = database.add_job("img_gen", "running"), str(uuid.uuid4())
+    database.rows(VARIANT, variant, job, step)
+    return job, variant
+
+
+def look(database, really: bool = False):
+    """What backfill finds, and with `really` records."""
+    with closing(db.connect(database.settings())) as conn:
+        return backfill.look(conn, really, None)
+
+
+# --- listeners of another PIPELINE ---------------------------------------------------------
+
+
+def test_call_of_a_table_that_left_waits_for_its_return(database, accepting, caller, change):
+    database.rows(TABLE)
+    both = {("x", "done"): A, VARIANTS("v", "done"): B}
+    change(both)
+    newer = caller(accepting.url)
+    _, variant = add_variant(database, "v")
+    change({("x", "done"): A})
+    assert newer.claim() is None
+    assert database.attempts(variant) == [] and not database.owed(variant).given_up
+    change(both)
+    database.rows(DUE)
+    assert newer.claim().key == variant
+
+
+def test_call_of_a_join_that_left_waits_for_its_return(database, accepting, caller, change):
+    database.rows(TABLE)
+    less = {("x", "done"): A, VARIANTS("v", "done"): B}
+    change(less | {VARIANTS.every("bb", "done"): C})
+    newer = caller(accepting.url)
+    job, _ = add_variant(database, "bb")
+    joins.look(newer.conn)
+    change(less)
+    assert newer.claim() is None and database.attempts(job) == []
+    change(less | {VARIANTS.every("bb", "done"): C})
+    database.rows(DUE)
+    assert newer.call().stage == "cc"
+
+
+def test_join_whose_row_arrived_before_it_left_is_looked_at_on_its_return(
+    database, accepting, caller, change
+):
+    database.rows(TABLE)
+    less = {("x", "done"): A, VARIANTS("v", "done"): B}
+    change(less | {VARIANTS.every("bb", "done"): C})
+    worker = caller(accepting.url)
+    job, _ = add_variant(database, "bb")
+    change(less)
+    joins.look(worker.conn)  # takes the look of a join that is not known
+    change(less | {VARIANTS.every("bb", "done"): C})
+    joins.look(worker.conn)
+    assert worker.call().job_id == job
+
+
+@pytest.mark.parametrize("after", [{("x", "done"): B}, {("x", "done"): B, ("q", "done"): A}],
+                         ids=["aa left", "aa is elsewhere"])  # fmt: skip
+def test_older_listener_calls_no_other_stage_than_the_one_of_now(
+    database, accepting, caller, change, after
+):
+    change({("x", "done"): A, ("aa", "done"): B})
+    older = caller(accepting.url)
+    job = database.add_job("x")
+    change(after)
+    for _ in range(3):
+        assert older.claim() is None
+        database.rows(DUE)
+    assert (accepting.connections, database.attempts(job)) == (0, [])
+    assert "(x, done) → bb" in older.line("다른 PIPELINE의 호출을 미룸")
+    assert caller(accepting.url, "new").call().stage == "bb"
+
+
+def test_pause_and_limit_of_a_stage_hold_until_its_last_listener_has_ended(
+    database, accepting, caller, change
+):
+    change({("x", "done"): limits(max_running=1)(stage("aa")), ("y", "done"): B})
+    older = caller(accepting.url)
+    job = database.add_job("x")
+    database.rows("UPDATE pipeline_stages SET held_until = 'infinity' WHERE stage = 'aa'")
+    change({("y", "done"): B})
+    assert older.claim() is None
+    assert (database.owed(job).stage, database.owed(job).attempts) == ("aa", 1)
+    assert database.owed(job).free_attempts == 1 and accepting.connections == 0
+
+
+def test_skip_of_a_row_that_was_not_found_is_no_call_that_was_made(database, accepting, change):
+    change({("x", "done"): A})
+    job = database.add_job("x")
+    database.rows(
+        "INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at,"
+        " finished_at, outcome, error) SELECT job_id, call_id, 1, stage, 'w', now(), now(),"
+        " 'skipped', 'the job has moved on: deleted' FROM stage_calls"
+    )
+    database.rows("DELETE FROM stage_calls")
+    assert look(database).missed.total() == 1
+    database.rows("UPDATE jobs SET updated_at = now() - interval '1 day'")
+    database.rows("UPDATE stage_attempts SET finished_at = now() - interval '1 day'")
+    assert "never recorded" in database.value("SELECT reason FROM resting_rows()")
+    assert look(database, really=True).missed.total() == 1 and database.owed(job)
