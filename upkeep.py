@@ -1,5 +1,6 @@
-"""Upkeep beside the calls: ends leases of lost listeners, drops calls of deleted jobs, counts and
-prunes the history, and reports jobs that rest. Each listener does it for all.
+"""Upkeep beside the calls: ends leases of lost listeners, drops calls of deleted jobs, adopts
+calls of the PIPELINE before, counts and prunes the history, and reports jobs that rest. Each
+listener does it for all.
 """
 
 import logging
@@ -91,6 +92,7 @@ class Upkeep:
             given = self.stages, self.name, self.given_up_after
             self.given_up_after = self.attempt(forget_deleted, conn, *given)
             self.parents_after = self.attempt(forget_parents, conn, self.parents_after)
+            self.attempt(adopt, conn)
         if now >= self.failed_at:
             self.failed_at = now + FAILED_INTERVAL
             done = self.attempt(newly_failed, conn, self.failed_after)
@@ -492,6 +494,32 @@ def forget_parents(conn, after: Any = None, batch: int = BATCH) -> Any:
     """
     found = execute(conn, FORGET_PARENTS, {"after": after, "batch": batch}).fetchone()
     return found.last if found.found == batch else None
+
+
+# Calls that were recorded under another PIPELINE: under the name that their stage had before, or
+# with a priority that their table no longer declares, which stage_due_calls() does not look for.
+# `install` runs this, and so does upkeep, as a transaction may have been open during the install,
+# or have held the row. A call of a state that left PIPELINE stays as it is. Comparing the stage of
+# each call with that of its state takes a second at 300,000 calls; upkeep looks for stages that
+# left PIPELINE, as a call of any other is renamed when a listener claims it.
+ADOPT = """
+UPDATE stage_calls AS c SET stage = mine.stage, priority = mine.priority
+FROM (SELECT o.job_id, o.call_id, p.stage,
+             CASE WHEN t.priority_column IS NOT NULL THEN o.priority ELSE 0 END AS priority
+      FROM stage_calls AS o
+      JOIN pipeline_stages AS p USING (table_name, join_of, current_step, status)
+      JOIN pipeline_tables AS t ON t.name = o.table_name
+      WHERE (o.stage <> p.stage OR o.priority <> 0 AND t.priority_column IS NULL) {and_some}
+      FOR UPDATE OF o SKIP LOCKED) AS mine
+WHERE c.job_id = mine.job_id AND c.call_id = mine.call_id;
+"""
+LEFT = "AND (o.stage NOT IN (SELECT stage FROM pipeline_stages) OR o.priority <> 0)"
+
+
+def adopt(conn) -> None:
+    """Give calls of the PIPELINE before the stage and priority that they have in that of now."""
+    if execute(conn, UNPINNED + ADOPT.format(and_some=LEFT)).rowcount:
+        execute(conn, f"NOTIFY {WAKE_CHANNEL}")
 
 
 # Stores the timeouts, which come from the listener's settings, for stalled_jobs() and people.

@@ -12,6 +12,7 @@ import psycopg2
 import config
 import db
 import pipeline
+import upkeep
 from ops import migrations
 from ops.place import named, require_place
 from ops.problem import Problem
@@ -29,7 +30,7 @@ SELECT set_config('job_state_listener.announced', %(announced)s, true),
        set_config('job_state_listener.pipeline', %(pipeline)s, true);
 """
 
-SYNC = """
+SYNC = f"""
 DELETE FROM pipeline_tables;
 INSERT INTO pipeline_tables
 SELECT t.* FROM jsonb_populate_recordset(
@@ -76,13 +77,6 @@ FROM pg_temp.wanted_stages AS w LEFT JOIN LATERAL (
     LIMIT 1) AS k ON true
 WHERE (p.table_name, p.join_of, p.current_step, p.status)
       = (w.table_name, w.join_of, w.current_step, w.status);
-UPDATE stage_calls AS c SET stage = renamed.stage
-FROM (SELECT o.job_id, o.call_id, p.stage
-      FROM stage_calls AS o
-      JOIN pipeline_stages AS p USING (table_name, join_of, current_step, status)
-      WHERE o.stage <> p.stage
-      FOR UPDATE OF o SKIP LOCKED) AS renamed
-WHERE c.job_id = renamed.job_id AND c.call_id = renamed.call_id;
 CREATE TEMPORARY TABLE wanted_limits ON COMMIT DROP AS
 SELECT l.name, l.stages, l.max_running, l.seconds, l.linger, l.is_fair, l.per_tenant
 FROM jsonb_populate_recordset(
@@ -115,6 +109,8 @@ BEGIN
     END IF;
 END
 $do$;
+-- After an index was dropped, for which all who have written to stage_calls were waited for.
+{upkeep.ADOPT.format(and_some="")}
 -- Looks of a join that PIPELINE did not have meanwhile were taken, and changes of its rows missed.
 INSERT INTO stage_looks (parent_id, join_of, arrived)
 SELECT parent_id, join_of, true FROM stage_joins
@@ -167,8 +163,8 @@ WHERE schemaname = current_schema() AND tablename = ANY (%(tables)s) ORDER BY 1
 ORPHANS = """
 SELECT count(*) FROM stage_calls AS c
 WHERE NOT EXISTS (SELECT FROM pipeline_stages AS p
-                  WHERE (p.table_name, p.join_of, p.current_step, p.status)
-                        = (c.table_name, c.join_of, c.current_step, c.status))
+                  WHERE (p.table_name, p.join_of, p.current_step, p.status, p.stage)
+                        = (c.table_name, c.join_of, c.current_step, c.status, c.stage))
 """
 
 
@@ -355,7 +351,9 @@ def install(
         click.echo(f"  granted  the views to {reader}")
     orphans = db.execute(conn, ORPHANS).fetchone()[0]
     if orphans:
-        click.echo(f"  note: {orphans} open calls are of states that PIPELINE no longer has")
+        click.echo(
+            f"  note: {orphans} open calls are of states or stages that PIPELINE no longer has"
+        )
     click.echo(f"Next: {pipeline.JSL} verify, then {pipeline.JSL}")
 
 

@@ -9,9 +9,10 @@ from variants import TABLE, VARIANTS, stage
 
 import db
 import joins
+import upkeep
 from ops import backfill
-from ops.install import apply
-from pipeline import limits
+from ops.install import ORPHANS, apply
+from pipeline import Table, limits
 
 A, B, C = stage("aa"), stage("bb"), stage("cc")
 VARIANT = "INSERT INTO jobs_variants VALUES (%s, %s, %s, 'done')"
@@ -133,3 +134,67 @@ def test_skip_of_a_row_that_was_not_found_is_no_call_that_was_made(database, acc
     database.rows("UPDATE stage_attempts SET finished_at = now() - interval '1 day'")
     assert "never recorded" in database.value("SELECT reason FROM resting_rows()")
     assert look(database, really=True).missed.total() == 1 and database.owed(job)
+
+
+# --- calls that were recorded before -------------------------------------------------------
+
+
+def test_call_of_a_transaction_that_was_open_during_install_gets_the_stage_of_now(
+    database, accepting, caller, change
+):
+    change({("x", "done"): A})
+    job = database.add_job("w")
+    with closing(database.connect()) as application:
+        application.autocommit = False
+        application.cursor().execute("UPDATE jobs SET current_step = 'x'")
+        change({("x", "done"): B})
+        application.commit()
+    worker = caller(accepting.url)
+    assert worker.claim() is None
+    with closing(db.connect(database.settings())) as conn:
+        assert db.execute(conn, ORPHANS).fetchone() == (1,)
+    upkeep.adopt(worker.conn)
+    assert (worker.call().stage, database.owed(job)) == ("bb", None)
+
+
+def test_calls_of_stages_that_exchanged_their_names_while_locked_are_made(
+    database, accepting, caller, change
+):
+    change({("x", "done"): A, ("y", "done"): B})
+    job = database.add_job("x")
+    with closing(database.connect()) as application:
+        application.autocommit = False
+        application.cursor().execute("SELECT FROM stage_calls FOR UPDATE")
+        change({("x", "done"): B, ("y", "done"): A})
+    worker = caller(accepting.url)
+    assert worker.claim() is None and database.owed(job).stage == "bb"
+    database.rows(DUE)
+    assert worker.call().stage == "bb"
+
+
+@pytest.mark.parametrize("priority", [5, -5])
+@pytest.mark.parametrize("recorded", ["before", "after"])
+def test_call_of_a_table_without_priorities_any_more_is_made(
+    database, accepting, caller, change, priority, recorded
+):
+    database.rows("ALTER TABLE jobs ADD priority integer")
+    paced = limits(per_minute=6000)(stage("aa"))
+    change({Table("jobs", id="job_id", priority="priority")("x", "done"): paced})
+    database.rows(
+        "INSERT INTO jobs (current_step, status, priority) VALUES ('x', 'done', %s)", priority
+    )
+    change({("x", "done"): paced})
+    worker = caller(accepting.url)
+    if recorded == "after":  # by a trigger that install has replaced since
+        database.rows("UPDATE stage_calls SET priority = %s", priority)
+        upkeep.adopt(worker.conn)
+    assert worker.call().outcome == "succeeded"
+
+
+def test_priorities_stay_where_they_are_declared(database, change):
+    database.rows("ALTER TABLE jobs ADD priority integer")
+    urgent = Table("jobs", id="job_id", priority="priority")("x", "done")
+    change({urgent: A})
+    database.rows("INSERT INTO jobs (current_step, status, priority) VALUES ('x', 'done', 5)")
+    change({urgent: B})
+    assert database.rows("SELECT stage, priority FROM stage_calls") == [("bb", 5)]

@@ -120,7 +120,7 @@ def test_install_names_what_left_the_pipeline(database, run_command):
     assert said["(retired, done) → old_stage"] == "removed"
     assert said["(planner, done) → overlay"] == "routed"
     assert said["(overlay, done) → vlm_judge"] == "kept"
-    assert "1 open calls are of states that PIPELINE no longer has" in done.out
+    assert "1 open calls are of states or stages that PIPELINE no longer has" in done.out
     assert run_command(database, "verify").out.count("ok       routes") == 1
 
 
