@@ -105,7 +105,9 @@ def look(conn) -> tuple[list, int]:
 
 # Moves that no trigger has recorded: the row was deleted, or changed while the trigger was off. For
 # the call of a join, the parent has moved if it left the state stored at the call's first claim.
-# Where the row of a table that left PIPELINE is now is not known: its call ends with its lease.
+# Where the row of a table that left PIPELINE is now is not known: its call ends with its lease. The
+# trigger has removed the call of a row that moved: where it is there and the row is in its state,
+# the row has not moved, though PIPELINE may no longer say that this state leads to the stage.
 RECORD_MISSED = """
 INSERT INTO stage_moves (job_id, table_name, stage, is_failed)
 SELECT l.job_id, l.table_name, l.stage,
@@ -118,6 +120,10 @@ WHERE l.working AND l.table_name IN (SELECT name FROM pipeline_tables)
           SELECT FROM pipeline_stages AS p
           WHERE (p.table_name, p.join_of, p.stage) = (l.table_name, '', l.stage)
             AND (p.current_step, p.status) = (r.current_step, r.status))
+      AND NOT EXISTS (
+          SELECT FROM stage_calls AS c
+          WHERE c.job_id = l.job_id AND c.call_id = l.call_id AND c.join_of = ''
+            AND (c.current_step, c.status) = (r.current_step, r.status))
       AND NOT EXISTS (
           SELECT FROM pipeline_stages AS p
           JOIN stage_joins AS j ON j.join_of = p.join_of AND j.parent_id = l.job_id

@@ -77,6 +77,23 @@ FROM pg_temp.wanted_stages AS w LEFT JOIN LATERAL (
     LIMIT 1) AS k ON true
 WHERE (p.table_name, p.join_of, p.current_step, p.status)
       = (w.table_name, w.join_of, w.current_step, w.status);
+-- A call under way of a stage that was only renamed counts under the limits of its new name, and
+-- ends when its row leaves that. Where its API has set the row running, it works under the old one.
+UPDATE stage_leases AS l SET stage = mine.after
+FROM (SELECT o.call_id, o.attempt, renamed.after
+      FROM stage_leases AS o JOIN (
+          SELECT k.stage AS before, min(w.stage) AS after
+          FROM pg_temp.known_stages AS k
+          JOIN pg_temp.wanted_stages AS w USING (table_name, join_of, current_step, status)
+          WHERE k.stage NOT IN (SELECT stage FROM pg_temp.wanted_stages)
+            AND w.stage NOT IN (SELECT stage FROM pg_temp.known_stages)
+          GROUP BY k.stage HAVING count(DISTINCT w.stage) = 1
+      ) AS renamed ON renamed.before = o.stage
+      WHERE NOT (o.working AND EXISTS (
+          SELECT FROM stage_call_row(o.table_name, '', o.job_id) AS r
+          WHERE (r.current_step, r.status) = (o.stage, 'running')))
+      FOR UPDATE OF o SKIP LOCKED) AS mine
+WHERE l.call_id = mine.call_id AND l.attempt = mine.attempt;
 CREATE TEMPORARY TABLE wanted_limits ON COMMIT DROP AS
 SELECT l.name, l.stages, l.max_running, l.seconds, l.linger, l.is_fair, l.per_tenant
 FROM jsonb_populate_recordset(

@@ -9,10 +9,12 @@ from variants import TABLE, VARIANTS, stage
 
 import db
 import joins
+import moves
+import trigger
 import upkeep
 from ops import backfill
 from ops.install import ORPHANS, apply
-from pipeline import Table, limits
+from pipeline import Call, Table, limits
 
 A, B, C = stage("aa"), stage("bb"), stage("cc")
 VARIANT = "INSERT INTO jobs_variants VALUES (%s, %s, %s, 'done')"
@@ -198,3 +200,62 @@ def test_priorities_stay_where_they_are_declared(database, change):
     database.rows("INSERT INTO jobs (current_step, status, priority) VALUES ('x', 'done', 5)")
     change({urgent: B})
     assert database.rows("SELECT stage, priority FROM stage_calls") == [("bb", 5)]
+
+
+# --- calls under way -----------------------------------------------------------------------
+
+
+def take(worker) -> Call:
+    """Claim a call, as if its stage had answered 202."""
+    call = worker.claim()
+    worker.listener.keep(call, trigger.result(call, "taken", http_status=202))
+    worker.settle()
+    return call
+
+
+def working(name: str) -> Callable:
+    return limits(asynchronous=True, max_running=1)(stage(name))
+
+
+@pytest.mark.parametrize("after", [{("x", "done"): B}, {("x", "done"): working("new")}],
+                         ids=["removed", "renamed"])  # fmt: skip
+def test_taken_call_goes_on_though_its_stage_was_changed(
+    database, accepting, caller, change, after
+):
+    change({("x", "done"): working("old"), ("y", "done"): working("other")})
+    database.add_job("x")
+    take(caller(accepting.url))
+    change(after | {("y", "done"): working("other")})
+    newer = caller(accepting.url, "newer")
+    moves.record_missed(newer.conn)
+    assert moves.look(newer.conn)[0] == [] and newer.claim() is None
+    database.rows("UPDATE jobs SET current_step = 'elsewhere'")
+    moves.record_missed(newer.conn)
+    assert [row.outcome for row in moves.look(newer.conn)[0]] == ["succeeded"]
+
+
+def test_renamed_stage_counts_the_calls_of_its_old_name(database, accepting, caller, change):
+    change({("x", "done"): working("old")})
+    first, second = database.add_job("x"), database.add_job("x")
+    call = take(caller(accepting.url))
+    change({("x", "done"): working("new")})
+    newer = caller(accepting.url, "newer")
+    assert newer.claim() is None
+    database.move(call.job_id, "new", "running")
+    database.move(call.job_id, "new", "done")
+    assert [row.stage for row in moves.look(newer.conn)[0]] == ["new"]
+    assert newer.claim().job_id == ({first, second} - {call.job_id}).pop()
+
+
+def test_row_that_runs_under_the_old_name_keeps_its_call(database, accepting, caller, change):
+    change({("x", "done"): working("old")})
+    database.add_job("x")
+    call = take(caller(accepting.url))
+    database.move(call.job_id, "old", "running")
+    change({("x", "done"): working("new")})
+    newer = caller(accepting.url, "newer")
+    moves.record_missed(newer.conn)
+    assert moves.look(newer.conn)[0] == []
+    database.move(call.job_id, "old", "done")
+    moves.record_missed(newer.conn)
+    assert [row.outcome for row in moves.look(newer.conn)[0]] == ["succeeded"]
