@@ -316,6 +316,8 @@ class Listener:
         sweep = free > 0 and now >= self.sweep_at
         if sweep:
             self.join_look.ask()
+            # A stage that was asynchronous, or has left PIPELINE, may still work.
+            self.move_look.is_needed = pipeline.is_asynchronous() or moves.has_working(conn)
             self.move_look.ask()
             self.may_miss_moves = True
         if now >= self.join_look.at:

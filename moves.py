@@ -103,6 +103,14 @@ def look(conn) -> tuple[list, int]:
     return [row for row in rows if row.job_id is not None], rows[0].moves
 
 
+HAS_WORKING = "SELECT EXISTS (SELECT FROM stage_leases WHERE working) AS has_working"
+
+
+def has_working(conn) -> bool:
+    """Whether a call was taken with 202 and is not over."""
+    return db.execute(conn, HAS_WORKING).fetchone().has_working
+
+
 # Moves that no trigger has recorded: the row was deleted, or changed while the trigger was off. For
 # the call of a join, the parent has moved if it left the state stored at the call's first claim.
 # Where the row of a table that left PIPELINE is now is not known: its call ends with its lease. The

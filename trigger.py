@@ -98,7 +98,8 @@ def refused(
             return result(call, TAKEN, http_status=202)
         return result(call, "skipped", error="an earlier attempt was accepted")
     if call.spent > call.max_attempts:
-        ended = failure(call, "failed", "nobody knows what became of the last attempt", 0)
+        why = None if row.taken_over else row.last_error
+        ended = failure(call, "failed", why or "nobody knows what became of the last attempt", 0)
         log_end(call, ended)
         return ended
     return None

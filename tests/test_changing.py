@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import closing
 
 import pytest
+from raw_server import in_turn
 from variants import TABLE, VARIANTS, stage
 
 import db
@@ -259,3 +260,27 @@ def test_row_that_runs_under_the_old_name_keeps_its_call(database, accepting, ca
     database.move(call.job_id, "old", "done")
     moves.record_missed(newer.conn)
     assert [row.outcome for row in moves.look(newer.conn)[0]] == ["succeeded"]
+
+
+def test_taken_call_ends_with_its_move_though_no_stage_is_asynchronous_now(database, api, listener):
+    job = database.add_job("vlm_judge", "done")
+    database.rows(
+        "INSERT INTO stage_leases (job_id, call_id, attempt, stage, worker, started_at,"
+        " leased_until, working) VALUES (%s, 1, 1, 'vlm_judge', 'w', now(), 'infinity', true)",
+        job,
+    )
+    listener(database, api=api)
+    database.wait_for("SELECT outcome = 'succeeded' FROM stage_attempts WHERE job_id = %s", job)
+
+
+def test_call_beyond_a_lowered_max_attempts_keeps_its_last_error(database, serve, caller, change):
+    change({("x", "done"): A})
+    url = serve(in_turn(b"HTTP/1.1 500 Oops\r\nContent-Length: 9\r\n\r\nno memory")).url
+    job, before = database.add_job("x"), caller(url)
+    before.call()
+    before.call_again()
+    database.rows(DUE)
+    after = caller(url, "after", MAX_ATTEMPTS=2)
+    assert after.claim() is None
+    after.settle()
+    assert database.owed(job).last_error == "HTTP 500: no memory"
