@@ -5,12 +5,15 @@
 
 -- The options of `install` come as settings of this transaction. The triggers store them as their
 -- arguments: --no-notify ('silent'), --notify-owed ('owed only'), --no-insert ('updates only'). An
--- option that is not given keeps the value that is stored there.
+-- option that is not given keeps the value that is stored there. Where another table is jobs now,
+-- that is the one of before.
 DO $do$
 DECLARE
     before constant text := coalesce(
-        (SELECT encode(tgargs, 'escape') FROM pg_trigger WHERE tgrelid = 'jobs'::regclass
-         AND tgname = 'job_state_change_trigger'), '');
+        (SELECT encode(t.tgargs, 'escape') FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid
+         WHERE p.pronamespace = quote_ident(current_schema())::regnamespace
+           AND p.proname = 'notify_job_state_change' AND t.tgname = 'job_state_change_trigger'
+         ORDER BY t.tgrelid = 'jobs'::regclass DESC LIMIT 1), '');
     known constant jsonb := jsonb_build_object(
         'tables', coalesce(
             (SELECT jsonb_agg(to_jsonb(t) ORDER BY t.position) FROM pipeline_tables AS t),

@@ -94,6 +94,8 @@ FROM (SELECT o.call_id, o.attempt, renamed.after
           WHERE (r.current_step, r.status) = (o.stage, 'running')))
       FOR UPDATE OF o SKIP LOCKED) AS mine
 WHERE l.call_id = mine.call_id AND l.attempt = mine.attempt;
+CREATE TEMPORARY TABLE fair_before ON COMMIT DROP AS
+SELECT unnest(stages) AS stage FROM stage_limits WHERE is_fair;
 CREATE TEMPORARY TABLE wanted_limits ON COMMIT DROP AS
 SELECT l.name, l.stages, l.max_running, l.seconds, l.linger, l.is_fair, l.per_tenant
 FROM jsonb_populate_recordset(
@@ -128,6 +130,17 @@ END
 $do$;
 -- After an index was dropped, for which all who have written to stage_calls were waited for.
 {upkeep.ADOPT.format(and_some="")}
+-- The trigger copies the parent's tenant only for stages whose tenants take turns.
+UPDATE stage_calls AS c SET tenant_id = mine.tenant
+FROM (SELECT o.job_id, o.call_id,
+             left((stage_call_row(o.table_name, '', o.job_id)).tenant_id #>> '{{}}', 500) AS tenant
+      FROM stage_calls AS o
+      WHERE o.tenant_id IS NULL
+        AND o.stage IN (SELECT unnest(stages) FROM stage_limits WHERE is_fair
+                        EXCEPT SELECT stage FROM pg_temp.fair_before)
+        AND o.table_name IN (SELECT name FROM pipeline_tables WHERE tenant_column IS NULL)
+      FOR UPDATE OF o SKIP LOCKED) AS mine
+WHERE c.job_id = mine.job_id AND c.call_id = mine.call_id AND mine.tenant IS NOT NULL;
 -- Looks of a join that PIPELINE did not have meanwhile were taken, and changes of its rows missed.
 INSERT INTO stage_looks (parent_id, join_of, arrived)
 SELECT parent_id, join_of, true FROM stage_joins

@@ -284,3 +284,34 @@ def test_call_beyond_a_lowered_max_attempts_keeps_its_last_error(database, serve
     assert after.claim() is None
     after.settle()
     assert database.owed(job).last_error == "HTTP 500: no memory"
+
+
+# --- what install carries over -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["--no-notify", "--notify-owed"])
+def test_table_that_takes_the_place_of_jobs_keeps_the_options(database, run_command, option):
+    run_command(database, "install", "--no-insert", option)
+    arguments = "SELECT tgargs::text FROM pg_trigger WHERE tgrelid = 'jobs'::regclass"
+    before = database.rows(arguments)
+    database.rows(
+        "CREATE TABLE jobs_new (LIKE jobs INCLUDING ALL); ALTER TABLE jobs RENAME TO jobs_old;"
+        " ALTER TABLE jobs_new RENAME TO jobs"
+    )
+    run_command(database, "install")
+    assert database.rows(arguments) == before and len(before) == 1
+
+
+def test_calls_that_waited_take_turns_by_the_tenant_of_the_parent(
+    database, accepting, caller, change
+):
+    database.rows(TABLE)
+    change({VARIANTS("v", "done"): A})
+    for tenant in ("first", "second", None):
+        job = database.add_job("img_gen", "running", tenant)
+        database.rows(VARIANT, str(uuid.uuid4()), job, "v")
+    change({VARIANTS("v", "done"): limits(per_tenant=1)(stage("aa"))})
+    worker = caller(accepting.url)
+    calls = [worker.claim() for _ in range(4)]
+    assert {call.tenant_id for call in calls if call} == {"first", "second", None}
+    assert calls[3] is None
