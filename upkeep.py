@@ -320,8 +320,9 @@ def count(conn, batch: int = BATCH) -> int:
 
 # One listener at a time, in small batches, so that no other waits. Attempts that are not counted
 # yet are not deleted, nor those that alone tell why a row that still rests in its state owes
-# nothing: without them `backfill` would have an accepted or cancelled call made again. Whether rows
-# of a table that cannot be read rest is not known, so all that tells of them is kept.
+# nothing: without them `backfill` would have an accepted or cancelled call made again, also one of
+# the name that its stage had before. Whether rows of a table that cannot be read rest is not known,
+# so all that tells of them is kept.
 PRUNE = """
 WITH batch AS (
     SELECT ctid AS place, job_id, table_name, stage, outcome, finished_at FROM stage_attempts
@@ -348,7 +349,8 @@ WHEN {name} THEN EXISTS (
     SELECT FROM {table} AS r
     JOIN pipeline_stages AS p
         ON (p.current_step, p.status) = (r.current_step::text, r.status::text)
-    WHERE r.{id} = b.job_id{collate} AND (p.table_name, p.join_of, p.stage) = ({name}, '', b.stage)
+    WHERE r.{id} = b.job_id{collate} AND (p.table_name, p.join_of) = ({name}, '')
+      AND (p.stage = b.stage OR b.stage NOT IN (SELECT stage FROM pipeline_stages))
     OFFSET 0)"""
 CAN_BE_READ = "SELECT CASE b.table_name {rests} END FROM stage_attempts AS b LIMIT 0"
 

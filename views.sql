@@ -207,6 +207,8 @@ AS $body$
                      AND (last.outcome = 'succeeded'
                           OR (last.outcome, last.error)
                              = ('skipped', 'an earlier attempt was accepted'))
+                     OR last.outcome = 'succeeded' AND last.stage <> r.current_step
+                        AND last.stage NOT IN (SELECT stage FROM %1$I.pipeline_stages)
                 THEN 'accepted by the stage, but the job has not changed'
                 ELSE 'its call was never recorded: ./jsl backfill' END
     FROM resting AS r
@@ -222,7 +224,9 @@ AS $body$
         WHERE a.job_id = r.id AND a.table_name = r.table_name
           AND (a.stage = r.stage OR EXISTS (  -- not those of a join of its rows
               SELECT FROM %1$I.pipeline_stages AS p
-              WHERE p.table_name = a.table_name AND p.join_of = '' AND p.stage = a.stage))
+              WHERE p.table_name = a.table_name AND p.join_of = '' AND p.stage = a.stage)
+               -- As in backfill: it may be that of now under the name of before.
+               OR a.stage NOT IN (SELECT stage FROM %1$I.pipeline_stages))
     ) AS last
     WHERE NOT EXISTS (SELECT FROM %1$I.stage_calls AS c
                       WHERE c.job_id = r.id AND c.table_name = r.table_name)
@@ -230,8 +234,10 @@ AS $body$
                       WHERE l.job_id = r.id AND l.table_name = r.table_name
                         AND l.leased_until > now())
       -- A call that was cancelled while it was under way has its result after that.
-      AND (r.kind = 'owed' AND last.stage = r.stage AND last.call_id = ANY (last.cancelled)
-           AND last.outcome <> 'succeeded') IS NOT TRUE
+      AND (r.kind = 'owed' AND last.call_id = ANY (last.cancelled) AND last.outcome <> 'succeeded'
+           AND (last.stage = r.stage
+                OR last.stage <> r.current_step
+                   AND last.stage NOT IN (SELECT stage FROM %1$I.pipeline_stages))) IS NOT TRUE
       AND (r.kind = 'failed'
            OR CASE WHEN r.kind = 'running' AND last.stage = r.stage
                          AND (last.outcome, last.http_status) = ('unknown', 202)

@@ -71,8 +71,9 @@ NO_TIME = "of unknown time"
 
 # The next batch of rows by id. For each row that should owe a call and has none: what became of its
 # last call. Attempts of a stage that only follows from a join do not count as the row's own calls,
-# nor does a call that was skipped as the row was elsewhere, or not found. A time in the future is
-# treated as unknown.
+# nor does a call that was skipped as the row was elsewhere, or not found. A stage that PIPELINE no
+# longer has may be that of now under the name of before, unless the row is at its step: then it has
+# moved the row on. A time in the future is treated as unknown.
 MISSED = """
 WITH batch AS (
     SELECT {id} AS id, r.current_step::text AS current_step, r.status::text AS status,
@@ -96,6 +97,11 @@ WITH batch AS (
                      -- Also while it was under way: then its result comes after that.
                      WHEN last.stage = o.stage AND last.call_id = ANY (last.cancelled)
                      THEN 'cancelled'
+                     WHEN last.stage <> o.current_step
+                          AND last.stage NOT IN (SELECT stage FROM pipeline_stages)
+                          AND (last.outcome = 'succeeded'
+                               OR last.call_id = ANY (last.cancelled))
+                     THEN 'under a name that PIPELINE no longer has'
                      WHEN o.has_time IS NOT TRUE THEN %(no_time)s END AS why
     FROM owing AS o
     CROSS JOIN LATERAL (

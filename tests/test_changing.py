@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import closing
 
 import pytest
+from claims import connected
 from raw_server import in_turn
 from variants import TABLE, VARIANTS, stage
 
@@ -315,3 +316,54 @@ def test_calls_that_waited_take_turns_by_the_tenant_of_the_parent(
     calls = [worker.claim() for _ in range(4)]
     assert {call.tenant_id for call in calls if call} == {"first", "second", None}
     assert calls[3] is None
+
+
+# --- history of the name of before ---------------------------------------------------------
+
+
+@pytest.fixture
+def renamed(database, accepting, caller, change) -> dict[str, str]:
+    """Jobs that rest at (x, done), whose stage has another name now: one was accepted, the other
+    was cancelled, long ago.
+    """
+    change({("x", "done"): A})
+    jobs = {"accepted": database.add_job("x")}
+    caller(accepting.url).call()
+    jobs["cancelled"] = database.add_job("x")
+    database.rows(
+        "INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at,"
+        " finished_at, outcome, error) SELECT job_id, call_id, 0, stage, 'kim', now(), now(),"
+        " 'cancelled', 'contract ended' FROM stage_calls; DELETE FROM stage_calls"
+    )
+    database.rows(
+        "UPDATE stage_attempts SET started_at = now() - interval '40 days',"
+        " finished_at = now() - interval '40 days';"
+        " UPDATE jobs SET updated_at = now() - interval '40 days'"
+    )
+    change({("x", "done"): B, ("aa", "done"): C})
+    return jobs
+
+
+def test_calls_of_the_name_of_before_are_not_repeated(database, renamed):
+    found = look(database, really=True)
+    assert found.missed.total() == 0
+    assert found.kept == {"under a name that PIPELINE no longer has": 2}
+    [row] = database.rows("SELECT job_id, reason FROM resting_rows()")
+    assert (row.job_id, row.reason[:21]) == (renamed["accepted"], "accepted by the stage")
+
+
+def test_history_of_the_name_of_before_is_kept_while_its_rows_rest(database, renamed):
+    database.rows("UPDATE stage_totals_mark SET counted_until = now()")
+    with connected(database) as conn:
+        upkeep.prune(conn, 30)
+        assert len(database.rows("SELECT 1 FROM stage_attempts")) == 2
+        database.rows("UPDATE jobs SET current_step = 'elsewhere'")
+        upkeep.prune(conn, 30)
+    assert database.rows("SELECT 1 FROM stage_attempts") == []
+
+
+def test_row_that_the_stage_of_before_has_moved_on_misses_its_call(database, renamed):
+    job = renamed["accepted"]
+    database.rows("SET session_replication_role = replica")
+    database.rows("UPDATE jobs SET current_step = 'aa' WHERE job_id = %s", job)
+    assert look(database, really=True).missed.total() == 1 and database.owed(job).stage == "cc"
