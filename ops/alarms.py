@@ -51,6 +51,9 @@ def of_everything(state: dict[str, Any]) -> Iterator[Alarm]:
         yield Alarm(EVERYTHING, "triggers", "new calls may not be recorded", what, mend)
     if problem := state["database"]["schema_problem"]:
         yield Alarm(EVERYTHING, "schema", "program and database differ", problem)
+    if problem := state["routes_problem"]:
+        yield Alarm(EVERYTHING, "routes", "program and database have other routes", problem,
+                    f"{pipeline.JSL} install")  # fmt: skip
     listeners = state["listeners"]
     if not any(row["connected"] for row in listeners):
         alive = (

@@ -20,9 +20,9 @@ from ops import migrations
 from ops.limits import LIMIT_FIELDS, limits
 from ops.listeners import heartbeats_here, listeners
 from ops.pools import pools
-from ops.problem import Problem
+from ops.problem import INSTALL, Problem
 from ops.resting import NONE, Resting, resting
-from ops.routes import announced, is_updates_only
+from ops.routes import announced, difference, is_updates_only
 from ops.screen import Screen
 from ops.table import (
     JSON,
@@ -89,6 +89,7 @@ def look(conn, settings: SimpleNamespace) -> dict[str, Any]:
             "notification_queue_percent": db.execute(conn, QUEUE).fetchone()[0],
         },
         "triggers": {"ok": problem is None, "problem": problem},
+        "routes_problem": routes_problem(conn) if problem is None else None,
         "resting_problem": resting_problem,
         "oldest_due_seconds": max(
             (row["oldest_due_seconds"] for row in stages if row["due"]), default=None
@@ -109,6 +110,17 @@ def schema(conn) -> tuple[int | None, str | None]:
         return migrations.version(conn), migrations.refusal(conn)
     except psycopg2.errors.InsufficientPrivilege:
         return None, None
+
+
+def routes_problem(conn) -> str | None:
+    """How PIPELINE differs from the database's copy of it; None where it does not, and for a role
+    that may read nothing but the views.
+    """
+    try:
+        found = difference(conn)
+    except psycopg2.errors.InsufficientPrivilege:
+        return None
+    return f"routes differ ({len(found)}): {found[0]}" if found else None
 
 
 def add_resting(conn, stages: list[dict[str, Any]]) -> str | None:
@@ -165,6 +177,9 @@ def lines(found: dict[str, Any]) -> Iterator[Line]:
         what, *mend = plain(problem).split(" → ")
         yield f"PROBLEM  {what}", RED
         yield from ((f"       → {each}", RED) for each in mend)
+    if problem := found["routes_problem"]:
+        yield f"PROBLEM  {plain(problem)}", RED
+        yield f"       → {INSTALL}", RED
     yield from ((line, 0) for line in stage_lines(found["stages"]))
     longest = max((len(row["stage"]) for row in found["stages"]), default=0)
     for row in found["stages"]:

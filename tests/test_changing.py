@@ -367,3 +367,13 @@ def test_row_that_the_stage_of_before_has_moved_on_misses_its_call(database, ren
     database.rows("SET session_replication_role = replica")
     database.rows("UPDATE jobs SET current_step = 'aa' WHERE job_id = %s", job)
     assert look(database, really=True).missed.total() == 1 and database.owed(job).stage == "cc"
+
+
+# --- what people are told ------------------------------------------------------------------
+
+
+def test_status_says_that_the_database_has_other_routes(database, run_command):
+    database.rows("DELETE FROM pipeline_stages WHERE current_step IN ('planner', 'overlay')")
+    done = run_command(database, "status")
+    [problem] = [line for line in done.lines if line.startswith("PROBLEM")]
+    assert problem.startswith("PROBLEM  routes differ (2): (overlay, done) → vlm_judge in ")
