@@ -16,8 +16,9 @@ import upkeep
 from ops import migrations
 from ops.place import named, require_place
 from ops.problem import Problem
-from ops.routes import announced, is_silent, is_updates_only, known, shown
+from ops.routes import Stage, announced, is_silent, is_updates_only, known, shown
 from ops.tables import require_usable, tenant_columns
+from pipeline import Route
 
 ROOT = Path(__file__).parent.parent
 # One after the other, in one transaction.
@@ -177,6 +178,11 @@ def objects(conn, tables: Iterable[str] = ()) -> list[str]:
     ]
 
 
+# Also reads an installation of an earlier version.
+PAUSED = """
+SELECT stage FROM pipeline_stages AS p WHERE to_jsonb(p) ->> 'held_until' = 'infinity'
+"""
+
 PARTITIONED = """
 SELECT relname AS name FROM pg_class
 WHERE relkind = 'p' AND oid IN (
@@ -320,8 +326,9 @@ def install(
     before = set(objects(conn, tables))
     try:
         before_routes, version = known(conn), migrations.version(conn)
+        paused = {row.stage for row in db.execute(conn, PAUSED)}
     except psycopg2.errors.UndefinedTable:
-        before_routes, version = {}, migrations.LATEST
+        before_routes, version, paused = {}, migrations.LATEST, set()
     migrations.require_not_newer(conn)
     try:
         unread = apply(conn, settings, reader, "owed" if notify_owed else notify, insert)
@@ -352,6 +359,12 @@ def install(
         click.echo(f"  {done:7}  {route} → {shown(stage)}")
     for route in before_routes.keys() - routes.keys():
         click.echo(f"  removed  {route} → {shown(before_routes[route])}")
+    for name in left(before_routes, routes):
+        pause = "its pause is gone, and " if name in paused else ""
+        click.echo(
+            f"  note: {name} has left PIPELINE: {pause}rows that it still works on come to "
+            f"({name}, done): keep what follows from that until they are through"
+        )
     if "table jobs" in before and routes.keys() - before_routes.keys():
         click.echo("  note: rows that are in a new state already, or come to it in a transaction "
                    f"that is open, owe no call: {pipeline.JSL} backfill")  # fmt: skip
@@ -385,6 +398,17 @@ def install(
             f"  note: {orphans} open calls are of states or stages that PIPELINE no longer has"
         )
     click.echo(f"Next: {pipeline.JSL} verify, then {pipeline.JSL}")
+
+
+def left(before: dict[Route, Stage], routes: dict[Route, Stage]) -> list[str]:
+    """The stages that PIPELINE no longer has, but for those that only have another name."""
+    known_names, names = ({stage for stage, _ in of.values()} for of in (before, routes))
+    renamed = {
+        stage
+        for route, (stage, _) in before.items()
+        if route in routes and routes[route][0] not in known_names
+    }
+    return sorted(known_names - names - renamed)
 
 
 OPEN_CALLS = "SELECT count(*) FROM stage_calls"

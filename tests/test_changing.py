@@ -377,3 +377,15 @@ def test_status_says_that_the_database_has_other_routes(database, run_command):
     done = run_command(database, "status")
     [problem] = [line for line in done.lines if line.startswith("PROBLEM")]
     assert problem.startswith("PROBLEM  routes differ (2): (overlay, done) → vlm_judge in ")
+
+
+def test_install_says_what_becomes_of_a_stage_that_leaves(database, run_command):
+    database.rows(
+        "INSERT INTO pipeline_stages (current_step, status, stage, held_until)"
+        " VALUES ('x', 'done', 'leaving', 'infinity'); UPDATE pipeline_stages"
+        " SET stage = 'renamed', held_until = 'infinity' WHERE stage = 'planner'"
+    )
+    [note] = [line for line in run_command(database, "install").lines if "has left" in line]
+    assert note.strip().startswith("note: leaving has left PIPELINE: its pause is gone, and rows ")
+    paused = "SELECT stage FROM pipeline_stages WHERE held_until = 'infinity'"
+    assert database.rows(paused) == [("planner",)]
