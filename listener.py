@@ -498,6 +498,7 @@ class Listener:
         failures = [r for r in self.unwritten if r.outcome not in (*PAID, TAKEN) and not r.is_told]
         is_routed = calls.failed_by_stage(conn, failures)
         for result in failures:
+            trigger.note_set_failed(result, is_routed)
             trigger.alert_failure(self.alerts, result, is_routed)
             result.is_told = result.outcome == "failed" or result.call_id in is_routed
 

@@ -406,20 +406,25 @@ def what_next(call: Call, ended: Result) -> str:
     return f"{when} {then} (Job이 그대로면)"
 
 
-def alert_failure(alerts: Alerts, ended: Result, is_routed: Mapping[int, bool]) -> None:
-    """Tell people of a result that is no success, if it needs them. Where its stage has set the row
-    to failed, it becomes a failure, unless another call follows from that.
+def note_set_failed(ended: Result, is_routed: Mapping[int, bool]) -> None:
+    """A result whose stage has set the row to failed becomes a failure, unless another call follows
+    from that.
 
     Args:
         is_routed: as of calls.failed_by_stage().
     """
+    if ended.call_id in is_routed:
+        ended.error = f"{(ended.error or '')[:1900]} ({SET_FAILED})"  # 2,000 are recorded
+        if not is_routed[ended.call_id]:
+            ended.outcome, ended.delay, ended.hold = "failed", None, False
+
+
+def alert_failure(alerts: Alerts, ended: Result, is_routed: Mapping[int, bool]) -> None:
+    """Tell people of a result, after note_set_failed, that is no success, if it needs them."""
     if ended.call_id not in is_routed:
         alert_given_up(alerts, ended)
-        return
-    ended.error = f"{(ended.error or '')[:1900]} ({SET_FAILED})"  # 2,000 are recorded
-    if not is_routed[ended.call_id]:
-        ended.outcome, ended.delay, ended.hold = "failed", None, False
-        tell_failed(alerts, ended.table_name, ended.job_id, ended.stage, ended.error)
+    elif not is_routed[ended.call_id]:
+        tell_failed(alerts, ended.table_name, ended.job_id, ended.stage, ended.error or "")
 
 
 def alert_given_up(alerts: Alerts, ended: Result) -> None:
@@ -443,7 +448,7 @@ def tell_failed(alerts: Alerts, table: str, key: str, stage: str, error: str) ->
     """Say that a stage has set its row to failed, and how a person sends it back."""
     back = pipeline.sent_back(table, key, stage)
     row = row_name(table, key)
-    log.error("단계가 failed로 설정함: %s stage=%s error=%s → %s", row, stage, error[:500], back,
-              extra=logs.about(job=key, table=table, stage=stage, error=error))  # fmt: skip
     text = f"{row}: {stage} set it to failed: {error}; to send it back: {back}"
     alerts.send("failed_by_stage", text, job=key, table=table, stage=stage, error=error, sql=back)
+    log.error("단계가 failed로 설정함: %s stage=%s error=%s → %s", row, stage, error[:500], back,
+              extra=logs.about(job=key, table=table, stage=stage, error=error))  # fmt: skip

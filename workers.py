@@ -19,13 +19,12 @@ from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import psycopg2
 import psycopg2.extensions
 
-import calls
 import db
+import settling
 import trigger
-from alerts import Alerts
+from alerts import TIME_LIMIT, Alerts
 from calls import Result
 from heartbeat import Heartbeat
 from pipeline import Call
@@ -38,6 +37,8 @@ log = logging.getLogger("listener.workers")
 CALLS = 500
 # Seconds before another process is started, where one could not be, or ended without a call.
 RESTART_DELAY = 1.0
+# Seconds that a worker without a listener has for alerts and lines of the log.
+TELLING = 2 * TIME_LIMIT
 
 LENGTH = struct.Struct("!I")
 ENCODER = json.JSONEncoder(default=str)
@@ -352,36 +353,23 @@ def settle_as_orphan(settings: SimpleNamespace, call: Call, result: Result) -> N
     if result.outcome == "released":
         return
     arm(call)
-    alerts = Alerts(settings)
-    while True:
-        try:
-            name, first = db.LISTENER_APPLICATION + call.listener, call.target_number
-            with contextlib.closing(db.connect(settings, name, True, first=first)) as conn:
-                is_new = not calls.is_recorded(conn, result)
-                if is_new and not result.is_told:
-                    tell(conn, alerts, call, result)
-                calls.settle_and_claim(conn, [result], [], 0, call.listener)
-            break
-        except psycopg2.Error as error:
-            log.warning("워커가 결과를 기록할 수 없음: %s", " ".join(str(error).split()))
-            time.sleep(settings.JOB_STATE_LISTENER_RECONNECT_DELAY)
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    if is_new:
+    name = db.LISTENER_APPLICATION + call.listener
+    settled = settling.settle_within_lease(settings, name, call, result)
+    # It is written. What is left may wait for a reader of our output, but not for ever.
+    signal.setitimer(signal.ITIMER_REAL, TELLING)
+    if settled.is_new:
+        alerts = Alerts(settings)
+        trigger.alert_failure(alerts, settled.result, settled.is_routed)
+        trigger.log_end(call, result)
         log.warning("리스너가 사라져 워커가 결과를 기록함: job=%s stage=%s outcome=%s",
-                    call.job_id, call.stage, result.outcome)  # fmt: skip
-    alerts.close()
-
-
-def tell(conn: db.Connection, alerts: Alerts, call: Call, result: Result) -> None:
-    """Say once what the listener would have said about this result."""
-    is_routed = calls.failed_by_stage(conn, [result])
-    trigger.log_end(call, result)
-    trigger.alert_failure(alerts, result, is_routed)
-    result.is_told = True
+                    call.job_id, call.stage, settled.result.outcome)  # fmt: skip
+        alerts.close()
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def flush_output() -> None:
-    """What a stage function printed is kept, however the process ends."""
+    """What a stage function printed is kept, however the process ends, unless output is stuck."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # full, closed, not there
-            stream.flush()
+            if settling.takes_output(stream):
+                stream.flush()

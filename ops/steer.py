@@ -1,14 +1,17 @@
 """`retry`, `cancel`, `call`: a person decides about calls that are owed."""
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
 import click
+import psycopg2
 
 import calls
 import db
 import joins
 import pipeline
+import settling
 import trigger
 from alerts import Alerts
 from calls import Wanted
@@ -27,6 +30,8 @@ from ops.chosen import (
 from ops.person import operator, wake_listeners
 from ops.problem import Problem
 from ops.rows import RowCommand
+from pipeline import Call
+from settling import Settled
 
 # --- the statements -----------------------------------------------------------------------
 
@@ -158,7 +163,7 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
     call.target_number = conn.target_number
     # A person may try once more after max_attempts.
     call.max_attempts = max(call.max_attempts, call.spent)
-    owed = claim.owed or calls.is_owed(conn, claim, name)
+    owed, is_made = claim.owed or calls.is_owed(conn, claim, name), False
     ended = trigger.refused(call, claim, owed, claim.accepted)
     if ended is not None and claim.join_of and claim.job_found and not claim.is_complete:
         joins.reopen(conn, claim)
@@ -168,21 +173,36 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
         trigger.log_begin(call)
         with db.without_callback():  # the stage function may have connections of its own
             ended = trigger.Trigger(settings).run(call, by_hand=True)
-        trigger.log_end(call, ended)
+        is_made = True
     if ended.outcome == "released":
+        trigger.log_end(call, ended)
         calls.give_back(conn, name, [])
         return False
-    alert(conn, alerts, ended)
-    calls.settle_and_claim(conn, [ended], [], 0, name)
+    settled = settle(conn, settings, call, ended)
+    if is_made:  # else trigger.refused has logged it
+        trigger.log_end(call, ended)
+    trigger.alert_failure(alerts, settled.result, settled.is_routed)
     alerts.close()
     if ended.outcome == "skipped":
         raise Problem(why_nothing_owed(conn, rows.find(conn, row.key, row.table_name), stage))
-    return ended.outcome in ("succeeded", calls.TAKEN)
+    return settled.result.outcome in ("succeeded", calls.TAKEN)
 
 
-def alert(conn, alerts: Alerts, ended: calls.Result) -> None:
-    """Tell people of a call that was given up, or whose stage has set its row to failed."""
-    trigger.alert_failure(alerts, ended, calls.failed_by_stage(conn, [ended]))
+def settle(conn, settings: SimpleNamespace, call: Call, ended: calls.Result) -> Settled:
+    """Settle what came of `call`; where that fails, on other connections until its lease is over.
+
+    Raises:
+        psycopg2.Error: it could not be written.
+    """
+    with contextlib.suppress(psycopg2.Error):
+        return settling.settle(conn, ended)
+    try:
+        name = db.CALL_APPLICATION + call.listener
+        return settling.settle_within_lease(settings, name, call, ended)
+    except psycopg2.Error:
+        said = f"the result of this call to {call.stage} ({ended.outcome}) could not be recorded"
+        click.echo(f"{said}: it will be made again", err=True)
+        raise
 
 
 # --- retry ---------------------------------------------------------------------------------

@@ -313,6 +313,43 @@ def test_call_without_our_tables_says_what_to_run(empty_database, run_command):
     assert refused == ("the listener's tables are missing: run `make trigger` (./jsl install)")
 
 
+CALLING = "datname = current_database() AND application_name LIKE 'job-state-listener call%%'"
+
+
+@pytest.mark.parametrize("loses", ["its session", "its tables for a while"])
+def test_call_that_was_accepted_is_recorded_though_it(loses, database, api, listener):
+    with gate(api, "overlay", Answer(200)) as opened, database.connect() as change:
+        process = listener(database, "call", job := database.add_job("planner"), api=api)
+        wait_for_call(api, job)
+        change.autocommit = False
+        if loses == "its session":
+            database.rows(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {CALLING}")
+        else:
+            change.cursor().execute("LOCK TABLE stage_calls IN ACCESS EXCLUSIVE MODE")
+        opened.set()
+        if loses != "its session":
+            process.wait_for_line("워커가 결과를 기록할 수 없음")
+        change.rollback()
+        assert process.wait() == 0
+    assert [attempt.outcome for attempt in database.attempts(job)] == ["succeeded"]
+    assert database.owed(job) is None
+
+
+def test_call_that_cannot_be_recorded_within_its_lease_says_so(database, api, listener):
+    allowed = "UPDATE pg_database SET datallowconn = %s WHERE datname = current_database()"
+    with gate(api, "overlay", Answer(200)) as opened:
+        process = listener(database, "call", job := database.add_job("planner"), api=api,
+                           STAGE_TIMEOUT=2, LEASE_MARGIN=2)  # fmt: skip
+        wait_for_call(api, job)
+        database.rows(allowed, False)
+        database.rows(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {CALLING}")
+        opened.set()
+        assert process.wait() == 3
+    said = "the result of this call to overlay (succeeded) could not be recorded"
+    assert process.wait_for_line(said).endswith("it will be made again")
+    database.rows(allowed, True)
+
+
 @pytest.mark.parametrize("args", [["call"], ["run", "--once"]], ids=" ".join)
 def test_debugger_stops_in_the_stage_function(database, api, run_command, args):
     job = database.add_job("overlay", "done")

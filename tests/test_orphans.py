@@ -150,6 +150,32 @@ def test_answer_is_recorded_although_listener_and_database_were_gone(
         assert len(api.calls()) == 1
 
 
+def test_answer_is_recorded_and_told_though_nobody_reads_the_output(
+    database, api, listener, tmp_path
+):
+    pipe, told = (tmp_path / name for name in ("pipe", "told"))
+    os.mkfifo(pipe)
+    unread = ("sh", "-c", 'exec "$@" > "$0"', pipe)
+    body = f"{POST.replace('return', 'answer =')}\nprint('x', end='')\nreturn answer"
+    with (
+        os.fdopen(os.open(pipe, os.O_RDWR | os.O_NONBLOCK), "wb", 0) as output,
+        gate(api, STAGE, Answer(422)) as opened,
+    ):
+        process = listener(database, api=api, within=unread, ALERT_COMMAND=f"tee -a {told}",
+                           program=program(tmp_path, body, 60))  # fmt: skip
+        job = database.add_job("overlay")
+        wait_for_call(api, job)
+        workers = process.children()
+        while output.write(b"x" * 100):
+            pass
+        process.kill_alone()
+        opened.set()
+        database.wait_for("SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s", job)
+        until(lambda: told.exists() and job in told.read_text(), "the alert")
+        assert not all(map(is_gone, workers))  # the one that cannot write its line
+    until(lambda: all(map(is_gone, workers)), "the end of the workers")
+
+
 # --- stopped, and going on later -----------------------------------------------------------
 
 

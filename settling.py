@@ -1,0 +1,82 @@
+"""Settles the result of one call where no listener does it: in a worker whose listener is gone, and
+for the command `call`.
+"""
+
+import contextlib
+import logging
+import select
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import psycopg2
+
+import calls
+import db
+import trigger
+from calls import Result
+from pipeline import Call
+from trigger import boottime
+
+log = logging.getLogger("listener.settling")
+
+
+class Settled(NamedTuple):
+    """A result as it was written; `is_routed` as of calls.failed_by_stage()."""
+
+    result: Result
+    is_routed: Mapping[int, bool]
+    is_new: bool = True  # the history did not have it before
+
+
+def settle(conn: db.Connection, result: Result) -> Settled:
+    """Settle `result`, and log nothing before: the output may be stuck.
+
+    Raises:
+        psycopg2.Error: whether it is written is not known.
+    """
+    settled = replace(result)
+    is_routed = calls.failed_by_stage(conn, [settled])
+    trigger.note_set_failed(settled, is_routed)
+    turn = calls.in_parts(conn, [settled], [], 0, result.worker)
+    return Settled(turn.given_up[0] if turn.given_up else settled, is_routed)
+
+
+def settle_within_lease(
+    settings: SimpleNamespace, name: str, call: Call, result: Result
+) -> Settled:
+    """Connect and settle `result`, again until that succeeds or the lease of `call` is over.
+
+    Args:
+        name: of the connection, for pg_stat_activity.
+
+    Raises:
+        psycopg2.Error: the last one, where the lease is over.
+    """
+    is_new = None
+    while True:
+        try:
+            first = call.target_number
+            with contextlib.closing(db.connect(settings, name, True, first=first)) as conn:
+                if is_new is None:
+                    is_new = not calls.is_recorded(conn, result)
+                settled = settle(conn, result)
+            return settled._replace(is_new=is_new)
+        except psycopg2.Error as error:
+            left = call.leased_until - boottime()
+            if left <= 0:
+                raise
+            if takes_output(sys.stdout):
+                log.warning("워커가 결과를 기록할 수 없음: %s", " ".join(str(error).split()))
+        time.sleep(min(left, settings.JOB_STATE_LISTENER_RECONNECT_DELAY))
+
+
+def takes_output(stream: Any) -> bool:
+    """Whether `stream` takes a line now: a terminal may be stopped, a pipe full and not read."""
+    try:
+        return bool(select.select([], [stream], [], 0)[1])
+    except (OSError, ValueError, TypeError, AttributeError):  # it has no file descriptor
+        return True
