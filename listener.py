@@ -185,13 +185,14 @@ class Listener:
                 except ops.Problem as problem:
                     self.refusal = problem  # calls under way are finished
                 except Exception as error:
-                    if self.once and not self.workers.calls and not self.unwritten:
+                    if self.once and not self.has_work:
                         raise
                     lost = error
                 if lost:  # out here, as a worker that is forked inherits what is being handled
                     self.wait_to_reconnect(lost)
         finally:
-            self.workers.stop()
+            if not self.has_work:  # else a bug ended the loop: they finish and write their results
+                self.workers.stop()
             self.alerts.close(hurry=self.signals.requested)
             self.hosts.close()
             self.heartbeat.close()
@@ -288,8 +289,13 @@ class Listener:
             self.workers.start_missing()
             self.collect(self.wait(until))
 
+    @property
+    def has_work(self) -> bool:
+        """Whether there are calls under way, or results that are not written."""
+        return bool(self.workers.calls or self.unwritten)
+
     def finished(self) -> bool:
-        if self.workers.calls or self.unwritten:
+        if self.has_work:
             return False
         return self.is_stopping or (self.once and self.nothing_due)
 

@@ -11,8 +11,10 @@ from tcp_proxy import TcpProxy
 from waiting import (
     CLAIM,
     LISTENERS,
+    PATIENCE,
     gate,
     is_gone,
+    terminate_backends,
     until,
     wait_for_call,
     wait_until_idle,
@@ -122,6 +124,24 @@ def test_answers_that_the_killed_listener_had_not_read_are_recorded(
         database.wait_for(ALL_SUCCEEDED, 4)
     assert listener(database, "run", "--once", api=api).wait() == 0
     assert len(api.calls()) == 4
+
+
+def test_calls_are_finished_by_workers_of_a_listener_that_an_error_has_ended(
+    database, api, listener, tmp_path
+):
+    more = "def bug(*_): raise MemoryError\nlistener.Listener.wait_to_reconnect = bug"
+    with gate(api, STAGE, Answer(200)) as opened:
+        process = listener(database, api=api, program=program(tmp_path, POST, 60, more))
+        jobs = [database.add_job("overlay") for _ in range(2)]
+        api.wait_for(lambda api: len(api.calls()) == 2)
+        workers = process.children()
+        terminate_backends(database)
+        assert process.process.wait(PATIENCE) == 1
+        opened.set()
+        database.wait_for(ALL_SUCCEEDED, 2)
+        until(lambda: all(map(is_gone, workers)), "the end of the workers")
+    assert "MemoryError" in process.output
+    assert [database.owed(job) for job in jobs] == [None, None]
 
 
 def test_idle_workers_of_a_killed_listener_end(database, listener, tmp_path):
