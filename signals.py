@@ -1,28 +1,40 @@
 """Signals that wake a select(): those that ask to stop, and SIGCHLD at the end of a child."""
 
 import contextlib
+import math
 import signal
 import socket
+import time
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Signals within so many seconds are one request: `timeout`, systemd with SendSIGHUP and a shell
+# whose terminal was closed send two at once.
+ONE_REQUEST = 0.5
 
 
 class Signals:
     """Notes signals that were received. The handlers do nothing else; the loop acts on them."""
 
     def __init__(self):
-        self.stops: list[int] = []  # the signals that asked to stop
+        self.stops: list[int] = []  # the signals that asked to stop, one for each request
+        self.stopped_at = -math.inf  # time.monotonic() of the last of them
         self.child_ended = False
         self.receiving, self.sending = socket.socketpair()
         self.receiving.setblocking(False)
         self.sending.setblocking(False)
         signal.set_wakeup_fd(self.sending.fileno(), warn_on_full_buffer=False)
-        for number in STOPPING:
+        # nohup ignores SIGHUP, and a script ignores SIGINT for what it starts with &.
+        self.stopping = [number for number in STOPPING if number == signal.SIGTERM
+                         or signal.getsignal(number) != signal.SIG_IGN]  # fmt: skip
+        for number in self.stopping:
             signal.signal(number, self.stop)
         signal.signal(signal.SIGCHLD, self.child)
 
     def stop(self, number, _frame) -> None:
-        self.stops.append(number)
+        now = time.monotonic()
+        if now - self.stopped_at > ONE_REQUEST:
+            self.stops.append(number)
+            self.stopped_at = now
 
     def child(self, _number, _frame) -> None:
         self.child_ended = True
@@ -47,7 +59,7 @@ class Signals:
         The handlers do nothing. SIG_IGN would be inherited by programs that the child starts.
         """
         signal.set_wakeup_fd(-1)
-        for number in STOPPING:
+        for number in self.stopping:
             signal.signal(number, lambda *_: None)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self.receiving.close()

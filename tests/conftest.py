@@ -49,8 +49,10 @@ _number = itertools.count(1)
 
 
 def pytest_configure() -> None:
-    """Started in the background of a shell, pytest and its children would ignore SIGINT."""
+    """Started in the background of a shell, or by nohup, pytest's children would ignore these."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 def pytest_xdist_auto_num_workers() -> int:

@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+from stage_functions import POST, program
 from tcp_proxy import TcpProxy
 from waiting import (
     CLAIM,
@@ -89,6 +90,35 @@ def test_result_is_written_after_the_stop_once_the_database_is_back(
         assert database.owed(job) is None
 
 
+def test_two_signals_at_once_are_one_request(database, api, listener):
+    """As of a terminal that is closed: its shell sends a second SIGHUP."""
+    with gate(api, answer=Answer(200)) as opened:
+        process = listener(database, api=api)
+        job = database.add_job()
+        wait_for_call(api, job)
+        process.signal(signal.SIGHUP)
+        process.signal(signal.SIGTERM)
+        process.wait_for_line("중지 요청: 진행 중인 호출을 기다림")
+        opened.set()
+        assert process.wait() == 0
+    assert [row.outcome for row in database.attempts(job)] == ["succeeded"]
+
+
+@pytest.mark.parametrize("ignored", ["HUP", "INT"])
+def test_signal_that_was_ignored_at_the_start_does_not_stop(
+    ignored, database, api, listener, tmp_path
+):
+    """As `nohup` and a script's `&` ignore them."""
+    within = ("sh", "-c", f"trap '' {ignored}; exec \"$@\"", "sh")
+    body = f"subprocess.run(['sh', '-c', 'kill -{ignored} $$; echo goes on'])\n{POST}"
+    process = listener(database, api=api, within=within, program=program(tmp_path, body, 60))
+    wait_until_idle(tmp_path)
+    process.signal(signal.Signals[f"SIG{ignored}"])
+    database.add_job("overlay")
+    process.wait_for_line("goes on")
+    assert process.stop() == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_to_every_process_lets_the_calls_finish(number, database, api, listener):
     """A service manager's SIGTERM reaches all of a service."""
@@ -107,6 +137,16 @@ def test_signal_to_every_process_lets_the_calls_finish(number, database, api, li
 # --- the second signal ---------------------------------------------------------------------
 
 
+def insist(process, number: int) -> None:
+    """Send a signal until it counts: those shortly after the last request are part of it."""
+
+    def has_ended() -> bool:
+        process.signal(number)
+        return process.process.poll() is not None
+
+    until(has_ended, "the end of the listener")
+
+
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 def test_second_signal_kills_the_workers_and_the_lease_covers_the_call(
     second, database, api, listener
@@ -118,7 +158,7 @@ def test_second_signal_kills_the_workers_and_the_lease_covers_the_call(
         workers = process.children()
         process.signal(signal.SIGTERM)
         process.wait_for_line("한 번 더 요청하면 바로 중지")
-        process.signal(second)
+        insist(process, second)
         assert process.wait() == 128 + second
         until(lambda: all(map(is_gone, workers)), "the end of the workers")
     owed = database.owed(job)
@@ -137,7 +177,7 @@ def test_second_signal_leaves_although_the_database_is_away(own_server, make_dat
         process.wait_for_line(RECONNECTING)
         process.signal(signal.SIGTERM)
         process.wait_for_line("한 번 더 요청하면 바로 중지")
-        process.signal(signal.SIGTERM)
+        insist(process, signal.SIGTERM)
         assert process.wait() == 128 + signal.SIGTERM
         own_server.embedded.start()
         database.conn = database.connect()
