@@ -188,6 +188,7 @@ class Workers:
 
     def start(self) -> Worker:
         ours, theirs = socket.socketpair()
+        theirs.settimeout(None)  # whatever default a module of the stages has set
         answered = mmap.mmap(-1, 2)  # memory that a fork shares
         pid = os.fork()
         if pid == 0:

@@ -7,7 +7,15 @@ import signal
 
 import pytest
 from stage_functions import COMPUTE, POST, program
-from waiting import backends, gate, is_gone, until, wait_for_call, wait_until_idle
+from waiting import (
+    backends,
+    gate,
+    is_gone,
+    until,
+    wait_for_call,
+    wait_for_sweeps,
+    wait_until_idle,
+)
 
 FAILED = "파이프라인 단계 실행 실패"
 SUCCEEDED = "SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s AND outcome = 'succeeded'"
@@ -259,6 +267,17 @@ def test_idle_worker_that_is_killed_is_replaced(database, api, listener, tmp_pat
     job = database.add_job("overlay")
     database.wait_for(SUCCEEDED, job)
     assert len(process.children()) == 1
+
+
+def test_default_timeout_of_sockets_ends_no_worker(database, api, listener, tmp_path):
+    more = "import socket\nsocket.setdefaulttimeout(0.1)"
+    process = listener(database, api=api, SWEEP_INTERVAL=0.2,
+                       program=program(tmp_path, POST, 60, more))  # fmt: skip
+    wait_until_idle(tmp_path)
+    workers = process.children()
+    wait_for_sweeps(database)
+    database.wait_for(SUCCEEDED, database.add_job("overlay"))
+    assert process.children() == workers
 
 
 def test_worker_that_cannot_be_started_is_started_later(database, api, listener, tmp_path):
