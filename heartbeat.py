@@ -104,7 +104,11 @@ def make_locked(path: Path) -> int:
     """Open and lock `path`; again if another listener's remove_dead() removed it in between."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # some network file systems have no locks
+            os.close(file)
+            raise
         if is_same(path, file):
             return file
         os.close(file)

@@ -1,5 +1,6 @@
 """The heartbeat files, and what `check` concludes from them."""
 
+import errno
 import json
 import os
 import resource
@@ -225,6 +226,17 @@ def test_directory_that_can_be_made_only_later_is_made_then(tmp_path):
     heartbeat.make_at = 0.0
     heartbeat.beat("calling", 60)
     assert states(tmp_path / "file" / "beats") == {"one": ALIVE}
+
+
+def test_heartbeat_that_cannot_be_locked_leaves_no_open_file(beats, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    before = os.listdir("/proc/self/fd")
+    heartbeat = Heartbeat(str(beats), "one")
+    heartbeat.beat("waiting", 60)
+    assert heartbeat.file is None and len(os.listdir("/proc/self/fd")) == len(before)
 
 
 def test_listener_that_starts_on_a_full_disk_is_alive(beats):
