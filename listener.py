@@ -57,6 +57,9 @@ log = logging.getLogger("listener")
 # frozen listener is noticed by `check` within the sum.
 LONGEST_SLEEP = 5.0
 HEARTBEAT_MARGIN = 20.0
+# What it allows for connecting to one host (seconds): where DNS is away, resolving its name takes
+# more than 40, and each address may take db.CONNECTION["connect_timeout"].
+CONNECTING = 100.0
 # How often to look whether a stage has let go of the row of a call that it has answered.
 AGAIN_EVERY = 1.0
 # No call is claimed or settled during a look at the parents of joins, or at the moves of
@@ -733,7 +736,7 @@ class Listener:
             self.beat("asking the database", LONGEST_SLEEP)
 
     def beat_for_host(self, host: str) -> None:
-        self.beat("connecting to the database", db.CONNECTION["connect_timeout"])
+        self.beat("connecting to the database", CONNECTING)
 
 
 def listener_name() -> str:

@@ -1,9 +1,11 @@
 """The session of a listener: its limits, its transactions, and no secrets in it."""
 
+import json
 import os
 import shutil
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import timedelta
@@ -89,6 +91,23 @@ def test_a10_slow_name_lookup_outlasts_neither_lease_nor_heartbeat(
     assert attempt.outcome == outcome
     lookup, margin = attempt.finished_at - attempt.started_at, database.settings().LEASE_MARGIN
     assert timedelta(seconds=1) < lookup < timedelta(seconds=timeout + margin)
+
+
+def test_a10_slow_name_lookup_of_the_database_looks_like_no_frozen_listener(
+    database, listener, tmp_path
+):
+    """With two silent servers and a search list it takes 40 s, by the resolver's defaults."""
+    require_root("unshare", "mount")
+    resolver, directory = tmp_path / "resolv.conf", tmp_path / "heartbeats"
+    address = f"127.54.{os.getpid() // 256 % 256}.{os.getpid() % 256}"
+    resolver.write_text(f"nameserver {address}\n")
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as silent:
+        silent.bind((address, 53))
+        listener(database, within=[*OTHER_NAMES, resolver], DB_HOST="db.example")
+        silent.recv(512)
+        [file] = directory.iterdir()
+        assert json.loads(file.read_text())["valid_until"] > time.monotonic() + 100
+        assert "connecting to the database" in verdict(str(directory))[1]
 
 
 # --- encryption and encoding ---------------------------------------------------------------
