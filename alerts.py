@@ -18,10 +18,12 @@ from types import SimpleNamespace
 from typing import IO, Any
 
 import config
+from signals import Signals
 
 log = logging.getLogger("listener.alerts")
 
 TIME_LIMIT = 10.0  # seconds for one run
+STOP_LIMIT = 5.0  # seconds for all runs once a stop is requested
 AT_ONCE = 4
 LONGEST_QUEUE = 1000
 # The beginning and the end of these are marked in the database, and one listener tells them. So
@@ -36,6 +38,7 @@ class Run:
     """One run of the command, and the file that takes what it prints."""
 
     process: subprocess.Popen
+    said: bytes
     output: IO[bytes]
     until: float  # time.monotonic()
 
@@ -168,19 +171,25 @@ class Alerts:
         except OSError as error:
             log.error("알림 명령 실패: %s: %s", self.command[0], error.strerror)
             return
-        self.running.append(Run(process, output, time.monotonic() + TIME_LIMIT))
+        self.running.append(Run(process, said, output, time.monotonic() + TIME_LIMIT))
 
-    def close(self, hurry: bool = False) -> None:
+    def close(self, stop: Signals | None = None) -> None:
         """Wait until all alerts are sent and all runs have ended, each within TIME_LIMIT.
 
         Args:
-            hurry: do not wait: log waiting alerts as not sent, and leave runs to themselves.
+            stop: where one is requested: wait for STOP_LIMIT at the most, and not past a second
+                request; log what has not been sent by then, and leave runs to themselves.
         """
         self.end_episodes(math.inf)
-        while hurry and self.waiting:
-            log.error("중지하느라 보내지 못한 알림: %s", self.waiting.popleft().decode().strip())
-        while not hurry and self.look():
+        until = time.monotonic() + STOP_LIMIT
+        while self.look():
+            if stop and (len(stop.stops) > 1 or time.monotonic() > until):
+                break
             time.sleep(0.05)
+        for run in self.running:
+            log.error("중지하느라 보내지 못한 알림 (명령이 실행 중): %s", run.said.decode().strip())
+        for said in self.waiting:
+            log.error("중지하느라 보내지 못한 알림: %s", said.decode().strip())
 
 
 def scratch_file() -> IO[bytes]:

@@ -196,7 +196,7 @@ class Listener:
         finally:
             if not self.has_work:  # else a bug ended the loop: they finish and write their results
                 self.workers.stop()
-            self.alerts.close(hurry=self.signals.requested)
+            self.alerts.close(self.signals if self.signals.requested else None)
             self.hosts.close()
             self.heartbeat.close()
         if self.refusal:

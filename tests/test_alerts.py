@@ -2,12 +2,14 @@
 
 import json
 import shlex
+import signal
 import sys
 import tempfile
 
 import pytest
 from claims import claim, connected, result, settle
-from waiting import is_gone, until
+from stage_functions import POST, program
+from waiting import gate, is_gone, until, wait_for_call
 
 import alerts
 import config
@@ -176,6 +178,39 @@ def test_alert_in_hand_is_finished_before_the_listener_ends(database, api, run_c
     database.add_job("yolo_detect")
     run_command(database, "run", "--once", api=api, ALERT_COMMAND=told.command)
     assert len(told()) == 1
+
+
+@pytest.fixture
+def stopping(database, api, listener, tmp_path):
+    """stopping(command): a listener that is told to stop while a call is under way, which is then
+    given up; its program lets a stop wait half a second for alerts.
+    """
+
+    def stop(command: str):
+        more = "import alerts\nalerts.STOP_LIMIT = 0.5"
+        with gate(api, "vlm_judge", Answer(400)) as opened:
+            process = listener(database, api=api, ALERT_COMMAND=command,
+                               program=program(tmp_path, POST, 60, more))  # fmt: skip
+            wait_for_call(api, database.add_job("overlay"))
+            process.signal(signal.SIGTERM)
+            process.wait_for_line("중지 요청")
+            opened.set()
+            assert process.wait() == 0
+        return process
+
+    return stop
+
+
+def test_alert_that_is_sent_during_a_stop_is_waited_for(stopping, told):
+    process = stopping(shlex.join(["sh", "-c", f"sleep 0.1; {told.command}"]))
+    assert [said["event"] for said in told()] == ["given_up"]
+    assert "보내지 못한 알림" not in process.output
+
+
+def test_alert_whose_command_outlasts_a_stop_is_logged(stopping):
+    process = stopping("sleep 2")
+    said = process.wait_for_line("중지하느라 보내지 못한 알림 (명령이 실행 중)")
+    assert json.loads(said.partition("중): ")[2])["event"] == "given_up"
 
 
 # --- stalled stages ------------------------------------------------------------------------
