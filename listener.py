@@ -639,6 +639,7 @@ class Listener:
 
     def wait(self, until: float, conn: db.Connection | None = None) -> list:
         """Sleep until something can be read, or until time.monotonic() is `until`."""
+        self.obey()  # a signal that came during a statement wakes no select() any more
         now = time.monotonic()
         until = min(until, self.workers.next_deadline, self.alerts.next_look, now + LONGEST_SLEEP)
         # A notification that arrived with the answer of a statement has been read from the socket
