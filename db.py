@@ -3,15 +3,17 @@ every error that makes a connection useless becomes ConnectionLost.
 """
 
 import contextlib
+import random
 import re
 import select
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import psycopg2
+import psycopg2.errors
 import psycopg2.extensions
 import psycopg2.extras
 
@@ -368,6 +370,34 @@ def execute(
             if not chances_left or time.monotonic() - began > TRY_AGAIN_WITHIN:
                 raise
     raise AssertionError("unreachable")
+
+
+def in_parts(
+    conn: Connection, ask: Callable, parts: Iterable[str]
+) -> tuple[list, dict[str, psycopg2.Error]]:
+    """What `ask(conn)` returns; where it fails, what `ask(conn, part)` returns for each part. So a
+    table that is locked, or cannot be read, keeps no other waiting.
+
+    Returns:
+        The answers; and the errors by part, or by "" where no part fails by itself.
+    """
+    try:
+        return [ask(conn)], {}
+    except CONNECTION_LOST:
+        raise
+    except psycopg2.Error as error:
+        of_all = {"": error}
+    answers, failed = [], {}
+    for part in sorted(parts, key=lambda _: random.random()):  # the last ones may not be reached
+        try:
+            answers.append(ask(conn, part))
+        except CONNECTION_LOST:
+            raise
+        except psycopg2.Error as error:
+            failed[part] = error
+            if isinstance(error, psycopg2.errors.QueryCanceled):
+                break  # the next one may take as long
+    return answers, failed or of_all
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ WITH parents AS (
     SELECT DISTINCT parent_id, join_of FROM (
         SELECT parent_id, join_of FROM stage_looks
         WHERE current_setting('job_state_listener.looks')::boolean
+          AND (%(join)s::text IS NULL OR join_of = %(join)s)
         ORDER BY parent_id, join_of LIMIT 4000) AS first
     ORDER BY parent_id, join_of LIMIT 1000
 ), taken AS (
@@ -82,13 +83,14 @@ SELECT CASE WHEN current_setting('job_state_listener.looks')::boolean
 )
 
 
-def look(conn) -> int | None:
-    """Look at the parents whose rows have changed.
+def look(conn, join: str | None = None) -> int | None:
+    """Look at the parents whose rows have changed; with `join`, at those of this join alone.
 
     Returns:
         How many parents; if not 0, there may be more. None: another listener holds the lock.
     """
-    return run(conn, [LOCK_JOINS, LOOK], {"wake": WAKE_CHANNEL}).fetchone().parents
+    given = {"wake": WAKE_CHANNEL, "join": join}
+    return run(conn, [LOCK_JOINS, LOOK], given).fetchone().parents
 
 
 # Stores the state of the parent when the call of a join is first made, and again as long as no

@@ -113,9 +113,9 @@ class Look:
         self.rests_until = began + max(LOOKS_APART, min(apart, most))
         self.at = max(self.rests_until, now + delay)
 
-    def fail(self, began: float) -> float:
-        """Note that a look has failed, which began at `began`; seconds until the next one."""
-        self.rest(began, 0)
+    def fail(self, began: float, found: int) -> float:
+        """Note that a look has failed, in part where it `found` any; seconds until the next one."""
+        self.rest(began, found)
         now = time.monotonic()
         self.rests_until = self.at = max(self.rests_until, now + LONGEST_SLEEP)
         return self.at - now
@@ -407,17 +407,14 @@ class Listener:
     def look_at_parents(self, conn: db.Connection) -> None:
         """Record what joins owe. What keeps that from being done keeps no other call from it."""
         began = time.monotonic()
-        try:
-            parents = joins.look(conn)
-        except db.CONNECTION_LOST:
-            raise
-        except psycopg2.Error as error:
+        found, failed = db.in_parts(conn, joins.look, pipeline.joins())
+        if failed:
+            seconds = self.join_look.fail(began, sum(filter(None, found)))
             if self.once:
-                raise
-            seconds = self.join_look.fail(began)
-            log.error("조인 확인 실패 (%.0f초 후 다시 시도): %s", seconds,
-                      " ".join(str(error).split()))  # fmt: skip
+                raise next(iter(failed.values()))
+            log.error("조인 확인 실패 (%.0f초 후 다시 시도): %s", seconds, reasons(failed))
         else:
+            [parents] = found
             delay = 0.0 if parents else math.inf
             if parents is None:  # another listener is looking, and may have begun too early
                 delay = AGAIN_EVERY
@@ -427,26 +424,27 @@ class Listener:
         """End the calls of asynchronous stages whose rows have moved on. What keeps that from being
         done keeps no call from being made.
         """
+        unrecorded: dict[str, psycopg2.Error] = {}
+        if self.may_miss_moves:
+            self.may_miss_moves = False
+            _, unrecorded = db.in_parts(conn, moves.record_missed, self.tables)
         began = time.monotonic()
-        try:
-            if self.may_miss_moves:
-                moves.record_missed(conn)
-                self.may_miss_moves, began = False, time.monotonic()
-            ended, seen = moves.look(conn)
-        except db.CONNECTION_LOST:
-            raise
-        except psycopg2.Error as error:
-            if self.once:
-                raise
-            seconds = self.move_look.fail(began)
-            log.error("작업 완료 확인 실패 (%.0f초 후 다시 시도): %s", seconds,
-                      " ".join(str(error).split()))  # fmt: skip
-            return
-        self.move_look.rest(began, seen, 0.0 if seen else self.settings.SWEEP_INTERVAL)
+        found, failed = db.in_parts(conn, moves.look, self.tables)
+        ended = [row for rows, _ in found for row in rows]
         for row in ended:
             moves.log_end(row)
             if row.outcome == "failed":
                 trigger.tell_failed(self.alerts, row.table_name, row.job_id, row.stage, row.error)
+        seen = sum(count for _, count in found)
+        if failed:
+            seconds = self.move_look.fail(began, seen)
+        else:
+            seconds = self.settings.SWEEP_INTERVAL
+            self.move_look.rest(began, seen, 0.0 if seen else seconds)
+        if failed := unrecorded | failed:  # the next sweep records what was not recorded
+            if self.once:
+                raise next(iter(failed.values()))
+            log.error("작업 완료 확인 실패 (%.0f초 후 다시 시도): %s", seconds, reasons(failed))
 
     def wanted(self, free: int, now: float, sweep: bool) -> list[list[Wanted]]:
         """The stages to claim calls of, in their turn, and how many of each. They are as many
@@ -738,6 +736,12 @@ class Listener:
 
     def beat_for_host(self, host: str) -> None:
         self.beat("connecting to the database", CONNECTING)
+
+
+def reasons(failed: dict[str, psycopg2.Error]) -> str:
+    """The errors of db.in_parts, in one line."""
+    said = [f"{part}: {error}" if part else str(error) for part, error in failed.items()]
+    return "; ".join(" ".join(text.split()) for text in said)
 
 
 def listener_name() -> str:

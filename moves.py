@@ -22,6 +22,7 @@ log = logging.getLogger("listener.trigger")
 LOOK = f"""
 WITH seen AS (
     SELECT move_id, job_id, table_name, stage, is_failed, moved_at FROM stage_moves
+    WHERE %(table)s::text IS NULL OR table_name = %(table)s
     ORDER BY move_id LIMIT 1000
     FOR UPDATE SKIP LOCKED
 ), leased AS (
@@ -92,14 +93,15 @@ FROM (SELECT count(*) AS moves FROM forgotten) AS taken LEFT JOIN recorded ON tr
 """
 
 
-def look(conn) -> tuple[list, int]:
-    """End the calls whose rows have moved on.
+def look(conn, table: str | None = None) -> tuple[list, int]:
+    """End the calls whose rows have moved on; with `table`, of its rows alone.
 
     Returns:
         A row for each: job_id (the row's id), table_name, stage, outcome, error, seconds; and how
         many moves; if not 0, there may be more.
     """
-    rows = db.execute(conn, LOOK, {"wake": db.WAKE_CHANNEL} | upkeep.BOUNDS).fetchall()
+    given = {"wake": db.WAKE_CHANNEL, "table": table} | upkeep.BOUNDS
+    rows = db.execute(conn, LOOK, given).fetchall()
     return [row for row in rows if row.job_id is not None], rows[0].moves
 
 
@@ -122,6 +124,7 @@ SELECT l.job_id, l.table_name, l.stage,
        coalesce((r.current_step, r.status) = (l.stage, 'failed'), false)
 FROM stage_leases AS l CROSS JOIN LATERAL stage_call_row(l.table_name, '', l.job_id) AS r
 WHERE l.working AND l.table_name IN (SELECT name FROM pipeline_tables)
+  AND (%(table)s::text IS NULL OR l.table_name = %(table)s)
   AND (r.is_there IS NULL
        OR (r.current_step, r.status) IS DISTINCT FROM (l.stage, 'running')
       AND NOT EXISTS (
@@ -141,9 +144,9 @@ WHERE l.working AND l.table_name IN (SELECT name FROM pipeline_tables)
 """
 
 
-def record_missed(conn) -> None:
-    """Record the moves that no trigger has recorded."""
-    db.execute(conn, RECORD_MISSED)
+def record_missed(conn, table: str | None = None) -> None:
+    """Record the moves that no trigger has recorded; with `table`, of its rows alone."""
+    db.execute(conn, RECORD_MISSED, {"table": table})
 
 
 def log_end(row) -> None:

@@ -7,14 +7,14 @@ from itertools import pairwise
 import psycopg2
 import pytest
 from asynchronous import PIPELINE
-from claims import wanted
+from claims import claim_many, result, settle, wanted
 from faults.test_claims import with_idle_worker
 from faults.test_connection import frozen
 from raw_server import OK, in_turn
 from stage_functions import COMPUTE, POST, program
 from tcp_proxy import TcpProxy
 from variants import PIPELINE as OF_TWO_TABLES
-from variants import TABLE, install
+from variants import TABLE, VARIANTS, install, stage
 from waiting import (
     LISTENING,
     RECONNECTING,
@@ -33,6 +33,7 @@ import moves
 from demo.stage_api import StageApi
 from demo.stage_server import Answer
 from listener import LONGEST_SLEEP, Look
+from pipeline import Table, limits
 
 STAGE = "vlm_judge"
 SUCCEEDED = "SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s AND outcome = 'succeeded'"
@@ -243,6 +244,47 @@ def test_turn_in_parts_goes_on_after_a_stage_that_is_refused_unless_it_took_long
     assert [error.pgcode for error in turn.unclaimable.values()] == [code] * refused
 
 
+OTHERS = Table("others", id="job_variants_id", parent=("jobs", "job_id"))
+OF_THREE_TABLES = {
+    ("img_gen", "done"): limits(asynchronous=True)(stage("vlm_analyze")),
+    VARIANTS("img_gen", "done"): limits(asynchronous=True)(stage("yolo_detect")),
+    VARIANTS.every("iou_eval", "done"): stage("ad_copy"),
+    OTHERS.every("iou_eval", "done"): stage("notify"),
+}
+WORKED_ON = "SELECT stage FROM stage_leases WHERE working"
+
+
+@pytest.mark.parametrize("change", [RENAME, "BEGIN; LOCK TABLE jobs_variants"])
+def test_table_that_is_locked_or_unreadable_keeps_no_join_or_end_of_another_waiting(
+    database, use_pipeline, caller, change
+):
+    use_pipeline(OF_THREE_TABLES)
+    rows = install(database, TABLE, TABLE.replace("jobs_variants", "others"))
+    (moved, deleted), parent = [database.add_job() for _ in range(2)], database.add_job("x")
+    [row] = rows.add(moved, "img_gen", "done")
+    claiming = caller("http://127.0.0.1:1")
+    for claimed in claim_many(claiming.conn, 3).claimed:
+        settle(claiming.conn, result(claimed, "taken"))
+    rows.move(row, "yolo_detect", "done")
+    database.rows("DELETE FROM jobs WHERE job_id = %s", deleted)
+    rows.finish(*rows.add(parent))
+    database.rows("INSERT INTO others (job_id, current_step, status)"
+                  " VALUES (%s, 'iou_eval', 'done')", parent)  # fmt: skip
+    listener = with_idle_worker(claiming.listener)
+    with contextlib.closing(database.connect()) as other:
+        other.cursor().execute(change)
+        database.move(moved, "vlm_analyze", "done")
+        assert stages_of_turns(claiming, 1) == ["notify"]
+        assert [found.stage for found in database.rows(WORKED_ON)] == ["yolo_detect"]
+    assert "jobs_variants (iou_eval, done): " in claiming.line("조인 확인 실패 (5초 후 다시 시도)")
+    assert "jobs_variants: " in claiming.line("작업 완료 확인 실패 (5초 후 다시 시도)")
+    if change == RENAME:
+        database.rows(MEND)
+    listener.join_look, listener.move_look = Look(True), Look(True)
+    assert "ad_copy" in stages_of_turns(claiming, 1)
+    assert not database.rows(WORKED_ON)
+
+
 @pytest.fixture
 def asked(database, use_pipeline, caller, monkeypatch):
     """A Caller whose listener is asked all the time to look at joins and moves."""
@@ -298,7 +340,7 @@ def test_look_that_took_long_rests_the_less_the_more_it_found(found, seconds):
 def test_look_that_fails_is_not_made_again_at_once(failing, asked, monkeypatch):
     listener, ended = asked.listener, []
 
-    def fail(conn):
+    def fail(conn, _part=None):
         try:
             db.execute(conn, "SELECT pg_sleep(0.05), 1 / 0")
         finally:
