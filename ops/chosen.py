@@ -22,6 +22,8 @@ from ops.table import clipped, duration, plain, readable, table
 # --- which calls ---------------------------------------------------------------------------
 
 BATCH = 1000  # calls of one statement, so that none runs long
+# Seconds to find them in: of a row without a tenant of its own, the parent's is read, call by call.
+PATIENCE = 60.0
 
 
 class Chosen(NamedTuple):
@@ -42,11 +44,13 @@ class Chosen(NamedTuple):
         """
         error = self.error if self.error is None else self.error.lower()
         errors = error if error is None else [error, dumps(error)[1:-1]]
-        return self._asdict() | {"errors": errors, "batch": BATCH}
+        return self._asdict() | {"errors": errors, "batch": BATCH, "ids": None, "call_ids": None}
 
 
+# ids and call_ids: those of a batch that FOUND has found.
 MATCHING = """
-      (%(job_id)s IS NULL OR c.job_id = %(job_id)s)
+      (%(ids)s IS NULL OR c.job_id = ANY (%(ids)s) AND c.call_id = ANY (%(call_ids)s::bigint[]))
+  AND (%(job_id)s IS NULL OR c.job_id = %(job_id)s)
   AND (%(table)s::text IS NULL OR c.table_name = %(table)s)
   AND (%(stage)s::text IS NULL OR c.stage = %(stage)s)
   AND (%(errors)s::text[] IS NULL OR EXISTS (
@@ -57,13 +61,26 @@ MATCHING = """
   AND (%(tenant)s::text IS NULL OR left(%(tenant)s, 500) = left(coalesce(
        c.tenant_id, (stage_call_row(c.table_name, '', c.job_id)).tenant_id #>> '{}'), 500))"""
 
-LISTED = """
+PATIENTLY = f"SET LOCAL statement_timeout = '{PATIENCE:.0f}s'; "
+LISTED = f"""
+{PATIENTLY}
 SELECT c.job_id::text, c.table_name, c.stage, c.last_error, count(*) OVER () AS calls,
        extract(epoch FROM now() - c.created_at)::float8 AS seconds
 FROM stage_calls AS c
-WHERE {matching}
+WHERE {{matching}}
 ORDER BY c.created_at DESC, c.job_id
 LIMIT %(most)s
+"""
+
+# A statement that locks what it finds would hold its first call until it has found the last, and
+# the application waits for that.
+FOUND = f"""
+{PATIENTLY}
+SELECT array_agg(job_id)::text AS ids, array_agg(call_id)::text AS call_ids
+FROM (SELECT c.job_id, c.call_id, (row_number() OVER () - 1) / %(batch)s AS batch
+      FROM stage_calls AS c
+      WHERE {{matching}}) AS found
+GROUP BY batch
 """
 
 # --- the options of retry and cancel -------------------------------------------------------
@@ -101,6 +118,7 @@ def require_choice(command: str, job_ids: tuple, chosen: Chosen, all_: bool) -> 
     if fault:
         raise click.UsageError(fault, click.get_current_context())
     conn = rows.connected(command)
+    conn.deadline = PATIENCE + db.DEADLINE
     if chosen.stage:
         require_stage(conn, chosen.stage)
     return conn
@@ -161,13 +179,12 @@ def given_by_hand(context: click.Context) -> list[str]:
     return [name for name in context.params if context.get_parameter_source(name) == source]
 
 
-def in_batches(conn, sql: str, given: dict[str, Any]) -> Iterator[Any]:
-    """Run `sql` until no call matches that another transaction does not hold; yields its rows."""
-    while True:
-        done = db.execute(conn, sql, given).fetchall()
-        yield from done
-        if len(done) < given["batch"]:
-            return
+def in_batches(conn, found: str, sql: str, given: dict[str, Any]) -> Iterator[Any]:
+    """Run `sql` for all calls that `found` finds, but for those that another transaction holds;
+    yields its rows.
+    """
+    for batch in db.execute(conn, found, given).fetchall():
+        yield from db.execute(conn, sql, given | batch._asdict())
 
 
 def tell(did: str, done: list) -> None:

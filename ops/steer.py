@@ -17,6 +17,7 @@ from alerts import Alerts
 from calls import Wanted
 from ops import rows, waits
 from ops.chosen import (
+    FOUND,
     LISTED,
     MATCHING,
     Chosen,
@@ -53,7 +54,6 @@ RETRY = f"""
 WITH chosen AS (
     SELECT c.job_id, c.table_name, c.join_of, c.due_at FROM stage_calls AS c
     WHERE {MATCHING} AND {RETRIED}
-    LIMIT %(batch)s
     FOR UPDATE OF c SKIP LOCKED)
 UPDATE stage_calls AS c
 SET due_at = clock_timestamp(), run_after = NULL,
@@ -68,7 +68,6 @@ CANCEL = f"""
 WITH chosen AS (
     SELECT c.job_id, c.table_name, c.join_of FROM stage_calls AS c
     WHERE {MATCHING}
-    LIMIT %(batch)s
     FOR UPDATE OF c SKIP LOCKED
 ), gone AS (
     DELETE FROM stage_calls AS c USING chosen
@@ -87,7 +86,9 @@ FROM gone
 """
 
 LIST_RETRIED = LISTED.format(matching=f"{MATCHING} AND {RETRIED}")
+FIND_RETRIED = FOUND.format(matching=f"{MATCHING} AND {RETRIED}")
 LIST_CANCELLED = LISTED.format(matching=MATCHING)
+FIND_CANCELLED = FOUND.format(matching=MATCHING)
 
 
 # --- why not -------------------------------------------------------------------------------
@@ -229,7 +230,7 @@ def retry(job_ids, now, stage, tenant, error, since, all_, yes, table) -> None:
         if not show(conn, LIST_RETRIED, chosen, all_, "to make them due"):
             nothing_to_retry(conn, chosen)
     else:
-        revived = list(in_batches(conn, RETRY, chosen.params))
+        revived = list(in_batches(conn, FIND_RETRIED, RETRY, chosen.params))
         if revived:
             count = "1 call is" if len(revived) == 1 else f"{len(revived)} calls are"
             wake_listeners(conn, f"{count} due again, by {operator()}")
@@ -295,7 +296,7 @@ def cancel(job_ids, reason, stage, tenant, error, since, all_, yes, table) -> No
         if not show(conn, LIST_CANCELLED, chosen, all_, "to cancel them"):
             click.echo("no such call is owed")
     else:
-        gone = list(in_batches(conn, CANCEL, chosen.params | by))
+        gone = list(in_batches(conn, FIND_CANCELLED, CANCEL, chosen.params | by))
         if gone:
             count = "1 call" if len(gone) == 1 else f"{len(gone)} calls"
             wake_listeners(conn, f"{count} cancelled by {by['by']}: {reason}")

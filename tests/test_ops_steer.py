@@ -2,6 +2,7 @@
 
 import shlex
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
@@ -173,6 +174,25 @@ def test_calls_of_a_filter_that_another_transaction_holds_are_named(database, ru
         done = run_command(database, "retry", "--stage", "planner", "--yes")
     assert done.refused(1) == "1 call is left, as another transaction holds them: try again"
     assert due(database) == {chosen[1]}
+
+
+READING = "SELECT count(*) > 0 FROM pg_locks WHERE NOT granted AND relation = 'jobs'::regclass"
+
+
+@pytest.mark.parametrize("command", ["retry", "cancel"])
+def test_search_for_the_calls_of_a_tenant_locks_none(variants, run_command, command):
+    """Those of rows with a parent take long, as each is asked for its tenant."""
+    database = variants.database
+    job = database.add_job(tenant="acme")
+    variants.add(job, status="done")
+    database.rows(GIVE_UP)
+    with closing(database.connect()) as change, ThreadPoolExecutor() as pool:
+        change.cursor().execute("BEGIN; LOCK TABLE jobs")
+        done = pool.submit(run_command, database, command, "--tenant", "acme", "--yes")
+        database.wait_for(READING)
+        free = database.rows("SELECT job_id FROM stage_calls FOR UPDATE SKIP LOCKED")
+    assert len(free) == 2
+    assert done.result().code == 1
 
 
 def test_more_calls_than_one_statement_takes_are_all_made_due(database, run_command):
