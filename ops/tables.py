@@ -47,7 +47,9 @@ PLACE = """
 SELECT format('%%I.%%I', n.nspname, c.relname) AS name, c.relowner::regrole::text AS owner,
        (SELECT rolsuper FROM pg_roles WHERE oid = c.relowner)
        OR (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)
-       OR c.relowner::regrole = current_user::regrole AS may_install, n.nspname AS schema
+       OR c.relowner::regrole = current_user::regrole AS may_install, n.nspname AS schema,
+       (SELECT string_agg(inhrelid::regclass::text, ', ' ORDER BY inhrelid) FROM pg_inherits
+        WHERE inhparent = c.oid AND c.relkind = 'r') AS heirs
 FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
 WHERE n.oid = (SELECT relnamespace FROM pg_class WHERE oid = to_regclass('jobs'))
   AND c.relname = %(name)s AND c.relkind IN ('r', 'p')
@@ -96,6 +98,9 @@ def faults(conn) -> Iterator[Fault]:
                 what = f"there is no table {table.name} beside jobs"
                 yield Fault(what, "create it, or take it out of PIPELINE")
             continue
+        if place.heirs:
+            what = f"{place.heirs} INHERITS {table.name}, whose triggers do not see its rows"
+            yield Fault(what, f"ALTER TABLE … NO INHERIT {table.name}, or partition it instead")
         columns = {row.name: row for row in db.execute(conn, COLUMNS, {"table": place.name})}
         parent = table.parent and table.parent[1]
         needed = [table.id, table.tenant, "current_step", "status", parent, table.priority,

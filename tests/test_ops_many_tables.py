@@ -329,6 +329,12 @@ REFUSED = {
         "jobs.job_id is of type json, which cannot be an id: give it a type such as"
         " uuid, bigint or text (ALTER TABLE)",
     ),
+    "rows in tables that inherit": (
+        JOBS, f"{TABLE} CREATE TABLE old_variants (PRIMARY KEY (job_variants_id))"
+        " INHERITS (jobs_variants);",
+        "old_variants INHERITS jobs_variants, whose triggers do not see its rows:"
+        " ALTER TABLE … NO INHERIT jobs_variants, or partition it instead",
+    ),
     "tables of two owners": (
         JOBS, f"{TABLE} ALTER TABLE jobs_variants OWNER TO pg_monitor;",
         "jobs_variants belongs to pg_monitor, jobs to {owner}, and our functions run with the"
