@@ -193,7 +193,8 @@ BEGIN
               GROUP BY r.stage) AS s;
 
         -- Tenants take turns by the call's own copy. Nothing waits for a lock on the parent's
-        -- table: without the parent's tenant the call has the turns of those that have none.
+        -- table: without the parent's tenant the call has the turns of those that have none. So it
+        -- has where that table is partitioned: each row would lock and read all partitions.
         WITH RECURSIVE listed AS (
             SELECT * FROM jsonb_to_recordset(asked -> 'tables') AS x (
                 name text, tenant_column text, parent_table text)
@@ -219,7 +220,10 @@ BEGIN
             (SELECT string_agg(format('%I.%I', schema, a.name), ', ') FROM above AS a),
             schema, t.parent_table)
         INTO borrowed
-        FROM fair WHERE fair.stages IS NOT NULL AND EXISTS (SELECT FROM above);
+        FROM fair WHERE fair.stages IS NOT NULL AND EXISTS (SELECT FROM above) AND NOT EXISTS (
+            SELECT FROM above AS a JOIN pg_class AS c
+                ON c.oid = format('%I.%I', schema, a.name)::regclass
+            WHERE c.relkind = 'p');
 
         SELECT string_agg(format('%L, NEW.%I', name, name), ', ' ORDER BY position),
                string_agg(format('%L, ($1).%I', name, name), ', ' ORDER BY position)

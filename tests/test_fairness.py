@@ -276,6 +276,28 @@ def test_long_tenant_does_not_hurt_the_application_nor_a_join(site, use_pipeline
     assert site.value("SELECT tenant_id FROM stage_calls") == tenant[:500]
 
 
+PARTITIONED = """
+ALTER TABLE jobs_variants DROP CONSTRAINT jobs_variants_job_id_fkey;
+ALTER TABLE jobs RENAME TO before;
+CREATE TABLE jobs (LIKE before INCLUDING DEFAULTS) PARTITION BY LIST (tenant_id);
+CREATE INDEX ON jobs (job_id);
+CREATE TABLE jobs_acme PARTITION OF jobs FOR VALUES IN ('acme')
+"""
+LOCKED = "SELECT count(*) FROM pg_locks WHERE relation IN ('jobs'::regclass, 'jobs_acme'::regclass)"
+
+
+def test_no_partition_of_the_parent_is_locked_for_its_tenant(site):
+    site.rows(PARTITIONED)
+    with connected(site) as conn:
+        apply(conn)
+    site.rows(ADD_VARIANTS, "acme")
+    with connected(site) as writing:
+        db.execute(writing, "BEGIN; UPDATE jobs_variants SET status = 'done'")
+        assert db.execute(writing, LOCKED).fetchone()[0] == 0
+        db.execute(writing, "COMMIT")
+    assert [row.tenant_id for row in site.rows(ORDER)] == [None, None]
+
+
 def test_calls_of_a_long_tenant_are_chosen_by_it(site, run_command):
     tenant = site.value(LONG)
     add(site, "img_gen", tenant)
