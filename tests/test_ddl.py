@@ -477,6 +477,34 @@ def test_history_that_takes_too_long_to_follow_new_ids_can_be_shortened(database
     assert problems(database) == []
 
 
+# Rows that are in a state that owes a call, and came to it without a write.
+COME = {
+    "attached": (PARTITIONED.format("uuid"), """
+CREATE TABLE loaded (LIKE jobs);
+INSERT INTO loaded SELECT gen_random_uuid(), '7', 'img_gen', 'done' FROM generate_series(1, 20);
+ALTER TABLE jobs DETACH PARTITION jobs_1;
+DELETE FROM loaded WHERE NOT satisfies_hash_partition('jobs'::regclass, 2, 1, job_id);
+ALTER TABLE jobs ATTACH PARTITION loaded FOR VALUES WITH (MODULUS 2, REMAINDER 1)"""),
+    "renamed": ("CREATE TYPE state AS ENUM ('queued', 'finished');"
+                + JOBS.format("uuid").replace("varchar(20)", "state"), """
+INSERT INTO jobs VALUES (gen_random_uuid(), '7', 'img_gen', 'finished');
+ALTER TYPE state RENAME VALUE 'finished' TO 'done'"""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", COME)
+def test_rows_that_came_to_a_state_without_a_write_are_found_by_backfill(each_database, how):
+    table, sql = COME[how]
+    each_database.rows(f"DROP TABLE jobs CASCADE; {table}")
+    install(each_database)
+    each_database.rows(sql)
+    assert problems(each_database) == []
+    assert each_database.value("SELECT count(*) FROM stage_calls") == 0
+    assert run_here(each_database.environ, "backfill", "--apply").code == 0
+    rows = each_database.value("SELECT count(*) FROM jobs")
+    assert each_database.value("SELECT count(*) FROM stage_calls") == rows > 0
+
+
 REFUSED = [
     "ALTER TABLE jobs ALTER status TYPE varchar(40)",
     "ALTER TABLE jobs ALTER current_step TYPE varchar(40)",
