@@ -536,13 +536,15 @@ def stages_of_routes() -> dict[Route, tuple[str, int | None]]:
 JSL = "./jsl"
 
 
-def typed(command: str, table: str, key: str, *options: str, with_table: bool = True) -> str:
+def typed(command: str, table: str, key: str, *options: str, with_table: bool | None = None) -> str:
     """The command line that does `command` to a row.
 
     Args:
-        with_table: the table is named where there are several, as the id may be in each.
+        with_table: name the table; None: where there are several, as the id may be in each.
     """
-    named = ["--table", table] if with_table and len(tables()) > 1 else []
+    if with_table is None:
+        with_table = len({*tables(), table}) > 1
+    named = ["--table", table] if with_table else []
     dashes = ["--"] if key.startswith("--") else []
     words = [command, *named, *options, *dashes, key]
     return " ".join([JSL, *map(shlex.quote, words)])

@@ -83,6 +83,7 @@ def again(job_id: str, stage: str | None, table: str | None) -> None:
     conn = rows.connected("again")
     row = rows.find(conn, job_id, table)
     what = rows.said(row)
+    rows.require_readable(row)
     if not row.is_there:
         raise Problem(f"{what} was deleted")
     join = join_to(row, stage)

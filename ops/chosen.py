@@ -121,6 +121,7 @@ def require_choice(command: str, job_ids: tuple, chosen: Chosen, all_: bool) -> 
     conn.deadline = PATIENCE + db.DEADLINE
     if chosen.stage:
         require_stage(conn, chosen.stage)
+    rows.require_table(conn, chosen.table)
     return conn
 
 
@@ -147,7 +148,7 @@ def show(conn, sql: str, chosen: Chosen, all_: bool, to: str) -> int:
     found = db.execute(conn, sql, chosen.params | {"most": MOST_SHOWN}).fetchall()
     if not found:
         return 0
-    with_table = len(pipeline.tables()) > 1
+    with_table = rows.names_tables(found)
     cells = [[row.job_id, row.stage, duration(round(max(0.0, row.seconds))),
               clipped(plain(readable(row.last_error) or "-"), 60),
               *([row.table_name] if with_table else [])] for row in found]  # fmt: skip

@@ -252,7 +252,7 @@ def place_lines(found: Found) -> Iterator[str]:
 
 def where(row: Any) -> str:
     if not row.is_there:
-        return plain(f"{said(row)} was deleted")
+        return plain(f"{said(row)} {rows.absence(row)}")
     parent = pipeline.parent_name(pipeline.tables()[row.table_name])
     of = f", of {rows.word_for(parent)} {row.parent_id}" if parent else ""
     return plain(

@@ -257,7 +257,7 @@ def jobs(stage, given_up, stalled, failed, only, tenant, since, limit, as_json) 
         listed = [plainly(row) for row in found[:limit]]
         echo_json({"jobs": listed, "since": kind.times, "more": more})
         return
-    echo_lines(job_lines(kind, found[:limit], len(pipeline.tables()) > 1))
+    echo_lines(job_lines(kind, found[:limit]))
     held = waits.held_of(conn, {row.stage for row in found if row.stage})
     if held:
         echo_lines((one_line(f"{hold.why}; {hold.mend}"), 0) for hold in held)
@@ -311,7 +311,8 @@ def joined_lines(found: list) -> Iterator[Line]:
     yield from ((line, 0) for line in table(header, cells).split("\n"))
 
 
-def job_lines(kind: Listing, found: list, with_table: bool) -> Iterator[Line]:
+def job_lines(kind: Listing, found: list) -> Iterator[Line]:
+    with_table = rows.names_tables(found)
     now = datetime.now().astimezone()
     if not found:
         yield "no job matches", 0

@@ -66,6 +66,7 @@ def show(conn, settings: SimpleNamespace, row: Any, stage: str | None) -> None:
 
 def next_attempt(conn, settings: SimpleNamespace, row: Any, stage: str | None) -> pipeline.Call:
     """The call that `row` owes as it would be made now; it is not claimed."""
+    rows.require_readable(row)
     chosen = rows.one_owed(conn, row, stage)
     given = {"key": row.key, "table": row.table_name, "call_id": chosen and chosen.call_id}
     owed = db.execute(conn, NEXT_ATTEMPT, given).fetchone()

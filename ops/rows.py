@@ -1,6 +1,7 @@
 """The row that a command is about: its id on the command line, where it is, what it owes."""
 
 import difflib
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -59,9 +60,18 @@ class TableName(click.ParamType):
         return [CompletionItem(name) for name in pipeline.tables() if name.startswith(incomplete)]
 
 
+class OwingTable(TableName):
+    """Accepts any name: rows of a table that left PIPELINE may still owe calls. Once there is a
+    connection, require_table() checks the name.
+    """
+
+    def convert(self, value: str, param, context) -> str:
+        return value
+
+
 TABLE = click.option(
     "--table",
-    type=TableName(),
+    type=OwingTable(),
     metavar="TABLE",
     help="The table of the row, where its id is in more than one.",
 )
@@ -96,6 +106,19 @@ def require_tables(conn) -> None:
         raise Problem(refusal)
 
 
+OWING = "SELECT EXISTS (SELECT FROM stage_calls WHERE table_name = %(table)s)"
+
+
+def require_table(conn, table: str | None) -> None:
+    """Raises BadParameter unless `table` is in PIPELINE, or its rows still owe calls."""
+    if table is None or table in pipeline.tables():
+        return
+    if not db.execute(conn, OWING, {"table": table}).fetchone()[0]:
+        context = click.get_current_context()
+        [option] = [param for param in context.command.params if "--table" in param.opts]
+        TableName().convert(table, option, context)
+
+
 # --- which row -----------------------------------------------------------------------------
 
 
@@ -109,6 +132,8 @@ SELECT coalesce(c.job_id, %(id)s)::text AS key
 FROM (VALUES (1)) AS always LEFT JOIN stage_calls AS c ON false
 """
 
+# A table that left PIPELINE has no row in pipeline_tables, and its rows cannot be read; they may
+# still owe calls.
 PLACES = """
 SELECT %(key)s AS key, t.name AS table_name, at.is_there IS NOT NULL AS is_there,
        at.tenant_id, at.current_step, at.status, at.parent_id::text,
@@ -119,9 +144,13 @@ SELECT %(key)s AS key, t.name AS table_name, at.is_there IS NOT NULL AS is_there
        OR EXISTS (SELECT FROM stage_leases AS l
                   WHERE l.job_id = %(key)s AND l.table_name = t.name) AS has_history,
        %(table)s IS NOT NULL AS is_one_of_many
-FROM pipeline_tables AS t LEFT JOIN LATERAL stage_call_row(t.name, '', %(key)s) AS at ON true
+FROM (SELECT name, position FROM pipeline_tables
+      UNION ALL
+      SELECT DISTINCT c.table_name, NULL::integer FROM stage_calls AS c
+      WHERE c.job_id = %(key)s AND c.table_name NOT IN (SELECT name FROM pipeline_tables)) AS t
+LEFT JOIN LATERAL stage_call_row(t.name, '', %(key)s) AS at ON true
 WHERE %(table)s IS NULL OR t.name = %(table)s
-ORDER BY t.position
+ORDER BY t.position, t.name
 """
 
 
@@ -141,6 +170,7 @@ def find(conn, id_: str, table: str | None = None) -> Any:
         NoId
         Problem: there is none, or more than one.
     """
+    require_table(conn, table)
     key = key_of(conn, id_)
     places = db.execute(conn, PLACES, {"key": key, "table": table}).fetchall()
     known = known_of(places)
@@ -172,6 +202,11 @@ def places(conn, key: str) -> list:
     return [row._replace(is_one_of_many=len(found) > 1) for row in found]
 
 
+def names_tables(found: Iterable[Any]) -> bool:
+    """Whether a list of rows has to name the table of each, as their ids may be in several."""
+    return len({*pipeline.tables(), *(row.table_name for row in found)}) > 1
+
+
 def word_for(table: str) -> str:
     """What a row of `table` is called."""
     return "job" if table == pipeline.JOBS.name else table
@@ -179,6 +214,26 @@ def word_for(table: str) -> str:
 
 def said(row: Any) -> str:
     return f"{word_for(row.table_name)} {row.key}"
+
+
+def is_readable(row: Any) -> bool:
+    """Whether the row's table is in PIPELINE."""
+    return row.table_name in pipeline.tables()
+
+
+def absence(row: Any) -> str:
+    """Why nothing is known of a row: it was deleted, or is of a table that left PIPELINE."""
+    return "was deleted" if is_readable(row) else f"cannot be read: {gone_table(row)}"
+
+
+def gone_table(row: Any) -> str:
+    return f"PIPELINE has no table {row.table_name}"
+
+
+def require_readable(row: Any) -> None:
+    """Raises Problem where the row is of a table that left PIPELINE."""
+    if not is_readable(row):
+        raise Problem(f"{said(row)} {absence(row)}; to drop what it owes: {typed('cancel', row)}")
 
 
 # --- what it owes --------------------------------------------------------------------------

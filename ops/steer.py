@@ -100,8 +100,8 @@ def why_nothing_owed(conn, row: Any, stage: str | None = None) -> str:
     call = next(iter(waits.owed(conn, row, stage)), None)
     if call is None:
         to = f" to {stage}" if stage else ""
-        at = f"it is at ({row.current_step}, {row.status})" if row.is_there else "it was deleted"
-        return f"{what} owes no call{to}: {at}{way_on(row, stage)}"
+        at = f"is at ({row.current_step}, {row.status})" if row.is_there else rows.absence(row)
+        return f"{what} owes no call{to}: it {at}{way_on(row, stage)}"
     if call.unanswered:
         return (
             f"{what}: its last call of {call.stage} got no answer and may still be running; "
@@ -114,7 +114,7 @@ def why_nothing_owed(conn, row: Any, stage: str | None = None) -> str:
             f"{what}: {call.calling} is calling {call.stage}; its lease ends "
             f"{call.leased_until:%F %T}"
         )
-    if not call.has_route and (gone := waits.why(row, call)):
+    if not (call.has_route and rows.is_readable(row)) and (gone := waits.why(row, call)):
         return f"{what}: {gone.why}: {gone.mend}"
     if call.full:
         return f"{what}: {waits.full(call)}; try again"
@@ -147,6 +147,7 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
     Raises:
         Problem: it owes none (to `stage`), or none that may be made now, or several.
     """
+    rows.require_readable(row)
     limits, alerts = pipeline.stage_limits(settings), Alerts(settings)
     chosen = rows.one_owed(conn, row, stage)
     if chosen is None:

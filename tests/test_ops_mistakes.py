@@ -74,7 +74,7 @@ MISTAKES = {
     "job --jsno 7": ("No such option '--jsno'.", "job"),
     "retry --al": ("No such option '--al'.", "retry"),
     "cancel 7 --reason": ("Option '--reason' requires an argument.", ""),
-    "job 7 --table variants": ("Invalid value for '--table': 'variants' is no table", "job"),
+    "jobs --table variants": ("Invalid value for '--table': 'variants' is no table", "jobs"),
     "call 7 --stage paint": ("Invalid value for '--stage': 'paint' is no", "call"),
     "jobs --limit 0": ("Invalid value for '--limit': 0 is not in the range 1<=x<=10000.", "jobs"),
     "jobs --since 2x": (

@@ -15,6 +15,7 @@ from variants import PIPELINE, VARIANTS, stage
 import db
 import joins
 from ops.install import apply
+from pipeline import Table
 
 JOIN = "jobs_variants (iou_eval, done)"
 GIVE_UP = "UPDATE stage_calls SET due_at = 'infinity', last_error = 'HTTP 422', attempts = 1"
@@ -481,3 +482,60 @@ def test_table_that_the_application_dropped_is_not_said_to_be_ours(variants, run
     assert run("jobs", "--since", "1h", "--table", "jobs").refused(1) == (
         'relation "stage_attempts" does not exist: run `make trigger` (./jsl install)'
     )
+
+
+# --- a table that left PIPELINE ------------------------------------------------------------
+
+ROWS = Table("v", id="id", parent=("jobs", "job_id"))
+NUMBERED = """
+CREATE TABLE jobs (job_id bigint PRIMARY KEY, tenant_id text, current_step text, status text);
+CREATE TABLE v (id bigint PRIMARY KEY, job_id bigint, current_step text, status text);
+CREATE INDEX ON v (job_id);
+"""
+
+
+@pytest.fixture
+def gone(empty_database, use_pipeline, tmp_path):
+    """Runs a command after table v has left PIPELINE; its row 7 and job 7 have given-up calls."""
+    environ = empty_database.environ | {"HEARTBEAT_DIR": str(tmp_path)}
+    empty_database.rows(NUMBERED)
+    own = {("img_gen", "done"): stage("vlm_analyze")}
+    use_pipeline(own | {ROWS("a", "done"): stage("yolo_detect")})
+    assert commands.run_here(environ, "install").code == 0
+    empty_database.rows("INSERT INTO jobs VALUES (7, 't', 'img_gen', 'done')")
+    empty_database.rows("INSERT INTO v VALUES (7, 7, 'a', 'done'), (8, 7, 'a', 'done')")
+    empty_database.rows(GIVE_UP)
+    use_pipeline(own)
+    assert commands.run_here(environ, "install").code == 0
+    return lambda *args: commands.run_here(environ, *args)
+
+
+@pytest.mark.parametrize("args", [("jobs", "--given-up"), ("retry", "--all"), ("cancel", "--all")])
+def test_a_list_names_the_table_of_rows_that_are_not_jobs(gone, args):
+    header, *lines = gone(*args).lines
+    assert header.split()[-1] == "table"
+    assert sorted(line.split()[-1] for line in lines if line[0] in "78") == ["jobs", "v", "v"]
+
+
+@pytest.mark.parametrize("command", ["job", "retry", "cancel"])
+def test_an_id_that_a_row_of_a_gone_table_has_too_asks_for_the_table(gone, command):
+    asked = "7 is in jobs and in v: give --table jobs or --table v"
+    assert gone(command, "7").refused(1) == asked
+    assert gone(command, "--table", "jobs", "7").code == 0
+    done = gone(command, "--table", "v", "7")
+    assert done.code == 0 and "v 7" in done.out
+    unknown = gone(command, "--table", "w", "7").refused(2)
+    assert "'w' is no table: There are jobs. See:" in unknown
+
+
+def test_a_row_of_a_gone_table_can_be_cancelled_and_not_called(gone):
+    lines = gone("job", "8").lines
+    assert lines[0] == "v 8 cannot be read: PIPELINE has no table v"
+    assert "./jsl retry" in lines[1]
+    assert lines[2].endswith("yolo_detect waits: PIPELINE has no table v; ./jsl cancel 8")
+    for refused in (gone("again", "8"), gone("call", "8"), gone("call", "--dry-run", "8")):
+        assert refused.refused(1) == (
+            "v 8 cannot be read: PIPELINE has no table v; to drop what it owes: ./jsl cancel 8"
+        )
+    assert gone("cancel", "--table", "v", "--all", "--yes").code == 0
+    assert "no job 8" in gone("job", "8").refused(1)

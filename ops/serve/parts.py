@@ -44,15 +44,16 @@ def stage_link(name: str | None) -> Markup:
     return Markup(f'<a href="{path_of("stage", name)}">{text(name, 60)}</a>') if name else text("")
 
 
-def row_path(table_name: str, key: str) -> str:
-    """The path of a row's page; the table is left out where it is jobs."""
-    is_only = len(pipeline.tables()) == 1
+def row_path(table_name: str, key: str, with_table: bool = False) -> str:
+    """The path of a row's page; unless asked for, without the table where there is only jobs."""
+    is_only = len({*pipeline.tables(), table_name}) == 1 and not with_table
     return path_of("job", key) if is_only else path_of("job", table_name, key)
 
 
-def row_link(table_name: str, key: str) -> Markup:
+def row_link(table_name: str, key: str, with_table: bool = False) -> Markup:
     name = key if table_name == pipeline.JOBS.name else f"{table_name} {key}"
-    return Markup(f'<a href="{attribute(row_path(table_name, key), 10_000)}">{text(name, 130)}</a>')
+    path = row_path(table_name, key, with_table)
+    return Markup(f'<a href="{attribute(path, 10_000)}">{text(name, 130)}</a>')
 
 
 def action_link(name: str, label: str, **given: str | None) -> str:

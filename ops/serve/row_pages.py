@@ -7,7 +7,7 @@ from typing import Any
 from ops import job
 from ops.report.markup import Markup, attribute, join, section, span, state, table, text
 from ops.report.timelines import timelines
-from ops.rows import own_stage, said
+from ops.rows import absence, own_stage, said
 from ops.serve.asking import Found, Row
 from ops.serve.parts import action_link, actions, as_of, heading, row_link, stage_link
 from ops.table import clock, plain, readable
@@ -92,7 +92,8 @@ def results(found: Found) -> Iterator[Markup]:
     rows: list[list[Any]]
     if found.by_id:
         rows = [
-            [row_link(row.table_name, row.key), state(row) if row.is_there else "deleted",
+            [row_link(row.table_name, row.key, row.is_one_of_many),
+             state(row) if row.is_there else absence(row),
              text(row.tenant_id, 60)]
             for row in found.by_id
         ]  # fmt: skip
