@@ -171,6 +171,9 @@ def test_what_is_not_counted_yet_is_not_pruned(database, conn):
     assert upkeep.prune(conn, 30).pruned == 4
 
 
+LONG_AGO = "UPDATE stage_attempts SET finished_at = finished_at - interval '40 days'"
+
+
 @pytest.mark.parametrize("outcome", ["succeeded", "cancelled"])
 def test_what_keeps_a_row_from_being_called_again_is_not_pruned(
     database, conn, run_command, outcome
@@ -180,9 +183,9 @@ def test_what_keeps_a_row_from_being_called_again_is_not_pruned(
         run_command(database, "cancel", rests, moved, gone)
     else:
         settle(conn, *(result(row) for row in claim_many(conn, 3).claimed))
-    database.move(moved, "vlm_analyze", "running")
+    database.move(moved, "vlm_analyze", "done")
     database.rows("DELETE FROM jobs WHERE job_id = %s", gone)
-    database.rows("UPDATE stage_attempts SET finished_at = finished_at - interval '40 days'")
+    database.rows(LONG_AGO)
     upkeep.count(conn)
     done = upkeep.prune(conn, 30)
     assert (done.attempts, done.pruned) == (3, 2)
@@ -190,6 +193,26 @@ def test_what_keeps_a_row_from_being_called_again_is_not_pruned(
     assert database.value("SELECT job_id::text FROM stage_attempts") == rests
     done = run_command(database, "backfill", "--apply")
     assert done.lines[-1] == "0 calls recorded"
+
+
+@pytest.mark.parametrize("outcome", ["succeeded", "lost"])
+def test_what_says_that_a_running_row_is_stalled_is_not_pruned(database, conn, outcome):
+    job = database.add_job()
+    row = claim(conn)
+    database.move(job, "vlm_analyze", "running")
+    if outcome == "lost":
+        database.rows(LEASE_OVER)
+        upkeep.reap(conn)
+    else:
+        settle(conn, result(row))
+    database.rows(LONG_AGO + "; UPDATE jobs SET updated_at = 'infinity'")
+    [found] = upkeep.newly_stalled(conn)
+    upkeep.count(conn)
+    assert upkeep.prune(conn, 30).pruned == 0
+    assert upkeep.newly_stalled(conn) == []
+    assert found.jobs == database.value("SELECT count(*) FROM stalled_jobs()") == 1
+    database.move(job, "vlm_analyze", "done")
+    assert upkeep.prune(conn, 30).pruned == 1
 
 
 def test_one_worker_prunes_at_a_time_and_no_other_waits(database, conn, other):
