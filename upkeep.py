@@ -673,11 +673,13 @@ REFUSALS = 3
 # The first listener that sees it marks the stage until it is over. Paused stages are left as they
 # are, as a person wants them to wait. Only a success, or a call that was taken, shows that a stage
 # accepts calls again: one that is tried with one call at a time, or has none, makes few attempts.
+# Until then, calls that each try puts off have waited since they were first due, as in
+# pipeline_overview; one that is being tried counts where the stage was waiting before.
 EPISODES = """
 WITH stage AS (
     SELECT stage, bool_or(held_until = 'infinity') IS TRUE AS paused,
            max(held_reason) FILTER (WHERE held_until > now()) AS held_reason,
-           max(max_running) AS max_running,
+           max(max_running) AS max_running, bool_or(hold_seconds IS NOT NULL) AS is_down,
            min(waiting_since) IS NOT NULL AS was_waiting, min(refusing_since) AS refusing_since
     FROM pipeline_stages GROUP BY stage
 ), tried AS (
@@ -702,8 +704,12 @@ WITH stage AS (
         SELECT max(l.started_at) AS at FROM stage_leases AS l
         WHERE l.stage = s.stage AND l.working AND l.leased_until > now()) AS taken
     CROSS JOIN LATERAL (
-        SELECT min(c.due_at) AS oldest FROM stage_calls AS c
-        WHERE c.stage = s.stage AND c.due_at <= now()) AS due
+        SELECT least((SELECT min(c.due_at) FROM stage_calls AS c
+                      WHERE c.stage = s.stage AND c.due_at <= now()),
+                     (SELECT min(greatest(c.created_at, c.run_after)) FROM stage_calls AS c
+                      WHERE s.is_down AND c.stage = s.stage AND c.due_at < 'infinity'
+                        AND c.free_attempts > 0 AND (c.worker IS NULL OR s.was_waiting))
+               ) AS oldest) AS due
 ), marked AS (
     UPDATE pipeline_stages AS p
     SET waiting_since = CASE WHEN s.waiting THEN coalesce(p.waiting_since, now()) END,

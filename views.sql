@@ -1,7 +1,8 @@
 -- Job State Listener: what people and dashboards read.
 --
 -- Applied by `make trigger` after triggers.sql, in the same transaction and search path.
--- No view depends on a column of the application's, which it may change as it likes.
+-- No view depends on a column of the application's, which it may change as it likes. Only
+-- given_up_calls depends on a job_id of ours: `install` drops it where ids get another type.
 
 CREATE OR REPLACE VIEW pipeline_overview AS
 SELECT stage, p.position, coalesce(c.owed, 0) AS owed, coalesce(c.due, 0) AS due,
@@ -32,14 +33,24 @@ FROM (
     FROM pipeline_stages GROUP BY stage) AS p
 FULL JOIN (  -- a stage that lost its route shows what it still owes
     SELECT stage, count(*) AS owed,
-           count(*) FILTER (WHERE due_at <= now()) AS due,
+           count(*) FILTER (WHERE due_since <= now()) AS due,
            count(*) FILTER (WHERE worker IS NULL AND attempts > 0
                               AND due_at < 'infinity') AS retrying,
            min(due_at) FILTER (WHERE worker IS NULL AND attempts > 0
                                  AND due_at < 'infinity') AS next_retry_at,
            count(*) FILTER (WHERE due_at = 'infinity') AS given_up,
-           min(due_at) FILTER (WHERE due_at <= now()) AS oldest_due_at
-    FROM stage_calls GROUP BY stage) AS c USING (stage)
+           min(due_since) FILTER (WHERE due_since <= now()) AS oldest_due_at
+    FROM (
+        -- Each try of a call whose stage is down puts it off, at no cost. It has waited since it
+        -- was first due, as long as the stage has accepted nothing since its hold began. A call
+        -- without an error was never tried, only put off or given back.
+        SELECT stage, worker, attempts, due_at,
+               CASE WHEN worker IS NULL AND free_attempts > 0 AND due_at < 'infinity'
+                            AND (last_error IS NULL OR stage IN (
+                                SELECT stage FROM pipeline_stages WHERE hold_seconds IS NOT NULL))
+                       THEN greatest(created_at, run_after) ELSE due_at END AS due_since
+        FROM stage_calls) AS owed
+    GROUP BY stage) AS c USING (stage)
 LEFT JOIN (
     SELECT stage, count(*) AS calling, count(*) FILTER (WHERE working) AS working
     FROM stage_leases

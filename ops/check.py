@@ -14,8 +14,7 @@ from ops import EXIT_DATABASE_AWAY, EXIT_PROBLEM
 from pipeline import JSL
 
 LAG = """
-SELECT coalesce(extract(epoch FROM now() - min(due_at)), 0)::float8
-FROM stage_calls WHERE due_at <= now()
+SELECT coalesce(extract(epoch FROM now() - min(oldest_due_at)), 0)::float8 FROM pipeline_overview
 """
 
 

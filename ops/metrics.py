@@ -42,7 +42,7 @@ FAMILIES = {
     ),
     "job_state_listener_oldest_due_age_seconds": (
         "gauge",
-        "How long the oldest due call has been due; 0 where none is.",
+        "How long the oldest due call has been due, tried in vain or not; 0 where none is.",
     ),
     "job_state_listener_running_calls": ("gauge", "Calls under way; status says calling."),
     "job_state_listener_working_calls": (

@@ -5,7 +5,7 @@ import math
 import time
 
 import pytest
-from claims import connected, let_pass
+from claims import claim, connected, held, let_pass, result, settle
 
 import alerts as alerts_module
 import db
@@ -53,6 +53,32 @@ def test_held_stage_says_why_it_waits(database, sent):
                   " hold_seconds = 60, held_reason = 'HTTP 503'")  # fmt: skip
     assert look(database, sent) == [("waiting", "vlm_analyze")]
     assert sent.events[0]["reason"] == "HTTP 503"
+
+
+def test_stage_that_is_tried_in_vain_goes_on_waiting(database, sent):
+    database.add_job("img_gen", "done")
+    database.rows("UPDATE stage_calls SET created_at = now() - interval '11 minutes'")
+    with connected(database) as conn:
+        settle(conn, held(claim(conn)))
+        assert look(database, sent) == [("waiting", "vlm_analyze")]
+        database.rows("UPDATE pipeline_stages SET held_until = now()")
+        row = claim(conn)
+        assert look(database, sent) == []
+        settle(conn, held(row))
+        assert look(database, sent) == []
+        let_pass(database, 5)
+        settle(conn, result(claim(conn)))
+    assert look(database, sent) == [("recovered", "vlm_analyze")]
+
+
+def test_retry_of_a_stage_that_accepts_others_is_not_late(database, sent):
+    first, second = (database.add_job("img_gen", "done") for _ in range(2))
+    with connected(database) as conn:
+        settle(conn, held(claim(conn, only=first)))
+        settle(conn, result(claim(conn, only=second)))
+        settle(conn, result(claim(conn, only=first), "retry", delay=100.0, error="HTTP 500"))
+    database.rows("UPDATE stage_calls SET created_at = now() - interval '11 minutes'")
+    assert look(database, sent) == []
 
 
 def test_stage_at_its_rate_says_so(database, sent):

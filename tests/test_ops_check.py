@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from claims import claim, connected, held, settle
 from waiting import gate, until, wait_for_call, wait_until_idle
 
 from heartbeat import Beat, Heartbeat, heartbeats
@@ -145,6 +146,16 @@ def test_overdue_call_is_not_ok_with_max_lag(database, run_command, waiting):
 def test_lag_below_the_limit_is_ok_and_shown(database, run_command, waiting):
     told = line(run_command(database, "check", "--max-lag", "7200"), 0)
     assert told.startswith("1 listener alive: waiting for a job to change; oldest due call 36")
+
+
+def test_lag_of_a_stage_that_is_down_does_not_start_again_at_each_try(
+    database, run_command, waiting
+):
+    database.rows("UPDATE stage_calls SET created_at = now() - interval '1 hour'")
+    with connected(database) as conn:
+        settle(conn, held(claim(conn)))
+    told = line(run_command(database, "check", "--max-lag", "60"), 1)
+    assert told.startswith("the oldest due call has waited 36")
 
 
 def test_given_up_call_is_no_lag(database, run_command, waiting):

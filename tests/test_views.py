@@ -2,7 +2,7 @@
 
 import psycopg2
 import pytest
-from claims import LEASE_OVER, STAGES, claim, connected, result, settle
+from claims import LEASE_OVER, STAGES, claim, connected, held, result, settle
 
 import upkeep
 from ops.install import apply
@@ -63,6 +63,17 @@ def test_overview_shows_holds_and_pauses_while_they_last(database, conn):
     database.rows("UPDATE pipeline_stages SET held_until = now()")
     row = overview(database)
     assert (row.held_until, row.held_by) == (None, None)
+
+
+def test_call_that_waits_for_a_stage_that_is_down_is_due_since_it_first_was(database, conn):
+    database.add_job()
+    database.rows("UPDATE stage_calls SET created_at = now() - interval '1 hour'")
+    settle(conn, held(claim(conn)))
+    row = overview(database)
+    waited = "SELECT now() - oldest_due_at >= '1 hour' FROM pipeline_overview WHERE due > 0"
+    assert row.due == 1 and database.value(waited)
+    database.rows("UPDATE pipeline_stages SET hold_seconds = NULL, held_until = NULL")
+    assert not database.value(waited)
 
 
 def test_stage_without_a_route_shows_what_it_still_owes(database):
