@@ -42,6 +42,7 @@ from alerts import Alerts
 from calls import PAID, TAKEN, Claimed, Result, Turn, Wanted
 from health import StageHealth
 from heartbeat import Heartbeat
+from ops.listeners import OTHER_PIPELINE
 from ops.rows import TABLE, RowCommand
 from ops.stage import StageName
 from orphans import reap_orphans
@@ -645,7 +646,10 @@ class Listener:
         waits = not (self.finished() or (conn and (self.unwritten or conn.notifies)))
         seconds = max(0.0, until - now) if waits else 0.0
         doing = "waiting for a job to change" if conn else f"database away: {self.reason}"
-        self.beat("making calls" if conn and self.workers.calls else doing, seconds)
+        doing = "making calls" if conn and self.workers.calls else doing
+        if self.upkeep.differs_since is not None:
+            doing = f"{OTHER_PIPELINE}; {doing}"
+        self.beat(doing, seconds)
         reading: list[Any] = [self.signals, *self.workers.reading, *([conn] if conn else [])]
         ready, _, _ = select.select(reading, self.workers.writing, [], seconds)
         if self.signals in ready:

@@ -45,6 +45,7 @@ EVENTS = {
     "Job 상태가 변경되어 스킵": "call_skipped",
     "이미 수락된 호출이라 스킵": "call_already_accepted",
     "다른 PIPELINE의 호출을 미룸": "call_of_other_pipeline",
+    "데이터베이스의 PIPELINE이 다름": "pipeline_differs",
     "리스가 모자라 호출하지 않고 되돌림": "call_released",
     "시작하지 않은 호출 %d건을 되돌림": "calls_given_back",
     "포기한 호출을 되살림": "call_revived",

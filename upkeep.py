@@ -17,7 +17,7 @@ import pipeline
 import trigger
 from alerts import Alerts
 from db import CONNECTION_LOST, UNPINNED, WAKE_CHANNEL, execute
-from ops import listeners, migrations
+from ops import listeners, migrations, routes
 from ops.alarms import why_late
 
 log = logging.getLogger("listener")
@@ -37,6 +37,10 @@ class Upkeep:
         self.settings, self.stages, self.name, self.alerts = settings, list(stages), name, alerts
         self.is_new = True  # has not run yet
         self.clock_is_back = False  # whether the database's clock is known to have been set back
+        # Since when the database has had another PIPELINE (time.monotonic()), and whether that was
+        # told. It ends with this listener.
+        self.differs_since: float | None = None
+        self.is_told_to_differ = False
         # By time.monotonic().
         self.reap_at = self.clock_at = 0.0
         self.history_at = self.prune_all_at = self.forget_at = self.failed_at = 0.0
@@ -66,6 +70,7 @@ class Upkeep:
         if now >= self.reap_at:
             self.reap_at = now + REAP_INTERVAL
             migrations.require_not_newer(conn)
+            self.compare(conn)
             self.attempt(reap, conn)
         if now >= self.clock_at:
             self.clock_at = now + CLOCK_INTERVAL
@@ -124,6 +129,25 @@ class Upkeep:
                 log.error("정체된 단계: stage=%s jobs=%d", row.stage, row.jobs)
                 text = f"{row.jobs} jobs are stalled at {row.stage}: {row.reason}"
                 self.alerts.send("stalled", text, **row._asdict())
+
+    def compare(self, conn) -> None:
+        """Say once that the database has another PIPELINE: calls of its new states wait for a
+        listener that has it. Within ALERT_AFTER a deploy may still restart this one.
+        """
+        found = self.attempt(routes.difference, conn)
+        if found is None:  # refused
+            return
+        if not found:
+            self.differs_since, self.is_told_to_differ = None, False
+            return
+        now, said = time.monotonic(), "; ".join(found)
+        if self.differs_since is None:
+            log.warning("데이터베이스의 PIPELINE이 다름 (새 리스너를 시작하세요): %s", said)
+            self.differs_since = now
+        if now >= self.differs_since + self.settings.ALERT_AFTER and not self.is_told_to_differ:
+            self.is_told_to_differ = True
+            text = f"listener {self.name} has another PIPELINE than the database: restart it"
+            self.alerts.send("pipeline_differs", text, listener=self.name, reason=said)
 
     def note_clock_set_back(self) -> None:
         """A call was found before it was due: look at once what else waits too long."""

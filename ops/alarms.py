@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pipeline
 from heartbeat import ALIVE
 from ops import waits
+from ops.listeners import OTHER_PIPELINE
 from ops.table import counted, duration, readable
 
 # Urgencies, the most urgent first: see Alarm.
@@ -66,6 +67,9 @@ def of_everything(state: dict[str, Any]) -> Iterator[Alarm]:
         if row["heartbeat"] not in (None, ALIVE):
             yield Alarm(STAGE, "listener", f"listener {row['listener']} is {row['heartbeat']}",
                         row["doing"], f"{pipeline.JSL} check")  # fmt: skip
+        elif OTHER_PIPELINE in row["doing"]:
+            what = f"listener {row['listener']} has another PIPELINE than the database"
+            yield Alarm(STAGE, "listener", what, "calls of new states wait until it is restarted")
     if (percent := state["database"]["notification_queue_percent"]) >= FULL:
         reason = "when it is full, every transaction that changes a job fails"
         yield Alarm(EVERYTHING, "queue", f"the NOTIFY queue of the server is {percent} % full",

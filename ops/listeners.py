@@ -7,6 +7,9 @@ import db
 from heartbeat import ALIVE, Beat, heartbeats
 from ops.table import clock
 
+# What a listener is doing begins with this where the database has another PIPELINE than it.
+OTHER_PIPELINE = "PIPELINE differs, restart it"
+
 # The sessions of listeners, or of calls by hand, in all databases of this server. PostgreSQL cuts
 # an application_name at the length of an identifier. One without a schema belongs to a call by
 # hand, to a listener behind a pooler, or to one that has just connected. Anybody can give a session
@@ -108,6 +111,8 @@ def doing(beat: Beat | None, is_connected: bool, calls: list[dict[str, Any]]) ->
     if under_way := sum(not call["unanswered"] for call in calls):
         text = f"{under_way} call{'s' * (under_way > 1)} under way"
         text += ", not connected" * (not is_connected)
+        if beat and beat.doing.startswith(OTHER_PIPELINE):
+            text = f"{OTHER_PIPELINE}; {text}"
     if calls and not is_connected:
         text += f"; the last lease ends {clock(max(call['leased_until'] for call in calls))}"
     return text if beat is None or beat.state == ALIVE else f"{beat.state}: {text}"

@@ -15,6 +15,7 @@ from ops.table import clock, readable
 WAITS = """
 SELECT c.join_of, c.stage, c.call_id, c.due_at, c.due_at = 'infinity' AS given_up,
        c.due_at > now() AS is_later, c.run_after > now() AS is_planned, c.run_after, c.last_error,
+       c.last_error IS NULL AND c.attempts > 0 AS is_put_off,
        l.worker AS calling, l.unanswered, l.working, l.leased_until, s.max_running,
        s.name AS full, slow.next_at, other.pool, other.stays_with, other.stays_until,
        CASE WHEN tenant.most <= tenant.calling THEN tenant.most END AS tenant_most,
@@ -107,6 +108,8 @@ def why(row: Any, call: Any) -> Waits | None:
     if call.is_planned:
         until = clock(call.run_after)
         return Waits(f"its row has run_after {until}", rows.typed("retry", row, "--now"))
+    if call.is_later and call.is_put_off:
+        return Waits("a listener with another PIPELINE has put it off: restart that one")
     if call.is_later:
         return Waits("its last attempt failed", rows.typed("retry", row, "--now"))
     if call.full:

@@ -5,16 +5,25 @@ import shlex
 import signal
 import sys
 import tempfile
+from contextlib import closing
+from functools import partial
+from pathlib import Path
 
 import pytest
 from claims import claim, connected, result, settle
+from commands import run_here
 from stage_functions import POST, program
-from waiting import gate, is_gone, until, wait_for_call
+from waiting import LISTENING, gate, is_gone, until, wait_for_call
 
 import alerts
 import config
+import db
 import upkeep
+from demo import five_stages
 from demo.stage_server import Answer
+from ops.install import apply
+
+SHORT_ROUNDS = Path(__file__).with_name("short_rounds.py")
 
 # A command that appends each alert to a file.
 TELL = ["sh", "-c", 'exec cat >> "$0"']
@@ -254,3 +263,28 @@ def test_newly_stalled_stage_is_told(database, accepted, api, run_command, told)
     assert (said["event"], said["stage"], said["jobs"]) == ("stalled", "planner", 1)
     reason = "accepted by the stage, but the job has not changed"
     assert said["text"] == f"1 jobs are stalled at planner: {reason}"
+
+
+def test_listener_that_was_not_restarted_after_an_install_says_so(
+    database, api, listener, run_command, told, use_pipeline, tmp_path
+):
+    alerting = {"ALERT_COMMAND": told.command, "ALERT_AFTER": 1}
+    process = listener(database, api=api, program=SHORT_ROUNDS, **alerting)
+    process.wait_for_line(LISTENING)
+    use_pipeline(five_stages.PIPELINE | {("recheck", "done"): five_stages.planner})
+    with closing(db.connect(database.settings())) as conn:
+        apply(conn)
+    line = process.wait_for_line("데이터베이스의 PIPELINE이 다름")
+    assert "(recheck, done) → nothing in" in line
+    until(lambda: told(), "an alert")
+    [said] = told()
+    assert said["event"] == "pipeline_differs" and said["text"].endswith(": restart it")
+    job = database.add_job("recheck", "done")
+    process.wait_for_line("다른 PIPELINE의 호출을 미룸")
+    until(lambda: database.owed(job).worker is None, "the call is put off")
+    typed = partial(run_here, database.environ | {"HEARTBEAT_DIR": str(tmp_path / "heartbeats")})
+    waits = "planner waits: a listener with another PIPELINE has put it off: restart that one"
+    assert waits in typed("job", job).out
+    for command in ("status", "check"):
+        assert "PIPELINE differs, restart it; waiting for a job" in typed(command).out
+    assert process.output.count("데이터베이스의 PIPELINE이 다름") == 1
