@@ -41,6 +41,7 @@ class Upkeep:
         # told. It ends with this listener.
         self.differs_since: float | None = None
         self.is_told_to_differ = False
+        self.gone: set[str] = set()  # stages that left PIPELINE, told to be waiting
         # By time.monotonic().
         self.reap_at = self.clock_at = 0.0
         self.history_at = self.prune_all_at = self.forget_at = self.failed_at = 0.0
@@ -113,6 +114,8 @@ class Upkeep:
             self.episodes_at = now + EPISODES_INTERVAL
             for row in self.attempt(episodes, conn, self.settings.ALERT_AFTER) or []:
                 tell_episode(self.alerts, row)
+            after = self.settings.ALERT_AFTER
+            self.attempt(tell_gone_stages, conn, after, self.alerts, self.gone)
         if now >= self.stalled_at:
             found = self.attempt(newly_stalled, conn)
             # With tens of millions of rows statement_timeout ends it, and no call began meanwhile.
@@ -782,3 +785,38 @@ def tell_episode(alerts: Alerts, row: Any) -> None:
         alerts.send("refusing", text, stage=stage, reason=row.last_error)
     elif row.was_refusing and not row.refusing:
         alerts.recovered("refusing", stage, "it accepts calls again")
+
+
+# As in EPISODES, of stages that left PIPELINE, which have no row to be marked.
+OF_NO_STAGE = """
+SELECT c.stage, count(*) AS due, extract(epoch FROM now() - min(c.due_at))::float8 AS seconds
+FROM stage_calls AS c
+WHERE c.due_at < now() - make_interval(secs => %(after)s)
+  AND NOT EXISTS (SELECT FROM pipeline_stages AS p WHERE p.stage = c.stage)
+GROUP BY c.stage
+"""
+
+
+def tell_gone_stages(conn, after: float, alerts: Alerts, told: set[str]) -> None:
+    """Tell people of calls that wait for a stage which left PIPELINE, and when that is over. Only
+    the listener that was connected first does; `told` has the stages that it has told.
+    """
+    if not listeners.is_first(conn):
+        return
+    found = {row.stage: row for row in execute(conn, UNPINNED + OF_NO_STAGE, {"after": after})}
+    for row in found.values():
+        tell_episode(
+            alerts,
+            SimpleNamespace(
+                **row._asdict(),
+                waiting=True,
+                was_waiting=row.stage in told,
+                refusing=False,
+                was_refusing=False,
+                held_reason=f"PIPELINE has no stage {row.stage}",
+            ),
+        )
+    for stage in told - found.keys():
+        alerts.recovered("waiting", stage, "no call of it is late any more")
+    told.clear()
+    told.update(found)

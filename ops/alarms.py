@@ -92,7 +92,7 @@ def of_stage(row: dict[str, Any], at: datetime) -> Iterator[Alarm]:
             left = duration(max(0.0, (row["held_until"] - at).total_seconds()))
             what = f"held for {left} more by {row['held_by']}"
         yield Alarm(urgency, kind, what, reason, hold.mend, stage)
-    elif row["due"] and row["oldest_due_seconds"] > LATE:
+    elif row["position"] is not None and row["due"] and row["oldest_due_seconds"] > LATE:
         what = f"a call has been due for {duration(row['oldest_due_seconds'])}"
         mend = f"{pipeline.JSL} jobs --stage {stage}"
         yield Alarm(STAGE, "late", what, why_late(row), mend, stage)

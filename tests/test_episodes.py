@@ -166,6 +166,25 @@ def test_stage_that_works_on_a_call_it_has_taken_accepts_calls(database, sent):
     assert look(database, sent) == []
 
 
+def test_stage_that_left_pipeline_and_still_owes_is_told_once_and_when_it_is_over(database, sent):
+    database.add_job("img_gen", "done")
+    database.rows(OLD + ", stage = 'painter'")
+    told: set[str] = set()
+    with connected(database) as first, connected(database) as second:
+        for conn in (first, second):
+            db.sign(conn, "w")
+        upkeep.tell_gone_stages(second, 600, sent, set())
+        for _ in range(2):
+            upkeep.tell_gone_stages(first, 600, sent, told)
+        [said] = sent.events
+        assert (said["event"], said["stage"]) == ("waiting", "painter")
+        assert said["text"].endswith("due for 11 minutes: PIPELINE has no stage painter")
+        database.rows("DELETE FROM stage_calls")
+        for _ in range(2):
+            upkeep.tell_gone_stages(first, 600, sent, told)
+    assert [said["event"] for said in sent.events] == ["waiting", "recovered"]
+
+
 def test_two_listeners_tell_it_once(database, sent):
     database.add_job("img_gen", "done")
     database.rows(OLD)

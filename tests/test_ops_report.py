@@ -211,8 +211,11 @@ def test_commands_of_alarms_can_be_typed(database, run_command):
     job = database.add_job("planner", "running")
     database.rows("UPDATE jobs SET updated_at = now() - interval '1 d' WHERE job_id = %s", job)
     database.rows("UPDATE pipeline_stages SET held_until = 'infinity' WHERE stage = 'planner'")
+    database.add_job("img_gen", "done")
+    database.rows("UPDATE stage_calls SET due_at = now() - interval '1 h', stage = 'painter'"
+                  " WHERE stage = 'vlm_analyze'")  # fmt: skip
     typed = [alarm[-1].split()[1:] for alarm in alarms(read(database))[1:]]
-    assert len(typed) == 4
+    assert len(typed) == 5
     for command in typed:
         assert run_command(database, *command).code in (0, 1) and "Usage" not in command
 
