@@ -248,6 +248,7 @@ class Listener:
 
     def work(self, conn: db.Connection) -> None:
         """The loop."""
+        self.upkeep.begin(conn)
         while not self.finished():
             self.workers.start_missing()
             try:

@@ -35,7 +35,7 @@ class Upkeep:
 
     def __init__(self, settings: SimpleNamespace, stages: Iterable[str], name: str, alerts: Alerts):
         self.settings, self.stages, self.name, self.alerts = settings, list(stages), name, alerts
-        self.is_new = True  # has not run yet
+        self.is_new = True  # has not begun yet
         self.clock_is_back = False  # whether the database's clock is known to have been set back
         # Since when the database has had another PIPELINE (time.monotonic()), and whether that was
         # told. It ends with this listener.
@@ -58,6 +58,12 @@ class Upkeep:
         """time.monotonic() at which something is due."""
         return min(self.reap_at, self.clock_at, self.history_at, self.forget_at, self.failed_at,
                    self.stalled_at, self.episodes_at)  # fmt: skip
+
+    def begin(self, conn) -> None:
+        """Tell what has waited until now, once and before the first call is claimed."""
+        if self.is_new and self.settings.ALERT_COMMAND:
+            self.attempt(tell_absence, conn, self.settings.ALERT_AFTER, self.alerts)
+        self.is_new = False
 
     def run(self, conn) -> None:
         """Run the tasks that are due. One that the database refuses is logged once a round; the
@@ -107,9 +113,6 @@ class Upkeep:
                 self.failed_at = now  # there is more
             for row in failed:
                 trigger.tell_failed(self.alerts, row.table_name, row.job_id, row.stage, row.error)
-        if self.is_new and self.settings.ALERT_COMMAND:
-            self.attempt(tell_absence, conn, self.settings.ALERT_AFTER, self.alerts)
-        self.is_new = False
         if now >= self.episodes_at:
             self.episodes_at = now + EPISODES_INTERVAL
             for row in self.attempt(episodes, conn, self.settings.ALERT_AFTER) or []:

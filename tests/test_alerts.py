@@ -257,6 +257,15 @@ def test_call_that_waits_is_told_though_no_call_can_be_claimed(database, listene
     assert "column r.tenant_id does not exist" in process.output
 
 
+def test_listener_that_starts_counts_all_that_had_waited(database, api, run_command, told):
+    for _ in range(4):
+        database.add_job("overlay", "done")
+    database.rows("UPDATE stage_calls SET due_at = now() - interval '3 hours'")
+    run_command(database, "run", "--once", api=api, ALERT_COMMAND=told.command)
+    [said] = [said for said in told() if said["event"] == "back"]
+    assert said["calls"] == 4 and "the oldest for 180 minutes" in said["text"]
+
+
 def test_newly_stalled_stage_is_told(database, accepted, api, run_command, told):
     run_command(database, "run", "--once", api=api, ALERT_COMMAND=told.command)
     [said] = told()
