@@ -195,8 +195,8 @@ class Follower:
             if found := self.stalls(look):
                 row, stage, why = found
                 what = "job" if row.table == JOBS else row.table
-                raise Problem(f"{what} {row.key} stalls at {stage}: {why}; "
-                              f"look with {pipeline.JSL} job {row.key}")  # fmt: skip
+                typed = pipeline.typed("job", row.table, row.key)
+                raise Problem(f"{what} {row.key} stalls at {stage}: {why}; look with {typed}")
             if not (look.ahead or look.owed or look.calling or self.lost(look)):
                 stages = len({stage for _, stage in self.printed})
                 rows = f" with {len(self.first)} rows" if len(self.first) > 1 else ""

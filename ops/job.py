@@ -22,7 +22,7 @@ ORDER BY started_at
 """
 
 ATTEMPTS = """
-SELECT started_at, stage, call_id, attempt, outcome, http_status, worker,
+SELECT started_at, finished_at, stage, call_id, attempt, outcome, http_status, worker,
        extract(epoch FROM finished_at - started_at)::float8 AS seconds, error
 FROM stage_attempts WHERE job_id = %(key)s AND table_name = %(table)s
 ORDER BY started_at, attempt, finished_at
@@ -127,14 +127,27 @@ class Rest(NamedTuple):
 CANCELLED = "cancelled"
 
 
+def cancellation(attempts: list, stage: str | None) -> Any:
+    """The attempt that says that a person has cancelled the last call of `stage`; None where there
+    is none, or the call was under way and was accepted.
+    """
+    last = max((one for one in attempts if one.stage == stage), default=None,
+               key=lambda one: one.finished_at)  # fmt: skip
+    if last is None or last.outcome == "succeeded":
+        return None
+    of_call = (one for one in attempts if one.call_id == last.call_id)
+    return next((one for one in of_call if one.outcome == CANCELLED), None)
+
+
 def cancelled(row: Any, attempts: list) -> Any:
     """Where a person has cancelled the call that `row` would owe: that, as a Rest; else None."""
-    stage = rows.own_stage(row) if row.is_there else None
-    last = next((one for one in reversed(attempts) if one.stage == stage), None)
-    if last is None or last.outcome != CANCELLED:
-        return None
-    reason = f"cancelled by {last.worker}: {last.error}"
-    return Rest(row.table_name, row.key, CANCELLED, last.stage, last.started_at, reason)
+    found = cancellation(attempts, rows.own_stage(row)) if row.is_there else None
+    return found and Rest(row.table_name, row.key, CANCELLED, found.stage, found.started_at,
+                          reason_of(found))  # fmt: skip
+
+
+def reason_of(cancelled: Any) -> str:
+    return f"cancelled by {cancelled.worker}: {cancelled.error}"
 
 
 # --- all of it -----------------------------------------------------------------------------
@@ -244,7 +257,8 @@ def place_lines(found: Found) -> Iterator[str]:
         yield f"called: {under_way.stage} (call {under_way.call_id}), {on_it(under_way)}"
     if why := found.rests.get((row.table_name, row.key)):
         yield rest_line(row, why)
-    yield from (join_line(row, one) for one in found.above)
+    for one in found.above:
+        yield join_line(row, one, cancellation(found.attempts, one["stage"]))
     for one in found.owed:
         if one.join_of in found.waiting:
             yield wait_line(one.stage, found.waiting[one.join_of])
@@ -264,7 +278,7 @@ def owes(row: Any, call: Any) -> str:
     if call is None:
         return "nothing"
     text = f"{call.stage} (call {call.call_id}, {call.spent} attempts spent), {situation(call)}"
-    return f"{text}; {plain(typed('retry', row))}" if call.given_up else text
+    return f"{text}; {one_line(typed('retry', row))}" if call.given_up else text
 
 
 def wait_line(stage: str, waiting: waits.Waits) -> str:
@@ -304,12 +318,17 @@ def one_line(text: str) -> str:
     return text.translate(CONTROL)
 
 
-def join_line(row: Any, join: dict[str, Any]) -> str:
+def join_line(row: Any, join: dict[str, Any], dropped: Any) -> str:
     text = f"every {join['join']}: "
     if join["owes"]:
         return text + f"owes {owes(row, join['owes'])}"
     if join["recorded_at"] and not join["is_open"]:  # its rows may have moved on since
-        there = f"all {join['rows']} are there; " if 0 < join["rows"] == join["in_place"] else ""
+        is_complete = 0 < join["rows"] == join["in_place"]
+        there = f"all {join['rows']} are there; " if is_complete else ""
+        if dropped:
+            back = one_line(typed("again", row, "--stage", join["stage"]))
+            why = f"{join['stage']} was {plain(readable(reason_of(dropped)))}"
+            return text + there + why + f"; to call it again: {back}" * is_complete
         return text + f"{there}{join['stage']} was recorded {clock(join['recorded_at'])}"
     if not join["rows"]:
         return text + "there is no row yet"

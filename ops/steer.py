@@ -31,6 +31,7 @@ from ops.chosen import (
 from ops.person import operator, wake_listeners
 from ops.problem import Problem
 from ops.rows import RowCommand
+from ops.table import clock
 from pipeline import Call
 from settling import Settled
 
@@ -105,14 +106,14 @@ def why_nothing_owed(conn, row: Any, stage: str | None = None) -> str:
     if call.unanswered:
         return (
             f"{what}: its last call of {call.stage} got no answer and may still be running; "
-            f"it is due again {call.due_at:%F %T}"
+            f"it is due again {clock(call.due_at)}"
         )
     if call.working:
         return f"{what}: {waits.working(call)}"
     if call.calling:
         return (
             f"{what}: {call.calling} is calling {call.stage}; its lease ends "
-            f"{call.leased_until:%F %T}"
+            f"{clock(call.leased_until)}"
         )
     if not (call.has_route and rows.is_readable(row)) and (gone := waits.why(row, call)):
         return f"{what}: {gone.why}: {gone.mend}"
@@ -120,9 +121,9 @@ def why_nothing_owed(conn, row: Any, stage: str | None = None) -> str:
         return f"{what}: {waits.full(call)}; try again"
     if call.given_up or call.locked_by:
         return f"{what}: another transaction holds its call to {call.stage}; try again"
-    owes = f"{what} owes a call to {call.stage}, due {call.due_at:%F %T}; it is not given up"
+    owes = f"{what} owes a call to {call.stage}, due {clock(call.due_at)}; it is not given up"
     keeps = waits.why(row, call)
-    return owes if keeps in (None, waits.NOBODY) else f"{owes}: {keeps.why}: {keeps.mend}"
+    return owes if keeps in (None, waits.NOBODY) else ": ".join(filter(None, (owes, *keeps)))
 
 
 def way_on(row: Any, stage: str | None) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import uuid
 
 import pytest
@@ -113,3 +114,42 @@ def test_number_that_no_id_can_be_gets_one_line_and_exit_2(empty_database, run_c
     refused = run_command(empty_database, "job", "99999999999999999999").refused(2)
     assert "99999999999999999999" in refused
     assert "out of range" in refused
+
+
+def test_call_whose_earlier_one_is_under_way_says_so(database, run_command, conn):
+    job = database.add_job("planner", "done")
+    claim(conn)
+    database.move(job, "overlay", "running")
+    database.move(job, "planner", "done")
+    waits = rf"overlay waits: an earlier call of overlay is under way, until {TIME} at the latest"
+    assert re.fullmatch(waits, run_command(database, "job", job).lines[2])
+
+
+AN_HOUR_AGO = (
+    "UPDATE jobs SET updated_at = now() - interval '1 h';"
+    " UPDATE stage_attempts SET finished_at = finished_at - interval '1 h'"
+)
+
+
+@pytest.mark.parametrize("outcome", ["succeeded", "retry"])
+def test_call_that_was_cancelled_under_way_is_cancelled_unless_it_was_accepted(
+    database, run_command, conn, outcome
+):
+    job = database.add_job("planner", "done")
+    row = claim(conn)
+    run_command(database, "cancel", job, "--reason", "twice")
+    settle(conn, result(row, outcome))
+    database.rows(AN_HOUR_AGO)
+    said = "accepted by the stage, but" if outcome == "succeeded" else "cancelled by .*: twice"
+    assert re.match(f"rests since .*: {said}", run_command(database, "job", job).lines[2])
+
+
+def test_command_for_a_given_up_call_is_whole_however_long_its_id(empty_database, run_command):
+    key = "s3://it's/\\u00e9/" + "x" * 220
+    empty_database.rows("CREATE TABLE jobs (job_id text PRIMARY KEY, tenant_id text,"
+                        " current_step text, status text)")  # fmt: skip
+    run_command(empty_database, "install")
+    empty_database.rows("INSERT INTO jobs VALUES (%s, 't', 'planner', 'done')", key)
+    empty_database.rows("UPDATE stage_calls SET due_at = 'infinity', last_error = 'HTTP 404'")
+    command = run_command(empty_database, "job", key).lines[1].split("; ./jsl ")[1]
+    assert shlex.split(command) == ["retry", key]

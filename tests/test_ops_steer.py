@@ -1,5 +1,6 @@
 """`retry` and `call`: a person decides about calls that wait, or runs one by hand."""
 
+import re
 import shlex
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -68,6 +69,13 @@ def test_retry_with_nothing_given_up_says_so(database, run_command, which):
 def test_retry_must_be_told_which_and_only_once(database, run_command, args):
     said = "Job ids go with --stage and --table only." if "7" in args else USAGE
     assert run_command(database, "retry", *args).refused(2) == said + SEE
+
+
+def test_retry_of_a_call_that_waits_for_its_rate_names_no_command(database, run_command):
+    database.rows("INSERT INTO stage_limits (name, stages, seconds, next_at) VALUES"
+                  " ('overlay', '{overlay}', 60, now() + interval '1 min')")  # fmt: skip
+    refused = run_command(database, "retry", database.add_job("planner", "done")).refused(1)
+    assert re.search(r"it is not given up: overlay has a rate; its next call is due \S+$", refused)
 
 
 def test_retry_of_a_call_that_was_not_given_up_changes_nothing(database, run_command):

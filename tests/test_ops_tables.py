@@ -109,6 +109,16 @@ def test_parent_tells_its_own_call_and_that_of_its_join(variants, run, joined):
     assert re.fullmatch(rf"every .*\): ad_copy was recorded {TIME}", run("job", joined).lines[2])
 
 
+def test_cancelled_call_of_a_join_is_said_to_be(variants, run, joined):
+    run("cancel", joined, "--stage", "ad_copy", "--reason", "no budget")
+    again = f"./jsl again --stage ad_copy {joined}"
+    line = run("job", joined).lines[2]
+    assert line.startswith(f"every {JOIN}: all 2 are there; ad_copy was cancelled by ")
+    assert line.endswith(f": no budget; to call it again: {again}")
+    assert run(*shlex.split(again)[1:]).code == 0
+    assert "owes ad_copy" in run("job", joined).lines[2]
+
+
 def test_many_rows_are_summed_up(variants, run):
     job = variants.database.add_job("img_gen", "queued")
     variants.add(job, "img_gen", "done", count=25), variants.add(job, "iou_eval", "failed")
