@@ -17,7 +17,8 @@ SELECT c.join_of, c.stage, c.call_id, c.due_at, c.due_at = 'infinity' AS given_u
        c.due_at > now() AS is_later, c.run_after > now() AS is_planned, c.run_after, c.last_error,
        c.last_error IS NULL AND c.attempts > 0 AS is_put_off,
        l.worker AS calling, l.call_id <> c.call_id AS is_of_another, l.unanswered, l.working,
-       l.leased_until, s.max_running, s.name AS full, slow.next_at, other.pool, other.stays_with, other.stays_until,
+       l.leased_until, s.max_running, s.name AS full, slow.next_at, other.pool, other.stays_with,
+       other.stays_until,
        CASE WHEN tenant.most <= tenant.calling THEN tenant.most END AS tenant_most,
        h.stage IS NOT NULL AS has_route, h.held_until, h.held_until = 'infinity' AS paused,
        h.held_by, h.held_reason, k.pid AS locked_by, k.application_name, k.xact_start

@@ -2,8 +2,11 @@
 
 import re
 import uuid
+from datetime import datetime, timedelta, timezone
+from functools import partial
 
 import pytest
+from claims import claim
 from pages import CHROMIUM, Page, laid_out
 from reports import HOSTILE, attempt, everything, give_up, html_of, read
 
@@ -36,6 +39,7 @@ ELEMENTS = {
     *("svg", "defs", "pattern", "g", "rect", "line", "path", "circle", "text"),
 }
 CSS = FILE.read_text(encoding="utf-8")
+KST = timezone(timedelta(hours=9))
 OF_OTHERS = {"src", "srcset", "style", "action", "data", "poster", "xlink:href", "formaction"}
 
 
@@ -251,3 +255,18 @@ def test_shares_are_never_rounded_to_nothing_or_all():
     parts = [0, 1, 30, 5000, 99_950, 99_999, 100_000]
     said = ["0 %", "<0.1 %", "<0.1 %", "5.0 %", ">99.9 %", ">99.9 %", "100 %"]
     assert [share(part, 100_000) for part in parts] == said and share(0, 0) == "–"
+
+
+def test_all_times_are_those_of_this_machine(database, run_command, conn):
+    """Whatever the time zone of the database."""
+    job = database.add_job("planner", "done")
+    began = datetime.fromisoformat(claim(conn).started_at).astimezone(KST)
+    database.rows("UPDATE pipeline_stages SET held_until = now() + interval '1 h'"
+                  " WHERE stage = 'planner'")  # fmt: skip
+    until = database.value("SELECT max(held_until) FROM pipeline_stages").astimezone(KST)
+    told = partial(run_command, database, TZ="KST-9")
+    shown = told("report", "--out", "-", "--job", job).out
+    assert "KST" in shown and f"held until {until:%H:%M:%S}" in shown
+    assert f"{began:%m-%d %H:%M:%S} " in shown
+    ends = database.value("SELECT leased_until FROM stage_leases").astimezone(KST)
+    assert f"its lease ends {ends:%H:%M:%S}\n" in told("retry", job).err.replace(f"{ends:%F} ", "")

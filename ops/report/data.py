@@ -31,7 +31,6 @@ class Span:
 
     since: datetime
     until: datetime
-    zone: str = "UTC"
 
     @property
     def seconds(self) -> float:
@@ -73,7 +72,7 @@ class Report:
 
 
 NOW = """
-SELECT now() AS until, %(since)s AS since, current_setting('TimeZone') AS zone,
+SELECT now() AS until, %(since)s AS since,
        (SELECT count(*) FROM (
             SELECT table_name, job_id FROM stage_calls WHERE due_at < 'infinity'
             UNION SELECT table_name, job_id FROM stage_leases WHERE leased_until > now()
@@ -289,7 +288,7 @@ def collect(conn, since: datetime, job_ids: Sequence[str], redact: Callable[[str
     [now] = ask(NOW)
     if now.since >= now.until:
         raise Problem(f"--since {since:%F %T} is still to come")
-    span = Span(now.since, now.until, now.zone)
+    span = Span(now.since.astimezone(), now.until.astimezone())
     given["until"] = span.until
     return Report(
         database=redact(f"{conn.info.dbname} on {conn.info.host}:{conn.info.port}"),

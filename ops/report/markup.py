@@ -110,8 +110,9 @@ def share(part: int, whole: int) -> str:
 
 
 def clock(moment: datetime, beside: datetime | None = None) -> str:
-    """Day and time; the time only where `beside` is on the same day."""
-    same = beside is not None and moment.date() == beside.date()
+    """Day and time on this machine's clock; the time only where `beside` is on the same day."""
+    moment = moment.astimezone()
+    same = beside is not None and moment.date() == beside.astimezone().date()
     return f"{moment:%H:%M:%S}" if same else f"{moment:%m-%d %H:%M:%S}"
 
 

@@ -85,7 +85,7 @@ def heading(report: Report) -> Markup:
     return Markup(
         f"<header><h1>Pipeline report</h1><p>{text(report.database)}</p>"
         f"<p>{span(time.seconds)}, from <time>{time.since:%Y-%m-%d %H:%M:%S}</time>"
-        f" to <time>{time.until:%Y-%m-%d %H:%M:%S}</time> ({text(time.zone)})</p></header>"
+        f" to <time>{time.until:%Y-%m-%d %H:%M:%S}</time> ({text(f'{time.until:%Z}')})</p></header>"
     )
 
 
@@ -193,7 +193,7 @@ def card(stage: Any, waiting: int, most: int) -> str:
     )
     held = ""
     if stage.held_until:
-        until = "paused" if stage.paused else f"held until {stage.held_until:%H:%M:%S}"
+        until = "paused" if stage.paused else f"held until {stage.held_until.astimezone():%H:%M:%S}"
         held = f'<p class="hold">{until}</p>'
     if stage.working:
         held += f"<p>{counted(stage.working, 'call')} taken with 202</p>"

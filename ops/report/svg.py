@@ -120,6 +120,7 @@ def tick(at: float, y: float, words: str, kind: str = "") -> str:
 
 def time_axis(since: datetime, until: datetime, y: float, most: int = 7) -> str:
     """At most so many round times of day, or dates; half of them where they have seconds."""
+    since, until = since.astimezone(), until.astimezone()  # on the clock of this machine
     seconds = (until - since).total_seconds()
     fitting = (step for step in STEPS if seconds / step < (most if step >= 60 else most / 2))
     step = next(fitting, STEPS[-1])
