@@ -15,7 +15,8 @@ SELECT stage, p.position, coalesce(c.owed, 0) AS owed, coalesce(c.due, 0) AS due
        c.oldest_due_at, p.held_until, coalesce(p.held_until = 'infinity', false) AS paused,
        p.held_by, p.held_reason, p.timeout,
        coalesce(a.calls_last_hour, 0) AS calls_last_hour,
-       coalesce(a.failures_last_hour, 0) AS failures_last_hour, a.p50_seconds, a.p95_seconds,
+       coalesce(least(a.failures_last_hour, a.calls_last_hour), 0) AS failures_last_hour,
+       a.p50_seconds, a.p95_seconds,
        coalesce(p.tables, ARRAY(SELECT DISTINCT o.table_name FROM stage_calls AS o
                                 WHERE o.stage = c.stage)) AS tables,
        CASE WHEN c.retrying > 0 THEN (
@@ -55,9 +56,15 @@ LEFT JOIN (
     SELECT stage, count(*) AS calling, count(*) FILTER (WHERE working) AS working
     FROM stage_leases
     WHERE leased_until > now() GROUP BY stage) AS l USING (stage)
+-- An attempt has a second row where its stage has set the row to failed after its answer: it is one
+-- call, which failed. Where the error says more, the first row is a failure already.
 LEFT JOIN (
-    SELECT stage, count(*) AS calls_last_hour,
-           count(*) FILTER (WHERE outcome <> 'succeeded') AS failures_last_hour,
+    SELECT stage,
+           count(*) FILTER (WHERE (error LIKE 'set failed by its stage%') IS NOT TRUE)
+               AS calls_last_hour,
+           count(*) FILTER (WHERE outcome <> 'succeeded'
+                              AND (error LIKE 'set failed by its stage_%') IS NOT TRUE)
+               AS failures_last_hour,
            percentile_cont(0.5) WITHIN GROUP (
                ORDER BY extract(epoch FROM finished_at - started_at)::double precision)
                FILTER (WHERE outcome = 'succeeded') AS p50_seconds,
@@ -74,8 +81,13 @@ COMMENT ON VIEW pipeline_overview IS
     'rows it is called for; how many of the calls it took with 202 and works on';
 
 CREATE OR REPLACE VIEW stage_latency AS
-SELECT stage, date_trunc('hour', finished_at) AS hour, count(*) AS calls,
-       count(*) FILTER (WHERE outcome <> 'succeeded') AS failures,
+SELECT stage, date_trunc('hour', finished_at) AS hour,
+       -- As above.
+       count(*) FILTER (WHERE (error LIKE 'set failed by its stage%') IS NOT TRUE) AS calls,
+       least(count(*) FILTER (WHERE (error LIKE 'set failed by its stage%') IS NOT TRUE),
+             count(*) FILTER (WHERE outcome <> 'succeeded'
+                                AND (error LIKE 'set failed by its stage_%') IS NOT TRUE))
+           AS failures,
        percentile_cont(0.5) WITHIN GROUP (
            ORDER BY extract(epoch FROM finished_at - started_at)::double precision)
            FILTER (WHERE outcome = 'succeeded') AS p50_seconds,

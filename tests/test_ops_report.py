@@ -55,6 +55,16 @@ def test_headline_counts_what_the_views_count(database):
     }
 
 
+def test_call_whose_row_its_stage_set_failed_after_its_answer_counts_once(database):
+    attempt(database, job := attempt(database))
+    database.rows("INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at,"
+                  " finished_at, outcome, error) SELECT job_id, call_id, attempt, stage,"
+                  " worker, started_at, now(), 'failed', 'set failed by its stage'"
+                  " FROM stage_attempts WHERE attempt = 2")  # fmt: skip
+    figures = read(database, job).figures
+    assert (figures["Calls"], figures["Failed"]) == ("2", "50 %")
+
+
 def test_flow_and_waits_show_where_jobs_are(database):
     with connected(database) as conn:
         for step in ["img_gen"] * 3 + ["overlay", "planner"]:

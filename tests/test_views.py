@@ -53,6 +53,23 @@ def test_overview_counts_every_situation(database, conn):
     assert overview(database, "planner").owed == 0
 
 
+def test_call_whose_row_its_stage_set_failed_after_its_answer_counts_once(database, conn):
+    for _ in range(2):
+        job = database.add_job()
+        row = claim(conn)
+        settle(conn, result(row))
+        database.move(job, "vlm_analyze", "failed")
+    upkeep.newly_failed(conn)
+    database.add_job()
+    settle(conn, result(claim(conn)))
+    row = overview(database)
+    assert (row.calls_last_hour, row.failures_last_hour) == (3, 2)
+    [row] = database.rows(
+        "SELECT sum(calls) AS calls, sum(failures) AS failures FROM stage_latency"
+    )
+    assert tuple(row) == (3, 2)
+
+
 def test_overview_shows_holds_and_pauses_while_they_last(database, conn):
     database.rows("UPDATE pipeline_stages SET held_until = now() + interval '1 min', held_by = 'w',"
                   " held_reason = 'HTTP 503' WHERE stage = 'vlm_analyze'")  # fmt: skip

@@ -108,11 +108,17 @@ GROUP BY stage, table_name, join_of, current_step, status
 ORDER BY stage, status, current_step, table_name, join_of
 """
 
+# As in the views, an attempt has a second row where its stage has set the row to failed after its
+# answer: it is one call, which failed.
 CALLS = """
 SELECT stage, outcome, count(*) AS calls,
        floor(date_part('epoch', %(until)s - finished_at) / %(step)s)::integer AS back
-FROM stage_attempts
-WHERE finished_at > %(since)s AND finished_at <= %(until)s
+FROM (SELECT stage, outcome, finished_at, bool_or(error LIKE 'set failed by its stage%%') OVER (
+                 PARTITION BY call_id, attempt, started_at) AS has_second,
+             error LIKE 'set failed by its stage%%' AS is_second
+      FROM stage_attempts
+      WHERE finished_at > %(since)s AND finished_at <= %(until)s) AS made
+WHERE has_second IS NOT TRUE OR is_second
 GROUP BY stage, outcome, back
 """
 
@@ -135,6 +141,7 @@ SELECT stage, outcome = 'succeeded' AS accepted, count(*) AS calls,
 FROM stage_attempts
 WHERE finished_at > %(since)s AND finished_at <= %(until)s
   AND outcome NOT IN ('skipped', 'cancelled')
+  AND (error LIKE 'set failed by its stage%%') IS NOT TRUE  -- which came later than the answer
 GROUP BY stage, accepted, bucket
 """
 
