@@ -704,7 +704,8 @@ REFUSALS = 3
 # are, as a person wants them to wait. Only a success, or a call that was taken, shows that a stage
 # accepts calls again: one that is tried with one call at a time, or has none, makes few attempts.
 # Until then, calls that each try puts off have waited since they were first due, as in
-# pipeline_overview; one that is being tried counts where the stage was waiting before.
+# pipeline_overview; one that is being tried counts where the stage was waiting before. So have
+# those that a listener puts off time and again, as its PIPELINE does not lead to them.
 EPISODES = """
 WITH stage AS (
     SELECT stage, bool_or(held_until = 'infinity') IS TRUE AS paused,
@@ -738,7 +739,11 @@ WITH stage AS (
                       WHERE c.stage = s.stage AND c.due_at <= now()),
                      (SELECT min(greatest(c.created_at, c.run_after)) FROM stage_calls AS c
                       WHERE s.is_down AND c.stage = s.stage AND c.due_at < 'infinity'
-                        AND c.free_attempts > 0 AND (c.worker IS NULL OR s.was_waiting))
+                        AND c.free_attempts > 0 AND (c.worker IS NULL OR s.was_waiting)),
+                     (SELECT min(greatest(c.created_at, c.run_after)) FROM stage_calls AS c
+                      WHERE c.stage = s.stage AND c.due_at > now() - interval '1 minute'
+                        AND c.due_at < 'infinity' AND c.worker IS NULL AND c.free_attempts > 0
+                        AND c.last_error IS NULL)
                ) AS oldest) AS due
 ), marked AS (
     UPDATE pipeline_stages AS p

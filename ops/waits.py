@@ -113,7 +113,9 @@ def why(row: Any, call: Any) -> Waits | None:
         until = clock(call.run_after)
         return Waits(f"its row has run_after {until}", rows.typed("retry", row, "--now"))
     if call.is_later and call.is_put_off:
-        return Waits("a listener with another PIPELINE has put it off: restart that one")
+        return Waits(
+            "put off by a listener whose PIPELINE does not lead to it: start one that has it"
+        )
     if call.is_later:
         return Waits("its last attempt failed", rows.typed("retry", row, "--now"))
     if call.full:

@@ -292,7 +292,7 @@ def test_listener_that_was_not_restarted_after_an_install_says_so(
     process.wait_for_line("다른 PIPELINE의 호출을 미룸")
     until(lambda: database.owed(job).worker is None, "the call is put off")
     typed = partial(run_here, database.environ | {"HEARTBEAT_DIR": str(tmp_path / "heartbeats")})
-    waits = "planner waits: a listener with another PIPELINE has put it off: restart that one"
+    waits = "planner waits: put off by a listener whose PIPELINE does not lead to it: start one"
     assert waits in typed("job", job).out
     for command in ("status", "check"):
         assert "PIPELINE differs, restart it; waiting for a job" in typed(command).out

@@ -71,6 +71,18 @@ def test_stage_that_is_tried_in_vain_goes_on_waiting(database, sent):
     assert look(database, sent) == [("recovered", "vlm_analyze")]
 
 
+def test_call_that_is_put_off_time_and_again_waits(database, sent):
+    """By a listener whose PIPELINE does not lead to it."""
+    database.add_job("img_gen", "done")
+    database.rows("UPDATE stage_calls SET attempts = 1, free_attempts = 1,"
+                  " due_at = now() + interval '10 s'")  # fmt: skip
+    assert look(database, sent) == []
+    database.rows("UPDATE stage_calls SET created_at = now() - interval '11 minutes'")
+    assert look(database, sent) == [("waiting", "vlm_analyze")]
+    database.rows("UPDATE stage_calls SET run_after = now() + interval '5 s'")
+    assert look(database, sent) == [("recovered", "vlm_analyze")]
+
+
 def test_retry_of_a_stage_that_accepts_others_is_not_late(database, sent):
     first, second = (database.add_job("img_gen", "done") for _ in range(2))
     with connected(database) as conn:
