@@ -531,11 +531,10 @@ def forget_parents(conn, after: Any = None, batch: int = BATCH) -> Any:
 
 
 # Calls that were recorded under another PIPELINE: under the name that their stage had before, or
-# with a priority that their table no longer declares, which stage_due_calls() does not look for.
-# `install` runs this, and so does upkeep, as a transaction may have been open during the install,
-# or have held the row. A call of a state that left PIPELINE stays as it is. Comparing the stage of
-# each call with that of its state takes a second at 300,000 calls; upkeep looks for stages that
-# left PIPELINE, as a call of any other is renamed when a listener claims it.
+# with a priority that their table no longer declares, which stage_due_calls() does not look for. A
+# call of a state that left PIPELINE stays as it is. Upkeep looks too, as a transaction may have
+# been open during the install, or have held the row. It looks for stages that left PIPELINE alone,
+# which is cheap: a call of any other is renamed when a listener claims it.
 ADOPT = """
 UPDATE stage_calls AS c SET stage = mine.stage, priority = mine.priority
 FROM (SELECT o.job_id, o.call_id, p.stage,
@@ -543,16 +542,19 @@ FROM (SELECT o.job_id, o.call_id, p.stage,
       FROM stage_calls AS o
       JOIN pipeline_stages AS p USING (table_name, join_of, current_step, status)
       JOIN pipeline_tables AS t ON t.name = o.table_name
-      WHERE (o.stage <> p.stage OR o.priority <> 0 AND t.priority_column IS NULL) {and_some}
+      WHERE ({every} AND o.stage <> p.stage
+             OR o.stage NOT IN (SELECT stage FROM pipeline_stages)
+             OR o.priority <> 0 AND o.table_name IN (
+                SELECT name FROM pipeline_tables WHERE priority_column IS NULL))
+      LIMIT {batch}
       FOR UPDATE OF o SKIP LOCKED) AS mine
-WHERE c.job_id = mine.job_id AND c.call_id = mine.call_id;
+WHERE c.job_id = mine.job_id AND c.call_id = mine.call_id
 """
-LEFT = "AND (o.stage NOT IN (SELECT stage FROM pipeline_stages) OR o.priority <> 0)"
 
 
 def adopt(conn) -> None:
     """Give calls of the PIPELINE before the stage and priority that they have in that of now."""
-    if execute(conn, UNPINNED + ADOPT.format(and_some=LEFT)).rowcount:
+    if execute(conn, UNPINNED + ADOPT.format(every="false", batch=BATCH)).rowcount:
         execute(conn, f"NOTIFY {WAKE_CHANNEL}")
 
 

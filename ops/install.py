@@ -31,7 +31,7 @@ SELECT set_config('job_state_listener.announced', %(announced)s, true),
        set_config('job_state_listener.pipeline', %(pipeline)s, true);
 """
 
-SYNC = f"""
+SYNC = """
 DELETE FROM pipeline_tables;
 INSERT INTO pipeline_tables
 SELECT t.* FROM jsonb_populate_recordset(
@@ -95,8 +95,6 @@ FROM (SELECT o.call_id, o.attempt, renamed.after
           WHERE (r.current_step, r.status) = (o.stage, 'running')))
       FOR UPDATE OF o SKIP LOCKED) AS mine
 WHERE l.call_id = mine.call_id AND l.attempt = mine.attempt;
-CREATE TEMPORARY TABLE fair_before ON COMMIT DROP AS
-SELECT unnest(stages) AS stage FROM stage_limits WHERE is_fair;
 CREATE TEMPORARY TABLE wanted_limits ON COMMIT DROP AS
 SELECT l.name, l.stages, l.max_running, l.seconds, l.linger, l.is_fair, l.per_tenant
 FROM jsonb_populate_recordset(
@@ -129,19 +127,6 @@ BEGIN
     END IF;
 END
 $do$;
--- After an index was dropped, for which all who have written to stage_calls were waited for.
-{upkeep.ADOPT.format(and_some="")}
--- The trigger copies the parent's tenant only for stages whose tenants take turns.
-UPDATE stage_calls AS c SET tenant_id = mine.tenant
-FROM (SELECT o.job_id, o.call_id,
-             left((stage_call_row(o.table_name, '', o.job_id)).tenant_id #>> '{{}}', 500) AS tenant
-      FROM stage_calls AS o
-      WHERE o.tenant_id IS NULL
-        AND o.stage IN (SELECT unnest(stages) FROM stage_limits WHERE is_fair
-                        EXCEPT SELECT stage FROM pg_temp.fair_before)
-        AND o.table_name IN (SELECT name FROM pipeline_tables WHERE tenant_column IS NULL)
-      FOR UPDATE OF o SKIP LOCKED) AS mine
-WHERE c.job_id = mine.job_id AND c.call_id = mine.call_id AND mine.tenant IS NOT NULL;
 -- Looks of a join that PIPELINE did not have meanwhile were taken, and changes of its rows missed.
 INSERT INTO stage_looks (parent_id, join_of, arrived)
 SELECT parent_id, join_of, true FROM stage_joins
@@ -224,7 +209,8 @@ def apply(
     notify: bool | Literal["owed"] | None = None,
     insert: bool | None = None,
 ) -> str:
-    """Bring schema.sql, views.sql and PIPELINE into the database, in one transaction.
+    """Bring schema.sql, views.sql and PIPELINE into the database, in one transaction; then bring
+    calls that wait in line with it.
 
     Args:
         settings: whose STAGE_TIMEOUT counts; those of this process by default.
@@ -254,7 +240,36 @@ def apply(
     if reader:
         script += fill_in(READER, {"reader": reader}).decode()
     script += migrations.AS_OWNER + SYNC + migrations.UNREAD
-    return db.execute(conn, script).fetchone()[0]
+    unread = db.execute(conn, script).fetchone()[0]
+    take_over(conn)
+    return unread
+
+
+AT_ONCE = 10_000  # calls that one statement changes: the application waits for their rows
+ADOPT = upkeep.ADOPT.format(every="true", batch=AT_ONCE)
+
+# The trigger copies the parent's tenant only for stages whose tenants take turns. Where a stage is
+# new to that, this does it for the calls that wait already.
+SHARE = f"""
+UPDATE stage_calls AS c SET tenant_id = mine.tenant
+FROM (SELECT o.job_id, o.call_id, parent.tenant
+      FROM stage_calls AS o CROSS JOIN LATERAL (
+          SELECT left((stage_call_row(o.table_name, '', o.job_id)).tenant_id #>> '{{}}', 500)
+              AS tenant) AS parent
+      WHERE o.tenant_id IS NULL AND parent.tenant IS NOT NULL
+        AND o.stage IN (SELECT unnest(stages) FROM stage_limits WHERE is_fair)
+        AND o.table_name IN (SELECT name FROM pipeline_tables WHERE tenant_column IS NULL)
+      LIMIT {AT_ONCE}
+      FOR UPDATE OF o SKIP LOCKED) AS mine
+WHERE c.job_id = mine.job_id AND c.call_id = mine.call_id
+"""
+
+
+def take_over(conn) -> None:
+    """Bring the calls that wait in line with a PIPELINE that was just installed."""
+    for sql in (ADOPT, SHARE):
+        while db.execute(conn, migrations.AS_OWNER + sql).rowcount >= AT_ONCE:
+            pass
 
 
 def described(conn, settings: SimpleNamespace) -> dict[str, list]:
@@ -401,14 +416,17 @@ def install(
 
 
 def left(before: dict[Route, Stage], routes: dict[Route, Stage]) -> list[str]:
-    """The stages that PIPELINE no longer has, but for those that only have another name."""
+    """The names of stages that PIPELINE no longer has. Not where a stage only has another one,
+    unless nothing follows any more from what its API may still write under the old one.
+    """
     known_names, names = ({stage for stage, _ in of.values()} for of in (before, routes))
     renamed = {
         stage
         for route, (stage, _) in before.items()
         if route in routes and routes[route][0] not in known_names
     }
-    return sorted(known_names - names - renamed)
+    lost = {route.step for route in before.keys() - routes.keys() if route.status == "done"}
+    return sorted(known_names - names - (renamed - lost))
 
 
 OPEN_CALLS = "SELECT count(*) FROM stage_calls"
