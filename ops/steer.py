@@ -45,8 +45,8 @@ RETRIED = """
        AND (c.run_after IS NULL OR c.run_after <= now() OR %(job_id)s IS NOT NULL)
        AND NOT EXISTS (
        SELECT FROM stage_leases AS l
-       WHERE l.job_id = c.job_id AND l.table_name = c.table_name AND l.stage = c.stage
-         AND l.leased_until > now()))"""
+       WHERE l.job_id = c.job_id AND l.table_name = c.table_name
+         AND (l.stage = c.stage OR l.call_id = c.call_id) AND l.leased_until > now()))"""
 
 # A call that was given up gets all its attempts again: free_attempts rises, as `attempts` itself
 # never falls (see schema.sql). A person wants it now, so it does not wait for its run_after either.
@@ -164,6 +164,10 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
     table, until = pipeline.tables()[claim.table_name], began + settings.LEASE_MARGIN
     call = pipeline.claimed_call(claim, table, limits[claim.stage], name, until)
     call.target_number = conn.target_number
+    if claim.routed_to not in (None, claim.stage):
+        calls.put_off(conn, claim, name, claim.spent - 1, 0, claim.last_error)
+        raise Problem(f"{rows.said(row)}: its call was recorded for {claim.stage}, before PIPELINE "
+                      "changed: try again")  # fmt: skip
     # A person may try once more after max_attempts.
     call.max_attempts = max(call.max_attempts, call.spent)
     owed, is_made = claim.owed or calls.is_owed(conn, claim, name), False

@@ -14,9 +14,10 @@ import joins
 import moves
 import trigger
 import upkeep
-from ops import backfill
+from ops import backfill, install, rows, steer
 from ops.install import ORPHANS, apply
-from pipeline import Call, Table, limits
+from ops.problem import Problem
+from pipeline import Call, Route, Table, limits
 
 A, B, C = stage("aa"), stage("bb"), stage("cc")
 VARIANT = "INSERT INTO jobs_variants VALUES (%s, %s, %s, 'done')"
@@ -174,6 +175,48 @@ def test_calls_of_stages_that_exchanged_their_names_while_locked_are_made(
     assert worker.claim() is None and database.owed(job).stage == "bb"
     database.rows(DUE)
     assert worker.call().stage == "bb"
+
+
+def test_call_by_hand_of_a_stage_that_exchanged_its_name_is_not_made_under_the_old_one(
+    database, accepting, change
+):
+    change({("x", "done"): A, ("y", "done"): B})
+    job = database.add_job("x")
+    with closing(database.connect()) as application:
+        application.autocommit = False
+        application.cursor().execute("SELECT FROM stage_calls FOR UPDATE")
+        change({("x", "done"): B, ("y", "done"): A})
+    settings = database.settings(STAGE_API_URL=accepting.url)
+    with closing(db.connect(settings)) as conn:
+        row = rows.find(conn, job, None)
+        with pytest.raises(Problem, match="recorded for aa, before PIPELINE changed: try again"):
+            steer.call_by_hand(conn, settings, "hand", row, None)
+        assert accepting.connections == 0
+        assert steer.call_by_hand(conn, settings, "hand", row, None)
+    assert [attempt.stage for attempt in database.attempts(job)] == ["bb"]
+
+
+def test_calls_are_taken_over_in_batches(database, accepting, change, monkeypatch):
+    change({("x", "done"): A})
+    for _ in range(3):
+        database.add_job("x")
+    monkeypatch.setattr(install, "AT_ONCE", 1)
+    monkeypatch.setattr(install, "ADOPT", upkeep.ADOPT.format(every="true", batch=1))
+    change({("x", "done"): B})
+    assert database.value("SELECT count(*) FROM stage_calls WHERE stage = 'bb'") == 3
+
+
+def test_call_that_its_stage_has_taken_is_not_hurried_under_a_new_name(
+    database, accepting, caller, change, run_command
+):
+    """Its lease has the old one."""
+    change({("x", "done"): A, ("y", "done"): B})
+    worker, job = caller(accepting.url), database.add_job("x")
+    assert worker.claim().stage == "aa"
+    change({("x", "done"): C, ("y", "done"): B, ("z", "done"): A})
+    database.rows("UPDATE stage_calls SET worker = NULL")  # as after a 504
+    run_command(database, "retry", "--now", job)
+    assert not database.value("SELECT due_at <= now() FROM stage_calls")
 
 
 @pytest.mark.parametrize("priority", [5, -5])
@@ -389,3 +432,14 @@ def test_install_says_what_becomes_of_a_stage_that_leaves(database, run_command)
     assert note.strip().startswith("note: leaving has left PIPELINE: its pause is gone, and rows ")
     paused = "SELECT stage FROM pipeline_stages WHERE held_until = 'infinity'"
     assert database.rows(paused) == [("planner",)]
+
+
+@pytest.mark.parametrize(("after", "told"), [(("aa", "done"), []), (("bb", "done"), ["aa"])])
+def test_install_says_what_a_renamed_stage_may_still_write(after, told):
+    def routes(name: str, state: tuple[str, str]) -> dict:
+        return {
+            Route("jobs", "", "x", "done"): (name, None),
+            Route("jobs", "", *state): ("c", None),
+        }
+
+    assert install.left(routes("aa", ("aa", "done")), routes("bb", after)) == told
