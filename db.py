@@ -372,11 +372,15 @@ def execute(
     raise AssertionError("unreachable")
 
 
+PARTS_LIMIT = 2.0  # seconds: a locked table takes one, and the listener does nothing else meanwhile
+
+
 def in_parts(
     conn: Connection, ask: Callable, parts: Iterable[str]
 ) -> tuple[list, dict[str, psycopg2.Error]]:
     """What `ask(conn)` returns; where it fails, what `ask(conn, part)` returns for each part. So a
-    table that is locked, or cannot be read, keeps no other waiting.
+    table that is locked, or cannot be read, keeps no other waiting. No part is asked after
+    PARTS_LIMIT.
 
     Returns:
         The answers; and the errors by part, or by "" where no part fails by itself.
@@ -387,8 +391,10 @@ def in_parts(
         raise
     except psycopg2.Error as error:
         of_all = {"": error}
-    answers, failed = [], {}
+    answers, failed, until = [], {}, time.monotonic() + PARTS_LIMIT
     for part in sorted(parts, key=lambda _: random.random()):  # the last ones may not be reached
+        if time.monotonic() > until:
+            break
         try:
             answers.append(ask(conn, part))
         except CONNECTION_LOST:

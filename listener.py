@@ -320,7 +320,7 @@ class Listener:
         """Settle all results and claim a call for each idle worker: one round trip, one commit;
         one more for each further stage of a pool that is asked while workers are idle.
         """
-        now, began = time.monotonic(), boottime()
+        now = time.monotonic()
         free = 0 if self.is_stopping else len(self.workers.idle)
         if not self.unwritten and now < self.next_look:
             return []
@@ -342,6 +342,7 @@ class Listener:
                 self.give_back(conn)
         self.tell_failed(conn)
         wanted, *others = self.wanted(free, now, sweep)
+        began = boottime()
         turn = self.ask(conn, wanted, free, sweep)
         self.settled(conn, turn)
         self.ask_others(conn, turn, others, free, sweep)

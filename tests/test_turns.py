@@ -210,6 +210,18 @@ def test_table_that_is_locked_keeps_no_call_of_another_waiting(database, two_tab
     assert stages_of_turns(two_tables, 1) == ["yolo_detect"]
 
 
+def test_parts_that_are_locked_take_no_longer_than_their_limit(database, monkeypatch):
+    monkeypatch.setattr(db, "PARTS_LIMIT", -1.0)
+    asked = []
+
+    def ask(_, part=None):
+        asked.append(part)
+        raise psycopg2.errors.LockNotAvailable("a table is locked")
+
+    answers, failed = db.in_parts(None, ask, ["a", "b"])
+    assert (asked, answers, [*failed]) == ([None], [], [""])
+
+
 def test_result_is_settled_though_no_call_can_be_claimed(database, two_tables):
     listener = two_tables.listener
     call = two_tables.claim()
