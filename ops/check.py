@@ -13,8 +13,17 @@ from logs import CONTROL
 from ops import EXIT_DATABASE_AWAY, EXIT_PROBLEM
 from pipeline import JSL
 
+# The oldest_due_at of pipeline_overview, which the listener's role may not read.
 LAG = """
-SELECT coalesce(extract(epoch FROM now() - min(oldest_due_at)), 0)::float8 FROM pipeline_overview
+SELECT coalesce(extract(epoch FROM now() - least(
+    (SELECT min(due_at) FROM stage_calls WHERE due_at <= now()),
+    (SELECT min(greatest(c.created_at, c.run_after)) FROM stage_calls AS c
+     WHERE c.worker IS NULL AND c.free_attempts > 0 AND c.due_at < 'infinity'
+       AND greatest(c.created_at, c.run_after) <= now()
+       AND (c.last_error IS NULL OR EXISTS (
+           SELECT FROM pipeline_stages AS h
+           WHERE h.stage = c.stage AND h.hold_seconds IS NOT NULL
+             AND c.due_at < h.held_until + interval '1 minute'))))), 0)::float8
 """
 
 

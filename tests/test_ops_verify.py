@@ -8,6 +8,7 @@ from faults.test_pooler import PGBOUNCER, pooler  # noqa: F401
 from test_readme import Readme
 
 import db
+from ops.check import LAG
 from ops.install import apply, objects, remove
 from ops.migrations import LATEST
 from ops.verify import check_stage_api, run_checks
@@ -234,6 +235,12 @@ def test_role_with_its_privileges_is_enough(database, api, run_command, role):
     done = run_command(database, "verify", api=api, DB_USER=role, DB_PASSWORD=PASSWORD)
     assert problems(done) == []
     assert f"ok       privileges of role {role}" in done.lines
+
+
+def test_role_with_its_privileges_may_ask_for_the_lag(database, role):
+    database.rows(f"REVOKE SELECT ON pipeline_overview FROM {role}")  # of `install --reader`
+    with closing(db.connect(database.settings(DB_USER=role, DB_PASSWORD=PASSWORD))) as conn:
+        assert db.execute(conn, LAG).fetchone()[0] == 0
 
 
 @pytest.mark.parametrize(("privilege", "table"), EACH)
