@@ -712,7 +712,8 @@ EPISODES = """
 WITH stage AS (
     SELECT stage, bool_or(held_until = 'infinity') IS TRUE AS paused,
            max(held_reason) FILTER (WHERE held_until > now()) AS held_reason,
-           max(max_running) AS max_running, bool_or(hold_seconds IS NOT NULL) AS is_down,
+           max(max_running) AS max_running,
+           max(held_until) FILTER (WHERE hold_seconds IS NOT NULL) AS held_until,
            min(waiting_since) IS NOT NULL AS was_waiting, min(refusing_since) AS refusing_since
     FROM pipeline_stages GROUP BY stage
 ), tried AS (
@@ -740,12 +741,15 @@ WITH stage AS (
         SELECT least((SELECT min(c.due_at) FROM stage_calls AS c
                       WHERE c.stage = s.stage AND c.due_at <= now()),
                      (SELECT min(greatest(c.created_at, c.run_after)) FROM stage_calls AS c
-                      WHERE s.is_down AND c.stage = s.stage AND c.due_at < 'infinity'
-                        AND c.free_attempts > 0 AND (c.worker IS NULL OR s.was_waiting)),
+                      WHERE s.held_until IS NOT NULL AND c.stage = s.stage
+                        AND c.due_at < 'infinity' AND c.free_attempts > 0
+                        AND CASE WHEN c.worker IS NULL
+                                 THEN c.due_at < s.held_until + interval '1 minute'
+                                 ELSE s.was_waiting END),
                      (SELECT min(greatest(c.created_at, c.run_after)) FROM stage_calls AS c
                       WHERE c.stage = s.stage AND c.due_at > now() - interval '1 minute'
-                        AND c.due_at < 'infinity' AND c.worker IS NULL AND c.free_attempts > 0
-                        AND c.last_error IS NULL)
+                        AND c.due_at < now() + interval '1 minute'
+                        AND c.worker IS NULL AND c.free_attempts > 0 AND c.last_error IS NULL)
                ) AS oldest) AS due
 ), marked AS (
     UPDATE pipeline_stages AS p

@@ -43,27 +43,32 @@ FULL JOIN (  -- a stage that lost its route shows what it still owes
            min(due_since) FILTER (WHERE due_since <= now()) AS oldest_due_at
     FROM (
         -- Each try of a call whose stage is down puts it off, at no cost. It has waited since it
-        -- was first due, as long as the stage has accepted nothing since its hold began. A call
-        -- without an error was never tried, only put off or given back.
+        -- was first due, as long as the stage has accepted nothing since its hold began; not one
+        -- that waits for a back-off of its own beyond that. A call without an error was never
+        -- tried, only put off or given back.
         SELECT stage, worker, attempts, due_at,
                CASE WHEN worker IS NULL AND free_attempts > 0 AND due_at < 'infinity'
-                            AND (last_error IS NULL OR stage IN (
-                                SELECT stage FROM pipeline_stages WHERE hold_seconds IS NOT NULL))
+                            AND (last_error IS NULL OR EXISTS (
+                                SELECT FROM pipeline_stages AS h
+                                WHERE h.stage = o.stage AND h.hold_seconds IS NOT NULL
+                                  AND o.due_at < h.held_until + interval '1 minute'))
                        THEN greatest(created_at, run_after) ELSE due_at END AS due_since
-        FROM stage_calls) AS owed
+        FROM stage_calls AS o) AS owed
     GROUP BY stage) AS c USING (stage)
 LEFT JOIN (
     SELECT stage, count(*) AS calling, count(*) FILTER (WHERE working) AS working
     FROM stage_leases
     WHERE leased_until > now() GROUP BY stage) AS l USING (stage)
 -- An attempt has a second row where its stage has set the row to failed after its answer: it is one
--- call, which failed. Where the error says more, the first row is a failure already.
+-- call, which failed. Where the error says more, the first row is a failure already. The only row of
+-- a call that was taken has the status 202.
 LEFT JOIN (
     SELECT stage,
-           count(*) FILTER (WHERE (error LIKE 'set failed by its stage%') IS NOT TRUE)
+           count(*) FILTER (WHERE http_status IS NOT NULL
+                               OR (error LIKE 'set failed by its stage%') IS NOT TRUE)
                AS calls_last_hour,
-           count(*) FILTER (WHERE outcome <> 'succeeded'
-                              AND (error LIKE 'set failed by its stage_%') IS NOT TRUE)
+           count(*) FILTER (WHERE outcome <> 'succeeded' AND (http_status IS NOT NULL
+                              OR (error LIKE 'set failed by its stage_%') IS NOT TRUE))
                AS failures_last_hour,
            percentile_cont(0.5) WITHIN GROUP (
                ORDER BY extract(epoch FROM finished_at - started_at)::double precision)
@@ -83,10 +88,12 @@ COMMENT ON VIEW pipeline_overview IS
 CREATE OR REPLACE VIEW stage_latency AS
 SELECT stage, date_trunc('hour', finished_at) AS hour,
        -- As above.
-       count(*) FILTER (WHERE (error LIKE 'set failed by its stage%') IS NOT TRUE) AS calls,
-       least(count(*) FILTER (WHERE (error LIKE 'set failed by its stage%') IS NOT TRUE),
-             count(*) FILTER (WHERE outcome <> 'succeeded'
-                                AND (error LIKE 'set failed by its stage_%') IS NOT TRUE))
+       count(*) FILTER (WHERE http_status IS NOT NULL
+                           OR (error LIKE 'set failed by its stage%') IS NOT TRUE) AS calls,
+       least(count(*) FILTER (WHERE http_status IS NOT NULL
+                                 OR (error LIKE 'set failed by its stage%') IS NOT TRUE),
+             count(*) FILTER (WHERE outcome <> 'succeeded' AND (http_status IS NOT NULL
+                                OR (error LIKE 'set failed by its stage_%') IS NOT TRUE)))
            AS failures,
        percentile_cont(0.5) WITHIN GROUP (
            ORDER BY extract(epoch FROM finished_at - started_at)::double precision)

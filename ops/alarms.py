@@ -120,4 +120,6 @@ def why_late(row: dict[str, Any]) -> str:
         return f"the stage is at its rate of {row['per_minute']:g} calls a minute"
     if row["retry_error"]:
         return f"last error: {readable(row['retry_error'])}"
+    if not row["due"]:
+        return "it is put off by listeners whose PIPELINE does not lead to it"
     return f"{counted(row['due'], 'call')} due, {row['calling']} under way"

@@ -11,6 +11,7 @@ import alerts as alerts_module
 import db
 import upkeep
 from alerts import Alerts, Episode
+from ops.check import LAG
 
 
 @pytest.fixture
@@ -79,6 +80,7 @@ def test_call_that_is_put_off_time_and_again_waits(database, sent):
     assert look(database, sent) == []
     database.rows("UPDATE stage_calls SET created_at = now() - interval '11 minutes'")
     assert look(database, sent) == [("waiting", "vlm_analyze")]
+    assert sent.events[0]["reason"].startswith("it is put off by listeners whose PIPELINE")
     database.rows("UPDATE stage_calls SET run_after = now() + interval '5 s'")
     assert look(database, sent) == [("recovered", "vlm_analyze")]
 
@@ -91,6 +93,20 @@ def test_retry_of_a_stage_that_accepts_others_is_not_late(database, sent):
         settle(conn, result(claim(conn, only=first), "retry", delay=100.0, error="HTTP 500"))
     database.rows("UPDATE stage_calls SET created_at = now() - interval '11 minutes'")
     assert look(database, sent) == []
+
+
+def test_back_off_that_outlasts_a_hold_of_its_stage_is_not_late(database, sent):
+    first, second = (database.add_job("img_gen", "done") for _ in range(2))
+    with connected(database) as conn:
+        settle(conn, held(claim(conn, only=first)))
+        settle(conn, result(claim(conn, only=second)))
+        settle(conn, result(claim(conn, only=first), "retry", delay=300.0, error="HTTP 500"))
+        database.rows("UPDATE stage_calls SET created_at = now() - interval '11 minutes'")
+        third = database.add_job("img_gen", "done")
+        settle(conn, held(claim(conn, only=third)))
+    assert look(database, sent) == []
+    assert database.value("SELECT sum(due) FROM pipeline_overview") <= 1
+    assert database.value(LAG) < 600
 
 
 def test_stage_at_its_rate_says_so(database, sent):

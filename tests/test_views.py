@@ -70,6 +70,16 @@ def test_call_whose_row_its_stage_set_failed_after_its_answer_counts_once(databa
     assert tuple(row) == (3, 2)
 
 
+def test_taken_call_whose_stage_set_the_row_failed_counts(database, conn):
+    """It has one row in the history, with the same words."""
+    database.add_job()
+    row = claim(conn)
+    settle(conn, result(row, "failed", http_status=202, error="set failed by its stage"))
+    row = overview(database)
+    assert (row.calls_last_hour, row.failures_last_hour) == (1, 1)
+    assert tuple(database.row("SELECT calls, failures FROM stage_latency")) == (1, 1)
+
+
 def test_overview_shows_holds_and_pauses_while_they_last(database, conn):
     database.rows("UPDATE pipeline_stages SET held_until = now() + interval '1 min', held_by = 'w',"
                   " held_reason = 'HTTP 503' WHERE stage = 'vlm_analyze'")  # fmt: skip

@@ -141,7 +141,8 @@ SELECT stage, outcome = 'succeeded' AS accepted, count(*) AS calls,
 FROM stage_attempts
 WHERE finished_at > %(since)s AND finished_at <= %(until)s
   AND outcome NOT IN ('skipped', 'cancelled')
-  AND (error LIKE 'set failed by its stage%%') IS NOT TRUE  -- which came later than the answer
+  -- Not what came later than the answer.
+  AND (http_status IS NOT NULL OR (error LIKE 'set failed by its stage%%') IS NOT TRUE)
 GROUP BY stage, accepted, bucket
 """
 
