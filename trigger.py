@@ -98,8 +98,10 @@ def refused(
             return result(call, TAKEN, http_status=202)
         return result(call, "skipped", error="an earlier attempt was accepted")
     if call.spent > call.max_attempts:
-        why = None if row.taken_over else row.last_error
-        ended = failure(call, "failed", why or "nobody knows what became of the last attempt", 0)
+        error = "nobody knows what became of the last attempt"
+        if row.last_error and not row.taken_over:
+            error = f"no attempt is left; the last one: {row.last_error}"
+        ended = failure(call, "failed", error, 0)
         log_end(call, ended)
         return ended
     return None

@@ -327,7 +327,8 @@ def test_call_beyond_a_lowered_max_attempts_keeps_its_last_error(database, serve
     after = caller(url, "after", MAX_ATTEMPTS=2)
     assert after.claim() is None
     after.settle()
-    assert database.owed(job).last_error == "HTTP 500: no memory"
+    error = "no attempt is left; the last one: HTTP 500: no memory"
+    assert database.owed(job).last_error == error
 
 
 # --- what install carries over -------------------------------------------------------------
