@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from chaos.account import Account, Call, Try
-from chaos.history import Exit, History, Join
+from chaos.history import Exit, History, Join, Row
 from chaos.limits import VISIBLE, ended_amiss, out_of_turn, over_limits
 from chaos.lost import judged
 from chaos.reasons import DIED, RECONNECTING, why_dead, why_lost, why_repeated
@@ -48,7 +48,7 @@ def check(history: History) -> Verdict:
     account, verdict = Account(history), Verdict()
     verdict.findings += [(ATTEMPTS, text) for text in account.stray]
     for call in account.calls:
-        verdict.findings += [(LOST, text) for text in lost(call)]
+        verdict.findings += [(LOST, text) for text in lost(account, call)]
         verdict.findings += [(AFTER_LEAVING, text) for text in after_leaving(account, call)]
         verdict.findings += [(EARLY, text) for text in too_early(call)]
         check_repeats(account, call, verdict)
@@ -68,7 +68,7 @@ def check(history: History) -> Verdict:
     return verdict
 
 
-def lost(call: Call) -> Iterator[str]:
+def lost(account: Account, call: Call) -> Iterator[str]:
     """Every arrival is owed a call until the job moves on or the stage has accepted it."""
     if call.number is None:
         yield f"{call}: none was recorded in the transaction that moved the job"
@@ -77,6 +77,8 @@ def lost(call: Call) -> Iterator[str]:
     accepted = any(one.accepted for one in call.tries.values())
     for row in rows:
         owed = call.left is None or call.left > row.finished
+        if is_recorded_anew(account, call, row):
+            continue
         if row.outcome == "skipped" and owed and not accepted:
             yield f"{call}: attempt {row.attempt} was skipped while the job owed it"
     outcomes = {row.outcome for row in rows}
@@ -99,6 +101,15 @@ def is_back(account: Account, call: Call, at: float) -> bool:
     """Whether all variants are in place again, as the one that was missing was deleted."""
     has_moved_on = call.moved_on is not None and call.moved_on <= at
     return not has_moved_on and account.families.was_complete(call.job, at - VISIBLE, at)
+
+
+def is_recorded_anew(account: Account, call: Call, row: Row) -> bool:
+    """Whether a join's call was skipped for a pending look at its rows, which recorded another."""
+    return (
+        call.is_join
+        and (row.error or "").startswith("rows of the join have changed")
+        and any(o.is_join and o.job == call.job and o.arrived > call.arrived for o in account.calls)
+    )
 
 
 def lost_joins(account: Account) -> Iterator[str]:

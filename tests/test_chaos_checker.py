@@ -1020,6 +1020,19 @@ def test_join_may_be_recorded_again_once_its_call_was_skipped(family):
     assert kinds(family) == set()
 
 
+@pytest.mark.parametrize("is_made", [True, False])
+def test_join_skipped_for_a_look_is_lost_unless_it_is_recorded_anew(family, is_made):
+    family.variant(4, "b", "cut", "running")
+    family.variant(4.5, "b")
+    family.record(4.6)
+    family.claim(4.8)
+    family.row(4.9, "skipped", error="rows of the join have changed: it is looked at anew")
+    if is_made:
+        family.record(5)
+        family.called(5.1)
+    assert kinds(family) == (set() if is_made else {LOST})
+
+
 def test_join_skipped_while_all_variants_are_there_is_lost(family):
     family.variant(4, "b", "cut", "running")
     family.variant(4.5, "b")
