@@ -714,9 +714,9 @@ def spent_before(conn, row):
 
 
 # The claim itself counts for nothing. `attempts` becomes what is spent where it can: if the
-# listener is lost, nothing else says how much that was. Where the application holds the row of the
-# call, it is about to owe something else. A call may have been recorded under a name that its stage
-# had before.
+# listener is lost, nothing else says how much that was. A row that the application has locked is
+# skipped: its transaction is about to replace the call. `stage` is written as well, as the call may
+# have been recorded before its stage was renamed.
 PUT_OFF = """
 WITH mine AS (
     SELECT job_id, call_id FROM stage_calls

@@ -58,8 +58,8 @@ log = logging.getLogger("listener")
 # frozen listener is noticed by `check` within the sum.
 LONGEST_SLEEP = 5.0
 HEARTBEAT_MARGIN = 20.0
-# What it allows for connecting to one host (seconds): where DNS is away, resolving its name takes
-# more than 40, and each address may take db.CONNECTION["connect_timeout"].
+# Seconds that a heartbeat allows for connecting to one host. Without a DNS server that answers,
+# resolving its name takes more than 40, and then each address may take connect_timeout.
 CONNECTING = 100.0
 # How often to look whether a stage has let go of the row of a call that it has answered.
 AGAIN_EVERY = 1.0
@@ -73,7 +73,7 @@ MANY = 100  # parents or moves; a look that finds so many is soon followed by an
 MARKED_FOR = 1.0
 # After a lost connection, a statement that was sent on it may still take effect for so long.
 DOUBTFUL = 600.0
-# Seconds until a call is looked at again that only a listener of another PIPELINE can make.
+# Seconds until this listener claims a call again that only one with another PIPELINE can make.
 PASSED_OVER_FOR = 10.0
 # A sweep also claims calls that were never tried and are not due yet. One that is claimed so long
 # before it is due is a sign that the database's clock was set back. If the claim has only waited
@@ -327,7 +327,7 @@ class Listener:
         sweep = free > 0 and now >= self.sweep_at
         if sweep:
             self.join_look.ask()
-            # A stage that was asynchronous, or has left PIPELINE, may still work.
+            # Calls may be taken of a stage that is no longer asynchronous, or has left PIPELINE.
             self.move_look.is_needed = pipeline.is_asynchronous() or moves.has_working(conn)
             self.move_look.ask()
             self.may_miss_moves = True

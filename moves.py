@@ -115,9 +115,9 @@ def has_working(conn) -> bool:
 
 # Moves that no trigger has recorded: the row was deleted, or changed while the trigger was off. For
 # the call of a join, the parent has moved if it left the state stored at the call's first claim.
-# Where the row of a table that left PIPELINE is now is not known: its call ends with its lease. The
-# trigger has removed the call of a row that moved: where it is there and the row is in its state,
-# the row has not moved, though PIPELINE may no longer say that this state leads to the stage.
+# Rows of a table that left PIPELINE cannot be read, so their calls end with their leases. A row has
+# not moved either where stage_calls still has its call and it is in the state of that call: the
+# state may lead to another stage since the last install.
 RECORD_MISSED = """
 INSERT INTO stage_moves (job_id, table_name, stage, is_failed)
 SELECT l.job_id, l.table_name, l.stage,

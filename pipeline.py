@@ -691,7 +691,8 @@ class Call:
         try:
             self.answer = self.api.post(path, body, headers, self.until)
         except (Unreachable, TimeIsUp, TypeError, ValueError) as error:
-            # Nothing was sent: what came of the POST before counts, unless that was accepted.
+            # Nothing was sent, so the outcome of the previous POST counts; but an accepted one does
+            # not, as the stage function needs both.
             if before is not None and before.status >= 300:
                 self.answer = before
             elif isinstance(error, Unreachable):

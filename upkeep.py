@@ -532,9 +532,9 @@ def forget_parents(conn, after: Any = None, batch: int = BATCH) -> Any:
 
 # Calls that were recorded under another PIPELINE: under the name that their stage had before, or
 # with a priority that their table no longer declares, which stage_due_calls() does not look for. A
-# call of a state that left PIPELINE stays as it is. Upkeep looks too, as a transaction may have
-# been open during the install, or have held the row. It looks for stages that left PIPELINE alone,
-# which is cheap: a call of any other is renamed when a listener claims it.
+# call of a state that left PIPELINE stays as it is. `install` runs this for every call. Upkeep runs
+# it for stages that left PIPELINE, as a transaction may have been open during the install or have
+# held the row; a call of any other stage is renamed when a listener claims it.
 ADOPT = """
 UPDATE stage_calls AS c SET stage = mine.stage, priority = mine.priority
 FROM (SELECT o.job_id, o.call_id, p.stage,
@@ -705,9 +705,9 @@ REFUSALS = 3
 # The first listener that sees it marks the stage until it is over. Paused stages are left as they
 # are, as a person wants them to wait. Only a success, or a call that was taken, shows that a stage
 # accepts calls again: one that is tried with one call at a time, or has none, makes few attempts.
-# Until then, calls that each try puts off have waited since they were first due, as in
-# pipeline_overview; one that is being tried counts where the stage was waiting before. So have
-# those that a listener puts off time and again, as its PIPELINE does not lead to them.
+# Each try of a held stage moves the due_at of its call. Such calls count as due since they were
+# first due, as in pipeline_overview; so do calls that a listener puts off again and again, as its
+# PIPELINE does not have them. A call that is being tried counts where its stage waited before.
 EPISODES = """
 WITH stage AS (
     SELECT stage, bool_or(held_until = 'infinity') IS TRUE AS paused,

@@ -70,10 +70,11 @@ def drop_outdated(conn, of: Table, really: bool) -> int:
 NO_TIME = "of unknown time"
 
 # The next batch of rows by id. For each row that should owe a call and has none: what became of its
-# last call. Attempts of a stage that only follows from a join do not count as the row's own calls,
-# nor does a call that was skipped as the row was elsewhere, or not found. A stage that PIPELINE no
-# longer has may be that of now under the name of before, unless the row is at its step: then it has
-# moved the row on. A time in the future is treated as unknown.
+# last call. Two kinds of attempts do not count: those of a stage that only follows from a join, and
+# those skipped because the row was in another state or missing. If the last attempt names a stage
+# that PIPELINE no longer has, the stage may have been renamed, so its call counts as made; but not
+# if the row is at that stage's step, as the stage has then moved it on. A time in the future is
+# treated as unknown.
 MISSED = """
 WITH batch AS (
     SELECT {id} AS id, r.current_step::text AS current_step, r.status::text AS status,

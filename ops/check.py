@@ -13,7 +13,8 @@ from logs import CONTROL
 from ops import EXIT_DATABASE_AWAY, EXIT_PROBLEM
 from pipeline import JSL
 
-# The oldest_due_at of pipeline_overview, which the listener's role may not read.
+# The smallest oldest_due_at of pipeline_overview. The listener's role has no right to that view, so
+# its expression is repeated here.
 LAG = """
 SELECT coalesce(extract(epoch FROM now() - least(
     (SELECT min(due_at) FROM stage_calls WHERE due_at <= now()),

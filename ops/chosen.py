@@ -22,7 +22,8 @@ from ops.table import clipped, duration, plain, readable, table
 # --- which calls ---------------------------------------------------------------------------
 
 BATCH = 1000  # calls of one statement, so that none runs long
-# Seconds to find them in: of a row without a tenant of its own, the parent's is read, call by call.
+# Time limit, in seconds, for finding the calls: with --tenant, a row without a tenant of its own
+# costs a look at its parent.
 PATIENCE = 60.0
 
 

@@ -78,8 +78,9 @@ FROM pg_temp.wanted_stages AS w LEFT JOIN LATERAL (
     LIMIT 1) AS k ON true
 WHERE (p.table_name, p.join_of, p.current_step, p.status)
       = (w.table_name, w.join_of, w.current_step, w.status);
--- A call under way of a stage that was only renamed counts under the limits of its new name, and
--- ends when its row leaves that. Where its API has set the row running, it works under the old one.
+-- A call under way of a renamed stage counts under the limits of the new name, and ends when its
+-- row leaves the stage of that name. A call whose API has set the row to (old name, running) keeps
+-- the old name, or it would end at once.
 UPDATE stage_leases AS l SET stage = mine.after
 FROM (SELECT o.call_id, o.attempt, renamed.after
       FROM stage_leases AS o JOIN (
@@ -127,7 +128,8 @@ BEGIN
     END IF;
 END
 $do$;
--- Looks of a join that PIPELINE did not have meanwhile were taken, and changes of its rows missed.
+-- While a join was not in PIPELINE, its looks were dropped and changes of its rows not recorded. So
+-- all its parents that are still open are looked at.
 INSERT INTO stage_looks (parent_id, join_of, arrived)
 SELECT parent_id, join_of, true FROM stage_joins
 WHERE is_open AND join_of IN (SELECT join_of FROM pg_temp.wanted_stages WHERE join_of <> ''

@@ -162,15 +162,21 @@ def test_call_of_a_transaction_that_was_open_during_install_gets_the_stage_of_no
     assert (worker.call().stage, database.owed(job)) == ("bb", None)
 
 
-def test_calls_of_stages_that_exchanged_their_names_while_locked_are_made(
-    database, accepting, caller, change
-):
+def owing_job_of_exchanged_stages(database, change) -> str:
+    """A job whose call was locked while its stage got the name of another one."""
     change({("x", "done"): A, ("y", "done"): B})
     job = database.add_job("x")
     with closing(database.connect()) as application:
         application.autocommit = False
         application.cursor().execute("SELECT FROM stage_calls FOR UPDATE")
         change({("x", "done"): B, ("y", "done"): A})
+    return job
+
+
+def test_calls_of_stages_that_exchanged_their_names_while_locked_are_made(
+    database, accepting, caller, change
+):
+    job = owing_job_of_exchanged_stages(database, change)
     worker = caller(accepting.url)
     assert worker.claim() is None and database.owed(job).stage == "bb"
     database.rows(DUE)
@@ -180,12 +186,7 @@ def test_calls_of_stages_that_exchanged_their_names_while_locked_are_made(
 def test_call_by_hand_of_a_stage_that_exchanged_its_name_is_not_made_under_the_old_one(
     database, accepting, change
 ):
-    change({("x", "done"): A, ("y", "done"): B})
-    job = database.add_job("x")
-    with closing(database.connect()) as application:
-        application.autocommit = False
-        application.cursor().execute("SELECT FROM stage_calls FOR UPDATE")
-        change({("x", "done"): B, ("y", "done"): A})
+    job = owing_job_of_exchanged_stages(database, change)
     settings = database.settings(STAGE_API_URL=accepting.url)
     with closing(db.connect(settings)) as conn:
         row = rows.find(conn, job, None)
