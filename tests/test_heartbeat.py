@@ -317,6 +317,7 @@ def test_long_call_is_not_a_hang(database, api, listener, beats):
         listener(database, "run", "--workers", "1", api=api, STAGE_TIMEOUT=600)
         job = database.add_job()
         wait_for_call(api, job)
+        until(lambda: "making calls" in verdict(str(beats))[1], "a heartbeat")
         (file,) = beats.iterdir()
         before = json.loads(file.read_text())["valid_until"]
         until(lambda: json.loads(file.read_text())["valid_until"] > before, "the next heartbeat")
