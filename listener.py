@@ -33,7 +33,6 @@ import db
 import hosts
 import joins
 import logs
-import moves
 import notifications
 import ops
 import pipeline
@@ -42,6 +41,7 @@ from alerts import Alerts
 from calls import PAID, TAKEN, Claimed, Result, Turn, Wanted
 from health import StageHealth
 from heartbeat import Heartbeat
+from looks import JoinLook, MoveLook
 from ops.listeners import OTHER_PIPELINE
 from ops.rows import TABLE, RowCommand
 from ops.stage import StageName
@@ -63,11 +63,6 @@ HEARTBEAT_MARGIN = 20.0
 CONNECTING = 100.0
 # How often to look whether a stage has let go of the row of a call that it has answered.
 AGAIN_EVERY = 1.0
-# No call is claimed or settled during a look at the parents of joins, or at the moves of
-# asynchronous calls. Under an old snapshot elsewhere a look takes long and finds little. So the
-# next one starts after ten times the seconds that it took, counted from its start, within limits.
-LOOKS_APART, LOOKS_APART_TIMES, LOOKS_APART_MOST = 0.05, 10, 30.0
-MANY = 100  # parents or moves; a look that finds so many is soon followed by another
 # For so long a claim passes by what was due before the last one. A call that was committed late
 # waits that long at the most.
 MARKED_FOR = 1.0
@@ -81,45 +76,6 @@ PASSED_OVER_FOR = 10.0
 EARLY = timedelta(seconds=1)
 # Accepted calls that are remembered, should a new primary have forgotten them.
 REMEMBERED = 10_000
-
-
-class Look:
-    """When to look at joins, or at the moves of asynchronous calls. All by time.monotonic().
-
-    at: of the next look; infinity: not before it is asked for.
-    rests_until: no look before, whoever asks for it.
-    """
-
-    def __init__(self, is_needed: bool):
-        self.is_needed = is_needed
-        self.at = 0.0 if is_needed else math.inf
-        self.rests_until = -math.inf
-
-    def ask(self) -> None:
-        """Look as soon as the rest is over."""
-        if self.is_needed:
-            self.at = min(self.at, self.rests_until)
-
-    def rest(self, began: float, found: int, delay: float = 0.0) -> None:
-        """Note that a look has ended.
-
-        Args:
-            began: time.monotonic() at its beginning.
-            found: how many parents, or moves.
-            delay: seconds until the next look where nobody asks for it.
-        """
-        now = time.monotonic()
-        apart = LOOKS_APART_TIMES * (now - began) if found < MANY else 0.0
-        most = LONGEST_SLEEP if found else LOOKS_APART_MOST
-        self.rests_until = began + max(LOOKS_APART, min(apart, most))
-        self.at = max(self.rests_until, now + delay)
-
-    def fail(self, began: float, found: int) -> float:
-        """Note that a look has failed, in part where it `found` any; seconds until the next one."""
-        self.rest(began, found)
-        now = time.monotonic()
-        self.rests_until = self.at = max(self.rests_until, now + LONGEST_SLEEP)
-        return self.at - now
 
 
 class Listener:
@@ -152,9 +108,8 @@ class Listener:
 
         # All by time.monotonic().
         self.look_at = self.sweep_at = self.again_at = self.marked_at = 0.0
-        self.join_look = Look(bool(pipeline.joins()))
-        self.move_look = Look(pipeline.is_asynchronous())
-        self.may_miss_moves = False  # there may be moves that no trigger has recorded
+        self.join_look = JoinLook(once)
+        self.move_look = MoveLook(settings, self.alerts, self.tables, once)
         self.is_ordered = pipeline.is_ordered()
         self.due_at = 0.0  # when the next call will be due, as far as is known
         self.asks = False  # whether to ask
@@ -327,14 +282,10 @@ class Listener:
         sweep = free > 0 and now >= self.sweep_at
         if sweep:
             self.join_look.ask()
-            # Calls may be taken of a stage that is no longer asynchronous, or has left PIPELINE.
-            self.move_look.is_needed = pipeline.is_asynchronous() or moves.has_working(conn)
-            self.move_look.ask()
-            self.may_miss_moves = True
-        if now >= self.join_look.at:
-            self.look_at_parents(conn)
-        if now >= self.move_look.at:
-            self.look_at_moves(conn)
+            self.move_look.sweep(conn)
+        for look in (self.join_look, self.move_look):
+            if now >= look.at:
+                look.run(conn)
         if now >= self.again_at:
             self.again_at = now + AGAIN_EVERY
             self.unwritten, self.locked = self.unwritten + self.locked, []
@@ -406,48 +357,6 @@ class Listener:
         if turn.asked_at is None:
             left = {wanted.stage for claim in others for wanted in claim}
             self.order.sort(key=lambda stage: stage not in left)
-
-    def look_at_parents(self, conn: db.Connection) -> None:
-        """Record what joins owe. What keeps that from being done keeps no other call from it."""
-        began = time.monotonic()
-        found, failed = db.in_parts(conn, joins.look, pipeline.joins())
-        if failed:
-            seconds = self.join_look.fail(began, sum(filter(None, found)))
-            if self.once:
-                raise next(iter(failed.values()))
-            log.error("조인 확인 실패 (%.0f초 후 다시 시도): %s", seconds, reasons(failed))
-        else:
-            [parents] = found
-            delay = 0.0 if parents else math.inf
-            if parents is None:  # another listener is looking, and may have begun too early
-                delay = AGAIN_EVERY
-            self.join_look.rest(began, parents or 0, delay)
-
-    def look_at_moves(self, conn: db.Connection) -> None:
-        """End the calls of asynchronous stages whose rows have moved on. What keeps that from being
-        done keeps no call from being made.
-        """
-        unrecorded: dict[str, psycopg2.Error] = {}
-        if self.may_miss_moves:
-            self.may_miss_moves = False
-            _, unrecorded = db.in_parts(conn, moves.record_missed, self.tables)
-        began = time.monotonic()
-        found, failed = db.in_parts(conn, moves.look, self.tables)
-        ended = [row for rows, _ in found for row in rows]
-        for row in ended:
-            moves.log_end(row)
-            if row.outcome == "failed":
-                trigger.tell_failed(self.alerts, row.table_name, row.job_id, row.stage, row.error)
-        seen = sum(count for _, count in found)
-        if failed:
-            seconds = self.move_look.fail(began, seen)
-        else:
-            seconds = self.settings.SWEEP_INTERVAL
-            self.move_look.rest(began, seen, 0.0 if seen else seconds)
-        if failed := unrecorded | failed:  # the next sweep records what was not recorded
-            if self.once:
-                raise next(iter(failed.values()))
-            log.error("작업 완료 확인 실패 (%.0f초 후 다시 시도): %s", seconds, reasons(failed))
 
     def wanted(self, free: int, now: float, sweep: bool) -> list[list[Wanted]]:
         """The stages to claim calls of, in their turn, and how many of each. They are as many
@@ -742,12 +651,6 @@ class Listener:
 
     def beat_for_host(self, host: str) -> None:
         self.beat("connecting to the database", CONNECTING)
-
-
-def reasons(failed: dict[str, psycopg2.Error]) -> str:
-    """The errors of db.in_parts, in one line."""
-    said = [f"{part}: {error}" if part else str(error) for part, error in failed.items()]
-    return "; ".join(" ".join(text.split()) for text in said)
 
 
 def listener_name() -> str:

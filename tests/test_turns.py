@@ -32,7 +32,8 @@ import joins
 import moves
 from demo.stage_api import StageApi
 from demo.stage_server import Answer
-from listener import LONGEST_SLEEP, Look
+from listener import LONGEST_SLEEP
+from looks import APART_MOST_FOUND, FAILED, Look
 from pipeline import Table, limits
 
 STAGE = "vlm_judge"
@@ -292,7 +293,7 @@ def test_table_that_is_locked_or_unreadable_keeps_no_join_or_end_of_another_wait
     assert "jobs_variants: " in claiming.line("작업 완료 확인 실패 (5초 후 다시 시도)")
     if change == RENAME:
         database.rows(MEND)
-    listener.join_look, listener.move_look = Look(True), Look(True)
+    listener.join_look.at = listener.move_look.at = 0.0
     assert "ad_copy" in stages_of_turns(claiming, 1)
     assert not database.rows(WORKED_ON)
 
@@ -341,7 +342,7 @@ def test_slow_look_that_finds_much_is_soon_followed_by_another(slow, asked, monk
     assert look.at <= time.monotonic()
 
 
-@pytest.mark.parametrize(("found", "seconds"), [(0, 30.0), (5, LONGEST_SLEEP), (500, 0.05)])
+@pytest.mark.parametrize(("found", "seconds"), [(0, 30.0), (5, APART_MOST_FOUND), (500, 0.05)])
 def test_look_that_took_long_rests_the_less_the_more_it_found(found, seconds):
     look, began = Look(True), time.monotonic() - 3.0
     look.rest(began, found)
@@ -362,7 +363,7 @@ def test_look_that_fails_is_not_made_again_at_once(failing, asked, monkeypatch):
     listener.settle_and_claim(asked.conn)
     listener.hear(asked.conn)
     look = {joins: listener.join_look, moves: listener.move_look}[failing]
-    assert look.at >= ended[0] + LONGEST_SLEEP
+    assert look.at >= ended[0] + FAILED
     asked.line("5초 후 다시 시도")
 
 

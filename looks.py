@@ -1,0 +1,146 @@
+"""The looks of a listener: at the parents of joins, and at the moves of asynchronous calls.
+
+No call is claimed or settled meanwhile. What keeps a look from being done keeps no call from being
+made.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
+
+import psycopg2
+
+import db
+import joins
+import moves
+import pipeline
+import trigger
+from alerts import Alerts
+
+log = logging.getLogger("listener")
+
+# Under an old snapshot elsewhere a look takes long and finds little. So the next one starts after
+# ten times the seconds that it took, counted from its start, within limits.
+APART, APART_TIMES, APART_MOST = 0.05, 10, 30.0
+APART_MOST_FOUND = 5.0  # the limit after a look that found something
+MANY = 100  # parents or moves; a look that finds so many is soon followed by another
+# Seconds until the next look where another listener is looking, and after one that failed.
+OTHER_LOOKS, FAILED = 1.0, 5.0
+
+
+class Look:
+    """When to look. All by time.monotonic().
+
+    at: of the next look; infinity: not before it is asked for.
+    rests_until: no look before, whoever asks for it.
+    """
+
+    def __init__(self, is_needed: bool):
+        self.is_needed = is_needed
+        self.at = 0.0 if is_needed else math.inf
+        self.rests_until = -math.inf
+
+    def ask(self) -> None:
+        """Look as soon as the rest is over."""
+        if self.is_needed:
+            self.at = min(self.at, self.rests_until)
+
+    def rest(self, began: float, found: int, delay: float = 0.0) -> None:
+        """Note that a look has ended.
+
+        Args:
+            began: time.monotonic() at its beginning.
+            found: how many parents, or moves.
+            delay: seconds until the next look where nobody asks for it.
+        """
+        now = time.monotonic()
+        apart = APART_TIMES * (now - began) if found < MANY else 0.0
+        most = APART_MOST_FOUND if found else APART_MOST
+        self.rests_until = began + max(APART, min(apart, most))
+        self.at = max(self.rests_until, now + delay)
+
+    def fail(self, began: float, found: int) -> float:
+        """Note that a look has failed, in part where it `found` any; seconds until the next one."""
+        self.rest(began, found)
+        now = time.monotonic()
+        self.rests_until = self.at = max(self.rests_until, now + FAILED)
+        return self.at - now
+
+
+class JoinLook(Look):
+    """Records what joins owe."""
+
+    def __init__(self, once: bool):
+        super().__init__(bool(pipeline.joins()))
+        self.once = once
+
+    def run(self, conn: db.Connection) -> None:
+        """Raises psycopg2.Error with `once`, which does not look again."""
+        began = time.monotonic()
+        found, failed = db.in_parts(conn, joins.look, pipeline.joins())
+        if failed:
+            seconds = self.fail(began, sum(filter(None, found)))
+            if self.once:
+                raise next(iter(failed.values()))
+            log.error("조인 확인 실패 (%.0f초 후 다시 시도): %s", seconds, reasons(failed))
+        else:
+            [parents] = found
+            delay = 0.0 if parents else math.inf
+            if parents is None:  # another listener is looking, and may have begun too early
+                delay = OTHER_LOOKS
+            self.rest(began, parents or 0, delay)
+
+
+class MoveLook(Look):
+    """Ends the calls of asynchronous stages whose rows have moved on."""
+
+    def __init__(
+        self, settings: SimpleNamespace, alerts: Alerts, tables: Iterable[str], once: bool
+    ):
+        super().__init__(pipeline.is_asynchronous())
+        self.settings, self.alerts, self.once = settings, alerts, once
+        self.tables = list(tables)
+        self.may_miss = False  # there may be moves that no trigger has recorded
+
+    def sweep(self, conn: db.Connection) -> None:
+        """Look soon, also for moves that no trigger has recorded."""
+        # Calls may be taken of a stage that is no longer asynchronous, or has left PIPELINE.
+        self.is_needed = pipeline.is_asynchronous() or moves.has_working(conn)
+        self.may_miss = True
+        self.ask()
+
+    def run(self, conn: db.Connection) -> None:
+        """Raises psycopg2.Error with `once`, which does not look again."""
+        unrecorded: dict[str, psycopg2.Error] = {}
+        if self.may_miss:
+            self.may_miss = False
+            _, unrecorded = db.in_parts(conn, moves.record_missed, self.tables)
+        began = time.monotonic()
+        found, failed = db.in_parts(conn, moves.look, self.tables)
+        for rows, _ in found:
+            self.tell(rows)
+        seen = sum(count for _, count in found)
+        if failed:
+            seconds = self.fail(began, seen)
+        else:
+            seconds = self.settings.SWEEP_INTERVAL
+            self.rest(began, seen, 0.0 if seen else seconds)
+        if failed := unrecorded | failed:  # the next sweep records what was not recorded
+            if self.once:
+                raise next(iter(failed.values()))
+            log.error("작업 완료 확인 실패 (%.0f초 후 다시 시도): %s", seconds, reasons(failed))
+
+    def tell(self, ended: Sequence) -> None:
+        """Log the calls that have `ended`; tell people of those whose stage has failed."""
+        for row in ended:
+            moves.log_end(row)
+            if row.outcome == "failed":
+                trigger.tell_failed(self.alerts, row.table_name, row.job_id, row.stage, row.error)
+
+
+def reasons(failed: dict[str, psycopg2.Error]) -> str:
+    """The errors of db.in_parts, in one line."""
+    said = [f"{part}: {error}" if part else str(error) for part, error in failed.items()]
+    return "; ".join(" ".join(text.split()) for text in said)
