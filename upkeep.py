@@ -24,7 +24,8 @@ log = logging.getLogger("listener")
 
 # Seconds between two rounds.
 REAP_INTERVAL = CLOCK_INTERVAL = EPISODES_INTERVAL = 60.0
-HISTORY_INTERVAL = FORGET_INTERVAL = STALLED_INTERVAL = FAILED_INTERVAL = 300.0
+HISTORY_INTERVAL = FORGET_INTERVAL = ADOPT_INTERVAL = 300.0
+STALLED_INTERVAL = FAILED_INTERVAL = 300.0
 PRUNE_ALL_INTERVAL = 86400.0
 LONGEST_STALLED_INTERVAL = 3600.0
 BATCH = 1000  # rows that one statement handles
@@ -44,7 +45,7 @@ class Upkeep:
         self.gone: set[str] = set()  # stages that left PIPELINE, told to be waiting
         # By time.monotonic().
         self.reap_at = self.clock_at = 0.0
-        self.history_at = self.prune_all_at = self.forget_at = self.failed_at = 0.0
+        self.history_at = self.prune_all_at = self.forget_at = self.adopt_at = self.failed_at = 0.0
         self.stalled_at = self.episodes_at = 0.0 if settings.ALERT_COMMAND else math.inf
         self.stalled_interval = STALLED_INTERVAL
         # How far these have come; None: at the beginning.
@@ -56,8 +57,8 @@ class Upkeep:
     @property
     def next_run(self) -> float:
         """time.monotonic() at which something is due."""
-        return min(self.reap_at, self.clock_at, self.history_at, self.forget_at, self.failed_at,
-                   self.stalled_at, self.episodes_at)  # fmt: skip
+        return min(self.reap_at, self.clock_at, self.history_at, self.forget_at, self.adopt_at,
+                   self.failed_at, self.stalled_at, self.episodes_at)  # fmt: skip
 
     def begin(self, conn) -> None:
         """Tell what has waited until now, once and before the first call is claimed."""
@@ -104,7 +105,10 @@ class Upkeep:
             given = self.stages, self.name, self.given_up_after
             self.given_up_after = self.attempt(forget_deleted, conn, *given)
             self.parents_after = self.attempt(forget_parents, conn, self.parents_after)
-            self.attempt(adopt, conn)
+        if now >= self.adopt_at:
+            self.adopt_at = now + ADOPT_INTERVAL
+            if (self.attempt(adopt, conn) or 0) >= BATCH:
+                self.adopt_at = now  # there is more
         if now >= self.failed_at:
             self.failed_at = now + FAILED_INTERVAL
             done = self.attempt(newly_failed, conn, self.failed_after)
@@ -552,10 +556,14 @@ WHERE c.job_id = mine.job_id AND c.call_id = mine.call_id
 """
 
 
-def adopt(conn) -> None:
-    """Give calls of the PIPELINE before the stage and priority that they have in that of now."""
-    if execute(conn, UNPINNED + ADOPT.format(every="false", batch=BATCH)).rowcount:
+def adopt(conn) -> int:
+    """Give calls of the PIPELINE before the stage and priority that they have in that of now; how
+    many.
+    """
+    adopted = execute(conn, UNPINNED + ADOPT.format(every="false", batch=BATCH)).rowcount
+    if adopted:
         execute(conn, f"NOTIFY {WAKE_CHANNEL}")
+    return adopted
 
 
 # Stores the timeouts, which come from the listener's settings, for stalled_jobs() and people.

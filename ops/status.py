@@ -249,7 +249,9 @@ def stage_cells(row: dict[str, Any]) -> list[Any]:
 def notes(row: dict[str, Any]) -> Iterator[Line]:
     """What there is to say about a stage beyond its numbers."""
     if row["position"] is None and row["owed"]:
-        yield f"not in PIPELINE: {JSL} cancel --stage {row['stage']}", RED
+        # Before that, a listener gives calls whose state leads to another stage to that one.
+        cancel = f"{JSL} cancel --stage {row['stage']}"
+        yield f"not in PIPELINE; after 5 min: {cancel}", RED
     parts = [f"{row['working']} taken and worked on"] if row["working"] else []
     if row["retrying"]:
         seconds = row["next_retry_seconds"]

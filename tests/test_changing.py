@@ -8,6 +8,7 @@ import pytest
 from claims import connected
 from raw_server import in_turn
 from variants import TABLE, VARIANTS, stage
+from waiting import until
 
 import db
 import joins
@@ -160,6 +161,21 @@ def test_call_of_a_transaction_that_was_open_during_install_gets_the_stage_of_no
         assert db.execute(conn, ORPHANS).fetchone() == (1,)
     upkeep.adopt(worker.conn)
     assert (worker.call().stage, database.owed(job)) == ("bb", None)
+
+
+GONE = "SELECT FROM stage_calls WHERE stage = 'gone'"
+
+
+def test_all_calls_recorded_under_the_name_of_before_are_made_soon(
+    database, accepting, caller, change, monkeypatch
+):
+    monkeypatch.setattr(upkeep, "BATCH", 2)
+    change({("x", "done"): A})
+    for _ in range(5):
+        database.add_job("x")
+    database.rows("UPDATE stage_calls SET stage = 'gone'")
+    worker = caller(accepting.url)
+    until(lambda: worker.listener.upkeep.run(worker.conn) or not database.rows(GONE), "all calls")
 
 
 def owing_job_of_exchanged_stages(database, change) -> str:

@@ -180,7 +180,7 @@ WAYS = {
         [], STATES.format(owed=0),
     ),
     "without a stage of that name": Way(
-        lose_the_route, "painter +not in PIPELINE: ./jsl cancel --stage painter",
+        lose_the_route, "painter +not in PIPELINE; .*: ./jsl cancel --stage painter",
         "painter waits: PIPELINE has no stage painter; .* again",
         ["--tenant", "tenant"], "painter: due now",
     ),
