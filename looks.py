@@ -7,7 +7,7 @@ made.
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from types import SimpleNamespace
 
 import psycopg2
@@ -62,8 +62,11 @@ class Look:
         self.at = max(self.rests_until, now + delay)
 
     def fail(self, began: float, found: int) -> float:
-        """Note that a look has failed, in part where it `found` any; seconds until the next one."""
-        self.rest(began, found)
+        """Note that a look has failed, in part where it `found` any; seconds until the next one.
+
+        What took long may be one table that is locked: those of the others rest no longer for it.
+        """
+        self.rest(began, max(found, 1))
         now = time.monotonic()
         self.rests_until = self.at = max(self.rests_until, now + FAILED)
         return self.at - now
@@ -118,10 +121,8 @@ class MoveLook(Look):
             self.may_miss = False
             _, unrecorded = db.in_parts(conn, moves.record_missed, self.tables)
         began = time.monotonic()
-        found, failed = db.in_parts(conn, moves.look, self.tables)
-        for rows, _ in found:
-            self.tell(rows)
-        seen = sum(count for _, count in found)
+        found, failed = db.in_parts(conn, self.end_calls, self.tables)
+        seen = sum(found)
         if failed:
             seconds = self.fail(began, seen)
         else:
@@ -132,12 +133,14 @@ class MoveLook(Look):
                 raise next(iter(failed.values()))
             log.error("작업 완료 확인 실패 (%.0f초 후 다시 시도): %s", seconds, reasons(failed))
 
-    def tell(self, ended: Sequence) -> None:
-        """Log the calls that have `ended`; tell people of those whose stage has failed."""
+    def end_calls(self, conn: db.Connection, table: str | None = None) -> int:
+        """End, log and tell of calls whose rows have moved on; how many moves there were."""
+        ended, seen = moves.look(conn, table)
         for row in ended:
             moves.log_end(row)
             if row.outcome == "failed":
                 trigger.tell_failed(self.alerts, row.table_name, row.job_id, row.stage, row.error)
+        return seen
 
 
 def reasons(failed: dict[str, psycopg2.Error]) -> str:

@@ -314,7 +314,7 @@ def test_slow_looks_leave_most_of_the_time_to_calls(slow, asked, monkeypatch):
     """Sweeps included."""
     look, began, listener = slow.look, [], asked.listener
 
-    def slowly(conn):
+    def slowly(conn, *_part):
         began.append(time.monotonic())
         db.execute(conn, "SELECT pg_sleep(0.05)")
         return look(conn)
@@ -332,7 +332,7 @@ def test_slow_looks_leave_most_of_the_time_to_calls(slow, asked, monkeypatch):
 
 @pytest.mark.parametrize("slow", [joins, moves])
 def test_slow_look_that_finds_much_is_soon_followed_by_another(slow, asked, monkeypatch):
-    def slowly(conn):
+    def slowly(conn, *_part):
         db.execute(conn, "SELECT pg_sleep(0.05)")
         return {joins: 500, moves: ([], 500)}[slow]
 
@@ -347,6 +347,11 @@ def test_look_that_took_long_rests_the_less_the_more_it_found(found, seconds):
     look, began = Look(True), time.monotonic() - 3.0
     look.rest(began, found)
     assert look.rests_until == began + seconds
+
+
+def test_look_that_failed_rests_no_longer_than_it_says_however_long_it_took():
+    look = Look(True)
+    assert look.fail(time.monotonic() - 3.0, 0) <= FAILED
 
 
 @pytest.mark.parametrize("failing", [joins, moves])
