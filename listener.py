@@ -68,6 +68,8 @@ AGAIN_EVERY = 1.0
 MARKED_FOR = 1.0
 # After a lost connection, a statement that was sent on it may still take effect for so long.
 DOUBTFUL = 600.0
+# Results are dropped after so many connections in a row to a database that has no tables for them.
+REFUSED_OFTEN = 10
 # Seconds until this listener claims a call again that only one with another PIPELINE can make.
 PASSED_OVER_FOR = 10.0
 # A sweep also claims calls that were never tried and are not due yet. One that is claimed so long
@@ -137,12 +139,15 @@ class Listener:
                  self.name, self.workers.size, self.order)  # fmt: skip
         try:
             while not self.finished():
-                lost = None
+                lost: Exception | None = None
                 try:
                     with contextlib.closing(self.connect()) as conn:
                         self.work(conn)
                 except ops.Problem as problem:
                     self.refusal = problem  # calls under way are finished
+                    if self.repeats >= REFUSED_OFTEN and not self.workers.calls:
+                        self.drop_unwritten(problem)
+                    lost = problem if self.has_work else None
                 except Exception as error:
                     if self.once and not self.has_work:
                         raise
@@ -181,14 +186,16 @@ class Listener:
         info = conn.info
         log.info("PostgreSQL 연결 성공: %s:%s/%s", info.host, info.port, info.dbname)
         self.end_waiting(conn)
-        if not self.checked:
+        announced = ops.announced(conn)
+        if not self.checked or announced is None:  # None: the database was made anew, for example
             ops.require_installed(conn)
+        if not self.checked:
             tell_timeouts(conn, pipeline.timeouts(self.settings))
             self.checked = True
             if (left := hosts.connections_left(conn)) < hosts.FEW:
                 log.warning("남은 데이터베이스 연결이 %d개뿐", left)
         db.sign(conn, self.name)
-        self.hearing.listen(conn, silent=ops.is_silent(conn))
+        self.hearing.listen(conn, silent=announced == "nothing")
         self.workers.conn = conn
         self.give_back(conn)
         self.look_at = self.sweep_at = 0.0
@@ -235,7 +242,7 @@ class Listener:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         delay = self.settings.JOB_STATE_LISTENER_RECONNECT_DELAY * random.uniform(0.5, 1.0)
         if reason != self.reason:
-            bug = error if not isinstance(error, psycopg2.Error) else None
+            bug = error if not isinstance(error, (psycopg2.Error, ops.Problem)) else None
             log.error("리스너 오류 발생: %s", reason, exc_info=bug)
             self.reason, self.repeats = reason, 0
             if isinstance(error, hosts.OldPrimary):
@@ -248,6 +255,12 @@ class Listener:
         while time.monotonic() < until and not self.finished():
             self.workers.start_missing()
             self.collect(self.wait(until))
+
+    def drop_unwritten(self, problem: ops.Problem) -> None:
+        """Let go of results for which the database has no tables, so that this listener can end."""
+        for result in self.unwritten:
+            log.error("리스 만료 후 다시 확인됨: job=%s %s", result.job_id, problem)
+        self.unwritten = []
 
     @property
     def has_work(self) -> bool:

@@ -17,7 +17,7 @@ import db
 from logs import CONTROL, LONGEST_LINE
 from ops import rows
 from ops.problem import GRANTS, INSTALL, Problem
-from ops.routes import is_silent, require_installed
+from ops.routes import announced, require_installed
 from pipeline import JSL
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
     "VERSIONS",
     "Commands",
     "Problem",
-    "is_silent",
+    "announced",
     "main",
     "require_installed",
 ]

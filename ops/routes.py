@@ -137,11 +137,13 @@ WHERE tgrelid = to_regclass('jobs') AND tgname = 'job_state_change_trigger'
 """
 
 
-def announced(conn) -> str:
+def announced(conn) -> str | None:
     """Which changes the triggers notify of: "all"; "owed", those that a listener has to act on,
-    after `install --notify-owed`; or "nothing", after `install --no-notify`.
+    after `install --notify-owed`; or "nothing", after `install --no-notify`. None where there is no
+    trigger of ours.
     """
-    return db.execute(conn, ARGUMENTS).fetchone().announced
+    row = db.execute(conn, ARGUMENTS).fetchone()
+    return row and row.announced
 
 
 def is_silent(conn) -> bool:

@@ -270,7 +270,7 @@ def check_triggers(conn, settings) -> str:
         "all": "",
         "owed": ", NOTIFY only where a call is owed",
         "nothing": ", without NOTIFY: listeners look every POLL_INTERVAL",
-    }[announced(conn)]
+    }[announced(conn) or "all"]
     names: dict[str, list[str]] = {row.table_name: [] for row in rows}
     for row in rows:
         names[row.table_name].append(row.name)

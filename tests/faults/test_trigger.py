@@ -6,7 +6,7 @@ import pytest
 from claims import connected
 from test_schema_install import program
 from test_schema_security import GRANTS
-from waiting import LISTENING, RECONNECTING, wait_until_idle
+from waiting import LISTENING, RECONNECTING, gate, wait_for_call, wait_until_idle
 
 from ops.install import apply
 
@@ -54,6 +54,25 @@ def test_c4_listener_outlasts_the_loss_of_our_tables(
     run_command(database, "backfill", "--apply")
     database.wait_for(SUCCEEDED, job)
     assert len(api.calls(job)) == 1
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "with a call under way"])
+def test_c4_listener_of_a_database_made_anew_says_what_to_run_and_ends(
+    database, api, listener, tmp_path, busy
+):
+    """The result of a call under way has no table that it could be written to."""
+    process = listener(database, api=api, JOB_STATE_LISTENER_RECONNECT_DELAY=0.1)
+    wait_until_idle(tmp_path)
+    with gate(api) as opened:
+        if busy:
+            wait_for_call(api, database.add_job())
+        database.become("template1")
+        process.wait_for_line("tables are missing: run `make trigger` (./jsl install)")
+        opened.set()
+        assert process.wait() == 2
+    assert "시작할 수 없음: the listener's tables are missing" in process.lines[-1]
+    assert "Traceback" not in process.output
+    assert ("리스 만료 후 다시 확인됨" in process.output) == busy
 
 
 # --- what no trigger sees ------------------------------------------------------------------
