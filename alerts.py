@@ -95,13 +95,15 @@ class Alerts:
         self.episodes[key] = Episode(time.monotonic() + EPISODE)
         self.put(said)
 
-    def recovered(self, event: str, stage: str, text: str, at_once: bool = True) -> None:
+    def recovered(self, event: str, stage: str | None, text: str, at_once: bool = True) -> None:
         """Send that an event of `stage` is over.
 
         Args:
+            stage: None: of none in particular.
             at_once: False: not before the end of EPISODE, and not if it happens again until then.
         """
-        said = {"event": "recovered", "text": f"{stage}: {text}", "stage": stage, "of": event}
+        text = f"{stage}: {text}" if stage else text
+        said = {"event": "recovered", "text": text, "stage": stage, "of": event}
         episode = self.episodes.get((event, stage))
         if episode and not at_once:
             episode.recovered = said

@@ -7,7 +7,7 @@ import random
 import re
 import select
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -385,14 +385,18 @@ def in_parts(
     Returns:
         The answers; and the errors by part, or by "" where no part fails by itself.
     """
+    parts = list(parts)
     try:
         return [ask(conn)], {}
     except CONNECTION_LOST:
         raise
     except psycopg2.Error as error:
         of_all = {"": error}
+        if len(parts) == 1:
+            return [], {parts[0]: error}
     answers, failed, until = [], {}, time.monotonic() + PARTS_LIMIT
-    for part in sorted(parts, key=lambda _: random.random()):  # the last ones may not be reached
+    random.shuffle(parts)  # the last ones may not be reached
+    for part in parts:
         if time.monotonic() > until:
             break
         try:
@@ -404,6 +408,12 @@ def in_parts(
             if isinstance(error, psycopg2.errors.QueryCanceled):
                 break  # the next one may take as long
     return answers, failed or of_all
+
+
+def reasons(failed: Mapping[str, psycopg2.Error]) -> str:
+    """The errors of in_parts(), in one line."""
+    said = [f"{part}: {error}" if part else str(error) for part, error in failed.items()]
+    return "; ".join(" ".join(text.split()) for text in said)
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class JoinLook(Look):
             seconds = self.fail(began, sum(filter(None, found)))
             if self.once:
                 raise next(iter(failed.values()))
-            log.error("조인 확인 실패 (%.0f초 후 다시 시도): %s", seconds, reasons(failed))
+            log.error("조인 확인 실패 (%.0f초 후 다시 시도): %s", seconds, db.reasons(failed))
         else:
             [parents] = found
             delay = 0.0 if parents else math.inf
@@ -131,7 +131,7 @@ class MoveLook(Look):
         if failed := unrecorded | failed:  # the next sweep records what was not recorded
             if self.once:
                 raise next(iter(failed.values()))
-            log.error("작업 완료 확인 실패 (%.0f초 후 다시 시도): %s", seconds, reasons(failed))
+            log.error("작업 완료 확인 실패 (%.0f초 후 다시 시도): %s", seconds, db.reasons(failed))
 
     def end_calls(self, conn: db.Connection, table: str | None = None) -> int:
         """End, log and tell of calls whose rows have moved on; how many moves there were."""
@@ -141,9 +141,3 @@ class MoveLook(Look):
             if row.outcome == "failed":
                 trigger.tell_failed(self.alerts, row.table_name, row.job_id, row.stage, row.error)
         return seen
-
-
-def reasons(failed: dict[str, psycopg2.Error]) -> str:
-    """The errors of db.in_parts, in one line."""
-    said = [f"{part}: {error}" if part else str(error) for part, error in failed.items()]
-    return "; ".join(" ".join(text.split()) for text in said)

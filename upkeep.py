@@ -16,9 +16,10 @@ import psycopg2.extensions
 import pipeline
 import trigger
 from alerts import Alerts
-from db import CONNECTION_LOST, UNPINNED, WAKE_CHANNEL, execute
+from db import CONNECTION_LOST, UNPINNED, WAKE_CHANNEL, execute, in_parts, reasons
 from ops import listeners, migrations, routes
 from ops.alarms import why_late
+from ops.resting import PART, parts
 
 log = logging.getLogger("listener")
 
@@ -28,6 +29,7 @@ HISTORY_INTERVAL = FORGET_INTERVAL = ADOPT_INTERVAL = 300.0
 STALLED_INTERVAL = FAILED_INTERVAL = 300.0
 PRUNE_ALL_INTERVAL = 86400.0
 LONGEST_STALLED_INTERVAL = 3600.0
+BLIND_LOOKS = 3  # failed looks for stalled rows, one after the other, that people are told of
 BATCH = 1000  # rows that one statement handles
 
 
@@ -53,6 +55,9 @@ class Upkeep:
         self.given_up_after: Any = None
         self.parents_after: Any = None
         self.failed_after: Any = None
+        self.failed_tables: list[str] = []  # those that can be read in this round
+        self.blind_looks = 0  # looks for stalled rows in a row that could not read everything
+        self.is_told_blind = False
 
     @property
     def next_run(self) -> float:
@@ -111,11 +116,17 @@ class Upkeep:
                 self.adopt_at = now  # there is more
         if now >= self.failed_at:
             self.failed_at = now + FAILED_INTERVAL
-            done = self.attempt(newly_failed, conn, self.failed_after)
-            failed, self.failed_after = done or ([], None)
+            if self.failed_after is None:
+                self.failed_tables = list(pipeline.tables())
+            tables = self.failed_tables
+            found, failed = self.attempt_in_parts(
+                newly_failed, conn, tables, after=self.failed_after, tables=tables
+            )
+            self.failed_tables = [name for name in tables if name not in failed]
+            self.failed_after = found[0][1] if found else None
             if self.failed_after is not None:
                 self.failed_at = now  # there is more
-            for row in failed:
+            for row in (row for rows, _ in found for row in rows):
                 trigger.tell_failed(self.alerts, row.table_name, row.job_id, row.stage, row.error)
         if now >= self.episodes_at:
             self.episodes_at = now + EPISODES_INTERVAL
@@ -124,15 +135,17 @@ class Upkeep:
             after = self.settings.ALERT_AFTER
             self.attempt(tell_gone_stages, conn, after, self.alerts, self.gone)
         if now >= self.stalled_at:
-            found = self.attempt(newly_stalled, conn)
+            found, failed = self.attempt_in_parts(newly_stalled, conn, parts())
             # With tens of millions of rows statement_timeout ends it, and no call began meanwhile.
+            took_long = (isinstance(e, psycopg2.errors.QueryCanceled) for e in failed.values())
             self.stalled_interval = (
-                STALLED_INTERVAL
-                if found is not None
-                else min(2 * self.stalled_interval, LONGEST_STALLED_INTERVAL)
+                min(2 * self.stalled_interval, LONGEST_STALLED_INTERVAL)
+                if not found or any(took_long)
+                else STALLED_INTERVAL
             )
             self.stalled_at = now + self.stalled_interval
-            for row in found or []:
+            self.attempt(self.tell_blind, conn, failed if len(found) < len(parts()) else {})
+            for row in (row for rows in found for row in rows):
                 if row.jobs is None:
                     self.alerts.recovered("stalled", row.stage, "no job is stalled any more")
                     continue
@@ -159,6 +172,19 @@ class Upkeep:
             text = f"listener {self.name} has another PIPELINE than the database: restart it"
             self.alerts.send("pipeline_differs", text, listener=self.name, reason=said)
 
+    def tell_blind(self, conn, failed: Mapping[str, psycopg2.Error]) -> None:
+        """Tell people that stalled rows cannot be looked for, and when that is over. Only the
+        listener that was connected first does.
+        """
+        self.blind_looks = self.blind_looks + 1 if failed else 0
+        if self.blind_looks == BLIND_LOOKS and listeners.is_first(conn):
+            self.is_told_blind, why = True, reasons(failed)
+            text = f"jobs may be stalled unseen: {BLIND_LOOKS} looks for them have failed: {why}"
+            self.alerts.send("stalled", text, reason=why)
+        elif self.is_told_blind and not failed:
+            self.is_told_blind = False
+            self.alerts.recovered("stalled", None, "stalled jobs can be looked for again")
+
     def note_clock_set_back(self) -> None:
         """A call was found before it was due: look at once what else waits too long."""
         self.clock_at, self.clock_is_back = 0.0, True
@@ -169,9 +195,21 @@ class Upkeep:
         except CONNECTION_LOST:
             raise
         except psycopg2.Error as error:
-            said = " ".join(str(error).split())
-            log.error("정리 작업 실패 (다음 차례에 다시 시도): %s: %s", do.__name__, said)
+            log_failure(do, " ".join(str(error).split()))
             return None
+
+    def attempt_in_parts(
+        self, do: Callable, conn, parts: Iterable[str], **given: Any
+    ) -> tuple[list, dict[str, psycopg2.Error]]:
+        """As attempt(), but what can be done part by part is; see db.in_parts()."""
+        found, failed = in_parts(conn, lambda conn, part=None: do(conn, part=part, **given), parts)
+        if failed:
+            log_failure(do, reasons(failed))
+        return found, failed
+
+
+def log_failure(of: Callable, reason: str) -> None:
+    log.error("정리 작업 실패 (다음 차례에 다시 시도): %s: %s", of.__name__, reason)
 
 
 # --- leases that ran out -------------------------------------------------------------------
@@ -409,21 +447,26 @@ def prune(conn, days: float, after: Any = None, batch: int = BATCH):
     except CONNECTION_LOST:
         raise
     except psycopg2.Error:
-        readable = [table for table in tables if can_be_read(conn, table)]
-        if len(readable) in (0, len(tables)):
+        refused = {table.name: why_unreadable(conn, table) for table in tables}
+        failed = {name: error for name, error in refused.items() if error}
+        if len(failed) in (0, len(tables)):
             raise
-    given["unreadable"] = [table.name for table in tables if table not in readable]
-    return execute(conn, PRUNE.format(rests=by_table(conn, RESTS, readable)), given).fetchone()
+    given["unreadable"] = list(failed)
+    readable = [table for table in tables if table.name not in failed]
+    done = execute(conn, PRUNE.format(rests=by_table(conn, RESTS, readable)), given).fetchone()
+    if done.attempts < batch:  # the last one of this round
+        log_failure(prune, reasons(failed))
+    return done
 
 
-def can_be_read(conn, table: pipeline.Table) -> bool:
+def why_unreadable(conn, table: pipeline.Table) -> psycopg2.Error | None:
     try:
         execute(conn, CAN_BE_READ.format(rests=by_table(conn, RESTS, [table])), {})
     except CONNECTION_LOST:
         raise
-    except psycopg2.Error:
-        return False
-    return True
+    except psycopg2.Error as error:
+        return error
+    return None
 
 
 # An id of a text type is compared by the collation of its own column, or no index on that serves.
@@ -580,8 +623,10 @@ def tell_timeouts(conn, timeouts: Mapping[str, float]) -> None:
     execute(conn, TELL_TIMEOUTS, given)
 
 
-# The first listener that sees a stalled row marks its stage, until no row of it is stalled.
-NEWLY_STALLED = """
+# The first listener that sees a stalled row marks its stage, until no row of it is stalled. Where
+# only a part is asked for, the stage may have stalled rows in another one.
+NEWLY_STALLED = f"""
+{PART}
 WITH stalled AS (
     SELECT stage, count(*) AS jobs, max(reason) AS reason FROM stalled_jobs() GROUP BY stage
 ), marked AS (
@@ -592,6 +637,7 @@ WITH stalled AS (
     WHERE (p.table_name, p.join_of, p.current_step, p.status)
           = (q.table_name, q.join_of, q.current_step, q.status)
       AND (p.stalled_since IS NULL) = (q.jobs IS NOT NULL)
+      AND (q.jobs IS NOT NULL OR %(part)s::text IS NULL)
     RETURNING p.stage, q.jobs, q.reason
 )
 SELECT DISTINCT stage, jobs, reason FROM marked
@@ -650,30 +696,38 @@ WHEN {name} THEN EXISTS (
     OFFSET 0)"""
 
 
-def newly_failed(conn, after: Any = None, batch: int = BATCH) -> tuple[list, Any]:
+def newly_failed(
+    conn,
+    after: Any = None,
+    batch: int = BATCH,
+    tables: Iterable[str] | None = None,
+    part: str | None = None,
+) -> tuple[list, Any]:
     """The rows that their stage has set to failed, and about which no alert was sent. Checks one
     batch of the attempts of the last hour.
 
     Args:
         after: what the last batch returned.
+        tables: whose rows; None: those of all.
+        part: one of them.
 
     Returns:
         The rows, and the time after which the next batch begins; None: an hour ago.
     """
-    sql = NEWLY_FAILED.format(rows=by_table(conn, IS_FAILED, pipeline.tables().values()))
+    declared = pipeline.tables()
+    names = [part] if part else declared if tables is None else tables
+    asked = by_table(conn, IS_FAILED, [declared[name] for name in names])
+    sql = NEWLY_FAILED.format(rows=asked)
     found = execute(conn, sql, {"after": after, "batch": batch}).fetchall()
     is_last = found[0].attempts < batch
     return [row for row in found if row.job_id is not None], None if is_last else found[0].until
 
 
-def newly_stalled(conn) -> list:
+def newly_stalled(conn, part: str | None = None) -> list:
     """The stages (stage, jobs, reason) that are stalled since any listener last looked, or no more
-    (jobs is None).
+    (jobs is None); with `part`, those with stalled rows in it.
     """
-    # PostgreSQL 18 keeps the plan of stalled_jobs() for the session: one made while there was one
-    # job would be used for all jobs that have come since.
-    execute(conn, "DISCARD PLANS")
-    return execute(conn, UNPINNED + NEWLY_STALLED).fetchall()
+    return execute(conn, UNPINNED + NEWLY_STALLED, {"part": part}).fetchall()
 
 
 # --- calls that waited while no listener ran ------------------------------------------------

@@ -124,7 +124,8 @@ COMMENT ON VIEW given_up_calls IS
 -- Functions with their text in quotes, as a view would keep the application from altering its
 -- tables. They may be read by a role that may not read those: names are qualified as in the
 -- trigger functions. Of a row, only the columns that are needed are read, by name: another one may
--- hold what cannot be converted, or megabytes.
+-- hold what cannot be converted, or megabytes. resting_rows() has a statement for each table and
+-- each join. As one may fail, the setting job_state_listener.part names the only one to be run.
 DO $do$
 DECLARE
     asked   constant jsonb := current_setting('job_state_listener.pipeline')::jsonb;
@@ -135,10 +136,11 @@ DECLARE
         FROM pg_attribute AS a JOIN pg_type AS t ON t.oid = a.atttypid
         JOIN pg_namespace AS n ON n.oid = t.typnamespace
         WHERE a.attrelid = 'stage_calls'::regclass AND a.attname = 'job_id');
-    resting text;
-    joined  text;
+    resting jsonb;
+    joined  jsonb;
+    parts   text;
 BEGIN
-    SELECT string_agg(format($rows$
+    SELECT jsonb_object_agg(t.name, format($rows$
         SELECT %1$L::text AS table_name, r.%2$I::%10$s AS id, %3$s AS tenant_id,
                r.current_step::text AS current_step, r.status::text AS status, %4$s AS changed_at,
                place.stage, place.timeout, place.kind
@@ -159,7 +161,7 @@ BEGIN
         CASE WHEN t.tenant_column IS NULL AND p.tenant_column IS NOT NULL
              THEN format(' LEFT JOIN (SELECT %I AS id, %I FROM %I.%I) AS p ON p.id = r.%I',
                          p.id_column, p.tenant_column, schema, p.name, t.parent_column) END,
-        NULL, NULL, id_type), ' UNION ALL')
+        NULL, NULL, id_type))
     INTO resting
     FROM jsonb_to_recordset(asked -> 'tables') AS t (
              name text, id_column text, tenant_column text, parent_table text, parent_column text)
@@ -167,8 +169,7 @@ BEGIN
              name text, id_column text, tenant_column text) ON p.name = t.parent_table;
 
     -- A join whose call was made, while neither its rows nor the parent have changed since.
-    SELECT string_agg(format($rows$
-        UNION ALL
+    SELECT jsonb_object_agg(r.join_of, format($rows$
         SELECT 'stalled', %1$L, m.parent_id, m.parent_id::text, %2$s, r.current_step::text, r.status::text, %3$L,
                greatest(m.recorded_at, last.finished_at),
                'accepted by the stage, but the job has not changed'
@@ -194,7 +195,7 @@ BEGIN
                             AND l.leased_until > now())
           AND %4$I.stage_join_is_complete(%7$L, m.parent_id)$rows$,
         t.name, coalesce('r.' || quote_ident(t.tenant_column) || '::text', 'NULL::text'), r.stage, schema,
-        t.name, t.id_column, r.join_of, coalesce(r.timeout, 600)), '')
+        t.name, t.id_column, r.join_of, coalesce(r.timeout, 600)))
     INTO joined
     FROM jsonb_to_recordset(asked -> 'routes') AS r (
              table_name text, join_of text, stage text, timeout double precision)
@@ -202,13 +203,7 @@ BEGIN
              name text, id_column text, tenant_column text) ON t.name = r.table_name
     WHERE r.join_of <> '';
 
-    EXECUTE format($ddl$
-CREATE OR REPLACE FUNCTION resting_rows()
-RETURNS TABLE (kind text, table_name text, id %4$s, job_id text, tenant_id text,
-               current_step text, status text, stage text, since timestamptz, reason text)
-LANGUAGE sql STABLE SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
-AS $body$
+    SELECT string_agg(format('(%L, %L)', name, format($part$
     WITH place AS (  -- where a row that moves on is called, or worked on, or has failed
         SELECT table_name, current_step, status, stage, timeout, 'owed' AS kind
         FROM %1$I.pipeline_stages WHERE join_of = ''
@@ -276,9 +271,35 @@ AS $body$
                     WHEN greatest(r.changed_at, last.finished_at) IS NULL
                     THEN r.kind <> 'running'
                     ELSE greatest(r.changed_at, last.finished_at)
-                         < now() - make_interval(secs => coalesce(r.timeout, 600)) END)%3$s
+                         < now() - make_interval(secs => coalesce(r.timeout, 600)) END)
+$part$, schema, rows)), ', ')
+    INTO parts
+    FROM jsonb_each_text(resting) AS of_table (name, rows);
+
+    SELECT concat_ws(', ', parts, string_agg(format('(%L, %L)', name, rows), ', '))
+    INTO parts
+    FROM jsonb_each_text(joined) AS of_join (name, rows);
+
+    EXECUTE format($ddl$
+CREATE OR REPLACE FUNCTION resting_rows()
+RETURNS TABLE (kind text, table_name text, id %2$s, job_id text, tenant_id text,
+               current_step text, status text, stage text, since timestamptz, reason text)
+LANGUAGE plpgsql STABLE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $body$
+DECLARE
+    part text;
+BEGIN
+    FOR part IN
+        SELECT p.statement FROM (VALUES %1$s) AS p (name, statement)
+        WHERE p.name = coalesce(nullif(current_setting('job_state_listener.part', true), ''),
+                                p.name)
+    LOOP
+        RETURN QUERY EXECUTE part;  -- planned each time, as the tables grow
+    END LOOP;
+END
 $body$
-$ddl$, schema, resting, coalesce(joined, ''), id_type);
+$ddl$, parts, id_type);
 
     EXECUTE format($ddl$
 CREATE OR REPLACE FUNCTION stalled_jobs()

@@ -66,7 +66,6 @@ RESET session_replication_role;
 """
 
 A_JOB = "SELECT job_id FROM stage_attempts GROUP BY job_id HAVING count(*) = 5 LIMIT 1"
-BODY = "SELECT prosrc FROM pg_proc WHERE oid = to_regprocedure('resting_rows()')"
 
 FILTERS = {"stage": None, "tenant": None, "since": None, "limit": 50, "table": None}
 
@@ -93,7 +92,6 @@ def seconds(environ: dict[str, str], line: str, times: int) -> list[float]:
 
 
 def plans(conn, job_id: str) -> None:
-    body = db.execute(conn, BODY).fetchone()[0].replace("%", "%%")
     any_job = any_row(conn, None, [JOBS], None).sql
     statements = {
         "status, its stages": (STAGES, {}),
@@ -104,7 +102,6 @@ def plans(conn, job_id: str) -> None:
         "jobs --stage planner": (any_job, FILTERS | {"stage": "planner"}),
         "jobs --tenant tenant-7": (any_job, FILTERS | {"tenant": "tenant-7"}),
         "jobs --given-up": (GIVEN_UP, FILTERS),
-        "jobs --stalled, inside resting_rows()": (body, {}),
     }
     for what, (sql, given) in statements.items():
         click.echo(f"\n--- {what}")

@@ -19,7 +19,7 @@ from logs import CONTROL
 from ops.limits import limits
 from ops.listeners import connected
 from ops.pools import pools
-from ops.resting import NONE, resting
+from ops.resting import resting
 from ops.routes import difference
 from ops.verify import QUEUE, triggers
 from ops.whole import write_whole
@@ -84,6 +84,11 @@ FAMILIES = {
     "job_state_listener_failed_jobs": (
         "gauge",
         "Jobs that their stage has set failed, where no stage follows from that.",
+    ),
+    "job_state_listener_table_readable": (
+        "gauge",
+        "1 if the rows of the table could be read for stalled_jobs and failed_jobs; else those of "
+        "its stages are missing.",
     ),
     "job_state_listener_attempts_total": (
         "counter",
@@ -168,7 +173,7 @@ GROUP BY stage, outcome, within_seconds
 
 def read_stages(conn, page: Page) -> None:
     stages = db.execute(conn, STAGES).fetchall()
-    resting_rows = resting(conn)
+    rests = resting(conn)
     for row in stages:
         held = row.held_until is not None and not row.paused
         values = {
@@ -181,13 +186,15 @@ def read_stages(conn, page: Page) -> None:
             "given_up_calls": row.given_up,
             "stage_held": int(held),
             "stage_paused": int(bool(row.paused)),
-            "stalled_jobs": resting_rows.get((row.stage, "stalled"), NONE).jobs,
-            "failed_jobs": resting_rows.get((row.stage, "failed"), NONE).jobs,
+            "stalled_jobs": rests.of(row.stage, "stalled").jobs,
+            "failed_jobs": rests.of(row.stage, "failed").jobs,
+            "max_running_calls": row.max_running,
         }
-        if row.max_running:
-            values["max_running_calls"] = row.max_running
         for name, value in values.items():
-            page.add(name, value, stage=row.stage)
+            if value is not None:
+                page.add(name, value, stage=row.stage)
+    for table in pipeline.tables():
+        page.add("table_readable", int(table not in rests.unknown), table=table)
     for of in limits(conn):
         values = {
             "max_tenant_calls": of.per_tenant,

@@ -2,16 +2,27 @@
 
 from typing import Any, NamedTuple
 
-import db
+import psycopg2
 
+import db
+import pipeline
+
+# Has resting_rows() ask for one of parts() alone.
+PART = "SELECT set_config('job_state_listener.part', coalesce(%(part)s, ''), true); "
 # A query apart from pipeline_overview, which answers within milliseconds: this one reads the
 # application's tables.
-RESTING = """
+RESTING = f"""
+{PART}
 SELECT stage, kind, count(*) AS jobs,
        (array_agg(left(reason, 2000) ORDER BY since DESC NULLS LAST))[1] AS reason
 FROM resting_rows()
 GROUP BY stage, kind
 """
+
+
+def parts() -> list[str]:
+    """What resting_rows() can be asked for by itself: the rows of a table, or a join."""
+    return [*pipeline.tables(), *pipeline.joins()]
 
 
 class Resting(NamedTuple):
@@ -21,14 +32,56 @@ class Resting(NamedTuple):
     reason: str | None
 
 
-NONE = Resting(0, None)
+NONE, UNKNOWN = Resting(0, None), Resting(None, None)
 
 
-def resting(conn) -> dict[tuple[str, str], Any]:
-    """The rows that rest, by stage and kind ("failed": set so by their stage; "stalled").
+class Rests(NamedTuple):
+    """The rows that rest, by stage and kind ("failed": set so by their stage; "stalled"); of which
+    parts() that is not known, and why.
+    """
+
+    found: dict[tuple[str, str], Resting]
+    unknown: list[str]
+    error: psycopg2.Error | None
+
+    def of(self, stage: str, kind: str) -> Resting:
+        """Those of a stage, which may be called for rows of several parts."""
+        for route, (name, _) in pipeline.stages_of_routes().items():
+            if name == stage and not {route.table, route.join}.isdisjoint(self.unknown):
+                return UNKNOWN
+        return self.found.get((stage, kind), NONE)
+
+    @property
+    def problem(self) -> str | None:
+        """What is not known, and why; None where all is known."""
+        if not self.error:
+            return None
+        reason = str(self.error).strip().split("\n")[0]
+        if isinstance(self.error, psycopg2.errors.QueryCanceled):
+            reason = "reading them took too long"
+        of = ", ".join(self.unknown)
+        return f"which rows are failed or stalled is not known of {of}: {reason}"
+
+
+def ask(conn, part: str | None = None) -> tuple[str | None, list]:
+    return part, db.execute(conn, RESTING, {"part": part}).fetchall()
+
+
+def resting(conn) -> Rests:
+    """The rows that rest; where that cannot be asked at once, part by part.
 
     Raises:
-        psycopg2.errors.QueryCanceled: the tables are too large to be read in time.
+        psycopg2.Error: resting_rows() is missing, or this role may not execute it.
     """
-    rows = db.execute(conn, RESTING).fetchall()
-    return {(row.stage, row.kind): Resting(row.jobs, row.reason) for row in rows}
+    answers, failed = db.in_parts(conn, ask, parts())
+    missing = psycopg2.errors.UndefinedFunction, psycopg2.errors.InsufficientPrivilege
+    error = next(iter(failed.values()), None)
+    if not answers and isinstance(error, missing):
+        raise error
+    known = {part for part, _ in answers}
+    unknown = [] if None in known else [part for part in parts() if part not in known]
+    found: dict[tuple[str, str], Any] = {}
+    for row in (row for _, rows in answers for row in rows):
+        jobs = found.get((row.stage, row.kind), NONE).jobs
+        found[row.stage, row.kind] = Resting(jobs + row.jobs, row.reason)
+    return Rests(found, unknown, error if unknown else None)

@@ -21,7 +21,7 @@ from ops.limits import LIMIT_FIELDS, limits
 from ops.listeners import heartbeats_here, listeners
 from ops.pools import pools
 from ops.problem import INSTALL, Problem
-from ops.resting import NONE, Resting, resting
+from ops.resting import resting
 from ops.routes import announced, difference, is_updates_only
 from ops.screen import Screen
 from ops.table import (
@@ -127,19 +127,13 @@ def add_resting(conn, stages: list[dict[str, Any]]) -> str | None:
     """Add to each stage how many of its rows are failed or stalled.
 
     Returns:
-        Why that is not known; None where it is.
+        What of that is not known, and why; None where all is.
     """
-    found: dict[tuple[str, str], Any] = {}
-    problem, none = None, NONE
-    try:
-        found = resting(conn)
-    except psycopg2.errors.QueryCanceled:
-        problem = "which rows are failed or stalled is not known: reading them took too long"
-        none = Resting(None, None)
+    found = resting(conn)
     for row in stages:
         for kind in ("failed", "stalled"):
-            row[kind], row[f"{kind}_reason"] = found.get((row["stage"], kind), none)
-    return problem
+            row[kind], row[f"{kind}_reason"] = found.of(row["stage"], kind)
+    return found.problem
 
 
 # --- showing -------------------------------------------------------------------------------

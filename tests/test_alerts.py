@@ -13,12 +13,14 @@ import pytest
 from claims import claim, connected, result, settle
 from commands import run_here
 from stage_functions import POST, program
+from test_turns import RENAME
 from waiting import LISTENING, gate, is_gone, until, wait_for_call
 
 import alerts
 import config
 import db
 import upkeep
+from alerts import Alerts
 from demo import five_stages
 from demo.stage_server import Answer
 from ops.install import apply
@@ -246,6 +248,62 @@ def test_stage_is_newly_stalled_once_until_nothing_of_it_is(database, accepted):
     assert (ended.stage, ended.jobs) == ("planner", None)
     assert upkeep.newly_stalled(conn) == []
     assert database.rows("SELECT 1 FROM pipeline_stages WHERE stalled_since IS NOT NULL") == []
+
+
+@pytest.fixture
+def task(database, told):
+    """The upkeep of a listener with ALERT_COMMAND; task.told(conn): what a round of it tells."""
+    settings = database.settings(ALERT_COMMAND=told.command)
+    task = upkeep.Upkeep(settings, [], "w", Alerts(settings))
+
+    def told_in_round(conn) -> list[dict]:
+        before, task.stalled_at, task.failed_at = len(told()), 0.0, 0.0
+        task.run(conn)
+        task.alerts.close()
+        return told()[before:]
+
+    task.told = told_in_round
+    return task
+
+
+@pytest.mark.parametrize("change", [RENAME, "BEGIN; LOCK TABLE jobs_variants"])
+def test_rows_of_a_table_are_told_though_another_cannot_be_read(variants, task, change):
+    database = variants.database
+    failed = database.add_job()
+    with connected(database) as conn, closing(database.connect()) as other:
+        settle(conn, result(claim(conn)))
+        database.move(failed, "vlm_analyze", "failed")
+        database.add_job("instagram", "running")
+        database.rows("UPDATE jobs SET updated_at = now() - interval '2 hours'")
+        other.cursor().execute(change)
+        said = {(one["event"], one["stage"]) for one in task.told(conn)}
+        assert said == {("failed_by_stage", "vlm_analyze"), ("stalled", "instagram")}
+        assert task.stalled_interval == upkeep.STALLED_INTERVAL
+        assert task.told(conn) == []
+
+
+def test_stage_is_not_told_as_stalled_no_more_while_its_rows_cannot_be_read(variants, task):
+    variants.database.add_job("instagram", "running")
+    variants.add(variants.database.add_job("x"), "yolo_detect", "running")
+    variants.database.rows(
+        "UPDATE jobs SET updated_at = now() - interval '2 hours';"
+        "ALTER TABLE jobs_variants ADD updated_at timestamptz DEFAULT '2000-1-1'"
+    )
+    with connected(variants.database) as conn:
+        assert {one["stage"] for one in task.told(conn)} == {"instagram", "yolo_detect"}
+        variants.database.rows(RENAME)
+        assert task.told(conn) == []
+
+
+def test_looks_for_stalled_jobs_that_fail_are_told_once_and_when_that_is_over(database, task):
+    database.rows("ALTER FUNCTION stalled_jobs RENAME TO taken_away")
+    with connected(database) as conn:
+        [said] = [one for _ in range(5) for one in task.told(conn)]
+        assert said["event"] == "stalled" and "3 looks for them have failed" in said["text"]
+        assert said["reason"].startswith("jobs: function stalled_jobs() does not exist")
+        database.rows("ALTER FUNCTION taken_away RENAME TO stalled_jobs")
+        assert [(one["event"], one["of"]) for one in task.told(conn)] == [("recovered", "stalled")]
+        assert task.told(conn) == []
 
 
 def test_call_that_waits_is_told_though_no_call_can_be_claimed(database, listener, told):

@@ -665,7 +665,7 @@ def test_row_that_is_deleted_after_the_call_makes_none(variants, conn):
     assert variants.owed() == []
 
 
-def test_table_that_cannot_be_read_keeps_no_other_from_being_pruned(variants, conn):
+def test_table_that_cannot_be_read_keeps_no_other_from_being_pruned(variants, conn, caplog):
     database = variants.database
     [rests] = variants.add(database.add_job("x"), "img_gen", "done")
     add_history(database, 3, days=40)
@@ -680,6 +680,7 @@ def test_table_that_cannot_be_read_keeps_no_other_from_being_pruned(variants, co
     upkeep.count(conn)
     assert upkeep.prune(conn, 30).pruned == 3
     assert database.value("SELECT job_id::text FROM stage_attempts") == rests
+    assert "prune: jobs_variants: column r.status does not exist" in caplog.text
 
 
 def test_parent_is_neither_stalled_nor_owing_once_its_history_is_pruned(

@@ -93,6 +93,25 @@ def test_status_and_metrics_count_the_same_rows(variants, command):
     assert found.of("failed_jobs", stage="yolo_detect") == 2
 
 
+def test_rows_of_a_table_that_cannot_be_read_are_not_known_and_those_of_others_are(
+    variants, command
+):
+    variants.database.add_job("vlm_analyze", "failed")
+    variants.database.rows("ALTER TABLE jobs_variants RENAME status TO state")
+    shown = json.loads(command("status", "--json").out)
+    said = "which rows are failed or stalled is not known of jobs_variants: column r.status"
+    assert shown["resting_problem"].startswith(said)
+    failed = {row["stage"]: row["failed"] for row in shown["stages"]}
+    assert failed == {"vlm_analyze": 1, "yolo_detect": None, "iou_eval": None, "ad_copy": 0,
+                      "instagram": 0}  # fmt: skip
+    found = Scraped(command("metrics").out)
+    counted = {dict(labels)["stage"]: jobs for (name, *labels), jobs in found.items()
+               if name == f"{PREFIX}failed_jobs"}  # fmt: skip
+    assert counted == {stage: jobs for stage, jobs in failed.items() if jobs is not None}
+    readable = [found.of("table_readable", table=name) for name in ("jobs", "jobs_variants")]
+    assert (found.of("up"), readable) == (1, [1, 0])
+
+
 def test_metrics_watch_the_triggers_of_every_table(variants, command):
     variants.database.rows("ALTER TABLE jobs_variants DISABLE TRIGGER job_state_listener_delete")
     found = {
