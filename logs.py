@@ -55,6 +55,7 @@ EVENTS = {
     "밀린 단계": "waiting",
     "호출을 하나도 수락하지 않는 단계": "refusing",
     "정체된 단계": "stalled",
+    "트리거가 호출을 기록하지 않음": "trigger_broken",
     "부재 후 시작": "back",
     "한 건씩 다시 시도": "turn_done_in_parts",
     "단계의 호출을 가져올 수 없음": "stage_cannot_be_claimed",

@@ -19,6 +19,7 @@ from alerts import Alerts
 from db import CONNECTION_LOST, UNPINNED, WAKE_CHANNEL, execute, in_parts, reasons
 from ops import listeners, migrations, routes
 from ops.alarms import why_late
+from ops.problem import INSTALL
 from ops.resting import PART, parts
 
 log = logging.getLogger("listener")
@@ -58,6 +59,7 @@ class Upkeep:
         self.failed_tables: list[str] = []  # those that can be read in this round
         self.blind_looks = 0  # looks for stalled rows in a row that could not read everything
         self.is_told_blind = False
+        self.broken: list[str] = []  # triggers that record no call, told
 
     @property
     def next_run(self) -> float:
@@ -162,6 +164,7 @@ class Upkeep:
             return
         if not found:
             self.differs_since, self.is_told_to_differ = None, False
+            self.attempt(self.look_at_triggers, conn)
             return
         now, said = time.monotonic(), "; ".join(found)
         if self.differs_since is None:
@@ -171,6 +174,23 @@ class Upkeep:
             self.is_told_to_differ = True
             text = f"listener {self.name} has another PIPELINE than the database: restart it"
             self.alerts.send("pipeline_differs", text, listener=self.name, reason=said)
+
+    def look_at_triggers(self, conn) -> None:
+        """Say once that database triggers record no call, and when that is over. The listener that
+        was connected first tells people.
+        """
+        found = routes.broken_triggers(routes.triggers(conn))
+        if found == self.broken:
+            return
+        said = "; ".join(found)
+        if found:
+            log.error("트리거가 호출을 기록하지 않음: %s", said)
+        if found and listeners.is_first(conn):
+            text = f"finished stages leave no call: {said}: {INSTALL}, then backfill"
+            self.alerts.send("trigger_broken", text, reason=said)
+        elif listeners.is_first(conn):
+            self.alerts.recovered("trigger_broken", None, "the triggers record calls again")
+        self.broken = found
 
     def tell_blind(self, conn, failed: Mapping[str, psycopg2.Error]) -> None:
         """Tell people that stalled rows cannot be looked for, and when that is over. Only the

@@ -20,8 +20,8 @@ from ops.limits import limits
 from ops.listeners import connected
 from ops.pools import pools
 from ops.resting import resting
-from ops.routes import difference
-from ops.verify import QUEUE, triggers
+from ops.routes import broken_triggers, difference, triggers
+from ops.verify import QUEUE
 from ops.whole import write_whole
 
 # --- what there is -------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def read_all(conn, page: Page) -> None:
     read_stages(conn, page)
     page.add("listeners_connected", connected(conn))
     for row in triggers(conn):
-        enabled = bool(row.ours and row.enabled in ("O", "A"))
+        enabled = not broken_triggers([row])
         table = {} if row.table_name == pipeline.JOBS.name else {"table": row.table_name}
         page.add("database_trigger_enabled", int(enabled), trigger=row.name, **table)
     page.add("routes_in_sync", int(not difference(conn)))

@@ -1,5 +1,9 @@
 """Compares the database with PIPELINE: its routes, our tables and triggers."""
 
+import json
+from collections.abc import Iterable
+from typing import Any
+
 import psycopg2
 
 import db
@@ -155,3 +159,58 @@ def is_updates_only(conn) -> bool:
     """Whether `install --no-insert` left out the insert triggers."""
     row = db.execute(conn, ARGUMENTS).fetchone()
     return bool(row and row.updates_only)
+
+
+# A function that records no call is not ours: somebody may have replaced the body of ours, or
+# renamed the schema that it names.
+TRIGGERS = """
+SELECT wanted.table_name, wanted.name, t.tgenabled AS enabled,
+       p.oid = to_regprocedure(quote_ident(wanted.function) || '()')
+           AND strpos(p.prosrc, p.pronamespace::regnamespace || '.stage_calls') > 0 AS ours
+FROM jsonb_to_recordset(%(wanted)s) AS wanted (table_name text, name text, function text)
+LEFT JOIN pg_trigger AS t
+    ON t.tgname = wanted.name AND t.tgrelid = to_regclass(quote_ident(wanted.table_name))
+LEFT JOIN pg_proc AS p ON p.oid = t.tgfoid
+WHERE wanted.name NOT IN ('job_state_insert_trigger', 'job_state_listener_insert')
+   OR NOT EXISTS (  -- install --no-insert
+       SELECT FROM pg_trigger AS c
+       WHERE c.tgrelid = to_regclass(quote_ident(wanted.table_name))
+         AND c.tgname IN ('job_state_change_trigger', 'job_state_listener_change')
+         AND encode(c.tgargs, 'escape') LIKE '%%updates only%%')
+"""
+
+
+def trigger_function(table: str) -> str:
+    """The name of the trigger function of a table."""
+    return "notify_job_state_change" if table == "jobs" else f"job_state_listener_{table}"
+
+
+def trigger_names(table: str) -> list[str]:
+    """The names of a table's triggers. Only a table with a join needs one for DELETE."""
+    if table == pipeline.JOBS.name:
+        return ["job_state_change_trigger", "job_state_insert_trigger"]
+    joined = any(key.table.name == table for key in pipeline.joins().values())
+    return [f"job_state_listener_{event}" for event in ["change", "insert"] + ["delete"] * joined]
+
+
+def triggers(conn) -> list:
+    """Each trigger that PIPELINE needs: enabled (None: missing), ours."""
+    wanted = [
+        {"table_name": table, "name": name, "function": trigger_function(table)}
+        for table in pipeline.tables()
+        for name in trigger_names(table)
+    ]
+    return db.execute(conn, TRIGGERS, {"wanted": json.dumps(wanted)}).fetchall()
+
+
+def broken_triggers(rows: Iterable[Any]) -> list[str]:
+    """What keeps calls from being recorded, by the rows of triggers()."""
+    found = []
+    for row in rows:
+        if row.enabled is None:
+            found.append(f"trigger {row.name} is missing on {row.table_name}")
+        elif not row.ours:
+            found.append(f"trigger {row.name} on {row.table_name} runs another function")
+        elif row.enabled not in ("O", "A"):
+            found.append(f"trigger {row.name} on {row.table_name} is disabled")
+    return found

@@ -1,6 +1,5 @@
 """`verify`: checks everything the listener needs; a line each, with the command that mends it."""
 
-import json
 import select
 import shutil
 import sys
@@ -17,7 +16,7 @@ import pipeline
 import stage_http
 from ops import grants, migrations, place, rows
 from ops.problem import GRANTS
-from ops.routes import announced, difference
+from ops.routes import announced, broken_triggers, difference, trigger_function, triggers
 from ops.tables import faults
 from pipeline import JSL
 
@@ -71,24 +70,6 @@ SELECT name, p.oid IS NOT NULL AS there, has_function_privilege(p.oid, 'EXECUTE'
 FROM unnest(ARRAY['stage_call_row', 'stage_join_is_complete', 'stage_due_calls']) AS name
 JOIN pg_class AS c ON c.oid = to_regclass('stage_calls')
 LEFT JOIN pg_proc AS p ON p.proname = name AND p.pronamespace = c.relnamespace
-"""
-
-# A function that records no call is not ours: somebody may have replaced the body of ours, or
-# renamed the schema that it names.
-TRIGGERS = """
-SELECT wanted.table_name, wanted.name, t.tgenabled AS enabled,
-       p.oid = to_regprocedure(quote_ident(wanted.function) || '()')
-           AND strpos(p.prosrc, p.pronamespace::regnamespace || '.stage_calls') > 0 AS ours
-FROM jsonb_to_recordset(%(wanted)s) AS wanted (table_name text, name text, function text)
-LEFT JOIN pg_trigger AS t
-    ON t.tgname = wanted.name AND t.tgrelid = to_regclass(quote_ident(wanted.table_name))
-LEFT JOIN pg_proc AS p ON p.oid = t.tgfoid
-WHERE wanted.name NOT IN ('job_state_insert_trigger', 'job_state_listener_insert')
-   OR NOT EXISTS (  -- install --no-insert
-       SELECT FROM pg_trigger AS c
-       WHERE c.tgrelid = to_regclass(quote_ident(wanted.table_name))
-         AND c.tgname IN ('job_state_change_trigger', 'job_state_listener_change')
-         AND encode(c.tgargs, 'escape') LIKE '%%updates only%%')
 """
 
 # The text of each trigger function has the routes of its table, and the joins of its rows' parents,
@@ -155,29 +136,6 @@ class Bad(Exception):
     def __init__(self, what: str, mend: str, others: Sequence["Bad"] = ()):
         super().__init__(what)
         self.mend, self.others = mend, others
-
-
-def trigger_function(table: str) -> str:
-    """The name of the trigger function of a table."""
-    return "notify_job_state_change" if table == "jobs" else f"job_state_listener_{table}"
-
-
-def trigger_names(table: str) -> list[str]:
-    """The names of a table's triggers. Only a table with a join needs one for DELETE."""
-    if table == pipeline.JOBS.name:
-        return ["job_state_change_trigger", "job_state_insert_trigger"]
-    joined = any(key.table.name == table for key in pipeline.joins().values())
-    return [f"job_state_listener_{event}" for event in ["change", "insert"] + ["delete"] * joined]
-
-
-def triggers(conn) -> list:
-    """Each trigger that PIPELINE needs: enabled (None: missing), ours."""
-    wanted = [
-        {"table_name": table, "name": name, "function": trigger_function(table)}
-        for table in pipeline.tables()
-        for name in trigger_names(table)
-    ]
-    return db.execute(conn, TRIGGERS, {"wanted": json.dumps(wanted)}).fetchall()
 
 
 def check_server(conn, settings) -> str:
@@ -259,13 +217,8 @@ def check_others(conn, settings) -> str:
 
 def check_triggers(conn, settings) -> str:
     rows = triggers(conn)
-    for row in rows:
-        if row.enabled is None:
-            raise Bad(f"trigger {row.name} is missing on {row.table_name}", INSTALL)
-        if not row.ours:
-            raise Bad(f"trigger {row.name} on {row.table_name} runs another function", INSTALL)
-        if row.enabled not in ("O", "A"):
-            raise Bad(f"trigger {row.name} on {row.table_name} is disabled", INSTALL)
+    if broken := broken_triggers(rows):
+        raise Bad(broken[0], INSTALL)
     quiet = {
         "all": "",
         "owed": ", NOTIFY only where a call is owed",

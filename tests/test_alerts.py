@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from claims import claim, connected, result, settle
 from commands import run_here
+from guide import JOBS_TRIGGER
 from stage_functions import POST, program
 from test_turns import RENAME
 from waiting import LISTENING, gate, is_gone, until, wait_for_call
@@ -257,7 +258,7 @@ def task(database, told):
     task = upkeep.Upkeep(settings, [], "w", Alerts(settings))
 
     def told_in_round(conn) -> list[dict]:
-        before, task.stalled_at, task.failed_at = len(told()), 0.0, 0.0
+        before, task.stalled_at, task.failed_at, task.reap_at = len(told()), 0.0, 0.0, 0.0
         task.run(conn)
         task.alerts.close()
         return told()[before:]
@@ -293,6 +294,29 @@ def test_stage_is_not_told_as_stalled_no_more_while_its_rows_cannot_be_read(vari
         assert {one["stage"] for one in task.told(conn)} == {"instagram", "yolo_detect"}
         variants.database.rows(RENAME)
         assert task.told(conn) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        ("ALTER TABLE jobs DISABLE TRIGGER job_state_change_trigger", "on jobs is disabled"),
+        (JOBS_TRIGGER, "on jobs runs another function"),
+    ],
+    ids=["disabled", "replaced"],
+)
+def test_triggers_that_record_no_call_are_told_once_and_when_that_is_over(
+    database, task, damage, what
+):
+    with connected(database) as conn:
+        assert task.told(conn) == []
+        database.rows(damage)
+        [said] = task.told(conn)
+        assert said["event"] == "trigger_broken" and what in said["reason"]
+        assert task.told(conn) == []
+        apply(conn)
+        assert [(one["event"], one["of"]) for one in task.told(conn)] == [
+            ("recovered", "trigger_broken")
+        ]
 
 
 def test_looks_for_stalled_jobs_that_fail_are_told_once_and_when_that_is_over(database, task):
