@@ -69,7 +69,7 @@ MARKED_FOR = 1.0
 # After a lost connection, a statement that was sent on it may still take effect for so long.
 DOUBTFUL = 600.0
 # Results are dropped after so many connections in a row to a database that has no tables for them.
-REFUSED_OFTEN = 10
+REFUSED_OFTEN = 100
 # Seconds until this listener claims a call again that only one with another PIPELINE can make.
 PASSED_OVER_FOR = 10.0
 # A sweep also claims calls that were never tried and are not due yet. One that is claimed so long
