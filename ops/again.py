@@ -1,5 +1,6 @@
 """`again`: a person wants the call of a row's present state made once more."""
 
+import shlex
 from typing import Any
 
 import click
@@ -72,22 +73,29 @@ LIMIT 1
 @click.argument("job_id")
 @click.option("--stage", type=StageName(), metavar="STAGE",
               help="The call of a join that leads to this stage.")  # fmt: skip
+@click.option("--join", metavar="JOIN", help="The call of this join, as `job` names it.")
 @TABLE
-def again(job_id: str, stage: str | None, table: str | None) -> None:
+def again(job_id: str, stage: str | None, join: str | None, table: str | None) -> None:
     """Call the stage that follows from where JOB_ID is once more.
 
     Its call is recorded afresh, with all attempts, although it was accepted, cancelled or given
     up. Not while it is under way. JOB_ID may also be the id of a row of another table; with
-    --stage, that of a parent whose rows are all in the state that the stage follows from.
+    --stage, that of a parent whose rows are all in the state that the stage follows from; where
+    several joins lead to it, --join says which.
     """
+    if stage and join:
+        raise click.UsageError("Give --stage or --join, not both.", click.get_current_context())
     conn = rows.connected("again")
     row = rows.find(conn, job_id, table)
     what = rows.said(row)
     rows.require_readable(row)
     if not row.is_there:
         raise Problem(f"{what} was deleted")
-    join = join_to(row, stage)
-    stage = stage or rows.own_stage(row)
+    leading = joins_of(row)
+    if join and join not in leading:
+        raise Problem(no_such_join(row, join))
+    join = join or join_to(conn, row, stage)
+    stage = leading.get(join) or stage or rows.own_stage(row)
     if stage is None or (not join and stage != rows.own_stage(row)):
         raise Problem(nothing_follows(row, stage))
     if join:
@@ -100,15 +108,34 @@ def again(job_id: str, stage: str | None, table: str | None) -> None:
     tell_hold(conn, stage)
 
 
-def join_to(row: Any, stage: str | None) -> str:
+def joins_of(row: Any) -> dict[str, str]:
+    """The joins of the row's table, each with the stage that it leads to."""
+    return {route.join: function.__name__ for route, function in pipeline.routes().items()
+            if route.join and route.table == row.table_name}  # fmt: skip
+
+
+def no_such_join(row: Any, join: str) -> str:
+    there = ", ".join(joins_of(row)) or "none"
+    return f"{rows.word_for(row.table_name)} has no join {join!r}: there is {there}"
+
+
+def join_to(conn, row: Any, stage: str | None) -> str:
     """The join of the row's table that leads to `stage`; "" where that follows from the row's own
     state.
+
+    Raises:
+        Problem: several lead there, and not just one of them is complete.
     """
     if stage in (None, rows.own_stage(row)):
         return ""
-    joined = (route.join for route, function in pipeline.routes().items()
-              if function.__name__ == stage and route.table == row.table_name)  # fmt: skip
-    return next(filter(None, joined), "")
+    found = [name for name, leads_to in joins_of(row).items() if leads_to == stage]
+    if len(found) < 2:
+        return "".join(found)
+    complete = [name for name in found if is_complete(look_at(conn, row, name))]
+    if len(complete) == 1:
+        return complete[0]
+    options = " or ".join(f"--join {shlex.quote(name)}" for name in complete or found)
+    raise Problem(f"{rows.said(row)}: several joins lead to {stage}: give {options}")
 
 
 def nothing_follows(row: Any, stage: str | None) -> str:
@@ -117,8 +144,7 @@ def nothing_follows(row: Any, stage: str | None) -> str:
     if stage:
         back = pipeline.sent_back(row.table_name, row.key, stage)
         return f"{at}, and {stage} does not follow from that" + f": {back}" * ("UPDATE " in back)
-    joined = [function.__name__ for route, function in pipeline.routes().items()
-              if route.join and route.table == row.table_name]  # fmt: skip
+    joined = dict.fromkeys(joins_of(row).values())
     if row.current_step in pipeline.stage_names() and row.status != "done":
         return f"{at}, from which no stage follows: {rows.way_on(row, row.current_step)}"
     if joined:
@@ -127,12 +153,21 @@ def nothing_follows(row: Any, stage: str | None) -> str:
     return f"{at}, from which no stage follows"
 
 
-def require_complete(conn, row: Any, name: str) -> None:
+def look_at(conn, row: Any, name: str) -> Any:
+    """How many rows there are for a join of `row`, and how many of them are in place."""
     state = pipeline.joins()[name]
     sql = JOINED.format(**rows.names(conn, state.table))
     given = {"key": row.key, "join": name, "step": state.step, "status": state.status}
-    looked = db.execute(conn, sql, given).fetchone()
-    if looked.in_place < looked.rows or not looked.rows:
+    return db.execute(conn, sql, given).fetchone()
+
+
+def is_complete(looked: Any) -> bool:
+    return 0 < looked.rows == looked.in_place
+
+
+def require_complete(conn, row: Any, name: str) -> None:
+    looked = look_at(conn, row, name)
+    if not is_complete(looked):
         missing = looked.rows - looked.in_place
         waiting = (
             f"waiting for {missing} of {looked.rows}" if looked.rows else "there is no row yet"

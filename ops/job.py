@@ -326,7 +326,7 @@ def join_line(row: Any, join: dict[str, Any], dropped: Any) -> str:
         is_complete = 0 < join["rows"] == join["in_place"]
         there = f"all {join['rows']} are there; " if is_complete else ""
         if dropped:
-            back = one_line(typed("again", row, "--stage", join["stage"]))
+            back = one_line(rows.way_to_join(row, join["join"], join["stage"]))
             why = f"{join['stage']} was {plain(readable(reason_of(dropped)))}"
             return text + there + why + f"; to call it again: {back}" * is_complete
         return text + f"{there}{join['stage']} was recorded {clock(join['recorded_at'])}"
@@ -334,7 +334,7 @@ def join_line(row: Any, join: dict[str, Any], dropped: Any) -> str:
         return text + "there is no row yet"
     if join["in_place"] < join["rows"]:
         return text + f"waiting for {join['rows'] - join['in_place']} of {join['rows']}"
-    again = one_line(typed("again", row, "--stage", join["stage"]))
+    again = one_line(rows.way_to_join(row, join["join"], join["stage"]))
     return text + f"all {join['rows']} are there; {join['stage']} is not recorded: {again}"
 
 

@@ -365,3 +365,10 @@ def way_on(row: Any, stage: str) -> str:
            for route, function in pipeline.routes().items()):  # fmt: skip
         return pipeline.sent_back(row.table_name, row.key, stage)
     return typed("again", row, "--stage", stage)
+
+
+def way_to_join(row: Any, join: str, stage: str) -> str:
+    """What a person types so that the call of a join of `row`, which leads to `stage`, is made."""
+    leading = [route for route, function in pipeline.routes().items()
+               if function.__name__ == stage and route.table == row.table_name]  # fmt: skip
+    return typed("again", row, *(["--join", join] if len(leading) > 1 else ["--stage", stage]))

@@ -308,6 +308,59 @@ def test_call_of_a_join_that_is_not_complete_any_more_is_made_once_it_is(variant
     assert variants.owed() == [("jobs", job, "ad_copy")]
 
 
+PHOTOS = Table("photos", id="id", parent=("jobs", "job_id"))
+PHOTOS_TABLE = """
+CREATE TABLE photos (id uuid PRIMARY KEY, job_id uuid, current_step text, status text);
+CREATE INDEX ON photos (job_id);
+"""
+OF_PHOTOS = "photos (sharp, done)"
+
+
+@pytest.fixture
+def two_joins(variants, use_pipeline) -> str:
+    """A job without rows, of whose joins two lead to ad_copy."""
+    use_pipeline(PIPELINE | {PHOTOS.every("sharp", "done"): stage("ad_copy")})
+    variants.database.rows(PHOTOS_TABLE)
+    with connected(variants.database) as conn:
+        apply(conn)
+    return variants.database.add_job("x", "y")
+
+
+ADD_PHOTO = "INSERT INTO photos VALUES (gen_random_uuid(), %s, 'sharp', 'done')"
+OWED_JOINS = "SELECT join_of FROM stage_calls ORDER BY 1"
+
+
+def test_again_records_the_complete_one_of_two_joins_that_lead_to_a_stage(variants, run, two_joins):
+    variants.database.rows(ADD_PHOTO, two_joins)
+    variants.add(two_joins, "img_gen", "queued")
+    assert run("again", "--stage", "ad_copy", two_joins).code == 0
+    assert [join for (join,) in variants.database.rows(OWED_JOINS)] == [OF_PHOTOS]
+
+
+def test_again_asks_for_the_join_where_two_that_lead_to_a_stage_are_complete(
+    variants, run, two_joins
+):
+    variants.database.rows(ADD_PHOTO, two_joins)
+    variants.add(two_joins, "iou_eval", "done")
+    look(variants.database)
+    call(variants.database, ["ad_copy"]), call(variants.database, ["ad_copy"])
+    asked = run("again", "--stage", "ad_copy", two_joins).refused(1)
+    assert asked.endswith(f"to ad_copy: give --join '{JOIN}' or --join '{OF_PHOTOS}'")
+    assert run("again", "--join", OF_PHOTOS, two_joins).code == 0
+    assert [join for (join,) in variants.database.rows(OWED_JOINS)] == [OF_PHOTOS]
+    unknown = run("again", "--join", "photos", two_joins).refused(1)
+    assert unknown == f"job has no join 'photos': there is {JOIN}, {OF_PHOTOS}"
+    assert "not both" in run("again", "--join", JOIN, "--stage", "ad_copy", two_joins).refused(2)
+
+
+def test_job_names_the_join_where_two_lead_to_a_stage(variants, run, two_joins):
+    variants.database.rows(f"{REPLICA}; {ADD_PHOTO}", two_joins)
+    line = next(line for line in run("job", two_joins).lines if OF_PHOTOS in line)
+    assert line.endswith(f"ad_copy is not recorded: ./jsl again --join '{OF_PHOTOS}' {two_joins}")
+    run(*shlex.split(line)[-4:])
+    assert [join for (join,) in variants.database.rows(OWED_JOINS)] == [OF_PHOTOS]
+
+
 # --- jobs ----------------------------------------------------------------------------------
 
 
@@ -479,6 +532,19 @@ def test_two_joins_of_one_parent_are_found_apart(variants, run, use_pipeline):
     job = lose_arrival(variants, "TRUNCATE")
     run("backfill", "--since", "1h", "--apply")
     assert variants.owed() == [("jobs", job, "ad_copy")]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_backfill_takes_no_call_of_another_join_for_that_of_a_join(variants, run, two_joins, lost):
+    variants.add(two_joins, "iou_eval", "done")
+    look(variants.database)
+    call(variants.database, ["ad_copy"])
+    variants.database.rows(f"{REPLICA}; {ADD_PHOTO}", two_joins)
+    if lost:  # nothing says any more which join it was
+        variants.database.rows("TRUNCATE stage_joins")
+    run("backfill", "--since", "1h", "--apply")
+    owed = [join for (join,) in variants.database.rows(OWED_JOINS)]
+    assert owed == ([] if lost else [OF_PHOTOS])
 
 
 # --- what is said of mistakes --------------------------------------------------------------
