@@ -682,16 +682,37 @@ def failed_by_stage(conn, results: Iterable[Result]) -> dict[int, bool]:
     """
     asked = [r for r in results if r.outcome not in (*PAID, TAKEN)
              and (r.http_status is not None or r.outcome != "held")]  # fmt: skip
-    if not asked:
-        return {}
+    return {row.call_id: row.is_routed for row in look_up(conn, FAILED_BY_STAGE, asked)}
+
+
+# A person may have cancelled a call while it was under way.
+CANCELLED = f"""
+SELECT r.call_id FROM ({RESULTS}) AS r CROSS JOIN LATERAL (
+    SELECT FROM stage_attempts AS a
+    WHERE a.job_id = r.job_id AND a.call_id = r.call_id AND a.outcome = 'cancelled'
+    LIMIT 1) AS cancelled
+"""
+
+
+def note_cancelled(conn, results: Iterable[Result]) -> None:
+    """Mark the failed results of calls that were cancelled as told: no person is needed."""
+    asked = [r for r in results if r.outcome == "failed"]
+    cancelled = {row.call_id for row in look_up(conn, CANCELLED, asked)}
+    for result in asked:
+        result.is_told = result.is_told or result.call_id in cancelled
+
+
+def look_up(conn, sql: str, results: Sequence[Result]) -> list:
+    """What `sql` says of `results`; nothing where the database refuses that."""
+    if not results:
+        return []
     try:
-        rows = execute(conn, FAILED_BY_STAGE, {"results": as_json(conn, asked)}).fetchall()
+        return execute(conn, sql, {"results": as_json(conn, results)}).fetchall()
     except CONNECTION_LOST:
         raise
     except psycopg2.Error as error:
         log.warning("failed 상태 확인 실패: %s", " ".join(str(error).split()))
-        return {}
-    return {row.call_id: row.is_routed for row in rows}
+        return []
 
 
 # Where (stage, 'failed') leads to the stage again, the call goes on counting where the one before

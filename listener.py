@@ -429,6 +429,7 @@ class Listener:
         """Tell people of the calls that have failed: given up, or set failed by their stage."""
         failures = [r for r in self.unwritten if r.outcome not in (*PAID, TAKEN) and not r.is_told]
         is_routed = calls.failed_by_stage(conn, failures)
+        calls.note_cancelled(conn, failures)
         for result in failures:
             trigger.note_set_failed(result, is_routed)
             trigger.alert_failure(self.alerts, result, is_routed)

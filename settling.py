@@ -40,6 +40,7 @@ def settle(conn: db.Connection, result: Result) -> Settled:
     """
     settled = replace(result)
     is_routed = calls.failed_by_stage(conn, [settled])
+    calls.note_cancelled(conn, [settled])
     trigger.note_set_failed(settled, is_routed)
     turn = calls.in_parts(conn, [settled], [], 0, result.worker)
     return Settled(turn.given_up[0] if turn.given_up else settled, is_routed)

@@ -424,7 +424,8 @@ def note_set_failed(ended: Result, is_routed: Mapping[int, bool]) -> None:
 def alert_failure(alerts: Alerts, ended: Result, is_routed: Mapping[int, bool]) -> None:
     """Tell people of a result, after note_set_failed, that is no success, if it needs them."""
     if ended.call_id not in is_routed:
-        alert_given_up(alerts, ended)
+        if not ended.is_told:
+            alert_given_up(alerts, ended)
     elif not is_routed[ended.call_id]:
         tell_failed(alerts, ended.table_name, ended.job_id, ended.stage, ended.error or "")
 

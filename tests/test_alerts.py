@@ -20,7 +20,9 @@ from waiting import LISTENING, gate, is_gone, until, wait_for_call
 import alerts
 import config
 import db
+import trigger
 import upkeep
+import workers
 from alerts import Alerts
 from demo import five_stages
 from demo.stage_server import Answer
@@ -94,6 +96,26 @@ def test_failure_that_is_retried_is_no_alert(database, api, listener, told):
     database.add_job("overlay")
     until(told, "an alert")
     assert len(told()) == 1
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_refusal_of_a_call_that_was_cancelled_under_way_is_no_alert(
+    database, caller, run_command, told, is_killed
+):
+    calling = caller("http://127.0.0.1:1", ALERT_COMMAND=told.command)
+    cancelled, given_up = database.add_job("yolo_detect"), database.add_job("yolo_detect")
+    for job in (cancelled, given_up):
+        call = calling.claim(job)
+        if job == cancelled:
+            run_command(database, "cancel", job)
+        ended = trigger.failure(call, "failed", "HTTP 422", 0, http_status=422)
+        if is_killed:
+            workers.settle_as_orphan(calling.settings, call, ended)
+        else:
+            calling.listener.keep(call, ended)
+            calling.settle()
+    calling.listener.alerts.close()
+    assert [(said["event"], said["job"]) for said in told()] == [("given_up", given_up)]
 
 
 def test_hostile_data_reaches_no_shell(database, api, listener, told, tmp_path):
