@@ -446,6 +446,18 @@ def test_report_lists_what_stages_declare(planned, run_command):
     assert "the stage is at its rate of 7 calls a minute" in page.root.text
 
 
+def test_bars_of_the_report_show_planned_calls_apart(planned, run_command):
+    add(planned, "overlay", "acme")
+    page = Page(run_command(planned, "report", "--out", "-", **MODULE).out)
+    [row] = page.table("waits")
+    assert row[1:4] == ["vlm_judge", "3", "1 waiting, 2 planned for later"]
+    cards = page.section("pipeline").one("ol").all("li")
+    [card] = [one for one in cards if "vlm_judge" in one.text]
+    names, counts = ([part.text for part in card.all(tag)] for tag in ("dt", "dd"))
+    shown = dict(zip(names, counts, strict=True))
+    assert [shown[name] for name in ("owed", "waiting", "planned")] == ["3", "1", "2"]
+
+
 def test_planned_call_is_not_late(planned, run_command):
     planned.rows("UPDATE stage_calls SET created_at = now() - interval '3 h'")
     assert "nothing is due" in run_command(planned, "status", **MODULE).out

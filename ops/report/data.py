@@ -85,6 +85,7 @@ STAGES = "SELECT * FROM pipeline_overview ORDER BY position, stage"
 WAITING = """
 SELECT stage, table_name, join_of, current_step, status, count(*) AS jobs,
        count(*) FILTER (WHERE why = 'waiting') AS waiting,
+       count(*) FILTER (WHERE why = 'planned') AS planned,
        count(*) FILTER (WHERE why = 'retrying') AS retrying,
        count(*) FILTER (WHERE why = 'calling') AS calling,
        count(*) FILTER (WHERE why = 'given_up') AS given_up,
@@ -94,6 +95,7 @@ FROM (SELECT stage, table_name, join_of, current_step, status,
              CASE WHEN due_at = 'infinity' THEN 'given_up'
                   WHEN worker IS NOT NULL AND due_at > now() THEN 'calling'
                   WHEN worker IS NULL AND attempts > 0 THEN 'retrying'
+                  WHEN run_after > now() THEN 'planned'
                   ELSE 'waiting' END AS why,
              -- A call does not wait before its run_after.
              greatest(date_part('epoch', %(until)s - greatest(created_at, run_after)), 0) AS age

@@ -1,6 +1,6 @@
 """The page of `report`: a Report in, HTML out. Nothing here asks the database."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -167,21 +167,22 @@ def figures(report: Report) -> Markup:
 
 
 def flow(report: Report) -> Markup:
-    waiting: Counter = Counter()
+    later: dict[str, Counter] = defaultdict(Counter)
     for row in report.waiting:
-        waiting[row.stage] += row.waiting
+        later[row.stage].update(waiting=row.waiting, planned=row.planned)
     most = max((stage.owed + stage.calling for stage in report.stages), default=0)
-    cards = join(card(stage, waiting[stage.stage], max(most, 1)) for stage in report.stages)
+    cards = join(card(stage, later[stage.stage], max(most, 1)) for stage in report.stages)
     about = "<p>A job owes a call to the next stage; the bars show where how many are.</p>"
     legends = legend(WAITS, WAITS) if most else ""
     return section("pipeline", "The pipeline", about, legends, f'<ol class="flow">{cards}</ol>')
 
 
-def card(stage: Any, waiting: int, most: int) -> str:
+def card(stage: Any, later: Counter, most: int) -> str:
     """One stage; its bar is as wide as the card where `most` calls are there."""
     counts = {
         "calling": stage.calling,
-        "waiting": waiting,
+        "waiting": later["waiting"],
+        **({"planned": later["planned"]} if later["planned"] else {}),
         "retrying": stage.retrying,
         "given_up": stage.given_up,
     }

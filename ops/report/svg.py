@@ -26,6 +26,7 @@ OUTCOMES = {
 WAITS = {
     "calling": "calling",
     "waiting": "waiting",
+    "planned": "planned for later",
     "retrying": "retrying",
     "given_up": "given up",
 }
