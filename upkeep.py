@@ -236,10 +236,20 @@ def log_failure(of: Callable, reason: str) -> None:
 
 # Ends the leases of listeners that are lost, and of asynchronous stages that did not finish, with a
 # row in the history for each. A result that comes later gets a row, too. A call without an answer
-# has its row already.
+# has its row already. A call that a person made before its run_after waits for that again, and does
+# not look due until then.
 REAP = """
 WITH over AS (
     DELETE FROM stage_leases WHERE leased_until <= now() RETURNING *
+), early AS (
+    SELECT c.* FROM over AS l CROSS JOIN LATERAL (
+        SELECT c.job_id, c.call_id FROM stage_calls AS c
+        WHERE c.job_id = l.job_id AND c.call_id = l.call_id AND c.attempts = l.attempt
+          AND c.worker = l.worker AND c.run_after > now()
+        LIMIT 1 FOR UPDATE SKIP LOCKED) AS c
+), planned AS (
+    UPDATE stage_calls AS c SET worker = NULL, started_at = NULL, due_at = c.run_after
+    FROM early WHERE c.job_id = early.job_id AND c.call_id = early.call_id
 )
 INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, spent, stage, worker, started_at,
                             finished_at, http_status, outcome, error)

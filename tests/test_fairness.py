@@ -7,7 +7,7 @@ import threading
 from collections import Counter
 
 import pytest
-from claims import claim_many, connected, wanted
+from claims import LEASE_OVER, claim_many, connected, wanted
 from conftest import ROOT
 from pages import Page
 from test_plans import read_by
@@ -212,6 +212,22 @@ def test_call_by_hand_that_fails_waits_for_its_time_again(site, api, run_command
     [[job]] = site.rows("SELECT job_id::text FROM jobs")
     assert run_command(site, "call", job, api=api, **MODULE).code == 1
     assert site.value("SELECT due_at = run_after FROM stage_calls")
+
+
+def test_call_by_hand_that_is_lost_waits_for_its_time_again(site, run_command):
+    add(site, "overlay", "acme", run_after="9999-01-01")
+    [[job, call]] = site.rows("SELECT job_id::text, call_id FROM stage_calls")
+    with connected(site) as conn:
+        [row] = calls.settle_and_claim(
+            conn, [], wanted(["vlm_judge"]), 1, "by hand", only=(job, call)
+        ).claimed
+        site.rows(LEASE_OVER)
+        upkeep.reap(conn)
+    assert [each.outcome for each in site.attempts(job)] == ["lost"] and row
+    assert run_command(site, "job", job, **MODULE).lines[1].split("), ")[1].startswith("due in ")
+    found = json.loads(run_command(site, "status", "--json", **MODULE).out)
+    [judge] = [each for each in found["stages"] if each["stage"] == "vlm_judge"]
+    assert (judge["due"], judge["planned"]) == (0, 1)
 
 
 def test_call_that_cannot_be_claimed_is_given_up_and_none_of_lower_priority(site):
