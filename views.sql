@@ -138,6 +138,7 @@ DECLARE
         WHERE a.attrelid = 'stage_calls'::regclass AND a.attname = 'job_id');
     resting jsonb;
     joined  jsonb;
+    missed  jsonb;
     parts   text;
 BEGIN
     SELECT jsonb_object_agg(t.name, format($rows$
@@ -201,6 +202,42 @@ BEGIN
              table_name text, join_of text, stage text, timeout double precision)
     JOIN jsonb_to_recordset(asked -> 'tables') AS t (
              name text, id_column text, tenant_column text) ON t.name = r.table_name
+    WHERE r.join_of <> '';
+
+    -- A join of which a row came, and whose last row came unseen. A parent of which nobody saw any
+    -- row is not looked for: those that were complete before install look the same.
+    SELECT jsonb_object_agg(r.join_of, format($rows$
+        SELECT 'stalled', %1$L, m.parent_id, m.parent_id::text, %2$s, r.current_step::text,
+               r.status::text, %3$L, NULL::timestamptz,
+               'its call was never recorded: ./jsl backfill --since 1d'
+        FROM %4$I.stage_joins AS m JOIN %4$I.%1$I AS r ON r.%5$I = m.parent_id
+        WHERE m.join_of = %6$L AND m.is_open
+          AND NOT EXISTS (SELECT FROM %4$I.stage_looks AS l
+                          WHERE l.parent_id = m.parent_id AND l.join_of = m.join_of)
+          AND NOT EXISTS (SELECT FROM %4$I.stage_calls AS c
+                          WHERE c.job_id = m.parent_id AND c.table_name = %1$L
+                            AND c.join_of = m.join_of)
+          AND EXISTS (SELECT FROM %4$I.%7$I AS x WHERE x.%8$I = m.parent_id%9$s)
+          AND NOT EXISTS (SELECT FROM %4$I.%7$I AS x WHERE x.%8$I = m.parent_id%9$s
+                          AND (x.current_step::text, x.status::text)
+                              IS DISTINCT FROM (%10$L, %11$L))$rows$,
+        t.name, coalesce('r.' || quote_ident(t.tenant_column) || '::text', 'NULL::text'), r.stage,
+        schema, t.id_column, r.join_of, x.name, x.parent_column,
+        -- As in triggers.sql, by the collation of the column.
+        (SELECT format(' COLLATE %I.%I', n.nspname, c.collname)
+         FROM pg_attribute AS a JOIN pg_collation AS c ON c.oid = a.attcollation
+         JOIN pg_namespace AS n ON n.oid = c.collnamespace
+         WHERE a.attrelid = format('%I.%I', schema, x.name)::regclass
+           AND a.attname = x.parent_column),
+        r.current_step, r.status))
+    INTO missed
+    FROM jsonb_to_recordset(asked -> 'routes') AS r (
+             table_name text, join_of text, stage text, child_table text, current_step text,
+             status text)
+    JOIN jsonb_to_recordset(asked -> 'tables') AS t (
+             name text, id_column text, tenant_column text) ON t.name = r.table_name
+    JOIN jsonb_to_recordset(asked -> 'tables') AS x (
+             name text, parent_column text) ON x.name = r.child_table
     WHERE r.join_of <> '';
 
     SELECT string_agg(format('(%L, %L)', name, format($part$
@@ -278,7 +315,8 @@ $part$, schema, rows)), ', ')
 
     SELECT concat_ws(', ', parts, string_agg(format('(%L, %L)', name, rows), ', '))
     INTO parts
-    FROM jsonb_each_text(joined) AS of_join (name, rows);
+    FROM (SELECT * FROM jsonb_each_text(joined)
+          UNION ALL SELECT * FROM jsonb_each_text(missed)) AS of_join (name, rows);
 
     EXECUTE format($ddl$
 CREATE OR REPLACE FUNCTION resting_rows()

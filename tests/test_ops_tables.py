@@ -480,6 +480,34 @@ def test_backfill_finds_joins_whose_last_arrival_was_not_seen(variants, run, how
     assert run("backfill", "--since", "1h", "--apply").lines[-1] == "0 calls recorded"
 
 
+def stalled(run) -> list[tuple]:
+    found = json.loads(run("status", "--json").out)["stages"]
+    return [(row["stage"], row["stalled_reason"]) for row in found if row["stalled"]]
+
+
+@pytest.mark.parametrize("how", ["TRUNCATE", "replica", "DISABLE"])
+def test_status_shows_a_join_whose_last_arrival_was_not_seen(variants, run, how):
+    job = lose_arrival(variants, how)
+    assert stalled(run) == [("ad_copy", "its call was never recorded: ./jsl backfill --since 1d")]
+    assert job in run("jobs", "--stalled").out
+    run("backfill", "--since", "1d", "--apply")
+    assert variants.owed() == [("jobs", job, "ad_copy")] and stalled(run) == []
+
+
+def test_status_shows_no_join_that_waits_is_looked_at_or_was_there_before_install(variants, run):
+    waiting, arrived, emptied = (variants.database.add_job("x", "y") for _ in range(3))
+    variants.add(waiting, "iou_eval", "done"), variants.add(waiting, "img_gen", "queued")
+    [last] = variants.add(arrived, "img_gen", "queued")
+    variants.add(arrived, "iou_eval", "done"), variants.add(emptied, "iou_eval", "done")
+    variants.add(emptied, "img_gen", "queued")
+    look(variants.database)
+    variants.finish(last)
+    variants.database.rows(REPLICA)
+    variants.database.rows("DELETE FROM jobs_variants WHERE job_id = %s", emptied)
+    variants.add(variants.database.add_job("x", "y"), "iou_eval", "done")
+    assert stalled(run) == []
+
+
 def test_backfill_leaves_older_parents(variants, run):
     lose_arrival(variants, "TRUNCATE")
     variants.database.rows("UPDATE jobs SET updated_at = now() - interval '3 h'")
