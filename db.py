@@ -7,7 +7,7 @@ import random
 import re
 import select
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -376,16 +376,18 @@ PARTS_LIMIT = 2.0  # seconds: a locked table takes one, and the listener does no
 
 
 def in_parts(
-    conn: Connection, ask: Callable, parts: Iterable[str]
+    conn: Connection, ask: Callable, *groups: Collection[str]
 ) -> tuple[list, dict[str, psycopg2.Error]]:
     """What `ask(conn)` returns; where it fails, what `ask(conn, part)` returns for each part. So a
-    table that is locked, or cannot be read, keeps no other waiting. No part is asked after
-    PARTS_LIMIT.
+    table that is locked, or cannot be read, keeps no other waiting.
+
+    Args:
+        groups: of parts. Those of a group are asked in random order, and none after PARTS_LIMIT.
 
     Returns:
         The answers; and the errors by part, or by "" where no part fails by itself.
     """
-    parts = list(parts)
+    parts = [part for group in groups for part in random.sample([*group], len(group))]
     try:
         return [ask(conn)], {}
     except CONNECTION_LOST:
@@ -395,7 +397,6 @@ def in_parts(
         if len(parts) == 1:
             return [], {parts[0]: error}
     answers, failed, until = [], {}, time.monotonic() + PARTS_LIMIT
-    random.shuffle(parts)  # the last ones may not be reached
     for part in parts:
         if time.monotonic() > until:
             break

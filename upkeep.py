@@ -6,7 +6,7 @@ listener does it for all.
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -137,7 +137,7 @@ class Upkeep:
             after = self.settings.ALERT_AFTER
             self.attempt(tell_gone_stages, conn, after, self.alerts, self.gone)
         if now >= self.stalled_at:
-            found, failed = self.attempt_in_parts(newly_stalled, conn, parts())
+            found, failed = self.attempt_in_parts(newly_stalled, conn, *parts())
             # With tens of millions of rows statement_timeout ends it, and no call began meanwhile.
             took_long = (isinstance(e, psycopg2.errors.QueryCanceled) for e in failed.values())
             self.stalled_interval = (
@@ -146,7 +146,9 @@ class Upkeep:
                 else STALLED_INTERVAL
             )
             self.stalled_at = now + self.stalled_interval
-            self.attempt(self.tell_blind, conn, failed if len(found) < len(parts()) else {})
+            self.attempt(
+                self.tell_blind, conn, failed if len(found) < sum(map(len, parts())) else {}
+            )
             for row in (row for rows in found for row in rows):
                 if row.jobs is None:
                     self.alerts.recovered("stalled", row.stage, "no job is stalled any more")
@@ -219,10 +221,14 @@ class Upkeep:
             return None
 
     def attempt_in_parts(
-        self, do: Callable, conn, parts: Iterable[str], **given: Any
+        self, do: Callable, conn, *groups: Collection[str], **given: Any
     ) -> tuple[list, dict[str, psycopg2.Error]]:
         """As attempt(), but what can be done part by part is; see db.in_parts()."""
-        found, failed = in_parts(conn, lambda conn, part=None: do(conn, part=part, **given), parts)
+
+        def ask(conn, part: str | None = None) -> Any:
+            return do(conn, part=part, **given)
+
+        found, failed = in_parts(conn, ask, *groups)
         if failed:
             log_failure(do, reasons(failed))
         return found, failed

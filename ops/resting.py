@@ -1,5 +1,6 @@
 """How many rows of each stage rest, as no call and no stage moves them on."""
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import psycopg2
@@ -20,9 +21,11 @@ GROUP BY stage, kind
 """
 
 
-def parts() -> list[str]:
-    """What resting_rows() can be asked for by itself: the rows of a table, or a join."""
-    return [*pipeline.tables(), *pipeline.joins()]
+def parts() -> tuple[Collection[str], Collection[str]]:
+    """What resting_rows() can be asked for by itself: the rows of a table; a join, which cannot be
+    read either where one of its two tables cannot.
+    """
+    return pipeline.tables(), pipeline.joins()
 
 
 class Resting(NamedTuple):
@@ -73,13 +76,15 @@ def resting(conn) -> Rests:
     Raises:
         psycopg2.Error: resting_rows() is missing, or this role may not execute it.
     """
-    answers, failed = db.in_parts(conn, ask, parts())
+    answers, failed = db.in_parts(conn, ask, *parts())
     missing = psycopg2.errors.UndefinedFunction, psycopg2.errors.InsufficientPrivilege
     error = next(iter(failed.values()), None)
     if not answers and isinstance(error, missing):
         raise error
     known = {part for part, _ in answers}
-    unknown = [] if None in known else [part for part in parts() if part not in known]
+    unknown = (
+        [] if None in known else [part for group in parts() for part in group if part not in known]
+    )
     found: dict[tuple[str, str], Any] = {}
     for row in (row for _, rows in answers for row in rows):
         jobs = found.get((row.stage, row.kind), NONE).jobs
