@@ -59,6 +59,7 @@ class Wanted(NamedTuple):
         ordered: the claim uses stage_due_calls(), as a stage or table declares an order or a rate.
         since: calls that were due before are passed by, should an old snapshot elsewhere keep
             their dead index entries; None: everything is looked at.
+        waits: for a table or limit that is locked, for as long as lock_timeout says.
     """
 
     stage: str
@@ -68,6 +69,7 @@ class Wanted(NamedTuple):
     limited: bool = False
     since: datetime | None = None
     ordered: bool = False
+    waits: bool = True
 
 
 # --- settling ------------------------------------------------------------------------------
@@ -234,6 +236,9 @@ TELL = Statement("tell", f"SELECT {UNSETTLED} AS unsettled, pg_notify('{WAKE_CHA
 
 
 # --- claiming ------------------------------------------------------------------------------
+
+# Before a claim that does not wait: it fails unless a lock is free within a moment.
+HURRY = Statement("hurry", "SELECT set_config('lock_timeout', '20ms', true)")
 
 # A limit is exact because whoever claims locks its row first, in the order of the names, and
 # counts the leases in the next statement, whose snapshot is then newer. Also where nothing of the
@@ -515,6 +520,7 @@ def settle_and_claim(
     if not claims:
         claim = TELL
     needed = {
+        HURRY: not all(stage.waits for stage in wanted),
         PAY: paid, WORK: taken, LIFT: lifting, POSTPONE: failures,
         HOLD: any(r.hold for r in failures), LOCK_LIMITS: limited and free, claim: True,
     }  # fmt: skip
@@ -778,6 +784,13 @@ def is_fault_of_row(error: psycopg2.Error) -> bool:
     return code.startswith(FAULT_OF_THE_ROW) and (code[:2] != "54" or bool(error.diag.table_name))
 
 
+def is_table_locked(error: psycopg2.errors.LockNotAvailable) -> bool:
+    """Whether a claim waited for a table of the pipeline, which only stage_call_row() reads, and
+    not for the row of a limit.
+    """
+    return "stage_call_row" in (error.diag.context or "")
+
+
 def in_parts(
     conn, results: Sequence[Result], wanted: Sequence[Wanted], free: int, worker: str
 ) -> Turn:
@@ -790,17 +803,18 @@ def in_parts(
         psycopg2.Error: a result cannot be settled, and the fault is not that of a row.
     """
     done = Turn([], [])
-    locked: dict[str, psycopg2.Error] = {}  # stages whose calls wait for a table
     for result in results:
         settle_alone(conn, result, done)
     for stage in wanted if free else []:
+        # A locked table is waited for once: its other stages fail within a moment.
+        stage = stage._replace(waits=stage.waits and not done.unclaimable)
         try:
             turn = settle_and_claim(conn, [], [stage], 1, worker)
         except CONNECTION_LOST:
             raise
         except psycopg2.errors.LockNotAvailable as error:
-            if not stage.limited:  # else somebody may hold the row of its limit, for a moment
-                locked[stage.stage] = error
+            if is_table_locked(error):  # else somebody holds the row of a limit, for a moment
+                done.unclaimable[stage.stage] = error
         except psycopg2.errors.QueryCanceled as error:
             done.unclaimable[stage.stage] = error
             break  # the next one may take as long
@@ -813,7 +827,6 @@ def in_parts(
         else:
             if turn.claimed:
                 done.claimed = turn.claimed
-                done.unclaimable |= locked  # while they are asked, this one is not
                 break
     return done
 

@@ -339,7 +339,7 @@ class Listener:
 
         Raises:
             psycopg2.Error: nothing else can be done. Where that holds for all stages, a new
-                connection may help.
+                connection may help; but not where a table is locked.
         """
         before = self.unclaimable
         asked = {stage.stage for stage in wanted}
@@ -351,8 +351,10 @@ class Listener:
                           LONGEST_SLEEP, stage, self.unclaimable[stage])  # fmt: skip
         if turn.claimed or self.unwritten:
             return
-        if turn.unclaimable and (self.once or len(self.unclaimable) == len(self.order)):
-            raise next(iter(turn.unclaimable.values()))
+        refused = [error for error in turn.unclaimable.values()
+                   if not isinstance(error, psycopg2.errors.LockNotAvailable)]  # fmt: skip
+        if refused and (self.once or len(self.unclaimable) == len(self.order)):
+            raise refused[0]
 
     def ask_others(
         self, conn: db.Connection, turn: Turn, others: list[list[Wanted]], free: int, sweep: bool
@@ -399,7 +401,8 @@ class Listener:
                 lease = limits.timeout + self.settings.LEASE_MARGIN
                 share = -(-free // len(self.order))
                 claims[-1].append(Wanted(stage, lease, most, share, limits.is_shared,
-                                         self.marks.get(stage), self.is_ordered))  # fmt: skip
+                                         self.marks.get(stage), self.is_ordered,
+                                         waits=stage not in self.unclaimable))  # fmt: skip
         return claims
 
     def leaves_places(self, stage: str) -> bool:

@@ -34,7 +34,7 @@ from demo.stage_api import StageApi
 from demo.stage_server import Answer
 from listener import LONGEST_SLEEP
 from looks import APART_MOST_FOUND, FAILED, Look
-from pipeline import Table, limits
+from pipeline import Pool, Table, limits
 
 STAGE = "vlm_judge"
 SUCCEEDED = "SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s AND outcome = 'succeeded'"
@@ -211,6 +211,43 @@ def test_table_that_is_locked_keeps_no_call_of_another_waiting(database, two_tab
     assert stages_of_turns(two_tables, 1) == ["yolo_detect"]
 
 
+def test_limited_stages_of_a_locked_table_are_known_before_others_have_calls(
+    database, use_pipeline, caller
+):
+    pool = Pool("gpu", 3)
+    use_pipeline({
+        VARIANTS("img_gen", "done"): limits(max_running=3)(stage("yolo_detect")),
+        VARIANTS("yolo_detect", "done"): limits(pool=pool)(stage("iou_eval")),
+        ("img_gen", "done"): stage("vlm_analyze"),
+    })  # fmt: skip
+    rows, parent = install(database, TABLE), database.add_job("x")
+    rows.add(parent, "img_gen", "done")
+    rows.add(parent, "yolo_detect", "done")
+    claiming = caller("http://127.0.0.1:1")
+    with_idle_worker(claiming.listener)
+    with contextlib.closing(database.connect()) as change:
+        change.cursor().execute("BEGIN; LOCK TABLE jobs_variants IN ACCESS EXCLUSIVE MODE")
+        assert stages_of_turns(claiming, 1) == []
+        assert claiming.listener.unclaimable.keys() == {"yolo_detect", "iou_eval"}
+        database.add_job()
+        assert stages_of_turns(claiming, 1) == ["vlm_analyze"]
+    claiming.line("한 건씩 다시 시도")  # the second turn did not wait
+
+
+def test_pipeline_whose_only_table_is_locked_keeps_its_connection(database, use_pipeline, caller):
+    use_pipeline({("img_gen", "done"): stage("vlm_analyze")})
+    install(database)
+    database.add_job()
+    claiming = caller("http://127.0.0.1:1")
+    with_idle_worker(claiming.listener)
+    with contextlib.closing(database.connect()) as change:
+        change.cursor().execute("BEGIN; LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE")
+        assert stages_of_turns(claiming, 2) == []
+    assert claiming.listener.next_look <= time.monotonic() + LONGEST_SLEEP
+    claiming.listener.sweep_at = 0.0
+    assert stages_of_turns(claiming, 1) == ["vlm_analyze"]
+
+
 def test_parts_that_are_locked_take_no_longer_than_their_limit(database, monkeypatch):
     monkeypatch.setattr(db, "PARTS_LIMIT", -1.0)
     asked = []
@@ -255,6 +292,17 @@ def test_turn_in_parts_goes_on_after_a_stage_that_is_refused_unless_it_took_long
     database.rows(REFUSE.format(code))
     turn = calls.in_parts(caller("http://127.0.0.1:1").conn, [], wanted(), 4, "w")
     assert [error.pgcode for error in turn.unclaimable.values()] == [code] * refused
+
+
+SAY_WAIT = "BEGIN RAISE SQLSTATE '55P03' USING MESSAGE = current_setting('lock_timeout');"
+
+
+def test_turn_in_parts_waits_once_for_a_locked_table(database, caller):
+    read = database.value("SELECT pg_get_functiondef('stage_call_row'::regproc)")
+    database.rows(read.replace("BEGIN", SAY_WAIT, 1))
+    turn = calls.in_parts(caller("http://127.0.0.1:1").conn, [], wanted(), 4, "w")
+    waits = [error.diag.message_primary for error in turn.unclaimable.values()]
+    assert waits == ["500ms", *["20ms"] * 4]
 
 
 OTHERS = Table("others", id="job_variants_id", parent=("jobs", "job_id"))
