@@ -652,7 +652,7 @@ class Call:
     settings: SimpleNamespace = None  # type: ignore[assignment]  # the worker's own
     until: float = 0.0  # time.monotonic() by which the whole call must be over
     answer: Answer | None = None  # of the last POST
-    unanswered: Exception | None = None  # why the last POST got no answer
+    unanswered: Exception | None = None  # why the last POST got no answer; see no_answer
     answered: Any = None  # two bytes shared with the listener: the status of the last POST
 
     def __post_init__(self):
@@ -698,13 +698,21 @@ class Call:
             elif isinstance(error, Unreachable):
                 self.unanswered = self.unanswered or error
             raise
+        except Interrupted as error:
+            self.unanswered = self.no_answer or error
+            raise
         except Exception as error:  # also of a signal handler, while it waits
-            is_known = isinstance(error, (Interrupted, NoAnswer))
+            is_known = isinstance(error, NoAnswer)
             self.unanswered = error if is_known else NoAnswer(f"{type(error).__name__}: {error}")
             raise
-        self.unanswered = None
+        self.unanswered = None if self.answer.status < 300 else self.no_answer
         self.tell_listener(self.answer.status)
         return self.answer
+
+    @property
+    def no_answer(self) -> NoAnswer | None:
+        """Of a POST that may still run, as no later one was accepted; None: there is none."""
+        return self.unanswered if isinstance(self.unanswered, NoAnswer) else None
 
     def tell_listener(self, status: int) -> None:
         """Let the listener know the answer, should this process not live to return it."""

@@ -34,6 +34,8 @@ LONGEST_BACKOFF = 300.0  # seconds
 MAY_RUN = (409, 460, 499, 502, 504, 520, 522, 524, 598, 599)
 # The stage asks for patience, or a gateway could not connect to it.
 NOT_NOW = (429, 503, 521, 523, 525, 526, 530)
+# Outcomes of an answer after which nothing runs.
+REFUSED = ("held", "retry", "failed")
 # Texts of a 503 from gateways that had passed the request on, and what Envoy adds where it had not.
 # After a retry, Envoy's text need not be true of the first attempt.
 PASSED_ON = re.compile(
@@ -164,24 +166,27 @@ class Trigger:
 
     def outcome(self, call: Call, by_hand: bool) -> Result:
         try:
-            return self.judged(call, answer_of(call, self.routes))
+            ended = self.judged(call, answer_of(call, self.routes))
+            if call.no_answer and ended.outcome in REFUSED:
+                return self.raised(call, call.no_answer, by_hand)
+            return ended
         except BaseException as error:
             ended = self.raised(call, error, by_hand)
             posted = self.posted(call, by_hand)
             if posted is None or error is call.unanswered:
                 return ended
-            if ended.outcome == "unknown" and posted.outcome in ("held", "retry", "failed"):
+            if ended.outcome == "unknown" and posted.outcome in REFUSED:
                 return ended  # another request of the stage function may still run
             posted.trace = self.trace(error)
             return posted
 
     def posted(self, call: Call, by_hand: bool) -> Result | None:
         """What came of call.post, where that counts whatever the stage function did next."""
+        if call.unanswered is not None:
+            return self.raised(call, call.unanswered, by_hand)
         if call.answer is not None:
             ended = self.judged(call, call.answer)
             return None if ended.outcome in ("retry", "failed") else ended
-        if call.unanswered is not None:
-            return self.raised(call, call.unanswered, by_hand)
         return None
 
     def judged(self, call: Call, answer: stage_http.Answer) -> Result:

@@ -11,8 +11,12 @@ from test_trigger import reset, silent
 
 from stage_http import Answer
 
-CUT = answering(OK[:-1])
-GATEWAY_TIMEOUT = answering(b"HTTP/1.1 504 X\r\nContent-Length: 0\r\n\r\n")
+
+def answer(status: int) -> bytes:
+    return b"HTTP/1.1 %d X\r\nContent-Length: 0\r\n\r\n" % status
+
+
+CUT, GATEWAY_TIMEOUT = answering(OK[:-1]), answering(answer(504))
 
 
 # --- a POST without an answer --------------------------------------------------------------
@@ -57,15 +61,42 @@ def test_post_without_an_answer_counts_whatever_the_function_makes_of_it(
     assert worker.line("단계 함수 오류")
 
 
-def test_answer_of_its_own_counts_after_a_post_without_one(database, serve, caller, add_stage):
-    def refusing(call):
-        swallows(call)
-        return Answer(422, "no image")
+def posts_again(call):
+    swallows(call)
+    return call.post("/api/x")
 
-    add_stage(refusing)
+
+def posts_again_and_raises(call):
+    posts_again(call)
+    raise KeyError("files")
+
+
+@pytest.mark.parametrize("function", [posts_again, posts_again_and_raises])
+@pytest.mark.parametrize(("behaviour", "outcome"), [
+    (in_turn(answer(500)), "unknown"), (in_turn(answer(404)), "unknown"),
+    (in_turn(answer(503)), "unknown"), (reset, "unknown"), (in_turn(OK), "succeeded"),
+])  # fmt: skip
+def test_post_without_an_answer_may_still_run_until_another_is_accepted(
+    database, serve, caller, add_stage, function, behaviour, outcome
+):
+    add_stage(function)
     database.add_job("x")
-    attempt = caller(serve(CUT).url).call()
-    assert (attempt.outcome, attempt.error) == ("failed", "HTTP 422: no image")
+    assert caller(serve(CUT, behaviour).url).call().outcome == outcome
+
+
+@pytest.mark.parametrize(("status", "outcome"), [
+    (500, "unknown"), (422, "unknown"), (503, "unknown"), (200, "succeeded"),
+])  # fmt: skip
+def test_answer_of_its_own_ends_no_post_without_one_unless_it_accepts(
+    database, serve, caller, add_stage, status, outcome
+):
+    def answering_itself(call):
+        swallows(call)
+        return Answer(status, "no image")
+
+    add_stage(answering_itself)
+    database.add_job("x")
+    assert caller(serve(CUT).url).call().outcome == outcome
 
 
 def test_answer_of_its_own_refuses_what_was_accepted(database, accepting, caller, add_stage):
@@ -121,10 +152,6 @@ def test_post_that_a_signal_handler_ends_waits_for_its_lease(database, serve, ca
 
 
 # --- another request of the function -------------------------------------------------------
-
-
-def answer(status: int) -> bytes:
-    return b"HTTP/1.1 %d X\r\nContent-Length: 0\r\n\r\n" % status
 
 
 def tells_another(url):
