@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import psycopg2
 from psycopg2.extensions import cursor
 
+import db
 from db import CONNECTION_LOST, WAKE_CHANNEL, Statement, execute, run
 
 log = logging.getLogger("listener")
@@ -683,8 +684,8 @@ WHERE (j.current_step, j.status) = (r.stage, 'failed')
 def failed_by_stage(conn, results: Iterable[Result]) -> dict[int, bool]:
     """By call_id of the calls whose stage has set the row to failed: whether a stage follows.
 
-    Only of calls that were sent and not accepted. Where the rows cannot be read, none: the look for
-    rows that rest finds them later.
+    Only of calls that were sent and not accepted, and not of a table that cannot be read: the look
+    for rows that rest finds its rows later.
     """
     asked = [r for r in results if r.outcome not in (*PAID, TAKEN)
              and (r.http_status is not None or r.outcome != "held")]  # fmt: skip
@@ -709,16 +710,18 @@ def note_cancelled(conn, results: Iterable[Result]) -> None:
 
 
 def look_up(conn, sql: str, results: Sequence[Result]) -> list:
-    """What `sql` says of `results`; nothing where the database refuses that."""
+    """What `sql` says of `results`, but of those whose table is locked or cannot be read."""
     if not results:
         return []
-    try:
-        return execute(conn, sql, {"results": as_json(conn, results)}).fetchall()
-    except CONNECTION_LOST:
-        raise
-    except psycopg2.Error as error:
-        log.warning("failed 상태 확인 실패: %s", " ".join(str(error).split()))
-        return []
+
+    def ask(conn, table: str | None = None) -> list:
+        asked = [result for result in results if table in (None, result.table_name)]
+        return execute(conn, sql, {"results": as_json(conn, asked)}).fetchall()
+
+    found, failed = db.in_parts(conn, ask, {result.table_name for result in results})
+    if failed:
+        log.warning("failed 상태 확인 실패: %s", db.reasons(failed))
+    return [row for rows in found for row in rows]
 
 
 # Where (stage, 'failed') leads to the stage again, the call goes on counting where the one before

@@ -30,6 +30,7 @@ import calls
 import db
 import joins
 import moves
+import trigger
 from demo.stage_api import StageApi
 from demo.stage_server import Answer
 from listener import LONGEST_SLEEP
@@ -344,6 +345,25 @@ def test_table_that_is_locked_or_unreadable_keeps_no_join_or_end_of_another_wait
     listener.join_look.at = listener.move_look.at = 0.0
     assert "ad_copy" in stages_of_turns(claiming, 1)
     assert not database.rows(WORKED_ON)
+
+
+@pytest.mark.parametrize("change", [RENAME, "BEGIN; LOCK TABLE jobs_variants"])
+def test_row_set_failed_is_told_though_a_result_is_of_a_locked_or_unreadable_table(
+    database, two_tables, change
+):
+    under_way = {call.table: call for call in (two_tables.claim() for _ in range(2))}
+    job = under_way["jobs"].job_id
+    database.move(job, "vlm_analyze", "failed")
+    for call in under_way.values():
+        refused = trigger.failure(call, "retry", "HTTP 500", 1.0, http_status=500)
+        two_tables.listener.keep(call, refused)
+    with contextlib.closing(database.connect()) as other:
+        other.cursor().execute(change)
+        two_tables.settle()
+    assert str(job) in two_tables.line("단계가 failed로 설정함")
+    assert "jobs_variants: " in two_tables.line("failed 상태 확인 실패")
+    ended = database.rows("SELECT table_name, outcome FROM stage_attempts ORDER BY 1")
+    assert [tuple(row) for row in ended] == [("jobs", "failed"), ("jobs_variants", "retry")]
 
 
 @pytest.fixture
