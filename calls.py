@@ -45,6 +45,7 @@ class Result:
     after_hold: bool = False  # was claimed after a hold of its stage, which its success lifts
     limited: bool = False  # its stage has limits over all listeners
     is_told: bool = False  # no alert is to be sent about it any more
+    was_locked: bool = False  # the row of its call was, when it was settled before
     seconds: float = 0.0  # how long the attempt took, for the log
     trace: str | None = None  # the traceback of a bug in the stage function, for the log
 

@@ -415,12 +415,18 @@ class Listener:
         self.reason, self.repeats, self.is_waiting = "", 0, False
         again = set(turn.unsettled)
         # Its hold, if any, has begun: settling it again must not lengthen it.
-        self.locked += [replace(r, hold=False) for r in self.unwritten if r.call_id in again]
+        self.locked += [
+            replace(r, hold=False, was_locked=True) for r in self.unwritten if r.call_id in again
+        ]
         if any(result.delay is not None for result in self.unwritten):
             self.due_at = 0.0
         if any(result.outcome == TAKEN for result in self.unwritten):
             self.move_look.ask()  # the row may have moved on before
-        self.unwritten = []
+        # Its stage may have set the row to failed after tell_failed, and let go of it since.
+        self.unwritten = [
+            replace(r, was_locked=False) for r in self.unwritten
+            if r.was_locked and r.delay is not None and r.call_id not in again
+        ]  # fmt: skip
         for result in self.health.to_revive:
             log.warning(
                 "포기한 호출을 되살림 (단계의 문제): job=%s stage=%s", result.job_id, result.stage
