@@ -75,6 +75,7 @@ def test_call_that_is_given_up_after_the_listener_was_killed_is_told_once(
     assert sorted((one["event"], one["job"]) for one in said) == sorted(
         ("given_up", str(one)) for one in (job, known)
     )
+    process.wait()  # until all that its workers wrote is read
     assert [line for line in process.lines if "실행 실패" in line and job in line]
 
 
@@ -140,7 +141,7 @@ def test_calls_are_finished_by_workers_of_a_listener_that_an_error_has_ended(
         opened.set()
         database.wait_for(ALL_SUCCEEDED, 2)
         until(lambda: all(map(is_gone, workers)), "the end of the workers")
-    assert "MemoryError" in process.output
+    process.wait_for_line("MemoryError")
     assert [database.owed(job) for job in jobs] == [None, None]
 
 

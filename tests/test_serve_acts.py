@@ -47,7 +47,8 @@ def test_person_pauses_and_resumes_a_stage_under_their_name(database, site, kim)
     assert "paused by kim (serve)" in shown and "new <weights>" in shown
     assert said(kim.does("/do/resume?stage=planner")).startswith("resumed: planner")
     assert database.value(f"SELECT count(*) FROM ({PAUSED}) AS held") == 0
-    assert "조작: kim (serve): pause '--reason=new <weights>' -- planner → " in site.process.output
+    acted = "조작: kim (serve): pause '--reason=new <weights>' -- planner → "
+    assert site.process.wait_for_line(acted)
 
 
 def test_person_cancels_a_call_and_has_it_made_again(database, kim):
@@ -119,8 +120,8 @@ def test_wrong_token_is_refused_and_the_next_attempt_has_to_wait(database, tmp_p
         assert (refused.status_code, said(refused)) == (403, "That is not the token.")
         soon = Person(site).enter()  # the right one
         assert soon.status_code in (303, 429)  # 303: the test took longer than the delay
+        assert site.process.wait_for_line("로그인 실패")
         assert TOKEN not in site.process.output + refused.text + soon.text
-        assert "로그인 실패" in site.process.output
 
 
 def test_delays_after_wrong_tokens_double_and_are_those_of_one_address(monkeypatch):

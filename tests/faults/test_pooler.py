@@ -78,7 +78,7 @@ def test_a11_transaction_pooler_is_polled_and_nothing_leaks(
     job = database.add_job("planner", "done")
     database.wait_for(DONE, 1)
     assert [call.stage for call in api.calls(job)] == ["overlay", "vlm_judge"]
-    assert process.output.count("알림이 전달되지 않음") == 1
+    process.wait_for_line("알림이 전달되지 않음")
     assert LISTENING not in process.output
 
     with (
@@ -92,6 +92,7 @@ def test_a11_transaction_pooler_is_polled_and_nothing_leaks(
         assert cursor.fetchall() == []
         conn.rollback()
     assert process.stop() == 0
+    assert process.output.count("알림이 전달되지 않음") == 1
 
 
 def test_a11_reconnecting_behind_a_pooler_does_not_repeat_the_warning(
@@ -112,7 +113,7 @@ def test_a11_reconnecting_behind_a_pooler_does_not_repeat_the_warning(
 def test_a11_session_pooler_is_heard(database, pooler, api, listener, tmp_path):
     process = listener(database, api=api, **pooler("session", 4).settings, SWEEP_INTERVAL=3600)
     wait_until_idle(tmp_path)
-    assert LISTENING in process.output
+    process.wait_for_line(LISTENING)
     job = database.add_job("planner", "done")
     database.wait_for(DONE, 1)
     assert process.wait_for_line(f"상태 변화 감지: job={job}")
