@@ -151,13 +151,18 @@ def test_turns_go_on_over_all_listeners(site, api):
 
 
 def test_limit_of_a_tenant_holds_over_all_listeners(site, api):
-    seen, most = Counter(), Counter()
+    now, most = Counter(), Counter()
+    lock, together = threading.Lock(), threading.Event()
 
     def behave(request):
-        seen[request.tenant_id] += 1
-        most[request.tenant_id] = max(most[request.tenant_id], seen[request.tenant_id])
-        api.closing.wait(0.05)
-        seen[request.tenant_id] -= 1
+        with lock:
+            now[request.tenant_id] += 1
+            most[request.tenant_id] = max(most[request.tenant_id], now[request.tenant_id])
+            if now.total() == 4:
+                together.set()
+        together.wait(PATIENCE)
+        with lock:
+            now[request.tenant_id] -= 1
         return Answer(200)
 
     api.on("/overlay", behave)

@@ -166,12 +166,13 @@ def remove_file(heartbeat: Heartbeat) -> None:
 
 
 def remove_directory(heartbeat: Heartbeat) -> None:
-    shutil.rmtree(heartbeat.path.parent)
+    # A listener may make its file anew meanwhile.
+    shutil.rmtree(heartbeat.path.parent, ignore_errors=True)
 
 
 def replace_directory(heartbeat: Heartbeat) -> None:
     heartbeat.path.parent.rename(heartbeat.path.parent.with_name("moved"))
-    heartbeat.path.parent.mkdir()
+    heartbeat.path.parent.mkdir(exist_ok=True)
 
 
 def replace_file(heartbeat: Heartbeat) -> None:

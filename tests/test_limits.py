@@ -20,7 +20,7 @@ from claims import (
     wanted,
 )
 from commands import ROOT
-from waiting import until
+from waiting import PATIENCE, until
 
 import calls
 import db
@@ -449,12 +449,21 @@ def test_eight_workers_never_exceed_the_limit_and_starve_no_other_stage(
     program = tmp_path / "limited.py"
     program.write_text(LIMITED.format(root=str(ROOT)))
     stage = "vlm_analyze"
+    added = threading.Event()
     with StageApi(database.dsn, delay=lambda _: 0.005) as api:
-        api.on(stage, at_once := AtOnce(api))
+        at_once = AtOnce(api)
+
+        def behave(request):
+            if len(api.calls(stage=stage)) > 20:
+                added.wait(PATIENCE)
+            return at_once(request)
+
+        api.on(stage, behave)
         listener(database, "run", "--workers", "8", f"--stage={stage}", "--stage=vlm_judge",
                  api=api, program=program, SWEEP_INTERVAL=600)  # fmt: skip
         api.wait_for(lambda api: len(api.calls(stage=stage)) >= 20)
         database.rows(add, "overlay", 40)
+        added.set()
         done = "SELECT count(*) = 150 FROM jobs WHERE current_step = %s AND status = 'done'"
         database.wait_for(done, stage)
         limited, others = api.calls(stage=stage), api.calls(stage="vlm_judge")

@@ -301,7 +301,7 @@ def test_status_shows_the_oldest_calls_and_how_many_more(
 
 
 def test_call_without_an_answer_is_shown_until_its_lease_is_over(
-    database, api, listener, run_command
+    database, api, listener, run_command, tmp_path
 ):
     """Its stage may still be working on it, but the worker is free for other calls."""
     with gate(api):
@@ -309,6 +309,7 @@ def test_call_without_an_answer_is_shown_until_its_lease_is_over(
         job = database.add_job("img_gen", "done")
         process.wait_for_line("실행 실패")
         database.wait_for("SELECT unanswered FROM stage_leases")
+        wait_until_idle(tmp_path)
         said, of_job = status(run_command, database), run_command(database, "job", job)
         refused = run_command(database, "call", job, api=api).refused(1)
     idle, call = said.listeners

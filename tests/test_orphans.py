@@ -64,7 +64,7 @@ def test_call_that_is_given_up_after_the_listener_was_killed_is_told_once(
                            ALERT_COMMAND=f"tee -a {told}")  # fmt: skip
         known = database.add_job("planner", "done", tenant="told by the listener")
         api.on("overlay", lambda _: Answer(422))
-        database.wait_for("SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s", known)
+        until(lambda: told.exists() and known in told.read_text(), "its alert")
         job = database.add_job("overlay")
         wait_for_call(api, job)
         workers = process.children()
