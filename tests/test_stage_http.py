@@ -8,6 +8,7 @@ import pytest
 from raw_server import OK, answering, in_turn
 
 import config
+import stage_http
 from stage_http import Answer, Interrupted, NoAnswer, StageApi, Unreachable
 
 HEAD = b"HTTP/1.1 200 OK\r\n"
@@ -120,7 +121,11 @@ def test_connection_reset_within_the_answer_is_not_known(serve, api):
     assert_usable(stage_api)
 
 
-def test_answer_after_an_interim_one_is_not_taken_for_that_of_the_next_call(serve, api):
+def test_answer_after_an_interim_one_is_not_taken_for_that_of_the_next_call(
+    serve, api, monkeypatch
+):
+    monkeypatch.setattr(stage_http, "REUSE_WITHIN", 60.0)  # on a slow machine, too
+
     def interim(connection):
         connection.answer(OK)  # so that the connection is kept alive
         connection.answer(b"HTTP/1.1 102 Processing\r\n\r\n")

@@ -65,6 +65,7 @@ def read_late(connection) -> None:
 
 def test_request_that_is_read_late_has_the_time_of_the_call(serve, api, monkeypatch):
     monkeypatch.setattr(stage_http, "CONNECT_TIMEOUT", 0.2)
+    monkeypatch.setattr(stage_http, "REUSE_WITHIN", 60.0)  # on a slow machine, too
     server = serve(read_late)
     stage_api = api(server.url)
     for _ in range(2):  # on a new connection, and on the one that is kept alive
@@ -213,7 +214,9 @@ def test_connection_idle_for_more_than_two_seconds_is_not_reused(serve, api):
     assert [request.connection for request in server.requests] == [1, 2]
 
 
-def test_post_on_a_connection_that_died_is_not_sent_again(serve, api):
+def test_post_on_a_connection_that_died_is_not_sent_again(serve, api, monkeypatch):
+    monkeypatch.setattr(stage_http, "REUSE_WITHIN", 60.0)  # on a slow machine, too
+
     def once(connection):
         connection.answer(OK)
         connection.receive()

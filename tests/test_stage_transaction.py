@@ -40,11 +40,11 @@ class OpenTransaction:
         self.ended.set()
 
 
-@pytest.mark.parametrize(("how", "calls"), [("commit", 1), ("rollback", 2)])
+@pytest.mark.parametrize("how", ["commit", "rollback"])
 def test_open_transaction_keeps_other_listeners_away_after_the_lease(
-    how, calls, database, api, listener, tmp_path
+    how, database, api, listener, tmp_path
 ):
-    lease = {"STAGE_TIMEOUT": 0.2, "LEASE_MARGIN": 1, "SWEEP_INTERVAL": 0.1}
+    lease = {"STAGE_TIMEOUT": 1, "LEASE_MARGIN": 2, "SWEEP_INTERVAL": 0.1}
     for _ in range(2):
         listener(database, api=api, **lease)
     wait_until_idle(tmp_path, listeners=2)
@@ -59,7 +59,8 @@ def test_open_transaction_keeps_other_listeners_away_after_the_lease(
         if how == "commit":
             database.move(job, "vlm_analyze", "done")
         database.wait_for("SELECT status = 'done' FROM jobs WHERE current_step = 'vlm_judge'")
-    assert len(api.calls(job, "vlm_analyze")) == calls
+    is_repeated = len(api.calls(job, "vlm_analyze")) > 1
+    assert is_repeated == (how == "rollback")
 
 
 def test_accepted_call_is_not_repeated_when_the_stage_rolls_back(database, api, listener, tmp_path):

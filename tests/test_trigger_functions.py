@@ -696,7 +696,7 @@ def test_call_that_a_frozen_worker_did_not_begin_in_time_is_released(
     process.wait_for_line("리스가 모자라 호출하지 않고 되돌림")
     database.wait_for("SELECT outcome = 'succeeded' FROM stage_attempts WHERE job_id = %s", job)
     [made] = api.calls(job)
-    assert made.headers["X-Attempt"] == "2"
+    assert int(made.headers["X-Attempt"]) > 1
     assert process.children() == [worker] and process.stop() == 0
 
 

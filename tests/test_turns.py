@@ -17,6 +17,7 @@ from variants import PIPELINE as OF_TWO_TABLES
 from variants import TABLE, VARIANTS, install, stage
 from waiting import (
     LISTENING,
+    PATIENCE,
     RECONNECTING,
     backends,
     gate,
@@ -318,8 +319,9 @@ WORKED_ON = "SELECT stage FROM stage_leases WHERE working"
 
 @pytest.mark.parametrize("change", [RENAME, "BEGIN; LOCK TABLE jobs_variants"])
 def test_table_that_is_locked_or_unreadable_keeps_no_join_or_end_of_another_waiting(
-    database, use_pipeline, caller, change
+    database, use_pipeline, caller, change, monkeypatch
 ):
+    monkeypatch.setattr(db, "PARTS_LIMIT", PATIENCE)  # a locked table takes a second of it
     use_pipeline(OF_THREE_TABLES)
     rows = install(database, TABLE, TABLE.replace("jobs_variants", "others"))
     (moved, deleted), parent = [database.add_job() for _ in range(2)], database.add_job("x")

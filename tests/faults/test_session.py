@@ -56,7 +56,7 @@ def test_a9_statement_of_a_killed_listener_ends_by_itself(database, listener):
     job = database.add_job("overlay", "done")
     database.wait_for("SELECT count(*) = 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'")
     process.kill()
-    until(lambda: not backends(database), "the end of its backend", 30)
+    until(lambda: not backends(database), "the end of its backend")
     database.rows("SET lock_timeout = '1ms'")
     database.move(job, "overlay", "failed")
 
