@@ -119,7 +119,6 @@ def require_choice(command: str, job_ids: tuple, chosen: Chosen, all_: bool) -> 
     if fault:
         raise click.UsageError(fault, click.get_current_context())
     conn = rows.connected(command)
-    conn.deadline = PATIENCE + db.DEADLINE
     if chosen.stage:
         require_stage(conn, chosen.stage)
     rows.require_table(conn, chosen.table)
@@ -146,7 +145,7 @@ def show(conn, sql: str, chosen: Chosen, all_: bool, to: str) -> int:
     Returns:
         How many calls match.
     """
-    found = db.execute(conn, sql, chosen.params | {"most": MOST_SHOWN}).fetchall()
+    found = patiently(conn, sql, chosen.params | {"most": MOST_SHOWN})
     if not found:
         return 0
     with_table = rows.names_tables(found)
@@ -181,11 +180,22 @@ def given_by_hand(context: click.Context) -> list[str]:
     return [name for name in context.params if context.get_parameter_source(name) == source]
 
 
+def patiently(conn, sql: str, given: dict[str, Any]) -> list:
+    """The rows of LISTED or FOUND. Any other statement has the usual deadline, as one that changes
+    something may wait for a commit that nobody confirms.
+    """
+    conn.deadline = PATIENCE + db.DEADLINE
+    try:
+        return db.execute(conn, sql, given).fetchall()
+    finally:
+        conn.deadline = db.DEADLINE
+
+
 def in_batches(conn, found: str, sql: str, given: dict[str, Any]) -> Iterator[Any]:
     """Run `sql` for all calls that `found` finds, but for those that another transaction holds;
     yields its rows.
     """
-    for batch in db.execute(conn, found, given).fetchall():
+    for batch in patiently(conn, found, given):
         yield from db.execute(conn, sql, given | batch._asdict())
 
 
@@ -199,7 +209,7 @@ def tell(did: str, done: list) -> None:
 
 def refuse_left(conn, sql: str, chosen: Chosen) -> None:
     """Raises Problem where calls that match were left, as another transaction holds them."""
-    left = db.execute(conn, sql, chosen.params | {"most": 1}).fetchone()
+    left = patiently(conn, sql, chosen.params | {"most": 1})
     if left:
-        count = "1 call is" if left.calls == 1 else f"{left.calls} calls are"
+        count = "1 call is" if left[0].calls == 1 else f"{left[0].calls} calls are"
         raise Problem(f"{count} left, as another transaction holds them: try again")

@@ -23,6 +23,7 @@ from ops.chosen import (
     Chosen,
     filters,
     in_batches,
+    patiently,
     refuse_left,
     require_choice,
     show,
@@ -268,13 +269,12 @@ def retry_rows(conn, job_ids: tuple[str, ...], chosen: Chosen) -> None:
 
 def nothing_to_retry(conn, chosen: Chosen) -> None:
     """Say that no call matches, and whether some would with --now."""
-    waiting = None
-    if not chosen.now:
-        given = chosen._replace(now=True).params | {"most": 1}
-        waiting = db.execute(conn, LIST_RETRIED, given).fetchone()
-    more = f"; {waiting.calls} wait for their next attempt: --now" if waiting else ""
-    click.echo(f"no such call was given up{more}" if not chosen.now
-               else "no such call was given up or waits for its next attempt")  # fmt: skip
+    if chosen.now:
+        click.echo("no such call was given up or waits for its next attempt")
+        return
+    waiting = patiently(conn, LIST_RETRIED, chosen._replace(now=True).params | {"most": 1})
+    more = f"; {waiting[0].calls} wait for their next attempt: --now" if waiting else ""
+    click.echo(f"no such call was given up{more}")
 
 
 # --- cancel --------------------------------------------------------------------------------

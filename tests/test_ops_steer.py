@@ -8,9 +8,12 @@ from contextlib import closing
 
 import pytest
 from claims import claim, connected
+from commands import run_here
 from stage_functions import BREAK
+from tcp_proxy import TcpProxy
 from waiting import gate, wait_for_call
 
+import db
 from demo.stage_server import Answer, Hangup
 from ops import rows, steer
 from ops.problem import Problem
@@ -201,6 +204,18 @@ def test_search_for_the_calls_of_a_tenant_locks_none(variants, run_command, comm
         free = database.rows("SELECT job_id FROM stage_calls FOR UPDATE SKIP LOCKED")
     assert len(free) == 2
     assert done.result().code == 1
+
+
+@pytest.mark.parametrize("words", ["retry", "cancel", "retry --all --yes"])
+def test_change_that_nobody_confirms_has_the_usual_deadline(database, given_up, monkeypatch, words):
+    monkeypatch.setattr(db.Connection, "deadline", 2.0)
+    monkeypatch.setattr(db, "DEADLINE", 2.0)
+    changes = "DELETE FROM stage_calls" if "cancel" in words else "SET due_at = clock_timestamp()"
+    with TcpProxy(database.environ) as proxy:
+        proxy.hold_answer(changes)
+        environ = database.environ | {name: str(at) for name, at in proxy.settings.items()}
+        done = run_here(environ, *words.split(), *([] if "--all" in words else given_up[:1]))
+    assert "the database did not answer within 2 s" in done.refused(3)
 
 
 def test_more_calls_than_one_statement_takes_are_all_made_due(database, run_command):
