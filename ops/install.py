@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import click
 import psycopg2
@@ -204,13 +204,26 @@ $do$;
 """
 
 
+class Applied(NamedTuple):
+    """What there is to say of an install.
+
+    Args:
+        unread: the GRANT for the roles that cannot read new tables, though ALTER DEFAULT PRIVILEGES
+            says that they can; "" where there is none.
+        left: see take_over().
+    """
+
+    unread: str
+    left: str
+
+
 def apply(
     conn,
     settings: SimpleNamespace | None = None,
     reader: str | None = None,
     notify: bool | Literal["owed"] | None = None,
     insert: bool | None = None,
-) -> str:
+) -> Applied:
     """Bring schema.sql, views.sql and PIPELINE into the database, in one transaction; then bring
     calls that wait in line with it.
 
@@ -220,10 +233,6 @@ def apply(
         notify: whether the triggers notify, or "owed": only of changes that a listener has to act
             on; None: as before, at first of every change.
         insert: whether a row that is inserted owes a call; None: as before, at first yes.
-
-    Returns:
-        The GRANT for the roles that cannot read new tables, though ALTER DEFAULT PRIVILEGES says
-        that they can; "" where there is none.
 
     Raises:
         Problem: a table of PIPELINE cannot be used, or something has one of our names.
@@ -243,35 +252,71 @@ def apply(
         script += fill_in(READER, {"reader": reader}).decode()
     script += migrations.AS_OWNER + SYNC + migrations.UNREAD
     unread = db.execute(conn, script).fetchone()[0]
-    take_over(conn)
-    return unread
+    return Applied(unread, take_over(conn))
 
 
 AT_ONCE = 10_000  # calls that one statement changes: the application waits for their rows
 ADOPT = upkeep.ADOPT.format(every="true", batch=AT_ONCE)
 
-# The trigger copies the parent's tenant only for stages whose tenants take turns. Where a stage is
-# new to that, this does it for the calls that wait already.
-SHARE = f"""
+# The trigger copies the parent's tenant only for stages whose tenants take turns, and where no
+# table that it reads for that is partitioned. Where a stage is new to that, the calls that wait
+# already get it, so many at a time: a statement that locks what it finds would hold the first call
+# until it has found the last.
+BATCH = 1000
+UNSHARED = """
+WITH RECURSIVE above AS (
+    SELECT t.name, p.name AS above, p.tenant_column, p.parent_table
+    FROM pipeline_tables AS t JOIN pipeline_tables AS p ON p.name = t.parent_table
+    WHERE t.tenant_column IS NULL
+    UNION ALL
+    SELECT a.name, p.name, p.tenant_column, p.parent_table
+    FROM above AS a JOIN pipeline_tables AS p ON p.name = a.parent_table
+    WHERE a.tenant_column IS NULL)
+SELECT array_agg(job_id)::text AS ids, array_agg(call_id)::text AS call_ids
+FROM (SELECT job_id, call_id, (row_number() OVER () - 1) / %(batch)s AS batch
+      FROM stage_calls
+      WHERE tenant_id IS NULL
+        AND stage IN (SELECT unnest(stages) FROM stage_limits WHERE is_fair)
+        AND table_name IN (
+            SELECT a.name FROM above AS a
+            JOIN pg_class AS c ON c.oid = to_regclass(format('%%I', a.above))
+            GROUP BY a.name HAVING NOT bool_or(c.relkind = 'p'))) AS found
+GROUP BY batch
+"""
+SHARE = """
 UPDATE stage_calls AS c SET tenant_id = mine.tenant
 FROM (SELECT o.job_id, o.call_id, parent.tenant
       FROM stage_calls AS o CROSS JOIN LATERAL (
-          SELECT left((stage_call_row(o.table_name, '', o.job_id)).tenant_id #>> '{{}}', 500)
+          SELECT left((stage_call_row(o.table_name, '', o.job_id)).tenant_id #>> '{}', 500)
               AS tenant) AS parent
-      WHERE o.tenant_id IS NULL AND parent.tenant IS NOT NULL
-        AND o.stage IN (SELECT unnest(stages) FROM stage_limits WHERE is_fair)
-        AND o.table_name IN (SELECT name FROM pipeline_tables WHERE tenant_column IS NULL)
-      LIMIT {AT_ONCE}
+      WHERE o.job_id = ANY (%(ids)s) AND o.call_id = ANY (%(call_ids)s::bigint[])
+        AND o.tenant_id IS NULL AND parent.tenant IS NOT NULL
       FOR UPDATE OF o SKIP LOCKED) AS mine
 WHERE c.job_id = mine.job_id AND c.call_id = mine.call_id
 """
 
 
-def take_over(conn) -> None:
-    """Bring the calls that wait in line with a PIPELINE that was just installed."""
-    for sql in (ADOPT, SHARE):
-        while db.execute(conn, migrations.AS_OWNER + sql).rowcount >= AT_ONCE:
+def take_over(conn) -> str:
+    """Bring the calls that wait in line with a PIPELINE that was just installed.
+
+    Returns:
+        Why some of them are not, as the database refused; "" where all are.
+    """
+
+    def as_owner(sql: str, **given: Any):
+        # Without parameters of its own, as those of AS_OWNER are the database's.
+        return db.execute(conn, migrations.AS_OWNER + conn.cursor().mogrify(sql, given).decode())
+
+    try:
+        while db.execute(conn, migrations.AS_OWNER + ADOPT).rowcount >= AT_ONCE:
             pass
+        for batch in as_owner(UNSHARED, batch=BATCH).fetchall():
+            as_owner(SHARE, **batch._asdict())
+    except db.CONNECTION_LOST:
+        raise
+    except psycopg2.Error as error:
+        return " ".join(str(error).split())
+    return ""
 
 
 def described(conn, settings: SimpleNamespace) -> dict[str, list]:
@@ -348,7 +393,7 @@ def install(
         before_routes, version, paused = {}, migrations.LATEST, set()
     migrations.require_not_newer(conn)
     try:
-        unread = apply(conn, settings, reader, "owed" if notify_owed else notify, insert)
+        applied = apply(conn, settings, reader, "owed" if notify_owed else notify, insert)
         # A stage may be called more often now.
         db.execute(conn, db.WAKE)
     except psycopg2.errors.UndefinedObject:
@@ -385,10 +430,10 @@ def install(
     if "table jobs" in before and routes.keys() - before_routes.keys():
         click.echo("  note: rows that are in a new state already, or come to it in a transaction "
                    f"that is open, owe no call: {pipeline.JSL} backfill")  # fmt: skip
-    if unread:
+    if applied.unread:
         click.echo(
             "  note: our tables are for their owner alone, whatever ALTER DEFAULT "
-            f"PRIVILEGES says; so that these roles can dump the database: {unread}"
+            f"PRIVILEGES says; so that these roles can dump the database: {applied.unread}"
         )
     created = [name.removeprefix("table ") for name in there if name not in before]
     for row in db.execute(conn, PUBLISHED, {"tables": created}):
@@ -413,6 +458,11 @@ def install(
     if orphans:
         click.echo(
             f"  note: {orphans} open calls are of states or stages that PIPELINE no longer has"
+        )
+    if applied.left:
+        click.echo(
+            "  note: calls that wait have the stage, priority or tenant of the PIPELINE before "
+            f"({applied.left}): {pipeline.JSL} install, once more"
         )
     click.echo(f"Next: {pipeline.JSL} verify, then {pipeline.JSL}")
 

@@ -364,9 +364,11 @@ def test_table_that_takes_the_place_of_jobs_keeps_the_options(database, run_comm
     assert database.rows(arguments) == before and len(before) == 1
 
 
+@pytest.mark.parametrize("batch", [1, install.BATCH])
 def test_calls_that_waited_take_turns_by_the_tenant_of_the_parent(
-    database, accepting, caller, change
+    database, accepting, caller, change, monkeypatch, batch
 ):
+    monkeypatch.setattr(install, "BATCH", batch)
     database.rows(TABLE)
     change({VARIANTS("v", "done"): A})
     for tenant in ("first", "second", None):

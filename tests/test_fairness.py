@@ -10,6 +10,7 @@ import pytest
 from claims import LEASE_OVER, claim_many, connected, wanted
 from conftest import ROOT
 from pages import Page
+from subscription import Subscription
 from test_plans import read_by
 from variants import TABLE, VARIANTS, install, stage
 from waiting import PATIENCE, wait_until_idle
@@ -317,6 +318,29 @@ def test_no_partition_of_the_parent_is_locked_for_its_tenant(site):
         assert db.execute(writing, LOCKED).fetchone()[0] == 0
         db.execute(writing, "COMMIT")
     assert [row.tenant_id for row in site.rows(ORDER)] == [None, None]
+
+
+UNSHARED = "UPDATE jobs_variants SET status = 'done'; UPDATE stage_calls SET tenant_id = NULL"
+
+
+def test_calls_that_waited_have_no_tenant_of_a_partitioned_parent_either(site):
+    site.rows(PARTITIONED)
+    site.rows(ADD_VARIANTS, "acme")
+    site.rows(UNSHARED)
+    with connected(site) as conn:
+        apply(conn)
+    assert [row.tenant_id for row in site.rows(ORDER)] == [None, None]
+
+
+def test_install_whose_waiting_calls_stay_as_they_were_says_what_to_do(site, run_command):
+    site.rows(ADD_VARIANTS, "acme")
+    site.rows(UNSHARED + "; ALTER TABLE stage_calls ADD CONSTRAINT odd CHECK (tenant_id IS NULL)")
+    with Subscription(site, db.WAKE_CHANNEL) as subscription:
+        done = run_command(site, "install", **MODULE)
+        assert subscription.payloads() == [""]
+    note, end = done.lines[-2:]
+    assert (done.code, end) == (0, "Next: ./jsl verify, then ./jsl")
+    assert 'violates check constraint "odd"' in note and note.endswith("./jsl install, once more")
 
 
 def test_calls_of_a_long_tenant_are_chosen_by_it(site, run_command):
