@@ -184,7 +184,10 @@ BEGIN
                    (array_agg(a.call_id ORDER BY a.finished_at DESC))[1] AS call_id,
                    array_agg(a.call_id) FILTER (WHERE a.outcome = 'cancelled') AS cancelled
             FROM %4$I.stage_attempts AS a
-            WHERE a.job_id = m.parent_id AND a.table_name = %1$L AND a.stage = %3$L) AS last
+            WHERE a.job_id = m.parent_id AND a.table_name = %1$L
+              AND (a.stage = %3$L
+                   -- As for rows, below.
+                   OR a.stage NOT IN (SELECT stage FROM %4$I.pipeline_stages))) AS last
         WHERE m.join_of = %7$L AND m.is_noted AND NOT m.is_open
           AND (last.call_id = ANY (last.cancelled) AND last.outcome <> 'succeeded') IS NOT TRUE
           AND greatest(m.recorded_at, last.finished_at)

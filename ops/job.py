@@ -127,11 +127,13 @@ class Rest(NamedTuple):
 CANCELLED = "cancelled"
 
 
-def cancellation(attempts: list, stage: str | None) -> Any:
+def cancellation(attempts: list, stage: str, other: str | None = None) -> Any:
     """The attempt that says that a person has cancelled the last call of `stage`; None where there
-    is none, or the call was under way and was accepted.
+    is none, or the call was under way and was accepted. As in resting_rows(), a stage that left
+    PIPELINE may be that of now under the name of before; not `other`.
     """
-    last = max((one for one in attempts if one.stage == stage), default=None,
+    others = {*pipeline.stage_names(), other} - {stage}
+    last = max((one for one in attempts if one.stage not in others), default=None,
                key=lambda one: one.finished_at)  # fmt: skip
     if last is None or last.outcome == "succeeded":
         return None
@@ -141,9 +143,11 @@ def cancellation(attempts: list, stage: str | None) -> Any:
 
 def cancelled(row: Any, attempts: list) -> Any:
     """Where a person has cancelled the call that `row` would owe: that, as a Rest; else None."""
-    found = cancellation(attempts, rows.own_stage(row)) if row.is_there else None
-    return found and Rest(row.table_name, row.key, CANCELLED, found.stage, found.started_at,
-                          reason_of(found))  # fmt: skip
+    stage = rows.own_stage(row) if row.is_there else None
+    if stage is None or (found := cancellation(attempts, stage, row.current_step)) is None:
+        return None
+    why = reason_of(found)
+    return Rest(row.table_name, row.key, CANCELLED, stage, found.started_at, why)
 
 
 def reason_of(cancelled: Any) -> str:

@@ -6,6 +6,7 @@ from contextlib import closing
 
 import pytest
 from claims import connected
+from commands import run_here
 from raw_server import in_turn
 from variants import TABLE, VARIANTS, stage
 from waiting import until
@@ -413,6 +414,12 @@ def test_calls_of_the_name_of_before_are_not_repeated(database, renamed):
     assert found.kept == {"under a name that PIPELINE no longer has": 2}
     [row] = database.rows("SELECT job_id, reason FROM resting_rows()")
     assert (row.job_id, row.reason[:21]) == (renamed["accepted"], "accepted by the stage")
+
+
+def test_job_says_that_its_call_was_cancelled_under_the_name_of_before(database, renamed):
+    lines = run_here(database.environ, "job", renamed["cancelled"]).lines
+    again = f"; to call bb again: ./jsl again {renamed['cancelled']}"
+    assert [line for line in lines if "cancelled by kim: contract ended" + again in line]
 
 
 def test_history_of_the_name_of_before_is_kept_while_its_rows_rest(database, renamed):

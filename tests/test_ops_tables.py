@@ -119,6 +119,24 @@ def test_cancelled_call_of_a_join_is_said_to_be(variants, run, joined):
     assert "owes ad_copy" in run("job", joined).lines[2]
 
 
+STALLED = "SELECT stage FROM stalled_jobs()"
+
+
+def test_call_of_a_join_stays_cancelled_where_its_stage_is_renamed(
+    variants, run, joined, use_pipeline
+):
+    call(variants.database, ["ad_copy"], "retry")
+    run("cancel", joined, "--stage", "ad_copy", "--reason", "no budget")
+    call(variants.database, ["instagram"])
+    variants.database.rows("UPDATE stage_joins SET recorded_at = now() - interval '1 h'")
+    variants.database.rows(AN_HOUR_AGO)
+    use_pipeline(PIPELINE | {VARIANTS.every("iou_eval", "done"): stage("posters")})
+    with connected(variants.database) as conn:
+        apply(conn)
+    assert variants.database.rows(STALLED) == [("instagram",)]
+    assert "posters was cancelled by " in run("job", joined).out
+
+
 def test_many_rows_are_summed_up(variants, run):
     job = variants.database.add_job("img_gen", "queued")
     variants.add(job, "img_gen", "done", count=25), variants.add(job, "iou_eval", "failed")
