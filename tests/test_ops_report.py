@@ -55,6 +55,20 @@ def test_headline_counts_what_the_views_count(database):
     }
 
 
+def test_call_whose_row_its_stage_set_failed_later_has_one_duration_and_one_error(database):
+    attempt(database), attempt(database, outcome="unknown", error="no answer")
+    database.rows("INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at,"
+                  " finished_at, outcome, error) SELECT job_id, call_id, attempt, stage, worker,"
+                  " started_at, now(), 'failed', 'set failed by its stage'"
+                  " || coalesce(': ' || error, '') FROM stage_attempts")  # fmt: skip
+    shown = read(database)
+    assert [row[2] for row in shown.table("slowest")] == ["1.0 s", "1.0 s"]
+    assert {(row[0], row[2]) for row in shown.table("errors")} == {
+        ("no answer", "1"),
+        ("set failed by its stage", "1"),
+    }
+
+
 def test_call_whose_row_its_stage_set_failed_after_its_answer_counts_once(database):
     attempt(database, job := attempt(database))
     database.rows("INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at,"

@@ -167,6 +167,8 @@ SELECT table_name, job_id::text, stage, attempt, outcome, http_status, started_a
 FROM stage_attempts
 WHERE finished_at > %(since)s AND finished_at <= %(until)s
   AND outcome NOT IN ('skipped', 'cancelled', 'lost')
+  -- Not what came later than the answer.
+  AND (http_status IS NOT NULL OR (error LIKE 'set failed by its stage%%') IS NOT TRUE)
 ORDER BY finished_at - started_at DESC
 LIMIT 10
 """
@@ -205,6 +207,8 @@ SELECT stage, left(error, 1000) AS error, 1 AS texts, count(*) AS calls,
 FROM (SELECT * FROM stage_attempts
       WHERE finished_at > %(since)s AND finished_at <= %(until)s
         AND outcome IN ('retry', 'held', 'unknown', 'lost', 'failed')
+        -- Not what came later than an answer that was no success: its first row has the error.
+        AND (http_status IS NOT NULL OR (error LIKE 'set failed by its stage: %%') IS NOT TRUE)
       ORDER BY finished_at DESC
       LIMIT %(most)s) AS attempt
 GROUP BY stage, left(error, 1000)
