@@ -216,6 +216,16 @@ def test_nothing_is_due_is_not_said_beside_what_is_stuck(database, run_command, 
                                    .replace("given_up", "given-up"))  # fmt: skip
 
 
+def test_status_tells_of_broken_triggers_where_the_schema_was_renamed(database, run_command):
+    database.rows("ALTER SCHEMA public RENAME TO app")
+    database.rows(f"ALTER DATABASE {database.name} SET search_path = app")
+    done = run_command(database, "status")
+    assert done.lines[1].endswith(", triggers BROKEN")
+    problems = [line for line in done.lines if line.startswith("PROBLEM")]
+    assert "job_state_change_trigger on jobs runs another function" in problems[0]
+    assert "failed or stalled is not known of jobs" in problems[1]
+
+
 SLOW = """
 DROP FUNCTION resting_rows();
 CREATE FUNCTION resting_rows() RETURNS TABLE (kind text, stage text, since timestamptz, reason text)
