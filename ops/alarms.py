@@ -11,6 +11,7 @@ import pipeline
 from heartbeat import ALIVE
 from ops import waits
 from ops.listeners import OTHER_PIPELINE
+from ops.problem import IF_NEWER, INSTALL
 from ops.table import counted, duration, readable
 
 # Urgencies, the most urgent first: see Alarm.
@@ -53,8 +54,8 @@ def of_everything(state: dict[str, Any]) -> Iterator[Alarm]:
     if problem := state["database"]["schema_problem"]:
         yield Alarm(EVERYTHING, "schema", "program and database differ", problem)
     if problem := state["routes_problem"]:
-        yield Alarm(EVERYTHING, "routes", "program and database have other routes", problem,
-                    f"{pipeline.JSL} install")  # fmt: skip
+        reason = f"{problem}; {INSTALL}, {IF_NEWER}"
+        yield Alarm(EVERYTHING, "routes", "program and database have other routes", reason)
     listeners = state["listeners"]
     if not any(row["connected"] for row in listeners):
         alive = (

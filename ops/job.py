@@ -100,7 +100,7 @@ def resting(conn, row: Any, owed: list, calling: list, below: list[dict]) -> dic
     too long.
     """
     ids = [(child.table_name, child.job_id) for of in below for child in of["rows"]]
-    if not (owed or calling):
+    if not (owed or calling) and rows.is_readable(row):
         ids.append((row.table_name, row.key))
     if not ids:
         return {}
@@ -269,7 +269,7 @@ def place_lines(found: Found) -> Iterator[str]:
 
 
 def where(row: Any) -> str:
-    if not row.is_there:
+    if not (row.is_there and rows.is_readable(row)):
         return plain(f"{said(row)} {rows.absence(row)}")
     parent = pipeline.parent_name(pipeline.tables()[row.table_name])
     of = f", of {rows.word_for(parent)} {row.parent_id}" if parent else ""

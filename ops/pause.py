@@ -9,7 +9,7 @@ import db
 from logs import CONTROL
 from ops.person import operator, wake_listeners
 from ops.pools import POOL, members
-from ops.problem import Problem
+from ops.problem import IF_NEWER, INSTALL, Problem
 from ops.stage import StageName
 from ops.table import clock, plain
 from pipeline import JSL
@@ -67,7 +67,7 @@ def pause(
     conn = db.connect(config.settings(), "job-state-listener pause")
     unknown = [stage for stage in stages if not pause_stage(conn, stage, reason)]
     if unknown:
-        raise Problem(f"the database does not know {' and '.join(unknown)}: run `make trigger`")
+        raise Problem(f"the database does not know {' and '.join(unknown)}: {INSTALL}, {IF_NEWER}")
     if wait:
         wait_for_calls(conn, stages, timeout)
 

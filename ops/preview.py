@@ -24,7 +24,7 @@ import pipeline
 import trigger
 from logs import CONTROL
 from ops import rows, steer
-from ops.problem import Problem
+from ops.problem import IF_NEWER, INSTALL, Problem
 
 # The columns of a claim (see calls.TAKE) that a call is made of.
 NEXT_ATTEMPT = """
@@ -74,7 +74,7 @@ def next_attempt(conn, settings: SimpleNamespace, row: Any, stage: str | None) -
         raise Problem(steer.why_nothing_owed(conn, row, stage))
     limits = pipeline.stage_limits(settings).get(owed.stage)
     if limits is None:
-        raise Problem(f"PIPELINE has no stage {owed.stage} any more: run `make trigger`")
+        raise Problem(f"PIPELINE has no stage {owed.stage}: {INSTALL}, {IF_NEWER}")
     table = pipeline.tables()[owed.table_name]
     call = pipeline.claimed_call(owed, table, limits, "dry run", math.inf)
     call.api, call.settings = pipeline.stage_apis(settings)[owed.stage], settings

@@ -4,6 +4,8 @@ from pipeline import JSL
 
 # The command that solves most of these problems.
 INSTALL = f"run `make trigger` ({JSL} install)"
+# Follows INSTALL where PIPELINE is not that of the database: which one is newer is not known.
+IF_NEWER = "if this PIPELINE is the newer one"
 GRANTS = "see 'Roles and grants' in docs/INSTALLING.md"
 
 

@@ -9,7 +9,7 @@ import psycopg2
 import db
 import pipeline
 from ops import migrations
-from ops.problem import GRANTS, INSTALL, Problem
+from ops.problem import GRANTS, IF_NEWER, INSTALL, Problem
 from pipeline import Route, SharedLimit
 
 Stage = tuple[str, int | None]  # its name and max_running
@@ -121,7 +121,7 @@ def require_installed(conn) -> None:
     if refusal:
         raise Problem(refusal)
     if differences:
-        raise Problem(f"the routes differ ({'; '.join(differences)}): {INSTALL}")
+        raise Problem(f"the routes differ ({'; '.join(differences)}): {INSTALL}, {IF_NEWER}")
     place = db.execute(conn, PLACE).fetchone()
     if place.jobs is None:
         raise Problem(f"there is no table jobs on the search path: {INSTALL}")

@@ -106,11 +106,16 @@ def require_tables(conn) -> None:
         raise Problem(refusal)
 
 
-OWING = "SELECT EXISTS (SELECT FROM stage_calls WHERE table_name = %(table)s)"
+OWING = """
+SELECT EXISTS (SELECT FROM stage_calls WHERE table_name = %(table)s
+               UNION ALL SELECT FROM pipeline_tables WHERE name = %(table)s)
+"""
 
 
 def require_table(conn, table: str | None) -> None:
-    """Raises BadParameter unless `table` is in PIPELINE, or its rows still owe calls."""
+    """Raises BadParameter unless `table` is in PIPELINE, here or in the database, or its rows still
+    owe calls.
+    """
     if table is None or table in pipeline.tables():
         return
     if not db.execute(conn, OWING, {"table": table}).fetchone()[0]:
@@ -143,7 +148,7 @@ SELECT %(key)s AS key, t.name AS table_name, at.is_there IS NOT NULL AS is_there
                WHERE a.job_id = %(key)s AND a.table_name = t.name)
        OR EXISTS (SELECT FROM stage_leases AS l
                   WHERE l.job_id = %(key)s AND l.table_name = t.name) AS has_history,
-       %(table)s IS NOT NULL AS is_one_of_many
+       %(table)s IS NOT NULL AS is_one_of_many, t.position IS NOT NULL AS is_known
 FROM (SELECT name, position FROM pipeline_tables
       UNION ALL
       SELECT DISTINCT c.table_name, NULL::integer FROM stage_calls AS c
@@ -216,24 +221,37 @@ def said(row: Any) -> str:
     return f"{word_for(row.table_name)} {row.key}"
 
 
+OTHER_PIPELINE = (
+    "this program has another PIPELINE than the database: use the one that was installed"
+)
+
+
 def is_readable(row: Any) -> bool:
-    """Whether the row's table is in PIPELINE."""
-    return row.table_name in pipeline.tables()
+    """Whether the row's table is in PIPELINE, here and in the database."""
+    return row.is_known and row.table_name in pipeline.tables()
+
+
+def has_left(row: Any) -> bool:
+    """Whether the row's table left PIPELINE. Where only this program or only the database lacks it,
+    the other PIPELINE may want what the row owes.
+    """
+    return not row.is_known and row.table_name not in pipeline.tables()
 
 
 def absence(row: Any) -> str:
-    """Why nothing is known of a row: it was deleted, or is of a table that left PIPELINE."""
+    """Why nothing is known of a row: it was deleted, or its table is not in PIPELINE."""
     return "was deleted" if is_readable(row) else f"cannot be read: {gone_table(row)}"
 
 
 def gone_table(row: Any) -> str:
-    return f"PIPELINE has no table {row.table_name}"
+    return f"PIPELINE has no table {row.table_name}" if has_left(row) else OTHER_PIPELINE
 
 
 def require_readable(row: Any) -> None:
-    """Raises Problem where the row is of a table that left PIPELINE."""
+    """Raises Problem where the row's table is not in PIPELINE."""
     if not is_readable(row):
-        raise Problem(f"{said(row)} {absence(row)}; to drop what it owes: {typed('cancel', row)}")
+        mend = f"; to drop what it owes: {typed('cancel', row)}" if has_left(row) else ""
+        raise Problem(f"{said(row)} {absence(row)}{mend}")
 
 
 # --- what it owes --------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from ops import migrations
 from ops.limits import LIMIT_FIELDS, limits
 from ops.listeners import heartbeats_here, listeners
 from ops.pools import pools
-from ops.problem import INSTALL, Problem
+from ops.problem import IF_NEWER, INSTALL, Problem
 from ops.resting import resting
 from ops.routes import announced, difference, is_updates_only
 from ops.screen import Screen
@@ -173,7 +173,7 @@ def lines(found: dict[str, Any]) -> Iterator[Line]:
         yield from ((f"       → {each}", RED) for each in mend)
     if problem := found["routes_problem"]:
         yield f"PROBLEM  {plain(problem)}", RED
-        yield f"       → {INSTALL}", RED
+        yield f"       → {INSTALL}, {IF_NEWER}", RED
     yield from ((line, 0) for line in stage_lines(found["stages"]))
     longest = max((len(row["stage"]) for row in found["stages"]), default=0)
     for row in found["stages"]:

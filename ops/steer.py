@@ -117,7 +117,7 @@ def why_nothing_owed(conn, row: Any, stage: str | None = None) -> str:
             f"{clock(call.leased_until)}"
         )
     if not (call.has_route and rows.is_readable(row)) and (gone := waits.why(row, call)):
-        return f"{what}: {gone.why}: {gone.mend}"
+        return ": ".join(filter(None, (what, *gone)))
     if call.full:
         return f"{what}: {waits.full(call)}; try again"
     if call.given_up or call.locked_by:

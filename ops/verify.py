@@ -15,7 +15,7 @@ import notifications
 import pipeline
 import stage_http
 from ops import grants, migrations, place, rows
-from ops.problem import GRANTS
+from ops.problem import GRANTS, IF_NEWER
 from ops.routes import announced, broken_triggers, difference, trigger_function, triggers
 from ops.tables import faults
 from pipeline import JSL
@@ -237,9 +237,9 @@ def check_routes(conn, settings) -> str:
     try:
         differences = difference(conn)
     except psycopg2.errors.UndefinedTable:
-        differences = ["pipeline_stages is missing"]
+        raise Bad("table pipeline_stages is missing", INSTALL) from None
     if differences:
-        raise Bad(f"routes differ: {'; '.join(differences)}", INSTALL)
+        raise Bad(f"routes differ: {'; '.join(differences)}", f"{INSTALL}, {IF_NEWER}")
     for table in pipeline.tables():
         function = trigger_function(table)
         if db.execute(conn, STALE, {"table": table, "function": function}).fetchone()[0]:

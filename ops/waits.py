@@ -90,7 +90,8 @@ NOBODY = Waits("no listener is connected", pipeline.JSL)
 def why(row: Any, call: Any) -> Waits | None:
     """Why a call (see WAITS) is not made; None where it is under way or was given up."""
     if not rows.is_readable(row):
-        return Waits(rows.gone_table(row), rows.typed("cancel", row))
+        mend = rows.typed("cancel", row) if rows.has_left(row) else None
+        return Waits(rows.gone_table(row), mend)
     if not call.has_route:
         again = rows.own_stage(row) and not call.join_of
         mend = rows.typed("again", row) if again else rows.typed("cancel", row)

@@ -182,7 +182,10 @@ def test_resume_of_a_stage_that_is_not_held_says_so(database, run_command):
 def test_stage_that_the_database_does_not_know_gets_one_line(database, run_command):
     database.rows("DELETE FROM pipeline_stages WHERE stage = 'planner'")
     refused = run_command(database, "pause", "planner").refused(1)
-    assert refused == "the database does not know planner: run `make trigger`"
+    assert refused == (
+        "the database does not know planner: run `make trigger` (./jsl install), if this PIPELINE "
+        "is the newer one"
+    )
 
 
 def test_several_stages_are_paused_and_resumed_at_once(database, run_command):

@@ -617,8 +617,10 @@ CREATE INDEX ON v (job_id);
 
 
 @pytest.fixture
-def gone(empty_database, use_pipeline, tmp_path):
-    """Runs a command after table v has left PIPELINE; its row 7 and job 7 have given-up calls."""
+def older(empty_database, use_pipeline, tmp_path):
+    """Runs a command of a program whose PIPELINE has no table v yet; job 7 and its rows 7 and 8
+    have given-up calls.
+    """
     environ = empty_database.environ | {"HEARTBEAT_DIR": str(tmp_path)}
     empty_database.rows(NUMBERED)
     own = {("img_gen", "done"): stage("vlm_analyze")}
@@ -628,8 +630,14 @@ def gone(empty_database, use_pipeline, tmp_path):
     empty_database.rows("INSERT INTO v VALUES (7, 7, 'a', 'done'), (8, 7, 'a', 'done')")
     empty_database.rows(GIVE_UP)
     use_pipeline(own)
-    assert commands.run_here(environ, "install").code == 0
     return lambda *args: commands.run_here(environ, *args)
+
+
+@pytest.fixture
+def gone(older):
+    """The same after table v has left PIPELINE."""
+    assert older("install").code == 0
+    return older
 
 
 @pytest.mark.parametrize("args", [("jobs", "--given-up"), ("retry", "--all"), ("cancel", "--all")])
@@ -661,3 +669,23 @@ def test_a_row_of_a_gone_table_can_be_cancelled_and_not_called(gone):
         )
     assert gone("cancel", "--table", "v", "--all", "--yes").code == 0
     assert "no job 8" in gone("job", "8").refused(1)
+
+
+OTHER = "this program has another PIPELINE than the database: use the one that was installed"
+
+
+def test_what_only_another_pipeline_wants_is_left_to_it(older):
+    lines = older("job", "--table", "v", "8").lines
+    assert lines[0] == f"v 8 cannot be read: {OTHER}"
+    assert lines[2] == f"yolo_detect waits: {OTHER}"
+    assert older("again", "8").refused(1) == f"v 8 cannot be read: {OTHER}"
+    assert older("retry", "8").code == 0
+    assert older("retry", "8").refused(1) == f"v 8: {OTHER}"
+    assert json.loads(older("job", "8", "--json").out)["waits"] == {"why": OTHER, "mend": None}
+    mend = "       → run `make trigger` (./jsl install), if this PIPELINE is the newer one"
+    assert mend in older("status").lines
+
+
+def test_row_of_a_table_that_only_the_database_lacks_is_not_said_to_be_deleted(gone, use_pipeline):
+    use_pipeline({("img_gen", "done"): stage("a"), ROWS("a", "done"): stage("yolo_detect")})
+    assert gone("job", "8").lines[0] == f"v 8 cannot be read: {OTHER}"

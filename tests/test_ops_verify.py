@@ -14,6 +14,7 @@ from ops.migrations import LATEST
 from ops.verify import check_stage_api, run_checks
 
 INSTALL = "./jsl install"
+INSTALL_NEWER = f"{INSTALL}, if this PIPELINE is the newer one"
 AGAIN = "./jsl uninstall, then install"
 SEE_GRANTS = "see 'Roles and grants' in docs/INSTALLING.md"
 DROP_UPDATE = "DROP TRIGGER job_state_change_trigger ON jobs"
@@ -108,17 +109,17 @@ DAMAGE = {
     "state without a route": (
         "DELETE FROM pipeline_stages WHERE current_step = 'planner'",
         "routes differ: (planner, done) → overlay in demo/five_stages.py, nothing in the database",
-        INSTALL,
+        INSTALL_NEWER,
     ),
     "route of another stage": (
         "UPDATE pipeline_stages SET stage = 'x' WHERE current_step = 'planner'",
         "routes differ: (planner, done) → overlay in demo/five_stages.py, x in the database",
-        INSTALL,
+        INSTALL_NEWER,
     ),
     "route that stages.py does not have": (
         "INSERT INTO pipeline_stages VALUES ('planner', 'failed', 'x')",
         "routes differ: (planner, failed) → nothing in demo/five_stages.py, x in the database",
-        INSTALL,
+        INSTALL_NEWER,
     ),
     "route that the function was not told": (
         "DO $$ BEGIN EXECUTE replace(pg_get_functiondef('notify_job_state_change()'::regprocedure),"
@@ -155,7 +156,7 @@ def test_problem_is_named_and_the_command_given_mends_it(database, api, damage):
     sql, what, mend = DAMAGE[damage]
     database.rows(sql)
     assert checked(database, STAGE_API_URL=api.url) == [(what, mend)]
-    if mend in (INSTALL, AGAIN):
+    if mend in (INSTALL, INSTALL_NEWER, AGAIN):
         with closing(db.connect(database.settings())) as conn:
             if mend == AGAIN:
                 remove(conn, objects(conn))
