@@ -681,9 +681,14 @@ def listener_name() -> str:
     return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
 
 
-def idle(settings: SimpleNamespace, signals: Signals) -> None:
-    """Disabled: stay alive and do nothing, so that no container restarts in a circle."""
+def idle(settings: SimpleNamespace, signals: Signals, once: bool) -> None:
+    """Disabled: stay alive and do nothing, so that no container restarts in a circle; `once` only
+    says so.
+    """
     off = config.why_off(settings)
+    if once:
+        log.warning("Job State Listener 비활성화됨: %s", off)
+        return
     log.warning("Job State Listener 비활성화됨: %s, 대기만 함", off)
     heartbeat = Heartbeat(settings.HEARTBEAT_DIR, listener_name())
     while not signals.requested:
@@ -741,7 +746,7 @@ def run(workers: int | None = None, only: tuple[str, ...] = (), once: bool = Fal
         if settings.LISTENER_ENABLED:
             Listener(settings, signals, workers or settings.LISTENER_WORKERS, only, once).serve()
         else:
-            idle(settings, signals)
+            idle(settings, signals, once)
     except ops.Problem as problem:
         log.error("시작할 수 없음: %s", problem)
         sys.exit(ops.EXIT_CANNOT_START)

@@ -220,6 +220,15 @@ def test_disabled_listener_idles_until_told_to_stop(database, api, listener):
     assert not api.calls()
 
 
+def test_disabled_listener_that_runs_once_says_so_and_ends(database, listener):
+    job = database.add_job()
+    process = listener(database, "run", "--once", LISTENER_ENABLED="false")
+    assert process.wait() == 0
+    [line] = process.lines
+    assert line.endswith("비활성화됨: LISTENER_ENABLED=false in the environment")
+    assert database.owed(job).attempts == 0
+
+
 def test_listener_that_is_enabled_by_name_runs_beside_a_shared_file(database, api, listener):
     shared = {"ENABLE_JOB_STATE_LISTENER": "false", "LISTENER_ENABLED": "true"}
     listener(database, api=api, **shared)
