@@ -293,8 +293,9 @@ def pool_line(row: dict[str, Any]) -> str:
 
 def listener_lines(found: list[dict[str, Any]]) -> Iterator[Line]:
     """A line for each listener, and below it one for each of its oldest calls."""
-    if not found:
+    if not any(row["connected"] for row in found):
         yield f"no listener is connected: start {JSL}", YELLOW
+    if not found:
         return
     cells = []
     for row in found:

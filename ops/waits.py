@@ -2,11 +2,10 @@
 
 from typing import Any, NamedTuple
 
-import config
 import db
 import pipeline
 from ops import rows
-from ops.listeners import listeners
+from ops.listeners import connected
 from ops.table import clock, readable
 
 # A call, and everything that may keep it from being made. Where another transaction has changed or
@@ -79,7 +78,7 @@ def waits(conn, row: Any) -> dict[str, Waits]:
     """
     found = {call.join_of: why(row, call) for call in owed(conn, row)}
     taken_by_nobody = [join for join, waiting in found.items() if waiting is NOBODY]
-    if taken_by_nobody and listeners(conn, config.settings()):
+    if taken_by_nobody and connected(conn):
         found |= dict.fromkeys(taken_by_nobody)
     return {join: waiting for join, waiting in found.items() if waiting}
 

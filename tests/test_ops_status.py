@@ -379,12 +379,15 @@ def test_calls_of_a_killed_listener_are_shown_until_they_end(
         said = json.loads(run_command(database, "status", "--json").out)
         opened.set()
         database.wait_for("SELECT count(*) = 0 FROM stage_leases")
-        [[_, _, dead]] = status(run_command, database).listeners
+        after = status(run_command, database)
+    other = run_command(database, "job", database.add_job("planner", "done"))
+    [[_, _, dead]] = after.listeners
     [killed] = said["listeners"]
     assert (killed["connected"], killed["heartbeat"]) == (False, "dead")
     assert killed["doing"].startswith("dead: 1 call under way, not connected; the last lease ends ")
     assert [call["job_id"] for call in killed["calls"]] == [job]
-    assert dead == "dead: making calls"
+    assert dead == "dead: making calls" and NO_LISTENER in after.rest
+    assert other.lines[-1] == "overlay waits: no listener is connected; ./jsl"
 
 
 # --- several installations -----------------------------------------------------------------
