@@ -334,6 +334,14 @@ def test_again_does_not_repeat_a_call_under_way(rested):
     assert rested.database.owed(rested.job) == before
 
 
+@pytest.mark.parametrize("more", [[], ["--stage", "planner"]], ids=["", "another stage"])
+def test_again_sends_no_row_back_whose_stage_has_set_it_running(rested, more):
+    rested.claimed()
+    rested.database.move(rested.job, "overlay", "running")
+    refused = rested.typed("again", rested.job, *more).refused(1)
+    assert refused.endswith(" at the latest; nothing was changed") and "UPDATE" not in refused
+
+
 def test_again_leaves_the_call_of_the_state_that_the_job_comes_to_meanwhile(rested):
     with rested.database.connect() as change, ThreadPoolExecutor() as pool:
         change.autocommit = False
@@ -358,7 +366,11 @@ def test_again_of_a_paused_stage_says_what_keeps_it(rested):
     ("state", "said"),
     [
         (("overlay", "failed"), "from which no stage follows: UPDATE jobs SET "),
-        (("overlay", "running"), "from which no stage follows: UPDATE jobs SET "),
+        (
+            ("overlay", "running"),
+            "from which no stage follows: once this has lasted longer than the timeout of overlay, "
+            "UPDATE jobs SET ",
+        ),
         (("vlm_judge", "done"), "from which no stage follows"),
         (("zoo", "done"), "from which no stage follows"),
     ],
