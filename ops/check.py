@@ -1,6 +1,5 @@
 """`check`: is the listener alive, for cron and HEALTHCHECK."""
 
-import math
 import sys
 
 import click
@@ -11,6 +10,7 @@ import db
 from heartbeat import ALIVE, DEAD, HANGING, heartbeats
 from logs import CONTROL
 from ops import EXIT_DATABASE_AWAY, EXIT_PROBLEM
+from ops.seconds import Seconds
 from pipeline import JSL
 
 # The smallest oldest_due_at of pipeline_overview. The listener's role has no right to that view, so
@@ -28,15 +28,8 @@ SELECT coalesce(extract(epoch FROM now() - least(
 """
 
 
-def refuse_nan(_context, _option, seconds: float | None) -> float | None:
-    """click.FloatRange accepts nan, and no comparison with nan is ever true."""
-    if seconds is not None and math.isnan(seconds):
-        raise click.BadParameter("nan is not a number of seconds.")
-    return seconds
-
-
 @click.command(short_help="Exit 0 if every listener on this host is alive, 1 if not.")
-@click.option("--max-lag", type=click.FloatRange(min=0), metavar="SECONDS", callback=refuse_nan,
+@click.option("--max-lag", type=Seconds(0), metavar="SECONDS",
               help="Also ask the database: is a call overdue for longer?")  # fmt: skip
 def check(max_lag: float | None) -> None:
     """Exit 0 if every listener on this host is alive, 1 if not; one line says why.

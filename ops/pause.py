@@ -10,6 +10,7 @@ from logs import CONTROL
 from ops.person import operator, wake_listeners
 from ops.pools import POOL, members
 from ops.problem import IF_NEWER, INSTALL, Problem
+from ops.seconds import Seconds
 from ops.stage import StageName
 from ops.table import clock, plain
 from pipeline import JSL
@@ -48,7 +49,7 @@ def named_stages(stages: tuple[str, ...], of_pools: tuple[str, ...]) -> tuple[st
 @click.option("--reason", default="paused by hand", show_default=True, metavar="TEXT",
               help="Shown in status and in the log.")  # fmt: skip
 @click.option("--wait", is_flag=True, help="Then wait until the calls under way are over.")
-@click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS",
+@click.option("--timeout", type=Seconds(0), metavar="SECONDS",
               help="With --wait: no longer than this; then exit 1.")  # fmt: skip
 def pause(
     stages: tuple[str, ...],

@@ -24,6 +24,7 @@ from ops.problem import IF_NEWER, INSTALL, Problem
 from ops.resting import resting
 from ops.routes import announced, difference, is_updates_only
 from ops.screen import Screen
+from ops.seconds import Seconds
 from ops.table import (
     JSON,
     RED,
@@ -325,7 +326,7 @@ def call_lines(calls: list[dict[str, Any]]) -> Iterator[str]:
 @click.command(short_help="What every stage owes, and what the listeners are doing.")
 @JSON
 @click.option("--watch", is_flag=True, help="Look again and again, until Ctrl-C.")
-@click.option("--interval", type=click.FloatRange(min=0.1), metavar="SECONDS",
+@click.option("--interval", type=Seconds(0.1), metavar="SECONDS",
               help="Between two looks of --watch; default: 2.")  # fmt: skip
 def status(as_json: bool, watch: bool, interval: float | None) -> None:
     """What every stage owes, calls, retries and gave up, and what the listeners are doing.

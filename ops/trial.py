@@ -19,6 +19,7 @@ from ops.follow import Follower, Look, named, rows_of
 from ops.listeners import connected
 from ops.problem import Problem
 from ops.routes import require_installed
+from ops.seconds import Seconds
 from ops.table import plain
 
 TENANT = "test_tenant"
@@ -47,7 +48,7 @@ FROM jobs WHERE job_id = %(job_id)s
 
 @click.command("test-job", short_help="Send a job of its own through the pipeline and watch it.")
 @click.option("--tenant", help=f"Its tenant_id. Default: {TENANT}, or as example_job decides.")
-@click.option("--timeout", type=click.FloatRange(min=0.1), metavar="SECONDS",
+@click.option("--timeout", type=Seconds(0.1), metavar="SECONDS",
               help="For one stage; default: the timeout of that stage.")  # fmt: skip
 @click.option("--clean", is_flag=True,
               help="Delete the job, its rows and their history at the end.")  # fmt: skip

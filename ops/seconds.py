@@ -1,0 +1,20 @@
+"""A number of seconds on the command line."""
+
+import math
+
+import click
+
+YEAR = 365 * 86400
+
+
+class Seconds(click.FloatRange):
+    """At least `shortest`, at most a year: longer ones cannot be slept. FloatRange takes nan."""
+
+    def __init__(self, shortest: float):
+        super().__init__(min=shortest, max=YEAR)
+
+    def convert(self, value, param, context) -> float:
+        seconds = super().convert(value, param, context)
+        if math.isnan(seconds):
+            self.fail("nan is not a number of seconds.", param, context)
+        return seconds
