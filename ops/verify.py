@@ -288,14 +288,22 @@ def check_listen(conn, settings) -> str:
 
 # Answers to GET /healthz that would also be the answer to a POST to a stage, and what to do. An API
 # or proxy without such a page answers 404, 405 or 403: those say nothing about a POST. A redirect
-# does, as it is rarely configured for one page alone.
+# does, as it is rarely configured for one page alone. {setting}: the one that has the API's URL.
 POST_FAILS = {
-    range(300, 400): ("redirects, which no POST follows", "set STAGE_API_URL to where it leads"),
+    range(300, 400): ("redirects, which no POST follows", "set {setting} to where it leads"),
     range(401, 402): ("asks for credentials", "set STAGE_API_TOKEN"),
-    range(407, 408): ("is a proxy that asks for credentials", "set STAGE_API_URL past the proxy"),
+    range(407, 408): ("is a proxy that asks for credentials", "set {setting} past the proxy"),
     range(500, 600): ("is not ready, or a proxy in front of it cannot reach it",
-                      "start it, or set STAGE_API_URL"),
+                      "start it, or set {setting}"),
 }  # fmt: skip
+
+
+def setting_of(settings, url: str) -> str:
+    """The settings that have the URL of a stage API."""
+    names = ["STAGE_API_URL"] * (url == settings.STAGE_API_URL)
+    names += [config.STAGE_URL + stage for stage, its in settings.STAGE_API_URLS.items()
+              if its == url]  # fmt: skip
+    return " and ".join(names)
 
 
 def check_stage_api(conn, settings) -> str:
@@ -303,15 +311,17 @@ def check_stage_api(conn, settings) -> str:
     apis = {api.url: api for api in pipeline.stage_apis(settings).values()}
     said = []
     for url, api in apis.items():
+        setting = setting_of(settings, url)
         try:
             status = api.probe("/healthz", seconds=5)
         except (stage_http.Unreachable, stage_http.Interrupted, stage_http.NoAnswer) as error:
             untrusted = "certificate verify failed" in str(error)
-            mend = "set STAGE_API_CA_BUNDLE" if untrusted else "start it, or set STAGE_API_URL"
+            mend = "set STAGE_API_CA_BUNDLE" if untrusted else f"start it, or set {setting}"
             raise Bad(f"stage API {redact(url)} does not answer ({error})", mend) from None
         for statuses, (what, mend) in POST_FAILS.items():
             if status in statuses:
-                raise Bad(f"stage API {redact(url)} {what} (HTTP {status} on /healthz)", mend)
+                raise Bad(f"stage API {redact(url)} {what} (HTTP {status} on /healthz)",
+                          mend.format(setting=setting))  # fmt: skip
         said.append(f"{redact(url)} answers (HTTP {status} on /healthz)")
     return "stage API " + ", ".join(said)
 

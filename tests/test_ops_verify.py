@@ -281,6 +281,15 @@ def test_stage_api_that_is_down_is_a_problem(database, run_command):
     assert mend == "start it, or set STAGE_API_URL"
 
 
+def test_stage_with_a_url_of_its_own_is_mended_by_that(database, api, serve):
+    server = serve(lambda c: c.answer(b"HTTP/1.1 301 X\r\nContent-Length: 0\r\n\r\n"))
+    given = {"STAGE_API_URL": api.url, "STAGE_API_URL_PLANNER": "http://127.0.0.1:9"}
+    [(_, down)] = checked(database, **given)
+    [(_, moved)] = checked(database, **given | {"STAGE_API_URL_PLANNER": server.url})
+    assert down == "start it, or set STAGE_API_URL_PLANNER"
+    assert moved == "set STAGE_API_URL_PLANNER to where it leads"
+
+
 @pytest.mark.parametrize("status", [200, 204, 400, 403, 404, 405])
 def test_stage_api_without_a_health_page_is_no_problem(database, serve, status):
     """Its health page may be elsewhere: nothing follows from that for a POST."""
