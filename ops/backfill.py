@@ -68,6 +68,8 @@ def drop_outdated(conn, of: Table, really: bool) -> int:
 
 # Why a row that misses a call is left alone.
 NO_TIME = "of unknown time"
+# For a person: no command lists what was cancelled.
+BY_WHOM = "SELECT job_id, stage, worker, error FROM stage_attempts WHERE outcome = 'cancelled'"
 
 # The next batch of rows by id. For each row that should owe a call and has none: what became of its
 # last call. Two kinds of attempts do not count: those of a stage that only follows from a join, and
@@ -361,10 +363,15 @@ def state_of(route: Route) -> str:
 
 
 def say_kept(kept: Counter) -> None:
-    unknown = kept.pop(NO_TIME, 0)
+    unknown, cancelled = kept.pop(NO_TIME, 0), kept.pop("cancelled", 0)
     if kept:
-        what = ", ".join(f"{n} {why}" for why, n in sorted(kept.items()))
-        click.echo(f"left alone, as their call was made before: {what}; see jobs --stalled")
+        accepted = kept.pop("succeeded", 0) + kept.pop("skipped", 0)
+        counts = {"accepted": accepted, **kept}
+        what = ", ".join(f"{n} {why}" for why, n in sorted(counts.items()) if n)
+        stay = f"{pipeline.JSL} jobs --stalled, once the timeout of their stage is over"
+        click.echo(f"left alone, as their call was made before: {what}; those that stay: {stay}")
+    if cancelled:
+        click.echo(f"left alone, as their call was cancelled: {cancelled}; by whom: {BY_WHOM}")
     if unknown:
         click.echo(
             f"left out: {unknown} whose time is not known, as it is empty or in the future; "

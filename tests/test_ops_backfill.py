@@ -69,18 +69,30 @@ def test_jobs_of_every_batch_are_found(database, unseen, run_command):
     assert run_command(database, "backfill", "--apply").lines[-1] == "25000 calls recorded"
 
 
-@pytest.mark.parametrize("outcome", ["succeeded", "cancelled"])
-def test_call_that_was_made_before_is_left_alone(database, run_command, outcome):
+def test_call_that_was_made_before_is_left_alone(database, run_command):
     job = database.add_job()
     with connected(database) as conn:
-        if outcome == "cancelled":
-            run_command(database, "cancel", job)
-        else:
-            settle(conn, result(claim(conn)))
-    done = run_command(database, "backfill", "--apply")
-    left = f"left alone, as their call was made before: 1 {outcome}; see jobs --stalled"
-    assert done.lines == [left, "0 calls recorded"]
-    assert database.owed(job) is None
+        settle(conn, result(claim(conn)))
+    said, last = run_command(database, "backfill", "--apply").lines
+    assert last == "0 calls recorded" and database.owed(job) is None
+    assert said == (
+        "left alone, as their call was made before: 1 accepted; those that stay: "
+        "./jsl jobs --stalled, once the timeout of their stage is over"
+    )
+    database.rows("UPDATE jobs SET updated_at = now() - interval '1 day'")
+    database.rows("UPDATE stage_attempts SET finished_at = now() - interval '1 day'")
+    assert job in run_command(database, "jobs", "--stalled").out
+
+
+def test_call_that_was_cancelled_is_left_alone(database, run_command):
+    job = database.add_job()
+    run_command(database, "cancel", job, "--reason", "twice")
+    said, last = run_command(database, "backfill", "--apply").lines
+    assert last == "0 calls recorded" and database.owed(job) is None
+    told, sql = said.split("; by whom: ")
+    assert told == "left alone, as their call was cancelled: 1"
+    [(job_id, *_, why)] = database.rows(sql)
+    assert (str(job_id), why) == (job, "twice")
 
 
 def test_job_that_came_back_to_an_earlier_state_unseen_is_called(database, unseen, run_command):
