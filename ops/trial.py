@@ -2,6 +2,7 @@
 
 import contextlib
 import secrets
+import signal
 import uuid
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -21,8 +22,10 @@ from ops.problem import Problem
 from ops.routes import require_installed
 from ops.seconds import Seconds
 from ops.table import plain
+from signals import STOPPING
 
 TENANT = "test_tenant"
+APPLICATION = "job-state-listener test-job"
 
 ID_COLUMN = """
 SELECT typname AS type, atthasdef OR attidentity <> '' AS given
@@ -65,10 +68,12 @@ def test_job(tenant: str | None, timeout: float | None, clean: bool) -> None:
     example_job = getattr(pipeline.module(), "example_job", None)
     if example_job is not None and tenant is not None:
         raise click.UsageError("--tenant: example_job says which tenant the job is of")
-    conn = db.connect(settings, "job-state-listener test-job")
+    conn = db.connect(settings, APPLICATION)
     require_installed(conn)
     if not connected(conn):
         raise Problem(f"no listener is connected: start {pipeline.JSL}")
+    if clean:
+        stop_as_by_ctrl_c()
     if example_job is not None:
         job_id = make_by(example_job, settings)
     else:
@@ -81,7 +86,16 @@ def test_job(tenant: str | None, timeout: float | None, clean: bool) -> None:
         click.echo(follower.follow())
     finally:
         if clean:
+            # Ctrl-C during a statement has closed the connection.
+            conn = db.connect(settings, APPLICATION) if conn.closed else conn
             remove(conn, job_id, list(follower.first))
+
+
+def stop_as_by_ctrl_c() -> None:
+    """Let other signals that stop a program raise KeyboardInterrupt as well."""
+    for number in STOPPING:
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
 
 
 def announce(job_id: str, made) -> None:
@@ -120,7 +134,7 @@ def make_by(example_job: Callable, settings: SimpleNamespace) -> str:
             rolled back, unless it committed them itself.
     """
     where = f"example_job of {pipeline.module().__name__}"
-    with contextlib.closing(db.connect(settings, "job-state-listener test-job")) as conn:
+    with contextlib.closing(db.connect(settings, APPLICATION)) as conn:
         conn.autocommit = False
         try:
             job_id = example_job(conn)

@@ -8,12 +8,13 @@ from claims import connected
 from commands import ROOT
 from reports import attempt
 from scraping import scrape
-from waiting import LISTENING
+from waiting import LISTENING, gate
 
 import upkeep
 from demo.stage_api import StageApi
 from demo.stage_server import Answer
 from ops import trial
+from signals import STOPPING
 
 STAGES = ["vlm_analyze", "yolo_detect", "planner", "overlay", "vlm_judge"]
 
@@ -40,6 +41,18 @@ def test_clean_leaves_nothing_of_the_job(database, run_command, running):
     assert done.code == 0 and done.lines[-1].endswith("and its history are deleted")
     for table in ("jobs", "stage_calls", "stage_attempts"):
         assert database.value(f"SELECT count(*) FROM {table}") == 0
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_clean_deletes_the_job_of_a_run_that_is_stopped(database, api, listener, running, number):
+    with gate(api):
+        process = listener(database, "test-job", "--clean")
+        process.wait_for_line("tenant test_tenant")
+        api.wait_for(lambda api: api.calls())
+        process.signal(number)
+        assert process.wait() == 130
+    assert "and its history are deleted" in process.output
+    assert database.value("SELECT count(*) FROM jobs") == 0
 
 
 def test_clean_lets_no_counter_of_metrics_fall(database):
