@@ -319,16 +319,20 @@ def in_quotes(text: str) -> bool:
 
 @lru_cache(maxsize=1)
 def settings() -> SimpleNamespace:
-    """This process's settings, read at the first call; READ_FROM says where each name was."""
+    """This process's settings, read once. READ_FROM says where each name with a value was."""
     beside = [Path(".env"), Path(__file__).parent / ".env"]
     # Not Path.is_file(), which raises in a directory that we may not enter.
     file = next((path for path in beside if os.path.isfile(path)), None)
     from_file, unread = ({}, []) if file is None else values_in(file)
-    values = read(from_file | os.environ)
+    given = from_file | os.environ
+    values = read(given)
     where = str(file and file.absolute())
     values.WARNINGS += unread + [f"{where}: {said}" for said in misspelt(from_file)]
-    values.READ_FROM = dict.fromkeys(from_file, where)
-    values.READ_FROM |= dict.fromkeys(os.environ, "the environment")
+    values.READ_FROM = {
+        name: "the environment" if name in os.environ else where
+        for name, value in given.items()
+        if value.strip()
+    }
     return values
 
 

@@ -206,6 +206,13 @@ def test_what_keeps_the_listener_off_is_named_with_its_place(tmp_path, name):
     assert why_off(tmp_path, LISTENER_ENABLED="1") is None
 
 
+@pytest.mark.parametrize("blank", ["", " "])
+def test_setting_without_a_value_keeps_nothing_off(tmp_path, blank):
+    (tmp_path / ".env").write_text("LISTENER_ENABLED=false\nENABLE_JOB_STATE_LISTENER=false\n")
+    told = why_off(tmp_path, LISTENER_ENABLED=blank)
+    assert told == f"ENABLE_JOB_STATE_LISTENER=false in {tmp_path / '.env'}"
+
+
 def test_environment_is_named_where_it_turns_off_what_the_file_turns_on(tmp_path):
     (tmp_path / ".env").write_text("LISTENER_ENABLED=true\nENABLE_JOB_STATE_LISTENER=true\n")
     told = why_off(tmp_path, LISTENER_ENABLED="false")
