@@ -234,6 +234,15 @@ def options(target: dict[str, str]) -> dict[str, Any]:
     return CONNECTION | target | ALWAYS | {"connect_timeout": seconds or most}
 
 
+# By what a server says that refuses a login: the settings to look at. No error of a connection has
+# an SQLSTATE.
+LOGIN = {
+    'authentication failed|no password supplied|role ".*" (does not exist|is not permitted)':
+        "DB_USER and DB_PASSWORD",
+    'database ".*" does not exist': "DB_NAME",
+}  # fmt: skip
+
+
 def hint(settings: SimpleNamespace, reason: str) -> str:
     """Advice to append to some of the reasons for which a server refuses."""
     if "session is read-only" in reason:
@@ -242,6 +251,9 @@ def hint(settings: SimpleNamespace, reason: str) -> str:
     quoted = not settings.DATABASE_URL and config.in_quotes(settings.DB_PASSWORD or "")
     if quoted and "authentication failed" in reason:
         return " (DB_PASSWORD has quotes around it, which `docker --env-file` keeps)"
+    for refusal, names in LOGIN.items():
+        if re.search(refusal, reason):
+            return f" (look at {'DATABASE_URL' if settings.DATABASE_URL else names})"
     return ""
 
 

@@ -170,13 +170,22 @@ def test_wrong_password_exits_3_and_is_not_shown(database, run_command, demandin
         where = "{DB_HOST}:{DB_PORT}/{DB_NAME}".format(**database.environ)
         given = {"DATABASE_URL": f"postgresql://{demanding}:wr0ng-w0rd@{where}"}
     done = run_command(database, "status", **given)
-    assert "password authentication failed for user" in done.refused(3)
+    refused, look_at = done.refused(3).split(" (look at ")
+    assert "password authentication failed for user" in refused
+    assert look_at == ("DATABASE_URL)" if url else "DB_USER and DB_PASSWORD)")
     assert "wr0ng" not in done.out + done.err
 
 
 def test_database_that_does_not_exist_exits_3(database, run_command):
     refused = run_command(database, "status", DB_NAME="no_such_database").refused(3)
-    assert 'database "no_such_database" does not exist' in refused
+    assert refused.endswith('database "no_such_database" does not exist (look at DB_NAME)')
+
+
+def test_role_that_does_not_exist_is_advised(server, database, run_command):
+    if not server.embedded:
+        pytest.skip("a server that asks for a password does not tell")
+    refused = run_command(database, "status", DB_USER="no one").refused(3)
+    assert refused.endswith('role "no one" does not exist (look at DB_USER and DB_PASSWORD)')
 
 
 @pytest.mark.parametrize("typed", ["status", "retry --all", "job 7", "check --max-lag 9"])
