@@ -7,6 +7,7 @@ import click
 import config
 import db
 from logs import CONTROL
+from ops import waits
 from ops.person import operator, wake_listeners
 from ops.pools import POOL, members
 from ops.problem import IF_NEWER, INSTALL, Problem
@@ -15,10 +16,14 @@ from ops.stage import StageName
 from ops.table import clock, plain
 from pipeline import JSL
 
+# A stage that is paused already keeps who paused it, and why, unless a reason is given.
 PAUSE = """
 UPDATE pipeline_stages
-SET held_until = 'infinity', hold_seconds = NULL, held_reason = %(reason)s, held_by = %(by)s
+SET held_until = 'infinity', hold_seconds = NULL, held_by = %(by)s,
+    held_reason = coalesce(%(reason)s, 'paused by hand')
 WHERE stage = %(stage)s
+  AND (%(reason)s IS NOT NULL OR held_until IS DISTINCT FROM 'infinity')
+RETURNING held_reason
 """
 
 RESUME = """
@@ -46,7 +51,7 @@ def named_stages(stages: tuple[str, ...], of_pools: tuple[str, ...]) -> tuple[st
 @click.command(short_help="Call STAGE no more, on any machine, until it is resumed.")
 @STAGES
 @POOL
-@click.option("--reason", default="paused by hand", show_default=True, metavar="TEXT",
+@click.option("--reason", show_default="paused by hand", metavar="TEXT",
               help="Shown in status and in the log.")  # fmt: skip
 @click.option("--wait", is_flag=True, help="Then wait until the calls under way are over.")
 @click.option("--timeout", type=Seconds(0), metavar="SECONDS",
@@ -54,7 +59,7 @@ def named_stages(stages: tuple[str, ...], of_pools: tuple[str, ...]) -> tuple[st
 def pause(
     stages: tuple[str, ...],
     of_pools: tuple[str, ...],
-    reason: str,
+    reason: str | None,
     wait: bool,
     timeout: float | None,
 ) -> None:
@@ -73,12 +78,16 @@ def pause(
         wait_for_calls(conn, stages, timeout)
 
 
-def pause_stage(conn, stage: str, reason: str) -> bool:
+def pause_stage(conn, stage: str, reason: str | None) -> bool:
     """Pause a stage and print it; False where the database does not know the stage."""
     by = operator()
-    if not db.execute(conn, PAUSE, {"stage": stage, "reason": reason, "by": by}).rowcount:
-        return False
-    wake_listeners(conn, f"{stage} paused by {by}: {reason}")
+    paused = db.execute(conn, PAUSE, {"stage": stage, "reason": reason, "by": by}).fetchone()
+    if not paused:
+        before = waits.held_of(conn, {stage})
+        for hold in before:
+            click.echo(f"unchanged: {hold.why}; {hold.mend}".translate(CONTROL))
+        return bool(before)
+    wake_listeners(conn, f"{stage} paused by {by}: {paused.held_reason}")
     click.echo(f"paused: {stage}; {JSL} resume {stage}")
     return True
 

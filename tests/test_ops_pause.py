@@ -121,6 +121,19 @@ def test_pause_is_shown_in_status_with_its_reason(database, run_command):
     assert "paused" not in run_command(database, "status").out
 
 
+def test_pause_keeps_the_reason_of_the_one_before_unless_it_has_its_own(database, run_command):
+    pause(run_command, database, "planner", *GPU)
+    database.rows("UPDATE pipeline_stages SET held_by = 'kim@ops1' WHERE stage = 'planner'")
+    [again] = run_command(database, "pause", "planner").lines
+    [said, mend] = again.split("; ")
+    assert said == "unchanged: planner is paused by kim@ops1: GPU maintenance"
+    assert mend == "./jsl resume planner"
+    held = "SELECT held_by, held_reason FROM pipeline_stages WHERE stage = 'planner'"
+    assert database.row(held) == ("kim@ops1", "GPU maintenance")
+    pause(run_command, database, "planner", "--reason", "still")
+    assert database.row(held) == (OPERATOR, "still")
+
+
 def test_listener_logs_what_the_operator_did(database, api, listener, run_command, tmp_path):
     process = listener(database, api=api)
     wait_until_idle(tmp_path)
