@@ -154,7 +154,8 @@ class Upkeep:
                     self.alerts.recovered("stalled", row.stage, "no job is stalled any more")
                     continue
                 log.error("정체된 단계: stage=%s jobs=%d", row.stage, row.jobs)
-                text = f"{row.jobs} jobs are stalled at {row.stage}: {row.reason}"
+                jobs = "1 job is" if row.jobs == 1 else f"{row.jobs} jobs are"
+                text = f"{jobs} stalled at {row.stage}: {row.reason}"
                 self.alerts.send("stalled", text, **row._asdict())
 
     def compare(self, conn) -> None:

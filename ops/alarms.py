@@ -12,7 +12,7 @@ from heartbeat import ALIVE
 from ops import waits
 from ops.listeners import OTHER_PIPELINE
 from ops.problem import IF_NEWER, INSTALL
-from ops.table import counted, duration, readable
+from ops.table import counted, duration, rate, readable
 
 # Urgencies, the most urgent first: see Alarm.
 EVERYTHING, STAGE, JOBS, INTENDED = range(4)
@@ -116,9 +116,9 @@ def of_stage(row: dict[str, Any], at: datetime) -> Iterator[Alarm]:
 def why_late(row: dict[str, Any]) -> str:
     """Why a call that is due is not made, as far as its stage tells."""
     if row["max_running"] and row["calling"] >= row["max_running"]:
-        return f"the stage is at its limit of {row['max_running']} calls at once"
+        return f"the stage is at its limit of {counted(row['max_running'], 'call')} at once"
     if row["next_at"]:
-        return f"the stage is at its rate of {row['per_minute']:g} calls a minute"
+        return f"the stage is at its rate of {rate(row['per_minute'])}"
     if row["retry_error"]:
         return f"last error: {readable(row['retry_error'])}"
     if not row["due"]:

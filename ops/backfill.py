@@ -16,7 +16,7 @@ from ops import rows
 from ops.problem import Problem
 from ops.routes import require_installed
 from ops.since import Since
-from ops.table import table
+from ops.table import counted, table
 from pipeline import Route, State, Table
 
 BATCH = 10_000  # rows looked at in one statement, so that none runs long
@@ -338,7 +338,7 @@ def backfill(really: bool, since: datetime | None) -> None:
         cells = [[state_of(route), stage, n] for (route, stage), n in found.missed.items()]
         click.echo(table(["state", "stage", "jobs"], sorted(cells)))
     if found.outdated:
-        what = f"{found.outdated} recorded calls are of jobs that have moved on"
+        what = f"{counted(found.outdated, 'recorded call')} of jobs that have moved on"
         click.echo(f"{what}{' → dropped' * really}")
     say_kept(found.kept)
     for said in found.left_out:
@@ -346,11 +346,11 @@ def backfill(really: bool, since: datetime | None) -> None:
     count = sum(found.missed.values())
     if really:
         db.execute(conn, db.WAKE)
-        click.echo(f"{count} calls recorded")
+        click.echo(f"{counted(count, 'call')} recorded")
     elif count or found.outdated:
         given = f" --since {since.isoformat(timespec='seconds')}" if since else ""
         apply = f"{pipeline.JSL} backfill{given} --apply"
-        click.echo(f"{count} calls are missing; record them: {apply}")
+        click.echo(f"{counted(count, 'call')} missing; to record: {apply}")
     else:
         click.echo("no call is missing")
 

@@ -12,7 +12,7 @@ from psycopg2.extensions import quote_ident
 import db
 import pipeline
 from ops.problem import Problem
-from ops.table import plain
+from ops.table import counted, plain
 from pipeline import Route, State
 
 JOBS = pipeline.JOBS.name
@@ -200,7 +200,7 @@ class Follower:
             if not (look.ahead or look.owed or look.calling or self.lost(look)):
                 stages = len({stage for _, stage in self.printed})
                 rows = f" with {len(self.first)} rows" if len(self.first) > 1 else ""
-                return f"passed: {stages} stages{rows} in {self.since - began:.1f} s"
+                return f"passed: {counted(stages, 'stage')}{rows} in {self.since - began:.1f} s"
             stage = look.ahead[0][1] if look.ahead else ""
             bar.show(len(self.printed), len(look.ahead), f"{stage} {look.now - self.since:.0f} s")
             time.sleep(LOOK_EVERY)

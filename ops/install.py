@@ -17,6 +17,7 @@ from ops import migrations
 from ops.place import named, require_place
 from ops.problem import Problem
 from ops.routes import Stage, announced, is_silent, is_updates_only, known, shown
+from ops.table import counted
 from ops.tables import require_usable, tenant_columns
 from pipeline import Route
 
@@ -456,9 +457,8 @@ def install(
         click.echo(f"  granted  the views to {reader}")
     orphans = db.execute(conn, ORPHANS).fetchone()[0]
     if orphans:
-        click.echo(
-            f"  note: {orphans} open calls are of states or stages that PIPELINE no longer has"
-        )
+        of = "of states or stages that PIPELINE no longer has"
+        click.echo(f"  note: {counted(orphans, 'open call')} {of}")
     if applied.left:
         click.echo(
             "  note: calls that wait have the stage, priority or tenant of the PIPELINE before "
@@ -515,7 +515,7 @@ def uninstall(yes: bool) -> None:
         if "table pipeline_tables" in there:
             theirs = [row.name for row in db.execute(conn, THEIRS)]
         stay = f"{', '.join(theirs)} {'are' if len(theirs) > 1 else 'is'} not touched"
-        click.echo(f"and with them {count} open calls and the history. {stay}.")
+        click.echo(f"and with them {counted(count, 'open call')} and the history. {stay}.")
     if not yes:
         click.confirm("Remove?", abort=True)
     try:

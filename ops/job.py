@@ -12,7 +12,18 @@ import pipeline
 from logs import CONTROL
 from ops import rows, waits
 from ops.rows import TABLE, RowCommand, said, typed
-from ops.table import JSON, clipped, clock, duration, echo_json, echo_lines, plain, readable, table
+from ops.table import (
+    JSON,
+    clipped,
+    clock,
+    counted,
+    duration,
+    echo_json,
+    echo_lines,
+    plain,
+    readable,
+    table,
+)
 
 # Leases: once a stage has set its row running the row owes nothing, but its call is under way.
 CALLING = """
@@ -281,7 +292,8 @@ def where(row: Any) -> str:
 def owes(row: Any, call: Any) -> str:
     if call is None:
         return "nothing"
-    text = f"{call.stage} (call {call.call_id}, {call.spent} attempts spent), {situation(call)}"
+    spent = counted(call.spent, "attempt")
+    text = f"{call.stage} (call {call.call_id}, {spent} spent), {situation(call)}"
     return f"{text}; {one_line(typed('retry', row))}" if call.given_up else text
 
 

@@ -13,7 +13,7 @@ from ops.pools import POOL, members
 from ops.problem import IF_NEWER, INSTALL, Problem
 from ops.seconds import Seconds
 from ops.stage import StageName
-from ops.table import clock, plain
+from ops.table import clock, counted, plain
 from pipeline import JSL
 
 # A stage that is paused already keeps who paused it, and why, unless a reason is given.
@@ -33,7 +33,7 @@ FROM pipeline_stages AS before
 WHERE p.stage = %(stage)s AND p.held_until > now()
   AND (before.table_name, before.join_of, before.current_step, before.status)
       = (p.table_name, p.join_of, p.current_step, p.status)
-RETURNING before.held_by, before.held_reason,
+RETURNING before.held_by, before.held_reason, before.held_until = 'infinity' AS paused,
           (SELECT count(*) FROM stage_calls AS c WHERE c.stage = p.stage) AS owed
 """
 
@@ -105,8 +105,10 @@ def resume(stages: tuple[str, ...], of_pools: tuple[str, ...]) -> None:
             click.echo(f"{stage} was neither paused nor held")
             continue
         wake_listeners(conn, f"{stage} resumed by {operator()}")
-        was = f"{lifted.held_by}: {lifted.held_reason}".translate(CONTROL)
-        click.echo(f"resumed: {stage}, which owes {lifted.owed} calls (was held by {was})")
+        was = "paused" if lifted.paused else "held"
+        by = f"{lifted.held_by}: {lifted.held_reason}".translate(CONTROL)
+        owes = counted(lifted.owed, "call")
+        click.echo(f"resumed: {stage}, which owes {owes} (was {was} by {by})")
 
 
 # --- waiting -------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from ops.table import (
     echo_json,
     echo_lines,
     plain,
+    rate,
     table,
     width,
 )
@@ -192,7 +193,7 @@ def lines(found: dict[str, Any]) -> Iterator[Line]:
 def summary(found: dict[str, Any]) -> str:
     oldest, base = found["oldest_due_seconds"], found["database"]
     stuck = sum(row[kind] or 0 for row in found["stages"] for kind in HINTS)
-    due = f"{stuck} need a person" if stuck else "nothing is due"
+    due = f"{stuck} need{'s' * (stuck == 1)} a person" if stuck else "nothing is due"
     due = due if oldest is None else f"oldest due {duration(oldest)}"
     queue = f"NOTIFY queue {base['notification_queue_percent']}%"
     triggers = "triggers on" if found["triggers"]["ok"] else "triggers BROKEN"
@@ -276,7 +277,7 @@ def limit_words(row: dict[str, Any]) -> Iterator[str]:
     """A stage's rate, and the turns of its tenants, as far as it declares them."""
     if row["per_minute"]:
         begins = f"at {clock(row['next_at'])}" if row["next_at"] else "now"
-        yield f"{row['per_minute']:g} calls a minute, the next may begin {begins}"
+        yield f"{rate(row['per_minute'])}, the next may begin {begins}"
     if row["fair"]:
         most = f", at most {row['per_tenant']} at once of each" if row["per_tenant"] else ""
         last = f"; the last was {row['last_tenant']}" if row["last_tenant"] else ""

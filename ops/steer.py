@@ -32,7 +32,7 @@ from ops.chosen import (
 from ops.person import operator, wake_listeners
 from ops.problem import Problem
 from ops.rows import RowCommand
-from ops.table import clock
+from ops.table import clock, counted
 from pipeline import Call
 from settling import Settled
 
@@ -273,7 +273,7 @@ def nothing_to_retry(conn, chosen: Chosen) -> None:
         click.echo("no such call was given up or waits for its next attempt")
         return
     waiting = patiently(conn, LIST_RETRIED, chosen._replace(now=True).params | {"most": 1})
-    more = f"; {waiting[0].calls} wait for their next attempt: --now" if waiting else ""
+    more = f"; {counted(waiting[0].calls, 'call')} due later: --now" if waiting else ""
     click.echo(f"no such call was given up{more}")
 
 
@@ -304,7 +304,7 @@ def cancel(job_ids, reason, stage, tenant, error, since, all_, yes, table) -> No
     else:
         gone = list(in_batches(conn, FIND_CANCELLED, CANCEL, chosen.params | by))
         if gone:
-            count = "1 call" if len(gone) == 1 else f"{len(gone)} calls"
+            count = counted(len(gone), "call")
             wake_listeners(conn, f"{count} cancelled by {by['by']}: {reason}")
         tell_cancelled(gone)
         refuse_left(conn, LIST_CANCELLED, chosen)

@@ -58,6 +58,10 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 
+def rate(per_minute: float) -> str:
+    return f"{per_minute:g} call{'s' * (per_minute != 1)} a minute"
+
+
 def clock(time: datetime) -> str:
     """A time on the clock of this machine, with its date where that is not today."""
     local = time.astimezone()

@@ -21,7 +21,7 @@ from ops.listeners import connected
 from ops.problem import Problem
 from ops.routes import require_installed
 from ops.seconds import Seconds
-from ops.table import plain
+from ops.table import counted, plain
 from signals import STOPPING
 
 TENANT = "test_tenant"
@@ -222,6 +222,7 @@ def remove(conn, job_id: str, seen: list) -> None:
     what = f"job {job_id} and its history are deleted"
     if len(rows) > 1:
         what = (
-            f"job {job_id}, its {len(rows) - 1} rows in other tables and their history are deleted"
+            f"job {job_id}, its {counted(len(rows) - 1, 'row')} in other tables and their history "
+            "are deleted"
         )
     click.echo(plain(what))

@@ -17,6 +17,7 @@ import stage_http
 from ops import grants, migrations, place, rows
 from ops.problem import GRANTS, IF_NEWER
 from ops.routes import announced, broken_triggers, difference, trigger_function, triggers
+from ops.table import counted
 from ops.tables import faults
 from pipeline import JSL
 
@@ -345,12 +346,12 @@ def check_alerts(conn, settings) -> str | None:
 
 def check_hosts(conn, settings) -> str:
     if (left := hosts.connections_left(conn)) < hosts.FEW:
-        raise Bad(f"{left} more connections to the database are left",
+        raise Bad(f"{counted(left, 'more connection')} to the database left",
                   "end sessions (pg_stat_activity), or raise the limit")  # fmt: skip
     several = hosts.is_several(settings)
     if several and (problem := hosts.split_brain(hosts.timelines(settings))):
         raise Bad(problem, "stop the old one")
-    return f"{left} more connections are left"
+    return f"{counted(left, 'more connection')} left"
 
 
 COMMIT_WAITS = db.DEADLINE  # a commit that waits for longer (seconds) is a problem

@@ -6,7 +6,7 @@ import db
 import pipeline
 from ops import rows
 from ops.listeners import connected
-from ops.table import clock, readable
+from ops.table import clock, counted, readable
 
 # A call, and everything that may keep it from being made. Where another transaction has changed or
 # locked the row without committing, xmax is that transaction's id, and pg_locks has a lock of that
@@ -121,7 +121,8 @@ def why(row: Any, call: Any) -> Waits | None:
     if call.full:
         return Waits(full(call))
     if call.tenant_most:
-        return Waits(f"{call.stage} is at its limit of {call.tenant_most} calls of this tenant")
+        most = counted(call.tenant_most, "call")
+        return Waits(f"{call.stage} is at its limit of {most} of this tenant")
     if call.next_at:
         return Waits(f"{call.stage} has a rate; its next call is due {clock(call.next_at)}")
     if call.pool:
@@ -133,7 +134,7 @@ def why(row: Any, call: Any) -> Waits | None:
 
 def full(call: Any) -> str:
     pool = "" if call.full == call.stage else "pool "
-    return f"{pool}{call.full} is at its limit of {call.max_running} calls at once"
+    return f"{pool}{call.full} is at its limit of {counted(call.max_running, 'call')} at once"
 
 
 def working(call: Any) -> str:

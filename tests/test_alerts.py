@@ -378,7 +378,7 @@ def test_newly_stalled_stage_is_told(database, accepted, api, run_command, told)
     [said] = told()
     assert (said["event"], said["stage"], said["jobs"]) == ("stalled", "planner", 1)
     reason = "accepted by the stage, but the job has not changed"
-    assert said["text"] == f"1 jobs are stalled at planner: {reason}"
+    assert said["text"] == f"1 job is stalled at planner: {reason}"
 
 
 def test_listener_that_was_not_restarted_after_an_install_says_so(

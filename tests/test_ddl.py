@@ -445,7 +445,7 @@ def test_rows_that_replication_applies_are_found_by_backfill(database):
     database.rows("RESET session_replication_role")
     assert database.owed(job) is None
     done = run_here(database.environ, "backfill", "--apply")
-    assert "1 calls recorded" in done.out
+    assert "1 call recorded" in done.out
     assert database.owed(job).stage == "vlm_analyze"
 
 

@@ -126,7 +126,7 @@ def test_stage_at_its_limit_says_so(database, sent):
                   " leased_until) SELECT job_id, 0, 1, stage, 'w', now(), now() + '1 minute'"
                   " FROM stage_calls")  # fmt: skip
     assert look(database, sent) == [("waiting", "vlm_analyze")]
-    assert sent.events[0]["reason"] == "the stage is at its limit of 1 calls at once"
+    assert sent.events[0]["reason"] == "the stage is at its limit of 1 call at once"
 
 
 def test_paused_stage_wakes_nobody(database, sent):

@@ -50,7 +50,7 @@ def test_limit_of_a_role_or_a_database_counts(limited, target):
 def test_verify_says_that_connections_run_out(limited):
     limited.rows(f"ALTER ROLE {limited.role['DB_USER']} CONNECTION LIMIT 2")
     done = commands.run_here(limited.environ | limited.role, "verify")
-    assert "PROBLEM  1 more connections to the database are left → end sessions" in done.out
+    assert "PROBLEM  1 more connection to the database left → end sessions" in done.out
 
 
 # --- several hosts -------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def test_dry_run_counts_by_state_and_changes_nothing(database, unseen, run_comma
         "state          stage        jobs",
         "img_gen, done  vlm_analyze     3",
         "overlay, done  vlm_judge       2",
-        "5 calls are missing; record them: ./jsl backfill --apply",
+        "5 calls missing; to record: ./jsl backfill --apply",
     ])  # fmt: skip
     assert database.rows(STAGES) == []
 
@@ -43,7 +43,7 @@ def test_rows_with_numbers_for_ids_are_counted_once(empty_database, run_command)
         " FROM generate_series(1, 12) AS n"
     )
     run_command(empty_database, "install")
-    assert run_command(empty_database, "backfill").lines[-1].startswith("12 calls are missing")
+    assert run_command(empty_database, "backfill").lines[-1].startswith("12 calls missing")
 
 
 def test_apply_records_what_is_missing_once(database, unseen, run_command):
@@ -66,7 +66,7 @@ def test_recorded_calls_wake_a_waiting_listener(database, unseen, api, listener,
 
 def test_jobs_of_every_batch_are_found(database, unseen, run_command):
     unseen(BORN, "img_gen", "done", 25_000)
-    assert run_command(database, "backfill", "--apply").lines[-1] == "25000 calls recorded"
+    assert run_command(database, "backfill", "--apply").lines[-1] == "25,000 calls recorded"
 
 
 def test_call_that_was_made_before_is_left_alone(database, run_command):
@@ -119,10 +119,8 @@ def test_recorded_call_of_a_job_that_moved_on_unseen_is_replaced(database, unsee
     moved, gone = database.add_job("planner"), database.add_job("planner")
     unseen("UPDATE jobs SET current_step = 'overlay' WHERE job_id = %s", moved)
     unseen("UPDATE jobs SET status = 'running' WHERE job_id = %s", gone)
-    assert (
-        "2 recorded calls are of jobs that have moved on" in run_command(database, "backfill").out
-    )
-    assert run_command(database, "backfill", "--apply").lines[-1] == "1 calls recorded"
+    assert "2 recorded calls of jobs that have moved on" in run_command(database, "backfill").out
+    assert run_command(database, "backfill", "--apply").lines[-1] == "1 call recorded"
     assert database.owed(moved).stage == "vlm_judge"
     assert database.owed(gone) is None
     assert [a.outcome for a in database.attempts(gone)] == ["skipped"]
@@ -161,7 +159,7 @@ def test_only_a_time_with_its_zone_in_the_past_is_trusted(database, unseen, run_
     assert run_command(database, "backfill", "--apply").lines == [
         "state          stage        jobs",
         "img_gen, done  vlm_analyze     1",
-        "1 calls recorded",
+        "1 call recorded",
     ]
 
 
@@ -169,7 +167,7 @@ def test_only_a_time_with_its_zone_in_the_past_is_trusted(database, unseen, run_
 def test_columns_that_are_not_needed_are_not_read(database, unseen, run_command, value):
     database.rows("ALTER TABLE jobs ADD payload json")
     unseen("INSERT INTO jobs (current_step, status, payload) VALUES ('img_gen', 'done', %s)", value)
-    assert run_command(database, "backfill", "--apply").lines[-1] == "1 calls recorded"
+    assert run_command(database, "backfill", "--apply").lines[-1] == "1 call recorded"
 
 
 def test_since_that_is_no_time_is_one_line(database, run_command):
@@ -185,4 +183,4 @@ def test_ids_of_any_type(empty_database, run_command, id_type):
         " FROM generate_series(1, 11000) AS n"
     )
     run_command(empty_database, "install")
-    assert run_command(empty_database, "backfill", "--apply").lines[-1] == "11000 calls recorded"
+    assert run_command(empty_database, "backfill", "--apply").lines[-1] == "11,000 calls recorded"

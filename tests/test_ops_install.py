@@ -120,7 +120,7 @@ def test_install_names_what_left_the_pipeline(database, run_command):
     assert said["(retired, done) → old_stage"] == "removed"
     assert said["(planner, done) → overlay"] == "routed"
     assert said["(overlay, done) → vlm_judge"] == "kept"
-    assert "1 open calls are of states or stages that PIPELINE no longer has" in done.out
+    assert "1 open call of states or stages that PIPELINE no longer has" in done.out
     assert run_command(database, "verify").out.count("ok       routes") == 1
 
 
@@ -212,7 +212,7 @@ def test_uninstall_asks_and_then_removes(database, run_command):
     done = run_command(database, "uninstall", stdin="y\n")
     assert done.code == 0
     assert sorted(line.strip() for line in done.lines[1 : len(MADE)]) == sorted(MADE[1:])
-    assert "and with them 1 open calls and the history. jobs is not touched." in done.lines
+    assert "and with them 1 open call and the history. jobs is not touched." in done.lines
     assert done.lines[-1].endswith("removed")
     assert not database.value("SELECT to_regclass('stage_calls')")
 

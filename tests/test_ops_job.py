@@ -22,12 +22,12 @@ def test_job_tells_what_it_owes(database, run_command, busy):
         assert name == stage
         return rest.split(", ", 1)[1].partition(")")[0] + rest.partition(")")[2]
 
-    assert re.fullmatch(rf"1 attempts spent, \S+ is on it since {TIME}", owes("vlm_analyze"))
-    waits = r"1 attempts spent, due in \d+ \w+; last error: HTTP 500: no memory"
+    assert re.fullmatch(rf"1 attempt spent, \S+ is on it since {TIME}", owes("vlm_analyze"))
+    waits = r"1 attempt spent, due in \d+ \w+; last error: HTTP 500: no memory"
     assert re.fullmatch(waits, owes("yolo_detect"))
     assert "0 attempts spent, due now; last error: HTTP 503" in owes("planner")
     assert owes("overlay") == (
-        f"1 attempts spent, given up: HTTP 422: no text; ./jsl retry {busy['overlay']}"
+        f"1 attempt spent, given up: HTTP 422: no text; ./jsl retry {busy['overlay']}"
     )
     assert owes("vlm_judge") == "0 attempts spent, due now"
 

@@ -292,7 +292,7 @@ def test_uninstall_takes_what_is_ours_from_every_table(variants, command):
     assert "  function job_state_listener_jobs_variants()" in done.lines
     assert "  trigger job_state_listener_delete on jobs_variants" in done.lines
     assert (
-        "and with them 1 open calls and the history. jobs, jobs_variants are not touched."
+        "and with them 1 open call and the history. jobs, jobs_variants are not touched."
         in done.lines
     )
     variants.move(variant, "yolo_detect", "done")

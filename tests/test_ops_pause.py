@@ -52,7 +52,7 @@ def test_calls_of_a_paused_stage_pile_up_and_drain_when_it_is_resumed(
     assert api.calls(stage="planner") == []
     done = run_command(database, "resume", "planner")
     assert done.lines == [
-        f"resumed: planner, which owes 3 calls (was held by {OPERATOR}: paused by hand)"
+        f"resumed: planner, which owes 3 calls (was paused by {OPERATOR}: paused by hand)"
     ]
     for job in jobs:
         database.wait_for(
@@ -175,7 +175,7 @@ def test_resume_ends_a_hold_that_nobody_asked_for(database, api, listener, run_c
     database.wait_for("SELECT held_until > now() FROM pipeline_stages WHERE stage = 'planner'")
     api.on("planner", None)
     done = run_command(database, "resume", "planner")
-    assert done.lines[0].startswith("resumed: planner, which owes 1 calls (was held by ")
+    assert done.lines[0].startswith("resumed: planner, which owes 1 call (was held by ")
     assert done.lines[0].endswith(": HTTP 503)")
     wait_for_call(api, job, count=2)
 

@@ -206,7 +206,7 @@ def test_nothing_is_due_is_not_said_beside_what_is_stuck(database, run_command, 
     database.rows("UPDATE jobs SET updated_at = now() - interval '1 h'")
     database.rows("UPDATE stage_calls SET due_at = 'infinity', last_error = 'HTTP 404'")
     said = status(run_command, database)
-    assert said.summary.startswith("1 need a person, ")
+    assert said.summary.startswith("1 needs a person, ")
     assert said.row("overlay")[4] == "-"
     told = {"given_up": "given up: HTTP 404",
             "failed": "1 row is failed: set failed by its stage",

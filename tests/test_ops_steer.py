@@ -232,7 +232,7 @@ def test_retry_now_hurries_what_is_in_its_back_off_and_keeps_what_is_spent(datab
     later = "UPDATE stage_calls SET due_at = now() + interval '1 h', attempts = 2"
     database.rows(later + ", last_error = 'HTTP 500'")
     hint = run_command(database, "retry", "--all", "--yes")
-    assert hint.lines == ["no such call was given up; 1 wait for their next attempt: --now"]
+    assert hint.lines == ["no such call was given up; 1 call due later: --now"]
     refused = run_command(database, "retry", job).refused(1)
     assert refused.endswith(f"its last attempt failed: ./jsl retry --now {job}")
     assert run_command(database, "retry", "--now", "--all", "--yes").code == 0
@@ -314,7 +314,7 @@ def test_call_that_its_stage_has_no_place_for_changes_nothing(database):
         job = database.add_job("planner", "done")
         database.rows(f"{GIVE_UP} WHERE job_id = %s", job)
         before = database.owed(job)
-        with pytest.raises(Problem, match="overlay is at its limit of 1 calls at once"):
+        with pytest.raises(Problem, match="overlay is at its limit of 1 call at once"):
             steer.call_by_hand(conn, database.settings(), "w", rows.find(conn, job), None)
     assert before.given_up and database.owed(job) == before
 

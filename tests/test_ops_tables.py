@@ -464,7 +464,7 @@ def test_backfill_finds_rows_of_all_tables(variants, run, off, on):
         "jobs_variants: img_gen, done  yolo_detect     1",
         f"every {JOIN}: left out without --since, as its rows stay in place: "
         "./jsl backfill --since 1d",
-        "1 calls recorded",
+        "1 call recorded",
     ]
     assert variants.owed() == [("jobs_variants", variant, "yolo_detect")]
 
@@ -493,7 +493,7 @@ def test_backfill_finds_joins_whose_last_arrival_was_not_seen(variants, run, how
     missing = run("backfill", "--since", "1h").lines
     assert re.split(r" {2,}", missing[1]) == [f"every {JOIN}", "ad_copy", "1"]
     assert variants.owed() == []
-    assert run("backfill", "--since", "1h", "--apply").lines[-1] == "1 calls recorded"
+    assert run("backfill", "--since", "1h", "--apply").lines[-1] == "1 call recorded"
     assert variants.owed() == [("jobs", job, "ad_copy")]
     assert run("backfill", "--since", "1h", "--apply").lines[-1] == "0 calls recorded"
 
@@ -566,7 +566,7 @@ def test_calls_of_rows_that_moved_on_unseen_are_dropped(variants, run):
     [variant] = variants.add(variants.database.add_job("x", "y"), "img_gen", "done")
     variants.database.rows(REPLICA)
     variants.move(variant, "yolo_detect", "running")
-    assert "1 recorded calls are of jobs that have moved on" in run("backfill", "--apply").out
+    assert "1 recorded call of jobs that have moved on" in run("backfill", "--apply").out
     [attempt] = variants.database.attempts(variant)
     assert (attempt.table_name, attempt.outcome) == ("jobs_variants", "skipped")
 

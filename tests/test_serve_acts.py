@@ -80,7 +80,7 @@ def test_retry_of_a_stage_leaves_what_waits_and_says_so(database, kim):
     way = "/do/retry?stage=overlay"
     form = Page(kim.at(way).text).root.text
     assert "is due now where it is chosen by its row, not by its stage" in form
-    assert "1 wait for their next attempt" in said(kim.does(way))
+    assert "1 call due later" in said(kim.does(way))
     assert said(kim.does(f"/do/retry?id={job}&stage=overlay")).count("due again") == 1
 
 

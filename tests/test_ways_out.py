@@ -236,7 +236,7 @@ def test_call_beyond_the_limit_of_its_stage_says_so(database, tmp_path):
     assert rested.claimed() is None
     assert says(rested.typed("status"), r"overlay +2 +1/1")
     waits = rested.line_of_job("overlay waits: ")
-    assert waits == "overlay waits: overlay is at its limit of 1 calls at once"
+    assert waits == "overlay waits: overlay is at its limit of 1 call at once"
     assert says(rested.typed("jobs", "--stage", "overlay"), "overlay: due now")
     with connected(database) as conn:
         settle(conn, result(first))
