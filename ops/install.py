@@ -148,7 +148,9 @@ WHERE oid IN (SELECT to_regclass(quote_ident(name)) FROM unnest(%(tables)s::text
 
 # Whatever our functions are hung on.
 TRIGGERS = """
-SELECT format('trigger %%I on %%s', tgname, tgrelid::regclass) AS name FROM pg_trigger
+SELECT format('trigger %%I on %%s', tgname, tgrelid::regclass) AS name,
+       tgenabled NOT IN ('O', 'A') AS is_off
+FROM pg_trigger
 WHERE tgfoid = ANY (%(functions)s::oid[]) AND tgparentid = 0
 """
 
@@ -156,14 +158,23 @@ WHERE tgfoid = ANY (%(functions)s::oid[]) AND tgparentid = 0
 def objects(conn, tables: Iterable[str] = ()) -> list[str]:
     """What is there of the application's `tables`, and of what install makes."""
     ours, _ = named(conn, "stage_calls")
-    functions = [row.oid for row in ours if row.kind == "function"]
     given = db.execute(conn, GIVEN, {"tables": list(tables)}).fetchall()
-    hung = db.execute(conn, TRIGGERS, {"functions": functions}).fetchall()
     return [
         *(row.name for row in given),
         *(f"{row.kind} {row.called}" for row in ours),
-        *(row.name for row in hung),
+        *(row.name for row in hung(conn, ours)),
     ]
+
+
+def hung(conn, ours: list) -> list:
+    """The triggers of our functions, among what is `ours`."""
+    functions = [row.oid for row in ours if row.kind == "function"]
+    return db.execute(conn, TRIGGERS, {"functions": functions}).fetchall()
+
+
+def disabled(conn) -> list[str]:
+    """The triggers of ours that are disabled: install enables them."""
+    return [row.name for row in hung(conn, named(conn, "stage_calls")[0]) if row.is_off]
 
 
 # Also reads an installation of an earlier version.
@@ -386,7 +397,7 @@ def install(
     settings = config.settings()
     conn = db.connect(settings, "job-state-listener install")
     tables = pipeline.tables()
-    before = set(objects(conn, tables))
+    before, off = set(objects(conn, tables)), disabled(conn)
     try:
         before_routes, version = known(conn), migrations.version(conn)
         paused = {row.stage for row in db.execute(conn, PAUSED)}
@@ -413,7 +424,7 @@ def install(
         click.echo(f"  note: a listener of that version {ends}: start the new one")
     there = objects(conn, tables)
     for name in there:
-        kept = "checked" if name.startswith("function") else "kept"
+        kept = "checked" if name.startswith("function") else "enabled" if name in off else "kept"
         click.echo(f"  {kept if name in before else 'created':7}  {name}")
     for name in sorted(before - set(there)):
         click.echo(f"  removed  {name}")

@@ -74,7 +74,8 @@ def look(conn, settings: SimpleNamespace) -> dict[str, Any]:
     try:
         check_triggers(conn, settings)
     except Bad as bad:
-        problem = f"{bad} → {bad.mend}"
+        more = f"; {len(bad.others)} more" if bad.others else ""
+        problem = f"{bad}{more} → {bad.mend}"
     return {
         "at": datetime.now().astimezone(),
         "error": None,

@@ -219,7 +219,7 @@ def check_others(conn, settings) -> str:
 def check_triggers(conn, settings) -> str:
     rows = triggers(conn)
     if broken := broken_triggers(rows):
-        raise Bad(broken[0], INSTALL)
+        raise Bad(broken[0], INSTALL, [Bad(each, INSTALL) for each in broken[1:]])
     quiet = {
         "all": "",
         "owed": ", NOTIFY only where a call is owed",

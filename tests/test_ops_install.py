@@ -86,6 +86,14 @@ def test_install_again_keeps_everything(database, run_command):
     assert database.rows(OBJECTS) == before
 
 
+def test_install_says_that_it_enables_a_trigger_again(database, run_command):
+    database.rows("ALTER TABLE jobs DISABLE TRIGGER job_state_insert_trigger")
+    said = words(run_command(database, "install"))
+    assert said["trigger job_state_insert_trigger on jobs"] == "enabled"
+    assert said["trigger job_state_change_trigger on jobs"] == "kept"
+    assert database.owed(database.add_job("img_gen", "done"))
+
+
 @pytest.mark.parametrize("id_type", ["bigint", "text"])
 def test_install_beside_existing_jobs_leaves_their_rows(empty_database, run_command, id_type):
     empty_database.rows(

@@ -171,15 +171,20 @@ def test_status_shows_a_stage_that_lost_its_route_last(database, run_command):
             "trigger job_state_insert_trigger on jobs is disabled → ./jsl install",
         ),
         (
+            "ALTER TABLE jobs DISABLE TRIGGER USER",
+            "trigger job_state_change_trigger on jobs is disabled; 1 more → ./jsl install",
+        ),
+        (
             "DROP TRIGGER job_state_change_trigger ON jobs",
             "trigger job_state_change_trigger is missing on jobs → ./jsl install",
         ),
         (
             JOBS_TRIGGER,
-            "trigger job_state_change_trigger on jobs runs another function → ./jsl install",
+            "trigger job_state_change_trigger on jobs runs another function; 1 more"
+            " → ./jsl install",
         ),
     ],
-    ids=["disabled", "missing", "made by the guide's SQL once more"],
+    ids=["disabled", "both disabled", "missing", "made by the guide's SQL once more"],
 )
 def test_status_tells_of_a_broken_trigger(database, run_command, broken, problem):
     database.rows(broken)

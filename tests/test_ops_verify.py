@@ -166,6 +166,14 @@ def test_problem_is_named_and_the_command_given_mends_it(database, api, damage):
     assert checked(database, STAGE_API_URL=api.url) == []
 
 
+def test_each_trigger_that_is_disabled_is_named(database, api):
+    database.rows("ALTER TABLE jobs DISABLE TRIGGER USER")
+    names = ["job_state_change_trigger", "job_state_insert_trigger"]
+    assert checked(database, STAGE_API_URL=api.url) == [
+        (f"trigger {name} on jobs is disabled", INSTALL) for name in names
+    ]
+
+
 def test_table_without_a_time_to_trust_is_named(database, api, run_command):
     database.rows("ALTER TABLE jobs ALTER updated_at TYPE timestamp,"
                   " ALTER created_at TYPE timestamp")  # fmt: skip
