@@ -114,7 +114,7 @@ def require_choice(command: str, job_ids: tuple, chosen: Chosen, all_: bool) -> 
     fault = None
     if job_ids and (all_ or any(value is not None for value in narrowed)):
         fault = "Job ids go with --stage and --table only."
-    elif not job_ids and all_ == is_filtered:
+    elif not (job_ids or all_ or is_filtered):
         fault = "Give job ids, or some of --stage, --tenant, --error and --since, or --all."
     if fault:
         raise click.UsageError(fault, click.get_current_context())
@@ -122,6 +122,11 @@ def require_choice(command: str, job_ids: tuple, chosen: Chosen, all_: bool) -> 
     if chosen.stage:
         require_stage(conn, chosen.stage)
     rows.require_table(conn, chosen.table)
+    if all_ and is_filtered:  # after their values, so that a misspelt stage is told first
+        raise click.UsageError(
+            "--all goes without --stage, --tenant, --error and --since.",
+            click.get_current_context(),
+        )
     return conn
 
 

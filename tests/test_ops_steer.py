@@ -65,13 +65,22 @@ def test_retry_with_nothing_given_up_says_so(database, run_command, which):
 
 
 @pytest.mark.parametrize(
-    "args",
-    [[], ["--all", "--stage", "overlay"], ["7", "--all"], ["7", "--tenant", "t"]],
-    ids=" ".join,
+    ("args", "said"),
+    [
+        ("", USAGE),
+        ("--all --stage overlay", "--all goes without --stage, --tenant, --error and --since."),
+        ("--all --tenant t", "--all goes without --stage, --tenant, --error and --since."),
+        ("7 --all", "Job ids go with --stage and --table only."),
+        ("7 --tenant t", "Job ids go with --stage and --table only."),
+    ],
 )
-def test_retry_must_be_told_which_and_only_once(database, run_command, args):
-    said = "Job ids go with --stage and --table only." if "7" in args else USAGE
-    assert run_command(database, "retry", *args).refused(2) == said + SEE
+def test_retry_must_be_told_which_and_only_once(database, run_command, args, said):
+    assert run_command(database, "retry", *args.split()).refused(2) == said + SEE
+
+
+def test_misspelt_stage_is_told_before_what_excludes_it(database, run_command):
+    refused = run_command(database, "retry", "--all", "--stage", "planer").refused(2)
+    assert refused.startswith("Invalid value for '--stage': 'planer' is no stage: did you mean pl")
 
 
 def test_retry_of_a_call_that_waits_for_its_rate_names_no_command(database, run_command):
