@@ -501,6 +501,19 @@ def remove(conn, names: list[str]) -> None:
     db.execute(conn, migrations.LOCK_TIMEOUT + "".join(f"DROP {name};" for name in names[::-1]))
 
 
+def is_confirmed() -> bool:
+    """Ask a person. Raises UsageError where there is none."""
+    try:
+        return click.confirm("Remove?")
+    except (click.Abort, RuntimeError) as stop:  # RuntimeError: standard input is closed
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        click.echo()
+        raise click.UsageError(
+            "nobody answered, and nothing was removed: give --yes.", click.get_current_context()
+        ) from None
+
+
 @click.command(short_help="Remove what install made; jobs and its rows stay.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def uninstall(yes: bool) -> None:
@@ -527,8 +540,8 @@ def uninstall(yes: bool) -> None:
             theirs = [row.name for row in db.execute(conn, THEIRS)]
         stay = f"{', '.join(theirs)} {'are' if len(theirs) > 1 else 'is'} not touched"
         click.echo(f"and with them {counted(count, 'open call')} and the history. {stay}.")
-    if not yes:
-        click.confirm("Remove?", abort=True)
+    if not (yes or is_confirmed()):
+        raise Problem("nothing was removed")
     try:
         remove(conn, there)
     except psycopg2.errors.LockNotAvailable:
