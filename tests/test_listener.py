@@ -322,6 +322,7 @@ def test_stop_does_not_wait_for_the_reconnect_delay(database, listener):
     process = listener(database, JOB_STATE_LISTENER_RECONNECT_DELAY=3600, **AWAY)
     process.wait_for_line(RECONNECTING)
     assert process.stop() == 0
+    assert "중지 요청" not in process.output  # no call is under way
 
 
 @pytest.mark.parametrize("ours", ["true", "false"])
