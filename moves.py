@@ -7,9 +7,9 @@ whether or not the answer is there yet. A listener takes it, and ends the lease 
 import logging
 
 import db
+import history
 import logs
 import trigger
-import upkeep
 
 log = logging.getLogger("listener.trigger")
 
@@ -84,7 +84,7 @@ WITH seen AS (
 ), passed AS (
     SELECT late.* FROM late JOIN mark ON late.finished_at <= mark.counted_until
 ), counted AS (
-    {upkeep.ADD_TOTALS.format(rows="passed")}
+    {history.ADD_TOTALS.format(rows="passed")}
 )
 SELECT recorded.job_id::text, table_name, stage, outcome, error,
        extract(epoch FROM finished_at - started_at)::float8 AS seconds, taken.moves,
@@ -100,7 +100,7 @@ def look(conn, table: str | None = None) -> tuple[list, int]:
         A row for each: job_id (the row's id), table_name, stage, outcome, error, seconds; and how
         many moves; if not 0, there may be more.
     """
-    given = {"wake": db.WAKE_CHANNEL, "table": table} | upkeep.BOUNDS
+    given = {"wake": db.WAKE_CHANNEL, "table": table} | history.BOUNDS
     rows = db.execute(conn, LOOK, given).fetchall()
     return [row for row in rows if row.job_id is not None], rows[0].moves
 

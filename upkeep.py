@@ -1,6 +1,6 @@
-"""Upkeep beside the calls: ends leases of lost listeners, drops calls of deleted jobs, adopts
-calls of the PIPELINE before, counts and prunes the history, and reports jobs that rest. Each
-listener does it for all.
+"""Upkeep beside the calls: which task is due, and those that are no matter of history.py or
+troubles.py: leases of lost listeners, a clock that was set back, calls of deleted jobs and of the
+PIPELINE before. Each listener does it for all.
 """
 
 import logging
@@ -13,25 +13,26 @@ from typing import Any
 import psycopg2
 import psycopg2.extensions
 
+import history
 import pipeline
 import trigger
+import troubles
 from alerts import Alerts
 from db import CONNECTION_LOST, UNPINNED, WAKE_CHANNEL, execute, in_parts, reasons
+from history import BATCH, log_failure
 from ops import listeners, migrations, routes
-from ops.alarms import why_late
 from ops.problem import INSTALL
-from ops.resting import PART, parts
+from ops.resting import parts
 
 log = logging.getLogger("listener")
 
 # Seconds between two rounds.
-REAP_INTERVAL = CLOCK_INTERVAL = EPISODES_INTERVAL = 60.0
+REAP_INTERVAL = CLOCK_INTERVAL = 60.0
 HISTORY_INTERVAL = FORGET_INTERVAL = ADOPT_INTERVAL = 300.0
 STALLED_INTERVAL = FAILED_INTERVAL = 300.0
 PRUNE_ALL_INTERVAL = 86400.0
 LONGEST_STALLED_INTERVAL = 3600.0
 BLIND_LOOKS = 3  # failed looks for stalled rows, one after the other, that people are told of
-BATCH = 1000  # rows that one statement handles
 
 
 class Upkeep:
@@ -70,7 +71,7 @@ class Upkeep:
     def begin(self, conn) -> None:
         """Tell what has waited until now, once and before the first call is claimed."""
         if self.is_new and self.settings.ALERT_COMMAND:
-            self.attempt(tell_absence, conn, self.settings.ALERT_AFTER, self.alerts)
+            self.attempt(troubles.tell_absence, conn, self.settings.ALERT_AFTER, self.alerts)
         self.is_new = False
 
     def run(self, conn) -> None:
@@ -98,10 +99,10 @@ class Upkeep:
                     self.clock_at = now  # there is more
         if now >= self.history_at:
             self.history_at = now + HISTORY_INTERVAL
-            looked_at = self.attempt(count, conn) or 0
+            looked_at = self.attempt(history.count, conn) or 0
             if now >= self.prune_all_at:  # what was kept may have moved on
                 self.prune_all_at, self.pruned_until = now + PRUNE_ALL_INTERVAL, None
-            done = self.attempt(prune, conn, self.settings.HISTORY_DAYS, self.pruned_until)
+            done = self.attempt(history.prune, conn, self.settings.HISTORY_DAYS, self.pruned_until)
             if done:
                 self.pruned_until = done.until or self.pruned_until
                 looked_at = max(looked_at, done.attempts)
@@ -122,7 +123,7 @@ class Upkeep:
                 self.failed_tables = list(pipeline.tables())
             tables = self.failed_tables
             found, failed = self.attempt_in_parts(
-                newly_failed, conn, tables, after=self.failed_after, tables=tables
+                troubles.newly_failed, conn, tables, after=self.failed_after, tables=tables
             )
             self.failed_tables = [name for name in tables if name not in failed]
             self.failed_after = found[0][1] if found else None
@@ -131,13 +132,13 @@ class Upkeep:
             for row in (row for rows, _ in found for row in rows):
                 trigger.tell_failed(self.alerts, row.table_name, row.job_id, row.stage, row.error)
         if now >= self.episodes_at:
-            self.episodes_at = now + EPISODES_INTERVAL
-            for row in self.attempt(episodes, conn, self.settings.ALERT_AFTER) or []:
-                tell_episode(self.alerts, row)
+            self.episodes_at = now + troubles.EPISODES_INTERVAL
+            for row in self.attempt(troubles.episodes, conn, self.settings.ALERT_AFTER) or []:
+                troubles.tell_episode(self.alerts, row)
             after = self.settings.ALERT_AFTER
-            self.attempt(tell_gone_stages, conn, after, self.alerts, self.gone)
+            self.attempt(troubles.tell_gone_stages, conn, after, self.alerts, self.gone)
         if now >= self.stalled_at:
-            found, failed = self.attempt_in_parts(newly_stalled, conn, *parts())
+            found, failed = self.attempt_in_parts(troubles.newly_stalled, conn, *parts())
             # With tens of millions of rows statement_timeout ends it, and no call began meanwhile.
             took_long = (isinstance(e, psycopg2.errors.QueryCanceled) for e in failed.values())
             self.stalled_interval = (
@@ -233,10 +234,6 @@ class Upkeep:
         if failed:
             log_failure(do, reasons(failed))
         return found, failed
-
-
-def log_failure(of: Callable, reason: str) -> None:
-    log.error("정리 작업 실패 (다음 차례에 다시 시도): %s: %s", of.__name__, reason)
 
 
 # --- leases that ran out -------------------------------------------------------------------
@@ -370,170 +367,7 @@ def shorten_waits(conn, is_back: bool = False, batch: int = BATCH) -> int:
     return found
 
 
-# --- the history ---------------------------------------------------------------------------
-
-# Upper bounds (seconds) of the histogram of accepted calls in `metrics`; above is infinity.
-BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
-BOUNDS = {
-    "within": [*BUCKETS, math.inf],
-    "bounds": [f"{seconds} s" for seconds in BUCKETS],
-}
-
-# Counts the attempts in {rows} by stage, outcome and the smallest bucket that holds them. A
-# negative duration (the clock was set back) counts as 0, as a counter must not fall.
-TOTALS = """
-SELECT stage, outcome, (%(within)s::float8[])[1 + width_bucket(
-           finished_at - started_at - interval '1 microsecond', %(bounds)s::interval[]
-       )] AS within_seconds,
-       count(*) AS attempts,
-       (1000000 * extract(epoch FROM sum(greatest(finished_at - started_at, '0')))
-       )::bigint AS microseconds
-FROM {rows}
-GROUP BY stage, outcome, within_seconds
-"""
-
-# Adds the attempts in {rows} to stage_totals.
-ADD_TOTALS = f"""
-INSERT INTO stage_totals AS t (stage, outcome, within_seconds, attempts, microseconds)
-{TOTALS}
-ON CONFLICT (stage, outcome, within_seconds) DO UPDATE
-SET attempts = t.attempts + excluded.attempts,
-    microseconds = t.microseconds + excluded.microseconds
-"""
-
-# Attempts are counted once, in the order in which they finished. Those of the last minutes are left
-# for later, as an attempt that finished earlier may not be committed yet.
-COUNT = f"""
-WITH mark AS (
-    SELECT counted_until FROM stage_totals_mark FOR UPDATE SKIP LOCKED
-), batch AS (
-    SELECT stage, outcome, started_at, finished_at FROM stage_attempts
-    WHERE finished_at > (SELECT counted_until FROM mark)
-      AND finished_at < now() - interval '5 minutes'
-    ORDER BY finished_at
-    FETCH FIRST %(batch)s ROWS WITH TIES
-), added AS (
-    {ADD_TOTALS.format(rows="batch")}
-), moved AS (
-    UPDATE stage_totals_mark SET counted_until = (SELECT max(finished_at) FROM batch)
-    WHERE EXISTS (SELECT FROM batch)
-)
-SELECT count(*) FROM batch
-"""
-
-
-def count(conn, batch: int = BATCH) -> int:
-    """Add a batch of attempts to stage_totals, oldest first; how many."""
-    return execute(conn, COUNT, {"batch": batch} | BOUNDS).fetchone()[0]
-
-
-# One listener at a time, in small batches, so that no other waits. Attempts that are not counted
-# yet are not deleted, nor those that alone tell why a row that still rests in its state owes
-# nothing: without them `backfill` would have an accepted or cancelled call made again, also one of
-# the name that its stage had before. Nor those of a row that is `running`: where it has no
-# updated_at, they alone say since when, and without them it would no longer be found stalled.
-# Whether rows of a table that cannot be read rest is not known, so all that tells of them is kept.
-PRUNE = """
-WITH batch AS (
-    SELECT ctid AS place, job_id, table_name, stage, outcome, finished_at FROM stage_attempts
-    WHERE finished_at > coalesce(%(pruned_until)s::timestamptz, '-infinity')
-      AND finished_at < now() - make_interval(secs => 86400 * %(days)s)
-      AND finished_at <= (SELECT counted_until FROM stage_totals_mark)
-      AND (SELECT pg_try_advisory_xact_lock(hashtext('job_state_listener.prune')))
-    ORDER BY finished_at
-    FETCH FIRST %(batch)s ROWS WITH TIES
-), pruned AS (
-    DELETE FROM stage_attempts WHERE ctid = ANY (ARRAY(
-        SELECT b.place FROM batch AS b
-        WHERE NOT CASE b.table_name {rests}
-                  ELSE b.table_name = ANY (%(unreadable)s) END))
-    RETURNING stage
-)
-SELECT (SELECT count(*) FROM pruned) AS pruned, count(*) AS attempts, max(finished_at) AS until
-FROM batch
-"""
-# As in NEWLY_FAILED.
-RESTS = """
-WHEN {name} THEN EXISTS (
-    SELECT FROM {table} AS r
-    JOIN pipeline_stages AS p ON p.table_name = {name}
-        AND ((p.stage, 'running') = (r.current_step::text, r.status::text)
-             OR b.outcome IN ('succeeded', 'skipped', 'cancelled') AND p.join_of = ''
-                AND (p.current_step, p.status) = (r.current_step::text, r.status::text)
-                AND (p.stage = b.stage OR b.stage NOT IN (SELECT stage FROM pipeline_stages)))
-    WHERE r.{id} = b.job_id{collate}
-    OFFSET 0)"""
-CAN_BE_READ = "SELECT CASE b.table_name {rests} END FROM stage_attempts AS b LIMIT 0"
-
-
-def prune(conn, days: float, after: Any = None, batch: int = BATCH):
-    """Look at a batch of the attempts that finished more than `days` ago, and delete them except
-    for those that are still needed.
-
-    Args:
-        after: `until` of the last batch: what was kept is not looked at again.
-
-    Returns:
-        A row: how many `attempts` it looked at, how many were `pruned`, and `until` when they had
-        finished; None where there was none.
-    """
-    tables = list(pipeline.tables().values())
-    given = {"days": days, "pruned_until": after, "batch": batch, "unreadable": []}
-    try:
-        return execute(conn, PRUNE.format(rests=by_table(conn, RESTS, tables)), given).fetchone()
-    except CONNECTION_LOST:
-        raise
-    except psycopg2.Error:
-        refused = {table.name: why_unreadable(conn, table) for table in tables}
-        failed = {name: error for name, error in refused.items() if error}
-        if len(failed) in (0, len(tables)):
-            raise
-    given["unreadable"] = list(failed)
-    readable = [table for table in tables if table.name not in failed]
-    done = execute(conn, PRUNE.format(rests=by_table(conn, RESTS, readable)), given).fetchone()
-    if done.attempts < batch:  # the last one of this round
-        log_failure(prune, reasons(failed))
-    return done
-
-
-def why_unreadable(conn, table: pipeline.Table) -> psycopg2.Error | None:
-    try:
-        execute(conn, CAN_BE_READ.format(rests=by_table(conn, RESTS, [table])), {})
-    except CONNECTION_LOST:
-        raise
-    except psycopg2.Error as error:
-        return error
-    return None
-
-
-# An id of a text type is compared by the collation of its own column, or no index on that serves.
-COLLATIONS = """
-SELECT wanted.name, format(' COLLATE %%I.%%I', n.nspname, c.collname) AS collate
-FROM unnest(%(names)s::text[], %(ids)s::text[]) AS wanted (name, id)
-JOIN pg_attribute AS a
-    ON (a.attrelid, a.attname) = (to_regclass(quote_ident(wanted.name)), wanted.id)
-JOIN pg_collation AS c ON c.oid = a.attcollation
-JOIN pg_namespace AS n ON n.oid = c.collnamespace
-"""
-
-
-def by_table(conn, template: str, tables: Iterable[pipeline.Table]) -> str:
-    """`template` with the names of each table, for a statement with parameters."""
-    tables = list(tables)
-    given = {"names": [table.name for table in tables], "ids": [table.id for table in tables]}
-    collated = {row.name: row.collate for row in execute(conn, COLLATIONS, given)}
-    return "".join(
-        template.format(
-            name=psycopg2.extensions.QuotedString(table.name).getquoted().decode(),
-            table=pipeline.name_in_sql(table.name),
-            id=pipeline.name_in_sql(table.id),
-            collate=collated.get(table.name, ""),
-        )
-        for table in tables
-    ).replace("%", "%%")
-
-
-# --- deleted jobs, stalled stages ----------------------------------------------------------
+# --- what was deleted, or belongs to the PIPELINE before -------------------------------------
 
 # A given-up call waits for a person, but not if its job was deleted: then it is dropped. They are
 # checked in the order of the ids, a batch a round. Whether a row of a table that left PIPELINE was
@@ -658,278 +492,3 @@ def tell_timeouts(conn, timeouts: Mapping[str, float]) -> None:
     """Write the timeout of every stage, in seconds, to pipeline_stages."""
     given = {"stages": list(timeouts), "timeouts": list(timeouts.values())}
     execute(conn, TELL_TIMEOUTS, given)
-
-
-# The first listener that sees a stalled row marks its stage, until no row of it is stalled. Where
-# only a part is asked for, the stage may have stalled rows in another one.
-NEWLY_STALLED = f"""
-{PART}
-WITH stalled AS (
-    SELECT stage, count(*) AS jobs, max(reason) AS reason FROM stalled_jobs() GROUP BY stage
-), marked AS (
-    UPDATE pipeline_stages AS p
-    SET stalled_since = CASE WHEN q.jobs IS NOT NULL THEN now() END
-    FROM (SELECT e.table_name, e.join_of, e.current_step, e.status, s.jobs, s.reason
-          FROM pipeline_stages AS e LEFT JOIN stalled AS s USING (stage)) AS q
-    WHERE (p.table_name, p.join_of, p.current_step, p.status)
-          = (q.table_name, q.join_of, q.current_step, q.status)
-      AND (p.stalled_since IS NULL) = (q.jobs IS NOT NULL)
-      AND (q.jobs IS NOT NULL OR %(part)s::text IS NULL)
-    RETURNING p.stage, q.jobs, q.reason
-)
-SELECT DISTINCT stage, jobs, reason FROM marked
-"""
-
-
-# Rows that their stage has set to failed after it had answered, or without an answer: those called
-# in the last hour, as this must not take long. `status` and resting_rows() show older ones. The row
-# in the history is made once, whichever listener looks first. The tables are named here, as
-# stage_call_row() would take several times as long; OFFSET 0 keeps the planner from reading one of
-# them as a whole.
-NEWLY_FAILED = """
-WITH batch AS (
-    SELECT * FROM stage_attempts
-    WHERE finished_at > coalesce(%(after)s, now() - interval '1 hour')
-    ORDER BY finished_at
-    FETCH FIRST %(batch)s ROWS WITH TIES
-), candidate AS (
-    SELECT a.* FROM batch AS a
-    WHERE a.outcome NOT IN ('failed', 'skipped', 'cancelled') AND CASE a.table_name {rows} END
-    OFFSET 0
-), failed AS (
-    SELECT a.* FROM candidate AS a
-    WHERE NOT EXISTS (SELECT FROM stage_attempts AS later
-                      WHERE (later.job_id, later.table_name, later.stage)
-                            = (a.job_id, a.table_name, a.stage)
-                        AND later.outcome NOT IN ('skipped', 'cancelled')
-                        AND (later.finished_at, later.call_id, later.attempt)
-                            > (a.finished_at, a.call_id, a.attempt))
-      AND NOT EXISTS (SELECT FROM stage_calls AS c
-                      WHERE c.job_id = a.job_id AND c.table_name = a.table_name)
-      AND NOT EXISTS (SELECT FROM stage_leases AS l
-                      WHERE l.job_id = a.job_id AND l.table_name = a.table_name
-                        AND l.leased_until > now())
-      AND NOT EXISTS (SELECT FROM pipeline_stages AS p
-                      WHERE (p.table_name, p.join_of, p.current_step, p.status)
-                            = (a.table_name, '', a.stage, 'failed'))
-), recorded AS (
-    INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, spent, stage, worker,
-                                started_at, finished_at, outcome, error)
-    SELECT job_id, table_name, call_id, attempt, spent, stage, worker, started_at, now(), 'failed',
-           left('set failed by its stage' || coalesce(': ' || error, ''), 2000)
-    FROM failed
-    ON CONFLICT DO NOTHING
-    RETURNING job_id::text, table_name, stage, error
-)
-SELECT recorded.*, seen.*
-FROM (SELECT count(*) AS attempts, max(finished_at) AS until FROM batch) AS seen
-LEFT JOIN recorded ON true
-"""
-IS_FAILED = """
-WHEN {name} THEN EXISTS (
-    SELECT FROM {table} AS r
-    WHERE r.{id} = a.job_id{collate}
-      AND (r.current_step::text, r.status::text) = (a.stage, 'failed')
-    OFFSET 0)"""
-
-
-def newly_failed(
-    conn,
-    after: Any = None,
-    batch: int = BATCH,
-    tables: Iterable[str] | None = None,
-    part: str | None = None,
-) -> tuple[list, Any]:
-    """The rows that their stage has set to failed, and about which no alert was sent. Checks one
-    batch of the attempts of the last hour.
-
-    Args:
-        after: what the last batch returned.
-        tables: whose rows; None: those of all.
-        part: one of them.
-
-    Returns:
-        The rows, and the time after which the next batch begins; None: an hour ago.
-    """
-    declared = pipeline.tables()
-    names = [part] if part else declared if tables is None else tables
-    asked = by_table(conn, IS_FAILED, [declared[name] for name in names])
-    sql = NEWLY_FAILED.format(rows=asked)
-    found = execute(conn, sql, {"after": after, "batch": batch}).fetchall()
-    is_last = found[0].attempts < batch
-    return [row for row in found if row.job_id is not None], None if is_last else found[0].until
-
-
-def newly_stalled(conn, part: str | None = None) -> list:
-    """The stages (stage, jobs, reason) that are stalled since any listener last looked, or no more
-    (jobs is None); with `part`, those with stalled rows in it.
-    """
-    return execute(conn, UNPINNED + NEWLY_STALLED, {"part": part}).fetchall()
-
-
-# --- calls that waited while no listener ran ------------------------------------------------
-
-ABSENCE = """
-SELECT count(*) AS calls, extract(epoch FROM now() - min(c.due_at))::float8 AS seconds
-FROM stage_calls AS c
-WHERE c.due_at < now() - make_interval(secs => %(after)s) AND c.worker IS NULL AND c.attempts = 0
-  AND NOT EXISTS (SELECT FROM pipeline_stages AS p
-                  WHERE p.stage = c.stage AND p.held_until > now())
-"""
-
-
-def tell_absence(conn, after: float, alerts: Alerts) -> None:
-    """Tell people that calls had been waiting for more than `after` seconds at the start; but not
-    where another listener has been there.
-    """
-    if not listeners.is_first(conn):
-        return
-    row = execute(conn, UNPINNED + ABSENCE, {"after": after}).fetchone()
-    if row.calls:
-        text = (
-            f"a listener has started: {row.calls} calls had been waiting, the oldest for "
-            f"{row.seconds / 60:.0f} minutes"
-        )
-        log.warning(
-            "부재 후 시작: 밀린 호출 %d건, 가장 오래된 것은 %.0f초 전", row.calls, row.seconds
-        )
-        alerts.send("back", text, calls=row.calls, seconds=row.seconds)
-
-
-# --- stages that wait, or accept nothing ----------------------------------------------------
-
-# At least this many attempts, none of them accepted, show that the stage is at fault.
-REFUSALS = 3
-
-# The first listener that sees it marks the stage until it is over. Paused stages are left as they
-# are, as a person wants them to wait. Only a success, or a call that was taken, shows that a stage
-# accepts calls again: one that is tried with one call at a time, or has none, makes few attempts.
-# Each try of a held stage moves the due_at of its call. Such calls count as due since they were
-# first due, as in pipeline_overview; so do calls that a listener puts off again and again, as its
-# PIPELINE does not have them. A call that is being tried counts where its stage waited before.
-EPISODES = """
-WITH stage AS (
-    SELECT stage, bool_or(held_until = 'infinity') IS TRUE AS paused,
-           max(held_reason) FILTER (WHERE held_until > now()) AS held_reason,
-           max(max_running) AS max_running,
-           max(held_until) FILTER (WHERE hold_seconds IS NOT NULL) AS held_until,
-           min(waiting_since) IS NOT NULL AS was_waiting, min(refusing_since) AS refusing_since
-    FROM pipeline_stages GROUP BY stage
-), tried AS (
-    SELECT stage, count(*) AS attempts,
-           max(finished_at) FILTER (WHERE outcome = 'succeeded') AS accepted_at,
-           (array_agg(error ORDER BY finished_at DESC))[1] AS last_error
-    FROM stage_attempts
-    WHERE finished_at > now() - make_interval(secs => %(recent)s)
-      AND outcome NOT IN ('skipped', 'cancelled')
-    GROUP BY stage
-), state AS (
-    SELECT s.stage, due.oldest, s.held_reason, s.max_running, tried.last_error, s.was_waiting,
-           s.refusing_since IS NOT NULL AS was_refusing,
-           CASE WHEN s.paused THEN s.was_waiting
-                ELSE due.oldest < now() - make_interval(secs => %(after)s) IS TRUE END AS waiting,
-           (s.refusing_since IS NOT NULL OR tried.attempts >= %(refusals)s) IS TRUE
-               AND (greatest(tried.accepted_at, taken.at)
-                    > coalesce(s.refusing_since, '-infinity')) IS NOT TRUE AS refusing
-    FROM stage AS s
-    LEFT JOIN tried USING (stage)
-    CROSS JOIN LATERAL (
-        SELECT max(l.started_at) AS at FROM stage_leases AS l
-        WHERE l.stage = s.stage AND l.working AND l.leased_until > now()) AS taken
-    CROSS JOIN LATERAL (
-        SELECT least((SELECT min(c.due_at) FROM stage_calls AS c
-                      WHERE c.stage = s.stage AND c.due_at <= now()),
-                     (SELECT min(greatest(c.created_at, c.run_after)) FROM stage_calls AS c
-                      WHERE s.held_until IS NOT NULL AND c.stage = s.stage
-                        AND c.due_at < 'infinity' AND c.free_attempts > 0
-                        AND CASE WHEN c.worker IS NULL
-                                 THEN c.due_at < s.held_until + interval '1 minute'
-                                 ELSE s.was_waiting END),
-                     (SELECT min(greatest(c.created_at, c.run_after)) FROM stage_calls AS c
-                      WHERE c.stage = s.stage AND c.due_at > now() - interval '1 minute'
-                        AND c.due_at < now() + interval '1 minute'
-                        AND c.worker IS NULL AND c.free_attempts > 0 AND c.last_error IS NULL)
-               ) AS oldest) AS due
-), marked AS (
-    UPDATE pipeline_stages AS p
-    SET waiting_since = CASE WHEN s.waiting THEN coalesce(p.waiting_since, now()) END,
-        refusing_since = CASE WHEN s.refusing THEN coalesce(p.refusing_since, now()) END
-    FROM state AS s
-    WHERE p.stage = s.stage
-      AND ((p.waiting_since IS NOT NULL) <> s.waiting
-           OR (p.refusing_since IS NOT NULL) <> s.refusing)
-    RETURNING s.*
-)
-SELECT DISTINCT stage, waiting, was_waiting, refusing, was_refusing, held_reason, last_error,
-       last_error AS retry_error, m.max_running, 60 / r.seconds AS per_minute,
-       CASE WHEN r.next_at > now() THEN r.next_at END AS next_at,
-       extract(epoch FROM now() - oldest)::float8 AS seconds,
-       (SELECT count(*) FROM stage_calls AS c
-        WHERE c.stage = m.stage AND c.due_at <= now()) AS due,
-       (SELECT count(*) FROM stage_leases AS l
-        WHERE l.stage = m.stage AND l.leased_until > now()) AS calling
-FROM marked AS m LEFT JOIN stage_limits AS r ON r.name = m.stage
-"""
-
-
-def episodes(conn, after: float) -> list:
-    """The stages whose calls have been waiting for `after` seconds, or that accepted none of
-    several in that time, and those where that is over.
-    """
-    # No success between two looks may be missed, however short `after` is.
-    recent = max(after, 2 * EPISODES_INTERVAL)
-    given = {"after": after, "recent": recent, "refusals": REFUSALS}
-    return execute(conn, UNPINNED + EPISODES, given).fetchall()
-
-
-def tell_episode(alerts: Alerts, row: Any) -> None:
-    """Send the alert of an episode that has begun, or is over."""
-    stage = row.stage
-    if row.waiting and not row.was_waiting:
-        why = row.held_reason or why_late(row._asdict())
-        text = f"a call of {stage} has been due for {row.seconds / 60:.0f} minutes: {why}"
-        log.error("밀린 단계: stage=%s 대기=%.0f초 %s", stage, row.seconds, why)
-        alerts.send("waiting", text, stage=stage, seconds=row.seconds, reason=why)
-    elif row.was_waiting and not row.waiting:
-        alerts.recovered("waiting", stage, "no call of it is late any more")
-    if row.refusing and not row.was_refusing:
-        text = f"{stage} accepts no call: {row.last_error}"
-        log.error("호출을 하나도 수락하지 않는 단계: stage=%s %s", stage, row.last_error)
-        alerts.send("refusing", text, stage=stage, reason=row.last_error)
-    elif row.was_refusing and not row.refusing:
-        alerts.recovered("refusing", stage, "it accepts calls again")
-
-
-# As in EPISODES, of stages that left PIPELINE, which have no row to be marked.
-OF_NO_STAGE = """
-SELECT c.stage, count(*) AS due, extract(epoch FROM now() - min(c.due_at))::float8 AS seconds
-FROM stage_calls AS c
-WHERE c.due_at < now() - make_interval(secs => %(after)s)
-  AND NOT EXISTS (SELECT FROM pipeline_stages AS p WHERE p.stage = c.stage)
-GROUP BY c.stage
-"""
-
-
-def tell_gone_stages(conn, after: float, alerts: Alerts, told: set[str]) -> None:
-    """Tell people of calls that wait for a stage which left PIPELINE, and when that is over. Only
-    the listener that was connected first does; `told` has the stages that it has told.
-    """
-    if not listeners.is_first(conn):
-        return
-    found = {row.stage: row for row in execute(conn, UNPINNED + OF_NO_STAGE, {"after": after})}
-    for row in found.values():
-        tell_episode(
-            alerts,
-            SimpleNamespace(
-                **row._asdict(),
-                waiting=True,
-                was_waiting=row.stage in told,
-                refusing=False,
-                was_refusing=False,
-                held_reason=f"PIPELINE has no stage {row.stage}",
-            ),
-        )
-    for stage in told - found.keys():
-        alerts.recovered("waiting", stage, "no call of it is late any more")
-    told.clear()
-    told.update(found)

@@ -19,7 +19,7 @@ import psycopg2
 import calls
 import config
 import db
-import upkeep
+import history
 from bench import operator_commands
 from bench.database import OPTIONS, Server
 from bench.harness import Bench
@@ -209,8 +209,8 @@ def history_cells(server: EmbeddedDatabase, size: int) -> list[str]:
         operator_commands.fill(server, {"attempts": size, "jobs": 30_000})
         cells = [
             claim_cell(settings),
-            milliseconds(lambda: upkeep.count(conn)),
-            milliseconds(lambda: upkeep.prune(conn, 20.0)),
+            milliseconds(lambda: history.count(conn)),
+            milliseconds(lambda: history.prune(conn, 20.0)),
             db.execute(conn, KEPT).fetchone()[0],
         ]
         job = str(db.execute(conn, operator_commands.A_JOB).fetchone()[0])
@@ -219,7 +219,7 @@ def history_cells(server: EmbeddedDatabase, size: int) -> list[str]:
     return cells
 
 
-def history(sizes: list[int]) -> str:
+def history_table(sizes: list[int]) -> str:
     rows = []
     for size in sizes:
         with EmbeddedDatabase(options={"fsync": "off"}) as server:
@@ -233,7 +233,7 @@ PARTS = {
     "workers": (workers, [1, 2, 4, 8, 16, 32, 64]),
     "machines": (machines, [1, 2, 4]),
     "backlog": (backlog, [10_000, 100_000, 1_000_000]),
-    "history": (history, [100_000, 1_000_000]),
+    "history": (history_table, [100_000, 1_000_000]),
 }
 
 

@@ -13,8 +13,8 @@ import psycopg2
 
 import config
 import db
+import history
 import pipeline
-import upkeep
 from logs import CONTROL
 from ops.limits import limits
 from ops.listeners import connected
@@ -166,7 +166,7 @@ SELECT stage, outcome, within_seconds, sum(attempts)::bigint AS attempts,
 FROM (
     SELECT stage, outcome, within_seconds, attempts, microseconds FROM stage_totals
     UNION ALL
-    {upkeep.TOTALS.format(rows=RECENT)}) AS every
+    {history.TOTALS.format(rows=RECENT)}) AS every
 GROUP BY stage, outcome, within_seconds
 """
 
@@ -212,7 +212,7 @@ def read_stages(conn, page: Page) -> None:
 
 def read_counters(conn, page: Page, stages: Iterable[str]) -> None:
     """The counters of `stages`, from zero on, and of every other stage in the history."""
-    rows = db.execute(conn, COUNTERS, upkeep.BOUNDS).fetchall()
+    rows = db.execute(conn, COUNTERS, history.BOUNDS).fetchall()
     for stage in dict.fromkeys([*stages, *sorted(row.stage for row in rows)]):
         ours = [row for row in rows if row.stage == stage]
         for outcome in OUTCOMES:
@@ -223,7 +223,7 @@ def read_counters(conn, page: Page, stages: Iterable[str]) -> None:
 
 def add_durations(page: Page, stage: str, accepted: list) -> None:
     name = "call_duration_seconds"
-    for bound in (*upkeep.BUCKETS, math.inf):
+    for bound in (*history.BUCKETS, math.inf):
         calls = sum(row.attempts for row in accepted if row.within_seconds <= bound)
         le = f"{bound:g}" if bound < math.inf else "+Inf"
         page.add(name, calls, "_bucket", stage=stage, le=le)

@@ -14,8 +14,8 @@ from psycopg2.extensions import TRANSACTION_STATUS_INERROR, quote_ident
 
 import config
 import db
+import history
 import pipeline
-import upkeep
 from ops.follow import Follower, Look, named, rows_of
 from ops.listeners import connected
 from ops.problem import Problem
@@ -184,7 +184,7 @@ WITH mark AS (
 ), uncounted AS (
     SELECT * FROM gone WHERE finished_at > (SELECT counted_until FROM mark)
 )
-{upkeep.ADD_TOTALS.format(rows="uncounted")}
+{history.ADD_TOTALS.format(rows="uncounted")}
 """
 FORGET_JOINS = """
 DELETE FROM stage_looks WHERE (parent_id, join_of) IN %(joins)s;
@@ -207,7 +207,7 @@ def remove(conn, job_id: str, seen: list) -> None:
         sql = DELETE.format(**{name: quote_ident(text, conn) for name, text in names.items()})
         script.append(fill_in(sql, {"key": row.key}).decode())
     if rows := list(dict.fromkeys([*rows, *seen])):
-        script.append(fill_in(FORGET, named(rows) | upkeep.BOUNDS).decode())
+        script.append(fill_in(FORGET, named(rows) | history.BOUNDS).decode())
         joins = tuple((row.key, join) for row in rows for join, key in pipeline.joins().items()
                       if pipeline.parent_name(key.table) == row.table)  # fmt: skip
         if joins:

@@ -5,7 +5,7 @@ import re
 from prometheus_client.parser import text_string_to_metric_families
 from test_ops_mistakes import CONTROL
 
-import upkeep
+import history
 from ops.metrics import OUTCOMES
 from ops.metrics import scrape as read_metrics
 
@@ -40,7 +40,7 @@ class Scraped(dict):
     def counters(self) -> dict[tuple, float]:
         found = {key: n for key, n in self.items() if re.search("_total|_duration_", key[0])}
         found.pop((PREFIX + "scrape_duration_seconds",))
-        assert len(found) == len(STAGES) * (len(OUTCOMES) + len(upkeep.BUCKETS) + 3)
+        assert len(found) == len(STAGES) * (len(OUTCOMES) + len(history.BUCKETS) + 3)
         return found
 
 

@@ -22,6 +22,7 @@ import alerts
 import config
 import db
 import trigger
+import troubles
 import upkeep
 import workers
 from alerts import Alerts
@@ -266,13 +267,13 @@ def accepted(database):
 
 def test_stage_is_newly_stalled_once_until_nothing_of_it_is(database, accepted):
     conn, job = accepted
-    [stalled] = upkeep.newly_stalled(conn)
+    [stalled] = troubles.newly_stalled(conn)
     assert (stalled.stage, stalled.jobs) == ("planner", 1)
-    assert upkeep.newly_stalled(conn) == []
+    assert troubles.newly_stalled(conn) == []
     database.move(job, "planner", "done")
-    [ended] = upkeep.newly_stalled(conn)
+    [ended] = troubles.newly_stalled(conn)
     assert (ended.stage, ended.jobs) == ("planner", None)
-    assert upkeep.newly_stalled(conn) == []
+    assert troubles.newly_stalled(conn) == []
     assert database.rows("SELECT 1 FROM pipeline_stages WHERE stalled_since IS NOT NULL") == []
 
 

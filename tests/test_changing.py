@@ -12,6 +12,7 @@ from variants import TABLE, VARIANTS, stage
 from waiting import until
 
 import db
+import history
 import joins
 import moves
 import trigger
@@ -425,10 +426,10 @@ def test_job_says_that_its_call_was_cancelled_under_the_name_of_before(database,
 def test_history_of_the_name_of_before_is_kept_while_its_rows_rest(database, renamed):
     database.rows("UPDATE stage_totals_mark SET counted_until = now()")
     with connected(database) as conn:
-        upkeep.prune(conn, 30)
+        history.prune(conn, 30)
         assert len(database.rows("SELECT 1 FROM stage_attempts")) == 2
         database.rows("UPDATE jobs SET current_step = 'elsewhere'")
-        upkeep.prune(conn, 30)
+        history.prune(conn, 30)
     assert database.rows("SELECT 1 FROM stage_attempts") == []
 
 

@@ -9,7 +9,7 @@ from claims import claim, connected, held, let_pass, result, settle
 
 import alerts as alerts_module
 import db
-import upkeep
+import troubles
 from alerts import Alerts, Episode
 from ops.check import LAG
 
@@ -27,8 +27,8 @@ def look(database, sent, after: float = 600) -> list[tuple[str, str]]:
     """The alerts of one upkeep now: (event, stage)."""
     sent.events.clear()
     with connected(database) as conn:
-        for row in upkeep.episodes(conn, after):
-            upkeep.tell_episode(sent, row)
+        for row in troubles.episodes(conn, after):
+            troubles.tell_episode(sent, row)
     return [(said["event"], said["stage"]) for said in sent.events]
 
 
@@ -201,15 +201,15 @@ def test_stage_that_left_pipeline_and_still_owes_is_told_once_and_when_it_is_ove
     with connected(database) as first, connected(database) as second:
         for conn in (first, second):
             db.sign(conn, "w")
-        upkeep.tell_gone_stages(second, 600, sent, set())
+        troubles.tell_gone_stages(second, 600, sent, set())
         for _ in range(2):
-            upkeep.tell_gone_stages(first, 600, sent, told)
+            troubles.tell_gone_stages(first, 600, sent, told)
         [said] = sent.events
         assert (said["event"], said["stage"]) == ("waiting", "painter")
         assert said["text"].endswith("due for 11 minutes: PIPELINE has no stage painter")
         database.rows("DELETE FROM stage_calls")
         for _ in range(2):
-            upkeep.tell_gone_stages(first, 600, sent, told)
+            troubles.tell_gone_stages(first, 600, sent, told)
     assert [said["event"] for said in sent.events] == ["waiting", "recovered"]
 
 
@@ -217,7 +217,7 @@ def test_two_listeners_tell_it_once(database, sent):
     database.add_job("img_gen", "done")
     database.rows(OLD)
     with connected(database) as one, connected(database) as other:
-        rows = [*upkeep.episodes(one, 600), *upkeep.episodes(other, 600)]
+        rows = [*troubles.episodes(one, 600), *troubles.episodes(other, 600)]
     assert len(rows) == 1
 
 
@@ -225,10 +225,10 @@ def test_listener_that_was_away_says_what_had_waited(database, sent):
     for _ in range(3):
         database.add_job("img_gen", "done")
     with connected(database) as conn:
-        upkeep.tell_absence(conn, 600, sent)
+        troubles.tell_absence(conn, 600, sent)
         assert sent.events == []
         database.rows(OLD)
-        upkeep.tell_absence(conn, 600, sent)
+        troubles.tell_absence(conn, 600, sent)
     assert sent.events[0]["text"] == (
         "a listener has started: 3 calls had been waiting, the oldest for 11 minutes"
     )
@@ -240,9 +240,9 @@ def test_listener_that_joins_another_says_nothing_of_absence(database, sent):
     with connected(database) as first, connected(database) as second:
         for conn in (first, second):
             db.sign(conn, "w")
-        upkeep.tell_absence(second, 600, sent)
+        troubles.tell_absence(second, 600, sent)
         assert sent.events == []
-        upkeep.tell_absence(first, 600, sent)
+        troubles.tell_absence(first, 600, sent)
         assert len(sent.events) == 1
 
 

@@ -16,7 +16,7 @@ from test_alerts import told  # noqa: F401 (a fixture)
 from variants import PIPELINE, TABLE, Variants, install
 from waiting import LONGEST_WAITS, PATIENCE, until
 
-import upkeep
+import troubles
 from demo.stage_server import Answer, Hangup
 
 SET_FAILED = "단계가 failed로 설정함"
@@ -163,7 +163,7 @@ def test_row_set_failed_by_a_stage_that_answers_200_is_told_by_the_next_look(sit
     assert row in line and "ERROR" in line
     until(site.told, "an alert")
     with connected(site.database) as conn:
-        assert upkeep.newly_failed(conn) == ([], None)
+        assert troubles.newly_failed(conn) == ([], None)
     assert {attempt.outcome for attempt in site.database.attempts(row)} == {"succeeded", "failed"}
     assert site.resting() == [("failed", table, row, STAGES[table][0])]
 

@@ -18,6 +18,7 @@ from waiting import PATIENCE, wait_until_idle
 import calls
 import db
 import joins
+import troubles
 import upkeep
 from demo.stage_server import Answer
 from ops.check import LAG
@@ -508,5 +509,5 @@ def test_planned_call_is_not_late(planned, run_command):
     assert "nothing is due" in run_command(planned, "status", **MODULE).out
     with connected(planned) as conn:
         assert db.execute(conn, LAG).fetchone()[0] == 0
-        assert upkeep.episodes(conn, 60) == []
+        assert troubles.episodes(conn, 60) == []
         assert {row.longest_seconds for row in db.execute(conn, WAITING, {"until": "now"})} == {0}

@@ -25,6 +25,7 @@ from variants import MOVE, PIPELINE, TABLE, VARIANTS, Variants, install, stage
 from waiting import PATIENCE
 
 import db
+import history
 import joins
 import trigger
 import upkeep
@@ -677,8 +678,8 @@ def test_table_that_cannot_be_read_keeps_no_other_from_being_pruned(variants, co
         "ALTER TABLE jobs_variants RENAME status TO state",
         rests,
     )
-    upkeep.count(conn)
-    assert upkeep.prune(conn, 30).pruned == 3
+    history.count(conn)
+    assert history.prune(conn, 30).pruned == 3
     assert database.value("SELECT job_id::text FROM stage_attempts") == rests
     assert "prune: jobs_variants: column r.status does not exist" in caplog.text
 

@@ -16,8 +16,9 @@ from test_ops_verify import INSTALL, INSTALL_NEWER, problems
 from variants import TABLE, Variants, stage
 
 import db
+import history
 import pipeline
-import upkeep
+import troubles
 from ops.install import apply
 from ops.place import changes
 from ops.tables import faults
@@ -433,9 +434,9 @@ def test_name_that_is_a_reserved_word_is_no_obstacle(empty_database, use_pipelin
         [row] = claim_many(conn, 1, stages=["two"]).claimed
         empty_database.rows("""UPDATE "order" SET current_step = 'two', status = 'failed'""")
         settle(conn, result(row, table_name="order"))
-        assert [row.job_id for row in upkeep.newly_failed(conn)[0]] == [job]
+        assert [row.job_id for row in troubles.newly_failed(conn)[0]] == [job]
         empty_database.rows("UPDATE stage_totals_mark SET counted_until = now()")
-        done = upkeep.prune(conn, 0)
+        done = history.prune(conn, 0)
         assert done.pruned == done.attempts > 0
     empty_database.rows(pipeline.sent_back("order", job, "two"))
     assert empty_database.value("SELECT stage FROM stage_calls") == "two"

@@ -10,7 +10,7 @@ from test_plans import rows_read
 from waiting import LONGEST_WAITS, gate, wait_for_call, wait_until_idle
 
 import db
-import upkeep
+import history
 from demo.stage_server import Answer
 from ops.metrics import COUNTERS, OUTCOMES
 
@@ -145,11 +145,11 @@ def test_counters_stay_what_they_are_while_history_is_counted_and_pruned(databas
     first = scrape(database).counters()
     assert sum(n for key, n in first.items() if key[0] == PREFIX + "attempts_total") == 1000
     with connected(database) as conn:
-        counted = upkeep.count(conn, batch=400), upkeep.prune(conn, 30, batch=100).pruned
+        counted = history.count(conn, batch=400), history.prune(conn, 30, batch=100).pruned
         assert counted == (400, 100)
         assert scrape(database).counters() == first
-        upkeep.count(conn)
-        upkeep.prune(conn, 0.01)
+        history.count(conn)
+        history.prune(conn, 0.01)
     assert database.value("SELECT count(*) FROM stage_attempts") == 1
     assert scrape(database).counters() == first
 
@@ -186,12 +186,12 @@ def test_history_that_was_counted_is_not_read_again(each_database):
     with closing(db.connect(database.settings())) as conn:
 
         def attempts_read() -> int:
-            return rows_read(conn, lambda: db.execute(conn, COUNTERS, upkeep.BOUNDS))[
+            return rows_read(conn, lambda: db.execute(conn, COUNTERS, history.BOUNDS))[
                 "stage_attempts"
             ]
 
         assert attempts_read() == 1000
-        upkeep.count(conn)
+        history.count(conn)
         assert attempts_read() == 1
 
 

@@ -10,7 +10,7 @@ from reports import attempt
 from scraping import scrape
 from waiting import LISTENING, gate
 
-import upkeep
+import history
 from demo.stage_api import StageApi
 from demo.stage_server import Answer
 from ops import trial
@@ -59,7 +59,7 @@ def test_clean_lets_no_counter_of_metrics_fall(database):
     job = database.add_job("vlm_judge", "done")
     attempt(database, job, ago=600), attempt(database, job, ago=60)
     with connected(database) as conn:
-        assert upkeep.count(conn) == 1
+        assert history.count(conn) == 1
         before = scrape(database).counters()
         trial.remove(conn, job, [])
     assert database.attempts(job) == []

@@ -9,7 +9,9 @@ from claims import STAGES, claim, claim_many, connected, held, result, settle, w
 
 import calls
 import db
+import history
 import joins
+import troubles
 import upkeep
 from calls import Result
 
@@ -102,7 +104,7 @@ def parameters(database, conn) -> dict:
         "step": "x",
         "status": "y",
         "first": True,
-        **upkeep.BOUNDS,
+        **history.BOUNDS,
     }
 
 
@@ -112,8 +114,8 @@ HISTORY = "Index Scan using stage_attempts_pkey on stage_attempts"
 BY_TIME = "Index Scan using stage_attempts_finished_idx on stage_attempts"
 LOOKS = "Index Scan using stage_looks_pkey on stage_looks"
 JOINS = "Index Scan using stage_joins_pkey on stage_joins"
-RESTS = upkeep.RESTS.format(name="'jobs'", table="jobs", id="job_id", collate="")
-PRUNE = upkeep.PRUNE.format(rests=RESTS)
+RESTS = history.RESTS.format(name="'jobs'", table="jobs", id="job_id", collate="")
+PRUNE = history.PRUNE.format(rests=RESTS)
 PLANS = {
     calls.PAY: {BY_JOB},
     calls.POSTPONE: {BY_JOB},
@@ -128,7 +130,7 @@ PLANS = {
     joins.LOOK: {LOOKS, "Tid Scan on stage_looks", JOINS},
     joins.NOTE: {JOINS},
     upkeep.FORGET_PARENTS: {JOINS},
-    upkeep.COUNT: {BY_TIME},
+    history.COUNT: {BY_TIME},
     PRUNE: {BY_TIME, "Tid Scan on stage_attempts", "Index Scan using jobs_pkey on jobs"},
 }
 READS = re.compile(r"Scan (?:Backward )?using stage_(?:calls|attempts)_\w+ on .*\n *(.*)")
@@ -202,7 +204,7 @@ def test_a_batch_of_upkeep_reads_no_more_than_it_checks(each_database):
     given_up = each_database.value("SELECT count(*) FROM stage_calls WHERE due_at = 'infinity'")
     each_database.rows("VACUUM stage_attempts, stage_calls")
     with connected(each_database) as conn:
-        read = read_by(conn, lambda: upkeep.newly_failed(conn, batch=100))
+        read = read_by(conn, lambda: troubles.newly_failed(conn, batch=100))
         assert read["jobs"][0] == 0 and read["jobs"][2] <= 100
         assert read["stage_attempts"][0] == 0 and read["stage_attempts"][2] <= 300
         read = read_by(conn, lambda: upkeep.forget_deleted(conn, STAGES, "w", batch=10))
@@ -270,9 +272,9 @@ def test_look_for_stalled_jobs_reads_each_row_a_few_times(each_database):
     for table in ("jobs", "stage_attempts", "stage_calls"):
         each_database.rows(f"VACUUM ANALYZE {table}")
     with connected(each_database) as conn:
-        upkeep.newly_stalled(conn)
+        troubles.newly_stalled(conn)
         each_database.rows(FILL, STAGES)
-        read = rows_read(conn, lambda: upkeep.newly_stalled(conn))
+        read = rows_read(conn, lambda: troubles.newly_stalled(conn))
     assert max(read["jobs"], read["stage_attempts"]) <= 5 * 20_000
 
 

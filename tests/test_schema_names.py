@@ -6,8 +6,9 @@ from test_plans import read_by
 from test_schema_install import install
 from variants import PIPELINE, stage
 
+import history
 import joins
-import upkeep
+import troubles
 from ops import migrations
 from ops.grants import others
 from ops.install import SCHEMA, apply
@@ -235,9 +236,9 @@ def test_rows_of_a_table_with_another_collation_are_read_by_their_ids(
                   " SELECT '4000', 'jobs_variants', 1, 1, 'yolo_detect', 'w', at, at, 'succeeded'"
                   " FROM (SELECT now() - interval '40 days' AS at) AS t")  # fmt: skip
     with connected(database) as conn:
-        upkeep.count(conn)
-        pruned = read_by(conn, lambda: upkeep.prune(conn, 30))
-        upkeep.newly_failed(conn)
+        history.count(conn)
+        pruned = read_by(conn, lambda: history.prune(conn, 30))
+        troubles.newly_failed(conn)
     assert pruned["jobs_variants"][:2] == (0, 1)
 
 

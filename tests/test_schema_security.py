@@ -12,6 +12,7 @@ from subscription import Subscription
 
 import calls
 import db
+import history
 import notifications
 import upkeep
 from ops import migrations
@@ -246,8 +247,8 @@ def one_of_everything(database, conn) -> None:
     database.rows("DELETE FROM jobs; UPDATE stage_calls SET due_at = 'infinity'")
     assert upkeep.forget_deleted(conn, ["overlay"], "w") is None
     database.rows("UPDATE stage_attempts SET finished_at = finished_at - interval '2 days'")
-    assert upkeep.count(conn) == 7
-    assert upkeep.prune(conn, days=1).pruned + upkeep.prune(conn, days=0.5).pruned == 7
+    assert history.count(conn) == 7
+    assert history.prune(conn, days=1).pruned + history.prune(conn, days=0.5).pruned == 7
     database.rows("DELETE FROM stage_limits")  # which PIPELINE does not declare
     migrations.require_not_newer(conn)
     require_installed(conn)

@@ -21,7 +21,9 @@ from claims import (
 
 import calls
 import db
+import history
 import moves
+import troubles
 import upkeep
 from alerts import Alerts
 
@@ -53,17 +55,17 @@ def totals(database) -> list[tuple]:
 
 def test_attempts_are_counted_in_batches_and_once(database, conn):
     add_history(database, 25, days=1, seconds=3)
-    assert [upkeep.count(conn, batch=10) for _ in range(4)] == [10, 10, 5, 0]
+    assert [history.count(conn, batch=10) for _ in range(4)] == [10, 10, 5, 0]
     assert totals(database) == [("succeeded", 5, 25, 75_000_000)]
     add_history(database, 5, days=0.5, seconds=3)
-    assert upkeep.count(conn) == 5
+    assert history.count(conn) == 5
     assert totals(database) == [("succeeded", 5, 30, 90_000_000)]
 
 
 def test_attempts_that_finished_at_the_same_moment_are_counted_together(database, conn):
     add_history(database, 12, days=1)
     database.rows("UPDATE stage_attempts SET finished_at = now() - interval '1 day'")
-    assert [upkeep.count(conn, batch=5) for _ in range(2)] == [12, 0]
+    assert [history.count(conn, batch=5) for _ in range(2)] == [12, 0]
 
 
 @pytest.mark.parametrize(
@@ -72,25 +74,25 @@ def test_attempts_that_finished_at_the_same_moment_are_counted_together(database
 )
 def test_bound_of_a_bucket_belongs_to_it(database, conn, seconds, within):
     add_history(database, 1, days=1, seconds=seconds)
-    upkeep.count(conn)
+    history.count(conn)
     assert totals(database) == [("succeeded", within, 1, max(0, round(seconds * 1e6)))]
 
 
 def test_attempts_of_the_last_minutes_are_left_for_later(database, conn):
     """One that finished earlier may be committed later."""
     add_history(database, 3, days=2 / 1440)
-    assert upkeep.count(conn) == 0
+    assert history.count(conn) == 0
     database.rows("UPDATE stage_attempts SET finished_at = finished_at - interval '1 hour'")
-    assert upkeep.count(conn) == 3
+    assert history.count(conn) == 3
 
 
 def test_one_worker_counts_at_a_time_and_no_other_waits(database, conn, other):
     add_history(database, 20, days=1)
     db.execute(other, "BEGIN")
-    assert upkeep.count(other, batch=10) == 10
-    assert upkeep.count(conn, batch=10) == 0
+    assert history.count(other, batch=10) == 10
+    assert history.count(conn, batch=10) == 0
     db.execute(other, "COMMIT")
-    assert upkeep.count(conn, batch=100) == 10
+    assert history.count(conn, batch=100) == 10
 
 
 # Waits after its snapshot, as a busy machine would let it.
@@ -99,7 +101,7 @@ OF_MARK = "FROM stage_totals_mark, wait FOR UPDATE OF stage_totals_mark SKIP LOC
 
 
 def test_worker_with_an_older_view_of_the_history_counts_nothing_twice(database, conn, other):
-    late = upkeep.COUNT.replace("WITH mark AS (", WAITS)
+    late = history.COUNT.replace("WITH mark AS (", WAITS)
     late = late.replace("FROM stage_totals_mark FOR UPDATE SKIP LOCKED", OF_MARK)
     assert late.count("wait") == 2
     add_history(database, 15, days=1)
@@ -108,18 +110,18 @@ def test_worker_with_an_older_view_of_the_history_counts_nothing_twice(database,
     thread = threading.Thread(
         target=lambda: counted.append(
             db.execute(
-                other, f"SET LOCAL lock_timeout = 0; {late}", {"batch": 10} | upkeep.BOUNDS
+                other, f"SET LOCAL lock_timeout = 0; {late}", {"batch": 10} | history.BOUNDS
             ).fetchone()[0]
         )
     )
     thread.start()
     database.wait_for("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
-    assert upkeep.count(conn, batch=10) == 10
+    assert history.count(conn, batch=10) == 10
     database.rows("SELECT pg_advisory_unlock(7)")
     thread.join()
     assert counted == [5]
     assert totals(database) == [("succeeded", 0.1, 15, 0)]
-    assert upkeep.count(conn) == 0
+    assert history.count(conn) == 0
 
 
 @pytest.mark.parametrize(("mark", "counted"), [(10, 1), (90, 0)])
@@ -139,7 +141,7 @@ def test_call_that_ends_behind_the_mark_is_counted_at_once(database, conn, mark,
     [ended], _ = moves.look(conn)
     assert ended.outcome == "succeeded"
     assert [row[2] for row in totals(database)] == [1] * counted
-    upkeep.count(conn)
+    history.count(conn)
     assert [row[2] for row in totals(database)] == [1]
 
 
@@ -150,25 +152,25 @@ def test_old_history_is_pruned_in_batches(database, conn):
     add_history(database, 15, days=40)
     add_history(database, 10, days=31)
     add_history(database, 5, days=29.9)
-    upkeep.count(conn)
-    assert [upkeep.prune(conn, 30, batch=10).pruned for _ in range(4)] == [10, 10, 5, 0]
+    history.count(conn)
+    assert [history.prune(conn, 30, batch=10).pruned for _ in range(4)] == [10, 10, 5, 0]
     assert database.value("SELECT count(*) FROM stage_attempts") == 5
 
 
 def test_pruning_takes_the_oldest_first(database, conn):
     add_history(database, 5, days=31)
     add_history(database, 5, days=40)
-    upkeep.count(conn)
-    assert upkeep.prune(conn, 30, batch=5).pruned == 5
+    history.count(conn)
+    assert history.prune(conn, 30, batch=5).pruned == 5
     sql = "SELECT count(*) FROM stage_attempts WHERE finished_at > now() - interval '35 days'"
     assert database.value(sql) == 5
 
 
 def test_what_is_not_counted_yet_is_not_pruned(database, conn):
     add_history(database, 10, days=40)
-    assert upkeep.prune(conn, 30).pruned == 0
-    upkeep.count(conn, batch=4)
-    assert upkeep.prune(conn, 30).pruned == 4
+    assert history.prune(conn, 30).pruned == 0
+    history.count(conn, batch=4)
+    assert history.prune(conn, 30).pruned == 4
 
 
 LONG_AGO = "UPDATE stage_attempts SET finished_at = finished_at - interval '40 days'"
@@ -186,10 +188,10 @@ def test_what_keeps_a_row_from_being_called_again_is_not_pruned(
     database.move(moved, "vlm_analyze", "done")
     database.rows("DELETE FROM jobs WHERE job_id = %s", gone)
     database.rows(LONG_AGO)
-    upkeep.count(conn)
-    done = upkeep.prune(conn, 30)
+    history.count(conn)
+    done = history.prune(conn, 30)
     assert (done.attempts, done.pruned) == (3, 2)
-    assert upkeep.prune(conn, 30, done.until).attempts == 0
+    assert history.prune(conn, 30, done.until).attempts == 0
     assert database.value("SELECT job_id::text FROM stage_attempts") == rests
     done = run_command(database, "backfill", "--apply")
     assert done.lines[-1] == "0 calls recorded"
@@ -206,23 +208,23 @@ def test_what_says_that_a_running_row_is_stalled_is_not_pruned(database, conn, o
     else:
         settle(conn, result(row))
     database.rows(LONG_AGO + "; UPDATE jobs SET updated_at = 'infinity'")
-    [found] = upkeep.newly_stalled(conn)
-    upkeep.count(conn)
-    assert upkeep.prune(conn, 30).pruned == 0
-    assert upkeep.newly_stalled(conn) == []
+    [found] = troubles.newly_stalled(conn)
+    history.count(conn)
+    assert history.prune(conn, 30).pruned == 0
+    assert troubles.newly_stalled(conn) == []
     assert found.jobs == database.value("SELECT count(*) FROM stalled_jobs()") == 1
     database.move(job, "vlm_analyze", "done")
-    assert upkeep.prune(conn, 30).pruned == 1
+    assert history.prune(conn, 30).pruned == 1
 
 
 def test_one_worker_prunes_at_a_time_and_no_other_waits(database, conn, other):
     add_history(database, 20, days=40)
-    upkeep.count(conn)
+    history.count(conn)
     db.execute(other, "BEGIN")
-    assert upkeep.prune(other, 30, batch=10).pruned == 10
-    assert upkeep.prune(conn, 30, batch=10).pruned == 0
+    assert history.prune(other, 30, batch=10).pruned == 10
+    assert history.prune(conn, 30, batch=10).pruned == 0
     db.execute(other, "COMMIT")
-    assert upkeep.prune(conn, 30, batch=10).pruned == 10
+    assert history.prune(conn, 30, batch=10).pruned == 10
 
 
 def test_there_is_more_to_do_only_where_a_batch_was_not_enough(database, conn):
@@ -275,12 +277,12 @@ def test_rows_set_failed_are_found_batch_by_batch_and_once(database, conn):
     found, batches = [], 0
     after = None
     while batches == 0 or after is not None:
-        rows, after = upkeep.newly_failed(conn, after, batch=2)
+        rows, after = troubles.newly_failed(conn, after, batch=2)
         found += [(row.table_name, row.job_id, row.stage) for row in rows]
         batches += 1
     assert batches >= 4
     assert sorted(found) == sorted(("jobs", job, "vlm_analyze") for job in jobs[1:])
-    assert upkeep.newly_failed(conn) == ([], None)
+    assert troubles.newly_failed(conn) == ([], None)
 
 
 def test_row_that_was_sent_back_and_accepted_since_is_not_told_as_failed(database, conn):
@@ -288,12 +290,12 @@ def test_row_that_was_sent_back_and_accepted_since_is_not_told_as_failed(databas
     job = database.add_job()
     settle(conn, result(claim(conn)))
     database.move(job, "vlm_analyze", "failed")
-    assert len(upkeep.newly_failed(conn)[0]) == 1
+    assert len(troubles.newly_failed(conn)[0]) == 1
     database.move(job, "img_gen", "done")
     settle(conn, result(claim(conn)))
-    assert upkeep.newly_failed(conn) == ([], None)
+    assert troubles.newly_failed(conn) == ([], None)
     database.move(job, "vlm_analyze", "failed")
-    assert [row.job_id for row in upkeep.newly_failed(conn)[0]] == [job]
+    assert [row.job_id for row in troubles.newly_failed(conn)[0]] == [job]
 
 
 def test_given_up_call_of_a_table_that_left_pipeline_waits_for_a_person(database, conn):

@@ -4,6 +4,7 @@ import psycopg2
 import pytest
 from claims import LEASE_OVER, STAGES, claim, connected, held, result, settle
 
+import troubles
 import upkeep
 from ops.install import apply
 
@@ -59,7 +60,7 @@ def test_call_whose_row_its_stage_set_failed_after_its_answer_counts_once(databa
         row = claim(conn)
         settle(conn, result(row))
         database.move(job, "vlm_analyze", "failed")
-    upkeep.newly_failed(conn)
+    troubles.newly_failed(conn)
     database.add_job()
     settle(conn, result(claim(conn)))
     row = overview(database)
@@ -235,7 +236,7 @@ def test_failed_row_says_once_that_its_stage_set_it_so(database, conn, recorded)
     row = claim(conn)
     database.move(job, "vlm_analyze", "failed")
     settle(conn, result(row, "failed", error=recorded))
-    upkeep.newly_failed(conn)
+    troubles.newly_failed(conn)
     [row] = database.rows("SELECT kind, id::text, reason FROM resting_rows()")
     assert (row.kind, row.id) == ("failed", job)
     assert row.reason.count("set failed by its stage") == 1 and "HTTP 500: boom" in row.reason
