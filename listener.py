@@ -68,7 +68,7 @@ AGAIN_EVERY = 1.0
 MARKED_FOR = 1.0
 # After a lost connection, a statement that was sent on it may still take effect for so long.
 DOUBTFUL = 600.0
-# Results are dropped after so many connections in a row to a database that has no tables for them.
+# Results are dropped after so many connections to a database that has no tables for them.
 REFUSED_OFTEN = 100
 # Seconds until this listener claims a call again that only one with another PIPELINE can make.
 PASSED_OVER_FOR = 10.0
@@ -123,6 +123,7 @@ class Listener:
         self.nothing_due = False
         self.stops_obeyed = 0
         self.reason, self.repeats = "", 0  # of the lost connection
+        self.refused = 0  # connections to a database that has no tables for our results
         self.target: dict[str, str] | None = None  # where the last connection led
         self.is_waiting = False  # for a synchronous standby, and has said so
 
@@ -145,8 +146,6 @@ class Listener:
                         self.work(conn)
                 except ops.Problem as problem:
                     self.refusal = problem  # calls under way are finished
-                    if self.repeats >= REFUSED_OFTEN and not self.workers.calls:
-                        self.drop_unwritten(problem)
                     lost = problem if self.has_work else None
                 except Exception as error:
                     if self.once and not self.has_work:
@@ -188,7 +187,11 @@ class Listener:
         self.end_waiting(conn)
         announced = ops.announced(conn)
         if not self.checked or announced is None:  # None: the database was made anew, for example
-            ops.require_installed(conn)
+            try:
+                ops.require_installed(conn)
+            except ops.Problem as problem:
+                self.settle_last(conn, problem)
+                raise
         if not self.checked:
             tell_timeouts(conn, pipeline.timeouts(self.settings))
             self.checked = True
@@ -256,11 +259,23 @@ class Listener:
             self.workers.start_missing()
             self.collect(self.wait(until))
 
-    def drop_unwritten(self, problem: ops.Problem) -> None:
-        """Let go of results for which the database has no tables, so that this listener can end."""
-        for result in self.unwritten:
-            log.error("리스 만료 후 다시 확인됨: job=%s %s", result.job_id, problem)
-        self.unwritten = []
+    def settle_last(self, conn: db.Connection, problem: ops.Problem) -> None:
+        """Settle what is left though this program must not go on. Where the database has had no
+        tables for it for long, let go of it, so that this listener can end.
+        """
+        self.unwritten, self.locked = self.unwritten + self.locked, []
+        self.tell_failed(conn)
+        try:
+            again = calls.in_parts(conn, self.unwritten, [], 0, self.name).unsettled
+            self.unwritten = [result for result in self.unwritten if result.call_id in again]
+        except db.CONNECTION_LOST:
+            raise
+        except psycopg2.Error:
+            self.refused += 1
+            if self.refused >= REFUSED_OFTEN and not self.workers.calls:
+                for result in self.unwritten:
+                    log.error("리스 만료 후 다시 확인됨: job=%s %s", result.job_id, problem)
+                self.unwritten = []
 
     @property
     def has_work(self) -> bool:

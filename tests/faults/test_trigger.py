@@ -6,7 +6,14 @@ import pytest
 from claims import connected
 from test_schema_install import program
 from test_schema_security import GRANTS
-from waiting import LISTENING, RECONNECTING, gate, wait_for_call, wait_until_idle
+from waiting import (
+    LISTENING,
+    RECONNECTING,
+    gate,
+    terminate_backends,
+    wait_for_call,
+    wait_until_idle,
+)
 
 from ops.install import apply
 
@@ -73,6 +80,20 @@ def test_c4_listener_of_a_database_made_anew_says_what_to_run_and_ends(
     assert "시작할 수 없음: the listener's tables are missing" in process.lines[-1]
     assert "Traceback" not in process.output
     assert ("리스 만료 후 다시 확인됨" in process.output) == busy
+
+
+def test_c4_result_is_written_though_the_trigger_is_gone(database, api, listener):
+    process = listener(database, api=api, JOB_STATE_LISTENER_RECONNECT_DELAY=0.1)
+    with gate(api) as opened:
+        job = database.add_job()
+        wait_for_call(api, job)
+        database.rows("DROP TRIGGER job_state_change_trigger ON jobs")
+        terminate_backends(database)
+        process.wait_for_line("Problem: ")
+        opened.set()
+        assert process.wait() == 2
+    assert [attempt.outcome for attempt in database.attempts(job)] == ["succeeded"]
+    assert "리스 만료 후 다시 확인됨" not in process.output
 
 
 # --- what no trigger sees ------------------------------------------------------------------
