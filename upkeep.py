@@ -60,7 +60,8 @@ class Upkeep:
         self.failed_tables: list[str] = []  # those that can be read in this round
         self.blind_looks = 0  # looks for stalled rows in a row that could not read everything
         self.is_told_blind = False
-        self.broken: list[str] = []  # triggers that record no call, told
+        self.broken: list[str] = []  # triggers that record no call, as last seen
+        self.told_broken: list[str] = []  # the same, as people were last told by this listener
 
     @property
     def next_run(self) -> float:
@@ -183,27 +184,31 @@ class Upkeep:
         """Say once that database triggers record no call, and when that is over. The listener that
         was connected first tells people.
         """
-        found = routes.broken_triggers(routes.triggers(conn))
-        if found == self.broken:
-            return
+        found = sorted(routes.broken_triggers(routes.triggers(conn)))
         said = "; ".join(found)
-        if found:
+        if found and found != self.broken:
             log.error("트리거가 호출을 기록하지 않음: %s", said)
-        if found and listeners.is_first(conn):
+        self.broken = found
+        if found == self.told_broken or not listeners.is_first(conn):
+            return
+        self.told_broken = found
+        if found:
             text = f"finished stages leave no call: {said}: {INSTALL}, then backfill"
             self.alerts.send("trigger_broken", text, reason=said)
-        elif listeners.is_first(conn):
+        else:
             self.alerts.recovered("trigger_broken", None, "the triggers record calls again")
-        self.broken = found
 
     def tell_blind(self, conn, failed: Mapping[str, psycopg2.Error]) -> None:
         """Tell people that stalled rows cannot be looked for, and when that is over. Only the
         listener that was connected first does.
         """
         self.blind_looks = self.blind_looks + 1 if failed else 0
-        if self.blind_looks == BLIND_LOOKS and listeners.is_first(conn):
+        is_blind = self.blind_looks >= BLIND_LOOKS
+        if is_blind and not self.is_told_blind and listeners.is_first(conn):
             self.is_told_blind, why = True, reasons(failed)
-            text = f"jobs may be stalled unseen: {BLIND_LOOKS} looks for them have failed: {why}"
+            text = (
+                f"jobs may be stalled unseen: {self.blind_looks} looks for them have failed: {why}"
+            )
             self.alerts.send("stalled", text, reason=why)
         elif self.is_told_blind and not failed:
             self.is_told_blind = False

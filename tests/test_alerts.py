@@ -345,6 +345,19 @@ def test_triggers_that_record_no_call_are_told_once_and_when_that_is_over(
         ]
 
 
+def test_listener_that_is_the_first_one_later_tells_what_it_has_seen_before(database, task):
+    database.rows("ALTER FUNCTION stalled_jobs RENAME TO taken_away;"
+                  "ALTER TABLE jobs DISABLE TRIGGER job_state_change_trigger")  # fmt: skip
+    with connected(database) as first, connected(database) as second:
+        for conn in (first, second):
+            db.sign(conn, "w")
+        assert [one for _ in range(4) for one in task.told(second)] == []
+        gone = first.info.backend_pid
+        first.close()
+        database.wait_for("SELECT count(*) = 0 FROM pg_stat_activity WHERE pid = %s", gone)
+        assert [one["event"] for one in task.told(second)] == ["trigger_broken", "stalled"]
+
+
 def test_looks_for_stalled_jobs_that_fail_are_told_once_and_when_that_is_over(database, task):
     database.rows("ALTER FUNCTION stalled_jobs RENAME TO taken_away")
     with connected(database) as conn:
