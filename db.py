@@ -3,6 +3,7 @@ every error that makes a connection useless becomes ConnectionLost.
 """
 
 import contextlib
+import math
 import random
 import re
 import select
@@ -388,13 +389,15 @@ PARTS_LIMIT = 2.0  # seconds: a locked table takes one, and the listener does no
 
 
 def in_parts(
-    conn: Connection, ask: Callable, *groups: Collection[str]
+    conn: Connection, ask: Callable, *groups: Collection[str], limit: float | None = None
 ) -> tuple[list, dict[str, psycopg2.Error]]:
     """What `ask(conn)` returns; where it fails, what `ask(conn, part)` returns for each part. So a
     table that is locked, or cannot be read, keeps no other waiting.
 
     Args:
-        groups: of parts. Those of a group are asked in random order, and none after PARTS_LIMIT.
+        groups: of parts. Those of a group are asked in random order.
+        limit: seconds after which none is asked any more, nor after one that took too long; None:
+            PARTS_LIMIT; infinity: all are asked.
 
     Returns:
         The answers; and the errors by part, or by "" where no part fails by itself.
@@ -406,9 +409,10 @@ def in_parts(
         raise
     except psycopg2.Error as error:
         of_all = {"": error}
-        if len(parts) == 1:
-            return [], {parts[0]: error}
-    answers, failed, until = [], {}, time.monotonic() + PARTS_LIMIT
+    limit = PARTS_LIMIT if limit is None else limit
+    if limit < math.inf and isinstance(of_all[""], psycopg2.errors.QueryCanceled):
+        return [], of_all  # it took long enough
+    answers, failed, until = [], {}, time.monotonic() + limit
     for part in parts:
         if time.monotonic() > until:
             break
@@ -418,7 +422,7 @@ def in_parts(
             raise
         except psycopg2.Error as error:
             failed[part] = error
-            if isinstance(error, psycopg2.errors.QueryCanceled):
+            if isinstance(error, psycopg2.errors.QueryCanceled) and limit < math.inf:
                 break  # the next one may take as long
     return answers, failed or of_all
 

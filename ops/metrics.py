@@ -87,8 +87,8 @@ FAMILIES = {
     ),
     "job_state_listener_table_readable": (
         "gauge",
-        "1 if the rows of the table could be read for stalled_jobs and failed_jobs; else those of "
-        "its stages are missing.",
+        "1 if the rows of the table, and of joins of them, could be read for stalled_jobs and "
+        "failed_jobs; else those of their stages are missing.",
     ),
     "job_state_listener_attempts_total": (
         "counter",
@@ -194,7 +194,7 @@ def read_stages(conn, page: Page) -> None:
             if value is not None:
                 page.add(name, value, stage=row.stage)
     for table in pipeline.tables():
-        page.add("table_readable", int(table not in rests.unknown), table=table)
+        page.add("table_readable", int(table not in rests.unread), table=table)
     for of in limits(conn):
         values = {
             "max_tenant_calls": of.per_tenant,

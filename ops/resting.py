@@ -1,5 +1,6 @@
 """How many rows of each stage rest, as no call and no stage moves them on."""
 
+import math
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -55,6 +56,12 @@ class Rests(NamedTuple):
         return self.found.get((stage, kind), NONE)
 
     @property
+    def unread(self) -> set[str]:
+        """The tables of whose rows, or of a join of them, that is not known."""
+        joins = pipeline.joins()
+        return {joins[part].table.name if part in joins else part for part in self.unknown}
+
+    @property
     def problem(self) -> str | None:
         """What is not known, and why; None where all is known."""
         if not self.error:
@@ -76,10 +83,9 @@ def resting(conn) -> Rests:
     Raises:
         psycopg2.Error: resting_rows() is missing, or this role may not execute it.
     """
-    answers, failed = db.in_parts(conn, ask, *parts())
-    missing = psycopg2.errors.UndefinedFunction, psycopg2.errors.InsufficientPrivilege
+    answers, failed = db.in_parts(conn, ask, *parts(), limit=math.inf)
     error = next(iter(failed.values()), None)
-    if not answers and isinstance(error, missing):
+    if error and "function resting_rows" in (error.diag.message_primary or ""):
         raise error
     known = {part for part, _ in answers}
     unknown = (
