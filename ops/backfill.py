@@ -159,9 +159,10 @@ def statement(conn, sql: str, of: Table) -> str:
 # The next batch of parents by id, and those of them whose rows are all in place although
 # stage_joins has no call that was recorded since the last row arrived. The time of that arrival is
 # not stored: the times of the rows and of the parent are upper bounds of it. The history does not
-# say which join a call was of: one of the accepted calls belongs to each other join of the stage
-# that was recorded and owes no call any more. A parent that is already at the stage, or at a later
-# one, was called by somebody else.
+# say which join a call was of. stage_joins does, so an accepted call of the stage counts for this
+# join only where stage_joins has nothing of the parent, as it may be lost, or something of a join
+# that PIPELINE no longer has, which may be this one under another name. A parent that is already at
+# the stage, or at a later one, was called by somebody else.
 JOIN_MISSED = """
 WITH batch AS (
     SELECT {parent_id} AS id, r.current_step::text AS current_step, {parent_time} AS changed_at
@@ -178,16 +179,13 @@ WITH batch AS (
     WHERE child.are_there
 ), missed AS (
     SELECT c.id, CASE
-        WHEN m.parent_id IS NULL AND (
-            SELECT count(DISTINCT a.call_id) FROM stage_attempts AS a
-            WHERE a.job_id = c.id AND a.table_name = %(table)s AND a.stage = %(stage)s
-              AND a.outcome IN ('succeeded', 'cancelled')) > (
-            SELECT count(*) FROM stage_joins AS o
-            JOIN pipeline_stages AS p ON p.join_of = o.join_of
-            WHERE o.parent_id = c.id AND o.recorded_at IS NOT NULL
-              AND p.table_name = %(table)s AND p.stage = %(stage)s
-              AND NOT EXISTS (SELECT FROM stage_calls AS s
-                              WHERE s.job_id = c.id AND s.join_of = o.join_of)) THEN 'succeeded'
+        WHEN m.parent_id IS NULL AND last.outcome IS NOT NULL
+             AND (NOT EXISTS (SELECT FROM stage_joins AS o
+                              WHERE o.parent_id = c.id AND o.recorded_at IS NOT NULL)
+                  OR EXISTS (SELECT FROM stage_joins AS o
+                             WHERE o.parent_id = c.id AND o.recorded_at IS NOT NULL
+                               AND o.join_of NOT IN (SELECT join_of FROM pipeline_stages)))
+        THEN last.outcome
         WHEN m.parent_id IS NULL AND c.current_step IN (
             SELECT s.stage FROM pipeline_stages AS s
             WHERE s.table_name = %(table)s AND s.position >= (
@@ -196,6 +194,12 @@ WITH batch AS (
         WHEN c.changed_at IS NULL THEN %(no_time)s END AS why
     FROM complete AS c
     LEFT JOIN stage_joins AS m ON m.parent_id = c.id AND m.join_of = %(join)s
+    LEFT JOIN LATERAL (
+        SELECT a.outcome FROM stage_attempts AS a
+        WHERE a.job_id = c.id AND a.table_name = %(table)s AND a.stage = %(stage)s
+          AND a.outcome IN ('succeeded', 'cancelled')
+        ORDER BY a.finished_at DESC
+        LIMIT 1) AS last ON true
     WHERE (m.is_open OR m.recorded_at IS NULL) IS TRUE
       AND (c.changed_at < %(since)s) IS NOT TRUE
       AND NOT EXISTS (SELECT FROM stage_calls AS o

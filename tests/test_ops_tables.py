@@ -580,17 +580,34 @@ def test_two_joins_of_one_parent_are_found_apart(variants, run, use_pipeline):
     assert variants.owed() == [("jobs", job, "ad_copy")]
 
 
-@pytest.mark.parametrize("lost", [False, True])
-def test_backfill_takes_no_call_of_another_join_for_that_of_a_join(variants, run, two_joins, lost):
+TWICE = """
+INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, stage, worker, started_at,
+                            finished_at, outcome)
+SELECT job_id, table_name, call_id + 1, attempt, stage, worker, started_at, finished_at, outcome
+FROM stage_attempts
+"""
+
+
+@pytest.mark.parametrize(
+    ("since", "owed"),
+    [
+        ("SELECT", [OF_PHOTOS]),
+        (TWICE, [OF_PHOTOS]),
+        # Nothing says any more which join it was.
+        ("TRUNCATE stage_joins", []),
+        ("UPDATE stage_joins SET join_of = 'its name before'", []),
+    ],
+)
+def test_backfill_takes_no_call_of_another_join_for_that_of_a_join(
+    variants, run, two_joins, since, owed
+):
     variants.add(two_joins, "iou_eval", "done")
     look(variants.database)
     call(variants.database, ["ad_copy"])
     variants.database.rows(f"{REPLICA}; {ADD_PHOTO}", two_joins)
-    if lost:  # nothing says any more which join it was
-        variants.database.rows("TRUNCATE stage_joins")
+    variants.database.rows(since)
     run("backfill", "--since", "1h", "--apply")
-    owed = [join for (join,) in variants.database.rows(OWED_JOINS)]
-    assert owed == ([] if lost else [OF_PHOTOS])
+    assert [join for (join,) in variants.database.rows(OWED_JOINS)] == owed
 
 
 # --- what is said of mistakes --------------------------------------------------------------
