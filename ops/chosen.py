@@ -116,17 +116,14 @@ def require_choice(command: str, job_ids: tuple, chosen: Chosen, all_: bool) -> 
         fault = "Job ids go with --stage and --table only."
     elif not (job_ids or all_ or is_filtered):
         fault = "Give job ids, or some of --stage, --tenant, --error and --since, or --all."
+    elif all_ and is_filtered:
+        fault = "--all goes without --stage, --tenant, --error and --since."
     if fault:
         raise click.UsageError(fault, click.get_current_context())
     conn = rows.connected(command)
     if chosen.stage:
         require_stage(conn, chosen.stage)
     rows.require_table(conn, chosen.table)
-    if all_ and is_filtered:  # after their values, so that a misspelt stage is told first
-        raise click.UsageError(
-            "--all goes without --stage, --tenant, --error and --since.",
-            click.get_current_context(),
-        )
     return conn
 
 

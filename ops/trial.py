@@ -86,6 +86,8 @@ def test_job(tenant: str | None, timeout: float | None, clean: bool) -> None:
         click.echo(follower.follow())
     finally:
         if clean:
+            for number in STOPPING:  # several may come at once
+                signal.signal(number, signal.SIG_IGN)
             # Ctrl-C during a statement has closed the connection.
             conn = db.connect(settings, APPLICATION) if conn.closed else conn
             remove(conn, job_id, list(follower.first))

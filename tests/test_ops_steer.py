@@ -78,11 +78,6 @@ def test_retry_must_be_told_which_and_only_once(database, run_command, args, sai
     assert run_command(database, "retry", *args.split()).refused(2) == said + SEE
 
 
-def test_misspelt_stage_is_told_before_what_excludes_it(database, run_command):
-    refused = run_command(database, "retry", "--all", "--stage", "planer").refused(2)
-    assert refused.startswith("Invalid value for '--stage': 'planer' is no stage: did you mean pl")
-
-
 def test_retry_of_a_call_that_waits_for_its_rate_names_no_command(database, run_command):
     database.rows("INSERT INTO stage_limits (name, stages, seconds, next_at) VALUES"
                   " ('overlay', '{overlay}', 60, now() + interval '1 min')")  # fmt: skip
