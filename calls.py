@@ -45,7 +45,7 @@ class Result:
     after_hold: bool = False  # was claimed after a hold of its stage, which its success lifts
     limited: bool = False  # its stage has limits over all listeners
     is_told: bool = False  # no alert is to be sent about it any more
-    was_locked: bool = False  # the row of its call was, when it was settled before
+    was_locked: bool = False  # the last settling skipped it, as the row of its call was locked
     seconds: float = 0.0  # how long the attempt took, for the log
     trace: str | None = None  # the traceback of a bug in the stage function, for the log
 
@@ -239,7 +239,8 @@ TELL = Statement("tell", f"SELECT {UNSETTLED} AS unsettled, pg_notify('{WAKE_CHA
 
 # --- claiming ------------------------------------------------------------------------------
 
-# Before a claim that does not wait: it fails unless a lock is free within a moment.
+# Runs before the claim of a stage whose table was locked. The claim then fails after 20 ms; without
+# this it would wait for lock_timeout.
 HURRY = Statement("hurry", "SELECT set_config('lock_timeout', '20ms', true)")
 
 # A limit is exact because whoever claims locks its row first, in the order of the names, and
@@ -693,7 +694,7 @@ def failed_by_stage(conn, results: Iterable[Result]) -> dict[int, bool]:
     return {row.call_id: row.is_routed for row in look_up(conn, FAILED_BY_STAGE, asked)}
 
 
-# A person may have cancelled a call while it was under way.
+# Which results are of calls that a person cancelled while they were under way.
 CANCELLED = f"""
 SELECT r.call_id FROM ({RESULTS}) AS r CROSS JOIN LATERAL (
     SELECT FROM stage_attempts AS a
@@ -711,7 +712,7 @@ def note_cancelled(conn, results: Iterable[Result]) -> None:
 
 
 def look_up(conn, sql: str, results: Sequence[Result]) -> list:
-    """What `sql` says of `results`, but of those whose table is locked or cannot be read."""
+    """The rows of `sql` for `results`, without those whose table is locked or cannot be read."""
     if not results:
         return []
 
@@ -810,7 +811,7 @@ def in_parts(
     for result in results:
         settle_alone(conn, result, done)
     for stage in wanted if free else []:
-        # A locked table is waited for once: its other stages fail within a moment.
+        # Wait for a locked table once. The claims of its other stages then fail after 20 ms.
         stage = stage._replace(waits=stage.waits and not done.unclaimable)
         try:
             turn = settle_and_claim(conn, [], [stage], 1, worker)

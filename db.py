@@ -235,8 +235,8 @@ def options(target: dict[str, str]) -> dict[str, Any]:
     return CONNECTION | target | ALWAYS | {"connect_timeout": seconds or most}
 
 
-# By what a server says that refuses a login: the settings to look at. No error of a connection has
-# an SQLSTATE.
+# What a server says when it refuses a login, and the settings to check. psycopg2 gives no SQLSTATE
+# for an error of connecting, so the text decides.
 LOGIN = {
     'authentication failed|no password supplied|role ".*" (does not exist|is not permitted)':
         "DB_USER and DB_PASSWORD",

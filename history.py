@@ -20,7 +20,7 @@ def log_failure(of: Callable, reason: str) -> None:
     log.error("정리 작업 실패 (다음 차례에 다시 시도): %s: %s", of.__name__, reason)
 
 
-# Upper bounds (seconds) of the histogram of accepted calls in `metrics`; above is infinity.
+# Upper bounds (seconds) of the histogram of accepted calls in `metrics`; the last bucket has none.
 BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
 BOUNDS = {
     "within": [*BUCKETS, math.inf],

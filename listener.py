@@ -260,8 +260,8 @@ class Listener:
             self.collect(self.wait(until))
 
     def settle_last(self, conn: db.Connection, problem: ops.Problem) -> None:
-        """Settle what is left though this program must not go on. Where the database has had no
-        tables for it for long, let go of it, so that this listener can end.
+        """Settle the results that are left, before this listener ends with `problem`. Drop them
+        after REFUSED_OFTEN connections to a database that has no tables for them.
         """
         self.unwritten, self.locked = self.unwritten + self.locked, []
         self.tell_failed(conn)
@@ -437,7 +437,8 @@ class Listener:
             self.due_at = 0.0
         if any(result.outcome == TAKEN for result in self.unwritten):
             self.move_look.ask()  # the row may have moved on before
-        # Its stage may have set the row to failed after tell_failed, and let go of it since.
+        # Settle a result once more whose row was locked until now: its stage may have committed
+        # `failed` between tell_failed() and this settling.
         self.unwritten = [
             replace(r, was_locked=False) for r in self.unwritten
             if r.was_locked and r.delay is not None and r.call_id not in again

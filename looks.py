@@ -1,7 +1,6 @@
 """The looks of a listener: at the parents of joins, and at the moves of asynchronous calls.
 
-No call is claimed or settled meanwhile. What keeps a look from being done keeps no call from being
-made.
+No call is claimed or settled meanwhile. A look that fails is repeated later, and stops no call.
 """
 
 import logging
@@ -64,7 +63,8 @@ class Look:
     def fail(self, began: float, found: int) -> float:
         """Note that a look has failed, in part where it `found` any; seconds until the next one.
 
-        What took long may be one table that is locked: those of the others rest no longer for it.
+        Perhaps it took long because one table is locked. Looks at the others must not wait longer
+        for that, so the rest is short.
         """
         self.rest(began, max(found, 1))
         now = time.monotonic()
@@ -80,7 +80,7 @@ class JoinLook(Look):
         self.once = once
 
     def run(self, conn: db.Connection) -> None:
-        """Raises psycopg2.Error with `once`, which does not look again."""
+        """Look at parents. Raises psycopg2.Error with `once`, which does not look again."""
         began = time.monotonic()
         found, failed = db.in_parts(conn, joins.look, pipeline.joins())
         if failed:
@@ -115,7 +115,7 @@ class MoveLook(Look):
         self.ask()
 
     def run(self, conn: db.Connection) -> None:
-        """Raises psycopg2.Error with `once`, which does not look again."""
+        """Look at moves. Raises psycopg2.Error with `once`, which does not look again."""
         unrecorded: dict[str, psycopg2.Error] = {}
         if self.may_miss:
             self.may_miss = False

@@ -1,6 +1,6 @@
-"""Upkeep beside the calls: which task is due, and those that are no matter of history.py or
-troubles.py: leases of lost listeners, a clock that was set back, calls of deleted jobs and of the
-PIPELINE before. Each listener does it for all.
+"""Runs the tasks beside the calls when they are due; each listener does it for all. This file has
+the tasks for leases of lost listeners, a clock that was set back, calls of deleted jobs, and calls
+that were recorded under an earlier PIPELINE. The others are in history.py and troubles.py.
 """
 
 import logging
@@ -32,7 +32,7 @@ HISTORY_INTERVAL = FORGET_INTERVAL = ADOPT_INTERVAL = 300.0
 STALLED_INTERVAL = FAILED_INTERVAL = 300.0
 PRUNE_ALL_INTERVAL = 86400.0
 LONGEST_STALLED_INTERVAL = 3600.0
-BLIND_LOOKS = 3  # failed looks for stalled rows, one after the other, that people are told of
+FAILED_LOOKS = 3  # people are told after so many failed looks for stalled rows in a row
 
 
 class Upkeep:
@@ -58,8 +58,8 @@ class Upkeep:
         self.parents_after: Any = None
         self.failed_after: Any = None
         self.failed_tables: list[str] = []  # those that can be read in this round
-        self.blind_looks = 0  # looks for stalled rows in a row that could not read everything
-        self.is_told_blind = False
+        self.failed_looks = 0  # looks for stalled rows in a row that could not read everything
+        self.is_told_failing = False
         self.broken: list[str] = []  # triggers that record no call, as last seen
         self.told_broken: list[str] = []  # the same, as people were last told by this listener
 
@@ -149,7 +149,7 @@ class Upkeep:
             )
             self.stalled_at = now + self.stalled_interval
             self.attempt(
-                self.tell_blind, conn, failed if len(found) < sum(map(len, parts())) else {}
+                self.tell_failing, conn, failed if len(found) < sum(map(len, parts())) else {}
             )
             for row in (row for rows in found for row in rows):
                 if row.jobs is None:
@@ -198,20 +198,20 @@ class Upkeep:
         else:
             self.alerts.recovered("trigger_broken", None, "the triggers record calls again")
 
-    def tell_blind(self, conn, failed: Mapping[str, psycopg2.Error]) -> None:
+    def tell_failing(self, conn, failed: Mapping[str, psycopg2.Error]) -> None:
         """Tell people that stalled rows cannot be looked for, and when that is over. Only the
         listener that was connected first does.
         """
-        self.blind_looks = self.blind_looks + 1 if failed else 0
-        is_blind = self.blind_looks >= BLIND_LOOKS
-        if is_blind and not self.is_told_blind and listeners.is_first(conn):
-            self.is_told_blind, why = True, reasons(failed)
+        self.failed_looks = self.failed_looks + 1 if failed else 0
+        is_failing = self.failed_looks >= FAILED_LOOKS
+        if is_failing and not self.is_told_failing and listeners.is_first(conn):
+            self.is_told_failing, why = True, reasons(failed)
             text = (
-                f"jobs may be stalled unseen: {self.blind_looks} looks for them have failed: {why}"
+                f"jobs may be stalled unseen: {self.failed_looks} looks for them have failed: {why}"
             )
             self.alerts.send("stalled", text, reason=why)
-        elif self.is_told_blind and not failed:
-            self.is_told_blind = False
+        elif self.is_told_failing and not failed:
+            self.is_told_failing = False
             self.alerts.recovered("stalled", None, "stalled jobs can be looked for again")
 
     def note_clock_set_back(self) -> None:

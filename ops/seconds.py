@@ -8,7 +8,7 @@ YEAR = 365 * 86400
 
 
 class Seconds(click.FloatRange):
-    """At least `shortest`, at most a year: longer ones cannot be slept. FloatRange takes nan."""
+    """From `shortest` to a year, as time.sleep() refuses much more. Unlike FloatRange, not nan."""
 
     def __init__(self, shortest: float):
         super().__init__(min=shortest, max=YEAR)
