@@ -302,9 +302,12 @@ class Listener:
         return self.wait()
 
     def children(self) -> list[int]:
-        """The pids of its worker processes."""
-        path = Path(f"/proc/{self.pid}/task/{self.pid}/children")
-        return [int(pid) for pid in path.read_text().split()]
+        """The pids of its worker processes; none where it has ended."""
+        try:
+            children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+        except OSError:
+            return []
+        return [int(pid) for pid in children.split()]
 
     def remember_workers(self) -> None:
         """Remember the workers by pid and start time, so that kill() finds them once the listener
