@@ -81,7 +81,7 @@ clean: ## remove .venv and caches
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): requirements.txt
-	@python=; for candidate in python3.14 python3.13 python3.12 python3.11 python3.10 python3; do \
+	@python=; for candidate in python3.14 python3.13 python3.12 python3.11 python3.10 python3 python3.15; do \
 		$$candidate -c 'import ensurepip, os, sys; os.waitid; sys.exit(sys.version_info < (3, 10))' 2> /dev/null \
 			&& python=$$candidate && break; \
 	done; \

