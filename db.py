@@ -400,7 +400,8 @@ def in_parts(
             PARTS_LIMIT; infinity: all are asked.
 
     Returns:
-        The answers; and the errors by part, or by "" where no part fails by itself.
+        The answers; and the errors by part, or by "" where no part fails by itself and not all
+        were asked.
     """
     parts = [part for group in groups for part in random.sample([*group], len(group))]
     try:
@@ -424,7 +425,7 @@ def in_parts(
             failed[part] = error
             if isinstance(error, psycopg2.errors.QueryCanceled) and limit < math.inf:
                 break  # the next one may take as long
-    return answers, failed or of_all
+    return answers, failed if failed or len(answers) == len(parts) > 0 else of_all
 
 
 def reasons(failed: Mapping[str, psycopg2.Error]) -> str:

@@ -26,6 +26,7 @@ from typing import Any
 
 import click
 import psycopg2
+from psycopg2.errors import LockNotAvailable
 
 import calls
 import config
@@ -159,8 +160,9 @@ class Listener:
             self.alerts.close(self.signals if self.signals.requested else None)
             self.hosts.close()
             self.heartbeat.close()
-        if self.refusal:
-            raise self.refusal
+        for failure in (self.refusal, self.join_look.failure, self.move_look.failure):
+            if failure:
+                raise failure
         log.info("Job State Listener 중지됨: listener=%s", self.name)
 
     def connect(self) -> db.Connection:
@@ -354,7 +356,7 @@ class Listener:
 
         Raises:
             psycopg2.Error: nothing else can be done. Where that holds for all stages, a new
-                connection may help; but not where a table is locked.
+                connection may help; but not where a table is locked. With `once`, the next run may.
         """
         before = self.unclaimable
         asked = {stage.stage for stage in wanted}
@@ -367,7 +369,7 @@ class Listener:
         if turn.claimed or self.unwritten:
             return
         refused = [error for error in turn.unclaimable.values()
-                   if not isinstance(error, psycopg2.errors.LockNotAvailable)]  # fmt: skip
+                   if self.once or not isinstance(error, LockNotAvailable)]  # fmt: skip
         if refused and (self.once or len(self.unclaimable) == len(self.order)):
             raise refused[0]
 

@@ -34,12 +34,15 @@ class Look:
 
     at: of the next look; infinity: not before it is asked for.
     rests_until: no look before, whoever asks for it.
+    failure: with `once`: why the last look failed. It is not repeated, and the listener ends with
+        this error after its work.
     """
 
     def __init__(self, is_needed: bool):
         self.is_needed = is_needed
         self.at = 0.0 if is_needed else math.inf
         self.rests_until = -math.inf
+        self.failure: psycopg2.Error | None = None
 
     def ask(self) -> None:
         """Look as soon as the rest is over."""
@@ -80,13 +83,15 @@ class JoinLook(Look):
         self.once = once
 
     def run(self, conn: db.Connection) -> None:
-        """Look at parents. Raises psycopg2.Error with `once`, which does not look again."""
+        """Look at parents."""
+        self.failure = None
         began = time.monotonic()
         found, failed = db.in_parts(conn, joins.look, pipeline.joins())
         if failed:
             seconds = self.fail(began, sum(filter(None, found)))
             if self.once:
-                raise next(iter(failed.values()))
+                self.failure, self.at = next(iter(failed.values())), math.inf
+                return
             log.error("조인 확인 실패 (%.0f초 후 다시 시도): %s", seconds, db.reasons(failed))
         else:
             [parents] = found
@@ -115,7 +120,8 @@ class MoveLook(Look):
         self.ask()
 
     def run(self, conn: db.Connection) -> None:
-        """Look at moves. Raises psycopg2.Error with `once`, which does not look again."""
+        """Look at moves."""
+        self.failure = None
         unrecorded: dict[str, psycopg2.Error] = {}
         if self.may_miss:
             self.may_miss = False
@@ -130,7 +136,8 @@ class MoveLook(Look):
             self.rest(began, seen, 0.0 if seen else seconds)
         if failed := unrecorded | failed:  # the next sweep records what was not recorded
             if self.once:
-                raise next(iter(failed.values()))
+                self.failure, self.at = next(iter(failed.values())), math.inf
+                return
             log.error("작업 완료 확인 실패 (%.0f초 후 다시 시도): %s", seconds, db.reasons(failed))
 
     def end_calls(self, conn: db.Connection, table: str | None = None) -> int:

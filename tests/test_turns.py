@@ -1,6 +1,7 @@
 """The turns of a listener with its workers: fair, prompt, cheap, and without losses."""
 
 import contextlib
+import math
 import time
 from itertools import pairwise
 
@@ -440,6 +441,21 @@ def test_look_that_fails_is_not_made_again_at_once(failing, asked, monkeypatch):
     look = {joins: listener.join_look, moves: listener.move_look}[failing]
     assert look.at >= ended[0] + FAILED
     asked.line("5초 후 다시 시도")
+
+
+@pytest.mark.parametrize("failing", [joins, moves])
+def test_once_settles_though_a_look_fails_which_it_says_at_its_end(failing, asked, monkeypatch):
+    def fail(conn, _part=None):
+        db.execute(conn, "SELECT 1 / 0")
+
+    listener, job = asked.listener, asked.database.add_job()
+    listener.keep(call := asked.claim(), trigger.accepted(call, 200))
+    listener.join_look.once = listener.move_look.once = True
+    monkeypatch.setattr(failing, "look", fail)
+    listener.settle_and_claim(asked.conn)
+    assert [row.outcome for row in asked.database.attempts(job)] == ["succeeded"]
+    look = {joins: listener.join_look, moves: listener.move_look}[failing]
+    assert isinstance(look.failure, psycopg2.errors.DivisionByZero) and look.at == math.inf
 
 
 def test_idle_listener_with_many_workers_is_one_connection_and_few_statements(
