@@ -504,9 +504,10 @@ class Listener:
         self.look_at, self.asks = min(self.look_at, self.due_at), False
 
     def claimed(self, conn: db.Connection, turn: Turn, began: float) -> list[Call]:
-        """The calls to make; the result of those that must not be made is there already."""
+        """The calls to make; what came of the others is kept, or they were put off."""
         to_make = []
         under_way = {(call.call_id, call.key, call.attempt) for call in self.workers.calls}
+        covered_until = began + self.settings.LEASE_MARGIN
         for row in turn.claimed:
             self.order.remove(row.stage)
             self.order.append(row.stage)
@@ -514,31 +515,35 @@ class Listener:
                 reap(conn)
             if (row.call_id, row.key, row.attempt) in under_way:
                 continue  # a new primary did not know that we had claimed it
-            covered_until = began + self.settings.LEASE_MARGIN
             table = self.tables.get(row.table_name) or Table(row.table_name, id="id")
             limits = self.limits[row.stage]
             call = pipeline.claimed_call(row, table, limits, self.name, covered_until)
             function = self.workers.trigger.routes.get(call.route)
             if function is None or not function.__name__ == row.stage == row.routed_to:
                 self.pass_over(conn, call, row)
-                continue
-            owed = row.owed or calls.is_owed(conn, row, self.name)
-            known = self.accepted.get((row.call_id, row.key), 0)
-            accepted = row.accepted or known == math.inf
-            refused = trigger.refused(call, row, owed, accepted, taken=row.attempt <= known)
-            is_open = not (row.is_complete or accepted)
-            if refused is None and row.join_of and joins.has_look(conn, row):
-                refused, is_open = trigger.outdated(call), True
-            if refused is not None:
-                if row.join_of and row.job_found and is_open:
-                    joins.reopen(conn, row)
-                    self.join_look.ask()
-                self.keep(call, refused)
+            elif ended := self.ended_unmade(conn, call, row):
+                self.keep(call, ended)
             elif not self.put_off_after_failed(conn, call, row):
                 if row.join_of:
                     joins.note_parent(conn, row)
                 to_make.append(call)
         return to_make
+
+    def ended_unmade(self, conn: db.Connection, call: Call, row: Claimed) -> Result | None:
+        """The result of a call that must not be made; None where it must. If the join of such a
+        call is not complete, or has changed, its parent is looked at again.
+        """
+        owed = row.owed or calls.is_owed(conn, row, self.name)
+        known = self.accepted.get((row.call_id, row.key), 0)
+        accepted = row.accepted or known == math.inf
+        ended = trigger.refused(call, row, owed, accepted, taken=row.attempt <= known)
+        is_open = not (row.is_complete or accepted)
+        if ended is None and row.join_of and joins.has_look(conn, row):
+            ended, is_open = trigger.outdated(call), True
+        if ended is not None and row.join_of and row.job_found and is_open:
+            joins.reopen(conn, row)
+            self.join_look.ask()
+        return ended
 
     def pass_over(self, conn: db.Connection, call: Call, row: Claimed) -> None:
         """Do not make a call that not both this PIPELINE and the database's have. Where one of them
@@ -577,9 +582,7 @@ class Listener:
             call.spent = before.spent
             if "the last one)" not in error:
                 error += f" (attempt {call.spent}, the last one)"
-            ended = trigger.failure(call, "failed", error, 0)
-            trigger.log_end(call, ended)
-            self.keep(call, ended)
+            self.keep(call, trigger.given_up(call, error))
         else:
             delay = trigger.backoff(before.spent, self.settings.RETRY_DELAY)
             calls.put_off(conn, row, self.name, before.spent, delay, error)

@@ -70,29 +70,8 @@ def refused(
         accepted: an earlier attempt of it was accepted.
         taken: an asynchronous stage has taken this very attempt, but a failover lost its claim.
     """
-    if not owed and is_given_up_with_its_parent(call, row):
-        ended = failure(call, "failed", "nobody knows what became of the attempt before", 0)
-        log_end(call, ended)
-        return ended
     if not owed:
-        now = f"({row.job_step}, {row.job_status})" if row.job_found else "deleted"
-        if call.join and row.job_found and not row.is_complete:
-            now = f"not every row is in {call.join}"
-        elif (
-            call.join
-            and row.outcome_before == "retry"
-            and not accepted
-            and row.job_step != call.stage
-            and not (row.last_error or "").endswith(f"({SET_FAILED})")  # a stage followed from that
-        ):
-            # Its stage refused it, and somebody else has moved the parent since: nobody made it.
-            ended = failure(call, "failed", f"refused, and the job is at {now} since", 0)
-            log_end(call, ended)
-            return ended
-        ids = logs.ids(call.ids)
-        log.info("Job 상태가 변경되어 스킵: %s stage=%s 현재=%s", ids, call.stage, now,
-                 extra=about(call))  # fmt: skip
-        return result(call, "skipped", error=f"the job has moved on: {now}")
+        return moved_on(call, row, accepted)
     if accepted or taken:
         log.info("이미 수락된 호출이라 스킵: %s stage=%s", logs.ids(call.ids), call.stage,
                  extra=about(call))  # fmt: skip
@@ -103,19 +82,31 @@ def refused(
         error = "nobody knows what became of the last attempt"
         if row.last_error and not row.taken_over:
             error = f"no attempt is left; the last one: {row.last_error}"
-        ended = failure(call, "failed", error, 0)
-        log_end(call, ended)
-        return ended
+        return given_up(call, error)
     return None
 
 
-def outdated(call: Call) -> Result:
-    """The result of a join's call whose rows have changed since it was recorded: the look that is
-    pending records it anew. Made now as well, it would be made twice.
+def moved_on(call: Call, row: Claimed, accepted: bool) -> Result:
+    """The result of a call that its row does not owe any more: skipped, unless it is that of a join
+    which nobody has made.
     """
-    log.info("Job 상태가 변경되어 스킵: %s stage=%s 현재=조인을 다시 확인", logs.ids(call.ids),
-             call.stage, extra=about(call))  # fmt: skip
-    return result(call, "skipped", error="rows of the join have changed: it is looked at anew")
+    if is_given_up_with_its_parent(call, row):
+        return given_up(call, "nobody knows what became of the attempt before")
+    now = f"({row.job_step}, {row.job_status})" if row.job_found else "deleted"
+    if call.join and row.job_found and not row.is_complete:
+        now = f"not every row is in {call.join}"
+    elif (
+        call.join
+        and row.outcome_before == "retry"
+        and not accepted
+        and row.job_step != call.stage
+        and not (row.last_error or "").endswith(f"({SET_FAILED})")  # a stage followed from that
+    ):
+        # Its stage refused it, and somebody else has moved the parent since: nobody made it.
+        return given_up(call, f"refused, and the job is at {now} since")
+    log.info("Job 상태가 변경되어 스킵: %s stage=%s 현재=%s", logs.ids(call.ids), call.stage, now,
+             extra=about(call))  # fmt: skip
+    return result(call, "skipped", error=f"the job has moved on: {now}")
 
 
 def is_given_up_with_its_parent(call: Call, row: Claimed) -> bool:
@@ -130,6 +121,15 @@ def is_given_up_with_its_parent(call: Call, row: Claimed) -> bool:
         and (row.job_step, row.job_status) == (failed.step, failed.status)
         and failed not in pipeline.routes()
     )
+
+
+def outdated(call: Call) -> Result:
+    """The result of a join's call whose rows have changed since it was recorded: the look that is
+    pending records it anew. Made now as well, it would be made twice.
+    """
+    log.info("Job 상태가 변경되어 스킵: %s stage=%s 현재=조인을 다시 확인", logs.ids(call.ids),
+             call.stage, extra=about(call))  # fmt: skip
+    return result(call, "skipped", error="rows of the join have changed: it is looked at anew")
 
 
 class Trigger:
@@ -340,6 +340,13 @@ def failure(call: Call, outcome: str, error: str, retry_delay: float, **details:
     elif outcome != "failed":
         details |= {"delay": backoff(call.spent, retry_delay), "after_lease": outcome == "unknown"}
     return result(call, outcome, error=error, **details)
+
+
+def given_up(call: Call, error: str) -> Result:
+    """The result of a call that is given up without being made; logged."""
+    ended = result(call, "failed", error=error)
+    log_end(call, ended)
+    return ended
 
 
 def backoff(spent: int, retry_delay: float) -> float:
