@@ -70,7 +70,7 @@ MARKED_FOR = 1.0
 # After a lost connection, a statement that was sent on it may still take effect for so long.
 DOUBTFUL = 600.0
 # Results are dropped after so many connections to a database that has no tables for them.
-REFUSED_OFTEN = 100
+LAST_TRIES = 100
 # Seconds until this listener claims a call again that only one with another PIPELINE can make.
 PASSED_OVER_FOR = 10.0
 # A sweep also claims calls that were never tried and are not due yet. One that is claimed so long
@@ -106,25 +106,29 @@ class Listener:
         self.passed_over: set[Route] = set()  # of another PIPELINE; each was told once
         self.unclaimable: dict[str, str] = {}  # by stage: why no call of it can be claimed
         self.health = StageHealth(settings, self.alerts)
-        self.was_full = False  # the last claim found a call for every idle worker
-        self.marks: dict[str, Any] = {}  # by stage: when the last claimed call was due
-
-        # All by time.monotonic().
-        self.look_at = self.sweep_at = self.again_at = self.marked_at = 0.0
         self.join_look = JoinLook(once)
         self.move_look = MoveLook(settings, self.alerts, self.tables, once)
-        self.is_ordered = pipeline.is_ordered()
+
+        # When the next turn does what, by time.monotonic().
+        self.look_at = 0.0  # claim calls that are due
+        self.sweep_at = 0.0  # claim, and look for what nobody has announced
+        self.again_at = 0.0  # settle results of locked rows, give back doubtful claims
         self.due_at = 0.0  # when the next call will be due, as far as is known
-        self.asks = False  # whether to ask
-        self.asked_at: datetime | None = None  # since when
+        self.asks_when = False  # whether the database is to be asked for that
+        self.asked_at: datetime | None = None  # the database's time of the last claim
+        self.nothing_due = False
+        self.was_full = False  # the last claim found a call for every idle worker
+        self.marks: dict[str, Any] = {}  # by stage: when the last claimed call was due
+        self.marked_at = 0.0  # when `marks` were last dropped
+        self.is_ordered = pipeline.is_ordered()
+
         self.doubtful_until = -math.inf  # until then a claim of ours may exist that we do not know
         self.gives_back = False  # there is one: its call was released, or the row is locked
         self.checked = False  # whether the database knows this PIPELINE
         self.refusal: ops.Problem | None = None  # why this program must not go on
-        self.nothing_due = False
-        self.stops_obeyed = 0
+        self.has_obeyed = False  # the first request to stop
         self.reason, self.repeats = "", 0  # of the lost connection
-        self.refused = 0  # connections to a database that has no tables for our results
+        self.last_tries = 0  # at settling results in a database that has no tables for them
         self.target: dict[str, str] | None = None  # where the last connection led
         self.is_waiting = False  # for a synchronous standby, and has said so
 
@@ -263,7 +267,7 @@ class Listener:
 
     def settle_last(self, conn: db.Connection, problem: ops.Problem) -> None:
         """Settle the results that are left, before this listener ends with `problem`. Drop them
-        after REFUSED_OFTEN connections to a database that has no tables for them.
+        after LAST_TRIES connections to a database that has no tables for them.
         """
         self.unwritten, self.locked = self.unwritten + self.locked, []
         self.tell_failed(conn)
@@ -273,8 +277,8 @@ class Listener:
         except db.CONNECTION_LOST:
             raise
         except psycopg2.Error:
-            self.refused += 1
-            if self.refused >= REFUSED_OFTEN and not self.workers.calls:
+            self.last_tries += 1
+            if self.last_tries >= LAST_TRIES and not self.workers.calls:
                 for result in self.unwritten:
                     log.error("리스 만료 후 다시 확인됨: job=%s %s", result.job_id, problem)
                 self.unwritten = []
@@ -302,20 +306,16 @@ class Listener:
     # --- one turn ---
 
     def settle_and_claim(self, conn: db.Connection) -> list[Call]:
-        """Settle all results and claim a call for each idle worker: one round trip, one commit;
-        one more for each further stage of a pool that is asked while workers are idle.
+        """Run the looks that are due. Then settle all results and claim a call for each idle
+        worker: one round trip, one commit; one more for each further stage of a pool that is asked
+        while workers are idle.
         """
         now = time.monotonic()
-        free = 0 if self.is_stopping else len(self.workers.idle)
         if not self.unwritten and now < self.next_look:
             return []
+        free = 0 if self.is_stopping else len(self.workers.idle)
         sweep = free > 0 and now >= self.sweep_at
-        if sweep:
-            self.join_look.ask()
-            self.move_look.sweep(conn)
-        for look in (self.join_look, self.move_look):
-            if now >= look.at:
-                look.run(conn)
+        self.look(conn, now, sweep)
         if now >= self.again_at:
             self.again_at = now + AGAIN_EVERY
             self.unwritten, self.locked = self.unwritten + self.locked, []
@@ -331,6 +331,57 @@ class Listener:
         if turn.asked_at is None and free and wanted:  # not everything has been asked for
             self.look_at, self.nothing_due = min(self.look_at, now + AGAIN_EVERY), False
         return self.claimed(conn, turn, began)
+
+    def look(self, conn: db.Connection, now: float, sweep: bool) -> None:
+        """Look at the parents of joins and at the moves of asynchronous calls, where it is time."""
+        if sweep:
+            self.join_look.ask()
+            self.move_look.sweep(conn)
+        for look in (self.join_look, self.move_look):
+            if now >= look.at:
+                look.run(conn)
+
+    def tell_failed(self, conn: db.Connection) -> None:
+        """Tell people of the calls that have failed: given up, or set failed by their stage."""
+        failures = [r for r in self.unwritten if r.outcome not in (*PAID, TAKEN) and not r.is_told]
+        is_routed = calls.failed_by_stage(conn, failures)
+        calls.note_cancelled(conn, failures)
+        for result in failures:
+            trigger.note_set_failed(result, is_routed)
+            trigger.alert_failure(self.alerts, result, is_routed)
+            result.is_told = result.outcome == "failed" or result.call_id in is_routed
+
+    def wanted(self, free: int, now: float, sweep: bool) -> list[list[Wanted]]:
+        """The stages to claim calls of, in their turn, and how many of each. They are as many
+        claims as it takes to have no two stages of a pool in one: each stage counts the free
+        places of its pool for itself.
+        """
+        if sweep or now - self.marked_at > MARKED_FOR:
+            self.marks, self.marked_at = {}, now
+        if not free:
+            return [[]]
+        under_way = self.workers.calls
+        held = Counter(self.limits[call.stage].pool for call in under_way)
+        claims: list[list[Wanted]] = [[]]
+        pools: set[Pool] = set()
+        for stage in self.order:
+            if stage in self.unclaimable and not (sweep or self.once):
+                continue
+            limits = self.limits[stage]
+            if limits.pool and held[limits.pool] >= limits.pool.size:
+                continue
+            if most := self.health.most(stage, free, under_way):
+                if limits.pool in pools:
+                    claims.append([])
+                    pools = set()
+                if limits.pool:
+                    pools.add(limits.pool)
+                lease = limits.timeout + self.settings.LEASE_MARGIN
+                share = -(-free // len(self.order))
+                claims[-1].append(Wanted(stage, lease, most, share, limits.is_shared,
+                                         self.marks.get(stage), self.is_ordered,
+                                         waits=stage not in self.unclaimable))  # fmt: skip
+        return claims
 
     def ask(self, conn: db.Connection, wanted: list[Wanted], free: int, sweep: bool) -> Turn:
         """Settle what is unwritten and claim calls of these stages, in parts where that fails."""
@@ -373,60 +424,6 @@ class Listener:
         if refused and (self.once or len(self.unclaimable) == len(self.order)):
             raise refused[0]
 
-    def ask_others(
-        self, conn: db.Connection, turn: Turn, others: list[list[Wanted]], free: int, sweep: bool
-    ) -> None:
-        """Go on to claim while workers are idle, until a claim is refused, which may have taken
-        seconds. What is claimed by then is kept, and the next turn begins with what is left.
-        """
-        while others and turn.asked_at and len(turn.claimed) < free:
-            try:
-                turn.add(self.ask(conn, others.pop(0), free - len(turn.claimed), sweep))
-            except psycopg2.Error:
-                if not turn.claimed:
-                    raise
-                turn.asked_at = None
-        if turn.asked_at is None:
-            left = {wanted.stage for claim in others for wanted in claim}
-            self.order.sort(key=lambda stage: stage not in left)
-
-    def wanted(self, free: int, now: float, sweep: bool) -> list[list[Wanted]]:
-        """The stages to claim calls of, in their turn, and how many of each. They are as many
-        claims as it takes to have no two stages of a pool in one: each stage counts the free
-        places of its pool for itself.
-        """
-        if sweep or now - self.marked_at > MARKED_FOR:
-            self.marks, self.marked_at = {}, now
-        if not free:
-            return [[]]
-        under_way = self.workers.calls
-        held = Counter(self.limits[call.stage].pool for call in under_way)
-        claims: list[list[Wanted]] = [[]]
-        pools: set[Pool] = set()
-        for stage in self.order:
-            if stage in self.unclaimable and not (sweep or self.once):
-                continue
-            limits = self.limits[stage]
-            if limits.pool and held[limits.pool] >= limits.pool.size:
-                continue
-            if most := self.health.most(stage, free, under_way):
-                if limits.pool in pools:
-                    claims.append([])
-                    pools = set()
-                if limits.pool:
-                    pools.add(limits.pool)
-                lease = limits.timeout + self.settings.LEASE_MARGIN
-                share = -(-free // len(self.order))
-                claims[-1].append(Wanted(stage, lease, most, share, limits.is_shared,
-                                         self.marks.get(stage), self.is_ordered,
-                                         waits=stage not in self.unclaimable))  # fmt: skip
-        return claims
-
-    def leaves_places(self, stage: str) -> bool:
-        """Whether the pool of a claimed call may have more places, which it kept for this stage."""
-        pool = self.limits[stage].pool
-        return pool is not None and pool.linger is not None and pool.size > 1
-
     def settled(self, conn: db.Connection, turn: Turn) -> None:
         """The results are in the database; those whose row is locked are settled again later."""
         self.reason, self.repeats, self.is_waiting = "", 0, False
@@ -452,25 +449,29 @@ class Listener:
             calls.revive(conn, result)
         self.health.to_revive = []
 
-    def tell_failed(self, conn: db.Connection) -> None:
-        """Tell people of the calls that have failed: given up, or set failed by their stage."""
-        failures = [r for r in self.unwritten if r.outcome not in (*PAID, TAKEN) and not r.is_told]
-        is_routed = calls.failed_by_stage(conn, failures)
-        calls.note_cancelled(conn, failures)
-        for result in failures:
-            trigger.note_set_failed(result, is_routed)
-            trigger.alert_failure(self.alerts, result, is_routed)
-            result.is_told = result.outcome == "failed" or result.call_id in is_routed
+    def ask_others(
+        self, conn: db.Connection, turn: Turn, others: list[list[Wanted]], free: int, sweep: bool
+    ) -> None:
+        """Go on to claim while workers are idle, until a claim is refused, which may have taken
+        seconds. What is claimed by then is kept, and the next turn begins with what is left.
+        """
+        while others and turn.asked_at and len(turn.claimed) < free:
+            try:
+                turn.add(self.ask(conn, others.pop(0), free - len(turn.claimed), sweep))
+            except psycopg2.Error:
+                if not turn.claimed:
+                    raise
+                turn.asked_at = None
+        if turn.asked_at is None:
+            left = {wanted.stage for claim in others for wanted in claim}
+            self.order.sort(key=lambda stage: stage not in left)
 
     def plan(self, conn: db.Connection, turn: Turn, free: int, sweep: bool) -> None:
         """When to look again."""
         now = time.monotonic()
         if sweep:
-            every = (
-                self.settings.SWEEP_INTERVAL
-                if self.hearing.is_told
-                else self.settings.POLL_INTERVAL
-            )
+            is_told, settings = self.hearing.is_told, self.settings
+            every = settings.SWEEP_INTERVAL if is_told else settings.POLL_INTERVAL
             self.sweep_at, self.due_at = now + every, 0.0
             asked_at = turn.asked_at
             if asked_at and any(row.was_due_at > asked_at + EARLY for row in turn.claimed):
@@ -480,8 +481,8 @@ class Listener:
         left = [row.stage for row in turn.claimed if self.leaves_places(row.stage)]
         if left:
             calls.wake_waiting(conn, left)
-        self.nothing_due, was_full = False, self.was_full
-        self.was_full = len(turn.claimed) >= free
+        self.nothing_due = False
+        was_full, self.was_full = self.was_full, len(turn.claimed) >= free
         if self.was_full:
             self.look_at = 0.0  # there may be more, as soon as a worker is idle
             if was_full and not sweep:
@@ -491,17 +492,22 @@ class Listener:
         else:
             self.asked_at = turn.asked_at
             # A new call may have to wait for its time, or for a rate.
-            self.asks = free > 0 and (self.is_ordered or now >= self.due_at)
+            self.asks_when = self.is_ordered or now >= self.due_at
             self.look_at = self.due_at if now < self.due_at else math.inf
             self.nothing_due = not turn.claimed and self.join_look.at == math.inf
 
+    def leaves_places(self, stage: str) -> bool:
+        """Whether the pool of a claimed call may have more places, which it kept for this stage."""
+        pool = self.limits[stage].pool
+        return pool is not None and pool.linger is not None and pool.size > 1
+
     def ask_when(self, conn: db.Connection) -> None:
         """Ask when the next call will be due, where a claim found less than there are workers."""
-        if not self.asks:
+        if not self.asks_when:
             return
         seconds = calls.next_due(conn, self.order, self.asked_at)
         self.due_at = math.inf if seconds is None else time.monotonic() + seconds
-        self.look_at, self.asks = min(self.look_at, self.due_at), False
+        self.look_at, self.asks_when = min(self.look_at, self.due_at), False
 
     def claimed(self, conn: db.Connection, turn: Turn, began: float) -> list[Call]:
         """The calls to make; what came of the others is kept, or they were put off."""
@@ -591,6 +597,16 @@ class Listener:
 
     # --- what comes in ---
 
+    @property
+    def next_look(self) -> float:
+        """time.monotonic() of the next turn. Only with an idle worker it looks for due calls."""
+        times = [self.move_look.at]
+        if self.locked or self.gives_back:
+            times.append(self.again_at)
+        if self.workers.idle and not self.is_stopping:
+            times += [self.look_at, self.sweep_at, self.join_look.at]
+        return min(times, default=math.inf)
+
     def wait(self, until: float, conn: db.Connection | None = None) -> list:
         """Sleep until something can be read, or until time.monotonic() is `until`."""
         self.obey()  # a signal that came during a statement wakes no select() any more
@@ -600,8 +616,10 @@ class Listener:
         # already, so select() would not wake for it.
         waits = not (self.finished() or (conn and (self.unwritten or conn.notifies)))
         seconds = max(0.0, until - now) if waits else 0.0
-        doing = "waiting for a job to change" if conn else f"database away: {self.reason}"
-        doing = "making calls" if conn and self.workers.calls else doing
+        if conn:
+            doing = "making calls" if self.workers.calls else "waiting for a job to change"
+        else:
+            doing = f"database away: {self.reason}"
         if self.upkeep.differs_since is not None:
             doing = f"{OTHER_PIPELINE}; {doing}"
         self.beat(doing, seconds)
@@ -620,13 +638,18 @@ class Listener:
             reap_orphans([*self.workers.pids, *self.alerts.pids, *self.hosts.pids])
         return ready
 
-    @property
-    def next_look(self) -> float:
-        """time.monotonic() of the next turn. Only with an idle worker it looks for due calls."""
-        times = [self.move_look.at, *([self.again_at] if self.locked or self.gives_back else [])]
-        if self.workers.idle and not self.is_stopping:
-            times += [self.look_at, self.sweep_at, self.join_look.at]
-        return min(times, default=math.inf)
+    def obey(self) -> None:
+        """The first signal: claim no more. The second: exit at once; leases protect the calls."""
+        if len(self.signals.stops) > 1:
+            self.workers.stop()
+            raise SystemExit(128 + self.signals.stops[-1])
+        if self.signals.stops and not self.has_obeyed:
+            self.has_obeyed = True
+            waited = ", ".join(f"{call.stage} {call.job_id}" for call in self.workers.calls)
+            if waited:
+                log.info(
+                    "중지 요청: 진행 중인 호출을 기다림 (%s), 한 번 더 요청하면 바로 중지", waited
+                )
 
     def hear(self, conn: db.Connection) -> None:
         """Whatever is announced only means: look now. A statement may have read it already."""
@@ -649,8 +672,8 @@ class Listener:
             if ended.outcome == "released":
                 self.gives_back = True
                 self.look_at, self.again_at, self.nothing_due = 0.0, 0.0, False
-                continue
-            self.keep(call, ended)
+            else:
+                self.keep(call, ended)
 
     def keep(self, call: Call, ended: Result) -> None:
         """Keep a result until the database has it."""
@@ -671,19 +694,6 @@ class Listener:
         self.gives_back = found.locked > 0  # by the application
         if found.given_back:
             log.info("시작하지 않은 호출 %d건을 되돌림", found.given_back)
-
-    def obey(self) -> None:
-        """The first signal: claim no more. The second: exit at once; leases protect the calls."""
-        if len(self.signals.stops) > 1:
-            self.workers.stop()
-            raise SystemExit(128 + self.signals.stops[-1])
-        if len(self.signals.stops) > self.stops_obeyed:
-            self.stops_obeyed = len(self.signals.stops)
-            waited = ", ".join(f"{call.stage} {call.job_id}" for call in self.workers.calls)
-            if waited:
-                log.info(
-                    "중지 요청: 진행 중인 호출을 기다림 (%s), 한 번 더 요청하면 바로 중지", waited
-                )
 
     def beat(self, doing: str, seconds: float) -> None:
         self.heartbeat.beat(doing, seconds + HEARTBEAT_MARGIN)
