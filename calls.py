@@ -516,16 +516,17 @@ def settle_and_claim(
     failures = [result for result in results if result.outcome not in (*PAID, TAKEN)]
     accepted = [r for r in (*paid, *taken) if r.outcome != "skipped"]
     lifting = {r.stage: r.started_at for r in accepted if r.after_hold}
-    limited = any(stage.limited for stage in wanted)
-    claim = CLAIM_IN_ORDER if any(stage.ordered for stage in wanted) else CLAIM
-    if only is not None:
-        claim = CLAIM_BY_HAND
     if not claims:
-        claim = TELL
+        last = TELL
+    elif only is not None:
+        last = CLAIM_BY_HAND
+    else:
+        last = CLAIM_IN_ORDER if any(stage.ordered for stage in wanted) else CLAIM
     needed = {
         HURRY: not all(stage.waits for stage in wanted),
         PAY: paid, WORK: taken, LIFT: lifting, POSTPONE: failures,
-        HOLD: any(r.hold for r in failures), LOCK_LIMITS: limited and free, claim: True,
+        HOLD: any(r.hold for r in failures),
+        LOCK_LIMITS: claims and any(stage.limited for stage in wanted), last: True,
     }  # fmt: skip
     params = {
         "results": as_json(conn, paid),
@@ -534,7 +535,9 @@ def settle_and_claim(
         "accepted": array(lifting),
         "accepted_at": array(lifting.values()),
         **places(wanted),
-        **{"free": free, "worker": worker, "sweep": sweep},
+        "free": free,
+        "worker": worker,
+        "sweep": sweep,
     }
     if only is not None:
         params["only"], params["only_call"] = only
@@ -542,7 +545,7 @@ def settle_and_claim(
     rows = run(conn, statements, params, cursor_factory=cursor).fetchall()
     skipped, asked_at = rows[0][:2]
     unsettled = [int(call_id) for call_id in (skipped or "").split()]
-    if claim is TELL:
+    if not claims:
         return Turn([], unsettled)
     claimed = [Claimed(*row[2:]) for row in rows if row[2] is not None]
     if freed := [r.stage for r in results if r.limited and r.outcome not in ("unknown", TAKEN)]:
@@ -836,6 +839,23 @@ def in_parts(
     return done
 
 
+# For a result that cannot be written to the history: the call alone is removed, or given up.
+SETTLE_WITHOUT_HISTORY = f"""
+WITH result AS ({RESULTS}
+), ended AS (
+    DELETE FROM stage_leases AS l USING result AS r
+    WHERE l.call_id = r.call_id AND l.attempt = r.attempt AND l.job_id = r.job_id
+), paid AS (
+    DELETE FROM stage_calls AS c USING result AS r
+    WHERE {FENCE} AND r.outcome IN ('succeeded', 'skipped')
+)
+UPDATE stage_calls AS c
+SET worker = NULL, started_at = NULL, due_at = 'infinity', last_error = left(r.error, 500)
+FROM result AS r
+WHERE {FENCE} AND r.outcome NOT IN ('succeeded', 'skipped')
+"""
+
+
 def settle_alone(conn, result: Result, done: Turn) -> None:
     """Write one result, in whatever form the database takes it, and note in `done` what came of
     that.
@@ -871,23 +891,6 @@ SELECT EXISTS (SELECT FROM stage_attempts
 def is_recorded(conn, result: Result) -> bool:
     """Whether the history has a result of this attempt. It has none of a call that was taken."""
     return execute(conn, IS_RECORDED, vars(result)).fetchone().is_recorded
-
-
-# For a result that cannot be written to the history: the call alone is removed, or given up.
-SETTLE_WITHOUT_HISTORY = f"""
-WITH result AS ({RESULTS}
-), ended AS (
-    DELETE FROM stage_leases AS l USING result AS r
-    WHERE l.call_id = r.call_id AND l.attempt = r.attempt AND l.job_id = r.job_id
-), paid AS (
-    DELETE FROM stage_calls AS c USING result AS r
-    WHERE {FENCE} AND r.outcome IN ('succeeded', 'skipped')
-)
-UPDATE stage_calls AS c
-SET worker = NULL, started_at = NULL, due_at = 'infinity', last_error = left(r.error, 500)
-FROM result AS r
-WHERE {FENCE} AND r.outcome NOT IN ('succeeded', 'skipped')
-"""
 
 
 # The call that a claim of this stage would take first: see DUE and DUE_IN_ORDER.

@@ -204,7 +204,7 @@ class Workers:
         if worker.made >= CALLS or worker.has_ended():
             with contextlib.suppress(OSError):  # then it goes on for a while
                 self.all.append(self.start())
-                self.end(worker, has_ended=False)
+                self.remove(worker, has_ended=False)
                 worker = self.all[-1]
         call.target_number = self.conn.target_number if self.conn else None
         worker.give(call)
@@ -227,14 +227,14 @@ class Workers:
                 ended.append((call, result))
             if has_ended or now >= worker.until:
                 status = int.from_bytes(worker.answered[:2], "big")
-                reason = self.end(worker, has_ended)
+                reason = self.remove(worker, has_ended)
                 if worker.call is not None:
                     lost = self.lost(worker.call, worker.began, status, reason)
                     ended.append((worker.call, lost))
         return ended
 
-    def end(self, worker: Worker, has_ended: bool) -> str:
-        """Another worker will take its place; why, in words."""
+    def remove(self, worker: Worker, has_ended: bool) -> str:
+        """Kill a worker, so that another takes its place; why the process ended, in words."""
         self.all.remove(worker)
         code = worker.kill()
         if code is None:
