@@ -17,7 +17,7 @@ import psycopg2
 from psycopg2.extensions import cursor
 
 import db
-from db import CONNECTION_LOST, WAKE_CHANNEL, Statement, execute, run
+from db import WAKE_CHANNEL, ConnectionLost, Statement, execute, run
 
 log = logging.getLogger("listener")
 
@@ -818,7 +818,7 @@ def in_parts(
         stage = stage._replace(waits=stage.waits and not done.unclaimable)
         try:
             turn = settle_and_claim(conn, [], [stage], 1, worker)
-        except CONNECTION_LOST:
+        except ConnectionLost:
             raise
         except psycopg2.errors.LockNotAvailable as error:
             if is_table_locked(error):  # else somebody holds the row of a limit, for a moment
@@ -872,7 +872,7 @@ def settle_alone(conn, result: Result, done: Turn) -> None:
     try:
         params = {"results": as_json(conn, [replace(result, error=ascii_only)])}
         given_up = execute(conn, SETTLE_WITHOUT_HISTORY, params).rowcount
-    except CONNECTION_LOST:
+    except ConnectionLost:
         raise
     except psycopg2.Error as error:
         log.error("리스 만료 후 다시 확인됨: job=%s %s", result.job_id, error)

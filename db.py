@@ -30,13 +30,6 @@ WAKE = f'NOTIFY "{WAKE_CHANNEL}"'
 LISTENER_APPLICATION = "job-state-listener run "
 CALL_APPLICATION = "job-state-listener call "  # that of a call by hand, with its name
 
-# Once connected, the oid of its schema stands between prefix and name, as a database may have
-# several installations. Not behind a pooler, which gives the session to other clients.
-SIGN = """
-SELECT set_config('application_name', %(prefix)s || relnamespace || '/' || %(name)s, false)
-FROM pg_class WHERE oid = to_regclass('stage_calls')
-"""
-
 # No database call may block longer (seconds). A frozen server still acknowledges packets, so
 # neither keepalives nor statement_timeout would end the wait.
 DEADLINE = 10.0
@@ -114,7 +107,6 @@ class ConnectionLost(psycopg2.OperationalError):
     """The connection is of no more use: connect again."""
 
 
-CONNECTION_LOST = (ConnectionLost,)
 # 40: serialization failure, deadlock; 55P03: lock not available; 57014: query cancelled.
 TRY_AGAIN = ("40", "55P03", "57014")
 # Seconds. A statement that took longer before it failed is not repeated: statement_timeout has
@@ -220,7 +212,7 @@ def connect(
             prepare_session(conn, SESSION | PINNED if pinned else SESSION)
         except psycopg2.Error as error:
             conn.close()
-            if not isinstance(error, CONNECTION_LOST):
+            if not isinstance(error, ConnectionLost):
                 raise
             reasons.append(str(error))
             continue
@@ -295,37 +287,6 @@ def without_callback() -> Iterator[None]:
         yield
     finally:
         psycopg2.extensions.set_wait_callback(before)
-
-
-def sign(conn: Connection, listener: str) -> None:
-    """Put the schema of this listener into its application_name, for `status`."""
-    if not conn.prefix:
-        execute(conn, SIGN, {"prefix": LISTENER_APPLICATION, "name": listener})
-
-
-# A commit that waits for a synchronous standby does not notice that its client is gone. So each
-# connection that we give up would leave a session with its locks, until the server takes no more.
-# Such sessions of listeners that have given up are ended here: their commit becomes visible, but
-# may not have reached the standby.
-WAITING = """
-FROM pg_stat_activity
-WHERE datname = current_database() AND wait_event = 'SyncRep'
-  AND query_start < now() - make_interval(secs => %(deadline)s)
-"""
-END_WAITING = f"""
-SELECT count(*) AS waiting,
-       count(CASE WHEN usename = current_user AND application_name LIKE 'job-state-listener%%'
-                  THEN pg_terminate_backend(pid) END) AS ended
-{WAITING}"""
-
-
-def end_waiting(conn: Connection) -> int:
-    """End sessions that are left of connections which were given up.
-
-    Returns:
-        How many sessions have been waiting for a standby, as far as our role can see.
-    """
-    return execute(conn, END_WAITING, {"deadline": DEADLINE}).fetchone().waiting
 
 
 def connect_to(options: dict[str, Any]) -> Connection:
@@ -406,7 +367,7 @@ def in_parts(
     parts = [part for group in groups for part in random.sample([*group], len(group))]
     try:
         return [ask(conn)], {}
-    except CONNECTION_LOST:
+    except ConnectionLost:
         raise
     except psycopg2.Error as error:
         of_all = {"": error}
@@ -419,7 +380,7 @@ def in_parts(
             break
         try:
             answers.append(ask(conn, part))
-        except CONNECTION_LOST:
+        except ConnectionLost:
             raise
         except psycopg2.Error as error:
             failed[part] = error
@@ -473,14 +434,9 @@ def prepare(conn: Connection, statements: Sequence[Statement]) -> None:
     for one in statements:
         given = list(dict.fromkeys(PLACEHOLDER.findall(one.sql)))
         number = {name: f"${position}" for position, name in enumerate(given, 1)}
-        sql = with_numbers(one.sql, number)
-        execute(conn, f"PREPARE {one.name} AS {sql}")
+        execute(conn, f"PREPARE {one.name} AS {one.sql % number}")
         arguments = ", ".join(f"%({name})s" for name in given)
         conn.prepared[one.name] = f"EXECUTE {one.name}" + (f"({arguments})" if given else "")
-
-
-def with_numbers(sql: str, number: dict[str, str]) -> str:
-    return PLACEHOLDER.sub(lambda found: number[found[1]], sql)
 
 
 def is_lost(conn: Connection, error: psycopg2.Error) -> bool:
@@ -494,6 +450,45 @@ def is_lost(conn: Connection, error: psycopg2.Error) -> bool:
     if error.pgcode is None:
         return isinstance(error, psycopg2.OperationalError) or type(error) is psycopg2.DatabaseError
     return error.pgcode.startswith(LOST)
+
+
+# Once connected, the oid of its schema stands between prefix and name, as a database may have
+# several installations. Not behind a pooler, which gives the session to other clients.
+SIGN = """
+SELECT set_config('application_name', %(prefix)s || relnamespace || '/' || %(name)s, false)
+FROM pg_class WHERE oid = to_regclass('stage_calls')
+"""
+
+
+def sign(conn: Connection, listener: str) -> None:
+    """Put the schema of this listener into its application_name, for `status`."""
+    if not conn.prefix:
+        execute(conn, SIGN, {"prefix": LISTENER_APPLICATION, "name": listener})
+
+
+# A commit that waits for a synchronous standby does not notice that its client is gone. So each
+# connection that we give up would leave a session with its locks, until the server takes no more.
+# Such sessions of listeners that have given up are ended here: their commit becomes visible, but
+# may not have reached the standby.
+WAITING = """
+FROM pg_stat_activity
+WHERE datname = current_database() AND wait_event = 'SyncRep'
+  AND query_start < now() - make_interval(secs => %(deadline)s)
+"""
+END_WAITING = f"""
+SELECT count(*) AS waiting,
+       count(CASE WHEN usename = current_user AND application_name LIKE 'job-state-listener%%'
+                  THEN pg_terminate_backend(pid) END) AS ended
+{WAITING}"""
+
+
+def end_waiting(conn: Connection) -> int:
+    """End sessions that are left of connections which were given up.
+
+    Returns:
+        How many sessions have been waiting for a standby, as far as our role can see.
+    """
+    return execute(conn, END_WAITING, {"deadline": DEADLINE}).fetchone().waiting
 
 
 # --- what a stage function asks ------------------------------------------------------------

@@ -9,7 +9,7 @@ import psycopg2
 import psycopg2.extensions
 
 import pipeline
-from db import CONNECTION_LOST, execute, reasons
+from db import ConnectionLost, execute, reasons
 
 log = logging.getLogger("listener")
 
@@ -129,7 +129,7 @@ def prune(conn, days: float, after: Any = None, batch: int = BATCH):
     given = {"days": days, "pruned_until": after, "batch": batch, "unreadable": []}
     try:
         return execute(conn, PRUNE.format(rests=by_table(conn, RESTS, tables)), given).fetchone()
-    except CONNECTION_LOST:
+    except ConnectionLost:
         raise
     except psycopg2.Error:
         refused = {table.name: why_unreadable(conn, table) for table in tables}
@@ -147,7 +147,7 @@ def prune(conn, days: float, after: Any = None, batch: int = BATCH):
 def why_unreadable(conn, table: pipeline.Table) -> psycopg2.Error | None:
     try:
         execute(conn, CAN_BE_READ.format(rests=by_table(conn, RESTS, [table])), {})
-    except CONNECTION_LOST:
+    except ConnectionLost:
         raise
     except psycopg2.Error as error:
         return error

@@ -66,7 +66,7 @@ def place(conn) -> Place | None:
     """The place of the server we are connected to; None where we may not read it."""
     try:
         return Place(*db.execute(conn, PLACE).fetchone())
-    except db.CONNECTION_LOST:
+    except db.ConnectionLost:
         raise
     except psycopg2.Error:
         return None

@@ -225,7 +225,7 @@ class Listener:
             try:
                 claimed = self.settle_and_claim(conn)
             except psycopg2.Error as error:
-                if not isinstance(error, db.CONNECTION_LOST):
+                if not isinstance(error, db.ConnectionLost):
                     self.upkeep.run(conn)  # it must run even where every turn fails
                 raise
             for call in claimed:
@@ -274,7 +274,7 @@ class Listener:
         try:
             again = calls.in_parts(conn, self.unwritten, [], 0, self.name).unsettled
             self.unwritten = [result for result in self.unwritten if result.call_id in again]
-        except db.CONNECTION_LOST:
+        except db.ConnectionLost:
             raise
         except psycopg2.Error:
             self.last_tries += 1
@@ -389,7 +389,7 @@ class Listener:
             turn = calls.settle_and_claim(
                 conn, self.unwritten, wanted, free, self.name, sweep=sweep
             )
-        except db.CONNECTION_LOST:
+        except db.ConnectionLost:
             raise
         except psycopg2.Error as error:
             reason = ops.first_line(error)
@@ -784,7 +784,7 @@ def run(workers: int | None = None, only: tuple[str, ...] = (), once: bool = Fal
         sys.exit(ops.EXIT_CANNOT_START)
     except psycopg2.Error as error:  # only --once gives up
         log.error("리스너 오류 발생: %s", " ".join(str(error).split()))
-        away = isinstance(error, db.CONNECTION_LOST)
+        away = isinstance(error, db.ConnectionLost)
         sys.exit(ops.EXIT_DATABASE_AWAY if away else ops.EXIT_PROBLEM)
 
 

@@ -151,7 +151,7 @@ class Hearing:
             try:
                 if is_told := can_hear(conn, self.settings):
                     listen(conn)
-            except db.CONNECTION_LOST:
+            except db.ConnectionLost:
                 raise
             except psycopg2.Error as error:
                 why = " ".join(str(error).split())

@@ -18,7 +18,7 @@ import pipeline
 import trigger
 import troubles
 from alerts import Alerts
-from db import CONNECTION_LOST, UNPINNED, WAKE_CHANNEL, execute, in_parts, reasons
+from db import UNPINNED, WAKE_CHANNEL, ConnectionLost, execute, in_parts, reasons
 from history import BATCH, log_failure
 from ops import listeners, migrations, routes
 from ops.problem import INSTALL
@@ -221,7 +221,7 @@ class Upkeep:
     def attempt(self, do: Callable, conn, *given: Any) -> Any:
         try:
             return do(conn, *given)
-        except CONNECTION_LOST:
+        except ConnectionLost:
             raise
         except psycopg2.Error as error:
             log_failure(do, " ".join(str(error).split()))

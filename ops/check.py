@@ -76,7 +76,7 @@ def lag(settings, max_lag: float, line: str) -> tuple[int, str]:
         conn = db.connect(settings, "job-state-listener check")
         seconds = db.execute(conn, LAG).fetchone()[0]
     except psycopg2.Error as error:
-        code = EXIT_DATABASE_AWAY if isinstance(error, db.CONNECTION_LOST) else EXIT_PROBLEM
+        code = EXIT_DATABASE_AWAY if isinstance(error, db.ConnectionLost) else EXIT_PROBLEM
         return code, f"the lag is not known: {' '.join(str(error).split())}"
     if seconds > max_lag:
         waited = f"the oldest due call has waited {seconds:.0f} s"

@@ -324,7 +324,7 @@ def take_over(conn) -> str:
             pass
         for batch in as_owner(UNSHARED, batch=BATCH).fetchall():
             as_owner(SHARE, **batch._asdict())
-    except db.CONNECTION_LOST:
+    except db.ConnectionLost:
         raise
     except psycopg2.Error as error:
         return " ".join(str(error).split())

@@ -365,7 +365,7 @@ def looking(settings: SimpleNamespace, interval: float) -> Iterator[dict[str, An
             found = look(conn, settings)
         except psycopg2.Error as error:
             reason = config.redactor(settings)(" ".join(str(error).split()))
-            lost = isinstance(error, db.CONNECTION_LOST)
+            lost = isinstance(error, db.ConnectionLost)
             conn = None if lost else conn
             away = "the database is away" if lost else "the database refused"
             found |= {"error": f"{away}, trying again: {reason}"}

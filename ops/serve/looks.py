@@ -99,7 +99,7 @@ class Looks:
         except (psycopg2.Error, Problem) as error:
             title, reason = why_unreadable(error)
             refusal = title, " ".join(self.redact(reason).split())
-            if isinstance(error, db.CONNECTION_LOST):
+            if isinstance(error, db.ConnectionLost):
                 self.close()
                 self.forget()
                 key = AWAY
@@ -138,7 +138,7 @@ class Looks:
 
 def why_unreadable(error: Exception) -> tuple[str, str]:
     """Title and reason of Unreadable for an error."""
-    if isinstance(error, db.CONNECTION_LOST):
+    if isinstance(error, db.ConnectionLost):
         return "No database", ops.lost(error)
     if isinstance(error, (psycopg2.errors.UndefinedTable, psycopg2.errors.UndefinedFunction)):
         return "Not installed", ops.missing(error)
