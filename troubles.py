@@ -4,7 +4,6 @@ none. Upkeep looks for each from time to time.
 
 import logging
 from collections.abc import Iterable
-from types import SimpleNamespace
 from typing import Any
 
 import pipeline
@@ -248,12 +247,9 @@ def tell_episode(alerts: Alerts, row: Any) -> None:
     """Send the alert of an episode that has begun, or is over."""
     stage = row.stage
     if row.waiting and not row.was_waiting:
-        why = row.held_reason or why_late(row._asdict())
-        text = f"a call of {stage} has been due for {row.seconds / 60:.0f} minutes: {why}"
-        log.error("밀린 단계: stage=%s 대기=%.0f초 %s", stage, row.seconds, why)
-        alerts.send("waiting", text, stage=stage, seconds=row.seconds, reason=why)
+        tell_waiting(alerts, stage, row.seconds, row.held_reason or why_late(row._asdict()))
     elif row.was_waiting and not row.waiting:
-        alerts.recovered("waiting", stage, "no call of it is late any more")
+        tell_no_more_waiting(alerts, stage)
     if row.refusing and not row.was_refusing:
         text = f"{stage} accepts no call: {row.last_error}"
         log.error("호출을 하나도 수락하지 않는 단계: stage=%s %s", stage, row.last_error)
@@ -262,9 +258,19 @@ def tell_episode(alerts: Alerts, row: Any) -> None:
         alerts.recovered("refusing", stage, "it accepts calls again")
 
 
+def tell_waiting(alerts: Alerts, stage: str, seconds: float, why: str) -> None:
+    text = f"a call of {stage} has been due for {seconds / 60:.0f} minutes: {why}"
+    log.error("밀린 단계: stage=%s 대기=%.0f초 %s", stage, seconds, why)
+    alerts.send("waiting", text, stage=stage, seconds=seconds, reason=why)
+
+
+def tell_no_more_waiting(alerts: Alerts, stage: str) -> None:
+    alerts.recovered("waiting", stage, "no call of it is late any more")
+
+
 # As in EPISODES, of stages that left PIPELINE, which have no row to be marked.
 OF_NO_STAGE = """
-SELECT c.stage, count(*) AS due, extract(epoch FROM now() - min(c.due_at))::float8 AS seconds
+SELECT c.stage, extract(epoch FROM now() - min(c.due_at))::float8 AS seconds
 FROM stage_calls AS c
 WHERE c.due_at < now() - make_interval(secs => %(after)s)
   AND NOT EXISTS (SELECT FROM pipeline_stages AS p WHERE p.stage = c.stage)
@@ -279,19 +285,10 @@ def tell_gone_stages(conn, after: float, alerts: Alerts, told: set[str]) -> None
     if not listeners.is_first(conn):
         return
     found = {row.stage: row for row in execute(conn, UNPINNED + OF_NO_STAGE, {"after": after})}
-    for row in found.values():
-        tell_episode(
-            alerts,
-            SimpleNamespace(
-                **row._asdict(),
-                waiting=True,
-                was_waiting=row.stage in told,
-                refusing=False,
-                was_refusing=False,
-                held_reason=f"PIPELINE has no stage {row.stage}",
-            ),
-        )
+    for stage, row in found.items():
+        if stage not in told:
+            tell_waiting(alerts, stage, row.seconds, f"PIPELINE has no stage {stage}")
     for stage in told - found.keys():
-        alerts.recovered("waiting", stage, "no call of it is late any more")
+        tell_no_more_waiting(alerts, stage)
     told.clear()
     told.update(found)

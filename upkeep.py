@@ -91,24 +91,10 @@ class Upkeep:
             self.attempt(reap, conn)
         if now >= self.clock_at:
             self.clock_at = now + CLOCK_INTERVAL
-            found = self.attempt(shorten_waits, conn, self.clock_is_back)
-            if found:
-                log.warning("데이터베이스 시계가 되돌아감: 길어진 대기 %d건을 다시 셈", found)
-            if found is not None:  # not refused
-                self.clock_is_back = found > 0  # a row may have been locked
-                if found >= BATCH:
-                    self.clock_at = now  # there is more
+            self.shorten_waits(conn, now)
         if now >= self.history_at:
             self.history_at = now + HISTORY_INTERVAL
-            looked_at = self.attempt(history.count, conn) or 0
-            if now >= self.prune_all_at:  # what was kept may have moved on
-                self.prune_all_at, self.pruned_until = now + PRUNE_ALL_INTERVAL, None
-            done = self.attempt(history.prune, conn, self.settings.HISTORY_DAYS, self.pruned_until)
-            if done:
-                self.pruned_until = done.until or self.pruned_until
-                looked_at = max(looked_at, done.attempts)
-            if looked_at >= BATCH:
-                self.history_at = now  # there is more
+            self.count_and_prune(conn, now)
         if now >= self.forget_at:
             self.forget_at = now + FORGET_INTERVAL
             given = self.stages, self.name, self.given_up_after
@@ -120,45 +106,15 @@ class Upkeep:
                 self.adopt_at = now  # there is more
         if now >= self.failed_at:
             self.failed_at = now + FAILED_INTERVAL
-            if self.failed_after is None:
-                self.failed_tables = list(pipeline.tables())
-            tables = self.failed_tables
-            found, failed = self.attempt_in_parts(
-                troubles.newly_failed, conn, tables, after=self.failed_after, tables=tables
-            )
-            self.failed_tables = [name for name in tables if name not in failed]
-            self.failed_after = found[0][1] if found else None
-            if self.failed_after is not None:
-                self.failed_at = now  # there is more
-            for row in (row for rows, _ in found for row in rows):
-                trigger.tell_failed(self.alerts, row.table_name, row.job_id, row.stage, row.error)
+            self.look_for_failed(conn, now)
         if now >= self.episodes_at:
             self.episodes_at = now + troubles.EPISODES_INTERVAL
-            for row in self.attempt(troubles.episodes, conn, self.settings.ALERT_AFTER) or []:
-                troubles.tell_episode(self.alerts, row)
             after = self.settings.ALERT_AFTER
+            for row in self.attempt(troubles.episodes, conn, after) or []:
+                troubles.tell_episode(self.alerts, row)
             self.attempt(troubles.tell_gone_stages, conn, after, self.alerts, self.gone)
         if now >= self.stalled_at:
-            found, failed = self.attempt_in_parts(troubles.newly_stalled, conn, *parts())
-            # With tens of millions of rows statement_timeout ends it, and no call began meanwhile.
-            took_long = (isinstance(e, psycopg2.errors.QueryCanceled) for e in failed.values())
-            self.stalled_interval = (
-                min(2 * self.stalled_interval, LONGEST_STALLED_INTERVAL)
-                if not found or any(took_long)
-                else STALLED_INTERVAL
-            )
-            self.stalled_at = now + self.stalled_interval
-            self.attempt(
-                self.tell_failing, conn, failed if len(found) < sum(map(len, parts())) else {}
-            )
-            for row in (row for rows in found for row in rows):
-                if row.jobs is None:
-                    self.alerts.recovered("stalled", row.stage, "no job is stalled any more")
-                    continue
-                log.error("정체된 단계: stage=%s jobs=%d", row.stage, row.jobs)
-                jobs = "1 job is" if row.jobs == 1 else f"{row.jobs} jobs are"
-                text = f"{jobs} stalled at {row.stage}: {row.reason}"
-                self.alerts.send("stalled", text, **row._asdict())
+            self.look_for_stalled(conn, now)
 
     def compare(self, conn) -> None:
         """Say once that the database has another PIPELINE: calls of its new states wait for a
@@ -197,6 +153,70 @@ class Upkeep:
             self.alerts.send("trigger_broken", text, reason=said)
         else:
             self.alerts.recovered("trigger_broken", None, "the triggers record calls again")
+
+    def shorten_waits(self, conn, now: float) -> None:
+        """Shorten what waits too long where the database's clock was set back."""
+        found = self.attempt(shorten_waits, conn, self.clock_is_back)
+        if found is None:  # refused
+            return
+        if found:
+            log.warning("데이터베이스 시계가 되돌아감: 길어진 대기 %d건을 다시 셈", found)
+        self.clock_is_back = found > 0  # a row may have been locked
+        if found >= BATCH:
+            self.clock_at = now  # there is more
+
+    def count_and_prune(self, conn, now: float) -> None:
+        """Count a batch of the history, and prune one."""
+        looked_at = self.attempt(history.count, conn) or 0
+        if now >= self.prune_all_at:  # what was kept may have moved on
+            self.prune_all_at, self.pruned_until = now + PRUNE_ALL_INTERVAL, None
+        done = self.attempt(history.prune, conn, self.settings.HISTORY_DAYS, self.pruned_until)
+        if done:
+            self.pruned_until = done.until or self.pruned_until
+            looked_at = max(looked_at, done.attempts)
+        if looked_at >= BATCH:
+            self.history_at = now  # there is more
+
+    def look_for_failed(self, conn, now: float) -> None:
+        """Tell people of rows that their stage has set to failed, a batch at a time."""
+        if self.failed_after is None:
+            self.failed_tables = list(pipeline.tables())
+        tables = self.failed_tables
+        found, failed = self.attempt_in_parts(
+            troubles.newly_failed, conn, tables, after=self.failed_after, tables=tables
+        )
+        self.failed_tables = [name for name in tables if name not in failed]
+        self.failed_after = found[0][1] if found else None
+        if self.failed_after is not None:
+            self.failed_at = now  # there is more
+        for rows, _ in found:
+            for row in rows:
+                trigger.tell_failed(self.alerts, row.table_name, row.job_id, row.stage, row.error)
+
+    def look_for_stalled(self, conn, now: float) -> None:
+        """Tell people of stages that are stalled since the last look, or no more. Where there are
+        tens of millions of rows, statement_timeout ends a look, and no call begins meanwhile: so
+        the next looks are further apart.
+        """
+        groups = parts()
+        found, failed = self.attempt_in_parts(troubles.newly_stalled, conn, *groups)
+        took_long = any(isinstance(e, psycopg2.errors.QueryCanceled) for e in failed.values())
+        if took_long or not found:
+            self.stalled_interval = min(2 * self.stalled_interval, LONGEST_STALLED_INTERVAL)
+        else:
+            self.stalled_interval = STALLED_INTERVAL
+        self.stalled_at = now + self.stalled_interval
+        has_all = len(found) == sum(map(len, groups))  # part by part, though not at once
+        self.attempt(self.tell_failing, conn, {} if has_all else failed)
+        for rows in found:
+            for row in rows:
+                if row.jobs is None:
+                    self.alerts.recovered("stalled", row.stage, "no job is stalled any more")
+                    continue
+                log.error("정체된 단계: stage=%s jobs=%d", row.stage, row.jobs)
+                jobs = "1 job is" if row.jobs == 1 else f"{row.jobs} jobs are"
+                text = f"{jobs} stalled at {row.stage}: {row.reason}"
+                self.alerts.send("stalled", text, **row._asdict())
 
     def tell_failing(self, conn, failed: Mapping[str, psycopg2.Error]) -> None:
         """Tell people that stalled rows cannot be looked for, and when that is over. Only the
