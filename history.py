@@ -100,7 +100,7 @@ WITH batch AS (
 SELECT (SELECT count(*) FROM pruned) AS pruned, count(*) AS attempts, max(finished_at) AS until
 FROM batch
 """
-# As in NEWLY_FAILED.
+# The tables are named here, and OFFSET 0 is used, for the reasons given at troubles.NEWLY_FAILED.
 RESTS = """
 WHEN {name} THEN EXISTS (
     SELECT FROM {table} AS r

@@ -64,12 +64,12 @@ HEARTBEAT_MARGIN = 20.0
 CONNECTING = 100.0
 # How often to look whether a stage has let go of the row of a call that it has answered.
 AGAIN_EVERY = 1.0
-# For so long a claim passes by what was due before the last one. A call that was committed late
-# waits that long at the most.
+# Seconds for which claims pass by what was due before the last call that they found (see Wanted).
+# A call that was committed late waits that long at the most.
 MARKED_FOR = 1.0
 # After a lost connection, a statement that was sent on it may still take effect for so long.
 DOUBTFUL = 600.0
-# Results are dropped after so many connections to a database that has no tables for them.
+# Results are dropped after so many tries in a database that has no tables for them.
 LAST_TRIES = 100
 # Seconds until this listener claims a call again that only one with another PIPELINE can make.
 PASSED_OVER_FOR = 10.0
@@ -107,7 +107,7 @@ class Listener:
         self.unclaimable: dict[str, str] = {}  # by stage: why no call of it can be claimed
         self.health = StageHealth(settings, self.alerts)
         self.join_look = JoinLook(once)
-        self.move_look = MoveLook(settings, self.alerts, self.tables, once)
+        self.move_look = MoveLook(settings, self.alerts, once)
 
         # When the next turn does what, by time.monotonic().
         self.look_at = 0.0  # claim calls that are due
@@ -156,7 +156,7 @@ class Listener:
                     if self.once and not self.has_work:
                         raise
                     lost = error
-                if lost:  # out here, as a worker that is forked inherits what is being handled
+                if lost:  # not within `except`: a worker that is forked there inherits the error
                     self.wait_to_reconnect(lost)
         finally:
             if not self.has_work:  # else a bug ended the loop: they finish and write their results
@@ -267,7 +267,7 @@ class Listener:
 
     def settle_last(self, conn: db.Connection, problem: ops.Problem) -> None:
         """Settle the results that are left, before this listener ends with `problem`. Drop them
-        after LAST_TRIES connections to a database that has no tables for them.
+        after LAST_TRIES in a database that has no tables for them.
         """
         self.unwritten, self.locked = self.unwritten + self.locked, []
         self.tell_failed(conn)
@@ -608,7 +608,12 @@ class Listener:
         return min(times, default=math.inf)
 
     def wait(self, until: float, conn: db.Connection | None = None) -> list:
-        """Sleep until something can be read, or until time.monotonic() is `until`."""
+        """Sleep until something can be read, or until time.monotonic() is `until`. Then see to
+        signals, alerts, the other hosts and orphans.
+
+        Raises:
+            hosts.OldPrimary: the listener is connected to one.
+        """
         self.obey()  # a signal that came during a statement wakes no select() any more
         now = time.monotonic()
         until = min(until, self.workers.next_deadline, self.alerts.next_look, now + LONGEST_SLEEP)

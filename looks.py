@@ -6,7 +6,6 @@ No call is claimed or settled meanwhile. A look that fails is repeated later, an
 import logging
 import math
 import time
-from collections.abc import Iterable
 from types import SimpleNamespace
 
 import psycopg2
@@ -104,12 +103,9 @@ class JoinLook(Look):
 class MoveLook(Look):
     """Ends the calls of asynchronous stages whose rows have moved on."""
 
-    def __init__(
-        self, settings: SimpleNamespace, alerts: Alerts, tables: Iterable[str], once: bool
-    ):
+    def __init__(self, settings: SimpleNamespace, alerts: Alerts, once: bool):
         super().__init__(pipeline.is_asynchronous())
         self.settings, self.alerts, self.once = settings, alerts, once
-        self.tables = list(tables)
         self.may_miss = False  # there may be moves that no trigger has recorded
 
     def sweep(self, conn: db.Connection) -> None:
@@ -125,9 +121,9 @@ class MoveLook(Look):
         unrecorded: dict[str, psycopg2.Error] = {}
         if self.may_miss:
             self.may_miss = False
-            _, unrecorded = db.in_parts(conn, moves.record_missed, self.tables)
+            _, unrecorded = db.in_parts(conn, moves.record_missed, pipeline.tables())
         began = time.monotonic()
-        found, failed = db.in_parts(conn, self.end_calls, self.tables)
+        found, failed = db.in_parts(conn, self.end_calls, pipeline.tables())
         seen = sum(found)
         if failed:
             seconds = self.fail(began, seen)

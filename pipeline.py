@@ -565,29 +565,22 @@ def sent_back(table: str, key: str, stage: str) -> str:
     """
     for route, function in routes().items():
         if function.__name__ == stage and route.table == table and not route.join:
-            step, status, id_ = (text.replace("'", "''") for text in (*route[2:], key))
-            names = {"table": name_in_sql(table), "id": name_in_sql(tables()[table].id)}
-            given = names | {"key": id_}
-            return SEND_BACK.format(step=step, status=status, **given)
+            words = {"step": route.step, "status": route.status, "key": key}
+            escaped = {name: word.replace("'", "''") for name, word in words.items()}
+            id_ = name_in_sql(tables()[table].id)
+            return SEND_BACK.format(table=name_in_sql(table), id=id_, **escaped)
     return typed("again", table, key, "--stage", stage)
 
 
 def stage_limits(settings: SimpleNamespace) -> dict[str, FullLimits]:
     """The Limits of every stage; what it does not declare is as in `settings`."""
-    declared = {f.__name__: limits_of(f) for f in pipeline().values()}
-    return {
-        stage: FullLimits(
-            given.max_running,
-            given.timeout or settings.STAGE_TIMEOUT,
-            given.max_attempts or settings.MAX_ATTEMPTS,
-            given.asynchronous,
-            given.pool,
-            given.per_minute,
-            given.fair,
-            given.per_tenant,
-        )
-        for stage, given in declared.items()
-    }
+    found = {}
+    for function in pipeline().values():
+        given = limits_of(function)
+        full = {"timeout": given.timeout or settings.STAGE_TIMEOUT,
+                "max_attempts": given.max_attempts or settings.MAX_ATTEMPTS}  # fmt: skip
+        found[function.__name__] = FullLimits(**vars(given) | full)
+    return found
 
 
 def timeouts(settings: SimpleNamespace) -> dict[str, float]:

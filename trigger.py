@@ -52,6 +52,8 @@ NOT_PASSED_ON = re.compile(
 OWN_REQUEST_FAILED = (requests.ConnectionError, requests.Timeout, *stage_http.CUT)
 # Seconds after its timeout at which the listener ends a call that has not ended itself.
 GRACE = 0.5
+# Ends the error of a call whose stage has set its row to failed.
+SET_FAILED = "set failed by its stage"
 
 
 def boottime() -> float:
@@ -446,17 +448,14 @@ def alert_given_up(alerts: Alerts, ended: Result) -> None:
     if ended.outcome == "failed":
         row = row_name(ended.table_name, ended.job_id).replace("=", " ", 1)
         text = f"{row}: {ended.stage} was given up: {ended.error}"
-        about = {"job": ended.job_id, "table": ended.table_name, "stage": ended.stage}
-        alerts.send("given_up", text, **about, error=ended.error, http_status=ended.http_status)
+        alerts.send("given_up", text, job=ended.job_id, table=ended.table_name, stage=ended.stage,
+                    error=ended.error, http_status=ended.http_status)  # fmt: skip
 
 
 def row_name(table: str, key: str) -> str:
     """The row of a table, as a line of the log names it."""
     known = pipeline.tables().get(table)
     return f"{'job' if known is None or known.name == pipeline.JOBS.name else known.id}={key}"
-
-
-SET_FAILED = "set failed by its stage"
 
 
 def tell_failed(alerts: Alerts, table: str, key: str, stage: str, error: str) -> None:

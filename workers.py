@@ -202,7 +202,7 @@ class Workers:
         """Have `call` made by an idle worker, whose last result is written."""
         worker = self.idle[0]
         if worker.made >= CALLS or worker.has_ended():
-            with contextlib.suppress(OSError):  # then it goes on for a while
+            with contextlib.suppress(OSError):  # where no process can be started, it goes on
                 self.all.append(self.start())
                 self.remove(worker, has_ended=False)
                 worker = self.all[-1]
