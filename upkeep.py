@@ -198,16 +198,14 @@ class Upkeep:
         tens of millions of rows, statement_timeout ends a look, and no call begins meanwhile: so
         the next looks are further apart.
         """
-        groups = parts()
-        found, failed = self.attempt_in_parts(troubles.newly_stalled, conn, *groups)
+        found, failed = self.attempt_in_parts(troubles.newly_stalled, conn, *parts())
         took_long = any(isinstance(e, psycopg2.errors.QueryCanceled) for e in failed.values())
         if took_long or not found:
             self.stalled_interval = min(2 * self.stalled_interval, LONGEST_STALLED_INTERVAL)
         else:
             self.stalled_interval = STALLED_INTERVAL
         self.stalled_at = now + self.stalled_interval
-        has_all = len(found) == sum(map(len, groups))  # part by part, though not at once
-        self.attempt(self.tell_failing, conn, {} if has_all else failed)
+        self.attempt(self.tell_failing, conn, failed)
         for rows in found:
             for row in rows:
                 if row.jobs is None:
