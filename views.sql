@@ -212,7 +212,7 @@ BEGIN
     SELECT jsonb_object_agg(r.join_of, format($rows$
         SELECT 'stalled', %1$L, m.parent_id, m.parent_id::text, %2$s, r.current_step::text,
                r.status::text, %3$L, NULL::timestamptz,
-               'its call was never recorded: ./jsl backfill --since 1d'
+               'its call was never recorded: ./jsl backfill'
         FROM %4$I.stage_joins AS m JOIN %4$I.%1$I AS r ON r.%5$I = m.parent_id
         WHERE m.join_of = %6$L AND m.is_open
           AND NOT EXISTS (SELECT FROM %4$I.stage_looks AS l

@@ -157,17 +157,20 @@ def statement(conn, sql: str, of: Table) -> str:
 # --- calls of joins ------------------------------------------------------------------------
 
 # The next batch of parents by id, and those of them whose rows are all in place although
-# stage_joins has no call that was recorded since the last row arrived. The time of that arrival is
-# not stored: the times of the rows and of the parent are upper bounds of it. The history does not
-# say which join a call was of. stage_joins does, so an accepted call of the stage counts for this
+# stage_joins has no call that was recorded since the last row arrived. Without --since, only
+# parents of which stage_joins knows that a row arrived. The time of the last arrival is not
+# stored: the times of the rows and of the parent are upper bounds of it. The history does not say
+# which join a call was of. stage_joins does, so an accepted call of the stage counts for this
 # join only where stage_joins has nothing of the parent, as it may be lost, or something of a join
-# that PIPELINE no longer has, which may be this one under another name. A parent that is already at
-# the stage, or at a later one, was called by somebody else.
+# that PIPELINE no longer has, which may be this one under another name. A parent that is already
+# at the stage, or at a later one, was called by somebody else.
 JOIN_MISSED = """
 WITH batch AS (
     SELECT {parent_id} AS id, r.current_step::text AS current_step, {parent_time} AS changed_at
     FROM {parent_table} AS r
-    WHERE %(after)s IS NULL OR {parent_id} > %(after)s
+    WHERE (%(after)s IS NULL OR {parent_id} > %(after)s)
+      AND (%(since)s IS NOT NULL OR {parent_id} IN (
+          SELECT parent_id FROM stage_joins WHERE join_of = %(join)s AND is_open))
     ORDER BY {parent_id}
     LIMIT %(batch)s
 ), complete AS (
@@ -191,7 +194,7 @@ WITH batch AS (
             WHERE s.table_name = %(table)s AND s.position >= (
                 SELECT min(p.position) FROM pipeline_stages AS p
                 WHERE p.join_of = %(join)s)) THEN 'past it'
-        WHEN c.changed_at IS NULL THEN %(no_time)s END AS why
+        WHEN %(since)s IS NOT NULL AND c.changed_at IS NULL THEN %(no_time)s END AS why
     FROM complete AS c
     LEFT JOIN stage_joins AS m ON m.parent_id = c.id AND m.join_of = %(join)s
     LEFT JOIN LATERAL (
@@ -295,16 +298,17 @@ def look(conn, really: bool, since: datetime | None) -> Found:
         given = {"since": since, "no_time": NO_TIME}
         look_through(conn, statement(conn, RECORD if really else COUNT, of), given, found, name)
     for name, join in pipeline.joins().items():
-        if since is None:
-            found.left_out.append(f"every {name}: left out without --since, as its rows stay in "
-                                  f"place: {pipeline.JSL} backfill --since 1d")  # fmt: skip
-            continue
         parent = pipeline.parent_name(join.table)
-        if {parent, join.table.name} <= {*timeless}:
-            found.left_out.append(f"every {name}: left out, as neither {parent} nor "
-                                  f"{join.table.name} has a time")  # fmt: skip
+        is_timeless = {parent, join.table.name} <= {*timeless}
+        why = f"as neither {parent} nor {join.table.name} has a time"
+        if since and is_timeless:
+            found.left_out.append(f"every {name}: left out with --since, {why}")
             continue
         look_through_join(conn, name, join, really, {"since": since, "no_time": NO_TIME}, found)
+        if since is None:
+            if not is_timeless:
+                why = f"as its rows stay in place: {pipeline.JSL} backfill --since 1d"
+            found.left_out.append(f"every {name}: left out where no row was seen to come, {why}")
     return found
 
 
@@ -331,9 +335,9 @@ def backfill(really: bool, since: datetime | None) -> None:
     """Give jobs the call that they owe and that nobody recorded.
 
     They were in a state that leads to a stage before install, or came to it while the trigger was
-    off. So with rows of other tables, and with --since also with jobs whose rows are all in the
-    state that a call waits for. A call that was accepted before is not repeated. Without --apply
-    nothing is changed.
+    off. So with rows of other tables, and with jobs whose rows are all in the state that a call
+    waits for; where none of these was seen to come, only with --since. A call that was accepted
+    before is not repeated. Without --apply nothing is changed.
     """
     conn = rows.connected("backfill")
     require_installed(conn)

@@ -462,7 +462,7 @@ def test_backfill_finds_rows_of_all_tables(variants, run, off, on):
     assert run("backfill", "--apply").lines == [
         "state                         stage        jobs",
         "jobs_variants: img_gen, done  yolo_detect     1",
-        f"every {JOIN}: left out without --since, as its rows stay in place: "
+        f"every {JOIN}: left out where no row was seen to come, as its rows stay in place: "
         "./jsl backfill --since 1d",
         "1 call recorded",
     ]
@@ -503,12 +503,26 @@ def stalled(run) -> list[tuple]:
     return [(row["stage"], row["stalled_reason"]) for row in found if row["stalled"]]
 
 
-@pytest.mark.parametrize("how", ["TRUNCATE", "replica", "DISABLE"])
-def test_status_shows_a_join_whose_last_arrival_was_not_seen(variants, run, how):
+OLD = "UPDATE jobs SET updated_at = now() - interval '1 y'"
+TIMELESS = "ALTER TABLE jobs DROP COLUMN updated_at, DROP COLUMN created_at"
+
+
+@pytest.mark.parametrize(
+    ("how", "then"),
+    [(how, "SELECT") for how in ("TRUNCATE", "replica", "DISABLE")]
+    + [("TRUNCATE", OLD), ("TRUNCATE", TIMELESS)],
+)
+def test_join_whose_last_arrival_was_not_seen_is_called_by_what_status_says(
+    variants, run, how, then
+):
     job = lose_arrival(variants, how)
-    assert stalled(run) == [("ad_copy", "its call was never recorded: ./jsl backfill --since 1d")]
+    variants.database.rows(then)
     assert job in run("jobs", "--stalled").out
-    run("backfill", "--since", "1d", "--apply")
+    [(_, reason)] = stalled(run)
+    done = run(*shlex.split(reason.split("never recorded: ./jsl ")[1]))
+    assert variants.owed() == []
+    done = run(*shlex.split(done.lines[-1].split("1 call missing; to record: ./jsl ")[1]))
+    assert done.lines[-1] == "1 call recorded"
     assert variants.owed() == [("jobs", job, "ad_copy")] and stalled(run) == []
 
 
@@ -524,6 +538,19 @@ def test_status_shows_no_join_that_waits_is_looked_at_or_was_there_before_instal
     variants.database.rows("DELETE FROM jobs_variants WHERE job_id = %s", emptied)
     variants.add(variants.database.add_job("x", "y"), "iou_eval", "done")
     assert stalled(run) == []
+
+
+def test_backfill_leaves_parents_of_which_no_row_was_seen_to_come_where_there_is_no_time(
+    variants, run
+):
+    variants.database.rows(f"{TIMELESS}; {REPLICA}")
+    variants.add(variants.database.add_job("x", "y"), "iou_eval", "done")
+    assert run("backfill").lines == [
+        f"every {JOIN}: left out where no row was seen to come, as neither jobs nor jobs_variants "
+        "has a time",
+        "no call is missing",
+    ]
+    assert run("backfill", "--since", "1h").refused(1).endswith("leave it out")
 
 
 def test_backfill_leaves_older_parents(variants, run):
