@@ -10,6 +10,7 @@ import pytest
 from claims import connected, result, settle
 from commands import run_here
 from test_joins import claim_join, joined
+from test_ops_tables import lose_arrival
 from waiting import PATIENCE, wait_for_call
 
 import db
@@ -241,6 +242,12 @@ def test_join_that_nobody_recorded_is_found(variants):
     job, _ = joined(variants)
     done = run_here(variants.database.environ, "audit", "--json")
     assert found(done) == {LOST: 1} and job in done.out
+
+
+def test_join_whose_last_row_came_unseen_is_found_once(variants):
+    lose_arrival(variants, "TRUNCATE")
+    done = run_here(variants.database.environ, "audit", "--json")
+    assert found(done) == {LOST: 1}
 
 
 # --- rows that rest ------------------------------------------------------------------------

@@ -73,11 +73,14 @@ def own_stages(table: str, state: tuple[str, str] | None = None) -> set[str]:
 
 # --- never recorded ------------------------------------------------------------------------
 
-# Parents in stage_looks are left out: a listener will still record their calls.
+# Parents in stage_looks are left out: a listener will still record their calls. So are those in
+# stage_joins: resting_rows() has them, which is looked at before.
 NEVER_RECORDED = f"""{backfill.JOIN_MISSED}, found AS (
     SELECT c.id, c.changed_at FROM missed AS m JOIN complete AS c ON c.id = m.id
     WHERE m.why IS NULL AND NOT EXISTS (
-        SELECT FROM stage_looks AS k WHERE k.parent_id = m.id AND k.join_of = %(join)s)
+        SELECT FROM stage_looks AS k WHERE k.parent_id = m.id AND k.join_of = %(join)s
+        UNION ALL
+        SELECT FROM stage_joins AS j WHERE j.parent_id = m.id AND j.join_of = %(join)s)
 )
 SELECT (SELECT id::text FROM batch ORDER BY batch.id DESC LIMIT 1) AS last,
        ARRAY(SELECT id::text FROM found ORDER BY found.id) AS ids,
@@ -86,7 +89,7 @@ SELECT (SELECT id::text FROM batch ORDER BY batch.id DESC LIMIT 1) AS last,
 
 
 def never_recorded(conn, since: datetime) -> Iterator[Finding]:
-    """The parents whose last row arrived since then, and for which no call was recorded."""
+    """The parents whose last row arrived since then, and of which nothing was recorded."""
     for name, state in pipeline.joins().items():
         parent, stage = pipeline.owner(state).name, stage_of(name)
         given = {"join": name, "stage": stage, "step": state.step, "status": state.status,
