@@ -11,6 +11,7 @@ import db
 import pipeline
 from logs import CONTROL
 from ops import rows, waits
+from ops.resting import ACCEPTED, NEVER_RECORDED
 from ops.rows import TABLE, RowCommand, said, typed
 from ops.table import (
     JSON,
@@ -161,6 +162,19 @@ def cancelled(row: Any, attempts: list) -> Any:
     return Rest(row.table_name, row.key, CANCELLED, stage, found.started_at, why)
 
 
+def way_out(row: Any, why: Any, above: list[dict[str, Any]]) -> str:
+    """What a person types so that the stage is called for which `row` rests. Where its own state
+    does not lead there, the call is that of a join, unless the stage has set the row itself.
+    """
+    found = []
+    if why.stage != rows.own_stage(row) and why.reason.startswith((NEVER_RECORDED, ACCEPTED)):
+        is_open = why.reason.startswith(NEVER_RECORDED)
+        found = [one["join"] for one in above
+                 if (one["stage"], one["is_open"]) == (why.stage, is_open)
+                 and 0 < one["rows"] == one["in_place"]]  # fmt: skip
+    return rows.way_to_join(row, found[0], why.stage) if found else rows.way_on(row, why.stage)
+
+
 def reason_of(cancelled: Any) -> str:
     return f"cancelled by {cancelled.worker}: {cancelled.error}"
 
@@ -232,7 +246,7 @@ def as_object(row, owed, calling, attempts, below, above, rests, waiting) -> dic
         "owes": plainly(own(owed)),
         "waits": plainly(waiting.get("")),
         "calling": plainly(calling[-1] if calling else None),
-        "rests": why and dict(plainly(why) or (), mend=rows.way_on(row, why.stage)),
+        "rests": why and dict(plainly(why) or (), mend=way_out(row, why, above)),
         "joins": [
             one | {"owes": plainly(one["owes"]), "waits": plainly(waiting.get(one["join"]))}
             for one in above
@@ -271,7 +285,7 @@ def place_lines(found: Found) -> Iterator[str]:
         under_way = found.calling[-1]
         yield f"called: {under_way.stage} (call {under_way.call_id}), {on_it(under_way)}"
     if why := found.rests.get((row.table_name, row.key)):
-        yield rest_line(row, why)
+        yield rest_line(row, why, found.above)
     for one in found.above:
         yield join_line(row, one, cancellation(found.attempts, one["stage"]))
     for one in found.owed:
@@ -321,12 +335,12 @@ def on_it(call: Any) -> str:
     return f"{who} since {clock(call.started_at)}"
 
 
-def rest_line(row: Any, why: Any) -> str:
+def rest_line(row: Any, why: Any, above: list[dict]) -> str:
     since = f" since {clock(why.since)}" if why.since else ""
     # Some reasons end with a command for all rows alike; `jobs` shows it, `job` does not.
     reason = readable(why.reason).partition(f": {pipeline.JSL} ")[0]
     text = f"rests{since}: {plain(reason)}"
-    return f"{text}; to call {why.stage} again: {one_line(rows.way_on(row, why.stage))}"
+    return f"{text}; to call {why.stage} again: {one_line(way_out(row, why, above))}"
 
 
 def one_line(text: str) -> str:

@@ -21,6 +21,9 @@ FROM resting_rows()
 GROUP BY stage, kind
 """
 
+# How two reasons begin, which may be about a call of the row's own state or of a join.
+NEVER_RECORDED, ACCEPTED = "its call was never recorded", "accepted by the stage"
+
 
 def parts() -> tuple[Collection[str], Collection[str]]:
     """What resting_rows() can be asked for by itself: the rows of a table; a join, which cannot be

@@ -172,6 +172,57 @@ def test_stalled_join_is_called_again_by_what_job_says(variants, run, joined):
     assert ("jobs", joined, said["stage"]) in variants.owed()
 
 
+@pytest.fixture
+def ambiguous(variants, use_pipeline) -> None:
+    """A stage that follows from a state of the job and from a join."""
+    use_pipeline(PIPELINE | {("img_gen", "done"): stage("ad_copy")})
+    with connected(variants.database) as conn:
+        apply(conn)
+
+
+def type_way_out(run, job: str) -> str:
+    """Type what `job` says of a row that rests; returns the reason."""
+    rests = next(line for line in run("job", job).lines if line.startswith("rests"))
+    why, typed = rests.split("; to call ad_copy again: ")
+    assert json.loads(run("job", job, "--json").out)["rests"]["mend"] == typed
+    assert run(*shlex.split(typed.removeprefix("./jsl "))).code == 0
+    return why
+
+
+@pytest.mark.parametrize("step", ["img_gen", "ad_copy"])
+def test_parent_at_work_is_not_sent_back_for_a_join_that_was_never_recorded(
+    variants, run, ambiguous, step
+):
+    job = lose_arrival(variants, "TRUNCATE")
+    variants.database.move(job, step, "running")
+    assert "never recorded" in type_way_out(run, job)
+    assert [join for (join,) in variants.database.rows(OWED_JOINS)] == [JOIN]
+
+
+def test_parent_at_work_is_not_sent_back_for_a_join_whose_call_was_accepted(
+    variants, run, ambiguous
+):
+    job = variants.database.add_job("img_gen", "running")
+    variants.add(job, "iou_eval", "done")
+    look(variants.database)
+    call(variants.database, ["ad_copy"])
+    variants.database.rows("UPDATE stage_joins SET recorded_at = now() - interval '1 h'")
+    variants.database.rows(AN_HOUR_AGO)
+    assert "accepted by the stage" in type_way_out(run, job)
+    assert [join for (join,) in variants.database.rows(OWED_JOINS)] == [JOIN]
+
+
+def test_job_names_the_one_of_two_joins_whose_last_arrival_was_not_seen(variants, run, two_joins):
+    variants.add(two_joins, "iou_eval", "done")
+    look(variants.database)
+    call(variants.database, ["ad_copy"])
+    variants.database.rows(f"{ADD_PHOTO}, (gen_random_uuid(), %s, 'new', 'new')", *[two_joins] * 2)
+    look(variants.database)
+    variants.database.rows(f"{REPLICA}; UPDATE photos SET current_step = 'sharp', status = 'done'")
+    assert "never recorded" in type_way_out(run, two_joins)
+    assert [join for (join,) in variants.database.rows(OWED_JOINS)] == [OF_PHOTOS]
+
+
 # --- ids that need more --------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from ops.audit.attempts import ATTEMPTS, Judge
 from ops.audit.findings import BATCH, BLUR, PATIENCE, READ_ONLY, Finding, Findings, ask, at, windows
 from ops.audit.limits import Limits
 from ops.problem import Problem
+from ops.resting import NEVER_RECORDED
 from ops.routes import is_updates_only
 from ops.rules import AFTER_LEAVING, EARLY, LIMIT, LOST, OVERLAP, REPEATED
 from ops.since import Since
@@ -40,7 +41,6 @@ SELECT kind, table_name, job_id, stage, since, reason FROM resting_rows()
 WHERE since IS NULL OR since > %(since)s
 ORDER BY since NULLS FIRST, job_id
 """
-NEVER_RECORDED = "its call was never recorded"
 
 # What audit cannot tell, as it is printed.
 UNKNOWN = (
