@@ -680,6 +680,8 @@ class Call:
             "traceparent": self.traceparent,
         }
         before, self.answer = self.answer, None
+        if before is not None and before.may_run:
+            self.unanswered = NoAnswer(before.error, before.status)
         self.tell_listener(0)
         try:
             self.answer = self.api.post(path, body, headers, self.until)

@@ -5,6 +5,7 @@ says whether the request may have been sent.
 import http.client
 import io
 import json
+import re
 import socket
 import ssl
 import time
@@ -22,6 +23,22 @@ from requests.structures import CaseInsensitiveDict
 
 import signing
 
+# Statuses after which the work may still run: the stage says so (409), or a gateway or framework
+# had passed the request on and stopped waiting. docs/answers.md has each.
+MAY_RUN = (409, 460, 499, 502, 504, 520, 522, 524, 598, 599)
+# Texts of a 503 from gateways that had passed the request on, and what Envoy adds where it had not.
+# After a retry, Envoy's text need not be true of the first attempt.
+PASSED_ON = re.compile(
+    "disconnect/reset before headers"  # Envoy
+    "|<title>503 Backend fetch failed"  # Varnish
+    "|<title>Timeout</title>"  # TimeoutHandler of Go
+    "|herokucdn.com/error-pages/application-error"
+)
+NOT_PASSED_ON = re.compile(
+    "(?<!latest )reset reason: (?:(?:local |remote )?connection failure|connection timeout|overflow"
+    "|(?:local|remote) refused stream reset|overload manager reset)"
+)
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -30,6 +47,16 @@ class Answer:
     status: int
     text: str = ""
     retry_after: float | None = None
+
+    @property
+    def may_run(self) -> bool:
+        """Whether the stage may still work on the request."""
+        passed_on = PASSED_ON.search(self.text) and not NOT_PASSED_ON.search(self.text)
+        return self.status in MAY_RUN or bool(self.status == 503 and passed_on)
+
+    @property
+    def error(self) -> str:
+        return f"HTTP {self.status}: {self.text}".rstrip(": ")
 
 
 class Unreachable(Exception):
@@ -41,7 +68,13 @@ class Interrupted(Exception):
 
 
 class NoAnswer(Exception):
-    """Sent, and it is unknown whether the stage works on it: no answer in time, or a cut one."""
+    """Sent, and it is unknown whether the stage works on it: no answer in time, a cut one, or one
+    with a status that leaves it open.
+    """
+
+    def __init__(self, text: str = "", status: int | None = None):
+        super().__init__(text)
+        self.status = status
 
 
 class TimeIsUp(Exception):

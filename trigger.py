@@ -8,7 +8,6 @@ import bdb
 import logging
 import os
 import random
-import re
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -29,25 +28,10 @@ from pipeline import Call
 log = logging.getLogger("listener.trigger")
 
 LONGEST_BACKOFF = 300.0  # seconds
-# Statuses after which the work may still run: the stage says so (409), or a gateway or framework
-# had passed the request on and stopped waiting. docs/answers.md has each.
-MAY_RUN = (409, 460, 499, 502, 504, 520, 522, 524, 598, 599)
 # The stage asks for patience, or a gateway could not connect to it.
 NOT_NOW = (429, 503, 521, 523, 525, 526, 530)
 # Outcomes of an answer after which nothing runs.
 REFUSED = ("held", "retry", "failed")
-# Texts of a 503 from gateways that had passed the request on, and what Envoy adds where it had not.
-# After a retry, Envoy's text need not be true of the first attempt.
-PASSED_ON = re.compile(
-    "disconnect/reset before headers"  # Envoy
-    "|<title>503 Backend fetch failed"  # Varnish
-    "|<title>Timeout</title>"  # TimeoutHandler of Go
-    "|herokucdn.com/error-pages/application-error"
-)
-NOT_PASSED_ON = re.compile(
-    "(?<!latest )reset reason: (?:(?:local |remote )?connection failure|connection timeout|overflow"
-    "|(?:local|remote) refused stream reset|overload manager reset)"
-)
 # What `requests` raises where a stage function's own request got no answer, or no whole one.
 OWN_REQUEST_FAILED = (requests.ConnectionError, requests.Timeout, *stage_http.CUT)
 # Seconds after its timeout at which the listener ends a call that has not ended itself.
@@ -196,8 +180,8 @@ class Trigger:
         status = answer.status
         if ended := accepted(call, status):
             return ended
-        error = f"HTTP {status}: {answer.text}".rstrip(": ")
-        if status in MAY_RUN or (status == 503 and may_run(answer.text)):
+        error = answer.error
+        if answer.may_run:
             return self.failure(call, "unknown", error, http_status=status)
         if status in NOT_NOW:
             wait = answer.retry_after
@@ -212,11 +196,11 @@ class Trigger:
         if isinstance(error, stage_http.Unreachable):
             return self.failure(call, "held", f"stage API unreachable: {error}", hold=True)
         if isinstance(error, stage_http.NoAnswer):
-            return self.failure(call, "unknown", str(error))
+            return self.failure(call, "unknown", str(error), http_status=error.status)
         if isinstance(error, stage_http.Interrupted):
             return self.failure(call, "retry", f"connection broke while waiting: {error}")
         # raise_for_status() of a request that the stage function made beside call.post.
-        if getattr(getattr(error, "response", None), "status_code", None) in MAY_RUN:
+        if getattr(getattr(error, "response", None), "status_code", None) in stage_http.MAY_RUN:
             return self.failure(call, "unknown", str(error))
         if isinstance(error, db.ConnectionLost):
             text = f"no database for the stage function: {error}"
@@ -294,11 +278,6 @@ def answer_in(response: requests.Response) -> stage_http.Answer:
     text = body[: stage_http.TEXT_LIMIT].decode("utf-8", "replace")
     retry_after = stage_http.parse_retry_after(response.headers)
     return stage_http.Answer(response.status_code, text, retry_after)
-
-
-def may_run(text: str) -> bool:
-    """Whether a 503 is that of a gateway which had passed the request on."""
-    return bool(PASSED_ON.search(text)) and not NOT_PASSED_ON.search(text)
 
 
 def accepted(call: Call, status: int) -> Result | None:

@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 from raw_server import answering, in_turn
 
-import trigger
+import stage_http
 
 RETRY_DELAY = timedelta(seconds=5)
 
@@ -165,7 +165,7 @@ UNKNOWN = {
     "cut body": answering(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nok"),
     "cut chunks": answering(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n"),
     "unframed": answering(b"HTTP/1.1 200 OK\r\n\r\nok"),
-    **{str(status): answering(reply(status)) for status in trigger.MAY_RUN},
+    **{str(status): answering(reply(status)) for status in stage_http.MAY_RUN},
     **{text[-40:]: answering(reply(503, "Retry-After: 5", body=text)) for text in PASSED_ON},
 }
 

@@ -84,6 +84,27 @@ def test_post_without_an_answer_may_still_run_until_another_is_accepted(
     assert caller(serve(CUT, behaviour).url).call().outcome == outcome
 
 
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize(("statuses", "outcome"), [
+    ((504, 500), "unknown"), ((502, 404), "unknown"), ((409, 503), "unknown"),
+    ((504, 429, 500), "unknown"), ((504, 200), "succeeded"), ((504, 200, 500), "retry"),
+    ((503, 500), "retry"),
+])  # fmt: skip
+def test_post_whose_answer_leaves_it_open_may_run_until_another_is_accepted(
+    database, serve, caller, add_stage, statuses, outcome, raises
+):
+    def posting(call):
+        *_, last = [call.post("/api/x") for _ in statuses]
+        return last if not raises else {}["files"]
+
+    add_stage(posting)
+    database.add_job("x")
+    attempt = caller(serve(in_turn(*map(answer, statuses))).url).call()
+    assert attempt.outcome == outcome
+    if outcome == "unknown":
+        assert (attempt.http_status, attempt.error) == (statuses[0], f"HTTP {statuses[0]}")
+
+
 @pytest.mark.parametrize(("status", "outcome"), [
     (500, "unknown"), (422, "unknown"), (503, "unknown"), (200, "succeeded"),
 ])  # fmt: skip
