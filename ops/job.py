@@ -1,17 +1,17 @@
 """`job`: where one row is, what it owes, what it waits for, and every attempt so far."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
 
 import click
-import psycopg2
 
 import db
 import pipeline
 from logs import CONTROL
 from ops import rows, waits
-from ops.resting import ACCEPTED, NEVER_RECORDED
+from ops.problem import Problem
+from ops.resting import ACCEPTED, NEVER_RECORDED, listed
 from ops.rows import TABLE, RowCommand, said, typed
 from ops.table import (
     JSON,
@@ -69,30 +69,32 @@ LEFT JOIN stage_joins AS m ON m.parent_id = %(key)s AND m.join_of = %(join)s
 """
 
 
-def children(conn, row: Any) -> list[dict[str, Any]]:
+def children(conn, row: Any, unread: Mapping[str, str]) -> list[dict[str, Any]]:
     """The tables whose rows may belong to `row`; for each, the first rows that do, and how many
     are in which state.
     """
     found = []
     for child in pipeline.tables().values():
-        if pipeline.parent_name(child) != row.table_name:
+        if pipeline.parent_name(child) != row.table_name or child.name in unread:
             continue
         names = rows.names(conn, child)
-        listed = rows.LISTED + "WHERE {parent} = %(key)s ORDER BY {id}, join_of LIMIT %(most)s"
+        first = rows.LISTED + "WHERE {parent} = %(key)s ORDER BY {id}, join_of LIMIT %(most)s"
         given = {"key": row.key, "most": MOST_CHILDREN + 1}
-        of_parent = db.execute(conn, listed.format(time=NO_TIME, **names), given).fetchall()
+        of_parent = db.execute(conn, first.format(time=NO_TIME, **names), given).fetchall()
         states = db.execute(conn, COUNTED.format(**names), given).fetchall()
         found.append({"table": child.name, "rows": of_parent, "states": states})
     return found
 
 
-def joins(conn, row: Any, owed: list) -> list[dict[str, Any]]:
-    """Each join of `row` with its call; also joins that left PIPELINE and still have a call."""
+def joins(conn, row: Any, owed: list, unread: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Each join of `row` with its call; also joins that still have a call, and that left PIPELINE
+    or whose rows cannot be read.
+    """
     calls = {call.join_of: call for call in owed if call.join_of}
     stages = {route.join: f.__name__ for route, f in pipeline.routes().items()}
     found = []
     for name, state in pipeline.joins().items():
-        if pipeline.parent_name(state.table) != row.table_name:
+        if pipeline.parent_name(state.table) != row.table_name or state.table.name in unread:
             continue
         sql = JOINED.format(**rows.names(conn, state.table))
         given = {"key": row.key, "join": name, "step": state.step, "status": state.status}
@@ -107,9 +109,11 @@ def joins(conn, row: Any, owed: list) -> list[dict[str, Any]]:
 # --- why it rests --------------------------------------------------------------------------
 
 
-def resting(conn, row: Any, owed: list, calling: list, below: list[dict]) -> dict[tuple, Any]:
-    """By (table, id): why this row and the rows that belong to it rest; empty where the query takes
-    too long.
+def resting(
+    conn, row: Any, owed: list, calling: list, below: list[dict], unread: Mapping[str, str]
+) -> dict[tuple, Any]:
+    """By (table, id): why this row and the rows that belong to it rest, as far as that can be read
+    in time.
     """
     ids = [(child.table_name, child.job_id) for of in below for child in of["rows"]]
     if not (owed or calling) and rows.is_readable(row):
@@ -117,12 +121,10 @@ def resting(conn, row: Any, owed: list, calling: list, below: list[dict]) -> dic
     if not ids:
         return {}
     tables, keys = zip(*ids, strict=True)
-    try:
-        found = db.execute(conn, RESTS, {"tables": list(tables), "keys": list(keys)})
-    except psycopg2.errors.QueryCanceled:
-        click.echo("why it rests could not be found out in time", err=True)
-        return {}
-    return {(one.table_name, one.job_id): one for one in found}
+    found = listed(conn, RESTS, {"tables": list(tables), "keys": list(keys)})
+    if found.problem and not unread:
+        click.echo(found.problem, err=True)
+    return {(one.table_name, one.job_id): one for one in found.rows}
 
 
 class Rest(NamedTuple):
@@ -193,18 +195,19 @@ class Found(NamedTuple):
     above: list[dict[str, Any]]
     rests: dict[tuple, Any]
     waiting: dict[str, waits.Waits]
+    unread: Mapping[str, str]  # tables that cannot be read, and why
 
 
-def look(conn, row: Any) -> Found:
+def look(conn, row: Any, unread: Mapping[str, str]) -> Found:
     given = {"key": row.key, "table": row.table_name}
     owed = rows.owed(conn, row)
     calling, attempts = (db.execute(conn, sql, given).fetchall() for sql in (CALLING, ATTEMPTS))
-    below, above = children(conn, row), joins(conn, row, owed)
-    rests = resting(conn, row, owed, calling, below)
+    below, above = children(conn, row, unread), joins(conn, row, owed, unread)
+    rests = resting(conn, row, owed, calling, below, unread)
     if not (owed or calling) and (dropped := cancelled(row, attempts)):
         rests[row.table_name, row.key] = dropped
     waiting = waits.waits(conn, row) if owed else {}
-    return Found(row, owed, calling, attempts, below, above, rests, waiting)
+    return Found(row, owed, calling, attempts, below, above, rests, waiting, unread)
 
 
 # --- the command ---------------------------------------------------------------------------
@@ -218,16 +221,19 @@ def job(job_id: str, table: str | None, as_json: bool) -> None:
     """Where JOB_ID is, what it owes, and every attempt so far.
 
     JOB_ID is the id of a job or of a row of another table of the pipeline. One that other rows
-    belong to shows those, too.
+    belong to shows those, too. Exit 1 where a table cannot be read.
     """
     conn = rows.connected("job")
-    found = look(conn, rows.find(conn, job_id, table))
+    unread = rows.unread(conn)
+    found = look(conn, rows.find(conn, job_id, table, unread), unread)
     if as_json:
         echo_json(as_object(*found))
-        return
-    lines = [*place_lines(found)]
-    lines += [line for of in found.below for line in child_lines(of, found.rests)]
-    echo_lines((line, 0) for line in [*lines, *attempt_lines(found.attempts)])
+    else:
+        lines = [*place_lines(found)]
+        lines += [line for of in found.below for line in child_lines(of, found.rests)]
+        echo_lines((line, 0) for line in [*lines, *attempt_lines(found.attempts)])
+    if unread:
+        raise Problem(rows.told(unread))
 
 
 def own(owed: list) -> Any:
@@ -235,7 +241,7 @@ def own(owed: list) -> Any:
     return next((call for call in owed if not call.join_of), None)
 
 
-def as_object(row, owed, calling, attempts, below, above, rests, waiting) -> dict[str, Any]:
+def as_object(row, owed, calling, attempts, below, above, rests, waiting, unread) -> dict[str, Any]:
     place = {name: getattr(row, name) for name in ("current_step", "status", "tenant_id")}
     why = rests.get((row.table_name, row.key))
     return {
@@ -260,6 +266,7 @@ def as_object(row, owed, calling, attempts, below, above, rests, waiting) -> dic
             for of in below
         ],
         "attempts": [plainly(attempt) for attempt in attempts],
+        "problem": rows.told(unread) or None,
     }
 
 
@@ -291,6 +298,8 @@ def place_lines(found: Found) -> Iterator[str]:
     for one in found.owed:
         if one.join_of in found.waiting:
             yield wait_line(one.stage, found.waiting[one.join_of])
+    if problem := rows.told(found.unread):
+        yield plain(problem)
 
 
 def where(row: Any) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import click
@@ -10,7 +10,7 @@ import click
 import config
 import db
 import pipeline
-from ops import rows, waits
+from ops import resting, rows, waits
 from ops.job import LONGEST_TOLD, one_line, plainly, situation
 from ops.problem import Problem
 from ops.rows import TableName
@@ -112,7 +112,9 @@ SELECT g.table_name, g.job_id::text, at.tenant_id, g.current_step, g.status, g.j
        coalesce(g.given_up_at, g.owed_since) AS since, g.call_id, g.attempts, g.last_error
 FROM given_up_calls AS g
 CROSS JOIN LATERAL (
-    SELECT coalesce(g.tenant_id, (stage_call_row(g.table_name, '', g.job_id)).tenant_id #>> '{}')
+    SELECT coalesce(g.tenant_id, (stage_call_row(
+        CASE WHEN g.table_name = ANY (%(unread)s::text[]) THEN '' ELSE g.table_name END,
+        '', g.job_id)).tenant_id #>> '{}')
         AS tenant_id) AS at
 WHERE (%(since)s::timestamptz IS NULL OR coalesce(g.given_up_at, g.owed_since) >= %(since)s)
   AND (%(tenant)s::text IS NULL OR left(at.tenant_id, 500) = left(%(tenant)s, 500))
@@ -158,6 +160,16 @@ class Listing:
         return f"{row.stage}: {situation(row)}" if row.stage else "-"
 
 
+def resting_rows(conn, given: dict[str, Any]) -> tuple[list, str | None]:
+    """The rows of RESTING, and what of them is not known."""
+    found = resting.listed(conn, RESTING, given, given["table"])
+    if len(found.by_part) < 2:
+        return found.rows, found.problem
+    oldest = sorted(found.rows, key=lambda row: (row.since or EARLIEST, row.job_id))
+    return oldest[: given["limit"] + 1], found.problem
+
+
+EARLIEST = datetime.min.replace(tzinfo=timezone.utc)
 STALLED = Listing(RESTING, "when anything last happened to the job", "stalled", "stalled")
 FAILED = Listing(RESTING, "when anything last happened to the job", "failed", "failed")
 
@@ -233,7 +245,7 @@ def jobs(stage, given_up, stalled, failed, only, tenant, since, limit, as_json) 
     So are the rows of the other tables of the pipeline. Options narrow the list down together.
     Newest first, stalled and failed jobs oldest first. The last line says what --since and the
     column since compare: updated_at where a table has such a column (of type timestamptz), else
-    created_at, else the listener's own record.
+    created_at, else the listener's own record. Exit 1 where a table cannot be read.
     """
     if given_up + stalled + failed > 1:
         raise click.UsageError(
@@ -241,35 +253,54 @@ def jobs(stage, given_up, stalled, failed, only, tenant, since, limit, as_json) 
         )
     settings = config.settings()
     conn = rows.connected("jobs")
-    tables = [one for one in pipeline.tables().values() if only in (None, one.name)]
-    if not (stage or given_up or stalled or failed or tenant is not None or since):
-        show_states(conn, tables, limit, as_json)
+    given = {"stage": stage, "tenant": tenant, "since": since, "limit": limit, "table": only}
+    if stalled or failed:
+        kind = STALLED if stalled else FAILED
+        found, problem = resting_rows(conn, given | {"kind": kind.kind})
+        show_rows(conn, kind, found, limit, as_json, problem)
+        return
+    unread = {name: why for name, why in rows.unread(conn).items() if only in (None, name)}
+    tables = [one for one in pipeline.tables().values()
+              if only in (None, one.name) and one.name not in unread]  # fmt: skip
+    problem = rows.told(unread) or None
+    if problem and not (tables or given_up):
+        raise Problem(problem)
+    if not (stage or given_up or tenant is not None or since):
+        show_states(conn, tables, limit, as_json, problem)
         return
     kind = (
         Listing(GIVEN_UP, "when the call was given up", "given up") if given_up
-        else STALLED if stalled else FAILED if failed
         else any_row(conn, settings, tables, since)
     )  # fmt: skip
-    given = {"stage": stage, "tenant": tenant, "since": since, "limit": limit, "table": only}
-    found = db.execute(conn, kind.sql, given | {"kind": kind.kind}).fetchall()
+    found = db.execute(conn, kind.sql, given | {"unread": [*unread]}).fetchall()
+    show_rows(conn, kind, found, limit, as_json, problem)
+
+
+def show_rows(
+    conn, kind: Listing, found: list, limit: int, as_json: bool, problem: str | None
+) -> None:
+    """Raises Problem at the end, where there is a `problem`."""
     more = len(found) > limit
     if as_json:
         listed = [plainly(row) for row in found[:limit]]
-        echo_json({"jobs": listed, "since": kind.times, "more": more})
-        return
-    echo_lines(job_lines(kind, found[:limit]))
-    held = waits.held_of(conn, {row.stage for row in found if row.stage})
-    if held:
-        echo_lines((one_line(f"{hold.why}; {hold.mend}"), 0) for hold in held)
-    if more:
-        say_more(limit)
+        echo_json({"jobs": listed, "since": kind.times, "more": more, "problem": problem})
+    else:
+        echo_lines(job_lines(kind, found[:limit]))
+        held = waits.held_of(conn, {row.stage for row in found if row.stage})
+        if held:
+            echo_lines((one_line(f"{hold.why}; {hold.mend}"), 0) for hold in held)
+        if more:
+            say_more(limit)
+    if problem:
+        raise Problem(problem)
 
 
 def say_more(limit: int) -> None:
     click.echo(f"more than {limit}: --limit {min(10 * limit, 10_000)}, or narrow it down")
 
 
-def show_states(conn, tables: list[Table], limit: int, as_json: bool) -> None:
+def show_states(conn, tables: list[Table], limit: int, as_json: bool, problem: str | None) -> None:
+    """Raises Problem at the end, where there is a `problem`."""
     states = {one.name: states_of(conn, one, limit) for one in tables}
     joins = {one.name: joins_of(conn, one) for one in tables}
     more = any(len(found) > limit for found in states.values())
@@ -278,14 +309,17 @@ def show_states(conn, tables: list[Table], limit: int, as_json: bool) -> None:
             "states": [row._asdict() for found in states.values() for row in found[:limit]],
             "joins": [row._asdict() for found in joins.values() for row in found],
             "more": more,
+            "problem": problem,
         })  # fmt: skip
-        return
-    for name, found in states.items():
-        echo_lines(state_lines(name, found[:limit]))
-        if joins[name]:
-            echo_lines(joined_lines(joins[name]))
-    if more:
-        say_more(limit)
+    else:
+        for name, found in states.items():
+            echo_lines(state_lines(name, found[:limit]))
+            if joins[name]:
+                echo_lines(joined_lines(joins[name]))
+        if more:
+            say_more(limit)
+    if problem:
+        raise Problem(problem)
 
 
 def state_lines(name: str, found: list) -> Iterator[Line]:

@@ -1,7 +1,7 @@
-"""How many rows of each stage rest, as no call and no stage moves them on."""
+"""The rows that rest, as no call and no stage moves them on, and how many each stage has."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import psycopg2
@@ -13,8 +13,7 @@ import pipeline
 PART = "SELECT set_config('job_state_listener.part', coalesce(%(part)s, ''), true); "
 # A query apart from pipeline_overview, which answers within milliseconds: this one reads the
 # application's tables.
-RESTING = f"""
-{PART}
+RESTING = """
 SELECT stage, kind, count(*) AS jobs,
        (array_agg(left(reason, 2000) ORDER BY since DESC NULLS LAST))[1] AS reason
 FROM resting_rows()
@@ -25,11 +24,67 @@ GROUP BY stage, kind
 NEVER_RECORDED, ACCEPTED = "its call was never recorded", "accepted by the stage"
 
 
-def parts() -> tuple[Collection[str], Collection[str]]:
+def parts(only: str | None = None) -> tuple[Collection[str], Collection[str]]:
     """What resting_rows() can be asked for by itself: the rows of a table; a join, which cannot be
-    read either where one of its two tables cannot.
+    read either where one of its two tables cannot. With `only`, those that have rows of that table.
     """
-    return pipeline.tables(), pipeline.joins()
+    joins = pipeline.joins().items()
+    return (
+        [name for name in pipeline.tables() if only in (None, name)],
+        [name for name, state in joins if only in (None, pipeline.owner(state).name)],
+    )
+
+
+class Listed(NamedTuple):
+    """Rows of resting_rows(), by part where not all parts() could be asked at once; of which parts
+    they are not known, and why.
+    """
+
+    by_part: list[list]
+    unknown: list[str]
+    error: psycopg2.Error | None
+
+    @property
+    def rows(self) -> list:
+        return [row for rows in self.by_part for row in rows]
+
+    @property
+    def problem(self) -> str | None:
+        """What is not known, and why; None where all is known."""
+        if not self.unknown:
+            return None
+        reason = str(self.error).strip().split("\n")[0]
+        if isinstance(self.error, psycopg2.errors.QueryCanceled):
+            reason = "reading them took too long"
+        of = ", ".join(self.unknown)
+        return f"which rows are failed or stalled is not known of {of}: {reason}"
+
+
+def listed(
+    conn, sql: str, given: Mapping[str, Any], only: str | None = None, prefix: str = ""
+) -> Listed:
+    """What `sql` selects from resting_rows(); where that cannot be asked at once, part by part.
+
+    Args:
+        only: the one table whose rows are wanted.
+        prefix: statements that come before it in its transaction.
+
+    Raises:
+        psycopg2.Error: resting_rows() is missing, or this role may not execute it.
+    """
+
+    def ask(conn, part: str | None = None) -> tuple[str | None, list]:
+        return part, db.execute(conn, prefix + PART + sql, {**given, "part": part}).fetchall()
+
+    groups = parts(only)
+    answers, failed = db.in_parts(conn, ask, *groups, limit=math.inf)
+    error = next(iter(failed.values()), None)
+    if error and "function resting_rows" in (error.diag.message_primary or ""):
+        raise error
+    known = {part for part, _ in answers}
+    unknown = [] if None in known else [part for group in groups for part in group
+                                        if part not in known]  # fmt: skip
+    return Listed([rows for _, rows in answers], unknown, error)
 
 
 class Resting(NamedTuple):
@@ -49,7 +104,7 @@ class Rests(NamedTuple):
 
     found: dict[tuple[str, str], Resting]
     unknown: list[str]
-    error: psycopg2.Error | None
+    problem: str | None
 
     def of(self, stage: str, kind: str) -> Resting:
         """Those of a stage, which may be called for rows of several parts."""
@@ -64,38 +119,12 @@ class Rests(NamedTuple):
         joins = pipeline.joins()
         return {joins[part].table.name if part in joins else part for part in self.unknown}
 
-    @property
-    def problem(self) -> str | None:
-        """What is not known, and why; None where all is known."""
-        if not self.error:
-            return None
-        reason = str(self.error).strip().split("\n")[0]
-        if isinstance(self.error, psycopg2.errors.QueryCanceled):
-            reason = "reading them took too long"
-        of = ", ".join(self.unknown)
-        return f"which rows are failed or stalled is not known of {of}: {reason}"
-
-
-def ask(conn, part: str | None = None) -> tuple[str | None, list]:
-    return part, db.execute(conn, RESTING, {"part": part}).fetchall()
-
 
 def resting(conn) -> Rests:
-    """The rows that rest; where that cannot be asked at once, part by part.
-
-    Raises:
-        psycopg2.Error: resting_rows() is missing, or this role may not execute it.
-    """
-    answers, failed = db.in_parts(conn, ask, *parts(), limit=math.inf)
-    error = next(iter(failed.values()), None)
-    if error and "function resting_rows" in (error.diag.message_primary or ""):
-        raise error
-    known = {part for part, _ in answers}
-    unknown = (
-        [] if None in known else [part for group in parts() for part in group if part not in known]
-    )
+    """How many rows rest. Raises psycopg2.Error as listed() does."""
+    answer = listed(conn, RESTING, {})
     found: dict[tuple[str, str], Any] = {}
-    for row in (row for _, rows in answers for row in rows):
+    for row in answer.rows:
         jobs = found.get((row.stage, row.kind), NONE).jobs
         found[row.stage, row.kind] = Resting(jobs + row.jobs, row.reason)
-    return Rests(found, unknown, error if unknown else None)
+    return Rests(found, answer.unknown, answer.problem)

@@ -1,7 +1,9 @@
 """The row that a command is about: its id on the command line, where it is, what it owes."""
 
 import difflib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import click
@@ -13,7 +15,7 @@ import config
 import db
 import pipeline
 from ops import migrations
-from ops.problem import INSTALL, Problem
+from ops.problem import GRANTS, INSTALL, Problem
 from pipeline import Route, Table
 
 # --- on the command line -------------------------------------------------------------------
@@ -138,7 +140,7 @@ FROM (VALUES (1)) AS always LEFT JOIN stage_calls AS c ON false
 """
 
 # A table that left PIPELINE has no row in pipeline_tables, and its rows cannot be read; they may
-# still owe calls.
+# still owe calls. stage_call_row() knows no table '', and reads nothing.
 PLACES = """
 SELECT %(key)s AS key, t.name AS table_name, at.is_there IS NOT NULL AS is_there,
        at.tenant_id, at.current_step, at.status, at.parent_id::text,
@@ -148,12 +150,14 @@ SELECT %(key)s AS key, t.name AS table_name, at.is_there IS NOT NULL AS is_there
                WHERE a.job_id = %(key)s AND a.table_name = t.name)
        OR EXISTS (SELECT FROM stage_leases AS l
                   WHERE l.job_id = %(key)s AND l.table_name = t.name) AS has_history,
-       %(table)s IS NOT NULL AS is_one_of_many, t.position IS NOT NULL AS is_known
+       %(table)s IS NOT NULL OR %(unread)s::text[] <> '{}' AS is_one_of_many,
+       t.position IS NOT NULL AS is_known, t.name = ANY (%(unread)s::text[]) AS is_unread
 FROM (SELECT name, position FROM pipeline_tables
       UNION ALL
       SELECT DISTINCT c.table_name, NULL::integer FROM stage_calls AS c
       WHERE c.job_id = %(key)s AND c.table_name NOT IN (SELECT name FROM pipeline_tables)) AS t
-LEFT JOIN LATERAL stage_call_row(t.name, '', %(key)s) AS at ON true
+LEFT JOIN LATERAL stage_call_row(
+    CASE WHEN t.name = ANY (%(unread)s::text[]) THEN '' ELSE t.name END, '', %(key)s) AS at ON true
 WHERE %(table)s IS NULL OR t.name = %(table)s
 ORDER BY t.position, t.name
 """
@@ -168,8 +172,44 @@ def key_of(conn, id_: str) -> str:
         raise NoId(f"not a job id of this database: {reason}") from None
 
 
-def find(conn, id_: str, table: str | None = None) -> Any:
+READ = "SELECT stage_call_row(name, '', NULL) FROM unnest(%(tables)s::text[]) AS t (name)"
+
+
+def unread(conn) -> dict[str, str]:
+    """The tables of PIPELINE that cannot be read just now, and why."""
+    tables = [*pipeline.tables()]
+
+    def ask(conn, table: str | None = None) -> None:
+        db.execute(conn, READ, {"tables": [table] if table else tables})
+
+    _, failed = db.in_parts(conn, ask, tables, limit=math.inf)
+    return {table: why_unread(error) for table, error in failed.items() if table}
+
+
+# What helps, by the error.
+MENDS: dict[type[psycopg2.Error], str] = {
+    psycopg2.errors.InsufficientPrivilege: GRANTS,
+    psycopg2.errors.UndefinedColumn: f"{pipeline.JSL} verify",
+}
+
+
+def why_unread(error: psycopg2.Error) -> str:
+    mend = MENDS.get(type(error))
+    return ": ".join(filter(None, [str(error).strip().split("\n")[0], mend]))
+
+
+def told(unread: Mapping[str, str]) -> str:
+    """What unread() has found, in one line."""
+    return "; ".join(f"{table} cannot be read: {reason}" for table, reason in unread.items())
+
+
+def find(
+    conn, id_: str, table: str | None = None, unread: Mapping[str, str] = MappingProxyType({})
+) -> Any:
     """The row with this id: where it is, or that it was deleted.
+
+    Args:
+        unread: the tables that are not to be read; of their rows it is known what they owe.
 
     Raises:
         NoId
@@ -177,8 +217,11 @@ def find(conn, id_: str, table: str | None = None) -> Any:
     """
     require_table(conn, table)
     key = key_of(conn, id_)
-    places = db.execute(conn, PLACES, {"key": key, "table": table}).fetchall()
+    given = {"key": key, "table": table, "unread": [*unread]}
+    places = db.execute(conn, PLACES, given).fetchall()
     known = known_of(places)
+    if not known and unread:
+        raise Problem(f"{key} is in no table that can be read; {told(unread)}")
     if not known:
         names = [row.table_name for row in places]
         where = f" in {' or '.join(names)}" if len(names) > 1 else ""
@@ -199,12 +242,13 @@ def known_of(places: list) -> list:
     return known or [row for row in places if row.has_history]
 
 
-def places(conn, key: str) -> list:
+def places(conn, key: str, unread: Mapping[str, str]) -> list:
     """The rows with this id in all tables. Where there are several, is_one_of_many is set, so that
     the commands shown for them name the table.
     """
-    found = known_of(db.execute(conn, PLACES, {"key": key, "table": None}).fetchall())
-    return [row._replace(is_one_of_many=len(found) > 1) for row in found]
+    given = {"key": key, "table": None, "unread": [*unread]}
+    found = known_of(db.execute(conn, PLACES, given).fetchall())
+    return [row._replace(is_one_of_many=row.is_one_of_many or len(found) > 1) for row in found]
 
 
 def names_tables(found: Iterable[Any]) -> bool:
@@ -239,7 +283,11 @@ def has_left(row: Any) -> bool:
 
 
 def absence(row: Any) -> str:
-    """Why nothing is known of a row: it was deleted, or its table is not in PIPELINE."""
+    """Why nothing is known of a row: it was deleted, or its table cannot be read, or is not in
+    PIPELINE.
+    """
+    if row.is_unread:
+        return "cannot be read"
     return "was deleted" if is_readable(row) else f"cannot be read: {gone_table(row)}"
 
 

@@ -32,7 +32,7 @@ def html_of(database, *jobs: str, since: float = 86400, **settings) -> str:
     settings = database.settings(**({"HEARTBEAT_DIR": os.devnull} | settings))
     start = datetime.now(timezone.utc) - timedelta(seconds=since)
     with closing(db.connect(settings)) as conn:
-        found = collect(conn, start, jobs, config.redactor(settings))
+        found = collect(conn, start, jobs, config.redactor(settings), {})
         return page(with_alarms(conn, settings, found))
 
 

@@ -21,6 +21,7 @@ import pipeline
 import troubles
 from ops.install import apply
 from ops.place import changes
+from ops.problem import GRANTS
 from ops.tables import faults
 from ops.verify import run_checks
 from pipeline import Table
@@ -112,6 +113,51 @@ def test_rows_of_a_table_that_cannot_be_read_are_not_known_and_those_of_others_a
     assert counted == {stage: jobs for stage, jobs in failed.items() if jobs is not None}
     readable = [found.of("table_readable", table=name) for name in ("jobs", "jobs_variants")]
     assert (found.of("up"), readable) == (1, [1, 0])
+
+
+# How jobs_variants becomes unreadable, and what the commands say of it.
+UNREADABLE = {
+    "column renamed": ("ALTER TABLE jobs_variants RENAME status TO state", "column r.status does"),
+    "table renamed": ("ALTER TABLE jobs_variants RENAME TO x", "public.jobs_variants"),
+    "locked": ("BEGIN; LOCK TABLE jobs_variants", "canceling statement due to lock timeout"),
+}
+
+
+@pytest.mark.parametrize("made", UNREADABLE)
+def test_commands_show_what_they_can_of_the_tables_that_can_be_read(
+    variants, command, tmp_path, made
+):
+    sql, reason = UNREADABLE[made]
+    job, page = variants.database.add_job("vlm_analyze", "failed"), tmp_path / "report.html"
+    [variant] = variants.add(job, "img_gen", "done")
+    with closing(variants.database.connect()) as other:
+        other.cursor().execute(sql)
+        shown = {args: command(*args) for args in [
+            ("jobs", "--failed"), ("jobs",), ("jobs", "--stage", "vlm_analyze"), ("job", job),
+            ("job", variant), ("report", "--out", str(page), "--job", job), ("audit",),
+        ]}  # fmt: skip
+    for args, done in shown.items():
+        assert done.code == 1 and "jobs_variants" in done.err and reason in done.err, (args, done)
+    told = {args[:2]: done.out for args, done in shown.items()}
+    assert job in told["jobs", "--failed"] and job in told["jobs", "--stage"]
+    assert "vlm_analyze  failed" in told["jobs",]
+    assert f"job {job} is at (vlm_analyze, failed)" in told["job", job]
+    assert ": set failed by its stage; " in told["job", job] and reason in told["job", job]
+    assert told["job", variant].startswith(f"jobs_variants {variant} cannot be read\nowes: yolo_")
+    assert "no promise was broken, as far as could be read" in told["audit",]
+    assert job in page.read_text() and reason in page.read_text()
+
+
+def test_role_that_may_not_read_another_table_sees_the_others(variants, command, make_role):
+    job, role = variants.database.add_job("vlm_analyze", "failed"), make_role(variants.database)
+    variants.database.rows(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role};"
+                           f"GRANT EXECUTE ON FUNCTION resting_rows() TO {role};"
+                           f"REVOKE ALL ON jobs_variants FROM {role}")  # fmt: skip
+    said = f"jobs_variants cannot be read: permission denied for table jobs_variants: {GRANTS}"
+    for args, shown in {("job", job): "(vlm_analyze, failed)", ("jobs",): "vlm_analyze  failed",
+                        ("audit",): "as far as could be read"}.items():  # fmt: skip
+        done = command(*args, DB_USER=role, DB_PASSWORD=role)
+        assert done.refused(1) == said and shown in done.out
 
 
 def test_metrics_watch_the_triggers_of_every_table(variants, command):

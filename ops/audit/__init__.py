@@ -19,7 +19,7 @@ from ops.audit.attempts import ATTEMPTS, Judge
 from ops.audit.findings import BATCH, BLUR, PATIENCE, READ_ONLY, Finding, Findings, ask, at, windows
 from ops.audit.limits import Limits
 from ops.problem import Problem
-from ops.resting import NEVER_RECORDED
+from ops.resting import NEVER_RECORDED, listed
 from ops.routes import is_updates_only
 from ops.rules import AFTER_LEAVING, EARLY, LIMIT, LOST, OVERLAP, REPEATED
 from ops.since import Since
@@ -81,6 +81,10 @@ class Audit:
             )
         self.failed = 0  # rows that their stage has set to failed
         self.updates_only = is_updates_only(conn)
+        of_joins = joins.tables()
+        unread = {table: why for table, why in rows.unread(conn).items() if table in of_joins}
+        self.problems = [rows.told(unread)] if unread else []
+        self.joins = joins.readable(unread)
         self.look_at_history(settings, batch)
         self.look_at_rows()
 
@@ -94,16 +98,17 @@ class Audit:
         judge, limited = Judge(leases, margin, most), Limits(self.conn, self.since, leases)
         for window in windows(self.conn, self.since, self.span.until, batch):
             self.findings.add(judge.look(self.conn, self.since, window))
-            self.findings.add(joins.called_early(self.conn, window))
+            self.findings.add(joins.called_early(self.conn, window, self.joins))
             limited.look(self.conn, window, self.findings)
 
     def look_at_rows(self) -> None:
         """Find rows that rest now. A row that its stage has set to failed waits for a person, which
         is no broken promise: such rows are only counted.
         """
-        resting = ask(self.conn, READ_ONLY + RESTING, {"since": self.since})
-        stalled = [row for row in resting if row.kind == "stalled"]
-        self.failed = len(resting) - len(stalled)
+        resting = listed(self.conn, RESTING, {"since": self.since}, prefix=READ_ONLY)
+        self.problems += filter(None, [resting.problem])
+        stalled = [row for row in resting.rows if row.kind == "stalled"]
+        self.failed = len(resting.rows) - len(stalled)
         for row in stalled:
             kind = LOST if row.reason.startswith(NEVER_RECORDED) else RESTS
             if kind == LOST and self.updates_only:
@@ -111,7 +116,7 @@ class Audit:
             finding = Finding(kind, row.table_name, row.job_id, row.stage, row.since, row.reason)
             self.findings.add([finding])
         if not self.updates_only:
-            self.findings.add(joins.never_recorded(self.conn, self.since))
+            self.findings.add(joins.never_recorded(self.conn, self.since, self.joins))
 
     @property
     def broken(self) -> int:
@@ -124,6 +129,7 @@ class Audit:
             yield f"The history {first}; what was before is not known (HISTORY_DAYS)."
         if self.updates_only:
             yield "Rows without a call are not judged, as inserted ones owe none (--no-insert)."
+        yield from self.problems
         for name in joins.without_time(self.conn):
             yield f"Whether every {name} was called is not known: its tables have no updated_at."
         for line in UNKNOWN:
@@ -135,7 +141,8 @@ class Audit:
               help="How far back: 24h, 7d or a date.")  # fmt: skip
 @JSON
 def audit(since: datetime, as_json: bool) -> None:
-    """Look through the history for promises that were broken; exit 1 if one was.
+    """Look through the history for promises that were broken; exit 1 if one was, or where a table
+    cannot be read.
 
     Arrivals without a call, accepted calls that were repeated, two calls of a row at once, calls of
     a state that was left, repeats before their lease was over, joins that were called while a row
@@ -156,6 +163,8 @@ def audit(since: datetime, as_json: bool) -> None:
     else:
         for line in lines(done):
             click.echo(redact(line).translate(CONTROL))
+    if done.problems:
+        raise Problem("; ".join(done.problems))
     sys.exit(1 if done.broken else 0)
 
 
@@ -171,6 +180,7 @@ def as_dict(done: Audit, redact: Callable[[str], str]) -> dict[str, Any]:
         "given_up": done.span.given_up,
         "failed": done.failed,
         "not_known": list(done.unknown()),
+        "problem": redact("; ".join(done.problems)) or None,
     }
 
 
@@ -194,7 +204,8 @@ def lines(done: Audit) -> Iterator[str]:
     attempts = "1 attempt" if done.span.attempts == 1 else f"{done.span.attempts} attempts"
     what = f"{attempts} since {done.since:%F %T}, looked through in {seconds}"
     found = "1 finding" if done.broken == 1 else f"{done.broken} findings"
-    yield f"{what}: {found}" if done.broken else f"{what}: no promise was broken"
+    known = ", as far as could be read" * bool(done.problems)
+    yield f"{what}: {found}" if done.broken else f"{what}: no promise was broken{known}"
 
 
 def shown(kept: list[Finding]) -> Iterator[str]:

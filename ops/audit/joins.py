@@ -1,6 +1,6 @@
 """Calls of joins: made though a row was missing, or never recorded."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from datetime import datetime
 
 import pipeline
@@ -39,9 +39,22 @@ WHERE j.finished_at > %(after)s AND j.finished_at <= %(upto)s
 )
 
 
-def called_early(conn, window: Window) -> Iterator[Finding]:
+def tables() -> set[str]:
+    """The tables that joins are about."""
+    return {one.name for state in pipeline.joins().values()
+            for one in (state.table, pipeline.owner(state))}  # fmt: skip
+
+
+def readable(unread: Container[str]) -> dict[str, pipeline.State]:
+    """The joins of which both tables can be read."""
+    return {name: state for name, state in pipeline.joins().items()
+            if state.table.name not in unread
+            and pipeline.owner(state).name not in unread}  # fmt: skip
+
+
+def called_early(conn, window: Window, joins: Mapping[str, pipeline.State]) -> Iterator[Finding]:
     """The calls of joins that were made while a row was missing, as a call of that row shows."""
-    for name, state in pipeline.joins().items():
+    for name, state in joins.items():
         parent, stage = pipeline.owner(state).name, stage_of(name)
         if stage in own_stages(parent):
             continue  # an attempt of this stage may be of the join or of the parent's own state
@@ -88,9 +101,9 @@ SELECT (SELECT id::text FROM batch ORDER BY batch.id DESC LIMIT 1) AS last,
 """
 
 
-def never_recorded(conn, since: datetime) -> Iterator[Finding]:
+def never_recorded(conn, since: datetime, joins: Mapping[str, pipeline.State]) -> Iterator[Finding]:
     """The parents whose last row arrived since then, and of which nothing was recorded."""
-    for name, state in pipeline.joins().items():
+    for name, state in joins.items():
         parent, stage = pipeline.owner(state).name, stage_of(name)
         given = {"join": name, "stage": stage, "step": state.step, "status": state.status,
                  "table": parent, "since": since, "no_time": backfill.NO_TIME}  # fmt: skip

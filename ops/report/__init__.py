@@ -32,15 +32,19 @@ from ops.whole import write_whole
 def report(out: str, since: datetime, job_ids: tuple[str, ...]) -> None:
     """Write a page of HTML: where jobs wait, how calls went, what failed and why.
 
-    It is one file that needs no other file, no script and no network.
+    It is one file that needs no other file, no script and no network. Exit 1 where a table cannot
+    be read.
     """
-    whole = page(read(since, job_ids))
+    found = read(since, job_ids)
+    whole = page(found)
     if out == "-":
         click.echo(whole.encode(), nl=False)
     else:
         write_whole(Path(out), whole)
         size = len(whole.encode()) / 1000
         click.echo(f"wrote {out} ({size:.0f} kB)".translate(CONTROL))
+    if found.problem:
+        raise Problem(found.problem)
 
 
 def read(since: datetime, job_ids: tuple[str, ...]) -> Report:
@@ -48,11 +52,13 @@ def read(since: datetime, job_ids: tuple[str, ...]) -> Report:
     settings = config.settings()
     conn = db.connect(settings, "job-state-listener report")
     ids = list(dict.fromkeys(rows.key_of(conn, id_) for id_ in job_ids))
+    unread = rows.unread(conn)
     for key in ids:
-        if not rows.places(conn, key):
-            raise Problem(f"there is no job {key}")
+        if not rows.places(conn, key, unread):
+            raise Problem("; ".join(filter(None, [f"there is no job {key}", rows.told(unread)])))
     try:
-        return with_alarms(conn, settings, collect(conn, since, ids, config.redactor(settings)))
+        found = collect(conn, since, ids, config.redactor(settings), unread)
+        return with_alarms(conn, settings, found)
     except psycopg2.errors.QueryCanceled:
         raise Problem("the database took too long to answer; try a later --since") from None
 

@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -14,6 +14,8 @@ from ops.listeners import connected
 from ops.pools import pools
 from ops.problem import Problem
 from ops.report.jobs import Timeline, slowest_jobs, timelines
+from ops.resting import listed
+from ops.rows import told
 
 # Lengths of a bar in the charts over time (seconds): the first that makes at most MOST_BARS bars.
 STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200]
@@ -69,6 +71,7 @@ class Report:
     stalled: list = field(default_factory=list)
     failed: list = field(default_factory=list)
     timelines: list[Timeline] = field(default_factory=list)
+    problem: str | None = None  # what could not be read
 
 
 NOW = """
@@ -281,11 +284,18 @@ def of_known(which: Callable, *moments: datetime | None) -> datetime | None:
     return which(filter(None, moments), default=None)
 
 
-def collect(conn, since: datetime, job_ids: Sequence[str], redact: Callable[[str], str]) -> Report:
+def collect(
+    conn,
+    since: datetime,
+    job_ids: Sequence[str],
+    redact: Callable[[str], str],
+    unread: Mapping[str, str],
+) -> Report:
     """Everything since then, without secrets.
 
     Args:
         job_ids: whose timelines to show; those of the slowest jobs where it is empty.
+        unread: as of rows.unread().
 
     Raises:
         Problem: that is still to come.
@@ -299,12 +309,21 @@ def collect(conn, since: datetime, job_ids: Sequence[str], redact: Callable[[str
         rows = together(db.execute(conn, sql, given | more).fetchall())
         return [redacted(row, redact) for row in rows[:shown]]
 
+    def rested(kind: str) -> list:
+        found = listed(conn, RESTING, {"kind": kind})
+        if found.problem and found.problem not in problems:
+            problems.append(found.problem)
+        total = sum(part[0].total for part in found.by_part if part)
+        groups = together(found.rows)[:50]
+        return [redacted(row._replace(total=total), redact) for row in groups]
+
+    problems = [problem for problem in [told(unread)] if problem]
     [now] = ask(NOW)
     if now.since >= now.until:
         raise Problem(f"--since {since:%F %T} is still to come")
     span = Span(now.since.astimezone(), now.until.astimezone())
     given["until"] = span.until
-    return Report(
+    report = Report(
         database=redact(f"{conn.info.dbname} on {conn.info.host}:{conn.info.port}"),
         span=span,
         in_flight=now.in_flight,
@@ -321,10 +340,12 @@ def collect(conn, since: datetime, job_ids: Sequence[str], redact: Callable[[str
         errors=grouped(ERRORS, 15, most=MOST_ERRORS),
         slowest=ask(SLOWEST),
         given_up=grouped(GIVEN_UP, 10),
-        stalled=grouped(RESTING, 50, kind="stalled"),
-        failed=grouped(RESTING, 50, kind="failed"),
-        timelines=timelines(conn, ask, redact, job_ids) if job_ids else slowest_jobs(ask),
-    )
+        stalled=rested("stalled"),
+        failed=rested("failed"),
+        timelines=(timelines(conn, ask, redact, job_ids, unread) if job_ids
+                   else slowest_jobs(ask, unread)),
+    )  # fmt: skip
+    return replace(report, problem=redact("; ".join(problems)) or None)
 
 
 def redacted(row, redact: Callable[[str], str]):

@@ -1,6 +1,6 @@
 """The timelines of single jobs in `report`: their attempts, and what they wait for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ MOST_ATTEMPTS = 60
 
 @dataclass(frozen=True)
 class Timeline:
-    """A row: where it is (None: deleted), its attempts in order, and the call it owes.
+    """A row: where it is (None: deleted or not read), its attempts in order, and the call it owes.
 
     Args:
         said: the lines of `job` about it; none where nobody asked for the row.
@@ -28,6 +28,7 @@ class Timeline:
     attempts: Sequence[Any]
     owed: Any
     cut: bool  # there are earlier attempts, which are not shown
+    is_unread: bool = False  # its table cannot be read
     said: Sequence[str] = ()
     below: dict[str, list["Timeline"]] = field(default_factory=dict)
 
@@ -48,20 +49,23 @@ LIMIT %(most)s
 """
 
 
-def slowest_jobs(ask: Callable) -> list[Timeline]:
+def slowest_jobs(ask: Callable, unread: Mapping[str, str]) -> list[Timeline]:
     """The jobs with the longest time from their first call to the end of their last one."""
     slow = ask(SLOW_JOBS, most=MOST_JOBS)
-    return [timeline(ask, row.table_name, row.job_id) for row in slow]
+    return [timeline(ask, row.table_name, row.job_id, unread) for row in slow]
 
 
-def timelines(conn, ask: Callable, redact: Callable, ids: Sequence[str]) -> list[Timeline]:
+def timelines(
+    conn, ask: Callable, redact: Callable, ids: Sequence[str], unread: Mapping[str, str]
+) -> list[Timeline]:
     """The timelines of the rows with these ids, in any table, and of rows that belong to them."""
-    return [family(conn, ask, redact, row) for key in ids for row in rows.places(conn, key)]
+    found = [row for key in ids for row in rows.places(conn, key, unread)]
+    return [family(conn, ask, redact, row, unread) for row in found]
 
 
-def family(conn, ask: Callable, redact: Callable, row: Any) -> Timeline:
+def family(conn, ask: Callable, redact: Callable, row: Any, unread: Mapping[str, str]) -> Timeline:
     """The timeline of a row (see rows.find), what `job` says of it, and the rows below it."""
-    found = job.look(conn, row)
+    found = job.look(conn, row, unread)
     said = [redact(line) for line in job.place_lines(found)]
     return replace(with_rows_below(ask, redact, found), said=said)
 
@@ -72,8 +76,9 @@ def with_rows_below(ask: Callable, redact: Callable, found: job.Found) -> Timeli
         ids = list(dict.fromkeys(child.job_id for child in of["rows"]))[:MOST_CHILDREN]
         if ids:
             title = redact(heading(of, len(ids)))
-            below[title] = [timeline(ask, of["table"], key) for key in ids]
-    return replace(timeline(ask, found.row.table_name, found.row.key), below=below)
+            below[title] = [timeline(ask, of["table"], key, found.unread) for key in ids]
+    own = timeline(ask, found.row.table_name, found.row.key, found.unread)
+    return replace(own, below=below)
 
 
 def heading(of: dict[str, Any], shown: int) -> str:
@@ -113,10 +118,10 @@ ORDER BY started_at, attempt
 """
 
 
-def timeline(ask: Callable, table: str, job_id: str) -> Timeline:
+def timeline(ask: Callable, table: str, job_id: str, unread: Mapping[str, str]) -> Timeline:
     given = {"table": table, "job_id": job_id}
     attempts = ask(ATTEMPTS, **given, most=MOST_ATTEMPTS + 1)
-    [job] = ask(JOB, **given) or [None]
+    [job] = [None] if table in unread else ask(JOB, **given) or [None]
     [owed] = ask(OWED, **given) or [None]
     cut = len(attempts) > MOST_ATTEMPTS
-    return Timeline(table, job_id, job, attempts[-MOST_ATTEMPTS:], owed, cut)
+    return Timeline(table, job_id, job, attempts[-MOST_ATTEMPTS:], owed, cut, table in unread)

@@ -58,7 +58,7 @@ def charts(found: Timeline, until: datetime) -> Markup:
 
 def summary(found: Timeline) -> Markup:
     """Where a row is, and what became of it, in a line."""
-    said = ["deleted"]
+    said = ["cannot be read" if found.is_unread else "deleted"]
     if found.job:
         said = [f"at {state(found.job)}, tenant {text(found.job.tenant_id, 60)}"]
     if found.attempts:

@@ -74,7 +74,7 @@ def whole_report(looks: Looks) -> Report:
 
     def read(conn) -> Report:
         since = datetime.now(timezone.utc) - SINCE
-        return collect(conn, since, [], looks.redact)
+        return collect(conn, since, [], looks.redact, rows.unread(conn))
 
     return looks.look("report", read)
 
@@ -117,12 +117,12 @@ def stage(looks: Looks, name: str) -> Stage | None:
 
     def read(conn) -> dict[str, list]:
         given = {"stage": name, "since": None, "tenant": None, "table": None, "limit": MOST_ROWS}
-        asked = {"given_up": jobs.GIVEN_UP}
-        asked |= {kind: jobs.RESTING for kind in ("failed", "stalled") if row[kind]}
-        return {
-            kind: db.execute(conn, sql, given | {"kind": kind}).fetchall()
-            for kind, sql in asked.items()
-        }
+        unread = [*rows.unread(conn)]
+        found = {"given_up": db.execute(conn, jobs.GIVEN_UP, given | {"unread": unread}).fetchall()}
+        for kind in ("failed", "stalled"):
+            if row[kind]:
+                found[kind], _ = jobs.resting_rows(conn, given | {"kind": kind})
+        return found
 
     rest = looks.look(("stage", name), read)
     try:
@@ -143,7 +143,8 @@ def places(looks: Looks, id_: str, table: str | None = None) -> list:
             key = rows.key_of(conn, id_)
         except (NoId, UnicodeError, ValueError):  # NUL is no text, a surrogate no UTF-8
             return []
-        return [row for row in rows.places(conn, key) if table in (None, row.table_name)]
+        found = rows.places(conn, key, rows.unread(conn))
+        return [row for row in found if table in (None, row.table_name)]
 
     return looks.look(("places", table, id_), read, redacts=False)
 
@@ -164,7 +165,7 @@ def row(looks: Looks, place: Any) -> Row:
             found = db.execute(conn, sql, {"until": now} | more).fetchall()
             return [redacted(row, looks.redact) for row in found]
 
-        found = job.look(conn, place)
+        found = job.look(conn, place, rows.unread(conn))
         drawn = with_rows_below(ask, looks.redact, found)
         shown = Report("", Span(now - SINCE, now), asked=True, timelines=[drawn])
         return Row(found, now, shown)
