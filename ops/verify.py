@@ -308,23 +308,32 @@ def setting_of(settings, url: str) -> str:
 
 
 def check_stage_api(conn, settings) -> str:
-    redact = config.redactor(settings)
     apis = {api.url: api for api in pipeline.stage_apis(settings).values()}
-    said = []
-    for url, api in apis.items():
-        setting = setting_of(settings, url)
+    said, bad = [], []
+    for api in apis.values():
         try:
-            status = api.probe("/healthz", seconds=5)
-        except (stage_http.Unreachable, stage_http.Interrupted, stage_http.NoAnswer) as error:
-            untrusted = "certificate verify failed" in str(error)
-            mend = "set STAGE_API_CA_BUNDLE" if untrusted else f"start it, or set {setting}"
-            raise Bad(f"stage API {redact(url)} does not answer ({error})", mend) from None
-        for statuses, (what, mend) in POST_FAILS.items():
-            if status in statuses:
-                raise Bad(f"stage API {redact(url)} {what} (HTTP {status} on /healthz)",
-                          mend.format(setting=setting))  # fmt: skip
-        said.append(f"{redact(url)} answers (HTTP {status} on /healthz)")
+            said.append(probed(settings, api))
+        except Bad as each:
+            bad.append(each)
+    if bad:
+        raise Bad(str(bad[0]), bad[0].mend, bad[1:])
     return "stage API " + ", ".join(said)
+
+
+def probed(settings, api: stage_http.StageApi) -> str:
+    """What a stage API answers. Raises Bad where that can be no stage's."""
+    url, setting = config.redactor(settings)(api.url), setting_of(settings, api.url)
+    try:
+        status = api.probe("/healthz", seconds=5)
+    except (stage_http.Unreachable, stage_http.Interrupted, stage_http.NoAnswer) as error:
+        untrusted = "certificate verify failed" in str(error)
+        mend = "set STAGE_API_CA_BUNDLE" if untrusted else f"start it, or set {setting}"
+        raise Bad(f"stage API {url} does not answer ({error})", mend) from None
+    for statuses, (what, mend) in POST_FAILS.items():
+        if status in statuses:
+            raise Bad(f"stage API {url} {what} (HTTP {status} on /healthz)",
+                      mend.format(setting=setting))  # fmt: skip
+    return f"{url} answers (HTTP {status} on /healthz)"
 
 
 def check_signing(conn, settings) -> str:

@@ -298,6 +298,15 @@ def test_stage_with_a_url_of_its_own_is_mended_by_that(database, api, serve):
     assert moved == "set STAGE_API_URL_PLANNER to where it leads"
 
 
+def test_every_stage_api_that_is_down_is_named(database, api, serve):
+    server = serve(lambda c: c.answer(b"HTTP/1.1 503 X\r\nContent-Length: 0\r\n\r\n"))
+    found = checked(database, STAGE_API_URL=api.url, STAGE_API_URL_PLANNER="http://127.0.0.1:9",
+                    STAGE_API_URL_OVERLAY=server.url)  # fmt: skip
+    assert sorted(mend for _, mend in found) == [
+        "start it, or set STAGE_API_URL_OVERLAY", "start it, or set STAGE_API_URL_PLANNER"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("status", [200, 204, 400, 403, 404, 405])
 def test_stage_api_without_a_health_page_is_no_problem(database, serve, status):
     """Its health page may be elsewhere: nothing follows from that for a POST."""
