@@ -4,7 +4,7 @@ import contextlib
 import secrets
 import signal
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,23 +74,26 @@ def test_job(tenant: str | None, timeout: float | None, clean: bool) -> None:
         raise Problem(f"no listener is connected: start {pipeline.JSL}")
     if clean:
         stop_as_by_ctrl_c()
-    if example_job is not None:
-        job_id = make_by(example_job, settings)
-    else:
-        job_id = make(conn, tenant or TENANT)
     limits = pipeline.timeouts(settings)
     if timeout:
         limits = dict.fromkeys(limits, timeout)
-    follower = Follower(conn, job_id, limits)
+    made: list[str] = []  # the job's id, as soon as there is one
+    seen: dict = {}
     try:
+        if example_job is not None:
+            make_by(example_job, settings, made)
+        else:
+            make(conn, tenant or TENANT, made)
+        follower = Follower(conn, made[0], limits)
+        seen = follower.first
         click.echo(follower.follow())
     finally:
-        if clean:
+        if clean and made:
             for number in STOPPING:  # several may come at once
                 signal.signal(number, signal.SIG_IGN)
             # Ctrl-C during a statement has closed the connection.
             conn = db.connect(settings, APPLICATION) if conn.closed else conn
-            remove(conn, job_id, list(follower.first))
+            remove(conn, made[0], list(seen))
 
 
 def stop_as_by_ctrl_c() -> None:
@@ -100,12 +103,22 @@ def stop_as_by_ctrl_c() -> None:
             signal.signal(number, signal.default_int_handler)
 
 
+@contextlib.contextmanager
+def unstopped() -> Iterator[None]:
+    """Have signals that stop a program wait for the end of the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def announce(job_id: str, made) -> None:
     click.echo(plain(f"job {job_id}: ({made.step}, {made.status}), tenant {made.tenant}"))
 
 
-def make(conn, tenant: str) -> str:
-    """Insert a job and finish its first step; its id."""
+def make(conn, tenant: str, ids: list[str]) -> None:
+    """Insert a job, add its id to `ids`, and finish its first step."""
     first = pipeline.route_of(next(iter(pipeline.pipeline())))
     if first.table != pipeline.JOBS.name or first.join:
         raise Problem(f"PIPELINE begins with {first}: test-job needs a function example_job(conn) "
@@ -114,10 +127,12 @@ def make(conn, tenant: str) -> str:
     given: dict[str, Any] = {"tenant": tenant, "step": first.step, "status": first.status}
     if not column.given:
         number = -1 - secrets.randbelow(2**15 - 1)  # negative: no application uses such ids
-        ids = {"uuid": str(uuid.uuid4()), "int8": number, "int4": number, "int2": number}
-        given["job_id"] = ids.get(column.type, f"test-job-{secrets.token_hex(6)}")
+        fitting = {"uuid": str(uuid.uuid4()), "int8": number, "int4": number, "int2": number}
+        given["job_id"] = fitting.get(column.type, f"test-job-{secrets.token_hex(6)}")
     try:
-        made = db.execute(conn, MAKE_WITH_DEFAULT if column.given else MAKE, given).fetchone()
+        with unstopped():
+            made = db.execute(conn, MAKE_WITH_DEFAULT if column.given else MAKE, given).fetchone()
+            ids.append(str(made.job_id))
         given["job_id"] = made.job_id
         db.execute(conn, FINISH, given)
     except (psycopg2.IntegrityError, psycopg2.DataError) as error:
@@ -125,11 +140,10 @@ def make(conn, tenant: str) -> str:
         raise Problem(f"jobs takes no test job: {reason}; write example_job(conn) in "
                       f"{pipeline.module().__name__}, see docs/STAGES.md") from None  # fmt: skip
     announce(made.job_id, SimpleNamespace(**given))
-    return str(made.job_id)
 
 
-def make_by(example_job: Callable, settings: SimpleNamespace) -> str:
-    """Run example_job and commit; the id of its job.
+def make_by(example_job: Callable, settings: SimpleNamespace, ids: list[str]) -> None:
+    """Run example_job, commit, and add the id of its job to `ids`.
 
     Raises:
         Problem: example_job failed, or no stage would be called for its rows. Its changes are
@@ -141,7 +155,9 @@ def make_by(example_job: Callable, settings: SimpleNamespace) -> str:
         try:
             job_id = example_job(conn)
             made = require_usable(conn, where, job_id)
-            conn.commit()
+            with unstopped():
+                conn.commit()
+                ids.append(str(job_id))
         except Problem:
             raise
         except psycopg2.Error as error:
@@ -151,7 +167,6 @@ def make_by(example_job: Callable, settings: SimpleNamespace) -> str:
         except Exception as error:
             raise Problem(f"{where}: {type(error).__name__}: {error}") from None
     announce(job_id, made)
-    return str(job_id)
 
 
 def require_usable(conn, where: str, job_id):

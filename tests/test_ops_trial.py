@@ -55,6 +55,34 @@ def test_clean_deletes_the_job_of_a_run_that_is_stopped(database, api, listener,
     assert database.value("SELECT count(*) FROM jobs") == 0
 
 
+# An INSERT that goes on until the test has added a row to `go`.
+SLOW_INSERT = """
+CREATE TABLE go (); GRANT ALL ON go TO PUBLIC;
+CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    LOOP EXIT WHEN EXISTS (SELECT FROM go); PERFORM pg_sleep(0.01); END LOOP; RETURN NULL;
+END $$;
+CREATE TRIGGER wait AFTER INSERT ON jobs FOR EACH ROW EXECUTE FUNCTION wait()
+"""
+
+
+INSERTING = """
+SELECT count(*) FROM pg_stat_activity
+WHERE application_name = 'job-state-listener test-job' AND wait_event = 'PgSleep'
+"""
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_clean_deletes_a_job_that_was_just_being_made(database, listener, running, number):
+    database.rows(SLOW_INSERT)
+    process = listener(database, "test-job", "--clean")
+    database.wait_for(INSERTING)
+    process.signal(number)
+    database.rows("INSERT INTO go DEFAULT VALUES")
+    assert process.wait() == 130
+    assert "and its history are deleted" in process.output
+    assert database.value("SELECT count(*) FROM jobs") == 0
+
+
 def test_clean_lets_no_counter_of_metrics_fall(database):
     job = database.add_job("vlm_judge", "done")
     attempt(database, job, ago=600), attempt(database, job, ago=60)
