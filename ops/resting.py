@@ -41,8 +41,7 @@ class Listed(NamedTuple):
     """
 
     by_part: list[list]
-    unknown: list[str]
-    error: psycopg2.Error | None
+    unknown: dict[str, psycopg2.Error]
 
     @property
     def rows(self) -> list:
@@ -50,14 +49,20 @@ class Listed(NamedTuple):
 
     @property
     def problem(self) -> str | None:
-        """What is not known, and why; None where all is known."""
+        """Why it is not known, and of what; None where all is known. Screens cut the end, so the
+        reasons come first.
+        """
         if not self.unknown:
             return None
-        reason = str(self.error).strip().split("\n")[0]
-        if isinstance(self.error, psycopg2.errors.QueryCanceled):
-            reason = "reading them took too long"
+        reasons = "; ".join(dict.fromkeys(map(why_unknown, self.unknown.values())))
         of = ", ".join(self.unknown)
-        return f"which rows are failed or stalled is not known of {of}: {reason}"
+        return f"{reasons}: which rows are failed or stalled is not known of {of}"
+
+
+def why_unknown(error: psycopg2.Error) -> str:
+    if isinstance(error, psycopg2.errors.QueryCanceled):
+        return "reading rows took too long"
+    return str(error).strip().split("\n")[0]
 
 
 def listed(
@@ -73,18 +78,16 @@ def listed(
         psycopg2.Error: resting_rows() is missing, or this role may not execute it.
     """
 
-    def ask(conn, part: str | None = None) -> tuple[str | None, list]:
-        return part, db.execute(conn, prefix + PART + sql, {**given, "part": part}).fetchall()
+    def ask(conn, part: str | None = None) -> list:
+        return db.execute(conn, prefix + PART + sql, {**given, "part": part}).fetchall()
 
     groups = parts(only)
     answers, failed = db.in_parts(conn, ask, *groups, limit=math.inf)
     error = next(iter(failed.values()), None)
     if error and "function resting_rows" in (error.diag.message_primary or ""):
         raise error
-    known = {part for part, _ in answers}
-    unknown = [] if None in known else [part for group in groups for part in group
-                                        if part not in known]  # fmt: skip
-    return Listed([rows for _, rows in answers], unknown, error)
+    unknown = {part: failed[part] for group in groups for part in group if part in failed}
+    return Listed(answers, unknown)
 
 
 class Resting(NamedTuple):
@@ -103,7 +106,7 @@ class Rests(NamedTuple):
     """
 
     found: dict[tuple[str, str], Resting]
-    unknown: list[str]
+    unknown: Collection[str]
     problem: str | None
 
     def of(self, stage: str, kind: str) -> Resting:

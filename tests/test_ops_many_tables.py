@@ -101,9 +101,12 @@ def test_rows_of_a_table_that_cannot_be_read_are_not_known_and_those_of_others_a
     variants.database.add_job("vlm_analyze", "failed")
     variants.database.rows("ALTER TABLE jobs_variants RENAME status TO state")
     shown = json.loads(command("status", "--json").out)
+    reasons = [f"column {name}.status does not exist" for name in "rx"]  # of the table, of the join
     of = "jobs_variants, jobs_variants (iou_eval, done)"
-    said = f"which rows are failed or stalled is not known of {of}: column r.status"
-    assert shown["resting_problem"].startswith(said)
+    assert shown["resting_problem"] == (
+        f"{'; '.join(reasons)}: which rows are failed or stalled is not known of {of}"
+    )
+    assert f"PROBLEM  {reasons[0]}; " in command("status").out
     failed = {row["stage"]: row["failed"] for row in shown["stages"]}
     assert failed == {"vlm_analyze": 1, "yolo_detect": None, "iou_eval": None, "ad_copy": None,
                       "instagram": 0}  # fmt: skip
