@@ -27,6 +27,7 @@ from ops.serve.looks import Looks, Unreadable
 
 LIVE = {"nav", "span", "form", "input", "label", "button"}
 PAGE = Path(__file__).parent.parent / "docs" / "SERVE.md"
+HERE = {"PIPELINE_MODULE": "variants", "PYTHONPATH": str(Path(__file__).parent)}
 OURS = "application_name = 'job-state-listener serve'"
 
 
@@ -106,13 +107,27 @@ def test_search_finds_by_id_and_by_tenant(database, site):
     assert nothing.root.one("p", "calm").text == "There is no row with this id or tenant."
 
 
+def test_count_that_is_not_known_is_no_zero(use_pipeline, make_database, server, tmp_path):
+    use_pipeline(PIPELINE)
+    variants = install(make_database(server), TABLE)
+    variants.database.rows("ALTER TABLE jobs_variants RENAME status TO state")
+    with serving(variants.database, tmp_path, **HERE) as site:
+        shown = site.page("/")
+        figures = [shown.figures[name] for name in ("Given up", "Failed", "Stalled")]
+        assert figures == ["0", "?", "?"]
+        cells = {row[0]: row[6:8] for row in shown.table("stages")}
+        assert cells["yolo_detect"] == ["?", "?"] and cells["vlm_analyze"] == ["–", "–"]
+        alarm = site.page("/stage/yolo_detect").root.one("ol", "attention").text
+        assert "which rows are failed or stalled is not known of jobs_variants, " in alarm
+        assert not site.page("/stage/vlm_analyze").root.all("ol", "attention")
+
+
 def test_rows_of_other_tables_have_pages(use_pipeline, make_database, server, tmp_path):
     use_pipeline(PIPELINE)
     variants = install(make_database(server), TABLE)
     job = variants.database.add_job("x", "y")
     ids = variants.add(job, "img_gen", "done", count=3)
-    here = {"PIPELINE_MODULE": "variants", "PYTHONPATH": str(Path(__file__).parent)}
-    with serving(variants.database, tmp_path, **here) as site:
+    with serving(variants.database, tmp_path, **HERE) as site:
         shown = site.page(f"/job/jobs/{job}")
         assert {row[0] for row in shown.table("rows")} == {f"jobs_variants {id_}" for id_ in ids}
         assert "waiting for 3 of 3" in shown.root.text

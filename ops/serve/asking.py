@@ -98,14 +98,15 @@ def of_stage(whole: Report, name: str) -> Report:
 
 
 class Stage(NamedTuple):
-    """A stage: its row of `status`, its part of the report (None: it took too long), and the rows
-    that need a person, by kind.
+    """A stage: its row of `status`, its part of the report (None: it took too long), the rows that
+    need a person, by kind, and why it is not known which rest (None: it is).
     """
 
     row: dict[str, Any]
     at: datetime
     report: Report | None
     rest: dict[str, list]
+    unknown: str | None
 
 
 def stage(looks: Looks, name: str) -> Stage | None:
@@ -129,7 +130,8 @@ def stage(looks: Looks, name: str) -> Stage | None:
         charts = of_stage(whole_report(looks), name)
     except Unreadable:
         charts = None
-    return Stage(row, found.status["at"], charts, rest)
+    unknown = found.status["resting_problem"] if row["failed"] is None else None
+    return Stage(row, found.status["at"], charts, rest, unknown)
 
 
 # --- rows ----------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ops import status
-from ops.alarms import LATE, alarms, of_stage
+from ops.alarms import JOBS, LATE, Alarm, alarms, of_stage
 from ops.report.charts import stack
 from ops.report.data import Report
 from ops.report.markup import Markup, attribute, join, section, span, state, table, text
@@ -44,8 +44,10 @@ def overview(found: Board) -> Markup:
 
 
 def figures(state: dict[str, Any]) -> Markup:
-    def total(name: str) -> int:
-        return sum(row[name] or 0 for row in state["stages"])
+    def total(name: str) -> Any:
+        """The sum of all stages, or "?" where that of one is not known."""
+        counts = [row[name] for row in state["stages"]]
+        return "?" if None in counts else sum(counts)
 
     connected = sum(row["connected"] for row in state["listeners"])
     late = state["oldest_due_seconds"]
@@ -74,7 +76,7 @@ def stages(found: Board) -> Markup:
 
 
 def stage_row(row: dict[str, Any], waiting: Mapping[str, int], most: int) -> list[Any]:
-    """A row of the table of stages; zeros are left out."""
+    """A row of the table of stages; zeros are left out, and a count that is not known is a ?."""
     cells = status.stage_cells(row)
     _, owed, calling, retrying, given_up, oldest, an_hour, failing, p50, p95 = cells
     words = ", ".join(f"{n:,} {WAITS[kind]}" for kind, n in waiting.items() if n)
@@ -89,7 +91,7 @@ def stage_row(row: dict[str, Any], waiting: Mapping[str, int], most: int) -> lis
     return [
         Markup(f"{stage_link(row['stage'])}{held}"),
         bar,
-        *(value or None for value in numbers),
+        *("?" if value is None else value or None for value in numbers),
         *(None if value in ("-", 0) else value for value in times),
     ]
 
@@ -133,6 +135,8 @@ def call(one: dict[str, Any]) -> str:
 def stage(found: Stage, may_act: bool) -> Markup:
     row, name = found.row, found.row["stage"]
     found_alarms = sorted(of_stage(row, found.at), key=lambda alarm: alarm.urgency)
+    if found.unknown:
+        found_alarms.append(Alarm(JOBS, "resting", found.unknown))
     others = [words for words, colour in status.notes(row) if not colour]
     notes = join(f"<li>{text(words)}</li>" for words in others)
     links = [action_link("resume", "Resume…", stage=name)] if row["held_until"] else []
