@@ -185,20 +185,40 @@ def trigger_function(table: str) -> str:
     return "notify_job_state_change" if table == "jobs" else f"job_state_listener_{table}"
 
 
-def trigger_names(table: str) -> list[str]:
+def trigger_names(table: str, is_joined: bool) -> list[str]:
     """The names of a table's triggers. Only a table with a join needs one for DELETE."""
     if table == pipeline.JOBS.name:
         return ["job_state_change_trigger", "job_state_insert_trigger"]
-    joined = any(key.table.name == table for key in pipeline.joins().values())
+    joined = is_joined and any(key.table.name == table for key in pipeline.joins().values())
     return [f"job_state_listener_{event}" for event in ["change", "insert"] + ["delete"] * joined]
 
 
+INSTALLED = """
+SELECT name, EXISTS (SELECT FROM pipeline_stages WHERE child_table = t.name) AS is_joined
+FROM pipeline_tables AS t
+"""
+
+
+def installed(conn) -> dict[str, bool]:
+    """The tables of PIPELINE that the database's copy of it has too, and whether that joins their
+    rows. All, where it cannot be read: before `install`, or by a role with the views alone.
+    """
+    try:
+        there = {row.name: row.is_joined for row in db.execute(conn, INSTALLED)}
+    except psycopg2.ProgrammingError:
+        there = dict.fromkeys(pipeline.tables(), True)
+    there.setdefault(pipeline.JOBS.name, False)
+    return {table: there[table] for table in pipeline.tables() if table in there}
+
+
 def triggers(conn) -> list:
-    """Each trigger that PIPELINE needs: enabled (None: missing), ours."""
+    """Each trigger that PIPELINE needs, here and in the database: enabled (None: missing), ours.
+    What only one of the two needs is for difference() to tell.
+    """
     wanted = [
         {"table_name": table, "name": name, "function": trigger_function(table)}
-        for table in pipeline.tables()
-        for name in trigger_names(table)
+        for table, is_joined in installed(conn).items()
+        for name in trigger_names(table, is_joined)
     ]
     return db.execute(conn, TRIGGERS, {"wanted": json.dumps(wanted)}).fetchall()
 

@@ -223,6 +223,9 @@ def find(
     if not known and unread:
         raise Problem(f"{key} is in no table that can be read; {told(unread)}")
     if not known:
+        missing = pipeline.tables().keys() - {row.table_name for row in places}
+        if table in missing or (table is None and missing):
+            raise Problem(f"{key} cannot be found: {OTHER_PIPELINE}")
         names = [row.table_name for row in places]
         where = f" in {' or '.join(names)}" if len(names) > 1 else ""
         what = "row" if where else word_for(*names or [pipeline.JOBS.name])

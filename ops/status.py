@@ -92,7 +92,7 @@ def look(conn, settings: SimpleNamespace) -> dict[str, Any]:
             "notification_queue_percent": db.execute(conn, QUEUE).fetchone()[0],
         },
         "triggers": {"ok": problem is None, "problem": problem},
-        "routes_problem": routes_problem(conn) if problem is None else None,
+        "routes_problem": routes_problem(conn),
         "resting_problem": resting_problem,
         "oldest_due_seconds": max(
             (row["oldest_due_seconds"] for row in stages if row["due"]), default=None

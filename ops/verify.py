@@ -16,7 +16,14 @@ import pipeline
 import stage_http
 from ops import grants, migrations, place, rows
 from ops.problem import GRANTS, IF_NEWER
-from ops.routes import announced, broken_triggers, difference, trigger_function, triggers
+from ops.routes import (
+    announced,
+    broken_triggers,
+    difference,
+    installed,
+    trigger_function,
+    triggers,
+)
 from ops.table import counted
 from ops.tables import faults
 from pipeline import JSL
@@ -189,7 +196,7 @@ def check_rows(conn, settings) -> str:
 
 def check_function(conn, settings) -> str:
     names = []
-    for table in pipeline.tables():
+    for table in installed(conn):
         names.append(f"{trigger_function(table)}()")
         given = {"table": table, "function": trigger_function(table)}
         row = db.execute(conn, FUNCTION, given).fetchone()

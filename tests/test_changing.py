@@ -450,6 +450,15 @@ def test_status_says_that_the_database_has_other_routes(database, run_command):
     assert problem.startswith("PROBLEM  routes differ (2): (overlay, done) → vlm_judge in ")
 
 
+def test_status_says_so_beside_a_broken_trigger(database, run_command):
+    database.rows("DELETE FROM pipeline_stages WHERE current_step = 'planner'")
+    database.rows("DROP TRIGGER job_state_change_trigger ON jobs")
+    lines = run_command(database, "status").lines
+    trigger, routes = [line for line in lines if line.startswith("PROBLEM")]
+    assert trigger == "PROBLEM  trigger job_state_change_trigger is missing on jobs"
+    assert routes.startswith("PROBLEM  routes differ (1): ")
+
+
 def test_install_says_what_becomes_of_a_stage_that_leaves(database, run_command):
     database.rows(
         "INSERT INTO pipeline_stages (current_step, status, stage, held_until)"

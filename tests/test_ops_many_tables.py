@@ -313,6 +313,12 @@ def test_damage_to_another_table_is_named_and_mended(variants, command, api, dam
     assert problems(command("verify", api=api)) == []
 
 
+def test_table_that_install_has_not_seen_is_a_difference_alone(database, run_command, api):
+    database.rows(TABLE)
+    [(what, mend)] = problems(run_command(database, "verify", api=api, **HERE))
+    assert what.startswith("routes differ: ") and mend == INSTALL_NEWER
+
+
 def test_role_that_may_not_read_another_table_is_told(variants, command, api, make_role):
     role = make_role(variants.database)
     done = command("verify", api=api, DB_USER=role, DB_PASSWORD=role)

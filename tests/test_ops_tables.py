@@ -782,6 +782,28 @@ def test_what_only_another_pipeline_wants_is_left_to_it(older):
     assert mend in older("status").lines
 
 
+OWN = {("img_gen", "done"): stage("vlm_analyze")}
+OF_ROWS = OWN | {ROWS("a", "done"): stage("yolo_detect")}
+JOINED = OF_ROWS | {ROWS.every("b", "done"): stage("ad_copy")}
+
+
 def test_row_of_a_table_that_only_the_database_lacks_is_not_said_to_be_deleted(gone, use_pipeline):
-    use_pipeline({("img_gen", "done"): stage("a"), ROWS("a", "done"): stage("yolo_detect")})
+    use_pipeline(OF_ROWS)
     assert gone("job", "8").lines[0] == f"v 8 cannot be read: {OTHER}"
+    assert gone("cancel", "--table", "v", "--all", "--yes").code == 0
+    for args in (["8"], ["--table", "v", "8"]):
+        assert gone("job", *args).refused(1) == f"8 cannot be found: {OTHER}"
+
+
+@pytest.mark.parametrize(("there", "here", "watched"), [(OWN, OF_ROWS, 2), (OF_ROWS, JOINED, 4)])
+def test_trigger_that_only_the_pipeline_of_this_program_needs_is_not_missing(
+    older, use_pipeline, there, here, watched
+):
+    """`install` as advice would take away what the newer PIPELINE has."""
+    use_pipeline(there)
+    assert older("install").code == 0
+    use_pipeline(here)
+    status = older("status").out
+    assert "triggers on" in status and "PROBLEM  routes differ" in status
+    assert "→ ./jsl install\n" not in older("verify").out
+    assert older("metrics").out.count("trigger_enabled{") == watched
