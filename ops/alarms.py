@@ -84,7 +84,8 @@ def of_stage(row: dict[str, Any], at: datetime) -> Iterator[Alarm]:
     stage = row["stage"]
     if row["position"] is None and row["owed"]:
         yield Alarm(STAGE, "route", f"{counted(row['owed'], 'call')} owed to no stage of PIPELINE",
-                    None, f"{pipeline.JSL} cancel --stage {stage}", stage)  # fmt: skip
+                    "wait 5 min: until then, listeners give such calls to a renamed stage",
+                    f"{pipeline.JSL} cancel --stage {stage}", stage)  # fmt: skip
     if hold := waits.held(SimpleNamespace(**row)):
         reason = f"{readable(row['held_reason'])}; {counted(row['owed'], 'call')} owed"
         kind, urgency = ("paused", INTENDED) if row["paused"] else ("held", STAGE)
