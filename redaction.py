@@ -47,8 +47,12 @@ def secrets_in(values: SimpleNamespace) -> Iterator[str | None]:
 
 
 def redactor(values: SimpleNamespace) -> "Redactor":
-    """The Redactor for the secrets of `values`, which also replaces text that looks like one."""
-    return Redactor(secrets_in(values))
+    """The Redactor for the secrets of `values`, which also replaces text that looks like one. A
+    secret that is the name of our role or database is left, as commands that we advise have it.
+    """
+    dsn = psycopg2.extensions.parse_dsn(values.DATABASE_URL or "")
+    names = {values.DB_USER, values.DB_NAME, dsn.get("user"), dsn.get("dbname")}
+    return Redactor(secret for secret in secrets_in(values) if secret not in names)
 
 
 class Redactor:

@@ -72,6 +72,22 @@ def test_any_password_is_replaced_in_every_spelling(secret):
         assert written.strip("\"'") not in redact(f"before {written} after")
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"DB_USER": "postgres", "DB_NAME": "feedlyai", "DB_PASSWORD": "postgres"},
+        {"DB_USER": "listener", "DB_NAME": "postgres", "DB_PASSWORD": "postgres"},
+        {"DATABASE_URL": "postgresql://postgres:postgres@db/feedlyai"},
+        {"DATABASE_URL": "postgresql://listener:postgres@db/postgres"},
+    ],
+)
+def test_password_that_is_the_name_of_our_role_or_database_is_left_in_commands(given):
+    redact = config.redactor(config.read(given))
+    assert redact("./jsl install --reader postgres") == "./jsl install --reader postgres"
+    for said in ("password=postgres", "postgresql://x:postgres@db/y"):
+        assert "postgres" not in redact(said).removeprefix("postgresql")
+
+
 @pytest.mark.parametrize("user", ["me", "", "사용자"])
 @pytest.mark.parametrize("password", ["s3cr3t", "p@ss/word", "비밀번호"])
 def test_credentials_of_a_url_are_replaced_as_they_are_sent(user, password):
