@@ -398,7 +398,7 @@ def what_next(call: Call, ended: Result) -> str:
         return "단계 보류, 응답할 때까지 간격을 늘려 재시도"
     then = "포기" if call.spent >= call.max_attempts and not ended.free else "재시도"
     when = "리스 만료 후" if ended.after_lease else f"{ended.delay:.1f}초 후"
-    return f"{when} {then} (Job이 그대로면)"
+    return f"{when} {then} (취소되지 않고 Job이 그대로면)"
 
 
 def note_set_failed(ended: Result, is_routed: Mapping[int, bool]) -> None:
