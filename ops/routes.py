@@ -47,8 +47,8 @@ SELECT name, stages, max_running, seconds, linger, is_fair, per_tenant FROM stag
 ASYNCHRONOUS = "SELECT DISTINCT stage FROM pipeline_stages WHERE asynchronous"
 
 TABLES = """
-SELECT name, id_column, tenant_column, parent_table, parent_column, channel, priority_column,
-       run_after_column
+SELECT name, id_column AS id, parent_table AS parent, parent_column, channel,
+       priority_column AS priority, run_after_column AS run_after, tenant_column AS tenant
 FROM pipeline_tables
 """
 
@@ -75,14 +75,22 @@ def difference(conn) -> list[str]:
         places = [pipeline.file(), "the database"]
         one, other = places if name in declared_ones else reversed(places)
         found.append(f"stage {name} is asynchronous in {one}, not in {other}")
-    rows = {row.name: tuple(row) for row in db.execute(conn, TABLES)}
+    rows = {row.name: row._asdict() for row in db.execute(conn, TABLES)}
     for table in pipeline.tables().values():
-        parent, column = pipeline.parent_name(table), table.parent and table.parent[1]
-        declared = (table.name, table.id, parent, column, table.channel, table.priority,
-                    table.run_after)  # fmt: skip
-        name, id_column, tenant, *rest = rows.get(table.name, (None,) * 8)
-        if declared != (name, id_column, *rest) or table.tenant not in (None, tenant):
-            found.append(f"the database knows table {table.name} otherwise, or not")
+        if table.name not in rows:
+            found.append(f"the database does not know table {table.name}")
+            continue
+        row = rows[table.name]
+        declared = {"id": table.id, "parent": pipeline.parent_name(table),
+                    "parent_column": table.parent and table.parent[1], "channel": table.channel,
+                    "priority": table.priority, "run_after": table.run_after,
+                    "tenant": table.tenant or row["tenant"]}  # fmt: skip
+        found += [
+            f"table {table.name}: {what} is {column or 'nothing'} in {pipeline.file()}, "
+            f"{row[what] or 'nothing'} in the database"
+            for what, column in declared.items()
+            if column != row[what]
+        ]
     return found
 
 

@@ -295,10 +295,17 @@ DAMAGE = {
     ),
     "another parent declared": (
         "UPDATE pipeline_tables SET parent_column = 'x' WHERE name = 'jobs_variants'",
-        "routes differ: the database knows table jobs_variants otherwise, or not",
+        "routes differ: table jobs_variants: parent_column is job_id in demo/five_stages.py,"
+        " x in the database",
         INSTALL_NEWER,
     ),
 }
+
+
+def test_table_that_was_added_to_pipeline_is_named(variants, command, api):
+    variants.database.rows("DELETE FROM pipeline_tables WHERE name = 'jobs_variants'")
+    [[what, _]] = problems(command("verify", api=api))
+    assert what == "routes differ: the database does not know table jobs_variants"
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
