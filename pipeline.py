@@ -7,9 +7,11 @@ import functools
 import importlib
 import inspect
 import shlex
+import traceback
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar, Union
 from urllib.parse import quote
@@ -326,25 +328,33 @@ def module():
     name = config.settings().PIPELINE_MODULE
     try:
         found = importlib.import_module(name)
-        pipeline = found.PIPELINE
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise config.SettingsError(f"{name} cannot be imported: {error}") from error
-        raise config.SettingsError(
-            f"PIPELINE_MODULE={name}: there is no such module; allowed is one that Python finds "
-            "beside listener.py, such as stages"
-        ) from None
-    except AttributeError:
-        raise config.SettingsError(f"PIPELINE_MODULE={name}: it has no PIPELINE") from None
     except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{name}.".startswith(f"{missing}."):
+            raise config.SettingsError(
+                f"PIPELINE_MODULE={name}: there is no such module; allowed is one that Python finds"
+                " beside listener.py, such as stages"
+            ) from None
         raise config.SettingsError(
-            f"{name} cannot be imported: {type(error).__name__}: {error}"
+            f"{name} cannot be imported: {type(error).__name__}: {error}{line_in(name, error)}"
         ) from error
+    if not hasattr(found, "PIPELINE"):
+        raise config.SettingsError(f"PIPELINE_MODULE={name}: it has no PIPELINE")
     try:
-        check(pipeline)
+        check(found.PIPELINE)
     except ValueError as error:
         raise config.SettingsError(f"PIPELINE of {name}: {error}") from None
     return found
+
+
+def line_in(name: str, error: Exception) -> str:
+    """Where module `name` has raised `error`: its file and line, in brackets; "" where it was not
+    run. A SyntaxError says it itself.
+    """
+    lines = [f" ({Path(frame.f_code.co_filename).name}, line {line})"
+             for frame, line in traceback.walk_tb(error.__traceback__)
+             if frame.f_globals.get("__name__") == name]  # fmt: skip
+    return lines[-1] if lines else ""
 
 
 def file() -> str:

@@ -210,6 +210,25 @@ def test_role_without_grants_gets_one_line_that_says_where_they_are(
     assert "see 'Roles and grants' in docs/INSTALLING.md" in done.out + done.err
 
 
+BROKEN = {
+    "PIPELINE = {('img_gen', 'done'): splitt}": "NameError: name 'splitt' is not defined",
+    "from pipeline import limits\n\n\n@limits(per_minut=3)\ndef split(call): ...": "TypeError: ",
+    "import string\nstring.lower": "AttributeError: module 'string' has no attribute 'lower'",
+    "import string\nimport nowhere": "ModuleNotFoundError: No module named 'nowhere'",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_error_in_the_pipeline_module_names_its_line(database, run_command, tmp_path, text):
+    (tmp_path / "own.py").write_text(text)
+    line = next(n for n, one in enumerate(text.split("\n"), 1)
+                if re.search("splitt|minut|lower|nowhere", one))  # fmt: skip
+    done = run_command(database, "verify", PIPELINE_MODULE="own", PYTHONPATH=tmp_path)
+    refused = done.err.rstrip("\n")
+    assert refused.startswith(f"error: own cannot be imported: {BROKEN[text]}"), refused
+    assert refused.endswith(f" (own.py, line {line})") and done.code == 2
+
+
 def test_once_with_half_the_grants_ends_and_says_why(database, run_command, make_role):
     role = make_role(database)
     some = "pipeline_stages, pipeline_tables, stage_limits, jobs, job_state_listener_schema"
