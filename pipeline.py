@@ -607,8 +607,10 @@ def stage_apis(settings: SimpleNamespace) -> dict[str, StageApi]:
     names = {stage.upper(): stage for stage in stage_names()}
     for unknown in settings.STAGE_API_URLS.keys() - names.keys():
         allowed = " or ".join(config.STAGE_URL + name for name in names)
+        where = settings.READ_FROM.get(config.STAGE_URL + unknown, "the settings")
         raise config.SettingsError(
-            f"{config.STAGE_URL}{unknown}: there is no such stage; allowed is {allowed}"
+            f"{config.STAGE_URL}{unknown}: {file()} has no such stage: remove it from {where}, or "
+            f"rename it; allowed is {allowed}"
         )
     urls = {
         stage: settings.STAGE_API_URLS.get(name, settings.STAGE_API_URL)

@@ -475,6 +475,10 @@ def install(
             "  note: calls that wait have the stage, priority or tenant of the PIPELINE before "
             f"({applied.left}): {pipeline.JSL} install, once more"
         )
+    try:
+        pipeline.stage_apis(config.settings())
+    except config.SettingsError as error:
+        click.echo(f"  note: no listener can start: {error}")
     click.echo(f"Next: {pipeline.JSL} verify, then {pipeline.JSL}")
 
 

@@ -213,9 +213,14 @@ def test_stage_with_a_url_of_its_own_is_called_there(database, serve, caller):
 
 def test_url_of_no_stage_is_one_line(database, run_command):
     done = run_command(database, "verify", STAGE_API_URL_PLANER="http://api")
-    said = "STAGE_API_URL_PLANER: there is no such stage; allowed is STAGE_API_URL_VLM_ANALYZE or"
+    said = (
+        "STAGE_API_URL_PLANER: demo/five_stages.py has no such stage: remove it from the"
+        " environment, or rename it; allowed is STAGE_API_URL_VLM_ANALYZE or"
+    )
     assert said in done.out + done.err and done.code == 2
     assert run_command(database, "run", "--once", STAGE_API_URL_PLANER="http://api").code == 2
+    *_, note, _ = run_command(database, "install", STAGE_API_URL_PLANER="http://api").lines
+    assert note.startswith(f"  note: no listener can start: {said}")
 
 
 def test_bad_url_of_a_stage_is_one_line():
