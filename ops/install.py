@@ -469,7 +469,7 @@ def install(
     orphans = db.execute(conn, ORPHANS).fetchone()[0]
     if orphans:
         of = "of states or stages that PIPELINE no longer has"
-        click.echo(f"  note: {counted(orphans, 'open call')} {of}")
+        click.echo(f"  note: {counted(orphans, 'open call')} {of}: {pipeline.JSL} status")
     if applied.left:
         click.echo(
             "  note: calls that wait have the stage, priority or tenant of the PIPELINE before "

@@ -317,7 +317,8 @@ def owes(row: Any, call: Any) -> str:
         return "nothing"
     spent = counted(call.spent, "attempt")
     text = f"{call.stage} (call {call.call_id}, {spent} spent), {situation(call)}"
-    return f"{text}; {one_line(typed('retry', row))}" if call.given_up else text
+    is_retried = call.given_up and call.stage in pipeline.stage_names()
+    return f"{text}; {one_line(typed('retry', row))}" if is_retried else text
 
 
 def wait_line(stage: str, waiting: waits.Waits) -> str:

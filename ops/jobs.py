@@ -11,11 +11,12 @@ import config
 import db
 import pipeline
 from ops import resting, rows, waits
+from ops.chosen import require_stage
 from ops.job import LONGEST_TOLD, one_line, plainly, situation
 from ops.problem import Problem
 from ops.rows import TableName
 from ops.since import Since
-from ops.stage import StageName
+from ops.stage import OwedStage
 from ops.table import JSON, Line, clipped, duration, echo_json, echo_lines, plain, readable, table
 from pipeline import JOBS, Table
 
@@ -215,7 +216,8 @@ def require_history(of: Table, settings, since: datetime | None) -> None:
 @click.command(short_help="How many jobs are in which state, or which jobs they are.")
 @click.option(
     "--stage",
-    type=StageName(),
+    type=OwedStage(),
+    metavar="STAGE",
     help="Jobs that owe this stage a call, or are in it and not done.",
 )
 @click.option("--given-up", is_flag=True, help="Jobs whose call was given up.")
@@ -253,6 +255,8 @@ def jobs(stage, given_up, stalled, failed, only, tenant, since, limit, as_json) 
         )
     settings = config.settings()
     conn = rows.connected("jobs")
+    if stage:
+        require_stage(conn, stage)
     given = {"stage": stage, "tenant": tenant, "since": since, "limit": limit, "table": only}
     if stalled or failed:
         kind = STALLED if stalled else FAILED

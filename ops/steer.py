@@ -241,7 +241,7 @@ def retry(job_ids, now, stage, tenant, error, since, all_, yes, table) -> None:
         if revived:
             count = "1 call is" if len(revived) == 1 else f"{len(revived)} calls are"
             wake_listeners(conn, f"{count} due again, by {operator()}")
-        tell("due again", revived)
+        tell_due(revived)
         refuse_left(conn, LIST_RETRIED, chosen)
         if not revived:
             nothing_to_retry(conn, chosen)
@@ -260,11 +260,19 @@ def retry_rows(conn, job_ids: tuple[str, ...], chosen: Chosen) -> None:
         revived = db.execute(conn, RETRY, given.params).fetchall()
         if revived:
             wake_listeners(conn, f"{rows.said(row)}: due again, by {operator()}")
-        tell("due again", revived)
+        tell_due(revived)
         if not revived:
             refused.append(why_nothing_owed(conn, row, chosen.stage))
     if refused:
         raise Problem("; ".join(refused))
+
+
+def tell_due(revived: list) -> None:
+    tell("due again", revived)
+    for stage, call in {call.stage: call for call in revived}.items():
+        if stage not in pipeline.stage_names():
+            see = pipeline.typed("job", call.table_name, call.key)
+            click.echo(f"PIPELINE has no stage {stage}, so nobody calls it: {see}")
 
 
 def nothing_to_retry(conn, chosen: Chosen) -> None:

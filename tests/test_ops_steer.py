@@ -51,6 +51,21 @@ def test_retry_of_a_stage_leaves_the_others(database, run_command, given_up):
     assert due(database) == set(given_up[:2])
 
 
+def test_given_up_call_of_a_stage_that_left_pipeline_is_not_advised_to_be_retried(
+    database, run_command, given_up
+):
+    database.rows("UPDATE stage_calls SET stage = 'release', current_step = 'check'"
+                  " WHERE stage = 'overlay'")  # fmt: skip
+    lines = run_command(database, "job", given_up[2]).lines
+    assert lines[1].endswith("given up: HTTP 500")
+    assert lines[2].startswith("release waits: PIPELINE has no stage release; ./jsl again ")
+    assert given_up[2] in run_command(database, "jobs", "--stage", "release").lines[1]
+    note = f"PIPELINE has no stage release, so nobody calls it: ./jsl job {given_up[2]}"
+    assert run_command(database, "retry", given_up[2]).lines[1:] == [note]
+    note = "  note: 1 open call of states or stages that PIPELINE no longer has: ./jsl status"
+    assert note in run_command(database, "install").lines
+
+
 def test_retry_of_all(database, run_command, given_up):
     done = run_command(database, "retry", "--all", "--yes")
     assert (done.code, len(done.lines)) == (0, 3)
