@@ -153,7 +153,7 @@ def require_going_on(board: Board, api: StageApi, shown: Example | FiveStages,
 @contextmanager
 def screen(log: bool) -> Iterator[Screen | None]:
     """A terminal to draw on, unless there is none or the log is wanted."""
-    there = Screen(80)
+    there = Screen()
     if log or not there.in_place:
         yield None
         return

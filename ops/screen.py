@@ -20,13 +20,9 @@ class Screen:
     """Where pictures are drawn, until Ctrl-C or SIGTERM ends the `with` as KeyboardInterrupt.
 
     However it ends, the terminal is as it was before, with the last picture on it.
-
-    Args:
-        elsewhere: the columns of a picture where the output goes to no terminal.
     """
 
-    def __init__(self, elsewhere: int):
-        self.elsewhere = elsewhere
+    def __init__(self) -> None:
         self.in_place = sys.stdout.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
         self.last: list[str] = []
 
@@ -35,7 +31,7 @@ class Screen:
         return self
 
     def draw(self, lines: Iterable[Line]) -> None:
-        before, self.last = self.last, fitted(lines, self.elsewhere)
+        before, self.last = self.last, fitted(lines)
         if not self.in_place:
             click.echo("\n".join(["", *self.last] if before else self.last))
             return

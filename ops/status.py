@@ -156,11 +156,11 @@ ANNOUNCED = {
 }
 LONGEST_LISTENER = 21
 MOST_CALLS = 10  # of one listener
-COLUMNS = 80  # where the output goes to no terminal that has its own
+COLUMNS = 80  # of the table of stages where the output goes to no terminal that has its own
 
 
 def lines(found: dict[str, Any]) -> Iterator[Line]:
-    """The result of look() as lines for a screen of 80 columns."""
+    """The result of look() as lines; only a terminal cuts them."""
     base = found["database"]
     where = f"{base['name']} on {base['host']}:{base['port']} as {base['user']}"
     yield f"{where}, schema {base['schema_version'] or 'unknown'}, {clock(found['at'])}", 0
@@ -342,9 +342,9 @@ def status(as_json: bool, watch: bool, interval: float | None) -> None:
     looks = looking(config.settings(), interval or 2.0)
     if not watch:
         found = next(looks)
-        echo_json(found) if as_json else echo_lines(lines(found), COLUMNS)
+        echo_json(found) if as_json else echo_lines(lines(found))
         return
-    with contextlib.suppress(KeyboardInterrupt), Screen(COLUMNS) as screen:
+    with contextlib.suppress(KeyboardInterrupt), Screen() as screen:
         for found in looks:
             echo_json(found) if as_json else screen.draw(lines(found))
 

@@ -124,18 +124,14 @@ def paint(text: str, colour: int) -> str:
 Line = tuple[str, int]  # with its colour
 
 
-def fitted(lines: Iterable[Line], elsewhere: int = sys.maxsize) -> list[str]:
-    """Lines for a terminal, none of which it would wrap.
-
-    Args:
-        elsewhere: the columns where the output goes to no terminal; all by default.
-    """
-    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else elsewhere
+def fitted(lines: Iterable[Line]) -> list[str]:
+    """Lines none of which a terminal would wrap; whole where the output goes to none."""
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
     return [paint(clipped(text, columns), colour) for text, colour in lines]
 
 
-def echo_lines(lines: Iterable[Line], elsewhere: int = sys.maxsize) -> None:
-    click.echo("\n".join(fitted(lines, elsewhere)))
+def echo_lines(lines: Iterable[Line]) -> None:
+    click.echo("\n".join(fitted(lines)))
 
 
 def echo_json(value: Any) -> None:

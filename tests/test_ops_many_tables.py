@@ -72,7 +72,7 @@ def test_status_shows_failed_and_stalled_rows_with_the_reason(variants, run_comm
     assert said.summary.startswith("2 need a person, ")
     assert said.rest[:4] == [
         "vlm_analyze  1 row is stalled: running for longer than the timeout",
-        "yolo_detect  1 row is failed: HTTP 500: CUDA out of memory (set failed by its s…",
+        "yolo_detect  1 row is failed: HTTP 500: CUDA out of memory (set failed by its stage)",
         "failed: ./jsl jobs --failed, then job ID for the way back",
         "stalled: ./jsl jobs --stalled",
     ]
