@@ -43,7 +43,7 @@ from calls import PAID, TAKEN, Claimed, Result, Turn, Wanted
 from health import StageHealth
 from heartbeat import Heartbeat
 from looks import JoinLook, MoveLook
-from ops.listeners import OTHER_PIPELINE
+from ops.listeners import OTHER_PIPELINE, UNCLAIMABLE
 from ops.rows import TABLE, RowCommand
 from ops.stage import StageName
 from orphans import reap_orphans
@@ -225,8 +225,8 @@ class Listener:
             try:
                 claimed = self.settle_and_claim(conn)
             except psycopg2.Error as error:
-                if not isinstance(error, db.ConnectionLost):
-                    self.upkeep.run(conn)  # it must run even where every turn fails
+                if not isinstance(error, db.ConnectionLost):  # it must run though no turn succeeds
+                    self.upkeep.run(conn, self.unclaimable)
                 raise
             for call in claimed:
                 self.workers.give(call)
@@ -238,7 +238,7 @@ class Listener:
                     trigger.log_begin(call)
             self.ask_when(conn)
             self.hosts.ping(conn)
-            self.upkeep.run(conn)
+            self.upkeep.run(conn, self.unclaimable)
             ready = self.wait(min(self.next_look, self.upkeep.next_run), conn)
             self.collect(ready)
             if conn in ready or conn.notifies:
@@ -621,7 +621,11 @@ class Listener:
         # already, so select() would not wake for it.
         waits = not (self.finished() or (conn and (self.unwritten or conn.notifies)))
         seconds = max(0.0, until - now) if waits else 0.0
-        if conn:
+        if conn and self.unclaimable:
+            why = next(iter(self.unclaimable.values()))
+            stages = (stage for stage, other in self.unclaimable.items() if other == why)
+            doing = f"{UNCLAIMABLE}{', '.join(stages)}: {why}"
+        elif conn:
             doing = "making calls" if self.workers.calls else "waiting for a job to change"
         else:
             doing = f"database away: {self.reason}"

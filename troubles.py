@@ -13,6 +13,7 @@ from history import BATCH, by_table
 from ops import listeners
 from ops.alarms import why_late
 from ops.resting import PART
+from ops.table import counted
 
 log = logging.getLogger("listener")
 
@@ -149,7 +150,7 @@ def tell_absence(conn, after: float, alerts: Alerts) -> None:
     if row.calls:
         text = (
             f"a listener has started: {row.calls} calls had been waiting, the oldest for "
-            f"{row.seconds / 60:.0f} minutes"
+            f"{counted(round(row.seconds / 60), 'minute')}"
         )
         log.warning(
             "부재 후 시작: 밀린 호출 %d건, 가장 오래된 것은 %.0f초 전", row.calls, row.seconds
@@ -243,11 +244,17 @@ def episodes(conn, after: float) -> list:
     return execute(conn, UNPINNED + EPISODES, given).fetchall()
 
 
-def tell_episode(alerts: Alerts, row: Any) -> None:
-    """Send the alert of an episode that has begun, or is over."""
+def tell_episode(alerts: Alerts, row: Any, unclaimable: str | None = None) -> None:
+    """Send the alert of an episode that has begun, or is over.
+
+    Args:
+        unclaimable: why no call of the stage can be claimed.
+    """
     stage = row.stage
     if row.waiting and not row.was_waiting:
-        tell_waiting(alerts, stage, row.seconds, row.held_reason or why_late(row._asdict()))
+        refused = unclaimable and f"no call can be claimed: {unclaimable}"
+        why = row.held_reason or refused or why_late(row._asdict())
+        tell_waiting(alerts, stage, row.seconds, why)
     elif row.was_waiting and not row.waiting:
         tell_no_more_waiting(alerts, stage)
     if row.refusing and not row.was_refusing:
@@ -259,7 +266,7 @@ def tell_episode(alerts: Alerts, row: Any) -> None:
 
 
 def tell_waiting(alerts: Alerts, stage: str, seconds: float, why: str) -> None:
-    text = f"a call of {stage} has been due for {seconds / 60:.0f} minutes: {why}"
+    text = f"a call of {stage} has been due for {counted(round(seconds / 60), 'minute')}: {why}"
     log.error("밀린 단계: stage=%s 대기=%.0f초 %s", stage, seconds, why)
     alerts.send("waiting", text, stage=stage, seconds=seconds, reason=why)
 

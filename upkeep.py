@@ -75,9 +75,12 @@ class Upkeep:
             self.attempt(troubles.tell_absence, conn, self.settings.ALERT_AFTER, self.alerts)
         self.is_new = False
 
-    def run(self, conn) -> None:
+    def run(self, conn, unclaimable: Mapping[str, str] | None = None) -> None:
         """Run the tasks that are due. One that the database refuses is logged once a round; the
         others go on.
+
+        Args:
+            unclaimable: by stage: why this listener can claim no call of it.
 
         Raises:
             ConnectionLost
@@ -111,7 +114,7 @@ class Upkeep:
             self.episodes_at = now + troubles.EPISODES_INTERVAL
             after = self.settings.ALERT_AFTER
             for row in self.attempt(troubles.episodes, conn, after) or []:
-                troubles.tell_episode(self.alerts, row)
+                troubles.tell_episode(self.alerts, row, (unclaimable or {}).get(row.stage))
             self.attempt(troubles.tell_gone_stages, conn, after, self.alerts, self.gone)
         if now >= self.stalled_at:
             self.look_for_stalled(conn, now)

@@ -9,6 +9,8 @@ from ops.table import clock
 
 # What a listener is doing begins with this where the database has another PIPELINE than it.
 OTHER_PIPELINE = "PIPELINE differs, restart it"
+# And with this where it can claim no call of some stages; then their names and the reason follow.
+UNCLAIMABLE = "no call can be claimed of "
 
 # The sessions of listeners, or of calls by hand, in all databases of this server. PostgreSQL cuts
 # an application_name at the length of an identifier. One without a schema belongs to a call by
@@ -105,6 +107,12 @@ def listeners(conn, settings: SimpleNamespace) -> list[dict[str, Any]]:
     return found
 
 
+def unclaimable(found: list[dict[str, Any]]) -> list[str]:
+    """What listeners() has said of stages of which no call can be claimed, each reason once."""
+    parted = (row["doing"].partition(UNCLAIMABLE) for row in found if row["heartbeat"] == ALIVE)
+    return sorted({UNCLAIMABLE + why for _, begins, why in parted if begins})
+
+
 def doing(beat: Beat | None, is_connected: bool, calls: list[dict[str, Any]]) -> str:
     """What a listener is doing. Its calls go on even if it is frozen, gone or not connected."""
     text = beat.doing if beat else "connected" if is_connected else "not connected"
@@ -113,6 +121,8 @@ def doing(beat: Beat | None, is_connected: bool, calls: list[dict[str, Any]]) ->
         text += ", not connected" * (not is_connected)
         if beat and beat.doing.startswith(OTHER_PIPELINE):
             text = f"{OTHER_PIPELINE}; {text}"
+        elif beat and beat.doing.startswith(UNCLAIMABLE):
+            text += f"; {beat.doing}"
     if calls and not is_connected:
         text += f"; the last lease ends {clock(max(call['leased_until'] for call in calls))}"
     return text if beat is None or beat.state == ALIVE else f"{beat.state}: {text}"

@@ -18,7 +18,7 @@ import db
 from heartbeat import ALIVE
 from ops import migrations
 from ops.limits import LIMIT_FIELDS, limits
-from ops.listeners import heartbeats_here, listeners
+from ops.listeners import heartbeats_here, listeners, unclaimable
 from ops.pools import pools
 from ops.problem import IF_NEWER, INSTALL, Problem
 from ops.resting import resting
@@ -30,6 +30,7 @@ from ops.table import (
     RED,
     YELLOW,
     Line,
+    clipped,
     clock,
     duration,
     echo_json,
@@ -169,7 +170,9 @@ def lines(found: dict[str, Any]) -> Iterator[Line]:
         yield "a row that is inserted owes no call (install --no-insert)", 0
     if said := ANNOUNCED.get(base["announced"]):
         yield said, 0
-    problems = found["error"], base["schema_problem"], found["triggers"]["problem"]
+    refused = unclaimable(found["listeners"])
+    refused = [f"{clipped(said, 180)} → {JSL} verify" for said in refused]
+    problems = found["error"], base["schema_problem"], found["triggers"]["problem"], *refused
     for problem in filter(None, (*problems, found["resting_problem"])):
         what, *mend = plain(problem).split(" → ")
         yield f"PROBLEM  {what}", RED

@@ -30,6 +30,7 @@ from demo import five_stages
 from demo.stage_server import Answer
 from ops.install import apply
 
+HERE = {"PIPELINE_MODULE": "variants", "PYTHONPATH": str(Path(__file__).parent)}
 SHORT_ROUNDS = Path(__file__).with_name("short_rounds.py")
 
 # A command that appends each alert to a file.
@@ -385,6 +386,26 @@ def test_listener_that_starts_counts_all_that_had_waited(database, api, run_comm
     run_command(database, "run", "--once", api=api, ALERT_COMMAND=told.command)
     [said] = [said for said in told() if said["event"] == "back"]
     assert said["calls"] == 4 and "the oldest for 180 minutes" in said["text"]
+
+
+def test_stage_whose_table_the_listener_may_not_read_is_told_with_the_reason(
+    variants, api, listener, run_command, make_role, told
+):
+    database, role = variants.database, make_role(variants.database)
+    database.rows(f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role};"
+                  f"REVOKE ALL ON jobs_variants FROM {role}")  # fmt: skip
+    variants.add(database.add_job("x", "y"), "img_gen", "done")
+    database.rows("UPDATE stage_calls SET due_at = now() - interval '1 minute'")
+    listener(database, api=api, DB_USER=role, DB_PASSWORD=role, ALERT_COMMAND=told.command,
+             ALERT_AFTER=1, **HERE)  # fmt: skip
+    until(lambda: len(told()) > 1, "alerts")
+    reason = "permission denied for table jobs_variants"
+    [said] = [said for said in told() if said["event"] == "waiting"]
+    assert said["text"] == (
+        f"a call of yolo_detect has been due for 1 minute: no call can be claimed: {reason}"
+    )
+    problem = f"PROBLEM  no call can be claimed of yolo_detect: {reason}"
+    assert problem in run_command(database, "status", **HERE).lines
 
 
 def test_newly_stalled_stage_is_told(database, accepted, api, run_command, told):
