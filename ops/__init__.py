@@ -149,12 +149,21 @@ def main(cli: click.Group) -> None:
         fail(f"{first_line(error)}: {GRANTS}", EXIT_PROBLEM)
     except psycopg2.errors.UndefinedColumn as error:
         fail(f"the database refused: {first_line(error)}: {JSL} verify", EXIT_PROBLEM)
+    except psycopg2.errors.LockNotAvailable:
+        fail(f"{locked()}: try again", EXIT_PROBLEM)
     except psycopg2.Error as error:
         fail(f"the database refused: {first_line(error)}", EXIT_PROBLEM)
 
 
 def first_line(error: psycopg2.Error) -> str:
     return str(error).strip().split("\n")[0]
+
+
+def locked() -> str:
+    try:
+        return rows.locked(db.connect(config.settings(), "job-state-listener"))
+    except db.ConnectionLost as error:
+        return lost(error)
 
 
 def lost(error: db.ConnectionLost) -> str:

@@ -8,6 +8,7 @@ import psycopg2
 
 import db
 import pipeline
+from ops.rows import locked
 
 # Has resting_rows() ask for one of parts() alone.
 PART = "SELECT set_config('job_state_listener.part', coalesce(%(part)s, ''), true); "
@@ -41,7 +42,7 @@ class Listed(NamedTuple):
     """
 
     by_part: list[list]
-    unknown: dict[str, psycopg2.Error]
+    unknown: dict[str, str]
 
     @property
     def rows(self) -> list:
@@ -54,14 +55,16 @@ class Listed(NamedTuple):
         """
         if not self.unknown:
             return None
-        reasons = "; ".join(dict.fromkeys(map(why_unknown, self.unknown.values())))
+        reasons = "; ".join(dict.fromkeys(self.unknown.values()))
         of = ", ".join(self.unknown)
         return f"{reasons}: which rows are failed or stalled is not known of {of}"
 
 
-def why_unknown(error: psycopg2.Error) -> str:
+def why_unknown(conn, error: psycopg2.Error) -> str:
     if isinstance(error, psycopg2.errors.QueryCanceled):
         return "reading rows took too long"
+    if isinstance(error, psycopg2.errors.LockNotAvailable):
+        return locked(conn)
     return str(error).strip().split("\n")[0]
 
 
@@ -86,8 +89,8 @@ def listed(
     error = next(iter(failed.values()), None)
     if error and "function resting_rows" in (error.diag.message_primary or ""):
         raise error
-    unknown = {part: failed[part] for group in groups for part in group if part in failed}
-    return Listed(answers, unknown)
+    parts_failed = [part for group in groups for part in group if part in failed]
+    return Listed(answers, {part: why_unknown(conn, failed[part]) for part in parts_failed})
 
 
 class Resting(NamedTuple):

@@ -108,6 +108,27 @@ def require_tables(conn) -> None:
         raise Problem(refusal)
 
 
+# Which of our tables, or of PIPELINE, another transaction has locked against all others.
+LOCKED = """
+SELECT l.relation::regclass::text AS name, l.pid, a.application_name
+FROM pg_locks AS l JOIN pg_stat_activity AS a USING (pid)
+WHERE l.mode = 'AccessExclusiveLock' AND l.granted AND l.pid <> pg_backend_pid()
+  AND a.datname = current_database()
+  AND l.relation IN (SELECT to_regclass(quote_ident(name)) FROM unnest(%(tables)s::text[]) AS name)
+ORDER BY a.xact_start LIMIT 1
+"""
+
+
+def locked(conn) -> str:
+    """What a statement has waited for that lock_timeout ended, as far as it is still locked."""
+    tables = [*pipeline.tables(), *migrations.TABLES]
+    found = db.execute(conn, LOCKED, {"tables": tables}).fetchone()
+    if found is None:
+        return "another transaction holds a lock on a table or row"
+    name = f" ({found.application_name})" if found.application_name else ""
+    return f"{found.name} is locked by server process {found.pid}{name}"
+
+
 OWING = """
 SELECT EXISTS (SELECT FROM stage_calls WHERE table_name = %(table)s
                UNION ALL SELECT FROM pipeline_tables WHERE name = %(table)s)
@@ -183,7 +204,7 @@ def unread(conn) -> dict[str, str]:
         db.execute(conn, READ, {"tables": [table] if table else tables})
 
     _, failed = db.in_parts(conn, ask, tables, limit=math.inf)
-    return {table: why_unread(error) for table, error in failed.items() if table}
+    return {table: why_unread(conn, error) for table, error in failed.items() if table}
 
 
 # What helps, by the error.
@@ -193,7 +214,9 @@ MENDS: dict[type[psycopg2.Error], str] = {
 }
 
 
-def why_unread(error: psycopg2.Error) -> str:
+def why_unread(conn, error: psycopg2.Error) -> str:
+    if isinstance(error, psycopg2.errors.LockNotAvailable):
+        return f"{locked(conn)}: try again"
     mend = MENDS.get(type(error))
     return ": ".join(filter(None, [str(error).strip().split("\n")[0], mend]))
 

@@ -406,6 +406,8 @@ def run_checks(conn, settings) -> Iterator[tuple[bool, str]]:
             raise
         except psycopg2.errors.InsufficientPrivilege as error:
             yield False, f"{str(error).splitlines()[0]} → {GRANTS}"
+        except psycopg2.errors.LockNotAvailable:
+            yield False, f"{rows.locked(conn)} → {JSL} verify, once more"
         except psycopg2.Error as error:
             yield False, f"{str(error).splitlines()[0]} → {INSTALL}"
 

@@ -238,6 +238,19 @@ def test_once_with_half_the_grants_ends_and_says_why(database, run_command, make
     assert "permission denied for table pipeline_stages" in (done.out + done.err).splitlines()[-1]
 
 
+@pytest.mark.parametrize("command", ["jobs", "backfill", "verify"])
+def test_locked_table_and_who_locked_it_are_named(database, run_command, command):
+    table = "pipeline_stages" if command == "verify" else "jobs"
+    with closing(database.connect()) as other:
+        other.cursor().execute(f"SET application_name = 'psql'; BEGIN; LOCK TABLE {table}")
+        done = run_command(database, command)
+        locked = f"{table} is locked by server process {other.info.backend_pid} (psql)"
+    if command == "verify":
+        assert f"PROBLEM  {locked} → ./jsl verify, once more" in done.lines
+    else:
+        assert done.refused(1).endswith(f"{locked}: try again")
+
+
 # --- text that somebody else wrote ---------------------------------------------------------
 
 HOSTILE = "a\x1b[2Jb\nok: forged\r\x07\x9b31mc\u2028d"
