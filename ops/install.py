@@ -403,6 +403,9 @@ def install(
         paused = {row.stage for row in db.execute(conn, PAUSED)}
     except psycopg2.errors.UndefinedTable:
         before_routes, version, paused = {}, migrations.LATEST, set()
+    except psycopg2.errors.InsufficientPrivilege:
+        require_usable(conn)  # says who may install
+        raise
     migrations.require_not_newer(conn)
     try:
         applied = apply(conn, settings, reader, "owed" if notify_owed else notify, insert)

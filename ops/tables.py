@@ -48,6 +48,7 @@ SELECT format('%%I.%%I', n.nspname, c.relname) AS name, c.relowner::regrole::tex
        (SELECT rolsuper FROM pg_roles WHERE oid = c.relowner)
        OR (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)
        OR c.relowner::regrole = current_user::regrole AS may_install, n.nspname AS schema,
+       has_schema_privilege(c.relowner, n.oid, 'CREATE') AS may_create,
        (SELECT string_agg(inhrelid::regclass::text, ', ' ORDER BY inhrelid) FROM pg_inherits
         WHERE inhparent = c.oid AND c.relkind = 'r') AS heirs
 FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
@@ -79,11 +80,11 @@ def faults_of_owner(conn) -> Iterator[Fault]:
     """
     place = db.execute(conn, PLACE, {"name": pipeline.JOBS.name}).fetchone()
     if place and not place.may_install:
+        grant = f"GRANT CREATE ON SCHEMA {place.schema} TO {place.owner}, and "
         yield Fault(
             f"jobs belongs to {place.owner}, whose code would run with the rights of "
             f"{conn.info.user}",
-            f"GRANT CREATE ON SCHEMA {place.schema} TO {place.owner}, and install as "
-            f"{place.owner}, or as a superuser",
+            f"{grant * (not place.may_create)}install as {place.owner}, or as a superuser",
         )
 
 

@@ -122,11 +122,13 @@ WHERE NOT has_table_privilege(to_regclass(quote_ident(needed.name)), needed.priv
 """
 
 VIEWS = """
-SELECT name, found IS NOT NULL AS there, has_table_privilege(found, 'SELECT') AS readable
+SELECT name, found IS NOT NULL AS there, has_table_privilege(found, 'SELECT') AS readable,
+       (SELECT relowner::regrole::text FROM pg_class WHERE oid = found) AS owner
 FROM unnest(ARRAY['pipeline_overview', 'stage_latency', 'given_up_calls']) AS name,
      to_regclass(name) AS found
 UNION ALL
-SELECT name, found IS NOT NULL, has_function_privilege(found, 'EXECUTE')
+SELECT name, found IS NOT NULL, has_function_privilege(found, 'EXECUTE'),
+       (SELECT proowner::regrole::text FROM pg_proc WHERE oid = found)
 FROM unnest(ARRAY['stalled_jobs()', 'resting_rows()']) AS name, to_regprocedure(name) AS found
 """
 
@@ -266,9 +268,11 @@ def check_privileges(conn, settings) -> str:
         raise Bad(f"role {conn.info.user} lacks {missing}", GRANTS)
     if closed := [row.name for row in db.execute(conn, FUNCTIONS) if row.may_execute is False]:
         raise Bad(f"role {conn.info.user} may not execute {', '.join(closed)}", GRANTS)
-    if closed := [row.name for row in db.execute(conn, VIEWS) if row.readable is False]:
-        mend = f"{JSL} install --reader {conn.info.user}"
-        raise Bad(f"role {conn.info.user} may not read {', '.join(closed)}", mend)
+    if closed := [row for row in db.execute(conn, VIEWS) if row.readable is False]:
+        owner, names = closed[0].owner, ", ".join(row.name for row in closed)
+        login = "DATABASE_URL=…" if settings.DATABASE_URL else f"DB_USER={owner} DB_PASSWORD=***"
+        mend = f"as {owner}, who owns them: {login} {JSL} install --reader {conn.info.user}"
+        raise Bad(f"role {conn.info.user} may not read {names}", mend)
     hidden = db.execute(conn, HIDDEN, given).fetchone()[0]
     if hidden:
         raise Bad(f"row-level security hides rows of {hidden} from {conn.info.user}", GRANTS)

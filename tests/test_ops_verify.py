@@ -271,6 +271,15 @@ def test_role_without_any_privilege_is_told_all_of_them(database, api, run_comma
     assert set(told.removeprefix(f"role {role} lacks ").split(", ")) == every
 
 
+def test_owner_of_the_views_is_who_may_grant_them(database, api, role):
+    database.rows(f"REVOKE SELECT ON pipeline_overview FROM {role}")
+    [(what, mend)] = checked(database, STAGE_API_URL=api.url, DB_USER=role, DB_PASSWORD=PASSWORD)
+    assert what == f"role {role} may not read pipeline_overview"
+    owner = database.environ["DB_USER"]
+    typed = f"DB_USER={owner} DB_PASSWORD=*** ./jsl install --reader {role}"
+    assert mend == f"as {owner}, who owns them: {typed}"
+
+
 def test_row_level_security_is_a_problem_even_with_a_policy(database, api, run_command, role):
     database.rows(
         "ALTER TABLE jobs ENABLE ROW LEVEL SECURITY;"

@@ -298,6 +298,17 @@ def test_role_that_only_has_trigger_does_not_lend_its_rights(app, make_role):
     database.rows(f"GRANT CREATE ON SCHEMA public TO {owner}")
     install(database, DB_USER=owner, DB_PASSWORD=owner)
     assert [tuple(row) for row in database.rows(OWNERS)] == [(owner,)]
+    said = refused(database, DB_USER=ops, DB_PASSWORD=ops)
+    assert said.endswith(f" with the rights of {ops}: install as {owner}, or as a superuser")
+
+
+def test_role_that_may_read_nothing_of_ours_is_told_who_may_install(app, make_role, run_command):
+    database, owner = app
+    reader = make_role(database)
+    database.rows(f"GRANT CREATE ON SCHEMA public TO {owner}")
+    install(database, DB_USER=owner, DB_PASSWORD=owner)
+    said = run_command(database, "install", DB_USER=reader).refused(1)
+    assert said.endswith(f"install as {owner}, or as a superuser; nothing was changed")
 
 
 def test_what_another_role_installed_goes_to_the_owner_of_jobs(app, make_role):
