@@ -21,8 +21,10 @@ from alerts import Alerts
 from db import UNPINNED, WAKE_CHANNEL, ConnectionLost, execute, in_parts, reasons
 from history import BATCH, log_failure
 from ops import listeners, migrations, routes
+from ops.alarms import called
 from ops.problem import INSTALL
 from ops.resting import parts
+from ops.table import counted
 
 log = logging.getLogger("listener")
 
@@ -211,13 +213,20 @@ class Upkeep:
         self.attempt(self.tell_failing, conn, failed)
         for rows in found:
             for row in rows:
-                if row.jobs is None:
-                    self.alerts.recovered("stalled", row.stage, "no job is stalled any more")
-                    continue
-                log.error("정체된 단계: stage=%s jobs=%d", row.stage, row.jobs)
-                jobs = "1 job is" if row.jobs == 1 else f"{row.jobs} jobs are"
-                text = f"{jobs} stalled at {row.stage}: {row.reason}"
-                self.alerts.send("stalled", text, **row._asdict())
+                self.tell_stalled(row)
+
+    def tell_stalled(self, row: Any) -> None:
+        """Tell people of a stage (see troubles.newly_stalled) that is stalled, or no more."""
+        stages = pipeline.stages_of_routes().items()
+        kind = called(route.table for route, (name, _) in stages if name == row.stage)
+        if row.jobs is None:
+            self.alerts.recovered("stalled", row.stage, f"no {kind} is stalled any more")
+            return
+        log.error("정체된 단계: stage=%s jobs=%d %s → %s jobs --stalled --stage %s", row.stage,
+                  row.jobs, row.reason, pipeline.JSL, row.stage)  # fmt: skip
+        are = f"{counted(row.jobs, kind)} {'is' if row.jobs == 1 else 'are'}"
+        text = f"{are} stalled at {row.stage}: {row.reason}"
+        self.alerts.send("stalled", text, **row._asdict())
 
     def tell_failing(self, conn, failed: Mapping[str, psycopg2.Error]) -> None:
         """Tell people that stalled rows cannot be looked for, and when that is over. Only the

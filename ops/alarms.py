@@ -2,7 +2,7 @@
 its reason and the command to type. This module does not use the database.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -100,8 +100,9 @@ def of_stage(row: dict[str, Any], at: datetime) -> Iterator[Alarm]:
         what = f"a call has been due for {duration(row['oldest_due_seconds'])}"
         mend = f"{pipeline.JSL} jobs --stage {stage}"
         yield Alarm(STAGE, "late", what, why_late(row), mend, stage)
+    rows = called(row["tables"])
     if row["failed"]:
-        what = f"{counted(row['failed'], 'job')} set failed by the stage"
+        what = f"{counted(row['failed'], rows)} set failed by the stage"
         mend = f"{pipeline.JSL} jobs --failed --stage {stage}"
         yield Alarm(JOBS, "failed", what, readable(row["failed_reason"]), mend, stage)
     if row["given_up"]:
@@ -109,11 +110,16 @@ def of_stage(row: dict[str, Any], at: datetime) -> Iterator[Alarm]:
         mend = f"{pipeline.JSL} retry --stage {stage}"
         yield Alarm(JOBS, "given_up", what, readable(row["last_error"]), mend, stage)
     if row["stalled"]:
-        what = f"{counted(row['stalled'], 'job')} stalled"
+        what = f"{counted(row['stalled'], rows)} stalled"
         text = readable(row["stalled_reason"]) or ""
         reason, _, command = text.partition(f": {pipeline.JSL} ")
         mend = f"{pipeline.JSL} {command or f'jobs --stalled --stage {stage}'}"
         yield Alarm(JOBS, "stalled", what, reason, mend, stage)
+
+
+def called(tables: Iterable[str]) -> str:
+    """What a row of `tables` is called."""
+    return "job" if {*tables} == {pipeline.JOBS.name} else "row"
 
 
 def why_late(row: dict[str, Any]) -> str:

@@ -318,7 +318,11 @@ def test_stage_is_not_told_as_stalled_no_more_while_its_rows_cannot_be_read(vari
         "ALTER TABLE jobs_variants ADD updated_at timestamptz DEFAULT '2000-1-1'"
     )
     with connected(variants.database) as conn:
-        assert {one["stage"] for one in task.told(conn)} == {"instagram", "yolo_detect"}
+        reason = "running for longer than the timeout"
+        assert {one["text"] for one in task.told(conn)} == {
+            f"1 job is stalled at instagram: {reason}",
+            f"1 row is stalled at yolo_detect: {reason}",
+        }
         variants.database.rows(RENAME)
         assert task.told(conn) == []
 
@@ -409,10 +413,11 @@ def test_stage_whose_table_the_listener_may_not_read_is_told_with_the_reason(
 
 
 def test_newly_stalled_stage_is_told(database, accepted, api, run_command, told):
-    run_command(database, "run", "--once", api=api, ALERT_COMMAND=told.command)
+    done = run_command(database, "run", "--once", api=api, ALERT_COMMAND=told.command)
     [said] = told()
     assert (said["event"], said["stage"], said["jobs"]) == ("stalled", "planner", 1)
     reason = "accepted by the stage, but the job has not changed"
+    assert f"stage=planner jobs=1 {reason} → ./jsl jobs --stalled --stage planner\n" in done.out
     assert said["text"] == f"1 job is stalled at planner: {reason}"
 
 
