@@ -399,8 +399,15 @@ CHECKS: list[Callable] = [
 ]  # fmt: skip
 
 
+# These have nothing to say before `install`.
+OF_INSTALLED = (check_columns, check_privileges, check_others)
+
+
 def run_checks(conn, settings) -> Iterator[tuple[bool, str]]:
+    installed = db.execute(conn, rows.INSTALLED).fetchone()[0]
     for one in CHECKS:
+        if one in OF_INSTALLED and not installed:
+            continue
         try:
             if said := one(conn, settings):
                 yield True, said
