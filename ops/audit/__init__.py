@@ -185,6 +185,13 @@ def as_dict(done: Audit, redact: Callable[[str], str]) -> dict[str, Any]:
 
 
 def lines(done: Audit) -> Iterator[str]:
+    seconds = duration(time.monotonic() - done.began)
+    attempts = "1 attempt" if done.span.attempts == 1 else f"{done.span.attempts} attempts"
+    what = f"{attempts} since {done.since:%F %T}, looked through in {seconds}"
+    found = "1 finding" if done.broken == 1 else f"{done.broken} findings"
+    known = ", as far as could be read" * bool(done.problems)
+    yield f"{what}: {found}" if done.broken else f"{what}: no promise was broken{known}"
+    yield ""
     for kind in KINDS:
         if kept := done.findings.kept.get(kind):
             yield f"{done.findings.counts[kind]} × {kind}"
@@ -199,13 +206,6 @@ def lines(done: Audit) -> Iterator[str]:
         yield f"{done.failed} failed, for a person: {pipeline.JSL} jobs --failed"
     yield "What this history cannot tell:"
     yield from (f"- {line}" for line in done.unknown())
-    yield ""
-    seconds = duration(time.monotonic() - done.began)
-    attempts = "1 attempt" if done.span.attempts == 1 else f"{done.span.attempts} attempts"
-    what = f"{attempts} since {done.since:%F %T}, looked through in {seconds}"
-    found = "1 finding" if done.broken == 1 else f"{done.broken} findings"
-    known = ", as far as could be read" * bool(done.problems)
-    yield f"{what}: {found}" if done.broken else f"{what}: no promise was broken{known}"
 
 
 def shown(kept: list[Finding]) -> Iterator[str]:
