@@ -189,6 +189,8 @@ BEGIN
                    -- As for rows, below.
                    OR a.stage NOT IN (SELECT stage FROM %4$I.pipeline_stages))) AS last
         WHERE m.join_of = %7$L AND m.is_noted AND NOT m.is_open
+          AND NOT EXISTS (SELECT FROM %4$I.stage_joins AS b
+                          WHERE b.parent_id = m.parent_id AND b.join_of = %7$L || ' left')
           AND (last.call_id = ANY (last.cancelled) AND last.outcome <> 'succeeded') IS NOT TRUE
           AND greatest(m.recorded_at, last.finished_at)
               < now() - make_interval(secs => %8$s)
