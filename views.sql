@@ -186,8 +186,11 @@ BEGIN
             FROM %4$I.stage_attempts AS a
             WHERE a.job_id = m.parent_id AND a.table_name = %1$L
               AND (a.stage = %3$L
-                   -- As for rows, below.
-                   OR a.stage NOT IN (SELECT stage FROM %4$I.pipeline_stages))) AS last
+                   -- It may be that of now under the name of before, unless that was tried as well.
+                   OR a.stage NOT IN (SELECT stage FROM %4$I.pipeline_stages) AND NOT EXISTS (
+                       SELECT FROM %4$I.stage_attempts AS own
+                       WHERE own.job_id = m.parent_id AND own.table_name = %1$L
+                         AND own.stage = %3$L AND own.finished_at >= m.recorded_at))) AS last
         WHERE m.join_of = %7$L AND m.is_noted AND NOT m.is_open
           AND NOT EXISTS (SELECT FROM %4$I.stage_joins AS b
                           WHERE b.parent_id = m.parent_id AND b.join_of = %7$L || ' left')

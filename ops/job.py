@@ -141,6 +141,16 @@ class Rest(NamedTuple):
 CANCELLED = "cancelled"
 
 
+def join_cancellation(attempts: list, join: dict[str, Any]) -> Any:
+    """As cancellation(), of the last call of a join. Once it was tried under the name that its
+    stage has now, it has no other.
+    """
+    stage, since = join["stage"], join["recorded_at"]
+    own = [one for one in attempts if one.stage == stage]
+    is_tried = since and any(one.finished_at >= since for one in own)
+    return cancellation(own if is_tried else attempts, stage)
+
+
 def cancellation(attempts: list, stage: str, other: str | None = None) -> Any:
     """The attempt that says that a person has cancelled the last call of `stage`; None where there
     is none, or the call was under way and was accepted. As in resting_rows(), a stage that left
@@ -294,7 +304,7 @@ def place_lines(found: Found) -> Iterator[str]:
     if why := found.rests.get((row.table_name, row.key)):
         yield rest_line(row, why, found.above)
     for one in found.above:
-        yield join_line(row, one, cancellation(found.attempts, one["stage"]))
+        yield join_line(row, one, join_cancellation(found.attempts, one))
     for one in found.owed:
         if one.join_of in found.waiting:
             yield wait_line(one.stage, found.waiting[one.join_of])

@@ -137,6 +137,20 @@ def test_call_of_a_join_stays_cancelled_where_its_stage_is_renamed(
     assert "posters was cancelled by " in run("job", joined).out
 
 
+def test_call_of_a_join_that_was_accepted_is_not_said_to_be_that_of_a_stage_that_left(
+    variants, run, joined, use_pipeline
+):
+    call(variants.database, ["ad_copy"])
+    use_pipeline({state: f for state, f in PIPELINE.items() if state != ("ad_copy", "done")})
+    with connected(variants.database) as conn:
+        apply(conn)
+    assert run("cancel", joined, "--stage", "instagram", "--reason", "it is gone").code == 0
+    variants.database.rows("UPDATE stage_joins SET recorded_at = recorded_at - interval '1 h'")
+    variants.database.rows("UPDATE stage_attempts SET finished_at = finished_at - interval '1 h'")
+    assert variants.database.rows(STALLED) == [("ad_copy",)]
+    assert any("there; ad_copy was recorded " in line for line in run("job", joined).lines)
+
+
 def test_many_rows_are_summed_up(variants, run):
     job = variants.database.add_job("img_gen", "queued")
     variants.add(job, "img_gen", "done", count=25), variants.add(job, "iou_eval", "failed")
