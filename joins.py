@@ -95,15 +95,9 @@ def look(conn, join: str | None = None) -> int | None:
 
 # Stores the state of the parent when the call of a join is first made, and again as long as no
 # attempt counts. A listener that is lost before this has made no call, so the next claim stores it.
-# That the parent came back to the state stored before is no longer of interest.
 NOTE = """
-WITH noted AS (
-    UPDATE stage_joins SET is_noted = true, parent_step = %(step)s, parent_status = %(status)s
-    WHERE parent_id = %(parent_id)s AND join_of = %(join)s AND (%(first)s OR NOT is_noted)
-    RETURNING join_of
-)
-DELETE FROM stage_joins
-WHERE parent_id = %(parent_id)s AND join_of = %(join)s || ' left' AND EXISTS (SELECT FROM noted)
+UPDATE stage_joins SET is_noted = true, parent_step = %(step)s, parent_status = %(status)s
+WHERE parent_id = %(parent_id)s AND join_of = %(join)s AND (%(first)s OR NOT is_noted)
 """
 
 

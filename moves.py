@@ -114,10 +114,10 @@ def has_working(conn) -> bool:
 
 
 # Moves that no trigger has recorded: the row was deleted, or changed while the trigger was off. For
-# the call of a join, the parent has moved if it left the state stored at the call's first claim,
-# even where it came back. Rows of a table that left PIPELINE cannot be read, so their calls end
-# with their leases. A row has not moved either where stage_calls still has its call and it is in
-# the state of that call: the state may lead to another stage since the last install.
+# the call of a join, the parent has moved if it left the state stored at the call's first claim.
+# Rows of a table that left PIPELINE cannot be read, so their calls end with their leases. A row has
+# not moved either where stage_calls still has its call and it is in the state of that call: the
+# state may lead to another stage since the last install.
 RECORD_MISSED = """
 INSERT INTO stage_moves (job_id, table_name, stage, is_failed)
 SELECT l.job_id, l.table_name, l.stage,
@@ -140,10 +140,7 @@ WHERE l.working AND l.table_name IN (SELECT name FROM pipeline_tables)
           JOIN stage_joins AS j ON j.join_of = p.join_of AND j.parent_id = l.job_id
           WHERE (p.table_name, p.stage) = (l.table_name, l.stage)
             AND (j.parent_step, j.parent_status)
-                IS NOT DISTINCT FROM (r.current_step, r.status)
-            AND NOT EXISTS (
-                SELECT FROM stage_joins AS b
-                WHERE b.parent_id = j.parent_id AND b.join_of = j.join_of || ' left')))
+                IS NOT DISTINCT FROM (r.current_step, r.status)))
 """
 
 

@@ -212,7 +212,7 @@ BEGIN
             is_open       boolean NOT NULL,
             recorded_at   timestamptz,
             -- Where the parent was when the call was first claimed: once it has moved on, the call
-            -- is not repeated. A row with join_of || ' left' says that it has, and has come back.
+            -- is not repeated.
             is_noted      boolean NOT NULL DEFAULT false,
             parent_step   text,
             parent_status text,

@@ -85,7 +85,6 @@ DECLARE
     moving  text;  -- statements before them, where the table has partitions
     is_ordered boolean;  -- the table has a column for the priority of its rows, or their time
     moves   text;  -- statements that record moves; NULL: no asynchronous stage
-    comes_back text;  -- a statement that records a parent's return; NULL: not a parent of a join
     fields  text;  -- of the notification
     tells   text;  -- statements that notify; NULL: nothing is announced
     id_type constant text := (
@@ -193,25 +192,6 @@ BEGIN
               WHERE r.table_name = t.name AND r.asynchronous
               GROUP BY r.stage) AS s;
 
-        -- A parent that comes back to the state in which the call of its join was first claimed looks
-        -- as if it had not moved. So a row is inserted that says so. It is not an UPDATE of the join's
-        -- own row: listeners write that, and would have to wait for the application's transaction.
-        -- A parent that comes from a state of the join's stage was sent back, and has not moved on.
-        SELECT format($return$
-        IF TG_OP = 'UPDATE' THEN
-            INSERT INTO %1$I.stage_joins (parent_id, join_of, is_open)
-            SELECT id, m.join_of || ' left', false FROM %1$I.stage_joins AS m
-            WHERE m.parent_id = id AND m.is_noted
-              AND (m.parent_step, m.parent_status) IS NOT DISTINCT FROM (step, state)
-              AND (step = %2$L::jsonb ->> m.join_of
-                   OR old_step IS DISTINCT FROM %2$L::jsonb ->> m.join_of)
-            ON CONFLICT DO NOTHING;
-        END IF;$return$, schema, jsonb_object_agg(r.join_of, r.stage))
-        INTO comes_back
-        FROM jsonb_to_recordset(asked -> 'routes') AS r (table_name text, join_of text, stage text)
-        WHERE r.table_name = t.name AND r.join_of <> ''
-        HAVING count(*) > 0;
-
         -- Tenants take turns by the call's own copy. Nothing waits for a lock on the parent's
         -- table: without the parent's tenant the call has the turns of those that have none. So it
         -- has where that table is partitioned: each row would lock and read all partitions.
@@ -267,7 +247,7 @@ BEGIN
             start := CASE WHEN NEW.%1$I IS NOT NULL THEN least(NEW.%1$I, '9999-12-31') END;$read$, t.run_after_column) END
             || CASE WHEN looks IS NULL THEN '' ELSE $read$
         END IF;$read$ END
-            || CASE WHEN coalesce(t.parent_column, moves, comes_back) IS NULL THEN '' ELSE format($read$
+            || CASE WHEN coalesce(t.parent_column, moves) IS NULL THEN '' ELSE format($read$
         IF TG_OP <> 'INSERT' THEN
             old_step := OLD.current_step::text;
             old_state := OLD.status::text;%s
@@ -289,7 +269,7 @@ BEGIN
                 CASE WHEN t.run_after_column IS NULL THEN 'NULL'
                      ELSE format('CASE WHEN ($1).%1$I IS NOT NULL THEN least(($1).%1$I,'
                                  ' ''9999-12-31''::timestamptz) END', t.run_after_column) END))
-            || CASE WHEN coalesce(t.parent_column, moves, comes_back) IS NULL THEN '' ELSE format($read$
+            || CASE WHEN coalesce(t.parent_column, moves) IS NULL THEN '' ELSE format($read$
             IF TG_OP <> 'INSERT' THEN
                 EXECUTE %1$L INTO old_step, old_state, old_parent, old_id USING OLD;
             END IF;$read$, format('SELECT ($1).current_step::text, ($1).status::text, %1$s,'
@@ -371,7 +351,7 @@ BEGIN
         END;
     END;
 
-    IF is_missing IS NULL THEN%3$s%5$s%21$s
+    IF is_missing IS NULL THEN%3$s%5$s
         route := %2$L::jsonb -> step ->> state;%20$s
         IF route IS NULL THEN
             DELETE FROM %1$s AS c
@@ -419,8 +399,7 @@ $long$, format(too_long, 'id')) END,
             CASE WHEN is_ordered THEN ', urgency, start, greatest(clock_timestamp(), start)'
                  ELSE '' END,
             CASE WHEN is_ordered THEN ', priority = excluded.priority, run_after = excluded.run_after'
-                 ELSE ', priority = 0, run_after = NULL' END, coalesce(borrowed, ''),
-            coalesce(comes_back, '')));
+                 ELSE ', priority = 0, run_after = NULL' END, coalesce(borrowed, '')));
     END LOOP;
 END
 $do$;
@@ -513,11 +492,8 @@ BEGIN
 BEGIN%1$s
     IF a_join <> '' THEN
         is_complete := %2$I.stage_join_is_complete(a_join, an_id);
-        SELECT m.is_noted AND (
-            (m.parent_step, m.parent_status)
-                IS DISTINCT FROM (stage_call_row.current_step, stage_call_row.status)
-            OR EXISTS (SELECT FROM %2$I.stage_joins AS l
-                       WHERE l.parent_id = an_id%3$s AND l.join_of = a_join || ' left'))
+        SELECT m.is_noted AND (m.parent_step, m.parent_status)
+                              IS DISTINCT FROM (stage_call_row.current_step, stage_call_row.status)
         INTO has_moved
         FROM %2$I.stage_joins AS m WHERE m.parent_id = an_id%3$s AND m.join_of = a_join;
     END IF;

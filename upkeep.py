@@ -461,7 +461,7 @@ WITH batch AS (
 ), gone AS (
     DELETE FROM stage_joins AS j USING pipeline_stages AS p
     WHERE (j.parent_id, j.join_of) IN (SELECT parent_id, join_of FROM batch)
-      AND j.join_of IN (p.join_of, p.join_of || ' left')
+      AND p.join_of = j.join_of
       AND (stage_call_row(p.table_name, '', j.parent_id)).is_there IS NULL
 )
 SELECT count(*) AS found,

@@ -179,7 +179,7 @@ BEGIN
             AND (r.current_step::text, r.status::text)
                 IS NOT DISTINCT FROM (m.parent_step, m.parent_status)
         CROSS JOIN LATERAL (
-            SELECT max(a.finished_at) AS finished_at,
+            SELECT max(a.finished_at) AS finished_at, max(a.started_at) AS started_at,
                    (array_agg(a.outcome ORDER BY a.finished_at DESC))[1] AS outcome,
                    (array_agg(a.call_id ORDER BY a.finished_at DESC))[1] AS call_id,
                    array_agg(a.call_id) FILTER (WHERE a.outcome = 'cancelled') AS cancelled
@@ -192,8 +192,13 @@ BEGIN
                        WHERE own.job_id = m.parent_id AND own.table_name = %1$L
                          AND own.stage = %3$L AND own.finished_at >= m.recorded_at))) AS last
         WHERE m.join_of = %7$L AND m.is_noted AND NOT m.is_open
-          AND NOT EXISTS (SELECT FROM %4$I.stage_joins AS b
-                          WHERE b.parent_id = m.parent_id AND b.join_of = %7$L || ' left')
+          -- Called again after it was through, a parent comes back to the state it had: where a
+          -- later stage leaves it, which was called since, or where this one does.
+          AND (r.current_step::text, r.status::text) IS DISTINCT FROM (%3$L, 'done')
+          AND NOT EXISTS (
+              SELECT FROM %4$I.stage_attempts AS a
+              WHERE a.job_id = m.parent_id AND a.table_name = %1$L AND a.outcome = 'succeeded'
+                AND a.stage = r.current_step::text AND a.started_at > last.started_at)
           AND (last.call_id = ANY (last.cancelled) AND last.outcome <> 'succeeded') IS NOT TRUE
           AND greatest(m.recorded_at, last.finished_at)
               < now() - make_interval(secs => %8$s)

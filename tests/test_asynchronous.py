@@ -232,16 +232,6 @@ def test_child_and_join_are_worked_on(site, status):
         assert call.given_up and call.last_error == "set failed by its stage"
 
 
-def test_parent_that_moves_on_and_comes_back_ends_the_call_of_its_join(site):
-    job = site.database.add_job("x", "y")
-    site.variants.add(job, "yolo_detect", "done")
-    site.start(SWEEP_INTERVAL=0.2)
-    site.wait_for_working(1)
-    site.database.rows("UPDATE jobs SET status = 'z'; UPDATE jobs SET status = 'y'")
-    site.database.wait_for(NOBODY)
-    assert site.database.value(ENDED, job) == "succeeded"
-
-
 PARTITIONED = """
 ALTER TABLE jobs RENAME TO jobs_before;
 CREATE TABLE jobs (LIKE jobs_before INCLUDING DEFAULTS) PARTITION BY LIST (status);

@@ -435,6 +435,65 @@ def test_look_that_fails_is_one_line_and_keeps_no_other_call(variants, api, star
     assert "재연결" not in process.output
 
 
+STALLED = "SELECT stage FROM stalled_jobs()"
+A_DAY_AGO = (
+    "UPDATE jobs SET updated_at = now() - interval '1 day';"
+    "UPDATE stage_joins SET recorded_at = now() - interval '1 day';"
+    "UPDATE stage_attempts SET started_at = started_at - interval '1 day',"
+    " finished_at = finished_at - interval '1 day'"
+)
+
+
+@pytest.mark.parametrize(
+    ("last", "found"), [(("instagram", "done"), []), (("hold", "x"), [("ad_copy",)])]
+)
+def test_parent_that_is_called_again_and_comes_back_is_through_where_a_later_stage_left_it(
+    variants, conn, caller, accepting, last, found
+):
+    job, [first, _] = joined(variants)
+    calling = caller(accepting.url)
+    for _ in range(2):
+        variants.move(first, "img_gen", "running")
+        variants.finish(first)
+        joins.look(conn)
+        assert calling.call_again().stage == "ad_copy"
+        variants.database.move(job, "ad_copy", "done")
+        assert calling.call_again().stage == "instagram"
+        variants.database.move(job, *last)
+    variants.database.rows(A_DAY_AGO)
+    assert variants.database.rows(STALLED) == found
+
+
+@pytest.mark.parametrize(("status", "found"), [("done", []), ("waiting", [("ad_copy",)])])
+def test_parent_that_the_stage_of_its_join_leaves_done_is_through(
+    database, use_pipeline, caller, accepting, status, found
+):
+    use_pipeline({VARIANTS.every("iou_eval", "done"): stage("ad_copy")})
+    variants = install(database, TABLE)
+    job, _ = joined(variants)
+    database.move(job, "ad_copy", status)
+    calling = caller(accepting.url)
+    joins.look(calling.conn)
+    assert calling.call().outcome == "succeeded"
+    database.rows(A_DAY_AGO)
+    assert database.rows(STALLED) == found
+
+
+@pytest.mark.parametrize("answer", [NEVER, BAD])
+@pytest.mark.parametrize("status", ["running", "failed"])
+def test_call_is_repeated_where_the_parent_was_sent_back_from_its_stage(
+    variants, conn, caller, serve, answer, status
+):
+    job, _ = joined(variants)
+    joins.look(conn)
+    calling = caller(serve(in_turn(answer, OK)).url)
+    calling.call()
+    variants.database.move(job, "ad_copy", status)
+    variants.database.move(job, "img_gen", "queued")
+    variants.database.rows(LEASE_OVER)
+    assert calling.call_again().outcome == "succeeded"
+
+
 def test_run_once_ends_after_the_last_look(variants, api_of_variants, run_command):
     """More parents than one look takes, the complete one among the last."""
     variants.database.rows(MANY, 1500)
@@ -565,92 +624,6 @@ def test_call_whose_first_claim_was_lost_is_not_repeated_once_the_parent_has_mov
     variants.database.rows(LEASE_OVER)
     assert calling.claim() is None
     assert variants.database.attempts(job)[-1].error == "the job has moved on: (ad_copy, running)"
-
-
-LAST_STATES = [("instagram", "done"), ("ad_copy", "ready")]  # of a later stage; of the join's own
-
-
-def work_again(database, job: str, step: str, status: str) -> None:
-    """What stages do when the join of a job that was through is called once more."""
-    database.move(job, "ad_copy", "running")
-    database.move(job, "ad_copy", "done")
-    database.move(job, step, "running")
-    database.move(job, step, status)
-
-
-@pytest.mark.parametrize("last", LAST_STATES)
-def test_call_without_an_answer_is_not_repeated_once_the_parent_is_back_in_its_last_state(
-    variants, conn, caller, serve, last
-):
-    job, _ = joined(variants)
-    variants.database.move(job, *last)
-    joins.look(conn)
-    calling = caller(serve(in_turn(NEVER, OK)).url)
-    assert calling.call().outcome == "unknown"
-    work_again(variants.database, job, *last)
-    variants.database.rows(LEASE_OVER)
-    assert calling.claim() is None
-    error = f"the job has moved on: ({', '.join(last)})"
-    assert variants.database.attempts(job)[-1].error == error
-
-
-@pytest.mark.parametrize("answer", [NEVER, BAD])
-@pytest.mark.parametrize("status", ["running", "failed"])
-def test_call_is_repeated_where_the_parent_was_sent_back_from_its_stage(
-    variants, conn, caller, serve, answer, status
-):
-    job, _ = joined(variants)
-    joins.look(conn)
-    calling = caller(serve(in_turn(answer, OK)).url)
-    calling.call()
-    variants.database.move(job, "ad_copy", status)
-    variants.database.move(job, "img_gen", "queued")
-    variants.database.rows(LEASE_OVER)
-    assert calling.call_again().outcome == "succeeded"
-
-
-STALLED = "SELECT stage FROM stalled_jobs()"
-A_DAY_AGO = (
-    "UPDATE jobs SET updated_at = now() - interval '1 day';"
-    "UPDATE stage_joins SET recorded_at = now() - interval '1 day';"
-    "UPDATE stage_attempts SET finished_at = now() - interval '1 day'"
-)
-
-
-@pytest.mark.parametrize("last", LAST_STATES)
-def test_parent_is_stalled_only_where_it_has_not_moved_since_the_last_call(
-    variants, conn, caller, accepting, last
-):
-    job, [first, _] = joined(variants)
-    variants.database.move(job, *last)
-    calling = caller(accepting.url)
-    found = []
-    for moves in (False, True, False):
-        variants.finish(first)
-        joins.look(conn)
-        assert calling.call().outcome == "succeeded"
-        if moves:
-            work_again(variants.database, job, *last)
-        variants.database.rows(A_DAY_AGO)
-        found.append(variants.database.rows(STALLED))
-        variants.move(first, "img_gen", "running")
-    assert found == [[("ad_copy",)], [], [("ad_copy",)]]
-
-
-def test_parent_that_comes_back_keeps_no_look_waiting(variants, conn, caller, accepting):
-    job, [first, _] = joined(variants)
-    joins.look(conn)
-    calling = caller(accepting.url)
-    calling.call()
-    with closing(psycopg2.connect(variants.database.dsn)) as held:
-        for step in ("instagram", "img_gen"):
-            moved = "UPDATE jobs SET current_step = %s, status = 'queued' WHERE job_id = %s"
-            held.cursor().execute(moved, [step, job])
-        variants.move(first, "img_gen", "running")
-        variants.finish(first)
-        assert joins.look(conn) == 1
-        assert calling.call_again().outcome == "succeeded"
-        held.commit()
 
 
 @pytest.mark.parametrize("answer", [NEVER, BAD])
@@ -863,17 +836,6 @@ def test_deleted_parent_is_skipped_and_forgotten(variants, conn, caller, accepti
     assert upkeep.forget_parents(conn, batch=1000) is None
     known = variants.database.rows("SELECT parent_id::text FROM stage_joins")
     assert [row.parent_id for row in known] == [living]
-
-
-def test_deleted_parent_that_had_come_back_is_forgotten(variants, conn, caller, accepting):
-    job, _ = joined(variants)
-    joins.look(conn)
-    caller(accepting.url).call()
-    variants.database.move(job, "instagram", "done")
-    variants.database.move(job, "img_gen", "queued")
-    variants.database.rows("DELETE FROM jobs")
-    upkeep.forget_parents(conn, batch=1000)
-    assert variants.database.value("SELECT count(*) FROM stage_joins") == 0
 
 
 def test_deleted_parents_are_found_a_batch_at_a_time(variants, conn):

@@ -145,7 +145,9 @@ def test_call_of_a_join_that_was_accepted_is_not_said_to_be_that_of_a_stage_that
     with connected(variants.database) as conn:
         apply(conn)
     assert run("cancel", joined, "--stage", "instagram", "--reason", "it is gone").code == 0
-    variants.database.rows("UPDATE stage_joins SET recorded_at = recorded_at - interval '1 h'")
+    variants.database.move(joined, "ad_copy", "ready")
+    variants.database.rows("UPDATE stage_joins SET recorded_at = recorded_at - interval '1 h',"
+                           " parent_status = 'ready'")  # fmt: skip
     variants.database.rows("UPDATE stage_attempts SET finished_at = finished_at - interval '1 h'")
     assert variants.database.rows(STALLED) == [("ad_copy",)]
     assert any("there; ad_copy was recorded " in line for line in run("job", joined).lines)
