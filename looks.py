@@ -93,7 +93,7 @@ class JoinLook(Look):
                 return
             log.error("조인 확인 실패 (%.0f초 후 다시 시도): %s", seconds, db.reasons(failed))
         else:
-            [parents] = found
+            parents = None if None in found else sum(found)
             delay = 0.0 if parents else math.inf
             if parents is None:  # another listener is looking, and may have begun too early
                 delay = OTHER_LOOKS

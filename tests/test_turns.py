@@ -31,6 +31,7 @@ from waiting import (
 import calls
 import db
 import joins
+import looks
 import moves
 import trigger
 from demo.stage_api import StageApi
@@ -441,6 +442,19 @@ def test_look_that_fails_is_not_made_again_at_once(failing, asked, monkeypatch):
     look = {joins: listener.join_look, moves: listener.move_look}[failing]
     assert look.at >= ended[0] + FAILED
     asked.line("5초 후 다시 시도")
+
+
+def test_look_at_joins_that_fails_as_a_whole_alone_has_not_failed(asked, monkeypatch):
+    def fail(_, join=None):
+        if join is None:
+            raise psycopg2.errors.LockNotAvailable("for a moment")
+        return 1
+
+    monkeypatch.setattr(looks.pipeline, "joins", lambda: {"one": None, "two": None})
+    monkeypatch.setattr(joins, "look", fail)
+    look = asked.listener.join_look
+    look.run(asked.conn)
+    assert look.at == look.rests_until  # it has found something
 
 
 @pytest.mark.parametrize("failing", [joins, moves])
