@@ -111,7 +111,7 @@ class Server:
     ) -> str:
         """The name of a template: a copy of `base` after `prepare`. Made once for each `key`."""
         if key not in self.templates:
-            database = Database(self, self.create(base))
+            database = Database(self, template=base)
             with closing(database.conn):
                 prepare(database)
             self.templates[key] = database.name
@@ -136,19 +136,37 @@ class Server:
 
 
 class Database:
-    """One test's database: SQL in, rows out."""
+    """One test's database: SQL in, rows out.
 
-    def __init__(self, server: Server, name: str):
-        self.server, self.name = server, name
-        self.environ = server.environ | {"DB_NAME": name}
-        self.dsn = psycopg2.extensions.make_dsn(
+    name: one that is there; None: it is copied from `template` when it is first used.
+    """
+
+    def __init__(self, server: Server, name: str | None = None, template: str = "template1"):
+        self.server, self.template = server, template
+        if name is not None:
+            self.name = name
+
+    @cached_property
+    def name(self) -> str:
+        return self.server.create(self.template)
+
+    @cached_property
+    def environ(self) -> dict[str, str]:
+        return self.server.environ | {"DB_NAME": self.name}
+
+    @cached_property
+    def dsn(self) -> str:
+        return psycopg2.extensions.make_dsn(
             host=self.environ["DB_HOST"],
             port=self.environ["DB_PORT"],
             user=self.environ["DB_USER"],
             password=self.environ["DB_PASSWORD"],
-            dbname=name,
+            dbname=self.name,
         )
-        self.conn = server.connect(name)
+
+    @cached_property
+    def conn(self):
+        return self.server.connect(self.name)
 
     def connect(self):
         """A further autocommit connection, as the application has it."""
@@ -210,14 +228,17 @@ class Database:
             threading.Event().wait(0.02)
 
     def become(self, template: str) -> None:
-        """Replace this database by a copy of `template`."""
-        self.close()
-        self.server.create(template, self.name)
-        self.conn = self.server.connect(self.name)
+        """Make this database a copy of `template`, or replace it by one."""
+        self.template = template
+        if "name" in vars(self):
+            self.close()
+            self.server.create(template, self.name)
+            self.conn = self.server.connect(self.name)
 
     def close(self) -> None:
-        self.conn.close()
-        self.server.drop(self.name)
+        if "name" in vars(self):
+            self.conn.close()
+            self.server.drop(self.name)
 
 
 def install(database: Database) -> None:
@@ -420,8 +441,8 @@ def make_database() -> Iterator[Callable[..., Database]]:
     made: list[Database] = []
 
     def make(server: Server, installed: bool = True, template: str | None = None) -> Database:
-        name = server.create_installed() if installed and not template else None
-        made.append(Database(server, name or server.create(template or "template1")))
+        template = template or (server.installed() if installed else "template1")
+        made.append(Database(server, template=template))
         return made[-1]
 
     yield make
@@ -451,7 +472,7 @@ class SharedDatabase(Database):
     """An installed database for the many tests that change nothing but rows."""
 
     def __init__(self, server: Server):
-        super().__init__(server, server.create_installed())
+        super().__init__(server, template=server.installed())
 
     def emptied(self) -> Database:
         self.rows("ROLLBACK; RESET ROLE; RESET ALL; DELETE FROM jobs; DELETE FROM stage_calls")
@@ -461,7 +482,8 @@ class SharedDatabase(Database):
             " DELETE FROM stage_totals; UPDATE stage_totals_mark SET counted_until = DEFAULT"
         )
         self.rows("UPDATE pipeline_stages SET held_until = NULL, hold_seconds = NULL,"
-                  " held_reason = NULL, held_by = NULL, stalled_since = NULL")  # fmt: skip
+                  " held_reason = NULL, held_by = NULL, stalled_since = NULL,"
+                  " waiting_since = NULL, refusing_since = NULL")  # fmt: skip
         return self
 
 

@@ -29,6 +29,11 @@ def database(shared_database):
     return shared_database.emptied()
 
 
+@pytest.fixture
+def each_database(each_shared_database):
+    return each_shared_database.emptied()
+
+
 # --- who gets it ---------------------------------------------------------------------------
 
 

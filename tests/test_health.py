@@ -8,6 +8,11 @@ from claims import LEASE_OVER
 from raw_server import OK, in_turn
 
 
+@pytest.fixture
+def database(shared_database):
+    return shared_database.emptied()
+
+
 def answer(status: str) -> bytes:
     return f"HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n".encode()
 
