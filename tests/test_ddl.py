@@ -348,23 +348,13 @@ every_change = pytest.mark.parametrize("team", CHANGES, indirect=True)
 
 
 @every_change
-def test_next_write_goes_through(team):
-    team.change_it()
-    assert team.write_in_both_sessions() == [team.change.write] * 2
-
-
-@every_change
-def test_verify_names_the_change(team):
+def test_next_write_goes_through_and_the_change_is_named(team):
     team.change_it()
     found = problems(team.database)
     assert len(found) >= len(team.change.verify) and (found == []) == (team.change.verify == ())
     for words in team.change.verify:
         assert any(words in line for line in found), found
-
-
-@every_change
-def test_listener_goes_on_or_says_why_not(team):
-    team.change_it()
+    assert team.write_in_both_sessions() == [team.change.write] * 2
     said = said_by(lambda: run_turn(team.database))
     assert team.change.listener in said and bool(said) == bool(team.change.listener)
 

@@ -151,19 +151,18 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_problem_is_named_and_the_command_given_mends_it(database, api, damage):
-    sql, what, mend = DAMAGE[damage]
-    database.rows(sql)
-    assert checked(database, STAGE_API_URL=api.url) == [(what, mend)]
-    if mend in (INSTALL, INSTALL_NEWER, AGAIN):
-        with closing(db.connect(database.settings())) as conn:
-            if mend == AGAIN:
-                remove(conn, objects(conn))
-            apply(conn)
-    else:
-        database.rows(mend)
-    assert checked(database, STAGE_API_URL=api.url) == []
+def test_problem_is_named_and_the_command_given_mends_it(database, api):
+    for damage, (sql, what, mend) in DAMAGE.items():
+        database.rows(sql)
+        assert checked(database, STAGE_API_URL=api.url) == [(what, mend)], damage
+        if mend in (INSTALL, INSTALL_NEWER, AGAIN):
+            with closing(db.connect(database.settings())) as conn:
+                if mend == AGAIN:
+                    remove(conn, objects(conn))
+                apply(conn)
+        else:
+            database.rows(mend)
+        assert checked(database, STAGE_API_URL=api.url) == [], damage
 
 
 def test_each_trigger_that_is_disabled_is_named(database, api):
@@ -254,15 +253,16 @@ def test_role_with_its_privileges_may_ask_for_the_lag(database, role):
         assert db.execute(conn, LAG).fetchone()[0] == 0
 
 
-@pytest.mark.parametrize(("privilege", "table"), EACH)
-def test_each_missing_privilege_is_named(database, api, role, privilege, table):
-    database.rows(f"REVOKE {privilege} ON {table} FROM {role}")
-    told = checked(database, STAGE_API_URL=api.url, DB_USER=role, DB_PASSWORD=PASSWORD)
-    assert told[-1] == (f"role {role} lacks {privilege} on {table}", SEE_GRANTS)
+def test_each_missing_privilege_is_named(database, api, role):
     # Without SELECT there is no way to compare the routes, or the version, either.
     compared = ("pipeline_stages", "pipeline_tables", "stage_limits", "job_state_listener_schema")
-    denied = [(f"permission denied for table {table}", SEE_GRANTS)]
-    assert told[:-1] == (denied if privilege == "SELECT" and table in compared else [])
+    for privilege, table in EACH:
+        database.rows(f"REVOKE {privilege} ON {table} FROM {role}")
+        told = checked(database, STAGE_API_URL=api.url, DB_USER=role, DB_PASSWORD=PASSWORD)
+        database.rows(f"GRANT {privilege} ON {table} TO {role}")
+        assert told[-1] == (f"role {role} lacks {privilege} on {table}", SEE_GRANTS)
+        denied = [(f"permission denied for table {table}", SEE_GRANTS)]
+        assert told[:-1] == (denied if privilege == "SELECT" and table in compared else [])
 
 
 def test_role_without_any_privilege_is_told_all_of_them(database, api, run_command, role):

@@ -2,6 +2,7 @@
 say, and that what `job` tells to type does it.
 """
 
+import itertools
 import json
 import re
 import shlex
@@ -490,14 +491,13 @@ def test_parent_whose_own_state_leads_nowhere_is_told_of_its_joins(variants, run
 HARD = ["-8", "--all", "a b", "it's", "$HOME", "'; DROP TABLE jobs; --"]
 
 
-@pytest.mark.parametrize("arrange", [give_up, back_off, accept, set_failed])
-def test_every_hint_works_as_it_is_typed(empty_database, tmp_path, arrange):
+def test_every_hint_works_as_it_is_typed(empty_database, tmp_path):
     empty_database.rows("CREATE TABLE jobs (job_id text PRIMARY KEY, tenant_id text,"
                         " current_step text, status text, updated_at timestamptz)")  # fmt: skip
     environ = empty_database.environ | {"HEARTBEAT_DIR": str(tmp_path)}
     rested = Rested(empty_database, lambda *args: commands.run_here(environ, *args))
     assert rested.typed("install").code == 0
-    for rested.job in HARD:
+    for arrange, rested.job in itertools.product((give_up, back_off, accept, set_failed), HARD):
         empty_database.rows("DELETE FROM jobs; DELETE FROM stage_calls; DELETE FROM stage_attempts")
         empty_database.rows("DELETE FROM stage_leases")
         empty_database.rows("INSERT INTO jobs VALUES (%s, 't', 'planner', 'done')", rested.job)

@@ -4,6 +4,8 @@ import os
 import re
 import resource
 import signal
+from collections.abc import Iterable
+from textwrap import indent
 
 import pytest
 from stage_functions import COMPUTE, POST, program
@@ -55,25 +57,30 @@ FATAL = {
 }
 
 
-@pytest.mark.parametrize("what", FATAL)
-def test_call_that_ends_its_worker_is_one_unknown_call(what, database, api, listener, tmp_path):
-    body, says = FATAL[what]
-    timeout = 1 if says == HANGS else 600
-    says = says.format(timeout)
-    process = listener(database, api=api, program=program(tmp_path, body, timeout))
+def body_by_tenant(whats: Iterable[str]) -> str:
+    """A stage function's body that does what the tenant of its job is called after."""
+    return "".join(f"if call.tenant_id == {what!r}:\n{indent(FATAL[what][0], '    ')}\n"
+                   for what in whats)  # fmt: skip
+
+
+@pytest.mark.parametrize("timeout", [1, 600])
+def test_call_that_ends_its_worker_is_one_unknown_call(timeout, database, api, listener, tmp_path):
+    says = {what: said.format(timeout) for what, (_, said) in FATAL.items()
+            if (said == HANGS) == (timeout == 1)}  # fmt: skip
+    process = listener(database, api=api, program=program(tmp_path, body_by_tenant(says), timeout))
     wait_until_idle(tmp_path)
     before = backends(database)
-    job = database.add_job("overlay")
-    line = process.wait_for_line(FAILED)
-    assert f"job={job} stage=vlm_judge attempt=1/5" in line and says in line
-    assert "리스 만료 후 재시도" in line
-    other = database.add_job("planner")
-    database.wait_for(SUCCEEDED, other)
-    (attempt,) = database.attempts(job)
-    assert attempt.outcome == "unknown" and says in attempt.error
+    jobs = {what: database.add_job("overlay", tenant=what) for what in says}
+    process.wait_for_line(FAILED, count=len(jobs))
+    database.wait_for(SUCCEEDED, database.add_job("planner"))
+    for what, job in jobs.items():
+        [line] = [line for line in process.lines if f"{FAILED}: job={job}" in line]
+        assert "stage=vlm_judge attempt=1/5" in line and says[what] in line
+        assert "리스 만료 후 재시도" in line
+        [attempt] = database.attempts(job)
+        assert attempt.outcome == "unknown" and says[what] in attempt.error
     assert backends(database) == before
-    until(lambda: len(process.children()) == 4, "another worker")
-    assert process.output.count(f"{FAILED}: job={job}") == 1
+    until(lambda: len(process.children()) == 4, "other workers")
 
 
 def test_missing_workers_are_started_though_the_database_is_away(database, api, listener):
@@ -96,20 +103,21 @@ def test_worker_that_was_started_while_the_database_was_away_knows_nothing_of_th
     assert "another exception occurred" not in process.output
 
 
-@pytest.mark.parametrize("what", ["exits", "crashes", "is killed", "computes"])
+@pytest.mark.parametrize(
+    ("timeout", "whats"), [(3, ["computes"]), (60, ["exits", "crashes", "is killed"])]
+)
 def test_accepted_call_stays_accepted_though_its_worker_ends(
-    what, database, api, listener, tmp_path
+    timeout, whats, database, api, listener, tmp_path
 ):
-    end, says = FATAL[what]
-    body = POST.removeprefix("return ") + "\n" + end
-    timeout = 3 if says == HANGS else 60
+    body = POST.removeprefix("return ") + "\n" + body_by_tenant(whats)
     process = listener(database, api=api, program=program(tmp_path, body, timeout))
-    job = database.add_job("overlay")
-    database.wait_for(SUCCEEDED, job)
-    assert database.owed(job) is None and len(api.calls(job)) == 1
-    (attempt,) = database.attempts(job)
-    assert (attempt.outcome, attempt.http_status) == ("succeeded", 200)
-    assert says.format(timeout) in process.wait_for_line("    | ")
+    for number, what in enumerate(whats, 1):
+        job = database.add_job("overlay", tenant=what)
+        database.wait_for(SUCCEEDED, job)
+        assert database.owed(job) is None and len(api.calls(job)) == 1
+        (attempt,) = database.attempts(job)
+        assert (attempt.outcome, attempt.http_status) == ("succeeded", 200)
+        assert FATAL[what][1].format(timeout) in process.wait_for_line("    | ", count=number)
 
 
 def test_thread_of_an_accepted_call_says_nothing_of_the_next(database, api, listener, tmp_path):
@@ -140,8 +148,8 @@ time.sleep(600)
 def test_call_is_left_alone_until_its_lease_is_over(database, api, listener, tmp_path):
     died = tmp_path / "died"
     body = f"if not os.path.exists({str(died)!r}):\n    open({str(died)!r}, 'w'); os._exit(3)\n"
-    process = listener(database, api=api, program=program(tmp_path, body + POST, 3),
-                       LEASE_MARGIN=2)  # fmt: skip
+    process = listener(database, api=api, program=program(tmp_path, body + POST, 2),
+                       LEASE_MARGIN=1)  # fmt: skip
     job = database.add_job("overlay")
     process.wait_for_line(FAILED)
     (lease,) = database.wait_for("SELECT leased_until FROM stage_leases WHERE unanswered")
