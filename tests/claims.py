@@ -27,6 +27,8 @@ TIMES = {
     "pipeline_stages": ["held_until", "waiting_since", "refusing_since"],
     "stage_attempts": ["started_at", "finished_at"],
 }
+# A tenth of what a listener's connection waits, for tests that meet many locks.
+SHORT_WAIT = "SET lock_timeout = '50ms'"
 STAGES = ["vlm_analyze", "yolo_detect", "planner", "overlay", "vlm_judge"]
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from claims import claim, connected, result, settle
+from claims import SHORT_WAIT, claim, connected, result, settle
 from commands import run_here
 from guide import JOBS_TRIGGER
 from stage_functions import POST, program
@@ -299,6 +299,7 @@ def test_rows_of_a_table_are_told_though_another_cannot_be_read(variants, task, 
     database = variants.database
     failed = database.add_job()
     with connected(database) as conn, closing(database.connect()) as other:
+        db.execute(conn, SHORT_WAIT)
         settle(conn, result(claim(conn)))
         database.move(failed, "vlm_analyze", "failed")
         database.add_job("instagram", "running")

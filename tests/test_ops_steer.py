@@ -227,14 +227,14 @@ def test_search_for_the_calls_of_a_tenant_locks_none(variants, run_command, comm
 
 @pytest.mark.parametrize("words", ["retry", "cancel", "retry --all --yes"])
 def test_change_that_nobody_confirms_has_the_usual_deadline(database, given_up, monkeypatch, words):
-    monkeypatch.setattr(db.Connection, "deadline", 2.0)
-    monkeypatch.setattr(db, "DEADLINE", 2.0)
+    monkeypatch.setattr(db.Connection, "deadline", 1.0)
+    monkeypatch.setattr(db, "DEADLINE", 1.0)
     changes = "DELETE FROM stage_calls" if "cancel" in words else "SET due_at = clock_timestamp()"
     with TcpProxy(database.environ) as proxy:
         proxy.hold_answer(changes)
         environ = database.environ | {name: str(at) for name, at in proxy.settings.items()}
         done = run_here(environ, *words.split(), *([] if "--all" in words else given_up[:1]))
-    assert "the database did not answer within 2 s" in done.refused(3)
+    assert "the database did not answer within 1 s" in done.refused(3)
 
 
 def test_more_calls_than_one_statement_takes_are_all_made_due(database, run_command):

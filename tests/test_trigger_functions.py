@@ -777,6 +777,7 @@ def test_released_call_whose_row_is_held_is_given_back_once_it_is_let_go(
 AT_THE_PROMPT = f"{BREAK}\ncontinue\n"
 
 
+@pytest.mark.slow
 def test_call_that_outlasts_its_lease_at_the_prompt_is_released(database, api, run_command):
     job = database.add_job("overlay", "done")
     typed = AT_THE_PROMPT + "import time; time.sleep(4)\ncontinue\nq\n"
@@ -789,6 +790,7 @@ def test_call_that_outlasts_its_lease_at_the_prompt_is_released(database, api, r
     assert database.value("SELECT count(*) FROM stage_leases") == 0 and not api.calls()
 
 
+@pytest.mark.slow
 def test_call_that_takes_its_time_at_the_prompt_is_made(database, api, run_command):
     job = database.add_job("overlay", "done")
     typed = AT_THE_PROMPT + "import time; time.sleep(2)\ncontinue\nq\n"

@@ -8,7 +8,7 @@ from itertools import pairwise
 import psycopg2
 import pytest
 from asynchronous import PIPELINE
-from claims import claim_many, result, settle, wanted
+from claims import SHORT_WAIT, claim_many, result, settle, wanted
 from faults.test_claims import with_idle_worker
 from faults.test_connection import frozen
 from raw_server import OK, in_turn
@@ -72,7 +72,7 @@ UNDER_WAY = "SELECT count(*) FROM stage_leases WHERE stage = 'vlm_analyze' AND N
 
 def test_stage_that_does_not_answer_has_one_worker_until_it_answers(database, api, listener):
     with gate(api):
-        process = listener(database, "run", "--workers", "3", api=api, STAGE_TIMEOUT=5)
+        process = listener(database, "run", "--workers", "3", api=api, STAGE_TIMEOUT=2)
         for _ in range(8):
             database.add_job()
         process.wait_for_line("파이프라인 단계 실행 실패", count=3)
@@ -337,6 +337,7 @@ def test_table_that_is_locked_or_unreadable_keeps_no_join_or_end_of_another_wait
     database.rows("INSERT INTO others (job_id, current_step, status)"
                   " VALUES (%s, 'iou_eval', 'done')", parent)  # fmt: skip
     listener = with_idle_worker(claiming.listener)
+    db.execute(claiming.conn, SHORT_WAIT)
     with contextlib.closing(database.connect()) as other:
         other.cursor().execute(change)
         database.move(moved, "vlm_analyze", "done")
@@ -361,6 +362,7 @@ def test_row_set_failed_is_told_though_a_result_is_of_a_locked_or_unreadable_tab
     for call in under_way.values():
         refused = trigger.failure(call, "retry", "HTTP 500", 1.0, http_status=500)
         two_tables.listener.keep(call, refused)
+    db.execute(two_tables.conn, SHORT_WAIT)
     with contextlib.closing(database.connect()) as other:
         other.cursor().execute(change)
         two_tables.settle()

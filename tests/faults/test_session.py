@@ -84,10 +84,13 @@ def test_a10_slow_name_lookup_outlasts_neither_lease_nor_heartbeat(
             STAGE_TIMEOUT=timeout,
         )
         until(lambda: "making calls" in verdict(directory)[1], "a call")
-        while not database.attempts(job):
+
+        def ended():
             assert verdict(directory)[0]
+            return database.attempts(job)
+
+        attempt = until(ended, "the end of the call")[0]
         process.stop()
-    attempt = database.attempts(job)[0]
     assert attempt.outcome == outcome
     lookup, margin = attempt.finished_at - attempt.started_at, database.settings().LEASE_MARGIN
     assert timedelta(seconds=1) < lookup < timedelta(seconds=timeout + margin)

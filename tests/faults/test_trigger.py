@@ -63,7 +63,11 @@ def test_c4_listener_outlasts_the_loss_of_our_tables(
     assert len(api.calls(job)) == 1
 
 
-@pytest.mark.parametrize("busy", [False, True], ids=["idle", "with a call under way"])
+@pytest.mark.parametrize(
+    "busy",
+    [pytest.param(False, id="idle"),
+     pytest.param(True, id="with a call under way", marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_c4_listener_of_a_database_made_anew_says_what_to_run_and_ends(
     database, api, listener, tmp_path, busy
 ):
