@@ -108,21 +108,30 @@ def require_tables(conn) -> None:
         raise Problem(refusal)
 
 
-# Which of our tables, or of PIPELINE, another transaction has locked against all others.
+# Who has locked one of our tables, or of PIPELINE, against all others: by an AccessExclusiveLock,
+# or by any lock that an AccessExclusiveLock waits for, as all later statements wait behind that
+# one. A copy of a database has the same relation ids, hence the comparison of l.database.
 LOCKED = """
 SELECT l.relation::regclass::text AS name, l.pid, a.application_name
 FROM pg_locks AS l JOIN pg_stat_activity AS a USING (pid)
-WHERE l.mode = 'AccessExclusiveLock' AND l.granted AND l.pid <> pg_backend_pid()
-  AND a.datname = current_database()
+WHERE l.granted AND l.pid <> pg_backend_pid() AND a.datname = current_database()
+  AND (l.mode = 'AccessExclusiveLock'
+       OR EXISTS (SELECT FROM pg_locks AS w
+                  WHERE w.mode = 'AccessExclusiveLock' AND NOT w.granted AND w.pid <> l.pid
+                    AND (w.database, w.relation) = (l.database, l.relation)))
   AND l.relation IN (SELECT to_regclass(quote_ident(name)) FROM unnest(%(tables)s::text[]) AS name)
-ORDER BY a.xact_start LIMIT 1
+ORDER BY l.relation IN (SELECT to_regclass(quote_ident(name))
+                        FROM unnest(%(likely)s::text[]) AS name) DESC, a.xact_start, l.pid
+LIMIT 1
 """
 
 
-def locked(conn) -> str:
-    """What a statement has waited for that lock_timeout ended, as far as it is still locked."""
+def locked(conn, *likely: str) -> str:
+    """What a statement has waited for that lock_timeout ended, as far as it is still locked; of
+    several locked tables, one of `likely`.
+    """
     tables = [*pipeline.tables(), *migrations.TABLES]
-    found = db.execute(conn, LOCKED, {"tables": tables}).fetchone()
+    found = db.execute(conn, LOCKED, {"tables": tables, "likely": [*likely]}).fetchone()
     if found is None:
         return "another transaction holds a lock on a table or row"
     name = f" ({found.application_name})" if found.application_name else ""
@@ -204,7 +213,7 @@ def unread(conn) -> dict[str, str]:
         db.execute(conn, READ, {"tables": [table] if table else tables})
 
     _, failed = db.in_parts(conn, ask, tables, limit=math.inf)
-    return {table: why_unread(conn, error) for table, error in failed.items() if table}
+    return {table: why_unread(conn, error, table) for table, error in failed.items() if table}
 
 
 # What helps, by the error.
@@ -214,9 +223,9 @@ MENDS: dict[type[psycopg2.Error], str] = {
 }
 
 
-def why_unread(conn, error: psycopg2.Error) -> str:
+def why_unread(conn, error: psycopg2.Error, table: str) -> str:
     if isinstance(error, psycopg2.errors.LockNotAvailable):
-        return f"{locked(conn)}: try again"
+        return f"{locked(conn, table)}: try again"
     mend = MENDS.get(type(error))
     return ": ".join(filter(None, [str(error).strip().split("\n")[0], mend]))
 

@@ -151,6 +151,16 @@ def test_commands_show_what_they_can_of_the_tables_that_can_be_read(
     assert job in page.read_text() and reason in page.read_text()
 
 
+def test_lock_is_told_of_the_table_that_has_it(variants, command):
+    with closing(variants.database.connect()) as one, closing(variants.database.connect()) as other:
+        one.cursor().execute("BEGIN; LOCK TABLE jobs_variants")
+        other.cursor().execute("BEGIN; LOCK TABLE jobs")
+        said = command("jobs").refused(1)
+        pids = {"jobs_variants": one.info.backend_pid, "jobs": other.info.backend_pid}
+    for table, pid in pids.items():
+        assert f"{table} cannot be read: {table} is locked by server process {pid}: try" in said
+
+
 def test_role_that_may_not_read_another_table_sees_the_others(variants, command, make_role):
     job, role = variants.database.add_job("vlm_analyze", "failed"), make_role(variants.database)
     variants.database.rows(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role};"

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -249,6 +250,18 @@ def test_locked_table_and_who_locked_it_are_named(database, run_command, command
         assert f"PROBLEM  {locked} → ./jsl verify, once more" in done.lines
     else:
         assert done.refused(1).endswith(f"{locked}: try again")
+
+
+def test_transaction_that_a_change_of_the_table_waits_for_is_named(database, run_command):
+    with ThreadPoolExecutor() as pool, closing(database.connect()) as reader:
+        reader.cursor().execute("SET application_name = 'psql'; BEGIN; SELECT FROM jobs")
+        with closing(database.connect()) as other:
+            pool.submit(other.cursor().execute, "ALTER TABLE jobs ADD number integer")
+            database.wait_for("SELECT count(*) > 0 FROM pg_locks WHERE NOT granted")
+            done = run_command(database, "jobs")
+            locked = f"jobs is locked by server process {reader.info.backend_pid} (psql)"
+            reader.cursor().execute("ROLLBACK")
+    assert done.refused(1) == f"jobs cannot be read: {locked}: try again"
 
 
 # --- text that somebody else wrote ---------------------------------------------------------
