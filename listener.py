@@ -44,7 +44,7 @@ from health import StageHealth
 from heartbeat import Heartbeat
 from looks import JoinLook, MoveLook
 from ops.listeners import OTHER_PIPELINE, UNCLAIMABLE
-from ops.rows import TABLE, RowCommand
+from ops.rows import TABLE, RowCommand, locked
 from ops.stage import StageName
 from orphans import reap_orphans
 from pipeline import Call, Pool, Route, Table
@@ -393,15 +393,16 @@ class Listener:
             raise
         except psycopg2.Error as error:
             reason = ops.first_line(error)
-            if reason not in self.unclaimable.values():
+            is_told = self.unclaimable and isinstance(error, LockNotAvailable)
+            if not is_told and reason not in self.unclaimable.values():
                 log.warning("한 건씩 다시 시도: %s", reason)
             turn = calls.in_parts(conn, self.unwritten, wanted, free, self.name)
             for given_up in turn.given_up:
                 trigger.alert_given_up(self.alerts, given_up)
-        self.note_unclaimable(turn, wanted)
+        self.note_unclaimable(conn, turn, wanted)
         return turn
 
-    def note_unclaimable(self, turn: Turn, wanted: list[Wanted]) -> None:
+    def note_unclaimable(self, conn: db.Connection, turn: Turn, wanted: list[Wanted]) -> None:
         """Remember the stages of which no call can be claimed: only a sweep asks for them again, so
         that they do not keep the others waiting.
 
@@ -413,7 +414,7 @@ class Listener:
         asked = {stage.stage for stage in wanted}
         self.unclaimable = {stage: why for stage, why in before.items() if stage not in asked}
         for stage, error in turn.unclaimable.items():
-            self.unclaimable[stage] = ops.first_line(error)
+            self.unclaimable[stage] = why_unclaimable(conn, stage, error)
             if self.unclaimable[stage] != before.get(stage):
                 log.error("단계의 호출을 가져올 수 없음 (%.0f초마다 다시 시도): stage=%s %s",
                           LONGEST_SLEEP, stage, self.unclaimable[stage])  # fmt: skip
@@ -622,9 +623,11 @@ class Listener:
         waits = not (self.finished() or (conn and (self.unwritten or conn.notifies)))
         seconds = max(0.0, until - now) if waits else 0.0
         if conn and self.unclaimable:
-            why = next(iter(self.unclaimable.values()))
-            stages = (stage for stage, other in self.unclaimable.items() if other == why)
-            doing = f"{UNCLAIMABLE}{', '.join(stages)}: {why}"
+            stages: dict[str, list[str]] = {}
+            for stage, why in self.unclaimable.items():
+                stages.setdefault(why, []).append(stage)
+            said = (f"{', '.join(names)}: {why}" for why, names in stages.items())
+            doing = UNCLAIMABLE + "; ".join(said)
         elif conn:
             doing = "making calls" if self.workers.calls else "waiting for a job to change"
         else:
@@ -714,6 +717,15 @@ class Listener:
 
     def beat_for_host(self, host: str) -> None:
         self.beat("connecting to the database", CONNECTING)
+
+
+def why_unclaimable(conn: db.Connection, stage: str, error: psycopg2.Error) -> str:
+    """Why no call of a stage can be claimed; of a locked table, who has locked it."""
+    if not isinstance(error, LockNotAvailable):
+        return ops.first_line(error)
+    tables = [route.table for route, function in pipeline.routes().items()
+              if function.__name__ == stage]  # fmt: skip
+    return locked(conn, *tables)
 
 
 def listener_name() -> str:

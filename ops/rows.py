@@ -205,15 +205,20 @@ def key_of(conn, id_: str) -> str:
 READ = "SELECT stage_call_row(name, '', NULL) FROM unnest(%(tables)s::text[]) AS t (name)"
 
 
-def unread(conn) -> dict[str, str]:
-    """The tables of PIPELINE that cannot be read just now, and why."""
+def unreadable(conn) -> dict[str, psycopg2.Error]:
+    """The tables of PIPELINE that cannot be read just now."""
     tables = [*pipeline.tables()]
 
     def ask(conn, table: str | None = None) -> None:
         db.execute(conn, READ, {"tables": [table] if table else tables})
 
     _, failed = db.in_parts(conn, ask, tables, limit=math.inf)
-    return {table: why_unread(conn, error, table) for table, error in failed.items() if table}
+    return {table: error for table, error in failed.items() if table}
+
+
+def unread(conn) -> dict[str, str]:
+    """The tables of PIPELINE that cannot be read just now, and why."""
+    return {table: why_unread(conn, error, table) for table, error in unreadable(conn).items()}
 
 
 # What helps, by the error.

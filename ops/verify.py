@@ -30,6 +30,7 @@ from pipeline import JSL
 
 INSTALL = f"{JSL} install"
 AGAIN = f"{JSL} uninstall, then install"
+ONCE_MORE = f"{JSL} verify, once more"
 
 COLUMNS = """
 SELECT array_agg(attname::text) AS names,
@@ -220,6 +221,15 @@ def check_columns(conn, settings) -> str:
     return "the trigger knows the columns as they are"
 
 
+def check_locks(conn, settings) -> None:
+    """The application's tables that are locked. Why else one cannot be read, other checks say."""
+    locked = [Bad(rows.locked(conn, table), ONCE_MORE)
+              for table, error in rows.unreadable(conn).items()
+              if isinstance(error, psycopg2.errors.LockNotAvailable)]  # fmt: skip
+    if locked:
+        raise Bad(str(locked[0]), ONCE_MORE, locked[1:])
+
+
 def check_others(conn, settings) -> str:
     named = grants.others(conn, [*migrations.TABLES, *migrations.VIEWS])
     return f"other roles with rights on our tables: {'; '.join(named) or 'none'}"
@@ -290,7 +300,7 @@ def check_listen(conn, settings) -> str:
         select.select([conn], [], [], 1.0)
         heard = notifications.hear(conn)
     if not heard:
-        raise Bad("our own notification did not arrive", f"{JSL} verify, once more")
+        raise Bad("our own notification did not arrive", ONCE_MORE)
     used = db.execute(conn, QUEUE).fetchone()[0]
     if used >= 50:
         mend = "end the session that has been in a transaction for long (pg_stat_activity)"
@@ -394,13 +404,13 @@ def check_enabled(conn, settings) -> str:
 
 CHECKS: list[Callable] = [
     check_server, check_tables, check_rows, check_columns, check_function, check_triggers,
-    check_routes, check_privileges, check_others, check_listen, check_stage_api, check_signing,
-    check_alerts, check_hosts, check_commits, check_enabled,
+    check_routes, check_privileges, check_locks, check_others, check_listen, check_stage_api,
+    check_signing, check_alerts, check_hosts, check_commits, check_enabled,
 ]  # fmt: skip
 
 
 # These have nothing to say before `install`.
-OF_INSTALLED = (check_columns, check_privileges, check_others)
+OF_INSTALLED = (check_columns, check_privileges, check_locks, check_others)
 
 
 def run_checks(conn, settings) -> Iterator[tuple[bool, str]]:
@@ -418,7 +428,7 @@ def run_checks(conn, settings) -> Iterator[tuple[bool, str]]:
         except psycopg2.errors.InsufficientPrivilege as error:
             yield False, f"{str(error).splitlines()[0]} → {GRANTS}"
         except psycopg2.errors.LockNotAvailable:
-            yield False, f"{rows.locked(conn)} → {JSL} verify, once more"
+            yield False, f"{rows.locked(conn)} → {ONCE_MORE}"
         except psycopg2.Error as error:
             yield False, f"{str(error).splitlines()[0]} → {INSTALL}"
 

@@ -14,12 +14,14 @@ from scraping import PREFIX, Scraped
 from test_ops_status import status
 from test_ops_verify import INSTALL, INSTALL_NEWER, problems
 from variants import TABLE, Variants, stage
+from waiting import until
 
 import db
 import history
 import pipeline
 import troubles
 from ops.install import apply
+from ops.listeners import UNCLAIMABLE
 from ops.place import changes
 from ops.problem import GRANTS
 from ops.tables import faults
@@ -159,6 +161,34 @@ def test_lock_is_told_of_the_table_that_has_it(variants, command):
         pids = {"jobs_variants": one.info.backend_pid, "jobs": other.info.backend_pid}
     for table, pid in pids.items():
         assert f"{table} cannot be read: {table} is locked by server process {pid}: try" in said
+
+
+def test_status_says_of_every_stage_why_no_call_of_it_can_be_claimed(
+    variants, api, listener, run_command
+):
+    database = variants.database
+    variants.add(database.add_job(), "img_gen", "done")
+    database.rows("ALTER TABLE jobs RENAME status TO state")
+    with closing(database.connect()) as other:
+        other.cursor().execute("BEGIN; LOCK TABLE jobs_variants")
+        locked = f"jobs_variants is locked by server process {other.info.backend_pid}"
+        reasons = {"vlm_analyze: column r.status does not exist", f"yolo_detect: {locked}"}
+
+        def told() -> bool:
+            lines = run_command(database, "status", **HERE).out.splitlines()
+            said = [line.partition(UNCLAIMABLE)[2] for line in lines if "PROBLEM" in line]
+            return reasons in [set(one.split("; ")) for one in said]
+
+        listener(database, api=api, **HERE)
+        until(told, "both reasons")
+
+
+def test_verify_tells_which_table_is_locked(variants, command, api):
+    with closing(variants.database.connect()) as other:
+        other.cursor().execute("BEGIN; LOCK TABLE jobs_variants")
+        done = command("verify", api=api)
+        locked = f"jobs_variants is locked by server process {other.info.backend_pid}"
+    assert problems(done) == [(locked, "./jsl verify, once more")]
 
 
 def test_role_that_may_not_read_another_table_sees_the_others(variants, command, make_role):

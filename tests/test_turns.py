@@ -207,8 +207,14 @@ def test_table_that_is_locked_keeps_no_call_of_another_waiting(database, two_tab
     with contextlib.closing(database.connect()) as change:
         change.autocommit = False
         change.cursor().execute("LOCK TABLE jobs_variants IN ACCESS EXCLUSIVE MODE")
-        assert stages_of_turns(two_tables, 2) == ["vlm_analyze"] * 2
-        assert two_tables.listener.unclaimable.keys() == {"yolo_detect"}
+        assert stages_of_turns(two_tables, 3) == ["vlm_analyze"] * 3
+        pid = change.info.backend_pid
+        why = f"jobs_variants is locked by server process {pid}"
+        for _ in range(2):
+            two_tables.listener.sweep_at = 0.0
+            assert stages_of_turns(two_tables, 1) == []
+            assert two_tables.listener.unclaimable == {"yolo_detect": why}
+        two_tables.line("단계의 호출을 가져올 수 없음")
         assert two_tables.listener.next_look <= time.monotonic() + LONGEST_SLEEP
     two_tables.line("한 건씩 다시 시도")  # the second turn did not wait
     two_tables.listener.sweep_at = 0.0
