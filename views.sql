@@ -222,7 +222,12 @@ BEGIN
     SELECT jsonb_object_agg(r.join_of, format($rows$
         SELECT 'stalled', %1$L, m.parent_id, m.parent_id::text, %2$s, r.current_step::text,
                r.status::text, %3$L, NULL::timestamptz,
-               'its call was never recorded: ./jsl backfill'
+               -- As in backfill: who is at the stage, or at a later one, is left to a person.
+               'its call was never recorded' || CASE WHEN r.current_step::text IN (
+                   SELECT s.stage FROM %4$I.pipeline_stages AS s
+                   WHERE s.table_name = %1$L AND s.position >= (
+                       SELECT min(p.position) FROM %4$I.pipeline_stages AS p
+                       WHERE p.join_of = %6$L)) THEN '' ELSE ': ./jsl backfill' END
         FROM %4$I.stage_joins AS m JOIN %4$I.%1$I AS r ON r.%5$I = m.parent_id
         WHERE m.join_of = %6$L AND m.is_open
           AND NOT EXISTS (SELECT FROM %4$I.stage_looks AS l

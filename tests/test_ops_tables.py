@@ -646,6 +646,18 @@ def test_backfill_leaves_parents_that_are_past_a_join(variants, run, step):
     )
 
 
+@pytest.mark.parametrize("state", [("ad_copy", "running"), ("instagram", "done")])
+def test_parent_that_is_past_a_join_whose_last_arrival_was_not_seen_is_left_to_a_person(
+    variants, run, state
+):
+    job = lose_arrival(variants, "TRUNCATE")
+    variants.database.move(job, *state)
+    assert "1 past it" in run("backfill", "--apply").out and variants.owed() == []
+    assert stalled(run) == [("ad_copy", "its call was never recorded")]
+    assert "never recorded" in type_way_out(run, job)
+    assert variants.owed() == [("jobs", job, "ad_copy")]
+
+
 def test_own_call_that_was_made_before_that_of_a_join_is_not_repeated(variants, run):
     job = variants.database.add_job("img_gen", "done")
     call(variants.database, ["vlm_analyze"])
