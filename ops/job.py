@@ -327,7 +327,7 @@ def owes(row: Any, call: Any) -> str:
         return "nothing"
     spent = counted(call.spent, "attempt")
     text = f"{call.stage} (call {call.call_id}, {spent} spent), {situation(call)}"
-    is_retried = call.given_up and call.stage in pipeline.stage_names()
+    is_retried = call.given_up and rows.is_wanted(call)
     return f"{text}; {one_line(typed('retry', row))}" if is_retried else text
 
 

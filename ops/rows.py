@@ -350,7 +350,7 @@ SELECT join_of, call_id, stage, attempts, attempts - free_attempts AS spent, wor
        CASE WHEN due_at < 'infinity'
             THEN round(extract(epoch FROM due_at - now()))::bigint END AS due_in_seconds,
        coalesce(l.working, false) AS working, coalesce(l.unanswered, false) AS unanswered,
-       l.leased_until
+       l.leased_until, stage IN (SELECT stage FROM pipeline_stages) AS has_route
 FROM stage_calls AS c
 LEFT JOIN LATERAL (SELECT working, unanswered, leased_until FROM stage_leases
                    WHERE call_id = c.call_id AND leased_until > now()
@@ -363,6 +363,11 @@ ORDER BY join_of
 def owed(conn, row: Any) -> list:
     """The calls that `row` owes: its own first, then those of its joins."""
     return db.execute(conn, OWED, {"key": row.key, "table": row.table_name}).fetchall()
+
+
+def is_wanted(call: Any) -> bool:
+    """Whether PIPELINE, here or in the database, has the stage of a call; else nobody calls it."""
+    return call.has_route or call.stage in pipeline.stage_names()
 
 
 def one_owed(conn, row: Any, stage: str | None) -> Any:

@@ -62,7 +62,8 @@ SET due_at = clock_timestamp(), run_after = NULL,
     free_attempts = CASE WHEN chosen.due_at = 'infinity' THEN c.attempts ELSE c.free_attempts END
 FROM chosen
 WHERE (c.job_id, c.table_name, c.join_of) = (chosen.job_id, chosen.table_name, chosen.join_of)
-RETURNING c.job_id, c.table_name, c.job_id::text AS key, c.stage
+RETURNING c.job_id, c.table_name, c.job_id::text AS key, c.stage,
+          c.stage IN (SELECT stage FROM pipeline_stages) AS has_route
 """
 
 # A call under way cannot be stopped, but will not be repeated.
@@ -270,7 +271,7 @@ def retry_rows(conn, job_ids: tuple[str, ...], chosen: Chosen) -> None:
 def tell_due(revived: list) -> None:
     tell("due again", revived)
     for stage, call in {call.stage: call for call in revived}.items():
-        if stage not in pipeline.stage_names():
+        if not rows.is_wanted(call):
             see = pipeline.typed("job", call.table_name, call.key)
             click.echo(f"PIPELINE has no stage {stage}, so nobody calls it: {see}")
 

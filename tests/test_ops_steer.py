@@ -66,6 +66,17 @@ def test_given_up_call_of_a_stage_that_left_pipeline_is_not_advised_to_be_retrie
     assert note in run_command(database, "install").lines
 
 
+def test_given_up_call_of_a_stage_that_only_the_database_has_is_advised_to_be_retried(
+    database, run_command, given_up
+):
+    for table in ("stage_calls", "pipeline_stages"):
+        database.rows(f"UPDATE {table} SET stage = 'release' WHERE stage = 'overlay'")
+    retry = f"; ./jsl retry {given_up[2]}"
+    assert run_command(database, "job", given_up[2]).lines[1].endswith(retry)
+    done = run_command(database, "retry", given_up[2])
+    assert done.lines == [f"due again: job {given_up[2]}, stage release"]
+
+
 def test_retry_of_all(database, run_command, given_up):
     done = run_command(database, "retry", "--all", "--yes")
     assert (done.code, len(done.lines)) == (0, 3)
