@@ -107,8 +107,9 @@ def of_stage(row: dict[str, Any], at: datetime) -> Iterator[Alarm]:
         yield Alarm(JOBS, "failed", what, readable(row["failed_reason"]), mend, stage)
     if row["given_up"]:
         what = f"{counted(row['given_up'], 'call')} given up"
-        mend = f"{pipeline.JSL} retry --stage {stage}"
-        yield Alarm(JOBS, "given_up", what, readable(row["last_error"]), mend, stage)
+        # Of a stage that left PIPELINE: nobody calls it.
+        retry = None if row["position"] is None else f"{pipeline.JSL} retry --stage {stage}"
+        yield Alarm(JOBS, "given_up", what, readable(row["last_error"]), retry, stage)
     if row["stalled"]:
         what = f"{counted(row['stalled'], rows)} stalled"
         text = readable(row["stalled_reason"]) or ""

@@ -187,7 +187,8 @@ def lines(found: dict[str, Any]) -> Iterator[Line]:
             yield f"{row['stage']:{longest}}  {text}", colour
     yield from ((pool_line(row), 0) for row in found["pools"])
     for kind, hint in HINTS.items():
-        if any(row[kind] for row in found["stages"]):
+        # No retry helps where a stage left PIPELINE, which notes() says.
+        if any(row[kind] for row in found["stages"] if row["position"] is not None):
             yield hint, 0
     yield from listener_lines(found["listeners"])
     if problem := found["heartbeat_problem"]:

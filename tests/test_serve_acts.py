@@ -74,6 +74,18 @@ def test_person_retries_a_row_or_all_that_a_stage_gave_up(database, kim):
     assert not any(database.owed(job).given_up for job in jobs)
 
 
+def test_retry_of_a_stage_that_left_pipeline_is_advised_nowhere(database, kim, run_command):
+    job = database.add_job("planner", "done")
+    give_up(database, job, "HTTP 500")
+    database.rows("UPDATE stage_calls SET stage = 'release'")
+    status = run_command(database, "status").lines
+    report = run_command(database, "report", "--out", "-").out
+    texts = [*status, report, kim.at("/stage/release").text, kim.at(f"/job/{job}").text]
+    assert all("release" in text for text in texts[len(status) :])
+    assert "cancel --stage release" in report and "1 call given up" in report
+    assert re.findall("retry --stage|then retry|Retry [^<]*…", "\n".join(texts)) == []
+
+
 def test_retry_of_a_stage_leaves_what_waits_and_says_so(database, kim):
     job = database.add_job("planner", "done")
     database.rows("UPDATE stage_calls SET due_at = now() + interval '1 hour'")

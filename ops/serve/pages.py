@@ -142,7 +142,7 @@ def stage(found: Stage, may_act: bool) -> Markup:
     links = [action_link("resume", "Resume…", stage=name)] if row["held_until"] else []
     if not row["paused"]:
         links.append(action_link("pause", "Pause…", stage=name))
-    if row["given_up"]:
+    if row["given_up"] and row["position"] is not None:
         links.append(action_link("retry", f"Retry {row['given_up']:,} given up…", stage=name))
     limit = f" of {row['max_running']}" if row["max_running"] else ""
     share = row["failure_share"]

@@ -7,7 +7,7 @@ from typing import Any
 from ops import job
 from ops.report.markup import Markup, attribute, join, section, span, state, table, text
 from ops.report.timelines import timelines
-from ops.rows import absence, own_stage, said
+from ops.rows import absence, is_wanted, own_stage, said
 from ops.serve.asking import Found, Row
 from ops.serve.parts import action_link, actions, as_of, heading, row_link, stage_link
 from ops.table import clock, plain, readable
@@ -37,7 +37,7 @@ def row_actions(found: job.Found) -> Iterator[str]:
     given = {"id": found.row.key, "table": found.row.table_name}
     is_called = {call.stage for call in found.calling}
     for call in found.owed:
-        if call.stage not in is_called:
+        if call.stage not in is_called and is_wanted(call):
             yield action_link("retry", f"Retry {call.stage}…", stage=call.stage, **given)
         yield action_link("cancel", f"Cancel {call.stage}…", stage=call.stage, **given)
     if found.row.is_there and (own := own_stage(found.row)) and own not in is_called:
