@@ -289,7 +289,7 @@ def show_rows(
         listed = [plainly(row) for row in found[:limit]]
         echo_json({"jobs": listed, "since": kind.times, "more": more, "problem": problem})
     else:
-        echo_lines(job_lines(kind, found[:limit]))
+        echo_lines(job_lines(kind, found[:limit], problem))
         held = waits.held_of(conn, {row.stage for row in found if row.stage})
         if held:
             echo_lines((one_line(f"{hold.why}; {hold.mend}"), 0) for hold in held)
@@ -349,11 +349,11 @@ def joined_lines(found: list) -> Iterator[Line]:
     yield from ((line, 0) for line in table(header, cells).split("\n"))
 
 
-def job_lines(kind: Listing, found: list) -> Iterator[Line]:
+def job_lines(kind: Listing, found: list, problem: str | None) -> Iterator[Line]:
     with_table = rows.names_tables(found)
     now = datetime.now().astimezone()
     if not found:
-        yield "no job matches", 0
+        yield "no job matches" + ", as far as could be read" * bool(problem), 0
         return
     cells = [
         [
@@ -361,7 +361,7 @@ def job_lines(kind: Listing, found: list) -> Iterator[Line]:
             f"{row.current_step}, {row.status}",
             duration(row.since and round(max(0.0, (now - row.since).total_seconds()))),
             clipped(plain(kind.tells(row)), LONGEST_TOLD),
-            row.tenant_id,
+            row.tenant_id or "-",
             *([row.table_name] if with_table else []),
         ]
         for row in found

@@ -36,6 +36,12 @@ def parts(only: str | None = None) -> tuple[Collection[str], Collection[str]]:
     )
 
 
+def tables_of(part: str) -> set[str]:
+    """The tables that are read for one of parts()."""
+    join = pipeline.joins().get(part)
+    return {join.table.name, pipeline.owner(join).name} if join else {part}
+
+
 class Listed(NamedTuple):
     """Rows of resting_rows(), by part where not all parts() could be asked at once; of which parts
     they are not known, and why.
@@ -53,10 +59,16 @@ class Listed(NamedTuple):
         """Why it is not known, and of what; None where all is known. Screens cut the end, so the
         reasons come first.
         """
-        if not self.unknown:
+        return self.problem_beside(())
+
+    def problem_beside(self, unread: Collection[str]) -> str | None:
+        """`problem`, but for the parts that need a table of `unread`, of which that is said."""
+        unknown = {part: why for part, why in self.unknown.items()
+                   if tables_of(part).isdisjoint(unread)}  # fmt: skip
+        if not unknown:
             return None
-        reasons = "; ".join(dict.fromkeys(self.unknown.values()))
-        of = ", ".join(self.unknown)
+        reasons = "; ".join(dict.fromkeys(unknown.values()))
+        of = ", ".join(unknown)
         return f"{reasons}: which rows are failed or stalled is not known of {of}"
 
 

@@ -135,16 +135,21 @@ def test_commands_show_what_they_can_of_the_tables_that_can_be_read(
     sql, reason = UNREADABLE[made]
     job, page = variants.database.add_job("vlm_analyze", "failed"), tmp_path / "report.html"
     [variant] = variants.add(job, "img_gen", "done")
+    variants.database.rows("UPDATE stage_calls SET due_at = 'infinity', last_error = 'HTTP 500'")
     with closing(variants.database.connect()) as other:
         other.cursor().execute(sql)
         shown = {args: command(*args) for args in [
-            ("jobs", "--failed"), ("jobs",), ("jobs", "--stage", "vlm_analyze"), ("job", job),
+            ("jobs", "--failed"), ("jobs", "--stalled"), ("jobs", "--given-up"), ("jobs",),
+            ("jobs", "--stage", "vlm_analyze"), ("job", job),
             ("job", variant), ("report", "--out", str(page), "--job", job), ("audit",),
         ]}  # fmt: skip
     for args, done in shown.items():
-        assert done.code == 1 and "jobs_variants" in done.err and reason in done.err, (args, done)
+        assert done.code == 1 and "jobs_variants" in done.err, (args, done)
+        assert done.err.count(reason) == 1, (args, done)
     told = {args[:2]: done.out for args, done in shown.items()}
     assert job in told["jobs", "--failed"] and job in told["jobs", "--stage"]
+    assert told["jobs", "--stalled"] == "no job matches, as far as could be read\n"
+    assert re.search(f"{variant} .*HTTP 500 +- +jobs_variants", told["jobs", "--given-up"])
     assert "vlm_analyze  failed" in told["jobs",]
     assert f"job {job} is at (vlm_analyze, failed)" in told["job", job]
     assert ": set failed by its stage; " in told["job", job] and reason in told["job", job]

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
@@ -86,7 +86,7 @@ class Audit:
         self.problems = [rows.told(unread)] if unread else []
         self.joins = joins.readable(unread)
         self.look_at_history(settings, batch)
-        self.look_at_rows()
+        self.look_at_rows(unread)
 
     def look_at_history(self, settings: SimpleNamespace, batch: int) -> None:
         margin, timeouts = settings.LEASE_MARGIN, pipeline.timeouts(settings)
@@ -101,12 +101,12 @@ class Audit:
             self.findings.add(joins.called_early(self.conn, window, self.joins))
             limited.look(self.conn, window, self.findings)
 
-    def look_at_rows(self) -> None:
+    def look_at_rows(self, unread: Collection[str]) -> None:
         """Find rows that rest now. A row that its stage has set to failed waits for a person, which
         is no broken promise: such rows are only counted.
         """
         resting = listed(self.conn, RESTING, {"since": self.since}, prefix=READ_ONLY)
-        self.problems += filter(None, [resting.problem])
+        self.problems += filter(None, [resting.problem_beside(unread)])
         stalled = [row for row in resting.rows if row.kind == "stalled"]
         self.failed = len(resting.rows) - len(stalled)
         for row in stalled:

@@ -311,8 +311,9 @@ def collect(
 
     def rested(kind: str) -> list:
         found = listed(conn, RESTING, {"kind": kind})
-        if found.problem and found.problem not in problems:
-            problems.append(found.problem)
+        problem = found.problem_beside(unread)
+        if problem and problem not in problems:
+            problems.append(problem)
         total = sum(part[0].total for part in found.by_part if part)
         groups = together(found.rows)[:50]
         return [redacted(row._replace(total=total), redact) for row in groups]
