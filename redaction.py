@@ -29,9 +29,8 @@ NAMED = {'"': "quot", "&": "amp", "'": "apos", "<": "lt", ">": "gt"}
 
 
 def secrets_in(values: SimpleNamespace) -> Iterator[str | None]:
-    """Every secret of the settings, also as `requests` sends it."""
-    yield from (values.DB_PASSWORD, values.STAGE_API_TOKEN, values.OPS_TOKEN)
-    yield (values.DB_PASSWORD or "").strip()  # as a line that was cut into words has it
+    """Every secret of the settings but the database's, also as `requests` sends it."""
+    yield from (values.STAGE_API_TOKEN, values.OPS_TOKEN)
     for secret in values.STAGE_API_SECRET or ():
         yield from (secret, secret.removeprefix(signing.PREFIX).rstrip("="))
     for url in (values.STAGE_API_URL, *values.STAGE_API_URLS.values()):
@@ -40,6 +39,12 @@ def secrets_in(values: SimpleNamespace) -> Iterator[str | None]:
             sent = f"{unquote(user)}:{unquote(password or '')}".encode()
             yield base64.b64encode(sent).decode().rstrip("=")
             yield from (password or user, unquote(password or user))
+
+
+def passwords_in(values: SimpleNamespace) -> Iterator[str | None]:
+    """The database's."""
+    yield values.DB_PASSWORD
+    yield (values.DB_PASSWORD or "").strip()  # as a line that was cut into words has it
     if values.DATABASE_URL:
         yield psycopg2.extensions.parse_dsn(values.DATABASE_URL).get("password")
         # Also as it was written, percent-encoded, as errors quote it like that.
@@ -48,11 +53,13 @@ def secrets_in(values: SimpleNamespace) -> Iterator[str | None]:
 
 def redactor(values: SimpleNamespace) -> "Redactor":
     """The Redactor for the secrets of `values`, which also replaces text that looks like one. A
-    secret that is the name of our role or database is left, as commands that we advise have it.
+    password of the database that is the name of our role or database is left, as commands that we
+    advise have it.
     """
     dsn = psycopg2.extensions.parse_dsn(values.DATABASE_URL or "")
     names = {values.DB_USER, values.DB_NAME, dsn.get("user"), dsn.get("dbname")}
-    return Redactor(secret for secret in secrets_in(values) if secret not in names)
+    passwords = {*passwords_in(values)} - names
+    return Redactor([*secrets_in(values), *passwords])
 
 
 class Redactor:

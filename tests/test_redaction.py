@@ -88,6 +88,15 @@ def test_password_that_is_the_name_of_our_role_or_database_is_left_in_commands(g
         assert "postgres" not in redact(said).removeprefix("postgresql")
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{"STAGE_API_TOKEN": "feedlyai"}, {"STAGE_API_URL": "http://me:feedlyai@api"}],
+)
+def test_secret_of_the_stage_api_is_replaced_though_it_is_the_name_of_our_database(given):
+    given |= {"DB_USER": "listener", "DB_NAME": "feedlyai", "DB_PASSWORD": "feedlyai"}
+    assert config.redactor(config.read(given))("HTTP 401: feedlyai") == "HTTP 401: ***"
+
+
 @pytest.mark.parametrize("user", ["me", "", "사용자"])
 @pytest.mark.parametrize("password", ["s3cr3t", "p@ss/word", "비밀번호"])
 def test_credentials_of_a_url_are_replaced_as_they_are_sent(user, password):
