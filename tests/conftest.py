@@ -437,12 +437,18 @@ def own_server(fragile_server: Server) -> Iterator[Server]:
 
 @pytest.fixture
 def make_database() -> Iterator[Callable[..., Database]]:
-    """make_database(server, installed=True, template=None): a Database, dropped afterwards."""
+    """make_database(server, installed=True, template=None): a Database, dropped afterwards. With
+    at_once=False it is made when it is first used.
+    """
     made: list[Database] = []
 
-    def make(server: Server, installed: bool = True, template: str | None = None) -> Database:
+    def make(
+        server: Server, installed: bool = True, template: str | None = None, at_once: bool = True
+    ) -> Database:
         template = template or (server.installed() if installed else "template1")
         made.append(Database(server, template=template))
+        if at_once:  # the test may stop the server next
+            made[-1].rows("SELECT")
         return made[-1]
 
     yield make
@@ -453,19 +459,19 @@ def make_database() -> Iterator[Callable[..., Database]]:
 @pytest.fixture
 def database(server: Server, make_database) -> Database:
     """A database with the schema installed."""
-    return make_database(server)
+    return make_database(server, at_once=False)
 
 
 @pytest.fixture
 def each_database(each_server: Server, make_database) -> Database:
     """The same, on the newest and the oldest PostgreSQL."""
-    return make_database(each_server)
+    return make_database(each_server, at_once=False)
 
 
 @pytest.fixture
 def empty_database(server: Server, make_database) -> Database:
     """A database with nothing in it."""
-    return make_database(server, installed=False)
+    return make_database(server, installed=False, at_once=False)
 
 
 class SharedDatabase(Database):
