@@ -136,6 +136,13 @@ DECLARE
         FROM pg_attribute AS a JOIN pg_type AS t ON t.oid = a.atttypid
         JOIN pg_namespace AS n ON n.oid = t.typnamespace
         WHERE a.attrelid = 'stage_calls'::regclass AND a.attname = 'job_id');
+    -- Where a row says when it last changed, that counts; it need not. A timestamp without time zone
+    -- may be any zone's, and a time to come is wrong. The name is that of `absent` where the table
+    -- has no such column, or has it no more.
+    changed constant text :=
+        '(SELECT c.at FROM (SELECT CASE WHEN pg_typeof(updated_at) = ''timestamptz''::regtype'
+        ' THEN (to_jsonb(updated_at) #>> ''{}'')::timestamptz END AS at'
+        ' FROM %1$I.%2$I AS x WHERE x.%3$I = r.%3$I LIMIT 1) AS c WHERE c.at <= now())';
     resting jsonb;
     joined  jsonb;
     missed  jsonb;
@@ -151,13 +158,7 @@ BEGIN
         t.name, t.id_column,
         coalesce('r.' || quote_ident(t.tenant_column) || '::text',
                  'p.' || quote_ident(p.tenant_column) || '::text', 'NULL::text'),
-        -- Where a row says when it last changed, that counts; it need not. A timestamp without
-        -- time zone may be any zone's, and a time to come is wrong.
-        -- The name is that of `absent` where the table has no such column, or has it no more.
-        format('(SELECT c.at FROM (SELECT CASE WHEN pg_typeof(updated_at) = ''timestamptz''::regtype'
-               ' THEN (to_jsonb(updated_at) #>> ''{}'')::timestamptz END AS at'
-               ' FROM %I.%I AS x WHERE x.%I = r.%I LIMIT 1) AS c WHERE c.at <= now())',
-               schema, t.name, t.id_column, t.id_column),
+        format(changed, schema, t.name, t.id_column),
         schema, t.name,
         CASE WHEN t.tenant_column IS NULL AND p.tenant_column IS NOT NULL
              THEN format(' LEFT JOIN (SELECT %I AS id, %I FROM %I.%I) AS p ON p.id = r.%I',
@@ -174,7 +175,7 @@ BEGIN
         SELECT 'stalled', %1$L, m.parent_id, m.parent_id::text, %2$s, r.current_step::text, r.status::text, %3$L,
                greatest(m.recorded_at, last.finished_at),
                'accepted by the stage, but the job has not changed'
-        FROM %4$I.stage_joins AS m
+        FROM (SELECT NULL::timestamptz AS updated_at) AS absent CROSS JOIN %4$I.stage_joins AS m
         JOIN %4$I.%5$I AS r ON r.%6$I = m.parent_id
             AND (r.current_step::text, r.status::text)
                 IS NOT DISTINCT FROM (m.parent_step, m.parent_status)
@@ -192,13 +193,15 @@ BEGIN
                        WHERE own.job_id = m.parent_id AND own.table_name = %1$L
                          AND own.stage = %3$L AND own.finished_at >= m.recorded_at))) AS last
         WHERE m.join_of = %7$L AND m.is_noted AND NOT m.is_open
-          -- Called again after it was through, a parent comes back to the state it had: where a
-          -- later stage leaves it, which was called since, or where this one does.
-          AND (r.current_step::text, r.status::text) IS DISTINCT FROM (%3$L, 'done')
-          AND NOT EXISTS (
-              SELECT FROM %4$I.stage_attempts AS a
-              WHERE a.job_id = m.parent_id AND a.table_name = %1$L AND a.outcome = 'succeeded'
-                AND a.stage = r.current_step::text AND a.started_at > last.started_at)
+          -- Called again after it was through, a parent comes back to the state it had: that of a
+          -- later stage, or of this one when it is done. It may say that it has not changed since.
+          AND ((%9$s > last.started_at) IS NOT FALSE
+               AND ((r.current_step::text, r.status::text) = (%3$L, 'done')
+                    OR r.current_step::text IN (
+                        SELECT s.stage FROM %4$I.pipeline_stages AS s
+                        WHERE s.table_name = %1$L AND s.position > (
+                            SELECT min(p.position) FROM %4$I.pipeline_stages AS p
+                            WHERE p.join_of = %7$L)))) IS NOT TRUE
           AND (last.call_id = ANY (last.cancelled) AND last.outcome <> 'succeeded') IS NOT TRUE
           AND greatest(m.recorded_at, last.finished_at)
               < now() - make_interval(secs => %8$s)
@@ -209,7 +212,8 @@ BEGIN
                             AND l.leased_until > now())
           AND %4$I.stage_join_is_complete(%7$L, m.parent_id)$rows$,
         t.name, coalesce('r.' || quote_ident(t.tenant_column) || '::text', 'NULL::text'), r.stage, schema,
-        t.name, t.id_column, r.join_of, coalesce(r.timeout, 600)))
+        t.name, t.id_column, r.join_of, coalesce(r.timeout, 600),
+        format(changed, schema, t.name, t.id_column)))
     INTO joined
     FROM jsonb_to_recordset(asked -> 'routes') AS r (
              table_name text, join_of text, stage text, timeout double precision)
