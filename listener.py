@@ -721,11 +721,12 @@ class Listener:
 
 def why_unclaimable(conn: db.Connection, stage: str, error: psycopg2.Error) -> str:
     """Why no call of a stage can be claimed; of a locked table, who has locked it."""
-    if not isinstance(error, LockNotAvailable):
-        return ops.first_line(error)
     tables = [route.table for route, function in pipeline.routes().items()
               if function.__name__ == stage]  # fmt: skip
-    return locked(conn, *tables)
+    if isinstance(error, LockNotAvailable):
+        with contextlib.suppress(psycopg2.Error):  # calls that were claimed meanwhile are made
+            return locked(conn, *tables)
+    return ops.first_line(error)
 
 
 def listener_name() -> str:

@@ -110,18 +110,25 @@ def require_tables(conn) -> None:
 
 # Who has locked one of our tables, or of PIPELINE, against all others: by an AccessExclusiveLock,
 # or by any lock that an AccessExclusiveLock waits for, as all later statements wait behind that
-# one. A copy of a database has the same relation ids, hence the comparison of l.database.
+# one. A server may have thousands of locks, so those of our tables are picked out first. A copy
+# of a database has the same relation ids.
 LOCKED = """
+WITH locks AS MATERIALIZED (
+    SELECT pid, relation, mode, granted FROM pg_locks
+    WHERE database = (SELECT oid FROM pg_database WHERE datname = current_database())
+      AND relation IN (SELECT to_regclass(quote_ident(name))
+                       FROM unnest(%(tables)s::text[]) AS name)
+)
 SELECT l.relation::regclass::text AS name, l.pid, a.application_name
-FROM pg_locks AS l JOIN pg_stat_activity AS a USING (pid)
-WHERE l.granted AND l.pid <> pg_backend_pid() AND a.datname = current_database()
+FROM locks AS l JOIN pg_stat_activity AS a USING (pid)
+WHERE l.granted AND l.pid <> pg_backend_pid()
   AND (l.mode = 'AccessExclusiveLock'
-       OR EXISTS (SELECT FROM pg_locks AS w
+       OR EXISTS (SELECT FROM locks AS w
                   WHERE w.mode = 'AccessExclusiveLock' AND NOT w.granted AND w.pid <> l.pid
-                    AND (w.database, w.relation) = (l.database, l.relation)))
-  AND l.relation IN (SELECT to_regclass(quote_ident(name)) FROM unnest(%(tables)s::text[]) AS name)
-ORDER BY l.relation IN (SELECT to_regclass(quote_ident(name))
-                        FROM unnest(%(likely)s::text[]) AS name) DESC, a.xact_start, l.pid
+                    AND w.relation = l.relation))
+ORDER BY (l.relation IN (SELECT to_regclass(quote_ident(name))
+                         FROM unnest(%(likely)s::text[]) AS name)) IS TRUE DESC,
+         a.xact_start, l.pid
 LIMIT 1
 """
 

@@ -221,6 +221,19 @@ def test_table_that_is_locked_keeps_no_call_of_another_waiting(database, two_tab
     assert stages_of_turns(two_tables, 1) == ["yolo_detect"]
 
 
+def test_call_is_made_though_it_cannot_be_asked_who_locks_a_table(
+    database, two_tables, monkeypatch
+):
+    def refuse(*_):
+        raise psycopg2.errors.QueryCanceled("there are too many locks")
+
+    monkeypatch.setattr("listener.locked", refuse)
+    with contextlib.closing(database.connect()) as change:
+        change.cursor().execute("BEGIN; LOCK TABLE jobs_variants IN ACCESS EXCLUSIVE MODE")
+        assert stages_of_turns(two_tables, 4) == ["vlm_analyze"] * 3
+    assert "lock timeout" in two_tables.listener.unclaimable["yolo_detect"]
+
+
 def test_limited_stages_of_a_locked_table_are_known_before_others_have_calls(
     database, use_pipeline, caller
 ):
