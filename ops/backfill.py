@@ -373,6 +373,9 @@ def state_of(route: Route) -> str:
 
 def say_kept(kept: Counter) -> None:
     unknown, cancelled = kept.pop(NO_TIME, 0), kept.pop("cancelled", 0)
+    if past := kept.pop("past it", 0):
+        click.echo(f"left alone, as they are at the stage or past it: {past}; to call it all the "
+                   f"same: {pipeline.JSL} again --stage STAGE ID")  # fmt: skip
     if kept:
         accepted = kept.pop("succeeded", 0) + kept.pop("skipped", 0)
         counts = {"accepted": accepted, **kept}
