@@ -142,8 +142,8 @@ CANCELLED = "cancelled"
 
 
 def join_cancellation(attempts: list, join: dict[str, Any]) -> Any:
-    """As cancellation(), of the last call of a join. Once it was tried under the name that its
-    stage has now, it has no other.
+    """As cancellation(), of the last call of a join. If it was tried under the present name of its
+    stage, attempts under other names are not of this call.
     """
     stage, since = join["stage"], join["recorded_at"]
     own = [one for one in attempts if one.stage == stage]
@@ -175,8 +175,9 @@ def cancelled(row: Any, attempts: list) -> Any:
 
 
 def way_out(row: Any, why: Any, above: list[dict[str, Any]]) -> str:
-    """What a person types so that the stage is called for which `row` rests. Where its own state
-    does not lead there, the call is that of a join, unless the stage has set the row itself.
+    """The command, or the SQL, with which a person has the stage called for which `row` rests.
+    Where the row's own state does not lead there, the call is that of a join, unless the stage has
+    set the row itself.
     """
     found = []
     if why.stage != rows.own_stage(row) and why.reason.startswith((NEVER_RECORDED, ACCEPTED)):
@@ -308,8 +309,6 @@ def place_lines(found: Found) -> Iterator[str]:
     for one in found.owed:
         if one.join_of in found.waiting:
             yield wait_line(one.stage, found.waiting[one.join_of])
-    if problem := rows.told(found.unread):
-        yield plain(problem)
 
 
 def where(row: Any) -> str:

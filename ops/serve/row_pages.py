@@ -7,7 +7,7 @@ from typing import Any
 from ops import job
 from ops.report.markup import Markup, attribute, join, section, span, state, table, text
 from ops.report.timelines import timelines
-from ops.rows import absence, is_wanted, own_stage, said
+from ops.rows import absence, is_wanted, own_stage, said, told
 from ops.serve.asking import Found, Row
 from ops.serve.parts import action_link, actions, as_of, heading, row_link, stage_link
 from ops.table import clock, plain, readable
@@ -17,7 +17,7 @@ MOST_ATTEMPTS = 200
 
 def row(shown: Row, may_act: bool) -> Markup:
     found = shown.found
-    where, *lines = job.place_lines(found)
+    where, *lines = [*job.place_lines(found), *filter(None, [told(found.unread)])]
     where = where.removeprefix(f"{plain(said(found.row))} ")
     facts = join(f"<li>{text(line, 2000)}</li>" for line in lines)
     needs = any(call.given_up for call in found.owed) or found.rests.get(
