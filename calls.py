@@ -839,7 +839,7 @@ def in_parts(
     return done
 
 
-# For a result that cannot be written to the history: the call alone is removed, or given up.
+# Settles a result whose row of the history cannot be written: removes the call, or gives it up.
 SETTLE_WITHOUT_HISTORY = f"""
 WITH result AS ({RESULTS}
 ), ended AS (

@@ -452,8 +452,8 @@ def is_lost(conn: Connection, error: psycopg2.Error) -> bool:
     return error.pgcode.startswith(LOST)
 
 
-# Once connected, the oid of its schema stands between prefix and name, as a database may have
-# several installations. Not behind a pooler, which gives the session to other clients.
+# Puts the oid of the schema between the prefix and the name, as a database may have several
+# installations. Not done behind a pooler, which gives the session to other clients, too.
 SIGN = """
 SELECT set_config('application_name', %(prefix)s || relnamespace || '/' || %(name)s, false)
 FROM pg_class WHERE oid = to_regclass('stage_calls')
@@ -467,9 +467,9 @@ def sign(conn: Connection, listener: str) -> None:
 
 
 # A commit that waits for a synchronous standby does not notice that its client is gone. So each
-# connection that we give up would leave a session with its locks, until the server takes no more.
-# Such sessions of listeners that have given up are ended here: their commit becomes visible, but
-# may not have reached the standby.
+# connection that we give up leaves a session that keeps its locks, until the server takes no more
+# connections. Such sessions of listeners are ended here. Their commit becomes visible, but may not
+# have reached the standby.
 WAITING = """
 FROM pg_stat_activity
 WHERE datname = current_database() AND wait_event = 'SyncRep'

@@ -64,7 +64,7 @@ HEARTBEAT_MARGIN = 20.0
 CONNECTING = 100.0
 # How often to look whether a stage has let go of the row of a call that it has answered.
 AGAIN_EVERY = 1.0
-# Seconds for which claims pass by what was due before the last call that they found (see Wanted).
+# For so many seconds, claims skip what was due before the last call that was claimed (see Wanted).
 # A call that was committed late waits that long at the most.
 MARKED_FOR = 1.0
 # After a lost connection, a statement that was sent on it may still take effect for so long.

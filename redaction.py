@@ -42,7 +42,7 @@ def secrets_in(values: SimpleNamespace) -> Iterator[str | None]:
 
 
 def passwords_in(values: SimpleNamespace) -> Iterator[str | None]:
-    """The database's."""
+    """The password of the database, in every form in which the settings have it."""
     yield values.DB_PASSWORD
     yield (values.DB_PASSWORD or "").strip()  # as a line that was cut into words has it
     if values.DATABASE_URL:

@@ -136,9 +136,9 @@ DECLARE
         FROM pg_attribute AS a JOIN pg_type AS t ON t.oid = a.atttypid
         JOIN pg_namespace AS n ON n.oid = t.typnamespace
         WHERE a.attrelid = 'stage_calls'::regclass AND a.attname = 'job_id');
-    -- Where a row says when it last changed, that counts; it need not. A timestamp without time zone
-    -- may be any zone's, and a time to come is wrong. The name is that of `absent` where the table
-    -- has no such column, or has it no more.
+    -- When a row last changed, by its updated_at; NULL where that is not known. A timestamp without
+    -- time zone may be any zone's, and a time to come is wrong. Where the table has no such column,
+    -- the name stands for that of `absent`.
     changed constant text :=
         '(SELECT c.at FROM (SELECT CASE WHEN pg_typeof(updated_at) = ''timestamptz''::regtype'
         ' THEN (to_jsonb(updated_at) #>> ''{}'')::timestamptz END AS at'
@@ -187,14 +187,16 @@ BEGIN
             FROM %4$I.stage_attempts AS a
             WHERE a.job_id = m.parent_id AND a.table_name = %1$L
               AND (a.stage = %3$L
-                   -- It may be that of now under the name of before, unless that was tried as well.
+                   -- A stage that left PIPELINE may be this one under its old name, unless this
+                   -- one was tried since.
                    OR a.stage NOT IN (SELECT stage FROM %4$I.pipeline_stages) AND NOT EXISTS (
                        SELECT FROM %4$I.stage_attempts AS own
                        WHERE own.job_id = m.parent_id AND own.table_name = %1$L
                          AND own.stage = %3$L AND own.finished_at >= m.recorded_at))) AS last
         WHERE m.join_of = %7$L AND m.is_noted AND NOT m.is_open
-          -- Called again after it was through, a parent comes back to the state it had: that of a
-          -- later stage, or of this one when it is done. It may say that it has not changed since.
+          -- A parent may be called again after it was through. Then it is at a later stage, or this
+          -- stage is done with it, before and after the call: it has not stalled, unless its
+          -- updated_at says that it has not changed since.
           AND ((%9$s > last.started_at) IS NOT FALSE
                AND ((r.current_step::text, r.status::text) = (%3$L, 'done')
                     OR r.current_step::text IN (
@@ -226,7 +228,7 @@ BEGIN
     SELECT jsonb_object_agg(r.join_of, format($rows$
         SELECT 'stalled', %1$L, m.parent_id, m.parent_id::text, %2$s, r.current_step::text,
                r.status::text, %3$L, NULL::timestamptz,
-               -- As in backfill: who is at the stage, or at a later one, is left to a person.
+               -- As in backfill: a parent at the stage, or at a later one, is left to a person.
                'its call was never recorded' || CASE WHEN r.current_step::text IN (
                    SELECT s.stage FROM %4$I.pipeline_stages AS s
                    WHERE s.table_name = %1$L AND s.position >= (

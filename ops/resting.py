@@ -21,7 +21,7 @@ FROM resting_rows()
 GROUP BY stage, kind
 """
 
-# How two reasons begin, which may be about a call of the row's own state or of a join.
+# How the two reasons begin that may be about the call of the row's own state, or that of a join.
 NEVER_RECORDED, ACCEPTED = "its call was never recorded", "accepted by the stage"
 
 
@@ -62,7 +62,7 @@ class Listed(NamedTuple):
         return self.problem_beside(())
 
     def problem_beside(self, unread: Collection[str]) -> str | None:
-        """`problem`, but for the parts that need a table of `unread`, of which that is said."""
+        """`problem` without the parts that need a table of `unread`, which the caller reports."""
         unknown = {part: why for part, why in self.unknown.items()
                    if tables_of(part).isdisjoint(unread)}  # fmt: skip
         if not unknown:

@@ -108,10 +108,10 @@ def require_tables(conn) -> None:
         raise Problem(refusal)
 
 
-# Who has locked one of our tables, or of PIPELINE, against all others: by an AccessExclusiveLock,
-# or by any lock that an AccessExclusiveLock waits for, as all later statements wait behind that
-# one. A server may have thousands of locks, so those of our tables are picked out first. A copy
-# of a database has the same relation ids.
+# Which session keeps all others out of one of our tables, or of a table of PIPELINE: it has an
+# AccessExclusiveLock, or any lock that another one's AccessExclusiveLock waits for, as all later
+# statements wait behind that one. A server may have thousands of locks, so those of these tables
+# are picked out first. The database is compared, as a copy of it has the same relation ids.
 LOCKED = """
 WITH locks AS MATERIALIZED (
     SELECT pid, relation, mode, granted FROM pg_locks
@@ -134,8 +134,8 @@ LIMIT 1
 
 
 def locked(conn, *likely: str) -> str:
-    """What a statement has waited for that lock_timeout ended, as far as it is still locked; of
-    several locked tables, one of `likely`.
+    """Which table is locked, and by whom, after lock_timeout has ended a statement; of several
+    locked tables, one of `likely`. The lock may be gone by now.
     """
     tables = [*pipeline.tables(), *migrations.TABLES]
     found = db.execute(conn, LOCKED, {"tables": tables, "likely": [*likely]}).fetchone()
@@ -228,7 +228,7 @@ def unread(conn) -> dict[str, str]:
     return {table: why_unread(conn, error, table) for table, error in unreadable(conn).items()}
 
 
-# What helps, by the error.
+# What to run or read, by the kind of error.
 MENDS: dict[type[psycopg2.Error], str] = {
     psycopg2.errors.InsufficientPrivilege: GRANTS,
     psycopg2.errors.UndefinedColumn: f"{pipeline.JSL} verify",

@@ -125,7 +125,7 @@ Line = tuple[str, int]  # with its colour
 
 
 def fitted(lines: Iterable[Line]) -> list[str]:
-    """Lines none of which a terminal would wrap; whole where the output goes to none."""
+    """The lines, cut to the width of the terminal; whole where the output goes to none."""
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
     return [paint(clipped(text, columns), colour) for text, colour in lines]
 

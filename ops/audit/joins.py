@@ -87,7 +87,7 @@ def own_stages(table: str, state: tuple[str, str] | None = None) -> set[str]:
 # --- never recorded ------------------------------------------------------------------------
 
 # Parents in stage_looks are left out: a listener will still record their calls. So are those in
-# stage_joins: resting_rows() has them, which is looked at before.
+# stage_joins: audit has them from resting_rows().
 NEVER_RECORDED = f"""{backfill.JOIN_MISSED}, found AS (
     SELECT c.id, c.changed_at FROM missed AS m JOIN complete AS c ON c.id = m.id
     WHERE m.why IS NULL AND NOT EXISTS (
