@@ -177,7 +177,7 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
     if ended is not None and claim.join_of and claim.job_found and not claim.is_complete:
         joins.reopen(conn, claim)
     if ended is None:
-        if claim.join_of and call.spent == 1:
+        if claim.join_of:
             joins.note_parent(conn, claim)
         trigger.log_begin(call)
         with db.without_callback():  # the stage function may have connections of its own

@@ -8,7 +8,7 @@ from contextlib import closing
 import commands
 import pytest
 from busy import TIME
-from claims import claim_many, connected, result, settle
+from claims import LEASE_OVER, claim_many, connected, result, settle
 from commands import Done
 from variants import PIPELINE, VARIANTS, stage
 
@@ -357,7 +357,12 @@ def test_cancel_of_a_row_is_recorded_with_its_table(variants, run):
     assert (attempt.table_name, attempt.outcome) == ("jobs_variants", "cancelled")
 
 
-def test_call_makes_the_call_that_is_named(variants, run, accepting, joined):
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_call_makes_the_call_that_is_named(variants, run, accepting, joined, is_lost):
+    if is_lost:  # the listener of the first claim, before it has stored where the parent was
+        with connected(variants.database) as conn:
+            claim_many(conn, 1, stages=["ad_copy"])
+        variants.database.rows(LEASE_OVER)
     assert run("call", joined, "--stage", "ad_copy", api=accepting).code == 0
     assert [request.head.split()[1] for request in accepting.requests] == ["/ad_copy"]
     assert variants.owed() == [("jobs", joined, "instagram")]
