@@ -201,7 +201,7 @@ BEGIN
                AND ((r.current_step::text, r.status::text) = (%3$L, 'done')
                     OR r.current_step::text IN (
                         SELECT s.stage FROM %4$I.pipeline_stages AS s
-                        WHERE s.table_name = %1$L AND s.position > (
+                        WHERE s.table_name = %1$L AND s.stage <> %3$L AND s.position > (
                             SELECT min(p.position) FROM %4$I.pipeline_stages AS p
                             WHERE p.join_of = %7$L)))) IS NOT TRUE
           AND (last.call_id = ANY (last.cancelled) AND last.outcome <> 'succeeded') IS NOT TRUE

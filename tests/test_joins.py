@@ -473,7 +473,9 @@ def test_parent_that_is_called_again_is_through_where_it_changed_to_the_state_of
 def test_parent_that_the_stage_of_its_join_leaves_done_is_through(
     database, use_pipeline, caller, accepting, status, found
 ):
-    use_pipeline({VARIANTS.every("iou_eval", "done"): stage("ad_copy")})
+    # The route of a retry comes after the join, but is of the same stage.
+    routes = (VARIANTS.every("iou_eval", "done"), ("ad_copy", "failed"))
+    use_pipeline(dict.fromkeys(routes, stage("ad_copy")))
     variants = install(database, TABLE)
     job, _ = joined(variants)
     database.move(job, "ad_copy", status)
