@@ -163,8 +163,8 @@ def statement(conn, sql: str, of: Table) -> str:
 # which join a call was of. stage_joins does, so an accepted call of the stage counts for this
 # join only where stage_joins has nothing of the parent, as it may be lost, or something of a join
 # that PIPELINE no longer has, which may be this one under another name. A parent that is already
-# at the stage, or at a later one, was called by somebody else; with --since, only where its join is
-# not open: a row that arrived lately may have done so again, after the earlier call.
+# at the stage, or at a later one, was called by somebody else. Where we have called it
+# before, --since takes it: its last row may have arrived once more, after that call.
 JOIN_MISSED = """
 WITH batch AS (
     SELECT {parent_id} AS id, r.current_step::text AS current_step, {parent_time} AS changed_at
@@ -190,7 +190,7 @@ WITH batch AS (
                              WHERE o.parent_id = c.id AND o.recorded_at IS NOT NULL
                                AND o.join_of NOT IN (SELECT join_of FROM pipeline_stages)))
         THEN last.outcome
-        WHEN (m.parent_id IS NULL OR %(since)s IS NULL) AND c.current_step IN (
+        WHEN (m.recorded_at IS NULL OR %(since)s IS NULL) AND c.current_step IN (
             SELECT s.stage FROM pipeline_stages AS s
             WHERE s.table_name = %(table)s AND s.position >= (
                 SELECT min(p.position) FROM pipeline_stages AS p

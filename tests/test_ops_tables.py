@@ -655,9 +655,28 @@ def test_parent_that_is_past_a_join_whose_last_arrival_was_not_seen_is_left_to_a
 ):
     job = lose_arrival(variants, "TRUNCATE")
     variants.database.move(job, *state)
-    assert "or past it: 1; to call it" in run("backfill", "--apply").out and variants.owed() == []
+    for since in ([], ["--since", "1h"]):
+        assert "or past it: 1; to call it" in run("backfill", "--apply", *since).out
+        assert variants.owed() == []
     assert stalled(run) == [("ad_copy", "its call was never recorded")]
     assert "never recorded" in type_way_out(run, job)
+    assert variants.owed() == [("jobs", job, "ad_copy")]
+
+
+def test_second_call_of_a_join_whose_last_arrival_was_not_seen_needs_since(variants, run):
+    job = variants.database.add_job("x", "y")
+    first, second = variants.add(job, "iou_eval", "done", count=2)
+    look(variants.database)
+    call(variants.database, ["ad_copy"])
+    variants.database.move(job, "instagram", "done")
+    for variant in (first, second):
+        variants.move(variant, "img_gen", "running")
+    variants.finish(first)
+    look(variants.database)
+    variants.database.rows(REPLICA)
+    variants.finish(second)
+    assert run("backfill", "--apply").lines[-1] == "0 calls recorded"
+    assert run("backfill", "--since", "1h", "--apply").lines[-1] == "1 call recorded"
     assert variants.owed() == [("jobs", job, "ad_copy")]
 
 
