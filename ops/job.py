@@ -176,12 +176,11 @@ def cancelled(row: Any, attempts: list) -> Any:
 
 def way_out(row: Any, why: Any, above: list[dict[str, Any]]) -> str:
     """The command, or the SQL, with which a person has the stage called for which `row` rests.
-    Where the row's own state does not lead there, the call is that of a join, unless the stage has
-    set the row itself.
+    A join that is complete, and whose call was never recorded, is named first. One whose call was
+    accepted is named only where the row's own state does not lead to the stage.
     """
-    found = []
-    if why.stage != rows.own_stage(row) and why.reason.startswith((NEVER_RECORDED, ACCEPTED)):
-        is_open = why.reason.startswith(NEVER_RECORDED)
+    found, is_open = [], why.reason.startswith(NEVER_RECORDED)
+    if is_open or (why.reason.startswith(ACCEPTED) and why.stage != rows.own_stage(row)):
         found = [one["join"] for one in above
                  if (one["stage"], one["is_open"]) == (why.stage, is_open)
                  and 0 < one["rows"] == one["in_place"]]  # fmt: skip

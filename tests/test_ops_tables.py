@@ -215,6 +215,17 @@ def test_parent_at_work_is_not_sent_back_for_a_join_that_was_never_recorded(
     assert [join for (join,) in variants.database.rows(OWED_JOINS)] == [JOIN]
 
 
+def test_own_call_that_was_accepted_is_not_made_again_for_a_join_that_was_never_recorded(
+    variants, run, ambiguous
+):
+    job = lose_arrival(variants, "TRUNCATE")
+    variants.database.move(job, "img_gen", "done")
+    call(variants.database, ["ad_copy"])
+    assert "never recorded" in type_way_out(run, job)
+    assert [join for (join,) in variants.database.rows(OWED_JOINS)] == [JOIN]
+    assert stalled(run) == []
+
+
 def test_parent_at_work_is_not_sent_back_for_a_join_whose_call_was_accepted(
     variants, run, ambiguous
 ):
