@@ -195,7 +195,8 @@ WITH batch AS (
             WHERE s.table_name = %(table)s AND s.position >= (
                 SELECT min(p.position) FROM pipeline_stages AS p
                 WHERE p.join_of = %(join)s)) THEN 'past it'
-        WHEN %(since)s IS NOT NULL AND c.changed_at IS NULL THEN %(no_time)s END AS why
+        WHEN %(since)s IS NOT NULL AND c.changed_at IS NULL
+        THEN CASE WHEN m.is_open THEN %(no_time)s ELSE 'not seen' END END AS why
     FROM complete AS c
     LEFT JOIN stage_joins AS m ON m.parent_id = c.id AND m.join_of = %(join)s
     LEFT JOIN LATERAL (
@@ -373,9 +374,10 @@ def state_of(route: Route) -> str:
 
 def say_kept(kept: Counter) -> None:
     unknown, cancelled = kept.pop(NO_TIME, 0), kept.pop("cancelled", 0)
+    again = f"to call it all the same: {pipeline.JSL} again --stage STAGE ID"
     if past := kept.pop("past it", 0):
-        click.echo(f"left alone, as they are at the stage or past it: {past}; to call it all the "
-                   f"same: {pipeline.JSL} again --stage STAGE ID")  # fmt: skip
+        click.echo(f"left alone, as they are at the stage or past it: {past}; {again}")
+    unseen = kept.pop("not seen", 0)
     if kept:
         accepted = kept.pop("succeeded", 0) + kept.pop("skipped", 0)
         counts = {"accepted": accepted, **kept}
@@ -388,4 +390,9 @@ def say_kept(kept: Counter) -> None:
         click.echo(
             f"left out: {unknown} whose time is not known, as it is empty or in the future; "
             "backfill without --since takes them"
+        )
+    if unseen:
+        click.echo(
+            f"left out: {unseen} with all rows of a join, none of which was seen to come, and whose"
+            f" time is not known, as it is empty or in the future; {again}"
         )

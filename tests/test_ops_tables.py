@@ -636,6 +636,20 @@ def test_backfill_leaves_parents_of_which_no_row_was_seen_to_come_where_there_is
     assert run("backfill", "--since", "1h").refused(1).endswith("leave it out")
 
 
+def test_backfill_promises_no_call_of_a_join_that_it_never_makes(variants, run):
+    job = lose_arrival(variants, "TRUNCATE")
+    variants.database.rows(REPLICA)
+    variants.add(variants.database.add_job("x", "y"), "iou_eval", "done")
+    variants.database.rows("UPDATE jobs SET updated_at = now() + interval '9 h'")
+    seen, unseen = (line for line in run("backfill", "--since", "1h").lines if ": 1 " in line)
+    assert seen.startswith("left out: 1 whose time is not known")
+    assert seen.endswith("backfill without --since takes them")
+    assert unseen.startswith("left out: 1 with all rows of a join, none of which was seen to come")
+    assert unseen.endswith("to call it all the same: ./jsl again --stage STAGE ID")
+    assert run("backfill", "--apply").lines[-1] == "1 call recorded"
+    assert variants.owed() == [("jobs", job, "ad_copy")]
+
+
 def test_backfill_leaves_older_parents(variants, run):
     lose_arrival(variants, "TRUNCATE")
     variants.database.rows("UPDATE jobs SET updated_at = now() - interval '3 h'")
