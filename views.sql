@@ -143,6 +143,8 @@ DECLARE
         '(SELECT c.at FROM (SELECT CASE WHEN pg_typeof(updated_at) = ''timestamptz''::regtype'
         ' THEN (to_jsonb(updated_at) #>> ''{}'')::timestamptz END AS at'
         ' FROM %1$I.%2$I AS x WHERE x.%3$I = r.%3$I LIMIT 1) AS c WHERE c.at <= now())';
+    -- The tenant of a parent without one of its own: that of its own parent.
+    borrowed constant text := '(%I.stage_call_row(%L, '''', m.parent_id)).tenant_id #>> ''{}''';
     resting jsonb;
     joined  jsonb;
     missed  jsonb;
@@ -213,7 +215,8 @@ BEGIN
                           WHERE l.job_id = m.parent_id AND l.table_name = %1$L
                             AND l.leased_until > now())
           AND %4$I.stage_join_is_complete(%7$L, m.parent_id)$rows$,
-        t.name, coalesce('r.' || quote_ident(t.tenant_column) || '::text', 'NULL::text'), r.stage, schema,
+        t.name, coalesce('r.' || quote_ident(t.tenant_column) || '::text',
+                         format(borrowed, schema, t.name)), r.stage, schema,
         t.name, t.id_column, r.join_of, coalesce(r.timeout, 600),
         format(changed, schema, t.name, t.id_column)))
     INTO joined
@@ -245,7 +248,8 @@ BEGIN
           AND NOT EXISTS (SELECT FROM %4$I.%7$I AS x WHERE x.%8$I = m.parent_id%9$s
                           AND (x.current_step::text, x.status::text)
                               IS DISTINCT FROM (%10$L, %11$L))$rows$,
-        t.name, coalesce('r.' || quote_ident(t.tenant_column) || '::text', 'NULL::text'), r.stage,
+        t.name, coalesce('r.' || quote_ident(t.tenant_column) || '::text',
+                         format(borrowed, schema, t.name)), r.stage,
         schema, t.id_column, r.join_of, x.name, x.parent_column,
         -- As in triggers.sql, by the collation of the column.
         (SELECT format(' COLLATE %I.%I', n.nspname, c.collname)

@@ -904,6 +904,29 @@ def test_rows_of_rows_are_joined_for_their_parent_and_that_for_its_own(
 
 # --- whose tenant --------------------------------------------------------------------------
 
+CUT = "INSERT INTO crops SELECT gen_random_uuid(), job_variants_id, %s, 'done' FROM jobs_variants"
+
+
+@pytest.mark.parametrize("is_seen", [True, False])
+def test_stalled_row_whose_own_rows_are_joined_has_the_tenant_of_its_parent(
+    database, use_pipeline, caller, accepting, is_seen
+):
+    use_pipeline(THREE_LEVELS)
+    variants = install(database, TABLE, CROPS_TABLE)
+    variants.add(database.add_job("x"))
+    database.rows(f"{CUT}; {CUT}", "sharpen", "sharpen" if is_seen else "x")
+    calling = caller(accepting.url)
+    joins.look(calling.conn)
+    if is_seen:
+        calling.run(calling.claim())
+        calling.settle()
+        database.rows(A_DAY_AGO)
+    else:
+        database.rows("SET session_replication_role = replica")
+        database.rows("UPDATE crops SET current_step = 'sharpen'")
+    found = "SELECT stage, tenant_id FROM resting_rows()"
+    assert database.rows(found) == [("yolo_detect", "tenant")]
+
 
 def test_row_with_a_tenant_of_its_own_is_called_with_it(database, use_pipeline):
     use_pipeline(PIPELINE)
