@@ -315,10 +315,9 @@ def look(conn, really: bool, since: datetime | None) -> Found:
 
 
 def look_through_join(conn, name: str, join: State, really: bool, given: dict, found: Found):
-    [stage] = {f.__name__ for route, f in pipeline.routes().items() if route.join == name}
     given = given | {
-        "join": name, "stage": stage, "step": join.step, "status": join.status,
-        "table": pipeline.parent_name(join.table),
+        "join": name, "stage": pipeline.pipeline()[join].__name__, "step": join.step,
+        "status": join.status, "table": pipeline.parent_name(join.table),
     }  # fmt: skip
     sql = join_statement(conn, JOIN_RECORD if really else JOIN_COUNT, join)
     look_through(conn, sql, given, found, "")

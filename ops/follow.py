@@ -120,7 +120,7 @@ class Look:
         joins = sorted(pipeline.joins().values(), key=lambda key: -order.index(key.table.name))
         for key in joins:
             table = pipeline.owner(key).name
-            stage = pipeline.routes()[pipeline.route_of(key)].__name__
+            stage = pipeline.pipeline()[key].__name__
             after, end = chain(table, (stage, "done"))
             for parent in [row for row in self.rows if row.table == table]:
                 states = {ends[child] for child in self.children(parent, key.table.name)}

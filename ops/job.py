@@ -91,7 +91,6 @@ def joins(conn, row: Any, owed: list, unread: Mapping[str, str]) -> list[dict[st
     or whose rows cannot be read.
     """
     calls = {call.join_of: call for call in owed if call.join_of}
-    stages = {route.join: f.__name__ for route, f in pipeline.routes().items()}
     found = []
     for name, state in pipeline.joins().items():
         if pipeline.parent_name(state.table) != row.table_name or state.table.name in unread:
@@ -99,7 +98,8 @@ def joins(conn, row: Any, owed: list, unread: Mapping[str, str]) -> list[dict[st
         sql = JOINED.format(**rows.names(conn, state.table))
         given = {"key": row.key, "join": name, "step": state.step, "status": state.status}
         looked = db.execute(conn, sql, given).fetchone()._asdict()
-        found.append({"join": name, "stage": stages[name], **looked, "owes": calls.pop(name, None)})
+        stage = pipeline.pipeline()[state].__name__
+        found.append({"join": name, "stage": stage, **looked, "owes": calls.pop(name, None)})
     nothing = {"rows": None, "in_place": None, "is_open": None, "recorded_at": None}
     found += [{"join": name, "stage": call.stage, **nothing, "owes": call}
               for name, call in calls.items()]  # fmt: skip

@@ -69,12 +69,11 @@ def states_of(conn, only: Table, limit: int) -> list:
 
 def joins_of(conn, only: Table) -> list:
     """How many parents each join has that waits for rows of a table."""
-    stages = {route.join: f.__name__ for route, f in pipeline.routes().items()}
     found = []
     for name, state in pipeline.joins().items():
         if state.table.name == only.name:
-            given = {"join": name, "stage": stages[name], "step": state.step,
-                     "status": state.status}  # fmt: skip
+            stage = pipeline.pipeline()[state].__name__
+            given = {"join": name, "stage": stage, "step": state.step, "status": state.status}
             sql = JOINED.format(**rows.names(conn, only))
             found.append(db.execute(conn, sql, given).fetchone())
     return found

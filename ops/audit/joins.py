@@ -54,8 +54,8 @@ def readable(unread: Container[str]) -> dict[str, pipeline.State]:
 
 def called_early(conn, window: Window, joins: Mapping[str, pipeline.State]) -> Iterator[Finding]:
     """The calls of joins that were made while a row was missing, as a call of that row shows."""
-    for name, state in joins.items():
-        parent, stage = pipeline.owner(state).name, stage_of(name)
+    for state in joins.values():
+        parent, stage = pipeline.owner(state).name, pipeline.pipeline()[state].__name__
         if stage in own_stages(parent):
             continue  # an attempt of this stage may be of the join or of the parent's own state
         here = (state.step, state.status)
@@ -69,10 +69,6 @@ def called_early(conn, window: Window, joins: Mapping[str, pipeline.State]) -> I
                 f"{row.child_stage}"
             )
             yield Finding(JOINED, parent, row.id, stage, row.started_at, text)
-
-
-def stage_of(join: str) -> str:
-    return next(f.__name__ for route, f in pipeline.routes().items() if route.join == join)
 
 
 def own_stages(table: str, state: tuple[str, str] | None = None) -> set[str]:
@@ -104,7 +100,7 @@ SELECT (SELECT id::text FROM batch ORDER BY batch.id DESC LIMIT 1) AS last,
 def never_recorded(conn, since: datetime, joins: Mapping[str, pipeline.State]) -> Iterator[Finding]:
     """The parents whose last row arrived since then, and of which nothing was recorded."""
     for name, state in joins.items():
-        parent, stage = pipeline.owner(state).name, stage_of(name)
+        parent, stage = pipeline.owner(state).name, pipeline.pipeline()[state].__name__
         given = {"join": name, "stage": stage, "step": state.step, "status": state.status,
                  "table": parent, "since": since, "no_time": backfill.NO_TIME}  # fmt: skip
         sql = READ_ONLY + backfill.join_statement(conn, NEVER_RECORDED, state)
