@@ -84,6 +84,16 @@ def section(name: str, heading: str, *parts: str) -> Markup:
     )
 
 
+def tiles(found: Sequence[tuple[str, Any, str, Any]]) -> Markup:
+    """Tiles, each from (name, figure, a note, whether it is bad)."""
+    each = join(
+        f'<div class="{"bad" if bad else "good"}"><dt>{name}</dt>'
+        f"<dd>{text(value)}<small>{text(about, 60) if about else ''}</small></dd></div>"
+        for name, value, about, bad in found
+    )
+    return Markup(f'<dl class="figures">{each}</dl>')
+
+
 def span(seconds: float | None) -> str:
     """A duration as a person says it: 40 ms, 2.5 s, 38 s, 3.5 min, 12 h, 2.1 d."""
     if seconds is None:

@@ -1,6 +1,7 @@
 """The page of `report`: a Report in, HTML out. Nothing here asks the database."""
 
 from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ops.report.markup import (
     span,
     stage_name,
     text,
+    tiles,
 )
 from ops.report.sections import (
     NO_CALL,
@@ -59,7 +61,11 @@ PAGE = """<!DOCTYPE html>
 
 def page(report: Report) -> str:
     """The whole page, which refers to no other file."""
-    parts: list[str] = [heading(report), attention(report), figures(report)]
+    parts: list[str] = [
+        heading(report),
+        attention(report.alarms, stage_name, SECTIONS),
+        figures(report),
+    ]
     jobs = timelines(report)
     if report.asked:
         parts.append(jobs)
@@ -102,20 +108,27 @@ URGENCY = {
 }
 
 
-def attention(report: Report) -> Markup:
-    """What a person has to look at, the most urgent first, each with what to type."""
-    if not report.alarms:
+def attention(
+    found: list[Alarm], named: Callable[[str], Markup], sections: Mapping[str, str]
+) -> Markup:
+    """What a person has to look at, the most urgent first, each with what to type.
+
+    Args:
+        named: makes the name of a stage, or a link.
+        sections: the section of the page with the details, by kind of alarm.
+    """
+    if not found:
         calm = "Nothing is held, late, given up, failed or stalled."
         return Markup(f'<p class="calm">{calm}</p>')
-    items = join(map(alarm, report.alarms))
+    items = join(alarm(one, named, sections) for one in found)
     return Markup(f'<ol class="attention" aria-label="Needs a person">{items}</ol>')
 
 
-def alarm(found: Alarm) -> Markup:
+def alarm(found: Alarm, named: Callable[[str], Markup], sections: Mapping[str, str]) -> Markup:
     kind, about = URGENCY[found.urgency]
-    stage = f"<b>{stage_name(found.stage)}</b> " if found.stage else ""
+    stage = f"<b>{named(found.stage)}</b> " if found.stage else ""
     what = text(found.what)
-    if target := SECTIONS.get(found.kind):
+    if target := sections.get(found.kind):
         what = Markup(f'<a href="#{target}">{what}</a>')
     reason = f'<p class="reason">{text(found.reason)}</p>' if found.reason else ""
     mend = f'<p class="mend"><code>{text(found.mend, 1000)}</code></p>' if found.mend else ""
@@ -140,27 +153,20 @@ def figures(report: Report) -> Markup:
                key=lambda stage: overdue(report, stage))  # fmt: skip
     given_up = sum(stage.given_up for stage in report.stages)
     stuck, set_failed = total(report.stalled), total(report.failed)
-    tiles = [
-        ("Jobs in flight", report.in_flight, counted(report.listeners, "listener") + " connected"),
-        ("Calls", count, f"{count / report.span.seconds * 3600:,.0f} an hour"),
-        ("Failed", share(failures, count), f"{failures:,} of {count:,}" if count else "no calls"),
+    listeners = f"{counted(report.listeners, 'listener')} connected"
+    failed_of = f"{failures:,} of {count:,}" if count else "no calls"
+    found = [
+        ("Jobs in flight", report.in_flight, listeners, False),
+        ("Calls", count, f"{count / report.span.seconds * 3600:,.0f} an hour", False),
+        ("Failed", share(failures, count), failed_of, False),
         ("Oldest due", span(overdue(report, late) if late else None),
-         late.stage if late else "nothing is due"),
-        ("Given up", given_up, "wait for a person"),
-        ("Stalled", stuck, "stuck in their state"),
+         text(late.stage, 40) if late else "nothing is due", False),
+        ("Given up", given_up, "wait for a person", given_up),
+        ("Stalled", stuck, "stuck in their state", stuck),
     ]  # fmt: skip
     if set_failed:
-        tiles.append(("Set failed", set_failed, "by their stage"))
-    bad = {"Given up": given_up, "Stalled": stuck, "Set failed": set_failed}
-    return Markup(
-        '<dl class="figures">'
-        + join(
-            f'<div class="{"bad" if bad.get(name) else "good"}"><dt>{name}</dt>'
-            f"<dd>{text(value)}<small>{text(about, 40)}</small></dd></div>"
-            for name, value, about in tiles
-        )
-        + "</dl>"
-    )
+        found.append(("Set failed", set_failed, "by their stage", True))
+    return tiles(found)
 
 
 # --- the pipeline --------------------------------------------------------------------------

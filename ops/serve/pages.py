@@ -7,7 +7,8 @@ from ops import status
 from ops.alarms import JOBS, LATE, Alarm, alarms, of_stage
 from ops.report.charts import stack
 from ops.report.data import Report
-from ops.report.markup import Markup, attribute, join, section, span, state, table, text
+from ops.report.markup import Markup, attribute, join, section, span, state, table, text, tiles
+from ops.report.page import attention
 from ops.report.sections import calls, durations
 from ops.report.svg import WAITS, legend
 from ops.serve.asking import Board, Stage
@@ -15,12 +16,10 @@ from ops.serve.parts import (
     action_link,
     actions,
     as_of,
-    attention,
     heading,
     path_of,
     row_link,
     stage_link,
-    tiles,
 )
 from ops.table import clock, readable
 
@@ -35,7 +34,7 @@ def overview(found: Board) -> Markup:
             f"{base['name']} on {base['host']}:{base['port']}, PostgreSQL {base['version']}",
             as_of(found.status["at"]),
         ),
-        attention(alarms(found.status)),
+        attention(alarms(found.status), stage_link, {}),
         figures(found.status),
         stages(found),
         pools(found.status["pools"]),
@@ -148,7 +147,7 @@ def stage(found: Stage, may_act: bool) -> Markup:
     share = row["failure_share"]
     return join([
         heading(name, f"for rows of {', '.join(row['tables'])}", as_of(found.at)),
-        attention(found_alarms),
+        attention(found_alarms, stage_link, {}),
         f'<ul class="facts" aria-label="State">{notes}</ul>' if notes else "",
         actions(may_act, *links),
         tiles([

@@ -1,14 +1,11 @@
-"""Parts of several pages: headings, problems, links, alarms and figures."""
+"""Parts of several pages: headings, problems and links."""
 
-from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 from urllib.parse import quote, urlencode
 
 import pipeline
-from ops.alarms import Alarm
 from ops.report.markup import Markup, attribute, join, text
-from ops.report.page import URGENCY
 from ops.serve.looks import Unreadable
 
 
@@ -63,35 +60,3 @@ def action_link(name: str, label: str, **given: str | None) -> str:
 
 def actions(may_act: bool, *links: str) -> Markup:
     return Markup(f'<p class="actions">{join(links, " ")}</p>' if may_act and links else "")
-
-
-# --- alarms and figures --------------------------------------------------------------------
-
-
-def attention(found: list[Alarm]) -> Markup:
-    """What needs a person, the most urgent first, each with what to type."""
-    if not found:
-        calm = "Nothing is held, late, given up, failed or stalled."
-        return Markup(f'<p class="calm">{calm}</p>')
-    items = join(map(alarm, found))
-    return Markup(f'<ol class="attention" aria-label="Needs a person">{items}</ol>')
-
-
-def alarm(found: Alarm) -> Markup:
-    """As in the report, with a link to the page of its stage."""
-    kind, about = URGENCY[found.urgency]
-    stage = f"<b>{stage_link(found.stage)}</b> " if found.stage else ""
-    reason = f'<p class="reason">{text(found.reason)}</p>' if found.reason else ""
-    mend = f'<p class="mend"><code>{text(found.mend, 1000)}</code></p>' if found.mend else ""
-    what = f"<p>{stage}{text(found.what)}</p>"
-    return Markup(f'<li class="{kind}" title="{about}">{what}{reason}{mend}</li>')
-
-
-def tiles(found: Sequence[tuple[str, Any, str, Any]]) -> Markup:
-    """Tiles, each from (name, figure, a note, whether it is bad)."""
-    each = join(
-        f'<div class="{"bad" if bad else "good"}"><dt>{name}</dt>'
-        f"<dd>{text(value)}<small>{text(about, 60) if about else ''}</small></dd></div>"
-        for name, value, about, bad in found
-    )
-    return Markup(f'<dl class="figures">{each}</dl>')
