@@ -65,6 +65,5 @@ def read(since: datetime, job_ids: tuple[str, ...]) -> Report:
 
 def with_alarms(conn, settings: SimpleNamespace, found: Report) -> Report:
     """`found` with what needs a person now, as `status` knows it."""
-    redact = config.redactor(settings)
-    now = [redacted(alarm, redact) for alarm in alarms(look(conn, settings))]
+    now = redacted(alarms(look(conn, settings)), config.redactor(settings))
     return replace(found, alarms=now)

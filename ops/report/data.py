@@ -303,11 +303,10 @@ def collect(
     given: dict[str, Any] = {"since": since}
 
     def ask(sql: str, **more: Any) -> list:
-        return [redacted(row, redact) for row in db.execute(conn, sql, given | more).fetchall()]
+        return redacted(db.execute(conn, sql, given | more).fetchall(), redact)
 
     def grouped(sql: str, shown: int, **more: Any) -> list:
-        rows = together(db.execute(conn, sql, given | more).fetchall())
-        return [redacted(row, redact) for row in rows[:shown]]
+        return redacted(together(db.execute(conn, sql, given | more).fetchall())[:shown], redact)
 
     def rested(kind: str) -> list:
         found = listed(conn, RESTING, {"kind": kind})
@@ -316,7 +315,7 @@ def collect(
             problems.append(problem)
         total = sum(part[0].total for part in found.by_part if part)
         groups = together(found.rows)[:50]
-        return [redacted(row._replace(total=total), redact) for row in groups]
+        return redacted([row._replace(total=total) for row in groups], redact)
 
     problems = [problem for problem in [told(unread)] if problem]
     [now] = ask(NOW)
@@ -331,8 +330,8 @@ def collect(
         listeners=connected(conn),
         asked=bool(job_ids),
         stages=ask(STAGES),
-        limits=[redacted(row, redact) for row in limits(conn)],
-        pools=[redacted(row, redact) for row in pools(conn)],
+        limits=redacted(limits(conn), redact),
+        pools=redacted(pools(conn), redact),
         waiting=ask(WAITING),
         calls=ask(CALLS, step=span.step),
         durations=ask(DURATIONS),
@@ -349,12 +348,14 @@ def collect(
     return replace(report, problem=redact("; ".join(problems)) or None)
 
 
-def redacted(row, redact: Callable[[str], str]):
-    """`row` with no secret in any text of it."""
-
-    def one(value: Any) -> Any:
-        if isinstance(value, list):
-            return [one(each) for each in value]
-        return redact(value) if isinstance(value, str) else value
-
-    return type(row)(*map(one, row))
+def redacted(value: Any, redact: Callable[[str], str]) -> Any:
+    """`value`, and all that is in it, with *** for every secret."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {key: redacted(one, redact) for key, one in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(redacted(one, redact) for one in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(redacted(one, redact) for one in value)
+    return value

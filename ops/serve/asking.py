@@ -81,7 +81,7 @@ def whole_report(looks: Looks) -> Report:
 
 def report(looks: Looks) -> str:
     """The page of the report, which begins with what needs a person now."""
-    now = [redacted(alarm, looks.redact) for alarm in alarms(board(looks).status)]
+    now = redacted(alarms(board(looks).status), looks.redact)
     return page(dataclasses.replace(whole_report(looks), alarms=now))
 
 
@@ -164,8 +164,7 @@ def row(looks: Looks, place: Any) -> Row:
         now = datetime.now(timezone.utc)
 
         def ask(sql: str, **more: Any) -> list:
-            found = db.execute(conn, sql, {"until": now} | more).fetchall()
-            return [redacted(row, looks.redact) for row in found]
+            return redacted(db.execute(conn, sql, {"until": now} | more).fetchall(), looks.redact)
 
         found = job.look(conn, place, rows.unread(conn))
         drawn = with_rows_below(ask, looks.redact, found)

@@ -16,6 +16,7 @@ import db
 import ops
 from ops import rows
 from ops.problem import Problem
+from ops.report.data import redacted
 
 # An answer is cached for FRESH seconds, or for TIMES as long as the query took if that is more.
 FRESH, TIMES = 1.0, 2
@@ -95,7 +96,7 @@ class Looks:
         try:
             answer = self.answer(ask)
             if redacts:
-                answer = without_secrets(answer, self.redact)
+                answer = redacted(answer, self.redact)
         except (psycopg2.Error, Problem) as error:
             title, reason = why_unreadable(error)
             refusal = title, " ".join(self.redact(reason).split())
@@ -149,16 +150,3 @@ def why_unreadable(error: Exception) -> tuple[str, str]:
     if isinstance(error, psycopg2.Error):
         return "The database refused", ops.first_line(error)
     return "Not ready", str(error)
-
-
-def without_secrets(value: Any, redact: Callable[[str], str]) -> Any:
-    """`value`, and all that is in it, with *** for every secret."""
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, dict):
-        return {key: without_secrets(one, redact) for key, one in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(without_secrets(one, redact) for one in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(without_secrets(one, redact) for one in value)
-    return value
