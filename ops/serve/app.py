@@ -69,13 +69,12 @@ class App:
         except Refused as refused:
             response = self.refusal(request, refused)
         except Unreadable as away:
-            response = self.page(request, parts.unreadable(away), away.title, refreshes=True)
-            response.status = 503
+            body = parts.unreadable(away)
+            response = self.page(request, body, away.title, 503, refreshes=True)
         except Exception:
             log.exception("페이지 오류: %s", request.path)
             body = parts.sorry("Something went wrong", "The log of `serve` says what.")
-            response = self.page(request, body, "Error")
-            response.status = 500
+            response = self.page(request, body, "Error", 500)
         return self.send(request, response, start_response)
 
     def send(self, request: Request, response: Response, start_response) -> Iterable[bytes]:
@@ -92,12 +91,13 @@ class App:
 
     def refusal(self, request: Request, refused: Refused) -> Response:
         title = HTTPStatus(refused.status).phrase
-        response = self.page(request, parts.sorry(title, refused.said), title)
-        response.status = refused.status
+        response = self.page(request, parts.sorry(title, refused.said), title, refused.status)
         response.headers |= {name.replace("_", "-"): text for name, text in refused.headers.items()}
         return response
 
-    def page(self, request: Request, body: str, title: str, refreshes: bool = False) -> Response:
+    def page(
+        self, request: Request, body: str, title: str, status: int = 200, refreshes: bool = False
+    ) -> Response:
         """Args: refreshes: whether the page reloads itself; not where it has a form to fill in."""
         refresh = REFRESH if is_refreshing(request) else 0
         shown = frame.Shown(
@@ -109,7 +109,7 @@ class App:
             refresh=refresh if refreshes else None,
         )
         headers = {"Refresh": str(REFRESH)} if refreshes and refresh else {}
-        return Response(frame.whole(shown, body), headers=headers)
+        return Response(frame.whole(shown, body), status, headers=headers)
 
     # --- which page it is ---
 
@@ -222,9 +222,7 @@ class App:
                 status, said = 429, f"A wrong token was entered before: try again in {seconds} s."
                 log.warning("로그인 거절: %d초 뒤에 다시 시도, 주소 %s", seconds, request.address)
         token = self.access.form_token(request.session, request.path)
-        response = self.page(request, forms.login(token, after, said), "Log in")
-        response.status = status
-        return response
+        return self.page(request, forms.login(token, after, said), "Log in", status)
 
     def set_cookie(self, request: Request, name: str) -> dict[str, str]:
         # Set by a reverse proxy that terminates TLS.
@@ -258,9 +256,7 @@ class App:
             raise Refused(400, "it is not said what is meant")
         done = perform(self.looks, request.session, name, sent)
         label = ACTIONS[name].label
-        response = self.page(request, forms.done(label, done, sent), label)
-        response.status = done.status
-        return response
+        return self.page(request, forms.done(label, done, sent), label, done.status)
 
 
 COOKIE_FOR = "Path=/; HttpOnly; SameSite=Strict"
