@@ -62,7 +62,7 @@ LIMIT 1
 """
 
 UNDER_WAY = """
-SELECT worker, unanswered, working, leased_until FROM stage_leases
+SELECT stage, worker, unanswered, working, leased_until FROM stage_leases
 WHERE job_id = %(key)s AND table_name = %(table)s AND stage = %(stage)s AND leased_until > now()
 ORDER BY leased_until DESC
 LIMIT 1
@@ -190,16 +190,12 @@ def refuse_under_way(conn, row: Any, stage: str) -> None:
     if call is None:
         return
     until = clock(call.leased_until)
+    why = f"{call.worker} is calling {stage}, until {until} at the latest"
     if call.unanswered:
-        raise Problem(
-            f"{rows.said(row)}: its last call of {stage} got no answer, and the stage may be at it "
-            f"until {until}; nothing was changed"
-        )
-    if call.working:
-        raise Problem(f"{rows.said(row)}: {stage} has taken it and works on it, until {until} at "
-                      "the latest; nothing was changed")  # fmt: skip
-    raise Problem(f"{rows.said(row)}: {call.worker} is calling {stage}, until {until} at the "
-                  "latest; nothing was changed")  # fmt: skip
+        why = f"its last call of {stage} got no answer, and the stage may be at it until {until}"
+    elif call.working:
+        why = waits.working(call)
+    raise Problem(f"{rows.said(row)}: {why}; nothing was changed")
 
 
 def what_became(conn, row: Any, stage: str, join: str) -> str:
