@@ -256,24 +256,18 @@ class Follower:
             next_stage = next((name for one, name in look.ahead if one == row), stage)
             if call.given_up and row not in working and stage == next_stage:
                 return row, stage, f"given up: {plain(call.last_error)}"
-        for row in self.lost(look):
+        lost = self.lost(look)
+        for row in lost:
             if row.status == "failed" and row.step in stages_of(row.table):
                 return row, row.step, "the stage set it to failed"
         waited = look.now - self.since
         if look.ahead:
             row, stage = look.ahead[0]
-            return (
-                (row, stage, self.why_late(look, row, stage))
-                if waited > self.limits[stage]
-                else None
-            )
-        if waited > max(self.limits.values()):
-            for row in self.lost(look):
-                return (
-                    row,
-                    f"({row.step}, {row.status})",
-                    "no stage of PIPELINE leads to that state",
-                )
+            is_late = waited > self.limits[stage]
+            return (row, stage, self.why_late(look, row, stage)) if is_late else None
+        if lost and waited > max(self.limits.values()):
+            at = f"({lost[0].step}, {lost[0].status})"
+            return lost[0], at, "no stage of PIPELINE leads to that state"
         return None
 
     def why_late(self, look: Look, row: Row, stage: str) -> str:
