@@ -353,6 +353,5 @@ def tell_cancelled(gone: list) -> None:
     tell("cancelled", gone)
     for worker in dict.fromkeys(call.calling for call in gone if call.calling):
         n = sum(call.calling == worker for call in gone)
-        it, goes = ("it", "that call goes on, but only once") if n == 1 else (
-            f"{n} of them", "those calls go on, but only once")  # fmt: skip
-        click.echo(f"{worker} is calling {it} right now; {goes}")
+        it, goes = ("it", "that call goes") if n == 1 else (f"{n} of them", "those calls go")
+        click.echo(f"{worker} is calling {it} right now; {goes} on, but only once")
