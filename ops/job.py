@@ -122,8 +122,8 @@ def resting(
         return {}
     tables, keys = zip(*ids, strict=True)
     found = listed(conn, RESTS, {"tables": list(tables), "keys": list(keys)})
-    if found.problem and not unread:
-        click.echo(found.problem, err=True)
+    if not unread and (problem := found.problem()):
+        click.echo(problem, err=True)
     return {(one.table_name, one.job_id): one for one in found.rows}
 
 

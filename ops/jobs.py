@@ -164,9 +164,9 @@ def resting_rows(conn, given: dict[str, Any]) -> tuple[list, str | None]:
     """The rows of RESTING, and what of them is not known."""
     found = resting.listed(conn, RESTING, given, given["table"])
     if len(found.by_part) < 2:
-        return found.rows, found.problem
+        return found.rows, found.problem()
     oldest = sorted(found.rows, key=lambda row: (row.since or EARLIEST, row.job_id))
-    return oldest[: given["limit"] + 1], found.problem
+    return oldest[: given["limit"] + 1], found.problem()
 
 
 EARLIEST = datetime.min.replace(tzinfo=timezone.utc)

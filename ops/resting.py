@@ -54,15 +54,10 @@ class Listed(NamedTuple):
     def rows(self) -> list:
         return [row for rows in self.by_part for row in rows]
 
-    @property
-    def problem(self) -> str | None:
-        """Why it is not known, and of what; None where all is known. Screens cut the end, so the
-        reasons come first.
+    def problem(self, unread: Collection[str] = ()) -> str | None:
+        """Why it is not known, and of what; None where all is known. Without the parts that need a
+        table of `unread`, which the caller reports. Screens cut the end, so the reasons come first.
         """
-        return self.problem_beside(())
-
-    def problem_beside(self, unread: Collection[str]) -> str | None:
-        """`problem` without the parts that need a table of `unread`, which the caller reports."""
         unknown = {part: why for part, why in self.unknown.items()
                    if tables_of(part).isdisjoint(unread)}  # fmt: skip
         if not unknown:
@@ -145,4 +140,4 @@ def resting(conn) -> Rests:
     for row in answer.rows:
         jobs = found.get((row.stage, row.kind), NONE).jobs
         found[row.stage, row.kind] = Resting(jobs + row.jobs, row.reason)
-    return Rests(found, answer.unknown, answer.problem)
+    return Rests(found, answer.unknown, answer.problem())

@@ -106,7 +106,7 @@ class Audit:
         is no broken promise: such rows are only counted.
         """
         resting = listed(self.conn, RESTING, {"since": self.since}, prefix=READ_ONLY)
-        self.problems += filter(None, [resting.problem_beside(unread)])
+        self.problems += filter(None, [resting.problem(unread)])
         stalled = [row for row in resting.rows if row.kind == "stalled"]
         self.failed = len(resting.rows) - len(stalled)
         for row in stalled:

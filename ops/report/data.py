@@ -310,7 +310,7 @@ def collect(
 
     def rested(kind: str) -> list:
         found = listed(conn, RESTING, {"kind": kind})
-        problem = found.problem_beside(unread)
+        problem = found.problem(unread)
         if problem and problem not in problems:
             problems.append(problem)
         total = sum(part[0].total for part in found.by_part if part)
