@@ -19,7 +19,7 @@ from ops.audit.attempts import ATTEMPTS, Judge
 from ops.audit.findings import BATCH, BLUR, PATIENCE, READ_ONLY, Finding, Findings, ask, at, windows
 from ops.audit.limits import Limits
 from ops.problem import Problem
-from ops.resting import NEVER_RECORDED, listed
+from ops.resting import NEVER_RECORDED, listed, tables_of
 from ops.routes import is_updates_only
 from ops.rules import AFTER_LEAVING, EARLY, LIMIT, LOST, OVERLAP, REPEATED
 from ops.since import Since
@@ -81,10 +81,11 @@ class Audit:
             )
         self.failed = 0  # rows that their stage has set to failed
         self.updates_only = is_updates_only(conn)
-        of_joins = joins.tables()
+        of_joins = set().union(*map(tables_of, pipeline.joins()))
         unread = {table: why for table, why in rows.unread(conn).items() if table in of_joins}
         self.problems = [rows.told(unread)] if unread else []
-        self.joins = joins.readable(unread)
+        self.joins = {name: state for name, state in pipeline.joins().items()
+                      if tables_of(name).isdisjoint(unread)}  # fmt: skip
         self.look_at_history(settings, batch)
         self.look_at_rows(unread)
 

@@ -1,6 +1,6 @@
 """Calls of joins: made though a row was missing, or never recorded."""
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 
 import pipeline
@@ -37,19 +37,6 @@ WHERE j.finished_at > %(after)s AND j.finished_at <= %(upto)s
                   WHERE o.job_id = child.id AND o.table_name = {name} AND o.call_id = c.call_id))
 """
 )
-
-
-def tables() -> set[str]:
-    """The tables that joins are about."""
-    return {one.name for state in pipeline.joins().values()
-            for one in (state.table, pipeline.owner(state))}  # fmt: skip
-
-
-def readable(unread: Container[str]) -> dict[str, pipeline.State]:
-    """The joins of which both tables can be read."""
-    return {name: state for name, state in pipeline.joins().items()
-            if state.table.name not in unread
-            and pipeline.owner(state).name not in unread}  # fmt: skip
 
 
 def called_early(conn, window: Window, joins: Mapping[str, pipeline.State]) -> Iterator[Finding]:
