@@ -100,11 +100,10 @@ def span(seconds: float | None) -> str:
         return "–"
     if seconds < 0.9995:
         return f"{seconds * 1000:.0f} ms"
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        if seconds >= 1.95 * size or unit == "s":
-            value = seconds / size
-            return f"{value:.1f} {unit}" if value < 9.95 else f"{value:,.0f} {unit}"
-    raise AssertionError("unreachable")
+    units = (("d", 86400), ("h", 3600), ("min", 60))
+    unit, size = next((unit for unit in units if seconds >= 1.95 * unit[1]), ("s", 1))
+    value = seconds / size
+    return f"{value:.1f} {unit}" if value < 9.95 else f"{value:,.0f} {unit}"
 
 
 def share(part: int, whole: int) -> str:
