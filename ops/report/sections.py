@@ -166,7 +166,7 @@ def errors(report: Report) -> Markup:
     header = ["*Error", "~Stage", "#Calls", *(f"#{kind}" for kind in kinds), "Last job"]
     last = "all" if report.errors[0].total < MOST_ERRORS else f"the last {MOST_ERRORS:,}"
     about = f"Of {last} calls that were not accepted; … stands for ids and numbers that differ."
-    about += rarer(report.errors[0].total - sum(row.calls for row in report.errors), "call")
+    about += rarer(report.errors[0].total - sum(row.calls for row in report.errors))
     return section("errors", "Most frequent errors", table(header, rows, about))
 
 
@@ -175,8 +175,8 @@ def last_one(row: Any) -> Markup:
     return Markup(f"{clock(row.last)}<div><small>{text(row_name(row), 100)}</small></div>")
 
 
-def rarer(count: int, what: str) -> str:
-    return f" Not shown: {counted(count, what)} with a rarer one." if count else ""
+def rarer(count: int) -> str:
+    return f" Not shown: {counted(count, 'call')} with a rarer one." if count else ""
 
 
 def alike(error: str | None, texts: int) -> str | None:
@@ -194,7 +194,7 @@ def given_up(report: Report) -> Markup:
     ]  # fmt: skip
     header = ["*Error", "~Stage", "#Calls", "Latest jobs, tenants", "#Owed for"]
     about = f"The ten most frequent errors. Once mended: {pipeline.JSL} retry, by job or stage."
-    about += rarer(report.given_up[0].total - sum(row.jobs for row in report.given_up), "call")
+    about += rarer(report.given_up[0].total - sum(row.jobs for row in report.given_up))
     return section("given-up", "Given-up calls", table(header, rows, about))
 
 

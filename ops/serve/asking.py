@@ -188,8 +188,7 @@ def search(looks: Looks, settings: SimpleNamespace, asked: str) -> Found:
     by_id = places(looks, asked)
 
     def read(conn) -> Found:
-        given = dict.fromkeys(("stage", "since", "table", "kind"))
-        given |= {"tenant": asked, "limit": MOST_ROWS}
+        given = {"stage": None, "since": None, "tenant": asked, "limit": MOST_ROWS}
         listing = jobs.any_row(conn, settings, list(pipeline.tables().values()), None)
         try:
             of_tenant = db.execute(conn, SHORT + listing.sql, given).fetchall()
