@@ -16,7 +16,7 @@ from ops import rows
 from ops.problem import Problem
 from ops.rows import TABLE
 from ops.since import Since
-from ops.stage import OwedStage
+from ops.stage import OwedStage, StageName
 from ops.table import clipped, duration, plain, readable, table
 
 # --- which calls ---------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def require_stage(conn, stage: str) -> None:
     context = click.get_current_context()
     if not db.execute(conn, OWES, {"stage": stage}).fetchone()[0]:
         [option] = [p for p in context.command.params if p.name == "stage"]
-        OwedStage.of_pipeline(stage, option, context)
+        StageName().convert(stage, option, context)
 
 
 MOST_SHOWN = 20

@@ -36,7 +36,6 @@ class PoolName(StageName):
     """A pool of PIPELINE."""
 
     name = "pool"
-    word = "pool"
 
     def names(self) -> list[str]:
         return list(pipeline.pools())

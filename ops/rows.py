@@ -1,6 +1,5 @@
 """The row that a command is about: its id on the command line, where it is, what it owes."""
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -8,7 +7,6 @@ from typing import Any
 
 import click
 import psycopg2
-from click.shell_completion import CompletionItem
 from psycopg2.extensions import quote_ident
 
 import config
@@ -16,6 +14,7 @@ import db
 import pipeline
 from ops import migrations
 from ops.problem import GRANTS, INSTALL, Problem
+from ops.stage import StageName
 from pipeline import Route, Table
 
 # --- on the command line -------------------------------------------------------------------
@@ -45,21 +44,13 @@ class RowCommand(click.Command):
         return super().parse_args(context, [*options, "--", *ids])
 
 
-class TableName(click.ParamType):
-    """A table of PIPELINE, which is read only when a name is given."""
+class TableName(StageName):
+    """A table of PIPELINE."""
 
     name = "table"
 
-    def convert(self, value: str, param, context) -> str:
-        names = [*pipeline.tables()]
-        if value in names:
-            return value
-        near = difflib.get_close_matches(value, names, 1)
-        meant = f"did you mean {near[0]}? " if near else ""
-        self.fail(f"{value!r} is no table: {meant}There are {', '.join(names)}", param, context)
-
-    def shell_complete(self, context, param, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(name) for name in pipeline.tables() if name.startswith(incomplete)]
+    def names(self) -> list[str]:
+        return list(pipeline.tables())
 
 
 class OwingTable(TableName):

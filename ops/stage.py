@@ -12,7 +12,6 @@ class StageName(click.ParamType):
     """A stage of PIPELINE, which is read only when a name is given."""
 
     name = "stage"
-    word = "stage"
 
     def names(self) -> list[str]:
         return pipeline.stage_names()
@@ -24,7 +23,7 @@ class StageName(click.ParamType):
         near = difflib.get_close_matches(value, names, 1)
         meant = f"did you mean {near[0]}? " if near else ""
         there = f"There are {', '.join(names)}" if names else "PIPELINE has none"
-        self.fail(f"{value!r} is no {self.word}: {meant}{there}", param, context)
+        self.fail(f"{value!r} is no {self.name}: {meant}{there}", param, context)
 
     def shell_complete(self, context, param, incomplete: str) -> list[CompletionItem]:
         return [CompletionItem(name) for name in self.names() if name.startswith(incomplete)]
@@ -37,7 +36,3 @@ class OwedStage(StageName):
 
     def convert(self, value: str, param, context) -> str:
         return value
-
-    @staticmethod
-    def of_pipeline(value: str, param, context) -> str:
-        return StageName().convert(value, param, context)
