@@ -16,7 +16,7 @@ import config
 import db
 from logs import CONTROL, LONGEST_LINE
 from ops import rows
-from ops.problem import GRANTS, INSTALL, Problem
+from ops.problem import GRANTS, INSTALL, Problem, first_line
 from ops.routes import announced, require_installed
 from pipeline import JSL
 
@@ -29,6 +29,7 @@ __all__ = [
     "Commands",
     "Problem",
     "announced",
+    "first_line",
     "main",
     "require_installed",
 ]
@@ -153,10 +154,6 @@ def main(cli: click.Group) -> None:
         fail(f"{locked()}: try again", EXIT_PROBLEM)
     except psycopg2.Error as error:
         fail(f"the database refused: {first_line(error)}", EXIT_PROBLEM)
-
-
-def first_line(error: psycopg2.Error) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def locked() -> str:

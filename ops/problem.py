@@ -1,4 +1,4 @@
-"""The one exception of the operator's commands."""
+"""The one exception of the operator's commands, and how they quote those of the driver."""
 
 from pipeline import JSL
 
@@ -11,3 +11,8 @@ GRANTS = "see 'Roles and grants' in docs/INSTALLING.md"
 
 class Problem(Exception):
     """Something that a person has to solve; the message says what and which command to run."""
+
+
+def first_line(error: Exception) -> str:
+    """What a driver's error says, without the statement that it quotes."""
+    return str(error).strip().split("\n")[0]

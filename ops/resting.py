@@ -8,6 +8,7 @@ import psycopg2
 
 import db
 import pipeline
+from ops.problem import first_line
 from ops.rows import locked
 
 # Has resting_rows() ask for one of parts() alone.
@@ -72,7 +73,7 @@ def why_unknown(conn, error: psycopg2.Error) -> str:
         return "reading rows took too long"
     if isinstance(error, psycopg2.errors.LockNotAvailable):
         return locked(conn)
-    return str(error).strip().split("\n")[0]
+    return first_line(error)
 
 
 def listed(

@@ -13,7 +13,7 @@ import config
 import db
 import pipeline
 from ops import migrations
-from ops.problem import GRANTS, INSTALL, Problem
+from ops.problem import GRANTS, INSTALL, Problem, first_line
 from ops.stage import StageName
 from pipeline import Route, Table
 
@@ -196,8 +196,7 @@ def key_of(conn, id_: str) -> str:
     try:
         return db.execute(conn, KEY, {"id": id_}).fetchone().key
     except psycopg2.DataError as error:
-        reason = str(error).strip().split("\n")[0]
-        raise NoId(f"not a job id of this database: {reason}") from None
+        raise NoId(f"not a job id of this database: {first_line(error)}") from None
 
 
 READ = "SELECT stage_call_row(name, '', NULL) FROM unnest(%(tables)s::text[]) AS t (name)"
@@ -230,7 +229,7 @@ def why_unread(conn, error: psycopg2.Error, table: str) -> str:
     if isinstance(error, psycopg2.errors.LockNotAvailable):
         return f"{locked(conn, table)}: try again"
     mend = MENDS.get(type(error))
-    return ": ".join(filter(None, [str(error).strip().split("\n")[0], mend]))
+    return ": ".join(filter(None, [first_line(error), mend]))
 
 
 def told(unread: Mapping[str, str]) -> str:

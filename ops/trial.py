@@ -18,7 +18,7 @@ import history
 import pipeline
 from ops.follow import Follower, Look, named, rows_of
 from ops.listeners import connected
-from ops.problem import Problem
+from ops.problem import Problem, first_line
 from ops.routes import require_installed
 from ops.seconds import Seconds
 from ops.table import counted, plain
@@ -136,8 +136,7 @@ def make(conn, tenant: str, ids: list[str]) -> None:
         given["job_id"] = made.job_id
         db.execute(conn, FINISH, given)
     except (psycopg2.IntegrityError, psycopg2.DataError) as error:
-        reason = str(error).splitlines()[0]
-        raise Problem(f"jobs takes no test job: {reason}; write example_job(conn) in "
+        raise Problem(f"jobs takes no test job: {first_line(error)}; write example_job(conn) in "
                       f"{pipeline.module().__name__}, see docs/STAGES.md") from None  # fmt: skip
     announce(made.job_id, SimpleNamespace(**given))
 
@@ -163,7 +162,7 @@ def make_by(example_job: Callable, settings: SimpleNamespace, ids: list[str]) ->
         except psycopg2.Error as error:
             if db.is_lost(conn, error):
                 raise Problem(f"{where} has lost or closed its connection") from None
-            raise Problem(f"{where}: {str(error).strip().splitlines()[0]}") from None
+            raise Problem(f"{where}: {first_line(error)}") from None
         except Exception as error:
             raise Problem(f"{where}: {type(error).__name__}: {error}") from None
     announce(job_id, made)
@@ -232,8 +231,8 @@ def remove(conn, job_id: str, seen: list) -> None:
     try:
         db.execute(conn, ";".join(script))
     except psycopg2.IntegrityError as error:
-        stall, reason = error.__context__, str(error).splitlines()[0]
-        text = (f"job {job_id} cannot be deleted: {reason}; "
+        stall = error.__context__
+        text = (f"job {job_id} cannot be deleted: {first_line(error)}; "
                 "those rows could go with it: ON DELETE CASCADE")  # fmt: skip
         raise Problem(f"{stall}; {text}" if isinstance(stall, Problem) else text) from None
     what = f"job {job_id} and its history are deleted"

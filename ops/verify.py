@@ -15,7 +15,7 @@ import notifications
 import pipeline
 import stage_http
 from ops import grants, migrations, place, rows
-from ops.problem import GRANTS, IF_NEWER
+from ops.problem import GRANTS, IF_NEWER, first_line
 from ops.routes import (
     announced,
     broken_triggers,
@@ -426,11 +426,11 @@ def run_checks(conn, settings) -> Iterator[tuple[bool, str]]:
         except db.ConnectionLost:
             raise
         except psycopg2.errors.InsufficientPrivilege as error:
-            yield False, f"{str(error).splitlines()[0]} → {GRANTS}"
+            yield False, f"{first_line(error)} → {GRANTS}"
         except psycopg2.errors.LockNotAvailable:
             yield False, f"{rows.locked(conn)} → {ONCE_MORE}"
         except psycopg2.Error as error:
-            yield False, f"{str(error).splitlines()[0]} → {INSTALL}"
+            yield False, f"{first_line(error)} → {INSTALL}"
 
 
 @click.command()
