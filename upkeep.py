@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import psycopg2
-import psycopg2.extensions
 
 import history
 import pipeline
