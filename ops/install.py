@@ -16,7 +16,7 @@ import upkeep
 from ops import migrations
 from ops.place import named, require_place
 from ops.problem import Problem
-from ops.routes import Stage, announced, is_silent, is_updates_only, known, shown
+from ops.routes import Stage, announced, is_updates_only, known, shown
 from ops.table import counted
 from ops.tables import require_usable, tenant_columns
 from pipeline import Route
@@ -456,9 +456,10 @@ def install(
             f"  note: publication {row.name} publishes our tables: make them at its subscribers, "
             "where replication stops otherwise (pg_dump --schema-only)"
         )
-    if announced(conn) == "owed":
+    changes = announced(conn)
+    if changes == "owed":
         click.echo("  note: only changes that owe a call are announced; --notify: every change")
-    if is_silent(conn):
+    if changes == "nothing":
         click.echo("  note: nothing is announced; listeners look every POLL_INTERVAL: restart them")
     if is_updates_only(conn):
         click.echo("  note: a row that is inserted owes no call, only one that is updated")

@@ -158,11 +158,6 @@ def announced(conn) -> str | None:
     return row and row.announced
 
 
-def is_silent(conn) -> bool:
-    """Whether `install --no-notify` made the triggers, so that they do not notify."""
-    return announced(conn) == "nothing"
-
-
 def is_updates_only(conn) -> bool:
     """Whether `install --no-insert` left out the insert triggers."""
     row = db.execute(conn, ARGUMENTS).fetchone()

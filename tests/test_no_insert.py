@@ -7,7 +7,7 @@ from variants import PIPELINE, TABLE, Variants
 
 import joins
 from ops.install import apply
-from ops.routes import is_silent, is_updates_only
+from ops.routes import announced, is_updates_only
 
 OBJECTS = "SELECT oid, tgname FROM pg_trigger WHERE tgname ^@ 'job_state_' ORDER BY tgname"
 INSERT_TRIGGERS = "SELECT tgname FROM pg_trigger WHERE tgname ~ '^job_state_.*insert'"
@@ -41,12 +41,13 @@ def test_no_insert_and_no_notify_are_two_settings(database, first):
     with connected(database) as conn:
         apply(conn, **{first: False})
         apply(conn, **{second: False})
-        assert is_silent(conn) and is_updates_only(conn)
+        assert announced(conn) == "nothing" and is_updates_only(conn)
         with Subscription(database) as subscription:
             database.move(database.add_job("img_gen", "queued"), "img_gen", "done")
             assert subscription.messages() == []
         apply(conn, **{first: True})
-        assert (is_silent(conn), is_updates_only(conn)) == (first == "insert", first == "notify")
+        assert announced(conn) == {"notify": "all", "insert": "nothing"}[first]
+        assert is_updates_only(conn) == (first == "notify")
 
 
 def test_trigger_from_before_install_does_not_mean_no_insert(empty_database, run_command):

@@ -5,7 +5,7 @@ from subscription import Subscription
 from waiting import wait_until_idle
 
 from ops.install import apply
-from ops.routes import is_silent
+from ops.routes import announced
 
 OBJECTS = "SELECT oid, tgname FROM pg_trigger WHERE tgrelid = 'jobs'::regclass ORDER BY tgname"
 
@@ -27,9 +27,9 @@ def test_installing_again_keeps_the_silence_until_told_otherwise(database, run_c
     run_command(database, "install")
     assert database.rows(OBJECTS) == before
     with connected(database) as conn:
-        assert is_silent(conn)
+        assert announced(conn) == "nothing"
         apply(conn, notify=True)
-        assert not is_silent(conn)
+        assert announced(conn) == "all"
 
 
 def test_listener_polls_and_still_hears_the_operator(
