@@ -270,18 +270,12 @@ def added(row: Any, other: Any) -> Any:
         later = max(row, other, key=lambda one: one.last)
         named = {"job_id": later.job_id, "table_name": later.table_name}
         return row._replace(**sums, **named, last=later.last)
-    times = {
-        "first": of_known(min, row.first, other.first),
-        "last": of_known(max, row.last, other.last),
-    }
+    first = min(filter(None, (row.first, other.first)), default=None)
+    last = max(filter(None, (row.last, other.last)), default=None)
     some = {
         name: (getattr(row, name) + getattr(other, name))[:3] for name in ("job_ids", "tenants")
     }
-    return row._replace(**sums, **times, **some)
-
-
-def of_known(which: Callable, *moments: datetime | None) -> datetime | None:
-    return which(filter(None, moments), default=None)
+    return row._replace(**sums, **some, first=first, last=last)
 
 
 def collect(
