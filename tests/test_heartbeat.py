@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import PROGRAM
-from waiting import AWAY, RECONNECTING, gate, until, wait_for_call, wait_until_idle
+from waiting import gate, until, wait_for_call, wait_until_idle
 
 import db
 from heartbeat import ALIVE, DEAD, HANGING, Heartbeat, heartbeats
@@ -50,14 +50,6 @@ def test_living_listener_says_what_it_is_doing(beats):
     assert verdict(str(beats)) == (True, "1 listener alive: waiting")
 
 
-def test_listener_past_its_time_hangs(beats):
-    Heartbeat(str(beats), "one").beat("calling planner", -1)
-    assert states(beats) == {"one": HANGING}
-    alive, line = verdict(str(beats))
-    assert not alive
-    assert "listener one hangs" in line and "calling planner" in line
-
-
 def test_freed_lock_means_dead_although_the_pid_lives(beats):
     heartbeat = Heartbeat(str(beats), "one")
     heartbeat.beat("waiting", 3600)
@@ -77,14 +69,6 @@ def test_heartbeat_of_another_boot_is_dead(beats):
     assert states(beats) == {"one": DEAD}
 
 
-def test_one_dead_listener_among_living_ones_is_reported(beats):
-    living, dead = Heartbeat(str(beats), "a"), Heartbeat(str(beats), "b")
-    for heartbeat in (living, dead):
-        heartbeat.beat("waiting", 60)
-    die(dead)
-    assert verdict(str(beats))[0] is False
-
-
 def test_new_listener_removes_the_files_of_the_dead_only(beats):
     living, dead = Heartbeat(str(beats), "living"), Heartbeat(str(beats), "dead")
     for heartbeat in (living, dead):
@@ -99,12 +83,6 @@ def test_closed_heartbeat_leaves_no_file(beats):
     heartbeat.beat("waiting", 60)
     heartbeat.close()
     assert list(beats.iterdir()) == []
-
-
-def test_no_heartbeat_means_not_alive(beats):
-    alive, line = verdict(str(beats))
-    assert not alive
-    assert "no listener is running" in line and "./jsl" in line
 
 
 def test_long_text_in_any_script_fits_the_file(beats):
@@ -268,22 +246,6 @@ def test_listener_on_a_disk_that_was_full_at_its_start(database, api, listener, 
 # --- listeners and `check` -----------------------------------------------------------------
 
 
-def test_check_follows_the_life_of_a_listener(database, listener, beats, tmp_path):
-    assert listener(database, "check").wait() == 1
-    process = listener(database)
-    wait_until_idle(tmp_path)
-    assert listener(database, "check").wait() == 0
-    process.signal(signal.SIGKILL)
-    process.wait()
-    check = listener(database, "check")
-    assert check.wait() == 1
-    assert "is dead" in check.output and len(check.lines) == 1
-    process = listener(database)
-    wait_until_idle(tmp_path)
-    assert process.stop() == 0
-    assert list(beats.iterdir()) == []
-
-
 def test_check_counts_several_listeners_and_asks_no_database(database, listener, beats, tmp_path):
     for _ in range(2):
         listener(database, "run", "--workers", "2")
@@ -291,13 +253,6 @@ def test_check_counts_several_listeners_and_asks_no_database(database, listener,
     check = listener(database, "check", DB_HOST="")
     assert check.wait() == 0
     assert check.output == "ok: 2 listeners alive: waiting for a job to change"
-
-
-def test_database_that_is_away_is_no_reason_to_restart_a_listener(database, listener, beats):
-    process = listener(database, **AWAY)
-    process.wait_for_line(RECONNECTING)
-    until(lambda: "database away" in verdict(str(beats))[1], "a heartbeat")
-    assert verdict(str(beats))[0] is True
 
 
 def test_statements_that_take_long_are_not_a_hang(database, caller, beats, monkeypatch):
@@ -340,12 +295,6 @@ def test_stopped_listener_is_noticed_soon_though_its_worker_is_in_a_long_call(
         assert "hangs" in verdict(str(beats))[1] and "making calls" in verdict(str(beats))[1]
         process.signal(signal.SIGCONT)
         until(lambda: verdict(str(beats))[0], "a heartbeat")
-
-
-def test_disabled_listener_is_alive(database, listener, beats):
-    listener(database, ENABLE_JOB_STATE_LISTENER="false")
-    until(lambda: heartbeats(str(beats)), "a heartbeat")
-    assert verdict(str(beats))[0] is True
 
 
 def test_directory_that_cannot_be_written_is_no_reason_to_stop(database, api, listener, tmp_path):
