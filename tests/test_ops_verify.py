@@ -181,14 +181,6 @@ def test_table_without_a_time_to_trust_is_named(database, api, run_command):
     assert line.endswith("; no updated_at or created_at of type timestamptz in jobs")
 
 
-def test_problem_is_printed_with_its_command_and_exit_1(database, api, run_command):
-    database.rows("ALTER TABLE jobs DISABLE TRIGGER job_state_change_trigger")
-    done = run_command(database, "verify", api=api)
-    assert problems(done) == [("trigger job_state_change_trigger on jobs is disabled", INSTALL)]
-    assert run_command(database, "install").code == 0
-    assert problems(run_command(database, "verify", api=api)) == []
-
-
 def test_column_missing_from_jobs_is_for_the_application_to_add(database, api, run_command):
     database.rows("ALTER TABLE jobs DROP COLUMN tenant_id")
     missing = ("table jobs has no column tenant_id", "add it (ALTER TABLE)")
