@@ -91,9 +91,9 @@ class Table:
         return [self.id, self.parent[1]] if self.parent else [self.id]
 
     @property
-    def parent_column(self) -> str:
-        """The column that holds the parent's id; "" where there are none."""
-        return self.parent[1] if self.parent else ""
+    def parent_column(self) -> str | None:
+        """The column that holds the parent's id; None where there are no parents."""
+        return self.parent[1] if self.parent else None
 
     def __call__(self, step: str, status: str) -> "State":
         """The state of a row."""
@@ -802,7 +802,8 @@ def trace_of(name: str, key: str, parent_key: str | None, ask: Ask) -> tracing.T
     above = tables().get(parent_name(table) or "") if table else None
     if above is None or parent_key is None:
         return tracing.made(name, key)
-    next_key = value_of(above, above.parent_column, parent_key, ask) if above.parent else None
+    column = above.parent_column
+    next_key = value_of(above, column, parent_key, ask) if column else None
     return trace_of(above.name, parent_key, next_key, ask)
 
 

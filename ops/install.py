@@ -342,7 +342,7 @@ def described(conn, settings: SimpleNamespace) -> dict[str, list]:
             "id_column": table.id,
             "tenant_column": tenants[table.name],
             "parent_table": pipeline.parent_name(table),
-            "parent_column": table.parent and table.parent[1],
+            "parent_column": table.parent_column,
             "channel": table.channel,
             "priority_column": table.priority,
             "run_after_column": table.run_after,

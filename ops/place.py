@@ -211,7 +211,7 @@ def changes(conn) -> Iterator[str]:
             "name": table.name,
             "id_column": table.id,
             "tenant_column": tenants[table.name],
-            "parent_column": table.parent and table.parent[1],
+            "parent_column": table.parent_column,
             "priority_column": table.priority,
             "run_after_column": table.run_after,
         }

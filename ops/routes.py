@@ -82,7 +82,7 @@ def difference(conn) -> list[str]:
             continue
         row = rows[table.name]
         declared = {"id": table.id, "parent": pipeline.parent_name(table),
-                    "parent_column": table.parent and table.parent[1], "channel": table.channel,
+                    "parent_column": table.parent_column, "channel": table.channel,
                     "priority": table.priority, "run_after": table.run_after,
                     "tenant": table.tenant or row["tenant"]}  # fmt: skip
         found += [

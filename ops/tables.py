@@ -103,7 +103,7 @@ def faults(conn) -> Iterator[Fault]:
             what = f"{place.heirs} INHERITS {table.name}, whose triggers do not see its rows"
             yield Fault(what, f"ALTER TABLE … NO INHERIT {table.name}, or partition it instead")
         columns = {row.name: row for row in db.execute(conn, COLUMNS, {"table": place.name})}
-        parent = table.parent and table.parent[1]
+        parent = table.parent_column
         needed = [table.id, table.tenant, "current_step", "status", parent, table.priority,
                   table.run_after, table.trace]  # fmt: skip
         if missing := [name for name in needed if name and name not in columns]:
