@@ -11,7 +11,7 @@ import joins
 import pipeline
 from logs import CONTROL
 from ops import rows, waits
-from ops.job import JOINED
+from ops.job import rows_of_join
 from ops.person import operator, wake_listeners
 from ops.problem import Problem
 from ops.rows import TABLE, RowCommand
@@ -132,7 +132,7 @@ def join_to(conn, row: Any, stage: str | None) -> str:
     found = [name for name, leads_to in joins_of(row).items() if leads_to == stage]
     if len(found) < 2:
         return "".join(found)
-    complete = [name for name in found if is_complete(look_at(conn, row, name))]
+    complete = [name for name in found if is_complete(rows_of_join(conn, row, name))]
     if len(complete) == 1:
         return complete[0]
     options = " or ".join(f"--join {shlex.quote(name)}" for name in complete or found)
@@ -162,20 +162,12 @@ def first(row: Any) -> str:
     return after if is_running else ""
 
 
-def look_at(conn, row: Any, name: str) -> Any:
-    """How many rows there are for a join of `row`, and how many of them are in place."""
-    state = pipeline.joins()[name]
-    sql = JOINED.format(**rows.names(conn, state.table))
-    given = {"key": row.key, "join": name, "step": state.step, "status": state.status}
-    return db.execute(conn, sql, given).fetchone()
-
-
 def is_complete(looked: Any) -> bool:
     return 0 < looked.rows == looked.in_place
 
 
 def require_complete(conn, row: Any, name: str) -> None:
-    looked = look_at(conn, row, name)
+    looked = rows_of_join(conn, row, name)
     if not is_complete(looked):
         missing = looked.rows - looked.in_place
         waiting = (

@@ -86,6 +86,14 @@ def children(conn, row: Any, unread: Mapping[str, str]) -> list[dict[str, Any]]:
     return found
 
 
+def rows_of_join(conn, row: Any, name: str) -> Any:
+    """How many rows a join of `row` has, how many are in place, and what is recorded of it."""
+    state = pipeline.joins()[name]
+    sql = JOINED.format(**rows.names(conn, state.table))
+    given = {"key": row.key, "join": name, "step": state.step, "status": state.status}
+    return db.execute(conn, sql, given).fetchone()
+
+
 def joins(conn, row: Any, owed: list, unread: Mapping[str, str]) -> list[dict[str, Any]]:
     """Each join of `row` with its call; also joins that still have a call, and that left PIPELINE
     or whose rows cannot be read.
@@ -95,9 +103,7 @@ def joins(conn, row: Any, owed: list, unread: Mapping[str, str]) -> list[dict[st
     for name, state in pipeline.joins().items():
         if pipeline.parent_name(state.table) != row.table_name or state.table.name in unread:
             continue
-        sql = JOINED.format(**rows.names(conn, state.table))
-        given = {"key": row.key, "join": name, "step": state.step, "status": state.status}
-        looked = db.execute(conn, sql, given).fetchone()._asdict()
+        looked = rows_of_join(conn, row, name)._asdict()
         stage = pipeline.pipeline()[state].__name__
         found.append({"join": name, "stage": stage, **looked, "owes": calls.pop(name, None)})
     nothing = {"rows": None, "in_place": None, "is_open": None, "recorded_at": None}
