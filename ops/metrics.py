@@ -194,7 +194,7 @@ def read_stages(conn, page: Page) -> None:
             if value is not None:
                 page.add(name, value, stage=row.stage)
     for table in pipeline.tables():
-        page.add("table_readable", int(table not in rests.unread), table=table)
+        page.add("table_readable", int(table not in rests.unknown_tables), table=table)
     for of in limits(conn):
         values = {
             "max_tenant_calls": of.per_tenant,

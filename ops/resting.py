@@ -128,8 +128,8 @@ class Rests(NamedTuple):
         return self.found.get((stage, kind), NONE)
 
     @property
-    def unread(self) -> set[str]:
-        """The tables of whose rows, or of a join of them, that is not known."""
+    def unknown_tables(self) -> set[str]:
+        """The tables in `unknown`, and those whose rows a join in it waits for."""
         joins = pipeline.joins()
         return {joins[part].table.name if part in joins else part for part in self.unknown}
 
