@@ -66,9 +66,25 @@ WHERE f.proname = 'notify_job_state_change' AND t.tgparentid = 0
 ORDER BY c.oid LIMIT 1
 """
 
+# Tables that are what we need of jobs, in schemas that the search path does not find: it passes
+# over those that the role may not use.
+ELSEWHERE = """
+SELECT quote_ident(n.nspname) AS schema, has_schema_privilege(n.oid, 'USAGE') AS may_use,
+       quote_ident(current_user) AS role, quote_ident(session_user) AS login,
+       current_setting('search_path') AS path
+FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+WHERE c.relname = 'jobs' AND c.relkind IN ('r', 'p') AND NOT n.nspname ^@ 'pg_temp_'
+  AND to_regclass('jobs') IS NULL
+  AND 2 = (SELECT count(*) FROM pg_attribute AS a
+           WHERE a.attrelid = c.oid AND a.attname IN ('current_step', 'status'))
+ORDER BY 1
+"""
+
 
 def require_place(conn) -> None:
-    """Raises Problem where jobs is not where it was, or something has one of our names."""
+    """Raises Problem where jobs is not where it was, or not where this role would find it, or
+    something has one of our names.
+    """
     if found := list(taken(conn)) or list(misplaced(conn)):
         raise Problem(f"{'; '.join(found)}; nothing was changed")
 
@@ -91,6 +107,9 @@ def misplaced(conn) -> Iterator[str]:
             f"there is no table jobs, but our tables are in schema {jobs.ours}: restore or create "
             f"{jobs.ours}.jobs, then install"
         )
+    elif jobs.schema is None:
+        # A second jobs would stay empty, and nobody would be called for the rows of the first.
+        yield from (f"{what}: {mend}" for what, mend in elsewhere(conn))
     elif jobs.schema and not jobs.is_table:
         yield "jobs is no table, and a view can have no trigger of ours" + (
             f"; {hung.name} has them and goes on recording calls: give the view another name, "
@@ -102,6 +121,21 @@ def misplaced(conn) -> Iterator[str]:
         yield (
             f"jobs is in schema {jobs.schema}, our tables in {jobs.ours}: ALTER TABLE jobs SET "
             f"SCHEMA {jobs.ours}, or take {jobs.ours} off the search path to install once more"
+        )
+
+
+def elsewhere(conn) -> Iterator[tuple[str, str]]:
+    """Where there is a jobs that this role does not find, and what to do about it."""
+    for found in db.execute(conn, ELSEWHERE):
+        if not found.may_use:
+            what = f"jobs is in schema {found.schema}, which role {found.role} may not use"
+            yield what, f"GRANT USAGE ON SCHEMA {found.schema} TO {found.role}"
+            continue
+        path = ", ".join(filter(None, [found.schema, found.path]))
+        yield (
+            f"jobs is in schema {found.schema}, which is not on the search path of {found.login}",
+            f"ALTER ROLE {found.login} SET search_path = {path}; or create jobs yourself, if "
+            "another one is meant",
         )
 
 

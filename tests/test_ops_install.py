@@ -173,6 +173,30 @@ def test_owner_of_jobs_may_install_and_uninstall(empty_database, run_command, ma
     assert run_command(empty_database, "uninstall", "--yes", **login).code == 0
 
 
+def test_jobs_that_the_search_path_does_not_find_get_no_second_beside_them(
+    empty_database, run_command, make_role
+):
+    role = make_role(empty_database)
+    empty_database.rows(
+        f"GRANT CREATE ON SCHEMA public TO {role}; CREATE SCHEMA app;"
+        f" SET search_path = app; {JOBS}; ALTER TABLE jobs OWNER TO {role}; RESET search_path"
+    )
+    login = {"DB_USER": role, "DB_PASSWORD": role}
+    before = empty_database.rows(OBJECTS)
+    for what, mend in [
+        (f"jobs is in schema app, which role {role} may not use",
+         f"GRANT USAGE, CREATE ON SCHEMA app TO {role}"),
+        (f"jobs is in schema app, which is not on the search path of {role}",
+         f'ALTER ROLE {role} SET search_path = app, "$user", public'),
+    ]:  # fmt: skip
+        assert run_command(empty_database, "install", **login).refused(1).startswith(what)
+        verified = run_command(empty_database, "verify", **login).out
+        assert f"PROBLEM  {what} → " in verified and "table jobs is missing" not in verified
+        empty_database.rows(mend)
+    assert empty_database.rows(OBJECTS) == before
+    assert "kept     table jobs" in run_command(empty_database, "install", **login).out
+
+
 def dumped(database, role: str) -> str:
     """What pg_dump says as `role`; "" where it works."""
     command = [program(database, "pg_dump"), f"{database.dsn} user={role} password={role}"]

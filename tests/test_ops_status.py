@@ -414,7 +414,10 @@ def two_schemas(empty_database, run_command) -> dict[str, dict[str, str]]:
     """Settings of two installations in one database, by their schema."""
     found = {}
     for schema in ("public", "other"):
-        empty_database.rows(f"CREATE SCHEMA IF NOT EXISTS {schema}")
+        empty_database.rows(
+            f"CREATE SCHEMA IF NOT EXISTS {schema}; CREATE TABLE {schema}.jobs"
+            " (job_id uuid PRIMARY KEY, tenant_id text, current_step text, status text)"
+        )
         options = f"-c search_path={schema}"
         url = psycopg2.extensions.make_dsn(empty_database.dsn, options=options)
         found[schema] = {"DATABASE_URL": url}
