@@ -174,8 +174,8 @@ def is_end(row: Row) -> bool:
 class Follower:
     """Prints every hop as it ends."""
 
-    def __init__(self, conn, job_id: str, limits: dict[str, float]):
-        self.conn, self.job_id, self.limits = conn, job_id, limits
+    def __init__(self, conn, job_id: str, limits: dict[str, float], stays: bool):
+        self.conn, self.job_id, self.limits, self.stays = conn, job_id, limits, stays
         self.first: dict[Row, tuple] = {}  # the state in which each row was first seen
         self.through: dict[Row, float] = {}  # when it was through with its last stage
         self.printed: set[tuple[Row, str]] = set()
@@ -195,8 +195,10 @@ class Follower:
             if found := self.stalls(look):
                 row, stage, why = found
                 what = "job" if row.table == JOBS else row.table
-                typed = pipeline.typed("job", row.table, row.key)
-                raise Problem(f"{what} {row.key} stalls at {stage}: {why}; look with {typed}")
+                look_at = f"look with {pipeline.typed('job', row.table, row.key)}"
+                if not self.stays:
+                    look_at = "without --clean it stays, to be looked at"
+                raise Problem(f"{what} {row.key} stalls at {stage}: {why}; {look_at}")
             if not (look.ahead or look.owed or look.calling or self.lost(look)):
                 stages = len({stage for _, stage in self.printed})
                 rows = f" with {len(self.first)} rows" if len(self.first) > 1 else ""

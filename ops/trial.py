@@ -84,7 +84,7 @@ def test_job(tenant: str | None, timeout: float | None, clean: bool) -> None:
             make_by(example_job, settings, made)
         else:
             make(conn, tenant or TENANT, made)
-        follower = Follower(conn, made[0], limits)
+        follower = Follower(conn, made[0], limits, stays=not clean)
         seen = follower.first
         click.echo(follower.follow())
     finally:
