@@ -304,7 +304,7 @@ def test_healthy_pipeline_with_a_listener_is_said(database):
 def test_timeline_shows_attempts_by_outcome_and_the_wait(database):
     job = database.add_job("yolo_detect", "done")
     attempt(database, job, "yolo_detect", seconds=5, ago=300)
-    attempt(database, job, outcome="retry", error="HTTP 500: no memory", ago=200)
+    attempt(database, job, outcome="retry", error="HTTP 500: \\uba54\\ubaa8\\ub9ac", ago=200)
     other = attempt(database, seconds=50)
     shown = read(database, job).section("jobs")
     assert [e.text for e in shown.all("article")[0].all("h3")] == [job]
@@ -315,7 +315,7 @@ def test_timeline_shows_attempts_by_outcome_and_the_wait(database):
         "planner; attempt 2 retry, 1.0 s; waits to be called"
     )
     assert [rect.attributes["class"] for rect in planner.all("rect")] == ["retry"]
-    assert planner.one("title").text.endswith("attempt 2 retry, 1.0 s: HTTP 500: no memory")
+    assert planner.one("title").text.endswith("attempt 2 retry, 1.0 s: HTTP 500: 메모리")
     assert len(planner.all("line", "wait")) == 2
 
 

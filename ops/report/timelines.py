@@ -19,6 +19,7 @@ from ops.report.markup import (
     text,
 )
 from ops.report.svg import OUTCOMES, legend, level, rect, svg, time_axis, titled
+from ops.table import readable
 
 # The least width of a bar (a share of the chart).
 NARROWEST = 0.004
@@ -130,7 +131,7 @@ class Lanes:
         left = min(self.at(attempt.started_at), 1 - NARROWEST)
         width = max(self.at(attempt.finished_at) - left, NARROWEST)
         title = f"{clock(attempt.started_at)} {words}"
-        title += f": {attempt.error}" if attempt.error else ""
+        title += f": {readable(attempt.error)}" if attempt.error else ""
         bar = titled(title, rect(attempt.outcome, left, width, 3, 14))
         self.add(attempt.stage, words, level("wait", 10, self.at(before), left), bar)
 
