@@ -97,6 +97,17 @@ def test_row_page_says_what_job_says(database, site, run_command):
     assert shown.section("jobs").all("svg", "lane")
 
 
+def test_call_without_an_answer_is_said_to_have_none(database, site):
+    """As `status` says it: the listener waits for it no more, but its stage may be at it."""
+    job = database.add_job("planner", "done")
+    database.rows("INSERT INTO stage_leases (job_id, call_id, attempt, stage, worker, started_at,"
+                  " leased_until, unanswered) VALUES (%s, 1, 2, 'overlay', 'gone-1-a',"
+                  " now() - interval '5 s', now() + interval '1 h', true)", job)  # fmt: skip
+    shown = until(lambda: fresh(site, job), "the call of this test")
+    [row] = shown.table("listeners")
+    assert re.fullmatch(rf"overlay of {job} attempt 2, since .+, no answer", row[3])
+
+
 def test_search_finds_by_id_and_by_tenant(database, site):
     jobs = [database.add_job(tenant="한빛 & co") for _ in range(2)]
     assert [row[0] for row in site.page(f"/search?q={jobs[0]}").table("by-id")] == [jobs[0]]

@@ -125,6 +125,7 @@ def call(one: dict[str, Any]) -> str:
     key = str(one["job_id"])
     link = f'<a href="{attribute(path_of("job", key), 10_000)}">{text(key, 60)}</a>'
     since = f"attempt {one['attempt']}, since {span(one['seconds'])}"
+    since += ", no answer" * one["unanswered"]
     return f"{stage_link(one['stage'])} of {link} <small>{since}</small>"
 
 
