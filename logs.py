@@ -3,11 +3,12 @@
 import io
 import json
 import logging
+import re
 import sys
 import time
 from datetime import datetime, timezone
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, overload
 
 from config import redactor
 
@@ -90,6 +91,24 @@ EVENTS = {
 
 # Characters that JSON does not escape and that some terminals interpret.
 IN_JSON = {code: f"\\u{code:04x}" for code in CONTROL if code >= 127}
+
+# \uXXXX that is not preceded by a backslash, which would itself be an escaped one.
+ESCAPED = re.compile(r"(?<!\\)(?:\\u[0-9a-fA-F]{4})+")
+
+
+@overload
+def readable(text: str) -> str: ...
+@overload
+def readable(text: None) -> None: ...
+def readable(text: str | None) -> str | None:
+    """`text` with the letters that JSON wrote as \\uXXXX; ASCII stays as it is."""
+
+    def decoded(found: re.Match) -> str:
+        letters = json.loads(f'"{found[0]}"')
+        return "".join(c if ord(c) >= 0x80 and not 0xD800 <= ord(c) < 0xE000
+                       else f"\\u{ord(c):04x}" for c in letters)  # fmt: skip
+
+    return text and ESCAPED.sub(decoded, text)
 
 
 def about(**fields: Any) -> dict[str, Any]:

@@ -224,7 +224,7 @@ class Trigger:
         return text[-logs.LONGEST_TRACE :]
 
     def failure(self, call: Call, outcome: str, error: str, **details: Any) -> Result:
-        error = self.redact(error)[: logs.LONGEST_LINE]
+        error = logs.readable(self.redact(error))[: logs.LONGEST_LINE]
         return failure(call, outcome, error, self.settings.RETRY_DELAY, **details)
 
 

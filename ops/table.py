@@ -2,40 +2,21 @@
 
 import json
 import os
-import re
 import shutil
 import sys
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
-from typing import Any, overload
+from typing import Any
 
 import click
 
 from logs import CONTROL, IN_JSON
+from logs import readable as readable
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print it as JSON, for programs.")
 
 RED, YELLOW = 31, 33
-
-
-# \uXXXX that is not preceded by a backslash, which would itself be an escaped one.
-ESCAPED = re.compile(r"(?<!\\)(?:\\u[0-9a-fA-F]{4})+")
-
-
-@overload
-def readable(text: str) -> str: ...
-@overload
-def readable(text: None) -> None: ...
-def readable(text: str | None) -> str | None:
-    """`text` with the letters that JSON wrote as \\uXXXX; ASCII stays as it is."""
-
-    def decoded(found: re.Match) -> str:
-        letters = json.loads(f'"{found[0]}"')
-        return "".join(c if ord(c) >= 0x80 and not 0xD800 <= ord(c) < 0xE000
-                       else f"\\u{ord(c):04x}" for c in letters)  # fmt: skip
-
-    return text and ESCAPED.sub(decoded, text)
 
 
 def plain(value: Any) -> str:

@@ -65,6 +65,18 @@ def test_given_up_calls_of_a_stage_are_told_once(database, api, run_command, tol
     assert (said["event"], said["stage"], said["http_status"]) == ("given_up", "planner", 422)
 
 
+def test_letters_that_a_stage_escaped_in_json_can_be_read(database, api, run_command, told):
+    """In the log and in a chat, and not only in what commands show."""
+    body = json.dumps({"detail": "글자 없음\n"}).encode()
+    api.on("planner", lambda _: Answer(422, body))
+    database.add_job("yolo_detect")
+    done = run_command(database, "run", "--once", api=api, ALERT_COMMAND=told.command)
+    error = 'HTTP 422: {"detail": "글자 없음\\n"}'
+    assert b"\\uae00" in body and f"error={error} → 포기" in done.out
+    [said] = told()
+    assert said["error"] == error and said["text"].endswith(error)
+
+
 def test_episodes_that_are_over_at_once_are_told_each(database, told):
     alerting = alerts.Alerts(database.settings(ALERT_COMMAND=told.command))
     for stage in ("planner", "overlay"):
