@@ -9,7 +9,7 @@ import click
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
-class Since(click.ParamType):
+class Time(click.ParamType):
     """Converts to a time with a zone; without one, the zone of this machine is meant."""
 
     name = "span|time"
@@ -27,3 +27,13 @@ class Since(click.ParamType):
                 f"{value!r} is neither a span such as 30m, 2h or 3d nor a time such as "
                 "2026-11-24 or '2026-11-24 05:12'.", param, context,
             )  # fmt: skip
+
+
+class Since(Time):
+    """Refuses a time that is still to come: nothing is found since then, as where all is well."""
+
+    def convert(self, value: Any, param, context) -> datetime:
+        since = super().convert(value, param, context)
+        if since > datetime.now().astimezone():
+            self.fail(f"{since:%F %T} is still to come.", param, context)
+        return since

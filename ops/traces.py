@@ -14,7 +14,7 @@ import ops
 import pipeline
 import tracing
 from ops import rows
-from ops.since import Since
+from ops.since import Since, Time
 from ops.table import readable
 from ops.whole import write_whole
 
@@ -150,7 +150,7 @@ def nanoseconds(time: datetime) -> str:
 @click.command(short_help="Print finished attempts as OpenTelemetry traces.")
 @click.option("--since", type=Since(), default="1h", show_default=True,
               help="Those that finished since then: a span such as 30m, or a time.")  # fmt: skip
-@click.option("--until", type=Since(), help="Those that finished before then; default: all.")
+@click.option("--until", type=Time(), help="Those that finished before then; default: all.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Replace FILE by them, whole or not at all.")  # fmt: skip
 def traces(since: datetime, until: datetime | None, out: Path | None) -> None:
