@@ -328,11 +328,28 @@ def where(row: Any) -> str:
 
 def owes(row: Any, call: Any) -> str:
     if call is None:
-        return "nothing"
+        return "nothing" + misspelt(row)
     spent = counted(call.spent, "attempt")
     text = f"{call.stage} (call {call.call_id}, {spent} spent), {situation(call)}"
     is_retried = call.given_up and rows.is_wanted(call)
     return f"{text}; {one_line(typed('retry', row))}" if is_retried else text
+
+
+def misspelt(row: Any) -> str:
+    """The state of PIPELINE from which the row's own differs by case or spaces alone."""
+    states = [(route.step, route.status) for route in pipeline.routes()
+              if route.table == row.table_name and not route.join]  # fmt: skip
+    states += [(of.step, of.status) for of in pipeline.joins().values()
+               if of.table.name == row.table_name]  # fmt: skip
+    own = row.current_step, row.status
+    near = [state for state in states if folded(state) == folded(own)]
+    if not near or own in near:
+        return ""
+    return plain("; PIPELINE does not know this state, but ({}, {})".format(*near[0]))
+
+
+def folded(state: tuple[str | None, str | None]) -> list[str]:
+    return [str(word).strip().lower() for word in state]
 
 
 def wait_line(stage: str, waiting: waits.Waits) -> str:

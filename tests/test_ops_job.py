@@ -92,6 +92,12 @@ def test_job_that_never_owed_anything(database, run_command):
     assert done.lines == [f"job {job} is at (img_gen, queued), tenant tenant", "owes: nothing"]
 
 
+def test_job_names_the_state_that_a_misspelt_one_was_meant_to_be(database, run_command):
+    job = database.add_job("planner", "Done ")
+    [_, owes] = run_command(database, "job", job).lines
+    assert owes == "owes: nothing; PIPELINE does not know this state, but (planner, done)"
+
+
 @pytest.mark.parametrize("command", ["job", "retry", "call", "cancel"])
 def test_unknown_job_gets_one_line_and_exit_1(database, run_command, command):
     job = str(uuid.uuid4())
