@@ -174,7 +174,12 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
     call.max_attempts = max(call.max_attempts, call.spent)
     owed, is_made = claim.owed or calls.is_owed(conn, claim, name), False
     ended = trigger.refused(call, claim, owed, claim.accepted)
-    if ended is not None and claim.join_of and claim.job_found and not claim.is_complete:
+    # As in Listener.ended_unmade().
+    is_open = not (claim.is_complete or claim.accepted)
+    has_changed = ended is None and bool(claim.join_of) and joins.has_look(conn, claim)
+    if has_changed:
+        ended, is_open = trigger.outdated(call), True
+    if ended is not None and claim.join_of and claim.job_found and is_open:
         joins.reopen(conn, claim)
     if ended is None:
         if claim.join_of:
@@ -192,6 +197,10 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
         trigger.log_end(call, ended)
     trigger.alert_failure(alerts, settled.result, settled.is_routed)
     alerts.close()
+    if has_changed:
+        raise Problem(f"{rows.said(row)}: rows of its join have changed since the call to "
+                      f"{call.stage} was recorded; a running listener looks at it anew; where none "
+                      f"runs: {pipeline.JSL} run --once")  # fmt: skip
     if ended.outcome == "skipped":
         raise Problem(why_nothing_owed(conn, rows.find(conn, row.key, row.table_name), stage))
     return settled.result.outcome in ("succeeded", calls.TAKEN)

@@ -409,6 +409,25 @@ def test_call_of_a_join_that_is_not_complete_any_more_is_made_once_it_is(variant
     assert variants.owed() == [("jobs", job, "ad_copy")]
 
 
+def test_call_of_a_join_whose_rows_have_changed_is_left_to_the_look_at_them(
+    variants, run, accepting
+):
+    job = variants.database.add_job("x", "y")
+    [variant] = variants.add(job, "iou_eval", "done")
+    look(variants.database)
+    variants.move(variant, "img_gen", "running")
+    variants.finish(variant)
+    refused = run("call", job, api=accepting).refused(1)
+    assert refused.startswith(f"job {job}: rows of its join have changed since the call to ad_copy")
+    assert refused.endswith("where none runs: ./jsl run --once")
+    assert (accepting.requests, variants.owed()) == ([], [])
+    look(variants.database)
+    assert variants.owed() == [("jobs", job, "ad_copy")]
+    assert run("call", job, api=accepting).code == 0
+    look(variants.database)
+    assert (len(accepting.requests), variants.owed()) == (1, [])
+
+
 PHOTOS = Table("photos", id="id", parent=("jobs", "job_id"))
 PHOTOS_TABLE = """
 CREATE TABLE photos (id uuid PRIMARY KEY, job_id uuid, current_step text, status text);
