@@ -150,6 +150,20 @@ DECLARE
     missed  jsonb;
     parts   text;
 BEGIN
+    WITH RECURSIVE listed AS (
+        SELECT * FROM jsonb_to_recordset(asked -> 'tables') AS x (
+            name text, id_column text, tenant_column text, parent_table text, parent_column text)
+    ), owners AS (  -- how the tenants of a table are read: its own, or those of its parents
+        SELECT name, format('SELECT %I AS id, %I::text AS tenant_id FROM %I.%I',
+                            id_column, tenant_column, schema, name) AS tenants
+        FROM listed WHERE tenant_column IS NOT NULL
+        UNION ALL
+        SELECT l.name, format('SELECT x.%I AS id, p.tenant_id FROM %I.%I AS x'
+                              ' LEFT JOIN (%s) AS p ON p.id = x.%I',
+                              l.id_column, schema, l.name, o.tenants, l.parent_column)
+        FROM owners AS o JOIN listed AS l ON l.parent_table = o.name
+        WHERE l.tenant_column IS NULL
+    )
     SELECT jsonb_object_agg(t.name, format($rows$
         SELECT %1$L::text AS table_name, r.%2$I::%10$s AS id, %3$s AS tenant_id,
                r.current_step::text AS current_step, r.status::text AS status, %4$s AS changed_at,
@@ -159,18 +173,14 @@ BEGIN
                   AND place.status = r.status::text$rows$,
         t.name, t.id_column,
         coalesce('r.' || quote_ident(t.tenant_column) || '::text',
-                 'p.' || quote_ident(p.tenant_column) || '::text', 'NULL::text'),
+                 CASE WHEN p.tenants IS NOT NULL THEN 'p.tenant_id' END, 'NULL::text'),
         format(changed, schema, t.name, t.id_column),
         schema, t.name,
-        CASE WHEN t.tenant_column IS NULL AND p.tenant_column IS NOT NULL
-             THEN format(' LEFT JOIN (SELECT %I AS id, %I FROM %I.%I) AS p ON p.id = r.%I',
-                         p.id_column, p.tenant_column, schema, p.name, t.parent_column) END,
+        CASE WHEN t.tenant_column IS NULL AND p.tenants IS NOT NULL
+             THEN format(' LEFT JOIN (%s) AS p ON p.id = r.%I', p.tenants, t.parent_column) END,
         NULL, NULL, id_type))
     INTO resting
-    FROM jsonb_to_recordset(asked -> 'tables') AS t (
-             name text, id_column text, tenant_column text, parent_table text, parent_column text)
-    LEFT JOIN jsonb_to_recordset(asked -> 'tables') AS p (
-             name text, id_column text, tenant_column text) ON p.name = t.parent_table;
+    FROM listed AS t LEFT JOIN owners AS p ON p.name = t.parent_table;
 
     -- A join whose call was made, while neither its rows nor the parent have changed since.
     SELECT jsonb_object_agg(r.join_of, format($rows$

@@ -409,13 +409,12 @@ def names(conn, table: Table) -> dict[str, str]:
     def quoted(name: str) -> str:
         return quote_ident(name, conn).replace("%", "%%")
 
-    parent = pipeline.tables().get(pipeline.parent_name(table) or "")
     found = {
         "table": quoted(table.name),
         "name": "'" + table.name.replace("'", "''").replace("%", "%%") + "'",
         "id": f"r.{quoted(table.id)}",
         "parent": f"r.{quoted(table.parent[1])}" if table.parent else "NULL",
-        "tenant": f"r.{quoted(table.tenant)}::text" if table.tenant else "NULL::text",
+        "tenant": "NULL::text",
         # As the trigger copies them.
         "priority": "0",
         "run_after": "NULL::timestamptz",
@@ -427,11 +426,17 @@ def names(conn, table: Table) -> dict[str, str]:
     if table.run_after:
         value = f"r.{quoted(table.run_after)}"
         found["run_after"] = f"CASE WHEN {value} IS NOT NULL THEN least({value}, '9999-12-31') END"
-    if parent and parent.tenant and not table.tenant:
-        found["tenant"] = f"p.{quoted(parent.tenant)}::text"
-        found["beside"] = (
-            f"LEFT JOIN {quoted(parent.name)} AS p ON p.{quoted(parent.id)} = {found['parent']}"
+    # A row without a tenant of its own has that of its parent, or of a row further up.
+    of, alias = table, "r"
+    while not of.tenant and (parent := pipeline.tables().get(pipeline.parent_name(of) or "")):
+        above = f"above_{alias}"
+        found["beside"] += (
+            f" LEFT JOIN {quoted(parent.name)} AS {above}"
+            f" ON {above}.{quoted(parent.id)} = {alias}.{quoted(of.parent_column)}"
         )
+        of, alias = parent, above
+    if of.tenant:
+        found["tenant"] = f"{alias}.{quoted(of.tenant)}::text"
     return found
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 
+import commands
 import psycopg2
 import pytest
 from claims import LEASE_OVER, all_connected, claim_many, connected, make_due, result, settle
@@ -926,6 +927,19 @@ def test_stalled_row_whose_own_rows_are_joined_has_the_tenant_of_its_parent(
         database.rows("UPDATE crops SET current_step = 'sharpen'")
     found = "SELECT stage, tenant_id FROM resting_rows()"
     assert database.rows(found) == [("yolo_detect", "tenant")]
+
+
+def test_row_of_a_row_is_found_by_the_tenant_of_the_job_above(database, use_pipeline, tmp_path):
+    use_pipeline(THREE_LEVELS)
+    variants = install(database, TABLE, CROPS_TABLE)
+    variants.add(database.add_job("x"))
+    database.rows("SET session_replication_role = replica")
+    database.rows(CUT, "cut")
+    environ = database.environ | {"HEARTBEAT_DIR": str(tmp_path)}
+    for given in (["--stalled"], ["--table", "crops"]):
+        done = commands.run_here(environ, "jobs", "--json", "--tenant", "tenant", *given)
+        [crop] = json.loads(done.out)["jobs"]
+        assert (crop["table_name"], crop["tenant_id"]) == ("crops", "tenant")
 
 
 def test_row_with_a_tenant_of_its_own_is_called_with_it(database, use_pipeline):
