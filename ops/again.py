@@ -143,23 +143,16 @@ def nothing_follows(row: Any, stage: str | None) -> str:
     """Why there is no call to record, and what there is to type."""
     at = f"{rows.said(row)} is at ({row.current_step}, {row.status})"
     if stage:
-        back = first(row) + pipeline.sent_back(row.table_name, row.key, stage)
+        back = rows.first(row) + pipeline.sent_back(row.table_name, row.key, stage)
         return f"{at}, and {stage} does not follow from that" + f": {back}" * ("UPDATE " in back)
     joined = dict.fromkeys(joins_of(row).values())
     if row.current_step in pipeline.stage_names() and row.status != "done":
-        back = first(row) + rows.way_on(row, row.current_step)
+        back = rows.first(row) + rows.way_on(row, row.current_step)
         return f"{at}, from which no stage follows: {back}"
     if joined:
         options = " or ".join(f"--stage {name}" for name in joined)
         return f"{at}, from which no stage follows; give {options} for that of its rows"
     return f"{at}, from which no stage follows"
-
-
-def first(row: Any) -> str:
-    """What to wait for before a row is sent back by hand: its stage may still be at it."""
-    is_running = row.status == "running" and row.current_step in pipeline.stage_names()
-    after = f"once this has lasted longer than the timeout of {row.current_step}, "
-    return after if is_running else ""
 
 
 def is_complete(looked: Any) -> bool:

@@ -381,7 +381,15 @@ def rest_line(row: Any, why: Any, above: list[dict]) -> str:
     # Some reasons end with a command for all rows alike; `jobs` shows it, `job` does not.
     reason = readable(why.reason).partition(f": {pipeline.JSL} ")[0]
     text = f"rests{since}: {plain(reason)}"
-    return f"{text}; to call {why.stage} again: {one_line(way_out(row, why, above))}"
+    back = one_line(way_out(row, why, above))
+    if why.reason.startswith(NEVER_RECORDED):
+        back = first(row, why.stage) + back
+    return f"{text}; to call {why.stage} again: {back}"
+
+
+def first(row: Any, stage: str) -> str:
+    """What to wait for before `stage` is called: somebody else may have called it."""
+    return rows.first(row) if row.current_step == stage else ""
 
 
 def one_line(text: str) -> str:
@@ -393,11 +401,12 @@ def join_line(row: Any, join: dict[str, Any], dropped: Any) -> str:
     text = f"every {join['join']}: "
     if join["owes"]:
         return text + f"owes {owes(row, join['owes'])}"
+    again = rows.way_to_join(row, join["join"], join["stage"])
+    back = first(row, join["stage"]) + one_line(again)
     if join["recorded_at"] and not join["is_open"]:  # its rows may have moved on since
         is_complete = 0 < join["rows"] == join["in_place"]
         there = f"all {join['rows']} are there; " if is_complete else ""
         if dropped:
-            back = one_line(rows.way_to_join(row, join["join"], join["stage"]))
             why = f"{join['stage']} was {plain(readable(reason_of(dropped)))}"
             return text + there + why + f"; to call it again: {back}" * is_complete
         return text + f"{there}{join['stage']} was recorded {clock(join['recorded_at'])}"
@@ -405,8 +414,7 @@ def join_line(row: Any, join: dict[str, Any], dropped: Any) -> str:
         return text + "there is no row yet"
     if join["in_place"] < join["rows"]:
         return text + f"waiting for {join['rows'] - join['in_place']} of {join['rows']}"
-    again = one_line(rows.way_to_join(row, join["join"], join["stage"]))
-    return text + f"all {join['rows']} are there; {join['stage']} is not recorded: {again}"
+    return text + f"all {join['rows']} are there; {join['stage']} is not recorded: {back}"
 
 
 LONGEST_TOLD = 60

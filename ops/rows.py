@@ -485,3 +485,10 @@ def way_to_join(row: Any, join: str, stage: str) -> str:
     leading = [route for route, function in pipeline.routes().items()
                if function.__name__ == stage and route.table == row.table_name]  # fmt: skip
     return typed("again", row, *(["--join", join] if len(leading) > 1 else ["--stage", stage]))
+
+
+def first(row: Any) -> str:
+    """What to wait for before a row is sent back by hand: its stage may still be at it."""
+    is_running = row.status == "running" and row.current_step in pipeline.stage_names()
+    after = f"once this has lasted longer than the timeout of {row.current_step}, "
+    return after if is_running else ""
