@@ -164,7 +164,7 @@ def statement(conn, sql: str, of: Table) -> str:
 # join only where stage_joins has nothing of the parent, as it may be lost, or something of a join
 # that PIPELINE no longer has, which may be this one under another name. A parent that is already
 # at the stage, or at a later one, was called by somebody else. Where we have called it
-# before, --since takes it: its last row may have arrived once more, after that call.
+# before, --since takes it, by its time: its last row may have arrived once more, after that call.
 JOIN_MISSED = """
 WITH batch AS (
     SELECT {parent_id} AS id, r.current_step::text AS current_step, {parent_time} AS changed_at
@@ -190,7 +190,8 @@ WITH batch AS (
                              WHERE o.parent_id = c.id AND o.recorded_at IS NOT NULL
                                AND o.join_of NOT IN (SELECT join_of FROM pipeline_stages)))
         THEN last.outcome
-        WHEN (m.recorded_at IS NULL OR %(since)s IS NULL) AND c.current_step IN (
+        WHEN (m.recorded_at IS NULL OR %(since)s IS NULL OR c.changed_at IS NULL)
+             AND c.current_step IN (
             SELECT s.stage FROM pipeline_stages AS s
             WHERE s.table_name = %(table)s AND s.position >= (
                 SELECT min(p.position) FROM pipeline_stages AS p

@@ -728,6 +728,10 @@ def test_second_call_of_a_join_whose_last_arrival_was_not_seen_needs_since(varia
     variants.database.rows(REPLICA)
     variants.finish(second)
     assert run("backfill", "--apply").lines[-1] == "0 calls recorded"
+    variants.database.rows("UPDATE jobs SET updated_at = now() + interval '9 h'")
+    unknown = run("backfill", "--since", "1h").out
+    assert "or past it: 1; to call it" in unknown and "without --since" not in unknown
+    variants.database.rows("UPDATE jobs SET updated_at = now()")
     assert run("backfill", "--since", "1h", "--apply").lines[-1] == "1 call recorded"
     assert variants.owed() == [("jobs", job, "ad_copy")]
 
