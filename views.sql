@@ -213,7 +213,9 @@ BEGIN
                AND ((r.current_step::text, r.status::text) = (%3$L, 'done')
                     OR r.current_step::text IN (
                         SELECT s.stage FROM %4$I.pipeline_stages AS s
-                        WHERE s.table_name = %1$L AND s.stage <> %3$L AND s.position > (
+                        WHERE s.table_name = %1$L AND s.stage <> %3$L
+                          AND (s.current_step, s.status) <> (s.stage, 'failed')  -- a retry
+                          AND s.position > (
                             SELECT min(p.position) FROM %4$I.pipeline_stages AS p
                             WHERE p.join_of = %7$L)))) IS NOT TRUE
           AND (last.call_id = ANY (last.cancelled) AND last.outcome <> 'succeeded') IS NOT TRUE
@@ -244,7 +246,9 @@ BEGIN
                -- As in backfill: a parent at the stage, or at a later one, is left to a person.
                'its call was never recorded' || CASE WHEN r.current_step::text IN (
                    SELECT s.stage FROM %4$I.pipeline_stages AS s
-                   WHERE s.table_name = %1$L AND s.position >= (
+                   WHERE s.table_name = %1$L
+                     AND (s.current_step, s.status) <> (s.stage, 'failed')
+                     AND s.position >= (
                        SELECT min(p.position) FROM %4$I.pipeline_stages AS p
                        WHERE p.join_of = %6$L)) THEN '' ELSE ': ./jsl backfill' END
         FROM %4$I.stage_joins AS m JOIN %4$I.%1$I AS r ON r.%5$I = m.parent_id

@@ -163,8 +163,9 @@ def statement(conn, sql: str, of: Table) -> str:
 # which join a call was of. stage_joins does, so an accepted call of the stage counts for this
 # join only where stage_joins has nothing of the parent, as it may be lost, or something of a join
 # that PIPELINE no longer has, which may be this one under another name. A parent that is already
-# at the stage, or at a later one, was called by somebody else. Where we have called it
-# before, --since takes it, by its time: its last row may have arrived once more, after that call.
+# at the stage, or at a later one, was called by somebody else; the route of a retry makes no stage
+# later. Where we have called it before, --since takes it, by its time: its last row may have
+# arrived once more, after that call.
 JOIN_MISSED = """
 WITH batch AS (
     SELECT {parent_id} AS id, r.current_step::text AS current_step, {parent_time} AS changed_at
@@ -193,7 +194,9 @@ WITH batch AS (
         WHEN (m.recorded_at IS NULL OR %(since)s IS NULL OR c.changed_at IS NULL)
              AND c.current_step IN (
             SELECT s.stage FROM pipeline_stages AS s
-            WHERE s.table_name = %(table)s AND s.position >= (
+            WHERE s.table_name = %(table)s
+              AND (s.current_step, s.status) <> (s.stage, 'failed')
+              AND s.position >= (
                 SELECT min(p.position) FROM pipeline_stages AS p
                 WHERE p.join_of = %(join)s)) THEN 'past it'
         WHEN %(since)s IS NOT NULL AND c.changed_at IS NULL

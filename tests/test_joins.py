@@ -470,16 +470,30 @@ def test_parent_that_is_called_again_is_through_where_it_changed_to_the_state_of
     assert variants.database.rows(STALLED) == found
 
 
-@pytest.mark.parametrize(("status", "found"), [("done", []), ("waiting", [("ad_copy",)])])
-def test_parent_that_the_stage_of_its_join_leaves_done_is_through(
-    database, use_pipeline, caller, accepting, status, found
+# The routes of retries come after the join, but their stages do not.
+RETRIED_LAST = PIPELINE | {
+    ("vlm_analyze", "failed"): PIPELINE["img_gen", "done"],
+    ("ad_copy", "failed"): PIPELINE[VARIANTS.every("iou_eval", "done")],
+}
+
+
+@pytest.mark.parametrize(
+    ("state", "found"),
+    [
+        (("instagram", "done"), []),
+        (("ad_copy", "done"), []),
+        (("ad_copy", "waiting"), [("ad_copy",)]),
+        (("vlm_analyze", "done"), [("ad_copy",)]),
+    ],
+)
+def test_parent_at_a_stage_that_comes_after_its_join_is_through(
+    database, use_pipeline, caller, accepting, state, found
 ):
-    # The route of a retry comes after the join, but is of the same stage.
-    routes = (VARIANTS.every("iou_eval", "done"), ("ad_copy", "failed"))
-    use_pipeline(dict.fromkeys(routes, stage("ad_copy")))
+    routes = {route: to for route, to in RETRIED_LAST.items() if route != ("ad_copy", "done")}
+    use_pipeline(routes | {("instagram", "ready"): stage("instagram")})
     variants = install(database, TABLE)
     job, _ = joined(variants)
-    database.move(job, "ad_copy", status)
+    database.move(job, *state)
     calling = caller(accepting.url)
     joins.look(calling.conn)
     assert calling.call().outcome == "succeeded"

@@ -715,6 +715,17 @@ def test_parent_that_is_past_a_join_whose_last_arrival_was_not_seen_is_left_to_a
     assert variants.owed() == [("jobs", job, "ad_copy")]
 
 
+def test_parent_at_a_stage_before_its_join_is_not_past_it(variants, run, use_pipeline):
+    # The route of a retry comes after the join, but its stage does not.
+    use_pipeline(PIPELINE | {("vlm_analyze", "failed"): PIPELINE["img_gen", "done"]})
+    with connected(variants.database) as conn:
+        apply(conn)
+    job = lose_arrival(variants, "TRUNCATE")
+    variants.database.move(job, "vlm_analyze", "done")
+    assert stalled(run) == [("ad_copy", "its call was never recorded: ./jsl backfill")]
+    assert run("backfill", "--apply").lines[-1] == "1 call recorded"
+
+
 def test_second_call_of_a_join_whose_last_arrival_was_not_seen_needs_since(variants, run):
     job = variants.database.add_job("x", "y")
     first, second = variants.add(job, "iou_eval", "done", count=2)
