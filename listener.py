@@ -167,6 +167,8 @@ class Listener:
         for failure in (self.refusal, self.join_look.failure, self.move_look.failure):
             if failure:
                 raise failure
+        if self.once and self.unclaimable:
+            raise psycopg2.Error(f"{self.told_unclaimable()} → {pipeline.JSL} verify")
         log.info("Job State Listener 중지됨: listener=%s", self.name)
 
     def connect(self) -> db.Connection:
@@ -365,7 +367,7 @@ class Listener:
         claims: list[list[Wanted]] = [[]]
         pools: set[Pool] = set()
         for stage in self.order:
-            if stage in self.unclaimable and not (sweep or self.once):
+            if stage in self.unclaimable and not sweep:
                 continue
             limits = self.limits[stage]
             if limits.pool and held[limits.pool] >= limits.pool.size:
@@ -407,8 +409,8 @@ class Listener:
         that they do not keep the others waiting.
 
         Raises:
-            psycopg2.Error: nothing else can be done. Where that holds for all stages, a new
-                connection may help; but not where a table is locked. With `once`, the next run may.
+            psycopg2.Error: that holds for all stages, so a new connection may help; but not where
+                a table is locked. Never with `once`: serve() fails at its end.
         """
         before = self.unclaimable
         asked = {stage.stage for stage in wanted}
@@ -421,9 +423,17 @@ class Listener:
         if turn.claimed or self.unwritten:
             return
         refused = [error for error in turn.unclaimable.values()
-                   if self.once or not isinstance(error, LockNotAvailable)]  # fmt: skip
-        if refused and (self.once or len(self.unclaimable) == len(self.order)):
+                   if not isinstance(error, LockNotAvailable)]  # fmt: skip
+        if refused and not self.once and len(self.unclaimable) == len(self.order):
             raise refused[0]
+
+    def told_unclaimable(self) -> str:
+        """Of which stages no call can be claimed, and why."""
+        stages: dict[str, list[str]] = {}
+        for stage, why in self.unclaimable.items():
+            stages.setdefault(why, []).append(stage)
+        said = (f"{', '.join(names)}: {why}" for why, names in stages.items())
+        return UNCLAIMABLE + "; ".join(said)
 
     def settled(self, conn: db.Connection, turn: Turn) -> None:
         """The results are in the database; those whose row is locked are settled again later."""
@@ -623,11 +633,7 @@ class Listener:
         waits = not (self.finished() or (conn and (self.unwritten or conn.notifies)))
         seconds = max(0.0, until - now) if waits else 0.0
         if conn and self.unclaimable:
-            stages: dict[str, list[str]] = {}
-            for stage, why in self.unclaimable.items():
-                stages.setdefault(why, []).append(stage)
-            said = (f"{', '.join(names)}: {why}" for why, names in stages.items())
-            doing = UNCLAIMABLE + "; ".join(said)
+            doing = self.told_unclaimable()
         elif conn:
             doing = "making calls" if self.workers.calls else "waiting for a job to change"
         else:

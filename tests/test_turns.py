@@ -9,6 +9,7 @@ import psycopg2
 import pytest
 from asynchronous import PIPELINE
 from claims import SHORT_WAIT, claim_many, result, settle, wanted
+from conftest import ROOT
 from faults.test_claims import with_idle_worker
 from faults.test_connection import frozen
 from raw_server import OK, in_turn
@@ -292,12 +293,38 @@ def test_result_is_settled_though_no_call_can_be_claimed(database, two_tables):
     assert len(database.attempts(call.job_id)) == 1
 
 
-def test_once_fails_where_a_table_cannot_be_read_after_all_other_calls(database, two_tables):
-    database.rows(RENAME)
-    two_tables.listener.once = True
-    assert stages_of_turns(two_tables, 3) == ["vlm_analyze"] * 3
-    with pytest.raises(psycopg2.errors.UndefinedColumn):
-        stages_of_turns(two_tables, 1)
+POOLED = """
+from pipeline import Pool, limits
+from variants import VARIANTS, stage
+
+shared = limits(pool=Pool("gpu", 1))
+PIPELINE = {
+    VARIANTS("img_gen", "done"): shared(stage("yolo_detect")),
+    ("img_gen", "done"): shared(stage("vlm_analyze")),
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [(RENAME, "column r.status does not exist"),
+     ("BEGIN; LOCK TABLE jobs_variants", "jobs_variants is locked by server process")],
+)  # fmt: skip
+def test_once_fails_where_a_table_cannot_be_read_after_all_other_calls(
+    variants, api, run_command, tmp_path, change, why
+):
+    (tmp_path / "pooled.py").write_text(POOLED)
+    settings = {"PYTHONPATH": f"{tmp_path}:{ROOT / 'tests'}", "PIPELINE_MODULE": "pooled"}
+    assert run_command(variants.database, "install", **settings).code == 0
+    jobs = {variants.database.add_job() for _ in range(3)}
+    variants.add(min(jobs), status="done")
+    api.on("/vlm_analyze", lambda _: Answer(200))
+    with contextlib.closing(variants.database.connect()) as session:
+        session.cursor().execute(change)
+        done = run_command(variants.database, "run", "--once", api=api, **settings)
+    assert done.code == 1 and {call.job_id for call in api.calls()} == jobs
+    last = done.out.splitlines()[-1]
+    assert f"no call can be claimed of yolo_detect: {why}" in last and last.endswith("jsl verify")
 
 
 REFUSE = """
