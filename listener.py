@@ -428,10 +428,13 @@ class Listener:
             raise refused[0]
 
     def told_unclaimable(self) -> str:
-        """Of which stages no call can be claimed, and why."""
+        """Of which stages no call can be claimed, and why; in the order of the pipeline, so that
+        all listeners say the same.
+        """
         stages: dict[str, list[str]] = {}
-        for stage, why in self.unclaimable.items():
-            stages.setdefault(why, []).append(stage)
+        for stage in self.limits:
+            if stage in self.unclaimable:
+                stages.setdefault(self.unclaimable[stage], []).append(stage)
         said = (f"{', '.join(names)}: {why}" for why, names in stages.items())
         return UNCLAIMABLE + "; ".join(said)
 

@@ -253,6 +253,10 @@ def test_limited_stages_of_a_locked_table_are_known_before_others_have_calls(
         change.cursor().execute("BEGIN; LOCK TABLE jobs_variants IN ACCESS EXCLUSIVE MODE")
         assert stages_of_turns(claiming, 1) == []
         assert claiming.listener.unclaimable.keys() == {"yolo_detect", "iou_eval"}
+        claiming.listener.order.reverse()  # it depends on what each listener has claimed
+        claiming.listener.sweep_at = 0.0
+        assert stages_of_turns(claiming, 1) == []
+        assert "of yolo_detect, iou_eval: jobs_variants" in claiming.listener.told_unclaimable()
         database.add_job()
         assert stages_of_turns(claiming, 1) == ["vlm_analyze"]
     claiming.line("한 건씩 다시 시도")  # the second turn did not wait
