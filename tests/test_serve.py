@@ -133,6 +133,21 @@ def test_count_that_is_not_known_is_no_zero(use_pipeline, make_database, server,
         assert not site.page("/stage/vlm_analyze").root.all("ol", "attention")
 
 
+def test_search_finds_what_can_be_read(use_pipeline, make_database, server, tmp_path):
+    use_pipeline(PIPELINE)
+    variants = install(make_database(server), TABLE)
+    job = variants.database.add_job(tenant="kim")
+    [variant] = variants.add(job, status="done")
+    variants.database.rows("ALTER TABLE jobs_variants RENAME status TO state")
+    unread = "jobs_variants cannot be read: column r.status does not exist"
+    with serving(variants.database, tmp_path, **HERE) as site:
+        for asked, table, row in [("kim", "by-tenant", job), (job, "by-id", job),
+                                  (variant, "by-id", variant)]:  # fmt: skip
+            shown = site.page(f"/search?q={asked}")
+            assert [found[0].split()[-1] for found in shown.table(table)] == [row]
+            assert unread in shown.root.one("p", "problem").text
+
+
 def test_rows_of_other_tables_have_pages(use_pipeline, make_database, server, tmp_path):
     use_pipeline(PIPELINE)
     variants = install(make_database(server), TABLE)

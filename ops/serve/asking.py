@@ -189,13 +189,18 @@ def search(looks: Looks, settings: SimpleNamespace, asked: str) -> Found:
 
     def read(conn) -> Found:
         given = {"stage": None, "since": None, "tenant": asked, "limit": MOST_ROWS}
-        listing = jobs.any_row(conn, settings, list(pipeline.tables().values()), None)
+        unread = rows.unread(conn)
+        problem = rows.told(unread) or None
+        tables = [table for table in pipeline.tables().values() if table.name not in unread]
+        if not tables:
+            return Found(by_id, [], False, problem)
+        listing = jobs.any_row(conn, settings, tables, None)
         try:
             of_tenant = db.execute(conn, SHORT + listing.sql, given).fetchall()
         except psycopg2.errors.QueryCanceled:
             return Found(by_id, [], False, "Looking for a tenant took too long: give an id.")
         except (UnicodeError, ValueError):
-            return Found(by_id, [], False, None)
-        return Found(by_id, of_tenant[:MOST_ROWS], len(of_tenant) > MOST_ROWS, None)
+            return Found(by_id, [], False, problem)
+        return Found(by_id, of_tenant[:MOST_ROWS], len(of_tenant) > MOST_ROWS, problem)
 
     return looks.look(("search", asked), read)
