@@ -119,10 +119,10 @@ def resting(
     conn, row: Any, owed: list, calling: list, below: list[dict], unread: Mapping[str, str]
 ) -> dict[tuple, Any]:
     """By (table, id): why this row and the rows that belong to it rest, as far as that can be read
-    in time.
+    in time. Not of a row that cannot be read: its way out depends on the state that it is in.
     """
     ids = [(child.table_name, child.job_id) for of in below for child in of["rows"]]
-    if not (owed or calling) and rows.is_readable(row):
+    if not (owed or calling or row.is_unread) and rows.is_readable(row):
         ids.append((row.table_name, row.key))
     if not ids:
         return {}

@@ -196,6 +196,15 @@ def test_verify_tells_which_table_is_locked(variants, command, api):
     assert problems(done) == [(locked, "./jsl verify, once more")]
 
 
+ACCEPTED_YESTERDAY = """
+WITH owed AS (DELETE FROM stage_calls RETURNING *)
+INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, stage, worker, started_at,
+                            finished_at, outcome)
+SELECT job_id, table_name, call_id, 1, stage, '', now(), now() - interval '1 day', 'succeeded'
+FROM owed
+"""
+
+
 def test_role_that_may_not_read_another_table_sees_the_others(variants, command, make_role):
     job, role = variants.database.add_job("vlm_analyze", "failed"), make_role(variants.database)
     variants.database.rows(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role};"
@@ -206,6 +215,11 @@ def test_role_that_may_not_read_another_table_sees_the_others(variants, command,
                         ("audit",): "as far as could be read"}.items():  # fmt: skip
         done = command(*args, DB_USER=role, DB_PASSWORD=role)
         assert done.refused(1) == said and shown in done.out
+    [variant] = variants.add(job, "img_gen", "done")
+    variants.database.rows(ACCEPTED_YESTERDAY)
+    assert "accepted by the stage" in command("job", variant).out
+    done = command("job", variant, DB_USER=role, DB_PASSWORD=role)
+    assert done.refused(1) == said and "accepted by the stage" not in done.out
 
 
 def test_metrics_watch_the_triggers_of_every_table(variants, command):
