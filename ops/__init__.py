@@ -178,7 +178,9 @@ OURS = re.compile(
 def missing(error: psycopg2.Error) -> str:
     """A table or function that is not there: ours, or one of the application's."""
     line = first_line(error)
-    return f"{line}: {INSTALL}" if OURS.search(line) else f"the database refused: {line}"
+    if OURS.search(line):
+        return f"{line}: {INSTALL}"
+    return f"the database refused: {line}: {JSL} verify"
 
 
 def not_utf8(error: UnicodeEncodeError) -> str:

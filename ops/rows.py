@@ -210,7 +210,7 @@ def unreadable(conn) -> dict[str, psycopg2.Error]:
         db.execute(conn, READ, {"tables": [table] if table else tables})
 
     _, failed = db.in_parts(conn, ask, tables, limit=math.inf)
-    return {table: error for table, error in failed.items() if table}
+    return {table: failed[table] for table in tables if table in failed}
 
 
 def unread(conn) -> dict[str, str]:
@@ -222,6 +222,7 @@ def unread(conn) -> dict[str, str]:
 MENDS: dict[type[psycopg2.Error], str] = {
     psycopg2.errors.InsufficientPrivilege: GRANTS,
     psycopg2.errors.UndefinedColumn: f"{pipeline.JSL} verify",
+    psycopg2.errors.UndefinedTable: f"{pipeline.JSL} verify",
 }
 
 

@@ -120,11 +120,19 @@ def test_rows_of_a_table_that_cannot_be_read_are_not_known_and_those_of_others_a
     assert (found.of("up"), readable) == (1, [1, 0])
 
 
-# How jobs_variants becomes unreadable, and what the commands say of it.
+# How jobs_variants becomes unreadable, and what the commands say of it and advise.
 UNREADABLE = {
-    "column renamed": ("ALTER TABLE jobs_variants RENAME status TO state", "column r.status does"),
-    "table renamed": ("ALTER TABLE jobs_variants RENAME TO x", "public.jobs_variants"),
-    "locked": ("BEGIN; LOCK TABLE jobs_variants", "is locked by server process"),
+    "column renamed": (
+        "ALTER TABLE jobs_variants RENAME status TO state",
+        "column r.status does",
+        "./jsl verify",
+    ),
+    "table renamed": (
+        "ALTER TABLE jobs_variants RENAME TO x",
+        "public.jobs_variants",
+        "./jsl verify",
+    ),
+    "locked": ("BEGIN; LOCK TABLE jobs_variants", "is locked by server process", "try again"),
 }
 
 
@@ -132,7 +140,7 @@ UNREADABLE = {
 def test_commands_show_what_they_can_of_the_tables_that_can_be_read(
     variants, command, tmp_path, made
 ):
-    sql, reason = UNREADABLE[made]
+    sql, reason, mend = UNREADABLE[made]
     job, page = variants.database.add_job("vlm_analyze", "failed"), tmp_path / "report.html"
     [variant] = variants.add(job, "img_gen", "done")
     variants.database.rows("UPDATE stage_calls SET due_at = 'infinity', last_error = 'HTTP 500'")
@@ -143,6 +151,9 @@ def test_commands_show_what_they_can_of_the_tables_that_can_be_read(
             ("jobs", "--stage", "vlm_analyze"), ("job", job),
             ("job", variant), ("report", "--out", str(page), "--job", job), ("audit",),
         ]}  # fmt: skip
+        refused = {name: command(name, variant).refused(1) for name in ("again", "retry")}
+    for said in (shown["jobs",].err, *refused.values()):
+        assert reason in said and said.rstrip().endswith(": " + mend), said
     for args, done in shown.items():
         assert done.code == 1 and "jobs_variants" in done.err, (args, done)
         assert done.err.count(reason) == 1, (args, done)
@@ -193,6 +204,10 @@ def test_verify_tells_which_table_is_locked(variants, command, api):
         other.cursor().execute("BEGIN; LOCK TABLE jobs_variants")
         done = command("verify", api=api)
         locked = f"jobs_variants is locked by server process {other.info.backend_pid}"
+        assert problems(done) == [(locked, "./jsl verify, once more")]
+        other.cursor().execute("ROLLBACK; BEGIN; LOCK TABLE jobs")
+        done = command("verify", api=api)
+    locked = locked.replace("jobs_variants", "jobs")
     assert problems(done) == [(locked, "./jsl verify, once more")]
 
 

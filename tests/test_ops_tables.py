@@ -811,7 +811,7 @@ def test_backfill_takes_no_call_of_another_join_for_that_of_a_join(
 def test_table_that_the_application_dropped_is_not_said_to_be_ours(variants, run):
     variants.database.rows("DROP TABLE jobs_variants")
     refused = run("jobs").refused(1)
-    said = 'relation "public.jobs_variants" does not exist'
+    said = 'relation "public.jobs_variants" does not exist: ./jsl verify'
     assert refused == f"jobs_variants cannot be read: {said}"
     variants.database.rows("DROP TABLE stage_attempts CASCADE")
     assert run("jobs", "--since", "1h", "--table", "jobs").refused(1) == (
