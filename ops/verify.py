@@ -224,9 +224,10 @@ def check_columns(conn, settings) -> str:
 
 def check_locks(conn, settings) -> None:
     """The application's tables that are locked. Why else one cannot be read, other checks say."""
-    locked = [Bad(rows.locked(conn, table), ONCE_MORE)
-              for table, error in rows.unreadable(conn).items()
-              if isinstance(error, psycopg2.errors.LockNotAvailable)]  # fmt: skip
+    said = [rows.locked(conn, table) for table, error in rows.unreadable(conn).items()
+            if isinstance(error, psycopg2.errors.LockNotAvailable)]  # fmt: skip
+    # Where the table of its parents is locked, a table cannot be read either.
+    locked = [Bad(one, ONCE_MORE) for one in dict.fromkeys(said)]
     if locked:
         raise Bad(str(locked[0]), ONCE_MORE, locked[1:])
 
