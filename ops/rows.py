@@ -253,7 +253,13 @@ def find(
     require_table(conn, table)
     key = key_of(conn, id_)
     given = {"key": key, "table": table, "unread": [*unread]}
-    places = db.execute(conn, PLACES, given).fetchall()
+    try:
+        places = db.execute(conn, PLACES, given).fetchall()
+    except db.ConnectionLost:
+        raise
+    except psycopg2.Error:
+        require_choice(conn, key, table)
+        raise
     known = known_of(places)
     if not known and unread:
         raise Problem(f"{key} is in no table that can be read; {told(unread)}")
@@ -270,6 +276,15 @@ def find(
         options = " or ".join(f"--table {name}" for name in names)
         raise Problem(f"{key} is in {' and in '.join(names)}: give {options}")
     return known[0]
+
+
+def require_choice(conn, key: str, table: str | None) -> None:
+    """Raises Problem where no `table` was given, and some can be read and some cannot."""
+    found = {} if table else unread(conn)
+    readable = [name for name in pipeline.tables() if name not in found]
+    if found and readable:
+        options = " or ".join(f"--table {name}" for name in readable)
+        raise Problem(f"{told(found)}; if {key} is in another one, give {options}")
 
 
 def known_of(places: list) -> list:
