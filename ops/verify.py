@@ -1,5 +1,6 @@
 """`verify`: checks everything the listener needs; a line each, with the command that mends it."""
 
+import math
 import select
 import shutil
 import sys
@@ -223,8 +224,14 @@ def check_columns(conn, settings) -> str:
 
 
 def check_locks(conn, settings) -> None:
-    """The application's tables that are locked. Why else one cannot be read, other checks say."""
-    said = [rows.locked(conn, table) for table, error in rows.unreadable(conn).items()
+    """The tables that are locked. Why else one cannot be read, other checks say."""
+
+    def ask(conn, table: str | None = None) -> None:
+        tables = [table] if table else NEEDED
+        db.execute(conn, ";".join(f"SELECT FROM {name} LIMIT 0" for name in tables))
+
+    _, ours = db.in_parts(conn, ask, NEEDED, limit=math.inf)
+    said = [rows.locked(conn, table) for table, error in (rows.unreadable(conn) | ours).items()
             if isinstance(error, psycopg2.errors.LockNotAvailable)]  # fmt: skip
     # Where the table of its parents is locked, a table cannot be read either.
     locked = [Bad(one, ONCE_MORE) for one in dict.fromkeys(said)]
