@@ -48,7 +48,7 @@ class Wire:
         """End the session on the server, and wait until this side notices."""
         with closing(self.watched.connect()) as other:
             other.autocommit = True
-            kill = "SELECT pg_terminate_backend(%s, 60000)"
+            kill = "SELECT pg_terminate_backend(%s)"
             other.cursor().execute(kill, [self.real.info.backend_pid])
         with suppress(psycopg2.Error):
             self.real.cursor().execute("SELECT")

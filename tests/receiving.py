@@ -53,6 +53,8 @@ class Site:
         """How many sessions of the stage there are."""
         return self.database.value(f"SELECT count(*) FROM {SESSIONS} AND {condition}")
 
-    def cut(self) -> None:
+    def cut(self, sessions: str = SESSIONS) -> None:
         """End every session of the stage, and wait until the server has let go of its locks."""
-        self.database.rows(f"SELECT pg_terminate_backend(pid, 60000) FROM {SESSIONS}")
+        ended = self.database.rows(f"SELECT pid, pg_terminate_backend(pid) FROM {sessions}")
+        gone = "SELECT count(*) = 0 FROM pg_stat_activity WHERE pid = ANY(%s)"
+        self.database.wait_for(gone, [session.pid for session in ended])

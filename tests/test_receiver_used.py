@@ -78,9 +78,8 @@ def test_driver_takes_works_repeats_and_recovers(site, kind):
     retried = site.request(lost)
 
     def work(job):
-        site.database.rows("SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE"
-                           " pid <> pg_backend_pid() AND datname = current_database()"
-                           " AND backend_type = 'client backend'")  # fmt: skip
+        site.cut("pg_stat_activity WHERE datname = current_database()"
+                 " AND pid <> pg_backend_pid() AND backend_type = 'client backend'")  # fmt: skip
         return site.work(job)
 
     assert site.run(retried, work).status == 200 and site.effects(lost) == 1

@@ -70,7 +70,7 @@ def test_a3_notifications_of_a_terminated_backend_are_a_lost_connection(database
 
 
 def test_a3_statement_on_a_terminated_backend_is_a_lost_connection(database, conn):
-    database.rows("SELECT pg_terminate_backend(%s, 10000)", conn.info.backend_pid)
+    database.rows("SELECT pg_terminate_backend(%s)", conn.info.backend_pid)
     for _ in range(2):  # the second time psycopg2 raises InterfaceError
         with pytest.raises(db.ConnectionLost):
             db.execute(conn, "SELECT 1")
