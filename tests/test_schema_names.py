@@ -282,6 +282,8 @@ def app(each_server, make_database, make_role):
     """A database whose jobs belongs to a role of the application's, and that role."""
     database = make_database(each_server, installed=False)
     owner = make_role(database)
+    # As PostgreSQL has it from 15 on.
+    database.rows("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
     database.rows(JOBS.format("int") + f"; ALTER TABLE jobs OWNER TO {owner}")
     return database, owner
 
