@@ -523,6 +523,18 @@ def make_role(make_database) -> Iterator[Callable[[Database], str]]:
 
 
 @pytest.fixture
+def login_with(make_role) -> Callable[[Database, str], dict[str, str]]:
+    """login_with(database, password): the settings of a new superuser, who has this password."""
+
+    def make(database: Database, password: str) -> dict[str, str]:
+        name = make_role(database)
+        database.rows(f"ALTER ROLE {name} SUPERUSER PASSWORD '{password}'")
+        return {"DB_USER": name, "DB_PASSWORD": password}
+
+    return make
+
+
+@pytest.fixture
 def api(database: Database) -> Iterator[StageApi]:
     """The stand-in stage API on `database`, answering at once."""
     with StageApi(database.dsn) as served:

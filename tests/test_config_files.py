@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import quote
 
 import commands
 import pytest
@@ -297,7 +298,8 @@ def test_file_in_another_encoding_is_one_line(tmp_path):
 
 def test_database_url_wins_over_host_and_name(database):
     where = database.environ
-    url = f"postgresql+asyncpg://{where['DB_USER']}@{where['DB_HOST']}:{where['DB_PORT']}"
+    login = f"{where['DB_USER']}:{quote(where['DB_PASSWORD'], safe='')}"
+    url = f"postgresql+asyncpg://{login}@{where['DB_HOST']}:{where['DB_PORT']}"
     settings = database.settings(
         DATABASE_URL=f"{url}/{database.name}", DB_HOST="nowhere.invalid", DB_NAME="nothing"
     )

@@ -60,10 +60,10 @@ def test_verify_says_that_connections_run_out(limited):
 def proxied(database):
     """A proxy, and settings with it as the first host and the server itself as the second."""
     with TcpProxy(database.environ) as proxy:
+        addresses = f"127.0.0.1,{database.environ['DB_HOST']}"
         ports = f"{proxy.settings['DB_PORT']},{database.environ['DB_PORT']}"
-        yield proxy, database.settings(DATABASE_URL=(
-            f"postgresql://{database.environ['DB_USER']}@/{database.name}"
-            f"?host=127.0.0.1,127.0.0.1&port={ports}"))  # fmt: skip
+        url = f"{database.dsn} host={addresses} port={ports}"
+        yield proxy, database.settings(DATABASE_URL=url)
 
 
 def test_host_that_takes_connections_and_drops_them_keeps_nobody_from_the_next(proxied, database):

@@ -63,10 +63,12 @@ def test_hostile_stage_stays_in_its_label(database):
     assert found.of("attempts_total", stage=hostile, outcome="failed") == 1
 
 
-def test_no_secret_and_no_data_of_a_job_is_written(database, run_command):
+def test_no_secret_and_no_data_of_a_job_is_written(database, run_command, login_with):
     job = database.add_job("planner", "done", "acme-tenant")
     database.rows("UPDATE stage_calls SET due_at = 'infinity', last_error = 'token s3cr3t-w0rd'")
-    done = run_command(database, "metrics", DB_PASSWORD="s3cr3t-w0rd", STAGE_API_TOKEN="t0ken-w0rd")
+    login = login_with(database, "s3cr3t-w0rd")
+    done = run_command(database, "metrics", STAGE_API_TOKEN="t0ken-w0rd", **login)
+    assert "job_state_listener_up 1" in done.lines
     for text in ("s3cr3t", "t0ken", "acme", job):
         assert text not in done.out + done.err
 

@@ -214,17 +214,17 @@ def test_metrics_are_those_of_the_command(database, site):
     assert Scraped(shown.text).of("up") == 1
 
 
-def test_metrics_keep_their_names_though_one_is_a_password(database, tmp_path):
-    with serving(database, tmp_path, DB_PASSWORD="listener") as site:
+def test_metrics_keep_their_names_though_one_is_a_password(database, tmp_path, login_with):
+    with serving(database, tmp_path, **login_with(database, "listener")) as site:
         assert Scraped(site.get("/metrics").text).keys() == scrape(database).keys()
 
 
-def test_row_whose_id_has_a_password_is_found(empty_database, run_command, tmp_path):
+def test_row_whose_id_has_a_password_is_found(empty_database, run_command, tmp_path, login_with):
     empty_database.rows("CREATE TABLE jobs (job_id text PRIMARY KEY, tenant_id text,"
                         " current_step text, status text)")  # fmt: skip
     run_command(empty_database, "install")
     empty_database.rows("INSERT INTO jobs VALUES ('s3cr3t-7', 't', 'planner', 'done')")
-    with serving(empty_database, tmp_path, DB_PASSWORD="s3cr3t") as site:
+    with serving(empty_database, tmp_path, **login_with(empty_database, "s3cr3t")) as site:
         shown = site.page("/job/s3cr3t-7").root
         assert shown.one("h1").text == "job ***-7" and "due now" in shown.text
 

@@ -124,7 +124,7 @@ URL_SECRET = "hunter2%2Fcorrect-horse"
 
 
 @pytest.fixture
-def secretive(database, serve, add_stage):
+def secretive(database, serve, add_stage, login_with):
     """The settings of a worker that has secrets, and a stage that cannot keep them."""
 
     def tell_tale(call):
@@ -135,10 +135,11 @@ def secretive(database, serve, add_stage):
 
     add_stage(tell_tale)
     url = serve(answering(OK)).url.replace("//", f"//user:{URL_SECRET}@")
-    where = database.environ
+    login = login_with(database, SECRET)
+    where = database.environ | login
     dsn = f"postgresql+asyncpg://{where['DB_USER']}:{URL_SECRET}@{where['DB_HOST']}"
     dsn += f":{where['DB_PORT']}/{where['DB_NAME']}"
-    return {"url": url, "DB_PASSWORD": SECRET, "DATABASE_URL": dsn}
+    return {"url": url, "DATABASE_URL": dsn, **login}
 
 
 def test_secrets_stay_out_of_log_and_history(database, caller, secretive):
