@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psycopg2
 import pytest
-from conftest import Database, Server, embedded_server
+from conftest import MAJORS, Database, Server, embedded_server
 from subscription import Subscription
 from waiting import (
     LISTENING,
@@ -19,7 +19,8 @@ from waiting import (
 
 from demo.stage_server import Answer
 
-OWN = {"max_notify_queue_pages": 8192, "max_prepared_transactions": 2}
+SMALL = {"max_notify_queue_pages": 8192} if MAJORS[0] >= 17 else {}
+OWN = SMALL | {"max_prepared_transactions": 2}
 DONE = "SELECT count(*) = %s FROM jobs WHERE current_step = 'vlm_judge' AND status = 'done'"
 OWED = (
     "INSERT INTO stage_calls (job_id, tenant_id, current_step, status, stage)"
@@ -35,7 +36,7 @@ USED = "SELECT pg_notification_queue_usage()"
 
 @pytest.fixture(scope="module")
 def notify_server() -> Iterator[Server]:
-    """A server with a notification queue of 64 MiB that no other test uses."""
+    """A server with a notification queue that no other test uses; of 64 MiB, where it can be."""
     with embedded_server(**OWN) as embedded:
         yield Server(embedded.settings(), embedded)
 
@@ -79,6 +80,7 @@ def pinned_queue(server, database) -> Iterator[None]:
 # --- a queue that fills --------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not SMALL, reason="PostgreSQL 17 has notification queues below 8 GiB")
 def test_b2_queue_that_fills_is_a_problem_that_verify_names(
     notify_server, database, api, run_command
 ):
