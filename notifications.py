@@ -149,8 +149,9 @@ class Hearing:
         if self.listens_lost < 2:
             self.listens_lost += 1
             try:
-                if is_told := can_hear(conn, self.settings):
+                if can_hear(conn, self.settings):
                     listen(conn)
+                    is_told = True
             except db.ConnectionLost:
                 raise
             except psycopg2.Error as error:

@@ -6,6 +6,7 @@ import json
 import threading
 from contextlib import closing, contextmanager
 
+import psycopg2
 import pytest
 from caller import logged
 from waiting import until, wait_until_idle
@@ -97,6 +98,18 @@ def test_what_one_pass_takes_is_bounded(lines_of, database):
         lambda: passes.append(len(notifications.hear(lines_of.conn))) or sum(passes) >= 2000, "all"
     )
     assert max(passes) * 7900 < notifications.ENOUGH_TEXT + 2**23
+
+
+def test_listener_whose_listen_is_refused_says_so_and_polls(database):
+    settings = database.settings()
+    with logged(settings) as output, closing(db.connect(settings)) as conn:
+        with pytest.raises(psycopg2.errors.DivisionByZero):
+            conn.cursor().execute("BEGIN; SELECT 1/0")  # what follows is refused
+        hearing = Hearing(settings)
+        hearing.listen(conn, silent=False)
+    [line] = output.getvalue().splitlines()
+    assert "알림이 전달되지 않음 (current transaction is aborted" in line
+    assert not hearing.is_told
 
 
 # --- a flood -------------------------------------------------------------------------------
