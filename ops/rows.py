@@ -444,11 +444,11 @@ def names(conn, table: Table) -> dict[str, str]:
         found["run_after"] = f"CASE WHEN {value} IS NOT NULL THEN least({value}, '9999-12-31') END"
     # A row without a tenant of its own has that of its parent, or of a row further up.
     of, alias = table, "r"
-    while not of.tenant and (parent := pipeline.tables().get(pipeline.parent_name(of) or "")):
-        above = f"above_{alias}"
+    while of.parent and not of.tenant:
+        parent, above = pipeline.tables()[pipeline.parent_name(of) or ""], f"above_{alias}"
         found["beside"] += (
             f" LEFT JOIN {quoted(parent.name)} AS {above}"
-            f" ON {above}.{quoted(parent.id)} = {alias}.{quoted(of.parent_column)}"
+            f" ON {above}.{quoted(parent.id)} = {alias}.{quoted(of.parent[1])}"
         )
         of, alias = parent, above
     if of.tenant:
