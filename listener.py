@@ -105,6 +105,7 @@ class Listener:
         self.accepted: OrderedDict[tuple, float] = OrderedDict()
         self.passed_over: set[Route] = set()  # of another PIPELINE; each was told once
         self.unclaimable: dict[str, str] = {}  # by stage: why no call of it can be claimed
+        self.asks_once_more = False  # for those, with `once`, before the end: a lock may be gone
         self.health = StageHealth(settings, self.alerts)
         self.join_look = JoinLook(once)
         self.move_look = MoveLook(settings, self.alerts, once)
@@ -167,7 +168,7 @@ class Listener:
         for failure in (self.refusal, self.join_look.failure, self.move_look.failure):
             if failure:
                 raise failure
-        if self.once and self.unclaimable:
+        if self.once and self.unclaimable and not self.signals.requested:
             raise psycopg2.Error(f"{self.told_unclaimable()} → {pipeline.JSL} verify")
         log.info("Job State Listener 중지됨: listener=%s", self.name)
 
@@ -416,6 +417,7 @@ class Listener:
         asked = {stage.stage for stage in wanted}
         self.unclaimable = {stage: why for stage, why in before.items() if stage not in asked}
         for stage, error in turn.unclaimable.items():
+            self.asks_once_more |= self.once and stage not in before
             self.unclaimable[stage] = why_unclaimable(conn, stage, error)
             if self.unclaimable[stage] != before.get(stage):
                 log.error("단계의 호출을 가져올 수 없음 (%.0f초마다 다시 시도): stage=%s %s",
@@ -509,6 +511,9 @@ class Listener:
             self.asks_when = self.is_ordered or now >= self.due_at
             self.look_at = self.due_at if now < self.due_at else math.inf
             self.nothing_due = not turn.claimed and self.join_look.at == math.inf
+            if self.nothing_due and self.asks_once_more and not self.workers.calls:
+                self.asks_once_more = self.nothing_due = False
+                self.look_at = self.sweep_at = 0.0
 
     def leaves_places(self, stage: str) -> bool:
         """Whether the pool of a claimed call may have more places, which it kept for this stage."""

@@ -297,38 +297,70 @@ def test_result_is_settled_though_no_call_can_be_claimed(database, two_tables):
     assert len(database.attempts(call.job_id)) == 1
 
 
-POOLED = """
+BESIDE = """
 from pipeline import Pool, limits
 from variants import VARIANTS, stage
 
-shared = limits(pool=Pool("gpu", 1))
-PIPELINE = {
-    VARIANTS("img_gen", "done"): shared(stage("yolo_detect")),
-    ("img_gen", "done"): shared(stage("vlm_analyze")),
-}
+limited = limits({})
+PIPELINE = {{
+    VARIANTS("img_gen", "done"): limited(stage("yolo_detect")),
+    ("img_gen", "done"): limited(stage("vlm_analyze")),
+}}
 """
+POOL, LOCK = 'pool=Pool("gpu", 1)', "BEGIN; LOCK TABLE jobs_variants"
+
+
+@pytest.fixture
+def beside(variants, api, run_command, tmp_path):
+    """beside(limits): the settings of a pipeline with a stage of each table, which answer 200."""
+
+    def install(limits: str) -> dict[str, str]:
+        (tmp_path / "beside.py").write_text(BESIDE.format(limits))
+        settings = {"PYTHONPATH": f"{tmp_path}:{ROOT / 'tests'}", "PIPELINE_MODULE": "beside"}
+        assert run_command(variants.database, "install", **settings).code == 0
+        for path in ("/vlm_analyze", "/yolo_detect"):
+            api.on(path, lambda _: Answer(200))
+        return settings
+
+    return install
 
 
 @pytest.mark.parametrize(
-    ("change", "why"),
-    [(RENAME, "column r.status does not exist"),
-     ("BEGIN; LOCK TABLE jobs_variants", "jobs_variants is locked by server process")],
+    ("change", "why", "limits"),
+    [(RENAME, "column r.status does not exist", POOL),
+     (RENAME, "column r.status does not exist", "timeout=9"),
+     (LOCK, "jobs_variants is locked by server process", POOL)],
 )  # fmt: skip
 def test_once_fails_where_a_table_cannot_be_read_after_all_other_calls(
-    variants, api, run_command, tmp_path, change, why
+    variants, api, run_command, beside, change, why, limits
 ):
-    (tmp_path / "pooled.py").write_text(POOLED)
-    settings = {"PYTHONPATH": f"{tmp_path}:{ROOT / 'tests'}", "PIPELINE_MODULE": "pooled"}
-    assert run_command(variants.database, "install", **settings).code == 0
+    settings = beside(limits)
     jobs = {variants.database.add_job() for _ in range(3)}
     variants.add(min(jobs), status="done")
-    api.on("/vlm_analyze", lambda _: Answer(200))
     with contextlib.closing(variants.database.connect()) as session:
         session.cursor().execute(change)
         done = run_command(variants.database, "run", "--once", api=api, **settings)
     assert done.code == 1 and {call.job_id for call in api.calls()} == jobs
     last = done.out.splitlines()[-1]
     assert f"no call can be claimed of yolo_detect: {why}" in last and last.endswith("jsl verify")
+
+
+def test_once_asks_again_before_its_end_for_what_was_locked(variants, api, listener, beside):
+    settings = beside(POOL)
+    job = variants.database.add_job()
+    variants.add(job, status="done")
+    with (
+        gate(api, "/vlm_analyze", Answer(200)) as opened,
+        contextlib.closing(variants.database.connect()) as session,
+    ):
+        session.cursor().execute(LOCK)
+        process = listener(variants.database, "run", "--once", api=api, **settings)
+        process.wait_for_line("단계의 호출을 가져올 수 없음")
+        wait_for_call(api, job)
+        session.cursor().execute("ROLLBACK")
+        opened.set()
+        assert process.wait() == 0
+    assert [call.path for call in api.calls()] == ["/vlm_analyze", "/yolo_detect"]
 
 
 REFUSE = """
