@@ -6,6 +6,7 @@ Each statement is a constant above the small function that runs it. All times ar
 import contextlib
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -591,6 +592,12 @@ def array(values: Iterable[Any]) -> str:
 
 
 ENCODER = json.JSONEncoder(ensure_ascii=False)
+BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
+
+
+def escaped(letters: re.Match) -> str:
+    """As JSON writes them in ASCII: the commands show such letters again (logs.readable)."""
+    return json.dumps(letters[0])[1:-1]
 
 
 def as_json(conn, results: Sequence[Result]) -> str:
@@ -603,7 +610,8 @@ def as_json(conn, results: Sequence[Result]) -> str:
         # The traceback is for the log alone: it may hold text that no database takes.
         row = vars(result) | {"free": int(result.free), "trace": None}
         if result.error is not None:
-            error = result.error.encode("utf-8" if utf8 else "ascii", "backslashreplace").decode()
+            error = result.error if utf8 else BEYOND_ASCII.sub(escaped, result.error)
+            error = error.encode("utf-8", "backslashreplace").decode()
             row["error"] = error.replace("\0", "\\0")
         rows.append(row)
     return ENCODER.encode(rows)

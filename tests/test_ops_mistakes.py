@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import commands
 import pytest
-from claims import connected
+from claims import claim, connected, result, settle
 from click.testing import CliRunner
 
 import listener as program
@@ -334,6 +334,13 @@ def latin1(server, make_database):
 def test_letter_that_the_database_lacks_is_no_fault_of_an_id(latin1, typed):
     refused = commands.run_here(latin1.environ, *typed.split()).refused(1)
     assert refused.startswith("the database refused: character with byte sequence ")
+
+
+def test_error_with_a_letter_that_the_database_lacks_is_shown_and_found(latin1):
+    with connected(latin1) as conn:
+        settle(conn, result(claim(conn), "failed", error="caf\u00e9 \U0001f600: 메모리"))
+    assert "given up: café 😀: 메모리" in commands.run_here(latin1.environ, "job", "7").out
+    assert "7 " in commands.run_here(latin1.environ, "retry", "--error", "café").out
 
 
 def test_id_with_a_letter_that_the_database_lacks_is_no_id(latin1):
