@@ -119,7 +119,7 @@ def resting(
     conn, row: Any, owed: list, calling: list, below: list[dict], unread: Mapping[str, str]
 ) -> dict[tuple, Any]:
     """By (table, id): why this row and the rows that belong to it rest, as far as that can be read
-    in time. Not of a row that cannot be read: its way out depends on the state that it is in.
+    in time. Nothing of `row` itself where it cannot be read: its way out depends on its state.
     """
     ids = [(child.table_name, child.job_id) for of in below for child in of["rows"]]
     if not (owed or calling or row.is_unread) and rows.is_readable(row):
@@ -345,11 +345,11 @@ def misspelt(row: Any) -> str:
     near = [state for state in states if folded(state) == folded(own)]
     if not near or own in near:
         return ""
-    return plain("; PIPELINE does not know this state, but ({}, {})".format(*near[0]))
+    return plain("; PIPELINE has no such state: is ({}, {}) meant?".format(*near[0]))
 
 
 def folded(state: tuple[str | None, str | None]) -> list[str]:
-    return [str(word).strip().lower() for word in state]
+    return [(word or "").strip().lower() for word in state]
 
 
 def wait_line(stage: str, waiting: waits.Waits) -> str:
@@ -383,13 +383,13 @@ def rest_line(row: Any, why: Any, above: list[dict]) -> str:
     text = f"rests{since}: {plain(reason)}"
     back = one_line(way_out(row, why, above))
     if why.reason.startswith(NEVER_RECORDED):
-        back = first(row, why.stage) + back
+        back = wait_first(row, why.stage) + back
     return f"{text}; to call {why.stage} again: {back}"
 
 
-def first(row: Any, stage: str) -> str:
+def wait_first(row: Any, stage: str) -> str:
     """What to wait for before `stage` is called: somebody else may have called it."""
-    return rows.first(row) if row.current_step == stage else ""
+    return rows.wait_first(row) if row.current_step == stage else ""
 
 
 def one_line(text: str) -> str:
@@ -402,7 +402,7 @@ def join_line(row: Any, join: dict[str, Any], dropped: Any) -> str:
     if join["owes"]:
         return text + f"owes {owes(row, join['owes'])}"
     again = rows.way_to_join(row, join["join"], join["stage"])
-    back = first(row, join["stage"]) + one_line(again)
+    back = wait_first(row, join["stage"]) + one_line(again)
     if join["recorded_at"] and not join["is_open"]:  # its rows may have moved on since
         is_complete = 0 < join["rows"] == join["in_place"]
         there = f"all {join['rows']} are there; " if is_complete else ""

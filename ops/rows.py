@@ -15,6 +15,7 @@ import pipeline
 from ops import migrations
 from ops.problem import GRANTS, INSTALL, Problem, first_line
 from ops.stage import StageName
+from ops.tables import tenant_columns
 from pipeline import Route, Table
 
 # --- on the command line -------------------------------------------------------------------
@@ -258,7 +259,7 @@ def find(
     except db.ConnectionLost:
         raise
     except psycopg2.Error:
-        require_choice(conn, key, table)
+        ask_for_table(conn, key, table)
         raise
     known = known_of(places)
     if not known and unread:
@@ -278,13 +279,13 @@ def find(
     return known[0]
 
 
-def require_choice(conn, key: str, table: str | None) -> None:
+def ask_for_table(conn, key: str, table: str | None) -> None:
     """Raises Problem where no `table` was given, and some can be read and some cannot."""
     found = {} if table else unread(conn)
     readable = [name for name in pipeline.tables() if name not in found]
     if found and readable:
         options = " or ".join(f"--table {name}" for name in readable)
-        raise Problem(f"{told(found)}; if {key} is in another one, give {options}")
+        raise Problem(f"{told(found)}; if {key} is a row of another table, give {options}")
 
 
 def known_of(places: list) -> list:
@@ -443,16 +444,16 @@ def names(conn, table: Table) -> dict[str, str]:
         value = f"r.{quoted(table.run_after)}"
         found["run_after"] = f"CASE WHEN {value} IS NOT NULL THEN least({value}, '9999-12-31') END"
     # A row without a tenant of its own has that of its parent, or of a row further up.
-    of, alias = table, "r"
-    while of.parent and not of.tenant:
+    of, alias, tenants = table, "r", tenant_columns(conn)
+    while of.parent and not tenants[of.name]:
         parent, above = pipeline.tables()[pipeline.parent_name(of) or ""], f"above_{alias}"
         found["beside"] += (
             f" LEFT JOIN {quoted(parent.name)} AS {above}"
             f" ON {above}.{quoted(parent.id)} = {alias}.{quoted(of.parent[1])}"
         )
         of, alias = parent, above
-    if of.tenant:
-        found["tenant"] = f"{alias}.{quoted(of.tenant)}::text"
+    if tenant := tenants[of.name]:
+        found["tenant"] = f"{alias}.{quoted(tenant)}::text"
     return found
 
 
@@ -503,7 +504,7 @@ def way_to_join(row: Any, join: str, stage: str) -> str:
     return typed("again", row, *(["--join", join] if len(leading) > 1 else ["--stage", stage]))
 
 
-def first(row: Any) -> str:
+def wait_first(row: Any) -> str:
     """What to wait for before a row is sent back by hand: its stage may still be at it."""
     is_running = row.status == "running" and row.current_step in pipeline.stage_names()
     after = f"once this has lasted longer than the timeout of {row.current_step}, "

@@ -956,7 +956,9 @@ def test_row_of_a_row_is_found_by_the_tenant_of_the_job_above(database, use_pipe
         assert (crop["table_name"], crop["tenant_id"]) == ("crops", "tenant")
 
 
-def test_row_with_a_tenant_of_its_own_is_called_with_it(database, use_pipeline):
+def test_row_with_a_tenant_of_its_own_is_called_with_it_and_found_by_it(
+    database, use_pipeline, tmp_path
+):
     use_pipeline(PIPELINE)
     install(database, TABLE, "ALTER TABLE jobs_variants ADD tenant_id text")
     job = database.add_job("img_gen", "queued")
@@ -965,3 +967,6 @@ def test_row_with_a_tenant_of_its_own_is_called_with_it(database, use_pipeline):
     with connected(database) as conn:
         [row] = claim_many(conn, 1, stages=["yolo_detect"]).claimed
     assert (row.tenant_id, row.parent_id) == ("its own", job)
+    environ = database.environ | {"HEARTBEAT_DIR": str(tmp_path)}
+    done = commands.run_here(environ, "jobs", "--json", "--tenant", "its own")
+    assert [found["tenant_id"] for found in json.loads(done.out)["jobs"]] == ["its own"]

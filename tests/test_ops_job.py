@@ -95,7 +95,7 @@ def test_job_that_never_owed_anything(database, run_command):
 def test_job_names_the_state_that_a_misspelt_one_was_meant_to_be(database, run_command):
     job = database.add_job("planner", "Done ")
     [_, owes] = run_command(database, "job", job).lines
-    assert owes == "owes: nothing; PIPELINE does not know this state, but (planner, done)"
+    assert owes == "owes: nothing; PIPELINE has no such state: is (planner, done) meant?"
 
 
 @pytest.mark.parametrize("command", ["job", "retry", "call", "cancel"])

@@ -153,7 +153,7 @@ def test_commands_show_what_they_can_of_the_tables_that_can_be_read(
         ]}  # fmt: skip
         refused = [command("again", *args).refused(1)
                    for args in [(job,), ("--table", "jobs_variants", variant)]]  # fmt: skip
-    choice = f"; if {job} is in another one, give --table jobs"
+    choice = f"; if {job} is a row of another table, give --table jobs"
     assert refused[0].endswith(choice)
     for said in (shown["jobs",].err, refused[0].removesuffix(choice), refused[1]):
         assert reason in said and said.rstrip().endswith(": " + mend), said
