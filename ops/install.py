@@ -445,6 +445,15 @@ def install(
     if "table jobs" in before and routes.keys() - before_routes.keys():
         click.echo("  note: rows that are in a new state already, or come to it in a transaction "
                    f"that is open, owe no call: {pipeline.JSL} backfill")  # fmt: skip
+    elif (
+        before_routes
+        and version == migrations.LATEST
+        and any(
+            name.startswith("trigger ") and (name in off or name not in before) for name in there
+        )
+    ):
+        click.echo("  note: rows that changed while a trigger was missing or disabled owe no call: "
+                   f"{pipeline.JSL} backfill")  # fmt: skip
     if applied.unread:
         click.echo(
             "  note: our tables are for their owner alone, whatever ALTER DEFAULT "

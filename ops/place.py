@@ -66,8 +66,8 @@ WHERE f.proname = 'notify_job_state_change' AND t.tgparentid = 0
 ORDER BY c.oid LIMIT 1
 """
 
-# Tables that are what we need of jobs, in schemas that the search path does not find: it passes
-# over those that the role may not use.
+# Tables called jobs with two of the columns that we need, where the search path finds none: it
+# passes over schemas that the role may not use.
 ELSEWHERE = """
 SELECT quote_ident(n.nspname) AS schema, has_schema_privilege(n.oid, 'USAGE') AS may_use,
        quote_ident(current_user) AS role, quote_ident(session_user) AS login,
@@ -126,17 +126,16 @@ def misplaced(conn) -> Iterator[str]:
 
 def elsewhere(conn) -> Iterator[tuple[str, str]]:
     """Where there is a jobs that this role does not find, and what to do about it."""
+    other = "if another table is meant, create it as jobs yourself; else"
     for found in db.execute(conn, ELSEWHERE):
         if not found.may_use:
             what = f"jobs is in schema {found.schema}, which role {found.role} may not use"
-            yield what, f"GRANT USAGE ON SCHEMA {found.schema} TO {found.role}"
-            continue
-        path = ", ".join(filter(None, [found.schema, found.path]))
-        yield (
-            f"jobs is in schema {found.schema}, which is not on the search path of {found.login}",
-            f"ALTER ROLE {found.login} SET search_path = {path}; or create jobs yourself, if "
-            "another one is meant",
-        )
+            mend = f"GRANT USAGE ON SCHEMA {found.schema} TO {found.role}"
+        else:
+            what = f"jobs is in schema {found.schema}, which is not on {found.login}'s search path"
+            path = ", ".join(filter(None, [found.schema, found.path]))
+            mend = f"ALTER ROLE {found.login} SET search_path = {path}"
+        yield what, f"{other} {mend}"
 
 
 # Relations with our names in the schema of the table %(beside)s, or else of jobs. The views come

@@ -86,11 +86,19 @@ def test_install_again_keeps_everything(database, run_command):
     assert database.rows(OBJECTS) == before
 
 
-def test_install_says_that_it_enables_a_trigger_again(database, run_command):
-    database.rows("ALTER TABLE jobs DISABLE TRIGGER job_state_insert_trigger")
-    said = words(run_command(database, "install"))
-    assert said["trigger job_state_insert_trigger on jobs"] == "enabled"
+@pytest.mark.parametrize(
+    ("lost", "word"),
+    [("ALTER TABLE jobs DISABLE TRIGGER job_state_insert_trigger", "enabled"),
+     ("DROP TRIGGER job_state_insert_trigger ON jobs", "created")],
+)  # fmt: skip
+def test_install_says_that_it_enables_a_trigger_again(database, run_command, lost, word):
+    database.rows(lost)
+    done = run_command(database, "install")
+    said = words(done)
+    assert said["trigger job_state_insert_trigger on jobs"] == word
     assert said["trigger job_state_change_trigger on jobs"] == "kept"
+    note = "rows that changed while a trigger was missing or disabled owe no call: ./jsl backfill"
+    assert note in done.out and note not in run_command(database, "install").out
     assert database.owed(database.add_job("img_gen", "done"))
 
 
@@ -188,12 +196,13 @@ def test_jobs_that_the_search_path_does_not_find_get_no_second_beside_them(
     for what, mend in [
         (f"jobs is in schema app, which role {role} may not use",
          f"GRANT USAGE, CREATE ON SCHEMA app TO {role}"),
-        (f"jobs is in schema app, which is not on the search path of {role}",
+        (f"jobs is in schema app, which is not on {role}'s search path",
          f'ALTER ROLE {role} SET search_path = app, "$user", public'),
     ]:  # fmt: skip
         assert run_command(empty_database, "install", **login).refused(1).startswith(what)
         verified = run_command(empty_database, "verify", **login).out
-        assert f"PROBLEM  {what} → " in verified and "table jobs is missing" not in verified
+        assert f"PROBLEM  {what} → if another" in verified
+        assert "table jobs is missing" not in verified
         empty_database.rows(mend)
     assert empty_database.rows(OBJECTS) == before
     assert "kept     table jobs" in run_command(empty_database, "install", **login).out
