@@ -143,7 +143,7 @@ DECLARE
         '(SELECT c.at FROM (SELECT CASE WHEN pg_typeof(updated_at) = ''timestamptz''::regtype'
         ' THEN (to_jsonb(updated_at) #>> ''{}'')::timestamptz END AS at'
         ' FROM %1$I.%2$I AS x WHERE x.%3$I = r.%3$I LIMIT 1) AS c WHERE c.at <= now())';
-    -- The tenant of a parent without one of its own: that of its own parent.
+    -- The tenant of a parent without one of its own: that of the nearest row above that has one.
     borrowed constant text := '(%I.stage_call_row(%L, '''', m.parent_id)).tenant_id #>> ''{}''';
     resting jsonb;
     joined  jsonb;

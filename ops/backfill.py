@@ -377,7 +377,8 @@ def state_of(route: Route) -> str:
 
 def say_kept(kept: Counter) -> None:
     unknown, cancelled = kept.pop(NO_TIME, 0), kept.pop("cancelled", 0)
-    again = f"to call it all the same: {pipeline.JSL} again --stage STAGE ID"
+    again = ("to call it all the same, where the stage is not at work: "
+             f"{pipeline.JSL} again --stage STAGE ID")  # fmt: skip
     if past := kept.pop("past it", 0):
         click.echo(f"left alone, as they are at the stage or past it: {past}; {again}")
     unseen = kept.pop("not seen", 0)

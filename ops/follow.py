@@ -197,7 +197,7 @@ class Follower:
                 what = "job" if row.table == JOBS else row.table
                 look_at = f"look with {pipeline.typed('job', row.table, row.key)}"
                 if not self.stays:
-                    look_at = "without --clean it stays, to be looked at"
+                    look_at = "to look at it, run test-job without --clean"
                 raise Problem(f"{what} {row.key} stalls at {stage}: {why}; {look_at}")
             if not (look.ahead or look.owed or look.calling or self.lost(look)):
                 stages = len({stage for _, stage in self.printed})

@@ -34,6 +34,7 @@ class Since(Time):
 
     def convert(self, value: Any, param, context) -> datetime:
         since = super().convert(value, param, context)
-        if since > datetime.now().astimezone():
-            self.fail(f"{since:%F %T} is still to come.", param, context)
+        now = datetime.now().astimezone()
+        if since > now:
+            self.fail(f"{since:%F %T %Z} is still to come: now it is {now:%T %Z}.", param, context)
         return since

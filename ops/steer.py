@@ -198,9 +198,10 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
     trigger.alert_failure(alerts, settled.result, settled.is_routed)
     alerts.close()
     if has_changed:
-        raise Problem(f"{rows.said(row)}: rows of its join have changed since the call to "
-                      f"{call.stage} was recorded; a running listener looks at it anew; where none "
-                      f"runs: {pipeline.JSL} run --once")  # fmt: skip
+        back = rows.way_to_join(row, claim.join_of, call.stage)
+        raise Problem(f"{rows.said(row)}: not called, as rows of its join have changed since the "
+                      f"call to {call.stage} was recorded; a running listener records it anew; "
+                      f"where none runs: {back}")  # fmt: skip
     if ended.outcome == "skipped":
         raise Problem(why_nothing_owed(conn, rows.find(conn, row.key, row.table_name), stage))
     return settled.result.outcome in ("succeeded", calls.TAKEN)

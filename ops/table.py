@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from logs import CONTROL, IN_JSON
-from logs import readable as readable
+from logs import readable as readable  # for all commands
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print it as JSON, for programs.")
 

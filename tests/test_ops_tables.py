@@ -417,8 +417,9 @@ def test_call_of_a_join_that_is_not_complete_any_more_is_made_once_it_is(variant
     assert variants.owed() == [("jobs", job, "ad_copy")]
 
 
+@pytest.mark.parametrize("is_by_hand", [False, True])
 def test_call_of_a_join_whose_rows_have_changed_is_left_to_the_look_at_them(
-    variants, run, accepting
+    variants, run, accepting, is_by_hand
 ):
     job = variants.database.add_job("x", "y")
     [variant] = variants.add(job, "iou_eval", "done")
@@ -426,10 +427,13 @@ def test_call_of_a_join_whose_rows_have_changed_is_left_to_the_look_at_them(
     variants.move(variant, "img_gen", "running")
     variants.finish(variant)
     refused = run("call", job, api=accepting).refused(1)
-    assert refused.startswith(f"job {job}: rows of its join have changed since the call to ad_copy")
-    assert refused.endswith("where none runs: ./jsl run --once")
+    assert refused.startswith(f"job {job}: not called, as rows of its join have changed")
+    assert refused.endswith(f"where none runs: ./jsl again --stage ad_copy {job}")
     assert (accepting.requests, variants.owed()) == ([], [])
-    look(variants.database)
+    if is_by_hand:
+        assert run("again", "--stage", "ad_copy", job).code == 0
+    else:
+        look(variants.database)
     assert variants.owed() == [("jobs", job, "ad_copy")]
     assert run("call", job, api=accepting).code == 0
     look(variants.database)
@@ -672,7 +676,7 @@ def test_backfill_promises_no_call_of_a_join_that_it_never_makes(variants, run):
     assert seen.startswith("left out: 1 whose time is not known")
     assert seen.endswith("backfill without --since takes them")
     assert unseen.startswith("left out: 1 with all rows of a join, none of which was seen to come")
-    assert unseen.endswith("to call it all the same: ./jsl again --stage STAGE ID")
+    assert unseen.endswith("where the stage is not at work: ./jsl again --stage STAGE ID")
     assert run("backfill", "--apply").lines[-1] == "1 call recorded"
     assert variants.owed() == [("jobs", job, "ad_copy")]
 

@@ -136,7 +136,7 @@ def test_paused_stage_is_named_with_who_did_it(database, run_command, running):
     done = run_command(database, "test-job", "--timeout", "1.5", "--clean")
     assert done.code == 1
     assert re.search(r"stalls at vlm_analyze: held by \S+: new GPU", done.err)
-    assert "without --clean it stays" in done.err and "look with" not in done.err
+    assert "to look at it, run test-job without --clean" in done.err and "look with" not in done.err
     assert database.value("SELECT count(*) FROM jobs") == 0
 
 

@@ -198,7 +198,8 @@ def search(looks: Looks, settings: SimpleNamespace, asked: str) -> Found:
         try:
             of_tenant = db.execute(conn, SHORT + listing.sql, given).fetchall()
         except psycopg2.errors.QueryCanceled:
-            return Found(by_id, [], False, "Looking for a tenant took too long: give an id.")
+            slow = "Looking for a tenant took too long: give an id."
+            return Found(by_id, [], False, "; ".join(filter(None, [problem, slow])))
         except (UnicodeError, ValueError):
             return Found(by_id, [], False, problem)
         return Found(by_id, of_tenant[:MOST_ROWS], len(of_tenant) > MOST_ROWS, problem)
