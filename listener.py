@@ -105,7 +105,7 @@ class Listener:
         self.accepted: OrderedDict[tuple, float] = OrderedDict()
         self.passed_over: set[Route] = set()  # of another PIPELINE; each was told once
         self.unclaimable: dict[str, str] = {}  # by stage: why no call of it can be claimed
-        self.asks_once_more = False  # for those, with `once`, before the end: a lock may be gone
+        self.asked_again: set[str] = set()  # those that were asked for once more before the end
         self.health = StageHealth(settings, self.alerts)
         self.join_look = JoinLook(once)
         self.move_look = MoveLook(settings, self.alerts, once)
@@ -333,6 +333,7 @@ class Listener:
         self.plan(conn, turn, free, sweep)
         if turn.asked_at is None and free and wanted:  # not everything has been asked for
             self.look_at, self.nothing_due = min(self.look_at, now + AGAIN_EVERY), False
+        self.ask_once_more()
         return self.claimed(conn, turn, began)
 
     def look(self, conn: db.Connection, now: float, sweep: bool) -> None:
@@ -417,7 +418,6 @@ class Listener:
         asked = {stage.stage for stage in wanted}
         self.unclaimable = {stage: why for stage, why in before.items() if stage not in asked}
         for stage, error in turn.unclaimable.items():
-            self.asks_once_more |= self.once and stage not in before
             self.unclaimable[stage] = why_unclaimable(conn, stage, error)
             if self.unclaimable[stage] != before.get(stage):
                 log.error("단계의 호출을 가져올 수 없음 (%.0f초마다 다시 시도): stage=%s %s",
@@ -511,9 +511,15 @@ class Listener:
             self.asks_when = self.is_ordered or now >= self.due_at
             self.look_at = self.due_at if now < self.due_at else math.inf
             self.nothing_due = not turn.claimed and self.join_look.at == math.inf
-            if self.nothing_due and self.asks_once_more and not self.workers.calls:
-                self.asks_once_more = self.nothing_due = False
-                self.look_at = self.sweep_at = 0.0
+
+    def ask_once_more(self) -> None:
+        """With `once`, before the end: ask again for stages of which no call could be claimed, once
+        for each, as a lock may be gone.
+        """
+        left = self.unclaimable.keys() - self.asked_again
+        if self.once and self.nothing_due and left and not self.workers.calls:
+            self.asked_again |= left
+            self.sweep_at, self.nothing_due = 0.0, False
 
     def leaves_places(self, stage: str) -> bool:
         """Whether the pool of a claimed call may have more places, which it kept for this stage."""

@@ -345,8 +345,11 @@ def test_once_fails_where_a_table_cannot_be_read_after_all_other_calls(
     assert f"no call can be claimed of yolo_detect: {why}" in last and last.endswith("jsl verify")
 
 
-def test_once_asks_again_before_its_end_for_what_was_locked(variants, api, listener, beside):
-    settings = beside(POOL)
+@pytest.mark.parametrize("limits", [POOL, 'pool=Pool("gpu", 2)', "timeout=9"])
+def test_once_asks_again_before_its_end_for_what_was_locked(
+    variants, api, listener, beside, limits
+):
+    settings = beside(limits)
     job = variants.database.add_job()
     variants.add(job, status="done")
     with (
