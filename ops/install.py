@@ -398,6 +398,7 @@ def install(
     conn = db.connect(settings, "job-state-listener install")
     tables = pipeline.tables()
     before, off = set(objects(conn, tables)), disabled(conn)
+    took_updates_only = is_updates_only(conn)
     try:
         before_routes, version = known(conn), migrations.version(conn)
         paused = {row.stage for row in db.execute(conn, PAUSED)}
@@ -442,16 +443,12 @@ def install(
             f"  note: {name} has left PIPELINE: {pause}rows that it still works on come to "
             f"({name}, done): keep what follows from that until they are through"
         )
+    mended = [name for name in there
+              if name.startswith("trigger ") and (name in off or name not in before)]  # fmt: skip
     if "table jobs" in before and routes.keys() - before_routes.keys():
         click.echo("  note: rows that are in a new state already, or come to it in a transaction "
                    f"that is open, owe no call: {pipeline.JSL} backfill")  # fmt: skip
-    elif (
-        before_routes
-        and version == migrations.LATEST
-        and any(
-            name.startswith("trigger ") and (name in off or name not in before) for name in there
-        )
-    ):
+    elif mended and before_routes and version == migrations.LATEST and not took_updates_only:
         click.echo("  note: rows that changed while a trigger was missing or disabled owe no call: "
                    f"{pipeline.JSL} backfill")  # fmt: skip
     if applied.unread:

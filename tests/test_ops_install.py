@@ -102,6 +102,13 @@ def test_install_says_that_it_enables_a_trigger_again(database, run_command, los
     assert database.owed(database.add_job("img_gen", "done"))
 
 
+def test_install_that_takes_inserted_rows_again_sends_nobody_to_those_before(database, run_command):
+    assert run_command(database, "install", "--no-insert").code == 0
+    done = run_command(database, "install", "--insert")
+    assert words(done)["trigger job_state_insert_trigger on jobs"] == "created"
+    assert "backfill" not in done.out
+
+
 @pytest.mark.parametrize("id_type", ["bigint", "text"])
 def test_install_beside_existing_jobs_leaves_their_rows(empty_database, run_command, id_type):
     empty_database.rows(
