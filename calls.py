@@ -876,7 +876,7 @@ def settle_alone(conn, result: Result, done: Turn) -> None:
             raise
         reason = f"its result ({result.outcome}) cannot be recorded: {' '.join(str(error).split())}"
     log.error("결과를 기록할 수 없음: job=%s stage=%s %s", result.job_id, result.stage, reason)
-    ascii_only = reason.encode("ascii", "backslashreplace").decode()
+    ascii_only = BEYOND_ASCII.sub(escaped, reason)
     try:
         params = {"results": as_json(conn, [replace(result, error=ascii_only)])}
         given_up = execute(conn, SETTLE_WITHOUT_HISTORY, params).rowcount

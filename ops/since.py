@@ -36,5 +36,6 @@ class Since(Time):
         since = super().convert(value, param, context)
         now = datetime.now().astimezone()
         if since > now:
-            self.fail(f"{since:%F %T %Z} is still to come: now it is {now:%T %Z}.", param, context)
+            said = f"{since:%F %T %Z} is still to come: now it is {now:%F %T %Z}."
+            self.fail(said, param, context)
         return since
