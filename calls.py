@@ -847,7 +847,8 @@ def in_parts(
     return done
 
 
-# Settles a result whose row of the history cannot be written: removes the call, or gives it up.
+# Settles a call without writing to the history, where that fails: removes the call where it was
+# accepted or skipped, and gives it up otherwise.
 SETTLE_WITHOUT_HISTORY = f"""
 WITH result AS ({RESULTS}
 ), ended AS (

@@ -64,8 +64,8 @@ HEARTBEAT_MARGIN = 20.0
 CONNECTING = 100.0
 # How often to look whether a stage has let go of the row of a call that it has answered.
 AGAIN_EVERY = 1.0
-# For so many seconds, claims skip what was due before the last call that was claimed (see Wanted).
-# A call that was committed late waits that long at the most.
+# Claims skip calls that were due before the last claimed one (see Wanted), for so many seconds. A
+# call whose transaction commits late therefore waits at most that long.
 MARKED_FOR = 1.0
 # After a lost connection, a statement that was sent on it may still take effect for so long.
 DOUBTFUL = 600.0

@@ -92,7 +92,7 @@ EVENTS = {
 # Characters that JSON does not escape and that some terminals interpret.
 IN_JSON = {code: f"\\u{code:04x}" for code in CONTROL if code >= 127}
 
-# \uXXXX that is not preceded by a backslash, which would itself be an escaped one.
+# \uXXXX, but not \\uXXXX: there the backslash is the character that is escaped.
 ESCAPED = re.compile(r"(?<!\\)(?:\\u[0-9a-fA-F]{4})+")
 
 

@@ -143,11 +143,13 @@ def nothing_follows(row: Any, stage: str | None) -> str:
     """Why there is no call to record, and what there is to type."""
     at = f"{rows.said(row)} is at ({row.current_step}, {row.status})"
     if stage:
-        back = rows.wait_first(row) + pipeline.sent_back(row.table_name, row.key, stage)
+        back = rows.wait_first(row, row.current_step) + pipeline.sent_back(
+            row.table_name, row.key, stage
+        )
         return f"{at}, and {stage} does not follow from that" + f": {back}" * ("UPDATE " in back)
     joined = dict.fromkeys(joins_of(row).values())
     if row.current_step in pipeline.stage_names() and row.status != "done":
-        back = rows.wait_first(row) + rows.way_on(row, row.current_step)
+        back = rows.wait_first(row, row.current_step) + rows.way_on(row, row.current_step)
         return f"{at}, from which no stage follows: {back}"
     if joined:
         options = " or ".join(f"--stage {name}" for name in joined)

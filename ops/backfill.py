@@ -163,9 +163,9 @@ def statement(conn, sql: str, of: Table) -> str:
 # which join a call was of. stage_joins does, so an accepted call of the stage counts for this
 # join only where stage_joins has nothing of the parent, as it may be lost, or something of a join
 # that PIPELINE no longer has, which may be this one under another name. A parent that is already
-# at the stage, or at a later one, was called by somebody else; the route of a retry makes no stage
-# later. Where we have called it before, --since takes it, by its time: its last row may have
-# arrived once more, after that call.
+# at the stage, or at a later one, was called by somebody else. A stage is not later because a
+# retry of it, (stage, 'failed') to the same stage, stands after the join in PIPELINE. Where we have
+# called the join before, --since takes it by its time: its last row may have arrived once more.
 JOIN_MISSED = """
 WITH batch AS (
     SELECT {parent_id} AS id, r.current_step::text AS current_step, {parent_time} AS changed_at

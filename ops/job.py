@@ -383,13 +383,8 @@ def rest_line(row: Any, why: Any, above: list[dict]) -> str:
     text = f"rests{since}: {plain(reason)}"
     back = one_line(way_out(row, why, above))
     if why.reason.startswith(NEVER_RECORDED):
-        back = wait_first(row, why.stage) + back
+        back = rows.wait_first(row, why.stage) + back
     return f"{text}; to call {why.stage} again: {back}"
-
-
-def wait_first(row: Any, stage: str) -> str:
-    """What to wait for before `stage` is called: somebody else may have called it."""
-    return rows.wait_first(row) if row.current_step == stage else ""
 
 
 def one_line(text: str) -> str:
@@ -402,7 +397,7 @@ def join_line(row: Any, join: dict[str, Any], dropped: Any) -> str:
     if join["owes"]:
         return text + f"owes {owes(row, join['owes'])}"
     again = rows.way_to_join(row, join["join"], join["stage"])
-    back = wait_first(row, join["stage"]) + one_line(again)
+    back = rows.wait_first(row, join["stage"]) + one_line(again)
     if join["recorded_at"] and not join["is_open"]:  # its rows may have moved on since
         is_complete = 0 < join["rows"] == join["in_place"]
         there = f"all {join['rows']} are there; " if is_complete else ""

@@ -66,8 +66,8 @@ WHERE f.proname = 'notify_job_state_change' AND t.tgparentid = 0
 ORDER BY c.oid LIMIT 1
 """
 
-# Tables called jobs with two of the columns that we need, where the search path finds none: it
-# passes over schemas that the role may not use.
+# Tables named jobs that have current_step and status; none where the search path finds a jobs.
+# The search path leaves out schemas that the role may not use.
 ELSEWHERE = """
 SELECT quote_ident(n.nspname) AS schema, has_schema_privilege(n.oid, 'USAGE') AS may_use,
        quote_ident(current_user) AS role, quote_ident(session_user) AS login,
@@ -108,7 +108,7 @@ def misplaced(conn) -> Iterator[str]:
             f"{jobs.ours}.jobs, then install"
         )
     elif jobs.schema is None:
-        # A second jobs would stay empty, and nobody would be called for the rows of the first.
+        # Else install would make an empty table jobs, and rows of the existing one owe no call.
         yield from (f"{what}: {mend}" for what, mend in elsewhere(conn))
     elif jobs.schema and not jobs.is_table:
         yield "jobs is no table, and a view can have no trigger of ours" + (

@@ -22,7 +22,8 @@ FROM resting_rows()
 GROUP BY stage, kind
 """
 
-# How the two reasons begin that may be about the call of the row's own state, or that of a join.
+# Two reasons begin with these words. Either may be about the call that the row's own state owes, or
+# about that of a join.
 NEVER_RECORDED, ACCEPTED = "its call was never recorded", "accepted by the stage"
 
 

@@ -504,8 +504,8 @@ def way_to_join(row: Any, join: str, stage: str) -> str:
     return typed("again", row, *(["--join", join] if len(leading) > 1 else ["--stage", stage]))
 
 
-def wait_first(row: Any) -> str:
-    """What to wait for before a row is sent back by hand: its stage may still be at it."""
-    is_running = row.status == "running" and row.current_step in pipeline.stage_names()
-    after = f"once this has lasted longer than the timeout of {row.current_step}, "
-    return after if is_running else ""
+def wait_first(row: Any, stage: str) -> str:
+    """What to wait for before a person calls a stage again: `stage` may still work on the row."""
+    is_running = (row.current_step, row.status) == (stage, "running")
+    after = f"once this has lasted longer than the timeout of {stage}, "
+    return after if is_running and stage in pipeline.stage_names() else ""
