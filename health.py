@@ -7,6 +7,7 @@ from collections import OrderedDict, defaultdict
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+import db
 import trigger
 from alerts import Alerts
 from calls import TAKEN, Result
@@ -108,6 +109,15 @@ class StageHealth:
             revised.delay = max(revised.delay, ended.retry_after or 0.0)
         return revised
 
+    def revive(self, conn: db.Connection) -> None:
+        """Make calls due again that were given up, although the stage was at fault."""
+        for result in self.to_revive:
+            log.warning(
+                "포기한 호출을 되살림 (단계의 문제): job=%s stage=%s", result.job_id, result.stage
+            )
+            revive(conn, result)
+        self.to_revive = []
+
     def again(self, call: Call, ended: Result, outcome: str, **details) -> Result:
         """The same answer with another outcome."""
         revised = trigger.failure(call, outcome, ended.error or "", self.settings.RETRY_DELAY,
@@ -126,3 +136,17 @@ def note_refusal(health: Health, call: Call) -> bool:
     if len(health.suspects) > REMEMBERED:
         health.suspects.popitem(last=False)
     return before != health.accepted
+
+
+REVIVE = """
+UPDATE stage_calls SET due_at = now() + interval '1 second', free_attempts = free_attempts + 1
+WHERE (job_id, call_id) = (
+    SELECT job_id, call_id FROM stage_calls
+    WHERE job_id = %(job_id)s AND call_id = %(call_id)s AND due_at = 'infinity'
+    FOR UPDATE SKIP LOCKED)
+"""
+
+
+def revive(conn, result: Result) -> None:
+    """Make a call due again that was given up, though the fault was its stage's."""
+    db.execute(conn, REVIVE, {"job_id": result.job_id, "call_id": result.call_id})

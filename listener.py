@@ -18,38 +18,38 @@ import select
 import socket
 import sys
 import time
-from collections import Counter, OrderedDict
-from dataclasses import replace
-from datetime import datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
 
 import click
 import psycopg2
-from psycopg2.errors import LockNotAvailable
 
 import calls
 import config
 import db
+import failures
 import hosts
-import joins
 import logs
 import notifications
+import one_by_one
 import ops
 import pipeline
 import trigger
 from alerts import Alerts
-from calls import PAID, TAKEN, Claimed, Result, Turn, Wanted
+from calls import TAKEN, Result, Turn, Wanted
+from checks import Checks
+from claiming import Claiming, is_clock_set_back
 from health import StageHealth
 from heartbeat import Heartbeat
 from looks import JoinLook, MoveLook
-from ops.listeners import OTHER_PIPELINE, UNCLAIMABLE
-from ops.rows import TABLE, RowCommand, locked
+from ops.listeners import OTHER_PIPELINE
+from ops.rows import TABLE, RowCommand
 from ops.stage import StageName
 from orphans import reap_orphans
-from pipeline import Call, Pool, Route, Table
+from pipeline import Call
 from signals import Signals
 from trigger import boottime
+from unwritten import Unwritten
 from upkeep import Upkeep, reap, tell_timeouts
 from workers import Workers
 
@@ -64,21 +64,8 @@ HEARTBEAT_MARGIN = 20.0
 CONNECTING = 100.0
 # How often to look whether a stage has let go of the row of a call that it has answered.
 AGAIN_EVERY = 1.0
-# Claims skip calls that were due before the last claimed one (see Wanted), for so many seconds. A
-# call whose transaction commits late therefore waits at most that long.
-MARKED_FOR = 1.0
 # After a lost connection, a statement that was sent on it may still take effect for so long.
 DOUBTFUL = 600.0
-# Results are dropped after so many tries in a database that has no tables for them.
-LAST_TRIES = 100
-# Seconds until this listener claims a call again that only one with another PIPELINE can make.
-PASSED_OVER_FOR = 10.0
-# A sweep also claims calls that were never tried and are not due yet. One that is claimed so long
-# before it is due is a sign that the database's clock was set back. If the claim has only waited
-# for a lock, the look that follows finds nothing.
-EARLY = timedelta(seconds=1)
-# Accepted calls that are remembered, should a new primary have forgotten them.
-REMEMBERED = 10_000
 
 
 class Listener:
@@ -88,48 +75,27 @@ class Listener:
                  only: tuple[str, ...] = (), once: bool = False):  # fmt: skip
         self.settings, self.signals, self.once = settings, signals, once
         self.name = listener_name()
-        self.tables, self.limits = pipeline.tables(), pipeline.stage_limits(settings)
-        # The stages that are called, the one whose turn it is first.
-        self.order = [stage for stage in self.limits if not only or stage in only]
         self.heartbeat = Heartbeat(settings.HEARTBEAT_DIR, self.name)
         self.workers = Workers(settings, size, signals, self.heartbeat)
         self.alerts = Alerts(settings)
         self.hosts = hosts.Watch(settings)
         self.hearing = notifications.Hearing(settings)
-        self.upkeep = Upkeep(settings, self.order, self.name, self.alerts)
-
-        self.unwritten: list[Result] = []  # outlive the connection
-        self.locked: list[Result] = []  # recorded, but the stage still holds the row of the call
-        # By call_id and key: the attempt that an asynchronous stage has taken; the next one is made
-        # after its timeout. Infinity: a call that was accepted and is never repeated.
-        self.accepted: OrderedDict[tuple, float] = OrderedDict()
-        self.passed_over: set[Route] = set()  # of another PIPELINE; each was told once
-        self.unclaimable: dict[str, str] = {}  # by stage: why no call of it can be claimed
-        self.asked_again: set[str] = set()  # those that were asked for once more before the end
         self.health = StageHealth(settings, self.alerts)
+        self.claiming = Claiming(settings, self.health, only)
+        self.checks = Checks(settings, self.workers.trigger.routes)
+        self.unwritten = Unwritten(self.alerts)
         self.join_look = JoinLook(once)
         self.move_look = MoveLook(settings, self.alerts, once)
+        self.upkeep = Upkeep(settings, self.claiming.order, self.name, self.alerts)
 
-        # When the next turn does what, by time.monotonic().
-        self.look_at = 0.0  # claim calls that are due
-        self.sweep_at = 0.0  # claim, and look for what nobody has announced
+        # By time.monotonic().
         self.again_at = 0.0  # settle results of locked rows, give back doubtful claims
-        self.due_at = 0.0  # when the next call will be due, as far as is known
-        self.asks_when = False  # whether the database is to be asked for that
-        self.asked_at: datetime | None = None  # the database's time of the last claim
-        self.nothing_due = False
-        self.was_full = False  # the last claim found a call for every idle worker
-        self.marks: dict[str, Any] = {}  # by stage: when the last claimed call was due
-        self.marked_at = 0.0  # when `marks` were last dropped
-        self.is_ordered = pipeline.is_ordered()
-
         self.doubtful_until = -math.inf  # until then a claim of ours may exist that we do not know
         self.gives_back = False  # there is one: its call was released, or the row is locked
-        self.checked = False  # whether the database knows this PIPELINE
+        self.is_known = False  # whether the database is known to have this PIPELINE
         self.refusal: ops.Problem | None = None  # why this program must not go on
         self.has_obeyed = False  # the first request to stop
         self.reason, self.repeats = "", 0  # of the lost connection
-        self.last_tries = 0  # at settling results in a database that has no tables for them
         self.target: dict[str, str] | None = None  # where the last connection led
         self.is_waiting = False  # for a synchronous standby, and has said so
 
@@ -143,7 +109,7 @@ class Listener:
             psycopg2.Error: with `once`, which does not wait for better times.
         """
         log.info("Job State Listener 시작: listener=%s workers=%d stages=%s",
-                 self.name, self.workers.size, self.order)  # fmt: skip
+                 self.name, self.workers.size, self.claiming.order)  # fmt: skip
         try:
             while not self.finished():
                 lost: Exception | None = None
@@ -168,8 +134,8 @@ class Listener:
         for failure in (self.refusal, self.join_look.failure, self.move_look.failure):
             if failure:
                 raise failure
-        if self.once and self.unclaimable and not self.signals.requested:
-            raise psycopg2.Error(f"{self.told_unclaimable()} → {pipeline.JSL} verify")
+        if self.once and self.claiming.unclaimable and not self.signals.requested:
+            raise psycopg2.Error(f"{self.claiming.told_unclaimable()} → {pipeline.JSL} verify")
         log.info("Job State Listener 중지됨: listener=%s", self.name)
 
     def connect(self) -> db.Connection:
@@ -195,22 +161,23 @@ class Listener:
         log.info("PostgreSQL 연결 성공: %s:%s/%s", info.host, info.port, info.dbname)
         self.end_waiting(conn)
         announced = ops.announced(conn)
-        if not self.checked or announced is None:  # None: the database was made anew, for example
+        if not self.is_known or announced is None:  # None: the database was made anew, for example
             try:
                 ops.require_installed(conn)
             except ops.Problem as problem:
-                self.settle_last(conn, problem)
+                under_way = bool(self.workers.calls)
+                self.unwritten.settle_last(conn, self.name, problem, under_way)
                 raise
-        if not self.checked:
+        if not self.is_known:
             tell_timeouts(conn, pipeline.timeouts(self.settings))
-            self.checked = True
+            self.is_known = True
             if (left := hosts.connections_left(conn)) < hosts.FEW:
                 log.warning("남은 데이터베이스 연결이 %d개뿐", left)
         db.sign(conn, self.name)
         self.hearing.listen(conn, silent=announced == "nothing")
         self.workers.conn = conn
         self.give_back(conn)
-        self.look_at = self.sweep_at = 0.0
+        self.claiming.look_at = self.claiming.sweep_at = 0.0
 
     def end_waiting(self, conn: db.Connection) -> None:
         """End what is left of lost connections, and say that the database waits for a standby."""
@@ -229,7 +196,7 @@ class Listener:
                 claimed = self.settle_and_claim(conn)
             except psycopg2.Error as error:
                 if not isinstance(error, db.ConnectionLost):  # it must run though no turn succeeds
-                    self.upkeep.run(conn, self.unclaimable)
+                    self.upkeep.run(conn, self.claiming.unclaimable)
                 raise
             for call in claimed:
                 self.workers.give(call)
@@ -239,9 +206,9 @@ class Listener:
                 self.hearing.log()
                 for call in claimed:
                     trigger.log_begin(call)
-            self.ask_when(conn)
+            self.claiming.ask_when(conn)
             self.hosts.ping(conn)
-            self.upkeep.run(conn, self.unclaimable)
+            self.upkeep.run(conn, self.claiming.unclaimable)
             ready = self.wait(min(self.next_look, self.upkeep.next_run), conn)
             self.collect(ready)
             if conn in ready or conn.notifies:
@@ -268,33 +235,20 @@ class Listener:
             self.workers.start_missing()
             self.collect(self.wait(until))
 
-    def settle_last(self, conn: db.Connection, problem: ops.Problem) -> None:
-        """Settle the results that are left, before this listener ends with `problem`. Drop them
-        after LAST_TRIES in a database that has no tables for them.
-        """
-        self.unwritten, self.locked = self.unwritten + self.locked, []
-        self.tell_failed(conn)
-        try:
-            again = calls.in_parts(conn, self.unwritten, [], 0, self.name).unsettled
-            self.unwritten = [result for result in self.unwritten if result.call_id in again]
-        except db.ConnectionLost:
-            raise
-        except psycopg2.Error:
-            self.last_tries += 1
-            if self.last_tries >= LAST_TRIES and not self.workers.calls:
-                for result in self.unwritten:
-                    log.error("리스 만료 후 다시 확인됨: job=%s %s", result.job_id, problem)
-                self.unwritten = []
-
     @property
     def has_work(self) -> bool:
         """Whether there are calls under way, or results that are not written."""
-        return bool(self.workers.calls or self.unwritten)
+        return bool(self.workers.calls or self.unwritten.results)
 
     def finished(self) -> bool:
         if self.has_work:
             return False
         return self.is_stopping or (self.once and self.nothing_due)
+
+    @property
+    def nothing_due(self) -> bool:
+        """Whether nothing was found to be due, and no look at joins is to come."""
+        return self.claiming.nothing_due and self.join_look.at == math.inf
 
     @property
     def is_stopping(self) -> bool:
@@ -314,27 +268,34 @@ class Listener:
         while workers are idle.
         """
         now = time.monotonic()
-        if not self.unwritten and now < self.next_look:
+        if not self.unwritten.results and now < self.next_look:
             return []
         free = 0 if self.is_stopping else len(self.workers.idle)
-        sweep = free > 0 and now >= self.sweep_at
+        sweep = free > 0 and now >= self.claiming.sweep_at
         self.look(conn, now, sweep)
         if now >= self.again_at:
             self.again_at = now + AGAIN_EVERY
-            self.unwritten, self.locked = self.unwritten + self.locked, []
+            self.unwritten.retry_locked()
             if self.is_doubtful:
                 self.give_back(conn)
-        self.tell_failed(conn)
-        wanted, *others = self.wanted(free, now, sweep)
+        self.unwritten.tell_failed(conn)
+        wanted, *others = self.claiming.wanted(free, self.workers.calls, sweep)
         began = boottime()
         turn = self.ask(conn, wanted, free, sweep)
         self.settled(conn, turn)
         self.ask_others(conn, turn, others, free, sweep)
-        self.plan(conn, turn, free, sweep)
-        if turn.asked_at is None and free and wanted:  # not everything has been asked for
-            self.look_at, self.nothing_due = min(self.look_at, now + AGAIN_EVERY), False
-        self.ask_once_more()
-        return self.claimed(conn, turn, began)
+        if sweep and is_clock_set_back(turn):
+            self.upkeep.note_clock_set_back()
+        self.claiming.plan(conn, turn, wanted, free, self.sweep_interval if sweep else None)
+        if self.once and self.nothing_due and not self.workers.calls:
+            self.claiming.ask_again()
+        return self.to_make(conn, turn, began)
+
+    @property
+    def sweep_interval(self) -> float:
+        """Seconds. Without notifications, sweeps are the only way to hear of anything."""
+        settings = self.settings
+        return settings.SWEEP_INTERVAL if self.hearing.is_told else settings.POLL_INTERVAL
 
     def look(self, conn: db.Connection, now: float, sweep: bool) -> None:
         """Look at the parents of joins and at the moves of asynchronous calls, where it is time."""
@@ -345,125 +306,34 @@ class Listener:
             if now >= look.at:
                 look.run(conn)
 
-    def tell_failed(self, conn: db.Connection) -> None:
-        """Tell people of the calls that have failed: given up, or set failed by their stage."""
-        failures = [r for r in self.unwritten if r.outcome not in (*PAID, TAKEN) and not r.is_told]
-        is_routed = calls.failed_by_stage(conn, failures)
-        calls.note_cancelled(conn, failures)
-        for result in failures:
-            trigger.note_set_failed(result, is_routed)
-            trigger.alert_failure(self.alerts, result, is_routed)
-            result.is_told = result.outcome == "failed" or result.call_id in is_routed
-
-    def wanted(self, free: int, now: float, sweep: bool) -> list[list[Wanted]]:
-        """The stages to claim calls of, in their turn, and how many of each. They are as many
-        claims as it takes to have no two stages of a pool in one: each stage counts the free
-        places of its pool for itself.
-        """
-        if sweep or now - self.marked_at > MARKED_FOR:
-            self.marks, self.marked_at = {}, now
-        if not free:
-            return [[]]
-        under_way = self.workers.calls
-        held = Counter(self.limits[call.stage].pool for call in under_way)
-        claims: list[list[Wanted]] = [[]]
-        pools: set[Pool] = set()
-        for stage in self.order:
-            if stage in self.unclaimable and not sweep:
-                continue
-            limits = self.limits[stage]
-            if limits.pool and held[limits.pool] >= limits.pool.size:
-                continue
-            if most := self.health.most(stage, free, under_way):
-                if limits.pool in pools:
-                    claims.append([])
-                    pools = set()
-                if limits.pool:
-                    pools.add(limits.pool)
-                lease = limits.timeout + self.settings.LEASE_MARGIN
-                share = -(-free // len(self.order))
-                claims[-1].append(Wanted(stage, lease, most, share, limits.is_shared,
-                                         self.marks.get(stage), self.is_ordered,
-                                         waits=stage not in self.unclaimable))  # fmt: skip
-        return claims
-
     def ask(self, conn: db.Connection, wanted: list[Wanted], free: int, sweep: bool) -> Turn:
         """Settle what is unwritten and claim calls of these stages, in parts where that fails."""
+        results = self.unwritten.results
         try:
-            turn = calls.settle_and_claim(
-                conn, self.unwritten, wanted, free, self.name, sweep=sweep
-            )
+            turn = calls.settle_and_claim(conn, results, wanted, free, self.name, sweep=sweep)
         except db.ConnectionLost:
             raise
         except psycopg2.Error as error:
-            reason = ops.first_line(error)
-            is_told = self.unclaimable and isinstance(error, LockNotAvailable)
-            if not is_told and reason not in self.unclaimable.values():
-                log.warning("한 건씩 다시 시도: %s", reason)
-            turn = calls.in_parts(conn, self.unwritten, wanted, free, self.name)
+            if not self.claiming.is_known(error):
+                log.warning("한 건씩 다시 시도: %s", ops.first_line(error))
+            turn = one_by_one.settle_and_claim(conn, results, wanted, free, self.name)
             for given_up in turn.given_up:
-                trigger.alert_given_up(self.alerts, given_up)
-        self.note_unclaimable(conn, turn, wanted)
+                failures.tell_given_up(self.alerts, given_up)
+        self.claiming.note_unclaimable(conn, turn, wanted)
+        refusal = self.claiming.refused_all(turn)
+        if refusal and not (turn.claimed or results or self.once):
+            raise refusal  # with `once`, serve() fails at its end
         return turn
-
-    def note_unclaimable(self, conn: db.Connection, turn: Turn, wanted: list[Wanted]) -> None:
-        """Remember the stages of which no call can be claimed: only a sweep asks for them again, so
-        that they do not keep the others waiting.
-
-        Raises:
-            psycopg2.Error: that holds for all stages, so a new connection may help; but not where
-                a table is locked. Never with `once`: serve() fails at its end.
-        """
-        before = self.unclaimable
-        asked = {stage.stage for stage in wanted}
-        self.unclaimable = {stage: why for stage, why in before.items() if stage not in asked}
-        for stage, error in turn.unclaimable.items():
-            self.unclaimable[stage] = why_unclaimable(conn, stage, error)
-            if self.unclaimable[stage] != before.get(stage):
-                log.error("단계의 호출을 가져올 수 없음 (%.0f초마다 다시 시도): stage=%s %s",
-                          LONGEST_SLEEP, stage, self.unclaimable[stage])  # fmt: skip
-        if turn.claimed or self.unwritten:
-            return
-        refused = [error for error in turn.unclaimable.values()
-                   if not isinstance(error, LockNotAvailable)]  # fmt: skip
-        if refused and not self.once and len(self.unclaimable) == len(self.order):
-            raise refused[0]
-
-    def told_unclaimable(self) -> str:
-        """Of which stages no call can be claimed, and why; in the order of the pipeline, so that
-        all listeners say the same.
-        """
-        stages: dict[str, list[str]] = {}
-        for stage in self.limits:
-            if stage in self.unclaimable:
-                stages.setdefault(self.unclaimable[stage], []).append(stage)
-        said = (f"{', '.join(names)}: {why}" for why, names in stages.items())
-        return UNCLAIMABLE + "; ".join(said)
 
     def settled(self, conn: db.Connection, turn: Turn) -> None:
         """The results are in the database; those whose row is locked are settled again later."""
         self.reason, self.repeats, self.is_waiting = "", 0, False
-        again = set(turn.unsettled)
-        # Its hold, if any, has begun: settling it again must not lengthen it.
-        self.locked += [
-            replace(r, hold=False, was_locked=True) for r in self.unwritten if r.call_id in again
-        ]
-        if any(result.delay is not None for result in self.unwritten):
-            self.due_at = 0.0
-        if any(result.outcome == TAKEN for result in self.unwritten):
+        if any(result.delay is not None for result in self.unwritten.results):
+            self.claiming.due_at = 0.0
+        if any(result.outcome == TAKEN for result in self.unwritten.results):
             self.move_look.ask()  # the row may have moved on before
-        # Settle a result once more whose row was locked until now: its stage may have committed
-        # `failed` between tell_failed() and this settling.
-        self.unwritten = [
-            replace(r, was_locked=False) for r in self.unwritten
-            if r.was_locked and r.delay is not None and r.call_id not in again
-        ]  # fmt: skip
-        for result in self.health.to_revive:
-            log.warning(
-                "포기한 호출을 되살림 (단계의 문제): job=%s stage=%s", result.job_id, result.stage
-            )
-            calls.revive(conn, result)
-        self.health.to_revive = []
+        self.unwritten.settled(turn.unsettled)
+        self.health.revive(conn)
 
     def ask_others(
         self, conn: db.Connection, turn: Turn, others: list[list[Wanted]], free: int, sweep: bool
@@ -479,146 +349,31 @@ class Listener:
                     raise
                 turn.asked_at = None
         if turn.asked_at is None:
-            left = {wanted.stage for claim in others for wanted in claim}
-            self.order.sort(key=lambda stage: stage not in left)
+            self.claiming.put_first(others)
 
-    def plan(self, conn: db.Connection, turn: Turn, free: int, sweep: bool) -> None:
-        """When to look again."""
-        now = time.monotonic()
-        if sweep:
-            is_told, settings = self.hearing.is_told, self.settings
-            every = settings.SWEEP_INTERVAL if is_told else settings.POLL_INTERVAL
-            self.sweep_at, self.due_at = now + every, 0.0
-            asked_at = turn.asked_at
-            if asked_at and any(row.was_due_at > asked_at + EARLY for row in turn.claimed):
-                self.upkeep.note_clock_set_back()
-        if self.unclaimable:
-            self.sweep_at = min(self.sweep_at, now + LONGEST_SLEEP)
-        left = [row.stage for row in turn.claimed if self.leaves_places(row.stage)]
-        if left:
-            calls.wake_waiting(conn, left)
-        self.nothing_due = False
-        was_full, self.was_full = self.was_full, len(turn.claimed) >= free
-        if self.was_full:
-            self.look_at = 0.0  # there may be more, as soon as a worker is idle
-            if was_full and not sweep:
-                self.marks |= {row.stage: row.was_due_at for row in turn.claimed}
-        elif self.marks or left:
-            self.look_at, self.marks = 0.0, {}  # there may be something before the marks
-        else:
-            self.asked_at = turn.asked_at
-            # A new call may have to wait for its time, or for a rate.
-            self.asks_when = self.is_ordered or now >= self.due_at
-            self.look_at = self.due_at if now < self.due_at else math.inf
-            self.nothing_due = not turn.claimed and self.join_look.at == math.inf
-
-    def ask_once_more(self) -> None:
-        """With `once`, before the end: ask again for stages of which no call could be claimed, once
-        for each, as a lock may be gone.
-        """
-        left = self.unclaimable.keys() - self.asked_again
-        if self.once and self.nothing_due and left and not self.workers.calls:
-            self.asked_again |= left
-            self.sweep_at, self.nothing_due = 0.0, False
-
-    def leaves_places(self, stage: str) -> bool:
-        """Whether the pool of a claimed call may have more places, which it kept for this stage."""
-        pool = self.limits[stage].pool
-        return pool is not None and pool.linger is not None and pool.size > 1
-
-    def ask_when(self, conn: db.Connection) -> None:
-        """Ask when the next call will be due, where a claim found less than there are workers."""
-        if not self.asks_when:
-            return
-        seconds = calls.next_due(conn, self.order, self.asked_at)
-        self.due_at = math.inf if seconds is None else time.monotonic() + seconds
-        self.look_at, self.asks_when = min(self.look_at, self.due_at), False
-
-    def claimed(self, conn: db.Connection, turn: Turn, began: float) -> list[Call]:
-        """The calls to make; what came of the others is kept, or they were put off."""
+    def to_make(self, conn: db.Connection, turn: Turn, began: float) -> list[Call]:
+        """The claimed calls that are to be made; what came of the others is kept."""
         to_make = []
         under_way = {(call.call_id, call.key, call.attempt) for call in self.workers.calls}
         covered_until = began + self.settings.LEASE_MARGIN
         for row in turn.claimed:
-            self.order.remove(row.stage)
-            self.order.append(row.stage)
+            self.claiming.put_last(row.stage)
             if row.taken_over:
                 reap(conn)
             if (row.call_id, row.key, row.attempt) in under_way:
                 continue  # a new primary did not know that we had claimed it
-            table = self.tables.get(row.table_name) or Table(row.table_name, id="id")
-            limits = self.limits[row.stage]
-            call = pipeline.claimed_call(row, table, limits, self.name, covered_until)
-            function = self.workers.trigger.routes.get(call.route)
-            if function is None or not function.__name__ == row.stage == row.routed_to:
-                self.pass_over(conn, call, row)
-            elif ended := self.ended_unmade(conn, call, row):
-                self.keep(call, ended)
-            elif not self.put_off_after_failed(conn, call, row):
-                if row.join_of:
-                    joins.note_parent(conn, row)
+            limits = self.claiming.limits[row.stage]
+            call = pipeline.claimed_call(row, limits, self.name, covered_until)
+            checked = self.checks.check(conn, call, row)
+            if checked.is_made:
                 to_make.append(call)
+            elif checked.ended:
+                self.keep(call, checked.ended)
+                if call.join:
+                    self.join_look.ask()
+            else:
+                self.claiming.look_at = self.claiming.due_at = 0.0
         return to_make
-
-    def ended_unmade(self, conn: db.Connection, call: Call, row: Claimed) -> Result | None:
-        """The result of a call that must not be made; None where it must. If the join of such a
-        call is not complete, or has changed, its parent is looked at again.
-        """
-        owed = row.owed or calls.is_owed(conn, row, self.name)
-        known = self.accepted.get((row.call_id, row.key), 0)
-        accepted = row.accepted or known == math.inf
-        ended = trigger.refused(call, row, owed, accepted, taken=row.attempt <= known)
-        is_open = not (row.is_complete or accepted)
-        if ended is None and row.join_of and joins.has_look(conn, row):
-            ended, is_open = trigger.outdated(call), True
-        if ended is not None and row.join_of and row.job_found and is_open:
-            joins.reopen(conn, row)
-            self.join_look.ask()
-        return ended
-
-    def pass_over(self, conn: db.Connection, call: Call, row: Claimed) -> None:
-        """Do not make a call that not both this PIPELINE and the database's have. Where one of them
-        knows its state, it waits for a listener of the other, or for an install; else it fails.
-        """
-        if row.routed_to or call.route in self.workers.trigger.routes:
-            calls.put_off(conn, row, self.name, row.spent - 1, PASSED_OVER_FOR, row.last_error)
-            if call.route not in self.passed_over:
-                self.passed_over.add(call.route)
-                log.warning("다른 PIPELINE의 호출을 미룸 (make trigger 후 재시작 필요): %s → %s",
-                            call.route, row.routed_to or call.stage)  # fmt: skip
-            return
-        error = f"PIPELINE has no {call.route} any more"
-        ended = trigger.failure(call, "retry", error, self.settings.RETRY_DELAY)
-        trigger.log_end(call, ended)
-        self.keep(call, ended)
-
-    def put_off_after_failed(self, conn: db.Connection, call: Call, row: Claimed) -> bool:
-        """Let a call that (stage, 'failed') owes to that stage wait, or give it up; whether it did.
-
-        It takes over attempts and back-off of the call before it, or a stage that always fails
-        would be called for ever. A call with an error is made: a person has asked for it.
-        """
-        if (
-            call.spent > 1
-            or row.last_error
-            or (call.current_step, call.status) != (call.stage, "failed")
-        ):
-            return False
-        reap(conn)  # the call before it may be one that was lost
-        before = calls.spent_before(conn, row)
-        if before is None or before.spent < 1:
-            return False
-        error = f"{before.error or trigger.SET_FAILED}"
-        if before.spent >= call.max_attempts:
-            call.spent = before.spent
-            if "the last one)" not in error:
-                error += f" (attempt {call.spent}, the last one)"
-            self.keep(call, trigger.given_up(call, error))
-        else:
-            delay = trigger.backoff(before.spent, self.settings.RETRY_DELAY)
-            calls.put_off(conn, row, self.name, before.spent, delay, error)
-            self.look_at = self.due_at = 0.0
-        return True
 
     # --- what comes in ---
 
@@ -626,15 +381,14 @@ class Listener:
     def next_look(self) -> float:
         """time.monotonic() of the next turn. Only with an idle worker it looks for due calls."""
         times = [self.move_look.at]
-        if self.locked or self.gives_back:
+        if self.unwritten.locked or self.gives_back:
             times.append(self.again_at)
         if self.workers.idle and not self.is_stopping:
-            times += [self.look_at, self.sweep_at, self.join_look.at]
-        return min(times, default=math.inf)
+            times += [self.claiming.next_look, self.join_look.at]
+        return min(times)
 
     def wait(self, until: float, conn: db.Connection | None = None) -> list:
-        """Sleep until something can be read, or until time.monotonic() is `until`. Then see to
-        signals, alerts, the other hosts and orphans.
+        """Sleep until something can be read, or until time.monotonic() is `until`; what that is.
 
         Raises:
             hosts.OldPrimary: the listener is connected to one.
@@ -644,22 +398,29 @@ class Listener:
         until = min(until, self.workers.next_deadline, self.alerts.next_look, now + LONGEST_SLEEP)
         # A notification that arrived with the answer of a statement has been read from the socket
         # already, so select() would not wake for it.
-        waits = not (self.finished() or (conn and (self.unwritten or conn.notifies)))
+        waits = not (self.finished() or (conn and (self.unwritten.results or conn.notifies)))
         seconds = max(0.0, until - now) if waits else 0.0
-        if conn and self.unclaimable:
-            doing = self.told_unclaimable()
-        elif conn:
-            doing = "making calls" if self.workers.calls else "waiting for a job to change"
-        else:
-            doing = f"database away: {self.reason}"
-        if self.upkeep.differs_since is not None:
-            doing = f"{OTHER_PIPELINE}; {doing}"
-        self.beat(doing, seconds)
+        self.beat(self.doing(conn), seconds)
         reading: list[Any] = [self.signals, *self.workers.reading, *([conn] if conn else [])]
         ready, _, _ = select.select(reading, self.workers.writing, [], seconds)
         if self.signals in ready:
             self.signals.drain()
         self.obey()
+        self.look_around(conn)
+        return ready
+
+    def doing(self, conn: db.Connection | None) -> str:
+        """What the heartbeat says while the loop sleeps."""
+        if conn is None:
+            doing = f"database away: {self.reason}"
+        elif self.claiming.unclaimable:
+            doing = self.claiming.told_unclaimable()
+        else:
+            doing = "making calls" if self.workers.calls else "waiting for a job to change"
+        return f"{OTHER_PIPELINE}; {doing}" if self.upkeep.differs_since is not None else doing
+
+    def look_around(self, conn: db.Connection | None) -> None:
+        """See to what runs beside the loop: alerts, the other hosts of the database, orphans."""
         self.alerts.look()
         if problem := self.hosts.look():
             log.error("프라이머리가 둘: %s", problem)
@@ -668,7 +429,6 @@ class Listener:
             self.hosts.require_latest()
         if self.signals.child_ended:
             reap_orphans([*self.workers.pids, *self.alerts.pids, *self.hosts.pids])
-        return ready
 
     def obey(self) -> None:
         """The first signal: claim no more. The second: exit at once; leases protect the calls."""
@@ -687,14 +447,14 @@ class Listener:
         """Whatever is announced only means: look now. A statement may have read it already."""
         was_told = self.hearing.is_told
         if heard := self.hearing.hear(conn):
-            self.look_at = 0.0
+            self.claiming.look_at = 0.0
             if db.WAKE_CHANNEL in heard:
-                self.due_at = 0.0  # a hold may have ended before its time
+                self.claiming.due_at = 0.0  # a hold may have ended before its time
             if db.JOIN_CHANNEL in heard:
                 self.join_look.ask()
             self.move_look.ask()
         if was_told and not self.hearing.is_told:  # sweeps come sooner from now on
-            self.sweep_at = 0.0
+            self.claiming.sweep_at = 0.0
 
     def collect(self, ready: list) -> None:
         """Take the results of calls that have ended."""
@@ -702,26 +462,22 @@ class Listener:
             ended = self.health.revised(call, ended)
             trigger.log_end(call, ended)
             if ended.outcome == "released":
-                self.gives_back = True
-                self.look_at, self.again_at, self.nothing_due = 0.0, 0.0, False
+                self.gives_back, self.again_at = True, 0.0
+                self.claiming.look_at, self.claiming.nothing_due = 0.0, False
             else:
                 self.keep(call, ended)
 
     def keep(self, call: Call, ended: Result) -> None:
         """Keep a result until the database has it."""
-        self.unwritten.append(ended)
-        if ended.outcome in ("succeeded", TAKEN):
-            attempt = ended.attempt if ended.outcome == TAKEN else math.inf
-            self.accepted[call.call_id, call.key] = attempt
-            if len(self.accepted) > REMEMBERED:
-                self.accepted.popitem(last=False)
+        self.unwritten.results.append(ended)
+        self.checks.remember(call, ended)
 
     def give_back(self, conn: db.Connection) -> None:
         """Free what was claimed in our name and never begun: the answer to the claim was lost, or
         the lease was too short for the call.
         """
         keep = [call.call_id for call in self.workers.calls]
-        keep += [result.call_id for result in (*self.locked, *self.unwritten)]
+        keep += [r.call_id for r in (*self.unwritten.results, *self.unwritten.locked)]
         found = calls.give_back(conn, self.name, keep)
         self.gives_back = found.locked > 0  # by the application
         if found.given_back:
@@ -737,16 +493,6 @@ class Listener:
 
     def beat_for_host(self, host: str) -> None:
         self.beat("connecting to the database", CONNECTING)
-
-
-def why_unclaimable(conn: db.Connection, stage: str, error: psycopg2.Error) -> str:
-    """Why no call of a stage can be claimed; of a locked table, who has locked it."""
-    tables = [route.table for route, function in pipeline.routes().items()
-              if function.__name__ == stage]  # fmt: skip
-    if isinstance(error, LockNotAvailable):
-        with contextlib.suppress(psycopg2.Error):  # calls that were claimed meanwhile are made
-            return locked(conn, *tables)
-    return ops.first_line(error)
 
 
 def listener_name() -> str:

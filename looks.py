@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import psycopg2
 
 import db
+import failures
 import joins
 import moves
 import pipeline
-import trigger
 from alerts import Alerts
 
 log = logging.getLogger("listener")
@@ -142,5 +142,5 @@ class MoveLook(Look):
         for row in ended:
             moves.log_end(row)
             if row.outcome == "failed":
-                trigger.tell_failed(self.alerts, row.table_name, row.job_id, row.stage, row.error)
+                failures.tell_set_failed(self.alerts, row)
         return seen

@@ -7,9 +7,9 @@ whether or not the answer is there yet. A listener takes it, and ends the lease 
 import logging
 
 import db
+import failures
 import history
 import logs
-import trigger
 
 log = logging.getLogger("listener.trigger")
 
@@ -151,7 +151,7 @@ def record_missed(conn, table: str | None = None) -> None:
 
 def log_end(row) -> None:
     """Log the end of a call in the words of trigger.log_end."""
-    about_row = trigger.row_name(row.table_name, row.job_id)
+    about_row = failures.row_name(row.table_name, row.job_id)
     about = logs.about(job=row.job_id, table=row.table_name, stage=row.stage, status=202,
                        duration=round(row.seconds, 3), outcome=row.outcome)  # fmt: skip
     if row.outcome == "succeeded":

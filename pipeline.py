@@ -815,15 +815,13 @@ def value_of(table: Table, column: str, key: str, ask: Ask) -> str | None:
     return rows[0][0] if rows else None
 
 
-def claimed_call(
-    row: Any, table: Table, limits: FullLimits, listener: str, covered_until: float
-) -> Call:
+def claimed_call(row: Any, limits: FullLimits, listener: str, covered_until: float) -> Call:
     """The call of a claimed row (see calls.TAKE).
 
     Args:
-        table: whose row it is.
         covered_until: trigger.boottime() at which the lease ends, but for the call's timeout.
     """
+    table = tables().get(row.table_name) or Table(row.table_name, id="id")
     ids = dict(zip(table.ids, (row.job_id, row.parent_id), strict=False))
     return Call(
         job_id=row.job_id if table.parent is None else row.parent_id,

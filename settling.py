@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 import psycopg2
 
-import calls
 import db
-import trigger
+import failures
+import one_by_one
 from calls import Result
+from db import execute
 from pipeline import Call
 from trigger import boottime
 
@@ -25,7 +26,7 @@ log = logging.getLogger("listener.settling")
 
 
 class Settled(NamedTuple):
-    """A result as it was written; `is_routed` as of calls.failed_by_stage()."""
+    """A result as it was written; `is_routed` as of failures.note()."""
 
     result: Result
     is_routed: Mapping[int, bool]
@@ -39,10 +40,8 @@ def settle(conn: db.Connection, result: Result) -> Settled:
         psycopg2.Error: whether it is written is not known.
     """
     settled = replace(result)
-    is_routed = calls.failed_by_stage(conn, [settled])
-    calls.note_cancelled(conn, [settled])
-    trigger.note_set_failed(settled, is_routed)
-    turn = calls.in_parts(conn, [settled], [], 0, result.worker)
+    is_routed = failures.note(conn, [settled])
+    turn = one_by_one.settle_and_claim(conn, [settled], [], 0, result.worker)
     return Settled(turn.given_up[0] if turn.given_up else settled, is_routed)
 
 
@@ -63,7 +62,7 @@ def settle_within_lease(
             first = call.target_number
             with contextlib.closing(db.connect(settings, name, True, first=first)) as conn:
                 if is_new is None:
-                    is_new = not calls.is_recorded(conn, result)
+                    is_new = not is_recorded(conn, result)
                 settled = settle(conn, result)
             return settled._replace(is_new=is_new)
         except psycopg2.Error as error:
@@ -73,6 +72,18 @@ def settle_within_lease(
             if takes_output(sys.stdout):
                 log.warning("워커가 결과를 기록할 수 없음: %s", " ".join(str(error).split()))
         time.sleep(min(left, settings.JOB_STATE_LISTENER_RECONNECT_DELAY))
+
+
+IS_RECORDED = """
+SELECT EXISTS (SELECT FROM stage_attempts
+               WHERE job_id = %(job_id)s AND call_id = %(call_id)s AND attempt = %(attempt)s
+                 AND outcome NOT IN ('lost', 'cancelled')) AS is_recorded
+"""
+
+
+def is_recorded(conn, result: Result) -> bool:
+    """Whether the history has a result of this attempt. It has none of a call that was taken."""
+    return execute(conn, IS_RECORDED, vars(result)).fetchone().is_recorded
 
 
 def takes_output(stream: Any) -> bool:

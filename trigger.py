@@ -21,8 +21,7 @@ import db
 import logs
 import pipeline
 import stage_http
-from alerts import Alerts
-from calls import TAKEN, Claimed, Result
+from calls import TAKEN, Result
 from pipeline import Call
 
 log = logging.getLogger("listener.trigger")
@@ -36,86 +35,11 @@ REFUSED = ("held", "retry", "failed")
 OWN_REQUEST_FAILED = (requests.ConnectionError, requests.Timeout, *stage_http.CUT)
 # Seconds after its timeout at which the listener ends a call that has not ended itself.
 GRACE = 0.5
-# Ends the error of a call whose stage has set its row to failed.
-SET_FAILED = "set failed by its stage"
 
 
 def boottime() -> float:
     """Seconds by a clock that also counts while this machine, or container, is suspended."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
-
-
-def refused(
-    call: Call, row: Claimed, owed: bool, accepted: bool, taken: bool = False
-) -> Result | None:
-    """The result of a claim that must not be called; None where it must.
-
-    Args:
-        row: of the claim.
-        owed: the job is still in the state that owes the call.
-        accepted: an earlier attempt of it was accepted.
-        taken: an asynchronous stage has taken this very attempt, but a failover lost its claim.
-    """
-    if not owed:
-        return moved_on(call, row, accepted)
-    if accepted or taken:
-        log.info("이미 수락된 호출이라 스킵: %s stage=%s", logs.ids(call.ids), call.stage,
-                 extra=about(call))  # fmt: skip
-        if taken and not accepted:
-            return result(call, TAKEN, http_status=202)
-        return result(call, "skipped", error="an earlier attempt was accepted")
-    if call.spent > call.max_attempts:
-        error = "nobody knows what became of the last attempt"
-        if row.last_error and not row.taken_over:
-            error = f"no attempt is left; the last one: {row.last_error}"
-        return given_up(call, error)
-    return None
-
-
-def moved_on(call: Call, row: Claimed, accepted: bool) -> Result:
-    """The result of a call that its row does not owe any more: skipped, unless it is that of a join
-    which nobody has made.
-    """
-    if is_given_up_with_its_parent(call, row):
-        return given_up(call, "nobody knows what became of the attempt before")
-    now = f"({row.job_step}, {row.job_status})" if row.job_found else "deleted"
-    if call.join and row.job_found and not row.is_complete:
-        now = f"not every row is in {call.join}"
-    elif (
-        call.join
-        and row.outcome_before == "retry"
-        and not accepted
-        and row.job_step != call.stage
-        and not (row.last_error or "").endswith(f"({SET_FAILED})")  # a stage followed from that
-    ):
-        # Its stage refused it, and somebody else has moved the parent since: nobody made it.
-        return given_up(call, f"refused, and the job is at {now} since")
-    log.info("Job 상태가 변경되어 스킵: %s stage=%s 현재=%s", logs.ids(call.ids), call.stage, now,
-             extra=about(call))  # fmt: skip
-    return result(call, "skipped", error=f"the job has moved on: {now}")
-
-
-def is_given_up_with_its_parent(call: Call, row: Claimed) -> bool:
-    """Whether the stage of a join's call has set the parent to failed, and nothing follows from it.
-
-    It is kept for a person to retry, as no state of the parent's owes it.
-    """
-    failed = pipeline.Route(call.table, "", call.stage, "failed")
-    return bool(
-        call.join
-        and row.is_complete
-        and (row.job_step, row.job_status) == (failed.step, failed.status)
-        and failed not in pipeline.routes()
-    )
-
-
-def outdated(call: Call) -> Result:
-    """The result of a join's call whose rows have changed since it was recorded: the look that is
-    pending records it anew. Made now as well, it would be made twice.
-    """
-    log.info("Job 상태가 변경되어 스킵: %s stage=%s 현재=조인을 다시 확인", logs.ids(call.ids),
-             call.stage, extra=about(call))  # fmt: skip
-    return result(call, "skipped", error="rows of the join have changed: it is looked at anew")
 
 
 class Trigger:
@@ -323,13 +247,6 @@ def failure(call: Call, outcome: str, error: str, retry_delay: float, **details:
     return result(call, outcome, error=error, **details)
 
 
-def given_up(call: Call, error: str) -> Result:
-    """The result of a call that is given up without being made; logged."""
-    ended = result(call, "failed", error=error)
-    log_end(call, ended)
-    return ended
-
-
 def backoff(spent: int, retry_delay: float) -> float:
     """Seconds until the next attempt: exponential, with full jitter."""
     doubled = min(spent - 1, 32)  # 2.0 ** 1024 would overflow
@@ -399,49 +316,3 @@ def what_next(call: Call, ended: Result) -> str:
     then = "포기" if call.spent >= call.max_attempts and not ended.free else "재시도"
     when = "리스 만료 후" if ended.after_lease else f"{ended.delay:.1f}초 후"
     return f"{when} {then} (취소되지 않고 Job이 그대로면)"
-
-
-def note_set_failed(ended: Result, is_routed: Mapping[int, bool]) -> None:
-    """A result whose stage has set the row to failed becomes a failure, unless another call follows
-    from that.
-
-    Args:
-        is_routed: as of calls.failed_by_stage().
-    """
-    if ended.call_id in is_routed:
-        ended.error = f"{(ended.error or '')[:1900]} ({SET_FAILED})"  # 2,000 are recorded
-        if not is_routed[ended.call_id]:
-            ended.outcome, ended.delay, ended.hold = "failed", None, False
-
-
-def alert_failure(alerts: Alerts, ended: Result, is_routed: Mapping[int, bool]) -> None:
-    """Tell people of a result, after note_set_failed, that is no success, if it needs them."""
-    if ended.call_id not in is_routed:
-        if not ended.is_told:
-            alert_given_up(alerts, ended)
-    elif not is_routed[ended.call_id]:
-        tell_failed(alerts, ended.table_name, ended.job_id, ended.stage, ended.error or "")
-
-
-def alert_given_up(alerts: Alerts, ended: Result) -> None:
-    if ended.outcome == "failed":
-        row = row_name(ended.table_name, ended.job_id).replace("=", " ", 1)
-        text = f"{row}: {ended.stage} was given up: {ended.error}"
-        alerts.send("given_up", text, job=ended.job_id, table=ended.table_name, stage=ended.stage,
-                    error=ended.error, http_status=ended.http_status)  # fmt: skip
-
-
-def row_name(table: str, key: str) -> str:
-    """The row of a table, as a line of the log names it."""
-    known = pipeline.tables().get(table)
-    return f"{'job' if known is None or known.name == pipeline.JOBS.name else known.id}={key}"
-
-
-def tell_failed(alerts: Alerts, table: str, key: str, stage: str, error: str) -> None:
-    """Say that a stage has set its row to failed, and how a person sends it back."""
-    back = pipeline.sent_back(table, key, stage)
-    row = row_name(table, key)
-    text = f"{row}: {stage} set it to failed: {error}; to send it back: {back}"
-    alerts.send("failed_by_stage", text, job=key, table=table, stage=stage, error=error, sql=back)
-    log.error("단계가 failed로 설정함: %s stage=%s error=%s → %s", row, stage, error[:500], back,
-              extra=logs.about(job=key, table=table, stage=stage, error=error))  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 
 import psycopg2
 
+import failures
 import history
 import pipeline
 import trigger
@@ -195,7 +196,7 @@ class Upkeep:
             self.failed_at = now  # there is more
         for rows, _ in found:
             for row in rows:
-                trigger.tell_failed(self.alerts, row.table_name, row.job_id, row.stage, row.error)
+                failures.tell_set_failed(self.alerts, row)
 
     def look_for_stalled(self, conn, now: float) -> None:
         """Tell people of stages that are stalled since the last look, or no more. Where there are

@@ -22,6 +22,7 @@ from typing import Any
 import psycopg2.extensions
 
 import db
+import failures
 import settling
 import trigger
 from alerts import TIME_LIMIT, Alerts
@@ -360,7 +361,7 @@ def settle_as_orphan(settings: SimpleNamespace, call: Call, result: Result) -> N
     signal.setitimer(signal.ITIMER_REAL, TELLING)
     if settled.is_new:
         alerts = Alerts(settings)
-        trigger.alert_failure(alerts, settled.result, settled.is_routed)
+        failures.tell(alerts, settled.result, settled.is_routed)
         trigger.log_end(call, result)
         log.warning("리스너가 사라져 워커가 결과를 기록함: job=%s stage=%s outcome=%s",
                     call.job_id, call.stage, settled.result.outcome)  # fmt: skip

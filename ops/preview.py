@@ -75,8 +75,7 @@ def next_attempt(conn, settings: SimpleNamespace, row: Any, stage: str | None) -
     limits = pipeline.stage_limits(settings).get(owed.stage)
     if limits is None:
         raise Problem(f"PIPELINE has no stage {owed.stage}: {INSTALL}, {IF_NEWER}")
-    table = pipeline.tables()[owed.table_name]
-    call = pipeline.claimed_call(owed, table, limits, "dry run", math.inf)
+    call = pipeline.claimed_call(owed, limits, "dry run", math.inf)
     call.api, call.settings = pipeline.stage_apis(settings)[owed.stage], settings
     call.until = math.inf
     return call

@@ -8,7 +8,9 @@ import click
 import psycopg2
 
 import calls
+import checks
 import db
+import failures
 import joins
 import pipeline
 import settling
@@ -163,41 +165,33 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
     if not claimed:
         raise Problem(why_nothing_owed(conn, row, chosen.stage))
     [claim] = claimed
-    table, until = pipeline.tables()[claim.table_name], began + settings.LEASE_MARGIN
-    call = pipeline.claimed_call(claim, table, limits[claim.stage], name, until)
+    until = began + settings.LEASE_MARGIN
+    call = pipeline.claimed_call(claim, limits[claim.stage], name, until)
     call.target_number = conn.target_number
     if claim.routed_to not in (None, claim.stage):
-        calls.put_off(conn, claim, name, claim.spent - 1, 0, claim.last_error)
+        checks.put_off(conn, claim, name, claim.spent - 1, 0, claim.last_error)
         raise Problem(f"{rows.said(row)}: its call was recorded for {claim.stage}, before PIPELINE "
                       "changed: try again")  # fmt: skip
     # A person may try once more after max_attempts.
     call.max_attempts = max(call.max_attempts, call.spent)
-    owed, is_made = claim.owed or calls.is_owed(conn, claim, name), False
-    ended = trigger.refused(call, claim, owed, claim.accepted)
-    # As in Listener.ended_unmade().
-    is_open = not (claim.is_complete or claim.accepted)
-    has_changed = ended is None and bool(claim.join_of) and joins.has_look(conn, claim)
-    if has_changed:
-        ended, is_open = trigger.outdated(call), True
-    if ended is not None and claim.join_of and claim.job_found and is_open:
-        joins.reopen(conn, claim)
+    ended = checks.ended_unmade(conn, call, claim)
+    is_made = ended is None
     if ended is None:
         if claim.join_of:
             joins.note_parent(conn, claim)
         trigger.log_begin(call)
         with db.without_callback():  # the stage function may have connections of its own
             ended = trigger.Trigger(settings).run(call, by_hand=True)
-        is_made = True
     if ended.outcome == "released":
         trigger.log_end(call, ended)
         calls.give_back(conn, name, [])
         return False
     settled = settle(conn, settings, call, ended)
-    if is_made:  # else trigger.refused has logged it
+    if is_made:  # else it has been logged
         trigger.log_end(call, ended)
-    trigger.alert_failure(alerts, settled.result, settled.is_routed)
+    failures.tell(alerts, settled.result, settled.is_routed)
     alerts.close()
-    if has_changed:
+    if ended.error == checks.OUTDATED:
         back = rows.way_to_join(row, claim.join_of, call.stage)
         raise Problem(f"{rows.said(row)}: not called, as rows of its join have changed since the "
                       f"call to {call.stage} was recorded; a running listener records it anew; "

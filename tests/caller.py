@@ -3,7 +3,6 @@
 import io
 import logging
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -75,15 +74,21 @@ class Caller:
             only = (only, self.database.value(CALL_OF, only))
         while True:
             began = boottime()
-            listener.tell_failed(self.conn)
-            for wanted in listener.wanted(1, time.monotonic(), sweep=True):
+            listener.unwritten.tell_failed(self.conn)
+            for wanted in listener.claiming.wanted(1, [], sweep=True):
                 turn = calls.settle_and_claim(
-                    self.conn, listener.unwritten, wanted, 1, listener.name, sweep=True, only=only
+                    self.conn,
+                    listener.unwritten.results,
+                    wanted,
+                    1,
+                    listener.name,
+                    sweep=True,
+                    only=only,
                 )
                 listener.settled(self.conn, turn)
                 if turn.claimed:
                     break
-            if found := listener.claimed(self.conn, turn, began):
+            if found := listener.to_make(self.conn, turn, began):
                 return found[0]
             if not turn.claimed:
                 return None
@@ -98,8 +103,8 @@ class Caller:
 
     def settle(self, conn=None) -> None:
         """Settle all results."""
-        self.listener.tell_failed(conn or self.conn)
-        unwritten, name = self.listener.unwritten, self.listener.name
+        self.listener.unwritten.tell_failed(conn or self.conn)
+        unwritten, name = self.listener.unwritten.results, self.listener.name
         turn = calls.settle_and_claim(conn or self.conn, unwritten, [], 0, name)
         self.listener.settled(self.conn, turn)
 

@@ -19,6 +19,7 @@ from claims import (
 from tcp_proxy import TcpProxy
 
 import calls
+import checks
 import db
 import upkeep
 from calls import Wanted
@@ -398,7 +399,7 @@ def test_job_that_moves_between_two_states_of_one_stage_during_the_claim_is_call
     database.rows("UPDATE stage_calls SET worker = 'w', attempts = 1")
     moved = database.owed(job)
     seen = row._replace(call_id=moved.call_id, current_step="planner", owed=False)
-    assert calls.is_owed(conn, seen, "w")
+    assert checks.is_owed(conn, seen, "w")
     database.move(job, "planner", "running")
-    assert not calls.is_owed(conn, seen, "w")
+    assert not checks.is_owed(conn, seen, "w")
     database.rows("UPDATE pipeline_stages SET stage = 'overlay' WHERE current_step = 'planner'")

@@ -8,6 +8,7 @@ import pytest
 from claims import LEASE_OVER, claim, claim_many, held, make_due, result, settle, wanted
 
 import calls
+import one_by_one
 import upkeep
 
 
@@ -244,7 +245,7 @@ def test_result_that_the_database_refuses_costs_only_itself(database, conn, why)
     with pytest.raises(psycopg2.DatabaseError):
         settle(conn, *results)
     assert database.rows("SELECT 1 FROM stage_attempts") == []
-    turn = calls.in_parts(conn, results, wanted(), 10, "w")
+    turn = one_by_one.settle_and_claim(conn, results, wanted(), 10, "w")
     assert turn.unsettled == [] and len(turn.claimed) == 1
     assert len(claim_many(conn, 10).claimed) == 1
     for number, row in enumerate(rows):
@@ -257,7 +258,7 @@ def test_result_that_the_database_refuses_costs_only_itself(database, conn, why)
 def test_result_that_cannot_be_recorded_gives_its_call_up_and_says_why(database, conn):
     job = database.add_job()
     settled = result(claim(conn), "never heard of", error="HTTP 418")
-    [given_up] = calls.in_parts(conn, [settled], wanted(), 1, "w").given_up
+    [given_up] = one_by_one.settle_and_claim(conn, [settled], wanted(), 1, "w").given_up
     call = database.owed(job)
     assert call.given_up and call.worker is None
     assert call.last_error.startswith("its result (never heard of) cannot be recorded:")
@@ -270,7 +271,7 @@ def test_result_that_cannot_be_recorded_of_a_call_that_is_owed_no_more_is_no_fai
     job = database.add_job()
     settled = result(claim(conn), "never heard of")
     database.move(job, "vlm_analyze", "running")
-    assert calls.in_parts(conn, [settled], wanted(), 1, "w").given_up == []
+    assert one_by_one.settle_and_claim(conn, [settled], wanted(), 1, "w").given_up == []
 
 
 @pytest.mark.parametrize(("outcome", "owes"), [("succeeded", False), ("failed", True)])
@@ -281,7 +282,7 @@ def test_call_that_the_history_does_not_take_is_settled_all_the_same(database, c
     results = [result(row, outcome) for row in rows]
     with pytest.raises(psycopg2.errors.CheckViolation):
         settle(conn, *results)
-    assert calls.in_parts(conn, results, wanted(), 2, "w").unsettled == []
+    assert one_by_one.settle_and_claim(conn, results, wanted(), 2, "w").unsettled == []
     assert (database.owed(poisoned) is not None) == owes
     assert [a.outcome for a in database.attempts(other)] == [outcome]
     assert database.rows("SELECT 1 FROM stage_leases") == []
@@ -294,7 +295,7 @@ def test_fault_of_more_than_one_row_gives_nothing_up(database, conn):
     with closing(database.connect()) as elsewhere:
         elsewhere.cursor().execute("BEGIN; LOCK TABLE stage_attempts")
         with pytest.raises(psycopg2.errors.LockNotAvailable):
-            calls.in_parts(conn, [settled], wanted(), 1, "w")
+            one_by_one.settle_and_claim(conn, [settled], wanted(), 1, "w")
     assert (database.owed(job).worker, database.owed(job).attempts) == ("w", 1)
     assert database.rows("SELECT 1 FROM stage_calls WHERE due_at = 'infinity'") == []
 
@@ -313,7 +314,7 @@ def test_full_queue_of_notifications_gives_nothing_up(database, conn):
     database.rows(FULL)
     try:
         with pytest.raises(psycopg2.errors.ProgramLimitExceeded):
-            calls.in_parts(conn, [settled], wanted(), 1, "w")
+            one_by_one.settle_and_claim(conn, [settled], wanted(), 1, "w")
     finally:
         database.rows("DROP TRIGGER is_full ON stage_attempts; DROP FUNCTION is_full()")
     assert not database.owed(job).given_up
@@ -327,7 +328,7 @@ def test_call_that_cannot_be_claimed_is_given_up_and_the_next_one_is_claimed(dat
     database.rows(POISON, poisoned)
     with pytest.raises(psycopg2.errors.NumericValueOutOfRange):
         claim_many(conn, 4)
-    turn = calls.in_parts(conn, [], wanted(), 4, "w")
+    turn = one_by_one.settle_and_claim(conn, [], wanted(), 4, "w")
     assert [row.job_id for row in turn.claimed] == [other]
     assert [(one.outcome, one.job_id) for one in turn.given_up] == [("failed", poisoned)]
     call = database.owed(poisoned)
@@ -343,7 +344,7 @@ def test_call_that_cannot_be_claimed_does_not_give_up_one_that_is_passed_by(data
     database.move(waiting, "img_gen", "done")
     database.rows("UPDATE stage_calls SET due_at = now() WHERE job_id = %s", poisoned)
     database.rows(POISON, poisoned)
-    calls.in_parts(conn, [], wanted(), 4, "w")
+    one_by_one.settle_and_claim(conn, [], wanted(), 4, "w")
     assert database.owed(poisoned).given_up
     assert not database.owed(waiting).given_up
 

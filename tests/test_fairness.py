@@ -18,6 +18,7 @@ from waiting import PATIENCE, wait_until_idle
 import calls
 import db
 import joins
+import one_by_one
 import troubles
 import upkeep
 from demo.stage_server import Answer
@@ -243,8 +244,8 @@ def test_call_that_cannot_be_claimed_is_given_up_and_none_of_lower_priority(site
     site.rows("UPDATE stage_calls SET attempts = 2147483647 WHERE priority = 10")
     given = wanted(["vlm_judge"], ordered=True)
     with connected(site) as conn:
-        assert calls.in_parts(conn, [], given, 1, "w").claimed == []
-        [row] = calls.in_parts(conn, [], given, 1, "w").claimed
+        assert one_by_one.settle_and_claim(conn, [], given, 1, "w").claimed == []
+        [row] = one_by_one.settle_and_claim(conn, [], given, 1, "w").claimed
     assert row.tenant_id == "healthy"
 
 

@@ -117,13 +117,13 @@ def test_notification_read_with_the_answer_to_a_statement_is_not_slept_over(
 DUE_MEANWHILE = """
 import sys
 sys.path.insert(0, {root!r})
-import db, listener, ops
+import claiming, db, listener, ops
 listener.LONGEST_SLEEP = 3600
-ask_when = listener.Listener.ask_when
+ask_when = claiming.Claiming.ask_when
 def ask(self, conn):
     ask_when(self, conn)
     db.execute(conn, "UPDATE jobs SET status = 'done' WHERE status = 'waiting'")
-listener.Listener.ask_when = ask
+claiming.Claiming.ask_when = ask
 ops.main(listener.cli)
 """
 

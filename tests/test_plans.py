@@ -8,6 +8,7 @@ import pytest
 from claims import STAGES, claim, claim_many, connected, held, result, settle, wanted
 
 import calls
+import checks
 import db
 import history
 import joins
@@ -125,7 +126,7 @@ PLANS = {
     calls.CLAIM: {BY_DUE, BY_JOB, HISTORY},
     calls.CLAIM_BY_HAND: {BY_JOB, HISTORY},
     calls.NEXT_DUE: {BY_DUE},
-    calls.SPENT_BEFORE: {HISTORY},
+    checks.SPENT_BEFORE: {HISTORY},
     joins.LOCK_JOINS: set(),
     joins.LOOK: {LOOKS, "Tid Scan on stage_looks", JOINS},
     joins.NOTE: {JOINS},

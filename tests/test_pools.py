@@ -204,7 +204,7 @@ def test_stages_of_a_pool_take_turns_while_all_workers_are_busy(site, caller):
 def test_place_that_a_lingering_pool_kept_is_offered_at_once(site, caller):
     claiming = caller("http://127.0.0.1:1")
     with_idle_workers(claiming.listener, 4)
-    claiming.listener.order.sort(reverse=True)  # sort is asked before resize
+    claiming.listener.claiming.order.sort(reverse=True)  # sort is asked before resize
     site.rows("UPDATE stage_limits SET stays_with = 'resize', stays_since = now()"
               " WHERE name = 'gpu5'")  # fmt: skip
     site.add_job("f", "done"), site.add_job("g", "done")
@@ -214,7 +214,7 @@ def test_place_that_a_lingering_pool_kept_is_offered_at_once(site, caller):
 
 def test_place_that_a_lingering_pool_kept_is_offered_to_other_listeners(site, caller):
     claiming = caller("http://127.0.0.1:1")
-    with_idle_workers(claiming.listener, 1).order = ["resize"]
+    with_idle_workers(claiming.listener, 1).claiming.order = ["resize"]
     site.rows("UPDATE stage_limits SET stays_with = 'resize', stays_since = now()"
               " WHERE name = 'gpu5'")  # fmt: skip
     site.add_job("f", "done"), site.add_job("g", "done")
@@ -250,12 +250,12 @@ def test_claim_that_is_refused_takes_no_other_call_with_it(site, caller):
     """Neither what the turn has claimed before, nor what it would have claimed afterwards."""
     claiming = caller("http://127.0.0.1:1")
     listener = with_idle_workers(claiming.listener, 4)
-    listener.order = ["overlay", "crop", "draw", "erase"]
+    listener.claiming.order = ["overlay", "crop", "draw", "erase"]
     site.rows(REFUSING)
     for step in ("planner", "d", "e"):
         site.add_job(step, "done")
     assert [call.stage for call in claim(claiming)] == ["overlay"]
-    listener.look_at = 0.0
+    listener.claiming.look_at = 0.0
     assert [call.stage for call in claim(claiming)] == ["erase"]
 
 

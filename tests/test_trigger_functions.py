@@ -765,7 +765,7 @@ def test_released_call_whose_row_is_held_is_given_back_once_it_is_let_go(
         listener.collect([])
         assert listener.settle_and_claim(claiming.conn) == []
         application.rollback()
-    listener.look_at = listener.sweep_at = math.inf
+    listener.claiming.look_at = listener.claiming.sweep_at = math.inf
     assert listener.next_look == listener.again_at
     listener.again_at = listener.doubtful_until = 0.0
     [again] = listener.settle_and_claim(claiming.conn)

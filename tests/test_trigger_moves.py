@@ -117,8 +117,7 @@ def answer_before_commit(database, stage, worker, lease_over: bool = False) -> s
 
 def settle_again(worker) -> None:
     """Settle again, as the listener does every second while the stage holds the row of a call."""
-    listener = worker.listener
-    listener.unwritten, listener.locked = listener.locked, []
+    worker.listener.unwritten.retry_locked()
     worker.settle()
 
 
@@ -127,7 +126,7 @@ def test_result_is_recorded_at_once_and_does_not_wait(database, accepting, calle
     job = answer_before_commit(database, stage, worker)
     assert [a.outcome for a in database.attempts(job)] == ["succeeded"]
     assert database.owed(job).worker == "caller"  # as others see it
-    assert len(worker.listener.locked) == 1
+    assert len(worker.listener.unwritten.locked) == 1
 
 
 @pytest.mark.parametrize("end", ["commit", "rollback"])
@@ -135,10 +134,10 @@ def test_call_is_settled_later_and_never_made_twice(database, accepting, caller,
     worker = caller(accepting.url)
     job = answer_before_commit(database, stage, worker)
     settle_again(worker)
-    assert len(worker.listener.locked) == 1
+    assert len(worker.listener.unwritten.locked) == 1
     getattr(stage, end)()
     settle_again(worker)
-    assert worker.listener.locked == []
+    assert worker.listener.unwritten.locked == []
     assert database.owed(job) is None and len(accepting.requests) == 1
     assert [a.outcome for a in database.attempts(job)] == ["succeeded"]
 

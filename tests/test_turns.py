@@ -34,6 +34,7 @@ import db
 import joins
 import looks
 import moves
+import one_by_one
 import trigger
 from demo.stage_api import StageApi
 from demo.stage_server import Answer
@@ -155,11 +156,11 @@ def test_turn_in_parts_is_soon_followed_by_another(database, caller, monkeypatch
 
     monkeypatch.setattr(calls, "settle_and_claim", locked)
     database.add_job()
-    listener.look_at = 0.0
+    listener.claiming.look_at = 0.0
     assert listener.settle_and_claim(claiming.conn) == []
     assert listener.next_look < time.monotonic() + 2 and not listener.nothing_due
     monkeypatch.undo()
-    listener.look_at = 0.0
+    listener.claiming.look_at = 0.0
     assert len(listener.settle_and_claim(claiming.conn)) == 1
 
 
@@ -185,7 +186,7 @@ def stages_of_turns(claiming, turns: int) -> list[str]:
     """The stages of which calls are claimed; each turn looks for some."""
     stages = []
     for _ in range(turns):
-        claiming.listener.look_at = 0.0
+        claiming.listener.claiming.look_at = 0.0
         stages += [call.stage for call in claiming.listener.settle_and_claim(claiming.conn)]
     return stages
 
@@ -195,12 +196,12 @@ def test_table_that_cannot_be_read_keeps_no_call_of_another_waiting(database, tw
     assert stages_of_turns(two_tables, 3) == ["vlm_analyze"] * 3
     assert two_tables.listener.next_look <= time.monotonic() + LONGEST_SLEEP
     for _ in range(2):
-        two_tables.listener.sweep_at = 0.0
+        two_tables.listener.claiming.sweep_at = 0.0
         assert stages_of_turns(two_tables, 1) == []
     assert "stage=yolo_detect column r.status" in two_tables.line("단계의 호출을 가져올 수 없음")
     two_tables.line("한 건씩 다시 시도")
     database.rows(MEND)
-    two_tables.listener.sweep_at = 0.0
+    two_tables.listener.claiming.sweep_at = 0.0
     assert stages_of_turns(two_tables, 2) == ["yolo_detect"] * 2
 
 
@@ -212,13 +213,13 @@ def test_table_that_is_locked_keeps_no_call_of_another_waiting(database, two_tab
         pid = change.info.backend_pid
         why = f"jobs_variants is locked by server process {pid}"
         for _ in range(2):
-            two_tables.listener.sweep_at = 0.0
+            two_tables.listener.claiming.sweep_at = 0.0
             assert stages_of_turns(two_tables, 1) == []
-            assert two_tables.listener.unclaimable == {"yolo_detect": why}
+            assert two_tables.listener.claiming.unclaimable == {"yolo_detect": why}
         two_tables.line("단계의 호출을 가져올 수 없음")
         assert two_tables.listener.next_look <= time.monotonic() + LONGEST_SLEEP
     two_tables.line("한 건씩 다시 시도")  # the second turn did not wait
-    two_tables.listener.sweep_at = 0.0
+    two_tables.listener.claiming.sweep_at = 0.0
     assert stages_of_turns(two_tables, 1) == ["yolo_detect"]
 
 
@@ -228,11 +229,11 @@ def test_call_is_made_though_it_cannot_be_asked_who_locks_a_table(
     def refuse(*_):
         raise psycopg2.errors.QueryCanceled("there are too many locks")
 
-    monkeypatch.setattr("listener.locked", refuse)
+    monkeypatch.setattr("claiming.locked", refuse)
     with contextlib.closing(database.connect()) as change:
         change.cursor().execute("BEGIN; LOCK TABLE jobs_variants IN ACCESS EXCLUSIVE MODE")
         assert stages_of_turns(two_tables, 4) == ["vlm_analyze"] * 3
-    assert "lock timeout" in two_tables.listener.unclaimable["yolo_detect"]
+    assert "lock timeout" in two_tables.listener.claiming.unclaimable["yolo_detect"]
 
 
 def test_limited_stages_of_a_locked_table_are_known_before_others_have_calls(
@@ -252,11 +253,14 @@ def test_limited_stages_of_a_locked_table_are_known_before_others_have_calls(
     with contextlib.closing(database.connect()) as change:
         change.cursor().execute("BEGIN; LOCK TABLE jobs_variants IN ACCESS EXCLUSIVE MODE")
         assert stages_of_turns(claiming, 1) == []
-        assert claiming.listener.unclaimable.keys() == {"yolo_detect", "iou_eval"}
-        claiming.listener.order.reverse()  # it depends on what each listener has claimed
-        claiming.listener.sweep_at = 0.0
+        assert claiming.listener.claiming.unclaimable.keys() == {"yolo_detect", "iou_eval"}
+        claiming.listener.claiming.order.reverse()  # it depends on what each listener has claimed
+        claiming.listener.claiming.sweep_at = 0.0
         assert stages_of_turns(claiming, 1) == []
-        assert "of yolo_detect, iou_eval: jobs_variants" in claiming.listener.told_unclaimable()
+        assert (
+            "of yolo_detect, iou_eval: jobs_variants"
+            in claiming.listener.claiming.told_unclaimable()
+        )
         database.add_job()
         assert stages_of_turns(claiming, 1) == ["vlm_analyze"]
     claiming.line("한 건씩 다시 시도")  # the second turn did not wait
@@ -272,7 +276,7 @@ def test_pipeline_whose_only_table_is_locked_keeps_its_connection(database, use_
         change.cursor().execute("BEGIN; LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE")
         assert stages_of_turns(claiming, 2) == []
     assert claiming.listener.next_look <= time.monotonic() + LONGEST_SLEEP
-    claiming.listener.sweep_at = 0.0
+    claiming.listener.claiming.sweep_at = 0.0
     assert stages_of_turns(claiming, 1) == ["vlm_analyze"]
 
 
@@ -293,7 +297,7 @@ def test_result_is_settled_though_no_call_can_be_claimed(database, two_tables):
     call = two_tables.claim()
     database.rows(RENAME + "; DELETE FROM stage_calls WHERE table_name = 'jobs' AND worker IS NULL")
     two_tables.run(call)
-    assert stages_of_turns(two_tables, 1) == [] and not listener.unwritten
+    assert stages_of_turns(two_tables, 1) == [] and not listener.unwritten.results
     assert len(database.attempts(call.job_id)) == 1
 
 
@@ -379,7 +383,7 @@ def test_turn_in_parts_goes_on_after_a_stage_that_is_refused_unless_it_took_long
     database.add_job()
     database.add_job("overlay")
     database.rows(REFUSE.format(code))
-    turn = calls.in_parts(caller("http://127.0.0.1:1").conn, [], wanted(), 4, "w")
+    turn = one_by_one.settle_and_claim(caller("http://127.0.0.1:1").conn, [], wanted(), 4, "w")
     assert [error.pgcode for error in turn.unclaimable.values()] == [code] * refused
 
 
@@ -389,7 +393,7 @@ SAY_WAIT = "BEGIN RAISE SQLSTATE '55P03' USING MESSAGE = current_setting('lock_t
 def test_turn_in_parts_waits_once_for_a_locked_table(database, caller):
     read = database.value("SELECT pg_get_functiondef('stage_call_row'::regproc)")
     database.rows(read.replace("BEGIN", SAY_WAIT, 1))
-    turn = calls.in_parts(caller("http://127.0.0.1:1").conn, [], wanted(), 4, "w")
+    turn = one_by_one.settle_and_claim(caller("http://127.0.0.1:1").conn, [], wanted(), 4, "w")
     waits = [error.diag.message_primary for error in turn.unclaimable.values()]
     assert waits == ["500ms", *["20ms"] * 4]
 
@@ -479,7 +483,7 @@ def test_slow_looks_leave_most_of_the_time_to_calls(slow, asked, monkeypatch):
         return look(conn)
 
     def turn() -> bool:
-        listener.sweep_at = 0.0
+        listener.claiming.sweep_at = 0.0
         listener.settle_and_claim(asked.conn)
         listener.hear(asked.conn)
         return len(began) == 3

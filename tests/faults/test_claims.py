@@ -222,7 +222,7 @@ def pages_read(database, claiming, claims: int = 20) -> int:
 def test_d8_claims_under_an_old_snapshot_read_little_more_than_without(
     database, caller, monkeypatch
 ):
-    monkeypatch.setattr("listener.MARKED_FOR", 600.0)  # on a slow machine, too
+    monkeypatch.setattr("claiming.MARKED_FOR", 600.0)  # on a slow machine, too
     monkeypatch.setattr("listener.AGAIN_EVERY", 600.0)
     claiming = caller("http://127.0.0.1:1", SWEEP_INTERVAL=3600)
     # Its pages count, too.
@@ -232,7 +232,7 @@ def test_d8_claims_under_an_old_snapshot_read_little_more_than_without(
     clean = pages_read(database, claiming)
     with old_snapshot(database):
         database.rows("DELETE FROM stage_calls; " + LEFT_BEHIND)
-        claiming.listener.marks.clear()
+        claiming.listener.claiming.marks.clear()
         assert pages_read(database, claiming) <= 1.25 * clean
 
 

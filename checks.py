@@ -1,0 +1,286 @@
+"""What is asked of a claimed call before it is made: it may have ended, or have to wait.
+
+For each call, the claim's row says where the job is now. A call that is not made ends with a
+Result, like any other.
+"""
+
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import db
+import joins
+import logs
+import pipeline
+import trigger
+from calls import TAKEN, Claimed, Result
+from db import execute
+from failures import SET_FAILED
+from pipeline import Call, Route
+from trigger import about, result
+from upkeep import reap
+
+log = logging.getLogger("listener")
+
+# Seconds until this listener claims a call again that only one with another PIPELINE can make.
+PASSED_OVER_FOR = 10.0
+# Accepted calls that are remembered, should a new primary have forgotten them.
+REMEMBERED = 10_000
+# The error of a join's call that is recorded anew.
+OUTDATED = "rows of the join have changed: it is looked at anew"
+
+
+class Checked(NamedTuple):
+    """What is to be done with a claimed call: make it, or write its result; or it was put off."""
+
+    is_made: bool = False
+    ended: Result | None = None
+
+
+MAKE, WAITS = Checked(is_made=True), Checked()
+
+
+class Checks:
+    """The checks of a listener, which remembers what was accepted.
+
+    accepted: by call_id and key, the attempt that an asynchronous stage has taken; the next one is
+        made after its timeout. Infinity: a call that was accepted and is never repeated.
+    passed_over: states of another PIPELINE; each was logged once.
+    """
+
+    def __init__(self, settings: SimpleNamespace, routes: Mapping[Route, Callable]):
+        self.settings, self.routes = settings, routes
+        self.accepted: OrderedDict[tuple, float] = OrderedDict()
+        self.passed_over: set[Route] = set()
+
+    def remember(self, call: Call, ended: Result) -> None:
+        """Remember a call that was accepted."""
+        if ended.outcome in ("succeeded", TAKEN):
+            attempt = ended.attempt if ended.outcome == TAKEN else math.inf
+            self.accepted[call.call_id, call.key] = attempt
+            if len(self.accepted) > REMEMBERED:
+                self.accepted.popitem(last=False)
+
+    def check(self, conn: db.Connection, call: Call, row: Claimed) -> Checked:
+        """What is to be done with the `call` of a claimed `row`."""
+        function = self.routes.get(call.route)
+        if function is None or not function.__name__ == row.stage == row.routed_to:
+            return self.passed(conn, call, row)
+        known = self.accepted.get((row.call_id, row.key), 0)
+        if ended := ended_unmade(conn, call, row, known):
+            return Checked(ended=ended)
+        if checked := self.after_failed(conn, call, row):
+            return checked
+        if row.join_of:
+            joins.note_parent(conn, row)
+        return MAKE
+
+    def passed(self, conn: db.Connection, call: Call, row: Claimed) -> Checked:
+        """Do not make a call that not both this PIPELINE and the database's have. Where one of them
+        knows its state, it waits for a listener of the other, or for an install; else it fails.
+        """
+        if row.routed_to or call.route in self.routes:
+            put_off(conn, row, call.listener, row.spent - 1, PASSED_OVER_FOR, row.last_error)
+            if call.route not in self.passed_over:
+                self.passed_over.add(call.route)
+                log.warning("다른 PIPELINE의 호출을 미룸 (make trigger 후 재시작 필요): %s → %s",
+                            call.route, row.routed_to or call.stage)  # fmt: skip
+            return WAITS
+        error = f"PIPELINE has no {call.route} any more"
+        ended = trigger.failure(call, "retry", error, self.settings.RETRY_DELAY)
+        trigger.log_end(call, ended)
+        return Checked(ended=ended)
+
+    def after_failed(self, conn: db.Connection, call: Call, row: Claimed) -> Checked | None:
+        """Let a call that (stage, 'failed') owes to that stage wait, or give it up; None: neither.
+
+        It takes over attempts and back-off of the call before it, or a stage that always fails
+        would be called for ever. A call with an error is made: a person has asked for it.
+        """
+        if (
+            call.spent > 1
+            or row.last_error
+            or (call.current_step, call.status) != (call.stage, "failed")
+        ):
+            return None
+        reap(conn)  # the call before it may be one that was lost
+        before = spent_before(conn, row)
+        if before is None or before.spent < 1:
+            return None
+        error = f"{before.error or SET_FAILED}"
+        if before.spent >= call.max_attempts:
+            call.spent = before.spent
+            if "the last one)" not in error:
+                error += f" (attempt {call.spent}, the last one)"
+            return Checked(ended=given_up(call, error))
+        delay = trigger.backoff(before.spent, self.settings.RETRY_DELAY)
+        put_off(conn, row, call.listener, before.spent, delay, error)
+        return WAITS
+
+
+def ended_unmade(conn: db.Connection, call: Call, row: Claimed, known: float = 0) -> Result | None:
+    """The result of a call that must not be made; None where it must. If the join of such a call
+    is not complete, or has changed, a look at its parent is appended.
+
+    Args:
+        known: the attempt that was accepted as far as this listener knows: see Checks.accepted.
+    """
+    owed = row.owed or is_owed(conn, row, call.listener)
+    accepted = row.accepted or known == math.inf
+    ended = refused(call, row, owed, accepted, taken=row.attempt <= known)
+    is_open = not (row.is_complete or accepted)
+    if ended is None and row.join_of and joins.has_look(conn, row):
+        ended, is_open = outdated(call), True
+    if ended is not None and row.join_of and row.job_found and is_open:
+        joins.reopen(conn, row)
+    return ended
+
+
+def refused(
+    call: Call, row: Claimed, owed: bool, accepted: bool, taken: bool = False
+) -> Result | None:
+    """The result of a claim that must not be called; None where it must.
+
+    Args:
+        row: of the claim.
+        owed: the job is still in the state that owes the call.
+        accepted: an earlier attempt of it was accepted.
+        taken: an asynchronous stage has taken this very attempt, but a failover lost its claim.
+    """
+    if not owed:
+        return moved_on(call, row, accepted)
+    if accepted or taken:
+        log.info("이미 수락된 호출이라 스킵: %s stage=%s", logs.ids(call.ids), call.stage,
+                 extra=about(call))  # fmt: skip
+        if taken and not accepted:
+            return result(call, TAKEN, http_status=202)
+        return result(call, "skipped", error="an earlier attempt was accepted")
+    if call.spent > call.max_attempts:
+        error = "nobody knows what became of the last attempt"
+        if row.last_error and not row.taken_over:
+            error = f"no attempt is left; the last one: {row.last_error}"
+        return given_up(call, error)
+    return None
+
+
+def moved_on(call: Call, row: Claimed, accepted: bool) -> Result:
+    """The result of a call that its row does not owe any more: skipped, unless it is that of a join
+    which nobody has made.
+    """
+    if is_given_up_with_its_parent(call, row):
+        return given_up(call, "nobody knows what became of the attempt before")
+    now = f"({row.job_step}, {row.job_status})" if row.job_found else "deleted"
+    if call.join and row.job_found and not row.is_complete:
+        now = f"not every row is in {call.join}"
+    elif (
+        call.join
+        and row.outcome_before == "retry"
+        and not accepted
+        and row.job_step != call.stage
+        and not (row.last_error or "").endswith(f"({SET_FAILED})")  # a stage followed from that
+    ):
+        # Its stage refused it, and somebody else has moved the parent since: nobody made it.
+        return given_up(call, f"refused, and the job is at {now} since")
+    log.info("Job 상태가 변경되어 스킵: %s stage=%s 현재=%s", logs.ids(call.ids), call.stage, now,
+             extra=about(call))  # fmt: skip
+    return result(call, "skipped", error=f"the job has moved on: {now}")
+
+
+def is_given_up_with_its_parent(call: Call, row: Claimed) -> bool:
+    """Whether the stage of a join's call has set the parent to failed, and nothing follows from it.
+
+    It is kept for a person to retry, as no state of the parent's owes it.
+    """
+    failed = pipeline.Route(call.table, "", call.stage, "failed")
+    return bool(
+        call.join
+        and row.is_complete
+        and (row.job_step, row.job_status) == (failed.step, failed.status)
+        and failed not in pipeline.routes()
+    )
+
+
+def outdated(call: Call) -> Result:
+    """The result of a join's call whose rows have changed since it was recorded: the look that is
+    pending records it anew. Made now as well, it would be made twice.
+    """
+    log.info("Job 상태가 변경되어 스킵: %s stage=%s 현재=조인을 다시 확인", logs.ids(call.ids),
+             call.stage, extra=about(call))  # fmt: skip
+    return result(call, "skipped", error=OUTDATED)
+
+
+def given_up(call: Call, error: str) -> Result:
+    """The result of a call that is given up without being made; logged."""
+    ended = result(call, "failed", error=error)
+    trigger.log_end(call, ended)
+    return ended
+
+
+# --- what the database is asked ------------------------------------------------------------
+
+# FOR UPDATE returns the latest version of a call, but the job beside it comes from the statement's
+# snapshot. Where the job moved between two states of one stage meanwhile, the claim is right.
+STILL_OWED = """
+SELECT count(*) > 0
+FROM stage_calls AS c CROSS JOIN stage_call_row(c.table_name, c.join_of, c.job_id) AS j
+WHERE c.job_id = %(job_id)s AND c.call_id = %(call_id)s AND c.attempts = %(attempt)s
+  AND c.worker = %(worker)s AND c.join_of = ''
+  AND j.current_step = c.current_step AND j.status = c.status
+"""
+
+
+def is_owed(conn, row, worker: str) -> bool:
+    """Whether the job of a claimed `row` is in the state that owes it, asked once more."""
+    given = {"job_id": row.key, "call_id": row.call_id, "attempt": row.attempt}
+    return execute(conn, STILL_OWED, given | {"worker": worker}).fetchone()[0]
+
+
+# Where (stage, 'failed') leads to the stage again, the call goes on counting where the one before
+# it ended, whatever its outcome. OFFSET 0 makes the planner look the row up by its id. By time, it
+# would read all of the history where the row has no such attempt.
+SPENT_BEFORE = """
+SELECT coalesce(spent, attempt) AS spent, error
+FROM (SELECT * FROM stage_attempts WHERE job_id = %(job_id)s OFFSET 0) AS of_row
+WHERE table_name = %(table)s AND stage = %(stage)s
+  AND call_id <> %(call_id)s AND outcome NOT IN ('skipped', 'cancelled')
+ORDER BY finished_at DESC
+LIMIT 1
+"""
+
+
+def spent_before(conn, row):
+    """What was `spent` on the call before that of a claimed `row`, and its `error`; or None."""
+    given = {"job_id": row.key, "table": row.table_name, "stage": row.stage}
+    return execute(conn, SPENT_BEFORE, given | {"call_id": row.call_id}).fetchone()
+
+
+# The claim itself counts for nothing. `attempts` becomes what is spent where it can: if the
+# listener is lost, nothing else says how much that was. A row that the application has locked is
+# skipped: its transaction is about to replace the call. `stage` is written as well, as the call may
+# have been recorded before its stage was renamed.
+PUT_OFF = """
+WITH mine AS (
+    SELECT job_id, call_id FROM stage_calls
+    WHERE job_id = %(job_id)s AND call_id = %(call_id)s AND attempts = %(attempt)s
+      AND worker = %(worker)s
+    FOR UPDATE SKIP LOCKED
+), ended AS (
+    DELETE FROM stage_leases WHERE call_id = %(call_id)s AND attempt = %(attempt)s
+)
+UPDATE stage_calls AS c
+SET attempts = greatest(%(attempt)s, %(spent)s),
+    free_attempts = greatest(%(attempt)s - %(spent)s, 0), worker = NULL, started_at = NULL,
+    last_error = left(%(error)s, 2000), stage = %(stage)s,
+    due_at = greatest(now() + make_interval(secs => %(delay)s), c.run_after)
+FROM mine WHERE c.job_id = mine.job_id AND c.call_id = mine.call_id
+"""
+
+
+def put_off(conn, row, worker: str, spent: int, delay: float, error: str | None) -> None:
+    """Let a claimed call wait for `delay` seconds, with `spent` attempts behind it."""
+    given = {"job_id": row.key, "call_id": row.call_id, "attempt": row.attempt, "worker": worker}
+    given |= {"stage": row.routed_to or row.stage}
+    execute(conn, PUT_OFF, given | {"spent": spent, "delay": delay, "error": error})

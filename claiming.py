@@ -1,0 +1,227 @@
+"""Which calls a listener claims: of which stages, how many of each, and when it looks again."""
+
+import contextlib
+import logging
+import math
+import time
+from collections import Counter
+from datetime import datetime, timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import psycopg2
+from psycopg2.errors import LockNotAvailable
+
+import calls
+import db
+import ops
+import pipeline
+from calls import Turn, Wanted
+from health import StageHealth
+from ops.listeners import UNCLAIMABLE
+from ops.rows import locked
+from pipeline import Call, Pool
+
+log = logging.getLogger("listener")
+
+# Stages of which no call can be claimed are asked for again after so many seconds.
+UNCLAIMABLE_EVERY = 5.0
+# Seconds from the beginning of a turn that could not ask for everything until the next one.
+LEFT_AFTER = 1.0
+# Claims skip calls that were due before the last claimed one (see Wanted), for so many seconds. A
+# call whose transaction commits late therefore waits at most that long.
+MARKED_FOR = 1.0
+# A sweep also claims calls that were never tried and are not due yet. One that is claimed so long
+# before it is due is a sign that the database's clock was set back. If the claim has only waited
+# for a lock, the look that follows finds nothing.
+EARLY = timedelta(seconds=1)
+
+
+class Claiming:
+    """What to claim, and when. All times are by time.monotonic().
+
+    limits: of every stage.
+    order: the stages that are called, the one whose turn it is first.
+    unclaimable: by stage, why no call of it can be claimed. Only a sweep asks for these.
+    look_at: claim calls that are due.
+    sweep_at: claim, and look for what nobody has announced.
+    due_at: when the next call will be due, as far as is known.
+    nothing_due: nothing was found to be due, and nothing has been heard of since.
+    """
+
+    def __init__(self, settings: SimpleNamespace, health: StageHealth, only: tuple[str, ...]):
+        self.settings, self.health = settings, health
+        self.limits = pipeline.stage_limits(settings)
+        self.order = [stage for stage in self.limits if not only or stage in only]
+        self.unclaimable: dict[str, str] = {}
+        self.asked_again: set[str] = set()  # see ask_again()
+        self.look_at = self.sweep_at = self.due_at = 0.0
+        self.nothing_due = False
+
+        self.began = 0.0  # of this turn
+        self.asks_when = False  # whether the database is to be asked when the next call is due
+        self.asked_at: datetime | None = None  # the database's time of the last claim
+        self.was_full = False  # the last claim found a call for every idle worker
+        self.marks: dict[str, Any] = {}  # by stage: when the last claimed call was due
+        self.marked_at = 0.0  # when `marks` were last dropped
+        self.is_ordered = pipeline.is_ordered()
+
+    @property
+    def next_look(self) -> float:
+        return min(self.look_at, self.sweep_at)
+
+    # --- what to claim ---
+
+    def wanted(self, free: int, under_way: list[Call], sweep: bool) -> list[list[Wanted]]:
+        """The stages to claim calls of, in their turn, and how many of each. They are as many
+        claims as it takes to have no two stages of a pool in one: each stage counts the free
+        places of its pool for itself.
+        """
+        self.began = time.monotonic()
+        if sweep or self.began - self.marked_at > MARKED_FOR:
+            self.marks, self.marked_at = {}, self.began
+        if not free:
+            return [[]]
+        held = Counter(self.limits[call.stage].pool for call in under_way)
+        claims: list[list[Wanted]] = [[]]
+        pools: set[Pool] = set()
+        for stage in self.order:
+            if stage in self.unclaimable and not sweep:
+                continue
+            limits = self.limits[stage]
+            if limits.pool and held[limits.pool] >= limits.pool.size:
+                continue
+            if most := self.health.most(stage, free, under_way):
+                if limits.pool in pools:
+                    claims.append([])
+                    pools = set()
+                if limits.pool:
+                    pools.add(limits.pool)
+                lease = limits.timeout + self.settings.LEASE_MARGIN
+                share = -(-free // len(self.order))
+                claims[-1].append(Wanted(stage, lease, most, share, limits.is_shared,
+                                         self.marks.get(stage), self.is_ordered,
+                                         waits=stage not in self.unclaimable))  # fmt: skip
+        return claims
+
+    def put_last(self, stage: str) -> None:
+        """A call of this stage was claimed, so it is the others' turn."""
+        self.order.remove(stage)
+        self.order.append(stage)
+
+    def put_first(self, claims: list[list[Wanted]]) -> None:
+        """Begin the next turn with the stages of these claims, which were not made."""
+        left = {wanted.stage for claim in claims for wanted in claim}
+        self.order.sort(key=lambda stage: stage not in left)
+
+    # --- what cannot be claimed ---
+
+    def note_unclaimable(self, conn: db.Connection, turn: Turn, wanted: list[Wanted]) -> None:
+        """Remember the stages of which no call can be claimed: only a sweep asks for them again, so
+        that they do not keep the others waiting.
+        """
+        before = self.unclaimable
+        asked = {stage.stage for stage in wanted}
+        self.unclaimable = {stage: why for stage, why in before.items() if stage not in asked}
+        for stage, error in turn.unclaimable.items():
+            self.unclaimable[stage] = why_unclaimable(conn, stage, error)
+            if self.unclaimable[stage] != before.get(stage):
+                log.error("단계의 호출을 가져올 수 없음 (%.0f초마다 다시 시도): stage=%s %s",
+                          UNCLAIMABLE_EVERY, stage, self.unclaimable[stage])  # fmt: skip
+
+    def is_known(self, error: psycopg2.Error) -> bool:
+        """Whether a claim failed for a reason that was logged, or as a table is still locked."""
+        still_locked = isinstance(error, LockNotAvailable) and bool(self.unclaimable)
+        return still_locked or ops.first_line(error) in self.unclaimable.values()
+
+    def refused_all(self, turn: Turn) -> psycopg2.Error | None:
+        """Why no call of any stage can be claimed, where a new connection may help: not where a
+        table is locked.
+        """
+        refused = [error for error in turn.unclaimable.values()
+                   if not isinstance(error, LockNotAvailable)]  # fmt: skip
+        return refused[0] if refused and len(self.unclaimable) == len(self.order) else None
+
+    def told_unclaimable(self) -> str:
+        """Of which stages no call can be claimed, and why; in the order of the pipeline, so that
+        all listeners say the same.
+        """
+        stages: dict[str, list[str]] = {}
+        for stage in self.limits:
+            if stage in self.unclaimable:
+                stages.setdefault(self.unclaimable[stage], []).append(stage)
+        said = (f"{', '.join(names)}: {why}" for why, names in stages.items())
+        return UNCLAIMABLE + "; ".join(said)
+
+    def ask_again(self) -> None:
+        """Before the end of `run --once`: ask once more for each stage of which no call could be
+        claimed, as a lock may be gone.
+        """
+        if left := self.unclaimable.keys() - self.asked_again:
+            self.asked_again |= left
+            self.sweep_at, self.nothing_due = 0.0, False
+
+    # --- when to look again ---
+
+    def plan(
+        self, conn: db.Connection, turn: Turn, wanted: list[Wanted], free: int, swept: float | None
+    ) -> None:
+        """Say when to look again, after a turn that had `free` idle workers.
+
+        Args:
+            wanted: the stages that it asked for.
+            swept: seconds until the next sweep, where this turn was one.
+        """
+        now = time.monotonic()
+        if swept is not None:
+            self.sweep_at, self.due_at = now + swept, 0.0
+        if self.unclaimable:
+            self.sweep_at = min(self.sweep_at, now + UNCLAIMABLE_EVERY)
+        left = [row.stage for row in turn.claimed if self.leaves_places(row.stage)]
+        if left:
+            calls.wake_waiting(conn, left)
+        self.nothing_due = False
+        was_full, self.was_full = self.was_full, len(turn.claimed) >= free
+        if self.was_full:
+            self.look_at = 0.0  # there may be more, as soon as a worker is idle
+            if was_full and swept is None:
+                self.marks |= {row.stage: row.was_due_at for row in turn.claimed}
+        elif self.marks or left:
+            self.look_at, self.marks = 0.0, {}  # there may be something before the marks
+        else:
+            self.asked_at = turn.asked_at
+            # A new call may have to wait for its time, or for a rate.
+            self.asks_when = self.is_ordered or now >= self.due_at
+            self.look_at = self.due_at if now < self.due_at else math.inf
+            self.nothing_due = not turn.claimed
+        if wanted and turn.asked_at is None:  # not everything has been asked for
+            self.look_at, self.nothing_due = min(self.look_at, self.began + LEFT_AFTER), False
+
+    def leaves_places(self, stage: str) -> bool:
+        """Whether the pool of a claimed call may have more places, which it kept for this stage."""
+        pool = self.limits[stage].pool
+        return pool is not None and pool.linger is not None and pool.size > 1
+
+    def ask_when(self, conn: db.Connection) -> None:
+        """Ask when the next call will be due, where a claim found less than there are workers."""
+        if not self.asks_when:
+            return
+        seconds = calls.next_due(conn, self.order, self.asked_at)
+        self.due_at = math.inf if seconds is None else time.monotonic() + seconds
+        self.look_at, self.asks_when = min(self.look_at, self.due_at), False
+
+
+def is_clock_set_back(turn: Turn) -> bool:
+    """Whether a sweep has claimed a call long before it was due, by the database's clock."""
+    asked_at = turn.asked_at
+    return asked_at is not None and any(row.was_due_at > asked_at + EARLY for row in turn.claimed)
+
+
+def why_unclaimable(conn: db.Connection, stage: str, error: psycopg2.Error) -> str:
+    """Why no call of a stage can be claimed; of a locked table, who has locked it."""
+    tables = [route.table for route, function in pipeline.routes().items()
+              if function.__name__ == stage]  # fmt: skip
+    if isinstance(error, LockNotAvailable):
+        with contextlib.suppress(psycopg2.Error):  # calls that were claimed meanwhile are made
+            return locked(conn, *tables)
+    return ops.first_line(error)

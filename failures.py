@@ -1,0 +1,142 @@
+"""Failed calls: which rows their stage has set to failed, and what people are told."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import db
+import logs
+import pipeline
+from alerts import Alerts
+from calls import PAID, RESULTS, TAKEN, Result, as_json
+from db import execute
+
+log = logging.getLogger("listener.trigger")
+
+# Ends the error of a call whose stage has set its row to failed.
+SET_FAILED = "set failed by its stage"
+
+# Which results are of rows that their stage has set to failed, and whether a stage follows from
+# that. What the row owed went with its state; a join's call is still there. Where that got no
+# answer, the parent may have been failed before, and the stage at work: it keeps its lease.
+FAILED_BY_STAGE = f"""
+SELECT r.call_id,
+       EXISTS (SELECT FROM pipeline_stages AS p
+               WHERE p.table_name = r.table_name AND p.join_of = ''
+                 AND (p.current_step, p.status) = (r.stage, 'failed')) AS is_routed
+FROM ({RESULTS}) AS r CROSS JOIN LATERAL stage_call_row(r.table_name, '', r.job_id) AS j
+WHERE (j.current_step, j.status) = (r.stage, 'failed')
+  AND NOT EXISTS (SELECT FROM stage_calls AS c
+                  WHERE c.job_id = r.job_id AND c.call_id = r.call_id
+                    AND (c.join_of = '' OR r.outcome = 'unknown'))
+"""
+
+
+def note(conn, results: Sequence[Result]) -> dict[int, bool]:
+    """Note in failed `results` that their stage has set the row to failed, or that a person has
+    cancelled the call.
+
+    Returns:
+        As failed_by_stage().
+    """
+    is_routed = failed_by_stage(conn, results)
+    note_cancelled(conn, results)
+    for result in results:
+        note_set_failed(result, is_routed)
+    return is_routed
+
+
+def failed_by_stage(conn, results: Iterable[Result]) -> dict[int, bool]:
+    """By call_id of the calls whose stage has set the row to failed: whether a stage follows.
+
+    Only of calls that were sent and not accepted, and not of a table that cannot be read: the look
+    for rows that rest finds its rows later.
+    """
+    asked = [r for r in results if r.outcome not in (*PAID, TAKEN)
+             and (r.http_status is not None or r.outcome != "held")]  # fmt: skip
+    return {row.call_id: row.is_routed for row in look_up(conn, FAILED_BY_STAGE, asked)}
+
+
+# Which results are of calls that a person cancelled while they were under way.
+CANCELLED = f"""
+SELECT r.call_id FROM ({RESULTS}) AS r CROSS JOIN LATERAL (
+    SELECT FROM stage_attempts AS a
+    WHERE a.job_id = r.job_id AND a.call_id = r.call_id AND a.outcome = 'cancelled'
+    LIMIT 1) AS cancelled
+"""
+
+
+def note_cancelled(conn, results: Iterable[Result]) -> None:
+    """Mark the failed results of calls that were cancelled as told: no person is needed."""
+    asked = [r for r in results if r.outcome == "failed"]
+    cancelled = {row.call_id for row in look_up(conn, CANCELLED, asked)}
+    for result in asked:
+        result.is_told = result.is_told or result.call_id in cancelled
+
+
+def look_up(conn, sql: str, results: Sequence[Result]) -> list:
+    """The rows of `sql` for `results`, without those whose table is locked or cannot be read."""
+    if not results:
+        return []
+
+    def ask(conn, table: str | None = None) -> list:
+        asked = [result for result in results if table in (None, result.table_name)]
+        return execute(conn, sql, {"results": as_json(conn, asked)}).fetchall()
+
+    found, failed = db.in_parts(conn, ask, {result.table_name for result in results})
+    if failed:
+        log.warning("failed 상태 확인 실패: %s", db.reasons(failed))
+    return [row for rows in found for row in rows]
+
+
+def note_set_failed(ended: Result, is_routed: Mapping[int, bool]) -> None:
+    """A result whose stage has set the row to failed becomes a failure, unless another call follows
+    from that.
+    """
+    if ended.call_id in is_routed:
+        ended.error = f"{(ended.error or '')[:1900]} ({SET_FAILED})"  # 2,000 are recorded
+        if not is_routed[ended.call_id]:
+            ended.outcome, ended.delay, ended.hold = "failed", None, False
+
+
+def tell(alerts: Alerts, ended: Result, is_routed: Mapping[int, bool]) -> None:
+    """Tell people of a result that is no success, if it needs them.
+
+    Args:
+        is_routed: as of note().
+    """
+    if ended.call_id not in is_routed:
+        if not ended.is_told:
+            tell_given_up(alerts, ended)
+    elif not is_routed[ended.call_id]:
+        tell_set_failed(alerts, ended)
+
+
+def tell_given_up(alerts: Alerts, ended: Result) -> None:
+    if ended.outcome == "failed":
+        row = row_name(ended.table_name, ended.job_id).replace("=", " ", 1)
+        text = f"{row}: {ended.stage} was given up: {ended.error}"
+        alerts.send("given_up", text, job=ended.job_id, table=ended.table_name, stage=ended.stage,
+                    error=ended.error, http_status=ended.http_status)  # fmt: skip
+
+
+def row_name(table: str, key: str) -> str:
+    """The row of a table, as a line of the log names it."""
+    known = pipeline.tables().get(table)
+    return f"{'job' if known is None or known.name == pipeline.JOBS.name else known.id}={key}"
+
+
+def tell_set_failed(alerts: Alerts, row: Any) -> None:
+    """Say that a stage has set its row to failed, and how a person sends it back.
+
+    Args:
+        row: a Result, or any with `table_name`, `job_id`, `stage` and `error`.
+    """
+    key, stage, error = row.job_id, row.stage, row.error or ""
+    back = pipeline.sent_back(row.table_name, key, stage)
+    name = row_name(row.table_name, key)
+    text = f"{name}: {stage} set it to failed: {error}; to send it back: {back}"
+    about = {"job": key, "table": row.table_name, "stage": stage, "error": error}
+    alerts.send("failed_by_stage", text, sql=back, **about)
+    log.error("단계가 failed로 설정함: %s stage=%s error=%s → %s", name, stage, error[:500], back,
+              extra=logs.about(**about))  # fmt: skip

@@ -1,0 +1,147 @@
+"""A turn that failed, done again: each result alone, then a claim of one call."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+import psycopg2
+
+import calls
+from calls import BEYOND_ASCII, FENCE, RESULTS, UNDER_WAY, Result, Turn, Wanted, as_json, escaped
+from db import ConnectionLost, execute
+
+log = logging.getLogger("listener")
+
+# SQLSTATE classes of errors that concern single rows: 22 data, 23 constraint, 54 a limit of the
+# server, such as the length of an index entry. Any other error would occur for every row.
+FAULT_OF_THE_ROW = ("22", "23", "54")
+
+
+def is_fault_of_row(error: psycopg2.Error) -> bool:
+    """Whether an error concerns a single row. That the queue of notifications is full (54000, but
+    of no table) does not.
+    """
+    code = error.pgcode or ""
+    return code.startswith(FAULT_OF_THE_ROW) and (code[:2] != "54" or bool(error.diag.table_name))
+
+
+def is_table_locked(error: psycopg2.errors.LockNotAvailable) -> bool:
+    """Whether a claim waited for a table of the pipeline, which only stage_call_row() reads, and
+    not for the row of a limit.
+    """
+    return "stage_call_row" in (error.diag.context or "")
+
+
+def settle_and_claim(
+    conn, results: Sequence[Result], wanted: Sequence[Wanted], free: int, worker: str
+) -> Turn:
+    """What calls.settle_and_claim() could not do at once: each result alone, then a claim of one
+    call.
+
+    What fails alone is one failed call, or one stage whose calls cannot be claimed, as where a
+    column of its table was renamed, or its table is locked while others have calls.
+
+    Raises:
+        psycopg2.Error: a result cannot be settled, and the fault is not that of a row.
+    """
+    done = Turn([], [])
+    for result in results:
+        settle_alone(conn, result, done)
+    for stage in wanted if free else []:
+        # Wait for a locked table once. The claims of its other stages then fail after 20 ms.
+        stage = stage._replace(waits=stage.waits and not done.unclaimable)
+        try:
+            turn = calls.settle_and_claim(conn, [], [stage], 1, worker)
+        except ConnectionLost:
+            raise
+        except psycopg2.errors.LockNotAvailable as error:
+            if is_table_locked(error):  # else somebody holds the row of a limit, for a moment
+                done.unclaimable[stage.stage] = error
+        except psycopg2.errors.QueryCanceled as error:
+            done.unclaimable[stage.stage] = error
+            break  # the next one may take as long
+        except psycopg2.Error as error:
+            if not is_fault_of_row(error):
+                done.unclaimable[stage.stage] = error
+                continue
+            reason = f"its call cannot be claimed: {' '.join(str(error).split())}"
+            done.given_up += give_up_first(conn, stage, worker, reason)
+        else:
+            if turn.claimed:
+                done.claimed = turn.claimed
+                break
+    return done
+
+
+# Settles a call without writing to the history, where that fails: removes the call where it was
+# accepted or skipped, and gives it up otherwise.
+SETTLE_WITHOUT_HISTORY = f"""
+WITH result AS ({RESULTS}
+), ended AS (
+    DELETE FROM stage_leases AS l USING result AS r
+    WHERE l.call_id = r.call_id AND l.attempt = r.attempt AND l.job_id = r.job_id
+), paid AS (
+    DELETE FROM stage_calls AS c USING result AS r
+    WHERE {FENCE} AND r.outcome IN ('succeeded', 'skipped')
+)
+UPDATE stage_calls AS c
+SET worker = NULL, started_at = NULL, due_at = 'infinity', last_error = left(r.error, 500)
+FROM result AS r
+WHERE {FENCE} AND r.outcome NOT IN ('succeeded', 'skipped')
+"""
+
+
+def settle_alone(conn, result: Result, done: Turn) -> None:
+    """Write one result, in whatever form the database takes it, and note in `done` what came of
+    that.
+    """
+    try:
+        done.unsettled += calls.settle_and_claim(conn, [result], [], 0, result.worker).unsettled
+        return
+    except psycopg2.Error as error:
+        if not is_fault_of_row(error):
+            raise
+        reason = f"its result ({result.outcome}) cannot be recorded: {' '.join(str(error).split())}"
+    log.error("결과를 기록할 수 없음: job=%s stage=%s %s", result.job_id, result.stage, reason)
+    ascii_only = BEYOND_ASCII.sub(escaped, reason)
+    try:
+        params = {"results": as_json(conn, [replace(result, error=ascii_only)])}
+        given_up = execute(conn, SETTLE_WITHOUT_HISTORY, params).rowcount
+    except ConnectionLost:
+        raise
+    except psycopg2.Error as error:
+        log.error("리스 만료 후 다시 확인됨: job=%s %s", result.job_id, error)
+    else:
+        if given_up and not (result.is_told and result.outcome == "failed"):
+            done.given_up.append(replace(result, outcome="failed", error=reason))
+
+
+# The call that a claim of this stage would take first: see DUE and DUE_IN_ORDER.
+FIRST = f"""
+    SELECT c.job_id, c.call_id FROM stage_calls AS c
+    WHERE c.stage = %(stage)s AND c.due_at >= %(since)s AND c.due_at <= now()
+      AND NOT EXISTS (SELECT FROM pipeline_stages AS p
+                      WHERE p.stage = c.stage AND p.held_until > now())
+      AND NOT EXISTS ({UNDER_WAY})
+    ORDER BY c.due_at LIMIT 1
+    FOR UPDATE OF c SKIP LOCKED"""
+FIRST_IN_ORDER = """
+    SELECT c.job_id, c.call_id FROM stage_due_calls(%(stage)s, 0, 1, false) AS c"""
+GIVE_UP_FIRST = """
+UPDATE stage_calls SET due_at = 'infinity', worker = NULL, last_error = left(%(error)s, 500)
+WHERE (job_id, call_id) = ({first})
+RETURNING job_id::text, call_id, attempts AS attempt, stage, table_name
+"""
+
+
+def give_up_first(conn, wanted: Wanted, worker: str, error: str) -> list[Result]:
+    """Give up the first due call of a stage, which cannot be claimed; as a result, where there is
+    one.
+    """
+    sql = GIVE_UP_FIRST.format(first=FIRST_IN_ORDER if wanted.ordered else FIRST)
+    given = {"stage": wanted.stage, "since": wanted.since or "-infinity", "error": error}
+    rows = execute(conn, sql, given).fetchall()
+    for row in rows:
+        log.error("포기 (호출을 가져올 수 없음): job=%s stage=%s %s", row.job_id, row.stage, error)
+    return [Result(**row._asdict(), worker=worker, started_at="", outcome="failed", error=error)
+            for row in rows]  # fmt: skip

@@ -1,0 +1,79 @@
+"""The results of calls until the database has them: they outlive its connection."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+
+import psycopg2
+
+import db
+import failures
+import one_by_one
+import ops
+from alerts import Alerts
+from calls import PAID, TAKEN, Result
+
+log = logging.getLogger("listener")
+
+# Results are dropped after so many tries in a database that has no tables for them.
+LAST_TRIES = 100
+
+
+class Unwritten:
+    """Results that are to be settled.
+
+    results: in the next turn.
+    locked: recorded, but the stage's own transaction still holds the row of the call.
+    """
+
+    def __init__(self, alerts: Alerts):
+        self.alerts = alerts
+        self.results: list[Result] = []
+        self.locked: list[Result] = []
+        self.last_tries = 0
+
+    def retry_locked(self) -> None:
+        """Settle those whose rows were locked in the next turn, too."""
+        self.results, self.locked = self.results + self.locked, []
+
+    def tell_failed(self, conn: db.Connection) -> None:
+        """Tell people of the calls that have failed: given up, or set failed by their stage."""
+        untold = [r for r in self.results if r.outcome not in (*PAID, TAKEN) and not r.is_told]
+        is_routed = failures.note(conn, untold)
+        for result in untold:
+            failures.tell(self.alerts, result, is_routed)
+            result.is_told = result.outcome == "failed" or result.call_id in is_routed
+
+    def settled(self, unsettled: Iterable[int]) -> None:
+        """The database has them; `unsettled` are the calls whose row was locked."""
+        again = set(unsettled)
+        # Its hold, if any, has begun: settling it again must not lengthen it.
+        self.locked += [
+            replace(r, hold=False, was_locked=True) for r in self.results if r.call_id in again
+        ]
+        # Settle a result once more whose row was locked until now: its stage may have committed
+        # `failed` between tell_failed() and this settling.
+        self.results = [
+            replace(r, was_locked=False) for r in self.results
+            if r.was_locked and r.delay is not None and r.call_id not in again
+        ]  # fmt: skip
+
+    def settle_last(
+        self, conn: db.Connection, name: str, problem: ops.Problem, under_way: bool
+    ) -> None:
+        """Settle what is left, before the listener `name` ends with `problem`. Drop it after
+        LAST_TRIES in a database that has no tables for it, unless calls are still `under_way`.
+        """
+        self.retry_locked()
+        self.tell_failed(conn)
+        try:
+            again = one_by_one.settle_and_claim(conn, self.results, [], 0, name).unsettled
+            self.results = [result for result in self.results if result.call_id in again]
+        except db.ConnectionLost:
+            raise
+        except psycopg2.Error:
+            self.last_tries += 1
+            if self.last_tries >= LAST_TRIES and not under_way:
+                for result in self.results:
+                    log.error("리스 만료 후 다시 확인됨: job=%s %s", result.job_id, problem)
+                self.results = []
