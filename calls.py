@@ -658,7 +658,7 @@ def next_due(conn, stages: Iterable[str], asked_at: datetime | None = None) -> f
     return execute(conn, NEXT_DUE, given).fetchone()[0]
 
 
-# --- what was never begun ------------------------------------------------------------------
+# --- claims that were never begun, and leases that ran out ---------------------------------
 
 # Claims of this listener that it never began: their answer was lost, or their lease would not
 # have covered the call. They are due again, so the other listeners are told to look. Where the
@@ -702,3 +702,36 @@ def give_back(conn, worker: str, keep: Iterable[int]):
         A row: how many were `given_back`, and how many are `locked` by the application.
     """
     return execute(conn, GIVE_BACK, {"worker": worker, "keep": list(keep)}).fetchone()
+
+
+# Ends the leases of listeners that are lost, and of asynchronous stages that did not finish, with a
+# row in the history for each. A result that comes later gets a row, too. A call without an answer
+# has its row already. A call that a person made before its run_after waits for that again, and does
+# not look due until then.
+REAP = """
+WITH over AS (
+    DELETE FROM stage_leases WHERE leased_until <= now() RETURNING *
+), early AS (
+    SELECT c.* FROM over AS l CROSS JOIN LATERAL (
+        SELECT c.job_id, c.call_id FROM stage_calls AS c
+        WHERE c.job_id = l.job_id AND c.call_id = l.call_id AND c.attempts = l.attempt
+          AND c.worker = l.worker AND c.run_after > now()
+        LIMIT 1 FOR UPDATE SKIP LOCKED) AS c
+), planned AS (
+    UPDATE stage_calls AS c SET worker = NULL, started_at = NULL, due_at = c.run_after
+    FROM early WHERE c.job_id = early.job_id AND c.call_id = early.call_id
+)
+INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, spent, stage, worker, started_at,
+                            finished_at, http_status, outcome, error)
+SELECT job_id, table_name, call_id, attempt, spent, stage, worker, started_at, now(),
+       CASE WHEN working THEN 202 END, CASE WHEN working THEN 'unknown' ELSE 'lost' END,
+       CASE WHEN working THEN 'taken with HTTP 202, but not finished within its timeout'
+            ELSE 'the listener did not come back before its lease ran out' END
+FROM over WHERE NOT unanswered
+ON CONFLICT DO NOTHING
+"""
+
+
+def reap(conn) -> int:
+    """End the leases that have run out, each with a row in the history; how many."""
+    return execute(conn, REAP).rowcount

@@ -16,12 +16,11 @@ import joins
 import logs
 import pipeline
 import trigger
-from calls import TAKEN, Claimed, Result
+from calls import TAKEN, Claimed, Result, reap
 from db import execute
 from failures import SET_FAILED
 from pipeline import Call, Route
 from trigger import about, result
-from upkeep import reap
 
 log = logging.getLogger("listener")
 

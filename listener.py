@@ -50,7 +50,7 @@ from pipeline import Call
 from signals import Signals
 from trigger import boottime
 from unwritten import Unwritten
-from upkeep import Upkeep, reap, tell_timeouts
+from upkeep import Upkeep, tell_timeouts
 from workers import Workers
 
 log = logging.getLogger("listener")
@@ -359,7 +359,7 @@ class Listener:
         for row in turn.claimed:
             self.claiming.put_last(row.stage)
             if row.taken_over:
-                reap(conn)
+                calls.reap(conn)
             if (row.call_id, row.key, row.attempt) in under_way:
                 continue  # a new primary did not know that we had claimed it
             limits = self.claiming.limits[row.stage]

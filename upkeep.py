@@ -1,6 +1,6 @@
 """Runs the tasks beside the calls when they are due; each listener does it for all. This file has
-the tasks for leases of lost listeners, a clock that was set back, calls of deleted jobs, and calls
-that were recorded under an earlier PIPELINE. The others are in history.py and troubles.py.
+the tasks for a clock that was set back, calls of deleted jobs, and calls that were recorded under
+an earlier PIPELINE. The others are in calls.py, history.py and troubles.py.
 """
 
 import logging
@@ -18,6 +18,7 @@ import pipeline
 import trigger
 import troubles
 from alerts import Alerts
+from calls import reap
 from db import UNPINNED, WAKE_CHANNEL, ConnectionLost, execute, in_parts, reasons
 from history import BATCH, log_failure
 from ops import listeners, migrations, routes
@@ -269,41 +270,6 @@ class Upkeep:
         if failed:
             log_failure(do, reasons(failed))
         return found, failed
-
-
-# --- leases that ran out -------------------------------------------------------------------
-
-# Ends the leases of listeners that are lost, and of asynchronous stages that did not finish, with a
-# row in the history for each. A result that comes later gets a row, too. A call without an answer
-# has its row already. A call that a person made before its run_after waits for that again, and does
-# not look due until then.
-REAP = """
-WITH over AS (
-    DELETE FROM stage_leases WHERE leased_until <= now() RETURNING *
-), early AS (
-    SELECT c.* FROM over AS l CROSS JOIN LATERAL (
-        SELECT c.job_id, c.call_id FROM stage_calls AS c
-        WHERE c.job_id = l.job_id AND c.call_id = l.call_id AND c.attempts = l.attempt
-          AND c.worker = l.worker AND c.run_after > now()
-        LIMIT 1 FOR UPDATE SKIP LOCKED) AS c
-), planned AS (
-    UPDATE stage_calls AS c SET worker = NULL, started_at = NULL, due_at = c.run_after
-    FROM early WHERE c.job_id = early.job_id AND c.call_id = early.call_id
-)
-INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, spent, stage, worker, started_at,
-                            finished_at, http_status, outcome, error)
-SELECT job_id, table_name, call_id, attempt, spent, stage, worker, started_at, now(),
-       CASE WHEN working THEN 202 END, CASE WHEN working THEN 'unknown' ELSE 'lost' END,
-       CASE WHEN working THEN 'taken with HTTP 202, but not finished within its timeout'
-            ELSE 'the listener did not come back before its lease ran out' END
-FROM over WHERE NOT unanswered
-ON CONFLICT DO NOTHING
-"""
-
-
-def reap(conn) -> int:
-    """End the leases that have run out, each with a row in the history; how many."""
-    return execute(conn, REAP).rowcount
 
 
 # --- a clock that was set back -------------------------------------------------------------

@@ -9,7 +9,6 @@ from claims import LEASE_OVER, claim, claim_many, held, make_due, result, settle
 
 import calls
 import one_by_one
-import upkeep
 
 
 @pytest.fixture
@@ -137,7 +136,7 @@ def test_listener_that_comes_back_late_leaves_the_call_alone(database, conn, out
     late = claim(conn, "late")
     database.rows(LEASE_OVER)
     claim(conn, "second")
-    upkeep.reap(conn)
+    calls.reap(conn)
     call = database.owed(job)
     assert settle(conn, result(late, outcome, "late", **OUTCOMES[outcome]))
     assert database.owed(job) == call
@@ -388,10 +387,10 @@ def test_lease_of_a_call_without_an_answer_is_not_given_back(database, conn):
 def test_lease_of_a_call_without_an_answer_ends_without_a_lost_row(database, conn):
     job = database.add_job()
     settle(conn, result(claim(conn), "unknown", delay=0, after_lease=True))
-    assert upkeep.reap(conn) == 0
+    assert calls.reap(conn) == 0
     assert len(database.rows("SELECT 1 FROM stage_leases")) == 1
     database.rows(LEASE_OVER)
-    upkeep.reap(conn)
+    calls.reap(conn)
     assert database.rows("SELECT 1 FROM stage_leases") == []
     assert [attempt.outcome for attempt in database.attempts(job)] == ["unknown"]
 

@@ -20,7 +20,6 @@ import db
 import joins
 import one_by_one
 import troubles
-import upkeep
 from demo.stage_server import Answer
 from ops.check import LAG
 from ops.install import apply
@@ -230,7 +229,7 @@ def test_call_by_hand_that_is_lost_waits_for_its_time_again(site, run_command):
             conn, [], wanted(["vlm_judge"]), 1, "by hand", only=(job, call)
         ).claimed
         site.rows(LEASE_OVER)
-        upkeep.reap(conn)
+        calls.reap(conn)
     assert [each.outcome for each in site.attempts(job)] == ["lost"] and row
     assert run_command(site, "job", job, **MODULE).lines[1].split("), ")[1].startswith("due in ")
     found = json.loads(run_command(site, "status", "--json", **MODULE).out)

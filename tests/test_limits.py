@@ -27,7 +27,6 @@ import db
 import notifications
 import one_by_one
 import pipeline
-import upkeep
 from demo import five_stages
 from demo.stage_api import StageApi
 from ops.install import apply
@@ -322,11 +321,11 @@ def test_listener_lost_while_its_job_runs_leaves_a_lost_attempt(database, conn):
     job = database.add_job()
     claim(conn, "lost")
     database.move(job, "vlm_analyze", "running")
-    assert upkeep.reap(conn) == 0
+    assert calls.reap(conn) == 0
     database.rows(LEASE_OVER)
-    assert upkeep.reap(conn) == 1
+    assert calls.reap(conn) == 1
     assert [(a.outcome, a.worker) for a in database.attempts(job)] == [("lost", "lost")]
-    assert upkeep.reap(conn) == 0
+    assert calls.reap(conn) == 0
 
 
 # --- declared beside the stage -------------------------------------------------------------

@@ -181,7 +181,7 @@ class Pipeline(RuleBasedStateMachine):
 
     @rule()
     def reap(self):
-        upkeep.reap(self.conns["a"])
+        calls.reap(self.conns["a"])
 
     # --- the operator ---
 

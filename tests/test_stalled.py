@@ -6,7 +6,7 @@ import re
 import pytest
 from claims import LEASE_OVER, STAGES, claim, connected, result, settle
 
-import upkeep
+import calls
 
 LONG_AGO = "now() - interval '11 minutes'"  # STAGE_TIMEOUT is 10
 
@@ -49,7 +49,7 @@ def test_job_left_running_is_stalled_once_nobody_calls_it(database, run_command)
         database.rows(f"UPDATE jobs SET updated_at = {LONG_AGO}")
         assert stalled(run_command, database) == []
         database.rows(LEASE_OVER)
-        upkeep.reap(conn)
+        calls.reap(conn)
     database.rows(f"UPDATE stage_attempts SET finished_at = {LONG_AGO}")
     assert stalled(run_command, database) == [(job, "running for longer than the timeout")]
 
@@ -80,7 +80,7 @@ def test_job_whose_call_was_cancelled_under_way_is_not_stalled(database, run_com
         assert run_command(database, "cancel", job).code == 0
         if outcome == "lost":
             database.rows(LEASE_OVER)
-            upkeep.reap(conn)
+            calls.reap(conn)
         else:
             settle(conn, result(row, outcome))
     database.rows(f"DELETE FROM stage_leases; UPDATE jobs SET updated_at = {LONG_AGO}")

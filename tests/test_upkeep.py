@@ -205,7 +205,7 @@ def test_what_says_that_a_running_row_is_stalled_is_not_pruned(database, conn, o
     database.move(job, "vlm_analyze", "running")
     if outcome == "lost":
         database.rows(LEASE_OVER)
-        upkeep.reap(conn)
+        calls.reap(conn)
     else:
         settle(conn, result(row))
     database.rows(LONG_AGO + "; UPDATE jobs SET updated_at = 'infinity'")

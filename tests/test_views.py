@@ -4,6 +4,7 @@ import psycopg2
 import pytest
 from claims import LEASE_OVER, STAGES, claim, connected, held, result, settle
 
+import calls
 import troubles
 import upkeep
 from ops.install import apply
@@ -166,7 +167,7 @@ def test_running_job_is_not_stalled_while_it_is_called(database, conn):
     age(database)
     assert stalled(database) == []
     database.rows(LEASE_OVER)
-    upkeep.reap(conn)
+    calls.reap(conn)
     age(database)
     assert [row.job_id for row in stalled(database)] == [job]
 

@@ -19,7 +19,7 @@ from test_failed import FAST, routed, site, told  # noqa: F401 (fixtures)
 from test_ops_tables import call, joined, look, run  # noqa: F401 (fixtures)
 from waiting import until
 
-import upkeep
+import calls
 from demo.stage_server import Answer
 
 LONG_AGO = (
@@ -102,7 +102,7 @@ def leave_running(rested):
         claim(conn)
         rested.database.move(rested.job, "overlay", "running")
         rested.database.rows(LEASE_OVER)
-        upkeep.reap(conn)
+        calls.reap(conn)
     rested.database.rows(LONG_AGO)
 
 
