@@ -5,7 +5,6 @@ Each statement is a constant above the small function that runs it. All times ar
 
 import contextlib
 import json
-import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,8 +17,6 @@ import psycopg2
 from psycopg2.extensions import cursor
 
 from db import WAKE_CHANNEL, Statement, execute, run
-
-log = logging.getLogger("listener")
 
 
 @dataclass

@@ -1,13 +1,12 @@
-"""What is asked of a claimed call before it is made: it may have ended, or have to wait.
+"""What is asked of a claimed call before it is made: it may not be owed any more, or have to wait.
 
-For each call, the claim's row says where the job is now. A call that is not made ends with a
-Result, like any other.
+The row of a claim says where the job is now. A call that is not made ends with a Result, like any
+other, or is put off.
 """
 
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -28,18 +27,22 @@ log = logging.getLogger("listener")
 PASSED_OVER_FOR = 10.0
 # Accepted calls that are remembered, should a new primary have forgotten them.
 REMEMBERED = 10_000
-# The error of a join's call that is recorded anew.
+# The error of a join's call that is not made because its rows have changed: it is recorded anew.
 OUTDATED = "rows of the join have changed: it is looked at anew"
 
 
 class Checked(NamedTuple):
-    """What is to be done with a claimed call: make it, or write its result; or it was put off."""
+    """What is to be done with a claimed call.
 
-    is_made: bool = False
+    is_to_make: make it.
+    ended: else the result to write; None: nothing, it was put off.
+    """
+
+    is_to_make: bool = False
     ended: Result | None = None
 
 
-MAKE, WAITS = Checked(is_made=True), Checked()
+MAKE, LATER = Checked(is_to_make=True), Checked()
 
 
 class Checks:
@@ -47,13 +50,13 @@ class Checks:
 
     accepted: by call_id and key, the attempt that an asynchronous stage has taken; the next one is
         made after its timeout. Infinity: a call that was accepted and is never repeated.
-    passed_over: states of another PIPELINE; each was logged once.
+    logged: states of another PIPELINE that a line was logged of.
     """
 
-    def __init__(self, settings: SimpleNamespace, routes: Mapping[Route, Callable]):
-        self.settings, self.routes = settings, routes
+    def __init__(self, settings: SimpleNamespace):
+        self.settings, self.routes = settings, pipeline.routes()
         self.accepted: OrderedDict[tuple, float] = OrderedDict()
-        self.passed_over: set[Route] = set()
+        self.logged: set[Route] = set()
 
     def remember(self, call: Call, ended: Result) -> None:
         """Remember a call that was accepted."""
@@ -67,7 +70,7 @@ class Checks:
         """What is to be done with the `call` of a claimed `row`."""
         function = self.routes.get(call.route)
         if function is None or not function.__name__ == row.stage == row.routed_to:
-            return self.passed(conn, call, row)
+            return self.pass_over(conn, call, row)
         known = self.accepted.get((row.call_id, row.key), 0)
         if ended := ended_unmade(conn, call, row, known):
             return Checked(ended=ended)
@@ -77,17 +80,17 @@ class Checks:
             joins.note_parent(conn, row)
         return MAKE
 
-    def passed(self, conn: db.Connection, call: Call, row: Claimed) -> Checked:
+    def pass_over(self, conn: db.Connection, call: Call, row: Claimed) -> Checked:
         """Do not make a call that not both this PIPELINE and the database's have. Where one of them
         knows its state, it waits for a listener of the other, or for an install; else it fails.
         """
         if row.routed_to or call.route in self.routes:
             put_off(conn, row, call.listener, row.spent - 1, PASSED_OVER_FOR, row.last_error)
-            if call.route not in self.passed_over:
-                self.passed_over.add(call.route)
+            if call.route not in self.logged:
+                self.logged.add(call.route)
                 log.warning("다른 PIPELINE의 호출을 미룸 (make trigger 후 재시작 필요): %s → %s",
                             call.route, row.routed_to or call.stage)  # fmt: skip
-            return WAITS
+            return LATER
         error = f"PIPELINE has no {call.route} any more"
         ended = trigger.failure(call, "retry", error, self.settings.RETRY_DELAY)
         trigger.log_end(call, ended)
@@ -109,7 +112,7 @@ class Checks:
         before = spent_before(conn, row)
         if before is None or before.spent < 1:
             return None
-        error = f"{before.error or SET_FAILED}"
+        error = before.error or SET_FAILED
         if before.spent >= call.max_attempts:
             call.spent = before.spent
             if "the last one)" not in error:
@@ -117,19 +120,19 @@ class Checks:
             return Checked(ended=given_up(call, error))
         delay = trigger.backoff(before.spent, self.settings.RETRY_DELAY)
         put_off(conn, row, call.listener, before.spent, delay, error)
-        return WAITS
+        return LATER
 
 
 def ended_unmade(conn: db.Connection, call: Call, row: Claimed, known: float = 0) -> Result | None:
     """The result of a call that must not be made; None where it must. If the join of such a call
-    is not complete, or has changed, a look at its parent is appended.
+    is not complete, or has changed, its parent is to be looked at again.
 
     Args:
         known: the attempt that was accepted as far as this listener knows: see Checks.accepted.
     """
     owed = row.owed or is_owed(conn, row, call.listener)
     accepted = row.accepted or known == math.inf
-    ended = refused(call, row, owed, accepted, taken=row.attempt <= known)
+    ended = already_over(call, row, owed, accepted, taken=row.attempt <= known)
     is_open = not (row.is_complete or accepted)
     if ended is None and row.join_of and joins.has_look(conn, row):
         ended, is_open = outdated(call), True
@@ -138,10 +141,11 @@ def ended_unmade(conn: db.Connection, call: Call, row: Claimed, known: float = 0
     return ended
 
 
-def refused(
-    call: Call, row: Claimed, owed: bool, accepted: bool, taken: bool = False
+def already_over(
+    call: Call, row: Claimed, owed: bool, accepted: bool, taken: bool
 ) -> Result | None:
-    """The result of a claim that must not be called; None where it must.
+    """The result of a call that is not owed any more, was accepted, or has no attempt left; None
+    where it must be made.
 
     Args:
         row: of the claim.

@@ -26,7 +26,7 @@ log = logging.getLogger("listener")
 
 # Stages of which no call can be claimed are asked for again after so many seconds.
 UNCLAIMABLE_EVERY = 5.0
-# Seconds from the beginning of a turn that could not ask for everything until the next one.
+# Seconds from a claim that could not ask for everything until the next turn.
 LEFT_AFTER = 1.0
 # Claims skip calls that were due before the last claimed one (see Wanted), for so many seconds. A
 # call whose transaction commits late therefore waits at most that long.
@@ -46,7 +46,7 @@ class Claiming:
     look_at: claim calls that are due.
     sweep_at: claim, and look for what nobody has announced.
     due_at: when the next call will be due, as far as is known.
-    nothing_due: nothing was found to be due, and nothing has been heard of since.
+    found_nothing: the last turn asked for everything, and found nothing to claim.
     """
 
     def __init__(self, settings: SimpleNamespace, health: StageHealth, only: tuple[str, ...]):
@@ -56,9 +56,9 @@ class Claiming:
         self.unclaimable: dict[str, str] = {}
         self.asked_again: set[str] = set()  # see ask_again()
         self.look_at = self.sweep_at = self.due_at = 0.0
-        self.nothing_due = False
+        self.found_nothing = False
 
-        self.began = 0.0  # of this turn
+        self.began = 0.0  # of the claims of this turn
         self.asks_when = False  # whether the database is to be asked when the next call is due
         self.asked_at: datetime | None = None  # the database's time of the last claim
         self.was_full = False  # the last claim found a call for every idle worker
@@ -129,14 +129,14 @@ class Claiming:
                 log.error("단계의 호출을 가져올 수 없음 (%.0f초마다 다시 시도): stage=%s %s",
                           UNCLAIMABLE_EVERY, stage, self.unclaimable[stage])  # fmt: skip
 
-    def is_known(self, error: psycopg2.Error) -> bool:
+    def is_logged(self, error: psycopg2.Error) -> bool:
         """Whether a claim failed for a reason that was logged, or as a table is still locked."""
         still_locked = isinstance(error, LockNotAvailable) and bool(self.unclaimable)
         return still_locked or ops.first_line(error) in self.unclaimable.values()
 
-    def refused_all(self, turn: Turn) -> psycopg2.Error | None:
-        """Why no call of any stage can be claimed, where a new connection may help: not where a
-        table is locked.
+    def error_of_all_stages(self, turn: Turn) -> psycopg2.Error | None:
+        """The error where no call of any stage can be claimed, and a new connection may help: not
+        where all tables are only locked.
         """
         refused = [error for error in turn.unclaimable.values()
                    if not isinstance(error, LockNotAvailable)]  # fmt: skip
@@ -159,14 +159,15 @@ class Claiming:
         """
         if left := self.unclaimable.keys() - self.asked_again:
             self.asked_again |= left
-            self.sweep_at, self.nothing_due = 0.0, False
+            self.sweep_at, self.found_nothing = 0.0, False
 
     # --- when to look again ---
 
     def plan(
         self, conn: db.Connection, turn: Turn, wanted: list[Wanted], free: int, swept: float | None
     ) -> None:
-        """Say when to look again, after a turn that had `free` idle workers.
+        """Say when to look again, after a turn that had `free` idle workers; and wake the other
+        listeners where a pool may have more places.
 
         Args:
             wanted: the stages that it asked for.
@@ -180,7 +181,7 @@ class Claiming:
         left = [row.stage for row in turn.claimed if self.leaves_places(row.stage)]
         if left:
             calls.wake_waiting(conn, left)
-        self.nothing_due = False
+        self.found_nothing = False
         was_full, self.was_full = self.was_full, len(turn.claimed) >= free
         if self.was_full:
             self.look_at = 0.0  # there may be more, as soon as a worker is idle
@@ -193,9 +194,9 @@ class Claiming:
             # A new call may have to wait for its time, or for a rate.
             self.asks_when = self.is_ordered or now >= self.due_at
             self.look_at = self.due_at if now < self.due_at else math.inf
-            self.nothing_due = not turn.claimed
+            self.found_nothing = not turn.claimed
         if wanted and turn.asked_at is None:  # not everything has been asked for
-            self.look_at, self.nothing_due = min(self.look_at, self.began + LEFT_AFTER), False
+            self.look_at, self.found_nothing = min(self.look_at, self.began + LEFT_AFTER), False
 
     def leaves_places(self, stage: str) -> bool:
         """Whether the pool of a claimed call may have more places, which it kept for this stage."""

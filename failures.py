@@ -13,7 +13,7 @@ from db import execute
 
 log = logging.getLogger("listener.trigger")
 
-# Ends the error of a call whose stage has set its row to failed.
+# The error of a call whose stage has set its row to failed, or the end of it.
 SET_FAILED = "set failed by its stage"
 
 # Which results are of rows that their stage has set to failed, and whether a stage follows from
@@ -33,8 +33,8 @@ WHERE (j.current_step, j.status) = (r.stage, 'failed')
 
 
 def note(conn, results: Sequence[Result]) -> dict[int, bool]:
-    """Note in failed `results` that their stage has set the row to failed, or that a person has
-    cancelled the call.
+    """Note in failed `results` that their stage has set the row to failed, which is final unless
+    another call follows from that; or that a person has cancelled the call.
 
     Returns:
         As failed_by_stage().
@@ -42,7 +42,10 @@ def note(conn, results: Sequence[Result]) -> dict[int, bool]:
     is_routed = failed_by_stage(conn, results)
     note_cancelled(conn, results)
     for result in results:
-        note_set_failed(result, is_routed)
+        if result.call_id in is_routed:
+            result.error = f"{(result.error or '')[:1900]} ({SET_FAILED})"  # 2,000 are recorded
+            if not is_routed[result.call_id]:
+                result.outcome, result.delay, result.hold = "failed", None, False
     return is_routed
 
 
@@ -89,18 +92,8 @@ def look_up(conn, sql: str, results: Sequence[Result]) -> list:
     return [row for rows in found for row in rows]
 
 
-def note_set_failed(ended: Result, is_routed: Mapping[int, bool]) -> None:
-    """A result whose stage has set the row to failed becomes a failure, unless another call follows
-    from that.
-    """
-    if ended.call_id in is_routed:
-        ended.error = f"{(ended.error or '')[:1900]} ({SET_FAILED})"  # 2,000 are recorded
-        if not is_routed[ended.call_id]:
-            ended.outcome, ended.delay, ended.hold = "failed", None, False
-
-
 def tell(alerts: Alerts, ended: Result, is_routed: Mapping[int, bool]) -> None:
-    """Tell people of a result that is no success, if it needs them.
+    """Tell people of a result that is no success, unless they were told, or a call follows.
 
     Args:
         is_routed: as of note().
@@ -137,6 +130,6 @@ def tell_set_failed(alerts: Alerts, row: Any) -> None:
     name = row_name(row.table_name, key)
     text = f"{name}: {stage} set it to failed: {error}; to send it back: {back}"
     about = {"job": key, "table": row.table_name, "stage": stage, "error": error}
-    alerts.send("failed_by_stage", text, sql=back, **about)
+    alerts.send("failed_by_stage", text, **about, sql=back)
     log.error("단계가 failed로 설정함: %s stage=%s error=%s → %s", name, stage, error[:500], back,
               extra=logs.about(**about))  # fmt: skip

@@ -82,7 +82,7 @@ class Listener:
         self.hearing = notifications.Hearing(settings)
         self.health = StageHealth(settings, self.alerts)
         self.claiming = Claiming(settings, self.health, only)
-        self.checks = Checks(settings, self.workers.trigger.routes)
+        self.checks = Checks(settings)
         self.unwritten = Unwritten(self.alerts)
         self.join_look = JoinLook(once)
         self.move_look = MoveLook(settings, self.alerts, once)
@@ -92,7 +92,7 @@ class Listener:
         self.again_at = 0.0  # settle results of locked rows, give back doubtful claims
         self.doubtful_until = -math.inf  # until then a claim of ours may exist that we do not know
         self.gives_back = False  # there is one: its call was released, or the row is locked
-        self.is_known = False  # whether the database is known to have this PIPELINE
+        self.is_installed = False  # whether the database has this PIPELINE
         self.refusal: ops.Problem | None = None  # why this program must not go on
         self.has_obeyed = False  # the first request to stop
         self.reason, self.repeats = "", 0  # of the lost connection
@@ -161,16 +161,16 @@ class Listener:
         log.info("PostgreSQL 연결 성공: %s:%s/%s", info.host, info.port, info.dbname)
         self.end_waiting(conn)
         announced = ops.announced(conn)
-        if not self.is_known or announced is None:  # None: the database was made anew, for example
+        if not self.is_installed or announced is None:  # None: the database was made anew, maybe
             try:
                 ops.require_installed(conn)
             except ops.Problem as problem:
                 under_way = bool(self.workers.calls)
                 self.unwritten.settle_last(conn, self.name, problem, under_way)
                 raise
-        if not self.is_known:
+        if not self.is_installed:
             tell_timeouts(conn, pipeline.timeouts(self.settings))
-            self.is_known = True
+            self.is_installed = True
             if (left := hosts.connections_left(conn)) < hosts.FEW:
                 log.warning("남은 데이터베이스 연결이 %d개뿐", left)
         db.sign(conn, self.name)
@@ -247,8 +247,9 @@ class Listener:
 
     @property
     def nothing_due(self) -> bool:
-        """Whether nothing was found to be due, and no look at joins is to come."""
-        return self.claiming.nothing_due and self.join_look.at == math.inf
+        """Whether nothing was found to be due, and no look at joins may find anything."""
+        look = self.join_look
+        return self.claiming.found_nothing and (look.at == math.inf or look.failure is not None)
 
     @property
     def is_stopping(self) -> bool:
@@ -314,13 +315,13 @@ class Listener:
         except db.ConnectionLost:
             raise
         except psycopg2.Error as error:
-            if not self.claiming.is_known(error):
+            if not self.claiming.is_logged(error):
                 log.warning("한 건씩 다시 시도: %s", ops.first_line(error))
             turn = one_by_one.settle_and_claim(conn, results, wanted, free, self.name)
             for given_up in turn.given_up:
                 failures.tell_given_up(self.alerts, given_up)
         self.claiming.note_unclaimable(conn, turn, wanted)
-        refusal = self.claiming.refused_all(turn)
+        refusal = self.claiming.error_of_all_stages(turn)
         if refusal and not (turn.claimed or results or self.once):
             raise refusal  # with `once`, serve() fails at its end
         return turn
@@ -365,7 +366,7 @@ class Listener:
             limits = self.claiming.limits[row.stage]
             call = pipeline.claimed_call(row, limits, self.name, covered_until)
             checked = self.checks.check(conn, call, row)
-            if checked.is_made:
+            if checked.is_to_make:
                 to_make.append(call)
             elif checked.ended:
                 self.keep(call, checked.ended)
@@ -388,7 +389,7 @@ class Listener:
         return min(times)
 
     def wait(self, until: float, conn: db.Connection | None = None) -> list:
-        """Sleep until something can be read, or until time.monotonic() is `until`; what that is.
+        """Sleep until something can be read, or until time.monotonic() is `until`; what it is.
 
         Raises:
             hosts.OldPrimary: the listener is connected to one.
@@ -463,7 +464,7 @@ class Listener:
             trigger.log_end(call, ended)
             if ended.outcome == "released":
                 self.gives_back, self.again_at = True, 0.0
-                self.claiming.look_at, self.claiming.nothing_due = 0.0, False
+                self.claiming.look_at, self.claiming.found_nothing = 0.0, False
             else:
                 self.keep(call, ended)
 

@@ -26,8 +26,8 @@ def is_fault_of_row(error: psycopg2.Error) -> bool:
 
 
 def is_table_locked(error: psycopg2.errors.LockNotAvailable) -> bool:
-    """Whether a claim waited for a table of the pipeline, which only stage_call_row() reads, and
-    not for the row of a limit.
+    """Whether a claim waited too long for a table of the pipeline, which only stage_call_row()
+    reads, and not for the row of a limit.
     """
     return "stage_call_row" in (error.diag.context or "")
 
@@ -47,25 +47,25 @@ def settle_and_claim(
     done = Turn([], [])
     for result in results:
         settle_alone(conn, result, done)
-    for stage in wanted if free else []:
+    for one in wanted if free else []:
         # Wait for a locked table once. The claims of its other stages then fail after 20 ms.
-        stage = stage._replace(waits=stage.waits and not done.unclaimable)
+        one = one._replace(waits=one.waits and not done.unclaimable)
         try:
-            turn = calls.settle_and_claim(conn, [], [stage], 1, worker)
+            turn = calls.settle_and_claim(conn, [], [one], 1, worker)
         except ConnectionLost:
             raise
         except psycopg2.errors.LockNotAvailable as error:
             if is_table_locked(error):  # else somebody holds the row of a limit, for a moment
-                done.unclaimable[stage.stage] = error
+                done.unclaimable[one.stage] = error
         except psycopg2.errors.QueryCanceled as error:
-            done.unclaimable[stage.stage] = error
+            done.unclaimable[one.stage] = error
             break  # the next one may take as long
         except psycopg2.Error as error:
             if not is_fault_of_row(error):
-                done.unclaimable[stage.stage] = error
+                done.unclaimable[one.stage] = error
                 continue
             reason = f"its call cannot be claimed: {' '.join(str(error).split())}"
-            done.given_up += give_up_first(conn, stage, worker, reason)
+            done.given_up += give_up_first(conn, one, worker, reason)
         else:
             if turn.claimed:
                 done.claimed = turn.claimed
@@ -116,7 +116,7 @@ def settle_alone(conn, result: Result, done: Turn) -> None:
             done.given_up.append(replace(result, outcome="failed", error=reason))
 
 
-# The call that a claim of this stage would take first: see DUE and DUE_IN_ORDER.
+# The call that a claim of this stage would take first: see DUE and DUE_IN_ORDER in calls.py.
 FIRST = f"""
     SELECT c.job_id, c.call_id FROM stage_calls AS c
     WHERE c.stage = %(stage)s AND c.due_at >= %(since)s AND c.due_at <= now()

@@ -33,11 +33,11 @@ class Unwritten:
         self.last_tries = 0
 
     def retry_locked(self) -> None:
-        """Settle those whose rows were locked in the next turn, too."""
+        """In the next turn, settle those whose rows were locked, too."""
         self.results, self.locked = self.results + self.locked, []
 
     def tell_failed(self, conn: db.Connection) -> None:
-        """Tell people of the calls that have failed: given up, or set failed by their stage."""
+        """Note which results are failures, and tell people."""
         untold = [r for r in self.results if r.outcome not in (*PAID, TAKEN) and not r.is_told]
         is_routed = failures.note(conn, untold)
         for result in untold:
@@ -45,7 +45,7 @@ class Unwritten:
             result.is_told = result.outcome == "failed" or result.call_id in is_routed
 
     def settled(self, unsettled: Iterable[int]) -> None:
-        """The database has them; `unsettled` are the calls whose row was locked."""
+        """Forget what is settled; keep results of the `unsettled` calls, whose rows are locked."""
         again = set(unsettled)
         # Its hold, if any, has begun: settling it again must not lengthen it.
         self.locked += [

@@ -14,6 +14,7 @@ import psycopg2
 import pytest
 from claims import LEASE_OVER, all_connected, claim_many, connected, make_due, result, settle
 from conftest import ROOT
+from faults.test_claims import with_idle_worker
 from psycopg2 import errors
 from psycopg2.extensions import (
     ISOLATION_LEVEL_READ_COMMITTED,
@@ -434,6 +435,17 @@ def test_look_that_fails_is_one_line_and_keeps_no_other_call(variants, api, star
     variants.database.rows("ALTER FUNCTION gone RENAME TO stage_join_is_complete")
     api.wait_for(lambda api: called(api, "/ad_copy") == [job])
     assert "재연결" not in process.output
+
+
+def test_once_ends_though_rows_change_after_a_look_that_failed(variants, caller):
+    calling = caller("http://127.0.0.1:1")
+    listener = with_idle_worker(calling.listener)
+    listener.once = listener.join_look.once = True
+    variants.database.rows("ALTER FUNCTION stage_join_is_complete RENAME TO gone")
+    joined(variants)
+    assert listener.settle_and_claim(calling.conn) == [] and listener.join_look.failure
+    listener.join_look.ask()  # as hear() does
+    assert listener.finished()
 
 
 STALLED = "SELECT stage FROM stalled_jobs()"

@@ -158,7 +158,7 @@ def test_turn_in_parts_is_soon_followed_by_another(database, caller, monkeypatch
     database.add_job()
     listener.claiming.look_at = 0.0
     assert listener.settle_and_claim(claiming.conn) == []
-    assert listener.next_look < time.monotonic() + 2 and not listener.nothing_due
+    assert listener.next_look < time.monotonic() + 2 and not listener.claiming.found_nothing
     monkeypatch.undo()
     listener.claiming.look_at = 0.0
     assert len(listener.settle_and_claim(claiming.conn)) == 1
