@@ -11,8 +11,8 @@ import psycopg2
 
 import config
 import db
+import leftovers
 import pipeline
-import upkeep
 from ops import migrations
 from ops.place import named, require_place
 from ops.problem import Problem
@@ -268,7 +268,7 @@ def apply(
 
 
 AT_ONCE = 10_000  # calls that one statement changes: the application waits for their rows
-ADOPT = upkeep.ADOPT.format(every="true", batch=AT_ONCE)
+ADOPT = leftovers.ADOPT.format(every="true", batch=AT_ONCE)
 
 # The trigger copies the parent's tenant only for stages whose tenants take turns, and where no
 # table that it reads for that is partitioned. Where a stage is new to that, the calls that wait

@@ -297,7 +297,9 @@ def task(database, told):
     task = upkeep.Upkeep(settings, [], "w", Alerts(settings))
 
     def told_in_round(conn) -> list[dict]:
-        before, task.stalled_at, task.failed_at, task.reap_at = len(told()), 0.0, 0.0, 0.0
+        before = len(told())
+        for each in task.tasks:
+            each.at = 0.0
         task.run(conn)
         task.alerts.close()
         return told()[before:]
@@ -319,7 +321,7 @@ def test_rows_of_a_table_are_told_though_another_cannot_be_read(variants, task, 
         other.cursor().execute(change)
         said = {(one["event"], one["stage"]) for one in task.told(conn)}
         assert said == {("failed_by_stage", "vlm_analyze"), ("stalled", "instagram")}
-        assert task.stalled_interval == upkeep.STALLED_INTERVAL
+        assert task.stalled.every == upkeep.STALLED_INTERVAL
         assert task.told(conn) == []
 
 

@@ -14,6 +14,7 @@ from waiting import until
 import db
 import history
 import joins
+import leftovers
 import moves
 import trigger
 import upkeep
@@ -161,7 +162,7 @@ def test_call_of_a_transaction_that_was_open_during_install_gets_the_stage_of_no
     assert worker.claim() is None
     with closing(db.connect(database.settings())) as conn:
         assert db.execute(conn, ORPHANS).fetchone() == (1,)
-    upkeep.adopt(worker.conn)
+    leftovers.adopt(worker.conn)
     assert (worker.call().stage, database.owed(job)) == ("bb", None)
 
 
@@ -220,7 +221,7 @@ def test_calls_are_taken_over_in_batches(database, accepting, change, monkeypatc
     for _ in range(3):
         database.add_job("x")
     monkeypatch.setattr(install, "AT_ONCE", 1)
-    monkeypatch.setattr(install, "ADOPT", upkeep.ADOPT.format(every="true", batch=1))
+    monkeypatch.setattr(install, "ADOPT", leftovers.ADOPT.format(every="true", batch=1))
     change({("x", "done"): B})
     assert database.value("SELECT count(*) FROM stage_calls WHERE stage = 'bb'") == 3
 
@@ -253,7 +254,7 @@ def test_call_of_a_table_without_priorities_any_more_is_made(
     worker = caller(accepting.url)
     if recorded == "after":  # by a trigger that install has replaced since
         database.rows("UPDATE stage_calls SET priority = %s", priority)
-        upkeep.adopt(worker.conn)
+        leftovers.adopt(worker.conn)
     assert worker.call().outcome == "succeeded"
 
 

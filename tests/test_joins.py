@@ -29,8 +29,8 @@ from waiting import PATIENCE
 import db
 import history
 import joins
+import leftovers
 import trigger
-import upkeep
 from demo.stage_server import Answer
 from ops.install import apply
 from pipeline import Table
@@ -867,7 +867,7 @@ def test_deleted_parent_is_skipped_and_forgotten(variants, conn, caller, accepti
     assert calling.call().job_id == living
     assert calling.claim() is None
     assert variants.database.attempts(job)[-1].error == "the job has moved on: deleted"
-    assert upkeep.forget_parents(conn, batch=1000) is None
+    assert leftovers.forget_parents(conn, batch=1000) is None
     known = variants.database.rows("SELECT parent_id::text FROM stage_joins")
     assert [row.parent_id for row in known] == [living]
 
@@ -877,9 +877,9 @@ def test_deleted_parents_are_found_a_batch_at_a_time(variants, conn):
         joined(variants, 1)
     joins.look(conn)
     variants.database.rows("DELETE FROM jobs")
-    after, batches = upkeep.forget_parents(conn, batch=3), 1
+    after, batches = leftovers.forget_parents(conn, batch=3), 1
     while after is not None:
-        after, batches = upkeep.forget_parents(conn, after, batch=3), batches + 1
+        after, batches = leftovers.forget_parents(conn, after, batch=3), batches + 1
     assert variants.database.value("SELECT count(*) FROM stage_joins") == 0
     assert batches <= 4
 

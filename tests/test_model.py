@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 )
 
 import calls
-import upkeep
+import clock
 from ops.chosen import Chosen
 from ops.pause import PAUSE, RESUME
 from ops.steer import CANCEL
@@ -177,7 +177,7 @@ class Pipeline(RuleBasedStateMachine):
     def set_back(self, seconds):
         """After that, what is under way is over when `wait` says so."""
         set_clock_back(self.database, seconds)
-        upkeep.shorten_waits(self.conns["a"])
+        clock.shorten_waits(self.conns["a"])
 
     @rule()
     def reap(self):

@@ -12,8 +12,8 @@ import checks
 import db
 import history
 import joins
+import leftovers
 import troubles
-import upkeep
 from calls import Result
 
 pytestmark = pytest.mark.slow
@@ -130,7 +130,7 @@ PLANS = {
     joins.LOCK_JOINS: set(),
     joins.LOOK: {LOOKS, "Tid Scan on stage_looks", JOINS},
     joins.NOTE: {JOINS},
-    upkeep.FORGET_PARENTS: {JOINS},
+    leftovers.FORGET_PARENTS: {JOINS},
     history.COUNT: {BY_TIME},
     PRUNE: {BY_TIME, "Tid Scan on stage_attempts", "Index Scan using jobs_pkey on jobs"},
 }
@@ -208,7 +208,7 @@ def test_a_batch_of_upkeep_reads_no_more_than_it_checks(each_database):
         read = read_by(conn, lambda: troubles.newly_failed(conn, batch=100))
         assert read["jobs"][0] == 0 and read["jobs"][2] <= 100
         assert read["stage_attempts"][0] == 0 and read["stage_attempts"][2] <= 300
-        read = read_by(conn, lambda: upkeep.forget_deleted(conn, STAGES, "w", batch=10))
+        read = read_by(conn, lambda: leftovers.forget_deleted(conn, STAGES, "w", batch=10))
         assert read["jobs"][0] == 0 and read["jobs"][2] <= 10
         assert read["stage_calls"][0] == 0 and read["stage_calls"][2] <= given_up + 30
 

@@ -13,10 +13,10 @@ from variants import install, stage
 from waiting import PATIENCE
 
 import calls
+import clock
 import db
 import pipeline
 import trigger
-import upkeep
 from demo.stage_server import Answer
 from listener import Listener
 from ops.install import apply
@@ -390,7 +390,7 @@ def test_install_with_a_higher_rate_ends_a_wait_of_the_lower_one(site):
     with connected(site) as conn:
         apply(conn)
         assert site.value(soon)
-        assert upkeep.shorten_waits(conn) == 0  # it is no sign of a clock that was set back
+        assert clock.shorten_waits(conn) == 0  # it is no sign of a clock that was set back
 
 
 def test_install_does_not_shorten_the_wait_of_a_call_that_was_claimed_meanwhile(site):

@@ -20,8 +20,10 @@ from claims import (
 )
 
 import calls
+import clock
 import db
 import history
+import leftovers
 import moves
 import one_by_one
 import troubles
@@ -234,7 +236,7 @@ def test_there_is_more_to_do_only_where_a_batch_was_not_enough(database, conn):
     task = upkeep.Upkeep(database.settings(), [], "w", Alerts(database.settings()))
     for more in (True, False):
         task.run(conn)
-        assert (task.history_at <= time.monotonic()) == more
+        assert (task.next_run <= time.monotonic()) == more
     assert database.value("SELECT count(*) FROM stage_attempts") == 0
     assert totals(database) == [("succeeded", 0.1, 1001, 0)]
 
@@ -247,9 +249,9 @@ def test_look_for_stalled_rows_that_fails_is_repeated_less_and_less_often(databa
     task = upkeep.Upkeep(settings, [], "w", Alerts(settings))
 
     def minutes_until_the_next() -> int:
-        task.stalled_at, before = 0.0, time.monotonic()
+        task.stalled.at, before = 0.0, time.monotonic()
         task.run(conn)
-        return int(task.stalled_at - before) // 60
+        return int(task.stalled.at - before) // 60
 
     database.rows("ALTER FUNCTION stalled_jobs RENAME TO taken_away")
     assert [minutes_until_the_next() for _ in range(5)] == [10, 20, 40, 60, 60]
@@ -262,10 +264,10 @@ def test_given_up_calls_of_deleted_jobs_are_forgotten_batch_by_batch(database, c
     for _ in jobs:
         settle(conn, result(claim(conn), "failed"))
     database.rows("DELETE FROM jobs WHERE job_id <> %s", jobs[2])
-    after = upkeep.forget_deleted(conn, STAGES, "w", batch=2)
+    after = leftovers.forget_deleted(conn, STAGES, "w", batch=2)
     assert database.value("SELECT count(*) FROM stage_calls") >= 3
     while after is not None:
-        after = upkeep.forget_deleted(conn, STAGES, "w", after, batch=2)
+        after = leftovers.forget_deleted(conn, STAGES, "w", after, batch=2)
     assert database.value("SELECT array_agg(job_id::text) FROM stage_calls") == [jobs[2]]
 
 
@@ -304,7 +306,7 @@ def test_given_up_call_of_a_table_that_left_pipeline_waits_for_a_person(database
     database.add_job()
     settle(conn, result(claim(conn), "failed"))
     database.rows("UPDATE stage_calls SET table_name = 'left'")
-    upkeep.forget_deleted(conn, STAGES, "w")
+    leftovers.forget_deleted(conn, STAGES, "w")
     assert database.value("SELECT count(*) FROM stage_calls") == 1
 
 
@@ -322,9 +324,9 @@ def test_given_up_calls_of_deleted_jobs_are_forgotten_and_recorded(database, con
     for _ in range(2):
         settle(conn, result(claim(conn), "failed"))
     database.rows("DELETE FROM jobs WHERE job_id IN (%s, %s)", deleted, unsettled)
-    upkeep.forget_deleted(conn, ["planner"], "w")
+    leftovers.forget_deleted(conn, ["planner"], "w")
     assert database.owed(deleted).given_up
-    upkeep.forget_deleted(conn, STAGES, "w")
+    leftovers.forget_deleted(conn, STAGES, "w")
     assert database.owed(deleted) is None
     assert [a.outcome for a in database.attempts(deleted)] == ["failed", "skipped"]
     assert database.owed(kept).given_up
@@ -349,9 +351,9 @@ def test_call_under_way_is_due_after_its_lease_although_the_clock_was_set_back(d
     claim(conn, lease=60)
     set_clock_back(database, 7200)
     assert min(waits(database)) > 7000
-    assert upkeep.shorten_waits(conn) == 2
+    assert clock.shorten_waits(conn) == 2
     assert max(waits(database)) <= 60
-    assert upkeep.shorten_waits(conn) == 0
+    assert clock.shorten_waits(conn) == 0
     database.rows(LEASE_OVER)
     assert claim(conn).attempt == 2
 
@@ -368,7 +370,7 @@ def test_retry_waits_no_longer_than_a_back_off_although_the_clock_was_set_back(
     settle(conn, result(claim(conn), **RETRIED))
     set_clock_back(database, seconds)
     for _ in range(3):  # the last attempt is still to come, by the clock
-        upkeep.shorten_waits(conn)
+        clock.shorten_waits(conn)
     assert (waits(database)[0] <= 0) == (seconds > 300)
 
 
@@ -376,19 +378,19 @@ def test_call_without_an_answer_waits_for_its_lease_although_the_clock_was_set_b
     database.add_job()
     settle(conn, result(claim(conn, lease=400), **UNANSWERED))
     set_clock_back(database, 7200)
-    upkeep.shorten_waits(conn)
+    clock.shorten_waits(conn)
     assert 390 < waits(database)[1] <= 400
     assert claim_many(conn, 1, sweep=True).claimed == []
     let_pass(database, 401)
-    upkeep.shorten_waits(conn)
+    clock.shorten_waits(conn)
     assert claim(conn).attempt == 2
 
 
 def test_calls_never_tried_keep_their_order_although_the_clock_was_set_back(database, conn):
     jobs = [database.add_job() for _ in range(5)]
     set_clock_back(database, 7200)
-    assert upkeep.shorten_waits(conn) == 0  # as nothing shows it
-    assert [upkeep.shorten_waits(conn, True, batch=2) for _ in range(4)] == [2, 2, 1, 0]
+    assert clock.shorten_waits(conn) == 0  # as nothing shows it
+    assert [clock.shorten_waits(conn, True, batch=2) for _ in range(4)] == [2, 2, 1, 0]
     assert [row.job_id for row in claim_many(conn, 5).claimed] == jobs
 
 
@@ -398,7 +400,7 @@ def test_call_that_was_given_back_waits_no_longer_although_the_clock_was_set_bac
     calls.give_back(conn, "w", [])
     claim(conn, only=under_way)
     set_clock_back(database, 7200)
-    assert upkeep.shorten_waits(conn) == 3
+    assert clock.shorten_waits(conn) == 3
     row = claim(conn)
     assert (row.job_id, row.attempt) == (given_back, 2)
 
@@ -412,21 +414,21 @@ def test_waits_that_are_meant_to_be_long_are_kept(database, conn):
         "UPDATE stage_calls SET run_after = now() + interval '1 day',"
         " due_at = now() + interval '1 day' WHERE job_id = %s", planned
     )  # fmt: skip
-    assert upkeep.shorten_waits(conn, is_back=True) == 0
+    assert clock.shorten_waits(conn, is_back=True) == 0
     set_clock_back(database, 3600)
-    upkeep.shorten_waits(conn)
+    clock.shorten_waits(conn)
     due = "SELECT run_after <= due_at FROM stage_calls WHERE job_id = %s"
     assert database.value(due, planned)
     answer_by = "SELECT extract(epoch FROM max(leased_until) - now())::float8 FROM stage_leases"
     assert 7000 < database.value(answer_by) <= 7200
-    assert upkeep.shorten_waits(conn) == 0
+    assert clock.shorten_waits(conn) == 0
 
 
 def test_call_without_an_answer_is_due_after_a_lease_that_is_longer_than_the_step(database, conn):
     database.add_job()
     settle(conn, result(claim(conn, lease=7200), **UNANSWERED))
     set_clock_back(database, 3600)
-    upkeep.shorten_waits(conn)
+    clock.shorten_waits(conn)
     let_pass(database, 7201)
     assert claim(conn).attempt == 2
 
@@ -438,9 +440,9 @@ def test_call_that_was_given_up_and_retried_waits_no_longer_than_a_back_off(data
     [first] = wanted(["vlm_analyze"])
     assert one_by_one.give_up_first(conn, first, "w", "error")
     database.rows("UPDATE stage_calls SET due_at = now() + interval '2 hours'")  # as `retry` did
-    assert upkeep.shorten_waits(conn, is_back=True) == 1
+    assert clock.shorten_waits(conn, is_back=True) == 1
     assert claim(conn).attempt == 2
-    assert upkeep.shorten_waits(conn, is_back=True) == 0
+    assert clock.shorten_waits(conn, is_back=True) == 0
 
 
 def test_hold_and_rate_last_no_longer_although_the_clock_was_set_back(database, conn):
@@ -452,7 +454,7 @@ def test_hold_and_rate_last_no_longer_although_the_clock_was_set_back(database, 
     settle(conn, held(claim(conn), retry_after=30.0))
     database.rows("UPDATE pipeline_stages SET held_until = 'infinity' WHERE stage = 'planner'")
     set_clock_back(database, 7200)
-    assert upkeep.shorten_waits(conn) == 3  # the waiting call, too
+    assert clock.shorten_waits(conn) == 3  # the waiting call, too
     until = "SELECT extract(epoch FROM {} - now())::float8 FROM {} WHERE {} = '{}'"
     assert database.value(until.format("next_at", "stage_limits", "name", "vlm_analyze")) <= 5
     assert database.value(until.format("held_until", "pipeline_stages", "stage", "overlay")) <= 30
@@ -468,7 +470,7 @@ def test_clock_that_was_not_set_back_changes_nothing(database, conn, other):
     db.execute(conn, "SELECT")
     rows = claim_many(other, 3).claimed
     settle(other, result(rows[0], "retry", delay=290.0), result(rows[1], "failed"))
-    assert upkeep.shorten_waits(conn) == 0
+    assert clock.shorten_waits(conn) == 0
     db.execute(conn, "COMMIT")
 
 

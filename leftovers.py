@@ -1,0 +1,117 @@
+"""What is left of deleted jobs, and of the PIPELINE before."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from db import UNPINNED, WAKE_CHANNEL, execute
+from history import BATCH
+
+# A given-up call waits for a person, but not if its job was deleted: then it is dropped. They are
+# checked in the order of the ids, a batch a round. Whether a row of a table that left PIPELINE was
+# deleted is not known.
+FORGET = """
+WITH given_up AS MATERIALIZED (
+    SELECT job_id, call_id FROM stage_calls
+    WHERE due_at = 'infinity' AND stage = ANY (%(stages)s)
+      AND table_name IN (SELECT name FROM pipeline_tables)
+), batch AS (
+    SELECT * FROM given_up WHERE %(after)s IS NULL OR job_id >= %(after)s
+    ORDER BY job_id, call_id LIMIT %(batch)s
+), gone AS (
+    DELETE FROM stage_calls AS c USING batch
+    WHERE c.job_id = batch.job_id AND c.call_id = batch.call_id AND c.due_at = 'infinity'
+      AND (stage_call_row(c.table_name, '', c.job_id)).is_there IS NULL
+    RETURNING c.*
+), recorded AS (
+    INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, stage, worker, started_at,
+                                finished_at, outcome, error)
+    SELECT job_id, table_name, call_id, attempts + 1, stage, %(worker)s, now(), now(),
+           'skipped', 'the job was deleted'
+    FROM gone
+    ON CONFLICT DO NOTHING
+)
+SELECT count(*) AS found,
+       (SELECT job_id FROM batch ORDER BY job_id DESC LIMIT 1) AS last
+FROM batch
+"""
+
+
+def forget_deleted(
+    conn, stages: Iterable[str], worker: str, after: Any = None, batch: int = BATCH
+) -> Any:
+    """Drop the given-up calls of deleted jobs, with a row in the history; checks one batch.
+
+    Args:
+        after: what the last batch returned.
+
+    Returns:
+        The id that the next batch begins with; None: with the first.
+    """
+    given = {"stages": list(stages), "worker": worker, "after": after, "batch": batch}
+    found = execute(conn, FORGET, given).fetchone()
+    return found.last if found.found == batch else None
+
+
+# stage_joins has a row for each parent and join, until the parent is deleted. They are checked in
+# the order of the ids, a batch a round. Rows of a join that left PIPELINE stay, as their table is
+# not known, and the join may come back.
+FORGET_PARENTS = """
+WITH batch AS (
+    SELECT parent_id, join_of FROM stage_joins
+    WHERE %(after)s IS NULL OR parent_id >= %(after)s
+    ORDER BY parent_id, join_of LIMIT %(batch)s
+), gone AS (
+    DELETE FROM stage_joins AS j USING pipeline_stages AS p
+    WHERE (j.parent_id, j.join_of) IN (SELECT parent_id, join_of FROM batch)
+      AND p.join_of = j.join_of
+      AND (stage_call_row(p.table_name, '', j.parent_id)).is_there IS NULL
+)
+SELECT count(*) AS found,
+       (SELECT parent_id FROM batch ORDER BY parent_id DESC LIMIT 1) AS last
+FROM batch
+"""
+
+
+def forget_parents(conn, after: Any = None, batch: int = BATCH) -> Any:
+    """Delete rows of stage_joins whose parents were deleted; checks one batch.
+
+    Args:
+        after: what the last batch returned.
+
+    Returns:
+        The id that the next batch begins with; None: with the first.
+    """
+    found = execute(conn, FORGET_PARENTS, {"after": after, "batch": batch}).fetchone()
+    return found.last if found.found == batch else None
+
+
+# Calls that were recorded under another PIPELINE: under the name that their stage had before, or
+# with a priority that their table no longer declares, which stage_due_calls() does not look for. A
+# call of a state that left PIPELINE stays as it is. `install` runs this for every call. Upkeep runs
+# it for stages that left PIPELINE, as a transaction may have been open during the install or have
+# held the row; a call of any other stage is renamed when a listener claims it.
+ADOPT = """
+UPDATE stage_calls AS c SET stage = mine.stage, priority = mine.priority
+FROM (SELECT o.job_id, o.call_id, p.stage,
+             CASE WHEN t.priority_column IS NOT NULL THEN o.priority ELSE 0 END AS priority
+      FROM stage_calls AS o
+      JOIN pipeline_stages AS p USING (table_name, join_of, current_step, status)
+      JOIN pipeline_tables AS t ON t.name = o.table_name
+      WHERE ({every} AND o.stage <> p.stage
+             OR o.stage NOT IN (SELECT stage FROM pipeline_stages)
+             OR o.priority <> 0 AND o.table_name IN (
+                SELECT name FROM pipeline_tables WHERE priority_column IS NULL))
+      LIMIT {batch}
+      FOR UPDATE OF o SKIP LOCKED) AS mine
+WHERE c.job_id = mine.job_id AND c.call_id = mine.call_id
+"""
+
+
+def adopt(conn) -> int:
+    """Give calls of the PIPELINE before the stage and priority that they have in that of now; how
+    many.
+    """
+    adopted = execute(conn, UNPINNED + ADOPT.format(every="false", batch=BATCH)).rowcount
+    if adopted:
+        execute(conn, f"NOTIFY {WAKE_CHANNEL}")
+    return adopted
