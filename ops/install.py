@@ -1,7 +1,7 @@
 """`install` and `uninstall`: the database's part, and its copy of PIPELINE."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
@@ -396,17 +396,7 @@ def install(
         )
     settings = config.settings()
     conn = db.connect(settings, "job-state-listener install")
-    tables = pipeline.tables()
-    before, off = set(objects(conn, tables)), disabled(conn)
-    took_updates_only = is_updates_only(conn)
-    try:
-        before_routes, version = known(conn), migrations.version(conn)
-        paused = {row.stage for row in db.execute(conn, PAUSED)}
-    except psycopg2.errors.UndefinedTable:
-        before_routes, version, paused = {}, migrations.LATEST, set()
-    except psycopg2.errors.InsufficientPrivilege:
-        require_usable(conn)  # says who may install
-        raise
+    before = look(conn)
     migrations.require_not_newer(conn)
     try:
         applied = apply(conn, settings, reader, "owed" if notify_owed else notify, insert)
@@ -419,77 +409,134 @@ def install(
             "another transaction holds a lock on jobs or on our tables, or another install is "
             "under way; nothing was changed: try again"
         ) from None
-    routes = pipeline.stages_of_routes()
     info = conn.info
     click.echo(f"database {info.dbname} on {info.host}:{info.port} as {info.user}")
-    if version < migrations.LATEST:
-        click.echo(f"  migrated from version {version} to {migrations.LATEST}")
-        ends = "begins no more calls" if version < 2 else "ends within a minute"
-        click.echo(f"  note: a listener of that version {ends}: start the new one")
-    there = objects(conn, tables)
+    there = objects(conn, pipeline.tables())
+    for line in (
+        *what_changed(before, there),
+        *what_owes_no_call(before, there),
+        *who_may_read(conn, before, there, applied),
+        *what_is_announced(conn),
+        *([f"granted  the views to {reader}"] if reader else []),
+        *what_waits(conn, applied),
+    ):
+        click.echo(f"  {line}")
+    click.echo(f"Next: {pipeline.JSL} verify, then {pipeline.JSL}")
+
+
+class Before(NamedTuple):
+    """What an install finds.
+
+    there: objects(); off: disabled().
+    routes: the routes that were installed; none before the first install.
+    version: of the schema.
+    paused: the stages that are.
+    is_updates_only: whether a row that is inserted owes no call.
+    """
+
+    there: set[str]
+    off: list[str]
+    routes: dict[Route, Stage]
+    version: int
+    paused: set[str]
+    is_updates_only: bool
+
+
+def look(conn) -> Before:
+    """What is there before an install."""
+    there, off, updates_only = (
+        objects(conn, pipeline.tables()),
+        disabled(conn),
+        is_updates_only(conn),
+    )
+    try:
+        routes, version = known(conn), migrations.version(conn)
+        paused = {row.stage for row in db.execute(conn, PAUSED)}
+    except psycopg2.errors.UndefinedTable:
+        routes, version, paused = {}, migrations.LATEST, set()
+    except psycopg2.errors.InsufficientPrivilege:
+        require_usable(conn)  # says who may install
+        raise
+    return Before(set(there), off, routes, version, paused, updates_only)
+
+
+def what_changed(before: Before, there: list[str]) -> Iterator[str]:
+    """What an install has done to the objects that are `there` now, and to the routes."""
+    if before.version < migrations.LATEST:
+        yield f"migrated from version {before.version} to {migrations.LATEST}"
+        ends = "begins no more calls" if before.version < 2 else "ends within a minute"
+        yield f"note: a listener of that version {ends}: start the new one"
     for name in there:
-        kept = "checked" if name.startswith("function") else "enabled" if name in off else "kept"
-        click.echo(f"  {kept if name in before else 'created':7}  {name}")
-    for name in sorted(before - set(there)):
-        click.echo(f"  removed  {name}")
+        kept = "checked" if name.startswith("function") else "kept"
+        kept = "enabled" if name in before.off else kept
+        yield f"{kept if name in before.there else 'created':7}  {name}"
+    for name in sorted(before.there - set(there)):
+        yield f"removed  {name}"
+    routes = pipeline.stages_of_routes()
     for route, stage in routes.items():
-        done = "kept" if before_routes.get(route) == stage else "routed"
-        click.echo(f"  {done:7}  {route} → {shown(stage)}")
-    for route in before_routes.keys() - routes.keys():
-        click.echo(f"  removed  {route} → {shown(before_routes[route])}")
-    for name in left(before_routes, routes):
-        pause = "its pause is gone, and " if name in paused else ""
-        click.echo(
-            f"  note: {name} has left PIPELINE: {pause}rows that it still works on come to "
-            f"({name}, done): keep what follows from that until they are through"
-        )
+        done = "kept" if before.routes.get(route) == stage else "routed"
+        yield f"{done:7}  {route} → {shown(stage)}"
+    for route in before.routes.keys() - routes.keys():
+        yield f"removed  {route} → {shown(before.routes[route])}"
+
+
+def what_owes_no_call(before: Before, there: list[str]) -> Iterator[str]:
+    """Of which rows nobody calls a stage, as it left PIPELINE, or no trigger has seen them."""
+    routes = pipeline.stages_of_routes()
+    for name in left(before.routes, routes):
+        pause = "its pause is gone, and " if name in before.paused else ""
+        yield (f"note: {name} has left PIPELINE: {pause}rows that it still works on come to "
+               f"({name}, done): keep what follows from that until they are through")  # fmt: skip
     mended = [name for name in there
-              if name.startswith("trigger ") and (name in off or name not in before)]  # fmt: skip
-    if "table jobs" in before and routes.keys() - before_routes.keys():
-        click.echo("  note: rows that are in a new state already, or come to it in a transaction "
-                   f"that is open, owe no call: {pipeline.JSL} backfill")  # fmt: skip
-    elif mended and before_routes and version == migrations.LATEST and not took_updates_only:
-        click.echo("  note: rows that changed while a trigger was missing or disabled owe no call: "
-                   f"{pipeline.JSL} backfill")  # fmt: skip
+              if name.startswith("trigger ")
+              and (name in before.off or name not in before.there)]  # fmt: skip
+    is_same_version = before.version == migrations.LATEST
+    if "table jobs" in before.there and routes.keys() - before.routes.keys():
+        yield ("note: rows that are in a new state already, or come to it in a transaction that is "
+               f"open, owe no call: {pipeline.JSL} backfill")  # fmt: skip
+    elif mended and before.routes and is_same_version and not before.is_updates_only:
+        yield ("note: rows that changed while a trigger was missing or disabled owe no call: "
+               f"{pipeline.JSL} backfill")  # fmt: skip
+
+
+def who_may_read(conn, before: Before, there: list[str], applied: Applied) -> Iterator[str]:
+    """Who cannot read or replicate our tables without a word from a person."""
     if applied.unread:
-        click.echo(
-            "  note: our tables are for their owner alone, whatever ALTER DEFAULT "
-            f"PRIVILEGES says; so that these roles can dump the database: {applied.unread}"
-        )
-    created = [name.removeprefix("table ") for name in there if name not in before]
+        yield ("note: our tables are for their owner alone, whatever ALTER DEFAULT PRIVILEGES "
+               f"says; so that these roles can dump the database: {applied.unread}")  # fmt: skip
+    created = [name.removeprefix("table ") for name in there if name not in before.there]
     for row in db.execute(conn, PUBLISHED, {"tables": created}):
-        click.echo(
-            f"  note: publication {row.name} publishes our tables: make them at its subscribers, "
-            "where replication stops otherwise (pg_dump --schema-only)"
-        )
+        yield (f"note: publication {row.name} publishes our tables: make them at its subscribers, "
+               "where replication stops otherwise (pg_dump --schema-only)")  # fmt: skip
+
+
+def what_is_announced(conn) -> Iterator[str]:
+    """Which changes the triggers do not announce or record, as somebody has chosen."""
     changes = announced(conn)
     if changes == "owed":
-        click.echo("  note: only changes that owe a call are announced; --notify: every change")
+        yield "note: only changes that owe a call are announced; --notify: every change"
     if changes == "nothing":
-        click.echo("  note: nothing is announced; listeners look every POLL_INTERVAL: restart them")
+        yield "note: nothing is announced; listeners look every POLL_INTERVAL: restart them"
     if is_updates_only(conn):
-        click.echo("  note: a row that is inserted owes no call, only one that is updated")
+        yield "note: a row that is inserted owes no call, only one that is updated"
         for row in db.execute(conn, PARTITIONED, {"tables": list(pipeline.tables())}):
-            click.echo(
-                f"  note: an UPDATE that moves a row of {row.name} to another partition inserts "
-                "it there, and then records no call either: install --insert"
-            )
-    if reader:
-        click.echo(f"  granted  the views to {reader}")
+            yield (f"note: an UPDATE that moves a row of {row.name} to another partition inserts "
+                   "it there, and then records no call either: install --insert")  # fmt: skip
+
+
+def what_waits(conn, applied: Applied) -> Iterator[str]:
+    """Which calls wait for a person, and why no listener can start."""
     orphans = db.execute(conn, ORPHANS).fetchone()[0]
     if orphans:
         of = "of states or stages that PIPELINE no longer has"
-        click.echo(f"  note: {counted(orphans, 'open call')} {of}: {pipeline.JSL} status")
+        yield f"note: {counted(orphans, 'open call')} {of}: {pipeline.JSL} status"
     if applied.left:
-        click.echo(
-            "  note: calls that wait have the stage, priority or tenant of the PIPELINE before "
-            f"({applied.left}): {pipeline.JSL} install, once more"
-        )
+        yield ("note: calls that wait have the stage, priority or tenant of the PIPELINE before "
+               f"({applied.left}): {pipeline.JSL} install, once more")  # fmt: skip
     try:
         pipeline.stage_apis(config.settings())
     except config.SettingsError as error:
-        click.echo(f"  note: no listener can start: {error}")
-    click.echo(f"Next: {pipeline.JSL} verify, then {pipeline.JSL}")
+        yield f"note: no listener can start: {error}"
 
 
 def left(before: dict[Route, Stage], routes: dict[Route, Stage]) -> list[str]:
