@@ -187,9 +187,7 @@ def moved_on(call: Call, row: Claimed, accepted: bool) -> Result:
     ):
         # Its stage refused it, and somebody else has moved the parent since: nobody made it.
         return given_up(call, f"refused, and the job is at {now} since")
-    log.info("Job 상태가 변경되어 스킵: %s stage=%s 현재=%s", logs.ids(call.ids), call.stage, now,
-             extra=about(call))  # fmt: skip
-    return result(call, "skipped", error=f"the job has moved on: {now}")
+    return skipped(call, now, f"the job has moved on: {now}")
 
 
 def is_given_up_with_its_parent(call: Call, row: Claimed) -> bool:
@@ -210,9 +208,14 @@ def outdated(call: Call) -> Result:
     """The result of a join's call whose rows have changed since it was recorded: the look that is
     pending records it anew. Made now as well, it would be made twice.
     """
-    log.info("Job 상태가 변경되어 스킵: %s stage=%s 현재=조인을 다시 확인", logs.ids(call.ids),
-             call.stage, extra=about(call))  # fmt: skip
-    return result(call, "skipped", error=OUTDATED)
+    return skipped(call, "조인을 다시 확인", OUTDATED)
+
+
+def skipped(call: Call, now: str, error: str) -> Result:
+    """The result of a call that is not made, as its job is elsewhere `now`; logged."""
+    log.info("Job 상태가 변경되어 스킵: %s stage=%s 현재=%s", logs.ids(call.ids), call.stage, now,
+             extra=about(call))  # fmt: skip
+    return result(call, "skipped", error=error)
 
 
 def given_up(call: Call, error: str) -> Result:
