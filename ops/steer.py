@@ -85,9 +85,11 @@ WITH chosen AS (
            %(reason)s
     FROM gone
 )
-SELECT job_id, table_name, job_id::text AS key, stage,
-       CASE WHEN due_at > now() THEN worker END AS calling
-FROM gone
+SELECT job_id, table_name, job_id::text AS key, stage, is_working,
+       CASE WHEN due_at > now() AND NOT is_working THEN worker END AS calling
+FROM gone CROSS JOIN LATERAL (
+    SELECT EXISTS (SELECT FROM stage_leases AS l
+                   WHERE l.call_id = gone.call_id AND l.working) AS is_working) AS lease
 """
 
 LIST_RETRIED = LISTED.format(matching=f"{MATCHING} AND {RETRIED}")
@@ -359,3 +361,7 @@ def tell_cancelled(gone: list) -> None:
         n = sum(call.calling == worker for call in gone)
         it, goes = ("it", "that call goes") if n == 1 else (f"{n} of them", "those calls go")
         click.echo(f"{worker} is calling {it} right now; {goes} on, but only once")
+    for stage in dict.fromkeys(call.stage for call in gone if call.is_working):
+        n = sum(call.is_working and call.stage == stage for call in gone)
+        it = "it" if n == 1 else f"{n} of them"
+        click.echo(f"{stage} has taken {it}: its work goes on, but it is not called again")

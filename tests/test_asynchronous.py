@@ -284,6 +284,7 @@ def test_commands_say_that_it_is_worked_on(site, run_command):
     assert "planner has taken it and works on it" in said("again", job)
     assert "its stage works on it" in said("pause", "planner", "--wait", "--timeout", "0")
     assert "0 calls under way" not in said("status")
+    assert "planner has taken it: its work goes on" in said("cancel", job)
     site.database.move(job, "planner", "done")
     site.database.wait_for(NOBODY)
     assert "no call of planner is under way" in said("pause", "planner", "--wait")
