@@ -189,7 +189,8 @@ class Upkeep:
         """Forget what is left of deleted jobs."""
         given = self.stages, self.name, self.given_up_after
         self.given_up_after = self.attempt(leftovers.forget_deleted, conn, *given)
-        self.parents_after = self.attempt(leftovers.forget_parents, conn, self.parents_after)
+        if pipeline.joins():  # without, a listener needs no right to that table
+            self.parents_after = self.attempt(leftovers.forget_parents, conn, self.parents_after)
 
     def adopt(self, conn) -> bool:
         """Give calls of the PIPELINE before the stage that they have now."""

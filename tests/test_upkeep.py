@@ -244,6 +244,15 @@ def test_there_is_more_to_do_only_where_a_batch_was_not_enough(database, conn):
 # --- deleted jobs --------------------------------------------------------------------------
 
 
+def test_upkeep_needs_no_right_to_joins_where_there_are_none(database, conn, caplog):
+    database.rows("ALTER TABLE stage_joins RENAME TO out_of_reach")
+    try:
+        upkeep.Upkeep(database.settings(), [], "w", Alerts(database.settings())).run(conn)
+    finally:
+        database.rows("ALTER TABLE out_of_reach RENAME TO stage_joins")
+    assert caplog.text == ""
+
+
 def test_look_for_stalled_rows_that_fails_is_repeated_less_and_less_often(database, conn):
     settings = database.settings(ALERT_COMMAND="true")
     task = upkeep.Upkeep(settings, [], "w", Alerts(settings))
