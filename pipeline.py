@@ -653,12 +653,14 @@ class Call:
     limited: bool = False  # its stage has limits over all listeners
     asynchronous: bool = False  # 202 means that its stage works on it
     target_number: int | None = None  # the one of db.targets() that the listener works on
-    api: StageApi = None  # type: ignore[assignment]  # the worker's own
-    settings: SimpleNamespace = None  # type: ignore[assignment]  # the worker's own
+    # The worker's own, with passwords and tokens: print(call) must not show them.
+    api: StageApi = field(default=None, repr=False)  # type: ignore[assignment]
+    settings: SimpleNamespace = field(default=None, repr=False)  # type: ignore[assignment]
     until: float = 0.0  # time.monotonic() by which the whole call must be over
     answer: Answer | None = None  # of the last POST
     unanswered: Exception | None = None  # why the last POST got no answer; see no_answer
-    answered: Any = None  # two bytes shared with the listener: the status of the last POST
+    # Two bytes shared with the listener: the status of the last POST.
+    answered: Any = field(default=None, repr=False)
 
     def __post_init__(self):
         self.ids = self.ids or {JOBS.id: self.job_id}

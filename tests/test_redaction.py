@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import config
 from stage_http import TEXT_LIMIT
+from stage_testing import make_call
 
 TOKEN = 'tok"en/with+odd\\chars=&<x>'
 PASSWORDS = [
@@ -41,6 +42,13 @@ SPELLINGS = {
     "Python": repr,
     "bytes of Python": lambda s: repr(s.encode()),
 }
+
+
+def test_call_that_a_stage_function_prints_shows_no_secret():
+    given = {"STAGE_API_TOKEN": "the-token", "DB_PASSWORD": "the-password"}
+    call = make_call(settings=given)
+    assert call.settings.DB_PASSWORD == "the-password"
+    assert "the-" not in repr(call) and call.stage in repr(call)
 
 
 def is_nothing_left(said: str) -> bool:
