@@ -248,7 +248,7 @@ def retry(job_ids, now, stage, tenant, error, since, all_, yes, table) -> None:
         if revived:
             count = "1 call is" if len(revived) == 1 else f"{len(revived)} calls are"
             wake_listeners(conn, f"{count} due again, by {operator()}")
-        tell_due(revived)
+        tell_due(conn, revived)
         refuse_left(conn, LIST_RETRIED, chosen)
         if not revived:
             nothing_to_retry(conn, chosen)
@@ -267,15 +267,18 @@ def retry_rows(conn, job_ids: tuple[str, ...], chosen: Chosen) -> None:
         revived = db.execute(conn, RETRY, given.params).fetchall()
         if revived:
             wake_listeners(conn, f"{rows.said(row)}: due again, by {operator()}")
-        tell_due(revived)
+        tell_due(conn, revived)
         if not revived:
             refused.append(why_nothing_owed(conn, row, chosen.stage))
     if refused:
         raise Problem("; ".join(refused))
 
 
-def tell_due(revived: list) -> None:
+def tell_due(conn, revived: list) -> None:
+    """Say which calls are due again, and what keeps them from being made all the same."""
     tell("due again", revived)
+    for hold in waits.held_of(conn, {call.stage for call in revived}):
+        click.echo(f"{hold.why}: {hold.mend}")
     for stage, call in {call.stage: call for call in revived}.items():
         if not rows.is_wanted(call):
             see = pipeline.typed("job", call.table_name, call.key)
