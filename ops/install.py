@@ -424,6 +424,14 @@ def install(
     click.echo(f"Next: {pipeline.JSL} verify, then {pipeline.JSL}")
 
 
+# By the version before: what a listener of it does now.
+LISTENERS = {
+    0: "stop every listener of that version now: it goes on calling, and ignores leases",
+    1: "a listener of that version begins no more calls: start the new one",
+}
+ENDS = "a listener of that version ends within a minute: start the new one"
+
+
 class Before(NamedTuple):
     """What an install finds.
 
@@ -464,8 +472,7 @@ def what_changed(before: Before, there: list[str]) -> Iterator[str]:
     """What an install has done to the objects that are `there` now, and to the routes."""
     if before.version < migrations.LATEST:
         yield f"migrated from version {before.version} to {migrations.LATEST}"
-        ends = "begins no more calls" if before.version < 2 else "ends within a minute"
-        yield f"note: a listener of that version {ends}: start the new one"
+        yield f"note: {LISTENERS.get(before.version, ENDS)}"
     for name in there:
         kept = "checked" if name.startswith("function") else "kept"
         kept = "enabled" if name in before.off else kept
@@ -476,8 +483,9 @@ def what_changed(before: Before, there: list[str]) -> Iterator[str]:
     for route, stage in routes.items():
         done = "kept" if before.routes.get(route) == stage else "routed"
         yield f"{done:7}  {route} → {shown(stage)}"
-    for route in before.routes.keys() - routes.keys():
-        yield f"removed  {route} → {shown(before.routes[route])}"
+    for route, stage in before.routes.items():
+        if route not in routes:
+            yield f"removed  {route} → {shown(stage)}"
 
 
 def what_owes_no_call(before: Before, there: list[str]) -> Iterator[str]:
@@ -486,15 +494,15 @@ def what_owes_no_call(before: Before, there: list[str]) -> Iterator[str]:
     for name in left(before.routes, routes):
         pause = "its pause is gone, and " if name in before.paused else ""
         yield (f"note: {name} has left PIPELINE: {pause}rows that it still works on come to "
-               f"({name}, done): keep what follows from that until they are through")  # fmt: skip
-    mended = [name for name in there
-              if name.startswith("trigger ")
-              and (name in before.off or name not in before.there)]  # fmt: skip
-    is_same_version = before.version == migrations.LATEST
+               f"({name}, done): keep that state in PIPELINE until they are through")  # fmt: skip
+    triggers = [name for name in there if name.startswith("trigger ")]
+    mended = any(name in before.off for name in triggers)
+    if before.version == migrations.LATEST and not before.is_updates_only:
+        mended = mended or any(name not in before.there for name in triggers)  # else they are new
     if "table jobs" in before.there and routes.keys() - before.routes.keys():
         yield ("note: rows that are in a new state already, or come to it in a transaction that is "
                f"open, owe no call: {pipeline.JSL} backfill")  # fmt: skip
-    elif mended and before.routes and is_same_version and not before.is_updates_only:
+    elif mended and before.routes:
         yield ("note: rows that changed while a trigger was missing or disabled owe no call: "
                f"{pipeline.JSL} backfill")  # fmt: skip
 

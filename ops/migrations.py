@@ -167,6 +167,11 @@ END
 $do$;
 """
 
+# The version of what was installed before versions were marked.
+UNMARKED = """
+    CASE WHEN EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('pipeline_stages')
+                      AND attname = 'held_by') THEN 1 ELSE 0 END"""
+
 # A table that was just made has no foreign triggers. It gets the owner of the others.
 MARK = f"""
 DO $mark$
@@ -180,9 +185,7 @@ BEGIN
         );
         INSERT INTO job_state_listener_schema (version) SELECT CASE
             WHEN to_regclass('stage_calls') IS NULL THEN {LATEST}
-            WHEN EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('pipeline_stages')
-                         AND attname = 'held_by') THEN 1
-            ELSE 0 END;
+            ELSE {UNMARKED} END;
         IF (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) THEN
             EXECUTE 'ALTER TABLE job_state_listener_schema OWNER TO '
                 || coalesce(owner::text, 'CURRENT_USER');
@@ -309,14 +312,17 @@ def script() -> str:
     return first + MARK + LOCK + AS_OWNER + "".join(steps) + IDS + "RESET ROLE;"
 
 
-FOUND = "SELECT to_regclass('job_state_listener_schema') IS NOT NULL AS marked"
+FOUND = f"""
+SELECT to_regclass('job_state_listener_schema') IS NOT NULL AS is_marked, {UNMARKED} AS version
+"""
 VERSION = "SELECT version FROM job_state_listener_schema"
 
 
 def version(conn) -> int:
-    """The version of what is installed; 1 for everything before versions were marked."""
-    if not db.execute(conn, FOUND).fetchone().marked:
-        return 1
+    """The version of what is installed; 0 is that of the first release."""
+    found = db.execute(conn, FOUND).fetchone()
+    if not found.is_marked:
+        return found.version
     return db.execute(conn, VERSION).fetchone()[0]
 
 

@@ -102,6 +102,14 @@ def test_install_says_that_it_enables_a_trigger_again(database, run_command, los
     assert database.owed(database.add_job("img_gen", "done"))
 
 
+def test_install_without_inserted_rows_says_that_a_disabled_trigger_missed_changes(
+    database, run_command
+):
+    assert run_command(database, "install", "--no-insert").code == 0
+    database.rows("ALTER TABLE jobs DISABLE TRIGGER job_state_change_trigger")
+    assert "owe no call: ./jsl backfill" in run_command(database, "install").out
+
+
 def test_install_that_takes_inserted_rows_again_sends_nobody_to_those_before(database, run_command):
     assert run_command(database, "install", "--no-insert").code == 0
     done = run_command(database, "install", "--insert")

@@ -410,6 +410,19 @@ def test_install_says_which_version_it_came_from(database, run_command):
     assert database.value(migrations.VERSION) == migrations.LATEST
 
 
+def test_install_over_the_first_release_says_to_stop_its_listeners(
+    each_server, make_database, run_command
+):
+    database = make_database(each_server, installed=False)
+    install_released(database, 0)
+    said = run_command(database, "install").lines
+    assert f"  migrated from version 0 to {migrations.LATEST}" in said
+    assert (
+        "  note: stop every listener of that version now: it goes on calling, and ignores leases"
+        in said
+    )
+
+
 def test_listener_refuses_an_older_database_in_one_line(database, run_command):
     done = run_command(database, "run", "--once")
     assert done.code == 2
