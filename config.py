@@ -407,7 +407,8 @@ def __getattr__(name: str):
 def require_database(values: SimpleNamespace) -> None:
     """Raises SettingsError where nothing says which database to use."""
     if not values.DB_HOST and not values.DATABASE_URL:
+        hints = "".join(f"; {said}" for said in values.WARNINGS)
         raise SettingsError(
             "no database is set: give DB_HOST or DATABASE_URL (see .env.example), "
-            "or try `make demo`, which brings its own"
+            f"or try `make demo`, which brings its own{hints}"
         )

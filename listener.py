@@ -96,6 +96,7 @@ class Listener:
         self.refusal: ops.Problem | None = None  # why this program must not go on
         self.has_obeyed = False  # the first request to stop
         self.reason, self.repeats = "", 0  # of the lost connection
+        self.is_away = False  # the database; else it has refused a statement
         self.target: dict[str, str] | None = None  # where the last connection led
         self.is_waiting = False  # for a synchronous standby, and has said so
 
@@ -218,7 +219,9 @@ class Listener:
 
     def wait_to_reconnect(self, error: Exception) -> None:
         """Say what happened, each reason once and then only counted; calls under way go on."""
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        said = ops.first_line(error) if isinstance(error, psycopg2.Error) else str(error)
+        self.is_away = isinstance(error, db.ConnectionLost)
+        reason = " ".join(f"{type(error).__name__}: {said}".split())
         delay = self.settings.JOB_STATE_LISTENER_RECONNECT_DELAY * random.uniform(0.5, 1.0)
         if reason != self.reason:
             bug = error if not isinstance(error, (psycopg2.Error, ops.Problem)) else None
@@ -228,7 +231,7 @@ class Listener:
                 self.alerts.send("split_brain", str(error))
         self.repeats += 1
         if self.repeats & (self.repeats - 1) == 0:
-            log.warning("재연결 시도: %.1f초 후 (%d번째)", delay, self.repeats)
+            log.warning("재연결 시도: %.1f초 후 (%d번째): %s", delay, self.repeats, reason[:200])
         until = time.monotonic() + delay
         self.doubtful_until = time.monotonic() + DOUBTFUL
         while time.monotonic() < until and not self.finished():
@@ -413,7 +416,7 @@ class Listener:
     def doing(self, conn: db.Connection | None) -> str:
         """What the heartbeat says while the loop sleeps."""
         if conn is None:
-            doing = f"database away: {self.reason}"
+            doing = f"{'database away' if self.is_away else 'trying again'}: {self.reason}"
         elif self.claiming.unclaimable:
             doing = self.claiming.told_unclaimable()
         else:
@@ -433,16 +436,22 @@ class Listener:
 
     def obey(self) -> None:
         """The first signal: claim no more. The second: exit at once; leases protect the calls."""
-        if len(self.signals.stops) > 1:
+        stops, results = self.signals.stops, len(self.unwritten.results)
+        if len(stops) > 1:
+            if self.has_work:
+                log.warning("바로 중지: 호출 %d건, 기록 못 한 결과 %d건은 리스 만료 후 다시 확인됨",
+                            len(self.workers.calls), results)  # fmt: skip
             self.workers.stop()
-            raise SystemExit(128 + self.signals.stops[-1])
-        if self.signals.stops and not self.has_obeyed:
+            raise SystemExit(128 + stops[-1])
+        if stops and not self.has_obeyed:
             self.has_obeyed = True
             waited = ", ".join(f"{call.stage} {call.job_id}" for call in self.workers.calls)
+            once_more = "한 번 더 요청하면 바로 중지"
             if waited:
-                log.info(
-                    "중지 요청: 진행 중인 호출을 기다림 (%s), 한 번 더 요청하면 바로 중지", waited
-                )
+                log.info("중지 요청: 진행 중인 호출을 기다림 (%s), %s", waited, once_more)
+            if results:
+                log.info("중지 요청: 결과 %d건이 기록되기를 기다림, %s하고 성공한 호출도 "
+                         "리스 만료 후 반복될 수 있음", results, once_more)  # fmt: skip
 
     def hear(self, conn: db.Connection) -> None:
         """Whatever is announced only means: look now. A statement may have read it already."""

@@ -25,6 +25,7 @@ EVENTS = {
     "Job State Listener 비활성화됨": "listener_disabled",
     "시작할 수 없음": "listener_cannot_start",
     "중지 요청": "stop_requested",
+    "바로 중지": "stopped_at_once",
     "설정": "setting_warning",
     "PostgreSQL 연결 성공": "database_connected",
     "남은 데이터베이스 연결이 %d개뿐": "few_connections_left",

@@ -10,6 +10,7 @@ import db
 from heartbeat import ALIVE, DEAD, HANGING, heartbeats
 from logs import CONTROL
 from ops import EXIT_DATABASE_AWAY, EXIT_PROBLEM
+from ops.problem import first_line
 from ops.seconds import Seconds
 from pipeline import JSL
 
@@ -60,7 +61,8 @@ def verdict(directory: str, off: str | None = None) -> tuple[bool, str]:
         return False, f"the heartbeats cannot be read ({error}): run check as the listener's user"
     for beat in beats:
         if beat.state == DEAD:
-            return False, f"listener {beat.listener} (pid {beat.pid}) is dead; it was {beat.doing}"
+            was = f"listener {beat.listener} (pid {beat.pid}) is dead; it was {beat.doing}"
+            return False, f"{was}; start {JSL}"
         if beat.state == HANGING:
             return False, f"listener {beat.listener} hangs: {beat.seconds:.0f} s {beat.doing}"
     if not beats:
@@ -77,7 +79,7 @@ def lag(settings, max_lag: float, line: str) -> tuple[int, str]:
         seconds = db.execute(conn, LAG).fetchone()[0]
     except psycopg2.Error as error:
         code = EXIT_DATABASE_AWAY if isinstance(error, db.ConnectionLost) else EXIT_PROBLEM
-        return code, f"the lag is not known: {' '.join(str(error).split())}"
+        return code, f"the lag is not known: {first_line(error)}"
     if seconds > max_lag:
         waited = f"the oldest due call has waited {seconds:.0f} s"
         return EXIT_PROBLEM, f"{waited}, allowed are {max_lag:g} s"

@@ -6,6 +6,7 @@ from typing import Any
 import db
 from heartbeat import ALIVE, Beat, heartbeats
 from ops.table import clock
+from pipeline import JSL
 
 # What a listener is doing begins with this where the database has another PIPELINE than it.
 OTHER_PIPELINE = "PIPELINE differs, restart it"
@@ -105,6 +106,15 @@ def listeners(conn, settings: SimpleNamespace) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def none_connected(found: list[dict[str, Any]]) -> str | None:
+    """That none of listeners() is connected, and what to do; None where one is."""
+    if any(row["connected"] for row in found):
+        return None
+    if any(row["heartbeat"] == ALIVE for row in found):
+        return f"no listener is connected, though one is running: {JSL} check says what it is doing"
+    return f"no listener is connected: start {JSL}"
 
 
 def unclaimable(found: list[dict[str, Any]]) -> list[str]:

@@ -18,7 +18,7 @@ import db
 from heartbeat import ALIVE
 from ops import migrations
 from ops.limits import LIMIT_FIELDS, limits
-from ops.listeners import heartbeats_here, listeners, unclaimable
+from ops.listeners import heartbeats_here, listeners, none_connected, unclaimable
 from ops.pools import pools
 from ops.problem import IF_NEWER, INSTALL, Problem
 from ops.resting import resting
@@ -300,8 +300,8 @@ def pool_line(row: dict[str, Any]) -> str:
 
 def listener_lines(found: list[dict[str, Any]]) -> Iterator[Line]:
     """A line for each listener, and below it one for each of its oldest calls."""
-    if not any(row["connected"] for row in found):
-        yield f"no listener is connected: start {JSL}", YELLOW
+    if nobody := none_connected(found):
+        yield nobody, YELLOW
     if not found:
         return
     cells = []

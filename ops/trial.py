@@ -17,7 +17,7 @@ import db
 import history
 import pipeline
 from ops.follow import Follower, Look, named, rows_of
-from ops.listeners import connected
+from ops.listeners import listeners, none_connected
 from ops.problem import Problem, first_line
 from ops.routes import require_installed
 from ops.seconds import Seconds
@@ -70,8 +70,8 @@ def test_job(tenant: str | None, timeout: float | None, clean: bool) -> None:
         raise click.UsageError("--tenant: example_job says which tenant the job is of")
     conn = db.connect(settings, APPLICATION)
     require_installed(conn)
-    if not connected(conn):
-        raise Problem(f"no listener is connected: start {pipeline.JSL}")
+    if nobody := none_connected(listeners(conn, settings)):
+        raise Problem(nobody)
     if clean:
         stop_as_by_ctrl_c()
     limits = pipeline.timeouts(settings)

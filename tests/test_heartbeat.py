@@ -57,7 +57,7 @@ def test_freed_lock_means_dead_although_the_pid_lives(beats):
     assert states(beats) == {"one": DEAD}
     assert verdict(str(beats)) == (
         False,
-        f"listener one (pid {os.getpid()}) is dead; it was waiting",
+        f"listener one (pid {os.getpid()}) is dead; it was waiting; start ./jsl",
     )
 
 

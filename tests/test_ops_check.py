@@ -61,6 +61,18 @@ def test_listener_without_its_database_is_alive(database, listener, run_command,
     )
 
 
+def test_listener_whose_statement_is_refused_is_said_to_try_again(
+    database, listener, run_command, tmp_path
+):
+    database.rows("ALTER TABLE stage_calls RENAME COLUMN due_at TO gone")
+    process = listener(database, JOB_STATE_LISTENER_RECONNECT_DELAY=3600)
+    assert "due_at" in process.wait_for_line("재연결 시도")
+    until(lambda: "trying again" in beats(tmp_path)[0].doing, "its heartbeat says so")
+    assert "database away" not in line(run_command(database, "check"), 0)
+    refused = run_command(database, "test-job").refused(1)
+    assert refused.startswith("no listener is connected, though one is running: ./jsl check")
+
+
 @pytest.fixture
 def calling(database, api, listener, tmp_path):
     """A listener with a call under way."""
@@ -79,7 +91,10 @@ def test_killed_listener_is_dead_though_its_workers_go_on(database, calling, run
     calling.kill_alone()
     [beat] = beats(tmp_path)
     told = line(run_command(database, "check"), 1)
-    assert told == f"listener {beat.listener} (pid {beat.pid}) is dead; it was making calls"
+    assert (
+        told
+        == f"listener {beat.listener} (pid {beat.pid}) is dead; it was making calls; start ./jsl"
+    )
 
 
 def test_one_dead_listener_of_two_is_enough(database, listener, run_command, tmp_path):

@@ -90,6 +90,21 @@ def test_result_is_written_after_the_stop_once_the_database_is_back(
         assert database.owed(job) is None
 
 
+def test_stop_says_that_a_result_waits_for_the_database(own_server, make_database, listener):
+    database = make_database(own_server)
+    with StageApi(database.dsn) as api, gate(api, answer=Answer(200)) as opened:
+        process = listener(database, api=api, JOB_STATE_LISTENER_RECONNECT_DELAY=0.1)
+        wait_for_call(api, database.add_job())
+        own_server.embedded.stop("immediate")
+        opened.set()
+        process.wait_for_line("파이프라인 단계 실행 성공")
+        process.signal(signal.SIGTERM)
+        process.wait_for_line("중지 요청: 결과 1건이 기록되기를 기다림")
+        insist(process, signal.SIGTERM)
+        assert "바로 중지: 호출 0건, 기록 못 한 결과 1건" in process.output
+        own_server.embedded.start()
+
+
 def test_two_signals_at_once_are_one_request(database, api, listener):
     """As of a terminal that is closed: its shell sends a second SIGHUP."""
     with gate(api, answer=Answer(200)) as opened:
@@ -160,6 +175,7 @@ def test_second_signal_kills_the_workers_and_the_lease_covers_the_call(
         process.wait_for_line("한 번 더 요청하면 바로 중지")
         insist(process, second)
         assert process.wait() == 128 + second
+        assert "바로 중지: 호출 1건, 기록 못 한 결과 0건" in process.output
         until(lambda: all(map(is_gone, workers)), "the end of the workers")
     owed = database.owed(job)
     assert pid_of(owed.worker) == process.pid
