@@ -252,7 +252,7 @@ def notes(row: dict[str, Any]) -> Iterator[Line]:
     if row["position"] is None and row["owed"]:
         # Before that, a listener gives calls whose state leads to another stage to that one.
         cancel = f"{JSL} cancel --stage {row['stage']}"
-        yield f"not in PIPELINE; after 5 min: {cancel}", RED
+        yield f"not in PIPELINE; if this stays for 5 min: {cancel}", RED
     parts = [f"{row['working']} taken and worked on"] if row["working"] else []
     if row["retrying"]:
         seconds = row["next_retry_seconds"]
