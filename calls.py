@@ -325,7 +325,9 @@ DUE_IN_ORDER = f"""
     LIMIT %(free)s"""
 
 # A person may take a call that is not due, but none that may still be running, and none more than
-# max_running, or than there are places in its pool.
+# max_running, or than there are places in its pool. A claim that commits during this statement has
+# a lease that its snapshot does not show; the worker and due_at of the row are checked once more
+# when the row is locked.
 DUE_BY_HAND = f"""
     SELECT open.job_id, open.call_id, open.worker, open.due_at, wanted.lease, open.stage,
            open.tenant, 1 AS turn
@@ -333,6 +335,7 @@ DUE_BY_HAND = f"""
                  coalesce(c.tenant_id, '') AS tenant
           FROM stage_calls AS c
           WHERE c.job_id = %(only)s AND c.call_id = %(only_call)s AND NOT EXISTS ({UNDER_WAY})
+            AND (c.worker IS NULL OR c.due_at <= now())
           FOR UPDATE OF c SKIP LOCKED) AS open
     JOIN {WANTED} ON wanted.stage = open.stage
     WHERE NOT EXISTS (

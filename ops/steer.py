@@ -44,7 +44,7 @@ from settling import Settled
 # is named also its call for a later run_after. Not calls whose lease is not over, as they may still
 # be under way.
 RETRIED = """
-      (c.due_at = 'infinity' OR %(now)s AND c.due_at > now()
+      (c.due_at = 'infinity' OR %(now)s AND c.due_at > now() AND c.worker IS NULL
        AND (c.run_after IS NULL OR c.run_after <= now() OR %(job_id)s IS NOT NULL)
        AND NOT EXISTS (
        SELECT FROM stage_leases AS l

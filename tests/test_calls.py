@@ -203,6 +203,14 @@ def test_person_may_claim_what_is_not_due_but_not_what_is_under_way(database, co
     assert claim(other, "another", only=job).attempt == 2
 
 
+def test_person_does_not_claim_what_has_a_lease_that_their_claim_cannot_see(database, conn, other):
+    """As where the other claim was committed while theirs was under way."""
+    job = database.add_job()
+    assert claim(conn, "listener").job_id == job
+    database.rows("DELETE FROM stage_leases")
+    assert claim(other, "person", only=job).call_id is None
+
+
 # --- while the stage works -----------------------------------------------------------------
 
 
