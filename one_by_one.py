@@ -44,17 +44,18 @@ def settle_and_claim(
     Raises:
         psycopg2.Error: a result cannot be settled, and the fault is not that of a row.
     """
-    done = Turn([], [])
+    done, has_waited = Turn([], []), False
     for result in results:
         settle_alone(conn, result, done)
     for one in wanted if free else []:
-        # Wait for a locked table once. The claims of its other stages then fail after 20 ms.
-        one = one._replace(waits=one.waits and not done.unclaimable)
+        # Wait for a lock once. Further claims that meet one then fail after 20 ms.
+        one = one._replace(waits=one.waits and not has_waited)
         try:
             turn = calls.settle_and_claim(conn, [], [one], 1, worker)
         except ConnectionLost:
             raise
         except psycopg2.errors.LockNotAvailable as error:
+            has_waited = True
             if is_table_locked(error):  # else somebody holds the row of a limit, for a moment
                 done.unclaimable[one.stage] = error
         except psycopg2.errors.QueryCanceled as error:
