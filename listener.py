@@ -88,6 +88,8 @@ class Listener:
         self.move_look = MoveLook(settings, self.alerts, once)
         self.upkeep = Upkeep(settings, self.claiming.order, self.name, self.alerts)
 
+        self.nothing_due = False  # the last turn found nothing, and no look at joins is to come
+        self.asked_again: set[Any] = set()  # see ask_once_more()
         # By time.monotonic().
         self.again_at = 0.0  # settle results of locked rows, give back doubtful claims
         self.doubtful_until = -math.inf  # until then a claim of ours may exist that we do not know
@@ -244,15 +246,9 @@ class Listener:
         return bool(self.workers.calls or self.unwritten.results)
 
     def finished(self) -> bool:
-        if self.has_work:
+        if self.has_work or self.unwritten.is_waiting():
             return False
         return self.is_stopping or (self.once and self.nothing_due)
-
-    @property
-    def nothing_due(self) -> bool:
-        """Whether nothing was found to be due, and no look at joins may find anything."""
-        look = self.join_look
-        return self.claiming.found_nothing and (look.at == math.inf or look.failure is not None)
 
     @property
     def is_stopping(self) -> bool:
@@ -291,9 +287,19 @@ class Listener:
         if sweep and is_clock_set_back(turn):
             self.upkeep.note_clock_set_back()
         self.claiming.plan(conn, turn, wanted, free, self.sweep_interval if sweep else None)
-        if self.once and self.nothing_due and not self.workers.calls:
-            self.claiming.ask_again()
+        self.nothing_due = self.claiming.found_nothing and self.join_look.at == math.inf
+        self.ask_once_more()
         return self.to_make(conn, turn, began)
+
+    def ask_once_more(self) -> None:
+        """With `once`, before the end: ask once more for each stage, and look, that has failed, as
+        a lock may be gone.
+        """
+        if self.once and self.nothing_due and not self.workers.calls:
+            looks = [look for look in (self.join_look, self.move_look) if look.failure]
+            if left := {*self.claiming.unclaimable, *looks} - self.asked_again:
+                self.asked_again |= left
+                self.claiming.sweep_at, self.nothing_due = 0.0, False
 
     @property
     def sweep_interval(self) -> float:
@@ -473,7 +479,7 @@ class Listener:
             trigger.log_end(call, ended)
             if ended.outcome == "released":
                 self.gives_back, self.again_at = True, 0.0
-                self.claiming.look_at, self.claiming.found_nothing = 0.0, False
+                self.claiming.look_at, self.nothing_due = 0.0, False
             else:
                 self.keep(call, ended)
 
@@ -582,7 +588,7 @@ def run(workers: int | None = None, only: tuple[str, ...] = (), once: bool = Fal
         log.error("시작할 수 없음: %s", problem)
         sys.exit(ops.EXIT_CANNOT_START)
     except psycopg2.Error as error:  # only --once gives up
-        log.error("리스너 오류 발생: %s", " ".join(str(error).split()))
+        log.error("리스너 오류 발생: %s", ops.first_line(error))
         away = isinstance(error, db.ConnectionLost)
         sys.exit(ops.EXIT_DATABASE_AWAY if away else ops.EXIT_PROBLEM)
 

@@ -1,6 +1,7 @@
 """The results of calls until the database has them: they outlive its connection."""
 
 import logging
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -15,6 +16,9 @@ from calls import PAID, TAKEN, Result
 
 log = logging.getLogger("listener")
 
+# Seconds for which an end waits for the rows of failed calls that their stages hold: a call that
+# was given up would be made again after its lease.
+LOCKED_FOR = 5.0
 # Results are dropped after so many tries in a database that has no tables for them.
 LAST_TRIES = 100
 
@@ -30,7 +34,13 @@ class Unwritten:
         self.alerts = alerts
         self.results: list[Result] = []
         self.locked: list[Result] = []
+        self.locked_until = 0.0  # time.monotonic() until which an end waits for them
         self.last_tries = 0
+
+    def is_waiting(self) -> bool:
+        """Whether a result that is no success waits for its row, not for long yet."""
+        failed = any(result.outcome not in (*PAID, TAKEN) for result in self.locked)
+        return failed and time.monotonic() < self.locked_until
 
     def retry_locked(self) -> None:
         """In the next turn, settle those whose rows were locked, too."""
@@ -47,6 +57,8 @@ class Unwritten:
     def settled(self, unsettled: Iterable[int]) -> None:
         """Forget what is settled; keep results of the `unsettled` calls, whose rows are locked."""
         again = set(unsettled)
+        if any(r.call_id in again and not r.was_locked for r in self.results):
+            self.locked_until = time.monotonic() + LOCKED_FOR
         # Its hold, if any, has begun: settling it again must not lengthen it.
         self.locked += [
             replace(r, hold=False, was_locked=True) for r in self.results if r.call_id in again

@@ -162,6 +162,18 @@ def test_failure_before_a_rollback_is_settled_later(database, serve, caller, sta
     assert (owed.worker, owed.attempts, owed.last_error) == (None, 1, "HTTP 500")
 
 
+def test_end_waits_for_the_row_of_a_call_that_failed(database, serve, caller, stage):
+    server = serve(in_turn(b"HTTP/1.1 422 No\r\nContent-Length: 0\r\n\r\n"))
+    worker = caller(server.url)
+    job = answer_before_commit(database, stage, worker)
+    worker.listener.signals.requested = True
+    assert worker.listener.unwritten.locked and not worker.listener.finished()
+    stage.rollback()
+    settle_again(worker)
+    assert worker.listener.finished()
+    assert database.value("SELECT due_at = 'infinity' FROM stage_calls WHERE job_id = %s", job)
+
+
 def test_leaving_keeps_the_call_from_being_made_again(database, accepting, caller, stage):
     worker = caller(accepting.url)
     job = answer_before_commit(database, stage, worker)
