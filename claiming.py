@@ -54,7 +54,6 @@ class Claiming:
         self.limits = pipeline.stage_limits(settings)
         self.order = [stage for stage in self.limits if not only or stage in only]
         self.unclaimable: dict[str, str] = {}
-        self.asked_again: set[str] = set()  # see ask_again()
         self.look_at = self.sweep_at = self.due_at = 0.0
         self.found_nothing = False
 
@@ -152,14 +151,6 @@ class Claiming:
                 stages.setdefault(self.unclaimable[stage], []).append(stage)
         said = (f"{', '.join(names)}: {why}" for why, names in stages.items())
         return UNCLAIMABLE + "; ".join(said)
-
-    def ask_again(self) -> None:
-        """Before the end of `run --once`: ask once more for each stage of which no call could be
-        claimed, as a lock may be gone.
-        """
-        if left := self.unclaimable.keys() - self.asked_again:
-            self.asked_again |= left
-            self.sweep_at, self.found_nothing = 0.0, False
 
     # --- when to look again ---
 

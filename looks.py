@@ -90,6 +90,8 @@ class JoinLook(Look):
             seconds = self.fail(began, sum(filter(None, found)))
             if self.once:
                 self.failure, self.at = next(iter(failed.values())), math.inf
+                if any(found):  # there may be more of the joins that can be looked at
+                    self.rest(began, sum(filter(None, found)))
                 return
             log.error("조인 확인 실패 (%.0f초 후 다시 시도): %s", seconds, db.reasons(failed))
         else:

@@ -443,9 +443,25 @@ def test_once_ends_though_rows_change_after_a_look_that_failed(variants, caller)
     listener.once = listener.join_look.once = True
     variants.database.rows("ALTER FUNCTION stage_join_is_complete RENAME TO gone")
     joined(variants)
-    assert listener.settle_and_claim(calling.conn) == [] and listener.join_look.failure
+    for is_last in (False, True):  # it looks once more before the end
+        listener.join_look.rests_until = 0.0
+        assert listener.settle_and_claim(calling.conn) == [] and listener.join_look.failure
+        assert listener.finished() == is_last
     listener.join_look.ask()  # as hear() does
     assert listener.finished()
+
+
+def test_once_makes_the_call_of_a_join_whose_table_can_be_read_again(variants, caller):
+    calling = caller("http://127.0.0.1:1")
+    listener = with_idle_worker(calling.listener)
+    listener.once = listener.join_look.once = True
+    variants.database.rows("ALTER FUNCTION stage_join_is_complete RENAME TO gone")
+    job, _ = joined(variants)
+    assert listener.settle_and_claim(calling.conn) == [] and listener.join_look.failure
+    variants.database.rows("ALTER FUNCTION gone RENAME TO stage_join_is_complete")
+    listener.join_look.rests_until = 0.0
+    [call] = listener.settle_and_claim(calling.conn)
+    assert (call.job_id, listener.join_look.failure) == (job, None)
 
 
 STALLED = "SELECT stage FROM stalled_jobs()"

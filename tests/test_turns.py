@@ -408,6 +408,20 @@ OF_THREE_TABLES = {
 WORKED_ON = "SELECT stage FROM stage_leases WHERE working"
 
 
+def test_once_looks_at_the_joins_of_a_table_until_it_finds_none(database, use_pipeline, caller):
+    use_pipeline(OF_THREE_TABLES)
+    rows = install(database, TABLE, TABLE.replace("jobs_variants", "others"))
+    rows.finish(*rows.add(database.add_job("x")))
+    others = "INSERT INTO others SELECT gen_random_uuid(), job_id, 'iou_eval', 'done' FROM jobs;"
+    database.rows(others + RENAME)
+    conn, look = caller("http://127.0.0.1:1").conn, looks.JoinLook(once=True)
+    look.run(conn)
+    assert look.failure and look.at < math.inf
+    assert database.value("SELECT stage FROM stage_calls WHERE join_of <> ''") == "notify"
+    look.run(conn)
+    assert look.failure and look.at == math.inf
+
+
 @pytest.mark.parametrize("change", [RENAME, "BEGIN; LOCK TABLE jobs_variants"])
 def test_table_that_is_locked_or_unreadable_keeps_no_join_or_end_of_another_waiting(
     database, use_pipeline, caller, change, monkeypatch
