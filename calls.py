@@ -325,9 +325,8 @@ DUE_IN_ORDER = f"""
     LIMIT %(free)s"""
 
 # A person may take a call that is not due, but none that may still be running, and none more than
-# max_running, or than there are places in its pool. A claim that commits during this statement has
-# a lease that its snapshot does not show; the worker and due_at of the row are checked once more
-# when the row is locked.
+# max_running, or than there are places in its pool. The lease of a claim that commits during this
+# statement is not in its snapshot; the row's `attempts` is checked once more when it is locked.
 DUE_BY_HAND = f"""
     SELECT open.job_id, open.call_id, open.worker, open.due_at, wanted.lease, open.stage,
            open.tenant, 1 AS turn
@@ -335,7 +334,7 @@ DUE_BY_HAND = f"""
                  coalesce(c.tenant_id, '') AS tenant
           FROM stage_calls AS c
           WHERE c.job_id = %(only)s AND c.call_id = %(only_call)s AND NOT EXISTS ({UNDER_WAY})
-            AND (c.worker IS NULL OR c.due_at <= now())
+            AND c.attempts = %(only_after)s
           FOR UPDATE OF c SKIP LOCKED) AS open
     JOIN {WANTED} ON wanted.stage = open.stage
     WHERE NOT EXISTS (
@@ -493,7 +492,7 @@ def settle_and_claim(
     worker: str,
     *,
     sweep: bool = False,
-    only: tuple[Any, int] | None = None,
+    only: tuple[Any, int, int] | None = None,
 ) -> Turn:
     """Settle all `results` and claim up to `free` calls: one round trip, one commit.
 
@@ -503,7 +502,7 @@ def settle_and_claim(
             place under a limit may be free now.
         worker: the name of the listener that claims.
         sweep: also take calls that were never tried and whose time, by the clock, has not come.
-        only: the row's id and the call's: claim this call, due or not.
+        only: the row's id, the call's, and its attempts until now: claim this call, due or not.
 
     Raises:
         psycopg2.Error: nothing was changed, unless the connection was lost.
@@ -540,7 +539,7 @@ def settle_and_claim(
         "sweep": sweep,
     }
     if only is not None:
-        params["only"], params["only_call"] = only
+        params["only"], params["only_call"], params["only_after"] = only
     statements = [statement for statement, is_needed in needed.items() if is_needed]
     rows = run(conn, statements, params, cursor_factory=cursor).fetchall()
     skipped, asked_at = rows[0][:2]

@@ -34,7 +34,7 @@ from ops.chosen import (
 from ops.person import operator, wake_listeners
 from ops.problem import Problem
 from ops.rows import RowCommand
-from ops.table import clock, counted
+from ops.table import clock, counted, plain
 from pipeline import Call
 from settling import Settled
 
@@ -44,7 +44,7 @@ from settling import Settled
 # is named also its call for a later run_after. Not calls whose lease is not over, as they may still
 # be under way.
 RETRIED = """
-      (c.due_at = 'infinity' OR %(now)s AND c.due_at > now() AND c.worker IS NULL
+      (c.due_at = 'infinity' OR %(now)s AND c.due_at > now()
        AND (c.run_after IS NULL OR c.run_after <= now() OR %(job_id)s IS NOT NULL)
        AND NOT EXISTS (
        SELECT FROM stage_leases AS l
@@ -162,7 +162,7 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
     wanted = [Wanted(stage, limit.timeout + settings.LEASE_MARGIN, 1, 1,
                      limit.is_shared) for stage, limit in limits.items()]  # fmt: skip
     began = trigger.boottime()
-    only = (row.key, chosen.call_id)
+    only = (row.key, chosen.call_id, chosen.attempts)
     claimed = calls.settle_and_claim(conn, [], wanted, 1, name, only=only).claimed
     if not claimed:
         raise Problem(why_nothing_owed(conn, row, chosen.stage))
@@ -248,14 +248,15 @@ def retry(job_ids, now, stage, tenant, error, since, all_, yes, table) -> None:
         if revived:
             count = "1 call is" if len(revived) == 1 else f"{len(revived)} calls are"
             wake_listeners(conn, f"{count} due again, by {operator()}")
-        tell_due(conn, revived)
+        tell_due(revived)
+        tell_holds(conn, {call.stage for call in revived})
         refuse_left(conn, LIST_RETRIED, chosen)
         if not revived:
             nothing_to_retry(conn, chosen)
 
 
 def retry_rows(conn, job_ids: tuple[str, ...], chosen: Chosen) -> None:
-    refused = []
+    refused, stages = [], set()
     for job_id in job_ids:
         # Print each result at once, as the next id may end the command with an error.
         try:
@@ -267,18 +268,23 @@ def retry_rows(conn, job_ids: tuple[str, ...], chosen: Chosen) -> None:
         revived = db.execute(conn, RETRY, given.params).fetchall()
         if revived:
             wake_listeners(conn, f"{rows.said(row)}: due again, by {operator()}")
-        tell_due(conn, revived)
+        tell_due(revived)
+        stages |= {call.stage for call in revived}
         if not revived:
             refused.append(why_nothing_owed(conn, row, chosen.stage))
+    tell_holds(conn, stages)
     if refused:
         raise Problem("; ".join(refused))
 
 
-def tell_due(conn, revived: list) -> None:
-    """Say which calls are due again, and what keeps them from being made all the same."""
+def tell_holds(conn, stages: set[str]) -> None:
+    """Say what keeps calls of these stages from being made, though they are due."""
+    for hold in waits.held_of(conn, stages):
+        click.echo(f"{plain(hold.why)}: {hold.mend}")
+
+
+def tell_due(revived: list) -> None:
     tell("due again", revived)
-    for hold in waits.held_of(conn, {call.stage for call in revived}):
-        click.echo(f"{hold.why}: {hold.mend}")
     for stage, call in {call.stage: call for call in revived}.items():
         if not rows.is_wanted(call):
             see = pipeline.typed("job", call.table_name, call.key)

@@ -22,7 +22,7 @@ from listener import Listener
 from trigger import boottime
 
 WITHOUT_HOLDS = "UPDATE pipeline_stages SET held_until = now() - interval '1 second'"
-CALL_OF = "SELECT call_id FROM stage_calls WHERE job_id = %s AND join_of = ''"
+CALL_OF = "SELECT call_id, attempts FROM stage_calls WHERE job_id = %s AND join_of = ''"
 
 
 @contextmanager
@@ -71,7 +71,7 @@ class Caller:
         """Settle all results; then claim the next due call, or the one that the job `only` owes."""
         listener = self.listener
         if only is not None:
-            only = (only, self.database.value(CALL_OF, only))
+            only = (only, *self.database.rows(CALL_OF, only)[0])
         while True:
             began = boottime()
             listener.unwritten.tell_failed(self.conn)

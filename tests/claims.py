@@ -91,7 +91,7 @@ def stage(database):
         yield conn
 
 
-CALL_OF = "SELECT call_id FROM stage_calls WHERE job_id = %(job_id)s AND join_of = ''"
+CALL_OF = "SELECT call_id, attempts FROM stage_calls WHERE job_id = %(job_id)s AND join_of = ''"
 
 
 def claim_many(
@@ -102,7 +102,7 @@ def claim_many(
     found = wanted(stages, lease, free, **given)
     if only is not None:  # the call of a job
         row = db.execute(conn, CALL_OF, {"job_id": only}).fetchone()
-        only = (only, row.call_id if row else -1)
+        only = (only, *(row or (-1, 0)))
     return calls.settle_and_claim(conn, results, found, free, worker, sweep=sweep, only=only)
 
 

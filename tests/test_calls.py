@@ -206,9 +206,11 @@ def test_person_may_claim_what_is_not_due_but_not_what_is_under_way(database, co
 def test_person_does_not_claim_what_has_a_lease_that_their_claim_cannot_see(database, conn, other):
     """As where the other claim was committed while theirs was under way."""
     job = database.add_job()
+    only = (job, database.owed(job).call_id, 0)
     assert claim(conn, "listener").job_id == job
     database.rows("DELETE FROM stage_leases")
-    assert claim(other, "person", only=job).call_id is None
+    assert calls.settle_and_claim(other, [], wanted(), 1, "person", only=only).claimed == []
+    assert claim(other, "person", only=job).attempt == 2  # who knows of it, may
 
 
 # --- while the stage works -----------------------------------------------------------------
@@ -319,7 +321,8 @@ def test_other_stage_of_the_same_job_is_called_meanwhile(database, conn):
 @pytest.mark.parametrize("claim", [calls.CLAIM, calls.CLAIM_IN_ORDER, calls.CLAIM_BY_HAND])
 def test_rows_of_a_claim_are_what_claimed_says(conn, claim):
     params = calls.places(wanted()) | {"free": 1, "worker": "w", "sweep": False}
-    found = db.execute(conn, claim.sql, params | {"only": None, "only_call": None})
+    params |= {"only": None, "only_call": None, "only_after": None}
+    found = db.execute(conn, claim.sql, params)
     names = [column.name for column in found.description]
     assert names == ["unsettled", "asked_at", *calls.Claimed._fields]
 

@@ -226,7 +226,7 @@ def test_call_by_hand_that_is_lost_waits_for_its_time_again(site, run_command):
     [[job, call]] = site.rows("SELECT job_id::text, call_id FROM stage_calls")
     with connected(site) as conn:
         [row] = calls.settle_and_claim(
-            conn, [], wanted(["vlm_judge"]), 1, "by hand", only=(job, call)
+            conn, [], wanted(["vlm_judge"]), 1, "by hand", only=(job, call, 0)
         ).claimed
         site.rows(LEASE_OVER)
         calls.reap(conn)

@@ -89,6 +89,7 @@ def parameters(database, conn) -> dict:
     given = both | {
         "only": job,
         "only_call": 1,
+        "only_after": 0,
         "free": 8,
         "worker": "w",
         "accepted": "{}",
