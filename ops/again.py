@@ -195,7 +195,8 @@ def what_became(conn, row: Any, stage: str, join: str) -> str:
     call = db.execute(conn, BEFORE, given).fetchone()
     if call is None:
         return ""
-    words = {"succeeded": "accepted", "unknown": "not answered", "lost": "lost with its listener"}
+    words = {"succeeded": "accepted", "unknown": "without a known end", "retry": "to be retried",
+             "lost": "lost with its listener", "held": "put off"}  # fmt: skip
     how = words.get(call.outcome, call.outcome)
     by = f" by {call.worker}" if call.outcome == "cancelled" else ""
     return f" (call {call.call_id} was {how}{by} {clock(call.finished_at)})"

@@ -497,8 +497,10 @@ def what_owes_no_call(before: Before, there: list[str]) -> Iterator[str]:
                f"({name}, done): keep that state in PIPELINE until they are through")  # fmt: skip
     triggers = [name for name in there if name.startswith("trigger ")]
     mended = any(name in before.off for name in triggers)
-    if before.version == migrations.LATEST and not before.is_updates_only:
-        mended = mended or any(name not in before.there for name in triggers)  # else they are new
+    if before.version == migrations.LATEST:
+        made = [name for name in triggers if name not in before.there]
+        # With --insert after --no-insert, those of inserted rows are new.
+        mended |= any("insert" not in name or not before.is_updates_only for name in made)
     if "table jobs" in before.there and routes.keys() - before.routes.keys():
         yield ("note: rows that are in a new state already, or come to it in a transaction that is "
                f"open, owe no call: {pipeline.JSL} backfill")  # fmt: skip
