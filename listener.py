@@ -246,9 +246,9 @@ class Listener:
         return bool(self.workers.calls or self.unwritten.results)
 
     def finished(self) -> bool:
-        if self.has_work or self.unwritten.is_waiting():
+        if self.has_work or not (self.is_stopping or (self.once and self.nothing_due)):
             return False
-        return self.is_stopping or (self.once and self.nothing_due)
+        return self.unwritten.can_leave_locked()
 
     @property
     def is_stopping(self) -> bool:
@@ -287,9 +287,15 @@ class Listener:
         if sweep and is_clock_set_back(turn):
             self.upkeep.note_clock_set_back()
         self.claiming.plan(conn, turn, wanted, free, self.sweep_interval if sweep else None)
-        self.nothing_due = self.claiming.found_nothing and self.join_look.at == math.inf
+        self.nothing_due = self.claiming.found_nothing and not self.has_look
         self.ask_once_more()
         return self.to_make(conn, turn, began)
+
+    @property
+    def has_look(self) -> bool:
+        """Whether a look is to come that may find something: at joins, or once more at moves."""
+        moves = self.move_look
+        return self.join_look.at < math.inf or (moves.failure is not None and moves.at < math.inf)
 
     def ask_once_more(self) -> None:
         """With `once`, before the end: ask once more for each stage, and look, that has failed, as
@@ -442,9 +448,10 @@ class Listener:
 
     def obey(self) -> None:
         """The first signal: claim no more. The second: exit at once; leases protect the calls."""
-        stops, results = self.signals.stops, len(self.unwritten.results)
+        stops = self.signals.stops
+        results = len(self.unwritten.results) + len(self.unwritten.locked_failures)
         if len(stops) > 1:
-            if self.has_work:
+            if self.workers.calls or results:
                 log.warning("바로 중지: 호출 %d건, 기록 못 한 결과 %d건은 리스 만료 후 다시 확인됨",
                             len(self.workers.calls), results)  # fmt: skip
             self.workers.stop()
@@ -456,7 +463,7 @@ class Listener:
             if waited:
                 log.info("중지 요청: 진행 중인 호출을 기다림 (%s), %s", waited, once_more)
             if results:
-                log.info("중지 요청: 결과 %d건이 기록되기를 기다림, %s하고 성공한 호출도 "
+                log.info("중지 요청: 결과 %d건이 기록되기를 기다림, %s되며 성공한 호출도 "
                          "리스 만료 후 반복될 수 있음", results, once_more)  # fmt: skip
 
     def hear(self, conn: db.Connection) -> None:
@@ -468,6 +475,8 @@ class Listener:
                 self.claiming.due_at = 0.0  # a hold may have ended before its time
             if db.JOIN_CHANNEL in heard:
                 self.join_look.ask()
+                if self.join_look.failure is None:
+                    self.nothing_due = False
             self.move_look.ask()
         if was_told and not self.hearing.is_told:  # sweeps come sooner from now on
             self.claiming.sweep_at = 0.0

@@ -33,8 +33,8 @@ class Look:
 
     at: of the next look; infinity: not before it is asked for.
     rests_until: no look before, whoever asks for it.
-    failure: with `once`: why the last look failed. It is not repeated, and the listener ends with
-        this error after its work.
+    failure: with `once`: why the last look failed. The listener ends with this error after its
+        work, unless a further look succeeds.
     """
 
     def __init__(self, is_needed: bool):

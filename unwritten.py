@@ -1,6 +1,7 @@
 """The results of calls until the database has them: they outlive its connection."""
 
 import logging
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -16,8 +17,8 @@ from calls import PAID, TAKEN, Result
 
 log = logging.getLogger("listener")
 
-# Seconds for which an end waits for the rows of failed calls that their stages hold: a call that
-# was given up would be made again after its lease.
+# Seconds for which a listener that ends waits for the rows of failed calls that their stages hold:
+# a call that was given up would be made again after its lease.
 LOCKED_FOR = 5.0
 # Results are dropped after so many tries in a database that has no tables for them.
 LAST_TRIES = 100
@@ -34,13 +35,21 @@ class Unwritten:
         self.alerts = alerts
         self.results: list[Result] = []
         self.locked: list[Result] = []
-        self.locked_until = 0.0  # time.monotonic() until which an end waits for them
+        self.locked_until = math.inf  # time.monotonic() until which an end waits for them
         self.last_tries = 0
 
-    def is_waiting(self) -> bool:
-        """Whether a result that is no success waits for its row, not for long yet."""
-        failed = any(result.outcome not in (*PAID, TAKEN) for result in self.locked)
-        return failed and time.monotonic() < self.locked_until
+    @property
+    def locked_failures(self) -> list[Result]:
+        """The locked ones whose calls would be made again if the listener ended now."""
+        return [result for result in self.locked if result.outcome not in (*PAID, TAKEN)]
+
+    def can_leave_locked(self) -> bool:
+        """Whether the listener may end. It waits for LOCKED_FOR, which the first call begins."""
+        if not self.locked_failures:
+            return True
+        now = time.monotonic()
+        self.locked_until = min(self.locked_until, now + LOCKED_FOR)
+        return now >= self.locked_until
 
     def retry_locked(self) -> None:
         """In the next turn, settle those whose rows were locked, too."""
@@ -57,8 +66,6 @@ class Unwritten:
     def settled(self, unsettled: Iterable[int]) -> None:
         """Forget what is settled; keep results of the `unsettled` calls, whose rows are locked."""
         again = set(unsettled)
-        if any(r.call_id in again and not r.was_locked for r in self.results):
-            self.locked_until = time.monotonic() + LOCKED_FOR
         # Its hold, if any, has begun: settling it again must not lengthen it.
         self.locked += [
             replace(r, hold=False, was_locked=True) for r in self.results if r.call_id in again

@@ -437,7 +437,7 @@ def test_look_that_fails_is_one_line_and_keeps_no_other_call(variants, api, star
     assert "재연결" not in process.output
 
 
-def test_once_ends_though_rows_change_after_a_look_that_failed(variants, caller):
+def test_once_ends_though_rows_change_after_a_look_that_failed(variants, caller, monkeypatch):
     calling = caller("http://127.0.0.1:1")
     listener = with_idle_worker(calling.listener)
     listener.once = listener.join_look.once = True
@@ -447,8 +447,12 @@ def test_once_ends_though_rows_change_after_a_look_that_failed(variants, caller)
         listener.join_look.rests_until = 0.0
         assert listener.settle_and_claim(calling.conn) == [] and listener.join_look.failure
         assert listener.finished() == is_last
-    listener.join_look.ask()  # as hear() does
+    monkeypatch.setattr(listener.hearing, "hear", lambda _: {db.JOIN_CHANNEL})
+    listener.hear(calling.conn)
     assert listener.finished()
+    listener.join_look.failure = None
+    listener.hear(calling.conn)
+    assert not listener.finished()
 
 
 def test_once_makes_the_call_of_a_join_whose_table_can_be_read_again(variants, caller):

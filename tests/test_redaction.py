@@ -48,7 +48,7 @@ def test_call_that_a_stage_function_prints_shows_no_secret():
     given = {"STAGE_API_TOKEN": "the-token", "DB_PASSWORD": "the-password"}
     call = make_call(settings=given)
     assert call.settings.DB_PASSWORD == "the-password"
-    assert "the-" not in repr(call) and call.stage in repr(call)
+    assert "the-" not in repr(call) and "api=" not in repr(call) and call.stage in repr(call)
 
 
 def is_nothing_left(said: str) -> bool:
