@@ -326,7 +326,8 @@ DUE_IN_ORDER = f"""
 
 # A person may take a call that is not due, but none that may still be running, and none more than
 # max_running, or than there are places in its pool. The lease of a claim that commits during this
-# statement is not in its snapshot; the row's `attempts` is checked once more when it is locked.
+# statement is not in its snapshot; the row's `attempts` is checked once more when it is locked. An
+# install may have given the call another stage than its lease has.
 DUE_BY_HAND = f"""
     SELECT open.job_id, open.call_id, open.worker, open.due_at, wanted.lease, open.stage,
            open.tenant, 1 AS turn
@@ -335,6 +336,10 @@ DUE_BY_HAND = f"""
           FROM stage_calls AS c
           WHERE c.job_id = %(only)s AND c.call_id = %(only_call)s AND NOT EXISTS ({UNDER_WAY})
             AND c.attempts = %(only_after)s
+            AND NOT EXISTS (SELECT FROM stage_leases AS l
+                            WHERE l.job_id = c.job_id AND l.call_id = c.call_id
+                              AND l.leased_until + interval '0' > now()
+                            OFFSET 0)
           FOR UPDATE OF c SKIP LOCKED) AS open
     JOIN {WANTED} ON wanted.stage = open.stage
     WHERE NOT EXISTS (

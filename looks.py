@@ -122,8 +122,8 @@ class MoveLook(Look):
         self.failure = None
         unrecorded: dict[str, psycopg2.Error] = {}
         if self.may_miss:
-            self.may_miss = False
             _, unrecorded = db.in_parts(conn, moves.record_missed, pipeline.tables())
+            self.may_miss = self.once and bool(unrecorded)
         began = time.monotonic()
         found, failed = db.in_parts(conn, self.end_calls, pipeline.tables())
         seen = sum(found)

@@ -66,6 +66,8 @@ class Unwritten:
     def settled(self, unsettled: Iterable[int]) -> None:
         """Forget what is settled; keep results of the `unsettled` calls, whose rows are locked."""
         again = set(unsettled)
+        if any(r.call_id in again and not r.was_locked for r in self.results):
+            self.locked_until = math.inf
         # Its hold, if any, has begun: settling it again must not lengthen it.
         self.locked += [
             replace(r, hold=False, was_locked=True) for r in self.results if r.call_id in again

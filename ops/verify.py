@@ -116,10 +116,11 @@ FROM (SELECT name, 'SELECT' FROM unnest(%(tables)s::text[]) AS name
           ('stage_joins', 'UPDATE'), ('stage_joins', 'DELETE')) AS for_joins
       WHERE %(joins)s
       UNION ALL
-      SELECT * FROM (VALUES
-          ('stage_moves', 'SELECT'), ('stage_moves', 'INSERT'), ('stage_moves', 'UPDATE'),
-          ('stage_moves', 'DELETE'), ('stage_joins', 'SELECT')) AS for_asynchronous
+      SELECT 'stage_moves', privilege
+      FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege
       WHERE %(asynchronous)s
+      UNION ALL
+      SELECT 'stage_joins', 'SELECT' WHERE %(asynchronous)s AND NOT %(joins)s
      ) AS needed (name, privilege)
 WHERE NOT has_table_privilege(to_regclass(quote_ident(needed.name)), needed.privilege)
 """

@@ -213,6 +213,15 @@ def test_person_does_not_claim_what_has_a_lease_that_their_claim_cannot_see(data
     assert claim(other, "person", only=job).attempt == 2  # who knows of it, may
 
 
+def test_person_does_not_claim_what_is_under_way_under_the_name_of_another_stage(
+    database, conn, other
+):
+    job = database.add_job()
+    claim(conn)
+    database.rows("UPDATE stage_calls SET stage = 'planner'")  # as an install may do
+    assert claim(other, "person", only=job).call_id is None
+
+
 # --- while the stage works -----------------------------------------------------------------
 
 
