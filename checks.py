@@ -81,8 +81,8 @@ class Checks:
         return MAKE
 
     def pass_over(self, conn: db.Connection, call: Call, row: Claimed) -> Checked:
-        """Do not make a call that not both this PIPELINE and the database's have. Where one of them
-        knows its state, it waits for a listener of the other, or for an install; else it fails.
+        """Do not make a call whose stage this PIPELINE and the database's do not agree on. Where
+        one of them has its state, it waits for another listener, or an install; else it fails.
         """
         if row.routed_to or call.route in self.routes:
             put_off(conn, row, call.listener, row.spent - 1, PASSED_OVER_FOR, row.last_error)

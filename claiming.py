@@ -104,12 +104,12 @@ class Claiming:
         return claims
 
     def put_last(self, stage: str) -> None:
-        """A call of this stage was claimed, so it is the others' turn."""
+        """Move this stage to the end of `order`, as one of its calls was claimed."""
         self.order.remove(stage)
         self.order.append(stage)
 
     def put_first(self, claims: list[list[Wanted]]) -> None:
-        """Begin the next turn with the stages of these claims, which were not made."""
+        """Move the stages of claims that could not be made to the beginning of `order`."""
         left = {wanted.stage for claim in claims for wanted in claim}
         self.order.sort(key=lambda stage: stage not in left)
 

@@ -1,4 +1,4 @@
-"""A database clock that was set back: what waits too long since then waits anew."""
+"""Shortens what waits too long because the database's clock was set back."""
 
 import trigger
 from db import WAKE_CHANNEL, execute

@@ -293,13 +293,13 @@ class Listener:
 
     @property
     def has_look(self) -> bool:
-        """Whether a look is to come that may find something: at joins, or once more at moves."""
+        """Whether a look is pending: at joins, or at moves once more after one that failed."""
         moves = self.move_look
         return self.join_look.at < math.inf or (moves.failure is not None and moves.at < math.inf)
 
     def ask_once_more(self) -> None:
-        """With `once`, before the end: ask once more for each stage, and look, that has failed, as
-        a lock may be gone.
+        """With `once`, before the end: repeat each claim of a stage, and each look, that has
+        failed. The lock that it met may be gone.
         """
         if self.once and self.nothing_due and not self.workers.calls:
             looks = [look for look in (self.join_look, self.move_look) if look.failure]
@@ -404,7 +404,10 @@ class Listener:
         return min(times)
 
     def wait(self, until: float, conn: db.Connection | None = None) -> list:
-        """Sleep until something can be read, or until time.monotonic() is `until`; what it is.
+        """Sleep until something can be read, or until time.monotonic() is `until`.
+
+        Returns:
+            What can be read.
 
         Raises:
             hosts.OldPrimary: the listener is connected to one.

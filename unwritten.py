@@ -40,11 +40,13 @@ class Unwritten:
 
     @property
     def locked_failures(self) -> list[Result]:
-        """The locked ones whose calls would be made again if the listener ended now."""
+        """Locked results of failed calls, which would be made again if the listener ended now."""
         return [result for result in self.locked if result.outcome not in (*PAID, TAKEN)]
 
     def can_leave_locked(self) -> bool:
-        """Whether the listener may end. It waits for LOCKED_FOR, which the first call begins."""
+        """Whether the listener may end, as no failed call's row is locked, or LOCKED_FOR seconds
+        have passed since this was first asked.
+        """
         if not self.locked_failures:
             return True
         now = time.monotonic()

@@ -121,7 +121,7 @@ class Upkeep:
                 task.at = now if has_more else now + task.every
 
     def end_leases(self, conn) -> None:
-        """See that this listener may go on, and end the leases that have run out."""
+        """Compare this program and its PIPELINE with the database's; end leases that ran out."""
         migrations.require_not_newer(conn)
         self.compare(conn)
         self.attempt(reap, conn)

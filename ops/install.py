@@ -424,7 +424,7 @@ def install(
     click.echo(f"Next: {pipeline.JSL} verify, then {pipeline.JSL}")
 
 
-# By the version before: what a listener of it does now.
+# What a listener of an older version does after this install, by that version.
 LISTENERS = {
     0: "stop every listener of that version now: it goes on calling, and ignores leases",
     1: "a listener of that version begins no more calls: start the new one",
@@ -490,7 +490,7 @@ def what_changed(before: Before, there: list[str]) -> Iterator[str]:
 
 
 def what_owes_no_call(before: Before, there: list[str]) -> Iterator[str]:
-    """Of which rows nobody calls a stage, as it left PIPELINE, or no trigger has seen them."""
+    """Notes on rows whose stage left PIPELINE, or whose change no trigger has seen."""
     routes = pipeline.stages_of_routes()
     for name in left(before.routes, routes):
         pause = "its pause is gone, and " if name in before.paused else ""
@@ -511,7 +511,7 @@ def what_owes_no_call(before: Before, there: list[str]) -> Iterator[str]:
 
 
 def who_may_read(conn, before: Before, there: list[str], applied: Applied) -> Iterator[str]:
-    """Who cannot read or replicate our tables without a word from a person."""
+    """Notes on roles that cannot read our new tables, and on publications that have them."""
     if applied.unread:
         yield ("note: our tables are for their owner alone, whatever ALTER DEFAULT PRIVILEGES "
                f"says; so that these roles can dump the database: {applied.unread}")  # fmt: skip
