@@ -325,9 +325,10 @@ DUE_IN_ORDER = f"""
     LIMIT %(free)s"""
 
 # A person may take a call that is not due, but none that may still be running, and none more than
-# max_running, or than there are places in its pool. The lease of a claim that commits during this
-# statement is not in its snapshot; the row's `attempts` is checked once more when it is locked. An
-# install may have given the call another stage than its lease has.
+# max_running, or than there are places in its pool. If another claim commits while this statement
+# runs, its lease is not in our snapshot. FOR UPDATE then checks the latest version of the row: its
+# `attempts` has risen, so the call is not taken. Leases are looked up by call_id as well, because
+# an install may have renamed the call's stage and not the lease's.
 DUE_BY_HAND = f"""
     SELECT open.job_id, open.call_id, open.worker, open.due_at, wanted.lease, open.stage,
            open.tenant, 1 AS turn
@@ -662,7 +663,7 @@ def next_due(conn, stages: Iterable[str], asked_at: datetime | None = None) -> f
     return execute(conn, NEXT_DUE, given).fetchone()[0]
 
 
-# --- claims that were never begun, and leases that ran out ---------------------------------
+# --- releasing claims whose call was never made, and leases that have run out --------------
 
 # Claims of this listener that it never began: their answer was lost, or their lease would not
 # have covered the call. They are due again, so the other listeners are told to look. Where the
@@ -708,10 +709,10 @@ def give_back(conn, worker: str, keep: Iterable[int]):
     return execute(conn, GIVE_BACK, {"worker": worker, "keep": list(keep)}).fetchone()
 
 
-# Ends the leases of listeners that are lost, and of asynchronous stages that did not finish, with a
-# row in the history for each. A result that comes later gets a row, too. A call without an answer
-# has its row already. A call that a person made before its run_after waits for that again, and does
-# not look due until then.
+# Deletes leases that have run out: the listener was lost, or the asynchronous stage did not finish
+# in time. Each gets a row in the history, except where its call got no answer, which was recorded
+# when it ended. A result that arrives later gets a row of its own. A call that a person made before
+# its run_after is due at its run_after again.
 REAP = """
 WITH over AS (
     DELETE FROM stage_leases WHERE leased_until <= now() RETURNING *

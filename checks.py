@@ -23,11 +23,13 @@ from trigger import about, result
 
 log = logging.getLogger("listener")
 
-# Seconds until this listener claims a call again that only one with another PIPELINE can make.
+# A call that this listener's PIPELINE cannot make is due again after this many seconds.
 PASSED_OVER_FOR = 10.0
-# Accepted calls that are remembered, should a new primary have forgotten them.
+# How many accepted calls a listener remembers. After a failover to a standby that missed them, they
+# are not repeated.
 REMEMBERED = 10_000
-# The error of a join's call that is not made because its rows have changed: it is recorded anew.
+# Error of a join's call that is skipped because the join's rows have changed. The pending look at
+# its parent records a new call.
 OUTDATED = "rows of the join have changed: it is looked at anew"
 
 
@@ -185,7 +187,8 @@ def moved_on(call: Call, row: Claimed, accepted: bool) -> Result:
         and row.job_step != call.stage
         and not (row.last_error or "").endswith(f"({SET_FAILED})")  # a stage followed from that
     ):
-        # Its stage refused it, and somebody else has moved the parent since: nobody made it.
+        # The stage refused the last attempt, and the parent's state was changed by something else.
+        # So the work was never done: give the call up, for a person to decide, instead of skipping.
         return given_up(call, f"refused, and the job is at {now} since")
     return skipped(call, now, f"the job has moved on: {now}")
 
@@ -225,10 +228,11 @@ def given_up(call: Call, error: str) -> Result:
     return ended
 
 
-# --- what the database is asked ------------------------------------------------------------
+# --- statements about one claimed call -----------------------------------------------------
 
-# FOR UPDATE returns the latest version of a call, but the job beside it comes from the statement's
-# snapshot. Where the job moved between two states of one stage meanwhile, the claim is right.
+# The claim locks the latest version of a call, but reads the job from its statement's snapshot,
+# which may be older: the job can look as if it had left the state that owes the call. So the state
+# is compared once more, in a new statement, before the call is skipped.
 STILL_OWED = """
 SELECT count(*) > 0
 FROM stage_calls AS c CROSS JOIN stage_call_row(c.table_name, c.join_of, c.job_id) AS j
