@@ -16,7 +16,7 @@ import pipeline
 from ops import migrations
 from ops.place import named, require_place
 from ops.problem import Problem
-from ops.routes import Stage, announced, is_updates_only, known, shown
+from ops.routes import Stage, announced, is_updates_only, known, other_limits, shown
 from ops.table import counted
 from ops.tables import require_usable, tenant_columns
 from pipeline import Route
@@ -438,6 +438,7 @@ class Before(NamedTuple):
 
     there: objects(); off: disabled().
     routes: the routes that were installed; none before the first install.
+    limits: the stages and pools whose limits PIPELINE changes.
     version: of the schema.
     paused: the stages that are.
     is_updates_only: whether a row that is inserted owes no call.
@@ -446,6 +447,7 @@ class Before(NamedTuple):
     there: set[str]
     off: list[str]
     routes: dict[Route, Stage]
+    limits: list[str]
     version: int
     paused: set[str]
     is_updates_only: bool
@@ -461,12 +463,13 @@ def look(conn) -> Before:
     try:
         routes, version = known(conn), migrations.version(conn)
         paused = {row.stage for row in db.execute(conn, PAUSED)}
+        limits = other_limits(conn) if version == migrations.LATEST else []
     except psycopg2.errors.UndefinedTable:
-        routes, version, paused = {}, migrations.LATEST, set()
+        routes, limits, version, paused = {}, [], migrations.LATEST, set()
     except psycopg2.errors.InsufficientPrivilege:
         require_usable(conn)  # says who may install
         raise
-    return Before(set(there), off, routes, version, paused, updates_only)
+    return Before(set(there), off, routes, limits, version, paused, updates_only)
 
 
 def what_changed(before: Before, there: list[str]) -> Iterator[str]:
@@ -487,6 +490,8 @@ def what_changed(before: Before, there: list[str]) -> Iterator[str]:
     for route, stage in before.routes.items():
         if route not in routes:
             yield f"removed  {route} → {shown(stage)}"
+    for name in before.limits:
+        yield f"changed  the limits of {name}"
 
 
 def what_owes_no_call(before: Before, there: list[str]) -> Iterator[str]:

@@ -62,13 +62,7 @@ def difference(conn) -> list[str]:
         for route in sorted(ours.keys() | theirs.keys())
         if ours.get(route) != theirs.get(route)
     ]
-    limits = {row.name: SharedLimit(**row._asdict()) for row in db.execute(conn, LIMITS)}
-    declared_limits = {limit.name: limit for limit in pipeline.shared_limits()}
-    found += [
-        f"the limits of {name} are not those of the database"
-        for name in sorted(limits.keys() | declared_limits.keys())
-        if limits.get(name) != declared_limits.get(name)
-    ]
+    found += [f"the limits of {name} are not those of the database" for name in other_limits(conn)]
     declared_ones = pipeline.asynchronous_stages()
     known_ones = {row.stage for row in db.execute(conn, ASYNCHRONOUS)}
     for name in sorted(declared_ones ^ known_ones):
@@ -92,6 +86,14 @@ def difference(conn) -> list[str]:
             if column != row[what]
         ]
     return found
+
+
+def other_limits(conn) -> list[str]:
+    """The stages, pools and tenants' limits of which PIPELINE and the database differ."""
+    ours = {limit.name: limit for limit in pipeline.shared_limits()}
+    theirs = {row.name: SharedLimit(**row._asdict()) for row in db.execute(conn, LIMITS)}
+    return [name for name in sorted(ours.keys() | theirs.keys())
+            if ours.get(name) != theirs.get(name)]  # fmt: skip
 
 
 # The search path of a role may find a table jobs other than the one with the triggers. Somebody may

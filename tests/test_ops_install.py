@@ -144,13 +144,15 @@ def test_install_names_what_left_the_pipeline(database, run_command):
         "INSERT INTO pipeline_stages VALUES ('retired', 'done', 'old_stage');"
         "INSERT INTO stage_calls (job_id, current_step, status, stage)"
         " VALUES (gen_random_uuid(), 'retired', 'done', 'old_stage');"
-        "UPDATE pipeline_stages SET stage = 'other' WHERE current_step = 'planner'"
+        "UPDATE pipeline_stages SET stage = 'other' WHERE current_step = 'planner';"
+        "INSERT INTO stage_limits (name, stages, max_running) VALUES ('planner', '{planner}', 9)"
     )
     done = run_command(database, "install")
     said = words(done)
     assert said["(retired, done) → old_stage"] == "removed"
     assert said["(planner, done) → overlay"] == "routed"
     assert said["(overlay, done) → vlm_judge"] == "kept"
+    assert said["the limits of planner"] == "changed"
     assert "1 open call of states or stages that PIPELINE no longer has" in done.out
     assert run_command(database, "verify").out.count("ok       routes") == 1
 
