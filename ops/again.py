@@ -11,7 +11,7 @@ import joins
 import pipeline
 from logs import CONTROL
 from ops import rows, waits
-from ops.job import rows_of_join
+from ops.job import misspelt, rows_of_join
 from ops.person import operator, wake_listeners
 from ops.problem import Problem
 from ops.rows import TABLE, RowCommand
@@ -147,6 +147,8 @@ def nothing_follows(row: Any, stage: str | None) -> str:
             row.table_name, row.key, stage
         )
         return f"{at}, and {stage} does not follow from that" + f": {back}" * ("UPDATE " in back)
+    if meant := misspelt(row):
+        return f"{at}, from which no stage follows{meant}"
     joined = dict.fromkeys(joins_of(row).values())
     if row.current_step in pipeline.stage_names() and row.status != "done":
         back = rows.wait_first(row, row.current_step) + rows.way_on(row, row.current_step)

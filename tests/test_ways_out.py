@@ -374,6 +374,10 @@ def test_again_of_a_paused_stage_says_what_keeps_it(rested):
         ),
         (("vlm_judge", "done"), "from which no stage follows"),
         (("zoo", "done"), "from which no stage follows"),
+        (
+            ("overlay", "Done"),
+            "from which no stage follows; PIPELINE has no such state: is (overlay, done) meant?",
+        ),
     ],
 )
 def test_again_where_nothing_follows_says_where_the_job_is(rested, state, said):
