@@ -69,8 +69,9 @@ class Before(Ours):
         return Path(os.environ["BENCH_BEFORE"]).resolve()
 
     def connections(self, shape: Shape) -> int:
-        """Each worker of that version had a connection."""
-        return shape.processes * shape.in_flight
+        """In the first design, which had no workers.py, each worker had a connection."""
+        one = (self.root / "workers.py").exists()
+        return shape.processes * (1 if one else shape.in_flight)
 
     def unavailable(self) -> str | None:
         if not os.environ.get("BENCH_BEFORE"):
