@@ -17,12 +17,15 @@ import psycopg2
 import db
 import failures
 import one_by_one
-from calls import Result
+from calls import PAID, TAKEN, Result
 from db import execute
 from pipeline import Call
 from trigger import boottime
+from unwritten import LOCKED_FOR
 
 log = logging.getLogger("listener.settling")
+
+LOCKED_EVERY = 0.2  # seconds between two looks at a row that is locked
 
 
 class Settled(NamedTuple):
@@ -34,15 +37,21 @@ class Settled(NamedTuple):
 
 
 def settle(conn: db.Connection, result: Result) -> Settled:
-    """Settle `result`, and log nothing before: the output may be stuck.
+    """Settle `result`; of a failed call whose row its stage still holds, wait for that a while.
+    Nothing is logged before unless the database refuses something: the output may be stuck.
 
     Raises:
         psycopg2.Error: whether it is written is not known.
     """
-    settled = replace(result)
-    is_routed = failures.note(conn, [settled])
-    turn = one_by_one.settle_and_claim(conn, [settled], [], 0, result.worker)
-    return Settled(turn.given_up[0] if turn.given_up else settled, is_routed)
+    settled, until = replace(result), time.monotonic() + LOCKED_FOR
+    while True:
+        is_routed = failures.note(conn, [settled])
+        turn = one_by_one.settle_and_claim(conn, [settled], [], 0, result.worker)
+        may_leave = settled.outcome in (*PAID, TAKEN) or time.monotonic() >= until
+        if may_leave or not turn.unsettled:
+            return Settled(turn.given_up[0] if turn.given_up else settled, is_routed)
+        settled = replace(result, hold=False)  # its hold has begun
+        time.sleep(LOCKED_EVERY)
 
 
 def settle_within_lease(

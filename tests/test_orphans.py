@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+from contextlib import closing
 
 import pytest
 from stage_functions import POST, program
@@ -20,6 +21,7 @@ from waiting import (
     wait_until_idle,
 )
 
+import settling
 import trigger
 import workers
 from demo.stage_api import StageApi
@@ -106,6 +108,19 @@ def test_answer_is_recorded_by_a_worker_while_the_table_of_the_row_is_locked(dat
         workers.settle_as_orphan(calling.settings, call, ended)
         assert [attempt.outcome for attempt in database.attempts(job)] == ["failed"]
         change.rollback()
+
+
+def test_call_is_given_up_by_a_worker_though_its_stage_holds_the_row(database, caller, monkeypatch):
+    calling = caller("http://127.0.0.1:1")
+    job = database.add_job()
+    call = calling.claim()
+    ended = trigger.failure(call, "failed", "HTTP 422: no GPU", 0, http_status=422)
+    with closing(database.connect()) as held:
+        held.cursor().execute("BEGIN; UPDATE jobs SET status = 'running'")
+        monkeypatch.setattr(settling.time, "sleep", lambda _: held.cursor().execute("ROLLBACK"))
+        workers.settle_as_orphan(calling.settings, call, ended)
+    assert database.owed(job).given_up
+    assert [attempt.outcome for attempt in database.attempts(job)] == ["failed"]
 
 
 def test_answers_that_the_killed_listener_had_not_read_are_recorded(
