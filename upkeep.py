@@ -122,7 +122,7 @@ class Upkeep:
 
     def end_leases(self, conn) -> None:
         """Compare this program and its PIPELINE with the database's; end leases that ran out."""
-        migrations.require_not_newer(conn)
+        self.attempt(migrations.require_not_newer, conn)
         self.compare(conn)
         self.attempt(reap, conn)
 

@@ -253,6 +253,14 @@ def test_upkeep_needs_no_right_to_joins_where_there_are_none(database, conn, cap
     assert caplog.text == ""
 
 
+def test_upkeep_goes_on_where_the_version_of_the_schema_cannot_be_read(database, conn, other):
+    add_history(database, 10, days=1)
+    db.execute(other, "BEGIN; LOCK TABLE job_state_listener_schema")
+    upkeep.Upkeep(database.settings(), [], "w", Alerts(database.settings())).run(conn)
+    db.execute(other, "COMMIT")
+    assert sum(row[2] for row in totals(database)) == 10
+
+
 def test_look_for_stalled_rows_that_fails_is_repeated_less_and_less_often(database, conn):
     settings = database.settings(ALERT_COMMAND="true")
     task = upkeep.Upkeep(settings, [], "w", Alerts(settings))
