@@ -11,6 +11,7 @@ import db
 import trigger
 from alerts import Alerts
 from calls import TAKEN, Result
+from failures import row_name
 from pipeline import Call
 
 log = logging.getLogger("listener")
@@ -112,10 +113,9 @@ class StageHealth:
     def revive(self, conn: db.Connection) -> None:
         """Make calls due again that were given up, although the stage was at fault."""
         for result in self.to_revive:
-            log.warning(
-                "포기한 호출을 되살림 (단계의 문제): job=%s stage=%s", result.job_id, result.stage
-            )
-            revive(conn, result)
+            if revive(conn, result):
+                row = row_name(result.table_name, result.job_id)
+                log.warning("포기한 호출을 되살림 (단계의 문제): %s stage=%s", row, result.stage)
         self.to_revive = []
 
     def again(self, call: Call, ended: Result, outcome: str, **details) -> Result:
@@ -147,6 +147,11 @@ WHERE (job_id, call_id) = (
 """
 
 
-def revive(conn, result: Result) -> None:
-    """Make a call due again that was given up, though the fault was its stage's."""
-    db.execute(conn, REVIVE, {"job_id": result.job_id, "call_id": result.call_id})
+def revive(conn, result: Result) -> bool:
+    """Make a call due again that was given up, though the fault was its stage's.
+
+    Returns:
+        Whether it is; not where it was cancelled, or its row is locked.
+    """
+    given = {"job_id": result.job_id, "call_id": result.call_id}
+    return db.execute(conn, REVIVE, given).rowcount > 0

@@ -65,6 +65,16 @@ def test_stage_that_accepts_again_is_called_as_before(database, serve, caller):
     assert episode.count == 0 and episode.recovered["of"] == "stage_refuses"
 
 
+def test_call_that_was_cancelled_is_not_said_to_be_revived(database, serve, caller):
+    database.add_job(), database.add_job()
+    worker = caller(serve(in_turn(answer("401 No"))).url)
+    worker.call()
+    worker.run(worker.claim())
+    database.rows("DELETE FROM stage_calls WHERE due_at = 'infinity'")
+    worker.settle()
+    assert worker.line("단계가 모든 job을 거절함") and "되살림" not in worker.output.getvalue()
+
+
 def test_wrong_answers_with_a_success_between_are_about_the_jobs(database, serve, caller):
     jobs = [database.add_job() for _ in range(3)]
     worker = caller(serve(in_turn(answer("404 No"), OK, answer("404 No"))).url)
