@@ -20,7 +20,8 @@ log = logging.getLogger("listener")
 # Seconds for which a listener that ends waits for the rows of failed calls that their stages hold:
 # a call that was given up would be made again after its lease.
 LOCKED_FOR = 5.0
-# Results are dropped after so many tries in a database that has no tables for them.
+# Results are dropped after so many tries in a database that does not know this PIPELINE and
+# refuses them.
 LAST_TRIES = 100
 
 
@@ -85,18 +86,21 @@ class Unwritten:
         self, conn: db.Connection, name: str, problem: ops.Problem, under_way: bool
     ) -> None:
         """Settle what is left, before the listener `name` ends with `problem`. Drop it after
-        LAST_TRIES in a database that has no tables for it, unless calls are still `under_way`.
+        LAST_TRIES that the database refused, unless calls are still `under_way`.
         """
         self.retry_locked()
         self.tell_failed(conn)
         try:
-            again = one_by_one.settle_and_claim(conn, self.results, [], 0, name).unsettled
-            self.results = [result for result in self.results if result.call_id in again]
+            turn = one_by_one.settle_and_claim(conn, self.results, [], 0, name)
+            for given_up in turn.given_up:
+                failures.tell_given_up(self.alerts, given_up)
+            self.results = [r for r in self.results if r.call_id in turn.unsettled]
         except db.ConnectionLost:
             raise
         except psycopg2.Error:
             self.last_tries += 1
             if self.last_tries >= LAST_TRIES and not under_way:
                 for result in self.results:
-                    log.error("리스 만료 후 다시 확인됨: job=%s %s", result.job_id, problem)
+                    row = failures.row_name(result.table_name, result.job_id)
+                    log.error("리스 만료 후 다시 확인됨: %s %s", row, problem)
                 self.results = []

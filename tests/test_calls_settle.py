@@ -2,6 +2,7 @@
 
 from contextlib import closing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import psycopg2
 import pytest
@@ -9,6 +10,8 @@ from claims import LEASE_OVER, claim, claim_many, held, make_due, result, settle
 
 import calls
 import one_by_one
+from ops import Problem
+from unwritten import Unwritten
 
 
 @pytest.fixture
@@ -262,6 +265,15 @@ def test_result_that_cannot_be_recorded_gives_its_call_up_and_says_why(database,
     assert call.given_up and call.worker is None
     assert call.last_error.startswith("its result (never heard of) cannot be recorded:")
     assert (given_up.outcome, given_up.job_id) == ("failed", job)
+
+
+def test_listener_that_must_end_tells_of_a_result_that_cannot_be_recorded(database, conn):
+    job, sent = database.add_job(), []
+    alerts = SimpleNamespace(send=lambda event, _text, **about: sent.append((event, about["job"])))
+    last = Unwritten(alerts)
+    last.results.append(result(claim(conn), "never heard of", error="HTTP 418"))
+    last.settle_last(conn, "w", Problem("the routes differ"), True)
+    assert last.results == [] and sent == [("given_up", job)]
 
 
 def test_result_that_cannot_be_recorded_of_a_call_that_is_owed_no_more_is_no_failure(
