@@ -475,6 +475,7 @@ class Turn:
         a whole.
     unclaimable: by stage, why no call of it can be claimed.
     given_up: calls that the database made us give up, which nobody has been told of.
+    asked: the stages that were asked for calls.
     """
 
     claimed: list[Claimed]
@@ -482,6 +483,7 @@ class Turn:
     asked_at: datetime | None = None
     unclaimable: dict[str, psycopg2.Error] = field(default_factory=dict)
     given_up: list[Result] = field(default_factory=list)
+    asked: set[str] = field(default_factory=set)
 
     def add(self, later: "Turn") -> None:
         """Add what a later claim of the same turn found."""
@@ -558,7 +560,7 @@ def settle_and_claim(
         if free_places:
             wake_waiting(conn, free_places)
     claimed.sort(key=attrgetter("was_due_at"))
-    return Turn(claimed, unsettled, asked_at)
+    return Turn(claimed, unsettled, asked_at, asked={one.stage for one in wanted})
 
 
 WAKE_WAITING = f"""

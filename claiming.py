@@ -115,13 +115,12 @@ class Claiming:
 
     # --- what cannot be claimed ---
 
-    def note_unclaimable(self, conn: db.Connection, turn: Turn, wanted: list[Wanted]) -> None:
+    def note_unclaimable(self, conn: db.Connection, turn: Turn) -> None:
         """Remember the stages of which no call can be claimed: only a sweep asks for them again, so
         that they do not keep the others waiting.
         """
         before = self.unclaimable
-        asked = {stage.stage for stage in wanted}
-        self.unclaimable = {stage: why for stage, why in before.items() if stage not in asked}
+        self.unclaimable = {s: why for s, why in before.items() if s not in turn.asked}
         for stage, error in turn.unclaimable.items():
             self.unclaimable[stage] = why_unclaimable(conn, stage, error)
             if self.unclaimable[stage] != before.get(stage):

@@ -332,10 +332,10 @@ class Listener:
         except psycopg2.Error as error:
             if not self.claiming.is_logged(error):
                 log.warning("한 건씩 다시 시도: %s", ops.first_line(error))
-            turn = one_by_one.settle_and_claim(conn, results, wanted, free, self.name)
+            turn = one_by_one.settle_and_claim(conn, results, wanted, free, self.name, sweep=sweep)
             for given_up in turn.given_up:
                 failures.tell_given_up(self.alerts, given_up)
-        self.claiming.note_unclaimable(conn, turn, wanted)
+        self.claiming.note_unclaimable(conn, turn)
         refusal = self.claiming.error_of_all_stages(turn)
         if refusal and not (turn.claimed or results or self.once):
             raise refusal  # with `once`, serve() fails at its end

@@ -9,6 +9,7 @@ import psycopg2
 import calls
 from calls import BEYOND_ASCII, FENCE, RESULTS, UNDER_WAY, Result, Turn, Wanted, as_json, escaped
 from db import ConnectionLost, execute
+from failures import row_name
 
 log = logging.getLogger("listener")
 
@@ -33,13 +34,19 @@ def is_table_locked(error: psycopg2.errors.LockNotAvailable) -> bool:
 
 
 def settle_and_claim(
-    conn, results: Sequence[Result], wanted: Sequence[Wanted], free: int, worker: str
+    conn,
+    results: Sequence[Result],
+    wanted: Sequence[Wanted],
+    free: int,
+    worker: str,
+    *,
+    sweep: bool = False,
 ) -> Turn:
     """What calls.settle_and_claim() could not do at once: each result alone, then a claim of one
-    call.
+    call. Its arguments are the same.
 
     What fails alone is one failed call, or one stage whose calls cannot be claimed, as where a
-    column of its table was renamed, or its table is locked while others have calls.
+    column of its table was renamed, or its table is locked.
 
     Raises:
         psycopg2.Error: a result cannot be settled, and the fault is not that of a row.
@@ -50,8 +57,9 @@ def settle_and_claim(
     for one in wanted if free else []:
         # Wait for a lock once. Further claims that meet one then fail after 20 ms.
         one = one._replace(waits=one.waits and not has_waited)
+        done.asked.add(one.stage)
         try:
-            turn = calls.settle_and_claim(conn, [], [one], 1, worker)
+            turn = calls.settle_and_claim(conn, [], [one], 1, worker, sweep=sweep)
         except ConnectionLost:
             raise
         except psycopg2.errors.LockNotAvailable as error:
@@ -103,7 +111,8 @@ def settle_alone(conn, result: Result, done: Turn) -> None:
         if not is_fault_of_row(error):
             raise
         reason = f"its result ({result.outcome}) cannot be recorded: {' '.join(str(error).split())}"
-    log.error("결과를 기록할 수 없음: job=%s stage=%s %s", result.job_id, result.stage, reason)
+    row = row_name(result.table_name, result.job_id)
+    log.error("결과를 기록할 수 없음: %s stage=%s %s", row, result.stage, reason)
     ascii_only = BEYOND_ASCII.sub(escaped, reason)
     try:
         params = {"results": as_json(conn, [replace(result, error=ascii_only)])}
@@ -111,7 +120,7 @@ def settle_alone(conn, result: Result, done: Turn) -> None:
     except ConnectionLost:
         raise
     except psycopg2.Error as error:
-        log.error("리스 만료 후 다시 확인됨: job=%s %s", result.job_id, error)
+        log.error("리스 만료 후 다시 확인됨: %s %s", row, error)
     else:
         if given_up and not (result.is_told and result.outcome == "failed"):
             done.given_up.append(replace(result, outcome="failed", error=reason))
@@ -143,6 +152,7 @@ def give_up_first(conn, wanted: Wanted, worker: str, error: str) -> list[Result]
     given = {"stage": wanted.stage, "since": wanted.since or "-infinity", "error": error}
     rows = execute(conn, sql, given).fetchall()
     for row in rows:
-        log.error("포기 (호출을 가져올 수 없음): job=%s stage=%s %s", row.job_id, row.stage, error)
+        name = row_name(row.table_name, row.job_id)
+        log.error("포기 (호출을 가져올 수 없음): %s stage=%s %s", name, row.stage, error)
     return [Result(**row._asdict(), worker=worker, started_at="", outcome="failed", error=error)
             for row in rows]  # fmt: skip

@@ -8,7 +8,7 @@ from itertools import pairwise
 import psycopg2
 import pytest
 from asynchronous import PIPELINE
-from claims import SHORT_WAIT, claim_many, result, settle, wanted
+from claims import SHORT_WAIT, STAGES, claim_many, result, set_clock_back, settle, wanted
 from conftest import ROOT
 from faults.test_claims import with_idle_worker
 from faults.test_connection import frozen
@@ -205,6 +205,13 @@ def test_table_that_cannot_be_read_keeps_no_call_of_another_waiting(database, tw
     assert stages_of_turns(two_tables, 2) == ["yolo_detect"] * 2
 
 
+def test_sweep_in_parts_finds_calls_that_a_clock_set_back_delays(database, two_tables):
+    database.rows(RENAME)
+    set_clock_back(database, 7200)
+    two_tables.listener.claiming.put_last("vlm_analyze")
+    assert stages_of_turns(two_tables, 1) == ["vlm_analyze"]
+
+
 def test_table_that_is_locked_keeps_no_call_of_another_waiting(database, two_tables):
     with contextlib.closing(database.connect()) as change:
         change.autocommit = False
@@ -376,15 +383,20 @@ CREATE TRIGGER refuse BEFORE UPDATE ON stage_calls FOR EACH ROW EXECUTE FUNCTION
 """
 
 
-@pytest.mark.parametrize(("code", "refused"), [("42501", 2), ("57014", 1)])
+@pytest.mark.parametrize(("code", "refused", "remembered"), [("42501", 2, 2), ("57014", 1, 5)])
 def test_turn_in_parts_goes_on_after_a_stage_that_is_refused_unless_it_took_long(
-    database, caller, code, refused
+    database, caller, code, refused, remembered
 ):
+    """Of a stage that it has not asked, it is remembered that no call can be claimed."""
     database.add_job()
     database.add_job("overlay")
     database.rows(REFUSE.format(code))
-    turn = one_by_one.settle_and_claim(caller("http://127.0.0.1:1").conn, [], wanted(), 4, "w")
+    caller = caller("http://127.0.0.1:1")
+    turn = one_by_one.settle_and_claim(caller.conn, [], wanted(), 4, "w")
     assert [error.pgcode for error in turn.unclaimable.values()] == [code] * refused
+    caller.listener.claiming.unclaimable = dict.fromkeys(STAGES, "its table is locked")
+    caller.listener.claiming.note_unclaimable(caller.conn, turn)
+    assert len(caller.listener.claiming.unclaimable) == remembered
 
 
 SAY_WAIT = "BEGIN RAISE SQLSTATE '55P03' USING MESSAGE = current_setting('lock_timeout');"
