@@ -95,7 +95,9 @@ class Alerts:
         self.episodes[key] = Episode(time.monotonic() + EPISODE)
         self.put(said)
 
-    def recovered(self, event: str, stage: str | None, text: str, at_once: bool = True) -> None:
+    def send_recovered(
+        self, event: str, stage: str | None, text: str, at_once: bool = True
+    ) -> None:
         """Send that an event of `stage` is over.
 
         Args:
@@ -120,12 +122,12 @@ class Alerts:
         text = json.dumps(said, default=str, ensure_ascii=False)
         # An error may hold half of a surrogate pair, which UTF-8 has not.
         self.waiting.append(text.encode("utf-8", "backslashreplace") + b"\n")
-        self.look()
+        self.run()
 
     def end_episodes(self, now: float) -> None:
         """Send the counts of episodes that are over, and what has recovered."""
         over = [(key, one) for key, one in self.episodes.items() if now >= one.until]
-        for key, _ in over:  # first, as put() looks for others that are over
+        for key, _ in over:  # first, as put() runs others that are over
             del self.episodes[key]
         for key, episode in over:
             if episode.count:
@@ -141,14 +143,14 @@ class Alerts:
         return [run.process.pid for run in self.running]
 
     @property
-    def next_look(self) -> float:
+    def next_run(self) -> float:
         """time.monotonic() at which the next run is to be killed, or the next count to be sent."""
         times = [run.until for run in self.running]
         episodes = self.episodes.values()
         times += [one.until for one in episodes if one.count or one.recovered]
         return min(times, default=math.inf)
 
-    def look(self) -> bool:
+    def run(self) -> bool:
         """Send counts, end finished runs and start waiting ones; whether any is still running."""
         if any(time.monotonic() >= episode.until for episode in self.episodes.values()):
             self.end_episodes(time.monotonic())
@@ -184,7 +186,7 @@ class Alerts:
         """
         self.end_episodes(math.inf)
         until = time.monotonic() + STOP_LIMIT
-        while self.look():
+        while self.run():
             if stop and (len(stop.stops) > 1 or time.monotonic() > until):
                 break
             time.sleep(0.05)

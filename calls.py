@@ -23,11 +23,11 @@ from db import WAKE_CHANNEL, Statement, execute, run
 class Result:
     """What came of an attempt, on its way to the database."""
 
-    job_id: str  # the row's id as the database writes it
+    job_id: str  # of the row, as the database writes it: Call.key, not Call.job_id
     call_id: int
     attempt: int
     stage: str
-    worker: str
+    worker: str  # the listener that claimed it, as in the columns of this name
     started_at: str
     outcome: str
     table_name: str = "jobs"  # whose row it is
@@ -350,11 +350,11 @@ DUE_BY_HAND = f"""
                                 WHERE l.stage = ANY (s.stages) AND l.leased_until > now()))
     LIMIT 1"""
 
-# Takes the calls found, each for as long as its lease. All are found before the first is taken,
-# which is what the ORDER BY is for: OFFSET does not count a row that this command has updated,
-# and so passed by calls that were due. Only a person takes a call that was given up; it gets all
-# its attempts again. The state of the job is looked up in this same statement. There is always a
-# row, as it also says which results could not be settled.
+# Takes the calls found, each for as long as its lease. The ORDER BY makes PostgreSQL find all of
+# them before it updates the first: OFFSET does not count rows that this command has updated, so
+# that calls which are due would be passed by. Only a person takes a call that was given up; it
+# gets all its attempts again. The state of the job is looked up in this same statement. There is
+# always a row, as it also says which results could not be settled.
 TAKE = f"""
 , claimed AS (
     UPDATE stage_calls AS c
@@ -541,7 +541,7 @@ def settle_and_claim(
         "taken": as_json(conn, taken),
         "accepted": array(lifting),
         "accepted_at": array(lifting.values()),
-        **places(wanted),
+        **as_arrays(wanted),
         "free": free,
         "worker": worker,
         "sweep": sweep,
@@ -574,11 +574,11 @@ def wake_waiting(conn, stages: Iterable[str]) -> None:
     """Wake all listeners where calls wait for a place under a limit of these stages, as one may be
     free that this listener has not taken. Without this the others look at their next sweep.
     """
-    with contextlib.suppress(psycopg2.Error):
+    with contextlib.suppress(psycopg2.Error):  # calls that were claimed are still to be made
         execute(conn, WAKE_WAITING, {"stages": list(stages)})
 
 
-def places(wanted: Sequence[Wanted]) -> dict[str, str]:
+def as_arrays(wanted: Sequence[Wanted]) -> dict[str, str]:
     """`wanted` as arrays: first each stage with its share, then each with what is left."""
     rest = [stage for stage in wanted if stage.most > stage.share]
     both = [*wanted, *rest]

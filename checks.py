@@ -74,7 +74,7 @@ class Checks:
         if function is None or not function.__name__ == row.stage == row.routed_to:
             return self.pass_over(conn, call, row)
         known = self.accepted.get((row.call_id, row.key), 0)
-        if ended := ended_unmade(conn, call, row, known):
+        if ended := end_unmade(conn, call, row, known):
             return Checked(ended=ended)
         if checked := self.after_failed(conn, call, row):
             return checked
@@ -84,7 +84,8 @@ class Checks:
 
     def pass_over(self, conn: db.Connection, call: Call, row: Claimed) -> Checked:
         """Do not make a call whose stage this PIPELINE and the database's do not agree on. Where
-        one of them has its state, it waits for another listener, or an install; else it fails.
+        one of them has its state, it waits for another listener, or an install; else the attempt
+        has failed, and is retried.
         """
         if row.routed_to or call.route in self.routes:
             put_off(conn, row, call.listener, row.spent - 1, PASSED_OVER_FOR, row.last_error)
@@ -102,7 +103,8 @@ class Checks:
         """Let a call that (stage, 'failed') owes to that stage wait, or give it up; None: neither.
 
         It takes over attempts and back-off of the call before it, or a stage that always fails
-        would be called for ever. A call with an error is made: a person has asked for it.
+        would be called for ever. One with a second attempt has waited already, and one with an
+        error was asked for by a person: both are made.
         """
         if (
             call.spent > 1
@@ -125,7 +127,7 @@ class Checks:
         return LATER
 
 
-def ended_unmade(conn: db.Connection, call: Call, row: Claimed, known: float = 0) -> Result | None:
+def end_unmade(conn: db.Connection, call: Call, row: Claimed, known: float = 0) -> Result | None:
     """The result of a call that must not be made; None where it must. If the join of such a call
     is not complete, or has changed, its parent is to be looked at again.
 
@@ -172,8 +174,8 @@ def already_over(
 
 
 def moved_on(call: Call, row: Claimed, accepted: bool) -> Result:
-    """The result of a call that its row does not owe any more: skipped, unless it is that of a join
-    which nobody has made.
+    """The result of a call that its row does not owe any more: skipped; but the call of a join
+    whose work was never done is given up.
     """
     if is_given_up_with_its_parent(call, row):
         return given_up(call, "nobody knows what became of the attempt before")
@@ -267,10 +269,10 @@ def spent_before(conn, row):
     return execute(conn, SPENT_BEFORE, given | {"call_id": row.call_id}).fetchone()
 
 
-# The claim itself counts for nothing. `attempts` becomes what is spent where it can: if the
-# listener is lost, nothing else says how much that was. A row that the application has locked is
-# skipped: its transaction is about to replace the call. `stage` is written as well, as the call may
-# have been recorded before its stage was renamed.
+# The claim counts as no attempt. Where it is less, `attempts` becomes `spent`: if the listener is
+# lost, the history has no `spent` of this attempt, and SPENT_BEFORE takes its number. A row that
+# the application has locked is skipped: its transaction is about to replace the call. `stage` is
+# written as well, as the call may have been recorded before its stage was renamed.
 PUT_OFF = """
 WITH mine AS (
     SELECT job_id, call_id FROM stage_calls

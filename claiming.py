@@ -32,8 +32,8 @@ LEFT_AFTER = 1.0
 # call whose transaction commits late therefore waits at most that long.
 MARKED_FOR = 1.0
 # A sweep also claims calls that were never tried and are not due yet. One that is claimed so long
-# before it is due is a sign that the database's clock was set back. If the claim has only waited
-# for a lock, the look that follows finds nothing.
+# before it is due is a sign that the database's clock was set back. It may also have been recorded
+# while the claim waited for a lock; clock.shorten_waits(), which runs next, then finds nothing.
 EARLY = timedelta(seconds=1)
 
 
@@ -60,7 +60,7 @@ class Claiming:
         self.began = 0.0  # of the claims of this turn
         self.asks_when = False  # whether the database is to be asked when the next call is due
         self.asked_at: datetime | None = None  # the database's time of the last claim
-        self.was_full = False  # the last claim found a call for every idle worker
+        self.was_full = False  # the last turn left no worker idle
         self.marks: dict[str, Any] = {}  # by stage: when the last claimed call was due
         self.marked_at = 0.0  # when `marks` were last dropped
         self.is_ordered = pipeline.is_ordered()
@@ -81,14 +81,14 @@ class Claiming:
             self.marks, self.marked_at = {}, self.began
         if not free:
             return [[]]
-        held = Counter(self.limits[call.stage].pool for call in under_way)
+        used = Counter(self.limits[call.stage].pool for call in under_way)
         claims: list[list[Wanted]] = [[]]
         pools: set[Pool] = set()
         for stage in self.order:
             if stage in self.unclaimable and not sweep:
                 continue
             limits = self.limits[stage]
-            if limits.pool and held[limits.pool] >= limits.pool.size:
+            if limits.pool and used[limits.pool] >= limits.pool.size:
                 continue
             if most := self.health.most(stage, free, under_way):
                 if limits.pool in pools:
@@ -98,7 +98,7 @@ class Claiming:
                     pools.add(limits.pool)
                 lease = limits.timeout + self.settings.LEASE_MARGIN
                 share = -(-free // len(self.order))
-                claims[-1].append(Wanted(stage, lease, most, share, limits.is_shared,
+                claims[-1].append(Wanted(stage, lease, most, share, limits.is_limited,
                                          self.marks.get(stage), self.is_ordered,
                                          waits=stage not in self.unclaimable))  # fmt: skip
         return claims
@@ -140,7 +140,7 @@ class Claiming:
                    if not isinstance(error, LockNotAvailable)]  # fmt: skip
         return refused[0] if refused and len(self.unclaimable) == len(self.order) else None
 
-    def told_unclaimable(self) -> str:
+    def unclaimable_line(self) -> str:
         """Of which stages no call can be claimed, and why; in the order of the pipeline, so that
         all listeners say the same.
         """
@@ -175,10 +175,10 @@ class Claiming:
         was_full, self.was_full = self.was_full, len(turn.claimed) >= free
         if self.was_full:
             self.look_at = 0.0  # there may be more, as soon as a worker is idle
-            if was_full and swept is None:
+            if was_full and swept is None:  # there is a queue: begin where this claim ended
                 self.marks |= {row.stage: row.was_due_at for row in turn.claimed}
         elif self.marks or left:
-            self.look_at, self.marks = 0.0, {}  # there may be something before the marks
+            self.look_at, self.marks = 0.0, {}  # also what is before the marks
         else:
             self.asked_at = turn.asked_at
             # A new call may have to wait for its time, or for a rate.
@@ -189,7 +189,9 @@ class Claiming:
             self.look_at, self.found_nothing = min(self.look_at, self.began + LEFT_AFTER), False
 
     def leaves_places(self, stage: str) -> bool:
-        """Whether the pool of a claimed call may have more places, which it kept for this stage."""
+        """Whether the pool of a claimed call may have more places for its stage: until this claim
+        it may have stayed with another one.
+        """
         pool = self.limits[stage].pool
         return pool is not None and pool.linger is not None and pool.size > 1
 

@@ -1,5 +1,5 @@
-"""Database connections, on which every wait has a deadline. Driver errors are translated here:
-every error that makes a connection useless becomes ConnectionLost.
+"""Database connections, on which every wait has a deadline, but not while a stage function runs.
+Driver errors are translated here: every one that makes a connection useless becomes ConnectionLost.
 """
 
 import contextlib
@@ -54,9 +54,7 @@ CONNECTION: dict[str, Any] = {
 # Whatever a DATABASE_URL that is shared with the application says.
 ALWAYS = {"client_encoding": "UTF8", "target_session_attrs": "read-write"}
 
-# Plans may not depend on when ANALYZE last ran, and pinning them inflates the cost past
-# jit_above_cost up to PostgreSQL 17. row_security=off makes a policy on jobs an error, where
-# it would otherwise hide rows that then look deleted.
+# Plans may not depend on when ANALYZE last ran.
 PINNED = {
     "enable_seqscan": "off",
     "enable_bitmapscan": "off",
@@ -70,9 +68,11 @@ PINNED = {
 }
 # Put before a person's query, and before one that reads all of jobs: it is planned as usual.
 UNPINNED = "".join(f"SET LOCAL {name} = DEFAULT; " for name in PINNED)
-# lock_timeout is shorter than deadlock_timeout: where a listener and the application would
-# wait for each other, the listener gives way. ALTER ROLE or ALTER DATABASE may have set any of
-# these: what could end or cut our session, or change what it answers, is set here.
+# ALTER ROLE or ALTER DATABASE may have set any of these: what could end or cut our session, or
+# change what it answers, is set here. Where a listener and the application would wait for each
+# other, the listener gives way, as lock_timeout is shorter than deadlock_timeout. jit is off as
+# PINNED inflates the cost of plans past jit_above_cost, up to PostgreSQL 17. With row_security off,
+# a policy on jobs is an error; on, it would hide rows, which then look deleted.
 SESSION = {
     "jit": "off",
     "default_transaction_isolation": "read committed",
@@ -175,7 +175,7 @@ def connect(
     name: str = "job-state-listener",
     pinned: bool = False,
     stop: Any = None,
-    trying: Callable[[str], None] = lambda host: None,
+    trying: Callable[[], None] = lambda: None,
     last: dict[str, str] | None = None,
     first: int | None = None,
 ) -> Connection:
@@ -185,7 +185,7 @@ def connect(
         name: how pg_stat_activity shows it.
         pinned: for claiming and settling, whose plans are the same whatever the statistics.
         stop: shortens the wait for an answer once it is `requested`.
-        trying: told each host before it is tried, which takes CONNECTION["connect_timeout"] for
+        trying: called before each host is tried, which takes CONNECTION["connect_timeout"] for
             each of its addresses.
         last: the target of a connection that was lost. It is tried last: a server may take
             connections and do no work.
@@ -194,13 +194,14 @@ def connect(
     Raises:
         SettingsError: no database is configured.
         ConnectionLost: it cannot be reached, whatever the reason.
+        psycopg2.Error: the server refuses a setting of the session.
     """
     config.require_database(settings)
     reasons = []
     for number, target in sorted(
         enumerate(targets(settings)), key=lambda one: (one[0] != first, one[1] == last)
     ):
-        trying(target.get("host") or target.get("hostaddr") or "")
+        trying()
         try:
             conn = connect_to({"application_name": name} | options(target))
         except psycopg2.Error as error:
@@ -330,8 +331,8 @@ def execute(
         ConnectionLost: connect again; whether the statement took effect is not known.
         psycopg2.Error: the statement's own fault; the connection is still good.
     """
-    began = time.monotonic()
-    for chances_left in (1, 0):
+    began, is_first = time.monotonic(), True
+    while True:
         try:
             cursor = conn.cursor(cursor_factory=cursor_factory)
             cursor.execute(conn.prefix + sql, params)
@@ -339,11 +340,10 @@ def execute(
         except psycopg2.Error as error:
             if is_lost(conn, error):
                 raise ConnectionLost(" ".join(str(error).split())) from error
-            if not (error.pgcode or "").startswith(TRY_AGAIN):
+            is_soon = time.monotonic() - began <= TRY_AGAIN_WITHIN
+            if not (is_first and is_soon and (error.pgcode or "").startswith(TRY_AGAIN)):
                 raise
-            if not chances_left or time.monotonic() - began > TRY_AGAIN_WITHIN:
-                raise
-    raise AssertionError("unreachable")
+            is_first = False
 
 
 PARTS_LIMIT = 2.0  # seconds: a locked table takes one, and the listener does nothing else meanwhile
@@ -356,7 +356,8 @@ def in_parts(
     table that is locked, or cannot be read, keeps no other waiting.
 
     Args:
-        groups: of parts. Those of a group are asked in random order.
+        groups: of parts. Those of a group are asked in random order, so that with a limit each
+            is asked at some time.
         limit: seconds after which none is asked any more, nor after one that took too long; None:
             PARTS_LIMIT; infinity: all are asked.
 
@@ -386,7 +387,9 @@ def in_parts(
             failed[part] = error
             if isinstance(error, psycopg2.errors.QueryCanceled) and limit < math.inf:
                 break  # the next one may take as long
-    return answers, failed if failed or len(answers) == len(parts) > 0 else of_all
+    if not failed and (not parts or len(answers) < len(parts)):
+        failed = of_all  # no part failed by itself, but not all were asked
+    return answers, failed
 
 
 def reasons(failed: Mapping[str, psycopg2.Error]) -> str:
@@ -454,16 +457,16 @@ def is_lost(conn: Connection, error: psycopg2.Error) -> bool:
 
 # Puts the oid of the schema between the prefix and the name, as a database may have several
 # installations. Not done behind a pooler, which gives the session to other clients, too.
-SIGN = """
+NAME_SESSION = """
 SELECT set_config('application_name', %(prefix)s || relnamespace || '/' || %(name)s, false)
 FROM pg_class WHERE oid = to_regclass('stage_calls')
 """
 
 
-def sign(conn: Connection, listener: str) -> None:
+def name_session(conn: Connection, listener: str) -> None:
     """Put the schema of this listener into its application_name, for `status`."""
     if not conn.prefix:
-        execute(conn, SIGN, {"prefix": LISTENER_APPLICATION, "name": listener})
+        execute(conn, NAME_SESSION, {"prefix": LISTENER_APPLICATION, "name": listener})
 
 
 # A commit that waits for a synchronous standby does not notice that its client is gone. So each

@@ -13,12 +13,12 @@ from db import execute
 
 log = logging.getLogger("listener.trigger")
 
-# The error of a call whose stage has set its row to failed, or the end of it.
+# The error, or how it ends, of a call whose stage has set its row to failed.
 SET_FAILED = "set failed by its stage"
 
 # Which results are of rows that their stage has set to failed, and whether a stage follows from
-# that. What the row owed went with its state; a join's call is still there. Where that got no
-# answer, the parent may have been failed before, and the stage at work: it keeps its lease.
+# that. A row's own call is gone with its state; that of a join is still there. Where that got no
+# answer, it does not count: the parent may have been failed before, and its stage still work.
 FAILED_BY_STAGE = f"""
 SELECT r.call_id,
        EXISTS (SELECT FROM pipeline_stages AS p

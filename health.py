@@ -23,7 +23,7 @@ UNANSWERED = 2
 WRONG = (300, 301, 302, 303, 305, 307, 308, 401, 402, 403, 404, 405, 406, 407, 410, 411, 414, 415,
          417, 421, 426, 431, 501, 505, 511)  # fmt: skip
 # Statuses of a gateway that cannot reach its stage. Treated likewise, although the work may run.
-LOST = (502, 520, 522)
+GATEWAY = (502, 520, 522)
 THROTTLED = (429, 503)
 # Seconds between two probes of a stage that refuses every job. The delay is not doubled: if a stage
 # rejects only some jobs, one that it would accept may have its turn after many of those.
@@ -59,8 +59,10 @@ class StageHealth:
             return 0 if any(call.stage == stage for call in under_way) else 1
         return free
 
-    def revised(self, call: Call, ended: Result) -> Result:
-        """The result of `call`, changed where other calls show that the stage is at fault."""
+    def revise(self, call: Call, ended: Result) -> Result:
+        """Note how a call has ended; its result, changed where other calls show that the stage is
+        at fault.
+        """
         health, status = self.of[call.stage], ended.http_status
         if ended.outcome == "unknown" and status != 409:
             health.unanswered += 1
@@ -69,17 +71,17 @@ class StageHealth:
         if ended.outcome in ("succeeded", TAKEN):
             if health.is_wrong:
                 text = "it accepts calls again"
-                self.alerts.recovered("stage_refuses", call.stage, text, at_once=False)
+                self.alerts.send_recovered("stage_refuses", call.stage, text, at_once=False)
             health.accepted += 1
             health.refused, health.is_wrong = None, False
             health.suspects.pop(call.call_id, None)
-        elif status in WRONG or status in LOST or (status == 503 and ended.outcome == "unknown"):
-            return self.wrong(health, call, ended)
+        elif status in WRONG or status in GATEWAY or (status == 503 and ended.outcome == "unknown"):
+            return self.revise_wrong(health, call, ended)
         elif status in THROTTLED:
-            return self.throttled(health, call, ended)
+            return self.revise_throttled(health, call, ended)
         return ended
 
-    def wrong(self, health: Health, call: Call, ended: Result) -> Result:
+    def revise_wrong(self, health: Health, call: Call, ended: Result) -> Result:
         """The result of a wrong answer: the stage is at fault where two jobs in a row got one."""
         if note_refusal(health, call):
             return ended
@@ -92,8 +94,8 @@ class StageHealth:
                 self.to_revive.append(before)
             self.tell(call.stage, ended.error or "")
         if ended.outcome == "unknown":
-            return self.again(call, ended, "unknown", hold=True, free=True)
-        return self.again(call, ended, "held", hold=True, retry_after=PROBE_EVERY)
+            return self.as_outcome(call, ended, "unknown", hold=True, free=True)
+        return self.as_outcome(call, ended, "held", hold=True, retry_after=PROBE_EVERY)
 
     def tell(self, stage: str, error: str) -> None:
         log.error("단계가 모든 job을 거절함: stage=%s error=%s → 단계 보류, 한 건씩 확인", stage,
@@ -101,11 +103,11 @@ class StageHealth:
         text = f"{stage} refuses every job: {error}; it is held and tried with one call at a time"
         self.alerts.send("stage_refuses", text, stage=stage, error=error)
 
-    def throttled(self, health: Health, call: Call, ended: Result) -> Result:
+    def revise_throttled(self, health: Health, call: Call, ended: Result) -> Result:
         """The result of 429 or 503: an attempt of the job if the stage accepts others meanwhile."""
         if not note_refusal(health, call):
             return ended
-        revised = self.again(call, ended, "retry")
+        revised = self.as_outcome(call, ended, "retry")
         if revised.delay is not None:
             revised.delay = max(revised.delay, ended.retry_after or 0.0)
         return revised
@@ -118,8 +120,8 @@ class StageHealth:
                 log.warning("포기한 호출을 되살림 (단계의 문제): %s stage=%s", row, result.stage)
         self.to_revive = []
 
-    def again(self, call: Call, ended: Result, outcome: str, **details) -> Result:
-        """The same answer with another outcome."""
+    def as_outcome(self, call: Call, ended: Result, outcome: str, **details) -> Result:
+        """The same answer as another outcome."""
         revised = trigger.failure(call, outcome, ended.error or "", self.settings.RETRY_DELAY,
                                   http_status=ended.http_status, **details)  # fmt: skip
         revised.seconds, revised.trace = ended.seconds, ended.trace

@@ -80,16 +80,16 @@ def is_several(settings: SimpleNamespace) -> bool:
 
 
 def timelines(
-    settings: SimpleNamespace, trying: Callable[[str], None] = lambda host: None
+    settings: SimpleNamespace, trying: Callable[[], None] = lambda: None
 ) -> dict[str, Place]:
     """The place of each host that is a primary, by its name; the latest timeline comes last.
 
     Args:
-        trying: told each host before it is tried.
+        trying: called before each host is tried.
     """
     found = {}
     for target in db.targets(settings):
-        trying(target.get("host") or target.get("hostaddr") or "")
+        trying()
         with (
             contextlib.suppress(psycopg2.Error),
             contextlib.closing(db.connect_to(db.options(target))) as conn,
@@ -126,7 +126,7 @@ class Watch:
         self.latest: dict[str, int] = {}  # timeline by system
         self.here: tuple[str, Place] | None = None  # where the listener is connected
 
-    def arrive(self, conn, trying: Callable[[str], None]) -> None:
+    def arrive(self, conn, trying: Callable[[], None]) -> None:
         """Check that a new connection leads to the latest primary; at the first connection, also
         asks the other hosts.
 

@@ -108,8 +108,8 @@ WHERE c.job_id = mine.job_id AND c.call_id = mine.call_id
 
 
 def adopt(conn) -> int:
-    """Give calls of the PIPELINE before the stage and priority that they have in that of now; how
-    many.
+    """Give calls that were recorded under an earlier PIPELINE the stage and priority that the
+    present one has for them; how many.
     """
     adopted = execute(conn, UNPINNED + ADOPT.format(every="false", batch=BATCH)).rowcount
     if adopted:

@@ -88,7 +88,7 @@ class Listener:
         self.move_look = MoveLook(settings, self.alerts, once)
         self.upkeep = Upkeep(settings, self.claiming.order, self.name, self.alerts)
 
-        self.nothing_due = False  # the last turn found nothing, and no look at joins is to come
+        self.nothing_due = False  # the last turn found nothing, and no look is pending
         self.asked_again: set[Any] = set()  # see ask_once_more()
         # By time.monotonic().
         self.again_at = 0.0  # settle results of locked rows, give back doubtful claims
@@ -100,7 +100,7 @@ class Listener:
         self.reason, self.repeats = "", 0  # of the lost connection
         self.is_away = False  # the database; else it has refused a statement
         self.target: dict[str, str] | None = None  # where the last connection led
-        self.is_waiting = False  # for a synchronous standby, and has said so
+        self.is_standby_away = False  # commits wait for a synchronous one, which was said
 
     # --- connect, work, and once more ---
 
@@ -138,7 +138,7 @@ class Listener:
             if failure:
                 raise failure
         if self.once and self.claiming.unclaimable and not self.signals.requested:
-            raise psycopg2.Error(f"{self.claiming.told_unclaimable()} → {pipeline.JSL} verify")
+            raise psycopg2.Error(f"{self.claiming.unclaimable_line()} → {pipeline.JSL} verify")
         log.info("Job State Listener 중지됨: listener=%s", self.name)
 
     def connect(self) -> db.Connection:
@@ -176,7 +176,7 @@ class Listener:
             self.is_installed = True
             if (left := hosts.connections_left(conn)) < hosts.FEW:
                 log.warning("남은 데이터베이스 연결이 %d개뿐", left)
-        db.sign(conn, self.name)
+        db.name_session(conn, self.name)
         self.hearing.listen(conn, silent=announced == "nothing")
         self.workers.conn = conn
         self.give_back(conn)
@@ -184,8 +184,8 @@ class Listener:
 
     def end_waiting(self, conn: db.Connection) -> None:
         """End what is left of lost connections, and say that the database waits for a standby."""
-        if db.end_waiting(conn) and not self.is_waiting:
-            self.is_waiting = True
+        if db.end_waiting(conn) and not self.is_standby_away:
+            self.is_standby_away = True
             log.error("커밋이 응답 없는 동기 스탠바이를 기다림: 남은 세션을 종료하며 계속 시도")
             text = "commits wait for a synchronous standby that does not answer"
             self.alerts.send("standby_away", text, host=conn.info.host)
@@ -198,7 +198,7 @@ class Listener:
             try:
                 claimed = self.settle_and_claim(conn)
             except psycopg2.Error as error:
-                if not isinstance(error, db.ConnectionLost):  # it must run though no turn succeeds
+                if not isinstance(error, db.ConnectionLost):  # it must run even if no turn succeeds
                     self.upkeep.run(conn, self.claiming.unclaimable)
                 raise
             for call in claimed:
@@ -245,10 +245,13 @@ class Listener:
         """Whether there are calls under way, or results that are not written."""
         return bool(self.workers.calls or self.unwritten.results)
 
+    @property
+    def is_ending(self) -> bool:
+        """Whether nothing is left to do, but maybe to wait for locked rows."""
+        return not self.has_work and (self.is_stopping or (self.once and self.nothing_due))
+
     def finished(self) -> bool:
-        if self.has_work or not (self.is_stopping or (self.once and self.nothing_due)):
-            return False
-        return self.unwritten.can_leave_locked()
+        return self.is_ending and not self.unwritten.keeps_listener
 
     @property
     def is_stopping(self) -> bool:
@@ -281,9 +284,9 @@ class Listener:
         self.unwritten.tell_failed(conn)
         wanted, *others = self.claiming.wanted(free, self.workers.calls, sweep)
         began = boottime()
-        turn = self.ask(conn, wanted, free, sweep)
-        self.settled(conn, turn)
-        self.ask_others(conn, turn, others, free, sweep)
+        turn = self.claim(conn, wanted, free, sweep)
+        self.note_settled(conn, turn)
+        self.claim_others(conn, turn, others, free, sweep)
         if sweep and is_clock_set_back(turn):
             self.upkeep.note_clock_set_back()
         self.claiming.plan(conn, turn, wanted, free, self.sweep_interval if sweep else None)
@@ -311,7 +314,7 @@ class Listener:
     def sweep_interval(self) -> float:
         """Seconds. Without notifications, sweeps are the only way to hear of anything."""
         settings = self.settings
-        return settings.SWEEP_INTERVAL if self.hearing.is_told else settings.POLL_INTERVAL
+        return settings.SWEEP_INTERVAL if self.hearing.is_notified else settings.POLL_INTERVAL
 
     def look(self, conn: db.Connection, now: float, sweep: bool) -> None:
         """Look at the parents of joins and at the moves of asynchronous calls, where it is time."""
@@ -322,7 +325,7 @@ class Listener:
             if now >= look.at:
                 look.run(conn)
 
-    def ask(self, conn: db.Connection, wanted: list[Wanted], free: int, sweep: bool) -> Turn:
+    def claim(self, conn: db.Connection, wanted: list[Wanted], free: int, sweep: bool) -> Turn:
         """Settle what is unwritten and claim calls of these stages, in parts where that fails."""
         results = self.unwritten.results
         try:
@@ -336,22 +339,22 @@ class Listener:
             for given_up in turn.given_up:
                 failures.tell_given_up(self.alerts, given_up)
         self.claiming.note_unclaimable(conn, turn)
-        refusal = self.claiming.error_of_all_stages(turn)
-        if refusal and not (turn.claimed or results or self.once):
-            raise refusal  # with `once`, serve() fails at its end
+        refused = self.claiming.error_of_all_stages(turn)
+        if refused and not (turn.claimed or results or self.once):
+            raise refused  # with `once`, serve() fails at its end
         return turn
 
-    def settled(self, conn: db.Connection, turn: Turn) -> None:
+    def note_settled(self, conn: db.Connection, turn: Turn) -> None:
         """The results are in the database; those whose row is locked are settled again later."""
-        self.reason, self.repeats, self.is_waiting = "", 0, False
+        self.reason, self.repeats, self.is_standby_away = "", 0, False
         if any(result.delay is not None for result in self.unwritten.results):
             self.claiming.due_at = 0.0
         if any(result.outcome == TAKEN for result in self.unwritten.results):
             self.move_look.ask()  # the row may have moved on before
-        self.unwritten.settled(turn.unsettled)
+        self.unwritten.note_settled(turn.unsettled)
         self.health.revive(conn)
 
-    def ask_others(
+    def claim_others(
         self, conn: db.Connection, turn: Turn, others: list[list[Wanted]], free: int, sweep: bool
     ) -> None:
         """Go on to claim while workers are idle, until a claim is refused, which may have taken
@@ -359,7 +362,7 @@ class Listener:
         """
         while others and turn.asked_at and len(turn.claimed) < free:
             try:
-                turn.add(self.ask(conn, others.pop(0), free - len(turn.claimed), sweep))
+                turn.add(self.claim(conn, others.pop(0), free - len(turn.claimed), sweep))
             except psycopg2.Error:
                 if not turn.claimed:
                     raise
@@ -370,12 +373,12 @@ class Listener:
     def to_make(self, conn: db.Connection, turn: Turn, began: float) -> list[Call]:
         """The claimed calls that are to be made; what came of the others is kept."""
         to_make = []
+        if any(row.taken_over for row in turn.claimed):
+            calls.reap(conn)  # the lost attempts, before the history has newer ones
         under_way = {(call.call_id, call.key, call.attempt) for call in self.workers.calls}
         covered_until = began + self.settings.LEASE_MARGIN
         for row in turn.claimed:
             self.claiming.put_last(row.stage)
-            if row.taken_over:
-                calls.reap(conn)
             if (row.call_id, row.key, row.attempt) in under_way:
                 continue  # a new primary did not know that we had claimed it
             limits = self.claiming.limits[row.stage]
@@ -413,8 +416,10 @@ class Listener:
             hosts.OldPrimary: the listener is connected to one.
         """
         self.obey()  # a signal that came during a statement wakes no select() any more
+        if self.is_ending:
+            self.unwritten.begin_to_leave()
         now = time.monotonic()
-        until = min(until, self.workers.next_deadline, self.alerts.next_look, now + LONGEST_SLEEP)
+        until = min(until, self.workers.next_deadline, self.alerts.next_run, now + LONGEST_SLEEP)
         # A notification that arrived with the answer of a statement has been read from the socket
         # already, so select() would not wake for it.
         waits = not (self.finished() or (conn and (self.unwritten.results or conn.notifies)))
@@ -433,14 +438,14 @@ class Listener:
         if conn is None:
             doing = f"{'database away' if self.is_away else 'trying again'}: {self.reason}"
         elif self.claiming.unclaimable:
-            doing = self.claiming.told_unclaimable()
+            doing = self.claiming.unclaimable_line()
         else:
             doing = "making calls" if self.workers.calls else "waiting for a job to change"
         return f"{OTHER_PIPELINE}; {doing}" if self.upkeep.differs_since is not None else doing
 
     def look_around(self, conn: db.Connection | None) -> None:
         """See to what runs beside the loop: alerts, the other hosts of the database, orphans."""
-        self.alerts.look()
+        self.alerts.run()
         if problem := self.hosts.look():
             log.error("프라이머리가 둘: %s", problem)
             self.alerts.send("split_brain", problem)
@@ -471,23 +476,23 @@ class Listener:
 
     def hear(self, conn: db.Connection) -> None:
         """Whatever is announced only means: look now. A statement may have read it already."""
-        was_told = self.hearing.is_told
+        was_told = self.hearing.is_notified
         if heard := self.hearing.hear(conn):
             self.claiming.look_at = 0.0
             if db.WAKE_CHANNEL in heard:
                 self.claiming.due_at = 0.0  # a hold may have ended before its time
             if db.JOIN_CHANNEL in heard:
                 self.join_look.ask()
-                if self.join_look.failure is None:
+                if self.join_look.failure is None:  # else --once would go on for ever
                     self.nothing_due = False
             self.move_look.ask()
-        if was_told and not self.hearing.is_told:  # sweeps come sooner from now on
+        if was_told and not self.hearing.is_notified:  # sweeps come sooner from now on
             self.claiming.sweep_at = 0.0
 
     def collect(self, ready: list) -> None:
         """Take the results of calls that have ended."""
         for call, ended in self.workers.collect(ready):
-            ended = self.health.revised(call, ended)
+            ended = self.health.revise(call, ended)
             trigger.log_end(call, ended)
             if ended.outcome == "released":
                 self.gives_back, self.again_at = True, 0.0
@@ -519,7 +524,7 @@ class Listener:
         if self.heartbeat.valid_until - time.monotonic() < HEARTBEAT_MARGIN - LONGEST_SLEEP:
             self.beat("asking the database", LONGEST_SLEEP)
 
-    def beat_for_host(self, host: str) -> None:
+    def beat_for_host(self) -> None:
         self.beat("connecting to the database", CONNECTING)
 
 

@@ -101,7 +101,7 @@ class Allowance:
         self.looked_at = time.monotonic()
         self.passed_over = 0
 
-    def allows(self, count: int = 1) -> bool:
+    def use(self, count: int = 1) -> bool:
         """Use up `count`; where not that many are left, False, and they count as passed over."""
         now = time.monotonic()
         self.left = min(self.burst, self.left + (now - self.looked_at) * self.per_second)
@@ -120,7 +120,7 @@ class Hearing:
         self.settings = settings
         self.tables = channels_of_tables()
         self.followed = followed_states()
-        self.is_told = True  # else the listener looks every POLL_INTERVAL
+        self.is_notified = True  # else the listener looks every POLL_INTERVAL
         self.silent = False  # the triggers do not notify
         self.listens_lost = 0  # connections that ended with their LISTEN, one after the other
         self.heard: list[psycopg2.extensions.Notify] = []  # and not logged yet
@@ -140,7 +140,7 @@ class Hearing:
         Args:
             silent: the triggers do not notify (`install --no-notify`).
         """
-        is_told, why, self.deaf_until, self.silent = False, "트랜잭션 풀러?", None, silent
+        is_notified, why, self.deaf_until, self.silent = False, "트랜잭션 풀러?", None, silent
         if self.conn is not None and self.conn.dropped > db.FLOOD:
             self.conn = None
             self.do_without()
@@ -151,7 +151,7 @@ class Hearing:
             try:
                 if can_hear(conn, self.settings):
                     listen(conn)
-                    is_told = True
+                    is_notified = True
             except db.ConnectionLost:
                 raise
             except psycopg2.Error as error:
@@ -159,15 +159,15 @@ class Hearing:
             self.listens_lost = 0
         else:
             self.listens_lost, why = 1, "LISTEN이 연결을 끊음"
-        if is_told and silent:  # an operator's word is heard all the same
-            is_told, why = False, "install --no-notify"
-        if is_told:
+        if is_notified and silent:  # an operator's word is heard all the same
+            is_notified, why = False, "install --no-notify"
+        if is_notified:
             for channel in channels_of_tables():
                 log.info("LISTEN '%s' 시작", channel)
-        elif self.is_told:
+        elif self.is_notified:
             seconds = self.settings.POLL_INTERVAL
             log.warning("알림이 전달되지 않음 (%s): LISTEN 대신 %g초마다 확인", why, seconds)
-        self.is_told = is_told
+        self.is_notified = is_notified
 
     def hear(self, conn: db.Connection) -> set[str]:
         """Take what has been announced, to be logged by `log`; the channels that it came on."""
@@ -176,19 +176,19 @@ class Hearing:
         everything = {db.CHANNEL, db.WAKE_CHANNEL, db.JOIN_CHANNEL}
         now, dropped, conn.dropped = time.monotonic(), conn.dropped, 0
         count = len(heard) + dropped
-        if self.deaf_until is None and not self.pace.allows(count):
+        if self.deaf_until is None and not self.pace.use(count):
             db.execute(conn, "UNLISTEN *")
             self.do_without()
         elif self.deaf_until is not None and now >= self.deaf_until:
             listen(conn)
-            self.is_told, self.deaf_until, self.pace.left = not self.silent, None, db.FLOOD
+            self.is_notified, self.deaf_until, self.pace.left = not self.silent, None, db.FLOOD
             log.info("LISTEN '%s' 시작", db.CHANNEL)
             return everything  # may have come meanwhile
         return everything if dropped else {notification.channel for notification in heard}
 
     def do_without(self) -> None:
         """After a flood: stop listening and poll every POLL_INTERVAL for a while."""
-        self.is_told, self.deaf_until = False, time.monotonic() + DEAF_FOR
+        self.is_notified, self.deaf_until = False, time.monotonic() + DEAF_FOR
         log.warning("알림이 너무 많음: %.0f초 동안 LISTEN 대신 %g초마다 확인",
                     DEAF_FOR, self.settings.POLL_INTERVAL)  # fmt: skip
 
@@ -197,11 +197,11 @@ class Hearing:
         heard, self.heard = self.heard, []
         for notification in heard:
             if table := self.tables.get(notification.channel):
-                if not self.changes.allows() or self.log_change(notification.payload, table):
+                if not self.changes.use() or self.log_change(notification.payload, table):
                     continue
-                if self.others.allows():
+                if self.others.use():
                     log.warning("알 수 없는 알림 무시: %.200s", notification.payload)
-            elif notification.payload and self.others.allows():
+            elif notification.payload and self.others.use():
                 # Sent by `pause` and `resume`, or by anybody.
                 log.info("알림으로 온 말 (누구나 보낼 수 있음, 서버 프로세스 %d): %.500s",
                          notification.pid, notification.payload)  # fmt: skip

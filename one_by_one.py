@@ -19,8 +19,8 @@ FAULT_OF_THE_ROW = ("22", "23", "54")
 
 
 def is_fault_of_row(error: psycopg2.Error) -> bool:
-    """Whether an error concerns a single row. That the queue of notifications is full (54000, but
-    of no table) does not.
+    """Whether an error concerns a single row. A full queue of notifications, which is 54000 without
+    a table, does not.
     """
     code = error.pgcode or ""
     return code.startswith(FAULT_OF_THE_ROW) and (code[:2] != "54" or bool(error.diag.table_name))

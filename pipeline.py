@@ -261,7 +261,7 @@ class Limits:
             raise ValueError(f"pool={self.pool!r}: a stage has one Pool, or None")
 
     @property
-    def is_shared(self) -> bool:
+    def is_limited(self) -> bool:
         """Whether calls of other workers and machines count."""
         return any((self.max_running, self.pool, self.per_minute, self.is_fair))
 
@@ -844,7 +844,7 @@ def claimed_call(row: Any, limits: FullLimits, listener: str, covered_until: flo
         join=row.join_of,
         ids=ids,
         after_hold=row.after_hold,
-        limited=limits.is_shared,
+        limited=limits.is_limited,
         asynchronous=limits.asynchronous,
     )
 

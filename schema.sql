@@ -123,7 +123,7 @@ BEGIN
             attempts      integer NOT NULL DEFAULT 0,
             -- Those of them that do not count towards MAX_ATTEMPTS.
             free_attempts integer NOT NULL DEFAULT 0,
-            worker        text,
+            worker        text,  -- the listener that claimed it
             started_at    timestamptz,
             last_error    text,
             table_name    text COLLATE "C" NOT NULL DEFAULT 'jobs',

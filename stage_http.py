@@ -217,7 +217,7 @@ def as_text(value: Any) -> str:
     """A value that JSON does not have, such as a UUID, a time or a Decimal, as text.
 
     Raises:
-        TypeError: its text would be Python.
+        TypeError: its text would be what Python shows of it, as of bytes.
     """
     is_repr = type(value).__str__ is object.__str__  # type: ignore[comparison-overlap]
     if is_repr or isinstance(value, (bytes, bytearray)):

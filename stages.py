@@ -1,7 +1,7 @@
 """The pipeline: which stage a state leads to, and how that stage's API is called.
 
 To add a stage, write a function of one argument (a `Call`) that returns `call.post(...)`, give
-its state a line in PIPELINE, and run `make trigger`. What it can bear stands above it:
+its state a line in PIPELINE, and run `make trigger`. Its limits stand above it:
 
     @limits(max_running=1, timeout=120, max_attempts=3)
     def vlm_analyze(call): ...

@@ -30,7 +30,7 @@ LONGEST_BACKOFF = 300.0  # seconds
 # The stage asks for patience, or a gateway could not connect to it.
 NOT_NOW = (429, 503, 521, 523, 525, 526, 530)
 # Outcomes of an answer after which nothing runs.
-REFUSED = ("held", "retry", "failed")
+NOTHING_RUNS = ("held", "retry", "failed")
 # What `requests` raises where a stage function's own request got no answer, or no whole one.
 OWN_REQUEST_FAILED = (requests.ConnectionError, requests.Timeout, *stage_http.CUT)
 # Seconds after its timeout at which the listener ends a call that has not ended itself.
@@ -67,17 +67,18 @@ class Trigger:
         call.until = began + (left if by_hand else call.timeout)
         call.api, call.settings = self.apis[call.stage], self.settings
         try:
-            ended = self.outcome(call, by_hand)
+            ended = self.make(call, by_hand)
         finally:
             if os.getpid() != process:  # a child that the stage function forked, and that came back
                 os._exit(0)
         ended.seconds = time.monotonic() - began
         return ended
 
-    def outcome(self, call: Call, by_hand: bool) -> Result:
+    def make(self, call: Call, by_hand: bool) -> Result:
+        """Run the stage function; what came of the call, whatever it raised."""
         try:
-            ended = self.judged(call, answer_of(call, self.routes))
-            if call.no_answer and ended.outcome in REFUSED:
+            ended = self.judged(call, call_function(call, self.routes))
+            if call.no_answer and ended.outcome in NOTHING_RUNS:
                 return self.raised(call, call.no_answer, by_hand)
             return ended
         except BaseException as error:
@@ -85,7 +86,7 @@ class Trigger:
             posted = self.posted(call, by_hand)
             if posted is None or error is call.unanswered:
                 return ended
-            if ended.outcome == "unknown" and posted.outcome in REFUSED:
+            if ended.outcome == "unknown" and posted.outcome in NOTHING_RUNS:
                 return ended  # another request of the stage function may still run
             posted.trace = self.trace(error)
             return posted
@@ -152,7 +153,7 @@ class Trigger:
         return failure(call, outcome, error, self.settings.RETRY_DELAY, **details)
 
 
-def answer_of(call: Call, routes: Mapping[pipeline.Route, Callable]) -> stage_http.Answer:
+def call_function(call: Call, routes: Mapping[pipeline.Route, Callable]) -> stage_http.Answer:
     """Run the stage function; the answer that it returns, whoever sent the request.
 
     Args:
@@ -165,7 +166,7 @@ def answer_of(call: Call, routes: Mapping[pipeline.Route, Callable]) -> stage_ht
     try:
         if call.route not in routes:
             raise LookupError(f"PIPELINE has no {call.route} any more")
-        answer = returned(routes[call.route], call)
+        answer = run_function(routes[call.route], call)
         if answer is None:
             answer = call.answer
         if isinstance(answer, requests.Response):
@@ -177,7 +178,7 @@ def answer_of(call: Call, routes: Mapping[pipeline.Route, Callable]) -> stage_ht
     return answer
 
 
-def returned(function: Callable, call: Call) -> Any:
+def run_function(function: Callable, call: Call) -> Any:
     """What the stage function returns; where raise_for_status() of its own request raises, the
     response of that, unless call.post has made the call.
     """

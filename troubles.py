@@ -262,7 +262,7 @@ def tell_episode(alerts: Alerts, row: Any, unclaimable: str | None = None) -> No
         log.error("호출을 하나도 수락하지 않는 단계: stage=%s %s", stage, row.last_error)
         alerts.send("refusing", text, stage=stage, reason=row.last_error)
     elif row.was_refusing and not row.refusing:
-        alerts.recovered("refusing", stage, "it accepts calls again")
+        alerts.send_recovered("refusing", stage, "it accepts calls again")
 
 
 def tell_waiting(alerts: Alerts, stage: str, seconds: float, why: str) -> None:
@@ -272,7 +272,7 @@ def tell_waiting(alerts: Alerts, stage: str, seconds: float, why: str) -> None:
 
 
 def tell_no_more_waiting(alerts: Alerts, stage: str) -> None:
-    alerts.recovered("waiting", stage, "no call of it is late any more")
+    alerts.send_recovered("waiting", stage, "no call of it is late any more")
 
 
 # As in EPISODES, of stages that left PIPELINE, which have no row to be marked.

@@ -44,29 +44,30 @@ class Unwritten:
         """Locked results of failed calls, which would be made again if the listener ended now."""
         return [result for result in self.locked if result.outcome not in (*PAID, TAKEN)]
 
-    def can_leave_locked(self) -> bool:
-        """Whether the listener may end, as no failed call's row is locked, or LOCKED_FOR seconds
-        have passed since this was first asked.
-        """
-        if not self.locked_failures:
-            return True
-        now = time.monotonic()
-        self.locked_until = min(self.locked_until, now + LOCKED_FOR)
-        return now >= self.locked_until
+    def begin_to_leave(self) -> None:
+        """The listener has nothing else to do: from now, wait LOCKED_FOR seconds for such rows."""
+        self.locked_until = min(self.locked_until, time.monotonic() + LOCKED_FOR)
+
+    @property
+    def keeps_listener(self) -> bool:
+        """Whether an end is to wait for the row of a failed call."""
+        return bool(self.locked_failures) and time.monotonic() < self.locked_until
 
     def retry_locked(self) -> None:
-        """In the next turn, settle those whose rows were locked, too."""
+        """Settle those whose rows were locked once more, in the next turn."""
         self.results, self.locked = self.results + self.locked, []
 
     def tell_failed(self, conn: db.Connection) -> None:
-        """Note which results are failures, and tell people."""
+        """Mark failures that are final, as the stage set the row to failed, and those of calls that
+        a person has cancelled; then tell people.
+        """
         untold = [r for r in self.results if r.outcome not in (*PAID, TAKEN) and not r.is_told]
         is_routed = failures.note(conn, untold)
         for result in untold:
             failures.tell(self.alerts, result, is_routed)
             result.is_told = result.outcome == "failed" or result.call_id in is_routed
 
-    def settled(self, unsettled: Iterable[int]) -> None:
+    def note_settled(self, unsettled: Iterable[int]) -> None:
         """Forget what is settled; keep results of the `unsettled` calls, whose rows are locked."""
         again = set(unsettled)
         if any(r.call_id in again and not r.was_locked for r in self.results):

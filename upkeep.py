@@ -63,7 +63,7 @@ class Upkeep:
         # Since when the database has had another PIPELINE (time.monotonic()), and whether that was
         # told. It ends with this listener.
         self.differs_since: float | None = None
-        self.is_told_to_differ = False
+        self.has_told_difference = False
         self.gone: set[str] = set()  # stages that left PIPELINE, told to be waiting
         # How far these have come; None: at the beginning.
         self.pruned_until: Any = None
@@ -73,7 +73,7 @@ class Upkeep:
         self.prune_all_at = 0.0  # by time.monotonic()
         self.failed_tables: list[str] = []  # those that can be read in this round
         self.failed_looks = 0  # looks for stalled rows in a row that could not read everything
-        self.is_told_failing = False
+        self.has_told_failing = False
         self.broken: list[str] = []  # triggers that record no call, as last seen
         self.told_broken: list[str] = []  # the same, as people were last told by this listener
 
@@ -99,7 +99,7 @@ class Upkeep:
     def begin(self, conn) -> None:
         """Tell what has waited until now, once and before the first call is claimed."""
         if self.is_new and self.settings.ALERT_COMMAND:
-            self.attempt(troubles.tell_absence, conn, self.settings.ALERT_AFTER, self.alerts)
+            self.guarded(troubles.tell_absence, conn, self.settings.ALERT_AFTER, self.alerts)
         self.is_new = False
 
     def run(self, conn, unclaimable: Mapping[str, str] | None = None) -> None:
@@ -122,27 +122,27 @@ class Upkeep:
 
     def end_leases(self, conn) -> None:
         """Compare this program and its PIPELINE with the database's; end leases that ran out."""
-        self.attempt(migrations.require_not_newer, conn)
+        self.guarded(migrations.require_not_newer, conn)
         self.compare(conn)
-        self.attempt(reap, conn)
+        self.guarded(reap, conn)
 
     def compare(self, conn) -> None:
         """Say once that the database has another PIPELINE: calls of its new states wait for a
         listener that has it. Within ALERT_AFTER a deploy may still restart this one.
         """
-        found = self.attempt(routes.difference, conn)
+        found = self.guarded(routes.difference, conn)
         if found is None:  # refused
             return
         if not found:
-            self.differs_since, self.is_told_to_differ = None, False
-            self.attempt(self.look_at_triggers, conn)
+            self.differs_since, self.has_told_difference = None, False
+            self.guarded(self.look_at_triggers, conn)
             return
         now, said = time.monotonic(), "; ".join(found)
         if self.differs_since is None:
             log.warning("데이터베이스의 PIPELINE이 다름 (새 리스너를 시작하세요): %s", said)
             self.differs_since = now
-        if now >= self.differs_since + self.settings.ALERT_AFTER and not self.is_told_to_differ:
-            self.is_told_to_differ = True
+        if now >= self.differs_since + self.settings.ALERT_AFTER and not self.has_told_difference:
+            self.has_told_difference = True
             text = f"listener {self.name} has another PIPELINE than the database: restart it"
             self.alerts.send("pipeline_differs", text, listener=self.name, reason=said)
 
@@ -162,11 +162,11 @@ class Upkeep:
             text = f"finished stages leave no call: {said}: {INSTALL}, then backfill"
             self.alerts.send("trigger_broken", text, reason=said)
         else:
-            self.alerts.recovered("trigger_broken", None, "the triggers record calls again")
+            self.alerts.send_recovered("trigger_broken", None, "the triggers record calls again")
 
     def shorten_waits(self, conn) -> bool:
         """Shorten what waits too long where the database's clock was set back."""
-        found = self.attempt(clock.shorten_waits, conn, self.clock_is_back)
+        found = self.guarded(clock.shorten_waits, conn, self.clock_is_back)
         if found is None:  # refused
             return False
         if found:
@@ -176,10 +176,10 @@ class Upkeep:
 
     def count_and_prune(self, conn) -> bool:
         """Count a batch of the history, and prune one."""
-        looked_at, now = self.attempt(history.count, conn) or 0, time.monotonic()
+        looked_at, now = self.guarded(history.count, conn) or 0, time.monotonic()
         if now >= self.prune_all_at:  # what was kept may have moved on
             self.prune_all_at, self.pruned_until = now + PRUNE_ALL_INTERVAL, None
-        done = self.attempt(history.prune, conn, self.settings.HISTORY_DAYS, self.pruned_until)
+        done = self.guarded(history.prune, conn, self.settings.HISTORY_DAYS, self.pruned_until)
         if done:
             self.pruned_until = done.until or self.pruned_until
             looked_at = max(looked_at, done.attempts)
@@ -188,20 +188,20 @@ class Upkeep:
     def forget(self, conn) -> None:
         """Forget what is left of deleted jobs."""
         given = self.stages, self.name, self.given_up_after
-        self.given_up_after = self.attempt(leftovers.forget_deleted, conn, *given)
+        self.given_up_after = self.guarded(leftovers.forget_deleted, conn, *given)
         if pipeline.joins():  # without, a listener needs no right to that table
-            self.parents_after = self.attempt(leftovers.forget_parents, conn, self.parents_after)
+            self.parents_after = self.guarded(leftovers.forget_parents, conn, self.parents_after)
 
     def adopt(self, conn) -> bool:
-        """Give calls of the PIPELINE before the stage that they have now."""
-        return (self.attempt(leftovers.adopt, conn) or 0) >= BATCH
+        """Give calls of an earlier PIPELINE the stage that they have in the present one."""
+        return (self.guarded(leftovers.adopt, conn) or 0) >= BATCH
 
     def look_for_failed(self, conn) -> bool:
         """Tell people of rows that their stage has set to failed, a batch at a time."""
         if self.failed_after is None:
             self.failed_tables = list(pipeline.tables())
         tables = self.failed_tables
-        found, failed = self.attempt_in_parts(
+        found, failed = self.guarded_in_parts(
             troubles.newly_failed, conn, tables, after=self.failed_after, tables=tables
         )
         self.failed_tables = [name for name in tables if name not in failed]
@@ -214,22 +214,22 @@ class Upkeep:
     def look_at_stages(self, conn) -> None:
         """Tell people of stages that keep calls waiting for long, and when that is over."""
         after = self.settings.ALERT_AFTER
-        for row in self.attempt(troubles.episodes, conn, after) or []:
+        for row in self.guarded(troubles.episodes, conn, after) or []:
             troubles.tell_episode(self.alerts, row, self.unclaimable.get(row.stage))
-        self.attempt(troubles.tell_gone_stages, conn, after, self.alerts, self.gone)
+        self.guarded(troubles.tell_gone_stages, conn, after, self.alerts, self.gone)
 
     def look_for_stalled(self, conn) -> None:
         """Tell people of stages that are stalled since the last look, or no more. Where there are
         tens of millions of rows, statement_timeout ends a look, and no call begins meanwhile: so
         the next looks are further apart.
         """
-        found, failed = self.attempt_in_parts(troubles.newly_stalled, conn, *parts())
+        found, failed = self.guarded_in_parts(troubles.newly_stalled, conn, *parts())
         took_long = any(isinstance(e, psycopg2.errors.QueryCanceled) for e in failed.values())
         if took_long or not found:
             self.stalled.every = min(2 * self.stalled.every, LONGEST_STALLED_INTERVAL)
         else:
             self.stalled.every = STALLED_INTERVAL
-        self.attempt(self.tell_failing, conn, failed)
+        self.guarded(self.tell_failing, conn, failed)
         for rows in found:
             for row in rows:
                 self.tell_stalled(row)
@@ -239,7 +239,7 @@ class Upkeep:
         stages = pipeline.stages_of_routes().items()
         kind = called(route.table for route, (name, _) in stages if name == row.stage)
         if row.jobs is None:
-            self.alerts.recovered("stalled", row.stage, f"no {kind} is stalled any more")
+            self.alerts.send_recovered("stalled", row.stage, f"no {kind} is stalled any more")
             return
         log.error("정체된 단계: stage=%s jobs=%d %s → %s jobs --stalled --stage %s", row.stage,
                   row.jobs, row.reason, pipeline.JSL, row.stage)  # fmt: skip
@@ -253,21 +253,22 @@ class Upkeep:
         """
         self.failed_looks = self.failed_looks + 1 if failed else 0
         is_failing = self.failed_looks >= FAILED_LOOKS
-        if is_failing and not self.is_told_failing and listeners.is_first(conn):
-            self.is_told_failing, why = True, reasons(failed)
+        if is_failing and not self.has_told_failing and listeners.is_first(conn):
+            self.has_told_failing, why = True, reasons(failed)
             text = (
                 f"jobs may be stalled unseen: {self.failed_looks} looks for them have failed: {why}"
             )
             self.alerts.send("stalled", text, reason=why)
-        elif self.is_told_failing and not failed:
-            self.is_told_failing = False
-            self.alerts.recovered("stalled", None, "stalled jobs can be looked for again")
+        elif self.has_told_failing and not failed:
+            self.has_told_failing = False
+            self.alerts.send_recovered("stalled", None, "stalled jobs can be looked for again")
 
     def note_clock_set_back(self) -> None:
         """A call was found before it was due: look at once what else waits too long."""
         self.clock.at, self.clock_is_back = 0.0, True
 
-    def attempt(self, do: Callable, conn, *given: Any) -> Any:
+    def guarded(self, do: Callable, conn, *given: Any) -> Any:
+        """What `do(conn, *given)` returns; None where the database refuses it, which is logged."""
         try:
             return do(conn, *given)
         except ConnectionLost:
@@ -276,10 +277,10 @@ class Upkeep:
             log_failure(do, " ".join(str(error).split()))
             return None
 
-    def attempt_in_parts(
+    def guarded_in_parts(
         self, do: Callable, conn, *groups: Collection[str], **given: Any
     ) -> tuple[list, dict[str, psycopg2.Error]]:
-        """As attempt(), but what can be done part by part is; see db.in_parts()."""
+        """As guarded(), but what can be done part by part is; see db.in_parts()."""
 
         def ask(conn, part: str | None = None) -> Any:
             return do(conn, part=part, **given)

@@ -230,8 +230,8 @@ class Workers:
                 status = int.from_bytes(worker.answered[:2], "big")
                 reason = self.remove(worker, has_ended)
                 if worker.call is not None:
-                    lost = self.lost(worker.call, worker.began, status, reason)
-                    ended.append((worker.call, lost))
+                    result = self.result_of_dead(worker.call, worker.began, status, reason)
+                    ended.append((worker.call, result))
         return ended
 
     def remove(self, worker: Worker, has_ended: bool) -> str:
@@ -254,7 +254,7 @@ class Workers:
         seconds = worker.call.timeout if worker.call else 0
         return f"no answer within {seconds:g} s, so its worker was killed"
 
-    def lost(self, call: Call, began: float, status: int, reason: str) -> Result:
+    def result_of_dead(self, call: Call, began: float, status: int, reason: str) -> Result:
         """The result of a call whose worker died: unknown, but not if its stage had accepted it.
 
         Args:

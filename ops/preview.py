@@ -54,7 +54,7 @@ def show(conn, settings: SimpleNamespace, row: Any, stage: str | None) -> None:
 
     try:
         with db.without_callback(), nothing_sent(keep):
-            trigger.answer_of(call, pipeline.routes())
+            trigger.call_function(call, pipeline.routes())
     except db.ConnectionLost:
         raise
     except (Exception, SystemExit) as error:
@@ -84,7 +84,7 @@ def next_attempt(conn, settings: SimpleNamespace, row: Any, stage: str | None) -
 def described(call: pipeline.Call, error: BaseException) -> str:
     """An exception of the stage function, and the line of its file where it arose."""
     text = f"{type(error).__name__}: {error}"
-    file = inspect.getsourcefile(pipeline.routes().get(call.route, trigger.answer_of))
+    file = inspect.getsourcefile(pipeline.routes().get(call.route, trigger.call_function))
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
     return f"{text} ({file}:{lines[-1]})" if lines else text
 

@@ -160,7 +160,7 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
     if chosen is None:
         raise Problem(why_nothing_owed(conn, row, stage))
     wanted = [Wanted(stage, limit.timeout + settings.LEASE_MARGIN, 1, 1,
-                     limit.is_shared) for stage, limit in limits.items()]  # fmt: skip
+                     limit.is_limited) for stage, limit in limits.items()]  # fmt: skip
     began = trigger.boottime()
     only = (row.key, chosen.call_id, chosen.attempts)
     claimed = calls.settle_and_claim(conn, [], wanted, 1, name, only=only).claimed
@@ -176,7 +176,7 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
                       "changed: try again")  # fmt: skip
     # A person may try once more after max_attempts.
     call.max_attempts = max(call.max_attempts, call.spent)
-    ended = checks.ended_unmade(conn, call, claim)
+    ended = checks.end_unmade(conn, call, claim)
     is_made = ended is None
     if ended is None:
         if claim.join_of:

@@ -53,7 +53,7 @@ class Caller:
         quiet = SimpleNamespace(stops=[], requested=False, child_ended=False)
         self.listener = Listener(self.settings, quiet, 1)
         self.listener.name = name
-        self.listener.hearing.is_told = True
+        self.listener.hearing.is_notified = True
         self.trigger = self.listener.workers.trigger
         self.open = ExitStack()
 
@@ -85,7 +85,7 @@ class Caller:
                     sweep=True,
                     only=only,
                 )
-                listener.settled(self.conn, turn)
+                listener.note_settled(self.conn, turn)
                 if turn.claimed:
                     break
             if found := listener.to_make(self.conn, turn, began):
@@ -96,7 +96,7 @@ class Caller:
     def run(self, call: pipeline.Call) -> Result:
         """Run `call` as a worker does, and keep its result for the next settle() or claim()."""
         trigger.log_begin(call)
-        ended = self.listener.health.revised(call, self.trigger.run(call))
+        ended = self.listener.health.revise(call, self.trigger.run(call))
         trigger.log_end(call, ended)
         self.listener.keep(call, ended)
         return ended
@@ -106,7 +106,7 @@ class Caller:
         self.listener.unwritten.tell_failed(conn or self.conn)
         unwritten, name = self.listener.unwritten.results, self.listener.name
         turn = calls.settle_and_claim(conn or self.conn, unwritten, [], 0, name)
-        self.listener.settled(self.conn, turn)
+        self.listener.note_settled(self.conn, turn)
 
     def call(self) -> SimpleNamespace:
         """Claim the next due call, run it and settle it; its row in stage_attempts."""

@@ -82,10 +82,10 @@ def test_episodes_that_are_over_at_once_are_told_each(database, told):
     for stage in ("planner", "overlay"):
         for _ in range(2):
             alerting.send("stage_refuses", "it refuses", stage=stage)
-        alerting.recovered("stage_refuses", stage, "it accepts", at_once=False)
+        alerting.send_recovered("stage_refuses", stage, "it accepts", at_once=False)
     for episode in alerting.episodes.values():
         episode.until = 0.0
-    alerting.look()
+    alerting.run()
     alerting.close()
     events = sorted((said["stage"], said["event"], said.get("count", 0)) for said in told())
     assert events == [
@@ -194,7 +194,7 @@ def test_command_that_hangs_is_ended_with_what_it_started(monkeypatch, tmp_path)
     hanging.send("given_up", "text")
     until(lambda: file.exists() and file.read_text().endswith("."), "its child")
     hanging.running[0].until = 0.0
-    assert hanging.look() is False
+    assert hanging.run() is False
     until(lambda: is_gone(int(file.read_text()[:-1])), "the end of its child")
 
 
@@ -370,7 +370,7 @@ def test_listener_that_is_the_first_one_later_tells_what_it_has_seen_before(data
                   "ALTER TABLE jobs DISABLE TRIGGER job_state_change_trigger")  # fmt: skip
     with connected(database) as first, connected(database) as second:
         for conn in (first, second):
-            db.sign(conn, "w")
+            db.name_session(conn, "w")
         assert [one for _ in range(4) for one in task.told(second)] == []
         gone = first.info.backend_pid
         first.close()

@@ -329,7 +329,7 @@ def test_other_stage_of_the_same_job_is_called_meanwhile(database, conn):
 
 @pytest.mark.parametrize("claim", [calls.CLAIM, calls.CLAIM_IN_ORDER, calls.CLAIM_BY_HAND])
 def test_rows_of_a_claim_are_what_claimed_says(conn, claim):
-    params = calls.places(wanted()) | {"free": 1, "worker": "w", "sweep": False}
+    params = calls.as_arrays(wanted()) | {"free": 1, "worker": "w", "sweep": False}
     params |= {"only": None, "only_call": None, "only_after": None}
     found = db.execute(conn, claim.sql, params)
     names = [column.name for column in found.description]

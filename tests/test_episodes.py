@@ -200,7 +200,7 @@ def test_stage_that_left_pipeline_and_still_owes_is_told_once_and_when_it_is_ove
     told: set[str] = set()
     with connected(database) as first, connected(database) as second:
         for conn in (first, second):
-            db.sign(conn, "w")
+            db.name_session(conn, "w")
         troubles.tell_gone_stages(second, 600, sent, set())
         for _ in range(2):
             troubles.tell_gone_stages(first, 600, sent, told)
@@ -239,7 +239,7 @@ def test_listener_that_joins_another_says_nothing_of_absence(database, sent):
     database.rows(OLD)
     with connected(database) as first, connected(database) as second:
         for conn in (first, second):
-            db.sign(conn, "w")
+            db.name_session(conn, "w")
         troubles.tell_absence(second, 600, sent)
         assert sent.events == []
         troubles.tell_absence(first, 600, sent)
@@ -260,14 +260,14 @@ def test_many_of_the_same_are_told_as_one_and_counted(sent):
 def test_what_comes_and_goes_quickly_is_told_once(sent):
     for _ in range(3):
         sent.send("stage_refuses", "401", stage="overlay")
-        sent.recovered("stage_refuses", "overlay", "it accepts calls again", at_once=False)
-    assert len(sent.events) == 1 and sent.next_look < math.inf
+        sent.send_recovered("stage_refuses", "overlay", "it accepts calls again", at_once=False)
+    assert len(sent.events) == 1 and sent.next_run < math.inf
     sent.end_episodes(time.monotonic() + alerts_module.EPISODE + 1)
     assert [said.get("count", said["event"]) for said in sent.events[1:]] == [2, "recovered"]
     sent.send("stage_refuses", "401", stage="overlay")
     assert sent.events.pop()["event"] == "stage_refuses"  # at once, as people were told it is over
     sent.send("stage_refuses", "401", stage="planner")
-    sent.recovered("stage_refuses", "planner", "it accepts calls again", at_once=False)
+    sent.send_recovered("stage_refuses", "planner", "it accepts calls again", at_once=False)
     sent.send("stage_refuses", "401", stage="planner")
     sent.end_episodes(math.inf)
     assert [said["event"] for said in sent.events[3:]] == ["stage_refuses"] * 2

@@ -84,11 +84,11 @@ def test_long_word_is_cut(lines_of, name):
 
 def test_allowance_comes_back_with_time():
     allowance = Allowance(2, 10)
-    assert [allowance.allows() for _ in range(3)][2] is False
+    assert [allowance.use() for _ in range(3)][2] is False
     allowance.looked_at -= 0.15
-    assert allowance.allows() and not allowance.allows()
+    assert allowance.use() and not allowance.use()
     allowance.looked_at -= 3600
-    assert allowance.allows(2) and not allowance.allows()
+    assert allowance.use(2) and not allowance.use()
 
 
 def test_what_one_pass_takes_is_bounded(lines_of, database):
@@ -109,7 +109,7 @@ def test_listener_whose_listen_is_refused_says_so_and_polls(database):
         hearing.listen(conn, silent=False)
     [line] = output.getvalue().splitlines()
     assert "알림이 전달되지 않음 (current transaction is aborted" in line
-    assert not hearing.is_told
+    assert not hearing.is_notified
 
 
 # --- a flood -------------------------------------------------------------------------------
@@ -120,10 +120,12 @@ def test_flood_makes_a_listener_poll_and_later_listen_again(lines_of, monkeypatc
     lines = lines_of(db.CHANNEL, WORDS, 500)
     assert any("알림이 너무 많음: 60초 동안 LISTEN 대신 1초마다 확인" in line for line in lines)
     channels = "SELECT count(*) FROM pg_listening_channels()"
-    assert not lines_of.hearing.is_told and db.execute(lines_of.conn, channels).fetchone()[0] == 0
+    assert (
+        not lines_of.hearing.is_notified and db.execute(lines_of.conn, channels).fetchone()[0] == 0
+    )
     lines_of.hearing.deaf_until, lines_of.hearing.pace.burst = 0.0, 1e9
     assert lines_of.hearing.hear(lines_of.conn)  # there may be something that it was not told
-    assert lines_of.hearing.is_told and db.execute(lines_of.conn, channels).fetchone()[0] == 2
+    assert lines_of.hearing.is_notified and db.execute(lines_of.conn, channels).fetchone()[0] == 2
 
 
 def test_flood_leaves_a_listener_without_notify_polling(lines_of, database):
@@ -132,17 +134,17 @@ def test_flood_leaves_a_listener_without_notify_polling(lines_of, database):
         hearing.listen(conn, silent=True)
         hearing.deaf_until, hearing.pace.burst = 0.0, 1e9
         hearing.hear(conn)
-        assert hearing.deaf_until is None and not hearing.is_told
+        assert hearing.deaf_until is None and not hearing.is_notified
 
 
 def test_connection_that_a_flood_ended_is_followed_by_one_that_does_not_listen(lines_of, database):
     lines_of.conn.dropped = db.FLOOD + 1
     with closing(db.connect(database.settings())) as conn:
         lines_of.hearing.listen(conn, silent=False)
-        assert not lines_of.hearing.is_told and lines_of.hearing.deaf_until is not None
+        assert not lines_of.hearing.is_notified and lines_of.hearing.deaf_until is not None
     with closing(db.connect(database.settings())) as conn:
         lines_of.hearing.listen(conn, silent=False)
-        assert lines_of.hearing.is_told and lines_of.hearing.deaf_until is None
+        assert lines_of.hearing.is_notified and lines_of.hearing.deaf_until is None
 
 
 def test_notifications_that_were_dropped_may_have_been_of_any_channel(lines_of):

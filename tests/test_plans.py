@@ -95,7 +95,7 @@ def parameters(database, conn) -> dict:
         "accepted": "{}",
         "accepted_at": "{}",
     }
-    given |= calls.places(wanted(most=8, share=2)) | {"sweep": False, "asked_at": now}
+    given |= calls.as_arrays(wanted(most=8, share=2)) | {"sweep": False, "asked_at": now}
     given |= {"job_id": job, "call_id": 1, "table": "jobs", "stage": "vlm_analyze"}
     given |= {"wake": db.WAKE_CHANNEL, "after": job, "parent_id": job, "join": "every"}
     return given | {

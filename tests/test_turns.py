@@ -266,7 +266,7 @@ def test_limited_stages_of_a_locked_table_are_known_before_others_have_calls(
         assert stages_of_turns(claiming, 1) == []
         assert (
             "of yolo_detect, iou_eval: jobs_variants"
-            in claiming.listener.claiming.told_unclaimable()
+            in claiming.listener.claiming.unclaimable_line()
         )
         database.add_job()
         assert stages_of_turns(claiming, 1) == ["vlm_analyze"]
