@@ -103,17 +103,6 @@ def test_error_of_any_length_is_cut(database, conn):
 # --- settle and claim in one ---------------------------------------------------------------
 
 
-def test_settling_and_claiming_are_one_transaction(database, conn):
-    first, second = database.add_job(), database.add_job()
-    row = claim(conn)
-    before = database.value("SELECT txid_current()")
-    next_row = claim(conn, settled=result(row))
-    assert database.value("SELECT txid_current()") == before + 2
-    assert {row.job_id, next_row.job_id} == {first, second}
-    assert database.owed(row.job_id) is None
-    assert database.owed(next_row.job_id).worker == "w"
-
-
 def test_result_is_written_although_nothing_is_due(database, conn):
     job = database.add_job()
     row = claim(conn, settled=result(claim(conn)))
