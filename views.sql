@@ -193,8 +193,8 @@ BEGIN
                 IS NOT DISTINCT FROM (m.parent_step, m.parent_status)
         CROSS JOIN LATERAL (
             SELECT max(a.finished_at) AS finished_at, max(a.started_at) AS started_at,
-                   (array_agg(a.outcome ORDER BY a.finished_at DESC))[1] AS outcome,
                    (array_agg(a.call_id ORDER BY a.finished_at DESC))[1] AS call_id,
+                   array_agg(a.call_id) FILTER (WHERE a.outcome = 'succeeded') AS accepted,
                    array_agg(a.call_id) FILTER (WHERE a.outcome = 'cancelled') AS cancelled
             FROM %4$I.stage_attempts AS a
             WHERE a.job_id = m.parent_id AND a.table_name = %1$L
@@ -218,7 +218,8 @@ BEGIN
                           AND s.position > (
                             SELECT min(p.position) FROM %4$I.pipeline_stages AS p
                             WHERE p.join_of = %7$L)))) IS NOT TRUE
-          AND (last.call_id = ANY (last.cancelled) AND last.outcome <> 'succeeded') IS NOT TRUE
+          AND (last.call_id = ANY (last.cancelled)
+               AND (last.call_id = ANY (last.accepted)) IS NOT TRUE) IS NOT TRUE
           AND greatest(m.recorded_at, last.finished_at)
               < now() - make_interval(secs => %8$s)
           AND NOT EXISTS (SELECT FROM %4$I.stage_calls AS c
@@ -308,10 +309,10 @@ BEGIN
                      WHEN last.stage = r.stage THEN last.error END, '')
                 WHEN r.kind = 'running' THEN 'running for longer than the timeout'
                 WHEN last.stage = r.stage
-                     AND (last.outcome = 'succeeded'
+                     AND (last.call_id = ANY (last.accepted)  -- any attempt of it
                           OR (last.outcome, last.error)
                              = ('skipped', 'an earlier attempt was accepted'))
-                     OR last.outcome = 'succeeded' AND last.stage <> r.current_step
+                     OR last.call_id = ANY (last.accepted) AND last.stage <> r.current_step
                         AND last.stage NOT IN (SELECT stage FROM %1$I.pipeline_stages)
                 THEN 'accepted by the stage, but the job has not changed'
                 ELSE 'its call was never recorded: ./jsl backfill' END
@@ -321,6 +322,7 @@ BEGIN
                (array_agg(a.stage ORDER BY a.finished_at DESC))[1] AS stage,
                (array_agg(a.outcome ORDER BY a.finished_at DESC))[1] AS outcome,
                (array_agg(a.call_id ORDER BY a.finished_at DESC))[1] AS call_id,
+               array_agg(a.call_id) FILTER (WHERE a.outcome = 'succeeded') AS accepted,
                array_agg(a.call_id) FILTER (WHERE a.outcome = 'cancelled') AS cancelled,
                (array_agg(a.http_status ORDER BY a.finished_at DESC))[1] AS http_status,
                (array_agg(a.error ORDER BY a.finished_at DESC))[1] AS error
@@ -338,7 +340,8 @@ BEGIN
                       WHERE l.job_id = r.id AND l.table_name = r.table_name
                         AND l.leased_until > now())
       -- A call that was cancelled while it was under way has its result after that.
-      AND (r.kind = 'owed' AND last.call_id = ANY (last.cancelled) AND last.outcome <> 'succeeded'
+      AND (r.kind = 'owed' AND last.call_id = ANY (last.cancelled)
+           AND (last.call_id = ANY (last.accepted)) IS NOT TRUE
            AND (last.stage = r.stage
                 OR last.stage <> r.current_step
                    AND last.stage NOT IN (SELECT stage FROM %1$I.pipeline_stages))) IS NOT TRUE

@@ -93,16 +93,16 @@ WITH batch AS (
     WHERE %(since)s IS NULL OR (b.changed_at < %(since)s) IS NOT TRUE
 ), missed AS (
     SELECT o.*, CASE WHEN last.stage = o.stage AND (
-                              last.outcome = 'succeeded'
+                              last.call_id = ANY (last.accepted)  -- any attempt of it
                               OR (last.outcome, last.error)
                                  = ('skipped', 'an earlier attempt was accepted'))
-                     THEN last.outcome
+                     THEN 'accepted'
                      -- Also while it was under way: then its result comes after that.
                      WHEN last.stage = o.stage AND last.call_id = ANY (last.cancelled)
                      THEN 'cancelled'
                      WHEN last.stage <> o.current_step
                           AND last.stage NOT IN (SELECT stage FROM pipeline_stages)
-                          AND (last.outcome = 'succeeded'
+                          AND (last.call_id = ANY (last.accepted)
                                OR last.call_id = ANY (last.cancelled))
                      THEN 'under a name that PIPELINE no longer has'
                      WHEN o.has_time IS NOT TRUE THEN %(no_time)s END AS why
@@ -112,6 +112,7 @@ WITH batch AS (
                (array_agg(a.outcome ORDER BY a.finished_at DESC))[1] AS outcome,
                (array_agg(a.error ORDER BY a.finished_at DESC))[1] AS error,
                (array_agg(a.call_id ORDER BY a.finished_at DESC))[1] AS call_id,
+               array_agg(a.call_id) FILTER (WHERE a.outcome = 'succeeded') AS accepted,
                array_agg(a.call_id) FILTER (WHERE a.outcome = 'cancelled') AS cancelled
         FROM stage_attempts AS a
         WHERE a.job_id = o.id AND a.table_name = {name}
@@ -383,9 +384,7 @@ def say_kept(kept: Counter) -> None:
         click.echo(f"left alone, as they are at the stage or past it: {past}; {again}")
     unseen = kept.pop("not seen", 0)
     if kept:
-        accepted = kept.pop("succeeded", 0) + kept.pop("skipped", 0)
-        counts = {"accepted": accepted, **kept}
-        what = ", ".join(f"{n} {why}" for why, n in sorted(counts.items()) if n)
+        what = ", ".join(f"{n} {why}" for why, n in sorted(kept.items()))
         stay = f"{pipeline.JSL} jobs --stalled, once the timeout of their stage is over"
         click.echo(f"left alone, as their call was made before: {what}; those that stay: {stay}")
     if cancelled:

@@ -167,6 +167,8 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
     if not claimed:
         raise Problem(why_nothing_owed(conn, row, chosen.stage))
     [claim] = claimed
+    if claim.taken_over:
+        calls.reap(conn)  # the lost attempt, before the history has a newer one
     until = began + settings.LEASE_MARGIN
     call = pipeline.claimed_call(claim, limits[claim.stage], name, until)
     call.target_number = conn.target_number

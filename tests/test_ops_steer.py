@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
-from claims import claim, connected
+from claims import LEASE_OVER, claim, connected
 from commands import run_here
 from stage_functions import BREAK
 from tcp_proxy import TcpProxy
@@ -289,6 +289,16 @@ def test_call_that_succeeds_is_logged_and_exits_0(database, api, run_command):
     assert f"파이프라인 단계 실행 성공: job={job} stage=overlay status=200" in done.lines[1]
     assert database.state(job) == ("overlay", "done")
     assert [attempt.outcome for attempt in database.attempts(job)] == ["succeeded"]
+
+
+def test_call_after_a_lost_attempt_is_the_last_in_the_history(database, api, run_command):
+    job = database.add_job("planner", "done")
+    with connected(database) as conn:
+        claim(conn)
+    database.rows(LEASE_OVER)
+    assert run_command(database, "call", job, api=api).code == 0
+    sql = "SELECT outcome FROM stage_attempts ORDER BY finished_at"
+    assert database.rows(sql) == [("lost",), ("succeeded",)]
 
 
 def test_call_that_fails_exits_1_and_stays_owed(database, api, run_command):

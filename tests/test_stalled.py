@@ -41,6 +41,24 @@ def test_job_accepted_but_not_moved_on_is_stalled_after_the_timeout(database, ru
     assert row["since"]
 
 
+def test_accepted_call_is_known_though_an_attempt_before_has_ended_later(database, run_command):
+    """Its listener was lost, or came back late."""
+    job = database.add_job("planner", "done")
+    with connected(database) as conn:
+        claim(conn)
+        database.rows(LEASE_OVER)
+        assert settle(conn, result(claim(conn)))
+        calls.reap(conn)
+    assert [attempt.outcome for attempt in database.attempts(job)] == ["lost", "succeeded"]
+    database.rows(f"UPDATE jobs SET updated_at = {LONG_AGO}")
+    database.rows("UPDATE stage_attempts SET finished_at = finished_at - interval '11 minutes'")
+    assert stalled(run_command, database) == [
+        (job, "accepted by the stage, but the job has not changed")
+    ]
+    done = run_command(database, "backfill", "--apply")
+    assert "made before: 1 accepted" in done.out and "0 calls recorded" in done.out
+
+
 def test_job_left_running_is_stalled_once_nobody_calls_it(database, run_command):
     job = database.add_job("planner", "done")
     with connected(database) as conn:
