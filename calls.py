@@ -188,21 +188,30 @@ WHERE l.call_id = ANY (ARRAY(SELECT call_id FROM result))
 )
 
 # A success lifts the hold of its stage, but not where the call began before the hold did, and not
-# a person's pause.
+# a person's pause. A row that is locked is skipped: the next success lifts it.
 LIFT = Statement(
     "lift",
     """
+WITH held AS (
+    SELECT p.table_name, p.join_of, p.current_step, p.status
+    FROM unnest(%(accepted)s::text[], %(accepted_at)s::timestamptz[]) AS a (stage, started_at)
+    JOIN pipeline_stages AS p
+        ON p.stage = a.stage
+        AND p.held_until - make_interval(secs => p.hold_seconds) < a.started_at
+    FOR UPDATE OF p SKIP LOCKED
+)
 UPDATE pipeline_stages AS p
 SET held_until = NULL, hold_seconds = NULL, held_reason = NULL, held_by = NULL
-FROM unnest(%(accepted)s::text[], %(accepted_at)s::timestamptz[]) AS a (stage, started_at)
-WHERE p.stage = a.stage
-  AND p.held_until - make_interval(secs => p.hold_seconds) < a.started_at
+FROM held
+WHERE (p.table_name, p.join_of, p.current_step, p.status)
+      = (held.table_name, held.join_of, held.current_step, held.status)
 """,
 )
 
 # Each hold is twice as long as the one before, up to a minute, unless the stage asked for a time.
 # Results of calls that were under way when the hold began do not lengthen it, and none touches a
-# person's pause, which is a hold until infinity.
+# person's pause, which is a hold until infinity. A row that is locked is skipped: the next result
+# holds its stage.
 HOLD = Statement(
     "hold",
     f"""
@@ -218,8 +227,7 @@ WITH asking AS (
        OR p.held_until < now() + make_interval(secs => a.retry_after)
        OR (p.held_until <= now()
            AND p.held_until - make_interval(secs => p.hold_seconds) < a.started_at)
-    ORDER BY p.table_name, p.join_of, p.current_step, p.status
-    FOR UPDATE OF p
+    FOR UPDATE OF p SKIP LOCKED
 )
 UPDATE pipeline_stages AS p
 SET held_until = now() + make_interval(secs => length.seconds), hold_seconds = length.seconds,
@@ -236,8 +244,8 @@ TELL = Statement("tell", f"SELECT {UNSETTLED} AS unsettled, pg_notify('{WAKE_CHA
 
 # --- claiming ------------------------------------------------------------------------------
 
-# Runs before the claim of a stage whose table was locked. The claim then fails after 20 ms; without
-# this it would wait for lock_timeout.
+# Runs before statements that may meet a lock for which others have waited already. They then fail
+# after 20 ms, and not after lock_timeout.
 HURRY = Statement("hurry", "SELECT set_config('lock_timeout', '20ms', true)")
 
 # A limit is exact because whoever claims locks its row first, in the order of the names, and
@@ -474,7 +482,9 @@ class Turn:
     asked_at: the database's time of the (first) claim; None: there was none, or one was refused as
         a whole.
     unclaimable: by stage, why no call of it can be claimed.
+    limit_locked: by stage, the error of a claim that waited too long for the row of a limit.
     given_up: calls that the database made us give up, which nobody has been told of.
+    refused: results that the database did not take, for a reason that is not theirs: `refusal`.
     asked: the stages that were asked for calls.
     """
 
@@ -482,7 +492,10 @@ class Turn:
     unsettled: list[int]
     asked_at: datetime | None = None
     unclaimable: dict[str, psycopg2.Error] = field(default_factory=dict)
+    limit_locked: dict[str, psycopg2.Error] = field(default_factory=dict)
     given_up: list[Result] = field(default_factory=list)
+    refused: list[Result] = field(default_factory=list)
+    refusal: psycopg2.Error | None = None
     asked: set[str] = field(default_factory=set)
 
     def add(self, later: "Turn") -> None:
@@ -501,6 +514,7 @@ def settle_and_claim(
     *,
     sweep: bool = False,
     only: tuple[Any, int, int] | None = None,
+    hurry: bool = False,
 ) -> Turn:
     """Settle all `results` and claim up to `free` calls: one round trip, one commit.
 
@@ -511,6 +525,7 @@ def settle_and_claim(
         worker: the name of the listener that claims.
         sweep: also take calls that were never tried and whose time, by the clock, has not come.
         only: the row's id, the call's, and its attempts until now: claim this call, due or not.
+        hurry: fail soon where something is locked.
 
     Raises:
         psycopg2.Error: nothing was changed, unless the connection was lost.
@@ -530,7 +545,7 @@ def settle_and_claim(
     else:
         last = CLAIM_IN_ORDER if any(stage.ordered for stage in wanted) else CLAIM
     needed = {
-        HURRY: not all(stage.waits for stage in wanted),
+        HURRY: hurry or not all(stage.waits for stage in wanted),
         PAY: paid, WORK: taken, LIFT: lifting, POSTPONE: failures,
         HOLD: any(r.hold for r in failures),
         LOCK_LIMITS: claims and any(stage.limited for stage in wanted), last: True,

@@ -18,8 +18,9 @@ import ops
 import pipeline
 from calls import Turn, Wanted
 from health import StageHealth
+from one_by_one import is_table_locked
 from ops.listeners import UNCLAIMABLE
-from ops.rows import locked
+from ops.rows import limit_locked, locked
 from pipeline import Call, Pool
 
 log = logging.getLogger("listener")
@@ -43,6 +44,7 @@ class Claiming:
     limits: of every stage.
     order: the stages that are called, the one whose turn it is first.
     unclaimable: by stage, why no call of it can be claimed. Only a sweep asks for these.
+    limit_locked: the stages of which a claim last waited too long for the row of a limit.
     look_at: claim calls that are due.
     sweep_at: claim, and look for what nobody has announced.
     due_at: when the next call will be due, as far as is known.
@@ -54,6 +56,7 @@ class Claiming:
         self.limits = pipeline.stage_limits(settings)
         self.order = [stage for stage in self.limits if not only or stage in only]
         self.unclaimable: dict[str, str] = {}
+        self.limit_locked: set[str] = set()
         self.look_at = self.sweep_at = self.due_at = 0.0
         self.found_nothing = False
 
@@ -100,8 +103,14 @@ class Claiming:
                 share = -(-free // len(self.order))
                 claims[-1].append(Wanted(stage, lease, most, share, limits.is_limited,
                                          self.marks.get(stage), self.is_ordered,
-                                         waits=stage not in self.unclaimable))  # fmt: skip
+                                         waits=self.may_wait(stage)))  # fmt: skip
         return claims
+
+    def may_wait(self, stage: str) -> bool:
+        """Whether a claim may wait for a lock. The row of a limit may be one that others hold all
+        the time, each for a moment; who does not wait then never gets it.
+        """
+        return stage not in self.unclaimable or stage in self.limit_locked
 
     def put_last(self, stage: str) -> None:
         """Move this stage to the end of `order`, as one of its calls was claimed."""
@@ -117,11 +126,14 @@ class Claiming:
 
     def note_unclaimable(self, conn: db.Connection, turn: Turn) -> None:
         """Remember the stages of which no call can be claimed: only a sweep asks for them again, so
-        that they do not keep the others waiting.
+        that they do not keep the others waiting. So with those whose limit has a row that is locked
+        for longer than a moment: in two turns, one after the other.
         """
-        before = self.unclaimable
+        before, locked_before = self.unclaimable, {*self.unclaimable, *self.limit_locked}
+        self.limit_locked = self.limit_locked - turn.asked | turn.limit_locked.keys()
+        still = {s: error for s, error in turn.limit_locked.items() if s in locked_before}
         self.unclaimable = {s: why for s, why in before.items() if s not in turn.asked}
-        for stage, error in turn.unclaimable.items():
+        for stage, error in (turn.unclaimable | still).items():
             self.unclaimable[stage] = why_unclaimable(conn, stage, error)
             if self.unclaimable[stage] != before.get(stage):
                 log.error("단계의 호출을 가져올 수 없음 (%.0f초마다 다시 시도): stage=%s %s",
@@ -211,10 +223,10 @@ def is_clock_set_back(turn: Turn) -> bool:
 
 
 def why_unclaimable(conn: db.Connection, stage: str, error: psycopg2.Error) -> str:
-    """Why no call of a stage can be claimed; of a locked table, who has locked it."""
+    """Why no call of a stage can be claimed; of what is locked, who has locked it."""
     tables = [route.table for route, function in pipeline.routes().items()
               if function.__name__ == stage]  # fmt: skip
     if isinstance(error, LockNotAvailable):
         with contextlib.suppress(psycopg2.Error):  # calls that were claimed meanwhile are made
-            return locked(conn, *tables)
+            return locked(conn, *tables) if is_table_locked(error) else limit_locked(conn)
     return ops.first_line(error)

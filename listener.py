@@ -286,6 +286,8 @@ class Listener:
         began = boottime()
         turn = self.claim(conn, wanted, free, sweep)
         self.note_settled(conn, turn)
+        if turn.refusal:
+            raise turn.refusal
         self.claim_others(conn, turn, others, free, sweep)
         if sweep and is_clock_set_back(turn):
             self.upkeep.note_clock_set_back()
@@ -345,13 +347,16 @@ class Listener:
         return turn
 
     def note_settled(self, conn: db.Connection, turn: Turn) -> None:
-        """The results are in the database; those whose row is locked are settled again later."""
-        self.reason, self.repeats, self.is_standby_away = "", 0, False
+        """The results are in the database; those whose row is locked, or which it has refused, are
+        settled again later.
+        """
+        if turn.refusal is None:
+            self.reason, self.repeats, self.is_standby_away = "", 0, False
         if any(result.delay is not None for result in self.unwritten.results):
             self.claiming.due_at = 0.0
         if any(result.outcome == TAKEN for result in self.unwritten.results):
             self.move_look.ask()  # the row may have moved on before
-        self.unwritten.note_settled(turn.unsettled)
+        self.unwritten.note_settled(turn)
         self.health.revive(conn)
 
     def claim_others(

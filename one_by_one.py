@@ -46,15 +46,22 @@ def settle_and_claim(
     call. Its arguments are the same.
 
     What fails alone is one failed call, or one stage whose calls cannot be claimed, as where a
-    column of its table was renamed, or its table is locked.
-
-    Raises:
-        psycopg2.Error: a result cannot be settled, and the fault is not that of a row.
+    column of its table was renamed, or its table is locked. Where a result is refused for a reason
+    that is not its own, nothing is claimed: what came of further calls might be lost as well.
     """
     done, has_waited = Turn([], []), False
     for result in results:
-        settle_alone(conn, result, done)
-    for one in wanted if free else []:
+        if isinstance(done.refusal, psycopg2.errors.QueryCanceled):
+            done.refused.append(result)  # it may take as long
+            continue
+        try:
+            settle_alone(conn, result, done)
+        except ConnectionLost:
+            raise
+        except psycopg2.Error as error:
+            done.refused.append(result)
+            done.refusal = error
+    for one in wanted if free and not done.refusal else []:
         # Wait for a lock once. Further claims that meet one then fail after 20 ms.
         one = one._replace(waits=one.waits and not has_waited)
         done.asked.add(one.stage)
@@ -64,8 +71,8 @@ def settle_and_claim(
             raise
         except psycopg2.errors.LockNotAvailable as error:
             has_waited = True
-            if is_table_locked(error):  # else somebody holds the row of a limit, for a moment
-                done.unclaimable[one.stage] = error
+            locked = done.unclaimable if is_table_locked(error) else done.limit_locked
+            locked[one.stage] = error
         except psycopg2.errors.QueryCanceled as error:
             done.unclaimable[one.stage] = error
             break  # the next one may take as long
@@ -103,9 +110,15 @@ WHERE {FENCE} AND r.outcome NOT IN ('succeeded', 'skipped')
 def settle_alone(conn, result: Result, done: Turn) -> None:
     """Write one result, in whatever form the database takes it, and note in `done` what came of
     that.
+
+    Raises:
+        psycopg2.Error: it is not written, and the fault is not that of its row.
     """
     try:
-        done.unsettled += calls.settle_and_claim(conn, [result], [], 0, result.worker).unsettled
+        turn = calls.settle_and_claim(
+            conn, [result], [], 0, result.worker, hurry=done.refusal is not None
+        )
+        done.unsettled += turn.unsettled
         return
     except psycopg2.Error as error:
         if not is_fault_of_row(error):

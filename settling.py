@@ -47,6 +47,8 @@ def settle(conn: db.Connection, result: Result) -> Settled:
     while True:
         is_routed = failures.note(conn, [settled])
         turn = one_by_one.settle_and_claim(conn, [settled], [], 0, result.worker)
+        if turn.refusal:
+            raise turn.refusal
         may_leave = settled.outcome in (*PAID, TAKEN) or time.monotonic() >= until
         if may_leave or not turn.unsettled:
             return Settled(turn.given_up[0] if turn.given_up else settled, is_routed)

@@ -3,7 +3,6 @@
 import logging
 import math
 import time
-from collections.abc import Iterable
 from dataclasses import replace
 
 import psycopg2
@@ -13,7 +12,7 @@ import failures
 import one_by_one
 import ops
 from alerts import Alerts
-from calls import PAID, TAKEN, Result
+from calls import PAID, TAKEN, Result, Turn
 
 log = logging.getLogger("listener")
 
@@ -37,6 +36,7 @@ class Unwritten:
         self.results: list[Result] = []
         self.locked: list[Result] = []
         self.locked_until = math.inf  # time.monotonic() until which an end waits for them
+        self.are_left = False  # they were tried once more after that
         self.last_tries = 0
 
     @property
@@ -51,7 +51,7 @@ class Unwritten:
     @property
     def keeps_listener(self) -> bool:
         """Whether an end is to wait for the row of a failed call."""
-        return bool(self.locked_failures) and time.monotonic() < self.locked_until
+        return bool(self.locked_failures) and not self.are_left
 
     def retry_locked(self) -> None:
         """Settle those whose rows were locked once more, in the next turn."""
@@ -67,20 +67,24 @@ class Unwritten:
             failures.tell(self.alerts, result, is_routed)
             result.is_told = result.outcome == "failed" or result.call_id in is_routed
 
-    def note_settled(self, unsettled: Iterable[int]) -> None:
-        """Forget what is settled; keep results of the `unsettled` calls, whose rows are locked."""
-        again = set(unsettled)
+    def note_settled(self, turn: Turn) -> None:
+        """Forget what is settled; keep what was refused, and results of calls whose rows are
+        locked.
+        """
+        again = set(turn.unsettled)
         if any(r.call_id in again and not r.was_locked for r in self.results):
             self.locked_until = math.inf
         # Its hold, if any, has begun: settling it again must not lengthen it.
         self.locked += [
             replace(r, hold=False, was_locked=True) for r in self.results if r.call_id in again
         ]
+        self.are_left = time.monotonic() >= self.locked_until
         # Settle a result once more whose row was locked until now: its stage may have committed
         # `failed` between tell_failed() and this settling.
         self.results = [
             replace(r, was_locked=False) for r in self.results
-            if r.was_locked and r.delay is not None and r.call_id not in again
+            if r in turn.refused
+            or (r.was_locked and r.delay is not None and r.call_id not in again)
         ]  # fmt: skip
 
     def settle_last(
@@ -95,7 +99,9 @@ class Unwritten:
             turn = one_by_one.settle_and_claim(conn, self.results, [], 0, name)
             for given_up in turn.given_up:
                 failures.tell_given_up(self.alerts, given_up)
-            self.results = [r for r in self.results if r.call_id in turn.unsettled]
+            self.results = [r for r in self.results if r.call_id in turn.unsettled] + turn.refused
+            if turn.refusal:
+                raise turn.refusal
         except db.ConnectionLost:
             raise
         except psycopg2.Error:

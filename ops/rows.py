@@ -133,8 +133,32 @@ def locked(conn, *likely: str) -> str:
     found = db.execute(conn, LOCKED, {"tables": tables, "likely": [*likely]}).fetchone()
     if found is None:
         return "another transaction holds a lock on a table or row"
+    return f"{found.name} is locked by {server_process(found)}"
+
+
+# The oldest transaction is the one that does not end: claims take such a lock for a moment.
+LIMIT_LOCKED = """
+SELECT l.pid, a.application_name
+FROM pg_locks AS l JOIN pg_stat_activity AS a USING (pid)
+WHERE l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+  AND l.relation = to_regclass('stage_limits') AND l.granted AND l.pid <> pg_backend_pid()
+  AND l.mode IN ('RowShareLock', 'RowExclusiveLock')
+ORDER BY a.xact_start, l.pid
+LIMIT 1
+"""
+
+
+def limit_locked(conn) -> str:
+    """That the row of a limit is locked, and by whom. The lock may be gone by now."""
+    found = db.execute(conn, LIMIT_LOCKED).fetchone()
+    if found is None:
+        return "another transaction holds a lock on the row of its limit in stage_limits"
+    return f"the row of its limit in stage_limits is locked by {server_process(found)}"
+
+
+def server_process(found: Any) -> str:
     name = f" ({found.application_name})" if found.application_name else ""
-    return f"{found.name} is locked by server process {found.pid}{name}"
+    return f"server process {found.pid}{name}"
 
 
 OWING = """

@@ -265,6 +265,19 @@ def test_listener_that_must_end_tells_of_a_result_that_cannot_be_recorded(databa
     assert last.results == [] and sent == [("given_up", job)]
 
 
+def test_row_that_is_locked_is_tried_once_more_before_a_listener_ends(database, conn, monkeypatch):
+    monkeypatch.setattr("unwritten.LOCKED_FOR", 0.0)
+    database.add_job()
+    failed, last = result(claim(conn), "failed"), Unwritten(SimpleNamespace())
+    last.results.append(failed)
+    last.note_settled(calls.Turn([], [failed.call_id]))
+    last.begin_to_leave()
+    assert last.keeps_listener
+    last.retry_locked()
+    last.note_settled(calls.Turn([], [failed.call_id]))
+    assert not last.keeps_listener
+
+
 def test_result_that_cannot_be_recorded_of_a_call_that_is_owed_no_more_is_no_failure(
     database, conn
 ):
@@ -288,14 +301,50 @@ def test_call_that_the_history_does_not_take_is_settled_all_the_same(database, c
     assert database.rows("SELECT 1 FROM stage_leases") == []
 
 
+REFUSE_ONE = """
+CREATE FUNCTION refuse_one() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    IF NEW.job_id = '{}' THEN RAISE 'not this one'; END IF; RETURN NEW; END $$;
+CREATE TRIGGER refuse_one BEFORE INSERT ON stage_attempts
+    FOR EACH ROW EXECUTE FUNCTION refuse_one()
+"""
+
+
+def test_result_that_is_refused_keeps_no_other_from_being_written(database, caller):
+    calling = caller("http://127.0.0.1:1")
+    jobs = [database.add_job() for _ in range(3)]
+    rows = claim_many(calling.conn, 3, "caller").claimed
+    database.rows(REFUSE_ONE.format(rows[1].key))
+    try:
+        unwritten = calling.listener.unwritten
+        unwritten.results += [result(row, worker="caller") for row in rows]
+        with pytest.raises(psycopg2.errors.RaiseException):
+            calling.listener.settle_and_claim(calling.conn)
+        assert [one.job_id for one in unwritten.results] == [rows[1].key]
+        assert [job for job in jobs if database.owed(job)] == [rows[1].key]
+    finally:
+        database.rows("DROP FUNCTION refuse_one CASCADE")
+    calling.listener.settle_and_claim(calling.conn)
+    assert unwritten.results == [] and not any(database.owed(job) for job in jobs)
+
+
+def test_stage_that_somebody_has_locked_keeps_no_result_from_being_written(database, conn):
+    jobs = [database.add_job() for _ in range(2)]
+    accepted = replace(result(claim(conn)), after_hold=True)
+    with closing(database.connect()) as elsewhere:
+        elsewhere.cursor().execute("BEGIN; SELECT FROM pipeline_stages FOR UPDATE")
+        assert settle(conn, held(claim(conn)), accepted)
+    assert [len(database.attempts(job)) for job in jobs] == [1, 1]
+
+
 def test_fault_of_more_than_one_row_gives_nothing_up(database, conn):
     job = database.add_job()
     settled = result(claim(conn))
     database.add_job()
     with closing(database.connect()) as elsewhere:
         elsewhere.cursor().execute("BEGIN; LOCK TABLE stage_attempts")
-        with pytest.raises(psycopg2.errors.LockNotAvailable):
-            one_by_one.settle_and_claim(conn, [settled], wanted(), 1, "w")
+        turn = one_by_one.settle_and_claim(conn, [settled], wanted(), 1, "w")
+    assert isinstance(turn.refusal, psycopg2.errors.LockNotAvailable)
+    assert turn.refused == [settled] and turn.claimed == []
     assert (database.owed(job).worker, database.owed(job).attempts) == ("w", 1)
     assert database.rows("SELECT 1 FROM stage_calls WHERE due_at = 'infinity'") == []
 
@@ -313,8 +362,8 @@ def test_full_queue_of_notifications_gives_nothing_up(database, conn):
     settled = result(claim(conn), "retry", delay=5.0)
     database.rows(FULL)
     try:
-        with pytest.raises(psycopg2.errors.ProgramLimitExceeded):
-            one_by_one.settle_and_claim(conn, [settled], wanted(), 1, "w")
+        turn = one_by_one.settle_and_claim(conn, [settled], wanted(), 1, "w")
+        assert isinstance(turn.refusal, psycopg2.errors.ProgramLimitExceeded)
     finally:
         database.rows("DROP TRIGGER is_full ON stage_attempts; DROP FUNCTION is_full()")
     assert not database.owed(job).given_up

@@ -377,6 +377,46 @@ def test_once_asks_again_before_its_end_for_what_was_locked(
     assert [call.path for call in api.calls()] == ["/vlm_analyze", "/yolo_detect"]
 
 
+LOCK_LIMITS = "BEGIN; SELECT FROM stage_limits FOR UPDATE"
+
+
+def test_limit_that_stays_locked_keeps_no_call_of_a_stage_without_one_waiting(
+    database, use_pipeline, caller
+):
+    one_at_once = limits(max_running=1)
+    use_pipeline({("img_gen", "done"): one_at_once(stage("vlm_analyze")),
+                  ("overlay", "done"): stage("vlm_judge")})  # fmt: skip
+    install(database)
+    database.add_job()
+    for _ in range(4):
+        database.add_job("overlay")
+    claiming = caller("http://127.0.0.1:1")
+    with_idle_worker(claiming.listener)
+    with contextlib.closing(database.connect()) as session:
+        session.cursor().execute(LOCK_LIMITS)
+        claiming.listener.claiming.sweep_at = 0.0
+        assert stages_of_turns(claiming, 2) == ["vlm_judge"] * 2
+        assert claiming.listener.claiming.unclaimable == {
+            "vlm_analyze": "the row of its limit in stage_limits is locked by server process "
+            f"{session.info.backend_pid}"
+        }
+        assert stages_of_turns(claiming, 2) == ["vlm_judge"] * 2
+        assert len([line for line in claiming.lines if "한 건씩 다시 시도" in line]) == 2
+        claiming.listener.claiming.sweep_at = 0.0
+        assert stages_of_turns(claiming, 1) == []
+    claiming.line("단계의 호출을 가져올 수 없음")
+    claiming.listener.claiming.sweep_at = 0.0
+    assert stages_of_turns(claiming, 1) == ["vlm_analyze"]
+
+
+def test_once_ends_though_a_limit_stays_locked(variants, api, run_command, beside):
+    settings = beside("max_running=9")
+    with contextlib.closing(variants.database.connect()) as session:
+        session.cursor().execute(LOCK_LIMITS)
+        done = run_command(variants.database, "run", "--once", api=api, **settings)
+    assert done.code == 1 and "in stage_limits is locked by server process" in done.lines[-1]
+
+
 REFUSE = """
 CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE SQLSTATE '{}'; END $$;
 CREATE TRIGGER refuse BEFORE UPDATE ON stage_calls FOR EACH ROW EXECUTE FUNCTION refuse()
