@@ -193,7 +193,7 @@ BEGIN
                 IS NOT DISTINCT FROM (m.parent_step, m.parent_status)
         CROSS JOIN LATERAL (
             SELECT max(a.finished_at) AS finished_at, max(a.started_at) AS started_at,
-                   (array_agg(a.call_id ORDER BY a.finished_at DESC))[1] AS call_id,
+                   (array_agg(a.call_id ORDER BY a.started_at DESC, a.finished_at DESC))[1] AS call_id,
                    array_agg(a.call_id) FILTER (WHERE a.outcome = 'succeeded') AS accepted,
                    array_agg(a.call_id) FILTER (WHERE a.outcome = 'cancelled') AS cancelled
             FROM %4$I.stage_attempts AS a
@@ -319,13 +319,13 @@ BEGIN
     FROM resting AS r
     CROSS JOIN LATERAL (  -- ordered inside: by the index on finished_at it would read them all
         SELECT max(a.finished_at) AS finished_at,
-               (array_agg(a.stage ORDER BY a.finished_at DESC))[1] AS stage,
-               (array_agg(a.outcome ORDER BY a.finished_at DESC))[1] AS outcome,
-               (array_agg(a.call_id ORDER BY a.finished_at DESC))[1] AS call_id,
+               (array_agg(a.stage ORDER BY a.started_at DESC, a.finished_at DESC))[1] AS stage,
+               (array_agg(a.outcome ORDER BY a.started_at DESC, a.finished_at DESC))[1] AS outcome,
+               (array_agg(a.call_id ORDER BY a.started_at DESC, a.finished_at DESC))[1] AS call_id,
                array_agg(a.call_id) FILTER (WHERE a.outcome = 'succeeded') AS accepted,
                array_agg(a.call_id) FILTER (WHERE a.outcome = 'cancelled') AS cancelled,
-               (array_agg(a.http_status ORDER BY a.finished_at DESC))[1] AS http_status,
-               (array_agg(a.error ORDER BY a.finished_at DESC))[1] AS error
+               (array_agg(a.http_status ORDER BY a.started_at DESC, a.finished_at DESC))[1] AS http_status,
+               (array_agg(a.error ORDER BY a.started_at DESC, a.finished_at DESC))[1] AS error
         FROM %1$I.stage_attempts AS a
         WHERE a.job_id = r.id AND a.table_name = r.table_name
           AND (a.stage = r.stage OR EXISTS (  -- not those of a join of its rows

@@ -108,10 +108,10 @@ WITH batch AS (
                      WHEN o.has_time IS NOT TRUE THEN %(no_time)s END AS why
     FROM owing AS o
     CROSS JOIN LATERAL (
-        SELECT (array_agg(a.stage ORDER BY a.finished_at DESC))[1] AS stage,
-               (array_agg(a.outcome ORDER BY a.finished_at DESC))[1] AS outcome,
-               (array_agg(a.error ORDER BY a.finished_at DESC))[1] AS error,
-               (array_agg(a.call_id ORDER BY a.finished_at DESC))[1] AS call_id,
+        SELECT (array_agg(a.stage ORDER BY a.started_at DESC, a.finished_at DESC))[1] AS stage,
+               (array_agg(a.outcome ORDER BY a.started_at DESC, a.finished_at DESC))[1] AS outcome,
+               (array_agg(a.error ORDER BY a.started_at DESC, a.finished_at DESC))[1] AS error,
+               (array_agg(a.call_id ORDER BY a.started_at DESC, a.finished_at DESC))[1] AS call_id,
                array_agg(a.call_id) FILTER (WHERE a.outcome = 'succeeded') AS accepted,
                array_agg(a.call_id) FILTER (WHERE a.outcome = 'cancelled') AS cancelled
         FROM stage_attempts AS a

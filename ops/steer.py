@@ -161,14 +161,13 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
         raise Problem(why_nothing_owed(conn, row, stage))
     wanted = [Wanted(stage, limit.timeout + settings.LEASE_MARGIN, 1, 1,
                      limit.is_limited) for stage, limit in limits.items()]  # fmt: skip
+    calls.reap(conn)  # a lost attempt, before the history has a newer one
     began = trigger.boottime()
     only = (row.key, chosen.call_id, chosen.attempts)
     claimed = calls.settle_and_claim(conn, [], wanted, 1, name, only=only).claimed
     if not claimed:
         raise Problem(why_nothing_owed(conn, row, chosen.stage))
     [claim] = claimed
-    if claim.taken_over:
-        calls.reap(conn)  # the lost attempt, before the history has a newer one
     until = began + settings.LEASE_MARGIN
     call = pipeline.claimed_call(claim, limits[claim.stage], name, until)
     call.target_number = conn.target_number

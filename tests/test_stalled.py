@@ -59,6 +59,22 @@ def test_accepted_call_is_known_though_an_attempt_before_has_ended_later(databas
     assert "made before: 1 accepted" in done.out and "0 calls recorded" in done.out
 
 
+def test_accepted_call_is_known_though_the_stage_before_has_answered_later(database, run_command):
+    """A stage commits `done` before it answers."""
+    job = database.add_job("yolo_detect", "done")
+    with connected(database) as conn:
+        before = claim(conn)
+        database.move(job, "planner", "done")
+        assert settle(conn, result(claim(conn)))
+        settle(conn, result(before))
+    database.rows(f"UPDATE jobs SET updated_at = {LONG_AGO}")
+    database.rows("UPDATE stage_attempts SET finished_at = finished_at - interval '11 minutes'")
+    assert stalled(run_command, database) == [
+        (job, "accepted by the stage, but the job has not changed")
+    ]
+    assert "0 calls recorded" in run_command(database, "backfill", "--apply").out
+
+
 def test_job_left_running_is_stalled_once_nobody_calls_it(database, run_command):
     job = database.add_job("planner", "done")
     with connected(database) as conn:
