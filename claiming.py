@@ -20,7 +20,7 @@ from calls import Turn, Wanted
 from health import StageHealth
 from one_by_one import is_table_locked
 from ops.listeners import UNCLAIMABLE
-from ops.rows import limit_locked, locked
+from ops.rows import locked, locked_limit, locked_table
 from pipeline import Call, Pool
 
 log = logging.getLogger("listener")
@@ -228,5 +228,7 @@ def why_unclaimable(conn: db.Connection, stage: str, error: psycopg2.Error) -> s
               if function.__name__ == stage]  # fmt: skip
     if isinstance(error, LockNotAvailable):
         with contextlib.suppress(psycopg2.Error):  # calls that were claimed meanwhile are made
-            return locked(conn, *tables) if is_table_locked(error) else limit_locked(conn)
+            if is_table_locked(error):
+                return locked(conn, *tables)
+            return locked_table(conn) or locked_limit(conn)  # our tables may be locked, too
     return ops.first_line(error)

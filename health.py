@@ -4,6 +4,7 @@ or the stage is at fault: a 404 may mean this job, or a deploy under way.
 
 import logging
 from collections import OrderedDict, defaultdict
+from collections.abc import Container
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -112,13 +113,15 @@ class StageHealth:
             revised.delay = max(revised.delay, ended.retry_after or 0.0)
         return revised
 
-    def revive(self, conn: db.Connection) -> None:
-        """Make calls due again that were given up, although the stage was at fault."""
+    def revive(self, conn: db.Connection, unwritten: Container[int]) -> None:
+        """Make calls due again that were given up, although the stage was at fault; those whose
+        result is still `unwritten`, by call_id, later.
+        """
         for result in self.to_revive:
-            if revive(conn, result):
+            if result.call_id not in unwritten and revive(conn, result):
                 row = row_name(result.table_name, result.job_id)
                 log.warning("포기한 호출을 되살림 (단계의 문제): %s stage=%s", row, result.stage)
-        self.to_revive = []
+        self.to_revive = [result for result in self.to_revive if result.call_id in unwritten]
 
     def as_outcome(self, call: Call, ended: Result, outcome: str, **details) -> Result:
         """The same answer as another outcome."""

@@ -357,7 +357,7 @@ class Listener:
         if any(result.outcome == TAKEN for result in self.unwritten.results):
             self.move_look.ask()  # the row may have moved on before
         self.unwritten.note_settled(turn)
-        self.health.revive(conn)
+        self.health.revive(conn, self.unwritten.call_ids)
 
     def claim_others(
         self, conn: db.Connection, turn: Turn, others: list[list[Wanted]], free: int, sweep: bool
@@ -515,7 +515,7 @@ class Listener:
         the lease was too short for the call.
         """
         keep = [call.call_id for call in self.workers.calls]
-        keep += [r.call_id for r in (*self.unwritten.results, *self.unwritten.locked)]
+        keep += self.unwritten.call_ids
         found = calls.give_back(conn, self.name, keep)
         self.gives_back = found.locked > 0  # by the application
         if found.given_back:

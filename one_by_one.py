@@ -52,7 +52,7 @@ def settle_and_claim(
     done, has_waited = Turn([], []), False
     for result in results:
         if isinstance(done.refusal, psycopg2.errors.QueryCanceled):
-            done.refused.append(result)  # it may take as long
+            done.refused.insert(0, result)  # it may take as long; the next turn tries it first
             continue
         try:
             settle_alone(conn, result, done)
@@ -130,9 +130,9 @@ def settle_alone(conn, result: Result, done: Turn) -> None:
     try:
         params = {"results": as_json(conn, [replace(result, error=ascii_only)])}
         given_up = execute(conn, SETTLE_WITHOUT_HISTORY, params).rowcount
-    except ConnectionLost:
-        raise
     except psycopg2.Error as error:
+        if not is_fault_of_row(error):
+            raise
         log.error("리스 만료 후 다시 확인됨: %s %s", row, error)
     else:
         if given_up and not (result.is_told and result.outcome == "failed"):

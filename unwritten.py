@@ -40,6 +40,10 @@ class Unwritten:
         self.last_tries = 0
 
     @property
+    def call_ids(self) -> list[int]:
+        return [result.call_id for result in (*self.results, *self.locked)]
+
+    @property
     def locked_failures(self) -> list[Result]:
         """Locked results of failed calls, which would be made again if the listener ended now."""
         return [result for result in self.locked if result.outcome not in (*PAID, TAKEN)]
@@ -50,8 +54,11 @@ class Unwritten:
 
     @property
     def keeps_listener(self) -> bool:
-        """Whether an end is to wait for the row of a failed call."""
-        return bool(self.locked_failures) and not self.are_left
+        """Whether an end is to wait for the row of a failed call. Without a database it waits for
+        as long again.
+        """
+        is_over = time.monotonic() >= self.locked_until + LOCKED_FOR
+        return bool(self.locked_failures) and not (self.are_left or is_over)
 
     def retry_locked(self) -> None:
         """Settle those whose rows were locked once more, in the next turn."""
@@ -78,14 +85,16 @@ class Unwritten:
         self.locked += [
             replace(r, hold=False, was_locked=True) for r in self.results if r.call_id in again
         ]
-        self.are_left = time.monotonic() >= self.locked_until
+        if again:
+            self.are_left = time.monotonic() >= self.locked_until
         # Settle a result once more whose row was locked until now: its stage may have committed
         # `failed` between tell_failed() and this settling.
-        self.results = [
+        once_more = [
             replace(r, was_locked=False) for r in self.results
-            if r in turn.refused
-            or (r.was_locked and r.delay is not None and r.call_id not in again)
+            if r.was_locked and r.delay is not None
+            and r.call_id not in again and r not in turn.refused
         ]  # fmt: skip
+        self.results = turn.refused + once_more
 
     def settle_last(
         self, conn: db.Connection, name: str, problem: ops.Problem, under_way: bool

@@ -126,30 +126,32 @@ LIMIT 1
 
 
 def locked(conn, *likely: str) -> str:
-    """Which table is locked, and by whom, after lock_timeout has ended a statement; of several
-    locked tables, one of `likely`. The lock may be gone by now.
-    """
+    """What is locked, and by whom, after lock_timeout has ended a statement. It may be no more."""
+    return locked_table(conn, *likely) or "another transaction holds a lock on a table or row"
+
+
+def locked_table(conn, *likely: str) -> str | None:
+    """Which table is locked, and by whom; of several, one of `likely`."""
     tables = [*pipeline.tables(), *migrations.TABLES]
     found = db.execute(conn, LOCKED, {"tables": tables, "likely": [*likely]}).fetchone()
-    if found is None:
-        return "another transaction holds a lock on a table or row"
-    return f"{found.name} is locked by {server_process(found)}"
+    return found and f"{found.name} is locked by {server_process(found)}"
 
 
-# The oldest transaction is the one that does not end: claims take such a lock for a moment.
+# The oldest transaction is the one that does not end: claims take such a lock for a moment. Of a
+# session of another role, which is none of ours, it may not be known when it began.
 LIMIT_LOCKED = """
 SELECT l.pid, a.application_name
 FROM pg_locks AS l JOIN pg_stat_activity AS a USING (pid)
 WHERE l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
   AND l.relation = to_regclass('stage_limits') AND l.granted AND l.pid <> pg_backend_pid()
   AND l.mode IN ('RowShareLock', 'RowExclusiveLock')
-ORDER BY a.xact_start, l.pid
+ORDER BY a.xact_start NULLS FIRST, l.pid
 LIMIT 1
 """
 
 
-def limit_locked(conn) -> str:
-    """That the row of a limit is locked, and by whom. The lock may be gone by now."""
+def locked_limit(conn) -> str:
+    """That the row of a limit is locked, and by whom. It may be no more."""
     found = db.execute(conn, LIMIT_LOCKED).fetchone()
     if found is None:
         return "another transaction holds a lock on the row of its limit in stage_limits"

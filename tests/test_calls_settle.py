@@ -1,5 +1,6 @@
 """Settling: what each outcome leaves behind, who may settle, and doing it twice."""
 
+import time
 from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
@@ -265,13 +266,13 @@ def test_listener_that_must_end_tells_of_a_result_that_cannot_be_recorded(databa
     assert last.results == [] and sent == [("given_up", job)]
 
 
-def test_row_that_is_locked_is_tried_once_more_before_a_listener_ends(database, conn, monkeypatch):
-    monkeypatch.setattr("unwritten.LOCKED_FOR", 0.0)
+def test_row_that_is_locked_is_tried_once_more_before_a_listener_ends(database, conn):
     database.add_job()
     failed, last = result(claim(conn), "failed"), Unwritten(SimpleNamespace())
     last.results.append(failed)
     last.note_settled(calls.Turn([], [failed.call_id]))
     last.begin_to_leave()
+    last.locked_until = time.monotonic()
     assert last.keeps_listener
     last.retry_locked()
     last.note_settled(calls.Turn([], [failed.call_id]))

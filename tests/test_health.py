@@ -65,6 +65,18 @@ def test_stage_that_accepts_again_is_called_as_before(database, serve, caller):
     assert episode.count == 0 and episode.recovered["of"] == "stage_refuses"
 
 
+def test_call_whose_result_is_not_written_yet_is_revived_once_it_is(database, serve, caller):
+    first, second = database.add_job(), database.add_job()
+    worker = caller(serve(in_turn(answer("401 No"))).url)
+    calls = worker.claim(), worker.claim()
+    for call in calls:
+        worker.run(call)
+    worker.listener.health.revive(worker.conn, [calls[0].call_id])
+    worker.settle()
+    assert not database.owed(first).given_up and not database.owed(second).given_up
+    assert worker.line("포기한 호출을 되살림")
+
+
 def test_call_that_was_cancelled_is_not_said_to_be_revived(database, serve, caller):
     database.add_job(), database.add_job()
     worker = caller(serve(in_turn(answer("401 No"))).url)
