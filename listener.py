@@ -341,9 +341,9 @@ class Listener:
             for given_up in turn.given_up:
                 failures.tell_given_up(self.alerts, given_up)
         self.claiming.note_unclaimable(conn, turn)
-        refused = self.claiming.error_of_all_stages(turn)
-        if refused and not (turn.claimed or results or self.once):
-            raise refused  # with `once`, serve() fails at its end
+        of_all = self.claiming.error_of_all_stages(turn)
+        if of_all and not (turn.claimed or results or self.once):
+            raise of_all  # with `once`, serve() fails at its end
         return turn
 
     def note_settled(self, conn: db.Connection, turn: Turn) -> None:
