@@ -107,8 +107,8 @@ class Claiming:
         return claims
 
     def may_wait(self, stage: str) -> bool:
-        """Whether a claim may wait for a lock. The row of a limit may be one that others hold all
-        the time, each for a moment; who does not wait then never gets it.
+        """Whether a claim may wait for a lock. Others may hold the row of a limit all the time, for
+        a moment each: a claim that does not wait then never gets it.
         """
         return stage not in self.unclaimable or stage in self.limit_locked
 
@@ -126,8 +126,8 @@ class Claiming:
 
     def note_unclaimable(self, conn: db.Connection, turn: Turn) -> None:
         """Remember the stages of which no call can be claimed: only a sweep asks for them again, so
-        that they do not keep the others waiting. So with those whose limit has a row that is locked
-        for longer than a moment: in two turns, one after the other.
+        that they do not keep the others waiting. The same for a stage whose limit has a row that
+        was locked in two turns, one after the other.
         """
         before, locked_before = self.unclaimable, {*self.unclaimable, *self.limit_locked}
         self.limit_locked = self.limit_locked - turn.asked | turn.limit_locked.keys()

@@ -25,7 +25,7 @@ from unwritten import LOCKED_FOR
 
 log = logging.getLogger("listener.settling")
 
-LOCKED_EVERY = 0.2  # seconds between two looks at a row that is locked
+LOCKED_EVERY = 0.2  # seconds between two tries where the row is locked
 
 
 class Settled(NamedTuple):
@@ -37,8 +37,8 @@ class Settled(NamedTuple):
 
 
 def settle(conn: db.Connection, result: Result) -> Settled:
-    """Settle `result`; of a failed call whose row its stage still holds, wait for that a while.
-    Nothing is logged before unless the database refuses something: the output may be stuck.
+    """Settle `result`. Where the call has failed and its stage still holds the row, try again for a
+    while. Nothing is logged before unless the database refuses something: the output may be stuck.
 
     Raises:
         psycopg2.Error: whether it is written is not known.

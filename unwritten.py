@@ -36,7 +36,7 @@ class Unwritten:
         self.results: list[Result] = []
         self.locked: list[Result] = []
         self.locked_until = math.inf  # time.monotonic() until which an end waits for them
-        self.are_left = False  # they were tried once more after that
+        self.are_left = False  # an end leaves them, as they were tried once more after that
         self.last_tries = 0
 
     @property
@@ -54,8 +54,8 @@ class Unwritten:
 
     @property
     def keeps_listener(self) -> bool:
-        """Whether an end is to wait for the row of a failed call. Without a database it waits for
-        as long again.
+        """Whether the listener may not end yet, as the row of a failed call is locked. Where the
+        database is away, nothing is tried: then for LOCKED_FOR seconds more.
         """
         is_over = time.monotonic() >= self.locked_until + LOCKED_FOR
         return bool(self.locked_failures) and not (self.are_left or is_over)
