@@ -108,7 +108,8 @@ WHEN {name} THEN EXISTS (
         AND ((p.stage, 'running') = (r.current_step::text, r.status::text)
              OR b.outcome IN ('succeeded', 'skipped', 'cancelled') AND p.join_of = ''
                 AND (p.current_step, p.status) = (r.current_step::text, r.status::text)
-                AND (p.stage = b.stage OR b.stage NOT IN (SELECT stage FROM pipeline_stages)))
+                AND (p.stage = b.stage OR b.stage NOT IN (SELECT stage FROM pipeline_stages))
+             OR b.outcome = 'cancelled' AND p.join_of <> '' AND p.stage = b.stage)
     WHERE r.{id} = b.job_id{collate}
     OFFSET 0)"""
 CAN_BE_READ = "SELECT CASE b.table_name {rests} END FROM stage_attempts AS b LIMIT 0"

@@ -219,7 +219,8 @@ BEGIN
                             SELECT min(p.position) FROM %4$I.pipeline_stages AS p
                             WHERE p.join_of = %7$L)))) IS NOT TRUE
           AND (last.call_id = ANY (last.cancelled)
-               AND (last.call_id = ANY (last.accepted)) IS NOT TRUE) IS NOT TRUE
+               AND (last.call_id = ANY (last.accepted)) IS NOT TRUE
+               AND last.finished_at >= m.recorded_at) IS NOT TRUE
           AND greatest(m.recorded_at, last.finished_at)
               < now() - make_interval(secs => %8$s)
           AND NOT EXISTS (SELECT FROM %4$I.stage_calls AS c

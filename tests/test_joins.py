@@ -813,6 +813,18 @@ def test_table_that_cannot_be_read_keeps_no_other_from_being_pruned(variants, co
     assert "prune: jobs_variants: column r.status does not exist" in caplog.text
 
 
+@pytest.mark.parametrize(("outcome", "pruned"), [("cancelled", 0), ("retry", 1)])
+def test_cancelled_call_of_a_join_is_kept_in_the_history(variants, conn, outcome, pruned):
+    joined(variants)
+    variants.database.rows(
+        "INSERT INTO stage_attempts (job_id, call_id, attempt, stage, worker, started_at,"
+        " finished_at, outcome) SELECT job_id, 1, 1, 'ad_copy', 'kim', at, at, %s"
+        " FROM jobs, LATERAL (SELECT now() - interval '40 days' AS at) AS t",
+        outcome,
+    )
+    assert history.count(conn) == 1 and history.prune(conn, 30).pruned == pruned
+
+
 def test_parent_is_neither_stalled_nor_owing_once_its_history_is_pruned(
     variants, conn, caller, serve
 ):
