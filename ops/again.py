@@ -191,7 +191,8 @@ def what_became(conn, row: Any, stage: str, join: str) -> str:
     """What became of the row's previous call of this stage, in words that follow the new one."""
     for call in waits.owed(conn, row, stage):
         if call.join_of == join:
-            how = "given up" if call.given_up else "not made yet"
+            tried = "to be retried" if call.last_error else "not made yet"
+            how = "given up" if call.given_up else tried
             return f", in place of call {call.call_id}, which was {how}"
     given = {"key": row.key, "table": row.table_name, "stage": stage}
     call = db.execute(conn, BEFORE, given).fetchone()
@@ -219,11 +220,14 @@ def record(conn, row: Any, stage: str, join: str) -> int:
             found = db.execute(conn, sql, given).fetchone()
             call_id = found and found.call_id
     except psycopg2.errors.LockNotAvailable:
-        held = f"another transaction holds its call to {stage}; nothing was changed: try again"
+        looks = ", or a listener looks at joins" * bool(join)
+        held = f"another transaction holds its call to {stage}{looks}"
+        held += "; nothing was changed: try again"
         raise Problem(f"{rows.said(row)}: {held}") from None
     if call_id is None:
         refuse_under_way(conn, row, stage)
-        raise Problem(f"{rows.said(row)} has moved on meanwhile; nothing was changed")
+        raise Problem(f"{rows.said(row)} has moved on meanwhile, its call is under way, or the "
+                      "database has another PIPELINE; nothing was changed")  # fmt: skip
     return call_id
 
 

@@ -85,9 +85,12 @@ def of_stage(row: dict[str, Any], at: datetime) -> Iterator[Alarm]:
     """What concerns one stage, or jobs of it; `at` is now."""
     stage = row["stage"]
     if row["position"] is None and row["owed"]:
-        yield Alarm(STAGE, "route", f"{counted(row['owed'], 'call')} owed to no stage of PIPELINE",
-                    "wait 5 min: until then, listeners give such calls to a renamed stage",
-                    f"{pipeline.JSL} cancel --stage {stage}", stage)  # fmt: skip
+        why = "wait 5 min: until then, listeners give such calls to a renamed stage"
+        mend = f"{pipeline.JSL} cancel --stage {stage}"
+        if stage in pipeline.stage_names():
+            why, mend = "this program's PIPELINE has it", f"{INSTALL}, {IF_NEWER}"
+        owed = f"{counted(row['owed'], 'call')} owed to no stage of PIPELINE"
+        yield Alarm(STAGE, "route", owed, why, mend, stage)
     if hold := waits.held(SimpleNamespace(**row)):
         reason = f"{readable(row['held_reason'])}; {counted(row['owed'], 'call')} owed"
         kind, urgency = ("paused", INTENDED) if row["paused"] else ("held", STAGE)

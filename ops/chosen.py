@@ -210,8 +210,11 @@ def tell(did: str, done: list) -> None:
 
 
 def refuse_left(conn, sql: str, chosen: Chosen) -> None:
-    """Raises Problem where calls that match were left, as another transaction holds them."""
+    """Raises Problem where calls match still: another transaction holds them, or they match only
+    since.
+    """
     left = patiently(conn, sql, chosen.params | {"most": 1})
     if left:
         count = "1 call is" if left[0].calls == 1 else f"{left[0].calls} calls are"
-        raise Problem(f"{count} left, as another transaction holds them: try again")
+        held = "another transaction holds them, or they match only since: look again"
+        raise Problem(f"{count} left: {held}")

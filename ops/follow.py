@@ -275,13 +275,15 @@ class Follower:
     def why_late(self, look: Look, row: Row, stage: str) -> str:
         if held := db.execute(self.conn, HELD, {"stage": stage}).fetchone():
             return f"held by {plain(held.held_by)}: {plain(held.held_reason)}"
-        if row.state == (stage, "running"):
+        if row.state == (stage, "running") or (row, stage) in look.calling:
             return "it is still running"
         call = look.owed.get((row, stage))
         if call and call.last_error:
             return plain(call.last_error)
-        is_called = (row, stage) in look.hops
-        return "accepted, but the job has not changed" if is_called else "it was not called"
+        hop = look.hops.get((row, stage))
+        if hop is None:
+            return "it was not called"
+        return "accepted, but the job has not changed" if hop.accepted else "no call was accepted"
 
 
 HELD = """

@@ -15,6 +15,7 @@ import psycopg2
 
 import config
 import db
+import pipeline
 from heartbeat import ALIVE
 from ops import migrations
 from ops.limits import LIMIT_FIELDS, limits
@@ -251,8 +252,9 @@ def notes(row: dict[str, Any]) -> Iterator[Line]:
     """What there is to say about a stage beyond its numbers."""
     if row["position"] is None and row["owed"]:
         # Before that, a listener gives calls whose state leads to another stage to that one.
-        cancel = f"{JSL} cancel --stage {row['stage']}"
-        yield f"not in PIPELINE; if this stays for 5 min: {cancel}", RED
+        cancel = f"if this stays for 5 min: {JSL} cancel --stage {row['stage']}"
+        newer = f"but in this program's: {INSTALL}, {IF_NEWER}"
+        yield f"not in PIPELINE; {newer if row['stage'] in pipeline.stage_names() else cancel}", RED
     parts = [f"{row['working']} taken and worked on"] if row["working"] else []
     if row["retrying"]:
         seconds = row["next_retry_seconds"]

@@ -101,8 +101,8 @@ FIND_CANCELLED = FOUND.format(matching=MATCHING)
 # --- why not -------------------------------------------------------------------------------
 
 
-def why_nothing_owed(conn, row: Any, stage: str | None = None) -> str:
-    """One line on why a row's call (to `stage`) cannot be taken, or retried, now."""
+def why_nothing_owed(conn, row: Any, stage: str | None = None, by_hand: bool = False) -> str:
+    """One line on why a row's call (to `stage`) cannot be made `by_hand`, or retried, now."""
     what = rows.said(row)
     call = next(iter(waits.owed(conn, row, stage)), None)
     if call is None:
@@ -123,7 +123,7 @@ def why_nothing_owed(conn, row: Any, stage: str | None = None) -> str:
         )
     if not (call.has_route and rows.is_readable(row)) and (gone := waits.why(row, call)):
         return ": ".join(filter(None, (what, *gone)))
-    if call.full:
+    if by_hand and call.full:
         return f"{what}: {waits.full(call)}; try again"
     if call.given_up or call.locked_by:
         return f"{what}: another transaction holds its call to {call.stage}; try again"
@@ -166,7 +166,7 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
     only = (row.key, chosen.call_id, chosen.attempts)
     claimed = calls.settle_and_claim(conn, [], wanted, 1, name, only=only).claimed
     if not claimed:
-        raise Problem(why_nothing_owed(conn, row, chosen.stage))
+        raise Problem(why_nothing_owed(conn, row, chosen.stage, by_hand=True))
     [claim] = claimed
     until = began + settings.LEASE_MARGIN
     call = pipeline.claimed_call(claim, limits[claim.stage], name, until)
@@ -217,7 +217,7 @@ def settle(conn, settings: SimpleNamespace, call: Call, ended: calls.Result) -> 
         return settling.settle_within_lease(settings, name, call, ended)
     except psycopg2.Error:
         said = f"the result of this call to {call.stage} ({ended.outcome}) could not be recorded"
-        click.echo(f"{said}: it will be made again", err=True)
+        click.echo(f"{said}: it will be made again, unless its row moves on", err=True)
         raise
 
 

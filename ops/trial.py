@@ -124,6 +124,8 @@ def make(conn, tenant: str, ids: list[str]) -> None:
         raise Problem(f"PIPELINE begins with {first}: test-job needs a function example_job(conn) "
                       f"in {pipeline.module().__name__}, see docs/STAGES.md")  # fmt: skip
     column = db.execute(conn, ID_COLUMN).fetchone()
+    if column is None:
+        raise Problem(f"jobs has no column job_id: {pipeline.JSL} verify")
     given: dict[str, Any] = {"tenant": tenant, "step": first.step, "status": first.status}
     if not column.given:
         number = -1 - secrets.randbelow(2**15 - 1)  # negative: no application uses such ids

@@ -6,6 +6,7 @@ import db
 import pipeline
 from ops import rows
 from ops.listeners import connected
+from ops.problem import IF_NEWER, INSTALL
 from ops.table import clock, counted, readable
 
 # A call, and everything that may keep it from being made. Where another transaction has changed or
@@ -74,7 +75,8 @@ def owed(conn, row: Any, stage: str | None = None) -> list:
 
 def waits(conn, row: Any) -> dict[str, Waits]:
     """Why each call that the row owes waits, by the name of its join ("": the row's own call).
-    Calls that are under way, were given up, or wait only for an idle worker are left out.
+    Left out are calls that a listener is making, that were given up, or that wait only for an idle
+    worker; a call that got no answer, or was taken with 202, is not.
     """
     found = {call.join_of: why(row, call) for call in owed(conn, row)}
     taken_by_nobody = [join for join, waiting in found.items() if waiting is NOBODY]
@@ -91,6 +93,8 @@ def why(row: Any, call: Any) -> Waits | None:
     if not rows.is_readable(row):
         mend = rows.typed("cancel", row) if rows.has_left(row) else None
         return Waits(rows.gone_table(row), mend)
+    if not call.has_route and rows.is_wanted(call):
+        return Waits(f"the database's PIPELINE has no stage {call.stage}: {INSTALL}, {IF_NEWER}")
     if not call.has_route:
         again = rows.own_stage(row) and not call.join_of
         mend = rows.typed("again", row) if again else rows.typed("cancel", row)
