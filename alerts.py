@@ -49,7 +49,10 @@ class Run:
         if self.process.poll() is None:
             with contextlib.suppress(OSError):
                 os.killpg(self.process.pid, signal.SIGKILL)  # and what it started
-            self.process.wait()
+            with contextlib.suppress(
+                subprocess.TimeoutExpired
+            ):  # of another user, or in the kernel
+                self.process.wait(1.0)
             log.error("알림 명령 실패: %.0f초 안에 끝나지 않아 중단함", TIME_LIMIT)
         elif self.process.returncode:
             self.output.seek(0)
@@ -181,14 +184,16 @@ class Alerts:
         """Wait until all alerts are sent and all runs have ended, each within TIME_LIMIT.
 
         Args:
-            stop: where one is requested: wait for STOP_LIMIT at the most, and not past a second
+            stop: once one is requested: wait for STOP_LIMIT at the most, and not past a second
                 request; log what has not been sent by then, and leave runs to themselves.
         """
         self.end_episodes(math.inf)
-        until = time.monotonic() + STOP_LIMIT
+        began = time.monotonic()
         while self.run():
-            if stop and (len(stop.stops) > 1 or time.monotonic() > until):
-                break
+            if stop and stop.requested:
+                until = max(began, stop.stopped_at) + STOP_LIMIT
+                if len(stop.stops) > 1 or time.monotonic() > until:
+                    break
             time.sleep(0.05)
         for run in self.running:
             log.error("중지하느라 보내지 못한 알림 (명령이 실행 중): %s", run.said.decode().strip())

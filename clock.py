@@ -51,8 +51,8 @@ UPDATE stage_calls AS c
 SET due_at = greatest(now() + n.number * interval '1 us', n.run_after)
 FROM numbered AS n WHERE c.job_id = n.job_id AND c.call_id = n.call_id
 """
-# A claimed call becomes due when its lease ends. Any other call waits for a back-off, or for the
-# lease of an attempt without an answer; one that waits longer than both becomes due.
+# A claimed call becomes due when its lease ends. Any other call waits for a back-off, for the lease
+# of an attempt without an answer, or for its run_after; one that waits longer than all becomes due.
 SHORTEN_TRIED = f"""
 WITH later AS (
     SELECT c.*
@@ -60,13 +60,13 @@ WITH later AS (
     CROSS JOIN LATERAL (
         SELECT c.job_id, c.call_id,
                CASE WHEN c.worker IS NOT NULL THEN now() + (c.due_at - c.started_at)
-                    ELSE greatest(now(), lease.until) END AS due_at
+                    ELSE greatest(now(), lease.until, c.run_after) END AS due_at
         FROM stage_calls AS c
         CROSS JOIN LATERAL (SELECT max(l.leased_until) AS until FROM stage_leases AS l
                             WHERE l.call_id = c.call_id) AS lease
         WHERE c.stage = p.stage AND c.due_at > now() AND c.due_at < 'infinity' AND c.attempts > 0
           AND CASE WHEN c.worker IS NOT NULL THEN c.started_at > clock_timestamp()
-                   ELSE c.due_at > greatest(lease.until, clock_timestamp()
+                   ELSE c.due_at > greatest(lease.until, c.run_after, clock_timestamp()
                                             + interval '{trigger.LONGEST_BACKOFF} s') END
         ORDER BY c.due_at DESC LIMIT %(batch)s
         FOR UPDATE OF c SKIP LOCKED) AS c

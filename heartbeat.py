@@ -137,14 +137,20 @@ def heartbeats(directory: str) -> list[Beat]:
     """The heartbeats in `directory`; none where it does not exist.
 
     Raises:
-        OSError: it cannot be read. (Path.glob would return nothing instead.)
+        OSError: it cannot be read, nor any of its files. (Path.glob would return nothing instead.)
     """
-    beats = []
+    beats, refused = [], None
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for name in sorted(os.listdir(directory)):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            try:
                 if name.endswith(SUFFIX):
                     beats.append(read_beat(Path(directory, name)))
+            except PermissionError as error:
+                refused = error
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+    if refused and not beats:
+        raise refused
     return beats
 
 

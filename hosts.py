@@ -200,6 +200,8 @@ class Watch:
         found = {}
         with contextlib.suppress(ValueError):  # the process has failed
             found = {name: Place(*there) for name, there in json.loads(text).items()}
+        if not found:
+            return None  # it has failed, or reached no primary
         self.learn(found.values())
         said = split_brain(found) or ""
         is_new, self.said = bool(said) and said != self.said, said

@@ -131,7 +131,7 @@ class Listener:
         finally:
             if not self.has_work:  # else a bug ended the loop: they finish and write their results
                 self.workers.stop()
-            self.alerts.close(self.signals if self.signals.requested else None)
+            self.alerts.close(self.signals)
             self.hosts.close()
             self.heartbeat.close()
         for failure in (self.refusal, self.join_look.failure, self.move_look.failure):

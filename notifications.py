@@ -55,7 +55,8 @@ def followed_states() -> set[tuple[str, str, str]]:
 
 def can_hear(conn: db.Connection, settings: SimpleNamespace) -> bool:
     """Whether notifications arrive. Behind a pooler we send one and see. It is sent from a second
-    connection, as a session always receives its own.
+    connection, as a session always receives its own. Others that arrive meanwhile are dropped: the
+    first look comes after this.
     """
     if not conn.prefix:
         return True

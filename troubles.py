@@ -23,7 +23,7 @@ EPISODES_INTERVAL = 60.0  # seconds between two looks at the stages
 # --- rows that rest ------------------------------------------------------------------------
 
 # The first listener that sees a stalled row marks its stage, until no row of it is stalled. Where
-# only a part is asked for, the stage may have stalled rows in another one.
+# only a part is asked for, a stage that has routes outside of it may have stalled rows there.
 NEWLY_STALLED = f"""
 {PART}
 WITH stalled AS (
@@ -36,7 +36,9 @@ WITH stalled AS (
     WHERE (p.table_name, p.join_of, p.current_step, p.status)
           = (q.table_name, q.join_of, q.current_step, q.status)
       AND (p.stalled_since IS NULL) = (q.jobs IS NOT NULL)
-      AND (q.jobs IS NOT NULL OR %(part)s::text IS NULL)
+      AND (q.jobs IS NOT NULL OR %(part)s::text IS NULL OR NOT EXISTS (
+          SELECT FROM pipeline_stages AS o
+          WHERE o.stage = p.stage AND (o.table_name, o.join_of) <> (%(part)s::text, '')))
     RETURNING p.stage, q.jobs, q.reason
 )
 SELECT DISTINCT stage, jobs, reason FROM marked
@@ -124,7 +126,7 @@ def newly_failed(
 
 def newly_stalled(conn, part: str | None = None) -> list:
     """The stages (stage, jobs, reason) that are stalled since any listener last looked, or no more
-    (jobs is None); with `part`, those with stalled rows in it.
+    (jobs is None). With `part`: those that are stalled in it, or no more and have no route outside.
     """
     return execute(conn, UNPINNED + NEWLY_STALLED, {"part": part}).fetchall()
 
@@ -164,8 +166,9 @@ def tell_absence(conn, after: float, alerts: Alerts) -> None:
 REFUSALS = 3
 
 # The first listener that sees it marks the stage until it is over. Paused stages are left as they
-# are, as a person wants them to wait. Only a success, or a call that was taken, shows that a stage
-# accepts calls again: one that is tried with one call at a time, or has none, makes few attempts.
+# are, as a person wants them to wait. A stage counts as refusing until a call of it succeeds, or is
+# taken with 202. That there were fewer than REFUSALS attempts lately shows nothing: it may be tried
+# with one call at a time, or have no calls.
 # Each try of a held stage moves the due_at of its call. Such calls count as due since they were
 # first due, as in pipeline_overview; so do calls that a listener puts off again and again, as its
 # PIPELINE does not have them. A call that is being tried counts where its stage waited before.
@@ -286,10 +289,12 @@ GROUP BY c.stage
 
 
 def tell_gone_stages(conn, after: float, alerts: Alerts, told: set[str]) -> None:
-    """Tell people of calls that wait for a stage which left PIPELINE, and when that is over. Only
-    the listener that was connected first does; `told` has the stages that it has told.
+    """Tell people of calls that wait for a stage which left PIPELINE, and when that is over, unless
+    this listener was restarted meanwhile. Only the listener that was connected first does; `told`
+    has the stages that it has told.
     """
     if not listeners.is_first(conn):
+        told.clear()  # another one tells people now
         return
     found = {row.stage: row for row in execute(conn, UNPINNED + OF_NO_STAGE, {"after": after})}
     for stage, row in found.items():

@@ -155,7 +155,10 @@ class Upkeep:
         if found and found != self.broken:
             log.error("트리거가 호출을 기록하지 않음: %s", said)
         self.broken = found
-        if found == self.told_broken or not listeners.is_first(conn):
+        if found == self.told_broken:
+            return
+        if not listeners.is_first(conn):
+            self.told_broken = []  # another one tells people now
             return
         self.told_broken = found
         if found:
@@ -202,13 +205,15 @@ class Upkeep:
             self.failed_tables = list(pipeline.tables())
         tables = self.failed_tables
         found, failed = self.guarded_in_parts(
-            troubles.newly_failed, conn, tables, after=self.failed_after, tables=tables
+            troubles.newly_failed,
+            conn,
+            tables,
+            tell=self.tell_failed,
+            after=self.failed_after,
+            tables=tables,
         )
         self.failed_tables = [name for name in tables if name not in failed]
         self.failed_after = found[0][1] if found else None
-        for rows, _ in found:
-            for row in rows:
-                failures.tell_set_failed(self.alerts, row)
         return self.failed_after is not None
 
     def look_at_stages(self, conn) -> None:
@@ -223,19 +228,31 @@ class Upkeep:
         tens of millions of rows, statement_timeout ends a look, and no call begins meanwhile: so
         the next looks are further apart.
         """
-        found, failed = self.guarded_in_parts(troubles.newly_stalled, conn, *parts())
+        found, failed = self.guarded_in_parts(
+            troubles.newly_stalled,
+            conn,
+            *parts(),
+            tell=self.tell_stalled,
+        )
         took_long = any(isinstance(e, psycopg2.errors.QueryCanceled) for e in failed.values())
         if took_long or not found:
             self.stalled.every = min(2 * self.stalled.every, LONGEST_STALLED_INTERVAL)
         else:
             self.stalled.every = STALLED_INTERVAL
         self.guarded(self.tell_failing, conn, failed)
-        for rows in found:
-            for row in rows:
-                self.tell_stalled(row)
 
-    def tell_stalled(self, row: Any) -> None:
-        """Tell people of a stage (see troubles.newly_stalled) that is stalled, or no more."""
+    def tell_failed(self, found: tuple[list, Any]) -> None:
+        """Tell people of what troubles.newly_failed() has found."""
+        for row in found[0]:
+            failures.tell_set_failed(self.alerts, row)
+
+    def tell_stalled(self, found: list) -> None:
+        """Tell people of what troubles.newly_stalled() has found."""
+        for row in found:
+            self.tell_stalled_stage(row)
+
+    def tell_stalled_stage(self, row: Any) -> None:
+        """Tell people of a stage that is stalled, or no more."""
         stages = pipeline.stages_of_routes().items()
         kind = called(route.table for route, (name, _) in stages if name == row.stage)
         if row.jobs is None:
@@ -278,12 +295,18 @@ class Upkeep:
             return None
 
     def guarded_in_parts(
-        self, do: Callable, conn, *groups: Collection[str], **given: Any
+        self, do: Callable, conn, *groups: Collection[str], tell: Callable, **given: Any
     ) -> tuple[list, dict[str, psycopg2.Error]]:
-        """As guarded(), but what can be done part by part is; see db.in_parts()."""
+        """As guarded(), but what can be done part by part is; see db.in_parts().
+
+        Args:
+            tell: told each answer at once: the database has marked it as told.
+        """
 
         def ask(conn, part: str | None = None) -> Any:
-            return do(conn, part=part, **given)
+            answer = do(conn, part=part, **given)
+            tell(answer)
+            return answer
 
         found, failed = in_parts(conn, ask, *groups)
         if failed:

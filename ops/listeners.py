@@ -10,7 +10,8 @@ from pipeline import JSL
 
 # What a listener is doing begins with this where the database has another PIPELINE than it.
 OTHER_PIPELINE = "PIPELINE differs, restart it"
-# And with this where it can claim no call of some stages; then their names and the reason follow.
+# With this, after that where both are so, if it can claim no call of some stages; their names and
+# the reason follow.
 UNCLAIMABLE = "no call can be claimed of "
 
 # The sessions of listeners, or of calls by hand, in all databases of this server. PostgreSQL cuts
@@ -84,7 +85,9 @@ def listeners(conn, settings: SimpleNamespace) -> list[dict[str, Any]]:
     names = dict.fromkeys([*beats, *(call["listener"] for call in calls)])
     since = {}
     for row in sessions(conn):
-        name = next((one for one in names if one[: row.longest] == row.listener), row.listener)
+        # Names that are cut may be alike: each session takes one that no other has taken.
+        fitting = (n for n in names if n not in since and n[: row.longest] == row.listener)
+        name = next(fitting, row.listener)
         if row.is_ours:
             since[name] = row.seconds
         elif not any(call["listener"] == name for call in calls):
@@ -94,7 +97,9 @@ def listeners(conn, settings: SimpleNamespace) -> list[dict[str, Any]]:
     found = []
     for name in sorted(names | since):
         beat, ours = beats.get(name), [call for call in calls if call["listener"] == name]
-        hand = next((row for row in hands if name[: row.longest] == row.listener), None)
+        is_listener = beat is not None or name in since
+        hand = next((row for row in hands if name[: row.longest] == row.listener
+                     and not is_listener), None)  # fmt: skip
         found.append(
             {
                 "listener": name,
@@ -131,8 +136,8 @@ def doing(beat: Beat | None, is_connected: bool, calls: list[dict[str, Any]]) ->
         text += ", not connected" * (not is_connected)
         if beat and beat.doing.startswith(OTHER_PIPELINE):
             text = f"{OTHER_PIPELINE}; {text}"
-        elif beat and beat.doing.startswith(UNCLAIMABLE):
-            text += f"; {beat.doing}"
+        if beat and UNCLAIMABLE in beat.doing:
+            text += f"; {UNCLAIMABLE}{beat.doing.partition(UNCLAIMABLE)[2]}"
     if calls and not is_connected:
         text += f"; the last lease ends {clock(max(call['leased_until'] for call in calls))}"
     return text if beat is None or beat.state == ALIVE else f"{beat.state}: {text}"

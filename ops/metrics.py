@@ -71,7 +71,8 @@ FAMILIES = {
     "job_state_listener_given_up_calls": ("gauge", "Owed calls that wait for a person."),
     "job_state_listener_stage_held": (
         "gauge",
-        "1 while nobody calls the stage: unreachable, overloaded, or no database for its lookups.",
+        "1 while nobody calls the stage: unreachable, overloaded, refusing or breaking for several "
+        "jobs, or no database for its lookups.",
     ),
     "job_state_listener_stage_paused": (
         "gauge",

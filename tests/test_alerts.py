@@ -284,7 +284,7 @@ def test_stage_is_newly_stalled_once_until_nothing_of_it_is(database, accepted):
     assert (stalled.stage, stalled.jobs) == ("planner", 1)
     assert troubles.newly_stalled(conn) == []
     database.move(job, "planner", "done")
-    [ended] = troubles.newly_stalled(conn)
+    [ended] = troubles.newly_stalled(conn, part="jobs")  # another table cannot be read
     assert (ended.stage, ended.jobs) == ("planner", None)
     assert troubles.newly_stalled(conn) == []
     assert database.rows("SELECT 1 FROM pipeline_stages WHERE stalled_since IS NOT NULL") == []

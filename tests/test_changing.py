@@ -189,6 +189,7 @@ def owing_job_of_exchanged_stages(database, change) -> str:
         application.autocommit = False
         application.cursor().execute("SELECT FROM stage_calls FOR UPDATE")
         change({("x", "done"): B, ("y", "done"): A})
+        application.rollback()
     return job
 
 

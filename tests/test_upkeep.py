@@ -3,6 +3,7 @@
 import math
 import threading
 import time
+from datetime import timedelta
 
 import pytest
 from claims import (
@@ -420,6 +421,19 @@ def test_call_that_was_given_back_waits_no_longer_although_the_clock_was_set_bac
     assert clock.shorten_waits(conn) == 3
     row = claim(conn)
     assert (row.job_id, row.attempt) == (given_back, 2)
+
+
+def test_tried_call_with_a_run_after_waits_for_that_although_the_clock_was_set_back(database, conn):
+    database.add_job()
+    settle(conn, result(claim(conn), **RETRIED))
+    later = (
+        "UPDATE stage_calls SET run_after = at, due_at = at + %s FROM (SELECT now() + '9 h' AS at)"
+    )
+    database.rows(later + " AS t", timedelta())
+    assert clock.shorten_waits(conn, is_back=True) == 0
+    database.rows(later + " AS t", timedelta(hours=2))
+    assert clock.shorten_waits(conn, is_back=True) == 1
+    assert database.value("SELECT due_at = run_after FROM stage_calls")
 
 
 def test_waits_that_are_meant_to_be_long_are_kept(database, conn):
