@@ -244,8 +244,8 @@ BEGIN
         CREATE INDEX stage_leases_job_idx ON stage_leases (job_id);
     END IF;
     IF to_regclass('stage_leases_running_idx') IS NULL THEN
-        -- Serves the claim: how many calls of a limited stage are under way? Dead entries that an
-        -- old snapshot elsewhere keeps are read no longer than their leases would have lasted.
+        -- Serves the claim: how many calls of a limited stage are under way? With leased_until in
+        -- it, dead entries that an old snapshot elsewhere keeps are passed by once that is over.
         CREATE INDEX stage_leases_running_idx ON stage_leases (stage, leased_until);
     END IF;
     IF to_regclass('stage_attempts_finished_idx') IS NULL THEN

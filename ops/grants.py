@@ -127,7 +127,7 @@ SELECT CASE a.grantee WHEN 0 THEN 'everybody' ELSE a.grantee::regrole::text END 
            CASE WHEN bool_or(a.privilege_type = 'MAINTAIN') THEN 'maintain' END
        ) AS may
 FROM acls CROSS JOIN LATERAL aclexplode(acls.acl) AS a
-WHERE a.grantee <> acls.owner AND a.grantee <> current_user::regrole
+WHERE a.grantee <> acls.owner AND pg_get_userbyid(a.grantee) <> current_user
 GROUP BY a.grantee ORDER BY 1
 """
 

@@ -1,5 +1,6 @@
 """`install` and `uninstall`: the database's part, and its copy of PIPELINE."""
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import pipeline
 from ops import migrations
 from ops.place import named, require_place
 from ops.problem import Problem
-from ops.routes import Stage, announced, is_updates_only, known, other_limits, shown
+from ops.routes import Stage, announced, is_updates_only, known, other_limits, shown, triggers
 from ops.table import counted
 from ops.tables import require_usable, tenant_columns
 from pipeline import Route
@@ -113,6 +114,15 @@ SET stages = excluded.stages, max_running = excluded.max_running, seconds = excl
                         > clock_timestamp() + make_interval(secs => excluded.seconds)
                    THEN clock_timestamp() + make_interval(secs => excluded.seconds)
                    ELSE stage_limits.next_at END;
+-- While a join was not in PIPELINE, its looks were dropped and changes of its rows not recorded. So
+-- all its parents that are still open are looked at.
+INSERT INTO stage_looks (parent_id, join_of, arrived)
+SELECT parent_id, join_of, true FROM stage_joins
+WHERE is_open AND join_of IN (SELECT join_of FROM pg_temp.wanted_stages WHERE join_of <> ''
+                              EXCEPT SELECT join_of FROM pg_temp.known_stages);
+INSERT INTO stage_totals_mark DEFAULT VALUES ON CONFLICT DO NOTHING;
+-- The owner of the tables may not create anything in their schema.
+RESET ROLE;
 -- Serve stage_due_calls(); a write to stage_calls pays for each.
 DO $do$
 BEGIN
@@ -129,13 +139,6 @@ BEGIN
     END IF;
 END
 $do$;
--- While a join was not in PIPELINE, its looks were dropped and changes of its rows not recorded. So
--- all its parents that are still open are looked at.
-INSERT INTO stage_looks (parent_id, join_of, arrived)
-SELECT parent_id, join_of, true FROM stage_joins
-WHERE is_open AND join_of IN (SELECT join_of FROM pg_temp.wanted_stages WHERE join_of <> ''
-                              EXCEPT SELECT join_of FROM pg_temp.known_stages);
-INSERT INTO stage_totals_mark DEFAULT VALUES ON CONFLICT DO NOTHING;
 """
 
 # What triggers.sql calls the choices of `notify`.
@@ -148,9 +151,7 @@ WHERE oid IN (SELECT to_regclass(quote_ident(name)) FROM unnest(%(tables)s::text
 
 # Whatever our functions are hung on.
 TRIGGERS = """
-SELECT format('trigger %%I on %%s', tgname, tgrelid::regclass) AS name,
-       tgenabled NOT IN ('O', 'A') AS is_off
-FROM pg_trigger
+SELECT format('trigger %%I on %%s', tgname, tgrelid::regclass) AS name FROM pg_trigger
 WHERE tgfoid = ANY (%(functions)s::oid[]) AND tgparentid = 0
 """
 
@@ -158,23 +159,22 @@ WHERE tgfoid = ANY (%(functions)s::oid[]) AND tgparentid = 0
 def objects(conn, tables: Iterable[str] = ()) -> list[str]:
     """What is there of the application's `tables`, and of what install makes."""
     ours, _ = named(conn, "stage_calls")
+    functions = [row.oid for row in ours if row.kind == "function"]
     given = db.execute(conn, GIVEN, {"tables": list(tables)}).fetchall()
     return [
         *(row.name for row in given),
         *(f"{row.kind} {row.called}" for row in ours),
-        *(row.name for row in hung(conn, ours)),
+        *(row.name for row in db.execute(conn, TRIGGERS, {"functions": functions})),
     ]
 
 
-def hung(conn, ours: list) -> list:
-    """The triggers of our functions, among what is `ours`."""
-    functions = [row.oid for row in ours if row.kind == "function"]
-    return db.execute(conn, TRIGGERS, {"functions": functions}).fetchall()
-
-
-def disabled(conn) -> list[str]:
-    """The triggers of ours that are disabled: install enables them."""
-    return [row.name for row in hung(conn, named(conn, "stage_calls")[0]) if row.is_off]
+def to_be_mended(conn) -> dict[str, str]:
+    """Our triggers that did not see every change, by name: what install does to each."""
+    return {
+        f"trigger {row.name} on {row.place}": "enabled" if row.is_whole else "replaced"
+        for row in triggers(conn)
+        if row.ours and not (row.is_whole and row.enabled in ("O", "A"))
+    }
 
 
 # Also reads an installation of an earlier version.
@@ -192,7 +192,11 @@ ORDER BY 1
 # FOR ALL TABLES, or FOR TABLES IN SCHEMA.
 PUBLISHED = """
 SELECT DISTINCT pubname AS name FROM pg_publication_tables
-WHERE schemaname = current_schema() AND tablename = ANY (%(tables)s) ORDER BY 1
+WHERE tablename = ANY (%(tables)s)
+  AND schemaname = (SELECT n.nspname FROM pg_class AS c JOIN pg_namespace AS n
+                        ON n.oid = c.relnamespace
+                    WHERE c.oid = to_regclass('stage_calls'))
+ORDER BY 1
 """
 
 ORPHANS = """
@@ -208,6 +212,12 @@ READER = """
 DO $do$
 BEGIN
     EXECUTE format('GRANT USAGE ON SCHEMA %%I TO %%I', current_schema(), %(reader)s);
+    -- Who may not grant this gets a warning, and no error.
+    IF NOT has_schema_privilege(%(reader)s, current_schema(), 'USAGE') THEN
+        RAISE insufficient_privilege USING MESSAGE = format(
+            'only the owner of schema %%I can run: GRANT USAGE ON SCHEMA %%I TO %%I',
+            current_schema(), current_schema(), %(reader)s);
+    END IF;
     EXECUTE format('GRANT SELECT ON pipeline_overview, stage_latency, given_up_calls TO %%I',
                    %(reader)s);
     EXECUTE format('GRANT EXECUTE ON FUNCTION stalled_jobs(), resting_rows() TO %%I', %(reader)s);
@@ -236,8 +246,8 @@ def apply(
     notify: bool | Literal["owed"] | None = None,
     insert: bool | None = None,
 ) -> Applied:
-    """Bring schema.sql, views.sql and PIPELINE into the database, in one transaction; then bring
-    calls that wait in line with it.
+    """Bring schema.sql, triggers.sql, views.sql and PIPELINE into the database, in one transaction;
+    then bring calls that wait in line with it.
 
     Args:
         settings: whose STAGE_TIMEOUT counts; those of this process by default.
@@ -259,7 +269,7 @@ def apply(
     }
     script = migrations.script() + fill_in(ASKED, asked).decode()
     script += "".join(file.read_text() for file in SCHEMA)
-    script += migrations.GRANTED
+    script += migrations.SETTLE_GRANTS
     if reader:
         script += fill_in(READER, {"reader": reader}).decode()
     script += migrations.AS_OWNER + SYNC + migrations.UNREAD
@@ -400,15 +410,17 @@ def install(
     migrations.require_not_newer(conn)
     try:
         applied = apply(conn, settings, reader, "owed" if notify_owed else notify, insert)
-        # A stage may be called more often now.
-        db.execute(conn, db.WAKE)
     except psycopg2.errors.UndefinedObject:
+        if reader is None:
+            raise
         raise Problem(f"there is no role {reader}; nothing was changed") from None
     except psycopg2.errors.LockNotAvailable:
         raise Problem(
             "another transaction holds a lock on jobs or on our tables, or another install is "
             "under way; nothing was changed: try again"
         ) from None
+    with contextlib.suppress(psycopg2.errors.LockNotAvailable):  # they look by themselves as well
+        db.execute(conn, db.WAKE)  # a stage may be called more often now
     info = conn.info
     click.echo(f"database {info.dbname} on {info.host}:{info.port} as {info.user}")
     there = objects(conn, pipeline.tables())
@@ -436,7 +448,7 @@ ENDS = "a listener of that version ends within a minute: start the new one"
 class Before(NamedTuple):
     """What an install finds.
 
-    there: objects(); off: disabled().
+    there: objects(); to_be_mended: see there.
     routes: the routes that were installed; none before the first install.
     limits: the stages and pools whose limits PIPELINE changes.
     version: of the schema.
@@ -445,7 +457,7 @@ class Before(NamedTuple):
     """
 
     there: set[str]
-    off: list[str]
+    to_be_mended: dict[str, str]
     routes: dict[Route, Stage]
     limits: list[str]
     version: int
@@ -455,11 +467,8 @@ class Before(NamedTuple):
 
 def look(conn) -> Before:
     """What is there before an install."""
-    there, off, updates_only = (
-        objects(conn, pipeline.tables()),
-        disabled(conn),
-        is_updates_only(conn),
-    )
+    there, updates_only = set(objects(conn, pipeline.tables())), is_updates_only(conn)
+    broken = to_be_mended(conn)
     try:
         routes, version = known(conn), migrations.version(conn)
         paused = {row.stage for row in db.execute(conn, PAUSED)}
@@ -469,7 +478,7 @@ def look(conn) -> Before:
     except psycopg2.errors.InsufficientPrivilege:
         require_usable(conn)  # says who may install
         raise
-    return Before(set(there), off, routes, limits, version, paused, updates_only)
+    return Before(there, broken, routes, limits, version, paused, updates_only)
 
 
 def what_changed(before: Before, there: list[str]) -> Iterator[str]:
@@ -479,7 +488,7 @@ def what_changed(before: Before, there: list[str]) -> Iterator[str]:
         yield f"note: {LISTENERS.get(before.version, ENDS)}"
     for name in there:
         kept = "checked" if name.startswith("function") else "kept"
-        kept = "enabled" if name in before.off else kept
+        kept = before.to_be_mended.get(name, kept)
         yield f"{kept if name in before.there else 'created':7}  {name}"
     for name in sorted(before.there - set(there)):
         yield f"removed  {name}"
@@ -501,18 +510,18 @@ def what_owes_no_call(before: Before, there: list[str]) -> Iterator[str]:
         pause = "its pause is gone, and " if name in before.paused else ""
         yield (f"note: {name} has left PIPELINE: {pause}rows that it still works on come to "
                f"({name}, done): keep that state in PIPELINE until they are through")  # fmt: skip
-    triggers = [name for name in there if name.startswith("trigger ")]
-    mended = any(name in before.off for name in triggers)
+    ours = [name for name in there if name.startswith("trigger ")]
+    mended = any(name in before.to_be_mended for name in ours)
     if before.version == migrations.LATEST:
-        made = [name for name in triggers if name not in before.there]
+        made = [name for name in ours if name not in before.there]
         # With --insert after --no-insert, those of inserted rows are new.
         mended |= any(not (before.is_updates_only and name.startswith(OF_INSERTS)) for name in made)
     if "table jobs" in before.there and routes.keys() - before.routes.keys():
         yield ("note: rows that are in a new state already, or come to it in a transaction that is "
                f"open, owe no call: {pipeline.JSL} backfill")  # fmt: skip
     elif mended and before.routes:
-        yield ("note: rows that changed while a trigger was missing or disabled owe no call: "
-               f"{pipeline.JSL} backfill")  # fmt: skip
+        yield ("note: rows that changed while a trigger was missing, disabled or wrong owe no "
+               f"call: {pipeline.JSL} backfill")  # fmt: skip
 
 
 def who_may_read(conn, before: Before, there: list[str], applied: Applied) -> Iterator[str]:

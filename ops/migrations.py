@@ -3,6 +3,7 @@
 import db
 from ops import grants
 from ops.problem import INSTALL, Problem
+from pipeline import JSL
 
 # The objects that install makes and uninstall removes. stage_slots is of version 1. Every trigger
 # function but that of jobs has a name of its own, after its table.
@@ -57,51 +58,51 @@ STEPS = {
     # Calls of rows of more tables than jobs, and of joins.
     3: """
         ALTER TABLE pipeline_stages
-            ADD COLUMN table_name text COLLATE "C" NOT NULL DEFAULT 'jobs',
-            ADD COLUMN join_of text COLLATE "C" NOT NULL DEFAULT '',
-            ADD COLUMN child_table text,
-            ADD COLUMN waiting_since timestamptz,
-            ADD COLUMN refusing_since timestamptz,
+            ADD COLUMN IF NOT EXISTS table_name text COLLATE "C" NOT NULL DEFAULT 'jobs',
+            ADD COLUMN IF NOT EXISTS join_of text COLLATE "C" NOT NULL DEFAULT '',
+            ADD COLUMN IF NOT EXISTS child_table text,
+            ADD COLUMN IF NOT EXISTS waiting_since timestamptz,
+            ADD COLUMN IF NOT EXISTS refusing_since timestamptz,
             DROP CONSTRAINT pipeline_stages_pkey,
             ADD PRIMARY KEY (table_name, join_of, current_step, status);
         ALTER TABLE stage_calls
-            ADD COLUMN table_name text COLLATE "C" NOT NULL DEFAULT 'jobs',
-            ADD COLUMN join_of text COLLATE "C" NOT NULL DEFAULT '',
+            ADD COLUMN IF NOT EXISTS table_name text COLLATE "C" NOT NULL DEFAULT 'jobs',
+            ADD COLUMN IF NOT EXISTS join_of text COLLATE "C" NOT NULL DEFAULT '',
             DROP CONSTRAINT stage_calls_pkey,
             ADD PRIMARY KEY (job_id, table_name, join_of);
         ALTER TABLE IF EXISTS stage_leases
-            ADD COLUMN table_name text COLLATE "C" NOT NULL DEFAULT 'jobs';
+            ADD COLUMN IF NOT EXISTS table_name text COLLATE "C" NOT NULL DEFAULT 'jobs';
         ALTER TABLE stage_attempts
-            ADD COLUMN table_name text COLLATE "C" NOT NULL DEFAULT 'jobs',
-            ADD COLUMN spent integer;
+            ADD COLUMN IF NOT EXISTS table_name text COLLATE "C" NOT NULL DEFAULT 'jobs',
+            ADD COLUMN IF NOT EXISTS spent integer;
     """,
     # Asynchronous stages; pools, rates, tenants that take turns, priorities.
     4: """
         ALTER TABLE pipeline_stages
-            ADD COLUMN asynchronous boolean NOT NULL DEFAULT false,
-            ADD COLUMN pool text;
+            ADD COLUMN IF NOT EXISTS asynchronous boolean NOT NULL DEFAULT false,
+            ADD COLUMN IF NOT EXISTS pool text;
         ALTER TABLE IF EXISTS stage_limits
             ALTER COLUMN max_running DROP NOT NULL,
-            ADD COLUMN stages text[] NOT NULL DEFAULT '{}',
-            ADD COLUMN seconds double precision,
-            ADD COLUMN next_at timestamptz,
-            ADD COLUMN linger double precision,
-            ADD COLUMN stays_with text,
-            ADD COLUMN stays_since timestamptz,
-            ADD COLUMN is_fair boolean NOT NULL DEFAULT false,
-            ADD COLUMN per_tenant integer CHECK (per_tenant > 0),
-            ADD COLUMN last_tenant text;
+            ADD COLUMN IF NOT EXISTS stages text[] NOT NULL DEFAULT '{}',
+            ADD COLUMN IF NOT EXISTS seconds double precision,
+            ADD COLUMN IF NOT EXISTS next_at timestamptz,
+            ADD COLUMN IF NOT EXISTS linger double precision,
+            ADD COLUMN IF NOT EXISTS stays_with text,
+            ADD COLUMN IF NOT EXISTS stays_since timestamptz,
+            ADD COLUMN IF NOT EXISTS is_fair boolean NOT NULL DEFAULT false,
+            ADD COLUMN IF NOT EXISTS per_tenant integer CHECK (per_tenant > 0),
+            ADD COLUMN IF NOT EXISTS last_tenant text;
         ALTER TABLE IF EXISTS pipeline_tables
-            ADD COLUMN priority_column text,
-            ADD COLUMN run_after_column text;
+            ADD COLUMN IF NOT EXISTS priority_column text,
+            ADD COLUMN IF NOT EXISTS run_after_column text;
         ALTER TABLE stage_calls
-            ADD COLUMN priority integer NOT NULL DEFAULT 0,
-            ADD COLUMN run_after timestamptz;
+            ADD COLUMN IF NOT EXISTS priority integer NOT NULL DEFAULT 0,
+            ADD COLUMN IF NOT EXISTS run_after timestamptz;
         UPDATE stage_calls SET tenant_id = left(tenant_id, 500) WHERE length(tenant_id) > 500;
         ALTER TABLE IF EXISTS stage_leases
-            ADD COLUMN working boolean NOT NULL DEFAULT false,
-            ADD COLUMN spent integer,
-            ADD COLUMN tenant_id text;
+            ADD COLUMN IF NOT EXISTS working boolean NOT NULL DEFAULT false,
+            ADD COLUMN IF NOT EXISTS spent integer,
+            ADD COLUMN IF NOT EXISTS tenant_id text;
         DROP INDEX IF EXISTS stage_leases_stage_idx;
     """,
 }
@@ -136,6 +137,17 @@ DECLARE
           AND p.pronamespace <> here LIMIT 1);
     made record;
 BEGIN
+    -- A write of the application that waited in the old function for a lock on one of our tables
+    -- would fail. So it waits for its own table, before the trigger is called.
+    FOR made IN
+        SELECT DISTINCT t.tgrelid::regclass AS name
+        FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid
+        WHERE t.tgparentid = 0 AND p.pronamespace = left_behind
+          AND (p.proname = 'notify_job_state_change' OR p.proname ^@ 'job_state_listener_')
+        ORDER BY 1
+    LOOP
+        EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', made.name);
+    END LOOP;
     FOR made IN
         SELECT CASE relkind WHEN 'v' THEN 'VIEW' ELSE 'TABLE' END AS kind,
                oid::regclass::text AS name
@@ -296,8 +308,9 @@ END
 $do$;
 """
 
-# The end of the transaction, but for what the operator grants.
-GRANTED = grants.SETTLE.format(names=NAMES)
+# Runs after SCHEMA: revokes what ALTER DEFAULT PRIVILEGES has granted on new objects, and restores
+# the grants of those that were made again. The grants of --reader come after it.
+SETTLE_GRANTS = grants.SETTLE.format(names=NAMES)
 # After it, in its transaction; "" where no role could read new tables by default.
 UNREAD = "SELECT current_setting('job_state_listener.unread')"
 
@@ -323,7 +336,11 @@ def version(conn) -> int:
     found = db.execute(conn, FOUND).fetchone()
     if not found.is_marked:
         return found.version
-    return db.execute(conn, VERSION).fetchone()[0]
+    row = db.execute(conn, VERSION).fetchone()
+    if row is None:
+        raise Problem("table job_state_listener_schema is empty, as after a restore without data: "
+                      f"{JSL} uninstall, then {JSL} install")  # fmt: skip
+    return row.version
 
 
 def refusal(conn) -> str | None:

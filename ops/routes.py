@@ -169,7 +169,21 @@ def is_updates_only(conn) -> bool:
 # A function that records no call is not ours: somebody may have replaced the body of ours, or
 # renamed the schema that it names.
 TRIGGERS = """
-SELECT wanted.table_name, wanted.name, t.tgenabled AS enabled,
+SELECT wanted.table_name, wanted.name, t.tgrelid::regclass::text AS place,
+       CASE WHEN EXISTS (SELECT FROM pg_partition_tree(t.tgrelid) AS m
+                         JOIN pg_trigger AS c ON c.tgrelid = m.relid AND c.tgname = t.tgname
+                         WHERE c.tgenabled NOT IN ('O', 'A'))
+            THEN 'D' ELSE t.tgenabled END AS enabled,
+       -- A column that was renamed takes the WHEN clause along.
+       t.tgattr::text = '' AND (
+           wanted.name NOT IN ('job_state_change_trigger', 'job_state_listener_change')
+           OR NOT EXISTS (
+               SELECT FROM pg_attribute AS a
+               WHERE a.attrelid = t.tgrelid AND a.attname IN ('current_step', 'status')
+                 AND NOT EXISTS (
+                     SELECT FROM pg_depend AS d
+                     WHERE d.classid = 'pg_trigger'::regclass AND d.objid = t.oid
+                       AND (d.refobjid, d.refobjsubid) = (t.tgrelid, a.attnum)))) AS is_whole,
        p.oid = to_regprocedure(quote_ident(wanted.function) || '()')
            AND strpos(p.prosrc, p.pronamespace::regnamespace || '.stage_calls') > 0 AS ours
 FROM jsonb_to_recordset(%(wanted)s) AS wanted (table_name text, name text, function text)
@@ -236,6 +250,9 @@ def broken_triggers(rows: Iterable[Any]) -> list[str]:
             found.append(f"trigger {row.name} is missing on {row.table_name}")
         elif not row.ours:
             found.append(f"trigger {row.name} on {row.table_name} runs another function")
+        elif not row.is_whole:
+            what = "does not see every change of current_step and status"
+            found.append(f"trigger {row.name} on {row.table_name} {what}")
         elif row.enabled not in ("O", "A"):
             found.append(f"trigger {row.name} on {row.table_name} is disabled")
     return found

@@ -47,7 +47,8 @@ PLACE = """
 SELECT format('%%I.%%I', n.nspname, c.relname) AS name, c.relowner::regrole::text AS owner,
        (SELECT rolsuper FROM pg_roles WHERE oid = c.relowner)
        OR (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)
-       OR c.relowner::regrole = current_user::regrole AS may_install, n.nspname AS schema,
+       OR pg_get_userbyid(c.relowner) = current_user AS may_install,
+       quote_ident(n.nspname) AS schema,
        has_schema_privilege(c.relowner, n.oid, 'CREATE') AS may_create,
        (SELECT string_agg(inhrelid::regclass::text, ', ' ORDER BY inhrelid) FROM pg_inherits
         WHERE inhparent = c.oid AND c.relkind = 'r') AS heirs

@@ -64,7 +64,9 @@ NEEDED = {
 FUNCTION = """
 SELECT p.prosecdef AS definer,
        p.proconfig::text LIKE '%%search_path=pg_catalog%%' AS pinned,
-       strpos(p.prosrc, format('%%I.stage_calls', n.nspname)) > 0 AS here,
+       strpos(p.prosrc, format('%%I.stage_calls', n.nspname)) > 0
+           AND to_regprocedure(format('%%I.stage_column_types(regclass, text[])', n.nspname))
+               IS NOT NULL AS here,
        NOT (SELECT rolsuper FROM pg_roles WHERE oid = c.relowner) AND (
            SELECT bool_or(f.proowner <> c.relowner) FROM pg_proc AS f
            WHERE f.oid IN (p.oid, to_regprocedure('stalled_jobs()'),

@@ -506,20 +506,20 @@ def each_shared_database(each_server: Server) -> Iterator[SharedDatabase]:
 
 
 @pytest.fixture
-def make_role(make_database) -> Iterator[Callable[[Database], str]]:
+def make_role(make_database) -> Iterator[Callable[..., str]]:
     """make_role(database): a new role that may log in, with its name as password, and no more."""
     made: list[tuple[Database, str]] = []
 
-    def make(database: Database) -> str:
-        name = f"jsl_role_{os.getpid()}_{next(_number)}"
-        database.rows(f"CREATE ROLE {name} LOGIN PASSWORD '{name}'")
+    def make(database: Database, name: str = "jsl_role") -> str:
+        name = f"{name}_{os.getpid()}_{next(_number)}"
+        database.rows(f"CREATE ROLE \"{name}\" LOGIN PASSWORD '{name}'")
         made.append((database, name))
         return name
 
     yield make
     for database, name in made:
         with closing(database.connect()) as conn:
-            conn.cursor().execute(f"DROP OWNED BY {name} CASCADE; DROP ROLE {name}")
+            conn.cursor().execute(f'DROP OWNED BY "{name}" CASCADE; DROP ROLE "{name}"')
 
 
 @pytest.fixture

@@ -97,7 +97,7 @@ def test_install_says_that_it_enables_a_trigger_again(database, run_command, los
     said = words(done)
     assert said["trigger job_state_insert_trigger on jobs"] == word
     assert said["trigger job_state_change_trigger on jobs"] == "kept"
-    note = "rows that changed while a trigger was missing or disabled owe no call: ./jsl backfill"
+    note = "while a trigger was missing, disabled or wrong owe no call: ./jsl backfill"
     assert note in done.out and note not in run_command(database, "install").out
     assert database.owed(database.add_job("img_gen", "done"))
 

@@ -120,6 +120,10 @@ DAMAGE = {
         DROP TRIGGER job_state_change_trigger ON jobs;
         CREATE TRIGGER job_state_change_trigger AFTER UPDATE OF tenant_id ON jobs
             FOR EACH ROW EXECUTE FUNCTION notify_job_state_change()""",
+    "trigger of a column that was renamed": """
+        ALTER TABLE jobs ADD status_new text;
+        ALTER TABLE jobs RENAME status TO status_old;
+        ALTER TABLE jobs RENAME status_new TO status""",
     "trigger of another function": """
         DROP TRIGGER job_state_change_trigger ON jobs;
         CREATE TRIGGER job_state_change_trigger BEFORE UPDATE ON jobs

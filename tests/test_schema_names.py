@@ -2,6 +2,7 @@
 
 import pytest
 from claims import claim, connected, result, settle
+from test_fairness import MODULE as FAIR
 from test_plans import read_by
 from test_schema_install import install
 from variants import PIPELINE, stage
@@ -302,6 +303,40 @@ def test_role_that_only_has_trigger_does_not_lend_its_rights(app, make_role):
     assert [tuple(row) for row in database.rows(OWNERS)] == [(owner,)]
     said = refused(database, DB_USER=ops, DB_PASSWORD=ops)
     assert said.endswith(f" with the rights of {ops}: install as {owner}, or as a superuser")
+
+
+def test_owner_whose_name_needs_quotes_installs_and_verifies(app, make_role, run_command):
+    database, _ = app
+    owner, reader = make_role(database, "Jsl.Role"), make_role(database)
+    database.rows(
+        f'ALTER TABLE jobs OWNER TO "{owner}"; GRANT CREATE ON SCHEMA public TO "{owner}"'
+    )
+    login = {"DB_USER": owner, "DB_PASSWORD": owner}
+    install(database, **login)
+    database.rows(f"GRANT SELECT ON stage_calls TO {reader}")
+    done = run_command(database, "verify", **login)
+    assert f"{reader} may read" in done.out and "does not exist" not in done.out
+
+
+def test_superuser_installs_a_fair_stage_where_the_owner_may_create_nothing(app, run_command):
+    database, _ = app
+    database.rows("ALTER TABLE jobs ADD priority integer, ADD run_after timestamptz;"
+                  "CREATE TABLE jobs_variants (job_variants_id int PRIMARY KEY, job_id int,"
+                  " current_step text, status text); ALTER TABLE jobs_variants OWNER TO "
+                  + database.value("SELECT relowner::regrole::text FROM pg_class"
+                                   " WHERE oid = 'jobs'::regclass"))  # fmt: skip
+    done = run_command(database, "install", **FAIR)
+    assert done.code == 0, done
+    assert database.value("SELECT to_regclass('stage_calls_tenant_idx')")
+
+
+def test_reader_whom_this_role_may_not_let_into_the_schema_is_refused(app, make_role, run_command):
+    database, owner = app
+    database.rows(f"REVOKE ALL ON SCHEMA public FROM PUBLIC; GRANT ALL ON SCHEMA public TO {owner}")
+    reader, login = make_role(database), {"DB_USER": owner, "DB_PASSWORD": owner}
+    done = run_command(database, "install", "--reader", reader, **login)
+    assert f"GRANT USAGE ON SCHEMA public TO {reader}" in done.refused(1)
+    assert database.value("SELECT to_regclass('stage_calls')") is None
 
 
 def test_role_that_may_read_nothing_of_ours_is_told_who_may_install(app, make_role, run_command):

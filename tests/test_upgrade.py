@@ -454,6 +454,26 @@ def test_install_refuses_a_newer_database_in_one_line(newer, run_command):
     assert newer.rows("SELECT oid, xmin FROM pg_class ORDER BY oid") == before
 
 
+@pytest.mark.parametrize("version", [2, 3])
+def test_data_of_an_older_version_that_was_restored_into_a_newer_schema_is_installed(
+    server, make_database, run_command, version
+):
+    database = make_database(server)
+    job = database.add_job()
+    database.rows(f"UPDATE job_state_listener_schema SET version = {version}")
+    assert run_command(database, "install").code == 0
+    assert database.owed(job).stage == "vlm_analyze"
+
+
+def test_schema_without_a_version_is_named_in_one_line(server, make_database, run_command):
+    database = make_database(server)
+    database.rows("DELETE FROM job_state_listener_schema")
+    for command in ("install", "status", "verify"):
+        assert "is empty, as after a restore without data" in run_command(database, command).out
+    assert run_command(database, "uninstall", "--yes").code == 0
+    assert run_command(database, "install").code == 0
+
+
 def is_waiting(database, application: str) -> bool:
     waits = "SELECT count(*) > 0 FROM pg_stat_activity WHERE application_name = %s"
     return database.value(waits + " AND wait_event = 'advisory'", application)
