@@ -658,7 +658,7 @@ class Call:
     settings: SimpleNamespace = field(default=None, repr=False)  # type: ignore[assignment]
     until: float = 0.0  # time.monotonic() by which the whole call must be over
     answer: Answer | None = None  # of the last POST
-    unanswered: Exception | None = None  # why the last POST got no answer; see no_answer
+    unanswered: BaseException | None = None  # why the last POST got no answer; see no_answer
     # Two bytes shared with the listener: the status of the last POST.
     answered: Any = field(default=None, repr=False)
 
@@ -710,7 +710,7 @@ class Call:
         except Interrupted as error:
             self.unanswered = self.no_answer or error
             raise
-        except Exception as error:  # also of a signal handler, while it waits
+        except BaseException as error:  # also of a signal handler, while it waits
             is_known = isinstance(error, NoAnswer)
             self.unanswered = error if is_known else NoAnswer(f"{type(error).__name__}: {error}")
             raise

@@ -86,7 +86,7 @@ class Trigger:
             posted = self.posted(call, by_hand)
             if posted is None or error is call.unanswered:
                 return ended
-            if ended.outcome == "unknown" and posted.outcome in NOTHING_RUNS:
+            if ended.outcome == "unknown" and posted.outcome in (*NOTHING_RUNS, "unknown"):
                 return ended  # another request of the stage function may still run
             posted.trace = self.trace(error)
             return posted

@@ -244,7 +244,8 @@ class Workers:
             self.start_at = time.monotonic() + RESTART_DELAY
             log.error("호출 없이 종료된 워커: %s → %.0f초 후 재시작", code, RESTART_DELAY)
         if has_ended and code is not None and code < 0:
-            return f"its worker was killed by {signal.Signals(-code).name}"
+            names = {one.value: one.name for one in signal.Signals}  # not of all real-time signals
+            return f"its worker was killed by {names.get(-code, f'signal {-code}')}"
         if has_ended:
             return f"its worker exited with {code}"
         if worker.is_garbled:

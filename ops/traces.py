@@ -38,7 +38,7 @@ WITH page AS (
       AND NOT (a.outcome IN ('lost', 'failed') AND EXISTS (
           SELECT FROM stage_attempts AS b
           WHERE b.job_id = a.job_id AND b.call_id = a.call_id AND b.attempt = a.attempt
-            AND b.outcome NOT IN ('lost', a.outcome) OFFSET 0))
+            AND b.outcome NOT IN ('lost', 'cancelled', a.outcome) OFFSET 0))
     ORDER BY a.finished_at, a.call_id, a.attempt, a.outcome
     LIMIT %(most)s
 )

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import threading
 import time
 import uuid
@@ -32,8 +33,10 @@ from .signature import keys_of, verify
 log = logging.getLogger("receiver")
 
 SCHEMA = Path(__file__).with_name("schema.sql")
-# Errors of CREATE TABLE IF NOT EXISTS where two processes start at once.
+# CREATE TABLE IF NOT EXISTS can fail where two processes run it at once: the second one waits.
 ALONE = "SELECT pg_advisory_xact_lock(hashtextextended('stage_requests schema', 0))"
+# What no database takes in a text: NUL, and half of a surrogate pair.
+NO_ID = re.compile("[\0\ud800-\udfff]")
 # Seconds for which a request that is not taken yet waits for the database.
 PATIENCE_TO_TAKE = 5.0
 
@@ -203,7 +206,7 @@ class Receiver:
         except (ValueError, RecursionError):
             content = None
         row_id = content.get(stage.id) if isinstance(content, dict) else None
-        if not isinstance(row_id, (str, int)) or "\0" in str(row_id):
+        if not isinstance(row_id, (str, int)) or NO_ID.search(str(row_id)):
             raise refusal(422, f"expected a JSON object with {stage.id}")
         # Without a key, only the state of the row tells whether the request was done before.
         return Request(stage, key or str(uuid.uuid4()), content, str(row_id))

@@ -22,7 +22,8 @@ class Stage:
             that got lost. Use that for joins, and for work that is often killed.
         table: of the rows, with its schema where that is needed.
         id: the column that identifies a row; the body has the id under this name.
-        where: what else must be true of the row r, in SQL. %(name)s is a field of the body.
+        where: what else must be true of the row r, in SQL. %(name)s is a field of the body; but
+            key, stage, table and id are those of the request.
         touch: a column that is set to now() with each change of the state.
 
     Raises:

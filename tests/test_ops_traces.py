@@ -155,6 +155,14 @@ def test_attempt_after_which_its_stage_set_failed_is_told_once(shared_database):
     assert [said(s)["job_state_listener.outcome"] for s in exported(database)] == ["succeeded"]
 
 
+def test_attempt_whose_call_was_cancelled_afterwards_is_told(shared_database):
+    database = shared_database.emptied()
+    add_attempts(database, 1, "failed")
+    database.rows("INSERT INTO stage_attempts SELECT job_id, call_id, attempt, stage, worker,"
+                  " now(), now(), NULL, 'cancelled' FROM stage_attempts")  # fmt: skip
+    assert [said(s)["job_state_listener.outcome"] for s in exported(database)] == ["failed"]
+
+
 def test_each_attempt_is_in_one_page_and_in_one_of_the_spans_of_time(shared_database, monkeypatch):
     monkeypatch.setattr(traces, "MOST", 2)
     database = shared_database.emptied()

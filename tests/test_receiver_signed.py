@@ -77,7 +77,7 @@ def test_empty_secrets_are_refused(secrets):
         Receiver(lambda: None, secrets=secrets)
 
 
-@pytest.mark.parametrize("secret", ["plain", "whsec_", "whsec_%%", "whsk_QUJD"])
+@pytest.mark.parametrize("secret", ["plain", "whsec_", "whsec_%%", "whsec_QUJD\u200b", "whsk_QUJD"])
 def test_secret_that_cannot_be_used_is_refused_and_not_shown(secret):
     with pytest.raises(SecretError, match="secret 2 is not whsec_ followed by base64"):
         Receiver(lambda: None, secrets=[OURS, secret])

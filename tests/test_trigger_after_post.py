@@ -152,14 +152,17 @@ def test_post_that_is_not_sent_says_nothing_of_the_one_before_it(
     assert len(server.requests) == 1
 
 
-def test_post_that_a_signal_handler_ends_waits_for_its_lease(database, serve, caller, add_stage):
+@pytest.mark.parametrize("raised", [LookupError, SystemExit])
+def test_post_that_a_signal_handler_ends_waits_for_its_lease(
+    database, serve, caller, add_stage, raised
+):
     def interrupt(connection):
         connection.receive()
         signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
         connection.closing.wait(30)
 
     def late(number, frame):
-        raise LookupError("too late")
+        raise raised("too late")
 
     before = signal.signal(signal.SIGUSR1, late)
     try:
@@ -169,7 +172,7 @@ def test_post_that_a_signal_handler_ends_waits_for_its_lease(database, serve, ca
         assert worker.call().outcome == "unknown"
     finally:
         signal.signal(signal.SIGUSR1, before)
-    assert "error=LookupError: too late → " in worker.line("실행 실패")
+    assert f"error={raised.__name__}: too late → " in worker.line("실행 실패")
 
 
 # --- another request of the function -------------------------------------------------------

@@ -31,6 +31,7 @@ FATAL = {
     "exits well": ("os._exit(0)", "its worker exited with 0"),
     "crashes": ("import ctypes; ctypes.string_at(0)", "its worker was killed by SIGSEGV"),
     "is killed": ("os.kill(os.getpid(), signal.SIGKILL)", "its worker was killed by SIGKILL"),
+    "is killed by a timer": ("os.kill(os.getpid(), 40)", "its worker was killed by signal 40"),
     "computes": (COMPUTE, HANGS),
     "blocks signals": (
         "signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals()); time.sleep(600)",

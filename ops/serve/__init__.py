@@ -8,6 +8,7 @@ import click
 import config
 import logs
 import ops
+import pipeline
 from ops.serve.access import is_loopback
 from ops.serve.app import App
 from ops.serve.web import Server
@@ -31,6 +32,7 @@ def serve(host: str, port: int, names: tuple[str, ...]) -> None:
     """
     settings = config.settings()
     config.require_database(settings)
+    pipeline.module()  # one that cannot be used is said now, not on each page
     logs.set_up(settings)
     host = host.strip("[]")  # as an IPv6 address is written in a URL
     app = App(settings, known_hosts(host, names))

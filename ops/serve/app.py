@@ -21,7 +21,7 @@ from ops.serve.access import (
     is_known_host,
     name_of,
 )
-from ops.serve.actions import ACTIONS, perform
+from ops.serve.actions import ACTIONS, perform, typed
 from ops.serve.exchange import Refused, Request, Response
 from ops.serve.looks import Looks, Unreadable
 
@@ -254,6 +254,10 @@ class App:
     def act(self, request: Request, sent: dict[str, str], name: str) -> Response:
         if name not in ACTIONS or not (sent.get("stage") or sent.get("id")):
             raise Refused(400, "it is not said what is meant")
+        try:
+            typed(ACTIONS[name], sent)
+        except KeyError:
+            raise Refused(400, "it is not said what is meant") from None
         done = perform(self.looks, request.session, name, sent)
         label = ACTIONS[name].label
         return self.page(request, forms.done(label, done, sent), label, done.status)

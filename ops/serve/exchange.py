@@ -62,9 +62,12 @@ class Request:
             raise Refused(415, "a form is needed")
         if not (length.isascii() and length.isdigit()):
             raise Refused(411, "the length of the form is needed")
-        if int(length) > LONGEST_FORM:
+        if len(length) > 9 or int(length) > LONGEST_FORM:
             raise Refused(413, f"a form has {LONGEST_FORM} bytes at most")
-        sent = self.environ["wsgi.input"].read(int(length))
+        try:
+            sent = self.environ["wsgi.input"].read(int(length))
+        except OSError:  # too slow, or gone
+            raise Refused(408, "the form did not arrive") from None
         return pairs(sent.decode("utf-8", "replace"))
 
 

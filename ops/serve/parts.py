@@ -26,7 +26,10 @@ def sorry(title: str, line: str) -> Markup:
 
 def unreadable(away: Unreadable) -> Markup:
     problem = f'<p class="problem" role="alert">{text(away.reason, 1000)}</p>'
-    waits = "This page asks again by itself. Calls that are owed wait in the database."
+    waits = (
+        "Unless it was stopped, this page asks again by itself. Calls that are owed wait in the "
+        "database."
+    )
     return Markup(f'{heading(away.title)}{problem}<p class="quiet">{waits}</p>')
 
 
