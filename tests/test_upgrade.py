@@ -469,7 +469,8 @@ def test_schema_without_a_version_is_named_in_one_line(server, make_database, ru
     database = make_database(server)
     database.rows("DELETE FROM job_state_listener_schema")
     for command in ("install", "status", "verify"):
-        assert "is empty, as after a restore without data" in run_command(database, command).out
+        done = run_command(database, command)
+        assert done.code == 1 and "is empty, as after a restore without data" in done.out + done.err
     assert run_command(database, "uninstall", "--yes").code == 0
     assert run_command(database, "install").code == 0
 
