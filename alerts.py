@@ -1,6 +1,6 @@
-"""Runs ALERT_COMMAND for events that need a person. The listener never waits for it: a command that
-fails or hangs costs only a line in the log. An event that happens to many jobs of a stage is sent
-once and then counted.
+"""Runs ALERT_COMMAND for events that need a person. The listener does not wait for it: a command
+that fails or hangs costs a line in the log, and a second where it cannot be killed. An event that
+happens to many jobs of a stage is sent once and then counted.
 """
 
 import contextlib

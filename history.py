@@ -78,8 +78,10 @@ def count(conn, batch: int = BATCH) -> int:
 # One listener at a time, in small batches, so that no other waits. Attempts that are not counted
 # yet are not deleted, nor those that alone tell why a row that still rests in its state owes
 # nothing: without them `backfill` would have an accepted or cancelled call made again, also one of
-# the name that its stage had before. Nor those of a row that is `running`: where it has no
-# updated_at, they alone say since when, and without them it would no longer be found stalled.
+# the name that its stage had before. So with the cancelled call of a join, as long as its parent
+# exists: it would be taken for one that was accepted. Nor those of a row that is `running`: where
+# it has no updated_at, they alone say since when, and without them it would no longer be found
+# stalled.
 # Whether rows of a table that cannot be read rest is not known, so all that tells of them is kept.
 PRUNE = """
 WITH batch AS (
@@ -106,10 +108,10 @@ WHEN {name} THEN EXISTS (
     SELECT FROM {table} AS r
     JOIN pipeline_stages AS p ON p.table_name = {name}
         AND ((p.stage, 'running') = (r.current_step::text, r.status::text)
-             OR b.outcome IN ('succeeded', 'skipped', 'cancelled') AND p.join_of = ''
-                AND (p.current_step, p.status) = (r.current_step::text, r.status::text)
-                AND (p.stage = b.stage OR b.stage NOT IN (SELECT stage FROM pipeline_stages))
-             OR b.outcome = 'cancelled' AND p.join_of <> '' AND p.stage = b.stage)
+             OR (b.outcome IN ('succeeded', 'skipped', 'cancelled') AND p.join_of = ''
+                 AND (p.current_step, p.status) = (r.current_step::text, r.status::text)
+                 OR b.outcome = 'cancelled' AND p.join_of <> '')
+                AND (p.stage = b.stage OR b.stage NOT IN (SELECT stage FROM pipeline_stages)))
     WHERE r.{id} = b.job_id{collate}
     OFFSET 0)"""
 CAN_BE_READ = "SELECT CASE b.table_name {rests} END FROM stage_attempts AS b LIMIT 0"

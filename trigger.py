@@ -86,7 +86,8 @@ class Trigger:
             posted = self.posted(call, by_hand)
             if posted is None or error is call.unanswered:
                 return ended
-            if ended.outcome == "unknown" and posted.outcome in (*NOTHING_RUNS, "unknown"):
+            is_open = posted.outcome == "unknown" and posted.http_status is None  # as `ended` is
+            if ended.outcome == "unknown" and (is_open or posted.outcome in NOTHING_RUNS):
                 return ended  # another request of the stage function may still run
             posted.trace = self.trace(error)
             return posted

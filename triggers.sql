@@ -617,10 +617,14 @@ BEGIN
                            arguments);
         ELSIF found.tgenabled NOT IN ('O', 'A')  -- disabled, or for replicas only
               OR EXISTS (  -- on a partition
-                  SELECT FROM pg_partition_tree(wanted.place) AS m
-                  JOIN pg_trigger AS c ON c.tgrelid = m.relid AND c.tgname = found.tgname
-                  WHERE c.tgenabled NOT IN ('O', 'A')) THEN
-            EXECUTE format('ALTER TABLE %s ENABLE TRIGGER %I', wanted.place, wanted.name);
+                  WITH RECURSIVE copy AS (
+                      SELECT oid, tgenabled FROM pg_trigger WHERE tgparentid = found.oid
+                      UNION ALL
+                      SELECT c.oid, c.tgenabled
+                      FROM copy JOIN pg_trigger AS c ON c.tgparentid = copy.oid)
+                  SELECT FROM copy WHERE tgenabled NOT IN ('O', 'A')) THEN
+            EXECUTE format('ALTER TABLE %s ENABLE %s TRIGGER %I', wanted.place,
+                           CASE found.tgenabled WHEN 'A' THEN 'ALWAYS' ELSE '' END, wanted.name);
         END IF;
     END LOOP;
 END

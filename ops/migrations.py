@@ -339,7 +339,8 @@ def version(conn) -> int:
     row = db.execute(conn, VERSION).fetchone()
     if row is None:
         raise Problem("table job_state_listener_schema is empty, as after a restore without data: "
-                      f"{JSL} uninstall, then {JSL} install")  # fmt: skip
+                      f"{JSL} uninstall, which says what goes with it, {JSL} install, {JSL} "
+                      "backfill")  # fmt: skip
     return row.version
 
 

@@ -170,23 +170,30 @@ def is_updates_only(conn) -> bool:
 # renamed the schema that it names.
 TRIGGERS = """
 SELECT wanted.table_name, wanted.name, t.tgrelid::regclass::text AS place,
-       CASE WHEN EXISTS (SELECT FROM pg_partition_tree(t.tgrelid) AS m
-                         JOIN pg_trigger AS c ON c.tgrelid = m.relid AND c.tgname = t.tgname
-                         WHERE c.tgenabled NOT IN ('O', 'A'))
+       EXISTS (SELECT FROM pg_trigger AS c WHERE c.tgparentid = t.oid) AS is_partitioned,
+       CASE WHEN EXISTS (  -- those of partitions; pg_partition_tree() would lock each of these
+                WITH RECURSIVE copy AS (
+                    SELECT oid, tgenabled FROM pg_trigger WHERE tgparentid = t.oid
+                    UNION ALL
+                    SELECT c.oid, c.tgenabled
+                    FROM copy JOIN pg_trigger AS c ON c.tgparentid = copy.oid)
+                SELECT FROM copy WHERE tgenabled NOT IN ('O', 'A'))
             THEN 'D' ELSE t.tgenabled END AS enabled,
        -- A column that was renamed takes the WHEN clause along.
        t.tgattr::text = '' AND (
            wanted.name NOT IN ('job_state_change_trigger', 'job_state_listener_change')
            OR NOT EXISTS (
                SELECT FROM pg_attribute AS a
-               WHERE a.attrelid = t.tgrelid AND a.attname IN ('current_step', 'status')
+               WHERE a.attrelid = t.tgrelid
+                 AND a.attname IN ('current_step', 'status', wanted.parent_column)
                  AND NOT EXISTS (
                      SELECT FROM pg_depend AS d
                      WHERE d.classid = 'pg_trigger'::regclass AND d.objid = t.oid
                        AND (d.refobjid, d.refobjsubid) = (t.tgrelid, a.attnum)))) AS is_whole,
        p.oid = to_regprocedure(quote_ident(wanted.function) || '()')
            AND strpos(p.prosrc, p.pronamespace::regnamespace || '.stage_calls') > 0 AS ours
-FROM jsonb_to_recordset(%(wanted)s) AS wanted (table_name text, name text, function text)
+FROM jsonb_to_recordset(%(wanted)s) AS wanted (
+    table_name text, name text, function text, parent_column text)
 LEFT JOIN pg_trigger AS t
     ON t.tgname = wanted.name AND t.tgrelid = to_regclass(quote_ident(wanted.table_name))
 LEFT JOIN pg_proc AS p ON p.oid = t.tgfoid
@@ -231,11 +238,17 @@ def installed(conn) -> dict[str, bool]:
 
 
 def triggers(conn) -> list:
-    """Each trigger that PIPELINE needs, here and in the database: enabled (None: missing), ours.
-    What only one of the two needs is for difference() to tell.
+    """Each trigger that PIPELINE needs, here and in the database: its `place`; `enabled`, there
+    and on all partitions (None: missing); `ours`; `is_whole`: it sees every change. What only one
+    of the two needs is for difference() to tell.
     """
     wanted = [
-        {"table_name": table, "name": name, "function": trigger_function(table)}
+        {
+            "table_name": table,
+            "name": name,
+            "function": trigger_function(table),
+            "parent_column": pipeline.tables()[table].parent_column if is_joined else None,
+        }
         for table, is_joined in installed(conn).items()
         for name in trigger_names(table, is_joined)
     ]
@@ -251,8 +264,9 @@ def broken_triggers(rows: Iterable[Any]) -> list[str]:
         elif not row.ours:
             found.append(f"trigger {row.name} on {row.table_name} runs another function")
         elif not row.is_whole:
-            what = "does not see every change of current_step and status"
+            what = "does not see every change of the state, or of the parent"
             found.append(f"trigger {row.name} on {row.table_name} {what}")
         elif row.enabled not in ("O", "A"):
-            found.append(f"trigger {row.name} on {row.table_name} is disabled")
+            what = "is disabled, there or on a partition" if row.is_partitioned else "is disabled"
+            found.append(f"trigger {row.name} on {row.table_name} {what}")
     return found

@@ -278,13 +278,14 @@ def accepted(database):
         yield conn, job
 
 
-def test_stage_is_newly_stalled_once_until_nothing_of_it_is(database, accepted):
+@pytest.mark.parametrize("part", [None, "jobs"])  # where another table cannot be read
+def test_stage_is_newly_stalled_once_until_nothing_of_it_is(database, accepted, part):
     conn, job = accepted
     [stalled] = troubles.newly_stalled(conn)
     assert (stalled.stage, stalled.jobs) == ("planner", 1)
     assert troubles.newly_stalled(conn) == []
     database.move(job, "planner", "done")
-    [ended] = troubles.newly_stalled(conn, part="jobs")  # another table cannot be read
+    [ended] = troubles.newly_stalled(conn, part)
     assert (ended.stage, ended.jobs) == ("planner", None)
     assert troubles.newly_stalled(conn) == []
     assert database.rows("SELECT 1 FROM pipeline_stages WHERE stalled_since IS NOT NULL") == []

@@ -588,3 +588,20 @@ def test_claim_that_waits_for_a_rewrite_does_not_take_the_job_for_deleted(databa
         change.commit()
         call = claiming.result()
     assert (call.key, call.owed, call.attempt) == (job, True, 1)
+
+
+def test_trigger_that_is_disabled_on_one_partition_is_seen_and_mended(
+    server, make_database, run_command
+):
+    database = make_database(server, installed=False)
+    database.rows(PARTITIONED.format("uuid"))
+    assert run_command(database, "install").code == 0
+    database.rows("ALTER TABLE jobs_1 DISABLE TRIGGER job_state_change_trigger")
+    said = "trigger job_state_change_trigger on jobs is disabled, there or on a partition"
+    with closing(database.connect()) as change:  # which keeps nobody waiting
+        change.cursor().execute("BEGIN; LOCK TABLE jobs_1")
+        assert said in run_command(database, "verify").out
+    done = run_command(database, "install")
+    assert "enabled  trigger job_state_change_trigger on jobs" in done.out
+    assert "disabled or wrong owe no call" in done.out
+    assert said not in run_command(database, "verify").out

@@ -100,6 +100,13 @@ DAMAGE = {
         "trigger job_state_insert_trigger on jobs is disabled",
         INSTALL,
     ),
+    "trigger of a column that was renamed": (
+        "ALTER TABLE jobs ADD status_new text; ALTER TABLE jobs RENAME status TO status_old;"
+        " ALTER TABLE jobs RENAME status_new TO status",
+        "trigger job_state_change_trigger on jobs does not see every change of the state, or of"
+        " the parent",
+        INSTALL,
+    ),
     "trigger of another function": (
         f"{DROP_UPDATE}; CREATE TRIGGER job_state_change_trigger BEFORE UPDATE ON jobs"
         " FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()",
