@@ -33,15 +33,8 @@ def is_table_locked(error: psycopg2.errors.LockNotAvailable) -> bool:
     return "stage_call_row" in (error.diag.context or "")
 
 
-def settle_and_claim(
-    conn,
-    results: Sequence[Result],
-    wanted: Sequence[Wanted],
-    free: int,
-    worker: str,
-    *,
-    sweep: bool = False,
-) -> Turn:
+def settle_and_claim(conn, results: Sequence[Result], wanted: Sequence[Wanted], free: int,
+                     worker: str, sweep: bool = False) -> Turn:  # fmt: skip
     """What calls.settle_and_claim() could not do at once: each result alone, then a claim of one
     call. Its arguments are the same.
 
