@@ -52,7 +52,8 @@ SET due_at = greatest(now() + n.number * interval '1 us', n.run_after)
 FROM numbered AS n WHERE c.job_id = n.job_id AND c.call_id = n.call_id
 """
 # A claimed call becomes due when its lease ends. Any other call waits for a back-off, for the lease
-# of an attempt without an answer, or for its run_after; one that waits longer than all becomes due.
+# of an attempt without an answer, or for its run_after; one that waits longer than
+# all of these becomes due.
 SHORTEN_TRIED = f"""
 WITH later AS (
     SELECT c.*

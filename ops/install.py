@@ -121,7 +121,7 @@ SELECT parent_id, join_of, true FROM stage_joins
 WHERE is_open AND join_of IN (SELECT join_of FROM pg_temp.wanted_stages WHERE join_of <> ''
                               EXCEPT SELECT join_of FROM pg_temp.known_stages);
 INSERT INTO stage_totals_mark DEFAULT VALUES ON CONFLICT DO NOTHING;
--- The owner of the tables may not create anything in their schema.
+-- To make an index takes a right on the schema, which the owner of the tables may not have.
 RESET ROLE;
 -- Serve stage_due_calls(); a write to stage_calls pays for each.
 DO $do$

@@ -10,8 +10,8 @@ from pipeline import JSL
 
 # What a listener is doing begins with this where the database has another PIPELINE than it.
 OTHER_PIPELINE = "PIPELINE differs, restart it"
-# With this, after that where both are so, if it can claim no call of some stages; their names and
-# the reason follow.
+# With this where it can claim no call of some stages, after the former where both are true; the
+# names of the stages and the reason follow.
 UNCLAIMABLE = "no call can be claimed of "
 
 # The sessions of listeners, or of calls by hand, in all databases of this server. PostgreSQL cuts
