@@ -187,8 +187,9 @@ WHERE l.call_id = ANY (ARRAY(SELECT call_id FROM result))
 """,
 )
 
-# A success lifts the hold of its stage, but not where the call began before the hold did, and not
-# a person's pause. A row that is locked is skipped: the next success lifts it.
+# The first success after a hold ends it. The success of a call that began before the hold does not,
+# and a person's pause is left as it is. While another transaction has the row locked, the hold
+# stays; a later success ends it.
 LIFT = Statement(
     "lift",
     """
@@ -209,9 +210,9 @@ WHERE (p.table_name, p.join_of, p.current_step, p.status)
 )
 
 # Each hold is twice as long as the one before, up to a minute, unless the stage asked for a time.
-# Results of calls that were under way when the hold began do not lengthen it, and none touches a
-# person's pause, which is a hold until infinity. A row that is locked is skipped: the next result
-# holds its stage.
+# Results of calls that were under way when the hold began do not lengthen it. A person's pause,
+# which is a hold until infinity, is left as it is. While another transaction has the row locked,
+# the stage is not held; a later result holds it.
 HOLD = Statement(
     "hold",
     f"""
@@ -244,8 +245,8 @@ TELL = Statement("tell", f"SELECT {UNSETTLED} AS unsettled, pg_notify('{WAKE_CHA
 
 # --- claiming ------------------------------------------------------------------------------
 
-# Runs before statements that may meet a lock for which others have waited already. They then fail
-# after 20 ms, and not after lock_timeout.
+# The statements after it fail 20 ms after they meet a lock, and not after lock_timeout: this turn
+# has waited for a lock already.
 HURRY = Statement("hurry", "SELECT set_config('lock_timeout', '20ms', true)")
 
 # A limit is exact because whoever claims locks its row first, in the order of the names, and
@@ -332,11 +333,11 @@ DUE_IN_ORDER = f"""
                           WHERE p.stage = wanted.stage AND p.held_until > now())) AS open
     LIMIT %(free)s"""
 
-# A person may take a call that is not due, but none that may still be running, and none more than
-# max_running, or than there are places in its pool. If another claim commits while this statement
-# runs, its lease is not in our snapshot. FOR UPDATE then checks the latest version of the row: its
-# `attempts` has risen, so the call is not taken. Leases are looked up by call_id as well, because
-# an install may have renamed the call's stage and not the lease's.
+# A person may take a call that is not due. But not one whose last request may still be running, and
+# not where max_running or the pool has no place left. Another claim may commit while this statement
+# runs, and then this one cannot see its lease. The call is not taken twice all the same: FOR UPDATE
+# reads the latest version of its row, in which `attempts` is higher. Leases are also looked up by
+# call_id, as an install may have renamed the stage of the call, but not that of its lease.
 DUE_BY_HAND = f"""
     SELECT open.job_id, open.call_id, open.worker, open.due_at, wanted.lease, open.stage,
            open.tenant, 1 AS turn
@@ -358,11 +359,11 @@ DUE_BY_HAND = f"""
                                 WHERE l.stage = ANY (s.stages) AND l.leased_until > now()))
     LIMIT 1"""
 
-# Takes the calls found, each for as long as its lease. The ORDER BY makes PostgreSQL find all of
-# them before it updates the first: OFFSET does not count rows that this command has updated, so
-# that calls which are due would be passed by. Only a person takes a call that was given up; it
-# gets all its attempts again. The state of the job is looked up in this same statement. There is
-# always a row, as it also says which results could not be settled.
+# Takes the calls found, each for as long as its lease. All must be found before the first is
+# updated, and the ORDER BY does that. Otherwise OFFSET would not count the rows that are updated
+# already, and calls that are due would be skipped. A call that was given up is only taken by a
+# person, and gets all its attempts again. The state of the job is read in the same statement. One
+# row is always returned: it also says which results could not be settled.
 TAKE = f"""
 , claimed AS (
     UPDATE stage_calls AS c
@@ -726,8 +727,8 @@ def give_back(conn, worker: str, keep: Iterable[int]):
     return execute(conn, GIVE_BACK, {"worker": worker, "keep": list(keep)}).fetchone()
 
 
-# Deletes leases that have run out: the listener was lost, or the asynchronous stage did not finish
-# in time. Each gets a row in the history, except where its call got no answer, which was recorded
+# Deletes leases that have run out: the listener was lost, or an asynchronous stage did not finish
+# in time. Each gets a row in the history, unless the call got no answer: such a call got its row
 # when it ended. A result that arrives later gets a row of its own. A call that a person made before
 # its run_after is due at its run_after again.
 REAP = """

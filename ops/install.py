@@ -171,7 +171,7 @@ def objects(conn, tables: Iterable[str] = ()) -> list[str]:
 def to_be_mended(conn) -> dict[str, str]:
     """Our triggers that did not see every change, by name: what install does to each."""
     return {
-        f"trigger {row.name} on {row.place}": "enabled" if row.is_whole else "replaced"
+        f"trigger {row.name} on {row.place}": "enabled" if row.is_whole else "renewed"
         for row in triggers(conn)
         if row.ours and not (row.is_whole and row.enabled in ("O", "A"))
     }

@@ -252,9 +252,10 @@ def notes(row: dict[str, Any]) -> Iterator[Line]:
     """What there is to say about a stage beyond its numbers."""
     if row["position"] is None and row["owed"]:
         # Before that, a listener gives calls whose state leads to another stage to that one.
-        cancel = f"if this stays for 5 min: {JSL} cancel --stage {row['stage']}"
-        newer = f"but in this program's: {INSTALL}, {IF_NEWER}"
-        yield f"not in PIPELINE; {newer if row['stage'] in pipeline.stage_names() else cancel}", RED
+        said = f"not in PIPELINE; if this stays for 5 min: {JSL} cancel --stage {row['stage']}"
+        if row["stage"] in pipeline.stage_names():
+            said = f"not in the database's PIPELINE: {INSTALL}, {IF_NEWER}"
+        yield said, RED
     parts = [f"{row['working']} taken and worked on"] if row["working"] else []
     if row["retrying"]:
         seconds = row["next_retry_seconds"]
