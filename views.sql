@@ -336,7 +336,8 @@ BEGIN
                OR a.stage NOT IN (SELECT stage FROM %1$I.pipeline_stages))
     ) AS last
     WHERE NOT EXISTS (SELECT FROM %1$I.stage_calls AS c
-                      WHERE c.job_id = r.id AND c.table_name = r.table_name)
+                      WHERE c.job_id = r.id AND c.table_name = r.table_name
+                        AND (c.join_of = '' OR c.stage = r.stage))
       AND NOT EXISTS (SELECT FROM %1$I.stage_leases AS l
                       WHERE l.job_id = r.id AND l.table_name = r.table_name
                         AND l.leased_until > now())

@@ -122,7 +122,7 @@ def resting(
     in time. Nothing of `row` itself where it cannot be read: its way out depends on its state.
     """
     ids = [(child.table_name, child.job_id) for of in below for child in of["rows"]]
-    if not (owed or calling or row.is_unread) and rows.is_readable(row):
+    if not (own(owed) or calling or row.is_unread) and rows.is_readable(row):
         ids.append((row.table_name, row.key))
     if not ids:
         return {}
@@ -220,7 +220,7 @@ def look(conn, row: Any, unread: Mapping[str, str]) -> Found:
     calling, attempts = (db.execute(conn, sql, given).fetchall() for sql in (CALLING, ATTEMPTS))
     below, above = children(conn, row, unread), joins(conn, row, owed, unread)
     rests = resting(conn, row, owed, calling, below, unread)
-    if not (owed or calling) and (dropped := cancelled(row, attempts)):
+    if not (own(owed) or calling) and (dropped := cancelled(row, attempts)):
         rests[row.table_name, row.key] = dropped
     waiting = waits.waits(conn, row) if owed else {}
     return Found(row, owed, calling, attempts, below, above, rests, waiting, unread)

@@ -96,8 +96,9 @@ MATCHING = """
 WHERE (%(since)s::timestamptz IS NULL OR {changed})
   AND (%(tenant)s::text IS NULL OR {tenant} = %(tenant)s)
   AND (%(stage)s::text IS NULL OR c.stage = %(stage)s
-       OR (c.stage IS NULL AND (l.stage = %(stage)s OR (
-           r.current_step::text = %(stage)s AND r.status::text <> 'done'))))
+       OR (c.stage IS NULL AND l.stage = %(stage)s)
+       OR ((c.stage IS NULL OR c.join_of <> '')
+           AND r.current_step::text = %(stage)s AND r.status::text <> 'done'))
 """
 
 OF_ALL_TABLES = """

@@ -18,6 +18,7 @@ from waiting import until
 
 import db
 import history
+import joins
 import pipeline
 import troubles
 from ops.install import apply
@@ -85,6 +86,21 @@ def test_status_shows_failed_and_stalled_rows_with_the_reason(variants, run_comm
     )
     assert stages["yolo_detect"]["failed_reason"].startswith("HTTP 500: CUDA out of memory")
     assert stages["vlm_analyze"]["stalled"] == 1 and found["resting_problem"] is None
+
+
+def test_row_that_rests_is_listed_while_its_join_owes_a_call(variants, command):
+    job = variants.database.add_job("vlm_analyze", "running")
+    variants.add(job, "iou_eval", "done")
+    with connected(variants.database) as conn:
+        joins.look(conn)
+    variants.database.rows("UPDATE jobs SET updated_at = now() - interval '1 h'")
+    for options in ("--stalled",), ("--stage", "vlm_analyze"), ("--stage", "ad_copy"):
+        assert job in command("jobs", *options).out
+    said = command("job", job).out
+    assert "rests since " in said and "running for longer than the timeout" in said
+    assert "owes ad_copy (call " in said
+    variants.database.move(job, "ad_copy", "running")  # its own stage is at work on it
+    assert job not in command("jobs", "--stalled").out
 
 
 def test_status_and_metrics_count_the_same_rows(variants, command):
