@@ -46,7 +46,7 @@ WORDS = {
 
 # relkind 'r' or 'p' is a table. `schema` is where everything goes.
 JOBS = """
-SELECT c.relkind IN ('r', 'p') AS is_table, n.nspname AS schema,
+SELECT c.relkind IN ('r', 'p') AS is_table, quote_ident(n.nspname) AS schema,
        (SELECT p.relnamespace::regnamespace::text FROM pg_class AS p
         WHERE p.oid = to_regclass('stage_calls')) AS ours,
        to_regclass(quote_ident(n.nspname) || '.stage_calls') IS NOT NULL AS is_installed_here,
@@ -58,7 +58,8 @@ LEFT JOIN pg_class AS c ON c.oid = found.oid LEFT JOIN pg_namespace AS n ON n.oi
 
 # The table that the trigger function beside our tables hangs on.
 HUNG = """
-SELECT format('%I.%I', n.nspname, c.relname) AS name, n.nspname AS schema, c.relname AS relation
+SELECT format('%I.%I', n.nspname, c.relname) AS name, quote_ident(n.nspname) AS schema,
+       c.relname AS relation, quote_ident(session_user) AS login
 FROM pg_trigger AS t JOIN pg_proc AS f ON f.oid = t.tgfoid JOIN pg_class AS c ON c.oid = t.tgrelid
 JOIN pg_namespace AS n ON n.oid = c.relnamespace
 WHERE f.proname = 'notify_job_state_change' AND t.tgparentid = 0
@@ -95,7 +96,7 @@ def misplaced(conn) -> Iterator[str]:
     if jobs.schema is None and hung and hung.relation == "jobs":
         yield (
             f"jobs is now in schema {hung.schema}, which is not on the search path: "
-            f"ALTER ROLE {conn.info.user} SET search_path = {hung.schema}, {jobs.ours}"
+            f"ALTER ROLE {hung.login} SET search_path = {hung.schema}, {jobs.ours}"
         )
     elif jobs.schema is None and hung:
         yield (

@@ -12,7 +12,7 @@ from pipeline import Table
 
 # All integer types count as one, as our copies are bigint.
 COLUMNS = """
-SELECT a.attname AS name,
+SELECT a.attname AS name, quote_ident(a.attname) AS in_sql,
        CASE WHEN a.atttypid IN ('int2'::regtype, 'int4'::regtype) THEN 'bigint'
             ELSE format_type(a.atttypid, -1) END AS type,
        a.attgenerated = 'v' AS is_virtual, t.typtype = 'd' AS is_domain,
@@ -44,7 +44,8 @@ WHERE a.attrelid = %(table)s::regclass AND a.attnum > 0 AND NOT a.attisdropped
 
 # Tables in the schema of jobs: our functions qualify all names with that schema.
 PLACE = """
-SELECT format('%%I.%%I', n.nspname, c.relname) AS name, c.relowner::regrole::text AS owner,
+SELECT format('%%I.%%I', n.nspname, c.relname) AS name, quote_ident(c.relname) AS in_sql,
+       c.relowner::regrole::text AS owner,
        (SELECT rolsuper FROM pg_roles WHERE oid = c.relowner)
        OR (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)
        OR pg_get_userbyid(c.relowner) = current_user AS may_install,
@@ -102,7 +103,7 @@ def faults(conn) -> Iterator[Fault]:
             continue
         if place.heirs:
             what = f"{place.heirs} INHERITS {table.name}, whose triggers do not see its rows"
-            yield Fault(what, f"ALTER TABLE … NO INHERIT {table.name}, or partition it instead")
+            yield Fault(what, f"ALTER TABLE … NO INHERIT {place.in_sql}, or partition it instead")
         columns = {row.name: row for row in db.execute(conn, COLUMNS, {"table": place.name})}
         parent = table.parent_column
         needed = [table.id, table.tenant, "current_step", "status", parent, table.priority,
@@ -111,12 +112,12 @@ def faults(conn) -> Iterator[Fault]:
             what = f"table {table.name} has no column {', '.join(missing)}"
             yield Fault(what, "add it (ALTER TABLE)" + OTHER * (table != pipeline.JOBS))
             continue
-        yield from faults_of_columns(table, columns, table.name in joined)
+        yield from faults_of_columns(table, place.in_sql, columns, table.name in joined)
         id_column = columns[table.id]
         if id_column.is_domain and not takes_null(conn, id_column.type):
             what = f"{table.name}.{table.id} is of type {id_column.type}, which refuses NULL"
             yield Fault(what, "give it the type that this domain is made of (ALTER TABLE)")
-        types[table.name], owners[table.name] = columns[table.id].type, place.owner
+        types[table.name], owners[place.in_sql] = columns[table.id].type, place.owner
         if parent and columns[parent].type != columns[table.id].type:
             yield Fault(
                 f"{table.name}.{parent} is of type {columns[parent].type}, "
@@ -130,10 +131,12 @@ def faults(conn) -> Iterator[Fault]:
                 f"{name} has ids of type {kind}, {first} of {types[first]}",
                 "give all ids one type (ALTER TABLE)" + OTHER,
             )
-        if owners[name] != owners[first]:
+    first = next(iter(owners), "")
+    for name, owner in owners.items():
+        if owner != owners[first]:
             yield Fault(
-                f"{name} belongs to {owners[name]}, {first} to {owners[first]}, and our functions "
-                "run with the rights of one owner",
+                f"{name} belongs to {owner}, {first} to {owners[first]}, and our functions run "
+                "with the rights of one owner",
                 f"ALTER TABLE {name} OWNER TO {owners[first]}",
             )
 
@@ -152,7 +155,7 @@ def takes_null(conn, type_: str) -> bool:
 OTHER = ", or name another column in Table(...)"
 
 
-def faults_of_columns(table: Table, columns: dict, is_joined: bool) -> Iterator[Fault]:
+def faults_of_columns(table: Table, in_sql: str, columns: dict, is_joined: bool) -> Iterator[Fault]:
     name, id_column = table.name, columns[table.id]
     other = OTHER * (name != pipeline.JOBS.name)
     if not id_column.can_be_id:
@@ -160,7 +163,7 @@ def faults_of_columns(table: Table, columns: dict, is_joined: bool) -> Iterator[
         yield Fault(what, f"give it a type such as uuid, bigint or text (ALTER TABLE){other}")
     elif not id_column.is_unique:
         what = f"{name}.{table.id} is not unique by itself, so a call could go to another row"
-        yield Fault(what, f"CREATE UNIQUE INDEX ON {name} ({table.id}){other}")
+        yield Fault(what, f"CREATE UNIQUE INDEX ON {in_sql} ({id_column.in_sql}){other}")
     seen = [table.id, "current_step", "status", table.tenant, table.parent_column, table.priority,
             table.run_after]  # fmt: skip
     for column in seen:
@@ -173,9 +176,11 @@ def faults_of_columns(table: Table, columns: dict, is_joined: bool) -> Iterator[
             what = f"{name}.{column} is of type {columns[column].type}, not {type_}"
             yield Fault(what, f"give it that type (ALTER TABLE){OTHER}")
     if is_joined and not columns[table.parent_column].is_indexed:
-        column = table.parent_column
-        what = f"{name}.{column} has no index, so each look at a parent would read all of {name}"
-        yield Fault(what, f"CREATE INDEX ON {name} ({column})")
+        column = columns[table.parent_column]
+        what = (
+            f"{name}.{column.name} has no index, so each look at a parent would read all of {name}"
+        )
+        yield Fault(what, f"CREATE INDEX ON {in_sql} ({column.in_sql})")
 
 
 # --- what a table does not declare ---------------------------------------------------------

@@ -566,11 +566,12 @@ def test_name_in_capitals_is_no_obstacle(empty_database, use_pipeline, api):
     use_pipeline({("a", "done"): stage("one"), rows("b", "done"): stage("two"),
                   rows.every("c", "done"): stage("three")})  # fmt: skip
     empty_database.rows(JOBS)
-    empty_database.rows('CREATE TABLE "Job Parts" ("Part" uuid PRIMARY KEY, "Job" uuid,'
-                        ' current_step text, status text);'
-                        ' CREATE INDEX ON "Job Parts" ("Job")')  # fmt: skip
+    empty_database.rows('CREATE TABLE "Job Parts" ("Part" uuid, "Job" uuid,'
+                        ' current_step text, status text)')  # fmt: skip
     settings = empty_database.settings(STAGE_API_URL=api.url)
     with closing(db.connect(settings)) as conn:
+        for fault in list(faults(conn)):
+            empty_database.rows(fault.mend.removesuffix(OTHER))
         apply(conn)
         assert [said for ok, said in run_checks(conn, settings) if not ok] == []
 
