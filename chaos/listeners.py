@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import config
 from chaos.history import Exit, Listening
 from demo.terminal import CHILD, GUARDIAN
 
@@ -22,15 +21,6 @@ ORPHAN = "리스너가 사라져 워커가 결과를 기록함"
 BUG = re.compile(r"^    \| [\w.]+(Error|Exception|Exit)\b")
 RESTART_DELAY = 0.3  # seconds
 PATIENCE = 40.0  # seconds, for a stop
-
-
-def environment(settings: dict[str, object]) -> dict[str, str]:
-    """The environment of a listener: these settings and the defaults of all others, not those of
-    the caller's environment and `.env`."""
-    given = {name: default or "" for name, (default, _) in config.SETTINGS.items()}
-    given["PIPELINE_MODULE"] = "demo.five_stages"
-    given |= {name: str(value) for name, value in settings.items()}
-    return os.environ | given | {"PYTHONIOENCODING": "utf-8"}
 
 
 class Listener:

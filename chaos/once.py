@@ -18,9 +18,10 @@ from random import Random
 import psycopg2
 
 from chaos import once_api
-from chaos.listeners import Listener, Supervisor, environment
+from chaos.listeners import Listener, Supervisor
 from chaos.once_pipeline import STAGES
 from demo.database import EmbeddedDatabase
+from demo.start import environment
 from demo.terminal import CHILD
 from receiver import Receiver
 
@@ -102,7 +103,7 @@ class Once:
             log = self.directory / "stages.log"
             self.api = stack.enter_context(StageProcess(self.database.dsn(), log))
             given = SETTINGS | self.database.settings() | {"STAGE_API_URL": self.api.url}
-            environ = environment(given | {"HEARTBEAT_DIR": self.directory / "heartbeats"})
+            environ = environment(**given, HEARTBEAT_DIR=self.directory / "heartbeats")
             command = [sys.executable, "listener.py", "install"]
             subprocess.run(command, env=environ, timeout=60, check=True, **CHILD)
             Receiver(self.connect).install()

@@ -19,19 +19,21 @@ from chaos.application import Application
 from chaos.clock import Clock, library
 from chaos.faults import World
 from chaos.history import History
-from chaos.listeners import Listener, Supervisor, environment
+from chaos.listeners import Listener, Supervisor
 from chaos.nemesis import Nemesis
 from chaos.pipeline import Pipeline, url_of
 from chaos.proxy import Proxy
 from demo import five_stages
 from demo.database import EmbeddedDatabase
 from demo.standby import Standby
+from demo.start import environment
 from demo.terminal import CHILD
 from ops.audit import RESTS
 
 PROGRAM = ("-m", "chaos.program")
 # Short times, so that thousands of calls fit into minutes.
 SETTINGS = {
+    "PIPELINE_MODULE": "demo.five_stages",
     "STAGE_TIMEOUT": plan.STAGE_TIMEOUT,
     "LEASE_MARGIN": plan.LEASE_MARGIN,
     "MAX_ATTEMPTS": 3,
@@ -123,7 +125,7 @@ class Run:
             clock.write_bytes(plan.CLOCK.pack(0.0))
         if behind:
             given["DB_HOST"], given["DB_PORT"] = "127.0.0.1", self.database_proxy.port
-        return environment(given)
+        return environment(**given)
 
     def listener(self, slot: int) -> Listener:
         workers = 1 if slot % 2 else 4

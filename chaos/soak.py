@@ -10,16 +10,21 @@ from pathlib import Path
 
 import psycopg2
 
-from chaos.listeners import Listener, Supervisor, environment
+from chaos.listeners import Listener, Supervisor
 from chaos.trend import Series
 from demo.database import EmbeddedDatabase
 from demo.stage_api import StageApi
+from demo.start import environment
 from demo.terminal import run_command
 
 WORKERS = 4
 SAMPLES = 180
 # The least value of HISTORY_DAYS, so that a run of half an hour prunes some history.
-SETTINGS = {"HISTORY_DAYS": "0.01", "LOG_LEVEL": "INFO", "SWEEP_INTERVAL": "5"}
+SETTINGS = {
+    "PIPELINE_MODULE": "demo.five_stages",
+    "HISTORY_DAYS": "0.01",
+    "SWEEP_INTERVAL": "5",
+}
 KEEP_JOBS = 60  # seconds after which the application deletes a job
 
 ADD = """
@@ -93,7 +98,7 @@ class Soak:
 
     def environ(self) -> dict[str, str]:
         given = SETTINGS | self.database.settings() | {"STAGE_API_URL": self.api.url}
-        return environment(given | {"HEARTBEAT_DIR": self.directory / "heartbeats"})
+        return environment(**given, HEARTBEAT_DIR=self.directory / "heartbeats")
 
     def count(self, _request) -> None:
         self.answered += 1

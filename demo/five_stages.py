@@ -1,5 +1,5 @@
-"""The guide's five stages, which the stand-in stage API runs. Tests, chaos and benchmark use this
-pipeline, as stages.py may be changed.
+"""The guide's five stages, which the stand-in stage API runs. Demo, tests, chaos and benchmark use
+this pipeline, as stages.py may be changed.
 """
 
 from collections.abc import Callable

@@ -69,8 +69,9 @@ def play(stack: ExitStack, name: str | None, log: bool, report: Path) -> None:
     for note in shown.notes:
         show(f"   {note}")
 
-    settings = environment(stack, dsn, api.url, PIPELINE_MODULE=shown.module, RETRY_DELAY="1",
-                           **LEASE)  # fmt: skip
+    heartbeats = stack.enter_context(tempfile.TemporaryDirectory(prefix="heartbeat-"))
+    settings = environment(DATABASE_URL=dsn, STAGE_API_URL=api.url, PIPELINE_MODULE=shown.module,
+                           HEARTBEAT_DIR=heartbeats, RETRY_DELAY="1", **LEASE)  # fmt: skip
     headline(f"③ PIPELINE_MODULE={shown.module} ./jsl install")
     run_command("install", settings, quiet=not log)
 
@@ -92,7 +93,7 @@ def play(stack: ExitStack, name: str | None, log: bool, report: Path) -> None:
     listener.close()
     judge(api, board, shown, killing)
     if given:
-        print("Tables and triggers stay; `./jsl uninstall` removes them.")
+        print("Tables and triggers stay; `./jsl uninstall` removes all but jobs, stage_requests.")
     print(shown.next)
 
 

@@ -1,12 +1,16 @@
 """What every demo needs first: a database of its own, and settings for its listener."""
 
 import os
-import tempfile
 from contextlib import ExitStack
+from pathlib import Path
 
+import dotenv
 from psycopg2.extensions import connection as Connection
 
+import config
 from demo.database import EmbeddedDatabase
+
+ENV_FILE = Path(__file__).parent.parent / ".env"
 
 
 def own_database(stack: ExitStack) -> str:
@@ -22,14 +26,12 @@ def server(connection: Connection) -> str:
     return f"PostgreSQL {version} on {info.host}:{info.port}"
 
 
-def environment(stack: ExitStack, dsn: str, api_url: str, **settings: str) -> dict[str, str]:
-    """The environment of a listener, whatever `.env` says."""
-    ours = {
-        "DATABASE_URL": dsn,
-        "STAGE_API_URL": api_url,
-        "HEARTBEAT_DIR": stack.enter_context(tempfile.TemporaryDirectory(prefix="heartbeat-")),
-        "LISTENER_ENABLED": "true",
-        "LOG_LEVEL": "INFO",
-        "PYTHONIOENCODING": "utf-8",
-    }
-    return os.environ | ours | settings
+def environment(**settings: object) -> dict[str, str]:
+    """The environment of a listener with these settings and the defaults of all others, whatever
+    the caller's environment and `.env` say: they may name a production API.
+    """
+    defaults = {name: default or "" for name, (default, _) in config.SETTINGS.items()}
+    given = {*os.environ, *dotenv.dotenv_values(ENV_FILE)}
+    urls = {name: "" for name in given if name.startswith(config.STAGE_URL)}
+    ours = {name: str(value) for name, value in settings.items()}
+    return os.environ | defaults | urls | {"PYTHONIOENCODING": "utf-8"} | ours

@@ -1,5 +1,6 @@
 """make demo: a board on a terminal, plain lines elsewhere, or the listener's log."""
 
+import json
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from demo.board import CELL, COLUMNS, Board, Cell, Row
 from demo.database import EmbeddedDatabase
 from demo.killing import worker_behind
 from demo.stage_api import DELAYS, StageApi
+from demo.start import environment
 from ops.table import width
 
 ROOT = Path(__file__).parent.parent
@@ -109,6 +111,25 @@ def test_database_that_is_given_is_left_without_the_jobs_of_the_demo(tmp_path):
                 cursor.execute(f"SELECT count(*) FROM {table}")
                 assert cursor.fetchone() == (0,), table
         conn.close()
+
+
+SHOW = """
+import config, json
+found = config.settings()
+names = "STAGE_API_URL", "STAGE_API_URLS", "STAGE_API_TOKEN", "ALERT_COMMAND", "MAX_ATTEMPTS"
+print(json.dumps([getattr(found, name) for name in names]))"""
+
+
+def test_no_setting_of_the_caller_or_of_env_reaches_a_listener_of_the_demo(tmp_path, monkeypatch):
+    file = tmp_path / ".env"
+    file.write_text("STAGE_API_URL_PLANNER=http://gpu7:8011\nALERT_COMMAND=/srv/chat\n")
+    monkeypatch.setattr("demo.start.ENV_FILE", file)
+    monkeypatch.setenv("STAGE_API_URL_OVERLAY", "http://gpu8:8011")
+    monkeypatch.setenv("STAGE_API_TOKEN", "of-production")
+    monkeypatch.setenv("MAX_ATTEMPTS", "1")
+    environ = environment(STAGE_API_URL="http://127.0.0.1:1") | {"PYTHONPATH": str(ROOT)}
+    said = subprocess.check_output([sys.executable, "-c", SHOW], cwd=tmp_path, env=environ)
+    assert json.loads(said) == ["http://127.0.0.1:1", {}, None, None, 5]
 
 
 # --- ended before its time -----------------------------------------------------------------
