@@ -90,7 +90,8 @@ $(READY): requirements.txt
 		exit 1; \
 	fi; \
 	echo "Setting up .venv with $$($$python --version); the first time takes a minute"; \
-	$(PYTHON) -m pip --version > /dev/null 2>&1 || $$python -m venv --clear .venv
+	$(PYTHON) -c 'import os, pip, sys; os.waitid; sys.exit(sys.version_info < (3, 10))' 2> /dev/null \
+		|| $$python -m venv --clear .venv
 	@$(PIP) -r requirements.txt
 	@touch $@
 

@@ -1,6 +1,6 @@
 """Imported before anything else: one line and exit 2 where Python is too old or a package missing.
 
-Any Python 3 must be able to read this file and the top of those that import it.
+Python 3.8 must be able to read this file and those that import it.
 """
 
 import importlib
@@ -34,9 +34,12 @@ def set_up():
     if os.access(os.path.join(VENV, "bin", "python"), os.X_OK) and not is_ours():
         jsl = os.path.relpath(os.path.join(HERE, "jsl"))
         jsl = jsl if os.sep in jsl else os.path.join(".", jsl)
-        return f"the packages are in .venv, so type {jsl} instead of python listener.py"
+        return (
+            f"the packages are in .venv, so type {jsl} instead of python listener.py, "
+            "or .venv/bin/python instead of python"
+        )
     python = "python3" if sys.version_info >= OLDEST else "python3.10"
-    by_hand = f"{python} -m venv .venv && .venv/bin/pip install -r requirements.txt"
+    by_hand = f"{python} -m venv --clear .venv && .venv/bin/pip install -r requirements.txt"
     return f"run `make setup`, or `{by_hand}`, in {HERE}; then ./jsl"
 
 

@@ -19,7 +19,8 @@ import ops
 
 ROOT = Path(__file__).parent.parent
 MAKE = shutil.which("make")
-SET_UP = "run `make setup`, or `python3 -m venv .venv && .venv/bin/pip install -r requirements.txt`"
+BY_HAND = "python3 -m venv --clear .venv && .venv/bin/pip install -r requirements.txt"
+SET_UP = f"run `make setup`, or `{BY_HAND}`"
 
 
 class Copy:
