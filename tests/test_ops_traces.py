@@ -22,6 +22,7 @@ from test_tracing import GIVEN, crops  # noqa: F401 (a fixture)
 import db
 from ops import traces
 
+MOVED = b"HTTP/1.1 302 Found\r\nLocation: /login\r\nContent-Length: 0\r\n\r\n"
 REFUSED = b"HTTP/1.1 500 Oops\r\nContent-Length: 9\r\n\r\nno memory"
 SINCE = datetime(2026, 1, 1, tzinfo=timezone.utc)
 SENDER = str(ROOT / "demo/monitoring/send_traces.py")
@@ -196,7 +197,7 @@ def test_sender_goes_on_where_the_collector_took_all(database, serve, tmp_path):
     job = add_attempts(database, 2)
     database.rows("UPDATE stage_attempts SET finished_at = now() - interval '2 min'")
     add_attempts(database, 1, call_id=2)  # is for the next run: others may be committed late
-    collector = serve(in_turn(REFUSED, OK))
+    collector = serve(in_turn(REFUSED, MOVED, OK))
 
     def send() -> tuple[int, str, list[int]]:
         """The exit code, what was said, and how many spans each request had."""
@@ -208,8 +209,9 @@ def test_sender_goes_on_where_the_collector_took_all(database, serve, tmp_path):
         bodies = [request.body.decode() for request in collector.requests[before:]]
         return done.returncode, done.stderr, [len(spans_in(body)) for body in bodies]
 
-    said = f"{collector.url}/v1/traces did not take the spans: HTTP 500\n"
-    assert send() == (1, said, [2])
+    said = f"{collector.url}/v1/traces did not take the spans: HTTP"
+    assert send() == (1, f"{said} 500\n", [2])
+    assert send() == (1, f"{said} 302\n", [2])
     assert send() == (0, "", [2])
     assert datetime.fromisoformat((tmp_path / "sent").read_text()) < datetime.now(timezone.utc)
     assert collector.requests[1].headers["content-type"] == "application/json"

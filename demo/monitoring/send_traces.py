@@ -22,12 +22,19 @@ TIME_LIMIT = 10.0  # seconds
 LAG = timedelta(minutes=1)
 
 
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: a redirected POST becomes a GET, whose success says nothing."""
+
+    def redirect_request(self, *_):
+        return None
+
+
 def post(url: str, spans: bytes) -> None:
     """POST a request to the collector; ends the program with a line where that fails."""
     head = {"Content-Type": "application/json"}
     try:
         request = urllib.request.Request(url, spans, head)
-        urllib.request.urlopen(request, timeout=TIME_LIMIT).close()
+        urllib.request.build_opener(NoRedirect).open(request, timeout=TIME_LIMIT).close()
     except urllib.error.HTTPError as error:
         sys.exit(f"{url} did not take the spans: HTTP {error.code}")
     except (OSError, ValueError, http.client.HTTPException) as error:
