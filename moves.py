@@ -10,6 +10,7 @@ import db
 import failures
 import history
 import logs
+import pipeline
 
 log = logging.getLogger("listener.trigger")
 
@@ -151,12 +152,16 @@ def record_missed(conn, table: str | None = None) -> None:
 
 def log_end(row) -> None:
     """Log the end of a call in the words of trigger.log_end."""
-    about_row = failures.row_name(row.table_name, row.job_id)
-    about = logs.about(job=row.job_id, table=row.table_name, stage=row.stage, status=202,
-                       duration=round(row.seconds, 3), outcome=row.outcome)  # fmt: skip
+    name = failures.row_name(row.table_name, row.job_id)
+    of_jobs = row.table_name == pipeline.JOBS.name  # of another row, its job is not known here
+    ids = {"job": row.job_id} if of_jobs else {"table": row.table_name, "id": row.job_id}
+    duration = round(row.seconds, 3)
     if row.outcome == "succeeded":
+        about = logs.about(**ids, stage=row.stage, status=202, duration=duration)
         log.info("파이프라인 단계 실행 성공: %s stage=%s status=202 (%.2f초)",
-                 about_row, row.stage, row.seconds, extra=about)  # fmt: skip
+                 name, row.stage, row.seconds, extra=about)  # fmt: skip
     else:
+        about = logs.about(**ids, stage=row.stage, status=202, duration=duration,
+                           outcome=row.outcome, error=row.error)  # fmt: skip
         log.warning("파이프라인 단계 실행 실패: %s stage=%s error=%s",
-                    about_row, row.stage, row.error, extra=about)  # fmt: skip
+                    name, row.stage, row.error, extra=about)  # fmt: skip

@@ -1,5 +1,6 @@
 """Asynchronous stages, which answer 202 and then work."""
 
+import json
 from contextlib import closing
 
 import pytest
@@ -210,6 +211,24 @@ def test_failed_that_nothing_follows_from_is_told(site):
     assert "send" not in running.wait_for_line("단계가 failed로 설정함")
     assert site.database.value(ENDED, job) == "failed"
     assert site.database.value("SELECT kind FROM resting_rows()") == "failed"
+
+
+def test_log_as_json_names_the_row_that_failed_and_why(site):
+    job = site.database.add_job("vlm_analyze", "done")
+    [variant] = site.variants.add(job, "img_gen", "done")
+    running = site.start(LOG_FORMAT="json", LISTENER_WORKERS=2)
+    site.wait_for_working(2)
+    site.variants.move(variant, "yolo_detect", "failed")
+    site.database.move(job, "planner", "failed")
+    site.database.wait_for(NOBODY)
+    running.stop()
+    ended = [said for said in map(json.loads, running.lines) if said["event"] == "call_failed"]
+    assert {said.get("job") for said in ended} == {job, None}
+    for said in ended:
+        if "job" not in said:
+            assert (said["table"], said["id"]) == ("jobs_variants", variant)
+        assert (said["outcome"], said["status"]) == ("failed", 202)
+        assert said["error"] == "set failed by its stage"
 
 
 @pytest.mark.parametrize("status", ["done", "failed"])
