@@ -27,8 +27,8 @@ log = logging.getLogger("listener.serve")
 def serve(host: str, port: int, names: tuple[str, ...]) -> None:
     """Serve a live page until SIGTERM or Ctrl-C: stages, rows, search, /metrics, /healthz, /readyz.
 
-    It reads only, and changes nothing in the pipeline. With OPS_TOKEN set, a person who has entered
-    it may retry, call again, pause, resume and cancel. See docs/SERVE.md.
+    Without OPS_TOKEN it only reads. With it, a person who has entered the token may retry, call
+    again, pause, resume and cancel. See docs/SERVE.md.
     """
     settings = config.settings()
     config.require_database(settings)
