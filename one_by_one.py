@@ -1,5 +1,6 @@
 """A turn that failed, done again: each result alone, then a claim of one call."""
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,7 +8,18 @@ from dataclasses import replace
 import psycopg2
 
 import calls
-from calls import BEYOND_ASCII, FENCE, RESULTS, UNDER_WAY, Result, Turn, Wanted, as_json, escaped
+from calls import (
+    BEYOND_ASCII,
+    FENCE,
+    PAID,
+    RESULTS,
+    UNDER_WAY,
+    Result,
+    Turn,
+    Wanted,
+    as_json,
+    escaped,
+)
 from db import ConnectionLost, execute
 from failures import row_name
 
@@ -83,12 +95,18 @@ def settle_and_claim(conn, results: Sequence[Result], wanted: Sequence[Wanted], 
 
 
 # Settles a call without writing to the history, where that fails: removes the call where it was
-# accepted or skipped, and gives it up otherwise.
+# accepted or skipped, and gives it up otherwise. A call without an answer keeps its lease, as its
+# stage may still be working; one that was taken with 202 is left as it is.
 SETTLE_WITHOUT_HISTORY = f"""
 WITH result AS ({RESULTS}
 ), ended AS (
     DELETE FROM stage_leases AS l USING result AS r
     WHERE l.call_id = r.call_id AND l.attempt = r.attempt AND l.job_id = r.job_id
+      AND r.outcome NOT IN ('unknown', 'taken')
+), unanswered AS (
+    UPDATE stage_leases AS l SET unanswered = true FROM result AS r
+    WHERE l.call_id = r.call_id AND l.attempt = r.attempt AND l.job_id = r.job_id
+      AND r.outcome = 'unknown'
 ), paid AS (
     DELETE FROM stage_calls AS c USING result AS r
     WHERE {FENCE} AND r.outcome IN ('succeeded', 'skipped')
@@ -96,8 +114,9 @@ WITH result AS ({RESULTS}
 UPDATE stage_calls AS c
 SET worker = NULL, started_at = NULL, due_at = 'infinity', last_error = left(r.error, 500)
 FROM result AS r
-WHERE {FENCE} AND r.outcome NOT IN ('succeeded', 'skipped')
+WHERE {FENCE} AND r.outcome NOT IN ('succeeded', 'skipped', 'taken')
 """
+PASSING = (psycopg2.errors.LockNotAvailable, psycopg2.errors.QueryCanceled)
 
 
 def settle_alone(conn, result: Result, done: Turn) -> None:
@@ -115,6 +134,8 @@ def settle_alone(conn, result: Result, done: Turn) -> None:
         return
     except psycopg2.Error as error:
         if not is_fault_of_row(error):
+            if result.outcome in PAID and not isinstance(error, PASSING):
+                let_go(conn, result)
             raise
         reason = f"its result ({result.outcome}) cannot be recorded: {' '.join(str(error).split())}"
     row = row_name(result.table_name, result.job_id)
@@ -130,6 +151,14 @@ def settle_alone(conn, result: Result, done: Turn) -> None:
     else:
         if given_up and not (result.is_told and result.outcome == "failed"):
             done.given_up.append(replace(result, outcome="failed", error=reason))
+
+
+def let_go(conn, result: Result) -> None:
+    """Remove an accepted call though the history does not take its result for now, as on a full
+    disk: another listener would make the call again after its lease. The result is written later.
+    """
+    with contextlib.suppress(psycopg2.Error):
+        execute(conn, SETTLE_WITHOUT_HISTORY, {"results": as_json(conn, [result])})
 
 
 # The call that a claim of this stage would take first: see DUE and DUE_IN_ORDER in calls.py.

@@ -302,6 +302,18 @@ def test_call_that_the_history_does_not_take_is_settled_all_the_same(database, c
     assert database.rows("SELECT 1 FROM stage_leases") == []
 
 
+def test_call_without_an_answer_keeps_its_lease_though_the_history_does_not_take_it(database, conn):
+    job = database.add_job()
+    database.rows(f"ALTER TABLE stage_attempts ADD CHECK (job_id <> '{job}')")
+    unanswered = result(claim(conn), "unknown", http_status=None, error="no answer within 600 s")
+    [told] = one_by_one.settle_and_claim(conn, [unanswered], wanted(), 1, "w").given_up
+    assert (told.job_id, database.owed(job).given_up) == (job, True)
+    assert database.value("SELECT unanswered FROM stage_leases")
+    database.move(job, "img_gen", "running")
+    database.move(job, "img_gen", "done")  # owes the call anew
+    assert claim(conn).call_id is None
+
+
 REFUSE_ONE = """
 CREATE FUNCTION refuse_one() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
     IF NEW.job_id = '{}' THEN RAISE 'not this one'; END IF; RETURN NEW; END $$;
@@ -321,11 +333,14 @@ def test_result_that_is_refused_keeps_no_other_from_being_written(database, call
         with pytest.raises(psycopg2.errors.RaiseException):
             calling.listener.settle_and_claim(calling.conn)
         assert [one.job_id for one in unwritten.results] == [rows[1].key]
-        assert [job for job in jobs if database.owed(job)] == [rows[1].key]
+        # Nobody makes it again meanwhile, however long that lasts.
+        assert not any(database.owed(job) for job in jobs)
+        assert database.attempts(rows[1].key) == []
     finally:
         database.rows("DROP FUNCTION refuse_one CASCADE")
     calling.listener.settle_and_claim(calling.conn)
-    assert unwritten.results == [] and not any(database.owed(job) for job in jobs)
+    assert unwritten.results == []
+    assert [[one.outcome for one in database.attempts(job)] for job in jobs] == [["succeeded"]] * 3
 
 
 def test_stage_that_somebody_has_locked_keeps_no_result_from_being_written(database, conn):
