@@ -92,15 +92,17 @@ def after_leaving(account: Account, call: Call) -> Iterator[str]:
     for one, _post in call.posted():
         if call.left is None or one.claim.at < call.left + VISIBLE:
             continue
-        if call.is_join and (one.number == min(call.tries) or is_back(account, call, one.claim.at)):
+        if call.is_join and is_back(account, call, one):
             continue
         yield f"{call}: attempt {one.number} was claimed {one.claim.at - call.left:.3f} s after"
 
 
-def is_back(account: Account, call: Call, at: float) -> bool:
-    """Whether all variants are in place again, as the one that was missing was deleted."""
+def is_back(account: Account, call: Call, one: Try) -> bool:
+    """Whether all variants were in place when this attempt was claimed, though one was missing
+    before: the look that recorded the call saw an older state, or the missing one was deleted."""
+    at, committed = one.claim.at, account.committed(call, one)
     has_moved_on = call.moved_on is not None and call.moved_on <= at
-    return not has_moved_on and account.families.was_complete(call.job, at - VISIBLE, at)
+    return not has_moved_on and account.families.was_complete(call.job, at - VISIBLE, committed)
 
 
 def is_recorded_anew(account: Account, call: Call, row: Row) -> bool:

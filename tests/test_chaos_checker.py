@@ -1067,6 +1067,31 @@ def test_join_is_called_again_only_once_the_missing_variant_is_gone(deleted, fou
     assert kinds(family) == found
 
 
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_join_called_while_a_variant_is_missing_is_seen(attempt, family):
+    family.variant(4, "b", "cut", "running")
+    family.variant(4.5, "b")
+    family.record(4.6)
+    if attempt == 2:
+        family.called(4.7, outcome="retry", status=500)
+    family.variant(5.1, "a", "cut", "paused")
+    family.called(6, attempt=attempt)
+    assert kinds(family) == {AFTER_LEAVING}
+
+
+@pytest.mark.parametrize(("committed", "found"), [(6.2, set()), (6.0, {AFTER_LEAVING})])
+def test_variant_may_come_back_until_the_claim_is_committed(committed, found, family):
+    family.variant(4, "b", "cut", "running")
+    family.variant(4.5, "b")
+    family.record(4.6)
+    family.variant(5.1, "a", "cut", "paused")
+    family.variant(6.1, "a", None, None)
+    family.called(6)
+    claim = family.claims[-1]
+    family.leases.append(Lease("j", "t", claim.call, 1, "ad_copy", 6, committed, claim.until, 6.3))
+    assert kinds(family) == found
+
+
 def test_accepted_join_that_is_repeated_is_seen(family):
     family.called(8, attempt=2)
     assert REPEATED in kinds(family)
