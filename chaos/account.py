@@ -94,6 +94,7 @@ class Account:
         self.calls: list[Call] = []
         self._by_number: dict[tuple[str, int], Call] = {}
         self._latest: dict[str, Call] = {}  # the last call of a join, by job
+        self._leases = {(lease.call, lease.attempt): lease for lease in history.leases}
         self._moved = {(move.job, move.tx) for move in history.moves}
         self.families = Families(history)
         self.read_arrivals()
@@ -206,10 +207,7 @@ class Account:
         )
 
     def lease(self, call: Call, one: Try) -> Lease | None:
-        mine = (call.number, one.number)
-        return next(
-            (each for each in self.history.leases if (each.call, each.attempt) == mine), None
-        )
+        return self._leases.get((call.number, one.number))
 
     def committed(self, call: Call, one: Try) -> float:
         """When the claim of an attempt was committed; its own time is that of its transaction's

@@ -22,6 +22,7 @@ from ops.rules import (
     LOST,
     OVERLAP,
     REPEATED,
+    UNANSWERED,
     may_still_run,
     outcomes_by,
     was_accepted,
@@ -230,6 +231,8 @@ def check_attempts(account: Account, call: Call, verdict: Verdict) -> None:
         text = f"{call}: attempt {one.number}"
         if len(one.posts) > 1:
             verdict.findings.append((ATTEMPTS, f"{text} was sent {len(one.posts)} times"))
+        if one.posts and (why := unleased(account, call, one)):
+            verdict.findings.append((ATTEMPTS, f"{text} was sent, and {why}"))
         if not one.rows:
             check_missing(account, call, one, verdict)
             continue
@@ -247,6 +250,18 @@ def check_attempts(account: Account, call: Call, verdict: Verdict) -> None:
         if one.posts and one.http and one.http != one.posts[0].status:
             said = one.posts[0].status
             verdict.findings.append((ATTEMPTS, f"{text}: {one.http} recorded, {said} answered"))
+
+
+def unleased(account: Account, call: Call, one: Try) -> str:
+    """How the lease was missing by which the limits count a call that was sent; "" where it was
+    there until the call had a result, or had run out."""
+    lease = account.lease(call, one)
+    if lease is None:
+        return "has no lease"
+    is_over = lease.ended is None or lease.ended >= one.leased_until
+    if is_over or outcomes_by(one, lease.ended) - UNANSWERED:
+        return ""
+    return f"its lease was ended {one.leased_until - lease.ended:.3f} s early, without an answer"
 
 
 def check_missing(account: Account, call: Call, one: Try, verdict: Verdict) -> None:

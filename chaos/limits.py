@@ -95,13 +95,12 @@ def passed_by(account: Account, leases: list[Lease]) -> Iterator[str]:
 def ended_amiss(account: Account) -> Iterator[str]:
     """A call that was taken is under way until its row moves on or its lease is over, and is
     recorded as what the row says."""
-    ends = {(lease.call, lease.attempt): lease for lease in account.history.leases}
     moves = defaultdict(list)
     for move in account.history.moves:
         moves[move.job].append(move)
     for call in account.calls:
         for one in call.tries.values():
-            lease = ends.get((call.number, one.number))
+            lease = account.lease(call, one)
             if lease is None or lease.ended is None:
                 continue
             both = zip([None, *moves[call.job]], moves[call.job], strict=False)

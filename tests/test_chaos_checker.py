@@ -64,6 +64,8 @@ class Script(History):
     def claim(self, at, attempt=1, worker=ONE, call=None):
         call = call or self.debts[-1].call
         self.claims.append(Claim("j", call, attempt, worker, at, at + LEASE))
+        stage = self.stage(self.claims[-1])
+        self.leases.append(Lease("j", "t", call, attempt, stage, at, at, at + LEASE, None))
 
     def post(self, finished, status=200, sent=True, arrived=None, key=None):
         """The request of the latest claim; 0.1 s after it, if not said otherwise."""
@@ -287,8 +289,7 @@ def test_claim_whose_answer_was_lost_leaves_no_trace_where_the_job_moved_on(scri
     assert kinds(script) == set()
     script.kill(3.0)
     assert kinds(script) == {ATTEMPTS}
-    call, until = script.claims[-1].call, script.claims[-1].until
-    script.leases.append(Lease("j", "t", call, 1, "vlm_analyze", 1.1, 1.1, until, 1.3))
+    script.leases[-1] = replace(script.leases[-1], ended=1.3)
     assert kinds(script) == set()  # it was given back before the listener was killed
 
 
@@ -319,10 +320,7 @@ def test_job_called_away_during_a_call_is_called_at_its_new_place(began, script)
     script.row(3.0)
     script.move(2, "vlm_analyze")
     script.called(began, worker=OTHER)
-    claim = script.claims[-1]
-    script.leases.append(
-        Lease("j", "t", claim.call, 1, "yolo_detect", claim.at, 2.1, claim.until, 3.0)
-    )
+    script.leases[-1] = replace(script.leases[-1], began=2.1)
     verdict = check(script)
     assert verdict.findings == []
     assert list(verdict.overlaps) == ["the job had moved on meanwhile"]
@@ -685,10 +683,7 @@ def taken(script, outcome="succeeded", moved=2.0, status="done", ended=None):
     finished = ended or moved
     script.row(finished, outcome, claim=script.claims[-1])
     script.rows[-1] = replace(script.rows[-1], http=202)
-    call = script.debts[0].call
-    script.leases = [
-        Lease("j", "t", call, 1, "vlm_analyze", 1.1, 1.15, 1.1 + LEASE, finished + 0.1)
-    ]
+    script.leases[0] = replace(script.leases[0], ended=finished + 0.1)
 
 
 def test_taken_call_is_over_when_its_row_moves_on(script):
@@ -827,6 +822,32 @@ def test_claim_that_was_given_back_though_it_was_sent_is_found(script):
     script.fault("terminate backend", "database", 1.1)
     script.called(1.6, attempt=2)
     assert ATTEMPTS in kinds(script)
+
+
+def test_request_without_a_lease_is_found(script):
+    script.move(1, "img_gen")
+    script.called(1.1)
+    script.leases.clear()
+    assert kinds(script) == {ATTEMPTS}
+
+
+@pytest.mark.parametrize(("ended", "found"), [(1.1 + LEASE, set()), (3.5, {ATTEMPTS})])
+@pytest.mark.parametrize("outcome", [None, "unknown"])
+def test_lease_that_is_ended_without_an_answer_before_it_ran_out_is_found(
+    outcome, ended, found, script
+):
+    killed_in_a_call(script, accepted=False)
+    if outcome:
+        script.row(1.1 + TIMEOUT, outcome, claim=script.claims[0])
+    script.leases[0] = replace(script.leases[0], ended=ended)
+    assert kinds(script) == found
+
+
+def test_answer_ends_the_lease_of_its_call(script):
+    script.move(1, "img_gen")
+    script.called(1.1)
+    script.leases[0] = replace(script.leases[0], ended=1.45)
+    assert kinds(script) == set()
 
 
 def test_row_without_a_claim_is_found(script):
@@ -1087,8 +1108,7 @@ def test_variant_may_come_back_until_the_claim_is_committed(committed, found, fa
     family.variant(5.1, "a", "cut", "paused")
     family.variant(6.1, "a", None, None)
     family.called(6)
-    claim = family.claims[-1]
-    family.leases.append(Lease("j", "t", claim.call, 1, "ad_copy", 6, committed, claim.until, 6.3))
+    family.leases[-1] = replace(family.leases[-1], began=committed)
     assert kinds(family) == found
 
 
