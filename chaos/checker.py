@@ -270,11 +270,13 @@ def check_missing(account: Account, call: Call, one: Try, verdict: Verdict) -> N
     if claim.released and not one.posts:
         return
     near = (claim.at - RECONNECTING, claim.until + RECONNECTING)
-    done = account.faults(claim.worker, *near) if call.left else []
     ended = account.lease_ended(call, one)
+    # The row of its call was gone: the job had moved on, or the next attempt had taken it over.
+    was_gone = ended >= min(call.left or one.leased_until, one.leased_until)
+    done = account.faults(claim.worker, *near) if was_gone else []
     killed = any(f.kind.startswith("kill -9 listener") and f.began <= ended for f in done)
     if done and not one.posts and not killed:
-        return  # given back as well, but the job's moving on had taken the row of its call
+        return  # given back as well, which only the row of its call would show
     text = f"{call}: attempt {one.number} of {claim.worker} has no row"
     verdict.findings.append((ATTEMPTS, text))
 

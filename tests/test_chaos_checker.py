@@ -293,6 +293,22 @@ def test_claim_whose_answer_was_lost_leaves_no_trace_where_the_job_moved_on(scri
     assert kinds(script) == set()  # it was given back before the listener was killed
 
 
+@pytest.mark.parametrize(("ended", "found"), [(1.3, {ATTEMPTS}), (1.2 + LEASE, set())])
+@pytest.mark.parametrize("left", [8, None])
+def test_claim_is_given_back_without_a_trace_only_where_its_call_was_gone(
+    left, ended, found, script
+):
+    """The next attempt had taken the call over, once the lease had run out."""
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.fault("terminate backend", "database", 0.5)
+    script.leases[-1] = replace(script.leases[-1], ended=ended)
+    script.called(5, attempt=2)
+    if left:
+        script.move(left, "vlm_analyze", "running")
+    assert kinds(script) == found
+
+
 def test_calls_recorded_on_the_way_in_one_transaction_count_for_nothing(script):
     script.move(1, "img_gen", "paused")
     script.debts.append(Debt("j", 5, "vlm_analyze", script.moves[-1].tx))
