@@ -79,7 +79,8 @@ def why_lost(account: Account, call: Call, one: Try, when: float) -> str:
         return "all was killed"
     if any(kind.startswith("freeze") for kind in kinds):
         return "the listener was frozen"
-    if account.faults(listener, began - RECONNECTING, when, "database"):
+    since = has_result(account, one) if one.posts else began - RECONNECTING
+    if account.faults(listener, since, when, "database"):
         return "its result could not be written: no database"
     if was_locked(account, one, when):
         return "its result could not be written: a table was being changed"
@@ -90,9 +91,14 @@ def why_lost(account: Account, call: Call, one: Try, when: float) -> str:
 
 def was_locked(account: Account, one: Try, when: float) -> bool:
     """Whether changes of tables kept everybody waiting for most of the time from the answer on."""
-    answered = min([one.claim.at + account.history.timeout, *(p.finished for p in one.posts)])
-    locked = sum(seconds for _, seconds in account.locked(answered, when))
-    return locked > (when - answered) / 2
+    since = has_result(account, one)
+    locked = sum(seconds for _, seconds in account.locked(since, when))
+    return locked > (when - since) / 2
+
+
+def has_result(account: Account, one: Try) -> float:
+    """When the result of an attempt was there to be written."""
+    return min([one.claim.at + account.history.timeout, *(p.finished for p in one.posts)])
 
 
 def could_be_written(account: Account, call: Call, one: Try) -> bool:

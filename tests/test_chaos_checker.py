@@ -177,6 +177,17 @@ def killed_in_a_call(script, accepted=True):
     script.row(4.5)
 
 
+@pytest.mark.parametrize(
+    ("began", "ended", "found"),
+    [(0.5, 1.0, {REPEATED, ATTEMPTS}), (1.2, 1.4, {REPEATED, ATTEMPTS}), (1.6, 1.7, set())],
+)
+def test_lost_database_explains_a_lost_result_only_from_the_answer_on(began, ended, found, script):
+    killed_in_a_call(script)
+    script.faults.clear()
+    script.fault("restart database, fast", "database", began, ended)
+    assert kinds(script) == found
+
+
 @pytest.mark.parametrize("accepted", [True, False])
 def test_call_that_was_killed_with_its_listener_is_repeated_after_its_lease(accepted, script):
     killed_in_a_call(script, accepted)
