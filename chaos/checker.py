@@ -5,7 +5,7 @@ allowed only for a reason that reasons.py names; what has none is a finding.
 """
 
 import signal
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -15,6 +15,7 @@ from chaos.history import Exit, History, Join, Row
 from chaos.limits import VISIBLE, ended_amiss, out_of_turn, over_limits
 from chaos.lost import judged
 from chaos.reasons import DIED, RECONNECTING, why_dead, why_lost, why_repeated
+from failures import SET_FAILED
 from ops.rules import (
     AFTER_LEAVING,
     EARLY,
@@ -51,11 +52,11 @@ def check(history: History) -> Verdict:
     for call in account.calls:
         verdict.findings += [(LOST, text) for text in lost(account, call)]
         verdict.findings += [(AFTER_LEAVING, text) for text in after_leaving(account, call)]
-        verdict.findings += [(EARLY, text) for text in too_early(call)]
         check_repeats(account, call, verdict)
         check_attempts(account, call, verdict)
     verdict.findings += [(LOST, text) for text in lost_joins(account)]
     verdict.findings += [(JOINED, text) for text in joins_amiss(account)]
+    verdict.findings += [(EARLY, text) for text in too_early(account)]
     check_overlaps(account, verdict)
     verdict.findings += [(LIMIT, text) for text in over_limits(history)]
     verdict.findings += [(TURNS, text) for text in out_of_turn(account)]
@@ -168,17 +169,25 @@ def check_repeats(account: Account, call: Call, verdict: Verdict) -> None:
             verdict.findings.append((REPEATED if accepted else ATTEMPTS, text))
 
 
-def too_early(call: Call) -> Iterator[str]:
-    """An attempt that nobody knows the end of is followed by another only after its lease."""
-    for first, second in pairwise(sorted(call.tries.values(), key=lambda one: one.number)):
-        known = outcomes_by(first, second.claimed)
-        unsure = "failed" in known and first.http is None and first.posts
-        unsure = unsure and not (broke(first) or raised(first))
-        under_way = may_still_run(first, second.claimed) and (known or first.posts)
-        early = first.leased_until - second.claimed
-        if early > 0 and (unsure or under_way):
-            said = ", ".join(sorted(known)) or "under way"
-            yield f"{call}: attempt {second.number} {early:.3f} s too early, the one before: {said}"
+def too_early(account: Account) -> Iterator[str]:
+    """An attempt that nobody knows the end of is followed by another of its row and stage only
+    after its lease, whichever arrival it is of."""
+    tried = defaultdict(list)
+    for call in account.calls:
+        tried[call.job, call.stage] += [(call, one) for one in call.tries.values()]
+    for of_stage in tried.values():
+        of_stage.sort(key=lambda each: (each[1].claimed, each[1].number))
+        for (before, first), (call, second) in pairwise(of_stage):
+            when = account.committed(call, second)
+            known = outcomes_by(first, when)
+            unsure = "failed" in known and first.http is None and first.posts
+            unsure = unsure and not (broke(first) or raised(first) or SET_FAILED in first.error)
+            under_way = may_still_run(first, when) and (known or first.posts)
+            early = first.leased_until - second.claimed
+            if early > 0 and (unsure or under_way):
+                said = ", ".join(sorted(known)) or "under way"
+                text = f"{call}: attempt {second.number} {early:.3f} s too early"
+                yield f"{text}; before it attempt {first.number} of {before}: {said}"
 
 
 def broke(one: Try) -> bool:

@@ -620,7 +620,42 @@ def test_same_stage_called_for_a_job_that_came_back_during_the_lease_is_found(ou
     script.called(1.8, worker=OTHER)
     if not outcome:
         script.row(3, "retry", 500, claim=first)
-    assert kinds(script) == (set() if outcome == "retry" else {OVERLAP})
+    assert kinds(script) == (set() if outcome == "retry" else {OVERLAP, EARLY})
+
+
+@pytest.mark.parametrize(
+    ("outcome", "error", "found"),
+    [
+        ("lost", None, {EARLY}),
+        ("unknown", None, {EARLY}),
+        ("failed", None, {EARLY}),
+        ("failed", "no answer (set failed by its stage)", set()),
+    ],
+)
+def test_same_stage_called_for_a_job_that_came_back_though_its_lease_went_on_is_found(
+    outcome, error, found, script
+):
+    script.move(1, "img_gen")
+    script.claim(1.1)
+    script.post(1.3, status=None, sent=False)
+    script.kill(1.2)
+    script.row(1.4 if outcome != "lost" else 1.1 + LEASE, outcome, error=error)
+    script.move(1.6, "img_gen", "paused")
+    script.move(1.7, "img_gen")
+    script.called(1.8, worker=OTHER)
+    assert kinds(script) == found
+
+
+def test_lease_that_was_ended_until_the_claim_was_committed_is_over(script):
+    script.move(1, "img_gen")
+    script.called(1.1)
+    script.move(1.3, "img_gen", "paused")
+    script.move(1.35, "img_gen")
+    script.claim(1.39, worker=OTHER)
+    script.leases[-1] = replace(script.leases[-1], began=1.42)
+    script.post(1.7)
+    script.row(1.7)
+    assert kinds(script) == set()
 
 
 def leases(*spans):
