@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from chaos.account import Account, Call, Try
 from chaos.history import Exit, History, Join, Row
-from chaos.limits import VISIBLE, ended_amiss, out_of_turn, over_limits
+from chaos.limits import VISIBLE, ended_amiss, met, out_of_turn, over_limits
 from chaos.lost import judged
 from chaos.reasons import DIED, RECONNECTING, why_dead, why_lost, why_repeated
 from failures import SET_FAILED
@@ -37,17 +37,20 @@ WITHOUT_EFFECT = ("accept and forget", "answer before commit", "work in one tran
 
 @dataclass
 class Verdict:
-    """findings: (kind, text). repeats, overlaps: how many of each allowed reason."""
+    """findings: (kind, text). repeats, overlaps: how many of each allowed reason. limits: see
+    limits.met()."""
 
     findings: list[tuple[str, str]] = field(default_factory=list)
     repeats: Counter = field(default_factory=Counter)
     overlaps: Counter = field(default_factory=Counter)
+    limits: Counter = field(default_factory=Counter)
 
 
 def check(history: History) -> Verdict:
     """Every check on every call of a run."""
     history = judged(history)
-    account, verdict = Account(history), Verdict()
+    account = Account(history)
+    verdict = Verdict(limits=met(account))
     verdict.findings += [(ATTEMPTS, text) for text in account.stray]
     for call in account.calls:
         verdict.findings += [(LOST, text) for text in lost(account, call)]

@@ -4,7 +4,7 @@ Claims under one limit run one after the other, so its leases are committed in t
 they were counted. A call that was taken with 202 keeps its lease until its row moves on.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -17,26 +17,38 @@ VISIBLE = 0.05
 
 def over_limits(history: History) -> Iterator[str]:
     """Calls that were claimed though their stage, pool or tenant was full, or too soon."""
+    for name, most, leases in shared(history):
+        for lease, running in counted(leases):
+            if running > most:
+                yield f"call {lease.call} of {name} was claimed as number {running} of {most}"
     for limit in history.limits:
-        mine = [lease for lease in history.leases if lease.stage in limit.stages]
-        if limit.most:
-            yield from crowded(mine, limit.most, limit.name)
         if limit.seconds:
-            yield from too_fast(mine, limit)
+            yield from too_fast(of_limit(history, limit), limit)
+
+
+def of_limit(history: History, limit: Limit) -> list[Lease]:
+    return [lease for lease in history.leases if lease.stage in limit.stages]
+
+
+def shared(history: History) -> Iterator[tuple[str, int, list[Lease]]]:
+    """The leases of which only so many may be under way at once, and what limits them."""
+    for limit in history.limits:
+        mine = of_limit(history, limit)
+        if limit.most:
+            yield limit.name, limit.most, mine
         if limit.per_tenant:
             for tenant, leases in by_tenant(mine).items():
-                yield from crowded(leases, limit.per_tenant, f"{limit.name} for {tenant}")
+                yield f"{limit.name} for {tenant}", limit.per_tenant, leases
 
 
-def crowded(leases: list[Lease], most: int, name: str) -> Iterator[str]:
-    """Calls that were claimed while `most` others were under way."""
+def counted(leases: list[Lease]) -> Iterator[tuple[Lease, int]]:
+    """Each lease, and how many calls were under way when it was claimed, itself included."""
     for n, lease in enumerate(leases):
         running = sum(
             one.until > lease.claimed and (one.ended is None or one.ended > lease.began)
             for one in leases[: n + 1]
         )
-        if running > most:
-            yield f"call {lease.call} of {name} was claimed as number {running} of {most}"
+        yield lease, running
 
 
 def too_fast(leases: list[Lease], limit: Limit) -> Iterator[str]:
@@ -61,25 +73,7 @@ def by_tenant(leases: list[Lease]) -> dict[str | None, list[Lease]]:
 
 def out_of_turn(account: Account) -> Iterator[str]:
     """Calls that waited while another tenant had more turns than theirs."""
-    for limit in account.history.limits:
-        if limit.is_fair and not limit.per_tenant:
-            mine = [one for one in account.history.leases if one.stage in limit.stages]
-            yield from passed_by(account, mine)
-
-
-def passed_by(account: Account, leases: list[Lease]) -> Iterator[str]:
-    """Only the first call of a row is judged, as it may itself have kept the row's next call
-    waiting."""
-    arrived = {call.number: call.arrived + VISIBLE for call in account.calls}
-    seen = set()
-    for n, lease in enumerate(leases):
-        if lease.job in seen:
-            continue
-        seen.add(lease.job)
-        turns = defaultdict(int)
-        for one in leases[:n]:  # leases of one transaction have no order
-            waits = one.claimed > arrived.get(lease.call, lease.claimed)
-            turns[one.tenant] += waits and one.began < lease.began
+    for lease, turns in waited(account):
         own = turns.pop(lease.tenant, 0)
         for other, count in turns.items():
             if count > own + 1:
@@ -87,6 +81,38 @@ def passed_by(account: Account, leases: list[Lease]) -> Iterator[str]:
                     f"call {lease.call} of {lease.stage} for {lease.tenant} waited while {other} "
                     f"had {count} turns, and {lease.tenant} {own}"
                 )
+
+
+def waited(account: Account) -> Iterator[tuple[Lease, Counter[str | None]]]:
+    """Each lease that is judged, and the turns of each tenant while its call waited.
+
+    Only the first call of a row is judged, as it may itself have kept the row's next call waiting.
+    """
+    arrived = {call.number: call.arrived + VISIBLE for call in account.calls}
+    for limit in account.history.limits:
+        if limit.is_fair and not limit.per_tenant:
+            seen = set()
+            mine = of_limit(account.history, limit)
+            for n, lease in enumerate(mine):
+                if lease.job not in seen:
+                    seen.add(lease.job)
+                    since = arrived.get(lease.call, lease.claimed)
+                    # Leases of one transaction have no order.
+                    turns = [o for o in mine[:n] if o.claimed > since and o.began < lease.began]
+                    yield lease, Counter(one.tenant for one in turns)
+
+
+def met(account: Account) -> Counter[str]:
+    """How often a limit was reached, so that it is known to be judged by more than idle stages."""
+    places = [
+        running == most
+        for _, most, leases in shared(account.history)
+        for _, running in counted(leases)
+    ]
+    turns = [any(of != lease.tenant for of in turns) for lease, turns in waited(account)]
+    return Counter(
+        {"took the last place": sum(places), "waited while other tenants had turns": sum(turns)}
+    )
 
 
 # --- taken calls ---------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def limits_of(seed: int) -> dict[str, dict[str, Any]]:
     if ordered:
         found["vlm_analyze"] = {"per_tenant": 3}
         found["yolo_detect"] = {"per_minute": 240}
-        found["detect"] = {"fair": True}
+        found["detect"] = {"fair": True, "max_running": 2}  # so that its tenants wait
     return found
 
 

@@ -24,6 +24,7 @@ def report(history: History, verdict: Verdict) -> Iterator[str]:
         ("Outcomes in stage_attempts", Counter(row.outcome for row in history.rows)),
         ("Called again, each with the reason that allows it", verdict.repeats),
         ("Two requests of one job open at once, each with the reason", verdict.overlaps),
+        ("Calls that met a limit", verdict.limits),
     ):
         yield f"\n{title}"
         yield table(["", "number"], [[name, count] for name, count in counted.most_common()])

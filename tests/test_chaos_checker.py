@@ -670,7 +670,9 @@ def test_stage_that_is_full_is_not_called(script):
     script.limits = [Limit("gpu", ["vlm_analyze", "planner"], 2)]
     script.leases = leases((1, 1.1, 2.0), (1, 1.2, 5.0), (1.9, 2.1, None), (4.1, 4.2, None))
     script.leases[1] = replace(script.leases[1], stage="planner")
-    assert kinds(script) == set()
+    verdict = check(script)
+    assert verdict.findings == []
+    assert verdict.limits == {"took the last place": 3, "waited while other tenants had turns": 0}
     script.limits = [Limit("gpu", ["vlm_analyze", "planner"], 1)]
     assert kinds(script) == {LIMIT}
     script.limits = [Limit("vlm_analyze", ["vlm_analyze"], 2)]
@@ -723,6 +725,7 @@ def test_tenant_that_waits_while_another_has_its_turns_is_seen(turns, until, scr
     mine = replace(leases((5, 5.1, 5.4))[0], call=script.debts[0].call)
     script.leases = [*others, mine]
     assert kinds(script) == ({TURNS} if (turns, until) == (2, 4) else set())
+    assert check(script).limits["waited while other tenants had turns"] == 1
 
 
 def test_call_claimed_after_the_job_left_is_found(script):
