@@ -113,13 +113,13 @@ def soak(minutes: float, rate: float, plot: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="soak-") as directory:
         with Soak(rate, Path(directory)) as started:
             seconds, series = started.measure(60 * minutes, click.echo)
-        bad = [ended for ended in started.supervisor.exits if ended.code or not ended.asked]
+        bad = started.problems()
     plot.write_text(svg(f"{minutes:g} minutes at {rate:g} jobs a second", seconds, series))
     for line in soak_report(seconds, series):
         click.echo(line)
     click.echo(f"plot: {plot}")
-    for ended in bad:
-        click.echo(f"✗ listener {ended.slot} ended with exit code {ended.code}")
+    for line in bad:
+        click.echo(f"✗ {line}")
     sys.exit(1 if bad or any(one.grows for one in series) else 0)
 
 

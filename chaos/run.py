@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import psycopg2
 from psycopg2.extensions import make_dsn
@@ -137,15 +138,11 @@ class Run:
         return subprocess.run(command, env=self.environ(1), timeout=60, **CHILD).returncode
 
     def audited(self) -> list[str]:
-        """The findings of `audit`, which sees only the tables, but rows that rest as planned."""
+        """What `audit` says, which sees only the tables."""
         command = [sys.executable, *PROGRAM, "audit", "--json", "--since", "2000-01-01"]
         given = CHILD | {"env": self.environ(1), "stderr": None}
         said = json.loads(subprocess.run(command, timeout=60, **given).stdout)
-        return [
-            f"audit: {one['kind']}: {one['stage']} {one['id']}: {one['text']}"
-            for one in said["findings"]
-            if one["kind"] != RESTS
-        ]
+        return told(said)
 
     @property
     def dsn(self) -> str:
@@ -252,3 +249,10 @@ class Run:
             ],
             **known,
         )
+
+
+def told(said: dict[str, Any]) -> list[str]:
+    """The findings of `audit`, but rows that rest as planned; and what it could not look at."""
+    found = [f"{one['kind']}: {one['stage']} {one['id']}: {one['text']}"
+             for one in said["findings"] if one["kind"] != RESTS]  # fmt: skip
+    return [f"audit: {text}" for text in (*found, said["problem"]) if text]

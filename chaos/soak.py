@@ -130,6 +130,12 @@ class Soak:
         measured = zip(MEASURED, columns, strict=True)
         return times, [Series(*known, list(values)) for known, values in measured]
 
+    def problems(self) -> list[str]:
+        """What the listener did that it should not have done, after the end of the run."""
+        bad = [one for one in self.supervisor.exits if one.code or not one.asked]
+        exits = [f"listener {one.slot} ended with exit code {one.code}" for one in bad]
+        return exits + self.listener.bugs
+
     def sample(self, every: float) -> list[float]:
         pids = self.listener.pids()
         self.api.requests.clear()  # so that this process does not grow

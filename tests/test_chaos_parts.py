@@ -19,11 +19,16 @@ from waiting import PATIENCE, until
 from chaos import audit, faults, nemesis, pipeline, plan, program
 from chaos.application import ACTIONS
 from chaos.clock import STEP, Clock, library
+from chaos.history import Exit
+from chaos.listeners import Listener, Supervisor
 from chaos.plot import svg
 from chaos.proxy import Proxy
+from chaos.run import told
+from chaos.soak import Soak
 from chaos.trend import Series
 from demo.database import EmbeddedDatabase
 from demo.terminal import CHILD, GUARDIAN
+from ops.audit import RESTS
 
 # --- the plan ------------------------------------------------------------------------------
 
@@ -281,3 +286,28 @@ def test_plot_shows_every_series():
     lines = picture.findall("{http://www.w3.org/2000/svg}polyline")
     assert [len(line.get("points").split()) for line in lines] == [180] * 3
     assert len({line.get("stroke") for line in lines}) == 3
+
+
+# --- what is told at the end ---------------------------------------------------------------
+
+
+def test_run_tells_what_audit_found_and_could_not_read():
+    rests, lost = ({"kind": kind, "stage": "planner", "id": 7, "text": "x"}
+                   for kind in (RESTS, "lost arrival"))  # fmt: skip
+    assert told({"findings": [rests, lost], "problem": "jobs_variants cannot be read"}) == [
+        "audit: lost arrival: planner 7: x", "audit: jobs_variants cannot be read"
+    ]  # fmt: skip
+    assert told({"findings": [rests], "problem": None}) == []
+
+
+def test_soak_tells_of_tracebacks_and_bad_exits(tmp_path):
+    soak = Soak(1.0, tmp_path)
+    soak.listener = Listener(1, 1, {}, tmp_path)
+    soak.supervisor = Supervisor([soak.listener])
+    soak.supervisor.exits.append(Exit(1, 101, 0, 50, 0, True, True))
+    assert soak.problems() == []
+    soak.supervisor.exits.append(Exit(1, 102, 50, 90, 1, False, True))
+    soak.listener.bugs.append("listener 1: KeyError: 'x'")
+    assert soak.problems() == [
+        "listener 1 ended with exit code 1", "listener 1: KeyError: 'x'"
+    ]  # fmt: skip
