@@ -113,7 +113,13 @@ SET stages = excluded.stages, max_running = excluded.max_running, seconds = excl
                    WHEN stage_limits.next_at
                         > clock_timestamp() + make_interval(secs => excluded.seconds)
                    THEN clock_timestamp() + make_interval(secs => excluded.seconds)
-                   ELSE stage_limits.next_at END;
+                   ELSE stage_limits.next_at END
+-- `audit` takes the transaction that wrote a row for the one that changed its limit.
+WHERE (stage_limits.stages, stage_limits.max_running, stage_limits.seconds, stage_limits.linger,
+       stage_limits.is_fair, stage_limits.per_tenant)
+      IS DISTINCT FROM (excluded.stages, excluded.max_running, excluded.seconds, excluded.linger,
+                        excluded.is_fair, excluded.per_tenant)
+   OR stage_limits.next_at > clock_timestamp() + make_interval(secs => excluded.seconds);
 -- While a join was not in PIPELINE, its looks were dropped and changes of its rows not recorded. So
 -- all its parents that are still open are looked at.
 INSERT INTO stage_looks (parent_id, join_of, arrived)

@@ -177,6 +177,9 @@ def test_more_calls_at_once_than_max_running_are_found_once_the_limit_holds(data
         forge(database, call)
     database.rows("INSERT INTO stage_limits VALUES ('planner', '{planner}', 2)")
     assert audit(database) == {}
+    limit = "held against the limit of planner, which"
+    done = run_here(database.environ, "audit")
+    assert f"- No call is {limit} was installed after the last one." in done.lines
     for number, began, ended in ((4, 1000, 1015), (5, 1006, 1020), (6, 1014, 1030)):
         forge(database, (number, 1, began, ended, "succeeded"))
     assert audit(database) == {}  # as a claim takes seconds, they need not have overlapped
@@ -184,7 +187,13 @@ def test_more_calls_at_once_than_max_running_are_found_once_the_limit_holds(data
             for call, n, began, ended, outcome in CROWD]  # fmt: skip
     done = run_here(database.environ, "audit", "--json")
     assert found(done) == {LIMIT: 1}
-    [finding] = json.loads(done.out)["findings"]
+    said = json.loads(done.out)
+    since = f"{HOURS_AGO.astimezone() + timedelta(seconds=1015):%F %T}"
+    told = f"Calls before {since} are not {limit} is known to hold since then."
+    assert told in said["not_known"]
+    later = run_here(database.environ, "audit", "--since", since)
+    assert limit not in later.out
+    [finding] = said["findings"]
     assert finding["id"] == jobs[2] and finding["stage"] == "planner"
     assert f"number 3 of 2, beside {jobs[0]}, {jobs[1]}" in finding["text"]
 

@@ -393,6 +393,17 @@ def test_install_with_a_higher_rate_ends_a_wait_of_the_lower_one(site):
         assert clock.shorten_waits(conn) == 0  # it is no sign of a clock that was set back
 
 
+def test_install_writes_only_the_limits_that_have_changed(site, use_pipeline):
+    written = "SELECT name, xmin::text FROM stage_limits"
+    before = set(site.rows(written))
+    with connected(site) as conn:
+        apply(conn)
+        assert set(site.rows(written)) == before
+        use_pipeline(PIPELINE | {("slow", "done"): limits(max_running=3)(stage("paid"))})
+        apply(conn)
+    assert {name for name, _ in before - set(site.rows(written))} == {"paid"}
+
+
 def test_install_does_not_shorten_the_wait_of_a_call_that_was_claimed_meanwhile(site):
     claimed = "UPDATE stage_limits SET next_at = now() + make_interval(secs => seconds)"
     with connected(site) as conn:

@@ -96,7 +96,8 @@ class Audit:
         most = {
             stage: limit.max_attempts or settings.MAX_ATTEMPTS for stage, limit in limits.items()
         }
-        judge, limited = Judge(leases, margin, most), Limits(self.conn, self.since, leases)
+        judge = Judge(leases, margin, most)
+        self.limits = limited = Limits(self.conn, self.since, leases)
         for window in windows(self.conn, self.since, self.span.until, batch):
             self.findings.add(judge.look(self.conn, self.since, window))
             self.findings.add(joins.called_early(self.conn, window, self.joins))
@@ -131,6 +132,7 @@ class Audit:
         if self.updates_only:
             yield "Rows without a call are not judged, as inserted ones owe none (--no-insert)."
         yield from self.problems
+        yield from self.limits.unknown()
         for name in joins.without_time(self.conn):
             yield f"Whether every {name} was called is not known: its tables have no updated_at."
         for line in UNKNOWN:

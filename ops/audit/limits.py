@@ -1,8 +1,9 @@
 """Whether limits were kept: calls under way at once of a stage or pool, and calls in a minute."""
 
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 
-from ops.audit.findings import BLUR, BY_INDEX, KEPT, Finding, Findings, Window, ask
+from ops.audit.findings import BLUR, BY_INDEX, KEPT, Finding, Findings, Window, ask, at
 from ops.rules import LIMIT
 
 # Since when each limit holds: the first attempt whose transaction is newer than the one that wrote
@@ -12,8 +13,10 @@ LIMITED = f"""{BY_INDEX}
 SELECT l.name, l.stages, l.max_running, l.seconds,
        CASE WHEN l.seconds IS NOT NULL OR l.linger IS NOT NULL OR l.is_fair THEN %(since)s
             ELSE (SELECT min(a.finished_at) FROM stage_attempts AS a
-                  WHERE a.finished_at > %(since)s AND age(a.xmin) < age(l.xmin)) END AS since
+                  WHERE a.finished_at > %(since)s AND age(a.xmin) < age(l.xmin)) END AS since,
+       (SELECT min(a.finished_at) FROM stage_attempts AS a WHERE a.finished_at > %(since)s) AS first
 FROM stage_limits AS l
+ORDER BY l.name
 """
 
 # For every call that was claimed in this window: how many calls under its limit were certainly
@@ -86,7 +89,8 @@ class Limits:
 
     def __init__(self, conn, since: datetime, leases: dict[str, float]):
         """leases: the seconds of a lease, by stage."""
-        found = [row for row in ask(conn, LIMITED, {"since": since}) if row.since]
+        self.known = ask(conn, LIMITED, {"since": since})
+        found = [row for row in self.known if row.since]
         blur = timedelta(seconds=BLUR)
         self.crowded = [
             (row.name, stage, row.max_running, leases[stage], row.since + blur)
@@ -97,6 +101,15 @@ class Limits:
         ]
         self.fast = [(row.name, 60 / row.seconds) for row in found if row.seconds]
         self.given = {"longest": max(leases.values()), "blur": BLUR, "kept": KEPT, "since": since}
+
+    def unknown(self) -> Iterator[str]:
+        """Lines about the limits that are not known to hold since the first call in the span."""
+        for row in self.known:
+            limit = f"held against the limit of {row.name}, which"
+            if row.since and row.first and row.since > row.first:
+                yield f"Calls before {at(row.since)} are not {limit} is known to hold since then."
+            elif row.since is None and row.first:
+                yield f"No call is {limit} was installed after the last one."
 
     def look(self, conn, window: Window, findings: Findings) -> None:
         """Find the calls that were claimed in `window` though their limit was reached."""
