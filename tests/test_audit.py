@@ -24,19 +24,19 @@ HOURS_AGO = datetime.now(timezone.utc) - timedelta(hours=5)
 FORGE = """
 INSERT INTO stage_attempts (job_id, call_id, attempt, started_at, finished_at, outcome, stage,
                             spent, table_name, http_status, worker)
-VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, 200, 'w')
+VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, 'w')
 """
 
 
 def forge(database, *attempts: tuple, job: str | None = None, table: str = "jobs") -> str:
     """Add rows of the history: (call, attempt, seconds of its claim and its end, outcome), and
-    optionally the stage and the attempts spent. Returns the id of the row that they are of.
+    optionally the stage, the attempts spent and the status. Returns the id of the row.
     """
     job = job or str(uuid.uuid4())
     for call, attempt, began, ended, outcome, *more in attempts:
-        stage, spent = [*more, *("planner", attempt)[len(more) :]]
+        stage, spent, status = [*more, *("planner", attempt, 200)[len(more) :]]
         times = [HOURS_AGO + timedelta(seconds=seconds) for seconds in (began, ended)]
-        database.rows(FORGE, job, call, attempt, *times, outcome, stage, spent, table)
+        database.rows(FORGE, job, call, attempt, *times, outcome, stage, spent, table, status)
     return job
 
 
@@ -108,6 +108,10 @@ ALLOWED = {
         (1, 1, 0, 10, "unknown"), (1, 2, 41, 45, "succeeded")],
     "loss under a shorter timeout than today's": [
         (1, 1, 0, 45, "lost"), (1, 2, 41, 50, "succeeded")],
+    "repeat of a call that was taken, under a shorter timeout than today's": [
+        (1, 1, 0, 90.5, "unknown", "planner", 1, 202), (1, 2, 91, 95, "succeeded")],
+    "the same, recorded after the next claim": [
+        (1, 1, 0, 120, "unknown", "planner", 1, 202), (1, 2, 91, 95, "succeeded")],
     "one call more after the answer to the last": [
         (1, 1, 0, 15, "succeeded"), (2, 1, 10, 20, "succeeded")],
     "next stage before the answer of the last": [
@@ -144,6 +148,8 @@ BROKEN = {
         (1, 1, 0, 60, "succeeded"), (2, 1, 10, 20, "succeeded")]),
     "claim beside one that was lost": (OVERLAP, [
         (1, 1, 0, 632, "lost"), (1, 2, 60, 70, "succeeded")]),
+    "claim beside one that was taken and not finished": (OVERLAP, [
+        (1, 1, 0, 632, "unknown", "planner", 1, 202), (1, 2, 60, 70, "succeeded")]),
     "attempt after another call had followed": (AFTER_LEAVING, [
         (1, 1, 0, 5, "retry"), (2, 1, 20, 25, "succeeded", "overlay"), (1, 2, 40, 45, "retry")]),
     "attempt after it was given up": (ATTEMPTS, [
@@ -314,6 +320,7 @@ def test_what_the_history_cannot_tell_is_said(shared):
     lines = run_here(shared.environ, "audit", "--since", "3h").lines
     assert not any("history begins" in line for line in lines)
     assert any("leaves no trace" in line for line in lines)
+    assert any("up to 120 s before that was recorded" in line for line in lines)
 
 
 def test_span_that_is_still_to_come_is_refused(shared):

@@ -24,6 +24,7 @@ from ops.routes import is_updates_only
 from ops.rules import AFTER_LEAVING, EARLY, LIMIT, LOST, OVERLAP, REPEATED
 from ops.since import Since
 from ops.table import JSON, duration, echo_json, plain, table
+from upkeep import REAP_INTERVAL
 
 RESTS = "row rests"
 KINDS = (LOST, REPEATED, EARLY, OVERLAP, AFTER_LEAVING, joins.JOINED, LIMIT, ATTEMPTS, RESTS)
@@ -51,6 +52,8 @@ UNKNOWN = (
     "afterwards or is still owed. A row that was given to another parent since may mislead.",
     "Calls that were under way together for less than {blur:.0f} s are not held against "
     "max_running or a pool: a claim is dated by the beginning of its transaction.",
+    "Where a call was lost, or taken with 202 and not finished, its lease may have ended up to "
+    "{reaped:.0f} s before that was recorded. A second call in that time is not held against it.",
     "max_attempts, LEASE_MARGIN, per_minute and what has per_minute, fair or linger are taken as "
     "today's. Where they were changed: --since after that.",
     "Whether per_tenant was kept and tenants took turns: the history has no tenants.",
@@ -136,7 +139,7 @@ class Audit:
         for name in joins.without_time(self.conn):
             yield f"Whether every {name} was called is not known: its tables have no updated_at."
         for line in UNKNOWN:
-            yield line.format(blur=BLUR)
+            yield line.format(blur=BLUR, reaped=2 * REAP_INTERVAL)
 
 
 @click.command(short_help="Look through the history for promises that were broken.")

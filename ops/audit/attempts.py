@@ -27,7 +27,8 @@ NOT_CALLED = "('skipped', 'cancelled')"
 # Rows for which a stage was called twice and an attempt ended in this window. Each attempt comes
 # with the attempt before it of the same call, of the same stage, and of the row's own calls.
 # `called` is false where a claim may have been given up ('failed') without a call. An attempt is
-# judged in the window in which its last row was written.
+# judged in the window in which its last row was written. `unknown` with 202 was written, like
+# 'lost', when the lease was found to have run out.
 PAIRS = f"""{BY_INDEX}
 WITH touched AS (
     SELECT DISTINCT table_name, job_id FROM stage_attempts
@@ -48,7 +49,8 @@ WITH touched AS (
            min(a.finished_at) FILTER (WHERE a.outcome = 'succeeded') AS accepted_at,
            min(a.finished_at) FILTER (WHERE a.outcome = 'failed') AS failed_at,
            bool_or(a.outcome <> 'failed' OR a.http_status IS NOT NULL) AS called,
-           array_agg(a.outcome ORDER BY a.finished_at) AS outcomes,
+           array_agg(CASE WHEN a.outcome = 'unknown' AND a.http_status = 202 THEN 'lost'
+                          ELSE a.outcome END ORDER BY a.finished_at) AS outcomes,
            array_agg(extract(epoch FROM a.finished_at)::float8 ORDER BY a.finished_at) AS finished
     FROM again AS g CROSS JOIN LATERAL (
         SELECT * FROM stage_attempts AS s
@@ -149,7 +151,8 @@ class Judge:
 
         Timeouts may have been changed since. The lease is taken to end at the earliest of: today's
         lease after the claim; LEASE_MARGIN after the end of a call without an answer, which lasted
-        at most its timeout; two rounds of upkeep before the attempt was recorded as lost.
+        at most its timeout; two rounds of upkeep before the attempt was recorded as lost, or as
+        taken with 202 and not finished.
         """
         claimed = pair.first_started.timestamp()
         until = claimed + self.leases.get(pair.stage, 0.0)
