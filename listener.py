@@ -99,6 +99,8 @@ class Listener:
         self.has_obeyed = False  # the first request to stop
         self.reason, self.repeats = "", 0  # of the lost connection
         self.is_away = False  # the database; else it has refused a statement
+        self.stuck_since: float | None = None  # time.monotonic() since which no turn has succeeded
+        self.is_stuck_told = False
         self.target: dict[str, str] | None = None  # where the last connection led
         self.is_standby_away = False  # commits wait for a synchronous one, which was said
 
@@ -231,6 +233,7 @@ class Listener:
             self.reason, self.repeats = reason, 0
             if isinstance(error, hosts.OldPrimary):
                 self.alerts.send("split_brain", str(error))
+        self.tell_stuck(reason)
         self.repeats += 1
         if self.repeats & (self.repeats - 1) == 0:
             log.warning("재연결 시도: %.1f초 후 (%d번째): %s", delay, self.repeats, reason[:200])
@@ -239,6 +242,23 @@ class Listener:
         while time.monotonic() < until and not self.finished():
             self.workers.start_missing()
             self.collect(self.wait(until))
+
+    def tell_stuck(self, reason: str) -> None:
+        """Tell people where nothing could be claimed or settled for ALERT_AFTER seconds."""
+        now = time.monotonic()
+        self.stuck_since = self.stuck_since or now
+        if now - self.stuck_since >= self.settings.ALERT_AFTER and not self.is_stuck_told:
+            self.is_stuck_told = True
+            text = f"listener {self.name} can neither claim nor settle calls: {reason}"
+            self.alerts.send("database_away", text, reason=reason)
+
+    def note_success(self) -> None:
+        """A turn has succeeded: what was said of failures is over."""
+        self.reason, self.repeats, self.is_standby_away = "", 0, False
+        if self.is_stuck_told:
+            text = f"listener {self.name} claims and settles calls again"
+            self.alerts.send_recovered("database_away", None, text)
+        self.stuck_since, self.is_stuck_told = None, False
 
     @property
     def has_work(self) -> bool:
@@ -351,7 +371,7 @@ class Listener:
         settled again later.
         """
         if turn.refusal is None:
-            self.reason, self.repeats, self.is_standby_away = "", 0, False
+            self.note_success()
         if any(result.delay is not None for result in self.unwritten.results):
             self.claiming.due_at = 0.0
         if any(result.outcome == TAKEN for result in self.unwritten.results):

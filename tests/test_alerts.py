@@ -428,6 +428,27 @@ def test_stage_whose_table_the_listener_may_not_read_is_told_with_the_reason(
     assert problem in run_command(database, "status", **HERE).lines
 
 
+def test_listener_that_cannot_log_in_any_more_is_told_once(
+    database, api, listener, make_role, told
+):
+    role = make_role(database)
+    database.rows(f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role};"
+                  f"GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO {role}")  # fmt: skip
+    process = listener(database, api=api, DB_USER=role, DB_PASSWORD=role, ALERT_AFTER=1,
+                       ALERT_COMMAND=told.command)  # fmt: skip
+    process.wait_for_line(LISTENING)
+    database.rows(f"ALTER ROLE {role} NOLOGIN;"
+                  "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                  f" WHERE usename = '{role}'")  # fmt: skip
+    until(lambda: told(), "an alert")
+    process.wait_for_line("번째")
+    database.rows(f"ALTER ROLE {role} LOGIN")
+    until(lambda: len(told()) > 1, "another alert")
+    away, back = told()
+    assert away["event"] == "database_away" and "not permitted to log in" in away["reason"]
+    assert (back["event"], back["of"]) == ("recovered", "database_away")
+
+
 def test_newly_stalled_stage_is_told(database, accepted, api, run_command, told):
     done = run_command(database, "run", "--once", api=api, ALERT_COMMAND=told.command)
     [said] = told()
