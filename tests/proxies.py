@@ -163,8 +163,7 @@ def proxy(kind: str, backend: str, directory: Path, wait: int = 60) -> Server:
 
 
 def python_server(module: str, app: str, directory: Path, *args: str) -> Server:
-    """gunicorn or uvicorn with the module `app`; skips where there is none."""
-    pytest.importorskip(module, reason=f"{module} is not installed")
+    """gunicorn or uvicorn with the module `app`."""
     (directory / "app.py").write_text(app)
     port = free_port()
     where = ["--port", str(port)] if module == "uvicorn" else ["--bind", f"127.0.0.1:{port}"]

@@ -10,6 +10,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+import yaml
 from test_readme import Readme
 from waiting import AWAY, until
 
@@ -28,7 +29,6 @@ PATIENCE = 60
 
 
 def documents(file: Path) -> list[dict]:
-    yaml = pytest.importorskip("yaml")
     return list(yaml.safe_load_all(file.read_text(encoding="utf-8")))
 
 

@@ -1,11 +1,20 @@
 """receiver/ with other drivers, with pools, and in the frameworks that stage APIs are made with."""
 
+import asyncio
 import json
 
+import fastapi
+import flask
+import httpx
+import psycopg
 import psycopg2.pool
+import psycopg_pool
 import pytest
+import sqlalchemy
 from conftest import Database
+from fastapi.concurrency import run_in_threadpool
 from receiving import ANALYZE, Site
+from sqlalchemy.dialects.postgresql import psycopg2 as dialect
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +48,15 @@ def psycopg2_pool(dsn):
 
 
 def psycopg3(dsn):
-    psycopg = pytest.importorskip("psycopg")
     return {"connect": lambda: psycopg.connect(dsn)}
 
 
 def psycopg3_pool(dsn):
-    pool = pytest.importorskip("psycopg_pool").ConnectionPool(
-        dsn, min_size=1, max_size=4, open=True
-    )
+    pool = psycopg_pool.ConnectionPool(dsn, min_size=1, max_size=4, open=True)
     return {"connect": pool.getconn, "release": pool.putconn}
 
 
 def sqlalchemy_engine(dsn):
-    sqlalchemy = pytest.importorskip("sqlalchemy")
     url = "postgresql+psycopg2://"
     engine = sqlalchemy.create_engine(url, creator=lambda: psycopg2.connect(dsn))
     return {"connect": engine.raw_connection}
@@ -85,11 +90,11 @@ def test_driver_takes_works_repeats_and_recovers(site, kind):
     assert site.run(retried, work).status == 200 and site.effects(lost) == 1
 
 
-@pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
+@pytest.mark.parametrize("driver", [psycopg2, psycopg], ids=["psycopg2", "psycopg"])
 @pytest.mark.parametrize("autocommit", [True, False])
 @pytest.mark.parametrize("lost_after", [None, 900])
 def test_connection_is_given_back_as_it_came(site, driver, autocommit, lost_after):
-    connection, given_back = pytest.importorskip(driver).connect(site.database.dsn), []
+    connection, given_back = driver.connect(site.database.dsn), []
     connection.autocommit = autocommit
     site.receiver = site.make(lambda: connection, release=given_back.append, lost_after=lost_after)
     job = site.database.add_job()
@@ -99,9 +104,6 @@ def test_connection_is_given_back_as_it_came(site, driver, autocommit, lost_afte
 
 
 def test_statement_of_sqlalchemy_is_written_with_the_rest(site):
-    sqlalchemy = pytest.importorskip("sqlalchemy")
-    from sqlalchemy.dialects.postgresql import psycopg2 as dialect
-
     effects = sqlalchemy.table("effects", *map(sqlalchemy.column, ("job_id", "made_by")))
 
     def work(job):
@@ -117,7 +119,6 @@ def test_statement_of_sqlalchemy_is_written_with_the_rest(site):
 
 
 def post_to_flask(site, request):
-    flask = pytest.importorskip("flask")
     app = flask.Flask("stage")
 
     @app.post("/api/yh/llava/stage1/validate")
@@ -132,10 +133,6 @@ def post_to_flask(site, request):
 
 
 def post_to_fastapi(site, request):
-    fastapi = pytest.importorskip("fastapi")
-    from fastapi.concurrency import run_in_threadpool
-    from fastapi.testclient import TestClient
-
     app = fastapi.FastAPI()
 
     @app.post("/api/yh/llava/stage1/validate")
@@ -143,8 +140,12 @@ def post_to_fastapi(site, request):
         given = ANALYZE, request.headers, await request.body(), site.work
         return fastapi.Response(*await run_in_threadpool(site.receiver.run, *given))
 
-    headers, body = request
-    answer = TestClient(app).post("/api/yh/llava/stage1/validate", headers=headers, content=body)
+    async def post(headers, body):
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app)) as client:
+            url = "http://stage/api/yh/llava/stage1/validate"
+            return await client.post(url, headers=headers, content=body)
+
+    answer = asyncio.run(post(*request))
     return answer.status_code, answer.content, answer.headers["Content-Type"]
 
 
