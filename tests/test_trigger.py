@@ -5,8 +5,6 @@ from datetime import timedelta
 import pytest
 from raw_server import answering, in_turn
 
-import stage_http
-
 RETRY_DELAY = timedelta(seconds=5)
 
 
@@ -57,7 +55,7 @@ def test_204_pays_the_debt(database, serve, caller):
 
 
 def test_refusal_for_now_is_retried_after_a_back_off(database, serve, caller):
-    statuses = [425, 500, 501, 505, 507, 529]
+    statuses = [408, 425, 500, 501, 505, 507, 529]
     server = each(serve, statuses)
     for number, status in enumerate(statuses):
         job = database.add_job()
@@ -159,13 +157,14 @@ NOT_PASSED_ON = [
     "no healthy upstream",
     "Service Unavailable",
 ]
+MAY_RUN = (409, 460, 499, 502, 504, 520, 522, 524, 598, 599)
 UNKNOWN = {
     "timeout": silent,
     "cut headers": answering(b"HTTP/1.1 200 OK\r\nContent-"),
     "cut body": answering(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nok"),
     "cut chunks": answering(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n"),
     "unframed": answering(b"HTTP/1.1 200 OK\r\n\r\nok"),
-    **{str(status): answering(reply(status)) for status in stage_http.MAY_RUN},
+    **{str(status): answering(reply(status)) for status in MAY_RUN},
     **{text[-40:]: answering(reply(503, "Retry-After: 5", body=text)) for text in PASSED_ON},
 }
 
