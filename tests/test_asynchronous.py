@@ -1,6 +1,7 @@
 """Asynchronous stages, which answer 202 and then work."""
 
 import json
+import re
 from contextlib import closing
 
 import pytest
@@ -15,6 +16,8 @@ from ops.install import apply
 
 TAKEN = Answer(202)
 WORKING = "SELECT count(*) FROM stage_leases WHERE working"
+# In one statement, as a listener that takes a move ends the call with it.
+UNMOVED = f"SELECT NOT EXISTS (SELECT FROM stage_moves) AND ({WORKING}) = 1"
 NOBODY = "SELECT count(*) = 0 FROM stage_leases"
 ENDED = "SELECT outcome FROM stage_attempts WHERE job_id = %s"
 
@@ -29,7 +32,6 @@ class Site:
             api,
             listener,
         )
-        self.asked = {}
         for name in ("vlm_analyze", "planner", "yolo_detect", "ad_copy"):
             api.on(f"/{name}", lambda request: TAKEN)
 
@@ -81,10 +83,11 @@ def test_state_of_the_job_is_what_ends_a_call(site):
     ]:
         site.database.move(job, step, status)
     site.database.rows("UPDATE jobs SET tenant_id = 'other'")
-    assert site.database.value(WORKING) == 1
+    assert site.database.value(UNMOVED)
     site.database.move(job, "cancelled", "by hand")
     site.database.wait_for(NOBODY)
     assert site.database.value(ENDED, job) == "succeeded"
+    assert len(site.calls("vlm_analyze")) == 1
 
 
 def test_stage_that_moves_the_job_before_its_answer_is_read(site):
@@ -269,6 +272,7 @@ def test_row_that_leaves_running_for_another_partition(site, tmp_path):
     site.wait_for_working(1)
     site.database.move(job, "planner", "running")
     wait_until_idle(tmp_path)
+    assert site.database.value(UNMOVED)
     site.database.move(job, "planner", "failed")  # an INSERT there, which owes no call
     site.database.wait_for(NOBODY)
 
@@ -302,7 +306,7 @@ def test_commands_say_that_it_is_worked_on(site, run_command):
     assert "1 taken and worked on" in said("status")
     assert "planner has taken it and works on it" in said("again", job)
     assert "its stage works on it" in said("pause", "planner", "--wait", "--timeout", "0")
-    assert "0 calls under way" not in said("status")
+    assert not re.search(r"\d+ calls? under way", said("status"))
     assert "planner has taken it: its work goes on" in said("cancel", job)
     site.database.move(job, "planner", "done")
     site.database.wait_for(NOBODY)
@@ -346,9 +350,8 @@ def test_more_moves_than_are_looked_at_at_once_hide_none(site):
 
 
 def test_moves_that_cannot_be_read_keep_no_call_from_being_made(site):
-    site.database.rows("ALTER TABLE stage_moves RENAME TO elsewhere")
+    site.database.rows("ALTER TABLE stage_moves RENAME moved_at TO elsewhere")
     running = site.start()
     running.wait_for_line("작업 완료 확인 실패")
-    site.database.rows("ALTER TABLE elsewhere RENAME TO stage_moves")
     site.database.add_job("vlm_analyze", "done")
     site.wait_for_calls("planner", 1)
