@@ -174,7 +174,28 @@ def test_command_that_fails_is_one_line_and_the_work_goes_on(
     assert process.stop() == 0
 
 
-def test_command_that_hangs_is_ended_and_delays_no_call(monkeypatch, tmp_path):
+def test_command_that_hangs_delays_no_call(database, api, listener, tmp_path):
+    api.on("planner", lambda _: Answer(400))
+    hangs = tmp_path / "hangs"
+    command = python(
+        "import os, pathlib, sys, time\n"
+        "pathlib.Path(sys.argv[1]).write_text(f'{os.getpid()}.')\n"
+        "time.sleep(600)",
+        hangs,
+    )
+    more = "import alerts\nalerts.TIME_LIMIT = 600"
+    listener(database, "run", "--workers", "1", api=api, ALERT_COMMAND=command,
+             program=program(tmp_path, POST, 60, more))  # fmt: skip
+    database.add_job("yolo_detect")
+    until(lambda: hangs.exists() and hangs.read_text().endswith("."), "an alert")
+    try:
+        job = database.add_job("overlay")
+        database.wait_for("SELECT current_step = 'vlm_judge' FROM jobs WHERE job_id = %s", job)
+    finally:
+        os.kill(int(hangs.read_text()[:-1]), signal.SIGKILL)
+
+
+def test_command_that_hangs_is_ended(monkeypatch):
     monkeypatch.setattr(alerts, "TIME_LIMIT", 0.2)
     hanging = alerts.Alerts(config.read({"ALERT_COMMAND": python("import time; time.sleep(600)")}))
     hanging.send("given_up", "text")

@@ -25,10 +25,6 @@ MOVE = {
     "jobs_variants": "UPDATE jobs_variants SET current_step = %s, status = %s"
     " WHERE job_variants_id = %s",
 }
-STATE = {
-    "jobs": "SELECT current_step, status FROM jobs WHERE job_id = %s",
-    "jobs_variants": "SELECT current_step, status FROM jobs_variants WHERE job_variants_id = %s",
-}
 
 
 @dataclass
@@ -326,19 +322,22 @@ def test_routed_failed_carries_attempts_on_and_ends(routed, table, status):
 
 
 def test_routed_failed_waits_longer_from_time_to_time(routed):
-    """The delay after an attempt is chosen below RETRY_DELAY × 2^attempts."""
     routed.fails("jobs", lambda _: Answer(500))
-    process = routed.start(MAX_ATTEMPTS=3, RETRY_DELAY=1000, program=LONGEST_WAITS)
-    row = routed.add("jobs")
-    routed.database.wait_for(
-        "SELECT count(*) = 1 FROM stage_calls WHERE current_step = 'vlm_analyze'"
-        " AND attempts = 1 AND worker IS NULL AND last_error IS NOT NULL"
+    given = {"MAX_ATTEMPTS": 3, "RETRY_DELAY": 60, "program": LONGEST_WAITS}
+    waits = (
+        "SELECT extract(epoch FROM due_at - now())::float8 FROM stage_calls"
+        " WHERE current_step = 'vlm_analyze' AND worker IS NULL AND last_error IS NOT NULL"
     )
-    routed.database.rows("UPDATE stage_calls SET due_at = now()")
+    process = routed.start(**given)
+    row = routed.add("jobs")
+    [wait] = routed.database.wait_for(waits)
+    assert 30 < wait <= 60
     process.stop()
-    routed.start("run", "--once").wait()
-    assert len(routed.calls("vlm_analyze")) >= 2
-    assert spent(routed, row)[:2] == [1, 2]
+    routed.database.rows("UPDATE stage_calls SET due_at = now()")
+    routed.start("run", "--once", **given).wait()
+    assert 60 < routed.database.value(waits) <= 120
+    assert len(routed.calls("vlm_analyze")) == 2
+    assert spent(routed, row) == [1, 2]
 
 
 @TABLES

@@ -233,10 +233,11 @@ def test_other_settings_of_an_application_are_passed_over(env_file):
                     "STAGE_API_URL_PLANNER=http://a", "DB_HOST=a", "DB_HOSTS=b") == []  # fmt: skip
 
 
-def test_mistyped_setting_is_a_line_of_verify_and_of_the_log(run_command, tmp_path):
+def test_mistyped_setting_is_a_line_of_verify_and_of_the_log(database, run_command, tmp_path):
     (tmp_path / ".env").write_text("STAGE_TIMEOUTS=3\n")
     said = "STAGE_TIMEOUTS is no setting: did you mean STAGE_TIMEOUT?"
     assert said in run_command(NOWHERE, "run", "--once").out
+    assert said in run_command(database, "verify").out
 
 
 # --- help and version ----------------------------------------------------------------------
