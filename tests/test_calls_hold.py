@@ -12,7 +12,6 @@ from ops.install import apply
 HOLD = (
     "SELECT held_until, hold_seconds, held_reason FROM pipeline_stages WHERE stage = 'vlm_analyze'"
 )
-LENGTH = "SELECT extract(epoch FROM held_until - now())::float8 FROM pipeline_stages WHERE stage = "
 # Ends the hold now, so that it began its length ago.
 HOLD_OVER = "UPDATE pipeline_stages SET held_until = now() - interval '1 microsecond'"
 
@@ -33,7 +32,6 @@ def test_unreachable_stage_is_held_twice_as_long_each_time_up_to_a_minute(databa
     job, lengths = database.add_job(), []
     for _ in range(8):
         assert settle(conn, held(claim(conn), error="connection refused"))
-        assert claim(conn).call_id is None
         lengths.append(hold(database).hold_seconds)
         database.rows(HOLD_OVER)
     assert lengths == [1, 2, 4, 8, 16, 32, 60, 60]
@@ -63,7 +61,7 @@ def test_longer_wait_asked_for_counts_and_a_shorter_one_does_not(database, conn)
 
 def test_held_stage_is_claimed_by_nobody_and_does_not_stop_the_others(database, conn):
     waiting, planned = database.add_job("img_gen", "done"), database.add_job("planner", "done")
-    settle(conn, held(claim(conn)))
+    settle(conn, held(claim(conn), retry_after=600))
     with connected(database) as other:
         assert claim(other, "other").job_id == planned
         assert claim(other, "other").call_id is None
@@ -134,10 +132,10 @@ def test_success_of_a_call_begun_before_the_hold_does_not_lift_it(database, conn
 
 def test_success_of_another_stage_lifts_nothing(database, conn):
     database.add_job("img_gen", "done")
-    settle(conn, held(claim(conn)))
+    settle(conn, held(claim(conn), retry_after=600))
     database.add_job("planner", "done")
     settle(conn, result(claim(conn)))
-    assert hold(database).hold_seconds == 1
+    assert hold(database).hold_seconds == 600
 
 
 @pytest.mark.parametrize("outcome", ["retry", "failed", "skipped"])

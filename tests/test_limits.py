@@ -1,6 +1,7 @@
 """max_running: exact over all listeners, and a full stage does not keep another one waiting."""
 
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -220,7 +221,7 @@ class Stages:
 def test_limits_are_exact_over_listeners_that_claim_many_at_once(database):
     limit(database, 1), limit(database, 2, "planner")
     steps, counted, done = ("img_gen", "yolo_detect", "overlay"), Stages(), Counter()
-    jobs = 360
+    jobs, end = 360, time.monotonic() + PATIENCE
     for number in range(90):
         database.add_job(steps[number % 3])
 
@@ -228,6 +229,7 @@ def test_limits_are_exact_over_listeners_that_claim_many_at_once(database):
         rows = []
         wait_for_locks(conn)
         while sum(done.values()) < jobs:
+            assert time.monotonic() < end, done
             counted.end(rows)  # before another listener can know
             results = [result(row, worker=name) for row in rows]
             rows = claim_many(conn, 4, name, results=results, share=1).claimed

@@ -39,11 +39,15 @@ def lines_of(database):
         def notify(channel: str, payload: str, count: int) -> list[str]:
             said = output.tell()
             database.rows(NOTIFY.format(payload), channel, count)
-            heard = 0
-            while heard < count:
+            heard = []
+
+            def all_heard() -> bool:
                 state.hear(conn)
-                heard += len(state.heard)
+                heard.extend(state.heard)
                 state.log()
+                return len(heard) >= count
+
+            until(all_heard, f"{count} notifications")
             output.seek(said)
             return output.read().splitlines()
 

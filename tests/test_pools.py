@@ -10,7 +10,7 @@ from claims import connected
 from conftest import ROOT
 from faults.test_claims import with_idle_worker, with_idle_workers
 from variants import install, stage
-from waiting import PATIENCE
+from waiting import PATIENCE, until
 
 import calls
 import clock
@@ -147,11 +147,13 @@ def test_result_has_all_stages_of_a_pool_looked_at_again(site, caller):
     assert listener.settle_and_claim(claiming.conn) == []
     listener.once = True
     listener.keep(first, trigger.result(first, "skipped"))
-    second = listener.settle_and_claim(claiming.conn)
-    while not second:
+
+    def claimed():
         assert not listener.finished()
-        second = listener.settle_and_claim(claiming.conn)
-    assert {first.stage, second[0].stage} == {"vlm_analyze", "vlm_judge"}
+        return listener.settle_and_claim(claiming.conn)
+
+    [second] = until(claimed, "a call of the other stage")
+    assert {first.stage, second.stage} == {"vlm_analyze", "vlm_judge"}
 
 
 def test_stage_whose_pool_has_an_idle_one_is_called_beside_a_busy_stage(site, caller):

@@ -630,8 +630,8 @@ def test_lookup_without_a_database_costs_no_attempt_and_holds_its_stage(database
     assert attempt.error.startswith("no database for the stage function: ")
     assert (owed.attempts, owed.free_attempts, owed.worker) == (1, 1, None)
     assert owed.due_at - attempt.finished_at == timedelta(seconds=1)
-    held = "SELECT stage FROM pipeline_stages WHERE held_until > now()"
-    assert database.value(held) == attempt.stage
+    held = "SELECT stage FROM pipeline_stages WHERE held_until > %s"
+    assert database.value(held, attempt.finished_at) == attempt.stage
     assert "Traceback" not in worker.output.getvalue()
     assert worker.call_again().outcome == "succeeded"
 

@@ -65,8 +65,7 @@ def test_a3_notifications_of_a_terminated_backend_are_a_lost_connection(database
     notifications.listen(conn)
     database.rows("SELECT pg_terminate_backend(%s)", conn.info.backend_pid)
     with pytest.raises(db.ConnectionLost):
-        while True:
-            notifications.hear(conn)
+        until(lambda: notifications.hear(conn) is None, "the end of the connection")
 
 
 def test_a3_statement_on_a_terminated_backend_is_a_lost_connection(database, conn):

@@ -17,6 +17,7 @@ from claims import claim
 from conftest import Database, Server, embedded_server
 from waiting import (
     LISTENING,
+    PATIENCE,
     RECONNECTING,
     backends,
     terminate_backends,
@@ -106,6 +107,7 @@ def test_a10_slow_name_lookup_of_the_database_looks_like_no_frozen_listener(
     resolver.write_text(f"nameserver {address}\n")
     with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as silent:
         silent.bind((address, 53))
+        silent.settimeout(PATIENCE)
         listener(database, within=[*OTHER_NAMES, resolver], DB_HOST="db.example")
         silent.recv(512)
         [file] = directory.iterdir()
