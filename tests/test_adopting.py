@@ -1,7 +1,5 @@
 """docs/ADOPTING.md: its SQL and commands move a database of the guide's users to this listener."""
 
-import shlex
-
 import psycopg2
 import pytest
 from claims import connected
@@ -9,7 +7,6 @@ from guide import DATABASE, JOBS_TRIGGER
 from subscription import Subscription
 from test_readme import Readme
 
-import listener as program
 import pipeline
 from demo import five_stages
 from ops.install import apply
@@ -39,18 +36,6 @@ def with_variants(page, monkeypatch):
 
 
 # --- the page ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_every_command_of_the_page_can_be_parsed(name):
-    blocks = [body for language, body in Readme(name).blocks if language == "bash"]
-    lines = [line for body in blocks for line in body.splitlines()]
-    assert len(lines) >= 6
-    for line in lines:
-        words = shlex.split(line, comments=True)
-        assert words[0] == "./jsl"
-        command, *args = words[1:] or ["run"]
-        program.cli.get_command(None, command).make_context(command, args)
 
 
 # --- the steps -----------------------------------------------------------------------------

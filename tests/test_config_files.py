@@ -256,17 +256,6 @@ def refused(tmp_path: Path, *args: str, **environ: str) -> str:
     return line
 
 
-COMMANDS = [[], ["run", "--once"], ["install"], ["status"], ["call", "1"]]
-
-
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_command_without_a_database_is_one_line(tmp_path, command):
-    (tmp_path / ".env").touch()
-    line = refused(tmp_path, *command)
-    for word in ("DB_HOST", "DATABASE_URL", ".env.example", "make demo"):
-        assert word in line
-
-
 def test_command_with_a_bad_setting_is_one_line(tmp_path):
     (tmp_path / ".env").write_text("STAGE_TIMEOUT=ten minutes")
     line = refused(tmp_path, DB_HOST="db")

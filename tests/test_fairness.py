@@ -406,12 +406,6 @@ def test_what_is_no_name_of_a_column_is_refused(bad):
         Table("jobs", id="job_id", **bad)
 
 
-@pytest.mark.parametrize("bad", [{"fair": 1}, {"per_tenant": 0}])
-def test_bad_limits_are_refused(bad):
-    with pytest.raises(ValueError, match=next(iter(bad))):
-        limits(**bad)
-
-
 def test_job_says_that_its_tenant_is_at_its_limit(site, run_command):
     add(site, "planner", "acme")
     site.rows("INSERT INTO stage_leases (job_id, call_id, attempt, stage, worker, started_at,"

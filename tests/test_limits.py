@@ -382,13 +382,6 @@ def test_listener_does_not_start_with_another_limit_than_the_database(database, 
     assert f"(yolo_detect, done) → {differ}" in done.out
 
 
-@pytest.mark.parametrize("given", [{"max_running": 0}, {"timeout": -1}, {"max_attempts": 0}])
-def test_impossible_limit_is_refused_where_it_is_declared(given):
-    [name] = given
-    with pytest.raises(ValueError, match=name):
-        pipeline.limits(**given)(lambda call: None)
-
-
 def test_two_declarations_of_limits_are_refused():
     with pytest.raises(ValueError, match="planner has two @limits"):
         pipeline.limits(timeout=60)(pipeline.limits(max_running=1)(variants.stage("planner")))

@@ -4,7 +4,6 @@ import json
 import re
 from contextlib import closing
 
-import pytest
 from conftest import ROOT
 from tcp_proxy import TcpProxy
 from waiting import (
@@ -287,25 +286,6 @@ def test_different_routes_refuse_the_start(database, api, listener):
     assert "overlay in demo/five_stages.py, nothing in the database" in line
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("SWEEP_INTERVAL", "soon"), ("LISTENER_WORKERS", "0"), ("STAGE_API_URL", "localhost:8011")],
-)
-def test_bad_setting_refuses_the_start_with_one_line(name, value, database, listener):
-    process = listener(database, **{name: value})
-    assert process.wait() == 2
-    assert len(process.lines) == 1
-    assert f"{name}='{value}'" in process.lines[0] and "allowed is" in process.lines[0]
-
-
-def test_no_database_setting_refuses_the_start_and_names_what_to_do(database, listener):
-    process = listener(database, DB_HOST="")
-    assert process.wait() == 2
-    assert len(process.lines) == 1
-    for name in ("DB_HOST", "DATABASE_URL", ".env.example", "make demo"):
-        assert name in process.lines[0]
-
-
 # --- a database that is not there yet ------------------------------------------------------
 
 
@@ -322,25 +302,8 @@ def test_database_down_at_start_is_waited_for_and_logged_once(own_server, make_d
     database.conn = database.connect()
 
 
-def test_once_gives_up_when_the_database_is_away(database, listener):
-    process = listener(database, "run", "--once", **AWAY)
-    assert process.wait() == 3
-    assert "리스너 오류 발생" in process.lines[-1]
-
-
 def test_stop_does_not_wait_for_the_reconnect_delay(database, listener):
     process = listener(database, JOB_STATE_LISTENER_RECONNECT_DELAY=3600, **AWAY)
     process.wait_for_line(RECONNECTING)
     assert process.stop() == 0
     assert "중지 요청" not in process.output  # no call is under way
-
-
-@pytest.mark.parametrize("ours", ["true", "false"])
-def test_setting_of_its_own_outweighs_the_shared_one(database, api, listener, ours):
-    shared = {"true": "false", "false": "true"}[ours]
-    said = {
-        "true": "LISTEN 'job_state_changed' 시작",
-        "false": "비활성화됨: LISTENER_ENABLED=false",
-    }
-    process = listener(database, api=api, LISTENER_ENABLED=ours, ENABLE_JOB_STATE_LISTENER=shared)
-    process.wait_for_line(said[ours])

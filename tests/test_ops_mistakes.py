@@ -126,7 +126,7 @@ def test_bad_setting_gets_one_line_and_exit_2(run_command, typed):
     )
 
 
-@pytest.mark.parametrize("typed", ["status", "call 7", "run --once"])
+@pytest.mark.parametrize("typed", ["", "run --once", "install", "status", "call 7"])
 def test_missing_database_setting_gets_one_line_and_exit_2(run_command, typed):
     assert run_command(NOWHERE, *typed.split(), DB_HOST="").refused(2) == NO_DATABASE
 

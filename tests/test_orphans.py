@@ -265,6 +265,7 @@ def test_call_that_comes_too_late_for_its_lease_is_not_made_but_claimed_again(
         [call], [attempt] = api.calls(job), database.attempts(job)
         assert int(call.headers["X-Attempt"]) == attempt.attempt > 1
         assert "attempt=1/5" in process.wait_for_line("[TRIGGER]", count=2)  # none was spent
+        assert process.children() == [worker]
 
 
 def test_call_that_its_worker_never_began_is_made_again_after_its_lease(

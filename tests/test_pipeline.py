@@ -187,16 +187,11 @@ def test_database_restart_loses_nothing_and_repeats_nothing(
 
 
 def test_once_drains_what_is_due_and_exits(database, api, listener):
-    jobs = [database.add_job() for _ in range(3)]
-    assert listener(database, "run", "--once", api=api).wait() == 0
-    assert [database.state(job) for job in jobs] == [("vlm_judge", "done")] * 3
-    assert database.value("SELECT count(*) FROM stage_calls") == 0
-
-
-def test_once_with_several_workers_drains_and_exits(database, api, listener):
     jobs = [database.add_job() for _ in range(20)]
     assert listener(database, "run", "--once", "--workers", "3", api=api).wait() == 0
+    assert [database.state(job) for job in jobs] == [("vlm_judge", "done")] * 20
     assert len(api.calls()) == len(jobs) * len(STAGES)
+    assert database.value("SELECT count(*) FROM stage_calls") == 0
 
 
 def test_stage_option_limits_what_is_called(database, api, listener):

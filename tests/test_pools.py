@@ -317,6 +317,11 @@ def test_place_in_a_pool_is_kept_by_what_is_worked_on(site, api):
     ({"max_attempts": 2**31}, "max_attempts=2147483648 of a stage: .* up to 2147483647"),
     ({"timeout": "60"}, "timeout='60' of a stage: allowed is a number above 0"),
     ({"max_running": 1.5}, "max_running=1.5 of a stage: allowed is a whole number above 0"),
+    ({"max_running": 0}, "max_running=0 of a stage: allowed is a whole number above 0"),
+    ({"timeout": -1}, "timeout=-1 of a stage: allowed is a number above 0"),
+    ({"max_attempts": 0}, "max_attempts=0 of a stage: allowed is a whole number above 0"),
+    ({"fair": 1}, "fair=1 of a stage: allowed is True or False"),
+    ({"per_tenant": 0}, "per_tenant=0 of a stage: allowed is a whole number above 0"),
     ({"per_tenant": 0.5}, "per_tenant=0.5 of a stage: allowed is a whole number above 0"),
     ({"max_attempts": True}, "max_attempts=True of a stage: allowed is a whole number above 0"),
 ])  # fmt: skip

@@ -77,7 +77,7 @@ def readme(request) -> Readme:
 
 @pytest.mark.parametrize("name", [
     "README", "docs/HOW_IT_WORKS", "docs/INSTALLING", "docs/SETTINGS", "docs/STAGES",
-    "docs/ADOPTING", "docs/DEPLOYING", "docs/OPERATING", "docs/MONITORING", "docs/LIMITS",
+    "docs/ADOPTING", "docs/DEPLOYING", "docs/OPERATING", "docs/LIMITS",
     "docs/RELIABILITY", "docs/RECEIVER", "docs/SERVE", "docs/SIGNING",
 ])  # fmt: skip
 def test_both_languages_have_the_same_structure(name):

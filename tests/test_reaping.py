@@ -84,9 +84,3 @@ def test_listener_that_is_process_1_has_no_zombies(database, api, listener, tmp_
     until(lambda: not only_workers(), "the alert")
     end.open("w").close()
     until(only_workers, "no process but the workers")
-
-
-def test_compose_gives_the_listener_an_init():
-    text = Path(ROOT, "compose.yaml").read_text()
-    service = text.split("\n  listener:\n")[1].split("\n\n")[0]
-    assert "init: true" in service

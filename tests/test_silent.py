@@ -50,9 +50,3 @@ def test_verify_says_that_nothing_is_announced(database, api, run_command):
     done = run_command(database, "verify", api=api)
     assert done.code == 0
     assert any("without NOTIFY: listeners look every POLL_INTERVAL" in line for line in done.lines)
-
-
-def test_tables_of_an_earlier_version_are_named(database, run_command):
-    database.rows("UPDATE job_state_listener_schema SET version = 1")
-    done = run_command(database, "run", "--once")
-    assert done.code == 2 and "make trigger" in done.out

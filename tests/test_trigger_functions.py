@@ -681,25 +681,6 @@ def test_call_that_its_lease_does_not_cover_is_not_made(database, accepting, ask
     assert accepting.connections == 0
 
 
-def test_call_that_a_frozen_worker_did_not_begin_in_time_is_released(
-    database, api, listener, tmp_path
-):
-    lease = {"STAGE_TIMEOUT": 30, "LEASE_MARGIN": 2}
-    process = listener(database, "run", "--workers", "1", api=api, **lease)
-    wait_until_idle(tmp_path)
-    [worker] = process.children()
-    os.kill(worker, signal.SIGSTOP)
-    job = database.add_job("overlay", "done")
-    late = "SELECT clock_timestamp() > started_at + interval '2 s' FROM stage_calls"
-    database.wait_for(late)
-    os.kill(worker, signal.SIGCONT)
-    process.wait_for_line("리스가 모자라 호출하지 않고 되돌림")
-    database.wait_for("SELECT outcome = 'succeeded' FROM stage_attempts WHERE job_id = %s", job)
-    [made] = api.calls(job)
-    assert int(made.headers["X-Attempt"]) > 1
-    assert process.children() == [worker] and process.stop() == 0
-
-
 def test_call_released_at_a_stop_is_due_again_at_once(database, api, listener, tmp_path):
     lease = {"STAGE_TIMEOUT": 30, "LEASE_MARGIN": 1}
     process = listener(database, "run", "--workers", "1", api=api, **lease)

@@ -228,17 +228,3 @@ def test_late_success_is_still_settled_where_nobody_took_the_call_over(database,
         late.settle(conn)
     assert [a.outcome for a in database.attempts(job)] == ["succeeded"]
     assert database.owed(job) is None
-
-
-def test_every_stage_has_its_turn_however_long_the_queue_of_another(database, accepting, caller):
-    for step in ("img_gen", "img_gen", "img_gen", "overlay"):
-        database.add_job(step)
-    worker = caller(accepting.url)
-    assert [worker.call().stage for _ in range(3)] == ["vlm_analyze", "vlm_judge", "vlm_analyze"]
-
-
-def test_second_worker_gets_nothing(database, serve, caller):
-    database.add_job()
-    url = serve(in_turn(OK)).url
-    assert caller(url).claim() is not None
-    assert caller(url, name="second").claim() is None

@@ -14,7 +14,6 @@ from faults.test_claims import with_idle_worker
 from faults.test_connection import frozen
 from raw_server import OK, in_turn
 from stage_functions import COMPUTE, POST, program
-from tcp_proxy import TcpProxy
 from variants import PIPELINE as OF_TWO_TABLES
 from variants import TABLE, VARIANTS, install, stage
 from waiting import (
@@ -26,7 +25,6 @@ from waiting import (
     terminate_backends,
     until,
     wait_for_call,
-    wait_until_idle,
 )
 
 import calls
@@ -627,23 +625,6 @@ def test_once_settles_though_a_look_fails_which_it_says_at_its_end(failing, aske
     assert [row.outcome for row in asked.database.attempts(job)] == ["succeeded"]
     look = {joins: listener.join_look, moves: listener.move_look}[failing]
     assert isinstance(look.failure, psycopg2.errors.DivisionByZero) and look.at == math.inf
-
-
-def test_idle_listener_with_many_workers_is_one_connection_and_few_statements(
-    database, api, listener, tmp_path
-):
-    api.on(STAGE, lambda _request: Answer(200))
-    with TcpProxy(database.environ) as proxy:
-        listener(database, "run", "--workers", "32", api=api, **proxy.settings,
-                 SWEEP_INTERVAL=3600)  # fmt: skip
-        wait_until_idle(tmp_path)
-        assert len(backends(database)) == len(proxy.links) == 1
-        before = len(proxy.requests)
-        for _ in range(5):
-            database.wait_for(SUCCEEDED, database.add_job("overlay"))
-        wait_until_idle(tmp_path)
-        assert len(proxy.requests) - before <= 3 * 5
-        assert len(backends(database)) == len(proxy.links) == 1
 
 
 # --- the database goes away during calls ---------------------------------------------------

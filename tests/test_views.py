@@ -2,9 +2,8 @@
 
 import psycopg2
 import pytest
-from claims import LEASE_OVER, STAGES, claim, connected, held, result, settle
+from claims import STAGES, claim, connected, held, result, settle
 
-import calls
 import troubles
 import upkeep
 from ops.install import apply
@@ -143,58 +142,12 @@ def test_every_view_is_commented(database):
 # --- stalled_jobs() ------------------------------------------------------------------------
 
 
-def test_accepted_job_is_stalled_once_its_stage_had_time(database, conn):
-    job = database.add_job()
-    settle(conn, result(claim(conn)))
-    assert stalled(database) == []
-    age(database)
-    [row] = stalled(database)
-    assert (row.job_id, row.stage) == (job, "vlm_analyze")
-    assert row.reason == "accepted by the stage, but the job has not changed"
-    database.move(job, "vlm_analyze", "running")
-    age(database)
-    [row] = stalled(database)
-    assert row.reason == "running for longer than the timeout"
-    database.move(job, "vlm_analyze", "done")
-    age(database)
-    assert stalled(database) == []  # it owes the next call
-
-
-def test_running_job_is_not_stalled_while_it_is_called(database, conn):
-    job = database.add_job()
-    claim(conn)
-    database.move(job, "vlm_analyze", "running")
-    age(database)
-    assert stalled(database) == []
-    database.rows(LEASE_OVER)
-    calls.reap(conn)
-    age(database)
-    assert [row.job_id for row in stalled(database)] == [job]
-
-
-def test_job_that_was_never_recorded_is_stalled(database):
-    database.rows("SET session_replication_role = replica")
-    job = database.add_job()
-    database.rows("RESET session_replication_role")
-    age(database)
-    [row] = stalled(database)
-    assert row.job_id == job
-    assert row.reason == "its call was never recorded: ./jsl backfill"
-
-
 @pytest.mark.parametrize("step", ["img_gen", "planner"])
 def test_waiting_retrying_and_given_up_jobs_are_not_stalled(database, conn, step):
     for outcome in ("retry", "failed"):
         database.add_job(step)
         settle(conn, result(claim(conn), outcome, delay=1000))
     database.add_job(step)
-    age(database)
-    assert stalled(database) == []
-
-
-def test_cancelled_call_leaves_no_stalled_job(database, run_command):
-    job = database.add_job()
-    run_command(database, "cancel", job)
     age(database)
     assert stalled(database) == []
 

@@ -184,6 +184,7 @@ ELSEWHERE = {
     ],
     "P4": [
         "test_stop::test_signal_lets_the_call_finish_and_starts_no_other",
+        "test_deploying::test_compose_grace_period_is_longer_than_a_call",
         "test_orphans::test_answers_that_come_after_the_listener_was_killed_are_recorded",
         "test_orphans::test_answers_that_the_killed_listener_had_not_read_are_recorded",
         "test_pipeline::test_killed_host_is_followed_by_the_same_call_after_the_lease",

@@ -11,7 +11,16 @@ from asynchronous import asynchronous
 from claims import claim, connected
 from tcp_proxy import TcpProxy
 from variants import install, stage
-from waiting import CLAIM, LISTENING, gate, until, wait_for_call, wait_for_sweeps, wait_until_idle
+from waiting import (
+    CLAIM,
+    LISTENING,
+    backends,
+    gate,
+    until,
+    wait_for_call,
+    wait_for_sweeps,
+    wait_until_idle,
+)
 
 import calls
 import moves
@@ -301,11 +310,12 @@ def test_d8_ending_moved_calls_under_an_old_snapshot_reads_little(
 def test_d9_idle_workers_ask_little_for_one_event(database, proxy, api, listener, tmp_path):
     api.on("vlm_judge", lambda _request: Answer(200))
     quiet = {"SWEEP_INTERVAL": 3600, **proxy.settings}
-    listener(database, "run", "--workers", "8", api=api, **quiet)
+    listener(database, "run", "--workers", "32", api=api, **quiet)
     wait_until_idle(tmp_path)
     before = len(proxy.requests)
     for _ in range(10):
         database.wait_for(SUCCEEDED, database.add_job("overlay", "done"))
         wait_until_idle(tmp_path)
+    assert len(backends(database)) == len(proxy.links) == 1
     # A claim, the settling, and one more look where the notification arrives only after the claim.
     assert len(proxy.requests) - before <= 3 * 10 + 2
