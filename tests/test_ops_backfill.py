@@ -170,6 +170,33 @@ def test_columns_that_are_not_needed_are_not_read(database, unseen, run_command,
     assert run_command(database, "backfill", "--apply").lines[-1] == "1 call recorded"
 
 
+# PostgreSQL keeps a long value apart from its row, and counts what is read there.
+APART = """
+SELECT sum(toast_blks_hit + toast_blks_read) FROM pg_statio_user_tables WHERE relname = 'jobs'
+"""
+ALONE = """
+SELECT count(*) = 0 FROM pg_stat_activity
+WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
+"""
+
+
+def test_rows_of_a_megabyte_are_not_read(database, unseen, run_command):
+    database.rows("ALTER TABLE jobs ADD payload text;"
+                  " ALTER TABLE jobs ALTER payload SET STORAGE EXTERNAL,"
+                  " SET (autovacuum_enabled = off, toast.autovacuum_enabled = off)")  # fmt: skip
+    unseen("INSERT INTO jobs (current_step, status, payload, updated_at)"
+           " SELECT 'img_gen', step, repeat('x', 1000000), now() - interval '2 hours'"
+           " FROM unnest(ARRAY['done', 'running']) AS step")  # fmt: skip
+    database.rows("SELECT pg_stat_force_next_flush()")
+    before = database.value(APART)
+    assert before > 0
+    assert "1 call recorded" in run_command(database, "backfill", "--apply").lines
+    for shows in ("status", "metrics", "jobs --stalled"):
+        assert run_command(database, *shows.split()).code == 0
+    database.wait_for(ALONE)
+    assert database.value(APART) == before
+
+
 def test_since_that_is_no_time_is_one_line(database, run_command):
     """Nor one that is still to come, since which no call is missing."""
     refused = run_command(database, "backfill", "--since", "2999-01-01").refused(2)

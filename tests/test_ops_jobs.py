@@ -5,7 +5,10 @@ import re
 
 import pytest
 from busy import BEFORE, TIME
+from claims import connected
 from waiting import gate, wait_for_call
+
+import troubles
 
 HEADER = r"job +state +since +{} +tenant"
 UPDATED = "since: jobs.updated_at"
@@ -256,6 +259,14 @@ def test_columns_that_are_not_needed_are_not_read(own_database, run_command, val
     assert len(ids(run_command, own_database, "--tenant", "tenant")) == 1
     assert ids(run_command, own_database, "--stalled") == []
     assert run_command(own_database, "jobs").code == 0
+    own_database.rows("UPDATE jobs SET updated_at = now() - interval '2 hours'")
+    assert len(ids(run_command, own_database, "--stalled")) == 1
+    assert "planner      1 row is stalled" in run_command(own_database, "status").out
+    counted = 'job_state_listener_stalled_jobs{stage="planner"} 1\n'
+    assert counted in run_command(own_database, "metrics").out
+    assert "Stalled jobs" in run_command(own_database, "report", "--out", "-").out
+    with connected(own_database) as conn:  # as a listener's upkeep does
+        assert [row.stage for row in troubles.newly_stalled(conn)] == ["planner"]
 
 
 @pytest.mark.parametrize("type_", ["integer", "text"])

@@ -8,6 +8,7 @@ import pytest
 from claims import claim, connected
 from conftest import Database
 from subscription import Subscription
+from variants import PIPELINE, TABLE
 
 from demo import five_stages
 from ops.install import apply
@@ -123,7 +124,7 @@ def test_job_id_of_any_type_is_owed_and_claimed(empty_database, id_type):
     assert database.rows("SELECT 1 FROM stage_calls") == []
 
 
-def test_text_id_of_any_length_is_owed(empty_database):
+def test_text_id_of_2400_bytes_is_owed(empty_database):
     database = empty_database
     database.rows(JOBS.format("text", "text", "text", "text"))
     install(database)
@@ -132,6 +133,28 @@ def test_text_id_of_any_length_is_owed(empty_database):
         database.rows("INSERT INTO jobs VALUES (%s, 't', 'img_gen', 'done')", job)
         database.rows("UPDATE jobs SET current_step = %s", "s" * 7000)
         assert [said["job_id"] for said in subscription.messages()] == [job, None]
+
+
+def test_id_that_is_too_long_for_an_index_of_ours_is_let_through_with_a_warning(
+    empty_database, use_pipeline
+):
+    use_pipeline(PIPELINE)
+    database = empty_database
+    database.rows(JOBS.format("text", "text", "text", "text"))
+    database.rows(TABLE.replace(" uuid", " text"))
+    install(database)
+    parent, child = secrets.token_hex(1325), secrets.token_hex(1325)
+    database.rows("INSERT INTO jobs VALUES (%s, 't', 'img_gen', 'done')", parent)
+    database.rows("UPDATE jobs SET status = 'running'")
+    database.rows("UPDATE jobs SET status = 'done'")
+    database.rows("INSERT INTO jobs_variants VALUES (%s, %s, 'iou_eval', 'running')", child, parent)
+    database.rows("UPDATE jobs_variants SET status = 'done'")
+    database.rows("INSERT INTO jobs VALUES ('other', 't', 'img_gen', 'queued')")
+    database.rows("UPDATE jobs_variants SET job_id = 'other'")
+    assert database.rows("SELECT parent_id FROM stage_looks") == [("other",)]
+    assert database.rows("SELECT FROM stage_calls") == []
+    warning = "an id of more than 2,600 bytes, no call is recorded"
+    assert sum(warning in notice for notice in database.conn.notices) == 2
 
 
 def test_job_id_that_grew_wider_after_the_install_is_owed(empty_database):
