@@ -50,13 +50,20 @@ def longest_call(settings) -> float:
 # --- all of them ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file", [COMPOSE, *UNITS, *MANIFESTS], ids=str)
+NAME_NO_COMMAND = ("job-state-listener-check.timer", "keda.yaml", "settings.yaml")
+
+
+@pytest.mark.parametrize(
+    "file",
+    [file for file in (COMPOSE, *UNITS, *MANIFESTS) if file.name not in NAME_NO_COMMAND],
+    ids=lambda file: file.name,
+)
 def test_every_command_exists(file):
     text = file.read_text(encoding="utf-8")
     named = re.findall(r"python listener\.py ([a-z][a-z-]*)", text)
     named += re.findall(r"\[python, listener\.py, ([a-z-]+)\]", text)
     named += re.findall(r"args: \[([a-z-]+)\]", text)
-    assert set(named) <= set(program.cli.list_commands(None))
+    assert named and set(named) <= set(program.cli.list_commands(None))
 
 
 @pytest.mark.parametrize("page", PAGES)

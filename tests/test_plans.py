@@ -239,13 +239,13 @@ INSERT INTO jobs (current_step, status) VALUES ('img_gen', 'done')
 """
 
 
-def explained(conn, job: str) -> list[str]:
-    """The plans of the trigger's statements; none where the server has no auto_explain."""
+def explained(conn, job: str) -> list[str] | None:
+    """The plans of the trigger's statements; None where the server has no auto_explain."""
     cursor = conn.cursor()
     try:
         cursor.execute("LOAD 'auto_explain'")
     except psycopg2.errors.UndefinedFile:
-        return []
+        return None
     cursor.execute("SET auto_explain.log_min_duration = 0; SET client_min_messages = log")
     cursor.execute("SET auto_explain.log_nested_statements = on")
     cursor.execute(MOVES, {"job": job})
@@ -256,10 +256,11 @@ def explained(conn, job: str) -> list[str]:
 def test_trigger_planned_when_empty_reads_by_index_when_full(each_database, application):
     conn, job = application
     plans = explained(conn, job)
-    assert not any(re.search("Seq Scan|Sort|JIT", plan) for plan in plans), plans
-    indexes = [re.search(r"(?:using|Arbiter Indexes:) (\w+)", plan)[1] for plan in plans]
-    # Coming, where an open call is in the way; going; born.
-    assert indexes in ([], ["stage_calls_pkey"] * 4), plans
+    if plans is not None:
+        assert not any(re.search("Seq Scan|Sort|JIT", plan) for plan in plans), plans
+        indexes = [re.search(r"(?:using|Arbiter Indexes:) (\w+)", plan)[1] for plan in plans]
+        # Coming, where an open call is in the way; going; born.
+        assert indexes == ["stage_calls_pkey"] * 4, plans
     for _ in ("full", "drained"):
         read = read_by(conn, lambda: conn.cursor().execute(MOVES, {"job": job}))
         sequential, _, rows = read["stage_calls"]
