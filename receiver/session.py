@@ -13,9 +13,9 @@ TRY_AGAIN_AFTER = 0.2  # seconds between two attempts to reach the database
 # notice soon that the host of a session is gone; by default that takes two hours.
 LOCK = """
 SELECT pg_try_advisory_lock(hashtextextended('stage_requests ' || %(key)s, 0)),
-       set_config('tcp_keepalives_idle', '15', false),
-       set_config('tcp_keepalives_interval', '5', false),
-       set_config('tcp_keepalives_count', '3', false)"""
+       set_config('tcp_keepalives_idle', '15', false) AS idle,
+       set_config('tcp_keepalives_interval', '5', false) AS interval,
+       set_config('tcp_keepalives_count', '3', false) AS count"""
 UNLOCK = "SELECT pg_advisory_unlock(hashtextextended('stage_requests ' || %(key)s, 0))"
 # The same lock for one transaction.
 LOCK_BRIEFLY = "SELECT pg_try_advisory_xact_lock(hashtextextended('stage_requests ' || %(key)s, 0))"
@@ -87,9 +87,7 @@ class Session:
         return self.connection.cursor()
 
     def lock(self) -> None:
-        cursor = self.connection.cursor()
-        cursor.execute(LOCK, {"key": self.key})
-        self.has_lock = cursor.fetchone()[0]
+        [(self.has_lock, *_)] = rows(self.connection.cursor(), LOCK, {"key": self.key})
         # The next statement needs a new snapshot, with what the last holder of the lock committed.
         self.connection.commit()
 
@@ -162,4 +160,5 @@ def is_lost(error: Exception) -> bool:
 
 def rows(cursor: Any, statement: str, values: dict[str, Any]) -> list[tuple]:
     cursor.execute(statement, values)
-    return cursor.fetchall()
+    # A connection may be made with rows that are dicts: RealDictCursor, dict_row.
+    return [tuple(row.values() if isinstance(row, dict) else row) for row in cursor.fetchall()]

@@ -13,6 +13,7 @@ import pytest
 import sqlalchemy
 from conftest import Database
 from fastapi.concurrency import run_in_threadpool
+from psycopg2.extras import NamedTupleCursor, RealDictCursor
 from receiving import ANALYZE, Site
 from sqlalchemy.dialects.postgresql import psycopg2 as dialect
 
@@ -42,6 +43,14 @@ def psycopg2_autocommit(dsn):
     return {"connect": connect}
 
 
+def psycopg2_rows_as_dicts(dsn):
+    return {"connect": lambda: psycopg2.connect(dsn, cursor_factory=RealDictCursor)}
+
+
+def psycopg2_rows_with_names(dsn):
+    return {"connect": lambda: psycopg2.connect(dsn, cursor_factory=NamedTupleCursor)}
+
+
 def psycopg2_pool(dsn):
     pool = psycopg2.pool.ThreadedConnectionPool(1, 4, dsn)
     return {"connect": pool.getconn, "release": pool.putconn}
@@ -49,6 +58,10 @@ def psycopg2_pool(dsn):
 
 def psycopg3(dsn):
     return {"connect": lambda: psycopg.connect(dsn)}
+
+
+def psycopg3_rows_as_dicts(dsn):
+    return {"connect": lambda: psycopg.connect(dsn, row_factory=psycopg.rows.dict_row)}
 
 
 def psycopg3_pool(dsn):
@@ -63,7 +76,8 @@ def sqlalchemy_engine(dsn):
 
 
 @pytest.mark.parametrize("kind", [
-    psycopg2_autocommit, psycopg2_pool, psycopg3, psycopg3_pool, sqlalchemy_engine,
+    psycopg2_autocommit, psycopg2_rows_as_dicts, psycopg2_rows_with_names, psycopg2_pool,
+    psycopg3, psycopg3_rows_as_dicts, psycopg3_pool, sqlalchemy_engine,
 ])  # fmt: skip
 def test_driver_takes_works_repeats_and_recovers(site, kind):
     site.receiver = site.make(**kind(site.database.dsn))
