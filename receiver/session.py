@@ -10,12 +10,15 @@ from .answers import one_line
 TRY_AGAIN_AFTER = 0.2  # seconds between two attempts to reach the database
 
 # The advisory lock of a key, held by the session that works on it. The keepalives let the server
-# notice soon that the host of a session is gone; by default that takes two hours.
+# notice soon that the host of a session is gone; by default that takes two hours. The session is
+# idle while the work runs, so idle_session_timeout (since PostgreSQL 14) must not end it.
 LOCK = """
 SELECT pg_try_advisory_lock(hashtextextended('stage_requests ' || %(key)s, 0)),
        set_config('tcp_keepalives_idle', '15', false) AS idle,
        set_config('tcp_keepalives_interval', '5', false) AS interval,
-       set_config('tcp_keepalives_count', '3', false) AS count"""
+       set_config('tcp_keepalives_count', '3', false) AS count,
+       (SELECT set_config(name, '0', false) FROM pg_settings
+        WHERE name = 'idle_session_timeout') AS timeout"""
 UNLOCK = "SELECT pg_advisory_unlock(hashtextextended('stage_requests ' || %(key)s, 0))"
 # The same lock for one transaction.
 LOCK_BRIEFLY = "SELECT pg_try_advisory_xact_lock(hashtextextended('stage_requests ' || %(key)s, 0))"

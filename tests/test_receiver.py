@@ -290,6 +290,22 @@ def test_repeat_takes_over_once_the_session_of_the_first_is_gone(site, stage):
     assert (site.effects(job), site.database.state(job)) == (1, ("vlm_analyze", "done"))
 
 
+def test_no_timeout_of_the_database_ends_the_session_that_is_idle_while_the_work_runs(site):
+    made, job = [], site.database.add_job()
+
+    def connect():
+        made.append(psycopg2.connect(site.database.dsn, options="-c idle_session_timeout=1h"))
+        return made[-1]
+
+    def work(taken):
+        with made[0].cursor() as cursor:
+            cursor.execute("SHOW idle_session_timeout")
+            assert cursor.fetchone() == ("0",)
+        return site.work(taken)
+
+    assert site.run(site.request(job), work, site.make(connect)).status == 200
+
+
 @BOTH
 def test_without_sessions_a_repeat_takes_over_once_it_is_late(site, stage):
     site.stage, job = stage, site.database.add_job()
