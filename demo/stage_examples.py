@@ -24,7 +24,14 @@ def of_variants(name: str, before: str, **more: Any) -> Stage:
 ALL_THERE = """r.tenant_id IS NOT DISTINCT FROM %(tenant_id)s AND NOT EXISTS (
     SELECT FROM jobs_variants AS v WHERE v.job_id = r.job_id
        AND (v.current_step, v.status) IS DISTINCT FROM ('iou_eval', 'done'))"""
-JOINED = receiver.Stage("ad_copy_gen_kor", ("img_gen", "done"), running=False, where=ALL_THERE)
+# It may be owed again, by `again` or as a variant was redone: then the job is where this stage or a
+# later one has left it.
+JOINS_AFTER = [("img_gen", "done")] + [
+    (step, status)
+    for step in ("ad_copy_gen_kor", "instagram_feed_gen")
+    for status in ("failed", "done")
+]
+JOINED = receiver.Stage("ad_copy_gen_kor", JOINS_AFTER, running=False, where=ALL_THERE)
 
 MAKE_PROPOSAL = """
 INSERT INTO planner_proposals (job_variants_id, layout) VALUES (%(row_id)s, '{"text": "top"}')"""

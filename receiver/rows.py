@@ -16,7 +16,8 @@ class Stage:
     Args:
         name: the step that it sets.
         after: the states in which it takes a row, one (step, status) or a list of them. Where
-            (stage, 'failed') leads to the stage again, that is one of them.
+            (stage, 'failed') leads to the stage again, that is one of them. For a join also what
+            the stage itself leaves, and later states of the parent: its call may be made again.
         running: whether a row that was taken is set to (stage, 'running'). If not, it keeps its
             state until the work is over: it still owes the call, and the listener repeats calls
             that got lost. Use that for joins, and for work that is often killed.

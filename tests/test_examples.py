@@ -86,6 +86,24 @@ def test_variants_call_each_stage_once_and_ocr_eval_until_it_succeeds(running):
 
 
 @each("variants")
+def test_join_is_made_again_after_it_failed_and_after_a_variant_was_redone(running):
+    running.api.on("ad_copy_gen_kor", lambda request: running.api.work(request, "failed"))
+    job = running.add_job()
+    running.database.wait_for("SELECT count(*) = 1 FROM stage_calls WHERE due_at = 'infinity'")
+    running.api.on("ad_copy_gen_kor", None)
+    running.command("again", "--stage", "ad_copy_gen_kor", job)
+    wait_until_done(running, "instagram_feed_gen", jobs=1)
+    running.database.rows("UPDATE jobs_variants SET current_step = 'readability_eval'"
+                          " WHERE ctid = (SELECT ctid FROM jobs_variants LIMIT 1)")  # fmt: skip
+    running.api.wait_for(
+        lambda api: [r.status for r in api.calls(stage="instagram_feed_gen")] == [200, 200],
+        PATIENCE,
+    )
+    answers = [call.status for call in running.api.calls(stage="ad_copy_gen_kor")]
+    assert answers == [500, 200, 200]
+
+
+@each("variants")
 def test_what_a_stage_has_made_is_sent_to_the_next(running):
     running.add_job()
     wait_until_done(running, "instagram_feed_gen", jobs=1)
