@@ -1,11 +1,14 @@
 """One database connection for one request, its advisory lock, and transactions with retries."""
 
+import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from .answers import one_line
+
+log = logging.getLogger("receiver")
 
 TRY_AGAIN_AFTER = 0.2  # seconds between two attempts to reach the database
 
@@ -94,6 +97,13 @@ class Session:
         # The next statement needs a new snapshot, with what the last holder of the lock committed.
         self.connection.commit()
 
+    def unlock(self) -> None:
+        [(had_lock,)] = rows(self.connection.cursor(), UNLOCK, {"key": self.key})
+        self.connection.commit()
+        if not had_lock:
+            log.error("this connection kept no lock: behind a pooler in transaction mode give"
+                      " Receiver(…, lost_after=…)")  # fmt: skip
+
     def clean_up(self, error: Exception) -> bool:
         """End the transaction that `error` broke; whether it is worth another try."""
         if is_lost(error):
@@ -126,8 +136,7 @@ class Session:
             return
         try:
             if self.has_lock:
-                self.connection.cursor().execute(UNLOCK, {"key": self.key})
-                self.connection.commit()
+                self.unlock()
             if self.was_autocommit:
                 driver_of(self.connection).autocommit = True
         except Exception:

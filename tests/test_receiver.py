@@ -306,6 +306,23 @@ def test_no_timeout_of_the_database_ends_the_session_that_is_idle_while_the_work
     assert site.run(site.request(job), work, site.make(connect)).status == 200
 
 
+def test_connection_that_keeps_no_lock_is_told_of(site, caplog):
+    """As that of a pooler in transaction mode, which goes on with another session."""
+    made, job = [], site.database.add_job()
+
+    def connect():
+        made.append(site.connect())
+        return made[-1]
+
+    def work(taken):
+        with made[0].cursor() as cursor:
+            cursor.execute("SELECT pg_advisory_unlock_all()")
+        return site.work(taken)
+
+    assert site.run(site.request(job), work, site.make(connect)).status == 200
+    assert "kept no lock: behind a pooler in transaction mode" in caplog.text
+
+
 @BOTH
 def test_without_sessions_a_repeat_takes_over_once_it_is_late(site, stage):
     site.stage, job = stage, site.database.add_job()
