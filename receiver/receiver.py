@@ -93,6 +93,8 @@ class Job:
             return self._set_aside()
         except Exception as error:
             if not is_lost(error):
+                # Logged here as well: in a pool of threads nobody asks for the exception.
+                log.exception("%s %s could not be finished", self.stage.name, self.id)
                 raise
             log.error("%s %s: the database is away, nothing is finished", self.stage.name, self.id)
             return json_answer(503, error=f"database: {one_line(error)}")

@@ -117,6 +117,19 @@ def test_202_is_answered_at_once_and_the_work_follows_elsewhere(site):
     assert site.receiver.begin(ANALYZE, *request)[0].status == 200 and site.effects(job) == 1
 
 
+def test_job_that_cannot_be_finished_elsewhere_is_logged(site, caplog):
+    job = site.database.add_job()
+    _, taken = site.receiver.begin(ANALYZE, *site.request(job))
+    site.database.rows(KEPT.format(job))
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(taken.run, site.work)
+    finally:
+        site.database.rows("ALTER TABLE jobs DROP CONSTRAINT kept")
+    assert f"vlm_analyze {job} could not be finished\n" in caplog.text
+    assert "CheckViolation" in caplog.text
+
+
 def test_failed_row_is_taken_again_where_the_stage_says_so(site):
     site.stage = Stage("vlm_analyze", after=[("img_gen", "done"), ("vlm_analyze", "failed")])
     job = site.database.add_job("vlm_analyze", "failed")
