@@ -35,6 +35,8 @@ log = logging.getLogger("receiver")
 SCHEMA = Path(__file__).with_name("schema.sql")
 # CREATE TABLE IF NOT EXISTS can fail where two processes run it at once: the second one waits.
 ALONE = "SELECT pg_advisory_xact_lock(hashtextextended('stage_requests schema', 0))"
+# A row that somebody has locked must not keep recover() from the others.
+WAIT_BRIEFLY = "SET LOCAL lock_timeout = '1s'"
 # What no database takes in a text: NUL, and half of a surrogate pair.
 NO_ID = re.compile("[\0\ud800-\udfff]")
 # Seconds for which a request that is not taken yet waits for the database.
@@ -292,6 +294,7 @@ class Receiver:
 
     def sent_back(self, cursor: Any, stage: Stage, key: str, owner: str) -> bool:
         """Send one row back unless its request is still worked on; whether it was sent back."""
+        cursor.execute(WAIT_BRIEFLY)
         if not self.lost_after and not rows(cursor, LOCK_BRIEFLY, {"key": key})[0][0]:
             return False
         sent = send_back(cursor, stage, key, owner, self.most_deaths)

@@ -423,6 +423,20 @@ def test_row_that_cannot_be_sent_back_keeps_no_other_from_it(site, caplog):
     assert site.receiver.recover(ANALYZE) == 1
 
 
+def test_row_that_somebody_has_locked_keeps_no_other_from_being_sent_back(
+    site, caplog, monkeypatch
+):
+    monkeypatch.setattr("receiver.receiver.PATIENCE_TO_TAKE", 0)
+    locked, lost = site.database.add_job(), site.database.add_job()
+    lose(site, locked), lose(site, lost)
+    with closing(psycopg2.connect(site.database.dsn)) as other, other.cursor() as cursor:
+        cursor.execute("SELECT FROM jobs WHERE job_id = %s FOR UPDATE", [locked])
+        assert site.receiver.recover(ANALYZE) == 1
+    assert site.database.state(lost) == ("img_gen", "done")
+    assert f"vlm_analyze {locked} cannot be sent back: LockNotAvailable" in caplog.text
+    assert site.receiver.recover(ANALYZE) == 1
+
+
 def test_row_whose_process_dies_again_and_again_is_set_failed_until_a_person_sends_it_back(site):
     job = site.database.add_job()
     site.receiver = site.make(most_deaths=2)
