@@ -306,9 +306,14 @@ UPDATE stage_requests SET state = 'abandoned', sent_back = sent_back + 1, finish
 WHERE key = %(key)s AND owner = %(owner)s AND state = 'running'
 RETURNING row_id, from_step, from_status"""
 
+# Deaths before the row was last done are of work that has succeeded since: they do not count.
 SENT_BACK = """
-SELECT sum(sent_back) FROM stage_requests
-WHERE row_id = %(id)s AND stage = %(stage)s AND table_name = %(table)s"""
+SELECT coalesce(sum(sent_back), 0) FROM stage_requests
+WHERE row_id = %(id)s AND stage = %(stage)s AND table_name = %(table)s
+  AND started_at > coalesce((
+      SELECT max(finished_at) FROM stage_requests
+      WHERE row_id = %(id)s AND stage = %(stage)s AND table_name = %(table)s AND state = 'done'
+  ), '-infinity')"""
 
 # Also counts from 0 again: a person who sends the row back gives it all attempts again.
 FAIL = """

@@ -450,6 +450,17 @@ def test_row_whose_process_dies_again_and_again_is_set_failed_until_a_person_sen
     assert site.database.state(job) == ("img_gen", "done")
 
 
+def test_deaths_before_a_row_was_done_do_not_count_when_it_comes_again(site):
+    job = site.database.add_job()
+    site.receiver = site.make(most_deaths=1)
+    for _ in range(3):
+        lose(site, job)
+        site.receiver.recover(ANALYZE)
+        assert site.database.state(job) == ("img_gen", "done")
+        assert site.run(site.request(job)).status == 200
+        site.database.move(job, "img_gen", "done")
+
+
 def test_watch_recovers_by_itself_again_and_again(site):
     over = site.receiver.watch(ANALYZE, every=0.01)
     try:
