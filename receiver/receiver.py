@@ -27,7 +27,7 @@ from .rows import (
     send_back,
     take,
 )
-from .session import LOCK_BRIEFLY, Session, is_lost, rows, sqlstate
+from .session import LOCK_BRIEFLY, Session, is_lost, rows
 from .signature import keys_of, verify
 
 log = logging.getLogger("receiver")
@@ -236,8 +236,6 @@ class Receiver:
             session.close()
             if is_lost(error):
                 raise refusal(503, f"database: {one_line(error)}") from error
-            if (sqlstate(error) or "").startswith("22"):  # an id that its column cannot hold
-                raise refusal(422, one_line(error), id=request.row_id) from error
             raise
         session.patience = self.patience
         session.rest()

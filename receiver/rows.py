@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .answers import JSON, Answer, Refused, Running, json_answer, refusal
-from .session import rows
+from .answers import JSON, Answer, Refused, Running, json_answer, one_line, refusal
+from .session import rows, sqlstate
 
 
 @dataclass(frozen=True)
@@ -175,10 +175,7 @@ def take(cursor: Any, request: Request, owner: str, known: Known | None, is_busy
         return known.from_step, known.from_status  # we took it in a commit whose answer was lost
     if is_busy:
         raise running(request)
-    found = rows(cursor, stage.sql(FIND), request.values)
-    if not found:
-        raise refusal(422, f"no row of {stage.table} has this {stage.id}", id=request.row_id)
-    [(*now, fits)] = found
+    *now, fits = find(cursor, request)
     state = tuple(now)
     if known and known.stored and not (fits and state in stage.states):
         raise Refused(known.stored)  # it failed, and its row was not sent back to be tried again
@@ -198,6 +195,24 @@ def take(cursor: Any, request: Request, owner: str, known: Known | None, is_busy
     if moves and not move(cursor, request, taken_from, stage.held(taken_from)):
         raise refusal(409, "another transaction has just moved this row", id=request.row_id)
     return taken_from
+
+
+def find(cursor: Any, request: Request) -> tuple:
+    """The step and status of the row, and whether the stage's `where` is true of it.
+
+    Raises:
+        Refused: 422 where there is no such row.
+    """
+    stage = request.stage
+    try:
+        found = rows(cursor, stage.sql(FIND), request.values)
+    except Exception as error:
+        if (sqlstate(error) or "").startswith("22"):  # an id that its column cannot hold
+            raise refusal(422, one_line(error), id=request.row_id) from error
+        raise
+    if not found:
+        raise refusal(422, f"no row of {stage.table} has this {stage.id}", id=request.row_id)
+    return found[0]
 
 
 def move(cursor: Any, request: Request, before: tuple, after: tuple) -> bool:

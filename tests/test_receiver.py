@@ -225,6 +225,18 @@ def test_without_the_table_the_error_names_it(site):
         site.database.rows("ALTER TABLE elsewhere RENAME TO stage_requests")
 
 
+def test_state_that_the_column_cannot_hold_is_no_fault_of_the_job(site):
+    site.database.rows(
+        "DROP TABLE IF EXISTS typed; DROP TYPE IF EXISTS state; CREATE TYPE state AS ENUM ('done');"
+        "CREATE TABLE typed (job_id int PRIMARY KEY, current_step text, status state);"
+        "INSERT INTO typed VALUES (7, 'img_gen', 'done')"
+    )
+    site.stage = Stage("vlm_analyze", ("img_gen", "done"), table="typed", where="true")
+    with pytest.raises(psycopg2.errors.InvalidTextRepresentation, match="running"):
+        site.run(site.request("7"))
+    assert site.run(site.request("no number")).status == 422
+
+
 def test_database_that_is_away_is_asked_for_patience(site, monkeypatch):
     monkeypatch.setattr("receiver.receiver.PATIENCE_TO_TAKE", 0)
     away = site.make(lambda: psycopg2.connect("host=127.0.0.1 port=1"))
