@@ -35,6 +35,8 @@ log = logging.getLogger("receiver")
 SCHEMA = Path(__file__).with_name("schema.sql")
 # CREATE TABLE IF NOT EXISTS can fail where two processes run it at once: the second one waits.
 ALONE = "SELECT pg_advisory_xact_lock(hashtextextended('stage_requests schema', 0))"
+# CREATE TABLE IF NOT EXISTS needs CREATE on the schema even where the table is there.
+IS_MISSING = "SELECT to_regclass('stage_requests') IS NULL"
 # A row that somebody has locked must not keep recover() from the others.
 WAIT_BRIEFLY = "SET LOCAL lock_timeout = '1s'"
 # What no database takes in a text: NUL, and half of a surrogate pair.
@@ -302,8 +304,15 @@ class Receiver:
 
     def install(self) -> None:
         """Make the table of schema.sql, where it is missing."""
+
+        def make(cursor: Any) -> None:
+            cursor.execute(ALONE)
+            [(is_missing,)] = rows(cursor, IS_MISSING, {})
+            if is_missing:
+                cursor.execute(SCHEMA.read_text())
+
         session = self.session(self.patience)
         try:
-            session.transaction(lambda c: (c.execute(ALONE), c.execute(SCHEMA.read_text())))
+            session.transaction(make)
         finally:
             session.close()

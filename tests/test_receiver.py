@@ -216,6 +216,10 @@ def test_key_of_another_row_is_not_taken_for_its_repeat(site):
     assert answer.status == 422 and b"another request" in answer.body
 
 
+def test_install_needs_no_privilege_where_the_table_is_there(site):
+    site.make(lambda: psycopg2.connect(site.database.dsn, options="-c role=pg_monitor")).install()
+
+
 def test_without_the_table_the_error_names_it(site):
     site.database.rows("ALTER TABLE stage_requests RENAME TO elsewhere")
     try:
