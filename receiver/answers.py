@@ -20,9 +20,14 @@ class Failed(Exception):
     Args:
         error: the reason, for people.
         status: of the answer, 400 to 599.
+
+    Raises:
+        ValueError: `status` is another, which the listener would not take for a failure.
     """
 
     def __init__(self, error: str, status: int = 500):
+        if not 400 <= status <= 599:
+            raise ValueError(f"Failed(…, {status!r}): allowed is 400 to 599")
         super().__init__(error)
         self.status = status
 

@@ -83,6 +83,12 @@ def test_work_may_fail_on_purpose_with_a_status_of_its_own(site):
     assert (answer.status, json.loads(answer.body)["error"]) == (422, "no image at this path")
 
 
+@pytest.mark.parametrize("status", [200, 302, 399, 600])
+def test_status_that_is_no_failure_is_refused(status):
+    with pytest.raises(ValueError, match="allowed is 400 to 599"):
+        Failed("no image", status)
+
+
 def test_what_cannot_be_written_sets_the_row_failed(site):
     job = site.database.add_job()
     answer = site.run(
