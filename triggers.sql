@@ -312,7 +312,7 @@ $notify$, fields, CASE WHEN t.name = 'jobs' THEN 1900 ELSE 1500 END, t.channel) 
                  ELSE 'job_state_listener_' || t.name END,
             format($body$
 DECLARE
-    is_missing boolean;  -- stage_calls
+    is_missing boolean;  -- stage_calls, or the owner's right to use its schema
     id         %10$s;
     tenant     text;
     step       text;
@@ -335,10 +335,12 @@ DECLARE
 BEGIN
     <<reading>>
     BEGIN
-        IF to_regclass(%1$L) IS NULL THEN
+        -- Without the right to use the schema, to_regclass() is an error, as all that follows.
+        IF has_schema_privilege(to_regnamespace(%21$L), 'USAGE') IS NOT TRUE
+           OR to_regclass(%1$L) IS NULL THEN
             is_missing := true;
-            RAISE WARNING 'Job State Listener: its tables are missing, so no call is recorded'
-                USING HINT = 'Run: ./jsl install';
+            RAISE WARNING 'Job State Listener: its tables are missing, or not for role %% to use, so no call is recorded',
+                current_user USING HINT = 'Run: ./jsl install';
         ELSIF (TG_RELID = %11$s%9$s)
               AND %12$I.stage_column_types('%11$s'::regclass, %13$L) = %14$L THEN%15$s
             EXIT reading;
@@ -399,7 +401,8 @@ $long$, format(too_long, 'id')) END,
             CASE WHEN is_ordered THEN ', urgency, start, greatest(clock_timestamp(), start)'
                  ELSE '' END,
             CASE WHEN is_ordered THEN ', priority = excluded.priority, run_after = excluded.run_after'
-                 ELSE ', priority = 0, run_after = NULL' END, coalesce(borrowed, '')));
+                 ELSE ', priority = 0, run_after = NULL' END, coalesce(borrowed, ''),
+            quote_ident(schema)));
     END LOOP;
 END
 $do$;

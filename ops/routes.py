@@ -191,7 +191,9 @@ SELECT wanted.table_name, wanted.name, t.tgrelid::regclass::text AS place,
                      WHERE d.classid = 'pg_trigger'::regclass AND d.objid = t.oid
                        AND (d.refobjid, d.refobjsubid) = (t.tgrelid, a.attnum)))) AS is_whole,
        p.oid = to_regprocedure(quote_ident(wanted.function) || '()')
-           AND strpos(p.prosrc, p.pronamespace::regnamespace || '.stage_calls') > 0 AS ours
+           AND strpos(p.prosrc, p.pronamespace::regnamespace || '.stage_calls') > 0 AS ours,
+       p.pronamespace::regnamespace::text AS schema, p.proowner::regrole::text AS owner,
+       has_schema_privilege(p.proowner, p.pronamespace, 'USAGE') AS may_use
 FROM jsonb_to_recordset(%(wanted)s) AS wanted (
     table_name text, name text, function text, parent_column text)
 LEFT JOIN pg_trigger AS t
@@ -239,8 +241,9 @@ def installed(conn) -> dict[str, bool]:
 
 def triggers(conn) -> list:
     """Each trigger that PIPELINE needs, here and in the database: its `place`; `enabled`, there
-    and on all partitions (None: missing); `ours`; `is_whole`: it sees every change. What only one
-    of the two needs is for difference() to tell.
+    and on all partitions (None: missing); `ours`; `may_use`: its function may use our
+    tables; `is_whole`: it sees every change. What only one of the two needs is for difference()
+    to tell.
     """
     wanted = [
         {
@@ -263,6 +266,10 @@ def broken_triggers(rows: Iterable[Any]) -> list[str]:
             found.append(f"trigger {row.name} is missing on {row.table_name}")
         elif not row.ours:
             found.append(f"trigger {row.name} on {row.table_name} runs another function")
+        elif not row.may_use:
+            grant = f"GRANT USAGE ON SCHEMA {row.schema} TO {row.owner}"
+            what = f"may not use our tables ({grant}, then backfill)"
+            found.append(f"trigger {row.name} on {row.table_name} {what}")
         elif not row.is_whole:
             what = "does not see every change of the state, or of the parent"
             found.append(f"trigger {row.name} on {row.table_name} {what}")

@@ -58,6 +58,14 @@ WHERE n.oid = (SELECT relnamespace FROM pg_class WHERE oid = to_regclass('jobs')
   AND c.relname = %(name)s AND c.relkind IN ('r', 'p')
 """
 
+# Our functions run with the rights of the owner of our tables, and install writes with them.
+SHUT_OUT = """
+SELECT DISTINCT c.relowner::regrole::text AS owner, quote_ident(n.nspname) AS schema
+FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+WHERE c.oid IN (to_regclass('jobs'), to_regclass('pipeline_stages'))
+  AND NOT has_schema_privilege(c.relowner, n.oid, 'USAGE')
+"""
+
 
 class Fault(NamedTuple):
     """Why a table cannot be used, and what to do about it."""
@@ -87,6 +95,12 @@ def faults_of_owner(conn) -> Iterator[Fault]:
             f"jobs belongs to {place.owner}, whose code would run with the rights of "
             f"{conn.info.user}",
             f"{grant * (not place.may_create)}install as {place.owner}, or as a superuser",
+        )
+    for row in db.execute(conn, SHUT_OUT):
+        yield Fault(
+            f"role {row.owner}, with whose rights our functions run, may not use schema "
+            f"{row.schema}",
+            f"GRANT USAGE ON SCHEMA {row.schema} TO {row.owner}",
         )
 
 

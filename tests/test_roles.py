@@ -225,6 +225,48 @@ def test_rights_that_a_superuser_lent_are_taken_back(empty_database, make_role):
     assert {row.owner for row in database.rows(OWNERS)} == {owner}
 
 
+def test_owner_who_may_not_use_the_schema_lets_writes_through(
+    each_server, make_database, make_role
+):
+    database = make_database(each_server, installed=False)
+    owner, application = ordinary_owner(database, make_role), make_role(database, "jsl_app")
+    with connected(database) as conn:
+        apply(conn)
+    database.rows(
+        f"REVOKE ALL ON SCHEMA public FROM PUBLIC, {owner};"
+        f"GRANT USAGE ON SCHEMA public TO {application};"
+        f"GRANT SELECT, INSERT, UPDATE ON jobs TO {application}; SET ROLE {application}"
+    )
+    database.rows("INSERT INTO jobs VALUES (7, 'a', 'img_gen', 'done')")
+    database.rows("UPDATE jobs SET status = 'running'; UPDATE jobs SET status = 'done'; RESET ROLE")
+    assert f"or not for role {owner} to use" in database.conn.notices[-1]
+    assert database.value("SELECT count(*) FROM stage_calls") == 0
+    grant = f"GRANT USAGE ON SCHEMA public TO {owner}"
+    problem = f"trigger job_state_change_trigger on jobs may not use our tables ({grant}"
+    for command, said in {
+        "verify": problem,
+        "status": problem,
+        "metrics": 'database_trigger_enabled{trigger="job_state_change_trigger"} 0',
+    }.items():
+        assert said in commands.run_here(database.environ, command).out
+    assert f": {grant}; nothing was changed" in (
+        commands.run_here(database.environ, "install").refused(1)
+    )
+    database.rows(grant)
+    assert commands.run_here(database.environ, "install").code == 0
+    assert commands.run_here(database.environ, "backfill", "--apply").code == 0
+    assert database.rows("SELECT job_id, stage FROM stage_calls") == [(7, "vlm_analyze")]
+
+
+def test_install_says_that_the_owner_of_jobs_may_not_use_the_schema(empty_database, make_role):
+    owner = ordinary_owner(empty_database, make_role)
+    empty_database.rows(f"REVOKE ALL ON SCHEMA public FROM PUBLIC, {owner}")
+    assert f"may not use schema public: GRANT USAGE ON SCHEMA public TO {owner}; nothing" in (
+        commands.run_here(empty_database.environ, "install").refused(1)
+    )
+    assert not empty_database.value("SELECT to_regclass('stage_calls')")
+
+
 # --- a session that its user has bent ------------------------------------------------------
 
 BENT = {
