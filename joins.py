@@ -132,7 +132,8 @@ def reopen(conn, row: Any) -> None:
 
 
 # Records the call of a join for a person who wants it made again, as if a row had arrived; takes
-# the looks of that parent as well. Returns no row where a row is missing or the call is under way.
+# the looks of that parent as well. Returns no row where a row is missing, the call is under way, or
+# the database has another stage for it.
 AGAIN = """
 SELECT pg_advisory_xact_lock(
     hashtextextended('job_state_listener.joins', 'stage_looks'::regclass::oid::bigint));
@@ -142,7 +143,7 @@ WITH recorded AS (
     SELECT %(key)s, p.table_name, p.join_of, left(at.tenant_id #>> '{}', 500), p.current_step,
            p.status, p.stage
     FROM pipeline_stages AS p CROSS JOIN stage_call_row(p.table_name, p.join_of, %(key)s) AS at
-    WHERE p.join_of = %(join)s AND at.is_complete AND NOT EXISTS (
+    WHERE p.join_of = %(join)s AND p.stage = %(stage)s AND at.is_complete AND NOT EXISTS (
         SELECT FROM stage_leases AS l
         WHERE l.job_id = %(key)s AND l.table_name = p.table_name AND l.stage = p.stage
           AND l.leased_until > now())
@@ -165,12 +166,12 @@ SELECT call_id FROM recorded
 """
 
 
-def record_again(conn, key: str, join: str) -> int | None:
-    """Record the call of a join again; its call_id, or None where a row is missing or the call is
-    under way.
+def record_again(conn, key: str, join: str, stage: str) -> int | None:
+    """Record the call of a join again; its call_id, or None where a row is missing, the call is
+    under way or the database has another stage for it.
 
     Raises:
         psycopg2.errors.LockNotAvailable: another transaction holds the call or the lock.
     """
-    found = execute(conn, AGAIN, {"key": key, "join": join}).fetchone()
+    found = execute(conn, AGAIN, {"key": key, "join": join, "stage": stage}).fetchone()
     return found and found.call_id

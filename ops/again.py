@@ -13,7 +13,8 @@ from logs import CONTROL
 from ops import rows, waits
 from ops.job import misspelt, rows_of_join
 from ops.person import operator, wake_listeners
-from ops.problem import Problem
+from ops.problem import IF_NEWER, INSTALL, Problem
+from ops.routes import difference
 from ops.rows import TABLE, RowCommand
 from ops.stage import StageName
 from ops.table import clock
@@ -38,7 +39,7 @@ JOIN stage_call_row(%(table)s, '', %(key)s) AS at
 CROSS JOIN LATERAL (
     SELECT (array_agg(a.error ORDER BY a.finished_at DESC))[1] AS error FROM stage_attempts AS a
     WHERE a.job_id = %(key)s AND a.table_name = p.table_name AND a.stage = p.stage) AS last
-WHERE p.table_name = %(table)s AND p.join_of = '' AND NOT EXISTS (
+WHERE p.table_name = %(table)s AND p.join_of = '' AND p.stage = %(stage)s AND NOT EXISTS (
     SELECT FROM stage_leases AS l
     WHERE l.job_id = %(key)s AND l.table_name = p.table_name AND l.stage = p.stage
       AND l.leased_until > now())
@@ -209,14 +210,15 @@ def record(conn, row: Any, stage: str, join: str) -> int:
     """Record the call and return its call_id.
 
     Raises:
-        Problem: the call is under way, the row has moved on, or another transaction holds the call.
+        Problem: the call is under way, the row has moved on, the database has another stage for
+            its state, or another transaction holds the call.
     """
     try:
         if join:
-            call_id = joins.record_again(conn, row.key, join)
+            call_id = joins.record_again(conn, row.key, join, stage)
         else:
             sql = AGAIN.format(**rows.names(conn, pipeline.tables()[row.table_name]))
-            given = {"key": row.key, "table": row.table_name}
+            given = {"key": row.key, "table": row.table_name, "stage": stage}
             found = db.execute(conn, sql, given).fetchone()
             call_id = found and found.call_id
     except psycopg2.errors.LockNotAvailable:
@@ -226,8 +228,9 @@ def record(conn, row: Any, stage: str, join: str) -> int:
         raise Problem(f"{rows.said(row)}: {held}") from None
     if call_id is None:
         refuse_under_way(conn, row, stage)
+        mend = f": {INSTALL}, {IF_NEWER}" * bool(difference(conn))
         raise Problem(f"{rows.said(row)} has moved on meanwhile, its call is under way, or the "
-                      "database has another PIPELINE; nothing was changed")  # fmt: skip
+                      f"database has another PIPELINE; nothing was changed{mend}")  # fmt: skip
     return call_id
 
 

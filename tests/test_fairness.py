@@ -295,7 +295,7 @@ def test_long_tenant_does_not_hurt_the_application_nor_a_join(site, use_pipeline
         assert {row.tenant_id for row in found} == {tenant[:500]} and len(found) == 4
         site.rows("DELETE FROM stage_calls")
         parent = site.value("SELECT DISTINCT job_id::text FROM jobs_variants")
-        assert joins.record_again(conn, parent, "jobs_variants (iou_eval, done)")
+        assert joins.record_again(conn, parent, "jobs_variants (iou_eval, done)", "ad_copy")
     assert site.value("SELECT tenant_id FROM stage_calls") == tenant[:500]
 
 

@@ -357,6 +357,21 @@ def test_again_leaves_the_call_of_the_state_that_the_job_comes_to_meanwhile(rest
     assert rested.database.owed(rested.job).stage == "vlm_judge"
 
 
+OTHER_STAGE = "UPDATE pipeline_stages SET stage = 'other' WHERE stage = %s"
+NOT_OURS = (
+    "or the database has another PIPELINE; nothing was changed: run `make trigger` (./jsl install),"
+    " if this PIPELINE is the newer one"
+)
+
+
+def test_again_records_no_call_of_another_stage_than_it_names(database, run_command):
+    rested = Rested(database, lambda *args: run_command(database, *args)).add()
+    accept(rested)
+    rested.database.rows(OTHER_STAGE, "overlay")
+    assert rested.typed("again", rested.job).refused(1).endswith(NOT_OURS)
+    assert rested.database.owed(rested.job) is None
+
+
 def test_again_of_a_paused_stage_says_what_keeps_it(rested):
     pause(rested)
     _, hold = rested.typed("again", rested.job).lines
@@ -478,6 +493,13 @@ def test_own_call_and_that_of_a_join_are_recorded_apart(variants, run, joined): 
     assert ", stage instagram, " in run("again", joined).lines[0]
     assert ", stage ad_copy, " in run("again", joined, "--stage", "ad_copy").lines[0]
     assert variants.owed() == [("jobs", joined, "ad_copy"), ("jobs", joined, "instagram")]
+
+
+def test_again_records_no_join_of_another_stage_than_it_names(variants, run, joined):  # noqa: F811
+    call(variants.database, ["ad_copy", "instagram"])
+    variants.database.rows(OTHER_STAGE, "ad_copy")
+    assert run("again", joined, "--stage", "ad_copy").refused(1).endswith(NOT_OURS)
+    assert variants.owed() == []
 
 
 def test_parent_whose_own_state_leads_nowhere_is_told_of_its_joins(variants, run):  # noqa: F811
