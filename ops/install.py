@@ -157,20 +157,26 @@ WHERE oid IN (SELECT to_regclass(quote_ident(name)) FROM unnest(%(tables)s::text
 
 # Whatever our functions are hung on.
 TRIGGERS = """
-SELECT format('trigger %%I on %%s', tgname, tgrelid::regclass) AS name FROM pg_trigger
+SELECT format('trigger %%I on %%s', tgname, tgrelid::regclass) AS name, oid FROM pg_trigger
 WHERE tgfoid = ANY (%(functions)s::oid[]) AND tgparentid = 0
 """
+
+
+def trigger_oids(conn) -> dict[str, int]:
+    """The triggers that install makes, by name."""
+    ours, _ = named(conn, "stage_calls")
+    functions = [row.oid for row in ours if row.kind == "function"]
+    return {row.name: row.oid for row in db.execute(conn, TRIGGERS, {"functions": functions})}
 
 
 def objects(conn, tables: Iterable[str] = ()) -> list[str]:
     """What is there of the application's `tables`, and of what install makes."""
     ours, _ = named(conn, "stage_calls")
-    functions = [row.oid for row in ours if row.kind == "function"]
     given = db.execute(conn, GIVEN, {"tables": list(tables)}).fetchall()
     return [
         *(row.name for row in given),
         *(f"{row.kind} {row.called}" for row in ours),
-        *(row.name for row in db.execute(conn, TRIGGERS, {"functions": functions})),
+        *trigger_oids(conn),
     ]
 
 
@@ -431,7 +437,7 @@ def install(
     click.echo(f"database {info.dbname} on {info.host}:{info.port} as {info.user}")
     there = objects(conn, pipeline.tables())
     for line in (
-        *what_changed(before, there),
+        *what_changed(before, there, trigger_oids(conn)),
         *what_owes_no_call(before, there),
         *who_may_read(conn, before, there, applied),
         *what_is_announced(conn),
@@ -454,7 +460,7 @@ ENDS = "a listener of that version ends within a minute: start the new one"
 class Before(NamedTuple):
     """What an install finds.
 
-    there: objects(); to_be_mended: see there.
+    there: objects(); to_be_mended, trigger_oids: see there.
     routes: the routes that were installed; none before the first install.
     limits: the stages and pools whose limits PIPELINE changes.
     version: of the schema.
@@ -464,6 +470,7 @@ class Before(NamedTuple):
 
     there: set[str]
     to_be_mended: dict[str, str]
+    trigger_oids: dict[str, int]
     routes: dict[Route, Stage]
     limits: list[str]
     version: int
@@ -474,7 +481,7 @@ class Before(NamedTuple):
 def look(conn) -> Before:
     """What is there before an install."""
     there, updates_only = set(objects(conn, pipeline.tables())), is_updates_only(conn)
-    broken = to_be_mended(conn)
+    broken, oids = to_be_mended(conn), trigger_oids(conn)
     try:
         routes, version = known(conn), migrations.version(conn)
         paused = {row.stage for row in db.execute(conn, PAUSED)}
@@ -484,17 +491,21 @@ def look(conn) -> Before:
     except psycopg2.errors.InsufficientPrivilege:
         require_usable(conn)  # says who may install
         raise
-    return Before(there, broken, routes, limits, version, paused, updates_only)
+    return Before(there, broken, oids, routes, limits, version, paused, updates_only)
 
 
-def what_changed(before: Before, there: list[str]) -> Iterator[str]:
-    """What an install has done to the objects that are `there` now, and to the routes."""
+def what_changed(before: Before, there: list[str], oids: dict[str, int]) -> Iterator[str]:
+    """What an install has done to the objects that are `there` now, its triggers with these `oids`,
+    and to the routes.
+    """
     if before.version < migrations.LATEST:
         yield f"migrated from version {before.version} to {migrations.LATEST}"
         yield f"note: {LISTENERS.get(before.version, ENDS)}"
     for name in there:
         kept = "checked" if name.startswith("function") else "kept"
         kept = before.to_be_mended.get(name, kept)
+        if before.trigger_oids.get(name) != oids.get(name):  # also for another option
+            kept = "renewed"
         yield f"{kept if name in before.there else 'created':7}  {name}"
     for name in sorted(before.there - set(there)):
         yield f"removed  {name}"

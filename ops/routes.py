@@ -179,23 +179,26 @@ SELECT wanted.table_name, wanted.name, t.tgrelid::regclass::text AS place,
                     FROM copy JOIN pg_trigger AS c ON c.tgparentid = copy.oid)
                 SELECT FROM copy WHERE tgenabled NOT IN ('O', 'A'))
             THEN 'D' ELSE t.tgenabled END AS enabled,
-       -- A column that was renamed takes the WHEN clause along.
-       t.tgattr::text = '' AND (
-           wanted.name NOT IN ('job_state_change_trigger', 'job_state_listener_change')
-           OR NOT EXISTS (
+       -- A column that was renamed takes the WHEN clause along. The clause itself is not compared,
+       -- as pg_get_triggerdef() would lock the table: it has nothing that narrows it.
+       t.tgattr::text = '' AND t.tgtype = event.type AND CASE WHEN event.name = 'change'
+           THEN t.tgqual::text !~ ':boolop (and|not)|[{](OPEXPR|CONST|NULLTEST) ' AND NOT EXISTS (
                SELECT FROM pg_attribute AS a
                WHERE a.attrelid = t.tgrelid
                  AND a.attname IN ('current_step', 'status', wanted.parent_column)
                  AND NOT EXISTS (
                      SELECT FROM pg_depend AS d
                      WHERE d.classid = 'pg_trigger'::regclass AND d.objid = t.oid
-                       AND (d.refobjid, d.refobjsubid) = (t.tgrelid, a.attnum)))) AS is_whole,
+                       AND (d.refobjid, d.refobjsubid) = (t.tgrelid, a.attnum)))
+           ELSE t.tgqual IS NULL END AS is_whole,
        p.oid = to_regprocedure(quote_ident(wanted.function) || '()')
            AND strpos(p.prosrc, p.pronamespace::regnamespace || '.stage_calls') > 0 AS ours,
        p.pronamespace::regnamespace::text AS schema, p.proowner::regrole::text AS owner,
        has_schema_privilege(p.proowner, p.pronamespace, 'USAGE') AS may_use
 FROM jsonb_to_recordset(%(wanted)s) AS wanted (
     table_name text, name text, function text, parent_column text)
+JOIN (VALUES ('change', 17), ('insert', 5), ('delete', 9)) AS event (name, type)  -- as triggers.sql
+    ON strpos(wanted.name, event.name) > 0
 LEFT JOIN pg_trigger AS t
     ON t.tgname = wanted.name AND t.tgrelid = to_regclass(quote_ident(wanted.table_name))
 LEFT JOIN pg_proc AS p ON p.oid = t.tgfoid

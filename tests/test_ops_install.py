@@ -102,6 +102,42 @@ def test_install_says_that_it_enables_a_trigger_again(database, run_command, los
     assert database.owed(database.add_job("img_gen", "done"))
 
 
+CHANGE = """
+DROP TRIGGER job_state_change_trigger ON jobs;
+CREATE TRIGGER job_state_change_trigger {} ON jobs FOR EACH ROW WHEN ({})
+EXECUTE FUNCTION notify_job_state_change()
+"""
+DISTINCT = (
+    "OLD.current_step IS DISTINCT FROM NEW.current_step {} OLD.status IS DISTINCT FROM NEW.status"
+)
+WRONG = {
+    "narrower": ("AFTER UPDATE", DISTINCT.format("AND")),
+    "other state": ("AFTER UPDATE", DISTINCT.format("OR") + " AND NEW.tenant_id <> 'x'"),
+    "one state": ("AFTER UPDATE", "OLD.current_step <> '' OR NEW.status = 'done'"),
+    "earlier": ("BEFORE UPDATE", DISTINCT.format("OR")),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_trigger_that_somebody_made_otherwise_is_told_and_renewed(
+    each_database, run_command, wrong
+):
+    trigger = "trigger job_state_change_trigger on jobs"
+    each_database.rows(CHANGE.format(*wrong))
+    verified = run_command(each_database, "verify").out
+    assert f"PROBLEM  {trigger} does not see every change of the state" in verified
+    done = run_command(each_database, "install")
+    assert words(done)[trigger] == "renewed" and "wrong owe no call: ./jsl backfill" in done.out
+    assert f"PROBLEM  {trigger}" not in run_command(each_database, "verify").out
+    assert words(run_command(each_database, "install"))[trigger] == "kept"
+
+
+def test_trigger_made_anew_for_an_option_is_told_without_advice(database, run_command):
+    done = run_command(database, "install", "--no-notify")
+    assert words(done)["trigger job_state_change_trigger on jobs"] == "renewed"
+    assert "backfill" not in done.out
+
+
 def test_install_without_inserted_rows_says_that_a_disabled_trigger_missed_changes(
     database, run_command
 ):
