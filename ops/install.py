@@ -638,9 +638,8 @@ def uninstall(yes: bool) -> None:
         click.echo(f"  {name}")
     if "table stage_calls" in there:
         count = db.execute(conn, OPEN_CALLS).fetchone()[0]
-        theirs = ["jobs"]
-        if "table pipeline_tables" in there:
-            theirs = [row.name for row in db.execute(conn, THEIRS)]
+        known_tables = db.execute(conn, THEIRS) if "table pipeline_tables" in there else []
+        theirs = [row.name for row in known_tables] or ["jobs"]
         stay = f"{', '.join(theirs)} {'are' if len(theirs) > 1 else 'is'} not touched"
         click.echo(f"and with them {counted(count, 'open call')} and the history. {stay}.")
     if not (yes or is_confirmed()):

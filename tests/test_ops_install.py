@@ -323,6 +323,12 @@ def test_uninstall_asks_and_then_removes(database, run_command):
     assert not database.value("SELECT to_regclass('stage_calls')")
 
 
+def test_uninstall_names_jobs_where_our_tables_were_emptied(database, run_command):
+    database.rows("DELETE FROM pipeline_tables")
+    done = run_command(database, "uninstall", "--yes")
+    assert "and with them 0 open calls and the history. jobs is not touched." in done.lines
+
+
 def test_uninstall_takes_only_what_is_ours(empty_database, run_command):
     empty_database.rows(
         f"{JOBS}; CREATE TABLE stage_notes (n int);"
