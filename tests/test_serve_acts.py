@@ -102,6 +102,8 @@ def test_mistakes_get_the_words_of_the_command(database, kim):
         assert refused.status_code == 400 and "'paint' is no" in said(refused)
     assert kim.does("/do/again?id=no-id").status_code == 409
     assert kim.submit("/do/pause", kim.form(PAUSE) | {"stage": ""}).status_code == 400
+    for path, nul in (("/do/again?id=7", "id"), ("/do/cancel?id=7", "reason")):
+        assert kim.does(path, **{nul: "a\0b"}).status_code == 400
     for path in ("/do/cancel?stage=overlay", "/do/pause?id=1"):
         assert "not said what is meant" in kim.does(path).text
 

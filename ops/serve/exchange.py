@@ -68,7 +68,10 @@ class Request:
             sent = self.environ["wsgi.input"].read(int(length))
         except OSError:  # too slow, or gone
             raise Refused(408, "the form did not arrive") from None
-        return pairs(sent.decode("utf-8", "replace"))
+        fields = pairs(sent.decode("utf-8", "replace"))
+        if any("\0" in text for text in fields.values()):  # which no value of the database has
+            raise Refused(400, "a form has no NUL characters")
+        return fields
 
 
 def pairs(text: str) -> dict[str, str]:
