@@ -18,6 +18,7 @@ from ops.routes import difference
 from ops.rows import TABLE, RowCommand
 from ops.stage import StageName
 from ops.table import clock
+from ops.text import Text
 
 # Records the call as the trigger does when a row arrives in its state, whatever became of the call
 # before it. A call of the state (stage, 'failed') gets the error of the last attempt: by that a
@@ -74,7 +75,8 @@ LIMIT 1
 @click.argument("job_id")
 @click.option("--stage", type=StageName(), metavar="STAGE",
               help="The call of a join that leads to this stage.")  # fmt: skip
-@click.option("--join", metavar="JOIN", help="The call of this join, as `job` names it.")
+@click.option("--join", type=Text(), metavar="JOIN",
+              help="The call of this join, as `job` names it.")  # fmt: skip
 @TABLE
 def again(job_id: str, stage: str | None, join: str | None, table: str | None) -> None:
     """Call the stage that follows from where JOB_ID is once more.

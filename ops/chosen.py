@@ -18,6 +18,7 @@ from ops.rows import TABLE
 from ops.since import Since
 from ops.stage import OwedStage, StageName
 from ops.table import clipped, duration, plain, readable, table
+from ops.text import Text
 
 # --- which calls ---------------------------------------------------------------------------
 
@@ -90,7 +91,7 @@ FILTERS = [
     click.option("--stage", type=OwedStage(), metavar="STAGE", help="Calls to this stage."),
     click.option("--tenant", metavar="TENANT",
                  help="Calls of this tenant; of other rows by their parent's."),
-    click.option("--error", metavar="TEXT",
+    click.option("--error", type=Text(), metavar="TEXT",
                  help="Calls whose last error has this text in it, in capital letters or not."),
     click.option("--since", type=Since(), metavar="SPAN|TIME",
                  help="Calls last tried since, or recorded where they never were: 30m, 2h, 3d, "

@@ -20,6 +20,7 @@ from ops.problem import Problem
 from ops.routes import Stage, announced, is_updates_only, known, other_limits, shown, triggers
 from ops.table import counted
 from ops.tables import require_usable, tenant_columns
+from ops.text import Text
 from pipeline import Route
 
 ROOT = Path(__file__).parent.parent
@@ -393,7 +394,8 @@ def described(conn, settings: SimpleNamespace) -> dict[str, list]:
 
 
 @click.command(short_help="Create or update tables, function, triggers and routes.")
-@click.option("--reader", metavar="ROLE", help="A role that may read the views, for dashboards.")
+@click.option("--reader", type=Text(), metavar="ROLE",
+              help="A role that may read the views, for dashboards.")  # fmt: skip
 @click.option("--notify/--no-notify", default=None,
               help="Whether changes of jobs are announced; without, listeners look "
                    "every POLL_INTERVAL. Default: as it was, at first announced.")  # fmt: skip

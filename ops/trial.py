@@ -22,6 +22,7 @@ from ops.problem import Problem, first_line
 from ops.routes import require_installed
 from ops.seconds import Seconds
 from ops.table import counted, plain
+from ops.text import Text
 from signals import STOPPING
 
 TENANT = "test_tenant"
@@ -50,7 +51,8 @@ FROM jobs WHERE job_id = %(job_id)s
 
 
 @click.command("test-job", short_help="Send a job of its own through the pipeline and watch it.")
-@click.option("--tenant", help=f"Its tenant_id. Default: {TENANT}, or as example_job decides.")
+@click.option("--tenant", type=Text(), metavar="TENANT",
+              help=f"Its tenant_id. Default: {TENANT}, or as example_job decides.")  # fmt: skip
 @click.option("--timeout", type=Seconds(0.1), metavar="SECONDS",
               help="For one stage; default: the timeout of that stage.")  # fmt: skip
 @click.option("--clean", is_flag=True,

@@ -103,6 +103,11 @@ MISTAKES = {
     "retry --since 2x": ("Invalid value for '--since': '2x' is neither a span such as", "retry"),
     "again": ("Missing argument 'JOB_ID'.", "again"),
     "again 7 --stage paint": ("Invalid value for '--stage': 'paint' is no stage", "again"),
+    "cancel --yes --error=": ("Invalid value for '--error': it is empty.", "cancel"),
+    "retry --error=": ("Invalid value for '--error': it is empty.", "retry"),
+    "again 7 --join=": ("Invalid value for '--join': it is empty.", "again"),
+    "install --reader=": ("Invalid value for '--reader': it is empty.", "install"),
+    "test-job --tenant=": ("Invalid value for '--tenant': it is empty.", "test-job"),
     "pause planner --timeout 5": ("--timeout needs --wait.", "pause"),
     "status now": ("Got unexpected extra argument (now).", "status"),
 }
