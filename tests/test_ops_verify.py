@@ -172,6 +172,15 @@ def test_problem_is_named_and_the_command_given_mends_it(database, api):
         assert checked(database, STAGE_API_URL=api.url) == [], damage
 
 
+@pytest.mark.parametrize("table", ["pipeline_stages", "pipeline_tables", "stage_limits"])
+def test_table_of_the_routes_that_is_missing_is_named_once(database, run_command, table):
+    database.rows(f"DROP TABLE {table} CASCADE")
+    said = run_command(database, "verify").out
+    assert [line for line in said.splitlines() if line.startswith("PROBLEM  table ")] == [
+        f"PROBLEM  table {table} is missing → {INSTALL}"
+    ]
+
+
 def test_each_trigger_that_is_disabled_is_named(database, api):
     database.rows("ALTER TABLE jobs DISABLE TRIGGER USER")
     names = ["job_state_change_trigger", "job_state_insert_trigger"]
