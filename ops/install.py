@@ -523,7 +523,9 @@ def what_changed(before: Before, there: list[str], oids: dict[str, int]) -> Iter
 
 
 def what_owes_no_call(before: Before, there: list[str]) -> Iterator[str]:
-    """Notes on rows whose stage left PIPELINE, or whose change no trigger has seen."""
+    """Notes on rows whose stage left PIPELINE, whose call is gone, or whose change no trigger has
+    seen.
+    """
     routes = pipeline.stages_of_routes()
     for name in left(before.routes, routes):
         pause = "its pause is gone, and " if name in before.paused else ""
@@ -535,7 +537,10 @@ def what_owes_no_call(before: Before, there: list[str]) -> Iterator[str]:
         made = [name for name in ours if name not in before.there]
         # With --insert after --no-insert, those of inserted rows are new.
         mended |= any(not (before.is_updates_only and name.startswith(OF_INSERTS)) for name in made)
-    if "table jobs" in before.there and routes.keys() - before.routes.keys():
+    if before.routes and "table stage_calls" not in before.there:
+        yield ("note: table stage_calls was missing, so no call is owed that was owed before: "
+               f"{pipeline.JSL} backfill")  # fmt: skip
+    elif "table jobs" in before.there and routes.keys() - before.routes.keys():
         yield ("note: rows that are in a new state already, or come to it in a transaction that is "
                f"open, owe no call: {pipeline.JSL} backfill")  # fmt: skip
     elif mended and before.routes:

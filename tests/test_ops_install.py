@@ -132,6 +132,18 @@ def test_trigger_that_somebody_made_otherwise_is_told_and_renewed(
     assert words(run_command(each_database, "install"))[trigger] == "kept"
 
 
+def test_install_that_makes_the_table_of_calls_anew_says_what_records_them(database, run_command):
+    job = database.add_job("img_gen", "done")
+    database.rows("DROP TABLE stage_calls CASCADE")
+    done = run_command(database, "install")
+    assert words(done)["table stage_calls"] == "created"
+    note = "  note: table stage_calls was missing, so no call is owed that was owed before: "
+    assert note + "./jsl backfill" in done.lines
+    assert run_command(database, "backfill", "--apply").code == 0
+    assert database.owed(job).stage == "vlm_analyze"
+    assert "backfill" not in run_command(database, "install").out
+
+
 def test_trigger_made_anew_for_an_option_is_told_without_advice(database, run_command):
     done = run_command(database, "install", "--no-notify")
     assert words(done)["trigger job_state_change_trigger on jobs"] == "renewed"
