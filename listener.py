@@ -610,8 +610,9 @@ def run(workers: int | None = None, only: tuple[str, ...] = (), once: bool = Fal
     """Listen, and call the next stage of every job that finishes one.
 
     With --once, what waits for its next attempt, or for a hold, a limit or a rate, is left for the
-    next run. So are calls that somebody's lock keeps from being claimed, and those of a table that
-    cannot be read; it then exits with 1, after all others.
+    next run. So are a call that is locked, and the calls of a table that is locked or cannot be
+    read; for such a table it exits with 1, after all others. While a result cannot be written, it
+    does not end.
     """
     settings = config.settings()
     if settings.LISTENER_ENABLED:
