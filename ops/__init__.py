@@ -200,6 +200,8 @@ def help_for(error: click.ClickException) -> str:
 def fail(message: str, code: int) -> None:
     with contextlib.suppress(config.SettingsError):  # which shows no secret itself
         message = config.redactor(config.settings())(message)
-    line = " ".join(message.split()).translate(CONTROL)[:LONGEST_LINE]
+    line = " ".join(message.split()).translate(CONTROL)
+    if len(line) > LONGEST_LINE:  # a long argument stands in the middle
+        line = f"{line[: LONGEST_LINE // 2]}…{line[-LONGEST_LINE // 2 :]}"
     click.echo(f"error: {line}", err=True)
     sys.exit(code)

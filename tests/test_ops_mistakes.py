@@ -123,6 +123,13 @@ def test_mistyped_command_gets_one_line_and_exit_2(run_command, typed):
     assert done.out == ""
 
 
+def test_mistake_in_an_argument_of_any_length_is_told_whole(run_command):
+    refused = run_command(NOWHERE, "again", "7", "--stage", "x" * 9000).refused(2)
+    assert refused.startswith("Invalid value for '--stage': 'xxx") and len(refused) < 4100
+    assert "x' is no stage: There are vlm_analyze, " in refused
+    assert refused.endswith(" See: ./jsl again --help")
+
+
 @pytest.mark.parametrize("typed", ["status", "call 7", "run"])
 def test_bad_setting_gets_one_line_and_exit_2(run_command, typed):
     done = run_command(NOWHERE, *typed.split(), STAGE_TIMEOUT="10m")
