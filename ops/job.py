@@ -117,20 +117,19 @@ def joins(conn, row: Any, owed: list, unread: Mapping[str, str]) -> list[dict[st
 
 def resting(
     conn, row: Any, owed: list, calling: list, below: list[dict], unread: Mapping[str, str]
-) -> dict[tuple, Any]:
-    """By (table, id): why this row and the rows that belong to it rest, as far as that can be read
-    in time. Nothing of `row` itself where it cannot be read: its way out depends on its state.
+) -> tuple[dict[tuple, Any], str | None]:
+    """By (table, id): why this row and the rows that belong to it rest; and why that is not known
+    of all (see Listed.problem). Nothing of `row` itself where it cannot be read: its way out
+    depends on its state.
     """
     ids = [(child.table_name, child.job_id) for of in below for child in of["rows"]]
     if not (own(owed) or calling or row.is_unread) and rows.is_readable(row):
         ids.append((row.table_name, row.key))
     if not ids:
-        return {}
+        return {}, None
     tables, keys = zip(*ids, strict=True)
     found = listed(conn, RESTS, {"tables": list(tables), "keys": list(keys)})
-    if not unread and (problem := found.problem()):
-        click.echo(problem, err=True)
-    return {(one.table_name, one.job_id): one for one in found.rows}
+    return {(one.table_name, one.job_id): one for one in found.rows}, found.problem(unread)
 
 
 class Rest(NamedTuple):
@@ -212,6 +211,12 @@ class Found(NamedTuple):
     rests: dict[tuple, Any]
     waiting: dict[str, waits.Waits]
     unread: Mapping[str, str]  # tables that cannot be read, and why
+    unknown: str | None  # why it is not known which of these rows rest
+
+    @property
+    def problem(self) -> str:
+        """What could not be read; empty where all could."""
+        return "; ".join(filter(None, [rows.told(self.unread), self.unknown]))
 
 
 def look(conn, row: Any, unread: Mapping[str, str]) -> Found:
@@ -219,11 +224,11 @@ def look(conn, row: Any, unread: Mapping[str, str]) -> Found:
     owed = rows.owed(conn, row)
     calling, attempts = (db.execute(conn, sql, given).fetchall() for sql in (CALLING, ATTEMPTS))
     below, above = children(conn, row, unread), joins(conn, row, owed, unread)
-    rests = resting(conn, row, owed, calling, below, unread)
+    rests, unknown = resting(conn, row, owed, calling, below, unread)
     if not (own(owed) or calling) and (dropped := cancelled(row, attempts)):
         rests[row.table_name, row.key] = dropped
     waiting = waits.waits(conn, row) if owed else {}
-    return Found(row, owed, calling, attempts, below, above, rests, waiting, unread)
+    return Found(row, owed, calling, attempts, below, above, rests, waiting, unread, unknown)
 
 
 # --- the command ---------------------------------------------------------------------------
@@ -237,19 +242,19 @@ def job(job_id: str, table: str | None, as_json: bool) -> None:
     """Where JOB_ID is, what it owes, and every attempt so far.
 
     JOB_ID is the id of a job or of a row of another table of the pipeline. One that other rows
-    belong to shows those, too. Exit 1 where a table cannot be read.
+    belong to shows those, too. Exit 1 where not all of it can be read.
     """
     conn = rows.connected("job")
     unread = rows.unread(conn)
     found = look(conn, rows.find(conn, job_id, table, unread), unread)
     if as_json:
-        echo_json(as_object(*found))
+        echo_json(as_object(found))
     else:
         lines = [*place_lines(found)]
         lines += [line for of in found.below for line in child_lines(of, found.rests)]
         echo_lines((line, 0) for line in [*lines, *attempt_lines(found.attempts)])
-    if unread:
-        raise Problem(rows.told(unread))
+    if found.problem:
+        raise Problem(found.problem)
 
 
 def own(owed: list) -> Any:
@@ -257,7 +262,8 @@ def own(owed: list) -> Any:
     return next((call for call in owed if not call.join_of), None)
 
 
-def as_object(row, owed, calling, attempts, below, above, rests, waiting, unread) -> dict[str, Any]:
+def as_object(found: Found) -> dict[str, Any]:
+    row, owed, calling, attempts, below, above, rests, waiting, *_ = found
     place = {name: getattr(row, name) for name in ("current_step", "status", "tenant_id")}
     why = rests.get((row.table_name, row.key))
     return {
@@ -282,7 +288,7 @@ def as_object(row, owed, calling, attempts, below, above, rests, waiting, unread
             for of in below
         ],
         "attempts": [plainly(attempt) for attempt in attempts],
-        "problem": rows.told(unread) or None,
+        "problem": found.problem or None,
     }
 
 

@@ -40,6 +40,22 @@ def read(database, *jobs: str, **given) -> Page:
     return Page(html_of(database, *jobs, **given))
 
 
+# The rows that rest can be counted, and not be listed: their reasons cannot be read.
+ONLY_COUNTED = """
+DROP FUNCTION resting_rows();
+CREATE FUNCTION resting_rows() RETURNS TABLE (
+    kind text, table_name text, job_id text, tenant_id text, current_step text, status text,
+    stage text, since timestamptz, reason text)
+LANGUAGE plpgsql AS $$ BEGIN
+    IF current_query() NOT LIKE '%%GROUP BY stage, kind%%' THEN
+        RAISE EXCEPTION 'a page is damaged';
+    END IF;
+    RETURN QUERY SELECT 'stalled', 'jobs', 'x', NULL, 'planner', 'done', 'overlay', now(), 'x';
+END $$
+"""
+NOT_KNOWN = "a page is damaged: which rows are failed or stalled is not known of jobs"
+
+
 def attempt(database, job: str | None = None, stage: str = "planner", outcome: str = "succeeded",
             seconds: float = 1.0, ago: float = 60.0, error: str | None = None) -> str:  # fmt: skip
     """Add an attempt that ended `ago` seconds ago; its job."""

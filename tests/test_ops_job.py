@@ -8,6 +8,7 @@ import uuid
 import pytest
 from busy import BEFORE, TIME
 from claims import claim, connected, result, settle
+from reports import NOT_KNOWN, ONLY_COUNTED, read
 
 from demo.stage_server import Answer
 
@@ -42,6 +43,17 @@ def test_call_without_an_answer_is_not_said_to_be_under_way(database, run_comman
     told = "no answer; the stage may run until"
     assert re.fullmatch(rf"called: overlay \(call \d+\), {told} {TIME}", said)
     assert f"overlay: {told} " in run_command(database, "jobs", "--stage", "overlay").lines[1]
+
+
+def test_job_that_may_rest_unseen_is_not_shown_as_calm(database, run_command):
+    job = database.add_job("x", "y")
+    assert run_command(database, "job", job).code == 0
+    database.rows(ONLY_COUNTED)
+    done = run_command(database, "job", job)
+    assert done.refused(1) == NOT_KNOWN and "owes: nothing" in done.out
+    assert json.loads(run_command(database, "job", job, "--json").out)["problem"] == NOT_KNOWN
+    said = read(database, job).section("jobs").one("article").one("ul", "said").all("li")
+    assert said[-1].text == NOT_KNOWN
 
 
 def test_job_lists_every_attempt(database, api, listener, run_command):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from pages import Page
-from reports import HOSTILE, attempt, everything, give_up
+from reports import HOSTILE, NOT_KNOWN, ONLY_COUNTED, attempt, everything, give_up
 from scraping import Scraped, scrape
 from serving import STARTED, Site, serving
 from test_ops_report_page import ELEMENTS
@@ -131,6 +131,16 @@ def test_count_that_is_not_known_is_no_zero(use_pipeline, make_database, server,
         alarm = site.page("/stage/yolo_detect").root.one("ol", "attention").text
         assert "which rows are failed or stalled is not known of jobs_variants, " in alarm
         assert not site.page("/stage/vlm_analyze").root.all("ol", "attention")
+
+
+def test_rows_that_may_rest_unseen_are_not_shown_as_calm(server, make_database, tmp_path):
+    database = make_database(server)
+    job = database.add_job("x", "y")
+    database.rows(ONLY_COUNTED)
+    with serving(database, tmp_path) as site:
+        assert site.page(f"/job/{job}").root.one("ul", "problem").all("li")[-1].text == NOT_KNOWN
+        alarms = site.page("/stage/overlay").root.one("ol", "attention").text
+        assert "1 job stalled" in alarms and NOT_KNOWN in alarms
 
 
 def test_search_finds_what_can_be_read(use_pipeline, make_database, server, tmp_path):

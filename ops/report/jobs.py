@@ -66,7 +66,8 @@ def timelines(
 def family(conn, ask: Callable, redact: Callable, row: Any, unread: Mapping[str, str]) -> Timeline:
     """The timeline of a row (see rows.find), what `job` says of it, and the rows below it."""
     found = job.look(conn, row, unread)
-    said = [redact(line) for line in job.place_lines(found)]
+    lines = [*job.place_lines(found), *filter(None, [found.unknown])]
+    said = [redact(line) for line in lines]
     return replace(with_rows_below(ask, redact, found), said=said)
 
 

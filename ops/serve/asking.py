@@ -116,21 +116,24 @@ def stage(looks: Looks, name: str) -> Stage | None:
     if row is None:
         return None
 
-    def read(conn) -> dict[str, list]:
+    def read(conn) -> tuple[dict[str, list], str | None]:
         given = {"stage": name, "since": None, "tenant": None, "table": None, "limit": MOST_ROWS}
         unread = [*rows.unread(conn)]
         found = {"given_up": db.execute(conn, jobs.GIVEN_UP, given | {"unread": unread}).fetchall()}
+        problem = None
         for kind in ("failed", "stalled"):
             if row[kind]:
-                found[kind], _ = jobs.resting_rows(conn, given | {"kind": kind})
-        return found
+                found[kind], why = jobs.resting_rows(conn, given | {"kind": kind})
+                problem = problem or why
+        return found, problem
 
-    rest = looks.look(("stage", name), read)
+    rest, unknown = looks.look(("stage", name), read)
     try:
         charts = of_stage(whole_report(looks), name)
     except Unreadable:
         charts = None
-    unknown = found.status["resting_problem"] if row["failed"] is None else None
+    if row["failed"] is None:
+        unknown = found.status["resting_problem"]
     return Stage(row, found.status["at"], charts, rest, unknown)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from ops import job
 from ops.report.markup import Markup, attribute, join, section, span, state, table, text
 from ops.report.timelines import timelines
-from ops.rows import absence, is_wanted, own_stage, said, told
+from ops.rows import absence, is_wanted, own_stage, said
 from ops.serve.asking import Found, Row
 from ops.serve.parts import action_link, actions, as_of, heading, row_link, stage_link
 from ops.table import clock, plain, readable
@@ -17,12 +17,11 @@ MOST_ATTEMPTS = 200
 
 def row(shown: Row, may_act: bool) -> Markup:
     found = shown.found
-    where, *lines = [*job.place_lines(found), *filter(None, [told(found.unread)])]
+    where, *lines = [*job.place_lines(found), *filter(None, [found.problem])]
     where = where.removeprefix(f"{plain(said(found.row))} ")
     facts = join(f"<li>{text(line, 2000)}</li>" for line in lines)
-    needs = any(call.given_up for call in found.owed) or found.rests.get(
-        (found.row.table_name, found.row.key)
-    )
+    rests = found.rests.get((found.row.table_name, found.row.key))
+    needs = rests or found.unknown or any(call.given_up for call in found.owed)
     return join([
         heading(said(found.row), where, as_of(shown.at)),
         f'<ul class="{"problem" if needs else "facts"}" aria-label="What it owes">{facts}</ul>',
