@@ -158,6 +158,19 @@ def test_search_finds_what_can_be_read(use_pipeline, make_database, server, tmp_
             assert unread in shown.root.one("p", "problem").text
 
 
+def test_row_whose_table_cannot_be_read_is_not_said_to_be_gone(use_pipeline, make_database, server,
+                                                               tmp_path):  # fmt: skip
+    use_pipeline(PIPELINE)
+    variants = install(make_database(server), TABLE)
+    [variant] = variants.add(variants.database.add_job("x", "y"))
+    variants.database.rows("ALTER TABLE jobs_variants RENAME status TO state")
+    unread = f"{variant} is in no table that can be read; jobs_variants cannot be read: column "
+    with serving(variants.database, tmp_path, **HERE) as site:
+        for path in (f"/job/{variant}", f"/job/jobs_variants/{variant}"):
+            assert unread in site.page(path, 503).root.one("p", "problem").text
+        assert site.get(f"/job/jobs/{variant}").status_code == 404
+
+
 def test_rows_of_other_tables_have_pages(use_pipeline, make_database, server, tmp_path):
     use_pipeline(PIPELINE)
     variants = install(make_database(server), TABLE)

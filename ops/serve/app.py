@@ -181,7 +181,7 @@ class App:
     def job(self, request: Request, *names: str) -> Response:
         """/job/ID, or /job/TABLE/ID."""
         table, id_ = (names[0] if len(names) == 2 else None), names[-1]
-        places = asking.places(self.looks, id_, table)
+        places = asking.places(self.looks, id_, table, needs_all=True)
         if not places:
             raise Refused(404, f"there is no row {id_[:100]}" + f" in {table}" * bool(table))
         if len(places) > 1:

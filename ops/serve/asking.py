@@ -16,6 +16,7 @@ import pipeline
 from ops import job, jobs, rows, status
 from ops import metrics as of_metrics
 from ops.alarms import alarms
+from ops.problem import Problem
 from ops.report.data import WAITING, Report, Span, collect, redacted
 from ops.report.jobs import with_rows_below
 from ops.report.page import page
@@ -140,18 +141,26 @@ def stage(looks: Looks, name: str) -> Stage | None:
 # --- rows ----------------------------------------------------------------------------------
 
 
-def places(looks: Looks, id_: str, table: str | None = None) -> list:
-    """The rows with this id (see rows.PLACES), of `table` or of whichever, with any secrets."""
+def places(looks: Looks, id_: str, table: str | None = None, needs_all: bool = False) -> list:
+    """The rows with this id (see rows.PLACES), of `table` or of whichever, with any secrets.
+
+    Args:
+        needs_all: raise Unreadable where there is none, but may be in a table that cannot be read.
+    """
 
     def read(conn) -> list:
         try:
             key = rows.key_of(conn, id_)
         except (NoId, UnicodeError, ValueError):  # NUL is no text, a surrogate no UTF-8
             return []
-        found = rows.places(conn, key, rows.unread(conn))
-        return [row for row in found if table in (None, row.table_name)]
+        unread = rows.unread(conn)
+        found = [row for row in rows.places(conn, key, unread) if table in (None, row.table_name)]
+        unread = {name: why for name, why in unread.items() if table in (None, name)}
+        if needs_all and unread and not found:
+            raise Problem(f"{key} is in no table that can be read; {rows.told(unread)}")
+        return found
 
-    return looks.look(("places", table, id_), read, redacts=False)
+    return looks.look(("places", table, id_, needs_all), read, redacts=False)
 
 
 class Row(NamedTuple):
