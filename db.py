@@ -347,6 +347,8 @@ def execute(
 
 
 PARTS_LIMIT = 2.0  # seconds: a locked table takes one, and the listener does nothing else meanwhile
+# Seconds, where somebody waits for all parts: for one that takes too long and those that do not.
+SLOW_PARTS_LIMIT = 10.0
 
 
 def in_parts(
@@ -359,11 +361,12 @@ def in_parts(
         groups: of parts. Those of a group are asked in random order, so that with a limit each
             is asked at some time.
         limit: seconds after which none is asked any more, nor after one that took too long; None:
-            PARTS_LIMIT; infinity: all are asked.
+            PARTS_LIMIT; infinity: all are asked, or as many as can be within SLOW_PARTS_LIMIT
+            where asking for all took too long.
 
     Returns:
         The answers; and the errors by part, or by "" where no part fails by itself and not all
-        were asked.
+        were asked. With an infinite limit, a part that was not asked has the error of all.
     """
     parts = [part for group in groups for part in random.sample([*group], len(group))]
     try:
@@ -373,11 +376,15 @@ def in_parts(
     except psycopg2.Error as error:
         of_all = {"": error}
     limit = PARTS_LIMIT if limit is None else limit
-    if limit < math.inf and isinstance(of_all[""], psycopg2.errors.QueryCanceled):
+    asks_all, is_slow = limit == math.inf, isinstance(of_all[""], psycopg2.errors.QueryCanceled)
+    if is_slow and not asks_all:
         return [], of_all  # it took long enough
-    answers, failed, until = [], {}, time.monotonic() + limit
-    for part in parts:
-        if time.monotonic() > until:
+    answers, failed = [], dict[str, psycopg2.Error]()
+    until = time.monotonic() + (SLOW_PARTS_LIMIT if is_slow else limit)
+    for number, part in enumerate(parts):
+        # A part that is the only one has just taken too long.
+        if time.monotonic() > until or (is_slow and len(parts) == 1):
+            failed |= dict.fromkeys(parts[number:] if asks_all else [], of_all[""])
             break
         try:
             answers.append(ask(conn, part))
@@ -385,7 +392,7 @@ def in_parts(
             raise
         except psycopg2.Error as error:
             failed[part] = error
-            if isinstance(error, psycopg2.errors.QueryCanceled) and limit < math.inf:
+            if isinstance(error, psycopg2.errors.QueryCanceled) and not asks_all:
                 break  # the next one may take as long
     if not failed and (not parts or len(answers) < len(parts)):
         failed = of_all  # no part failed by itself, but not all were asked

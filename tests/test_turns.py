@@ -297,6 +297,19 @@ def test_parts_that_are_locked_take_no_longer_than_their_limit(database, monkeyp
     assert (asked, answers, [*failed]) == ([None], [], [""])
 
 
+@pytest.mark.parametrize(("parts", "limit"), [(["a"], 10.0), (["a", "b"], -1.0)])
+def test_person_does_not_wait_again_for_each_part_that_is_slow(monkeypatch, parts, limit):
+    monkeypatch.setattr(db, "SLOW_PARTS_LIMIT", limit)
+    asked = []
+
+    def ask(_, part=None):
+        asked.append(part)
+        raise psycopg2.errors.QueryCanceled("statement timeout")
+
+    answers, failed = db.in_parts(None, ask, parts, limit=math.inf)
+    assert (asked, answers, {*failed}) == ([None], [], {*parts})
+
+
 def test_result_is_settled_though_no_call_can_be_claimed(database, two_tables):
     listener = two_tables.listener
     call = two_tables.claim()
