@@ -22,6 +22,7 @@ from waiting import AWAY, until
 
 import db
 from ops.serve import app, serve
+from ops.serve import looks as looks_module
 from ops.serve.app import PAGES, PROBES
 from ops.serve.looks import Looks, Unreadable
 
@@ -345,6 +346,29 @@ def test_its_connection_cannot_write(database):
     looks = Looks(database.settings())
     with pytest.raises(Unreadable, match="read-only transaction"):
         looks.look("any", lambda conn: db.execute(conn, "UPDATE jobs SET status = 'done'"))
+    looks.close()
+
+
+def test_slow_look_does_not_keep_others_waiting(database, monkeypatch):
+    monkeypatch.setattr(looks_module, "PATIENCE", 0.0)
+    looks = Looks(database.settings())
+    began, ends = threading.Event(), threading.Event()
+
+    def slow(conn) -> bool:
+        began.set()
+        return ends.wait(60)
+
+    with ThreadPoolExecutor(2) as pool:
+        page = pool.submit(looks.look, "slow", slow)
+        assert began.wait(60)
+        other = pool.submit(looks.look, "other", lambda conn: None)
+        try:
+            with pytest.raises(Unreadable, match="Busy"):
+                other.result(20)
+        finally:
+            ends.set()
+        assert page.result(60)
+    assert looks.look("other", lambda conn: 1) == 1
     looks.close()
 
 

@@ -21,6 +21,7 @@ from ops.report.data import redacted
 # An answer is cached for FRESH seconds, or for TIMES as long as the query took if that is more.
 FRESH, TIMES = 1.0, 2
 MOST_KEPT = 100
+PATIENCE = 5.0  # seconds that a query waits for those of others; less than probes wait
 # The cache key of "the database is away", which then answers every query for a while.
 AWAY = object()
 
@@ -66,14 +67,18 @@ class Looks:
                 the ids that rows are found by.
 
         Raises:
-            Unreadable: the database is away, or refused.
+            Unreadable: the database is away, or refused, or is busy with other queries.
         """
         kept = self.fresh(key)
         if kept is None:
-            with self.lock:
+            if not self.lock.acquire(timeout=PATIENCE):
+                raise Unreadable("Busy", "the database is still busy with other pages")
+            try:
                 kept = self.fresh(key)
                 if kept is None:
                     kept = self.ask_and_keep(key, ask, redacts)
+            finally:
+                self.lock.release()
         if kept.refusal:
             raise Unreadable(*kept.refusal)
         return kept.answer
