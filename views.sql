@@ -137,12 +137,14 @@ DECLARE
         JOIN pg_namespace AS n ON n.oid = t.typnamespace
         WHERE a.attrelid = 'stage_calls'::regclass AND a.attname = 'job_id');
     -- When a row last changed, by its updated_at; NULL where that is not known. A timestamp without
-    -- time zone may be any zone's, and a time to come is wrong. Where the table has no such column,
-    -- the name stands for that of `absent`.
+    -- time zone may be any zone's; a time to come is wrong, and one before 1970 is a program's zero,
+    -- which Python cannot read where it is before the year 1. Where the table has no such column, the
+    -- name stands for that of `absent`.
     changed constant text :=
         '(SELECT c.at FROM (SELECT CASE WHEN pg_typeof(updated_at) = ''timestamptz''::regtype'
         ' THEN (to_jsonb(updated_at) #>> ''{}'')::timestamptz END AS at'
-        ' FROM %1$I.%2$I AS x WHERE x.%3$I = r.%3$I LIMIT 1) AS c WHERE c.at <= now())';
+        ' FROM %1$I.%2$I AS x WHERE x.%3$I = r.%3$I LIMIT 1) AS c'
+        ' WHERE c.at BETWEEN ''1970-01-01'' AND now())';
     -- The tenant of a parent without one of its own: that of the nearest row above that has one.
     borrowed constant text := '(%I.stage_call_row(%L, '''', m.parent_id)).tenant_id #>> ''{}''';
     resting jsonb;

@@ -82,11 +82,12 @@ def joins_of(conn, only: Table) -> list:
 # --- which rows ----------------------------------------------------------------------------
 
 # When a row last changed: the time column of its table; where there is none, or its time is in the
-# future, the last time that the listener has recorded for the row.
+# future or before 1970 (see views.sql), the last time that the listener has recorded for the row.
 RECORDED = """greatest(c.created_at, (
     SELECT max(a.finished_at) FROM stage_attempts AS a
     WHERE a.job_id = {id} AND a.table_name = {name}))"""
-CHANGED_BY_COLUMN = "CASE WHEN r.{column} <= now() THEN r.{column} ELSE {recorded} END"
+CHANGED_BY_COLUMN = """
+CASE WHEN r.{column} BETWEEN '1970-01-01' AND now() THEN r.{column} ELSE {recorded} END"""
 RECORDED_SINCE = """{id} IN (
     SELECT job_id FROM stage_attempts WHERE finished_at >= %(since)s AND table_name = {name}
     UNION ALL

@@ -30,7 +30,7 @@ def listed(run_command, database, *args: str, **settings) -> list[str]:
     """The lines below the heading, without the one that says what the times are."""
     done = run_command(database, "jobs", *args, **settings)
     assert done.code == 0
-    assert re.match(r"job +state +since +(owes|given up|stalled) +tenant$", done.lines[0])
+    assert re.match(r"job +state +since +(owes|given up|stalled|failed) +tenant$", done.lines[0])
     return [
         line for line in done.lines[1:]
         if not line.startswith("since: ") and "; ./jsl resume " not in line
@@ -249,6 +249,20 @@ def test_time_in_the_future_is_unknown(database, run_command):
     assert ids(run_command, database, "--since", "1h") == [owing]
     [_, line] = listed(run_command, database, "--tenant", "tenant")
     assert re.split(r" {2,}", line)[:3] == [wrong, "planner, x", "-"]
+
+
+# Go's zero time, which is before the year 1 in the time zones of the Americas.
+ZERO_TIME = "UPDATE jobs SET updated_at = '0001-01-01 00:00:00+00'"
+
+
+def test_zero_time_is_unknown(own_database, run_command):
+    own_database.rows(f"ALTER DATABASE {own_database.name} SET timezone = 'America/New_York'")
+    failed = own_database.add_job("planner", "failed")
+    own_database.rows(ZERO_TIME)
+    for option in (["--failed"], ["--tenant", "tenant"]):
+        [line] = listed(run_command, own_database, *option)
+        assert re.split(r" {2,}", line)[:3] == [failed, "planner, failed", "-"]
+    assert "rests: set failed by its stage" in run_command(own_database, "job", failed).out
 
 
 @pytest.mark.parametrize("value", ['{"a": "\\u0000"}', "1e400000"])

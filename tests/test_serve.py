@@ -15,6 +15,7 @@ from pages import Page
 from reports import HOSTILE, NOT_KNOWN, ONLY_COUNTED, attempt, everything, give_up
 from scraping import Scraped, scrape
 from serving import STARTED, Site, serving
+from test_ops_jobs import ZERO_TIME
 from test_ops_report_page import ELEMENTS
 from test_pools import POOLED
 from variants import PIPELINE, TABLE, install
@@ -117,6 +118,16 @@ def test_search_finds_by_id_and_by_tenant(database, site):
     assert all(row[2].startswith("vlm_analyze: due now") for row in found)
     nothing = site.page("/search?q=nobody")
     assert nothing.root.one("p", "calm").text == "There is no row with this id or tenant."
+
+
+def test_search_finds_rows_with_a_zero_time(server, make_database, tmp_path):
+    database = make_database(server)
+    database.rows(f"ALTER DATABASE {database.name} SET timezone = 'America/New_York'")
+    job = database.add_job("x", "y", "kim")
+    database.rows(ZERO_TIME)
+    with serving(database, tmp_path) as site:
+        assert [row[0] for row in site.page("/search?q=kim").table("by-tenant")] == [job]
+        assert site.page("/search?q=kim%00").root.one("p", "calm")
 
 
 def test_count_that_is_not_known_is_no_zero(use_pipeline, make_database, server, tmp_path):

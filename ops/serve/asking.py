@@ -151,7 +151,7 @@ def places(looks: Looks, id_: str, table: str | None = None, needs_all: bool = F
     def read(conn) -> list:
         try:
             key = rows.key_of(conn, id_)
-        except (NoId, UnicodeError, ValueError):  # NUL is no text, a surrogate no UTF-8
+        except NoId:
             return []
         unread = rows.unread(conn)
         found = [row for row in rows.places(conn, key, unread) if table in (None, row.table_name)]
@@ -160,7 +160,14 @@ def places(looks: Looks, id_: str, table: str | None = None, needs_all: bool = F
             raise Problem(f"{key} is in no table that can be read; {rows.told(unread)}")
         return found
 
+    if not is_text(id_):
+        return []
     return looks.look(("places", table, id_, needs_all), read, redacts=False)
+
+
+def is_text(given: str) -> bool:
+    """Whether the database could have this text: it has no NUL, and no half of a surrogate pair."""
+    return not any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in given)
 
 
 class Row(NamedTuple):
@@ -197,6 +204,8 @@ class Found(NamedTuple):
 
 def search(looks: Looks, settings: SimpleNamespace, asked: str) -> Found:
     """Search by id in every table, and by tenant."""
+    if not is_text(asked):
+        return Found([], [], False, None)
     by_id = places(looks, asked)
 
     def read(conn) -> Found:
@@ -212,8 +221,6 @@ def search(looks: Looks, settings: SimpleNamespace, asked: str) -> Found:
         except psycopg2.errors.QueryCanceled:
             slow = "Looking for a tenant took too long: give an id."
             return Found(by_id, [], False, "; ".join(filter(None, [problem, slow])))
-        except (UnicodeError, ValueError):
-            return Found(by_id, [], False, problem)
         return Found(by_id, of_tenant[:MOST_ROWS], len(of_tenant) > MOST_ROWS, problem)
 
     return looks.look(("search", asked), read)
