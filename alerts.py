@@ -1,6 +1,6 @@
 """Runs ALERT_COMMAND for events that need a person. The listener does not wait for it: a command
-that fails or hangs costs a line in the log, and a second where it cannot be killed. An event that
-happens to many jobs of a stage is sent once and then counted.
+that fails or hangs is run again later, and costs a line in the log, and a second where it cannot
+be killed. An event that happens to many jobs of a stage is sent once and then counted.
 """
 
 import contextlib
@@ -26,6 +26,8 @@ TIME_LIMIT = 10.0  # seconds for one run
 STOP_LIMIT = 5.0  # seconds for all runs once a stop is requested
 AT_ONCE = 4
 LONGEST_QUEUE = 1000
+TRIES = 3
+TRY_AGAIN_AFTER = 30.0  # seconds
 # The beginning and the end of these are marked in the database, and one listener tells them. So
 # they are sent each time.
 MARKED = ("waiting", "refusing", "stalled")
@@ -34,11 +36,20 @@ EPISODE = 600.0
 
 
 @dataclass
+class Message:
+    """What the command gets."""
+
+    said: bytes
+    tries: int = 0
+    at: float = 0.0  # time.monotonic() of the next try
+
+
+@dataclass
 class Run:
     """One run of the command, and the file that takes what it prints."""
 
     process: subprocess.Popen
-    said: bytes
+    message: Message
     output: IO[bytes]
     until: float  # time.monotonic()
 
@@ -60,6 +71,10 @@ class Run:
         self.output.close()
         return True
 
+    @property
+    def has_failed(self) -> bool:
+        return self.process.returncode != 0
+
 
 @dataclass
 class Episode:
@@ -76,8 +91,10 @@ class Alerts:
 
     def __init__(self, settings: SimpleNamespace):
         self.command: list[str] = settings.ALERT_COMMAND or []
-        self.waiting: deque[bytes] = deque()
+        self.waiting: deque[Message] = deque()
+        self.again: deque[Message] = deque()  # those that have failed, by the time of the next try
         self.running: list[Run] = []
+        self.is_closing = False
         self.episodes: dict[tuple[str, Any], Episode] = {}
 
     def send(self, event: str, text: str, **details: Any) -> None:
@@ -118,12 +135,12 @@ class Alerts:
     def put(self, said: dict[str, Any]) -> None:
         if not self.command:
             return
-        if len(self.waiting) >= LONGEST_QUEUE:
+        if len(self.waiting) + len(self.again) >= LONGEST_QUEUE:
             log.error("알림 대기열이 가득 차 버림: %s", said["text"])
             return
         text = json.dumps(said, default=str, ensure_ascii=False)
         # An error may hold half of a surrogate pair, which UTF-8 has not.
-        self.waiting.append(text.encode("utf-8", "backslashreplace") + b"\n")
+        self.waiting.append(Message(text.encode("utf-8", "backslashreplace") + b"\n"))
         self.run()
 
     def end_episodes(self, now: float) -> None:
@@ -146,8 +163,10 @@ class Alerts:
 
     @property
     def next_run(self) -> float:
-        """time.monotonic() at which the next run is to be killed, or the next count to be sent."""
-        times = [run.until for run in self.running]
+        """time.monotonic() at which the next run is to be killed, or what has failed is to be tried
+        again, or the next count to be sent.
+        """
+        times = [run.until for run in self.running] + [one.at for one in self.again]
         episodes = self.episodes.values()
         times += [one.until for one in episodes if one.count or one.recovered]
         return min(times, default=math.inf)
@@ -156,19 +175,32 @@ class Alerts:
         """Send counts, end finished runs and start waiting ones; whether any is still running."""
         if any(time.monotonic() >= episode.until for episode in self.episodes.values()):
             self.end_episodes(time.monotonic())
-        self.running = [run for run in self.running if not run.end_if_over()]
+        over = [run for run in self.running if run.end_if_over()]
+        self.running = [run for run in self.running if run not in over]
+        for run in over:
+            if run.has_failed:
+                self.try_again(run.message)
+        while self.again and time.monotonic() >= self.again[0].at:
+            self.waiting.append(self.again.popleft())
         while self.waiting and len(self.running) < AT_ONCE:
             self.start(self.waiting.popleft())
         return bool(self.running)
 
-    def start(self, said: bytes) -> None:
+    def try_again(self, message: Message) -> None:
+        """Later, as the database may have marked it as told. Not once the listener ends."""
+        if message.tries < TRIES and not self.is_closing:
+            message.at = time.monotonic() + TRY_AGAIN_AFTER
+            self.again.append(message)
+
+    def start(self, message: Message) -> None:
+        message.tries += 1
         # Data goes to standard input only, so it can become no shell command, argument or variable.
         environ = {name: value for name, value in os.environ.items() if not is_secret(name)}
         try:
             output = scratch_file()
             # Output goes to a file: a pipe that is not read could fill up and block the command.
             with scratch_file() as given:
-                given.write(said)
+                given.write(message.said)
                 given.seek(0)
                 process = subprocess.Popen(
                     self.command, stdin=given, stdout=output, stderr=output,
@@ -176,16 +208,21 @@ class Alerts:
                 )  # fmt: skip
         except OSError as error:
             log.error("알림 명령 실패: %s: %s", self.command[0], error.strerror)
+            self.try_again(message)
             return
-        self.running.append(Run(process, said, output, time.monotonic() + TIME_LIMIT))
+        self.running.append(Run(process, message, output, time.monotonic() + TIME_LIMIT))
 
     def close(self, stop: Signals | None = None) -> None:
-        """Wait until all alerts are sent and all runs have ended, each within TIME_LIMIT.
+        """Wait until all alerts are sent and all runs have ended, each within TIME_LIMIT. What has
+        failed is tried once more, at once.
 
         Args:
             stop: once one is requested: wait for STOP_LIMIT at the most, and not past a second
                 request; log what has not been sent by then, and leave runs to themselves.
         """
+        self.is_closing = True
+        self.waiting.extend(self.again)
+        self.again.clear()
         self.end_episodes(math.inf)
         began = time.monotonic()
         while self.run():
@@ -195,9 +232,10 @@ class Alerts:
                     break
             time.sleep(0.05)
         for run in self.running:
-            log.error("중지하느라 보내지 못한 알림 (명령이 실행 중): %s", run.said.decode().strip())
-        for said in self.waiting:
-            log.error("중지하느라 보내지 못한 알림: %s", said.decode().strip())
+            log.error("중지하느라 보내지 못한 알림 (명령이 실행 중): %s",
+                      run.message.said.decode().strip())  # fmt: skip
+        for message in self.waiting:
+            log.error("중지하느라 보내지 못한 알림: %s", message.said.decode().strip())
 
 
 def scratch_file() -> IO[bytes]:

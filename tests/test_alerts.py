@@ -1,6 +1,7 @@
 """ALERT_COMMAND: gets each given-up call and each newly stalled stage once, and can do no harm."""
 
 import json
+import math
 import os
 import shlex
 import signal
@@ -193,6 +194,40 @@ def test_command_that_hangs_delays_no_call(database, api, listener, tmp_path):
         database.wait_for("SELECT current_step = 'vlm_judge' FROM jobs WHERE job_id = %s", job)
     finally:
         os.kill(int(hangs.read_text()[:-1]), signal.SIGKILL)
+
+
+# A command that takes each alert when it is given for the second time.
+SECOND_TIME = """
+import pathlib, sys
+file = pathlib.Path(sys.argv[1])
+given = sys.stdin.read()
+if not (mark := file.with_suffix(".given")).exists():
+    sys.exit(mark.write_text(given))
+file.write_text(given)
+"""
+
+
+def test_alert_whose_command_fails_once_is_sent_again(monkeypatch, told, tmp_path):
+    monkeypatch.setattr(alerts, "TRY_AGAIN_AFTER", 0.0)
+    command = python(SECOND_TIME, tmp_path / "told")
+    sending = alerts.Alerts(config.read({"ALERT_COMMAND": command}))
+    sending.send("stalled", "text", stage="overlay")
+    until(lambda: not sending.run() and sending.next_run == math.inf, "the end of all tries")
+    assert [said["text"] for said in told()] == ["text"]
+
+
+@pytest.mark.parametrize("command", [python("exit(1)"), "/no/such/program"])
+def test_alert_whose_command_always_fails_is_tried_a_few_times(monkeypatch, caplog, command):
+    monkeypatch.setattr(alerts, "TRY_AGAIN_AFTER", 0.0)
+    failing = alerts.Alerts(config.read({"ALERT_COMMAND": command}))
+    failing.send("stalled", "text", stage="overlay")
+    until(lambda: not failing.run() and failing.next_run == math.inf, "the end of all tries")
+    assert len(caplog.messages) == alerts.TRIES
+    monkeypatch.setattr(alerts, "TRY_AGAIN_AFTER", 600.0)
+    failing.send("stalled", "text", stage="planner")
+    until(lambda: not failing.run(), "the first try")
+    failing.close()
+    assert len(caplog.messages) == alerts.TRIES + 2
 
 
 def test_command_that_hangs_is_ended(monkeypatch):
