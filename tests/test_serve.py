@@ -22,7 +22,7 @@ from variants import PIPELINE, TABLE, install
 from waiting import AWAY, until
 
 import db
-from ops.serve import app, serve
+from ops.serve import app, asking, serve
 from ops.serve import looks as looks_module
 from ops.serve.app import PAGES, PROBES
 from ops.serve.looks import Looks, Unreadable
@@ -153,6 +153,10 @@ def test_rows_that_may_rest_unseen_are_not_shown_as_calm(server, make_database, 
         assert site.page(f"/job/{job}").root.one("ul", "problem").all("li")[-1].text == NOT_KNOWN
         alarms = site.page("/stage/overlay").root.one("ol", "attention").text
         assert "1 job stalled" in alarms and NOT_KNOWN in alarms
+
+
+def test_search_by_tenant_that_took_too_long_is_not_repeated():
+    assert int(re.search(r"timeout = '(\d+)s'", asking.SHORT)[1]) > db.TRY_AGAIN_WITHIN
 
 
 def test_search_finds_what_can_be_read(use_pipeline, make_database, server, tmp_path):
