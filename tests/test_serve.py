@@ -17,6 +17,7 @@ from scraping import Scraped, scrape
 from serving import STARTED, Site, serving
 from test_ops_jobs import ZERO_TIME
 from test_ops_report_page import ELEMENTS
+from test_ops_status import SLOW
 from test_pools import POOLED
 from variants import PIPELINE, TABLE, install
 from waiting import AWAY, until
@@ -446,6 +447,18 @@ def test_stops_with_exit_0_though_somebody_is_connected(database, tmp_path, numb
         assert silent.recv(1) == b""
     assert "상태 페이지 중지됨" in site.process.lines[-1]
     assert len(site.process.lines) == 2 and STARTED in site.process.lines[0]
+
+
+@pytest.mark.slow
+def test_stops_while_the_database_does_not_answer(server, make_database, tmp_path):
+    database = make_database(server)
+    database.rows(SLOW)
+    asleep = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND " + OURS
+    with serving(database, tmp_path) as site, socket.create_connection(site.address) as viewer:
+        viewer.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        until(lambda: database.value(asleep), "its look")
+        assert site.process.stop() == 0
+        assert database.value(asleep) == 1
 
 
 def test_port_that_is_taken_gets_one_line(database, site, run_command):

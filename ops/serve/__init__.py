@@ -50,7 +50,6 @@ def serve(host: str, port: int, names: tuple[str, ...]) -> None:
         log.warning("TLS 없이 %s에서 열림: 누구나 읽을 수 있고, 토큰이 암호화되지 않음"
                     " → TLS 프록시 뒤에 둘 것", host)  # fmt: skip
     server.serve_until(Signals())
-    app.looks.close()
     log.info("상태 페이지 중지됨")
 
 
