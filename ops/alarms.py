@@ -79,6 +79,8 @@ def of_everything(state: dict[str, Any]) -> Iterator[Alarm]:
                     reason, f"{pipeline.JSL} verify")  # fmt: skip
     if problem := state["resting_problem"]:
         yield Alarm(JOBS, "resting", problem)
+    if problem := state["heartbeat_problem"]:
+        yield Alarm(JOBS, "heartbeats", problem)
 
 
 def of_stage(row: dict[str, Any], at: datetime) -> Iterator[Alarm]:

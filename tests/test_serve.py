@@ -86,6 +86,12 @@ def fresh(site: Site, words: str, path: str = "/") -> Page | None:
     return shown if words in shown.root.text else None
 
 
+def test_overview_says_that_the_heartbeats_cannot_be_read(database, tmp_path):
+    with serving(database, tmp_path, HEARTBEAT_DIR="/" + 300 * "x") as site:
+        said = site.page("/").root.one("ol", "attention").text
+    assert "the heartbeats cannot be read: [Errno 36] File name too long: " in said
+
+
 def test_row_page_says_what_job_says(database, site, run_command):
     job = database.add_job("planner", "done", "한빛")
     attempt(database, job, "overlay", "retry", error="HTTP 500: \\uba54\\ubaa8\\ub9ac")
