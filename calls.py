@@ -39,12 +39,12 @@ class Result:
     free: bool = False  # does not count towards max_attempts
     hold: bool = False  # nobody calls this stage for a while
     retry_after: float | None = None  # seconds the stage asked for
-    after_hold: bool = False  # was claimed after a hold of its stage, which its success lifts
+    after_hold: bool = False  # its stage had a hold on record when it was claimed: see LIFT
     limited: bool = False  # its stage has limits over all listeners
     is_told: bool = False  # no alert is to be sent about it any more
     was_locked: bool = False  # the last settling skipped it, as the row of its call was locked
     seconds: float = 0.0  # how long the attempt took, for the log
-    trace: str | None = None  # the traceback of a bug in the stage function, for the log
+    traceback: str | None = None  # for the log: of a bug, or how its worker died after the answer
 
 
 class Wanted(NamedTuple):
@@ -56,8 +56,8 @@ class Wanted(NamedTuple):
         share: so many before any other stage of the claim gets more than its share.
         limited: calls of other listeners count.
         ordered: the claim uses stage_due_calls(), as a stage or table declares an order or a rate.
-        since: calls that were due before are passed by, should an old snapshot elsewhere keep
-            their dead index entries; None: everything is looked at.
+        since: skip index entries before this time. A long transaction elsewhere may keep dead
+            ones, and a claim would read them all; None: skip nothing.
         waits: for a table or limit that is locked, for as long as lock_timeout says.
     """
 
@@ -176,7 +176,7 @@ WITH result AS ({FAILURES}
 
 # After a 202 the call keeps its lease, which counts under the limits, until the row moves on
 # (moves.py) or the lease ends. Its row in stage_calls is not changed.
-WORK = Statement(
+KEEP_TAKEN = Statement(
     "work",
     """
 WITH result AS (SELECT * FROM json_populate_recordset(NULL::stage_attempts, %(taken)s::json))
@@ -187,9 +187,9 @@ WHERE l.call_id = ANY (ARRAY(SELECT call_id FROM result))
 """,
 )
 
-# The first success after a hold ends it. The success of a call that began before the hold does not,
-# and a person's pause is left as it is. While another transaction has the row locked, the hold
-# stays; a later success ends it.
+# Clears the last hold of a stage once a call that began after it is accepted: also a hold that is
+# over, as its length doubles the next one. A person's pause is left as it is. While another
+# transaction has the row locked, the hold stays; a later success clears it.
 LIFT = Statement(
     "lift",
     """
@@ -364,7 +364,7 @@ DUE_BY_HAND = f"""
 # already, and calls that are due would be skipped. A call that was given up is only taken by a
 # person, and gets all its attempts again. The state of the job is read in the same statement. One
 # row is always returned: it also says which results could not be settled.
-TAKE = f"""
+CLAIM_DUE = f"""
 , claimed AS (
     UPDATE stage_calls AS c
     SET attempts = c.attempts + 1, worker = %(worker)s, started_at = now(),
@@ -427,13 +427,13 @@ NOTE_BEGUN = """
       AND (s.seconds IS NOT NULL OR s.linger IS NOT NULL OR s.is_fair)
 )"""
 
-CLAIM = Statement("claim", f"WITH due AS ({DUE}){TAKE}")
-CLAIM_IN_ORDER = Statement("claim_in_order", f"WITH due AS ({DUE_IN_ORDER}){NOTE_BEGUN}{TAKE}")
-CLAIM_BY_HAND = Statement("claim_by_hand", f"WITH due AS ({DUE_BY_HAND}){NOTE_BEGUN}{TAKE}")
+CLAIM = Statement("claim", f"WITH due AS ({DUE}){CLAIM_DUE}")
+CLAIM_IN_ORDER = Statement("claim_in_order", f"WITH due AS ({DUE_IN_ORDER}){NOTE_BEGUN}{CLAIM_DUE}")
+CLAIM_BY_HAND = Statement("claim_by_hand", f"WITH due AS ({DUE_BY_HAND}){NOTE_BEGUN}{CLAIM_DUE}")
 
 
 class Claimed(NamedTuple):
-    """A call that was claimed, and where its row is now: what TAKE selects, in that order.
+    """A call that was claimed, and where its row is now: what CLAIM_DUE selects, in that order.
 
     key: the row's id as the database writes it.
     current_step, status: the state that owes it.
@@ -500,7 +500,7 @@ class Turn:
     asked: set[str] = field(default_factory=set)
 
     def add(self, later: "Turn") -> None:
-        """Add what a later claim of the same turn found."""
+        """Add the calls of a later claim of the same turn, and whether it was refused."""
         self.claimed += later.claimed
         if later.asked_at is None:
             self.asked_at = None
@@ -545,9 +545,9 @@ def settle_and_claim(
         last = CLAIM_BY_HAND
     else:
         last = CLAIM_IN_ORDER if any(stage.ordered for stage in wanted) else CLAIM
-    needed = {
+    needed = {  # in the order in which they run
         HURRY: hurry or not all(stage.waits for stage in wanted),
-        PAY: paid, WORK: taken, LIFT: lifting, POSTPONE: failures,
+        PAY: paid, KEEP_TAKEN: taken, LIFT: lifting, POSTPONE: failures,
         HOLD: any(r.hold for r in failures),
         LOCK_LIMITS: claims and any(stage.limited for stage in wanted), last: True,
     }  # fmt: skip
@@ -630,7 +630,7 @@ def as_json(conn, results: Sequence[Result]) -> str:
     rows = []
     for result in results:
         # The traceback is for the log alone: it may hold text that no database takes.
-        row = vars(result) | {"free": int(result.free), "trace": None}
+        row = vars(result) | {"free": int(result.free), "traceback": None}
         if result.error is not None:
             error = result.error if utf8 else BEYOND_ASCII.sub(escaped, result.error)
             error = error.encode("utf-8", "backslashreplace").decode()

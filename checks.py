@@ -71,7 +71,7 @@ class Checks:
     def check(self, conn: db.Connection, call: Call, row: Claimed) -> Checked:
         """What is to be done with the `call` of a claimed `row`."""
         function = self.routes.get(call.route)
-        if function is None or not function.__name__ == row.stage == row.routed_to:
+        if function is None or (function.__name__, row.routed_to) != (row.stage, row.stage):
             return self.pass_over(conn, call, row)
         known = self.accepted.get((row.call_id, row.key), 0)
         if ended := end_unmade(conn, call, row, known):
@@ -103,8 +103,8 @@ class Checks:
         """Let a call that (stage, 'failed') owes to that stage wait, or give it up; None: neither.
 
         It takes over attempts and back-off of the call before it, or a stage that always fails
-        would be called for ever. One with a second attempt has waited already, and one with an
-        error was asked for by a person: both are made.
+        would be called for ever. One at its second attempt has waited already, and one with an
+        error was made due by a person: both are made.
         """
         if (
             call.spent > 1
@@ -269,10 +269,11 @@ def spent_before(conn, row):
     return execute(conn, SPENT_BEFORE, given | {"call_id": row.call_id}).fetchone()
 
 
-# The claim counts as no attempt. Where it is less, `attempts` becomes `spent`: if the listener is
-# lost, the history has no `spent` of this attempt, and SPENT_BEFORE takes its number. A row that
-# the application has locked is skipped: its transaction is about to replace the call. `stage` is
-# written as well, as the call may have been recorded before its stage was renamed.
+# The claim counts as no attempt. Where `spent`, taken over from the call before, is more than
+# `attempts`, that is raised to it: a lease that runs out leaves no `spent` in the history, and
+# SPENT_BEFORE then takes the number of the attempt. A row that the application has locked is
+# skipped: its transaction is about to replace the call. `stage` is written as well, as the call may
+# have been recorded before its stage was renamed.
 PUT_OFF = """
 WITH mine AS (
     SELECT job_id, call_id FROM stage_calls

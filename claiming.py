@@ -45,19 +45,20 @@ class Claiming:
     order: the stages that are called, the one whose turn it is first.
     unclaimable: by stage, why no call of it can be claimed. Only a sweep asks for these.
     limit_locked: the stages of which a claim last waited too long for the row of a limit.
-    look_at: claim calls that are due.
+    claim_at: claim calls that are due.
     sweep_at: claim, and look for what nobody has announced.
-    due_at: when the next call will be due, as far as is known.
+    due_at: when the next call will be due; in the past: not known, so the next turn that leaves a
+        worker idle asks.
     found_nothing: the last turn asked for everything, and found nothing to claim.
     """
 
     def __init__(self, settings: SimpleNamespace, health: StageHealth, only: tuple[str, ...]):
         self.settings, self.health = settings, health
-        self.limits = pipeline.stage_limits(settings)
+        self.limits = pipeline.full_limits(settings)
         self.order = [stage for stage in self.limits if not only or stage in only]
         self.unclaimable: dict[str, str] = {}
         self.limit_locked: set[str] = set()
-        self.look_at = self.sweep_at = self.due_at = 0.0
+        self.claim_at = self.sweep_at = self.due_at = 0.0
         self.found_nothing = False
 
         self.began = 0.0  # of the claims of this turn
@@ -69,8 +70,8 @@ class Claiming:
         self.is_ordered = pipeline.is_ordered()
 
     @property
-    def next_look(self) -> float:
-        return min(self.look_at, self.sweep_at)
+    def next_claim(self) -> float:
+        return min(self.claim_at, self.sweep_at)
 
     # --- what to claim ---
 
@@ -166,13 +167,13 @@ class Claiming:
     # --- when to look again ---
 
     def plan(
-        self, conn: db.Connection, turn: Turn, wanted: list[Wanted], free: int, swept: float | None
+        self, conn: db.Connection, turn: Turn, has_asked: bool, free: int, swept: float | None
     ) -> None:
         """Say when to look again, after a turn that had `free` idle workers; and wake the other
         listeners where a pool may have more places.
 
         Args:
-            wanted: the stages that it asked for.
+            has_asked: it asked for calls.
             swept: seconds until the next sweep, where this turn was one.
         """
         now = time.monotonic()
@@ -186,19 +187,19 @@ class Claiming:
         self.found_nothing = False
         was_full, self.was_full = self.was_full, len(turn.claimed) >= free
         if self.was_full:
-            self.look_at = 0.0  # there may be more, as soon as a worker is idle
+            self.claim_at = 0.0  # there may be more, as soon as a worker is idle
             if was_full and swept is None:  # there is a queue: begin where this claim ended
                 self.marks |= {row.stage: row.was_due_at for row in turn.claimed}
         elif self.marks or left:
-            self.look_at, self.marks = 0.0, {}  # also what is before the marks
+            self.claim_at, self.marks = 0.0, {}  # also what is before the marks
         else:
             self.asked_at = turn.asked_at
             # A new call may have to wait for its time, or for a rate.
             self.asks_when = self.is_ordered or now >= self.due_at
-            self.look_at = self.due_at if now < self.due_at else math.inf
+            self.claim_at = self.due_at if now < self.due_at else math.inf
             self.found_nothing = not turn.claimed
-        if wanted and turn.asked_at is None:  # not everything has been asked for
-            self.look_at, self.found_nothing = min(self.look_at, self.began + LEFT_AFTER), False
+        if has_asked and turn.asked_at is None:  # not everything has been asked for
+            self.claim_at, self.found_nothing = min(self.claim_at, self.began + LEFT_AFTER), False
 
     def leaves_places(self, stage: str) -> bool:
         """Whether the pool of a claimed call may have more places for its stage: until this claim
@@ -213,7 +214,7 @@ class Claiming:
             return
         seconds = calls.next_due(conn, self.order, self.asked_at)
         self.due_at = math.inf if seconds is None else time.monotonic() + seconds
-        self.look_at, self.asks_when = min(self.look_at, self.due_at), False
+        self.claim_at, self.asks_when = min(self.claim_at, self.due_at), False
 
 
 def is_clock_set_back(turn: Turn) -> bool:

@@ -118,14 +118,14 @@ LOST = ("08", "25006", "53300", "57P0", "0A000")
 
 
 def wait_with_deadline(conn: "Connection") -> None:
-    """psycopg2's wait callback: waits for `conn`, at most DEADLINE seconds.
+    """psycopg2's wait callback: waits for `conn`, at most its `deadline`.
 
     A stop shortens the wait to STOP_DEADLINE. Raising is the only safe way out: closing the
     connection in here deadlocks.
     """
     stop, beat = getattr(conn, "stop", None), getattr(conn, "beat", None)  # other code has none
-    allowed, started = getattr(conn, "deadline", DEADLINE), time.monotonic()
-    began = started
+    allowed, began = getattr(conn, "deadline", DEADLINE), time.monotonic()
+    counted_from = began
     while (state := conn.poll()) != psycopg2.extensions.POLL_OK:
         # Notifications arrive before the answer. Only the last are kept, as all mean "look now".
         if len(conn.notifies) > ENOUGH:
@@ -137,10 +137,10 @@ def wait_with_deadline(conn: "Connection") -> None:
         if stop is not None and not stop.requested:
             watched = [stop]
         elif stop is not None and allowed > STOP_DEADLINE:
-            allowed, started = STOP_DEADLINE, now
+            allowed, counted_from = STOP_DEADLINE, now
         reading = [conn, *watched] if state == psycopg2.extensions.POLL_READ else watched
         writing = [conn] if state == psycopg2.extensions.POLL_WRITE else []
-        left = started + allowed - now
+        left = counted_from + allowed - now
         if left <= 0:
             raise ConnectionLost(f"the database did not answer within {allowed:.0f} s")
         if beat is not None:
@@ -151,7 +151,7 @@ def wait_with_deadline(conn: "Connection") -> None:
 
 
 class Connection(psycopg2.extensions.connection):
-    """A connection that knows how its settings reach the server."""
+    """A connection, with what waiting, pooling and preparing need to know of it."""
 
     # Sent before every statement behind a pooler, as settings of the session would reach others.
     prefix = ""
@@ -352,21 +352,20 @@ SLOW_PARTS_LIMIT = 10.0
 
 
 def in_parts(
-    conn: Connection, ask: Callable, *groups: Collection[str], limit: float | None = None
+    conn: Connection, ask: Callable, *groups: Collection[str], all_parts: bool = False
 ) -> tuple[list, dict[str, psycopg2.Error]]:
     """What `ask(conn)` returns; where it fails, what `ask(conn, part)` returns for each part. So a
     table that is locked, or cannot be read, keeps no other waiting.
 
     Args:
-        groups: of parts. Those of a group are asked in random order, so that with a limit each
-            is asked at some time.
-        limit: seconds after which none is asked any more, nor after one that took too long; None:
-            PARTS_LIMIT; infinity: all are asked, or as many as can be within SLOW_PARTS_LIMIT
-            where asking for all took too long.
+        groups: of parts. Those of a group are asked in random order, so that each is asked at some
+            time.
+        all_parts: ask all, or as many as SLOW_PARTS_LIMIT allows where asking for all at once took
+            too long. Else none after PARTS_LIMIT, nor after one that took too long.
 
     Returns:
         The answers; and the errors by part, or by "" where no part fails by itself and not all
-        were asked. With an infinite limit, a part that was not asked has the error of all.
+        were asked. With `all_parts`, a part that was not asked has the error of all.
     """
     parts = [part for group in groups for part in random.sample([*group], len(group))]
     try:
@@ -375,16 +374,16 @@ def in_parts(
         raise
     except psycopg2.Error as error:
         of_all = {"": error}
-    limit = PARTS_LIMIT if limit is None else limit
-    asks_all, is_slow = limit == math.inf, isinstance(of_all[""], psycopg2.errors.QueryCanceled)
-    if is_slow and not asks_all:
+    is_slow = isinstance(of_all[""], psycopg2.errors.QueryCanceled)
+    if is_slow and not all_parts:
         return [], of_all  # it took long enough
     answers, failed = [], dict[str, psycopg2.Error]()
+    limit = math.inf if all_parts else PARTS_LIMIT
     until = time.monotonic() + (SLOW_PARTS_LIMIT if is_slow else limit)
     for number, part in enumerate(parts):
         # A part that is the only one has just taken too long.
         if time.monotonic() > until or (is_slow and len(parts) == 1):
-            failed |= dict.fromkeys(parts[number:] if asks_all else [], of_all[""])
+            failed |= dict.fromkeys(parts[number:] if all_parts else [], of_all[""])
             break
         try:
             answers.append(ask(conn, part))
@@ -392,7 +391,7 @@ def in_parts(
             raise
         except psycopg2.Error as error:
             failed[part] = error
-            if isinstance(error, psycopg2.errors.QueryCanceled) and not asks_all:
+            if isinstance(error, psycopg2.errors.QueryCanceled) and not all_parts:
                 break  # the next one may take as long
     if not failed and (not parts or len(answers) < len(parts)):
         failed = of_all  # no part failed by itself, but not all were asked

@@ -23,7 +23,8 @@ UNANSWERED = 2
 # host; also redirects (to TLS, to a login). Where several jobs get them, the stage is at fault.
 WRONG = (300, 301, 302, 303, 305, 307, 308, 401, 402, 403, 404, 405, 406, 407, 410, 411, 414, 415,
          417, 421, 426, 431, 501, 505, 511)  # fmt: skip
-# Statuses of a gateway that cannot reach its stage. Treated likewise, although the work may run.
+# Statuses of a gateway that got no usable answer from its stage. Treated likewise, although the
+# work may run.
 GATEWAY = (502, 520, 522)
 THROTTLED = (429, 503)
 # Seconds between two probes of a stage that refuses every job. The delay is not doubled: if a stage
@@ -83,7 +84,9 @@ class StageHealth:
         return ended
 
     def revise_wrong(self, health: Health, call: Call, ended: Result) -> Result:
-        """The result of a wrong answer: the stage is at fault where two jobs in a row got one."""
+        """The result of a wrong answer: the stage is at fault where two jobs got one, and no call
+        was accepted in between.
+        """
         if note_refusal(health, call):
             return ended
         before, health.refused = health.refused, ended
@@ -127,7 +130,7 @@ class StageHealth:
         """The same answer as another outcome."""
         revised = trigger.failure(call, outcome, ended.error or "", self.settings.RETRY_DELAY,
                                   http_status=ended.http_status, **details)  # fmt: skip
-        revised.seconds, revised.trace = ended.seconds, ended.trace
+        revised.seconds, revised.traceback = ended.seconds, ended.traceback
         return revised
 
 

@@ -49,8 +49,9 @@ SET attempts = t.attempts + excluded.attempts,
     microseconds = t.microseconds + excluded.microseconds
 """
 
-# Attempts are counted once, in the order in which they finished. Those of the last minutes are left
-# for later, as an attempt that finished earlier may not be committed yet.
+# Attempts are counted once, in the order in which they finished. Those of the last 5 minutes, on
+# which moves.LOOK relies, are left for later: an attempt that finished earlier may not be committed
+# yet.
 COUNT = f"""
 WITH mark AS (
     SELECT counted_until FROM stage_totals_mark FOR UPDATE SKIP LOCKED

@@ -126,7 +126,7 @@ class Watch:
         self.latest: dict[str, int] = {}  # timeline by system
         self.here: tuple[str, Place] | None = None  # where the listener is connected
 
-    def arrive(self, conn, trying: Callable[[], None]) -> None:
+    def check_new_connection(self, conn, trying: Callable[[], None]) -> None:
         """Check that a new connection leads to the latest primary; at the first connection, also
         asks the other hosts.
 

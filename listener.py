@@ -50,7 +50,7 @@ from pipeline import Call
 from signals import Signals
 from trigger import boottime
 from unwritten import Unwritten
-from upkeep import Upkeep, tell_timeouts
+from upkeep import Upkeep, store_timeouts
 from workers import Workers
 
 log = logging.getLogger("listener")
@@ -62,7 +62,8 @@ HEARTBEAT_MARGIN = 20.0
 # Seconds that a heartbeat allows for connecting to one host. Without a DNS server that answers,
 # resolving its name takes more than 40, and then each address may take connect_timeout.
 CONNECTING = 100.0
-# How often to look whether a stage has let go of the row of a call that it has answered.
+# How often to look whether a stage has let go of the row of a call that it has answered, and to
+# give back claims that were not begun.
 AGAIN_EVERY = 1.0
 # After a lost connection, a statement that was sent on it may still take effect for so long.
 DOUBTFUL = 600.0
@@ -93,7 +94,9 @@ class Listener:
         # By time.monotonic().
         self.again_at = 0.0  # settle results of locked rows, give back doubtful claims
         self.doubtful_until = -math.inf  # until then a claim of ours may exist that we do not know
-        self.gives_back = False  # there is one: its call was released, or the row is locked
+        # A claim of ours was not begun: it was released, or its row was locked when it was given
+        # back.
+        self.has_unbegun = False
         self.is_installed = False  # whether the database has this PIPELINE
         self.refusal: ops.Problem | None = None  # why this program must not go on
         self.has_obeyed = False  # the first request to stop
@@ -132,7 +135,7 @@ class Listener:
                     self.wait_to_reconnect(lost)
         finally:
             if not self.has_work:  # else a bug ended the loop: they finish and write their results
-                self.workers.stop()
+                self.workers.kill_all()
             self.alerts.close(self.signals)
             self.hosts.close()
             self.heartbeat.close()
@@ -160,7 +163,7 @@ class Listener:
 
     def prepare(self, conn: db.Connection) -> None:
         """LISTEN comes before the first look for due calls, so that nothing falls between."""
-        self.hosts.arrive(conn, self.beat_for_host)
+        self.hosts.check_new_connection(conn, self.beat_for_host)
         self.beat("asking the database", LONGEST_SLEEP)
         info = conn.info
         log.info("PostgreSQL 연결 성공: %s:%s/%s", info.host, info.port, info.dbname)
@@ -174,7 +177,7 @@ class Listener:
                 self.unwritten.settle_last(conn, self.name, problem, under_way)
                 raise
         if not self.is_installed:
-            tell_timeouts(conn, pipeline.timeouts(self.settings))
+            store_timeouts(conn, pipeline.timeouts(self.settings))
             self.is_installed = True
             if (left := hosts.connections_left(conn)) < hosts.FEW:
                 log.warning("남은 데이터베이스 연결이 %d개뿐", left)
@@ -182,7 +185,7 @@ class Listener:
         self.hearing.listen(conn, silent=announced == "nothing")
         self.workers.conn = conn
         self.give_back(conn)
-        self.claiming.look_at = self.claiming.sweep_at = 0.0
+        self.claiming.claim_at = self.claiming.sweep_at = 0.0
 
     def end_waiting(self, conn: db.Connection) -> None:
         """End what is left of lost connections, and say that the database waits for a standby."""
@@ -194,7 +197,7 @@ class Listener:
 
     def work(self, conn: db.Connection) -> None:
         """The loop."""
-        self.upkeep.begin(conn)
+        self.upkeep.tell_absence(conn)
         while not self.finished():
             self.workers.start_missing()
             try:
@@ -207,14 +210,14 @@ class Listener:
                 self.workers.give(call)
             try:
                 self.hear(conn)  # notifications that came with the answer to the claim
-            finally:
+            finally:  # last, as the workers are at these calls; also where the connection is lost
                 self.hearing.log()
                 for call in claimed:
                     trigger.log_begin(call)
             self.claiming.ask_when(conn)
             self.hosts.ping(conn)
             self.upkeep.run(conn, self.claiming.unclaimable)
-            ready = self.wait(min(self.next_look, self.upkeep.next_run), conn)
+            ready = self.wait(min(self.next_turn, self.upkeep.next_run), conn)
             self.collect(ready)
             if conn in ready or conn.notifies:
                 self.hear(conn)
@@ -281,7 +284,7 @@ class Listener:
     @property
     def is_doubtful(self) -> bool:
         """Whether there may be a claim of ours that is not under way."""
-        return self.gives_back or time.monotonic() < self.doubtful_until
+        return self.has_unbegun or time.monotonic() < self.doubtful_until
 
     # --- one turn ---
 
@@ -291,30 +294,30 @@ class Listener:
         while workers are idle.
         """
         now = time.monotonic()
-        if not self.unwritten.results and now < self.next_look:
+        if not self.unwritten.results and now < self.next_turn:
             return []
         free = 0 if self.is_stopping else len(self.workers.idle)
         sweep = free > 0 and now >= self.claiming.sweep_at
-        self.look(conn, now, sweep)
+        self.run_looks(conn, now, sweep)
         if now >= self.again_at:
             self.again_at = now + AGAIN_EVERY
             self.unwritten.retry_locked()
             if self.is_doubtful:
                 self.give_back(conn)
-        self.unwritten.tell_failed(conn)
+        self.unwritten.mark_and_tell_failed(conn)
         wanted, *others = self.claiming.wanted(free, self.workers.calls, sweep)
-        began = boottime()
-        turn = self.claim(conn, wanted, free, sweep)
+        leased_from = boottime()  # before the claim is sent
+        turn = self.settle_and_claim_once(conn, self.unwritten.results, wanted, free, sweep)
         self.note_settled(conn, turn)
         if turn.refusal:
             raise turn.refusal
         self.claim_others(conn, turn, others, free, sweep)
         if sweep and is_clock_set_back(turn):
             self.upkeep.note_clock_set_back()
-        self.claiming.plan(conn, turn, wanted, free, self.sweep_interval if sweep else None)
+        self.claiming.plan(conn, turn, bool(wanted), free, self.sweep_interval if sweep else None)
         self.nothing_due = self.claiming.found_nothing and not self.has_look
         self.ask_once_more()
-        return self.to_make(conn, turn, began)
+        return self.to_make(conn, turn, leased_from)  # it may bring the next turn forward
 
     @property
     def has_look(self) -> bool:
@@ -338,7 +341,7 @@ class Listener:
         settings = self.settings
         return settings.SWEEP_INTERVAL if self.hearing.is_notified else settings.POLL_INTERVAL
 
-    def look(self, conn: db.Connection, now: float, sweep: bool) -> None:
+    def run_looks(self, conn: db.Connection, now: float, sweep: bool) -> None:
         """Look at the parents of joins and at the moves of asynchronous calls, where it is time."""
         if sweep:
             self.join_look.ask()
@@ -347,9 +350,15 @@ class Listener:
             if now >= look.at:
                 look.run(conn)
 
-    def claim(self, conn: db.Connection, wanted: list[Wanted], free: int, sweep: bool) -> Turn:
-        """Settle what is unwritten and claim calls of these stages, in parts where that fails."""
-        results = self.unwritten.results
+    def settle_and_claim_once(
+        self,
+        conn: db.Connection,
+        results: list[Result],
+        wanted: list[Wanted],
+        free: int,
+        sweep: bool,
+    ) -> Turn:
+        """Settle these results and claim calls of these stages, in parts where that fails."""
         try:
             turn = calls.settle_and_claim(conn, results, wanted, free, self.name, sweep=sweep)
         except db.ConnectionLost:
@@ -387,7 +396,8 @@ class Listener:
         """
         while others and turn.asked_at and len(turn.claimed) < free:
             try:
-                turn.add(self.claim(conn, others.pop(0), free - len(turn.claimed), sweep))
+                left = free - len(turn.claimed)
+                turn.add(self.settle_and_claim_once(conn, [], others.pop(0), left, sweep))
             except psycopg2.Error:
                 if not turn.claimed:
                     raise
@@ -395,19 +405,20 @@ class Listener:
         if turn.asked_at is None:
             self.claiming.put_first(others)
 
-    def to_make(self, conn: db.Connection, turn: Turn, began: float) -> list[Call]:
+    def to_make(self, conn: db.Connection, turn: Turn, leased_from: float) -> list[Call]:
         """The claimed calls that are to be made; what came of the others is kept."""
         to_make = []
         if any(row.taken_over for row in turn.claimed):
             calls.reap(conn)  # the lost attempts, before the history has newer ones
         under_way = {(call.call_id, call.key, call.attempt) for call in self.workers.calls}
-        covered_until = began + self.settings.LEASE_MARGIN
         for row in turn.claimed:
             self.claiming.put_last(row.stage)
             if (row.call_id, row.key, row.attempt) in under_way:
                 continue  # a new primary did not know that we had claimed it
             limits = self.claiming.limits[row.stage]
-            call = pipeline.claimed_call(row, limits, self.name, covered_until)
+            leased_until = leased_from + limits.timeout + self.settings.LEASE_MARGIN
+            call = pipeline.claimed_call(row, limits, self.name, leased_until)
+            call.target_number = conn.target_number
             checked = self.checks.check(conn, call, row)
             if checked.is_to_make:
                 to_make.append(call)
@@ -416,19 +427,19 @@ class Listener:
                 if call.join:
                     self.join_look.ask()
             else:
-                self.claiming.look_at = self.claiming.due_at = 0.0
+                self.claiming.claim_at = self.claiming.due_at = 0.0
         return to_make
 
     # --- what comes in ---
 
     @property
-    def next_look(self) -> float:
+    def next_turn(self) -> float:
         """time.monotonic() of the next turn. Only with an idle worker it looks for due calls."""
         times = [self.move_look.at]
-        if self.unwritten.locked or self.gives_back:
+        if self.unwritten.locked or self.has_unbegun:
             times.append(self.again_at)
         if self.workers.idle and not self.is_stopping:
-            times += [self.claiming.next_look, self.join_look.at]
+            times += [self.claiming.next_claim, self.join_look.at]
         return min(times)
 
     def wait(self, until: float, conn: db.Connection | None = None) -> list:
@@ -455,7 +466,7 @@ class Listener:
         if self.signals in ready:
             self.signals.drain()
         self.obey()
-        self.look_around(conn)
+        self.run_beside(conn)
         return ready
 
     def doing(self, conn: db.Connection | None) -> str:
@@ -468,7 +479,7 @@ class Listener:
             doing = "making calls" if self.workers.calls else "waiting for a job to change"
         return f"{OTHER_PIPELINE}; {doing}" if self.upkeep.differs_since is not None else doing
 
-    def look_around(self, conn: db.Connection | None) -> None:
+    def run_beside(self, conn: db.Connection | None) -> None:
         """See to what runs beside the loop: alerts, the other hosts of the database, orphans."""
         self.alerts.run()
         if problem := self.hosts.look():
@@ -487,7 +498,7 @@ class Listener:
             if self.workers.calls or results:
                 log.warning("바로 중지: 호출 %d건, 기록 못 한 결과 %d건은 리스 만료 후 다시 확인됨",
                             len(self.workers.calls), results)  # fmt: skip
-            self.workers.stop()
+            self.workers.kill_all()
             raise SystemExit(128 + stops[-1])
         if stops and not self.has_obeyed:
             self.has_obeyed = True
@@ -500,10 +511,12 @@ class Listener:
                          "리스 만료 후 반복될 수 있음", results, once_more)  # fmt: skip
 
     def hear(self, conn: db.Connection) -> None:
-        """Whatever is announced only means: look now. A statement may have read it already."""
+        """Whatever is announced only means: look now. An earlier statement may have read it from
+        the socket already.
+        """
         was_told = self.hearing.is_notified
         if heard := self.hearing.hear(conn):
-            self.claiming.look_at = 0.0
+            self.claiming.claim_at = 0.0
             if db.WAKE_CHANNEL in heard:
                 self.claiming.due_at = 0.0  # a hold may have ended before its time
             if db.JOIN_CHANNEL in heard:
@@ -520,8 +533,8 @@ class Listener:
             ended = self.health.revise(call, ended)
             trigger.log_end(call, ended)
             if ended.outcome == "released":
-                self.gives_back, self.again_at = True, 0.0
-                self.claiming.look_at, self.nothing_due = 0.0, False
+                self.has_unbegun, self.again_at = True, 0.0
+                self.claiming.claim_at, self.nothing_due = 0.0, False
             else:
                 self.keep(call, ended)
 
@@ -537,7 +550,7 @@ class Listener:
         keep = [call.call_id for call in self.workers.calls]
         keep += self.unwritten.call_ids
         found = calls.give_back(conn, self.name, keep)
-        self.gives_back = found.locked > 0  # by the application
+        self.has_unbegun = found.locked > 0  # by the application
         if found.given_back:
             log.info("시작하지 않은 호출 %d건을 되돌림", found.given_back)
 

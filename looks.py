@@ -19,8 +19,8 @@ from alerts import Alerts
 
 log = logging.getLogger("listener")
 
-# Under an old snapshot elsewhere a look takes long and finds little. So the next one starts after
-# ten times the seconds that it took, counted from its start, within limits.
+# While a long transaction elsewhere keeps dead rows, a look takes long and finds little. So the
+# next one starts after ten times the seconds that it took, counted from its start, within limits.
 APART, APART_TIMES, APART_MOST = 0.05, 10, 30.0
 APART_MOST_FOUND = 5.0  # the limit after a look that found something
 MANY = 100  # parents or moves; a look that finds so many is soon followed by another

@@ -18,8 +18,8 @@ log = logging.getLogger("listener.trigger")
 # is recorded, and is processed then. Locked rows are being processed by another listener. A place
 # under a limit may be free afterwards, so the other listeners are woken. The trigger has removed a
 # row's own call; that of a join is removed here. A move may have been committed long after it was
-# made. Where the attempts of that time are counted already, this one is counted here. Those of the
-# last minutes are not counted yet, so the mark is locked for older ones alone.
+# made. history.COUNT counts attempts that are older than 5 minutes; where it has passed this one
+# already, it is counted here. Only attempts older than 4 minutes, one less, need to lock the mark.
 LOOK = f"""
 WITH seen AS (
     SELECT move_id, job_id, table_name, stage, is_failed, moved_at FROM stage_moves

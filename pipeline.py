@@ -582,7 +582,7 @@ def sent_back(table: str, key: str, stage: str) -> str:
     return typed("again", table, key, "--stage", stage)
 
 
-def stage_limits(settings: SimpleNamespace) -> dict[str, FullLimits]:
+def full_limits(settings: SimpleNamespace) -> dict[str, FullLimits]:
     """The Limits of every stage; what it does not declare is as in `settings`."""
     found = {}
     for function in pipeline().values():
@@ -595,7 +595,7 @@ def stage_limits(settings: SimpleNamespace) -> dict[str, FullLimits]:
 
 def timeouts(settings: SimpleNamespace) -> dict[str, float]:
     """Seconds for a whole call of every stage."""
-    return {stage: given.timeout for stage, given in stage_limits(settings).items()}
+    return {stage: given.timeout for stage, given in full_limits(settings).items()}
 
 
 def stage_apis(settings: SimpleNamespace) -> dict[str, StageApi]:
@@ -657,10 +657,13 @@ class Call:
     api: StageApi = field(default=None, repr=False)  # type: ignore[assignment]
     settings: SimpleNamespace = field(default=None, repr=False)  # type: ignore[assignment]
     until: float = 0.0  # time.monotonic() by which the whole call must be over
-    answer: Answer | None = None  # of the last POST
-    unanswered: BaseException | None = None  # why the last POST got no answer; see no_answer
+    # Of the last POST; where that was not sent, of the one before, unless that was accepted.
+    answer: Answer | None = None
+    # Why the call counts as unanswered: the error of the last POST, or of an earlier one that may
+    # still run, as after a 502; see no_answer.
+    unanswered: BaseException | None = None
     # Two bytes shared with the listener: the status of the last POST.
-    answered: Any = field(default=None, repr=False)
+    shared_status: Any = field(default=None, repr=False)
 
     def __post_init__(self):
         self.ids = self.ids or {JOBS.id: self.job_id}
@@ -725,8 +728,8 @@ class Call:
 
     def tell_listener(self, status: int) -> None:
         """Let the listener know the answer, should this process not live to return it."""
-        if self.answered is not None:
-            self.answered[:2] = status.to_bytes(2, "big")
+        if self.shared_status is not None:
+            self.shared_status[:2] = status.to_bytes(2, "big")
 
     @property
     def traceparent(self) -> str:
@@ -817,11 +820,11 @@ def value_of(table: Table, column: str, key: str, ask: Ask) -> str | None:
     return rows[0][0] if rows else None
 
 
-def claimed_call(row: Any, limits: FullLimits, listener: str, covered_until: float) -> Call:
-    """The call of a claimed row (see calls.TAKE).
+def claimed_call(row: Any, limits: FullLimits, listener: str, leased_until: float) -> Call:
+    """The call of a claimed row (see calls.CLAIM_DUE).
 
     Args:
-        covered_until: trigger.boottime() at which the lease ends, but for the call's timeout.
+        leased_until: trigger.boottime() at which others may take it over.
     """
     table = tables().get(row.table_name) or Table(row.table_name, id="id")
     ids = dict(zip(table.ids, (row.job_id, row.parent_id), strict=False))
@@ -839,7 +842,7 @@ def claimed_call(row: Any, limits: FullLimits, listener: str, covered_until: flo
         started_at=row.started_at,
         listener=listener,
         key=row.key,
-        leased_until=covered_until + limits.timeout,
+        leased_until=leased_until,
         table=row.table_name,
         join=row.join_of,
         ids=ids,

@@ -137,7 +137,7 @@ BEGIN
     $ddl$, id_type, greatest(1, extract(epoch FROM clock_timestamp() - timestamptz '2026-01-01') * 10000)::bigint);
 
     -- Who is calling what: one row per attempt under way. A stage that sets its job running
-    -- has paid the debt, but its call goes on, and its worker may yet be lost. An attempt that
+    -- has paid the debt, but its call goes on, and its listener may yet be lost. An attempt that
     -- got no answer keeps its row until the lease is over, as the stage may still be working.
     EXECUTE format($ddl$
         CREATE TABLE IF NOT EXISTS stage_leases (
@@ -177,13 +177,13 @@ BEGIN
                 'failed',     -- given up: waits for a person
                 'skipped',    -- the job had moved on or was deleted; nothing was called
                 'cancelled',  -- a person dropped the call; nothing was called
-                'lost')),     -- the worker never came back; its lease ran out
+                'lost')),     -- the listener never came back; its lease ran out
             error        text,
             table_name   text COLLATE "C" NOT NULL DEFAULT 'jobs',
             -- Attempts that count towards max_attempts, this one included.
             spent        integer,
             -- Serves `job JOB_ID`, and makes settling twice harmless. An attempt taken for
-            -- lost has a second row where its worker came back after all.
+            -- lost has a second row where its listener came back after all.
             PRIMARY KEY (job_id, call_id, attempt, outcome)
         )
     $ddl$, id_type);

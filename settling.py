@@ -38,7 +38,8 @@ class Settled(NamedTuple):
 
 def settle(conn: db.Connection, result: Result) -> Settled:
     """Settle `result`. Where the call has failed and its stage still holds the row, try again for a
-    while. Nothing is logged before unless the database refuses something: the output may be stuck.
+    while. Nothing is logged until it is written, unless the database refuses something: the output
+    may be stuck.
 
     Raises:
         psycopg2.Error: whether it is written is not known.

@@ -1,7 +1,8 @@
 """One call: run its stage function, and say what its outcome means (see docs/HOW_IT_WORKS.md).
 
 A worker does this in a process of its own, `call JOB_ID` in the command's. Neither needs a
-connection to the database; what came of the call is a Result, which the listener writes.
+connection to the database; what came of the call is a Result, which the listener writes. Not the
+database trigger, which is in triggers.sql: to trigger a stage is to call it.
 """
 
 import bdb
@@ -89,7 +90,7 @@ class Trigger:
             is_open = posted.outcome == "unknown" and posted.http_status is None  # as `ended` is
             if ended.outcome == "unknown" and (is_open or posted.outcome in NOTHING_RUNS):
                 return ended  # another request of the stage function may still run
-            posted.trace = self.trace(error)
+            posted.traceback = self.traceback_of(error)
             return posted
 
     def posted(self, call: Call, by_hand: bool) -> Result | None:
@@ -139,11 +140,11 @@ class Trigger:
         # SyntaxError is indented, and notes come later.
         said = [t for t in traceback.format_exception_only(error) if not t.startswith(" ")]
         ended = self.failure(call, "retry", said[0].strip())
-        ended.trace = self.trace(error)
+        ended.traceback = self.traceback_of(error)
         return ended
 
-    def trace(self, error: BaseException) -> str | None:
-        """The traceback of a bug."""
+    def traceback_of(self, error: BaseException) -> str | None:
+        """The traceback of a bug; None: `error` is none."""
         if isinstance(error, (pipeline.MissingValue, stage_http.TimeIsUp)):
             return None
         text = self.redact("".join(traceback.format_exception(error)))
@@ -239,7 +240,7 @@ def result(call: Call, outcome: str, **details: Any) -> Result:
 def failure(call: Call, outcome: str, error: str, retry_delay: float, **details: Any) -> Result:
     """The result of an attempt that did not succeed, and when it is due again."""
     last = call.spent >= call.max_attempts
-    # What got no answer may still run: it is given up once its lease is over, not before.
+    # Not "unknown", which may still run: that is given up when it is claimed after its lease.
     if outcome == "retry" and last:
         outcome, error = "failed", f"{error} (attempt {call.spent}, the last one)"
     if outcome == "held":
@@ -273,8 +274,8 @@ def log_begin(call: Call) -> None:
 
 def log_end(call: Call, ended: Result) -> None:
     """The one line of a call's end; before it the traceback of a bug in the stage function."""
-    if ended.trace:
-        extra = about(call, traceback=ended.trace)
+    if ended.traceback:
+        extra = about(call, traceback=ended.traceback)
         log.error("단계 함수 오류: %s stage=%s", logs.ids(call.ids), call.stage, extra=extra)
     if ended.outcome == "succeeded":
         log.info(

@@ -35,8 +35,8 @@ class Unwritten:
         self.alerts = alerts
         self.results: list[Result] = []
         self.locked: list[Result] = []
-        self.locked_until = math.inf  # time.monotonic() until which an end waits for them
-        self.are_left = False  # an end leaves them, as they were tried once more after that
+        self.wait_until = math.inf  # time.monotonic() until which an end waits for them
+        self.may_leave = False  # tried once more after that: the listener may end without them
         self.last_tries = 0
 
     @property
@@ -50,21 +50,21 @@ class Unwritten:
 
     def begin_to_leave(self) -> None:
         """The listener has nothing else to do: from now, wait LOCKED_FOR seconds for such rows."""
-        self.locked_until = min(self.locked_until, time.monotonic() + LOCKED_FOR)
+        self.wait_until = min(self.wait_until, time.monotonic() + LOCKED_FOR)
 
     @property
     def keeps_listener(self) -> bool:
         """Whether the listener may not end yet, as the row of a failed call is locked. Where the
         database is away, nothing is tried: then for LOCKED_FOR seconds more.
         """
-        is_over = time.monotonic() >= self.locked_until + LOCKED_FOR
-        return bool(self.locked_failures) and not (self.are_left or is_over)
+        is_over = time.monotonic() >= self.wait_until + LOCKED_FOR
+        return bool(self.locked_failures) and not (self.may_leave or is_over)
 
     def retry_locked(self) -> None:
-        """Settle those whose rows were locked once more, in the next turn."""
+        """Put those whose rows were locked back among the results that are settled next."""
         self.results, self.locked = self.results + self.locked, []
 
-    def tell_failed(self, conn: db.Connection) -> None:
+    def mark_and_tell_failed(self, conn: db.Connection) -> None:
         """Mark failures that are final, as the stage set the row to failed, and those of calls that
         a person has cancelled; then tell people.
         """
@@ -80,15 +80,15 @@ class Unwritten:
         """
         again = set(turn.unsettled)
         if any(r.call_id in again and not r.was_locked for r in self.results):
-            self.locked_until = math.inf
+            self.wait_until = math.inf
         # Its hold, if any, has begun: settling it again must not lengthen it.
         self.locked += [
             replace(r, hold=False, was_locked=True) for r in self.results if r.call_id in again
         ]
         if again:
-            self.are_left = time.monotonic() >= self.locked_until
+            self.may_leave = time.monotonic() >= self.wait_until
         # Settle a result once more whose row was locked until now: its stage may have committed
-        # `failed` between tell_failed() and this settling.
+        # `failed` between mark_and_tell_failed() and this settling.
         once_more = [
             replace(r, was_locked=False) for r in self.results
             if r.was_locked and r.delay is not None
@@ -103,7 +103,7 @@ class Unwritten:
         LAST_TRIES that the database refused, unless calls are still `under_way`.
         """
         self.retry_locked()
-        self.tell_failed(conn)
+        self.mark_and_tell_failed(conn)
         try:
             turn = one_by_one.settle_and_claim(conn, self.results, [], 0, name)
             for given_up in turn.given_up:

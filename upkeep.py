@@ -1,4 +1,4 @@
-"""Runs the tasks beside the calls when they are due; each listener does it for all. What they do is
+"""Runs tasks between calls, when they are due; each listener runs them for all. What they do is
 in calls.py, clock.py, history.py, leftovers.py and troubles.py.
 """
 
@@ -36,7 +36,7 @@ HISTORY_INTERVAL = FORGET_INTERVAL = ADOPT_INTERVAL = 300.0
 STALLED_INTERVAL = FAILED_INTERVAL = 300.0
 PRUNE_ALL_INTERVAL = 86400.0
 LONGEST_STALLED_INTERVAL = 3600.0
-FAILED_LOOKS = 3  # people are told after so many failed looks for stalled rows in a row
+STALLED_ERRORS = 3  # people are told after so many failed looks for stalled rows in a row
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Upkeep:
         self.is_new = True  # has not begun yet
         self.clock_is_back = False  # whether the database's clock is known to have been set back
         # Since when the database has had another PIPELINE (time.monotonic()), and whether that was
-        # told. It ends with this listener.
+        # told. No end of it is told, as people are asked for a restart.
         self.differs_since: float | None = None
         self.has_told_difference = False
         self.gone: set[str] = set()  # stages that left PIPELINE, told to be waiting
@@ -72,8 +72,8 @@ class Upkeep:
         self.failed_after: Any = None
         self.prune_all_at = 0.0  # by time.monotonic()
         self.failed_tables: list[str] = []  # those that can be read in this round
-        self.failed_looks = 0  # looks for stalled rows in a row that could not read everything
-        self.has_told_failing = False
+        self.stalled_errors = 0  # looks for stalled rows in a row that could not read everything
+        self.has_told_stalled_unseen = False
         self.broken: list[str] = []  # triggers that record no call, as last seen
         self.told_broken: list[str] = []  # the same, as people were last told by this listener
 
@@ -81,7 +81,7 @@ class Upkeep:
         self.clock = Task(self.shorten_waits, CLOCK_INTERVAL)
         self.stalled = Task(self.look_for_stalled, STALLED_INTERVAL, for_people)
         self.tasks = [
-            Task(self.end_leases, REAP_INTERVAL),
+            Task(self.compare_and_reap, REAP_INTERVAL),
             self.clock,
             Task(self.count_and_prune, HISTORY_INTERVAL),
             Task(self.forget, FORGET_INTERVAL),
@@ -96,7 +96,7 @@ class Upkeep:
         """time.monotonic() at which a task is due."""
         return min(task.at for task in self.tasks)
 
-    def begin(self, conn) -> None:
+    def tell_absence(self, conn) -> None:
         """Tell what has waited until now, once and before the first call is claimed."""
         if self.is_new and self.settings.ALERT_COMMAND:
             self.guarded(troubles.tell_absence, conn, self.settings.ALERT_AFTER, self.alerts)
@@ -120,15 +120,18 @@ class Upkeep:
                 has_more = task.do(conn)
                 task.at = now if has_more else now + task.every
 
-    def end_leases(self, conn) -> None:
-        """Compare this program and its PIPELINE with the database's; end leases that ran out."""
+    def compare_and_reap(self, conn) -> None:
+        """End this listener where a newer program has installed; say where PIPELINE or the triggers
+        differ; end leases that ran out.
+        """
         self.guarded(migrations.require_not_newer, conn)
         self.compare(conn)
         self.guarded(reap, conn)
 
     def compare(self, conn) -> None:
         """Say once that the database has another PIPELINE: calls of its new states wait for a
-        listener that has it. Within ALERT_AFTER a deploy may still restart this one.
+        listener that has it. Within ALERT_AFTER a deploy may still restart this one. Where it is
+        the same, look at the triggers.
         """
         found = self.guarded(routes.difference, conn)
         if found is None:  # refused
@@ -239,7 +242,7 @@ class Upkeep:
             self.stalled.every = min(2 * self.stalled.every, LONGEST_STALLED_INTERVAL)
         else:
             self.stalled.every = STALLED_INTERVAL
-        self.guarded(self.tell_failing, conn, failed)
+        self.guarded(self.tell_stalled_unseen, conn, failed)
 
     def tell_failed(self, found: tuple[list, Any]) -> None:
         """Tell people of what troubles.newly_failed() has found."""
@@ -264,20 +267,19 @@ class Upkeep:
         text = f"{are} stalled at {row.stage}: {row.reason}"
         self.alerts.send("stalled", text, **row._asdict())
 
-    def tell_failing(self, conn, failed: Mapping[str, psycopg2.Error]) -> None:
+    def tell_stalled_unseen(self, conn, failed: Mapping[str, psycopg2.Error]) -> None:
         """Tell people that stalled rows cannot be looked for, and when that is over. Only the
         listener that was connected first does.
         """
-        self.failed_looks = self.failed_looks + 1 if failed else 0
-        is_failing = self.failed_looks >= FAILED_LOOKS
-        if is_failing and not self.has_told_failing and listeners.is_first(conn):
-            self.has_told_failing, why = True, reasons(failed)
-            text = (
-                f"jobs may be stalled unseen: {self.failed_looks} looks for them have failed: {why}"
-            )
+        self.stalled_errors = self.stalled_errors + 1 if failed else 0
+        is_failing = self.stalled_errors >= STALLED_ERRORS
+        if is_failing and not self.has_told_stalled_unseen and listeners.is_first(conn):
+            self.has_told_stalled_unseen, why = True, reasons(failed)
+            times = f"{self.stalled_errors} looks for them have failed"
+            text = f"jobs may be stalled unseen: {times}: {why}"
             self.alerts.send("stalled", text, reason=why)
-        elif self.has_told_failing and not failed:
-            self.has_told_failing = False
+        elif self.has_told_stalled_unseen and not failed:
+            self.has_told_stalled_unseen = False
             self.alerts.send_recovered("stalled", None, "stalled jobs can be looked for again")
 
     def note_clock_set_back(self) -> None:
@@ -315,14 +317,14 @@ class Upkeep:
 
 
 # Stores the timeouts, which come from the listener's settings, for stalled_jobs() and people.
-TELL_TIMEOUTS = """
+STORE_TIMEOUTS = """
 UPDATE pipeline_stages AS p SET timeout = told.timeout
 FROM unnest(%(stages)s::text[], %(timeouts)s::float8[]) AS told (stage, timeout)
 WHERE p.stage = told.stage AND p.timeout IS DISTINCT FROM told.timeout
 """
 
 
-def tell_timeouts(conn, timeouts: Mapping[str, float]) -> None:
+def store_timeouts(conn, timeouts: Mapping[str, float]) -> None:
     """Write the timeout of every stage, in seconds, to pipeline_stages."""
     given = {"stages": list(timeouts), "timeouts": list(timeouts.values())}
-    execute(conn, TELL_TIMEOUTS, given)
+    execute(conn, STORE_TIMEOUTS, given)

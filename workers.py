@@ -56,10 +56,10 @@ def packed(message: Call | Result) -> bytes:
 class Worker:
     """One worker process as the listener sees it."""
 
-    def __init__(self, pid: int, end: socket.socket, answered: mmap.mmap):
+    def __init__(self, pid: int, end: socket.socket, shared_status: mmap.mmap):
         self.pid = pid
         self.end = end
-        self.answered = answered  # see Call
+        self.shared_status = shared_status  # see Call
         self.end.setblocking(False)
         self.is_open = True
         self.is_garbled = False  # what came is no result
@@ -74,7 +74,7 @@ class Worker:
         return self.end.fileno()
 
     def give(self, call: Call) -> None:
-        self.answered[:2] = bytes(2)
+        self.shared_status[:2] = bytes(2)
         self.unsent = packed(call)
         self.call, self.made, self.began = call, self.made + 1, time.monotonic()
         self.until = self.began + call.timeout + GRACE
@@ -127,7 +127,7 @@ class Worker:
         with contextlib.suppress(OSError):
             os.killpg(self.pid, signal.SIGKILL)
         self.end.close()
-        self.answered.close()
+        self.shared_status.close()
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         return os.waitstatus_to_exitcode(status) if pid else None
 
@@ -190,14 +190,14 @@ class Workers:
     def start(self) -> Worker:
         ours, theirs = socket.socketpair()
         theirs.settimeout(None)  # whatever default a module of the stages has set
-        answered = mmap.mmap(-1, 2)  # memory that a fork shares
+        shared_status = mmap.mmap(-1, 2)  # memory that a fork shares
         pid = os.fork()
         if pid == 0:
-            live(self, theirs, answered, [ours, *(worker.end for worker in self.all)])
+            live(self, theirs, shared_status, [ours, *(worker.end for worker in self.all)])
         theirs.close()
         with contextlib.suppress(OSError):
             os.setpgid(pid, pid)  # as the child does: whoever comes first
-        return Worker(pid, ours, answered)
+        return Worker(pid, ours, shared_status)
 
     def give(self, call: Call) -> None:
         """Have `call` made by an idle worker, whose last result is written."""
@@ -205,9 +205,8 @@ class Workers:
         if worker.made >= CALLS or worker.has_ended():
             with contextlib.suppress(OSError):  # where no process can be started, it goes on
                 self.all.append(self.start())
-                self.remove(worker, has_ended=False)
+                self.kill_and_remove(worker, has_ended=False)
                 worker = self.all[-1]
-        call.target_number = self.conn.target_number if self.conn else None
         worker.give(call)
 
     def collect(self, ready: Iterable[Any]) -> list[tuple[Call, Result]]:
@@ -223,18 +222,18 @@ class Workers:
             if not (worker in ready or children or now >= worker.until):
                 continue
             call, has_ended = worker.call, worker.has_ended()
-            result = received(worker)
+            result = result_from(worker)
             if call is not None and result is not None:
                 ended.append((call, result))
             if has_ended or now >= worker.until:
-                status = int.from_bytes(worker.answered[:2], "big")
-                reason = self.remove(worker, has_ended)
+                status = int.from_bytes(worker.shared_status[:2], "big")
+                reason = self.kill_and_remove(worker, has_ended)
                 if worker.call is not None:
                     result = self.result_of_dead(worker.call, worker.began, status, reason)
                     ended.append((worker.call, result))
         return ended
 
-    def remove(self, worker: Worker, has_ended: bool) -> str:
+    def kill_and_remove(self, worker: Worker, has_ended: bool) -> str:
         """Kill a worker, so that another takes its place; why the process ended, in words."""
         self.all.remove(worker)
         code = worker.kill()
@@ -262,20 +261,21 @@ class Workers:
             status: of the answer to its last POST; 0: there was none.
         """
         if ended := trigger.accepted(call, status):
-            ended.trace = f"{reason}, after the call was accepted"
+            ended.traceback = f"{reason}, after the call was accepted"
         else:
             ended = trigger.failure(call, "unknown", reason, self.settings.RETRY_DELAY)
         ended.seconds = time.monotonic() - began
         return ended
 
-    def stop(self) -> None:
+    def kill_all(self) -> None:
         """Kill all workers: they are idle, or a second signal came; leases protect their calls."""
         for worker in list(self.all):
             worker.kill()
         self.all = []
 
 
-def received(worker: Worker) -> Result | None:
+def result_from(worker: Worker) -> Result | None:
+    """What the worker has sent, if that is all of a result."""
     try:
         return worker.receive()
     except Exception as error:  # a stage function has written to this socket
@@ -288,7 +288,7 @@ def received(worker: Worker) -> Result | None:
 
 
 def live(
-    workers: Workers, end: socket.socket, answered: mmap.mmap, others: list[socket.socket]
+    workers: Workers, end: socket.socket, shared_status: mmap.mmap, others: list[socket.socket]
 ) -> None:
     """The life of a worker, from the fork to its end; does not return."""
     code = 1
@@ -305,7 +305,7 @@ def live(
         for other in others:
             other.close()
         psycopg2.extensions.set_wait_callback(None)  # see where db.py sets it
-        make_calls(workers, end, answered)
+        make_calls(workers, end, shared_status)
         code = 0
     except BaseException:
         log.exception("워커 오류")
@@ -314,15 +314,15 @@ def live(
         os._exit(code)
 
 
-def make_calls(workers: Workers, end: socket.socket, answered: mmap.mmap) -> None:
+def make_calls(workers: Workers, end: socket.socket, shared_status: mmap.mmap) -> None:
     """One call after the other, for as long as the listener lives."""
     last: tuple[Call, Result] | None = None
     for call in given(end):
         last = None  # is written: only then does the listener give a worker its next call
         arm(call)
-        call.answered = answered
+        call.shared_status = shared_status
         result = workers.trigger.run(call)
-        call.answered = None  # a thread that it left behind may go on to POST
+        call.shared_status = None  # a thread that it left behind may go on to POST
         flush_output()
         last = call, result
         try:
@@ -331,7 +331,7 @@ def make_calls(workers: Workers, end: socket.socket, answered: mmap.mmap) -> Non
             break
         signal.setitimer(signal.ITIMER_REAL, 0)
     if last is not None:
-        settle_as_orphan(workers.settings, *last)
+        settle_without_listener(workers.settings, *last)
 
 
 def given(end: socket.socket) -> Iterator[Call]:
@@ -348,7 +348,7 @@ def arm(call: Call) -> None:
     signal.setitimer(signal.ITIMER_REAL, max(0.001, call.leased_until - boottime()))
 
 
-def settle_as_orphan(settings: SimpleNamespace, call: Call, result: Result) -> None:
+def settle_without_listener(settings: SimpleNamespace, call: Call, result: Result) -> None:
     """The listener is gone: write the result here, as long as the lease lasts.
 
     It may have been written already; the fence makes that harmless. Then nothing is said.

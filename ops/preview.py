@@ -26,7 +26,7 @@ from logs import CONTROL
 from ops import rows, steer
 from ops.problem import IF_NEWER, INSTALL, Problem
 
-# The columns of a claim (see calls.TAKE) that a call is made of.
+# The columns of a claim (see calls.CLAIM_DUE) that a call is made of.
 NEXT_ATTEMPT = """
 SELECT c.call_id, c.job_id, c.job_id::text AS key, c.table_name, c.join_of, c.current_step,
        c.status, c.stage, c.attempts + 1 AS attempt, c.attempts - c.free_attempts + 1 AS spent,
@@ -72,10 +72,10 @@ def next_attempt(conn, settings: SimpleNamespace, row: Any, stage: str | None) -
     owed = db.execute(conn, NEXT_ATTEMPT, given).fetchone()
     if owed is None:
         raise Problem(steer.why_nothing_owed(conn, row, stage))
-    limits = pipeline.stage_limits(settings).get(owed.stage)
+    limits = pipeline.full_limits(settings).get(owed.stage)
     if limits is None:
         raise Problem(f"PIPELINE has no stage {owed.stage}: {INSTALL}, {IF_NEWER}")
-    call = pipeline.claimed_call(owed, limits, "dry run", math.inf)
+    call = pipeline.claimed_call(owed, limits, "dry run", leased_until=math.inf)
     call.api, call.settings = pipeline.stage_apis(settings)[owed.stage], settings
     call.until = math.inf
     return call

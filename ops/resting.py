@@ -1,6 +1,5 @@
 """The rows that rest, as no call and no stage moves them on, and how many each stage has."""
 
-import math
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -94,7 +93,7 @@ def listed(
         return db.execute(conn, prefix + PART + sql, {**given, "part": part}).fetchall()
 
     groups = parts(only)
-    answers, failed = db.in_parts(conn, ask, *groups, limit=math.inf)
+    answers, failed = db.in_parts(conn, ask, *groups, all_parts=True)
     error = next(iter(failed.values()), None)
     if error and "function resting_rows" in (error.diag.message_primary or ""):
         raise error

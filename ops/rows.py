@@ -1,6 +1,5 @@
 """The row that a command is about: its id on the command line, where it is, what it owes."""
 
-import math
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -236,7 +235,7 @@ def unreadable(conn) -> dict[str, psycopg2.Error]:
     def ask(conn, table: str | None = None) -> None:
         db.execute(conn, READ, {"tables": [table] if table else tables})
 
-    _, failed = db.in_parts(conn, ask, tables, limit=math.inf)
+    _, failed = db.in_parts(conn, ask, tables, all_parts=True)
     return {table: failed[table] for table in tables if table in failed}
 
 

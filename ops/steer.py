@@ -155,21 +155,22 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
         Problem: it owes none (to `stage`), or none that may be made now, or several.
     """
     rows.require_readable(row)
-    limits, alerts = pipeline.stage_limits(settings), Alerts(settings)
+    limits, alerts = pipeline.full_limits(settings), Alerts(settings)
     chosen = rows.one_owed(conn, row, stage)
     if chosen is None:
         raise Problem(why_nothing_owed(conn, row, stage))
     wanted = [Wanted(stage, limit.timeout + settings.LEASE_MARGIN, 1, 1,
                      limit.is_limited) for stage, limit in limits.items()]  # fmt: skip
     calls.reap(conn)  # a lost attempt, before the history has a newer one
-    began = trigger.boottime()
+    leased_from = trigger.boottime()
     only = (row.key, chosen.call_id, chosen.attempts)
     claimed = calls.settle_and_claim(conn, [], wanted, 1, name, only=only).claimed
     if not claimed:
         raise Problem(why_nothing_owed(conn, row, chosen.stage, by_hand=True))
     [claim] = claimed
-    until = began + settings.LEASE_MARGIN
-    call = pipeline.claimed_call(claim, limits[claim.stage], name, until)
+    limit = limits[claim.stage]
+    leased_until = leased_from + limit.timeout + settings.LEASE_MARGIN
+    call = pipeline.claimed_call(claim, limit, name, leased_until)
     call.target_number = conn.target_number
     if claim.routed_to not in (None, claim.stage):
         checks.put_off(conn, claim, name, claim.spent - 1, 0, claim.last_error)

@@ -1,6 +1,5 @@
 """`verify`: checks everything the listener needs; a line each, with the command that mends it."""
 
-import math
 import select
 import shutil
 import sys
@@ -234,7 +233,7 @@ def check_locks(conn, settings) -> None:
         tables = [table] if table else NEEDED
         db.execute(conn, ";".join(f"SELECT FROM {name} LIMIT 0" for name in tables))
 
-    _, ours = db.in_parts(conn, ask, NEEDED, limit=math.inf)
+    _, ours = db.in_parts(conn, ask, NEEDED, all_parts=True)
     said = [rows.locked(conn, table) for table, error in (rows.unreadable(conn) | ours).items()
             if isinstance(error, psycopg2.errors.LockNotAvailable)]  # fmt: skip
     # Where the table of its parents is locked, a table cannot be read either.

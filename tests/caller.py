@@ -74,7 +74,7 @@ class Caller:
             only = (only, *self.database.rows(CALL_OF, only)[0])
         while True:
             began = boottime()
-            listener.unwritten.tell_failed(self.conn)
+            listener.unwritten.mark_and_tell_failed(self.conn)
             for wanted in listener.claiming.wanted(1, [], sweep=True):
                 turn = calls.settle_and_claim(
                     self.conn,
@@ -103,7 +103,7 @@ class Caller:
 
     def settle(self, conn=None) -> None:
         """Settle all results."""
-        self.listener.unwritten.tell_failed(conn or self.conn)
+        self.listener.unwritten.mark_and_tell_failed(conn or self.conn)
         unwritten, name = self.listener.unwritten.results, self.listener.name
         turn = calls.settle_and_claim(conn or self.conn, unwritten, [], 0, name)
         self.listener.note_settled(self.conn, turn)

@@ -126,7 +126,7 @@ def test_refusal_of_a_call_that_was_cancelled_under_way_is_no_alert(
             run_command(database, "cancel", job)
         ended = trigger.failure(call, "failed", "HTTP 422", 0, http_status=422)
         if is_killed:
-            workers.settle_as_orphan(calling.settings, call, ended)
+            workers.settle_without_listener(calling.settings, call, ended)
         else:
             calling.listener.keep(call, ended)
             calling.settle()

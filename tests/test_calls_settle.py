@@ -272,7 +272,7 @@ def test_row_that_is_locked_is_tried_once_more_before_a_listener_ends(database, 
     last.results.append(failed)
     last.note_settled(calls.Turn([], [failed.call_id]))
     last.begin_to_leave()
-    last.locked_until = time.monotonic()
+    last.wait_until = time.monotonic()
     assert last.keeps_listener
     last.retry_locked()
     last.note_settled(calls.Turn([], [failed.call_id]))

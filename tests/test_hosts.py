@@ -150,7 +150,7 @@ def test_old_primary_that_still_answers_is_named(pair, monkeypatch, tmp_path):
     assert watch.look() is None and watch.process is None  # it is too early
     with closing(db.connect(primary.settings())) as conn:
         watch.latest = {hosts.place(conn).system: 1}  # it was there before the other one was
-        watch.arrive(conn, str)
+        watch.check_new_connection(conn, str)
     watch.look_at = 0.0
     assert until(watch.look, "what it finds") == said
     with pytest.raises(hosts.OldPrimary, match="is an old primary: it is on timeline 1"):

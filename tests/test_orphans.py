@@ -90,7 +90,7 @@ def test_row_that_its_stage_set_failed_after_the_listener_was_killed_is_told_so(
     call = calling.claim()
     database.move(job, "planner", "failed")
     ended = trigger.failure(call, "failed", "HTTP 422: no GPU", 0, http_status=422)
-    workers.settle_as_orphan(calling.settings, call, ended)
+    workers.settle_without_listener(calling.settings, call, ended)
     said = json.loads(told.read_text())
     assert (said["event"], said["job"]) == ("failed_by_stage", job)
     [attempt] = database.attempts(job)
@@ -105,7 +105,7 @@ def test_answer_is_recorded_by_a_worker_while_the_table_of_the_row_is_locked(dat
     with database.connect() as change:
         change.autocommit = False
         change.cursor().execute("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE")
-        workers.settle_as_orphan(calling.settings, call, ended)
+        workers.settle_without_listener(calling.settings, call, ended)
         assert [attempt.outcome for attempt in database.attempts(job)] == ["failed"]
         change.rollback()
 
@@ -118,7 +118,7 @@ def test_call_is_given_up_by_a_worker_though_its_stage_holds_the_row(database, c
     with closing(database.connect()) as held:
         held.cursor().execute("BEGIN; UPDATE jobs SET status = 'running'")
         monkeypatch.setattr(settling.time, "sleep", lambda _: held.cursor().execute("ROLLBACK"))
-        workers.settle_as_orphan(calling.settings, call, ended)
+        workers.settle_without_listener(calling.settings, call, ended)
     assert database.owed(job).given_up
     assert [attempt.outcome for attempt in database.attempts(job)] == ["failed"]
 

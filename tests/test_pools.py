@@ -257,7 +257,7 @@ def test_claim_that_is_refused_takes_no_other_call_with_it(site, caller):
     for step in ("planner", "d", "e"):
         site.add_job(step, "done")
     assert [call.stage for call in claim(claiming)] == ["overlay"]
-    listener.claiming.look_at = 0.0
+    listener.claiming.claim_at = 0.0
     assert [call.stage for call in claim(claiming)] == ["erase"]
 
 

@@ -253,7 +253,7 @@ def one_of_everything(database, conn) -> None:
     database.rows("DELETE FROM stage_limits")  # which PIPELINE does not declare
     migrations.require_not_newer(conn)
     require_installed(conn)
-    upkeep.tell_timeouts(conn, {"planner": 1.0})
+    upkeep.store_timeouts(conn, {"planner": 1.0})
 
 
 @pytest.fixture

@@ -726,7 +726,7 @@ def test_call_released_while_others_end_at_a_stop_is_given_back(
     released = [(call, trigger.result(call, "released"))]
     monkeypatch.setattr(listener.workers, "collect", lambda ready: released)
     listener.collect([])
-    assert listener.next_look <= time.monotonic()
+    assert listener.next_turn <= time.monotonic()
     assert listener.settle_and_claim(claiming.conn) == []
     assert database.value("SELECT count(*) FROM stage_leases") == 0
 
@@ -746,8 +746,8 @@ def test_released_call_whose_row_is_held_is_given_back_once_it_is_let_go(
         listener.collect([])
         assert listener.settle_and_claim(claiming.conn) == []
         application.rollback()
-    listener.claiming.look_at = listener.claiming.sweep_at = math.inf
-    assert listener.next_look == listener.again_at
+    listener.claiming.claim_at = listener.claiming.sweep_at = math.inf
+    assert listener.next_turn == listener.again_at
     listener.again_at = listener.doubtful_until = 0.0
     [again] = listener.settle_and_claim(claiming.conn)
     assert again.attempt == 2

@@ -154,11 +154,11 @@ def test_turn_in_parts_is_soon_followed_by_another(database, caller, monkeypatch
 
     monkeypatch.setattr(calls, "settle_and_claim", locked)
     database.add_job()
-    listener.claiming.look_at = 0.0
+    listener.claiming.claim_at = 0.0
     assert listener.settle_and_claim(claiming.conn) == []
-    assert listener.next_look < time.monotonic() + 2 and not listener.claiming.found_nothing
+    assert listener.next_turn < time.monotonic() + 2 and not listener.claiming.found_nothing
     monkeypatch.undo()
-    listener.claiming.look_at = 0.0
+    listener.claiming.claim_at = 0.0
     assert len(listener.settle_and_claim(claiming.conn)) == 1
 
 
@@ -184,7 +184,7 @@ def stages_of_turns(claiming, turns: int) -> list[str]:
     """The stages of which calls are claimed; each turn looks for some."""
     stages = []
     for _ in range(turns):
-        claiming.listener.claiming.look_at = 0.0
+        claiming.listener.claiming.claim_at = 0.0
         stages += [call.stage for call in claiming.listener.settle_and_claim(claiming.conn)]
     return stages
 
@@ -192,7 +192,7 @@ def stages_of_turns(claiming, turns: int) -> list[str]:
 def test_table_that_cannot_be_read_keeps_no_call_of_another_waiting(database, two_tables):
     database.rows(RENAME)
     assert stages_of_turns(two_tables, 3) == ["vlm_analyze"] * 3
-    assert two_tables.listener.next_look <= time.monotonic() + LONGEST_SLEEP
+    assert two_tables.listener.next_turn <= time.monotonic() + LONGEST_SLEEP
     for _ in range(2):
         two_tables.listener.claiming.sweep_at = 0.0
         assert stages_of_turns(two_tables, 1) == []
@@ -222,7 +222,7 @@ def test_table_that_is_locked_keeps_no_call_of_another_waiting(database, two_tab
             assert stages_of_turns(two_tables, 1) == []
             assert two_tables.listener.claiming.unclaimable == {"yolo_detect": why}
         two_tables.line("단계의 호출을 가져올 수 없음")
-        assert two_tables.listener.next_look <= time.monotonic() + LONGEST_SLEEP
+        assert two_tables.listener.next_turn <= time.monotonic() + LONGEST_SLEEP
     two_tables.line("한 건씩 다시 시도")  # the second turn did not wait
     two_tables.listener.claiming.sweep_at = 0.0
     assert stages_of_turns(two_tables, 1) == ["yolo_detect"]
@@ -280,7 +280,7 @@ def test_pipeline_whose_only_table_is_locked_keeps_its_connection(database, use_
     with contextlib.closing(database.connect()) as change:
         change.cursor().execute("BEGIN; LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE")
         assert stages_of_turns(claiming, 2) == []
-    assert claiming.listener.next_look <= time.monotonic() + LONGEST_SLEEP
+    assert claiming.listener.next_turn <= time.monotonic() + LONGEST_SLEEP
     claiming.listener.claiming.sweep_at = 0.0
     assert stages_of_turns(claiming, 1) == ["vlm_analyze"]
 
@@ -306,7 +306,7 @@ def test_person_does_not_wait_again_for_each_part_that_is_slow(monkeypatch, part
         asked.append(part)
         raise psycopg2.errors.QueryCanceled("statement timeout")
 
-    answers, failed = db.in_parts(None, ask, parts, limit=math.inf)
+    answers, failed = db.in_parts(None, ask, parts, all_parts=True)
     assert (asked, answers, {*failed}) == ([None], [], {*parts})
 
 

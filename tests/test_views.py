@@ -165,12 +165,12 @@ def test_stalled_needs_no_column_that_jobs_may_lack(server, make_database):
 
 
 def test_timeout_of_the_stage_decides(database, conn):
-    upkeep.tell_timeouts(conn, {"vlm_analyze": 3 * 3600.0})
+    upkeep.store_timeouts(conn, {"vlm_analyze": 3 * 3600.0})
     database.add_job()
     settle(conn, result(claim(conn)))
     age(database)
     assert stalled(database) == []
-    upkeep.tell_timeouts(conn, {"vlm_analyze": 3600.0})
+    upkeep.store_timeouts(conn, {"vlm_analyze": 3600.0})
     assert len(stalled(database)) == 1
 
 

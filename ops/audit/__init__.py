@@ -95,7 +95,7 @@ class Audit:
     def look_at_history(self, settings: SimpleNamespace, batch: int) -> None:
         margin, timeouts = settings.LEASE_MARGIN, pipeline.timeouts(settings)
         leases = {stage: timeout + margin for stage, timeout in timeouts.items()}
-        limits = pipeline.stage_limits(settings)
+        limits = pipeline.full_limits(settings)
         most = {
             stage: limit.max_attempts or settings.MAX_ATTEMPTS for stage, limit in limits.items()
         }
