@@ -6,6 +6,7 @@ import uuid
 import psycopg2
 from psycopg2.extensions import connection as Connection
 
+from demo import five_stages
 from demo.terminal import Ended, one_line
 
 TENANT = f"demo-{secrets.token_hex(3)}"
@@ -27,14 +28,25 @@ SELECT EXISTS (SELECT FROM jobs WHERE status <> 'failed'
        EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database()
                AND application_name LIKE 'job-state-listener%')"""
 
+ROUTES = "SELECT current_step, status, stage FROM pipeline_stages"
+
+
+def is_there(connection: Connection, table: str) -> bool:
+    return query(connection, "SELECT to_regclass(%s)", [table]) != [(None,)]
+
 
 def check_database(connection: Connection) -> None:
-    """Raises Ended where the table jobs does not take our rows, or where other jobs are due or
-    another listener runs: our listener would call the stand-in for their jobs, and theirs would
-    call their API for ours.
+    """Raises Ended where the table jobs does not take our rows; where another PIPELINE is
+    installed, which our `install` would replace; or where other jobs are due or another listener
+    runs: our listener would call the stand-in for their jobs, and theirs would call their API for
+    ours.
     """
-    if query(connection, "SELECT to_regclass('jobs')") == [(None,)]:
+    if not is_there(connection, "jobs"):
         return
+    ours = {(*state, function.__name__) for state, function in five_stages.PIPELINE.items()}
+    if is_there(connection, "pipeline_stages") and set(query(connection, ROUTES)) - ours:
+        raise Ended("another PIPELINE is installed in this database; name an empty one, or unset "
+                    "DB_HOST to do without")  # fmt: skip
     [(jobs, listener)] = query(connection, OTHERS)
     if jobs or listener:
         found = "a listener is connected to" if listener else "jobs are on their way in"

@@ -4,7 +4,6 @@ import os
 from contextlib import ExitStack
 from pathlib import Path
 
-import dotenv
 from psycopg2.extensions import connection as Connection
 
 import config
@@ -29,9 +28,13 @@ def server(connection: Connection) -> str:
 def environment(**settings: object) -> dict[str, str]:
     """The environment of a listener with these settings and the defaults of all others, whatever
     the caller's environment and `.env` say: they may name a production API.
+
+    Raises:
+        config.SettingsError: `.env` cannot be read.
     """
     defaults = {name: default or "" for name, (default, _) in config.SETTINGS.items()}
-    given = {*os.environ, *dotenv.dotenv_values(ENV_FILE)}
+    in_file, _ = config.values_in(ENV_FILE) if ENV_FILE.is_file() else ({}, [])
+    given = {*os.environ, *in_file}
     urls = {name: "" for name in given if name.startswith(config.STAGE_URL)}
     ours = {name: str(value) for name, value in settings.items()}
     return os.environ | defaults | urls | {"PYTHONIOENCODING": "utf-8"} | ours

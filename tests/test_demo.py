@@ -157,6 +157,15 @@ def test_database_with_jobs_of_others_is_refused(database):
     assert "✗ jobs are on their way in this database; name an empty one" in done.stdout
 
 
+def test_database_with_another_pipeline_is_refused_and_keeps_it(database):
+    database.rows("DELETE FROM jobs; UPDATE pipeline_stages SET stage = 'caption'"
+                  " WHERE stage = 'planner'")  # fmt: skip
+    done = demo(**{name: str(value) for name, value in database.environ.items()})
+    assert done.returncode == 1
+    assert "✗ another PIPELINE is installed in this database; name an empty one" in done.stdout
+    assert database.value("SELECT count(*) FROM pipeline_stages WHERE stage = 'caption'") == 1
+
+
 def test_unknown_name_is_told_what_is_allowed():
     done = demo("nope")
     assert done.returncode == 2
