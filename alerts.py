@@ -39,6 +39,7 @@ EPISODE = 600.0
 class Message:
     """What the command gets."""
 
+    key: tuple[str, Any]  # event, stage
     said: bytes
     tries: int = 0
     at: float = 0.0  # time.monotonic() of the next try
@@ -125,6 +126,7 @@ class Alerts:
         """
         text = f"{stage}: {text}" if stage else text
         said = {"event": "recovered", "text": text, "stage": stage, "of": event}
+        self.give_up((event, stage))
         episode = self.episodes.get((event, stage))
         if episode and not at_once:
             episode.recovered = said
@@ -140,7 +142,8 @@ class Alerts:
             return
         text = json.dumps(said, default=str, ensure_ascii=False)
         # An error may hold half of a surrogate pair, which UTF-8 has not.
-        self.waiting.append(Message(text.encode("utf-8", "backslashreplace") + b"\n"))
+        encoded = text.encode("utf-8", "backslashreplace") + b"\n"
+        self.waiting.append(Message((said["event"], said.get("stage")), encoded))
         self.run()
 
     def end_episodes(self, now: float) -> None:
@@ -187,10 +190,25 @@ class Alerts:
         return bool(self.running)
 
     def try_again(self, message: Message) -> None:
-        """Later, as the database may have marked it as told. Not once the listener ends."""
-        if message.tries < TRIES and not self.is_closing:
+        """Later, as the database may have marked it as told; once more at once where the listener
+        ends.
+        """
+        if self.is_closing and message.tries == 1:
+            self.waiting.append(message)
+        elif message.tries < TRIES and not self.is_closing:
             message.at = time.monotonic() + TRY_AGAIN_AFTER
             self.again.append(message)
+        else:
+            log.error("알림 명령이 받지 못한 알림: %s", message.said.decode().strip())
+
+    def give_up(self, key: tuple[str, Any]) -> None:
+        """What the command has not taken is not tried again, as the event is over: it would come
+        after that is told.
+        """
+        self.again = deque(message for message in self.again if message.key != key)
+        for message in (*self.waiting, *(run.message for run in self.running)):
+            if message.key == key:
+                message.tries = TRIES
 
     def start(self, message: Message) -> None:
         message.tries += 1

@@ -77,6 +77,7 @@ EVENTS = {
     "워커가 결과를 기록할 수 없음": "worker_cannot_record_result",
     "heartbeat 파일을 쓸 수 없음": "heartbeat_not_written",
     "알림 명령 실패": "alert_command_failed",
+    "알림 명령이 받지 못한 알림": "alert_not_taken",
     "알림 대기열이 가득 차 버림": "alert_dropped",
     "중지하느라 보내지 못한 알림": "alert_not_sent",
     "상태 페이지 시작": "serve_started",

@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 import tempfile
+from collections import Counter
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -222,12 +223,25 @@ def test_alert_whose_command_always_fails_is_tried_a_few_times(monkeypatch, capl
     failing = alerts.Alerts(config.read({"ALERT_COMMAND": command}))
     failing.send("stalled", "text", stage="overlay")
     until(lambda: not failing.run() and failing.next_run == math.inf, "the end of all tries")
-    assert len(caplog.messages) == alerts.TRIES
+    assert len(caplog.messages) == alerts.TRIES + 1
+    assert '"text": "text"' in caplog.messages[-1]
     monkeypatch.setattr(alerts, "TRY_AGAIN_AFTER", 600.0)
-    failing.send("stalled", "text", stage="planner")
+    caplog.clear()
+    failing.send("stalled", "tried once", stage="planner")
     until(lambda: not failing.run(), "the first try")
+    failing.send("given_up", "not tried yet")
     failing.close()
-    assert len(caplog.messages) == alerts.TRIES + 2
+    said = Counter(message.partition(":")[0] for message in caplog.messages)
+    assert said == {"알림 명령 실패": 4, "알림 명령이 받지 못한 알림": 2}
+
+
+def test_alert_that_failed_is_not_sent_after_its_recovery(monkeypatch, told, tmp_path):
+    monkeypatch.setattr(alerts, "TRY_AGAIN_AFTER", 0.0)
+    sending = alerts.Alerts(config.read({"ALERT_COMMAND": python(SECOND_TIME, tmp_path / "told")}))
+    sending.send("stalled", "text", stage="overlay")
+    sending.send_recovered("stalled", "overlay", "no job is stalled")
+    until(lambda: not sending.run() and sending.next_run == math.inf, "the end of all tries")
+    assert [said["event"] for said in told()] == ["recovered"]
 
 
 def test_command_that_hangs_is_ended(monkeypatch):
