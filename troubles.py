@@ -69,7 +69,8 @@ WITH batch AS (
                         AND (later.finished_at, later.call_id, later.attempt)
                             > (a.finished_at, a.call_id, a.attempt))
       AND NOT EXISTS (SELECT FROM stage_calls AS c
-                      WHERE c.job_id = a.job_id AND c.table_name = a.table_name)
+                      WHERE c.job_id = a.job_id AND c.table_name = a.table_name
+                        AND (c.join_of = '' OR c.stage = a.stage))
       AND NOT EXISTS (SELECT FROM stage_leases AS l
                       WHERE l.job_id = a.job_id AND l.table_name = a.table_name
                         AND l.leased_until > now())

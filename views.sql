@@ -137,14 +137,15 @@ DECLARE
         JOIN pg_namespace AS n ON n.oid = t.typnamespace
         WHERE a.attrelid = 'stage_calls'::regclass AND a.attname = 'job_id');
     -- When a row last changed, by its updated_at; NULL where that is not known. A timestamp without
-    -- time zone may be any zone's; a time to come is wrong, and one before 1970 is a program's zero,
+    -- time zone may be any zone's; a time to come is wrong, and one before 1970-01-02, in which zone
+    -- ever, is a program's zero,
     -- which Python cannot read where it is before the year 1. Where the table has no such column, the
     -- name stands for that of `absent`.
     changed constant text :=
         '(SELECT c.at FROM (SELECT CASE WHEN pg_typeof(updated_at) = ''timestamptz''::regtype'
         ' THEN (to_jsonb(updated_at) #>> ''{}'')::timestamptz END AS at'
         ' FROM %1$I.%2$I AS x WHERE x.%3$I = r.%3$I LIMIT 1) AS c'
-        ' WHERE c.at BETWEEN ''1970-01-01'' AND now())';
+        ' WHERE c.at BETWEEN ''1970-01-02'' AND now())';
     -- The tenant of a parent without one of its own: that of the nearest row above that has one.
     borrowed constant text := '(%I.stage_call_row(%L, '''', m.parent_id)).tenant_id #>> ''{}''';
     resting jsonb;
@@ -226,7 +227,8 @@ BEGIN
           AND greatest(m.recorded_at, last.finished_at)
               < now() - make_interval(secs => %8$s)
           AND NOT EXISTS (SELECT FROM %4$I.stage_calls AS c
-                          WHERE c.job_id = m.parent_id AND c.table_name = %1$L)
+                          WHERE c.job_id = m.parent_id AND c.table_name = %1$L
+                            AND c.join_of IN ('', %7$L))
           AND NOT EXISTS (SELECT FROM %4$I.stage_leases AS l
                           WHERE l.job_id = m.parent_id AND l.table_name = %1$L
                             AND l.leased_until > now())

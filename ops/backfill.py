@@ -86,11 +86,13 @@ WITH batch AS (
     ORDER BY {id}
     LIMIT %(batch)s
 ), owing AS (
-    SELECT b.*, p.stage, %(since)s IS NULL OR b.changed_at <= now() AS has_time
+    SELECT b.*, p.stage, %(since)s IS NULL
+               OR b.changed_at BETWEEN '1970-01-02' AND now() AS has_time  -- see views.sql
     FROM batch AS b
     JOIN pipeline_stages AS p ON p.table_name = {name} AND p.join_of = ''
         AND (p.current_step, p.status) = (b.current_step, b.status)
-    WHERE %(since)s IS NULL OR (b.changed_at < %(since)s) IS NOT TRUE
+    WHERE %(since)s IS NULL
+       OR (b.changed_at >= '1970-01-02' AND b.changed_at < %(since)s) IS NOT TRUE
 ), missed AS (
     SELECT o.*, CASE WHEN last.stage = o.stage AND (
                               last.call_id = ANY (last.accepted)  -- any attempt of it
@@ -254,7 +256,9 @@ def join_statement(conn, sql: str, join: State) -> str:
 
 
 def in_the_past(column: str | None) -> str:
-    return f"CASE WHEN r.{column} <= now() THEN r.{column} END" if column else "NULL::timestamptz"
+    if not column:
+        return "NULL::timestamptz"
+    return f"CASE WHEN r.{column} BETWEEN '1970-01-02' AND now() THEN r.{column} END"
 
 
 # --- looking through -----------------------------------------------------------------------
@@ -391,11 +395,11 @@ def say_kept(kept: Counter) -> None:
         click.echo(f"left alone, as their call was cancelled: {cancelled}; by whom: {BY_WHOM}")
     if unknown:
         click.echo(
-            f"left out: {unknown} whose time is not known, as it is empty or in the future; "
-            "backfill without --since takes them"
+            f"left out: {unknown} whose time is not known, as it is empty, in the future or "
+            "before 1970; backfill without --since takes them"
         )
     if unseen:
         click.echo(
             f"left out: {unseen} with all rows of a join, none of which was seen to come, and whose"
-            f" time is not known, as it is empty or in the future; {again}"
+            f" time is not known, as it is empty, in the future or before 1970; {again}"
         )

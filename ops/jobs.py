@@ -87,7 +87,7 @@ RECORDED = """greatest(c.created_at, (
     SELECT max(a.finished_at) FROM stage_attempts AS a
     WHERE a.job_id = {id} AND a.table_name = {name}))"""
 CHANGED_BY_COLUMN = """
-CASE WHEN r.{column} BETWEEN '1970-01-01' AND now() THEN r.{column} ELSE {recorded} END"""
+CASE WHEN r.{column} BETWEEN '1970-01-02' AND now() THEN r.{column} ELSE {recorded} END"""
 RECORDED_SINCE = """{id} IN (
     SELECT job_id FROM stage_attempts WHERE finished_at >= %(since)s AND table_name = {name}
     UNION ALL

@@ -198,8 +198,10 @@ def lines(found: dict[str, Any]) -> Iterator[Line]:
 
 def summary(found: dict[str, Any]) -> str:
     oldest, base = found["oldest_due_seconds"], found["database"]
-    stuck = sum(row[kind] or 0 for row in found["stages"] for kind in HINTS)
-    due = f"{stuck} need{'s' * (stuck == 1)} a person" if stuck else "nothing is due"
+    counts = [row[kind] for row in found["stages"] for kind in HINTS]  # None: not known
+    stuck = sum(filter(None, counts))
+    due = "no call is due" if None in counts else "nothing is due"
+    due = f"{stuck} need{'s' * (stuck == 1)} a person" if stuck else due
     due = due if oldest is None else f"oldest due {duration(oldest)}"
     queue = f"NOTIFY queue {base['notification_queue_percent']}%"
     triggers = "triggers on" if found["triggers"]["ok"] else "triggers BROKEN"

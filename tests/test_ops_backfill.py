@@ -150,7 +150,7 @@ def test_only_a_time_with_its_zone_in_the_past_is_trusted(database, unseen, run_
     unseen(BORN, "img_gen", "done", 1)
     unseen("UPDATE jobs SET updated_at = now() + interval '9 hours'")
     assert run_command(database, "backfill", "--since", "2h").lines == [
-        "left out: 1 whose time is not known, as it is empty or in the future; "
+        "left out: 1 whose time is not known, as it is empty, in the future or before 1970; "
         "backfill without --since takes them",
         "no call is missing",
     ]
@@ -181,6 +181,8 @@ WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type 
 
 
 def test_rows_of_a_megabyte_are_not_read(database, unseen, run_command):
+    if database.server.version < 15:
+        pytest.skip("before PostgreSQL 15 statistics are late")
     database.rows("ALTER TABLE jobs ADD payload text;"
                   " ALTER TABLE jobs ALTER payload SET STORAGE EXTERNAL,"
                   " SET (autovacuum_enabled = off, toast.autovacuum_enabled = off)")  # fmt: skip

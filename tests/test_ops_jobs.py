@@ -263,6 +263,13 @@ def test_zero_time_is_unknown(own_database, run_command):
         [line] = listed(run_command, own_database, *option)
         assert re.split(r" {2,}", line)[:3] == [failed, "planner, failed", "-"]
     assert "rests: set failed by its stage" in run_command(own_database, "job", failed).out
+    owing, missed = own_database.add_job("overlay"), own_database.add_job()
+    own_database.rows(ZERO_TIME)
+    own_database.rows("UPDATE stage_calls SET run_after = '0001-01-01 00:00:00+00'")
+    assert "owes: vlm_judge" in run_command(own_database, "job", owing).out
+    own_database.rows("DELETE FROM stage_calls WHERE job_id = %s", missed)
+    said = run_command(own_database, "backfill", "--since", "2h").out
+    assert "left out: 1 whose time is not known" in said
 
 
 @pytest.mark.parametrize("value", ['{"a": "\\u0000"}', "1e400000"])

@@ -103,6 +103,17 @@ def test_row_that_rests_is_listed_while_its_join_owes_a_call(variants, command):
     assert job not in command("jobs", "--stalled").out
 
 
+def test_row_that_failed_late_is_told_while_its_join_owes_a_call(variants):
+    job = variants.database.add_job("img_gen", "done")
+    variants.add(job, "iou_eval", "done")
+    with connected(variants.database) as conn:
+        [row] = claim_many(conn, 1, stages=["vlm_analyze"]).claimed
+        settle(conn, result(row))
+        joins.look(conn)
+        variants.database.move(job, "vlm_analyze", "failed")
+        assert [one.stage for one in troubles.newly_failed(conn)[0]] == ["vlm_analyze"]
+
+
 def test_status_and_metrics_count_the_same_rows(variants, command):
     fail_by_stage(variants), fail_by_stage(variants)
     stages = json.loads(command("status", "--json").out)["stages"]
@@ -124,7 +135,8 @@ def test_rows_of_a_table_that_cannot_be_read_are_not_known_and_those_of_others_a
     assert shown["resting_problem"] == (
         f"{'; '.join(reasons)}: which rows are failed or stalled is not known of {of}"
     )
-    assert f"PROBLEM  {reasons[0]}; " in command("status").out
+    said = command("status").out
+    assert f"PROBLEM  {reasons[0]}; " in said and "nothing is due" not in said
     failed = {row["stage"]: row["failed"] for row in shown["stages"]}
     assert failed == {"vlm_analyze": 1, "yolo_detect": None, "iou_eval": None, "ad_copy": None,
                       "instagram": 0}  # fmt: skip
