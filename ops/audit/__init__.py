@@ -56,7 +56,8 @@ UNKNOWN = (
     "{reaped:.0f} s before that was recorded. A second call in that time is not held against it.",
     "max_attempts, LEASE_MARGIN, per_minute and what has per_minute, fair or linger are taken as "
     "today's. Where they were changed: --since after that.",
-    "Whether per_tenant was kept and tenants took turns: the history has no tenants.",
+    "Whether per_tenant, priority, run_after and linger were kept and tenants took turns: the "
+    "history has neither tenants nor these columns.",
     "Times are the database's. Where its clock was set, or a failover lost transactions, a finding "
     "may be wrong.",
     "What a stage did with a request that got no answer is not known.",

@@ -7,13 +7,15 @@ from ops.audit.findings import BLUR, BY_INDEX, KEPT, Finding, Findings, Window, 
 from ops.rules import LIMIT
 
 # Since when each limit holds: the first attempt whose transaction is newer than the one that wrote
-# the limit's row (by age(xmin)). Earlier claims may have had another limit, or none. Where claims
-# update that row themselves its transaction tells nothing, and today's limit is used throughout.
+# the limit's row (by age(xmin), below 0 after billions of transactions). Earlier claims may
+# have had another limit, or none. Where claims update that row themselves its transaction tells
+# nothing, and today's limit is used throughout.
 LIMITED = f"""{BY_INDEX}
 SELECT l.name, l.stages, l.max_running, l.seconds,
        CASE WHEN l.seconds IS NOT NULL OR l.linger IS NOT NULL OR l.is_fair THEN %(since)s
             ELSE (SELECT min(a.finished_at) FROM stage_attempts AS a
-                  WHERE a.finished_at > %(since)s AND age(a.xmin) < age(l.xmin)) END AS since,
+                  WHERE a.finished_at > %(since)s
+                    AND (age(l.xmin) < 0 OR age(a.xmin) < age(l.xmin))) END AS since,
        (SELECT min(a.finished_at) FROM stage_attempts AS a WHERE a.finished_at > %(since)s) AS first
 FROM stage_limits AS l
 ORDER BY l.name
