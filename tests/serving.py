@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import requests
-from conftest import Listener
+from conftest import PROGRAM, Listener
 from pages import Page
 
 TOKEN = "correct-horse-battery"
@@ -87,11 +87,13 @@ def said(response: requests.Response) -> str:
 
 
 @contextmanager
-def serving(database, directory: Path, *args: str, **settings: str) -> Iterator[Site]:
+def serving(
+    database, directory: Path, *args: str, program: Path = PROGRAM, **settings: str
+) -> Iterator[Site]:
     """`serve` on a free port, until the `with` ends."""
     (directory / ".env").touch()
     environ = database.environ | {"HEARTBEAT_DIR": str(directory / "heartbeats")} | settings
-    process = Listener(environ, directory, "serve", "--port", "0", *args)
+    process = Listener(environ, directory, "serve", "--port", "0", *args, program=program)
     try:
         yield Site(process)
     finally:

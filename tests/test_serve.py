@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from pages import Page
 from reports import HOSTILE, NOT_KNOWN, ONLY_COUNTED, attempt, everything, give_up
 from scraping import Scraped, scrape
@@ -455,12 +456,25 @@ def test_stops_with_exit_0_though_somebody_is_connected(database, tmp_path, numb
     assert len(site.process.lines) == 2 and STARTED in site.process.lines[0]
 
 
+PATIENT = f"""
+import runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+import db
+db.SESSION["statement_timeout"] = "600s"
+runpy.run_path({str(ROOT / "listener.py")!r}, run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 def test_stops_while_the_database_does_not_answer(server, make_database, tmp_path):
-    database = make_database(server)
+    database, program = make_database(server), tmp_path / "patient.py"
     database.rows(SLOW)
+    program.write_text(PATIENT)
     asleep = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND " + OURS
-    with serving(database, tmp_path) as site, socket.create_connection(site.address) as viewer:
+    with (
+        serving(database, tmp_path, program=program) as site,
+        socket.create_connection(site.address) as viewer,
+    ):
         viewer.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
         until(lambda: database.value(asleep), "its look")
         assert site.process.stop() == 0

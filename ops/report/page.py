@@ -160,7 +160,7 @@ def figures(report: Report) -> Markup:
         ("Calls", count, f"{count / report.span.seconds * 3600:,.0f} an hour", False),
         ("Failed", share(failures, count), failed_of, False),
         ("Oldest due", span(overdue(report, late) if late else None),
-         text(late.stage, 40) if late else "nothing is due", False),
+         text(late.stage, 40) if late else "no call is due", False),
         ("Given up", given_up, "wait for a person", given_up),
         ("Stalled", stuck, "stuck in their state", stuck),
     ]  # fmt: skip

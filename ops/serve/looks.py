@@ -21,7 +21,8 @@ from ops.report.data import redacted
 # An answer is cached for FRESH seconds, or for TIMES as long as the query took if that is more.
 FRESH, TIMES = 1.0, 2
 MOST_KEPT = 100
-PATIENCE = 5.0  # seconds that a query waits for those of others; less than probes wait
+# Seconds that a query waits for those of others: longer than a search takes, less than probes wait.
+PATIENCE = 6.0
 # The cache key of "the database is away", which then answers every query for a while.
 AWAY = object()
 

@@ -54,7 +54,7 @@ def figures(state: dict[str, Any]) -> Markup:
         ("Listeners", connected, "connected", not connected),
         ("Owed", total("owed"), f"{total('calling'):,} under way", False),
         ("Calls", f"{state['calls_per_minute']:g}", "a minute, in the last hour", False),
-        ("Oldest due", span(late), "nothing is due" if late is None else "", (late or 0) > LATE),
+        ("Oldest due", span(late), "no call is due" if late is None else "", (late or 0) > LATE),
         ("Given up", total("given_up"), "wait for a person", total("given_up")),
         ("Failed", total("failed"), "set so by their stage", total("failed")),
         ("Stalled", total("stalled"), "stuck in their state", total("stalled")),
