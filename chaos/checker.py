@@ -273,6 +273,8 @@ def unleased(account: Account, call: Call, one: Try) -> str:
     is_over = lease.ended is None or lease.ended >= one.leased_until
     if is_over or outcomes_by(one, lease.ended) - UNANSWERED:
         return ""
+    if any(post.accepted and post.finished <= lease.ended for post in one.posts):
+        return ""  # let go, though the history did not take its result just then
     return f"its lease was ended {one.leased_until - lease.ended:.3f} s early, without an answer"
 
 
