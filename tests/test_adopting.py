@@ -35,9 +35,6 @@ def with_variants(page, monkeypatch):
     monkeypatch.setattr(five_stages, "PIPELINE", written["PIPELINE"])
 
 
-# --- the page ------------------------------------------------------------------------------
-
-
 # --- the steps -----------------------------------------------------------------------------
 
 

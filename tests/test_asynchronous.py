@@ -8,7 +8,7 @@ import pytest
 from asynchronous import PIPELINE
 from claims import LEASE_OVER, connected
 from conftest import ROOT
-from variants import TABLE, install
+from variants import TABLE, install, stage
 from waiting import PATIENCE, wait_until_idle
 
 from demo.stage_server import Answer, Hangup
@@ -58,12 +58,14 @@ def site(database, use_pipeline, api, listener):
 
 def test_worker_is_idle_while_calls_are_worked_on(site):
     jobs = [site.database.add_job("vlm_analyze", "done") for _ in range(5)]
-    site.start()
+    first = site.start()
     site.wait_for_working(5)
     assert not site.database.rows("SELECT * FROM stage_attempts")
     for job in jobs:
         site.database.move(job, "planner", "running")
     site.wait_for_working(5)
+    assert first.stop() == 0  # a deploy does not wait for them
+    site.start()
     for job in jobs:
         site.database.move(job, "planner", "done")
     site.database.wait_for(NOBODY)
@@ -214,6 +216,15 @@ def test_failed_that_nothing_follows_from_is_told(site):
     assert "send" not in running.wait_for_line("단계가 failed로 설정함")
     assert site.database.value(ENDED, job) == "failed"
     assert site.database.value("SELECT kind FROM resting_rows()") == "failed"
+
+
+def test_trigger_records_no_moves_where_no_stage_is_asynchronous(site, use_pipeline):
+    source = "SELECT prosrc FROM pg_proc WHERE proname = 'notify_job_state_change'"
+    assert "stage_moves" in site.database.value(source)
+    use_pipeline({("img_gen", "done"): stage("vlm_analyze")})
+    with connected(site.database) as conn:
+        apply(conn)
+    assert "stage_moves" not in site.database.value(source)
 
 
 def test_log_as_json_names_the_row_that_failed_and_why(site):

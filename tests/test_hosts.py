@@ -196,6 +196,8 @@ def test_idle_listener_leaves_a_server_that_is_frozen_for_another(database, api,
         process = listener(database, api=api, DATABASE_URL=url)
         frozen.wait()
         process.wait_for_line("the database did not answer within 4 s")
+        # Until then, and for two hosts that do not take a connection.
+        assert hosts.PING_EVERY + hosts.PING_DEADLINE + 2 * db.CONNECTION["connect_timeout"] <= 20
         stack.close()  # nor does it take new connections
         job = database.add_job("overlay", "done")
         database.wait_for("SELECT status = 'done' FROM jobs WHERE job_id = %s", job)

@@ -326,6 +326,8 @@ def test_repeat_takes_over_once_the_session_of_the_first_is_gone(site, stage):
 
 
 def test_no_timeout_of_the_database_ends_the_session_that_is_idle_while_the_work_runs(site):
+    if site.database.server.version < 14:
+        pytest.skip("PostgreSQL 14 has idle_session_timeout")
     made, job = [], site.database.add_job()
 
     def connect():
