@@ -20,6 +20,7 @@ import calls
 import config
 import db
 import history
+import pipeline
 from bench import operator_commands
 from bench.database import OPTIONS, Server
 from bench.harness import Bench
@@ -33,7 +34,6 @@ from calls import Result, Wanted
 from demo.database import EmbeddedDatabase
 from ops.install import apply
 from ops.table import table
-from pipeline import stage_names
 
 BURST = 200  # jobs, five calls each
 KEPT = "SELECT pg_size_pretty(pg_total_relation_size('stage_attempts'))"
@@ -42,8 +42,8 @@ WORKERS_EACH = 4  # of a machine
 NET = "10.199.{}"
 ADD_JOBS = """
 INSERT INTO jobs (tenant_id, current_step, status)
-SELECT 'bench', (ARRAY['img_gen', 'vlm_analyze', 'yolo_detect', 'planner', 'overlay'])[1 + n %% 5],
-       'done'
+SELECT 'tenant ' || n %% 1000,
+       (ARRAY['img_gen', 'vlm_analyze', 'yolo_detect', 'planner', 'overlay'])[1 + n %% 5], 'done'
 FROM generate_series(1, %s) AS n
 """
 
@@ -135,14 +135,16 @@ class Turns:
 
     def __init__(self, settings, workers: int = 1):
         self.conn, self.workers = db.connect(settings, pinned=True), workers
-        self.stages = stage_names()
+        self.stages, self.limits = pipeline.stage_names(), pipeline.full_limits(settings)
         self.results: list[Result] = []
 
     def take(self, count: int) -> None:
         """`count` calls, as many a turn as there are workers."""
         for _ in range(count // self.workers):
             share = -(-self.workers // len(self.stages))
-            wanted = [Wanted(stage, 630, self.workers, share) for stage in self.stages]
+            wanted = [Wanted(stage, 630, self.workers, share, self.limits[stage].is_limited,
+                             ordered=pipeline.is_ordered())
+                      for stage in self.stages]  # fmt: skip
             turn = calls.settle_and_claim(self.conn, self.results, wanted, self.workers, "bench")
             self.results = []
             for row in turn.claimed:
