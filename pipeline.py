@@ -190,7 +190,7 @@ class Pool:
 
     Args:
         name: of no stage.
-        size: calls at once of all these stages together, over all workers and machines.
+        size: calls at once of all these stages together, over all listeners.
         linger: seconds for which it stays with a stage that has calls due, as that has loaded its
             model; then the next stage has its turn. None: they take turns.
 
@@ -218,17 +218,17 @@ class Limits:
     """What a stage can bear.
 
     Args:
-        max_running: calls at once, counted over all workers and machines; None: no limit.
+        max_running: calls at once, counted over all listeners; None: no limit.
         timeout: seconds for a whole call; None: STAGE_TIMEOUT.
         max_attempts: then the call is given up; None: MAX_ATTEMPTS.
         asynchronous: 202 means that the stage has taken the call and works on it. Its worker is
             idle at once; the call keeps its place and its lease until the row moves on, to neither
             the state that owes the call nor (stage, 'running'), or until the timeout is over.
         pool: a Pool that its calls share with those of other stages.
-        per_minute: calls that may begin in a minute, over all workers and machines, at even
+        per_minute: calls that may begin in a minute, over all listeners, at even
             distances.
         fair: the tenants that have calls due take turns.
-        per_tenant: calls at once of one tenant, over all workers and machines; tenants take turns.
+        per_tenant: calls at once of one tenant, over all listeners; tenants take turns.
     """
 
     max_running: int | None = None
@@ -262,7 +262,7 @@ class Limits:
 
     @property
     def is_limited(self) -> bool:
-        """Whether calls of other workers and machines count."""
+        """Whether calls of other listeners count."""
         return any((self.max_running, self.pool, self.per_minute, self.is_fair))
 
     @property
@@ -480,7 +480,7 @@ def limits_of(function: Callable) -> Limits:
 
 @dataclass(frozen=True)
 class SharedLimit:
-    """A row of stage_limits: what counts over all workers and machines."""
+    """A row of stage_limits: what counts over all listeners."""
 
     name: str
     stages: list[str]
@@ -492,7 +492,7 @@ class SharedLimit:
 
 
 def shared_limits() -> list[SharedLimit]:
-    """The limits that count over all workers and machines: of each stage, and of each pool."""
+    """The limits that count over all listeners: of each stage, and of each pool."""
     stages = {function.__name__: limits_of(function) for function in pipeline().values()}
     found = [
         SharedLimit(name, [name], of.max_running, of.per_minute and 60 / of.per_minute,
