@@ -100,7 +100,8 @@ $do$;
 """
 
 # What each role but the owner and ourselves may do with our tables and views, or with columns of
-# them; and who may execute the functions that read the rows of all tenants.
+# them; and who may execute the functions that read the rows of all tenants. Members of two roles of
+# PostgreSQL 14 and newer may read or write all tables.
 OTHERS = """
 WITH ours AS (
     SELECT c.oid, c.relname, c.relowner, c.relacl FROM pg_class AS c
@@ -113,21 +114,32 @@ WITH ours AS (
     UNION ALL
     SELECT proname, proowner, coalesce(proacl, acldefault('f', proowner)) FROM pg_proc
     WHERE oid IN (to_regprocedure('stalled_jobs()'), to_regprocedure('resting_rows()'))
+), granted AS (
+    SELECT acls.name, acls.owner, a.grantee, a.privilege_type
+    FROM acls CROSS JOIN LATERAL aclexplode(acls.acl) AS a
+    UNION ALL
+    SELECT ours.relname, ours.relowner, r.oid, of_all.privilege
+    FROM ours CROSS JOIN pg_roles AS r CROSS JOIN (
+        VALUES ('pg_read_all_data', 'SELECT'), ('pg_write_all_data', 'INSERT'),
+               ('pg_write_all_data', 'UPDATE'), ('pg_write_all_data', 'DELETE')
+    ) AS of_all (role, privilege)
+    WHERE pg_has_role(r.oid, to_regrole(of_all.role), 'MEMBER')
+      AND NOT r.rolsuper AND r.rolname <> of_all.role
 )
 SELECT CASE a.grantee WHEN 0 THEN 'everybody' ELSE a.grantee::regrole::text END AS role,
        concat_ws(', ',
            CASE WHEN bool_or(a.privilege_type IN ('SELECT', 'EXECUTE')) THEN 'read' END,
            CASE WHEN bool_or(a.privilege_type = 'INSERT') THEN 'add' END,
-           CASE WHEN bool_or(a.privilege_type = 'UPDATE' AND acls.name = 'pipeline_stages')
+           CASE WHEN bool_or(a.privilege_type = 'UPDATE' AND a.name = 'pipeline_stages')
                 THEN 'pause' END,
-           CASE WHEN bool_or(a.privilege_type = 'UPDATE' AND acls.name <> 'pipeline_stages')
+           CASE WHEN bool_or(a.privilege_type = 'UPDATE' AND a.name <> 'pipeline_stages')
                 THEN 'change' END,
            CASE WHEN bool_or(a.privilege_type IN ('DELETE', 'TRUNCATE')) THEN 'delete' END,
            CASE WHEN bool_or(a.privilege_type IN ('TRIGGER', 'REFERENCES')) THEN 'hang on to' END,
            CASE WHEN bool_or(a.privilege_type = 'MAINTAIN') THEN 'maintain' END
        ) AS may
-FROM acls CROSS JOIN LATERAL aclexplode(acls.acl) AS a
-WHERE a.grantee <> acls.owner AND pg_get_userbyid(a.grantee) <> current_user
+FROM granted AS a
+WHERE a.grantee <> a.owner AND pg_get_userbyid(a.grantee) <> current_user
 GROUP BY a.grantee ORDER BY 1
 """
 

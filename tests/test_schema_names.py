@@ -430,6 +430,16 @@ def test_verify_lists_who_else_has_rights(each_database, make_role):
     ])  # fmt: skip
 
 
+def test_verify_lists_who_has_rights_on_all_tables(each_database, make_role):
+    if each_database.server.version < 14:
+        pytest.skip("PostgreSQL 14 has these roles")
+    reader, writer = make_role(each_database), make_role(each_database)
+    each_database.rows(f"GRANT pg_read_all_data TO {reader}; GRANT pg_write_all_data TO {writer}")
+    with connected(each_database) as conn:
+        found = others(conn, [*migrations.TABLES, *migrations.VIEWS])
+    assert found == sorted([f"{reader} may read", f"{writer} may add, pause, change, delete"])
+
+
 @pytest.mark.parametrize(
     ("granted", "may"),
     [
