@@ -512,7 +512,7 @@ def test_call_of_a_table_that_left_pipeline_keeps_no_other_from_being_made(
     add_stage(shared, "x")
     gone, job = database.add_job("x"), database.add_job("x")
     database.rows("UPDATE stage_calls SET table_name = 'variants' WHERE job_id = %s", gone)
-    worker = caller(accepting.url)
+    worker = caller(accepting.url, RETRY_DELAY=600)
     assert worker.call().outcome == "succeeded" and database.owed(job) is None
     assert worker.claim() is None
     [attempt] = database.attempts(gone)
