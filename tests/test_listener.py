@@ -3,6 +3,7 @@
 import json
 import re
 from contextlib import closing
+from pathlib import Path
 
 from conftest import ROOT
 from tcp_proxy import TcpProxy
@@ -11,8 +12,10 @@ from waiting import (
     CLAIM,
     LISTENING,
     RECONNECTING,
+    gate,
     terminate_backends,
     until,
+    wait_for_call,
     wait_until_idle,
 )
 
@@ -307,3 +310,14 @@ def test_stop_does_not_wait_for_the_reconnect_delay(database, listener):
     process.wait_for_line(RECONNECTING)
     assert process.stop() == 0
     assert "중지 요청" not in process.output  # no call is under way
+
+
+def test_listener_ends_soon_after_a_newer_program_has_installed(database, api, listener):
+    job = database.add_job()
+    with gate(api):
+        process = listener(database, api=api, program=Path(__file__).with_name("short_rounds.py"))
+        wait_for_call(api, job)
+        database.rows("UPDATE job_state_listener_schema SET version = 99")
+        process.wait_for_line("version 99, newer than this program")
+    assert process.wait() == 2
+    assert [one.outcome for one in database.attempts(job)] == ["succeeded"]
