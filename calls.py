@@ -187,9 +187,9 @@ WHERE l.call_id = ANY (ARRAY(SELECT call_id FROM result))
 """,
 )
 
-# Clears the last hold of a stage once a call that began after it is accepted: also a hold that is
-# over, as its length doubles the next one. A person's pause is left as it is. While another
-# transaction has the row locked, the hold stays; a later success clears it.
+# Forgets the last hold of a stage once a call that began after it is accepted. Also where the hold
+# is over already, as the next one would be twice as long. A person's pause stays. Where another
+# transaction has the row locked, the hold stays, too, until a later success.
 LIFT = Statement(
     "lift",
     """
@@ -210,9 +210,9 @@ WHERE (p.table_name, p.join_of, p.current_step, p.status)
 )
 
 # Each hold is twice as long as the one before, up to a minute, unless the stage asked for a time.
-# Results of calls that were under way when the hold began do not lengthen it. A person's pause,
-# which is a hold until infinity, is left as it is. While another transaction has the row locked,
-# the stage is not held; a later result holds it.
+# A call that was under way when the hold began does not make it longer. A person's pause, which is
+# a hold until infinity, stays. Where another transaction has the row locked, the stage is not held
+# until a later result.
 HOLD = Statement(
     "hold",
     f"""
@@ -245,8 +245,8 @@ TELL = Statement("tell", f"SELECT {UNSETTLED} AS unsettled, pg_notify('{WAKE_CHA
 
 # --- claiming ------------------------------------------------------------------------------
 
-# The statements after it fail 20 ms after they meet a lock, and not after lock_timeout: this turn
-# has waited for a lock already.
+# This turn has waited for a lock already. So a statement after this one that meets a lock fails
+# after 20 ms, and not only after lock_timeout.
 HURRY = Statement("hurry", "SELECT set_config('lock_timeout', '20ms', true)")
 
 # A limit is exact because whoever claims locks its row first, in the order of the names, and
@@ -333,11 +333,12 @@ DUE_IN_ORDER = f"""
                           WHERE p.stage = wanted.stage AND p.held_until > now())) AS open
     LIMIT %(free)s"""
 
-# A person may take a call that is not due. But not one whose last request may still be running, and
-# not where max_running or the pool has no place left. Another claim may commit while this statement
-# runs, and then this one cannot see its lease. The call is not taken twice all the same: FOR UPDATE
-# reads the latest version of its row, in which `attempts` is higher. Leases are also looked up by
-# call_id, as an install may have renamed the stage of the call, but not that of its lease.
+# A person may take a call that is not due yet. Not taken are a call whose last request may still be
+# running, and one of a stage whose max_running or pool is full. If another claim of the call
+# commits while this statement runs, its lease cannot be seen here. But FOR UPDATE then reads the
+# new version of the row, in which `attempts` is higher, so the call is not taken twice. Leases are
+# also looked up by call_id: an install may have renamed the stage of the call, but not that of its
+# lease.
 DUE_BY_HAND = f"""
     SELECT open.job_id, open.call_id, open.worker, open.due_at, wanted.lease, open.stage,
            open.tenant, 1 AS turn

@@ -347,7 +347,7 @@ def execute(
 
 
 PARTS_LIMIT = 2.0  # seconds: a locked table takes one, and the listener does nothing else meanwhile
-# Seconds, where somebody waits for all parts: for one that takes too long and those that do not.
+# Seconds for all parts together, where asking for all at once took too long and somebody waits.
 SLOW_PARTS_LIMIT = 10.0
 
 

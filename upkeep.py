@@ -61,7 +61,7 @@ class Upkeep:
         self.is_new = True  # has not begun yet
         self.clock_is_back = False  # whether the database's clock is known to have been set back
         # Since when the database has had another PIPELINE (time.monotonic()), and whether that was
-        # told. No end of it is told, as people are asked for a restart.
+        # told. Its end is not told: people were asked to restart this one.
         self.differs_since: float | None = None
         self.has_told_difference = False
         self.gone: set[str] = set()  # stages that left PIPELINE, told to be waiting
