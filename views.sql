@@ -45,14 +45,18 @@ FULL JOIN (  -- a stage that lost its route shows what it still owes
         -- Each try of a call whose stage is down puts it off, at no cost. It has waited since it
         -- was first due, as long as the stage has accepted nothing since its hold began; not one
         -- that waits for a back-off of its own beyond that. A call without an error was never
-        -- tried, only put off or given back.
+        -- tried, only put off or given back. For claims, a call without any attempt is due whatever
+        -- the clock says, as that may have been set back; so it is here.
         SELECT stage, worker, attempts, due_at,
                CASE WHEN worker IS NULL AND free_attempts > 0 AND due_at < 'infinity'
                             AND (last_error IS NULL OR EXISTS (
                                 SELECT FROM pipeline_stages AS h
                                 WHERE h.stage = o.stage AND h.hold_seconds IS NOT NULL
                                   AND o.due_at < h.held_until + interval '1 minute'))
-                       THEN greatest(created_at, run_after) ELSE due_at END AS due_since
+                       THEN greatest(least(created_at, now()), run_after)
+                    WHEN attempts = 0 AND due_at < 'infinity'
+                       THEN greatest(least(due_at, now()), run_after)
+                    ELSE due_at END AS due_since
         FROM stage_calls AS o) AS owed
     GROUP BY stage) AS c USING (stage)
 LEFT JOIN (

@@ -383,11 +383,16 @@ def require_readable(row: Any) -> None:
 
 # --- what it owes --------------------------------------------------------------------------
 
-OWED = """
+# When a call is due. As in pipeline_overview, one without any attempt is due whatever the clock
+# says.
+DUE_AT = """CASE WHEN c.attempts = 0 AND c.due_at < 'infinity'
+                 THEN greatest(least(c.due_at, now()), c.run_after) ELSE c.due_at END"""
+
+OWED = f"""
 SELECT join_of, call_id, stage, attempts, attempts - free_attempts AS spent, worker, started_at,
        due_at, due_at = 'infinity' AS given_up, last_error,
        CASE WHEN due_at < 'infinity'
-            THEN round(extract(epoch FROM due_at - now()))::bigint END AS due_in_seconds,
+            THEN round(extract(epoch FROM {DUE_AT} - now()))::bigint END AS due_in_seconds,
        coalesce(l.working, false) AS working, coalesce(l.unanswered, false) AS unanswered,
        l.leased_until, stage IN (SELECT stage FROM pipeline_stages) AS has_route
 FROM stage_calls AS c
@@ -484,22 +489,22 @@ def names(conn, table: Table) -> dict[str, str]:
 
 # Rows of a table, each with the call that it owes; where it owes none, with its call under way (its
 # stage has set it running already). A row that owes several calls is listed once for each.
-LISTED = """
-SELECT {name}::text AS table_name, {id}::text AS job_id, {tenant} AS tenant_id,
+LISTED = f"""
+SELECT {{name}}::text AS table_name, {{id}}::text AS job_id, {{tenant}} AS tenant_id,
        r.current_step::text AS current_step, r.status::text AS status,
-       coalesce(c.join_of, '') AS join_of, coalesce(c.stage, l.stage) AS stage, {time} AS since,
+       coalesce(c.join_of, '') AS join_of, coalesce(c.stage, l.stage) AS stage, {{time}} AS since,
        coalesce(c.due_at = 'infinity', false) AS given_up,
        CASE WHEN c.stage IS NULL THEN l.worker ELSE c.worker END AS worker,
        CASE WHEN c.stage IS NULL THEN l.started_at ELSE c.started_at END AS started_at,
        CASE WHEN c.due_at = 'infinity' THEN NULL
-            ELSE round(extract(epoch FROM coalesce(c.due_at, l.leased_until) - now()))::bigint
+            ELSE round(extract(epoch FROM coalesce({DUE_AT}, l.leased_until) - now()))::bigint
        END AS due_in_seconds, c.last_error, coalesce(l.working, false) AS working,
        coalesce(l.unanswered AND c.stage IS NULL, false) AS unanswered, l.leased_until
-FROM {table} AS r {beside}
-LEFT JOIN stage_calls AS c ON c.job_id = {id} AND c.table_name = {name}
+FROM {{table}} AS r {{beside}}
+LEFT JOIN stage_calls AS c ON c.job_id = {{id}} AND c.table_name = {{name}}
 LEFT JOIN (SELECT DISTINCT ON (job_id) * FROM stage_leases
-           WHERE leased_until > now() AND table_name = {name}
-           ORDER BY job_id, started_at DESC) AS l ON l.job_id = {id}
+           WHERE leased_until > now() AND table_name = {{name}}
+           ORDER BY job_id, started_at DESC) AS l ON l.job_id = {{id}}
 """
 
 # --- what follows --------------------------------------------------------------------------

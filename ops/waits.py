@@ -14,7 +14,7 @@ from ops.table import clock, counted, readable
 # id for as long as it runs.
 WAITS = """
 SELECT c.join_of, c.stage, c.call_id, c.due_at, c.due_at = 'infinity' AS given_up,
-       c.due_at > now() AS is_later, c.run_after > now() AS is_planned,
+       c.due_at > now() AND c.attempts > 0 AS is_later, c.run_after > now() AS is_planned,
        CASE WHEN c.run_after > now() THEN c.run_after END AS run_after, c.last_error,
        c.last_error IS NULL AND c.attempts > 0 AS is_put_off,
        l.worker AS calling, l.call_id <> c.call_id AS is_of_another, l.unanswered, l.working,

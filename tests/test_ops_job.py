@@ -7,7 +7,7 @@ import uuid
 
 import pytest
 from busy import BEFORE, TIME
-from claims import claim, connected, result, settle
+from claims import claim, connected, result, set_clock_back, settle
 from reports import NOT_KNOWN, ONLY_COUNTED, read
 
 from demo.stage_server import Answer
@@ -31,6 +31,15 @@ def test_job_tells_what_it_owes(database, run_command, busy):
         f"1 attempt spent, given up: HTTP 422: no text; ./jsl retry {busy['overlay']}"
     )
     assert owes("vlm_judge") == "0 attempts spent, due now"
+
+
+def test_call_never_tried_is_said_to_be_due_although_the_clock_was_set_back(database, run_command):
+    job = database.add_job("planner", "done")
+    set_clock_back(database, 7200)
+    assert run_command(database, "status").lines[1].startswith("oldest due 0 s, ")
+    said = run_command(database, "job", job).lines
+    assert said[1].endswith("0 attempts spent), due now") and "no listener is connected" in said[2]
+    assert "overlay: due now" in run_command(database, "jobs", "--stage", "overlay").lines[1]
 
 
 def test_call_without_an_answer_is_not_said_to_be_under_way(database, run_command):

@@ -2,7 +2,7 @@
 
 import psycopg2
 import pytest
-from claims import STAGES, claim, connected, held, result, settle
+from claims import STAGES, claim, connected, held, result, set_clock_back, settle
 
 import troubles
 import upkeep
@@ -102,6 +102,20 @@ def test_call_that_waits_for_a_stage_that_is_down_is_due_since_it_first_was(data
     assert row.due == 1 and database.value(waited)
     database.rows("UPDATE pipeline_stages SET hold_seconds = NULL, held_until = NULL")
     assert not database.value(waited)
+
+
+def test_call_never_tried_is_due_although_the_clock_was_set_back(database, conn):
+    for delay in (None, 1000):
+        database.add_job()
+        settle(conn, result(claim(conn), "retry", delay=delay))
+    database.add_job()
+    planned = database.add_job()
+    database.rows("UPDATE stage_calls SET run_after = now() + interval '1 hour',"
+                  " due_at = now() + interval '1 hour' WHERE job_id = %s", planned)  # fmt: skip
+    set_clock_back(database, 7200)
+    row = overview(database)
+    assert (row.owed, row.due, row.retrying, row.given_up) == (4, 1, 1, 1)
+    assert database.value("SELECT oldest_due_at <= now() FROM pipeline_overview WHERE due > 0")
 
 
 def test_stage_without_a_route_shows_what_it_still_owes(database):
