@@ -1,5 +1,7 @@
 """`verify`: checks everything the listener needs; a line each, with the command that mends it."""
 
+import os
+import re
 import select
 import shutil
 import sys
@@ -375,13 +377,22 @@ def check_signing(conn, settings) -> str:
     return f"requests are signed{', with two secrets' * (len(settings.STAGE_API_SECRET) > 1)}"
 
 
+# Programs whose first argument, unless it is an option, is the file that they run.
+INTERPRETER = re.compile(r"python[\d.]*|sh|bash|dash")
+
+
 def check_alerts(conn, settings) -> str | None:
     """Whether ALERT_COMMAND, where it is set, can be started."""
     if not settings.ALERT_COMMAND:
         return None
-    program = settings.ALERT_COMMAND[0]
-    if shutil.which(program) is None:
-        raise Bad(f"ALERT_COMMAND cannot be started: there is no program {program}",
+    program, *given = settings.ALERT_COMMAND
+    missing = f"program {program}" if shutil.which(program) is None else None
+    if not missing and INTERPRETER.fullmatch(os.path.basename(program)):
+        script = next(iter(given), "-")
+        if not script.startswith("-") and not os.path.exists(script):
+            missing = f"file {os.path.abspath(script)}"
+    if missing:
+        raise Bad(f"ALERT_COMMAND cannot be started: there is no {missing}",
                   f"set ALERT_COMMAND, then {JSL} alert-test")  # fmt: skip
     return f"ALERT_COMMAND runs {program}; {JSL} alert-test sends one"
 

@@ -63,11 +63,16 @@ def test_everything_in_place_is_one_line_each_and_exit_0(each_database, api, run
     )
 
 
-@pytest.mark.parametrize("command", ["/no/such/program --now", "no-such-program"])
-def test_alert_command_that_is_not_there_is_a_problem(database, api, run_command, command):
-    program, set_it = command.split()[0], "set ALERT_COMMAND, then ./jsl alert-test"
+@pytest.mark.parametrize("command, missing", [
+    ("/no/such/program --now", "program /no/such/program"),
+    ("no-such-program", "program no-such-program"),
+    ("python3 /no/such.py --now", "file /no/such.py"),
+    ("/bin/sh /no/such.sh", "file /no/such.sh"),
+])  # fmt: skip
+def test_alert_command_that_is_not_there_is_a_problem(database, api, run_command, command, missing):
+    set_it = "set ALERT_COMMAND, then ./jsl alert-test"
     done = run_command(database, "verify", api=api, ALERT_COMMAND=command)
-    what = f"ALERT_COMMAND cannot be started: there is no program {program}"
+    what = f"ALERT_COMMAND cannot be started: there is no {missing}"
     assert problems(done) == [(what, set_it)]
     done = run_command(database, "verify", api=api, ALERT_COMMAND="sh -c true")
     assert "ok       ALERT_COMMAND runs sh; ./jsl alert-test sends one" in done.lines
