@@ -203,7 +203,9 @@ class Upkeep:
         return (self.guarded(leftovers.adopt, conn) or 0) >= BATCH
 
     def look_for_failed(self, conn) -> bool:
-        """Tell people of rows that their stage has set to failed, a batch at a time."""
+        """Record rows that their stage has set to failed, and tell people of them, a batch at a
+        time. The history that status and metrics count needs this without ALERT_COMMAND as well.
+        """
         if self.failed_after is None:
             self.failed_tables = list(pipeline.tables())
         tables = self.failed_tables
