@@ -284,14 +284,18 @@ def notes(row: dict[str, Any]) -> Iterator[Line]:
 
 
 def limit_words(row: dict[str, Any]) -> Iterator[str]:
-    """A stage's rate, and the turns of its tenants, as far as it declares them."""
+    """What a stage declares, but for max_running and its pool."""
     if row["per_minute"]:
         begins = f"at {clock(row['next_at'])}" if row["next_at"] else "now"
         yield f"{rate(row['per_minute'])}, the next may begin {begins}"
+    words = ["asynchronous"] if row["asynchronous"] else []
+    words += ["highest priority first"] if row["by_priority"] else []
     if row["fair"]:
         most = f", at most {row['per_tenant']} at once of each" if row["per_tenant"] else ""
         last = f"; the last was {row['last_tenant']}" if row["last_tenant"] else ""
-        yield f"tenants take turns{most}{last}"
+        words.append(f"tenants take turns{most}{last}")
+    if words:
+        yield ", ".join(words)
 
 
 def pool_line(row: dict[str, Any]) -> str:

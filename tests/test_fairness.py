@@ -433,14 +433,16 @@ def planned(site):
     return site
 
 
-def test_status_shows_rates_turns_and_what_is_planned(planned, run_command):
+def test_status_shows_all_that_stages_declare_and_what_is_planned(planned, run_command):
     lines = run_command(planned, "status", TZ="UTC", **MODULE).lines
-    assert lines[-7:-1] == [
-        "vlm_analyze  tenants take turns",
-        "overlay      tenants take turns, at most 2 at once of each; the last was acme",
+    most = "tenants take turns, at most 2 at once of each; the last was acme"
+    assert lines[-8:-1] == [
+        "vlm_analyze  highest priority first, tenants take turns",
+        f"overlay      highest priority first, {most}",
+        "vlm_judge    highest priority first",
         "vlm_judge    2 planned by run_after, the first for 2100-01-01 12:00:00",
         "planner      7 calls a minute, the next may begin at 2100-01-01 12:00:00",
-        "planner      tenants take turns",
+        "planner      highest priority first, tenants take turns",
         "yolo_detect  tenants take turns, at most 1 at once of each",
     ]
 
