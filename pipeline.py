@@ -23,6 +23,7 @@ import psycopg2.extras
 import config
 import db
 import tracing
+from logs import CONTROL
 from stage_http import Answer as Answer
 from stage_http import Interrupted, NoAnswer, StageApi, TimeIsUp, Unreachable
 
@@ -557,7 +558,29 @@ def typed(command: str, table: str, key: str, *options: str, with_table: bool | 
     named = ["--table", table] if with_table else []
     dashes = ["--"] if key.startswith("--") else []
     words = [command, *named, *options, *dashes, key]
-    return " ".join([JSL, *map(shlex.quote, words)])
+    return " ".join([JSL, *map(in_shell, words)])
+
+
+def in_shell(word: str) -> str:
+    """`word` in the quotes that it needs. Control characters are escaped when a line is printed, so
+    a word with one is written as $'…', which bash and zsh read.
+    """
+    if word == word.translate(CONTROL):
+        return shlex.quote(word)
+    quoted = escaped(word).replace("'", "\\'")
+    return f"$'{quoted}'"
+
+
+def in_sql(value: str) -> str:
+    """The same for SQL."""
+    quoted = value.replace("'", "''")
+    return f"'{quoted}'" if value == value.translate(CONTROL) else f"E'{escaped(quoted)}'"
+
+
+def escaped(text: str) -> str:
+    """`text` with backslashes doubled and control characters as bytes: \\x0a."""
+    as_bytes = {code: "".join(f"\\x{byte:02x}" for byte in chr(code).encode()) for code in CONTROL}
+    return text.replace("\\", "\\\\").translate(as_bytes)
 
 
 def name_in_sql(name: str) -> str:
@@ -566,7 +589,7 @@ def name_in_sql(name: str) -> str:
 
 
 # For a person, who sees what it does.
-SEND_BACK = "UPDATE {table} SET current_step = '{step}', status = '{status}' WHERE {id} = '{key}'"
+SEND_BACK = "UPDATE {table} SET current_step = {step}, status = {status} WHERE {id} = {key}"
 
 
 def sent_back(table: str, key: str, stage: str) -> str:
@@ -576,9 +599,9 @@ def sent_back(table: str, key: str, stage: str) -> str:
     for route, function in routes().items():
         if function.__name__ == stage and route.table == table and not route.join:
             words = {"step": route.step, "status": route.status, "key": key}
-            escaped = {name: word.replace("'", "''") for name, word in words.items()}
+            values = {name: in_sql(word) for name, word in words.items()}
             id_ = name_in_sql(tables()[table].id)
-            return SEND_BACK.format(table=name_in_sql(table), id=id_, **escaped)
+            return SEND_BACK.format(table=name_in_sql(table), id=id_, **values)
     return typed("again", table, key, "--stage", stage)
 
 

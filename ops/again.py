@@ -1,6 +1,5 @@
 """`again`: a person wants the call of a row's present state made once more."""
 
-import shlex
 from typing import Any
 
 import click
@@ -138,7 +137,7 @@ def join_to(conn, row: Any, stage: str | None) -> str:
     complete = [name for name in found if is_complete(rows_of_join(conn, row, name))]
     if len(complete) == 1:
         return complete[0]
-    options = " or ".join(f"--join {shlex.quote(name)}" for name in complete or found)
+    options = " or ".join(f"--join {pipeline.in_shell(name)}" for name in complete or found)
     raise Problem(f"{rows.said(row)}: several joins lead to {stage}: give {options}")
 
 

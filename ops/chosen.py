@@ -1,7 +1,6 @@
 """Which calls `retry` and `cancel` are about: chosen by options, shown, and then done to."""
 
 import functools
-import shlex
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from json import dumps
@@ -175,7 +174,7 @@ def as_typed(chosen: Chosen, all_: bool) -> str:
             words += [f"--{name}={value}"] if value.startswith("-") else [f"--{name}", value]
     if chosen.since:
         words += ["--since", chosen.since.isoformat(timespec="seconds")]
-    return " ".join([pipeline.JSL, *map(shlex.quote, [*words, "--yes"])])
+    return " ".join([pipeline.JSL, *map(pipeline.in_shell, [*words, "--yes"])])
 
 
 def given_by_hand(context: click.Context) -> list[str]:

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shlex
+import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -60,8 +61,9 @@ class Rested:
         if "UPDATE " in line:
             self.database.rows("UPDATE " + line.split("UPDATE ", 1)[1])
             return
-        words = shlex.split(line.split("./jsl ", 1)[1])
-        assert self.typed(*words).code == 0
+        typed = f"printf '%s\\0' {line.split('./jsl ', 1)[1]}"
+        words = subprocess.check_output(["bash", "-c", typed], encoding="utf-8").split("\0")
+        assert self.typed(*words[:-1]).code == 0
 
 
 @pytest.fixture
@@ -514,7 +516,8 @@ def test_parent_whose_own_state_leads_nowhere_is_told_of_its_joins(variants, run
 
 # --- ids that are hard to type -------------------------------------------------------------
 
-HARD = ["-8", "--all", "a b", "it's", "$HOME", "'; DROP TABLE jobs; --"]
+HARD = ["-8", "--all", "a b", "it's", "$HOME", "'; DROP TABLE jobs; --",
+        "it's\na\\n\x1bb\x7f\u0085c\u2028"]  # fmt: skip
 
 
 def test_every_hint_works_as_it_is_typed(empty_database, tmp_path):
