@@ -2,14 +2,18 @@
 
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import pytest
 from pages import Page
 from reports import give_up
 from serving import TOKEN, Person, Site, said, serving
+from waiting import PATIENCE
 
-from ops.serve import access
+from ops.serve import access, looks
 from ops.serve.access import NOBODY, Access, Session
+from ops.serve.actions import perform
 
 PAUSE = "/do/pause?stage=planner"
 PAUSED = "SELECT held_by FROM pipeline_stages WHERE stage = 'planner' AND held_until > now()"
@@ -106,6 +110,26 @@ def test_mistakes_get_the_words_of_the_command(database, kim):
         assert kim.does(path, **{nul: "a\0b"}).status_code == 400
     for path in ("/do/cancel?stage=overlay", "/do/pause?id=1"):
         assert "not said what is meant" in kim.does(path).text
+
+
+def test_locked_table_and_who_locked_it_are_named(database, kim):
+    with closing(database.connect()) as other:
+        locks = "SET application_name = 'psql'; BEGIN; LOCK TABLE pipeline_stages"
+        other.cursor().execute(locks)
+        refused, page = kim.does(PAUSE), kim.at("/", 503)
+        locked = f"pipeline_stages is locked by server process {other.info.backend_pid} (psql)"
+    assert (refused.status_code, said(refused)) == (409, f"{locked}: try again")
+    assert locked in Page(page.text).root.text
+
+
+def test_action_does_not_wait_for_long_queries_of_other_pages(database, monkeypatch):
+    monkeypatch.setattr(looks, "PATIENCE", 0.01)
+    busy, kim = looks.Looks(database.settings()), Session("kim", "1")
+    with ThreadPoolExecutor() as pool, busy.lock:
+        acting = pool.submit(perform, busy, kim, "pause", {"stage": "planner"})
+        done = acting.result(PATIENCE)
+    assert done.status == 503 and done.said.endswith("; nothing was changed: try again")
+    assert paused_by(database) is None
 
 
 # --- logging in ----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from ops.person import acting
 from ops.problem import Problem
 from ops.rows import NoId
 from ops.serve.access import Session
-from ops.serve.looks import Looks
+from ops.serve.looks import Looks, Unreadable
 from ops.steer import cancel, retry
 
 log = logging.getLogger("listener.serve")
@@ -110,9 +110,12 @@ def perform(looks: Looks, session: Session, name: str, given: Mapping[str, str])
     """Run a command as the person of this session."""
     action = ACTIONS[name]
     words = typed(action, given)
-    with looks.lock:
-        done = run(action.command, words, session.person)
-        looks.forget()
+    try:
+        with looks.turn():
+            done = run(action.command, words, session.person)
+            looks.forget()
+    except Unreadable as busy:
+        done = Done(503, f"{busy.reason}; nothing was changed: try again")
     done = Done(done.status, looks.redact(done.said))
     log.info("조작: %s: %s %s → %s", session.person, name, shlex.join(words),
              " | ".join(done.said.splitlines()))  # fmt: skip
@@ -133,6 +136,8 @@ def run(command: click.Command, words: list[str], person: str) -> Done:
         return Done(400, mistake.format_message())
     except db.ConnectionLost as lost:
         return Done(503, f"{ops.lost(lost)}; it is not known whether it was done")
+    except psycopg2.errors.LockNotAvailable:
+        return Done(409, f"{said.getvalue()}{ops.locked()}: try again")
     except psycopg2.Error as error:
         return Done(409, f"the database refused: {ops.first_line(error)}")
     return Done(200, said.getvalue())

@@ -2,9 +2,10 @@
 cost the database no more than one.
 """
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,8 @@ from ops.report.data import redacted
 # An answer is cached for FRESH seconds, or for TIMES as long as the query took if that is more.
 FRESH, TIMES = 1.0, 2
 MOST_KEPT = 100
-# Seconds that a query waits for those of others: longer than a search takes, less than probes wait.
+# Seconds that a query or an action waits for those of others: longer than a search takes, less
+# than probes wait.
 PATIENCE = 6.0
 # The cache key of "the database is away", which then answers every query for a while.
 AWAY = object()
@@ -72,17 +74,23 @@ class Looks:
         """
         kept = self.fresh(key)
         if kept is None:
-            if not self.lock.acquire(timeout=PATIENCE):
-                raise Unreadable("Busy", "the database is still busy with other pages")
-            try:
+            with self.turn():
                 kept = self.fresh(key)
                 if kept is None:
                     kept = self.ask_and_keep(key, ask, redacts)
-            finally:
-                self.lock.release()
         if kept.refusal:
             raise Unreadable(*kept.refusal)
         return kept.answer
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Hold the lock. Raises Unreadable where others hold it for too long."""
+        if not self.lock.acquire(timeout=PATIENCE):
+            raise Unreadable("Busy", "the database is still busy with other pages")
+        try:
+            yield
+        finally:
+            self.lock.release()
 
     def fresh(self, key: Hashable) -> Kept | None:
         now = time.monotonic()
@@ -153,6 +161,8 @@ def why_unreadable(error: Exception) -> tuple[str, str]:
         return "Not allowed", f"{ops.first_line(error)}: see docs/SERVE.md"
     if isinstance(error, psycopg2.errors.QueryCanceled):
         return "Too slow", "the database took too long to answer"
+    if isinstance(error, psycopg2.errors.LockNotAvailable):
+        return "Locked", ops.locked()
     if isinstance(error, psycopg2.Error):
         return "The database refused", ops.first_line(error)
     return "Not ready", str(error)
