@@ -43,6 +43,11 @@ def boottime() -> float:
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
+def seconds_left(call: Call) -> float:
+    """How long `call` may take from now, that it ends within its lease."""
+    return call.leased_until - boottime() - GRACE
+
+
 class Trigger:
     """Runs calls, one at a time, in the process that it is in."""
 
@@ -62,7 +67,7 @@ class Trigger:
             listener may take it over before it would end.
         """
         began, process = time.monotonic(), os.getpid()
-        left = call.leased_until - boottime() - GRACE
+        left = seconds_left(call)
         if left < call.timeout:
             return result(call, "released")
         call.until = began + (left if by_hand else call.timeout)

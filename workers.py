@@ -319,7 +319,8 @@ def make_calls(workers: Workers, end: socket.socket, shared_status: mmap.mmap) -
     last: tuple[Call, Result] | None = None
     for call in given(end):
         last = None  # is written: only then does the listener give a worker its next call
-        arm(call)
+        if trigger.seconds_left(call) >= call.timeout:  # else it is released
+            arm(call)
         call.shared_status = shared_status
         result = workers.trigger.run(call)
         call.shared_status = None  # a thread that it left behind may go on to POST

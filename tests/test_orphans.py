@@ -268,6 +268,30 @@ def test_call_that_comes_too_late_for_its_lease_is_not_made_but_claimed_again(
         assert process.children() == [worker]
 
 
+def test_calls_of_a_listener_that_was_stopped_after_its_claim_are_made_by_another_alone(
+    database, api, listener, tmp_path
+):
+    """It is stopped before it reads the answer, for longer than its leases."""
+    api.on(STAGE, lambda _: Answer(200))
+    with TcpProxy(database.environ) as proxy:
+        process = listener(database, "run", "--workers", "16", api=api, **proxy.settings,
+                           STAGE_TIMEOUT=3, LEASE_MARGIN=2, SWEEP_INTERVAL=3600)  # fmt: skip
+        wait_until_idle(tmp_path)
+        workers, claimed = process.children(), proxy.hold_answer(CLAIM)
+        database.rows("INSERT INTO jobs (current_step, status)"
+                      " SELECT 'overlay', 'done' FROM generate_series(1, 16)")  # fmt: skip
+        claimed.wait()
+        process.signal(signal.SIGSTOP)
+        claimed.release()
+        listener(database, "run", "--workers", "16", api=api)
+        database.wait_for(ALL_SUCCEEDED, 16)
+        process.signal(signal.SIGCONT)
+        process.wait_for_line(TOO_SHORT, count=16)
+        assert process.children() == workers
+        assert process.stop() == 0
+    assert len({call.job_id for call in api.calls()}) == len(api.calls()) == 16
+
+
 def test_call_that_its_worker_never_began_is_made_again_after_its_lease(
     database, api, listener, tmp_path
 ):
