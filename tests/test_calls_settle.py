@@ -314,35 +314,6 @@ def test_call_without_an_answer_keeps_its_lease_though_the_history_does_not_take
     assert claim(conn).call_id is None
 
 
-REFUSE_ONE = """
-CREATE FUNCTION refuse_one() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-    IF NEW.job_id = '{}' THEN RAISE 'not this one'; END IF; RETURN NEW; END $$;
-CREATE TRIGGER refuse_one BEFORE INSERT ON stage_attempts
-    FOR EACH ROW EXECUTE FUNCTION refuse_one()
-"""
-
-
-def test_result_that_is_refused_keeps_no_other_from_being_written(database, caller):
-    calling = caller("http://127.0.0.1:1")
-    jobs = [database.add_job() for _ in range(3)]
-    rows = claim_many(calling.conn, 3, "caller").claimed
-    database.rows(REFUSE_ONE.format(rows[1].key))
-    try:
-        unwritten = calling.listener.unwritten
-        unwritten.results += [result(row, worker="caller") for row in rows]
-        with pytest.raises(psycopg2.errors.RaiseException):
-            calling.listener.settle_and_claim(calling.conn)
-        assert [one.job_id for one in unwritten.results] == [rows[1].key]
-        # Nobody makes it again meanwhile, however long that lasts.
-        assert not any(database.owed(job) for job in jobs)
-        assert database.attempts(rows[1].key) == []
-    finally:
-        database.rows("DROP FUNCTION refuse_one CASCADE")
-    calling.listener.settle_and_claim(calling.conn)
-    assert unwritten.results == []
-    assert [[one.outcome for one in database.attempts(job)] for job in jobs] == [["succeeded"]] * 3
-
-
 def test_stage_that_somebody_has_locked_keeps_no_result_from_being_written(database, conn):
     jobs = [database.add_job() for _ in range(2)]
     accepted = replace(result(claim(conn)), after_hold=True)

@@ -4,9 +4,11 @@ import json
 import os
 import re
 import signal
+from collections import Counter
 from contextlib import closing
 
 import pytest
+from faults.test_connection import frozen
 from stage_functions import POST, program
 from tcp_proxy import TcpProxy
 from waiting import (
@@ -32,8 +34,8 @@ TOO_SHORT = "리스가 모자라 호출하지 않고 되돌림"
 SUCCEEDED = "SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s AND outcome = 'succeeded'"
 ALL_SUCCEEDED = "SELECT count(*) = %s FROM stage_attempts WHERE outcome = 'succeeded'"
 CLAIMED_FOR = (
-    "SELECT clock_timestamp() - started_at > make_interval(secs => %s) FROM stage_calls"
-    " WHERE job_id = %s AND worker IS NOT NULL"
+    "SELECT count(*) = %s FROM stage_calls WHERE worker IS NOT NULL"
+    " AND clock_timestamp() - started_at > make_interval(secs => %s)"
 )
 
 
@@ -128,18 +130,19 @@ def test_answers_that_the_killed_listener_had_not_read_are_recorded(
 ):
     body = f"answer = {POST.removeprefix('return ')}\nos.write(1, b'answered\\n')\nreturn answer"
     with gate(api, STAGE, Answer(200)) as opened:
-        process = listener(database, api=api, program=program(tmp_path, body, 60))
-        for _ in range(4):
+        process = listener(database, "run", "--workers", "16", api=api,
+                           program=program(tmp_path, body, 60))  # fmt: skip
+        for _ in range(16):
             database.add_job("overlay")
-        api.wait_for(lambda api: len(api.calls()) == 4)
+        api.wait_for(lambda api: len(api.calls()) == 16)
         process.signal(signal.SIGSTOP)
         opened.set()
-        process.wait_for_line("answered", count=4)
+        process.wait_for_line("answered", count=16)
         assert database.value("SELECT count(*) FROM stage_attempts") == 0
         process.kill_alone()
-        database.wait_for(ALL_SUCCEEDED, 4)
+        database.wait_for(ALL_SUCCEEDED, 16)
     assert listener(database, "run", "--once", api=api).wait() == 0
-    assert len(api.calls()) == 4
+    assert len(api.calls()) == 16
 
 
 def test_calls_are_finished_by_workers_of_a_listener_that_an_error_has_ended(
@@ -168,22 +171,23 @@ def test_idle_workers_of_a_killed_listener_end(database, listener, tmp_path):
     until(lambda: all(map(is_gone, workers)), "the end of the workers")
 
 
-def test_answer_is_recorded_although_listener_and_database_were_gone(
+def test_answers_are_recorded_although_listener_and_database_were_gone(
     own_server, make_database, listener
 ):
     database = make_database(own_server)
     with StageApi(database.dsn) as api, gate(api, STAGE, Answer(200)) as opened:
-        process = listener(database, api=api)
-        job = database.add_job("overlay")
-        wait_for_call(api, job)
+        process = listener(database, "run", "--workers", "16", api=api)
+        for _ in range(16):
+            database.add_job("overlay")
+        api.wait_for(lambda api: len(api.calls()) == 16)
         own_server.embedded.stop("immediate")
         process.kill_alone()
         opened.set()
-        process.wait_for_line("워커가 결과를 기록할 수 없음", count=2)
+        process.wait_for_line("워커가 결과를 기록할 수 없음", count=32)
         own_server.embedded.start()
         database.conn = database.connect()
-        database.wait_for(SUCCEEDED, job)
-        assert len(api.calls()) == 1
+        database.wait_for(ALL_SUCCEEDED, 16)
+        assert len(api.calls()) == 16
 
 
 def test_answer_is_recorded_and_told_though_nobody_reads_the_output(
@@ -215,57 +219,56 @@ def test_answer_is_recorded_and_told_though_nobody_reads_the_output(
 # --- stopped, and going on later -----------------------------------------------------------
 
 
-def test_worker_of_a_stopped_listener_ends_with_its_lease(database, api, listener, tmp_path):
-    workers, gone = [], []
+def stop(pids: list[int]) -> None:
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+
+
+def test_workers_of_a_stopped_listener_end_with_their_leases(database, api, listener, tmp_path):
+    workers = []
 
     def answer(_request) -> Answer:
         if not workers:
-            workers.extend(first.children())
             api.closing.wait(60)
-        gone.append(until(lambda: is_gone(workers[0]), "the end of the first worker"))
+        until(lambda: all(map(is_gone, workers)), "the end of the first workers")
         return Answer(200)
 
     api.on(STAGE, answer)
-    endless = program(tmp_path, "call.until = time.monotonic() + 600\n" + POST, 3)
-    first = listener(database, "run", "--workers", "1", api=api, program=endless, LEASE_MARGIN=2)
-    job = database.add_job("overlay")
-    wait_for_call(api, job)
+    endless = program(tmp_path, "call.until = time.monotonic() + 600\n" + POST, 5)
+    first = listener(database, "run", "--workers", "16", api=api, program=endless, LEASE_MARGIN=3)
+    jobs = [database.add_job("overlay") for _ in range(16)]
+    api.wait_for(lambda api: len(api.calls()) == 16)
+    workers.extend(first.children())
     first.signal(signal.SIGSTOP)
-    listener(database, api=api)
-    database.wait_for(SUCCEEDED, job)
-    assert gone == [True]
+    listener(database, "run", "--workers", "16", api=api)
+    database.wait_for(ALL_SUCCEEDED, 16)
     first.signal(signal.SIGCONT)
-    first.wait_for_line("its worker was killed by SIGALRM")
+    first.wait_for_line("its worker was killed by SIGALRM", count=16)
     other = database.add_job("overlay")
     database.wait_for(SUCCEEDED, other)
-    assert len(api.calls(job)) == 2
+    assert Counter(call.job_id for call in api.calls()) == dict.fromkeys(jobs, 2) | {other: 1}
 
 
-@pytest.mark.parametrize("who", ["worker", "listener"])
-def test_call_that_comes_too_late_for_its_lease_is_not_made_but_claimed_again(
-    who, database, api, listener, tmp_path
+def test_calls_whose_workers_were_stopped_for_too_long_are_not_made_but_claimed_again(
+    database, api, listener, tmp_path
 ):
-    """Its lease of 7 s has to cover its 5 s: stopped for more than the margin between the two."""
-    with TcpProxy(database.environ) as proxy:
-        process = listener(database, "run", "--workers", "1", api=api, **proxy.settings,
-                           STAGE_TIMEOUT=5, LEASE_MARGIN=2, SWEEP_INTERVAL=3600)  # fmt: skip
-        wait_until_idle(tmp_path)
-        claimed, (worker,) = None, process.children()
-        if who == "worker":
-            os.kill(worker, signal.SIGSTOP)
-        else:
-            claimed = proxy.hold_answer(CLAIM)
-        job = database.add_job("overlay")
-        database.wait_for(CLAIMED_FOR, 2, job)
-        if claimed:
-            claimed.release()
-        os.kill(worker, signal.SIGCONT)
-        assert job in process.wait_for_line(TOO_SHORT)
+    """A lease has to cover the timeout of its call: they are stopped for longer than the margin."""
+    api.on(STAGE, lambda _: Answer(200))
+    process = listener(database, "run", "--workers", "16", api=api,
+                       STAGE_TIMEOUT=20, LEASE_MARGIN=2, SWEEP_INTERVAL=3600)  # fmt: skip
+    wait_until_idle(tmp_path)
+    workers = process.children()
+    with frozen(workers):
+        jobs = [database.add_job("overlay") for _ in range(16)]
+        database.wait_for(CLAIMED_FOR, 16, 2)
+    process.wait_for_line(TOO_SHORT, count=16)
+    for job in jobs:
         database.wait_for(SUCCEEDED, job)
         [call], [attempt] = api.calls(job), database.attempts(job)
         assert int(call.headers["X-Attempt"]) == attempt.attempt > 1
-        assert "attempt=1/5" in process.wait_for_line("[TRIGGER]", count=2)  # none was spent
-        assert process.children() == [worker]
+    process.wait_for_line("[TRIGGER]", count=32)
+    assert "attempt=2/5" not in process.output  # none was spent
+    assert process.children() == workers
 
 
 def test_calls_of_a_listener_that_was_stopped_after_its_claim_are_made_by_another_alone(
@@ -292,17 +295,30 @@ def test_calls_of_a_listener_that_was_stopped_after_its_claim_are_made_by_anothe
     assert len({call.job_id for call in api.calls()}) == len(api.calls()) == 16
 
 
-def test_call_that_its_worker_never_began_is_made_again_after_its_lease(
-    database, api, listener, tmp_path
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_calls_whose_workers_stay_stopped_are_made_again_after_their_leases(
+    when, database, api, listener, tmp_path
 ):
-    process = listener(database, "run", "--workers", "1", api=api,
-                       STAGE_TIMEOUT=2, LEASE_MARGIN=2)  # fmt: skip
-    wait_until_idle(tmp_path)
-    os.kill(process.children()[0], signal.SIGSTOP)
-    job = database.add_job("overlay")
-    process.wait_for_line("no answer within 2 s, so its worker was killed")
-    assert int(wait_for_call(api, job).headers["X-Attempt"]) > 1
-    assert database.attempts(job)[0].outcome == "unknown"
+    with gate(api, STAGE, Answer(200)) as opened:
+        process = listener(database, "run", "--workers", "16", api=api,
+                           STAGE_TIMEOUT=4, LEASE_MARGIN=3)  # fmt: skip
+        wait_until_idle(tmp_path)
+        workers = process.children()
+        if when == "before":
+            stop(workers)
+        jobs = [database.add_job("overlay") for _ in range(16)]
+        if when == "during":
+            api.wait_for(lambda api: len(api.calls()) == 16)
+            stop(workers)
+        process.wait_for_line("no answer within 4 s, so its worker was killed", count=16)
+        opened.set()
+        for job in jobs:
+            database.wait_for(SUCCEEDED, job)
+            outcomes = [attempt.outcome for attempt in database.attempts(job)]
+            assert outcomes == ["unknown", "succeeded"]
+            calls = api.calls(job)
+            assert len(calls) == (1 if when == "before" else 2)
+            assert int(calls[-1].headers["X-Attempt"]) > 1
 
 
 def test_stage_has_its_whole_timeout_however_long_the_claim_took(database, api, listener, tmp_path):
@@ -314,7 +330,7 @@ def test_stage_has_its_whole_timeout_however_long_the_claim_took(database, api, 
         wait_until_idle(tmp_path)
         claimed = proxy.hold_answer(CLAIM)
         job = database.add_job("overlay")
-        database.wait_for(CLAIMED_FOR, 2.5, job)
+        database.wait_for(CLAIMED_FOR, 1, 2.5)
         claimed.release()
         database.wait_for(SUCCEEDED, job)
         left = re.search(r"left ([\d.]+)", process.wait_for_line("left"))[1]

@@ -14,7 +14,6 @@ from waiting import (
     LISTENING,
     PATIENCE,
     gate,
-    terminate_backends,
     until,
     wait_for_call,
     wait_for_sweeps,
@@ -107,62 +106,60 @@ def test_rollback_and_update_without_change_call_nothing(database, api, listener
     assert [call.job_id for call in api.calls()] == [last]
 
 
-def test_killed_host_is_followed_by_the_same_call_after_the_lease(
+def test_killed_host_is_followed_by_the_same_calls_after_their_leases(
     database, api, listener, tmp_path
 ):
     with gate(api, answer=Answer(200)) as opened:
-        first = listener(database, api=api, STAGE_TIMEOUT=300, LEASE_MARGIN=20)
-        job = database.add_job()
-        before = wait_for_call(api, job)
-        first_try = database.owed(job)
-        assert first_try.due_at - first_try.started_at == timedelta(seconds=320)
+        first = listener(database, "run", "--workers", "16", api=api,
+                         STAGE_TIMEOUT=300, LEASE_MARGIN=20)  # fmt: skip
+        jobs = [database.add_job() for _ in range(16)]
+        api.wait_for(lambda api: len(api.calls()) == 16)
+        for job in jobs:
+            first_try = database.owed(job)
+            assert first_try.due_at - first_try.started_at == timedelta(seconds=320)
         first.kill()  # with its workers
-        listener(database, api=api, SWEEP_INTERVAL=0.1)
+        listener(database, "run", "--workers", "16", api=api, SWEEP_INTERVAL=0.1)
         wait_for_sweeps(database)
-        assert len(api.calls(job)) == 1
+        assert len(api.calls()) == 16
         database.rows(LEASE_OVER)
-        again = wait_for_call(api, job, count=2)
+        api.wait_for(lambda api: len(api.calls()) == 32)
         opened.set()
-        database.wait_for(SUCCEEDED, 1, job)
-    assert again.headers["Idempotency-Key"] == before.headers["Idempotency-Key"]
-    assert (before.headers["X-Attempt"], again.headers["X-Attempt"]) == ("1", "2")
-    lost, succeeded = database.attempts(job)
-    assert (lost.attempt, lost.outcome) == (1, "lost")
-    assert (succeeded.attempt, succeeded.outcome) == (2, "succeeded")
-    assert lost.worker != succeeded.worker
+        for job in jobs:
+            database.wait_for(SUCCEEDED, 1, job)
+    for job in jobs:
+        before, again = api.calls(job)
+        assert again.headers["Idempotency-Key"] == before.headers["Idempotency-Key"]
+        assert (before.headers["X-Attempt"], again.headers["X-Attempt"]) == ("1", "2")
+        lost, succeeded = database.attempts(job)
+        assert (lost.attempt, lost.outcome) == (1, "lost")
+        assert (succeeded.attempt, succeeded.outcome) == (2, "succeeded")
+        assert lost.worker != succeeded.worker
 
 
-def test_killed_worker_is_replaced_and_its_call_made_again(database, api, listener):
+def test_killed_workers_are_replaced_and_their_calls_alone_made_again(database, api, listener):
     with gate(api, answer=Answer(200)) as opened:
-        process = listener(database, "run", "--workers", "1", api=api, SWEEP_INTERVAL=0.1)
-        job = database.add_job()
-        wait_for_call(api, job)
-        owed = database.owed(job)
-        [worker] = process.children()
-        os.kill(worker, signal.SIGKILL)
-        line = process.wait_for_line("실행 실패")
+        process = listener(database, "run", "--workers", "16", api=api, SWEEP_INTERVAL=0.1)
+        jobs = [database.add_job() for _ in range(16)]
+        api.wait_for(lambda api: len(api.calls()) == 16)
+        owed = {job: database.owed(job).due_at for job in jobs}
+        workers = process.children()
+        for worker in workers[::2]:
+            os.kill(worker, signal.SIGKILL)
+        line = process.wait_for_line("실행 실패", count=8)
         assert "error=its worker was killed by SIGKILL → 리스 만료 후" in line
-        database.wait_for("SELECT unanswered FROM stage_leases")
-        assert database.owed(job).due_at == owed.due_at
+        database.wait_for("SELECT count(*) = 8 FROM stage_leases WHERE unanswered")
+        assert {job: database.owed(job).due_at for job in jobs} == owed
+        opened.set()
+        database.wait_for("SELECT count(*) = 8 FROM stage_attempts WHERE outcome = 'succeeded'")
         database.rows(LEASE_OVER)
-        opened.set()
-        database.wait_for(SUCCEEDED, 1, job)
-    assert len(process.children()) == 1 and process.children() != [worker]
-    assert [row.outcome for row in database.attempts(job)] == ["unknown", "succeeded"]
-    assert len(api.calls(job)) == 2
-
-
-def test_result_outlasts_a_backend_terminated_during_the_call(database, api, listener):
-    with gate(api, answer=Answer(200)) as opened:
-        process = listener(database, api=api)
-        job = database.add_job()
-        wait_for_call(api, job)
-        terminate_backends(database)
-        opened.set()
-        process.wait_for_line(LISTENING, count=2)
-        database.wait_for(SUCCEEDED, 1, job)
-    assert database.owed(job) is None
-    assert len(api.calls(job)) == 1
+        for job in jobs:
+            database.wait_for(SUCCEEDED, 1, job)
+    assert len(process.children()) == 16
+    assert set(process.children()) & set(workers) == set(workers[1::2])
+    made = Counter(tuple(attempt.outcome for attempt in database.attempts(job)) for job in jobs)
+    assert made == {("succeeded",): 8, ("unknown", "succeeded"): 8}
+    assert all(len(api.calls(job)) == len(database.attempts(job)) for job in jobs)
+    assert process.stop() == 0
 
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
@@ -171,19 +168,21 @@ def test_database_restart_loses_nothing_and_repeats_nothing(
 ):
     database = make_database(own_server)
     with StageApi(database.dsn) as api, gate(api, answer=Answer(200)) as opened:
-        process = listener(database, api=api)
+        process = listener(database, "run", "--workers", "16", api=api)
         wait_until_idle(tmp_path)
         own_server.embedded.restart(mode)
         process.wait_for_line(LISTENING, count=2)
         database.conn = database.connect()
-        job = database.add_job()
-        wait_for_call(api, job)
+        jobs = [database.add_job() for _ in range(16)]
+        api.wait_for(lambda api: len(api.calls()) == 16)
         own_server.embedded.restart(mode)
         opened.set()
         database.conn = database.connect()
-        database.wait_for(SUCCEEDED, 1, job)
-        assert database.owed(job) is None
-        assert len(api.calls(job)) == 1
+        for job in jobs:
+            database.wait_for(SUCCEEDED, 1, job)
+            assert database.owed(job) is None
+        assert process.stop() == 0
+        assert sorted(call.job_id for call in api.calls()) == sorted(jobs)
 
 
 def test_once_drains_what_is_due_and_exits(database, api, listener):

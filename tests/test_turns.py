@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import signal
 import time
 from itertools import pairwise
 
@@ -11,21 +12,11 @@ from asynchronous import PIPELINE
 from claims import SHORT_WAIT, STAGES, claim_many, result, set_clock_back, settle, wanted
 from conftest import ROOT
 from faults.test_claims import with_idle_worker
-from faults.test_connection import frozen
 from raw_server import OK, in_turn
 from stage_functions import COMPUTE, POST, program
 from variants import PIPELINE as OF_TWO_TABLES
 from variants import TABLE, VARIANTS, install, stage
-from waiting import (
-    LISTENING,
-    PATIENCE,
-    RECONNECTING,
-    backends,
-    gate,
-    terminate_backends,
-    until,
-    wait_for_call,
-)
+from waiting import PATIENCE, gate, until, wait_for_call
 
 import calls
 import db
@@ -34,7 +25,6 @@ import looks
 import moves
 import one_by_one
 import trigger
-from demo.stage_api import StageApi
 from demo.stage_server import Answer
 from listener import LONGEST_SLEEP
 from looks import APART_MOST_FOUND, FAILED, Look
@@ -103,6 +93,39 @@ def test_call_that_a_new_primary_forgot_is_not_repeated(database, api, listener,
     database.wait_for("SELECT outcome = 'skipped' FROM stage_attempts WHERE job_id = %s", job)
     assert database.owed(job) is None
     assert len(api.calls()) == 1
+
+
+REFUSE_ONE = """
+CREATE FUNCTION refuse_one() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    IF NEW.job_id = '{}' THEN RAISE 'not this one'; END IF; RETURN NEW; END $$;
+CREATE TRIGGER refuse_one BEFORE INSERT ON stage_attempts
+    FOR EACH ROW EXECUTE FUNCTION refuse_one()
+"""
+
+
+def test_result_that_the_database_refuses_keeps_no_other_from_being_written(
+    database, api, listener
+):
+    refused, *jobs = [database.add_job("overlay") for _ in range(16)]
+    database.rows(REFUSE_ONE.format(refused))
+    with gate(api, STAGE, Answer(200)) as opened:
+        process = listener(database, "run", "--workers", "16", api=api)
+        api.wait_for(lambda api: len(api.calls()) == 16)
+        process.signal(signal.SIGSTOP)  # so that it takes all answers in one turn
+        opened.set()
+        api.wait_for(lambda api: all(call.finished for call in api.calls()))
+        process.signal(signal.SIGCONT)
+    for job in jobs:
+        database.wait_for(SUCCEEDED, job)
+    process.wait_for_line("not this one")
+    # Nobody makes it again meanwhile, however long that lasts.
+    database.wait_for("SELECT count(*) = 0 FROM stage_calls")
+    assert database.attempts(refused) == []
+    database.rows("DROP FUNCTION refuse_one CASCADE")
+    database.wait_for(SUCCEEDED, refused)
+    assert process.stop() == 0
+    assert sorted(call.job_id for call in api.calls()) == sorted([refused, *jobs])
+    assert database.value("SELECT count(*) FROM stage_attempts") == 16
 
 
 TAKE_BACK = (
@@ -638,48 +661,3 @@ def test_once_settles_though_a_look_fails_which_it_says_at_its_end(failing, aske
     assert [row.outcome for row in asked.database.attempts(job)] == ["succeeded"]
     look = {joins: listener.join_look, moves: listener.move_look}[failing]
     assert isinstance(look.failure, psycopg2.errors.DivisionByZero) and look.at == math.inf
-
-
-# --- the database goes away during calls ---------------------------------------------------
-
-
-def stop_server(database, process) -> None:
-    database.server.embedded.stop("immediate")
-    process.wait_for_line(RECONNECTING)
-
-
-def terminate(database, process) -> None:
-    terminate_backends(database)
-    process.wait_for_line(RECONNECTING)
-
-
-def freeze(database, process) -> None:
-    """Its next statement, a claim for one more job, is not answered."""
-    with frozen(backends(database)):
-        database.add_job("img_gen")
-        process.wait_for_line("did not answer within 10 s")
-        process.wait_for_line(LISTENING, count=2)
-
-
-@pytest.mark.parametrize(
-    "lose", [stop_server, terminate, pytest.param(freeze, marks=pytest.mark.slow)]
-)
-def test_answers_that_come_while_the_database_is_away_are_each_recorded_once(
-    lose, own_server, make_database, listener
-):
-    database = make_database(own_server)
-    with StageApi(database.dsn) as api, gate(api, STAGE, Answer(200)) as opened:
-        process = listener(database, "run", "--workers", "5", api=api)
-        jobs = [database.add_job("overlay") for _ in range(4)]
-        api.wait_for(lambda api: len(api.calls(stage=STAGE)) == 4)
-        lose(database, process)
-        opened.set()
-        process.wait_for_line("파이프라인 단계 실행 성공", count=4)
-        if lose is stop_server:
-            own_server.embedded.start()
-            database.conn = database.connect()
-        for job in jobs:
-            database.wait_for(SUCCEEDED, job)
-            assert database.owed(job) is None
-        called = [call.job_id for call in api.calls(stage=STAGE)]
-        assert [called.count(job) for job in jobs] == [1] * 4

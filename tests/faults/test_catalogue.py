@@ -210,7 +210,6 @@ ELSEWHERE = {
         "test_schema_values::test_id_that_is_too_long_for_an_index_of_ours_is_let_through_with_a_warning"
     ],
     "C23": ["test_schema_names::test_names_of_the_application_are_refused_and_never_replaced"],
-    "D1": ["test_pipeline::test_result_outlasts_a_backend_terminated_during_the_call"],
     "D2": [
         "test_calls::test_call_is_taken_over_once_its_lease_has_run_out",
         "test_stage_transaction::test_open_transaction_keeps_other_listeners_away_after_the_lease",
@@ -270,7 +269,7 @@ ELSEWHERE = {
         "test_deploying::test_compose_grace_period_is_longer_than_a_call",
         "test_orphans::test_answers_that_come_after_the_listener_was_killed_are_recorded",
         "test_orphans::test_answers_that_the_killed_listener_had_not_read_are_recorded",
-        "test_pipeline::test_killed_host_is_followed_by_the_same_call_after_the_lease",
+        "test_pipeline::test_killed_host_is_followed_by_the_same_calls_after_their_leases",
     ],
     "P5": ["test_heartbeat::test_full_disk_is_no_reason_to_stop"],
     "P6": [

@@ -3,6 +3,7 @@
 import mmap
 import os
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
@@ -14,8 +15,10 @@ from variants import install, stage
 from waiting import (
     CLAIM,
     LISTENING,
+    RECONNECTING,
     backends,
     gate,
+    terminate_backends,
     until,
     wait_for_call,
     wait_for_sweeps,
@@ -25,7 +28,9 @@ from waiting import (
 import calls
 import moves
 import trigger
+from demo.stage_api import StageApi
 from demo.stage_server import Answer
+from faults.test_connection import frozen
 from listener import Listener
 from pipeline import Pool, limits
 from workers import Worker
@@ -105,6 +110,67 @@ def test_d5_claim_that_commits_after_the_reconnect_is_found_again(
         opened.set()
         database.wait_for(SUCCEEDED, job)
     assert len(api.calls(job)) == 1
+
+
+# --- the database goes away during calls ---------------------------------------------------
+
+
+@contextmanager
+def stopped(database, process) -> Iterator[None]:
+    database.server.embedded.stop("immediate")
+    process.wait_for_line(RECONNECTING)
+    yield
+    database.server.embedded.start()
+    database.conn = database.connect()
+
+
+@contextmanager
+def terminated(database, process) -> Iterator[None]:
+    terminate_backends(database)
+    process.wait_for_line(RECONNECTING)
+    yield
+
+
+@contextmanager
+def backends_frozen(database, process) -> Iterator[None]:
+    """Its next statement, a claim for one more job, is not answered."""
+    with frozen(backends(database)):
+        database.add_job("overlay")
+        process.wait_for_line("did not answer within 10 s")
+        process.wait_for_line(LISTENING, count=2)
+    yield
+
+
+ALL_THROUGH = "SELECT bool_and((current_step, status) = ('vlm_judge', 'done')) FROM jobs"
+
+
+@pytest.mark.parametrize(
+    "lose", [pytest.param(backends_frozen, marks=pytest.mark.slow), stopped, terminated]
+)
+def test_d1_calls_whose_answers_come_while_the_database_is_away_are_made_once(
+    lose, own_server, make_database, listener
+):
+    database = make_database(own_server)
+    with StageApi(database.dsn) as api, gate(api, "overlay", Answer(200)) as opened:
+        # One more than the calls, as an idle one is needed for a claim. A frozen backend passes
+        # no notification on: the sweep makes that claim.
+        process = listener(database, "run", "--workers", "17", api=api, SWEEP_INTERVAL=1)
+        jobs = [database.add_job("planner") for _ in range(16)]
+        api.wait_for(lambda api: len(api.calls()) == 16)
+        with lose(database, process):
+            opened.set()
+            process.wait_for_line("파이프라인 단계 실행 성공", count=16)
+        for job in jobs:
+            database.wait_for(SUCCEEDED, job)
+            assert database.owed(job) is None
+        database.rows("UPDATE jobs SET current_step = 'overlay' WHERE current_step = 'planner'")
+        database.wait_for(ALL_THROUGH)
+        assert process.stop() == 0
+    counts = Counter((call.job_id, call.stage) for call in api.calls())
+    assert {(job, stage) for job in jobs for stage in ("overlay", "vlm_judge")} <= counts.keys()
+    assert set(counts.values()) == {1}
+    attempts = database.rows("SELECT job_id::text, stage, outcome FROM stage_attempts")
+    assert Counter(map(tuple, attempts)) == {(*call, "succeeded"): 1 for call in counts}
 
 
 # --- calls that others make hard to find ---------------------------------------------------
