@@ -30,7 +30,7 @@ import moves
 import trigger
 from demo.stage_api import StageApi
 from demo.stage_server import Answer
-from faults.test_connection import frozen
+from faults.test_connection import frozen, processes
 from listener import Listener
 from pipeline import Pool, limits
 from workers import Worker
@@ -125,6 +125,14 @@ def stopped(database, process) -> Iterator[None]:
 
 
 @contextmanager
+def away_for_minutes(database, process) -> Iterator[None]:
+    """With MINUTES, 31 waits of 2.5 to 5 s: longer than the leases of the calls."""
+    with stopped(database, process):
+        yield
+        process.wait_for_line("(32번째)", timeout=240)
+
+
+@contextmanager
 def terminated(database, process) -> Iterator[None]:
     terminate_backends(database)
     process.wait_for_line(RECONNECTING)
@@ -141,20 +149,34 @@ def backends_frozen(database, process) -> Iterator[None]:
     yield
 
 
+@contextmanager
+def server_frozen(database, process) -> Iterator[None]:
+    """Nothing answers when the listener sends the results, nor when it connects again."""
+    with frozen(processes(database.server)):
+        yield
+        process.wait_for_line("did not answer within 10 s")
+        process.wait_for_line("timeout expired")
+
+
+MINUTES = {"JOB_STATE_LISTENER_RECONNECT_DELAY": 5, "STAGE_TIMEOUT": 60, "LEASE_MARGIN": 10}
 ALL_THROUGH = "SELECT bool_and((current_step, status) = ('vlm_judge', 'done')) FROM jobs"
 
 
-@pytest.mark.parametrize(
-    "lose", [pytest.param(backends_frozen, marks=pytest.mark.slow), stopped, terminated]
-)
+SLOW = [pytest.param(lose, marks=pytest.mark.slow)
+        for lose in (away_for_minutes, backends_frozen, server_frozen)]  # fmt: skip
+
+
+@pytest.mark.parametrize("lose", [*SLOW, stopped, terminated])
 def test_d1_calls_whose_answers_come_while_the_database_is_away_are_made_once(
     lose, own_server, make_database, listener
 ):
     database = make_database(own_server)
+    settings = MINUTES if lose is away_for_minutes else {}
     with StageApi(database.dsn) as api, gate(api, "overlay", Answer(200)) as opened:
         # One more than the calls, as an idle one is needed for a claim. A frozen backend passes
         # no notification on: the sweep makes that claim.
-        process = listener(database, "run", "--workers", "17", api=api, SWEEP_INTERVAL=1)
+        process = listener(database, "run", "--workers", "17", api=api,
+                           SWEEP_INTERVAL=1, **settings)  # fmt: skip
         jobs = [database.add_job("planner") for _ in range(16)]
         api.wait_for(lambda api: len(api.calls()) == 16)
         with lose(database, process):
