@@ -728,6 +728,30 @@ def give_back(conn, worker: str, keep: Iterable[int]):
     return execute(conn, GIVE_BACK, {"worker": worker, "keep": list(keep)}).fetchone()
 
 
+# Lengthens leases that ran out while nobody reached the database, so that what knows their results
+# can write them before another makes their calls. Rows that the application holds are passed by.
+WAIT_FOR_RESULTS = """
+WITH over AS (
+    SELECT c.job_id, c.call_id, c.attempts FROM stage_leases AS l CROSS JOIN LATERAL (
+        SELECT c.job_id, c.call_id, c.attempts FROM stage_calls AS c
+        WHERE c.job_id = l.job_id AND c.call_id = l.call_id AND c.attempts = l.attempt
+        LIMIT 1 FOR UPDATE SKIP LOCKED) AS c
+    WHERE l.leased_until < now() + make_interval(secs => %(seconds)s) AND NOT l.unanswered
+), leased AS (
+    UPDATE stage_leases AS l SET leased_until = now() + make_interval(secs => %(seconds)s)
+    FROM over WHERE l.call_id = over.call_id AND l.attempt = over.attempts
+)
+UPDATE stage_calls AS c SET due_at = now() + make_interval(secs => %(seconds)s) FROM over
+WHERE c.job_id = over.job_id AND c.call_id = over.call_id AND c.worker IS NOT NULL
+  AND c.due_at < 'infinity'
+"""
+
+
+def wait_for_results(conn, seconds: float) -> None:
+    """Keep everybody from calls under way for `seconds` at least, after the database was away."""
+    execute(conn, WAIT_FOR_RESULTS, {"seconds": seconds})
+
+
 # Deletes leases that have run out: the listener was lost, or an asynchronous stage did not finish
 # in time. Each gets a row in the history, unless the call got no answer: such a call got its row
 # when it ended. A result that arrives later gets a row of its own. A call that a person made before

@@ -65,6 +65,9 @@ CONNECTING = 100.0
 # How often to look whether a stage has let go of the row of a call that it has answered, and to
 # give back claims that were not begun.
 AGAIN_EVERY = 1.0
+# Seconds that other listeners get to connect, besides their delays, before their calls are taken
+# over.
+RECONNECTING = 5.0
 # After a lost connection, a statement that was sent on it may still take effect for so long.
 DOUBTFUL = 600.0
 
@@ -185,6 +188,9 @@ class Listener:
         self.hearing.listen(conn, silent=announced == "nothing")
         self.workers.conn = conn
         self.give_back(conn)
+        if self.is_away:  # for all, so others may have results that they could not write
+            seconds = 2 * self.settings.JOB_STATE_LISTENER_RECONNECT_DELAY + RECONNECTING
+            calls.wait_for_results(conn, seconds)
         self.claiming.claim_at = self.claiming.sweep_at = 0.0
 
     def end_waiting(self, conn: db.Connection) -> None:

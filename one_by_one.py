@@ -11,6 +11,7 @@ import calls
 from calls import (
     BEYOND_ASCII,
     FENCE,
+    HURRY,
     PAID,
     RESULTS,
     UNDER_WAY,
@@ -20,7 +21,7 @@ from calls import (
     as_json,
     escaped,
 )
-from db import ConnectionLost, execute
+from db import ConnectionLost, Statement, execute, run
 from failures import row_name
 
 log = logging.getLogger("listener")
@@ -116,7 +117,6 @@ SET worker = NULL, started_at = NULL, due_at = 'infinity', last_error = left(r.e
 FROM result AS r
 WHERE {FENCE} AND r.outcome NOT IN ('succeeded', 'skipped', 'taken')
 """
-PASSING = (psycopg2.errors.LockNotAvailable, psycopg2.errors.QueryCanceled)
 
 
 def settle_alone(conn, result: Result, done: Turn) -> None:
@@ -134,8 +134,8 @@ def settle_alone(conn, result: Result, done: Turn) -> None:
         return
     except psycopg2.Error as error:
         if not is_fault_of_row(error):
-            if result.outcome in PAID and not isinstance(error, PASSING):
-                let_go(conn, result)
+            if result.outcome in PAID:
+                keep_from_repeating(conn, result, error)
             raise
         reason = f"its result ({result.outcome}) cannot be recorded: {' '.join(str(error).split())}"
     row = row_name(result.table_name, result.job_id)
@@ -153,12 +153,30 @@ def settle_alone(conn, result: Result, done: Turn) -> None:
             done.given_up.append(replace(result, outcome="failed", error=reason))
 
 
-def let_go(conn, result: Result) -> None:
-    """Remove an accepted call though the history does not take its result for now, as on a full
-    disk: another listener would make the call again after its lease. The result is written later.
-    """
+# Gives up an accepted call whose result the history does not take for now, as on a full disk, or
+# while it is locked: another listener would make the call again after its lease. It stays claimed,
+# so its result still settles it. Should that be lost, people see what it is.
+KEEP_FROM_REPEATING = Statement(
+    "keep_from_repeating",
+    f"""
+WITH result AS ({RESULTS}
+), ended AS (
+    DELETE FROM stage_leases AS l USING result AS r
+    WHERE l.call_id = r.call_id AND l.attempt = r.attempt AND l.job_id = r.job_id
+)
+UPDATE stage_calls AS c SET due_at = 'infinity', last_error = left(r.error, 500)
+FROM result AS r
+WHERE {FENCE} AND c.due_at < 'infinity'
+""",
+)
+
+
+def keep_from_repeating(conn, result: Result, error: psycopg2.Error) -> None:
+    """Keep an accepted call from being made again, though its result is not written yet."""
+    why = f"its stage has accepted it, do not retry it: {' '.join(str(error).split())}"
+    results = as_json(conn, [replace(result, error=BEYOND_ASCII.sub(escaped, why))])
     with contextlib.suppress(psycopg2.Error):
-        execute(conn, SETTLE_WITHOUT_HISTORY, {"results": as_json(conn, [result])})
+        run(conn, [HURRY, KEEP_FROM_REPEATING], {"results": results})
 
 
 # The call that a claim of this stage would take first: see DUE and DUE_IN_ORDER in calls.py.

@@ -218,7 +218,10 @@ def settle(conn, settings: SimpleNamespace, call: Call, ended: calls.Result) -> 
         return settling.settle_within_lease(settings, name, call, ended)
     except psycopg2.Error:
         said = f"the result of this call to {call.stage} ({ended.outcome}) could not be recorded"
-        click.echo(f"{said}: it will be made again, unless its row moves on", err=True)
+        then = "it will be made again, unless its row moves on"
+        if ended.outcome in calls.PAID:  # it may have been kept from that
+            then = f"{pipeline.typed('job', call.table, call.key)} says whether it is made again"
+        click.echo(f"{said}: {then}", err=True)
         raise
 
 

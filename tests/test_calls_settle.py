@@ -323,9 +323,42 @@ def test_stage_that_somebody_has_locked_keeps_no_result_from_being_written(datab
     assert [len(database.attempts(job)) for job in jobs] == [1, 1]
 
 
+@pytest.mark.parametrize("table", ["stage_attempts", "pipeline_stages"])
+def test_accepted_call_is_not_made_again_while_one_of_our_tables_is_locked(database, conn, table):
+    job = database.add_job()
+    row = claim(conn)
+    accepted = replace(result(row), after_hold=True)
+    with closing(database.connect()) as elsewhere:  # as CREATE INDEX does
+        elsewhere.cursor().execute(f"BEGIN; LOCK TABLE {table} IN SHARE MODE")
+        turn = one_by_one.settle_and_claim(conn, [accepted], wanted(), 1, "w")
+        assert (turn.refused, turn.claimed) == ([accepted], [])
+    owed = database.owed(job)  # people see what it is
+    assert owed.given_up and owed.last_error.startswith("its stage has accepted it, do not retry")
+    assert database.rows("SELECT FROM stage_leases") == []
+    settle(conn, accepted)
+    assert database.owed(job) is None
+    assert [one.attempt for one in database.attempts(row.key)] == [1]
+
+
+def test_calls_whose_leases_ran_out_while_the_database_was_away_wait_for_their_results(
+    database, conn
+):
+    for _ in range(2):
+        database.add_job()
+    answered, unanswered = claim_many(conn, 2).claimed
+    again = result(unanswered, "unknown", error="no answer", delay=0.0, after_lease=True)
+    settle(conn, again)
+    database.rows(LEASE_OVER)
+    calls.wait_for_results(conn, 60.0)
+    calls.reap(conn)
+    assert [row.key for row in claim_many(conn, 2).claimed] == [unanswered.key]
+    assert settle(conn, result(answered))
+    assert [one.outcome for one in database.attempts(answered.key)] == ["succeeded"]
+
+
 def test_fault_of_more_than_one_row_gives_nothing_up(database, conn):
     job = database.add_job()
-    settled = result(claim(conn))
+    settled = result(claim(conn), "retry", error="no", delay=0.0)
     database.add_job()
     with closing(database.connect()) as elsewhere:
         elsewhere.cursor().execute("BEGIN; LOCK TABLE stage_attempts")

@@ -437,7 +437,7 @@ def test_call_that_cannot_be_recorded_within_its_lease_says_so(database, api, li
         opened.set()
         assert process.wait() == 3
     said = "the result of this call to overlay (succeeded) could not be recorded"
-    assert process.wait_for_line(said).endswith("it will be made again, unless its row moves on")
+    assert process.wait_for_line(said).endswith(f"./jsl job {job} says whether it is made again")
     database.rows(allowed, True)
 
 

@@ -118,8 +118,9 @@ def test_result_that_the_database_refuses_keeps_no_other_from_being_written(
     for job in jobs:
         database.wait_for(SUCCEEDED, job)
     process.wait_for_line("not this one")
-    # Nobody makes it again meanwhile, however long that lasts.
-    database.wait_for("SELECT count(*) = 0 FROM stage_calls")
+    # Nobody makes it again meanwhile, however long that lasts; people see what it is.
+    database.wait_for("SELECT count(*) = 1 FROM stage_calls")
+    assert "do not retry it: not this one" in database.owed(refused).last_error
     assert database.attempts(refused) == []
     database.rows("DROP FUNCTION refuse_one CASCADE")
     database.wait_for(SUCCEEDED, refused)
