@@ -39,7 +39,8 @@ EPISODE = 600.0
 class Message:
     """What the command gets."""
 
-    key: tuple[str, Any]  # event, stage
+    about: tuple[str, Any]  # event, stage
+    is_recovered: bool  # says that it is over
     said: bytes
     tries: int = 0
     at: float = 0.0  # time.monotonic() of the next try
@@ -126,7 +127,6 @@ class Alerts:
         """
         text = f"{stage}: {text}" if stage else text
         said = {"event": "recovered", "text": text, "stage": stage, "of": event}
-        self.give_up((event, stage))
         episode = self.episodes.get((event, stage))
         if episode and not at_once:
             episode.recovered = said
@@ -137,13 +137,16 @@ class Alerts:
     def put(self, said: dict[str, Any]) -> None:
         if not self.command:
             return
+        is_recovered = said["event"] == "recovered"
+        about = (said["of"] if is_recovered else said["event"], said.get("stage"))
+        self.give_up(about, not is_recovered)
         if len(self.waiting) + len(self.again) >= LONGEST_QUEUE:
             log.error("알림 대기열이 가득 차 버림: %s", said["text"])
             return
         text = json.dumps(said, default=str, ensure_ascii=False)
         # An error may hold half of a surrogate pair, which UTF-8 has not.
         encoded = text.encode("utf-8", "backslashreplace") + b"\n"
-        self.waiting.append(Message((said["event"], said.get("stage")), encoded))
+        self.waiting.append(Message(about, is_recovered, encoded))
         self.run()
 
     def end_episodes(self, now: float) -> None:
@@ -199,15 +202,21 @@ class Alerts:
             message.at = time.monotonic() + TRY_AGAIN_AFTER
             self.again.append(message)
         else:
-            log.error("알림 명령이 받지 못한 알림: %s", message.said.decode().strip())
+            log_not_taken(message)
 
-    def give_up(self, key: tuple[str, Any]) -> None:
-        """What the command has not taken is not tried again, as the event is over: it would come
-        after that is told.
+    def give_up(self, about: tuple[str, Any], is_recovered: bool) -> None:
+        """Try no alert again that is over, and no `recovered` of what has begun again: it would
+        come after the newer message.
         """
-        self.again = deque(message for message in self.again if message.key != key)
+
+        def is_outdated(message: Message) -> bool:
+            return (message.about, message.is_recovered) == (about, is_recovered)
+
+        for message in filter(is_outdated, self.again):
+            log_not_taken(message)
+        self.again = deque(message for message in self.again if not is_outdated(message))
         for message in (*self.waiting, *(run.message for run in self.running)):
-            if message.key == key:
+            if is_outdated(message):
                 message.tries = TRIES
 
     def start(self, message: Message) -> None:
@@ -254,6 +263,10 @@ class Alerts:
                       run.message.said.decode().strip())  # fmt: skip
         for message in self.waiting:
             log.error("중지하느라 보내지 못한 알림: %s", message.said.decode().strip())
+
+
+def log_not_taken(message: Message) -> None:
+    log.error("알림 명령이 받지 못한 알림: %s", message.said.decode().strip())
 
 
 def scratch_file() -> IO[bytes]:

@@ -197,20 +197,21 @@ def test_command_that_hangs_delays_no_call(database, api, listener, tmp_path):
         os.kill(int(hangs.read_text()[:-1]), signal.SIGKILL)
 
 
-# A command that takes each alert when it is given for the second time.
-SECOND_TIME = """
+# A command that fails the first time it is run.
+FAILS_ONCE = """
 import pathlib, sys
 file = pathlib.Path(sys.argv[1])
 given = sys.stdin.read()
 if not (mark := file.with_suffix(".given")).exists():
     sys.exit(mark.write_text(given))
-file.write_text(given)
+with file.open("a") as told:
+    told.write(given)
 """
 
 
 def test_alert_whose_command_fails_once_is_sent_again(monkeypatch, told, tmp_path):
     monkeypatch.setattr(alerts, "TRY_AGAIN_AFTER", 0.0)
-    command = python(SECOND_TIME, tmp_path / "told")
+    command = python(FAILS_ONCE, tmp_path / "told")
     sending = alerts.Alerts(config.read({"ALERT_COMMAND": command}))
     sending.send("stalled", "text", stage="overlay")
     until(lambda: not sending.run() and sending.next_run == math.inf, "the end of all tries")
@@ -235,13 +236,36 @@ def test_alert_whose_command_always_fails_is_tried_a_few_times(monkeypatch, capl
     assert said == {"알림 명령 실패": 4, "알림 명령이 받지 못한 알림": 2}
 
 
-def test_alert_that_failed_is_not_sent_after_its_recovery(monkeypatch, told, tmp_path):
+@pytest.mark.parametrize("has_ended", [False, True], ids=["runs", "ended"])
+@pytest.mark.parametrize("last", ["recovered", "stalled"])
+def test_message_that_failed_is_not_sent_after_the_next_one(
+    caplog, told, tmp_path, last, has_ended
+):
+    sending = alerts.Alerts(config.read({"ALERT_COMMAND": python(FAILS_ONCE, tmp_path / "told")}))
+    to_send = {
+        "stalled": partial(sending.send, "stalled", "text", stage="overlay"),
+        "recovered": partial(sending.send_recovered, "stalled", "overlay", "no job is stalled"),
+    }
+    send_last = to_send.pop(last)
+    [send_first] = to_send.values()
+    send_first()
+    if has_ended:
+        until(lambda: not sending.run(), "its first try")
+    else:
+        until((tmp_path / "told.given").exists, "its first try")
+    send_last()
+    sending.close()  # tries once more, at once
+    assert [said["event"] for said in told()] == [last]
+    assert caplog.messages[-1].startswith("알림 명령이 받지 못한 알림")
+
+
+def test_alert_that_failed_is_sent_though_its_recovery_waits(monkeypatch, told, tmp_path):
     monkeypatch.setattr(alerts, "TRY_AGAIN_AFTER", 0.0)
-    sending = alerts.Alerts(config.read({"ALERT_COMMAND": python(SECOND_TIME, tmp_path / "told")}))
-    sending.send("stalled", "text", stage="overlay")
-    sending.send_recovered("stalled", "overlay", "no job is stalled")
-    until(lambda: not sending.run() and sending.next_run == math.inf, "the end of all tries")
-    assert [said["event"] for said in told()] == ["recovered"]
+    sending = alerts.Alerts(config.read({"ALERT_COMMAND": python(FAILS_ONCE, tmp_path / "told")}))
+    sending.send("stage_refuses", "text", stage="overlay")
+    sending.send_recovered("stage_refuses", "overlay", "it accepts", at_once=False)
+    until(lambda: not sending.run() and not sending.again, "the end of all tries")
+    assert [said["event"] for said in told()] == ["stage_refuses"]
 
 
 def test_command_that_hangs_is_ended(monkeypatch):
