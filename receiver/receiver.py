@@ -27,7 +27,7 @@ from .rows import (
     send_back,
     take,
 )
-from .session import LOCK_BRIEFLY, Session, is_lost, rows
+from .session import CONFLICT, LOCK_BRIEFLY, Session, is_lost, rows
 from .signature import keys_of, verify
 
 log = logging.getLogger("receiver")
@@ -37,7 +37,7 @@ SCHEMA = Path(__file__).with_name("schema.sql")
 ALONE = "SELECT pg_advisory_xact_lock(hashtextextended('stage_requests schema', 0))"
 # CREATE TABLE IF NOT EXISTS needs CREATE on the schema even where the table is there.
 IS_MISSING = "SELECT to_regclass('stage_requests') IS NULL"
-# A row that somebody has locked must not keep recover() from the others.
+# A row that somebody has locked must not keep recover() from the others: it waits so long, once.
 WAIT_BRIEFLY = "SET LOCAL lock_timeout = '1s'"
 # What no database takes in a text: NUL, and half of a surrogate pair.
 NO_ID = re.compile("[\0\ud800-\udfff]")
@@ -260,7 +260,7 @@ class Receiver:
                 for key, owner, row_id in session.transaction(asked):
                     lost = partial(self.sent_back, stage=stage, key=key, owner=owner)
                     try:
-                        sent += session.transaction(lost)
+                        sent += session.transaction(lost, retried=CONFLICT)
                     except Exception as error:  # such as a trigger of the application's
                         if is_lost(error):
                             raise

@@ -26,8 +26,9 @@ UNLOCK = "SELECT pg_advisory_unlock(hashtextextended('stage_requests ' || %(key)
 # The same lock for one transaction.
 LOCK_BRIEFLY = "SELECT pg_try_advisory_xact_lock(hashtextextended('stage_requests ' || %(key)s, 0))"
 
-# Retried: serialization failure, deadlock, lock not available.
-TRANSIENT = ("40", "55P03")
+# Retried.
+CONFLICT = ("40",)  # serialization failure, deadlock
+TRANSIENT = (*CONFLICT, "55P03")  # and lock not available
 # Connection lost: connection errors, read-only (a standby), too many clients, server shutdown.
 LOST = ("08", "25006", "53300", "57P0")
 
@@ -58,11 +59,14 @@ class Session:
         self.has_lock = False
         self.was_autocommit = False  # it is given back as it came
 
-    def transaction(self, do: Callable[[Any], Any]) -> Any:
+    def transaction(self, do: Callable[[Any], Any], retried: tuple[str, ...] = TRANSIENT) -> Any:
         """What do(cursor) returns, once it is committed.
 
         Where the database was lost, `do` is run again on a new connection, and has to find out
         whether its first commit came through.
+
+        Args:
+            retried: how the SQLSTATEs begin after which `do` is run again as well.
         """
         until, pause = time.monotonic() + self.patience, 0.0
         while True:
@@ -71,7 +75,7 @@ class Session:
                 self.connection.commit()
                 return done
             except Exception as error:
-                if not self.clean_up(error) or time.monotonic() > until:
+                if not self.clean_up(error, retried) or time.monotonic() > until:
                     raise
             time.sleep(pause)
             pause = TRY_AGAIN_AFTER
@@ -104,7 +108,7 @@ class Session:
             log.error("this connection kept no lock: behind a pooler in transaction mode give"
                       " Receiver(…, lost_after=…)")  # fmt: skip
 
-    def clean_up(self, error: Exception) -> bool:
+    def clean_up(self, error: Exception, retried: tuple[str, ...]) -> bool:
         """End the transaction that `error` broke; whether it is worth another try."""
         if is_lost(error):
             self.drop()
@@ -114,7 +118,7 @@ class Session:
                 self.connection.rollback()
         except Exception:
             self.drop()
-        return (sqlstate(error) or "").startswith(TRANSIENT)
+        return (sqlstate(error) or "").startswith(retried)
 
     def drop(self) -> None:
         """Close a connection that is lost."""

@@ -14,6 +14,7 @@ from waiting import PATIENCE, until
 
 from chaos.moments import Watched
 from receiver import Failed, Stage
+from receiver.rows import ABANDON
 
 
 @pytest.fixture(scope="module")
@@ -447,18 +448,26 @@ def test_row_that_cannot_be_sent_back_keeps_no_other_from_it(site, caplog):
     assert site.receiver.recover(ANALYZE) == 1
 
 
-def test_row_that_somebody_has_locked_keeps_no_other_from_being_sent_back(
-    site, caplog, monkeypatch
+def test_row_that_somebody_has_locked_is_tried_once_and_keeps_no_other_from_being_sent_back(
+    site, caplog
 ):
-    monkeypatch.setattr("receiver.receiver.PATIENCE_TO_TAKE", 0)
     locked, lost = site.database.add_job(), site.database.add_job()
     lose(site, locked), lose(site, lost)
+    executed = []
+
+    class Listed(psycopg2.extensions.cursor):
+        def execute(self, statement, values=None):
+            executed.append(statement)
+            super().execute(statement, values)
+
+    receiver = site.make(lambda: psycopg2.connect(site.database.dsn, cursor_factory=Listed))
     with closing(psycopg2.connect(site.database.dsn)) as other, other.cursor() as cursor:
         cursor.execute("SELECT FROM jobs WHERE job_id = %s FOR UPDATE", [locked])
-        assert site.receiver.recover(ANALYZE) == 1
+        assert receiver.recover(ANALYZE) == 1
     assert site.database.state(lost) == ("img_gen", "done")
     assert f"vlm_analyze {locked} cannot be sent back: LockNotAvailable" in caplog.text
-    assert site.receiver.recover(ANALYZE) == 1
+    assert executed.count(ABANDON) == 2
+    assert receiver.recover(ANALYZE) == 1
 
 
 def test_row_whose_process_dies_again_and_again_is_set_failed_until_a_person_sends_it_back(site):
