@@ -31,10 +31,10 @@ from bench.workloads.throughput import Burst, Slow
 RESULTS = Path(__file__).parent / "results"
 # Module and class of each peer; a module whose package is not installed is skipped.
 PEERS = [("ours", "Ours"), ("ours", "Before"), ("ours", "OursQuiet"), ("ours", "OursOwed"),
-         ("references", "Floor"),
-         ("references", "NoTrigger"), ("references", "FirstDesign"), ("node", "Graphile"),
-         ("node", "PgBoss"), ("pgqueuer", "PgQueuer"), ("procrastinate", "Procrastinate"),
-         ("awa", "Awa"), ("dbos", "Dbos"), ("oban", "Oban")]  # fmt: skip
+         ("references", "Floor"), ("references", "NoTrigger"),
+         ("node", "Graphile"), ("node", "PgBoss"), ("pgqueuer", "PgQueuer"),
+         ("procrastinate", "Procrastinate"), ("awa", "Awa"), ("dbos", "Dbos"),
+         ("oban", "Oban")]  # fmt: skip
 WORKLOADS = [Hop, Burst, Slow, Asynchronous, Limits, Listeners, Commits, Children, ChildCommits,
              Startup, Memory, Idle, Backlog]  # fmt: skip
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 PACKAGES = ["psycopg2-binary", "requests", "urllib3", "procrastinate", "psycopg", "pgqueuer",
-            "awa-pg", "dbos", "oban", "asyncpg", "aiohttp", "httpx", "uvloop"]  # fmt: skip
+            "awa-pg", "dbos", "oban", "asyncpg", "aiohttp", "uvloop"]  # fmt: skip
 # pg-boss needs a newer Node.js than most machines have: package.json installs one.
 OWN_NODE = Path(__file__).parent / "node_modules" / ".bin" / "node"
 NODE = str(OWN_NODE) if OWN_NODE.exists() else shutil.which("node") or ""

@@ -29,19 +29,3 @@ class NoTrigger(Floor):
 
     def install(self, database: Database) -> None:
         pass
-
-
-class FirstDesign(Peer):
-    """The first design of the guide, with asyncpg and httpx."""
-
-    name = "first design"
-    worker = "first_design"
-    keeps_debts = False
-    best = (Shape(1),)
-
-    def shape(self, in_flight: int) -> Shape:
-        """It has no limit: every notification is a task. More processes repeat each call."""
-        return Shape(in_flight, 1)
-
-    def install(self, database: Database) -> None:
-        database.execute(NOTIFY_ONLY)

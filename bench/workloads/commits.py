@@ -55,10 +55,7 @@ class Commits(Workload):
         return ["4 clients"] if quick else ["1 client", "4 clients", "16 clients"]
 
     def applies(self, peer: Peer, variant: str) -> bool:
-        """The first design has the floor's trigger; the peers' with one number of clients."""
-        if peer.kind == "peer":
-            return variant == "4 clients" and peer.name != "first design"
-        return True
+        return peer.kind != "peer" or variant == "4 clients"
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
         clients, seconds = int(variant.split()[0]), 3 if bench.quick else 8

@@ -82,9 +82,7 @@ class Burst(Throughput):
         return [*(f"{size} in flight" for size in sizes), *([] if quick else [BEST])]
 
     def applies(self, peer: Peer, variant: str) -> bool:
-        """The first design has no limit: with more processes, each makes every call."""
-        has_limit = peer.keeps_debts or peer.kind == "reference"
-        return peer.calls and peer.hears and (has_limit or variant == "1 in flight")
+        return peer.calls and peer.hears
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
         count = 100 if bench.quick else 250 if variant == "1 in flight" else 500
