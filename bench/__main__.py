@@ -30,7 +30,7 @@ from bench.workloads.throughput import Burst, Slow
 
 RESULTS = Path(__file__).parent / "results"
 # Module and class of each peer; a module whose package is not installed is skipped.
-PEERS = [("ours", "Ours"), ("ours", "Before"), ("ours", "OursQuiet"), ("ours", "OursOwed"),
+PEERS = [("ours", "Ours"), ("ours", "OursQuiet"), ("ours", "OursOwed"),
          ("references", "Floor"), ("references", "NoTrigger"),
          ("node", "Graphile"), ("node", "PgBoss"), ("pgqueuer", "PgQueuer"),
          ("procrastinate", "Procrastinate"), ("awa", "Awa"), ("dbos", "Dbos"),

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 
 from bench.stats import Metric, Spread, best, ratio
 
-OURS, BEFORE, FLOOR = "ours", "before", "floor"
+OURS, FLOOR = "ours", "floor"
 
 
 @dataclass
@@ -53,8 +53,6 @@ def markdown(tables: list[Table], facts: dict[str, dict[str, str]], notes: list[
     if rows := [row for table in tables for row in summary_rows(table)]:
         header = ["", "ours", "floor", "best peer", "ours / floor", "ours / best peer"]
         parts.append("## Ours against floor and best peer\n\n" + grid(header, rows))
-    if rows := [row for table in tables for row in before_rows(table)]:
-        parts.append("## Ours against before\n\n" + grid(["", "ours", BEFORE, "ratio"], rows))
     parts += [details(table) for table in tables]
     if notes:
         parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in notes))
@@ -77,18 +75,6 @@ def summary_rows(table: Table) -> list[list[str]]:
             quotient(medians[OURS], floor),
             quotient(medians[OURS], medians[peer] if peer else None),
         ])  # fmt: skip
-    return rows
-
-
-def before_rows(table: Table) -> list[list[str]]:
-    """A row for each metric that both ours and "before" have."""
-    rows = []
-    for metric in table.metrics:
-        medians = table.medians(metric)
-        if OURS in medians and BEFORE in medians:
-            both = medians[OURS], medians[BEFORE]
-            shown = (number(value, metric) for value in both)
-            rows.append([named(table, metric), *shown, quotient(*both)])
     return rows
 
 

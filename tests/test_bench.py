@@ -7,9 +7,9 @@ import pytest
 from bench import pipeline
 from bench.failover import longest_gap
 from bench.peers.base import Peer
-from bench.peers.ours import Before, Ours
+from bench.peers.ours import Ours
 from bench.peers.references import Floor
-from bench.report import Table, as_json, before_rows, details, grid, markdown, summary_rows
+from bench.report import Table, as_json, details, grid, markdown, summary_rows
 from bench.stage_process import Record
 from bench.stats import Metric, Spread, best, percentile
 from bench.workloads.asynchronous import most_at_once
@@ -24,7 +24,7 @@ HOP = Metric("p50", "ms")
 def table(metric: Metric, **values: list[float]) -> Table:
     """Of peers by name; `lost_…` is a peer that lost a call."""
     made = Table("burst", "a title", "1 worker", (metric,))
-    kinds = {"ours": "ours", "floor": "reference", "before": "before"}
+    kinds = {"ours": "ours", "floor": "reference"}
     for name, numbers in values.items():
         for number in numbers:
             lost = {"lost": 1.0} if name.startswith("lost") else {}
@@ -77,30 +77,6 @@ def test_peer_that_lost_a_call_is_shown_and_not_compared_with():
 def test_reference_is_not_the_best_peer():
     made = table(HOP, ours=[3.0], floor=[1.0], other=[2.0])
     assert summary_rows(made)[0][3:] == ["2.00 other", "3.00", "1.50"]
-
-
-def test_before_is_compared_with_apart_and_is_not_the_best_peer():
-    made = table(HOP, ours=[3.0], before=[2.0], other=[4.0])
-    assert summary_rows(made)[0][3:] == ["4.00 other", "–", "0.75"]
-    assert before_rows(made) == [["burst (1 worker): p50, ms ↓", "3.00", "2.00", "1.50"]]
-    assert "## Ours against before" in markdown([made], {}, [])
-
-
-def test_without_before_nothing_is_said_of_it():
-    made = table(HOP, ours=[3.0], other=[4.0])
-    assert before_rows(made) == []
-    assert "before" not in markdown([made], {}, [])
-
-
-def test_other_checkout_is_measured_where_it_is_named(monkeypatch, tmp_path):
-    monkeypatch.delenv("BENCH_BEFORE", raising=False)
-    assert "BENCH_BEFORE names no other checkout" in Before().unavailable()
-    monkeypatch.setenv("BENCH_BEFORE", str(tmp_path))
-    assert "no listener.py" in Before().unavailable()
-    (tmp_path / "listener.py").touch()
-    assert Before().unavailable() is None
-    (command,) = Before().commands(Before().shape(16))
-    assert command[1:] == [str(tmp_path / "listener.py"), "run", "--workers", "16"]
 
 
 def test_ours_is_one_listener_with_one_connection_whatever_is_in_flight():

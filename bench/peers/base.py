@@ -25,8 +25,7 @@ class Peer:
     """A job queue that is measured.
 
     name: as in the tables. worker: the module of bench.workers for its processes.
-    kind: "ours"; "before": an earlier version of ours; "peer": another queue; "reference": calls
-        without recording what is owed.
+    kind: "ours"; "peer": another queue; "reference": calls without recording what is owed.
     calls: False where there is only a trigger and nobody calls.
     keeps_debts: whether a call is still owed if nobody was listening when the job moved.
     hears: False where it polls every second, so that a latency would only measure the interval.

@@ -29,7 +29,6 @@ class Asynchronous(Throughput):
     )
 
     def applies(self, peer: Peer, variant: str) -> bool:
-        """An earlier version may know neither bench.limited nor its limits."""
         return peer.kind == "ours" and peer.hears
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:

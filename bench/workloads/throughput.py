@@ -116,7 +116,7 @@ class Slow(Throughput):
         """Peers that keep debts; the longest variants only for ours, to save time."""
         in_flight, delay, _ = SLOW[variant]
         is_short = in_flight <= 64 and delay <= 1
-        return peer.hears and peer.keeps_debts and (is_short or peer.kind in ("ours", "before"))
+        return peer.hears and peer.keeps_debts and (is_short or peer.kind == "ours")
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
         in_flight, delay, each = SLOW[variant]
