@@ -60,8 +60,8 @@ chaos-once: $(DEV_READY) ## kill stages built on receiver/ at random, by a plan 
 soak: $(DEV_READY) ## see what grows under a steady load of MINUTES= (30); plots to soak.svg
 	@$(PYTHON) -m chaos soak $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
-bench: $(BENCH_READY) ## measure against what people use instead; ARGS=--quick for a look
-	@bench/.venv/bin/python -m bench run $(ARGS)
+bench: $(BENCH_READY) ## measure against what people use instead; ARGS="--workload hop" for a part
+	@bench/.venv/bin/python -m bench $(ARGS)
 
 lint: $(DEV_READY) ## check style and types: Python and Dockerfile
 	@$(PYTHON) -m ruff check

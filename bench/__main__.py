@@ -1,7 +1,6 @@
-"""Measure the listener side by side with what people use instead: python -m bench run"""
+"""Measure the listener side by side with what people use instead: python -m bench"""
 
 import importlib
-import json
 import signal
 import sys
 import time
@@ -15,7 +14,7 @@ from bench.ceiling import ceiling
 from bench.database import Server
 from bench.harness import Bench
 from bench.peers.base import Peer
-from bench.report import OURS, Table, as_json, markdown
+from bench.report import OURS, Table, markdown
 from bench.stage_process import StageProcess
 from bench.workloads.asynchronous import Asynchronous
 from bench.workloads.backlog import Backlog
@@ -62,10 +61,10 @@ def measure(
     """Add a table for every variant; the peers take turns, so that a busy moment of the machine
     meets all.
     """
-    for variant in workload.variants(bench.quick):
+    for variant in workload.variants:
         table = Table(workload.name, workload.title, variant, workload.metrics)
         tables.append(table)
-        for repetition in range(min(repetitions, workload.repetitions or repetitions)):
+        for repetition in range(repetitions):
             for peer in peers:
                 if not workload.applies(peer, variant):
                     continue
@@ -98,76 +97,54 @@ def broken(tables: list[Table]) -> list[str]:
     return found
 
 
-@click.group()
-def cli() -> None:
-    """Measure the listener side by side with what people use instead."""
-
-
-@cli.command("list")
-def show() -> None:
-    """What can be measured here, and what not."""
-    peers, missing = available_peers()
-    for workload in WORKLOADS:
-        click.echo(f"workload {workload.name:10} {workload.title}")
-    for peer in peers:
-        click.echo(f"peer     {peer.name}")
-    for name, why in missing.items():
-        click.echo(f"left out {name}: {why}")
-
-
-@cli.command()
-@click.option("--workload", "workloads", multiple=True,
+@click.command()
+@click.option("--workload", "workloads", multiple=True, help="May be repeated; default: all.",
               type=click.Choice([workload.name for workload in WORKLOADS]))  # fmt: skip
-@click.option("--peer", "only", multiple=True, help="A name of `list`; may be repeated.")
-@click.option("--repetitions", type=click.IntRange(1), help="Default: 2, with --quick 1.")
-@click.option("--quick", is_flag=True, help="A look, in a few minutes: the figures are rough.")
-@click.option("--output", type=click.Path(path_type=Path), help="Without its suffix.")
-def run(workloads, only, repetitions, quick, output) -> None:
-    """Measure and report, to the terminal and to bench/results/; what there is by then, if it is
-    ended by a signal.
+@click.option("--peer", "only", multiple=True, help="May be repeated; default: all that can run.")
+@click.option("--repetitions", type=click.IntRange(1), default=1, show_default=True)
+def main(workloads: tuple[str, ...], only: tuple[str, ...], repetitions: int) -> None:
+    """Measure the listener side by side with what people use instead, and report to the terminal
+    and to bench/results/; what there is by then, if it is ended by a signal.
 
     Exit codes: 0 done; 1 ours lost or repeated a call; 2 bad input.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no process behind
     peers, missing = available_peers()
+    notes = [f"left out: {name}: {why}" for name, why in missing.items()]
     if unknown := set(only) - {peer.name for peer in peers}:
-        names = ", ".join(peer.name for peer in peers)
-        raise click.UsageError(f"no peer {', '.join(sorted(unknown))} here: there are {names}")
+        names = "; ".join(peer.name for peer in peers)
+        told = [f"no peer {', '.join(sorted(unknown))} here: there are {names}", *notes]
+        raise click.UsageError("\n".join(told))
     peers = [peer for peer in peers if not only or peer.name in only]
-    chosen = [w() for w in WORKLOADS if w.name in workloads]
-    chosen = chosen or [w() for w in WORKLOADS if w.quick or not quick]
+    chosen = [w() for w in WORKLOADS if not workloads or w.name in workloads]
     facts = {"Machine": machine.machine()}
     tables: list[Table] = []
-    notes = [f"left out: {name}: {why}" for name, why in missing.items()]
     with ExitStack() as stack:
         server, stages = stack.enter_context(Server()), stack.enter_context(StageProcess())
-        bench = Bench(server, stages, quick)
+        bench = Bench(server, stages, notes)
         facts["PostgreSQL"] = machine.server(server.conn)
         facts["Ceiling"] = ceiling(bench)
         try:
             for workload in chosen:
-                measure(bench, workload, peers, repetitions or (1 if quick else 2), tables)
-                notes += workload.notes()
+                measure(bench, workload, peers, repetitions, tables)
         except (KeyboardInterrupt, SystemExit):
             notes.append(f"ended by a signal in {tables[-1].workload} {tables[-1].variant}")
-            write(tables, facts, notes, output)
             raise
-    write(tables, facts, notes, output)
+        finally:
+            write(markdown(tables, facts, notes))
     problems = broken(tables)
     for problem in problems:
         click.echo(f"PROBLEM: {problem}", err=True)
     sys.exit(1 if problems else 0)
 
 
-def write(tables: list[Table], facts: dict, notes: list[str], output: Path | None) -> None:
-    output = output or RESULTS / time.strftime("%Y-%m-%d-%H%M%S")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    report = markdown(tables, facts, notes)
-    output.with_suffix(".md").write_text(report)
-    output.with_suffix(".json").write_text(json.dumps(as_json(tables, facts, notes), indent=1))
+def write(report: str) -> None:
+    path = RESULTS / f"{time.strftime('%Y-%m-%d-%H%M%S')}.md"
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(report)
     click.echo(report)
-    click.echo(f"written: {output}.md, {output}.json", err=True)
+    click.echo(f"written: {path}", err=True)
 
 
 if __name__ == "__main__":
-    cli()
+    main()

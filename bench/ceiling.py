@@ -19,7 +19,7 @@ CONNECTIONS = (1, 4, 16)
 
 def ceiling(bench: Bench) -> dict[str, str]:
     """What to print: calls a second of the stage API, and what a commit costs here."""
-    jobs = 40 if bench.quick else 200
+    jobs = 200
     found = {}
     with Database(bench.server) as database:
         found["a commit"] = f"{commit(database) * 1000:.2f} ms (median of {COMMITS})"

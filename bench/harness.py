@@ -4,7 +4,7 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.database import Database, Server
@@ -30,11 +30,11 @@ WHERE current_step = 'img_gen' AND status = 'running'
 
 @dataclass
 class Bench:
-    """What all runs share. `quick`: smaller sizes, for a try and not for figures."""
+    """What all runs share. `notes`: lines to add to the report."""
 
     server: Server
     stages: StageProcess
-    quick: bool = False
+    notes: list[str] = field(default_factory=list)
 
     @contextlib.contextmanager
     def installed(
@@ -76,7 +76,7 @@ class Bench:
             self.stages.reset("answer")
             first_arrival(self, database, processes)
             self.rest(peer, shape, database)
-            for _ in range(1 if self.quick else 2):  # in the second, plans and connections exist
+            for _ in range(2):  # in the second, plans and connections exist
                 count = min(WARM_UP * shape.processes * shape.in_flight, 300)
                 database.add_jobs(count)
                 self.stages.reset("answer")

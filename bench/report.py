@@ -1,6 +1,6 @@
 """Makes a Markdown report: ours against the floor and the best peer, then a table per workload."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from bench.stats import Metric, Spread, best, ratio
 
@@ -123,8 +123,3 @@ def number(value: float | None, metric: Metric) -> str:
 def quotient(ours: float, other: float | None) -> str:
     value = ratio(ours, other or 0)
     return "–" if value is None else f"{value:.2f}"
-
-
-def as_json(tables: list[Table], facts: dict, notes: list[str]) -> dict:
-    """The same with every single value."""
-    return facts | {"notes": notes, "results": [asdict(table) for table in tables]}

@@ -11,13 +11,13 @@ from bench.stats import Metric
 from bench.workloads.throughput import Throughput
 
 WORKERS = 4
+JOBS = 1000
+HOLD = 45.0  # seconds
 
 
 class Asynchronous(Throughput):
     name = "asynchronous"
-    title = f"Asynchronous stages: 1,000 jobs, a listener with {WORKERS} workers"
-    repetitions = 1
-    quick = False
+    title = f"Asynchronous stages: {JOBS:,} jobs, a listener with {WORKERS} workers"
     metrics = (
         Metric("at once", "calls", better="higher", digits=0),
         Metric("proportional", "MiB", digits=1),
@@ -32,31 +32,29 @@ class Asynchronous(Throughput):
         return peer.kind == "ours" and peer.hears
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
-        count, hold = (200, 10.0) if bench.quick else (1000, 45.0)
         with bench.running(peer, peer.shape(WORKERS), "asynchronous") as (database, processes):
-            found, record = self.held(bench, peer, database, processes, count, hold)
+            found, record = self.held(bench, peer, database, processes)
             database.execute("DELETE FROM jobs")
             bench.rest(peer, peer.shape(WORKERS), database)
-            through = self.timed(bench, peer, database, processes, count, 1.0, "accept")
+            through = self.timed(bench, peer, database, processes, JOBS, 1.0, "accept")
         return found | {
             "handed over and ended": through["calls/s"],
-            "lost": through["lost"] + record.lost(count),
+            "lost": through["lost"] + record.lost(JOBS),
             "repeated": through["repeated"] + record.repeated,
         }
 
     def held(
-        self, bench: Bench, peer: Peer, database: Database, processes: Processes, count: int,
-        hold: float,
-    ) -> tuple[dict[str, float], Record]:  # fmt: skip
-        """Figures while the last stage works on all jobs at once, for `hold` seconds."""
-        database.add_jobs(count, "overlay")
-        bench.stages.reset("accept", hold)
+        self, bench: Bench, peer: Peer, database: Database, processes: Processes
+    ) -> tuple[dict[str, float], Record]:
+        """Figures while the last stage works on all jobs at once, for HOLD seconds."""
+        database.add_jobs(JOBS, "overlay")
+        bench.stages.reset("accept", HOLD)
         database.execute(MOVE_ALL.replace("img_gen", "overlay"))
-        end = time.monotonic() + hold
-        while len(bench.stages.record().arrived) < count and time.monotonic() < end:
+        end = time.monotonic() + HOLD
+        while len(bench.stages.record().arrived) < JOBS and time.monotonic() < end:
             time.sleep(0.2)
         weight, connections = processes.weight(), database.connected()
-        bench.finish(peer, processes, count)
+        bench.finish(peer, processes, JOBS)
         record = bench.stages.record()
         times = sorted(when for when, _, _ in record.arrived)
         found = {

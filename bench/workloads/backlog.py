@@ -8,6 +8,7 @@ from bench.stats import Metric
 from bench.workloads.base import Workload
 
 OLD_SNAPSHOT = "old snapshot"
+OWED = 100_000
 LIMIT = 60.0  # seconds for a peer to work off its backlog
 BATCH = 10_000
 
@@ -22,9 +23,9 @@ class Backlog(Workload):
 
     name = "backlog"
     title = (
-        f"Backlog: 100,000 owed calls, one at a time, answered at once; cut off after {LIMIT:.0f} s"
+        f"Backlog: {OWED:,} owed calls, one at a time, answered at once;"
+        f" cut off after {LIMIT:.0f} s"
     )
-    quick = False
     metrics = (
         Metric("first calls/s", "", better="higher", digits=0),
         Metric("last calls/s", "", better="higher", digits=0),
@@ -32,20 +33,16 @@ class Backlog(Workload):
         Metric("calls", "", better="higher", digits=0, headline=False),
         Metric("repeated", "calls", digits=0, headline=False),
     )
-    repetitions = 1
-
-    def variants(self, quick: bool) -> list[str]:
-        return ["clean", OLD_SNAPSHOT]
+    variants = ("clean", OLD_SNAPSHOT)
 
     def applies(self, peer: Peer, variant: str) -> bool:
         """What a long queue costs the peers is in the last variant, too."""
         return peer.calls and peer.keeps_debts and (peer.kind != "peer" or variant == OLD_SNAPSHOT)
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
-        owed, slice_ = (3_000, 300) if bench.quick else (100_000, 1_000)
         with bench.installed(peer) as database, contextlib.ExitStack() as stack:
-            database.add_jobs(owed)
-            for left in range(owed, 0, -BATCH):
+            database.add_jobs(OWED)
+            for left in range(OWED, 0, -BATCH):
                 database.execute(MOVE_BATCH, min(left, BATCH))
             if variant == OLD_SNAPSHOT:
                 holder = stack.enter_context(contextlib.closing(database.connect()))
@@ -55,12 +52,12 @@ class Backlog(Workload):
                 )
             bench.stages.reset("answer")
             processes = stack.enter_context(bench.started(peer, peer.shape(1), database))
-            bench.finish(peer, processes, owed, LIMIT)
+            bench.finish(peer, processes, OWED, LIMIT)
             record = bench.stages.record()
         times = sorted(when for when, _, _ in record.arrived)
         if len(times) < 400:
             raise RuntimeError(f"only {len(times)} calls within {LIMIT:.0f} s")
-        slice_ = min(slice_, len(times) // 3)
+        slice_ = min(1_000, len(times) // 3)
         first = slice_ / (times[slice_ + 100] - times[100])  # the first 100 warm it up
         last = slice_ / (times[-1] - times[-1 - slice_])
         return {

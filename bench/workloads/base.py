@@ -11,18 +11,12 @@ class Workload:
     name: for --workload; title and explanation: for the report.
     metrics: the numbers that `run` returns, in the order of the table's columns.
     variants: conditions such as the number of workers; each variant has a table of its own.
-    quick: whether a quick run includes it without being asked for it by name.
-    repetitions: the most that are run, as one takes long; None: as many as are asked for.
     """
 
     name = ""
     title = ""
     metrics: tuple[Metric, ...] = ()
-    quick = True
-    repetitions: int | None = None
-
-    def variants(self, quick: bool) -> list[str]:
-        return [""]
+    variants: tuple[str, ...] = ("",)
 
     def applies(self, peer: Peer, variant: str) -> bool:
         """Whether the measurement makes sense for this peer."""
@@ -31,7 +25,3 @@ class Workload:
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
         """One repetition: a value for each metric. Whatever it raises is shown in the report."""
         raise NotImplementedError
-
-    def notes(self) -> list[str]:
-        """Lines to add to the report."""
-        return []

@@ -37,8 +37,7 @@ START = {
 class Children(Workload):
     name = "children"
     title = "Children: 3 rows a job through 8 quick stages, a join and one more; and jobs alone"
-    quick = False
-    repetitions = 1
+    variants = ("16 in flight",)
     metrics = (
         Metric("children", "calls/s", better="higher", digits=0),
         Metric("jobs alone", "calls/s", better="higher", digits=0, headline=False),
@@ -49,14 +48,11 @@ class Children(Workload):
         Metric("repeated", "calls", digits=0, headline=False),
     )
 
-    def variants(self, quick: bool) -> list[str]:
-        return ["16 in flight"]
-
     def applies(self, peer: Peer, variant: str) -> bool:
         return peer.kind == "ours" and peer.hears
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
-        in_flight, jobs = int(variant.split()[0]), 100 if bench.quick else 1000
+        in_flight, jobs = int(variant.split()[0]), 1000
         calls = jobs * (CHILDREN * len(CHILD_STAGES) + len(JOB_STAGES))
         counts = {"alone": calls // len(CHILD_STAGES + JOB_STAGES), "children": jobs}
         found = {
@@ -123,16 +119,12 @@ WHERE {{column}} = md5((:n)::text)::uuid;
 class ChildCommits(Workload):
     name = "child-commits"
     title = "Price to the application of the trigger on `jobs_variants`, and of that on `jobs`"
-    quick = False
-    repetitions = 1
+    variants = ("1 client", "4 clients")
     metrics = (
         Metric("jobs_variants", "commits/s", better="higher", digits=0),
         Metric("jobs", "commits/s", better="higher", digits=0, headline=False),
         Metric("jobs_variants / jobs", "", better="higher"),
     )
-
-    def variants(self, quick: bool) -> list[str]:
-        return ["4 clients"] if quick else ["1 client", "4 clients"]
 
     def applies(self, peer: Peer, variant: str) -> bool:
         return peer.kind == "ours" or not peer.calls
@@ -144,7 +136,7 @@ class ChildCommits(Workload):
             database.execute(ADD_ROWS, ROWS)
             database.execute("VACUUM ANALYZE jobs")
             database.execute("VACUUM ANALYZE jobs_variants")
-            for _ in range(2 if bench.quick else 4):
+            for _ in range(4):
                 for kind, (table, column) in TABLES.items():
                     script = SCRIPT.format(table=table, column=column)
                     found = pgbench(database, script, int(variant.split()[0]), 2)

@@ -13,6 +13,7 @@ from bench.workloads.base import Workload
 from demo.database import POSTGRES_VERSIONS
 
 JOBS = 10_000
+SECONDS = 8
 PGBENCH = POSTGRES_VERSIONS[18] / "pgbench"
 
 ADD_JOBS = """
@@ -46,20 +47,17 @@ def pgbench(database: Database, sql: str, clients: int, seconds: int) -> dict[st
 class Commits(Workload):
     name = "commits"
     title = "Price to the application: single-row commits a second on `jobs`, pgbench"
+    variants = ("1 client", "4 clients", "16 clients")
     metrics = (
         Metric("commits/s", "", better="higher", digits=0),
         Metric("latency", "ms", headline=False),
     )
 
-    def variants(self, quick: bool) -> list[str]:
-        return ["4 clients"] if quick else ["1 client", "4 clients", "16 clients"]
-
     def applies(self, peer: Peer, variant: str) -> bool:
         return peer.kind != "peer" or variant == "4 clients"
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
-        clients, seconds = int(variant.split()[0]), 3 if bench.quick else 8
         with bench.installed(peer) as database:
             database.execute(ADD_JOBS, JOBS)
             database.execute("VACUUM ANALYZE jobs")
-            return pgbench(database, SCRIPT, clients, seconds)
+            return pgbench(database, SCRIPT, int(variant.split()[0]), SECONDS)

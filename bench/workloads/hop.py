@@ -11,6 +11,7 @@ from bench.stats import Metric, percentile
 from bench.workloads.base import Workload
 
 PAUSE = 0.02  # seconds between two jobs, in which everything comes to rest
+HOPS = 200  # jobs moved one after the other
 COUNTED = 50  # jobs moved while queries are counted, which takes time
 PERCENTILES = (50, 95, 99)
 
@@ -26,6 +27,7 @@ def room(variant: str) -> int:
 class Hop(Workload):
     name = "hop"
     title = "Hop: an application commits `done`, and the stage's call arrives"
+    variants = ("room for 1 call", "room for 32 calls")
     metrics = (
         Metric("p50", "ms"),
         Metric("p95", "ms"),
@@ -33,9 +35,6 @@ class Hop(Workload):
         Metric("with commit p50", "ms", headline=False),
         Metric("queries", "per event", digits=1),
     )
-
-    def variants(self, quick: bool) -> list[str]:
-        return ["room for 1 call", "room for 32 calls"]
 
     def applies(self, peer: Peer, variant: str) -> bool:
         return peer.calls and peer.hears and (peer.keeps_debts or room(variant) == 1)
@@ -49,7 +48,7 @@ class Hop(Workload):
         return found | ({"queries": queries[0] / COUNTED} if queries else {})
 
     def timed(self, bench: Bench, database: Database) -> dict[str, float]:
-        jobs = self.add_jobs(database, 40 if bench.quick else 200)
+        jobs = self.add_jobs(database, HOPS)
         bench.stages.reset("answer")
         moved = self.move(bench, database, jobs)
         arrived = {job: when for when, job, _ in reversed(bench.stages.record().arrived)}

@@ -24,8 +24,7 @@ CHANNELS = {
 class Listeners(Throughput):
     name = "listeners"
     title = "Other connections that LISTEN in the same database"
-    quick = False
-    repetitions = 1
+    variants = tuple(CHANNELS)
     metrics = (
         Metric("hop p50", "ms"),
         Metric("hop p95", "ms"),
@@ -34,9 +33,6 @@ class Listeners(Throughput):
         Metric("lost", "calls", digits=0, headline=False),
         Metric("repeated", "calls", digits=0, headline=False),
     )
-
-    def variants(self, quick: bool) -> list[str]:
-        return list(CHANNELS)
 
     def applies(self, peer: Peer, variant: str) -> bool:
         """The floor says what the NOTIFY alone costs."""
@@ -50,8 +46,7 @@ class Listeners(Throughput):
             hops = Hop().timed(bench, database)
             database.execute("DELETE FROM jobs")
             bench.rest(peer, peer.shape(IN_FLIGHT), database)
-            count = 100 if bench.quick else 500
-            found = self.timed(bench, peer, database, processes, count)
+            found = self.timed(bench, peer, database, processes, 500)
         return {"hop p50": hops["p50"], "hop p95": hops["p95"]} | found
 
 

@@ -13,13 +13,12 @@ from bench.workloads.hop import room
 class Startup(Workload):
     name = "startup"
     title = "Start: from the start of the process to its first call, median of three"
-    repetitions = 1
     metrics = (Metric("seconds", "s"),)
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
         times = []
         with bench.installed(peer) as database:
-            for _ in range(1 if bench.quick else 3):
+            for _ in range(3):
                 bench.stages.reset("answer")
                 with bench.started(peer, peer.shape(1), database) as processes:
                     times.append(first_arrival(bench, database, processes) - processes.started)
@@ -30,8 +29,6 @@ class Startup(Workload):
 class Memory(Workload):
     name = "memory"
     title = "Memory of all processes after 200 calls, with room for one call at a time"
-    quick = False
-    repetitions = 1
     metrics = (
         Metric("resident", "MiB", digits=1),
         Metric("proportional", "MiB", digits=1),
@@ -59,22 +56,18 @@ class Memory(Workload):
 class Idle(Workload):
     name = "idle"
     title = "At rest: nothing to do, for half a minute, shown for a minute"
-    repetitions = 1
-    quick = False
+    variants = ("room for 32 calls",)
     metrics = (
         Metric("CPU", "ms", digits=1),
         Metric("server CPU", "ms", digits=1, headline=False),
         Metric("queries", "", digits=1),
     )
 
-    def variants(self, quick: bool) -> list[str]:
-        return ["room for 32 calls"]
-
     def applies(self, peer: Peer, variant: str) -> bool:
         return peer.kind != "reference"
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
-        shape, seconds = peer.shape(room(variant)), 15.0 if bench.quick else 30.0
+        shape, seconds = peer.shape(room(variant)), 30.0
         with bench.running(peer, shape) as (database, processes):
             before = processes.cpu(), bench.server.cpu()
             with database.counted() as queries:

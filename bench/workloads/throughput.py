@@ -73,19 +73,16 @@ class Throughput(Workload):
 class Burst(Throughput):
     name = "burst"
     title = "Burst: 500 jobs moved at once (250 with 1 in flight), five quick stages each"
+    variants = ("1 in flight", "4 in flight", "16 in flight", "64 in flight", BEST)
 
     def __init__(self):
         self.best: dict[str, Shape] = {}
-
-    def variants(self, quick: bool) -> list[str]:
-        sizes = (1, 16) if quick else (1, 4, 16, 64)
-        return [*(f"{size} in flight" for size in sizes), *([] if quick else [BEST])]
 
     def applies(self, peer: Peer, variant: str) -> bool:
         return peer.calls and peer.hears
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
-        count = 100 if bench.quick else 250 if variant == "1 in flight" else 500
+        count = 250 if variant == "1 in flight" else 500
         if variant != BEST:
             return self.measure(bench, peer, peer.shape(int(variant.split()[0])), count, 0.0)
         if peer.name not in self.best:
@@ -94,10 +91,8 @@ class Burst(Throughput):
                 for shape in peer.best
             }
             self.best[peer.name] = max(tried, key=tried.get)
+            bench.notes.append(f"best of {peer.name}: {self.best[peer.name]}")
         return self.measure(bench, peer, self.best[peer.name], count, 0.0)
-
-    def notes(self) -> list[str]:
-        return [f"best of {name}: {shape}" for name, shape in self.best.items()]
 
 
 class Slow(Throughput):
@@ -105,12 +100,8 @@ class Slow(Throughput):
 
     name = "slow"
     title = "Slow stages"
-    quick = False
-    repetitions = 1
+    variants = tuple(SLOW)
     metrics = (Metric("of the ideal", "", better="higher"), *Throughput.metrics)
-
-    def variants(self, quick: bool) -> list[str]:
-        return list(SLOW)
 
     def applies(self, peer: Peer, variant: str) -> bool:
         """Peers that keep debts; the longest variants only for ours, to save time."""
@@ -120,6 +111,5 @@ class Slow(Throughput):
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
         in_flight, delay, each = SLOW[variant]
-        count = in_flight * (min(each, 2) if bench.quick else each)
-        found = self.measure(bench, peer, peer.shape(in_flight), count, delay)
+        found = self.measure(bench, peer, peer.shape(in_flight), in_flight * each, delay)
         return {"of the ideal": found["calls/s"] * delay / in_flight} | found
