@@ -1,6 +1,5 @@
 """Measure the listener side by side with what people use instead: python -m bench"""
 
-import importlib
 import signal
 import sys
 import time
@@ -14,6 +13,10 @@ from bench.ceiling import ceiling
 from bench.database import Server
 from bench.harness import Bench
 from bench.peers.base import Peer
+from bench.peers.node import Graphile, PgBoss
+from bench.peers.ours import Ours, OursOwed, OursQuiet
+from bench.peers.python import Awa, Dbos, Oban, PgQueuer, Procrastinate
+from bench.peers.references import Floor, NoTrigger
 from bench.report import OURS, Table, markdown
 from bench.stage_process import StageProcess
 from bench.workloads.asynchronous import Asynchronous
@@ -28,31 +31,10 @@ from bench.workloads.rest import Idle, Memory, Startup
 from bench.workloads.throughput import Burst, Slow
 
 RESULTS = Path(__file__).parent / "results"
-# Module and class of each peer; a module whose package is not installed is skipped.
-PEERS = [("ours", "Ours"), ("ours", "OursQuiet"), ("ours", "OursOwed"),
-         ("references", "Floor"), ("references", "NoTrigger"),
-         ("node", "Graphile"), ("node", "PgBoss"), ("pgqueuer", "PgQueuer"),
-         ("procrastinate", "Procrastinate"), ("awa", "Awa"), ("dbos", "Dbos"),
-         ("oban", "Oban")]  # fmt: skip
+PEERS: list[Peer] = [Ours(), OursQuiet(), OursOwed(), Floor(), NoTrigger(), Graphile(), PgBoss(),
+                     PgQueuer(), Procrastinate(), Awa(), Dbos(), Oban()]  # fmt: skip
 WORKLOADS = [Hop, Burst, Slow, Asynchronous, Limits, Listeners, Commits, Children, ChildCommits,
              Startup, Memory, Idle, Backlog]  # fmt: skip
-
-
-def available_peers() -> tuple[list[Peer], dict[str, str]]:
-    """The peers that can run here, and why the others cannot."""
-    peers, missing = [], {}
-    for module, name in PEERS:
-        try:
-            peer = getattr(importlib.import_module(f"bench.peers.{module}"), name)()
-        except ImportError as error:
-            missing[module] = str(error)
-            continue
-        why = peer.unavailable()
-        if why:
-            missing[peer.name] = why
-        else:
-            peers.append(peer)
-    return peers, missing
 
 
 def measure(
@@ -100,7 +82,8 @@ def broken(tables: list[Table]) -> list[str]:
 @click.command()
 @click.option("--workload", "workloads", multiple=True, help="May be repeated; default: all.",
               type=click.Choice([workload.name for workload in WORKLOADS]))  # fmt: skip
-@click.option("--peer", "only", multiple=True, help="May be repeated; default: all that can run.")
+@click.option("--peer", "only", multiple=True, help="May be repeated; default: all that can run.",
+              type=click.Choice([peer.name for peer in PEERS]))  # fmt: skip
 @click.option("--repetitions", type=click.IntRange(1), default=1, show_default=True)
 def main(workloads: tuple[str, ...], only: tuple[str, ...], repetitions: int) -> None:
     """Measure the listener side by side with what people use instead, and report to the terminal
@@ -109,13 +92,11 @@ def main(workloads: tuple[str, ...], only: tuple[str, ...], repetitions: int) ->
     Exit codes: 0 done; 1 ours lost or repeated a call; 2 bad input.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no process behind
-    peers, missing = available_peers()
+    missing = {peer.name: why for peer in PEERS if (why := peer.unavailable())}
     notes = [f"left out: {name}: {why}" for name, why in missing.items()]
-    if unknown := set(only) - {peer.name for peer in peers}:
-        names = "; ".join(peer.name for peer in peers)
-        told = [f"no peer {', '.join(sorted(unknown))} here: there are {names}", *notes]
-        raise click.UsageError("\n".join(told))
-    peers = [peer for peer in peers if not only or peer.name in only]
+    if out := missing.keys() & set(only):
+        raise click.UsageError("\n".join(f"{name}: {missing[name]}" for name in sorted(out)))
+    peers = [p for p in PEERS if p.name not in missing and (not only or p.name in only)]
     chosen = [w() for w in WORKLOADS if not workloads or w.name in workloads]
     facts = {"Machine": machine.machine()}
     tables: list[Table] = []

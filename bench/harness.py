@@ -16,9 +16,9 @@ from bench.stage_process import StageProcess
 START_LIMIT = 60.0  # seconds
 SETTLE = 0.5  # seconds without a call, after which no call is expected any more
 WARM_UP = 20  # calls for each that can be in flight
-# Seconds without a call and without CPU use, after which the missing calls count as lost; by
-# Peer.keeps_debts, as a peer that keeps them may find them by a poll every 30 s.
-PATIENCE = {True: 45.0, False: 10.0}
+# Seconds without a call and without CPU use, after which the missing calls count as lost. A queue
+# may find them by a poll every 30 s.
+PATIENCE = 45.0
 BUSY = 0.05  # seconds of CPU time in a second
 
 MOVE = "UPDATE jobs SET status = 'done', updated_at = now() WHERE job_id = %s"
@@ -81,7 +81,7 @@ class Bench:
                 database.add_jobs(count)
                 self.stages.reset("answer")
                 database.execute(MOVE_ALL)
-                self.finish(peer, processes, count)
+                self.finish(processes, count)
                 database.execute("DELETE FROM jobs")
                 self.rest(peer, shape, database)
             yield database, processes
@@ -97,17 +97,16 @@ class Bench:
         while answered != (answered := self.stages.wait(0, 0)):
             time.sleep(SETTLE)
 
-    def finish(self, peer: Peer, processes: Processes, expected: int, limit: float = 3600.0) -> int:
-        """Block until `expected` calls are answered, or the rest counts as lost; how many were."""
-        end, since, seen, answered = time.monotonic() + limit, time.monotonic(), (0, 0.0), 0
-        while time.monotonic() < min(end, since + PATIENCE[peer.keeps_debts]):
+    def finish(self, processes: Processes, expected: int, limit: float = 3600.0) -> None:
+        """Block until `expected` calls are answered, or the rest counts as lost."""
+        end, since, seen = time.monotonic() + limit, time.monotonic(), (0, 0.0)
+        while time.monotonic() < min(end, since + PATIENCE):
             answered, cpu = self.stages.wait(expected, 1.0), processes.cpu()
             if answered >= expected:
-                break
+                return
             if answered > seen[0] or cpu > seen[1] + BUSY:
                 since = time.monotonic()
             seen = answered, cpu
-        return answered
 
 
 def first_arrival(bench: Bench, database: Database, processes: Processes) -> float:

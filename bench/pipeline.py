@@ -1,5 +1,5 @@
-"""What all programs of the benchmark share: the table, the five stages, and the trigger of peers
-with a queue. Imports nothing, as the memory of the programs that import it is measured.
+"""What all programs of the benchmark share: the table, the stages, and the trigger that only
+notifies. Imports nothing, as the memory of the programs that import it is measured.
 """
 
 # state: the path of the stage that it owes
@@ -57,26 +57,3 @@ CREATE TRIGGER notify_only AFTER UPDATE ON jobs FOR EACH ROW
        OR OLD.status IS DISTINCT FROM NEW.status)
     EXECUTE FUNCTION notify_only();
 """
-
-_ENQUEUE = """
-CREATE FUNCTION enqueue_call() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-    {statement}
-    RETURN NULL;
-END $$;
-CREATE TRIGGER enqueue_call AFTER UPDATE ON jobs FOR EACH ROW
-    WHEN (NEW.status = 'done'
-          AND NEW.current_step IN ('img_gen', 'vlm_analyze', 'yolo_detect', 'planner', 'overlay')
-          AND (OLD.current_step IS DISTINCT FROM NEW.current_step
-               OR OLD.status IS DISTINCT FROM NEW.status))
-    EXECUTE FUNCTION enqueue_call();
-"""
-
-# The trigger of a peer with a queue runs only where a call is owed, and enqueues its data.
-CALL = """json_build_object('job_id', NEW.job_id, 'tenant_id', NEW.tenant_id,
-                             'current_step', NEW.current_step, 'status', NEW.status)"""
-
-
-def enqueueing_trigger(statement: str) -> str:
-    """A trigger that runs `statement`, in which CALL is the call's JSON, for each owed call."""
-    return _ENQUEUE.format(statement=statement)

@@ -6,7 +6,7 @@ import pytest
 
 from bench import pipeline
 from bench.failover import longest_gap
-from bench.peers.base import Peer
+from bench.peers.base import Queue
 from bench.peers.ours import Ours
 from bench.peers.references import Floor
 from bench.report import Table, details, grid, markdown, summary_rows
@@ -24,7 +24,7 @@ HOP = Metric("p50", "ms")
 def table(metric: Metric, **values: list[float]) -> Table:
     """Of peers by name; `lost_…` is a peer that lost a call."""
     made = Table("burst", "a title", "1 worker", (metric,))
-    kinds = {"ours": "ours", "floor": "reference"}
+    kinds = {"ours": "ours", "floor": "floor"}
     for name, numbers in values.items():
         for number in numbers:
             lost = {"lost": 1.0} if name.startswith("lost") else {}
@@ -74,7 +74,7 @@ def test_peer_that_lost_a_call_is_shown_and_not_compared_with():
     assert "| lost_some (lost calls) | 900     |" in details(made)
 
 
-def test_reference_is_not_the_best_peer():
+def test_floor_is_not_the_best_peer():
     made = table(HOP, ours=[3.0], floor=[1.0], other=[2.0])
     assert summary_rows(made)[0][3:] == ["2.00 other", "3.00", "1.50"]
 
@@ -114,7 +114,7 @@ def test_calls_at_once_are_those_that_arrived_and_are_not_done():
 
 def test_longest_stages_are_for_ours_alone():
     measured = {
-        variant: [peer.kind for peer in (Ours(), Peer(), Floor()) if Slow().applies(peer, variant)]
+        variant: [peer.kind for peer in (Ours(), Queue(), Floor()) if Slow().applies(peer, variant)]
         for variant in Slow.variants
     }
     assert measured["64 in flight, 1 s"] == ["ours", "peer"]

@@ -9,6 +9,23 @@ from bench.processes import Processes
 
 ROOT = Path(__file__).parent.parent.parent
 
+# Runs only where a call is owed, and adds it to the queue.
+TRIGGER = """
+CREATE FUNCTION enqueue_call() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    {enqueue}
+    RETURN NULL;
+END $$;
+CREATE TRIGGER enqueue_call AFTER UPDATE ON jobs FOR EACH ROW
+    WHEN (NEW.status = 'done'
+          AND NEW.current_step IN ('img_gen', 'vlm_analyze', 'yolo_detect', 'planner', 'overlay')
+          AND (OLD.current_step IS DISTINCT FROM NEW.current_step
+               OR OLD.status IS DISTINCT FROM NEW.status))
+    EXECUTE FUNCTION enqueue_call();
+"""
+CALL = """json_build_object('job_id', NEW.job_id, 'tenant_id', NEW.tenant_id,
+                             'current_step', NEW.current_step, 'status', NEW.status)"""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -22,22 +39,16 @@ class Shape:
 
 
 class Peer:
-    """A job queue that is measured.
+    """What is measured.
 
-    name: as in the tables. worker: the module of bench.workers for its processes.
-    kind: "ours"; "peer": another queue; "reference": calls without recording what is owed.
-    calls: False where there is only a trigger and nobody calls.
-    keeps_debts: whether a call is still owed if nobody was listening when the job moved.
-    hears: False where it polls every second, so that a latency would only measure the interval.
+    name: as in the tables; the module of bench.workers for its processes has it, too.
+    kind: "ours"; "peer": another queue; "floor": calls without recording what is owed; "trigger":
+        its trigger is all that is measured, nobody calls.
     best: the shapes to try for the largest throughput.
     """
 
     name = ""
-    worker = ""
-    kind = "peer"
-    calls = True
-    keeps_debts = True
-    hears = True
+    kind = ""
     best: tuple[Shape, ...] = ()
 
     def shape(self, in_flight: int) -> Shape:
@@ -50,10 +61,9 @@ class Peer:
 
     def install(self, database: Database) -> None:
         """Make its tables and its trigger on jobs."""
-        raise NotImplementedError
 
     def commands(self, shape: Shape) -> list[list[str]]:
-        return [[sys.executable, "-m", f"bench.workers.{self.worker}"]] * shape.processes
+        return [[sys.executable, "-m", f"bench.workers.{self.name}"]] * shape.processes
 
     def environ(self, database: Database, api: str, directory: Path) -> dict[str, str]:
         """Environment variables for its processes."""
@@ -74,3 +84,17 @@ class Peer:
         }
         told |= self.environ(database, api, directory)
         return Processes(self.commands(shape), told, directory)
+
+
+class Queue(Peer):
+    """enqueue: the statement that adds a call to the queue, in a trigger on jobs."""
+
+    kind = "peer"
+    enqueue = ""
+
+    def install(self, database: Database) -> None:
+        self.make_tables(database)
+        database.execute(TRIGGER.format(enqueue=self.enqueue))
+
+    def make_tables(self, database: Database) -> None:
+        raise NotImplementedError

@@ -32,17 +32,12 @@ class Ours(Peer):
 
 
 class OursQuiet(Ours):
-    """Installed with --no-notify, so the listener polls."""
-
     name = "ours, no NOTIFY"
+    kind = "trigger"
     options = ("--no-notify",)
-    hears = False
 
 
 class OursOwed(Ours):
-    """A trigger that notifies only where a call is owed. To the listener it makes no difference."""
-
     name = "ours, NOTIFY where owed"
-    kind = "reference"
+    kind = "trigger"
     options = ("--notify-owed",)
-    calls = hears = False

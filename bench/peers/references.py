@@ -1,4 +1,4 @@
-"""References that do not record what is owed: a lower bound of the cost."""
+"""What the others are compared with: calls that are not recorded, and no trigger at all."""
 
 from bench.database import Database
 from bench.peers.base import Peer, Shape
@@ -9,9 +9,7 @@ class Floor(Peer):
     """A bare select() loop that POSTs with `requests`."""
 
     name = "floor"
-    worker = "floor"
-    kind = "reference"
-    keeps_debts = False
+    kind = "floor"
     best = (Shape(1), Shape(2), Shape(4))
 
     def shape(self, in_flight: int) -> Shape:
@@ -21,11 +19,8 @@ class Floor(Peer):
         database.execute(NOTIFY_ONLY)
 
 
-class NoTrigger(Floor):
-    """No trigger at all: what the application's transactions cost without any queue."""
+class NoTrigger(Peer):
+    """What the application's transactions cost without any queue."""
 
     name = "no trigger"
-    calls = False
-
-    def install(self, database: Database) -> None:
-        pass
+    kind = "trigger"

@@ -20,7 +20,7 @@ class Workload:
 
     def applies(self, peer: Peer, variant: str) -> bool:
         """Whether the measurement makes sense for this peer."""
-        return peer.calls
+        return peer.kind != "trigger"
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
         """One repetition: a value for each metric. Whatever it raises is shown in the report."""

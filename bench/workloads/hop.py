@@ -37,7 +37,8 @@ class Hop(Workload):
     )
 
     def applies(self, peer: Peer, variant: str) -> bool:
-        return peer.calls and peer.hears and (peer.keeps_debts or room(variant) == 1)
+        """The floor, where only one call is made at a time, with one process."""
+        return peer.kind in ("ours", "peer") or (peer.kind == "floor" and room(variant) == 1)
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
         with bench.running(peer, peer.shape(room(variant))) as (database, _):

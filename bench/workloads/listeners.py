@@ -36,7 +36,7 @@ class Listeners(Throughput):
 
     def applies(self, peer: Peer, variant: str) -> bool:
         """The floor says what the NOTIFY alone costs."""
-        return peer.name in ("ours", "floor")
+        return peer.kind in ("ours", "floor")
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
         with (

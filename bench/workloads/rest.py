@@ -49,7 +49,7 @@ class Memory(Workload):
             bench.stages.reset("answer")
             database.add_jobs(200)
             database.execute(MOVE_ALL)
-            bench.finish(peer, processes, 200)
+            bench.finish(processes, 200)
             return processes.weight()
 
 
@@ -64,7 +64,7 @@ class Idle(Workload):
     )
 
     def applies(self, peer: Peer, variant: str) -> bool:
-        return peer.kind != "reference"
+        return peer.kind in ("ours", "peer")
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
         shape, seconds = peer.shape(room(variant)), 30.0
