@@ -7,11 +7,10 @@ of what a call may take, and the other defaults, which it advises for a single q
 import asyncio
 from dataclasses import dataclass
 
-import aiohttp
 import awa
 
-from bench.pipeline import ROUTES
-from bench.workers import API, DSN, IN_FLIGHT, TIMEOUT
+from bench.workers import DSN, IN_FLIGHT, TIMEOUT
+from bench.workers.post import opened, post
 
 
 @dataclass
@@ -24,17 +23,11 @@ class Call:
 
 async def main() -> None:
     client = awa.AsyncClient(DSN)
-    timeout = aiohttp.ClientTimeout(total=TIMEOUT)
-    async with aiohttp.ClientSession(timeout=timeout) as session:
+    async with opened() as session:
 
         @client.task(Call, kind="call", queue="calls")
         async def call(job) -> None:
-            owed = job.args
-            body = {"job_id": owed.job_id, "tenant_id": owed.tenant_id}
-            path = ROUTES[owed.current_step, owed.status]
-            async with session.post(API + path, json=body) as answer:
-                answer.raise_for_status()
-                await answer.read()
+            await post(session, **vars(job.args))
 
         queue = {"name": "calls", "max_workers": IN_FLIGHT, "deadline_duration_ms": 1000 * TIMEOUT}
         await client.start([queue])

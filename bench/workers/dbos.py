@@ -10,22 +10,20 @@ import asyncio
 import aiohttp
 from dbos import DBOS
 
-from bench.pipeline import ROUTES
-from bench.workers import API, DSN, IN_FLIGHT, NUMBER, TIMEOUT
+from bench.workers import DSN, IN_FLIGHT, NUMBER
+from bench.workers.post import opened, post
 
 session: aiohttp.ClientSession
 
 
 @DBOS.step()
-async def post(path: str, body: dict[str, str]) -> None:
-    async with session.post(API + path, json=body) as answer:
-        answer.raise_for_status()
-        await answer.read()
+async def send(owed: dict[str, str]) -> None:
+    await post(session, **owed)
 
 
 @DBOS.workflow(name="call")
-async def call(job_id: str, tenant_id: str, current_step: str, status: str) -> None:
-    await post(ROUTES[current_step, status], {"job_id": job_id, "tenant_id": tenant_id})
+async def call(**owed: str) -> None:
+    await send(owed)
 
 
 async def main() -> None:
@@ -36,8 +34,7 @@ async def main() -> None:
         "executor_id": f"worker-{NUMBER}",
         "log_level": "WARNING",
     })  # fmt: skip
-    timeout = aiohttp.ClientTimeout(total=TIMEOUT)
-    async with aiohttp.ClientSession(timeout=timeout) as session:
+    async with opened() as session:
         DBOS.launch()
         await DBOS.register_queue_async(
             "calls", worker_concurrency=IN_FLIGHT, polling_interval_sec=0.01

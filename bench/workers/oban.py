@@ -10,8 +10,8 @@ import aiohttp
 import uvloop
 from oban import Oban, worker
 
-from bench.pipeline import ROUTES
-from bench.workers import API, DSN, IN_FLIGHT, TIMEOUT
+from bench.workers import DSN, IN_FLIGHT
+from bench.workers.post import opened, post
 
 session: aiohttp.ClientSession
 
@@ -19,18 +19,12 @@ session: aiohttp.ClientSession
 @worker(queue="calls")
 class Call:
     async def process(self, job) -> None:
-        owed = job.args
-        path = ROUTES[owed["current_step"], owed["status"]]
-        body = {"job_id": owed["job_id"], "tenant_id": owed["tenant_id"]}
-        async with session.post(API + path, json=body) as answer:
-            answer.raise_for_status()
-            await answer.read()
+        await post(session, **job.args)
 
 
 async def main() -> None:
     global session
-    timeout = aiohttp.ClientTimeout(total=TIMEOUT)
-    async with aiohttp.ClientSession(timeout=timeout) as session:
+    async with opened() as session:
         pool = await Oban.create_pool(DSN)
         async with Oban(pool=pool, queues={"calls": IN_FLIGHT}):
             await asyncio.Event().wait()

@@ -10,8 +10,8 @@ import asyncio
 import aiohttp
 from procrastinate import App, PsycopgConnector
 
-from bench.pipeline import ROUTES
-from bench.workers import API, DSN, IN_FLIGHT, TIMEOUT
+from bench.workers import DSN, IN_FLIGHT
+from bench.workers.post import opened, post
 
 pool = {"min_size": IN_FLIGHT + 1, "max_size": IN_FLIGHT + 1}
 app = App(connector=PsycopgConnector(conninfo=DSN, **pool))
@@ -19,17 +19,13 @@ session: aiohttp.ClientSession
 
 
 @app.task(name="call", queue="calls")
-async def call(job_id: str, tenant_id: str, current_step: str, status: str) -> None:
-    body = {"job_id": job_id, "tenant_id": tenant_id}
-    async with session.post(API + ROUTES[current_step, status], json=body) as answer:
-        answer.raise_for_status()
-        await answer.read()
+async def call(**owed: str) -> None:
+    await post(session, **owed)
 
 
 async def main() -> None:
     global session
-    timeout = aiohttp.ClientTimeout(total=TIMEOUT)
-    async with aiohttp.ClientSession(timeout=timeout) as session, app.open_async():
+    async with opened() as session, app.open_async():
         await app.run_worker_async(queues=["calls"], concurrency=IN_FLIGHT)
 
 
