@@ -9,7 +9,6 @@ from pathlib import Path
 import click
 
 from bench import machine
-from bench.ceiling import ceiling
 from bench.database import Server
 from bench.harness import Bench
 from bench.peers.base import Peer
@@ -103,8 +102,7 @@ def main(workloads: tuple[str, ...], only: tuple[str, ...], repetitions: int) ->
     with ExitStack() as stack:
         server, stages = stack.enter_context(Server()), stack.enter_context(StageProcess())
         bench = Bench(server, stages, notes)
-        facts["PostgreSQL"] = machine.server(server.conn)
-        facts["Ceiling"] = ceiling(bench)
+        facts["PostgreSQL"] = machine.server(server)
         try:
             for workload in chosen:
                 measure(bench, workload, peers, repetitions, tables)

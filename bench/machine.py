@@ -5,9 +5,12 @@ import os
 import platform
 import re
 import shutil
+import statistics
 import subprocess
-from contextlib import suppress
+import time
 from pathlib import Path
+
+from bench.database import Database, Server
 
 PACKAGES = ["psycopg2-binary", "requests", "urllib3", "procrastinate", "psycopg", "pgqueuer",
             "awa-pg", "dbos", "oban", "asyncpg", "aiohttp", "uvloop"]  # fmt: skip
@@ -15,49 +18,37 @@ PACKAGES = ["psycopg2-binary", "requests", "urllib3", "procrastinate", "psycopg"
 OWN_NODE = Path(__file__).parent / "node_modules" / ".bin" / "node"
 NODE = str(OWN_NODE) if OWN_NODE.exists() else shutil.which("node") or ""
 SETTINGS = ["server_version", "fsync", "synchronous_commit", "full_page_writes", "shared_buffers",
-            "max_connections", "wal_sync_method"]  # fmt: skip
+            "wal_sync_method"]  # fmt: skip
+COMMITS = 200
 
 
 def machine() -> dict[str, str]:
     """The machine, and its load before the benchmark begins."""
-    load = " ".join(f"{value:.2f}" for value in os.getloadavg())
-    memory = _found(r"MemTotal:\s+(\d+)", "/proc/meminfo") or 0
+    model = re.search(r"model name\s+: (.*)", Path("/proc/cpuinfo").read_text())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    versions = {found.name: found.version for found in importlib.metadata.distributions()}
     return {
         "cores": str(len(os.sched_getaffinity(0))),
-        "CPU": _found(r"model name\s+: (.*)", "/proc/cpuinfo") or platform.processor(),
-        "memory": f"{int(memory) / 2**20:.0f} GiB",
+        "CPU": model[1] if model else platform.machine(),
+        "memory": f"{memory / 2**30:.0f} GiB",
         "kernel": f"{platform.system()} {platform.release()}",
-        "load before": load,
+        "load before": " ".join(f"{value:.2f}" for value in os.getloadavg()),
         "Python": platform.python_version(),
-        "Node.js": _output(NODE, "--version") if NODE else "none",
-        "packages": ", ".join(f"{name} {v}" for name in PACKAGES if (v := _version(name))),
+        "Node.js": subprocess.getoutput(f"{NODE} --version") if NODE else "none",
+        "packages": ", ".join(f"{name} {versions[name]}" for name in PACKAGES if name in versions),
     }
 
 
-def server(conn) -> dict[str, str]:
-    """The settings of the server that decide what a commit costs."""
-    cursor = conn.cursor()
-    values = {}
-    for name in SETTINGS:
-        cursor.execute(f"SHOW {name}")
-        values[name] = cursor.fetchone()[0]
-    return values
+def server(server: Server) -> dict[str, str]:
+    """The settings that decide what a commit costs, and what it costs."""
+    values = {name: server.value(f"SHOW {name}") for name in SETTINGS}
+    with Database(server) as database:
+        milliseconds = statistics.median(commit(database) for _ in range(COMMITS)) * 1000
+    return values | {"a commit": f"{milliseconds:.2f} ms (median of {COMMITS})"}
 
 
-def _found(pattern: str, path: str) -> str | None:
-    with suppress(OSError):
-        if match := re.search(pattern, Path(path).read_text()):
-            return match[1].strip()
-    return None
-
-
-def _output(*command: str) -> str | None:
-    with suppress(OSError):
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return None
-
-
-def _version(name: str) -> str | None:
-    with suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(name)
-    return None
+def commit(database: Database) -> float:
+    """Seconds for one INSERT and its commit."""
+    began = time.perf_counter()
+    database.execute("INSERT INTO jobs (tenant_id) VALUES ('bench')")
+    return time.perf_counter() - began
