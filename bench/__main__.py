@@ -21,8 +21,8 @@ from bench.stage_process import StageProcess
 from bench.workloads.asynchronous import Asynchronous
 from bench.workloads.backlog import Backlog
 from bench.workloads.base import Workload
-from bench.workloads.children import ChildCommits, Children
-from bench.workloads.commits import Commits
+from bench.workloads.children import Children
+from bench.workloads.commits import ChildCommits, Commits
 from bench.workloads.hop import Hop
 from bench.workloads.limits import Limits
 from bench.workloads.listeners import Listeners
@@ -32,8 +32,8 @@ from bench.workloads.throughput import Burst, Slow
 RESULTS = Path(__file__).parent / "results"
 PEERS: list[Peer] = [Ours(), OursQuiet(), OursOwed(), Floor(), NoTrigger(), Graphile(), PgBoss(),
                      PgQueuer(), Procrastinate(), Awa(), Dbos(), Oban()]  # fmt: skip
-WORKLOADS = [Hop, Burst, Slow, Asynchronous, Limits, Listeners, Commits, Children, ChildCommits,
-             Startup, Memory, Idle, Backlog]  # fmt: skip
+WORKLOADS = [Hop, Burst, Slow, Asynchronous, Limits, Listeners, Commits, Children,
+             ChildCommits, Startup, Memory, Idle, Backlog]  # fmt: skip
 
 
 def measure(

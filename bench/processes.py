@@ -1,22 +1,14 @@
 """Starts the processes of a peer, measures them through /proc, and stops them."""
 
 import os
+import re
 import signal
 import subprocess
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 STOP_LIMIT = 15  # seconds
-
-
-@dataclass
-class Weight:
-    """Memory of all processes of a peer together, in MiB."""
-
-    rss: float
-    pss: float
 
 
 class Processes:
@@ -62,15 +54,10 @@ class Processes:
         """The pids of all processes with their children, without a parent that only supervises."""
         return [pid for process in self.processes for pid in descendants(process.pid)]
 
-    def weight(self) -> Weight:
-        rss = pss = 0
-        for pid in self.pids():
-            fields = dict(
-                line.split(":", 1) for line in _read(pid, "smaps_rollup").splitlines()[1:]
-            )
-            rss += int(fields["Rss"].split()[0])
-            pss += int(fields["Pss"].split()[0])
-        return Weight(rss / 1024, pss / 1024)
+    def memory(self) -> float:
+        """MiB of all processes together; of pages that several share, each has its part (PSS)."""
+        rollups = [_read(pid, "smaps_rollup") for pid in self.pids()]
+        return sum(int(re.search(r"^Pss: +(\d+)", text, re.M)[1]) for text in rollups) / 1024
 
     def cpu(self) -> float:
         """Seconds of CPU time used so far."""

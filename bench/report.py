@@ -1,8 +1,9 @@
 """Makes a Markdown report: ours against the floor and the best peer, then a table per workload."""
 
+import statistics
 from dataclasses import dataclass, field
 
-from bench.stats import Metric, Spread, best, ratio
+from bench.stats import Metric
 
 OURS, FLOOR = "ours", "floor"
 
@@ -24,25 +25,19 @@ class Table:
         for metric, value in numbers.items():
             self.values.setdefault(peer, {}).setdefault(metric, []).append(value)
 
-    def spread(self, peer: str, metric: Metric) -> Spread | None:
-        values = self.values.get(peer, {}).get(metric.name)
-        return Spread.of(values) if values else None
-
     def medians(self, metric: Metric) -> dict[str, float]:
-        spreads = {peer: self.spread(peer, metric) for peer in self.values}
-        return {peer: spread.median for peer, spread in spreads.items() if spread}
+        found = {peer: values.get(metric.name) for peer, values in self.values.items()}
+        return {peer: statistics.median(values) for peer, values in found.items() if values}
 
     def failed(self, peer: str) -> bool:
         """Whether it lost calls: then its figures are not to be compared with."""
         return any(self.values.get(peer, {}).get("lost", [0]))
 
     def best_peer(self, metric: Metric) -> str | None:
-        peers = {
-            name: median
-            for name, median in self.medians(metric).items()
-            if self.kinds[name] == "peer" and not self.failed(name)
-        }
-        return best(peers, metric.better)
+        medians = self.medians(metric)
+        peers = [name for name in medians if self.kinds[name] == "peer" and not self.failed(name)]
+        best = min if metric.better == "lower" else max
+        return best(peers, key=medians.__getitem__, default=None)
 
 
 def markdown(tables: list[Table], facts: dict[str, dict[str, str]], notes: list[str]) -> str:
@@ -66,39 +61,31 @@ def summary_rows(table: Table) -> list[list[str]]:
         medians = table.medians(metric)
         if not metric.headline or OURS not in medians:
             continue
-        floor, peer = medians.get(FLOOR), table.best_peer(metric)
+        ours, floor, name = medians[OURS], medians.get(FLOOR), table.best_peer(metric)
+        peer = medians[name] if name else None
+        variant = f" ({table.variant})" if table.variant else ""
         rows.append([
-            named(table, metric),
-            number(medians[OURS], metric),
-            number(floor, metric),
-            f"{number(medians[peer], metric)} {peer}" if peer else "–",
-            quotient(medians[OURS], floor),
-            quotient(medians[OURS], medians[peer] if peer else None),
+            f"{table.workload}{variant}: {metric} {'↓' if metric.better == 'lower' else '↑'}",
+            number(ours, metric.digits),
+            number(floor, metric.digits),
+            f"{number(peer, metric.digits)} {name}" if name else "–",
+            number(ours / floor if floor else None),
+            number(ours / peer if peer else None),
         ])  # fmt: skip
     return rows
-
-
-def named(table: Table, metric: Metric) -> str:
-    name = " ".join(filter(None, [table.workload, f"({table.variant})" * bool(table.variant)]))
-    arrow = "↓" if metric.better == "lower" else "↑"
-    return f"{name}: {metric.name}{', ' * bool(metric.unit)}{metric.unit} {arrow}"
 
 
 def details(table: Table) -> str:
     """Every peer's figures: medians, and the range of the repetitions."""
     title = table.title + (f" — {table.variant}" if table.variant else "")
-    header = [""] + [
-        metric.name + (f", {metric.unit}" if metric.unit else "") for metric in table.metrics
-    ]
-    rows = []
-    for peer in table.values:
-        spreads = [table.spread(peer, metric) for metric in table.metrics]
-        cells = [
-            spread.text(metric.digits) if spread else "–"
-            for spread, metric in zip(spreads, table.metrics, strict=True)
+    rows = [
+        [
+            peer + " (lost calls)" * table.failed(peer),
+            *(spread(values.get(metric.name, []), metric.digits) for metric in table.metrics),
         ]
-        rows.append([peer + " (lost calls)" * table.failed(peer), *cells])
-    text = f"## {table.workload}: {title}\n\n" + grid(header, rows)
+        for peer, values in table.values.items()
+    ]
+    text = f"## {table.workload}: {title}\n\n" + grid(["", *map(str, table.metrics)], rows)
     for peer, why in table.failures.items():
         text += f"\n\n{peer}: {' '.join(why.split())[:300]}"
     return text
@@ -116,10 +103,13 @@ def grid(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def number(value: float | None, metric: Metric) -> str:
-    return "–" if value is None else f"{value:,.{metric.digits}f}"
+def number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
 
 
-def quotient(ours: float, other: float | None) -> str:
-    value = ratio(ours, other or 0)
-    return "–" if value is None else f"{value:.2f}"
+def spread(values: list[float], digits: int) -> str:
+    """The median, and the range where there is more than one value."""
+    median = number(statistics.median(values) if values else None, digits)
+    if len(values) < 2:
+        return median
+    return f"{median} ({number(min(values), digits)}–{number(max(values), digits)})"

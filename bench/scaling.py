@@ -61,7 +61,7 @@ def workers(sizes: list[int]) -> str:
             shape = peer.shape(count)
             burst = Burst().measure(bench, peer, shape, BURST, 0.0)
             memory = Memory().weigh(bench, peer, shape)
-            cells = [f"{burst['calls/s']:.0f}", f"{memory.pss:.0f}"]
+            cells = [f"{burst['calls/s']:.0f}", f"{memory:.0f}"]
             rows.append([str(count), *hop_cells(bench, peer, count), *cells])
     header = ["workers", "hop p50, ms", "p95", "queries an event", "burst, calls/s", "PSS, MiB"]
     return table(header, rows)

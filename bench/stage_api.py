@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import time
+from contextlib import suppress
 
 import asyncpg
 import uvloop
@@ -53,14 +54,14 @@ class StageApi:
     def __init__(self):
         self.idle: asyncio.LifoQueue[asyncpg.Connection] = asyncio.LifoQueue()
         self.tasks: set[asyncio.Task] = set()
-        self.waiting: list[tuple[int, asyncio.Future]] = []
+        self.wanted, self.enough = 0, asyncio.Event()  # so many answers
         self.reset("answer", 0.0)
 
     def reset(self, mode: str, delay: float) -> None:
         self.mode, self.delay = mode, delay
         self.arrived: list[tuple[float, str, int]] = []  # time, job, stage
         self.done: list[tuple[float, str, int]] = []  # time of the commit, job, stage
-        self.refused = self.answered = 0
+        self.answered = 0
 
     async def connect(self, dsn: str) -> None:
         for _ in range(CONNECTIONS):
@@ -81,7 +82,6 @@ class StageApi:
     async def work(self, column: str, job: str, number: int, stage: str, before: str) -> int:
         """Run a stage on a row that is in the state before it; the HTTP status."""
         if await self.execute(TAKE[column], job, stage, before) != "UPDATE 1":
-            self.refused += 1
             return 409
         if self.mode == "accept":
             self.begin(self.finish_later(column, job, number, stage))
@@ -102,9 +102,8 @@ class StageApi:
 
     def count(self) -> None:
         self.answered += 1
-        for wanted, future in self.waiting:
-            if self.answered >= wanted and not future.done():
-                future.set_result(None)
+        if self.answered >= self.wanted:
+            self.enough.set()
 
     async def control(self, path: str, body: dict) -> dict:
         """Carry out a request of the harness."""
@@ -117,18 +116,17 @@ class StageApi:
             self.reset(body["mode"], body["delay"])
             gc.collect()
         elif path == "/bench/record":
-            return {"arrived": self.arrived, "done": self.done, "refused": self.refused}
+            return {"arrived": self.arrived, "done": self.done}
         elif path == "/bench/wait":
             await self.wait_for(body["answered"], body["seconds"])
         return {"answered": self.answered}
 
     async def wait_for(self, answered: int, seconds: float) -> None:
-        if self.answered >= answered:
-            return
-        waiter = (answered, asyncio.get_running_loop().create_future())
-        self.waiting.append(waiter)
-        await asyncio.wait([waiter[1]], timeout=seconds)
-        self.waiting.remove(waiter)
+        self.wanted = answered
+        self.enough.clear()
+        if self.answered < answered:
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.enough.wait(), seconds)
 
 
 class Connection(asyncio.Protocol):

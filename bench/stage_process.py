@@ -17,7 +17,6 @@ class Record:
 
     arrived: list[tuple[float, str, int]]  # time, job, number of the stage
     done: list[tuple[float, str, int]]  # the same, when a stage had committed
-    refused: int  # calls of jobs that were not in the state before the stage
 
     def lost(self, expected: int) -> int:
         return expected - len({(job, stage) for _, job, stage in self.arrived})
@@ -80,9 +79,4 @@ class StageProcess:
         return self.ask("wait", answered=answered, seconds=seconds)["answered"]
 
     def record(self) -> Record:
-        seen = self.ask("record")
-        return Record(
-            [tuple(arrival) for arrival in seen["arrived"]],
-            [tuple(commit) for commit in seen["done"]],
-            seen["refused"],
-        )
+        return Record(**self.ask("record"))

@@ -9,9 +9,9 @@ from bench.failover import longest_gap
 from bench.peers.base import Queue
 from bench.peers.ours import Ours
 from bench.peers.references import Floor
-from bench.report import Table, details, grid, markdown, summary_rows
+from bench.report import Table, details, grid, markdown, spread, summary_rows
 from bench.stage_process import Record
-from bench.stats import Metric, Spread, best, percentile
+from bench.stats import Metric, percentile
 from bench.workloads.asynchronous import most_at_once
 from bench.workloads.throughput import Slow
 from demo.stage_api import STAGES
@@ -51,14 +51,14 @@ def test_pause_is_the_longest_gap_that_ends_after_the_fault():
 
 
 def test_spread_shows_the_range_only_where_there_is_one():
-    assert Spread.of([1234.5]).text(1) == "1,234.5"
-    assert Spread.of([3.0, 1.0, 2.0]).text(0) == "2 (1–3)"
+    assert spread([1234.5], 1) == "1,234.5"
+    assert spread([3.0, 1.0, 2.0], 0) == "2 (1–3)"
 
 
 def test_best_depends_on_what_is_better():
-    assert best({"a": 1.0, "b": 2.0}, "lower") == "a"
-    assert best({"a": 1.0, "b": 2.0}, "higher") == "b"
-    assert best({}, "lower") is None
+    assert table(HOP, one=[1.0], two=[2.0]).best_peer(HOP) == "one"
+    assert table(RATE, one=[1.0], two=[2.0]).best_peer(RATE) == "two"
+    assert table(RATE).best_peer(RATE) is None
 
 
 def test_summary_gives_ours_as_ratio_to_floor_and_best_peer():
@@ -109,7 +109,7 @@ def test_report_has_machine_tables_and_notes():
 def test_calls_at_once_are_those_that_arrived_and_are_not_done():
     arrived = [(0.0, "a", 0), (1.0, "b", 0), (2.5, "c", 0), (6.0, "a", 1)]
     done = [(2.0, "a", 0), (5.0, "b", 0), (5.0, "c", 0), (7.0, "a", 1)]
-    assert most_at_once(Record(arrived, done, 0)) == 2
+    assert most_at_once(Record(arrived, done)) == 2
 
 
 def test_longest_stages_are_for_ours_alone():

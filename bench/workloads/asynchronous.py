@@ -7,7 +7,7 @@ from bench.harness import MOVE_ALL, Bench
 from bench.peers.base import Peer
 from bench.processes import Processes
 from bench.stage_process import Record
-from bench.stats import Metric
+from bench.stats import COUNTS, Metric
 from bench.workloads.throughput import Throughput
 
 WORKERS = 4
@@ -24,8 +24,7 @@ class Asynchronous(Throughput):
         Metric("connections", "", digits=0),
         Metric("handed over", "calls/s", better="higher", digits=0),
         Metric("handed over and ended", "calls/s", better="higher", digits=0),
-        Metric("lost", "calls", digits=0, headline=False),
-        Metric("repeated", "calls", digits=0, headline=False),
+        *COUNTS,
     )
 
     def applies(self, peer: Peer, variant: str) -> bool:
@@ -33,10 +32,10 @@ class Asynchronous(Throughput):
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
         with bench.running(peer, peer.shape(WORKERS), "asynchronous") as (database, processes):
-            found, record = self.held(bench, peer, database, processes)
+            found, record = self.held(bench, database, processes)
             database.execute("DELETE FROM jobs")
             bench.rest(peer, peer.shape(WORKERS), database)
-            through = self.timed(bench, peer, database, processes, JOBS, 1.0, "accept")
+            through = self.timed(bench, database, processes, JOBS, 1.0, "accept")
         return found | {
             "handed over and ended": through["calls/s"],
             "lost": through["lost"] + record.lost(JOBS),
@@ -44,7 +43,7 @@ class Asynchronous(Throughput):
         }
 
     def held(
-        self, bench: Bench, peer: Peer, database: Database, processes: Processes
+        self, bench: Bench, database: Database, processes: Processes
     ) -> tuple[dict[str, float], Record]:
         """Figures while the last stage works on all jobs at once, for HOLD seconds."""
         database.add_jobs(JOBS, "overlay")
@@ -53,13 +52,13 @@ class Asynchronous(Throughput):
         end = time.monotonic() + HOLD
         while len(bench.stages.record().arrived) < JOBS and time.monotonic() < end:
             time.sleep(0.2)
-        weight, connections = processes.weight(), database.connected()
+        memory, connections = processes.memory(), database.connected()
         bench.finish(processes, JOBS)
         record = bench.stages.record()
         times = sorted(when for when, _, _ in record.arrived)
         found = {
             "at once": most_at_once(record),
-            "proportional": weight.pss,
+            "proportional": memory,
             "connections": connections,
             "handed over": (len(times) - 1) / (times[-1] - times[0]),
         }

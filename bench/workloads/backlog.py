@@ -29,7 +29,6 @@ class Backlog(Workload):
     metrics = (
         Metric("first calls/s", "", better="higher", digits=0),
         Metric("last calls/s", "", better="higher", digits=0),
-        Metric("last / first", "", better="higher", headline=False),
         Metric("calls", "", better="higher", digits=0, headline=False),
         Metric("repeated", "calls", digits=0, headline=False),
     )
@@ -61,6 +60,8 @@ class Backlog(Workload):
         first = slice_ / (times[slice_ + 100] - times[100])  # the first 100 warm it up
         last = slice_ / (times[-1] - times[-1 - slice_])
         return {
-            "first calls/s": first, "last calls/s": last, "last / first": last / first,
-            "calls": len(times), "repeated": record.repeated,
-        }  # fmt: skip
+            "first calls/s": first,
+            "last calls/s": last,
+            "calls": len(times),
+            "repeated": record.repeated,
+        }

@@ -2,7 +2,7 @@
 
 from bench.harness import Bench
 from bench.peers.base import Peer
-from bench.stats import Metric
+from bench.stats import COUNTS, Metric
 from bench.workloads.throughput import Throughput
 
 IN_FLIGHT = 16
@@ -19,10 +19,7 @@ class Limits(Throughput):
     metrics = (
         Metric(NONE, "calls/s", better="higher", digits=0, headline=False),
         *(Metric(f"{limit} / {NONE}", "", better="higher") for limit in LIMITS),
-        Metric(f"server CPU, {NONE}", "ms/call", headline=False),
-        *(Metric(f"server CPU, {limit}", "ms/call", headline=False) for limit in LIMITS),
-        Metric("lost", "calls", digits=0, headline=False),
-        Metric("repeated", "calls", digits=0, headline=False),
+        *COUNTS,
     )
 
     def applies(self, peer: Peer, variant: str) -> bool:
@@ -33,12 +30,10 @@ class Limits(Throughput):
         found = {}
         for limit in (NONE, *self.LIMITS):
             with bench.running(peer, peer.shape(IN_FLIGHT), limit) as (database, processes):
-                found[limit] = self.timed(bench, peer, database, processes, JOBS, tenants=JOBS)
+                found[limit] = self.timed(bench, database, processes, JOBS, tenants=JOBS)
         numbers = {NONE: found[NONE]["calls/s"]}
         for limit in self.LIMITS:
             numbers[f"{limit} / {NONE}"] = found[limit]["calls/s"] / found[NONE]["calls/s"]
-        for limit, of in found.items():
-            numbers[f"server CPU, {limit}"] = of["server CPU"]
         for count in ("lost", "repeated"):
             numbers[count] = sum(of[count] for of in found.values())
         return numbers

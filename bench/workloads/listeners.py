@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from bench.database import Database
 from bench.harness import Bench
 from bench.peers.base import ROOT, Peer
-from bench.stats import Metric
+from bench.stats import COUNTS, Metric
 from bench.workloads.hop import Hop
 from bench.workloads.throughput import Throughput
 
@@ -27,11 +27,8 @@ class Listeners(Throughput):
     variants = tuple(CHANNELS)
     metrics = (
         Metric("hop p50", "ms"),
-        Metric("hop p95", "ms"),
         Metric("calls/s", "in a burst", better="higher", digits=0),
-        Metric("server CPU", "ms/call"),
-        Metric("lost", "calls", digits=0, headline=False),
-        Metric("repeated", "calls", digits=0, headline=False),
+        *COUNTS,
     )
 
     def applies(self, peer: Peer, variant: str) -> bool:
@@ -46,8 +43,8 @@ class Listeners(Throughput):
             hops = Hop().timed(bench, database)
             database.execute("DELETE FROM jobs")
             bench.rest(peer, peer.shape(IN_FLIGHT), database)
-            found = self.timed(bench, peer, database, processes, 500)
-        return {"hop p50": hops["p50"], "hop p95": hops["p95"]} | found
+            found = self.timed(bench, database, processes, 500)
+        return {"hop p50": hops["p50"]} | found
 
 
 @contextlib.contextmanager

@@ -30,7 +30,6 @@ class Memory(Workload):
     name = "memory"
     title = "Memory of all processes after 200 calls, with room for one call at a time"
     metrics = (
-        Metric("resident", "MiB", digits=1),
         Metric("proportional", "MiB", digits=1),
         Metric("each further call", "MiB", digits=1),
     )
@@ -39,18 +38,17 @@ class Memory(Workload):
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
         one, several = (self.weigh(bench, peer, peer.shape(n)) for n in (1, 1 + self.FURTHER))
         return {
-            "resident": one.rss,
-            "proportional": one.pss,
-            "each further call": (several.pss - one.pss) / self.FURTHER,
+            "proportional": one,
+            "each further call": (several - one) / self.FURTHER,
         }
 
-    def weigh(self, bench: Bench, peer: Peer, shape: Shape):
+    def weigh(self, bench: Bench, peer: Peer, shape: Shape) -> float:
         with bench.running(peer, shape) as (database, processes):
             bench.stages.reset("answer")
             database.add_jobs(200)
             database.execute(MOVE_ALL)
             bench.finish(processes, 200)
-            return processes.weight()
+            return processes.memory()
 
 
 class Idle(Workload):

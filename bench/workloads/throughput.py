@@ -7,7 +7,7 @@ from bench.harness import MOVE_ALL, Bench
 from bench.peers.base import Peer, Shape
 from bench.pipeline import STAGES
 from bench.processes import Processes
-from bench.stats import Metric
+from bench.stats import COUNTS, Metric
 from bench.workloads.base import Workload
 
 BEST = "best"
@@ -31,33 +31,37 @@ class Throughput(Workload):
         Metric("CPU", "ms/call"),
         Metric("server CPU", "ms/call"),
         Metric("connections", "", digits=0, headline=False),
-        Metric("lost", "calls", digits=0, headline=False),
-        Metric("repeated", "calls", digits=0, headline=False),
+        *COUNTS,
     )
 
     def measure(self, bench: Bench, peer: Peer, shape: Shape, count: int, delay: float):
         with bench.running(peer, shape) as (database, processes):
-            return self.timed(bench, peer, database, processes, count, delay)
+            return self.timed(bench, database, processes, count, delay)
 
     def timed(
-        self, bench: Bench, peer: Peer, database: Database, processes: Processes, count: int,
+        self, bench: Bench, database: Database, processes: Processes, count: int,
         delay: float = 0.0, mode: str = "work", tenants: int = 1,
     ) -> dict[str, float]:  # fmt: skip
         """The numbers of `count` jobs, through all stages of `delay` seconds each."""
-        expected = count * len(STAGES)
         database.add_jobs(count, tenants=tenants)
         bench.stages.reset(mode, delay)
+        numbers = self.calls(bench, database, processes, MOVE_ALL, count * len(STAGES))
+        [(finished,)] = database.execute(FINISHED)
+        if not numbers["lost"] and finished != count:
+            raise RuntimeError(f"{finished} of {count} jobs are finished, but no call is missing")
+        return numbers
+
+    def calls(
+        self, bench: Bench, database: Database, processes: Processes, move: str, expected: int
+    ) -> dict[str, float]:
+        """The numbers of the `expected` calls that follow from a statement."""
         cpu, server = processes.cpu(), bench.server.cpu()
-        database.execute(MOVE_ALL)
+        database.execute(move)
         began = time.monotonic()
         bench.finish(processes, expected)
         cpu, server = processes.cpu() - cpu, bench.server.cpu() - server
         connections = database.connected()
         record = bench.stages.record()
-        [(finished,)] = database.execute(FINISHED)
-        lost = record.lost(expected)
-        if not lost and finished != count:
-            raise RuntimeError(f"{finished} of {count} jobs are finished, but no call is missing")
         seconds = max((when for when, _, _ in record.done), default=began + 1) - began
         calls = max(1, len(record.arrived))
         return {
@@ -65,7 +69,7 @@ class Throughput(Workload):
             "CPU": 1000 * cpu / calls,
             "server CPU": 1000 * server / calls,
             "connections": connections,
-            "lost": lost,
+            "lost": record.lost(expected),
             "repeated": record.repeated,
         }
 
