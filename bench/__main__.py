@@ -22,7 +22,7 @@ from bench.workloads.asynchronous import Asynchronous
 from bench.workloads.backlog import Backlog
 from bench.workloads.base import Workload
 from bench.workloads.children import Children
-from bench.workloads.commits import ChildCommits, Commits
+from bench.workloads.commits import Bulk, ChildCommits, Commits
 from bench.workloads.hop import Hop
 from bench.workloads.limits import Limits
 from bench.workloads.listeners import Listeners
@@ -32,7 +32,7 @@ from bench.workloads.throughput import Burst, Slow
 RESULTS = Path(__file__).parent / "results"
 PEERS: list[Peer] = [Ours(), OursQuiet(), OursOwed(), Floor(), NoTrigger(), Graphile(), PgBoss(),
                      PgQueuer(), Procrastinate(), Awa(), Dbos(), Oban()]  # fmt: skip
-WORKLOADS = [Hop, Burst, Slow, Asynchronous, Limits, Listeners, Commits, Children,
+WORKLOADS = [Hop, Burst, Slow, Asynchronous, Limits, Listeners, Commits, Bulk, Children,
              ChildCommits, Startup, Memory, Idle, Backlog]  # fmt: skip
 
 

@@ -4,9 +4,10 @@ import os
 import re
 import statistics
 import subprocess
+import time
 
 from bench.database import Database
-from bench.harness import Bench
+from bench.harness import MOVE_ALL, Bench
 from bench.peers.base import Peer
 from bench.pipeline import CHILD_STAGES, JOB_STAGES
 from bench.stats import Metric
@@ -96,3 +97,21 @@ class ChildCommits(Workload):
             "jobs": statistics.mean(jobs),
             "jobs_variants / jobs": sum(children) / sum(jobs),
         }
+
+
+class Bulk(Workload):
+    name = "bulk"
+    title = "Price to the application: one UPDATE that moves 20,000 jobs"
+    metrics = (Metric("a job", "µs", digits=1),)
+    JOBS = 20_000
+
+    def applies(self, peer: Peer, variant: str) -> bool:
+        return peer.kind != "peer"
+
+    def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
+        with bench.installed(peer) as database:
+            database.add_jobs(self.JOBS)
+            database.execute("VACUUM jobs")  # without ANALYZE, as after a sudden burst
+            began = time.perf_counter()
+            database.execute(MOVE_ALL)
+            return {"a job": (time.perf_counter() - began) / self.JOBS * 1e6}
