@@ -18,6 +18,7 @@ from bench.pipeline import CHILDREN, JOBS
 from bench.processes import tree_seconds
 from demo.database import EmbeddedDatabase
 
+FIVE_STAGES = "demo.five_stages"
 OPTIONS = {
     "max_connections": 300,
     "fsync": "on",
@@ -102,11 +103,11 @@ class Server:
 class Database:
     """A database of its own, with `jobs` and nothing else; dropped at the end.
 
-    pipeline: the module with PIPELINE for our listener; with one, there is also jobs_variants.
+    pipeline: the module of PIPELINE for our listener; with one of bench, there is jobs_variants.
     limit: the name of a limit of bench.limited.
     """
 
-    def __init__(self, server: Server, pipeline: str | None = None, limit: str = "none"):
+    def __init__(self, server: Server, pipeline: str = FIVE_STAGES, limit: str = "none"):
         self.pipeline, self.limit = pipeline, limit
         self.server, self.name = server, f"bench_{os.getpid()}_{next(server.numbers)}"
         self.dsn = server.dsn(self.name)
@@ -115,7 +116,7 @@ class Database:
         self.server.conn.cursor().execute(f"CREATE DATABASE {self.name}")
         self.conn = self.server.connect(self.name)
         self.execute(JOBS)
-        if self.pipeline:
+        if self.pipeline != FIVE_STAGES:
             self.execute(CHILDREN)
         return self
 
@@ -125,8 +126,7 @@ class Database:
 
     def environ(self) -> dict[str, str]:
         """Environment variables with which our listener uses this database."""
-        used = self.pipeline or "demo.five_stages"
-        told = {"DB_NAME": self.name, "DATABASE_URL": "", "PIPELINE_MODULE": used,
+        told = {"DB_NAME": self.name, "DATABASE_URL": "", "PIPELINE_MODULE": self.pipeline,
                 "BENCH_LIMIT": self.limit}  # fmt: skip
         return self.server.settings | told
 
@@ -141,10 +141,6 @@ class Database:
     def add_jobs(self, count: int, step: str = "img_gen", tenants: int = 1) -> list[str]:
         """Add jobs in (step, running), which owe no call yet; their ids."""
         return [job for (job,) in self.execute(ADD_JOBS, tenants, step, count)]
-
-    def checkpoint(self) -> None:
-        """Write dirty pages, so that no run pays for those of another."""
-        self.server.conn.cursor().execute("CHECKPOINT")
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[list[int]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.database import Database, Server
+from bench.database import FIVE_STAGES, Database, Server
 from bench.peers.base import Peer, Shape
 from bench.pipeline import STEPS
 from bench.processes import Processes
@@ -38,11 +38,11 @@ class Bench:
 
     @contextlib.contextmanager
     def installed(
-        self, peer: Peer, pipeline: str | None = None, limit: str = "none"
+        self, peer: Peer, pipeline: str = FIVE_STAGES, limit: str = "none"
     ) -> Iterator[Database]:
         with Database(self.server, pipeline, limit) as database:
             peer.install(database)
-            database.checkpoint()
+            database.execute("CHECKPOINT")  # so that no run pays for the pages of another
             self.stages.connect(database.dsn)
             try:
                 yield database
@@ -62,15 +62,11 @@ class Bench:
 
     @contextlib.contextmanager
     def running(
-        self, peer: Peer, shape: Shape, limit: str | None = None
+        self, peer: Peer, shape: Shape, pipeline: str = FIVE_STAGES, limit: str = "none"
     ) -> Iterator[tuple[Database, Processes]]:
-        """A database with the peer's processes, which listen and have been warmed up with calls.
-
-        limit: use bench.limited with this limit instead of the five stages without limits.
-        """
-        pipeline = ("bench.limited", limit) if limit else (None, "none")
+        """A database with the peer's processes, which listen and have been warmed up with calls."""
         with (
-            self.installed(peer, *pipeline) as database,
+            self.installed(peer, pipeline, limit) as database,
             self.started(peer, shape, database) as processes,
         ):
             self.stages.reset("answer")

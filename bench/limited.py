@@ -4,8 +4,8 @@ reached: the workload measures the cost of counting.
 
 import os
 
-from bench.pipeline import ROUTES, STAGES
-from pipeline import Call, Pool, limits
+from bench.pipeline import ROUTES, STAGES, stage
+from pipeline import Pool, limits
 
 MANY = 1000
 LIMITS = {
@@ -17,15 +17,7 @@ LIMITS = {
 }
 limit = LIMITS[os.environ["BENCH_LIMIT"]]
 
-
-def stage(name: str, path: str):
-    def function(call: Call):
-        return call.post(path)
-
-    function.__name__ = name
-    return limit(function)
-
-
 PIPELINE = {
-    state: stage(name, path) for name, (state, path) in zip(STAGES, ROUTES.items(), strict=True)
+    state: limit(stage(name, path))
+    for name, (state, path) in zip(STAGES, ROUTES.items(), strict=True)
 }

@@ -2,6 +2,17 @@
 notifies. Imports nothing, as the memory of the programs that import it is measured.
 """
 
+
+def stage(name: str, path: str):
+    """A stage function of this name that only POSTs."""
+
+    def function(call):
+        return call.post(path)
+
+    function.__name__ = name
+    return function
+
+
 # state: the path of the stage that it owes
 ROUTES = {
     ("img_gen", "done"): "/api/yh/llava/stage1/validate",

@@ -51,7 +51,7 @@ class Processes:
         return self.log_path.read_text(errors="replace")
 
     def pids(self) -> list[int]:
-        """The pids of all processes with their children, without a parent that only supervises."""
+        """The pids of all processes and of what they have started."""
         return [pid for process in self.processes for pid in descendants(process.pid)]
 
     def memory(self) -> float:

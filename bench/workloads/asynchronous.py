@@ -31,10 +31,11 @@ class Asynchronous(Throughput):
         return peer.kind == "ours"
 
     def run(self, bench: Bench, peer: Peer, variant: str) -> dict[str, float]:
-        with bench.running(peer, peer.shape(WORKERS), "asynchronous") as (database, processes):
+        shape, limited = peer.shape(WORKERS), ("bench.limited", "asynchronous")
+        with bench.running(peer, shape, *limited) as (database, processes):
             found, record = self.held(bench, database, processes)
             database.execute("DELETE FROM jobs")
-            bench.rest(peer, peer.shape(WORKERS), database)
+            bench.rest(peer, shape, database)
             through = self.timed(bench, database, processes, JOBS, 1.0, "accept")
         return found | {
             "handed over and ended": through["calls/s"],

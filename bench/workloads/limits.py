@@ -29,7 +29,8 @@ class Limits(Throughput):
         """Measure one after the other, so that other load on the machine affects all."""
         found = {}
         for limit in (NONE, *self.LIMITS):
-            with bench.running(peer, peer.shape(IN_FLIGHT), limit) as (database, processes):
+            shape = peer.shape(IN_FLIGHT)
+            with bench.running(peer, shape, "bench.limited", limit) as (database, processes):
                 found[limit] = self.timed(bench, database, processes, JOBS, tenants=JOBS)
         numbers = {NONE: found[NONE]["calls/s"]}
         for limit in self.LIMITS:
