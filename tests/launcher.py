@@ -57,7 +57,8 @@ class Launched:
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):  # it has ended, and its exit code is on its way
+                os.kill(self.pid, number)
 
 
 def start(argv: list[str], environ: dict, directory: Path) -> Launched:
