@@ -187,9 +187,9 @@ WHERE l.call_id = ANY (ARRAY(SELECT call_id FROM result))
 """,
 )
 
-# Forgets the last hold of a stage once a call that began after it is accepted. Also where the hold
-# is over already, as the next one would be twice as long. A person's pause stays. Where another
-# transaction has the row locked, the hold stays, too, until a later success.
+# Forgets the last hold of a stage once a call that began after it is accepted, even if the hold is
+# over: otherwise the next hold would be twice as long. A person's pause stays. If another
+# transaction has the row locked, the hold stays until a later call is accepted.
 LIFT = Statement(
     "lift",
     """
@@ -211,8 +211,8 @@ WHERE (p.table_name, p.join_of, p.current_step, p.status)
 
 # Each hold is twice as long as the one before, up to a minute, unless the stage asked for a time.
 # A call that was under way when the hold began does not make it longer. A person's pause, which is
-# a hold until infinity, stays. Where another transaction has the row locked, the stage is not held
-# until a later result.
+# a hold until infinity, stays. If another transaction has the row locked, this result does not hold
+# the stage; a later one does.
 HOLD = Statement(
     "hold",
     f"""
@@ -728,8 +728,9 @@ def give_back(conn, worker: str, keep: Iterable[int]):
     return execute(conn, GIVE_BACK, {"worker": worker, "keep": list(keep)}).fetchone()
 
 
-# Lengthens leases that ran out while nobody reached the database, so that what knows their results
-# can write them before another makes their calls. Rows that the application holds are passed by.
+# Extends leases that ran out while the database was away, so that the listeners that know their
+# results can write them before another listener makes the calls again. Calls whose rows the
+# application has locked are skipped.
 WAIT_FOR_RESULTS = """
 WITH over AS (
     SELECT c.job_id, c.call_id, c.attempts FROM stage_leases AS l CROSS JOIN LATERAL (
@@ -748,7 +749,7 @@ WHERE c.job_id = over.job_id AND c.call_id = over.call_id AND c.worker IS NOT NU
 
 
 def wait_for_results(conn, seconds: float) -> None:
-    """Keep everybody from calls under way for `seconds` at least, after the database was away."""
+    """Let no listener take over a call for `seconds`, after the database was away."""
     execute(conn, WAIT_FOR_RESULTS, {"seconds": seconds})
 
 

@@ -188,7 +188,7 @@ class Listener:
         self.hearing.listen(conn, silent=announced == "nothing")
         self.workers.conn = conn
         self.give_back(conn)
-        if self.is_away:  # for all, so others may have results that they could not write
+        if self.is_away:  # others may have results that they could not write either
             seconds = 2 * self.settings.JOB_STATE_LISTENER_RECONNECT_DELAY + RECONNECTING
             calls.wait_for_results(conn, seconds)
         self.claiming.claim_at = self.claiming.sweep_at = 0.0

@@ -154,8 +154,9 @@ def settle_alone(conn, result: Result, done: Turn) -> None:
 
 
 # Gives up an accepted call whose result the history does not take for now, as on a full disk, or
-# while it is locked: another listener would make the call again after its lease. It stays claimed,
-# so its result still settles it. Should that be lost, people see what it is.
+# while it is locked: otherwise another listener would make the call again after its lease. It stays
+# claimed, so that its result still settles it later. If this listener ends before that, the error
+# tells people that the call was accepted.
 KEEP_FROM_REPEATING = Statement(
     "keep_from_repeating",
     f"""

@@ -44,7 +44,7 @@ def boottime() -> float:
 
 
 def seconds_left(call: Call) -> float:
-    """How long `call` may take from now, that it ends within its lease."""
+    """Seconds that `call` may still take and end within its lease."""
     return call.leased_until - boottime() - GRACE
 
 

@@ -37,7 +37,7 @@ SCHEMA = Path(__file__).with_name("schema.sql")
 ALONE = "SELECT pg_advisory_xact_lock(hashtextextended('stage_requests schema', 0))"
 # CREATE TABLE IF NOT EXISTS needs CREATE on the schema even where the table is there.
 IS_MISSING = "SELECT to_regclass('stage_requests') IS NULL"
-# A row that somebody has locked must not keep recover() from the others: it waits so long, once.
+# recover() waits once for so long for a row that is locked, so that it gets to the others.
 WAIT_BRIEFLY = "SET LOCAL lock_timeout = '1s'"
 # What no database takes in a text: NUL, and half of a surrogate pair.
 NO_ID = re.compile("[\0\ud800-\udfff]")
