@@ -17,6 +17,7 @@ import pytest
 import config
 import listener
 import ops
+import pipeline
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,8 +99,9 @@ def run_here(environ: dict[str, str], *args: str) -> Done:
         for name in config.SETTINGS:
             patch.setenv(name, environ.get(name, ""))
         patch.setattr(sys, "argv", ["listener.py", *args])
-        config.settings.cache_clear()
-        stack.callback(config.settings.cache_clear)
+        for cached in (config.settings, pipeline.module):  # of this command alone
+            cached.cache_clear()
+            stack.callback(cached.cache_clear)
         stack.callback(vars(log).update, before)
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
