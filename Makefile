@@ -49,7 +49,7 @@ test: $(DEV_READY) ## run the tests, on a database of their own
 	@$(PYTHON) -m pytest -n auto --dist worksteal $(ARGS)
 
 test-faults: $(DEV_READY) ## run the slow tests: deadlines, proxies, browser, fuzzing
-	@$(PYTHON) -m pytest -m slow -n 8 $(ARGS)
+	@$(PYTHON) -m pytest -m slow -n 8 --dist worksteal $(ARGS)
 
 chaos: $(DEV_READY) ## break everything at random for MINUTES= (3), by a plan of SEED=, and judge
 	@$(PYTHON) -m chaos run $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
