@@ -94,14 +94,14 @@ def run_here(environ: dict[str, str], *args: str) -> Done:
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace") for _ in "12")
     log = logging.getLogger("listener")
     before = vars(log).copy()
+    pipeline.module()  # is kept by this process: not that of this command's settings
     with contextlib.ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         for name in config.SETTINGS:
             patch.setenv(name, environ.get(name, ""))
         patch.setattr(sys, "argv", ["listener.py", *args])
-        for cached in (config.settings, pipeline.module):  # of this command alone
-            cached.cache_clear()
-            stack.callback(cached.cache_clear)
+        config.settings.cache_clear()
+        stack.callback(config.settings.cache_clear)
         stack.callback(vars(log).update, before)
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
