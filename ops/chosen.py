@@ -88,7 +88,7 @@ GROUP BY batch
 
 FILTERS = [
     click.option("--stage", type=OwedStage(), metavar="STAGE", help="Calls to this stage."),
-    click.option("--tenant", metavar="TENANT",
+    click.option("--tenant", type=Text(), metavar="TENANT",
                  help="Calls of this tenant; of other rows by their parent's."),
     click.option("--error", type=Text(), metavar="TEXT",
                  help="Calls whose last error has this text in it, in capital letters or not."),

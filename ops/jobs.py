@@ -18,6 +18,7 @@ from ops.rows import TableName
 from ops.since import Since
 from ops.stage import OwedStage
 from ops.table import JSON, Line, clipped, duration, echo_json, echo_lines, plain, readable, table
+from ops.text import Text
 from pipeline import JOBS, Table
 
 # --- how many ------------------------------------------------------------------------------
@@ -226,7 +227,10 @@ def require_history(of: Table, settings, since: datetime | None) -> None:
 @click.option("--failed", is_flag=True, help="Jobs that their stage has set to failed.")
 @click.option("--table", "only", type=TableName(), metavar="TABLE", help="Rows of this table.")
 @click.option(
-    "--tenant", metavar="TENANT", help="Jobs of this tenant; other rows by their parent's."
+    "--tenant",
+    type=Text(),
+    metavar="TENANT",
+    help="Jobs of this tenant; other rows by their parent's.",
 )
 @click.option(
     "--since",

@@ -21,6 +21,7 @@ from ops.listeners import connected
 from ops.pools import pools
 from ops.resting import resting
 from ops.routes import broken_triggers, difference, triggers
+from ops.text import OutFile
 from ops.verify import QUEUE
 from ops.whole import write_whole
 
@@ -274,7 +275,7 @@ def add_own(page: Page, began: float, is_up: bool) -> None:
 
 
 @click.command(short_help="Print metrics for Prometheus.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+@click.option("--out", type=OutFile(), metavar="FILE",
               help="Replace FILE by them, whole or not at all.")  # fmt: skip
 def metrics(out: Path | None) -> None:
     """Print metrics for Prometheus, in its text format.

@@ -14,6 +14,7 @@ from ops.problem import IF_NEWER, INSTALL, Problem
 from ops.seconds import Seconds
 from ops.stage import StageName
 from ops.table import clock, counted, plain
+from ops.text import Text
 from pipeline import JSL
 
 # A stage that is paused already keeps who paused it, and why, unless a reason is given.
@@ -51,7 +52,7 @@ def named_stages(stages: tuple[str, ...], of_pools: tuple[str, ...]) -> tuple[st
 @click.command(short_help="Call STAGE no more, on any machine, until it is resumed.")
 @STAGES
 @POOL
-@click.option("--reason", show_default="paused by hand", metavar="TEXT",
+@click.option("--reason", type=Text(), show_default="paused by hand", metavar="TEXT",
               help="Shown in status and in the log.")  # fmt: skip
 @click.option("--wait", is_flag=True, help="Then wait until the calls under way are over.")
 @click.option("--timeout", type=Seconds(0), metavar="SECONDS",

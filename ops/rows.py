@@ -54,12 +54,12 @@ class TableName(StageName):
 
 
 class OwingTable(TableName):
-    """Accepts any name: rows of a table that left PIPELINE may still owe calls. Once there is a
-    connection, require_table() checks the name.
+    """Accepts any name but a blank: rows of a table that left PIPELINE may still owe calls. Once
+    there is a connection, require_table() checks the name.
     """
 
     def convert(self, value: str, param, context) -> str:
-        return value
+        return value if value.strip() else super().convert(value, param, context)
 
 
 TABLE = click.option(

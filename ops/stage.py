@@ -30,9 +30,9 @@ class StageName(click.ParamType):
 
 
 class OwedStage(StageName):
-    """Accepts any name: a stage that left PIPELINE may still be owed calls. Once there is a
-    connection, chosen.require_stage() checks the name.
+    """Accepts any name but a blank: a stage that left PIPELINE may still be owed calls. Once there
+    is a connection, chosen.require_stage() checks the name.
     """
 
     def convert(self, value: str, param, context) -> str:
-        return value
+        return value if value.strip() else super().convert(value, param, context)

@@ -35,6 +35,7 @@ from ops.person import operator, wake_listeners
 from ops.problem import Problem
 from ops.rows import RowCommand
 from ops.table import clock, counted, plain
+from ops.text import Text
 from pipeline import Call
 from settling import Settled
 
@@ -311,8 +312,8 @@ def nothing_to_retry(conn, chosen: Chosen) -> None:
 
 @click.command(cls=RowCommand, short_help="Drop the calls that jobs owe.")
 @click.argument("job_ids", nargs=-1, metavar="[JOB_ID]...")
-@click.option("--reason", default="cancelled by hand", show_default=True, metavar="TEXT",
-              help="Kept in the history.")  # fmt: skip
+@click.option("--reason", type=Text(), default="cancelled by hand", show_default=True,
+              metavar="TEXT", help="Kept in the history.")  # fmt: skip
 @filters
 def cancel(job_ids, reason, stage, tenant, error, since, all_, yes, table) -> None:
     """Drop the calls that jobs owe; the jobs themselves are not touched.

@@ -16,6 +16,7 @@ import tracing
 from ops import rows
 from ops.since import Since, Time
 from ops.table import readable
+from ops.text import OutFile
 from ops.whole import write_whole
 
 # Spans in one request. Collectors refuse requests larger than a few megabytes.
@@ -151,7 +152,7 @@ def nanoseconds(time: datetime) -> str:
 @click.option("--since", type=Since(), default="1h", show_default=True,
               help="Those that finished since then: a span such as 30m, or a time.")  # fmt: skip
 @click.option("--until", type=Time(), help="Those that finished before then; default: all.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+@click.option("--out", type=OutFile(), metavar="FILE",
               help="Replace FILE by them, whole or not at all.")  # fmt: skip
 def traces(since: datetime, until: datetime | None, out: Path | None) -> None:
     """Print finished attempts as OpenTelemetry traces, in OTLP's JSON.

@@ -9,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
+import click
 import commands
 import pytest
 from claims import claim, connected, result, settle
@@ -103,11 +104,8 @@ MISTAKES = {
     "retry --since 2x": ("Invalid value for '--since': '2x' is neither a span such as", "retry"),
     "again": ("Missing argument 'JOB_ID'.", "again"),
     "again 7 --stage paint": ("Invalid value for '--stage': 'paint' is no stage", "again"),
-    "cancel --yes --error=": ("Invalid value for '--error': it is empty.", "cancel"),
-    "retry --error=": ("Invalid value for '--error': it is empty.", "retry"),
-    "again 7 --join=": ("Invalid value for '--join': it is empty.", "again"),
-    "install --reader=": ("Invalid value for '--reader': it is empty.", "install"),
-    "test-job --tenant=": ("Invalid value for '--tenant': it is empty.", "test-job"),
+    "cancel --yes --error=": ("Invalid value for '--error': it is blank.", "cancel"),
+    "retry --all --stage=": ("Invalid value for '--stage': '' is no stage: There are", "retry"),
     "pause planner --timeout 5": ("--timeout needs --wait.", "pause"),
     "status now": ("Got unexpected extra argument (now).", "status"),
 }
@@ -121,6 +119,23 @@ def test_mistyped_command_gets_one_line_and_exit_2(run_command, typed):
     assert refused.startswith(begins)
     assert refused.endswith(f" See: {f'./jsl {command}'.strip()} --help")
     assert done.out == ""
+
+
+VALUED = [
+    (command, option.opts[0])
+    for command in COMMANDS
+    for option in program.cli.get_command(None, command).params
+    if option.param_type_name == "option" and not option.is_flag
+]
+
+
+@pytest.mark.parametrize("value", ["", " "])
+@pytest.mark.parametrize(("command", "option"), VALUED)
+def test_blank_value_of_any_option_is_refused(command, option, value):
+    """What `--stage "$STAGE"` is where STAGE is not set."""
+    with pytest.raises(click.BadParameter) as refused:
+        program.cli.get_command(None, command).make_context(command, [f"{option}={value}"])
+    assert refused.value.format_message().startswith(f"Invalid value for '{option}': ")
 
 
 def test_mistake_in_an_argument_of_any_length_is_told_whole(run_command):

@@ -18,15 +18,16 @@ from ops.report.data import Report, collect, redacted
 from ops.report.page import page
 from ops.since import Since
 from ops.status import look
+from ops.text import Text
 from ops.whole import write_whole
 
 
 @click.command(short_help="Write a page of HTML about the pipeline.")
-@click.option("--out", required=True, metavar="FILE.html",
+@click.option("--out", required=True, type=Text(), metavar="FILE.html",
               help="Where to write it, whole or not at all; - is standard output.")  # fmt: skip
 @click.option("--since", default="24h", show_default=True, type=Since(), metavar="TIME",
               help="How far back it goes: 24h, 7d or a date.")  # fmt: skip
-@click.option("--job", "job_ids", multiple=True, metavar="JOB_ID",
+@click.option("--job", "job_ids", type=Text(), multiple=True, metavar="JOB_ID",
               help="Show the timeline of this job, or of a row of another table, with the rows "
                    "that belong to it, not the slowest; may be repeated.")  # fmt: skip
 def report(out: str, since: datetime, job_ids: tuple[str, ...]) -> None:

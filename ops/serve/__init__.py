@@ -12,17 +12,18 @@ import pipeline
 from ops.serve.access import is_loopback
 from ops.serve.app import App
 from ops.serve.web import Server
+from ops.text import Text
 from signals import Signals
 
 log = logging.getLogger("listener.serve")
 
 
 @click.command(short_help="Serve a live page, metrics and probes over HTTP.")
-@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS",
+@click.option("--host", type=Text(), default="127.0.0.1", show_default=True, metavar="ADDRESS",
               help="Where to listen; 0.0.0.0 is every address of this machine.")  # fmt: skip
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535),
               metavar="PORT", help="Where to listen; 0 takes a free one.")  # fmt: skip
-@click.option("--allow-host", "names", multiple=True, metavar="NAME",
+@click.option("--allow-host", "names", type=Text(), multiple=True, metavar="NAME",
               help="A name that people type to reach it, by a proxy; may be repeated.")  # fmt: skip
 def serve(host: str, port: int, names: tuple[str, ...]) -> None:
     """Serve a live page until SIGTERM or Ctrl-C: stages, rows, search, /metrics, /healthz, /readyz.
