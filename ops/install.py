@@ -182,12 +182,13 @@ def objects(conn, tables: Iterable[str] = ()) -> list[str]:
 
 
 def to_be_mended(conn) -> dict[str, str]:
-    """Our triggers that did not see every change, by name: what install does to each."""
-    return {
-        f"trigger {row.name} on {row.place}": "enabled" if row.is_whole else "renewed"
-        for row in triggers(conn)
-        if row.ours and not (row.is_whole and row.enabled in ("O", "A"))
-    }
+    """Our triggers that did not record every change, by name: what install does to each."""
+    mended = {}
+    for row in triggers(conn):
+        if row.ours and not (row.may_use and row.is_whole and row.enabled in ("O", "A")):
+            done = "mended" if row.enabled in ("O", "A") else "enabled"
+            mended[f"trigger {row.name} on {row.place}"] = done if row.is_whole else "renewed"
+    return mended
 
 
 # Also reads an installation of an earlier version.

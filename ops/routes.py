@@ -10,7 +10,7 @@ import db
 import pipeline
 from ops import migrations
 from ops.problem import GRANTS, IF_NEWER, INSTALL, Problem
-from pipeline import Route, SharedLimit
+from pipeline import JSL, Route, SharedLimit
 
 Stage = tuple[str, int | None]  # its name and max_running
 
@@ -193,8 +193,11 @@ SELECT wanted.table_name, wanted.name, t.tgrelid::regclass::text AS place,
            ELSE t.tgqual IS NULL END AS is_whole,
        p.oid = to_regprocedure(quote_ident(wanted.function) || '()')
            AND strpos(p.prosrc, p.pronamespace::regnamespace || '.stage_calls') > 0 AS ours,
-       p.pronamespace::regnamespace::text AS schema, p.proowner::regrole::text AS owner,
-       has_schema_privilege(p.proowner, p.pronamespace, 'USAGE') AS may_use
+       has_schema_privilege(p.proowner, p.pronamespace, 'USAGE') AND NOT lacking.are AS may_use,
+       CASE WHEN NOT has_schema_privilege(p.proowner, p.pronamespace, 'USAGE')
+            THEN ARRAY[format('GRANT USAGE ON SCHEMA %%s TO %%s', p.pronamespace::regnamespace,
+                              p.proowner::regrole)]
+            WHEN NOT lacking.is_foreign THEN lacking.grants END AS grants
 FROM jsonb_to_recordset(%(wanted)s) AS wanted (
     table_name text, name text, function text, parent_column text)
 JOIN (VALUES ('change', 17), ('insert', 5), ('delete', 9)) AS event (name, type)  -- as triggers.sql
@@ -202,6 +205,19 @@ JOIN (VALUES ('change', 17), ('insert', 5), ('delete', 9)) AS event (name, type)
 LEFT JOIN pg_trigger AS t
     ON t.tgname = wanted.name AND t.tgrelid = to_regclass(quote_ident(wanted.table_name))
 LEFT JOIN pg_proc AS p ON p.oid = t.tgfoid
+CROSS JOIN LATERAL (  -- the tables that its function writes to, and its owner may not
+    SELECT count(*) > 0 AS are,
+           count(*) FILTER (WHERE used.name = 'stage_calls' AND c.relowner <> p.proowner) > 0
+               AS is_foreign,  -- install gives the function to the owner of stage_calls
+           array_agg(format('GRANT %%s ON %%s TO %%s', used.rights, c.oid::regclass,
+                            p.proowner::regrole) ORDER BY c.oid)
+               FILTER (WHERE c.oid IS NOT NULL) AS grants
+    FROM (VALUES ('stage_calls', 'SELECT, INSERT, UPDATE, DELETE'), ('stage_looks', 'INSERT'),
+                 ('stage_moves', 'INSERT')) AS used (name, rights)
+    LEFT JOIN pg_class AS c ON c.relname = used.name AND c.relnamespace = p.pronamespace
+    WHERE strpos(p.prosrc, '.' || used.name) > 0 AND (c.oid IS NULL OR EXISTS (
+        SELECT FROM unnest(string_to_array(used.rights, ', ')) AS one
+        WHERE NOT has_table_privilege(p.proowner, c.oid, one)))) AS lacking
 WHERE wanted.name NOT IN ('job_state_insert_trigger', 'job_state_listener_insert')
    OR NOT EXISTS (  -- install --no-insert
        SELECT FROM pg_trigger AS c
@@ -245,8 +261,8 @@ def installed(conn) -> dict[str, bool]:
 def triggers(conn) -> list:
     """Each trigger that PIPELINE needs, here and in the database: its `place`; `enabled`, there
     and on all partitions (None: missing); `ours`; `may_use`: its function may use our
-    tables; `is_whole`: it sees every change. What only one of the two needs is for difference()
-    to tell.
+    tables; `grants`: what lets it (None: `install` does); `is_whole`: it sees every change. What
+    only one of the two needs is for difference() to tell.
     """
     wanted = [
         {
@@ -270,8 +286,8 @@ def broken_triggers(rows: Iterable[Any]) -> list[str]:
         elif not row.ours:
             found.append(f"trigger {row.name} on {row.table_name} runs another function")
         elif not row.may_use:
-            grant = f"GRANT USAGE ON SCHEMA {row.schema} TO {row.owner}"
-            what = f"may not use our tables ({grant}, then backfill)"
+            mend = "; ".join(row.grants or [f"{JSL} install"])
+            what = f"may not use our tables ({mend}, then backfill)"
             found.append(f"trigger {row.name} on {row.table_name} {what}")
         elif not row.is_whole:
             what = "does not see every change of the state, or of the parent"

@@ -8,6 +8,7 @@ import psycopg2
 import db
 import pipeline
 from ops.problem import Problem
+from ops.routes import triggers
 from pipeline import Table
 
 # All integer types count as one, as our copies are bigint.
@@ -96,12 +97,17 @@ def faults_of_owner(conn) -> Iterator[Fault]:
             f"{conn.info.user}",
             f"{grant * (not place.may_create)}install as {place.owner}, or as a superuser",
         )
-    for row in db.execute(conn, SHUT_OUT):
+    shut_out = db.execute(conn, SHUT_OUT).fetchall()
+    for row in shut_out:
         yield Fault(
             f"role {row.owner}, with whose rights our functions run, may not use schema "
             f"{row.schema}",
             f"GRANT USAGE ON SCHEMA {row.schema} TO {row.owner}",
         )
+    lacking = [grant for row in triggers(conn) if row.ours for grant in row.grants or ()]
+    if lacking and not shut_out:
+        what = "the role with whose rights our functions run may not write to our tables"
+        yield Fault(what, "; ".join(dict.fromkeys(lacking)))
 
 
 def faults(conn) -> Iterator[Fault]:

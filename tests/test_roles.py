@@ -5,6 +5,7 @@ import json
 import re
 from contextlib import suppress
 
+import asynchronous
 import commands
 import psycopg2
 import pytest
@@ -14,7 +15,9 @@ from test_schema_security import GRANTS
 from waiting import wait_until_idle
 
 import db
+from ops import migrations
 from ops.install import apply
+from ops.routes import broken_triggers, triggers
 
 OURS = [table for table in GRANTS if table != "jobs"]
 ROLES = {
@@ -256,6 +259,79 @@ def test_owner_who_may_not_use_the_schema_lets_writes_through(
     assert commands.run_here(database.environ, "install").code == 0
     assert commands.run_here(database.environ, "backfill", "--apply").code == 0
     assert database.rows("SELECT job_id, stage FROM stage_calls") == [(7, "vlm_analyze")]
+
+
+OWNERSHIP = "SELECT proowner::regrole::text FROM pg_proc WHERE proname = 'notify_job_state_change'"
+
+
+def test_tables_that_got_another_owner_let_writes_through(each_server, make_database, make_role):
+    """A loop of ALTER TABLE, also over the views: the functions keep their owner."""
+    database = make_database(each_server, installed=False)
+    ordinary_owner(database, make_role)
+    other, application = make_role(database), make_role(database, "jsl_app")
+    with connected(database) as conn:
+        apply(conn)
+    for table in ["jobs", *OURS, *migrations.VIEWS]:
+        database.rows(f"ALTER TABLE {table} OWNER TO {other}")
+    database.rows(f"GRANT SELECT, INSERT, UPDATE ON jobs TO {application}; SET ROLE {application}")
+    database.rows("INSERT INTO jobs VALUES (7, 'a', 'img_gen', 'done')")
+    database.rows("UPDATE jobs SET status = 'running'; UPDATE jobs SET status = 'done'; RESET ROLE")
+    problem = "trigger job_state_change_trigger on jobs may not use our tables (./jsl install, then"
+    for command, said in {
+        "verify": problem,
+        "status": problem,
+        "metrics": 'database_trigger_enabled{trigger="job_state_change_trigger"} 0',
+    }.items():
+        assert said in commands.run_here(database.environ, command).out
+    done = commands.run_here(database.environ, "install")
+    assert "mended   trigger job_state_change_trigger on jobs" in done.out
+    assert "or wrong owe no call: ./jsl backfill" in done.out
+    assert database.value(OWNERSHIP) == other
+    assert commands.run_here(database.environ, "backfill", "--apply").code == 0
+    assert database.rows("SELECT job_id, stage FROM stage_calls") == [(7, "vlm_analyze")]
+
+
+CHILDREN = """
+CREATE TABLE jobs_variants (job_variants_id bigint PRIMARY KEY, job_id bigint, current_step text,
+                            status text);
+CREATE INDEX ON jobs_variants (job_id)
+"""
+LOST = {
+    "stage_calls": "SELECT, INSERT, UPDATE, DELETE",
+    "stage_looks": "INSERT",  # of joins
+    "stage_moves": "INSERT",  # of asynchronous stages
+}
+
+
+@pytest.mark.parametrize("is_dropped", [False, True])
+@pytest.mark.parametrize("table", LOST)
+def test_one_table_that_is_lost_lets_writes_through(
+    empty_database, make_role, use_pipeline, table, is_dropped
+):
+    """Each table that a trigger function writes to."""
+    use_pipeline(asynchronous.PIPELINE)
+    owner = ordinary_owner(empty_database, make_role)
+    empty_database.rows(f"SET ROLE {owner}; {CHILDREN}; RESET ROLE")
+    with connected(empty_database) as conn:
+        apply(conn)
+    lost = f"DROP TABLE {table} CASCADE" if is_dropped else f"REVOKE ALL ON {table} FROM {owner}"
+    empty_database.rows(lost)
+    empty_database.rows("INSERT INTO jobs VALUES (7, 'a', 'img_gen', 'queued')")
+    empty_database.rows("UPDATE jobs SET status = 'done'; UPDATE jobs SET status = 'x'")
+    empty_database.rows("INSERT INTO jobs_variants VALUES (1, 7, 'yolo_detect', 'running')")
+    empty_database.rows("UPDATE jobs_variants SET status = 'done'; DELETE FROM jobs_variants")
+    assert f"or not for role {owner} to use" in empty_database.conn.notices[-1]
+    mend = "./jsl install" if is_dropped else f"GRANT {LOST[table]} ON {table} TO {owner}"
+    with connected(empty_database) as conn:
+        told = f"trigger job_state_listener_change on jobs_variants may not use our tables ({mend}"
+        assert told in "; ".join(broken_triggers(triggers(conn)))
+    if not is_dropped:
+        refused = commands.run_here(empty_database.environ, "install").refused(1)
+        assert refused.endswith(f"may not write to our tables: {mend}; nothing was changed")
+        empty_database.rows(mend)
+    assert commands.run_here(empty_database.environ, "install").code == 0
+    with connected(empty_database) as conn:
+        assert broken_triggers(triggers(conn)) == []
 
 
 def test_install_says_that_the_owner_of_jobs_may_not_use_the_schema(empty_database, make_role):
