@@ -19,7 +19,6 @@ import pipeline
 from calls import Turn, Wanted
 from health import StageHealth
 from one_by_one import is_table_locked
-from ops.listeners import UNCLAIMABLE
 from ops.rows import locked, locked_limit, locked_table
 from pipeline import Call, Pool
 
@@ -153,16 +152,17 @@ class Claiming:
                    if not isinstance(error, LockNotAvailable)]  # fmt: skip
         return refused[0] if refused and len(self.unclaimable) == len(self.order) else None
 
-    def unclaimable_line(self) -> str:
-        """Of which stages no call can be claimed, and why; in the order of the pipeline, so that
-        all listeners say the same.
+    @property
+    def refused(self) -> str:
+        """Of which stages no call can be claimed, and why, "" where there are none; in the order of
+        the pipeline, so that all listeners say the same.
         """
         stages: dict[str, list[str]] = {}
         for stage in self.limits:
             if stage in self.unclaimable:
                 stages.setdefault(self.unclaimable[stage], []).append(stage)
         said = (f"{', '.join(names)}: {why}" for why, names in stages.items())
-        return UNCLAIMABLE + "; ".join(said)
+        return f"claimed of {'; '.join(said)}" if stages else ""
 
     # --- when to look again ---
 

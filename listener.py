@@ -42,7 +42,7 @@ from claiming import Claiming, is_clock_set_back
 from health import StageHealth
 from heartbeat import Heartbeat
 from looks import JoinLook, MoveLook
-from ops.listeners import OTHER_PIPELINE
+from ops.listeners import NO_CALL, OTHER_PIPELINE
 from ops.rows import TABLE, RowCommand
 from ops.stage import StageName
 from orphans import reap_orphans
@@ -88,7 +88,7 @@ class Listener:
         self.claiming = Claiming(settings, self.health, only)
         self.checks = Checks(settings)
         self.unwritten = Unwritten(self.alerts)
-        self.join_look = JoinLook(once)
+        self.join_look = JoinLook(settings, self.alerts, once)
         self.move_look = MoveLook(settings, self.alerts, once)
         self.upkeep = Upkeep(settings, self.claiming.order, self.name, self.alerts)
 
@@ -146,7 +146,7 @@ class Listener:
             if failure:
                 raise failure
         if self.once and self.claiming.unclaimable and not self.signals.requested:
-            raise psycopg2.Error(f"{self.claiming.unclaimable_line()} → {pipeline.JSL} verify")
+            raise psycopg2.Error(f"{NO_CALL}{self.claiming.refused} → {pipeline.JSL} verify")
         log.info("Job State Listener 중지됨: listener=%s", self.name)
 
     def connect(self) -> db.Connection:
@@ -477,12 +477,18 @@ class Listener:
         self.run_beside(conn)
         return ready
 
+    @property
+    def refused(self) -> str:
+        """What cannot be done with calls though the database is there, and why; "": nothing."""
+        looks = (self.join_look.failing.refused, self.move_look.failing.refused)
+        return "; ".join(filter(None, (self.claiming.refused, *looks)))
+
     def doing(self, conn: db.Connection | None) -> str:
         """What the heartbeat says while the loop sleeps."""
         if conn is None:
             doing = f"{'database away' if self.is_away else 'trying again'}: {self.reason}"
-        elif self.claiming.unclaimable:
-            doing = self.claiming.unclaimable_line()
+        elif refused := self.refused:
+            doing = NO_CALL + refused
         else:
             doing = "making calls" if self.workers.calls else "waiting for a job to change"
         return f"{OTHER_PIPELINE}; {doing}" if self.upkeep.differs_since is not None else doing

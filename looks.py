@@ -3,9 +3,11 @@
 No call is claimed or settled meanwhile. A look that fails is repeated later, and stops no call.
 """
 
+import contextlib
 import logging
 import math
 import time
+from collections.abc import Mapping
 from types import SimpleNamespace
 
 import psycopg2
@@ -16,6 +18,10 @@ import joins
 import moves
 import pipeline
 from alerts import Alerts
+from ops import listeners
+from ops.problem import first_line
+from ops.resting import why_unknown
+from ops.table import counted
 
 log = logging.getLogger("listener")
 
@@ -74,12 +80,61 @@ class Look:
         return self.at - now
 
 
+class Failing:
+    """What to say where looks fail, one after the other.
+
+    refused: what cannot be done with calls meanwhile, and why; "": looks succeed, or one has failed
+        that may have met a lock which is gone.
+    """
+
+    def __init__(self, settings: SimpleNamespace, alerts: Alerts, undone: str):
+        self.settings, self.alerts, self.undone = settings, alerts, undone
+        self.since: float | None = None  # time.monotonic() of the first failure
+        self.refused = ""
+        self.is_told = False
+
+    def note_failure(self, conn: db.Connection, failed: Mapping[str, psycopg2.Error]) -> None:
+        """A look has failed. Where looks have for ALERT_AFTER seconds, tell people: only the
+        listener that was connected first does.
+        """
+        now = time.monotonic()
+        if self.since is None:
+            self.since = now
+            return
+        why = why_failed(conn, failed)
+        self.refused, seconds = f"{self.undone}: {why}", now - self.since
+        if seconds >= self.settings.ALERT_AFTER and not self.is_told and listeners.is_first(conn):
+            self.is_told = True
+            minutes = counted(round(seconds / 60), "minute")
+            text = f"for {minutes}, {listeners.NO_CALL}{self.refused}"
+            self.alerts.send("waiting", text, seconds=seconds, reason=why)
+
+    def note_success(self) -> None:
+        """A look has succeeded: what was said of failures is over."""
+        self.since, self.refused = None, ""
+        if self.is_told:
+            self.is_told = False
+            self.alerts.send_recovered("waiting", None, f"calls can be {self.undone} again")
+
+
+def why_failed(conn: db.Connection, failed: Mapping[str, psycopg2.Error]) -> str:
+    """Why a look has failed; of what is locked, who has locked it."""
+    said = []
+    for part, error in sorted(failed.items()):  # so that all listeners say the same
+        why = first_line(error)
+        with contextlib.suppress(psycopg2.Error):  # our tables may be locked, too
+            why = why_unknown(conn, error)
+        said.append(f"{part}: {why}" if part else why)
+    return "; ".join(said)
+
+
 class JoinLook(Look):
     """Records what joins owe."""
 
-    def __init__(self, once: bool):
+    def __init__(self, settings: SimpleNamespace, alerts: Alerts, once: bool):
         super().__init__(bool(pipeline.joins()))
         self.once = once
+        self.failing = Failing(settings, alerts, "recorded of joins")
 
     def run(self, conn: db.Connection) -> None:
         """Look at parents."""
@@ -88,6 +143,7 @@ class JoinLook(Look):
         found, failed = db.in_parts(conn, joins.look, pipeline.joins())
         if failed:
             seconds = self.fail(began, sum(filter(None, found)))
+            self.failing.note_failure(conn, failed)
             if self.once:
                 self.failure, self.at = next(iter(failed.values())), math.inf
                 if any(found):  # there may be more of the joins that can be looked at
@@ -99,6 +155,8 @@ class JoinLook(Look):
             delay = 0.0 if parents else math.inf
             if parents is None:  # another listener is looking, and may have begun too early
                 delay = OTHER_LOOKS
+            else:
+                self.failing.note_success()
             self.rest(began, parents or 0, delay)
 
 
@@ -108,6 +166,7 @@ class MoveLook(Look):
     def __init__(self, settings: SimpleNamespace, alerts: Alerts, once: bool):
         super().__init__(pipeline.is_asynchronous())
         self.settings, self.alerts, self.once = settings, alerts, once
+        self.failing = Failing(settings, alerts, "ended of asynchronous stages")
         self.may_miss = False  # there may be moves that no trigger has recorded
 
     def sweep(self, conn: db.Connection) -> None:
@@ -129,9 +188,11 @@ class MoveLook(Look):
         seen = sum(found)
         if failed:
             seconds = self.fail(began, seen)
+            self.failing.note_failure(conn, failed)
         else:
             seconds = self.settings.SWEEP_INTERVAL
             self.rest(began, seen, 0.0 if seen else seconds)
+            self.failing.note_success()
         if failed := unrecorded | failed:  # the next sweep records what was not recorded
             if self.once:
                 self.failure, self.at = next(iter(failed.values())), math.inf

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pipeline
 from heartbeat import ALIVE
 from ops import waits
-from ops.listeners import OTHER_PIPELINE, unclaimable
+from ops.listeners import OTHER_PIPELINE, refused
 from ops.problem import IF_NEWER, INSTALL
 from ops.table import counted, duration, rate, readable
 
@@ -71,8 +71,8 @@ def of_everything(state: dict[str, Any]) -> Iterator[Alarm]:
         elif OTHER_PIPELINE in row["doing"]:
             what = f"listener {row['listener']} has another PIPELINE than the database"
             yield Alarm(STAGE, "listener", what, "calls of new states wait until it is restarted")
-    for said in unclaimable(listeners):
-        yield Alarm(STAGE, "unclaimable", said, None, f"{pipeline.JSL} verify")
+    for said in refused(listeners):
+        yield Alarm(STAGE, "refused", said, None, f"{pipeline.JSL} verify")
     if (percent := state["database"]["notification_queue_percent"]) >= FULL:
         reason = "when it is full, every transaction that changes a job fails"
         yield Alarm(EVERYTHING, "queue", f"the NOTIFY queue of the server is {percent} % full",

@@ -10,9 +10,9 @@ from pipeline import JSL
 
 # What a listener is doing begins with this where the database has another PIPELINE than it.
 OTHER_PIPELINE = "PIPELINE differs, restart it"
-# With this where it can claim no call of some stages, after the former where both are true; the
-# names of the stages and the reason follow.
-UNCLAIMABLE = "no call can be claimed of "
+# With this where it can claim no call of some stages, or its looks at joins or at moves fail; after
+# the former where both are true. What cannot be done, and the reason, follow.
+NO_CALL = "no call can be "
 
 # The sessions of listeners, or of calls by hand, in all databases of this server. PostgreSQL cuts
 # an application_name at the length of an identifier. One without a schema belongs to a call by
@@ -122,10 +122,10 @@ def none_connected(found: list[dict[str, Any]]) -> str | None:
     return f"no listener is connected: start {JSL}"
 
 
-def unclaimable(found: list[dict[str, Any]]) -> list[str]:
-    """What listeners() has said of stages of which no call can be claimed, each reason once."""
-    parted = (row["doing"].partition(UNCLAIMABLE) for row in found if row["heartbeat"] == ALIVE)
-    return sorted({UNCLAIMABLE + why for _, begins, why in parted if begins})
+def refused(found: list[dict[str, Any]]) -> list[str]:
+    """What listeners() has said of calls that cannot be claimed, recorded or ended, each once."""
+    parted = (row["doing"].partition(NO_CALL) for row in found if row["heartbeat"] == ALIVE)
+    return sorted({NO_CALL + what for _, begins, what in parted if begins})
 
 
 def doing(beat: Beat | None, is_connected: bool, calls: list[dict[str, Any]]) -> str:
@@ -136,8 +136,8 @@ def doing(beat: Beat | None, is_connected: bool, calls: list[dict[str, Any]]) ->
         text += ", not connected" * (not is_connected)
         if beat and beat.doing.startswith(OTHER_PIPELINE):
             text = f"{OTHER_PIPELINE}; {text}"
-        if beat and UNCLAIMABLE in beat.doing:
-            text += f"; {UNCLAIMABLE}{beat.doing.partition(UNCLAIMABLE)[2]}"
+        if beat and NO_CALL in beat.doing:
+            text += f"; {NO_CALL}{beat.doing.partition(NO_CALL)[2]}"
     if calls and not is_connected:
         text += f"; the last lease ends {clock(max(call['leased_until'] for call in calls))}"
     return text if beat is None or beat.state == ALIVE else f"{beat.state}: {text}"

@@ -19,7 +19,7 @@ import pipeline
 from heartbeat import ALIVE
 from ops import migrations
 from ops.limits import LIMIT_FIELDS, limits
-from ops.listeners import heartbeats_here, listeners, none_connected, unclaimable
+from ops.listeners import heartbeats_here, listeners, none_connected, refused
 from ops.pools import pools
 from ops.problem import IF_NEWER, INSTALL, Problem
 from ops.resting import resting
@@ -171,9 +171,8 @@ def lines(found: dict[str, Any]) -> Iterator[Line]:
         yield "a row that is inserted owes no call (install --no-insert)", 0
     if said := ANNOUNCED.get(base["announced"]):
         yield said, 0
-    refused = unclaimable(found["listeners"])
-    refused = [f"{clipped(said, 180)} → {JSL} verify" for said in refused]
-    problems = found["error"], base["schema_problem"], found["triggers"]["problem"], *refused
+    no_call = [f"{clipped(said, 180)} → {JSL} verify" for said in refused(found["listeners"])]
+    problems = found["error"], base["schema_problem"], found["triggers"]["problem"], *no_call
     for problem in filter(None, (*problems, found["resting_problem"])):
         what, *mend = plain(problem).split(" → ")
         yield f"PROBLEM  {what}", RED

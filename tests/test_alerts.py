@@ -522,6 +522,56 @@ def test_stage_whose_table_the_listener_may_not_read_is_told_with_the_reason(
     assert problem in run_command(database, "status", **HERE).lines
 
 
+MAY_NOT = """
+GRANT ALL ON ALL TABLES IN SCHEMA public TO {role};
+GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO {role};
+REVOKE ALL ON {table} FROM {role}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "table", "undone", "of"),
+    [
+        ("join_look", "stage_looks", "recorded of joins", "jobs_variants (iou_eval, done)"),
+        ("move_look", "stage_moves", "ended of asynchronous stages", "jobs"),
+    ],
+)
+def test_looks_that_fail_are_in_status_and_told_once_and_when_that_is_over(
+    variants, caller, run_command, make_role, told, kind, table, undone, of
+):
+    database, role = variants.database, make_role(variants.database)
+    database.rows(MAY_NOT.format(table=table, role=role))
+    calling = caller("http://127.0.0.1:1", DB_USER=role, DB_PASSWORD=role,
+                     ALERT_COMMAND=told.command)  # fmt: skip
+    listener = calling.listener
+    look = getattr(listener, kind)
+
+    def problems() -> list[str]:
+        listener.beat(listener.doing(calling.conn), PATIENCE)
+        said = run_command(database, "status", HEARTBEAT_DIR=calling.directory.name, **HERE)
+        return [line for line in said.lines if "PROBLEM" in line]
+
+    look.run(calling.conn)
+    assert problems() == []  # it may have met a lock that is gone
+    look.run(calling.conn)
+    [said] = problems()
+    reason = f"{of}: permission denied for table {table}"
+    assert said.startswith(f"PROBLEM  no call can be {undone}: ") and reason in said
+    look.failing.since -= calling.settings.ALERT_AFTER
+    for _ in range(2):
+        look.run(calling.conn)
+    database.rows(f"GRANT ALL ON {table} TO {role}")
+    look.run(calling.conn)
+    assert problems() == []
+    listener.alerts.close()
+    begun, over = told()
+    assert begun["event"] == "waiting" and begun["text"].startswith(
+        f"for 10 minutes, no call can be {undone}: "
+    )
+    assert reason in begun["reason"]
+    assert (over["event"], over["of"]) == ("recovered", "waiting")
+
+
 def test_listener_that_cannot_log_in_any_more_is_told_once(
     database, api, listener, make_role, told
 ):

@@ -22,7 +22,6 @@ import joins
 import pipeline
 import troubles
 from ops.install import apply
-from ops.listeners import UNCLAIMABLE
 from ops.place import changes
 from ops.problem import GRANTS
 from ops.tables import faults
@@ -223,7 +222,7 @@ def test_status_says_of_every_stage_why_no_call_of_it_can_be_claimed(
 
         def told() -> bool:
             lines = run_command(database, "status", **HERE).out.splitlines()
-            said = [line.partition(UNCLAIMABLE)[2] for line in lines if "PROBLEM" in line]
+            said = [line.partition("claimed of ")[2] for line in lines if "PROBLEM" in line]
             return reasons in [set(one.split("; ")) for one in said]
 
         listener(database, api=api, **HERE)

@@ -286,10 +286,8 @@ def test_limited_stages_of_a_locked_table_are_known_before_others_have_calls(
         claiming.listener.claiming.order.reverse()  # it depends on what each listener has claimed
         claiming.listener.claiming.sweep_at = 0.0
         assert stages_of_turns(claiming, 1) == []
-        assert (
-            "of yolo_detect, iou_eval: jobs_variants"
-            in claiming.listener.claiming.unclaimable_line()
-        )
+        said = claiming.listener.claiming.refused
+        assert said.startswith("claimed of yolo_detect, iou_eval: jobs_variants")
         database.add_job()
         assert stages_of_turns(claiming, 1) == ["vlm_analyze"]
     claiming.line("한 건씩 다시 시도")  # the second turn did not wait
@@ -501,7 +499,8 @@ def test_once_looks_at_the_joins_of_a_table_until_it_finds_none(database, use_pi
     rows.finish(*rows.add(database.add_job("x")))
     others = "INSERT INTO others SELECT gen_random_uuid(), job_id, 'iou_eval', 'done' FROM jobs;"
     database.rows(others + RENAME)
-    conn, look = caller("http://127.0.0.1:1").conn, looks.JoinLook(once=True)
+    calling = caller("http://127.0.0.1:1")
+    conn, look = calling.conn, looks.JoinLook(calling.settings, calling.listener.alerts, once=True)
     look.run(conn)
     assert look.failure and look.at < math.inf
     assert database.value("SELECT stage FROM stage_calls WHERE join_of <> ''") == "notify"
