@@ -150,7 +150,12 @@ class Claiming:
         """
         refused = [error for error in turn.unclaimable.values()
                    if not isinstance(error, LockNotAvailable)]  # fmt: skip
-        return refused[0] if refused and len(self.unclaimable) == len(self.order) else None
+        return refused[0] if refused and self.is_none_claimable else None
+
+    @property
+    def is_none_claimable(self) -> bool:
+        """Whether no call of any stage can be claimed."""
+        return 0 < len(self.unclaimable) == len(self.order)
 
     @property
     def refused(self) -> str:

@@ -105,7 +105,8 @@ class Listener:
         self.has_obeyed = False  # the first request to stop
         self.reason, self.repeats = "", 0  # of the lost connection
         self.is_away = False  # the database; else it has refused a statement
-        self.stuck_since: float | None = None  # time.monotonic() since which no turn has succeeded
+        # time.monotonic() since which no call of any stage could be claimed
+        self.stuck_since: float | None = None
         self.is_stuck_told = False
         self.target: dict[str, str] | None = None  # where the last connection led
         self.is_standby_away = False  # commits wait for a synchronous one, which was said
@@ -253,12 +254,12 @@ class Listener:
             self.collect(self.wait(until))
 
     def tell_stuck(self, reason: str) -> None:
-        """Tell people where nothing could be claimed or settled for ALERT_AFTER seconds."""
+        """Tell people where nothing could be claimed for ALERT_AFTER seconds."""
         now = time.monotonic()
         self.stuck_since = self.stuck_since or now
         if now - self.stuck_since >= self.settings.ALERT_AFTER and not self.is_stuck_told:
             self.is_stuck_told = True
-            text = f"listener {self.name} can neither claim nor settle calls: {reason}"
+            text = f"listener {self.name} can claim no calls: {reason}"
             self.alerts.send("database_away", text, reason=reason)
 
     def note_success(self) -> None:
@@ -301,7 +302,7 @@ class Listener:
         """
         now = time.monotonic()
         if not self.unwritten.results and now < self.next_turn:
-            if not self.is_stuck_told:
+            if not (self.is_stuck_told or self.claiming.is_none_claimable):
                 self.stuck_since = None  # nothing waits for the database
             return []
         free = 0 if self.is_stopping else len(self.workers.idle)
@@ -387,7 +388,9 @@ class Listener:
         """The results are in the database; those whose row is locked, or which it has refused, are
         settled again later.
         """
-        if turn.refusal is None:
+        if self.claiming.is_none_claimable:
+            self.tell_stuck(NO_CALL + self.claiming.refused)
+        elif turn.refusal is None:
             self.note_success()
         if any(result.delay is not None for result in self.unwritten.results):
             self.claiming.due_at = 0.0

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from claims import SHORT_WAIT, claim, connected, result, settle
 from commands import run_here
+from faults.test_claims import with_idle_worker
 from guide import JOBS_TRIGGER
 from stage_functions import POST, program
 from test_turns import RENAME
@@ -570,6 +571,35 @@ def test_looks_that_fail_are_in_status_and_told_once_and_when_that_is_over(
     )
     assert reason in begun["reason"]
     assert (over["event"], over["of"]) == ("recovered", "waiting")
+
+
+def test_listener_that_claims_of_no_stage_is_told_once_and_when_that_is_over(
+    database, caller, told
+):
+    """Nothing else tells it where a table of ours is locked: upkeep waits for it as well."""
+    calling = caller("http://127.0.0.1:1", ALERT_COMMAND=told.command)
+    listener = with_idle_worker(calling.listener)
+    db.execute(calling.conn, SHORT_WAIT)
+    database.add_job()
+
+    def turn() -> None:
+        listener.claiming.sweep_at = 0.0
+        for _ in range(3):  # also between two sweeps
+            listener.settle_and_claim(calling.conn)
+
+    with closing(database.connect()) as other:
+        other.cursor().execute("BEGIN; LOCK TABLE stage_attempts")
+        for _ in range(2):
+            turn()
+        listener.stuck_since -= calling.settings.ALERT_AFTER
+        for _ in range(2):
+            turn()
+        locked = f"stage_attempts is locked by server process {other.info.backend_pid}"
+    turn()
+    listener.alerts.close()
+    begun, over = told()
+    assert begun["event"] == "database_away" and locked in begun["reason"]
+    assert (over["event"], over["of"]) == ("recovered", "database_away")
 
 
 def test_listener_that_cannot_log_in_any_more_is_told_once(
