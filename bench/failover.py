@@ -353,6 +353,7 @@ def main(faults, modes, routes, listeners, reconnect_delay, repeat, patroni, kee
     for program in (patroni, "etcd"):
         if not shutil.which(program):
             raise click.UsageError(f"{program} is not installed: see docs/HA.md")
+    patroni = shutil.which(patroni)  # it is started with a PATH of its own
     click.echo(HEAD)
     wrong = False
     for mode, route, fault in itertools.product(
