@@ -61,7 +61,7 @@ A_JOB = "SELECT job_id FROM stage_attempts GROUP BY job_id HAVING count(*) = 5 L
 
 COMMANDS = ["--help", "status", "status --json", "job {}", "jobs", "jobs --stage planner",
             "jobs --given-up", "jobs --stalled", "jobs --tenant tenant-7", "jobs --since 2h",
-            "metrics", "report --since 30d --out -"]  # fmt: skip
+            "metrics", "audit --since 30d", "report --since 30d --out -"]  # fmt: skip
 
 
 def seconds(environ: dict[str, str], line: str, times: int) -> list[float]:
@@ -70,7 +70,8 @@ def seconds(environ: dict[str, str], line: str, times: int) -> list[float]:
     for _ in range(times):
         began = time.perf_counter()
         program = [sys.executable, str(ROOT / "listener.py"), *line.split()]
-        subprocess.run(program, env=os.environ | environ, check=True, stdout=subprocess.DEVNULL)
+        check = not line.startswith("audit")  # which has findings here, and ends with 1
+        subprocess.run(program, env=os.environ | environ, check=check, stdout=subprocess.DEVNULL)
         taken.append(time.perf_counter() - began)
     return taken
 

@@ -1,12 +1,13 @@
 """How the listener's cost grows: bench/.venv/bin/python -m bench.scaling
 
 It measures with more calls at once, more machines (network namespaces, so only as root), more calls
-owed and more history. docs/SCALING.md quotes what it prints.
+owed, an old snapshot and more history. docs/SCALING.md quotes what it prints.
 """
 
 import contextlib
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -38,6 +39,7 @@ from ops.table import table
 BURST = 200  # jobs, five calls each
 KEPT = "SELECT pg_size_pretty(pg_total_relation_size('stage_attempts'))"
 CALLS = 2000  # that are timed with each length of the queue
+BATCH = 1_000  # calls
 WORKERS_EACH = 4  # of a machine
 NET = "10.199.{}"
 ADD_JOBS = """
@@ -133,8 +135,9 @@ def machines(sizes: list[int]) -> str:
 class Turns:
     """The database's side of a busy listener: every call is accepted at once."""
 
-    def __init__(self, settings, workers: int = 1):
+    def __init__(self, settings, workers: int = 1, lease: float = 630):
         self.conn, self.workers = db.connect(settings, pinned=True), workers
+        self.lease = lease
         self.stages, self.limits = pipeline.stage_names(), pipeline.full_limits(settings)
         self.results: list[Result] = []
 
@@ -142,7 +145,7 @@ class Turns:
         """`count` calls, as many a turn as there are workers."""
         for _ in range(count // self.workers):
             share = -(-self.workers // len(self.stages))
-            wanted = [Wanted(stage, 630, self.workers, share, self.limits[stage].is_limited,
+            wanted = [Wanted(stage, self.lease, self.workers, share, self.limits[stage].is_limited,
                              ordered=pipeline.is_ordered())
                       for stage in self.stages]  # fmt: skip
             turn = calls.settle_and_claim(self.conn, self.results, wanted, self.workers, "bench")
@@ -179,14 +182,21 @@ def claim_cell(settings, workers: int = 1) -> str:
         return f"{CALLS / timed(lambda: turns.take(CALLS)):.0f}"
 
 
-def backlog(sizes: list[int]) -> str:
-    rows = []
+@contextlib.contextmanager
+def installed() -> Iterator[tuple]:
+    """A server with our tables; the settings, and a connection of the application."""
     with EmbeddedDatabase() as server:
         settings = config.read(server.settings())
         with contextlib.closing(db.connect(settings)) as conn:
             apply(conn)
-        app = psycopg2.connect(server.dsn())
-        app.autocommit = True
+        with contextlib.closing(psycopg2.connect(server.dsn())) as app:
+            app.autocommit = True
+            yield settings, app
+
+
+def backlog(sizes: list[int]) -> str:
+    rows = []
+    with installed() as (settings, app):
         for size in sizes:
             cursor = app.cursor()
             cursor.execute("TRUNCATE jobs, stage_calls, stage_attempts, stage_leases")
@@ -195,9 +205,34 @@ def backlog(sizes: list[int]) -> str:
             cursor.execute("SELECT pg_size_pretty(pg_total_relation_size('stage_calls'))")
             cells = [claim_cell(settings, workers) for workers in (1, 16)]
             rows.append([f"{size:,}", *cells, cursor.fetchone()[0]])
-        app.close()
     header = ["calls owed", "claimed and settled a second", "16 workers", "stage_calls"]
     return table(header, rows)
+
+
+def arrival_cell(settings, app) -> str:
+    """The median of a turn of a listener with idle workers, after one job has arrived."""
+    turns, taken = Turns(settings, workers=4), []
+    with contextlib.closing(turns.conn):
+        for _ in range(100):
+            app.cursor().execute(ADD_JOBS, [1])
+            taken.append(timed(lambda: turns.take(4)))
+    return f"{1000 * statistics.median(taken):.1f}"
+
+
+def snapshot(sizes: list[int]) -> str:
+    """What a turn costs while an older snapshot elsewhere keeps the rows of calls made since."""
+    rows = []
+    for size in sizes:
+        with installed() as (settings, app), contextlib.closing(psycopg2.connect(app.dsn)) as other:
+            other.cursor().execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; TABLE jobs")
+            turns = Turns(settings, BATCH, lease=0)  # which is over, as in practice after minutes
+            with contextlib.closing(turns.conn):
+                for _ in range(size // BATCH):
+                    app.cursor().execute(ADD_JOBS, [BATCH])
+                    turns.take(BATCH)
+                turns.take(BATCH)
+            rows.append([f"{size:,}", arrival_cell(settings, app)])
+    return table(["calls made since the snapshot", "a turn, ms"], rows)
 
 
 def milliseconds(action) -> str:
@@ -235,6 +270,7 @@ PARTS = {
     "workers": (workers, [1, 2, 4, 8, 16, 32, 64]),
     "machines": (machines, [1, 2, 4]),
     "backlog": (backlog, [10_000, 100_000, 1_000_000]),
+    "snapshot": (snapshot, [0, 10_000, 100_000]),
     "history": (history_table, [100_000, 1_000_000]),
 }
 
