@@ -240,6 +240,13 @@ def trigger_names(table: str, is_joined: bool) -> list[str]:
     return [f"job_state_listener_{event}" for event in ["change", "insert"] + ["delete"] * joined]
 
 
+IS_READABLE = """
+SELECT has_table_privilege(to_regclass('pipeline_tables'), 'SELECT') AND EXISTS (
+    SELECT FROM pg_attribute
+    WHERE attrelid = to_regclass('pipeline_stages') AND attname = 'child_table'
+      AND has_column_privilege(attrelid, attnum, 'SELECT')) AS so
+"""
+
 INSTALLED = """
 SELECT name, EXISTS (SELECT FROM pipeline_stages WHERE child_table = t.name) AS is_joined
 FROM pipeline_tables AS t
@@ -250,9 +257,10 @@ def installed(conn) -> dict[str, bool]:
     """The tables of PIPELINE that the database's copy of it has too, and whether that joins their
     rows. All, where it cannot be read: before `install`, or by a role with the views alone.
     """
-    try:
+    # Asked first, as an error would end the transaction that somebody may have begun.
+    if db.execute(conn, IS_READABLE).fetchone().so:
         there = {row.name: row.is_joined for row in db.execute(conn, INSTALLED)}
-    except psycopg2.ProgrammingError:
+    else:
         there = dict.fromkeys(pipeline.tables(), True)
     there.setdefault(pipeline.JOBS.name, False)
     return {table: there[table] for table in pipeline.tables() if table in there}
