@@ -5,7 +5,7 @@ in calls.py, clock.py, history.py, leftovers.py and troubles.py.
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -208,18 +208,22 @@ class Upkeep:
         """
         if self.failed_after is None:
             self.failed_tables = list(pipeline.tables())
-        tables = self.failed_tables
-        found, failed = self.guarded_in_parts(
-            troubles.newly_failed,
-            conn,
-            tables,
-            tell=self.tell_failed,
-            after=self.failed_after,
-            tables=tables,
-        )
-        self.failed_tables = [name for name in tables if name not in failed]
-        self.failed_after = found[0][1] if found else None
+        until, failed = in_parts(conn, self.tell_failed, self.failed_tables)
+        if failed:
+            log_failure(troubles.newly_failed, reasons(failed))
+        self.failed_tables = [name for name in self.failed_tables if name not in failed]
+        self.failed_after = until[0] if until else None
         return self.failed_after is not None
+
+    def tell_failed(self, conn, table: str | None = None) -> Any:
+        """Record and tell a batch, of all tables or of one; the time after which the next begins,
+        None after the last. It is told at once: what is recorded is not found again.
+        """
+        tables, after = self.failed_tables, self.failed_after
+        found, until = troubles.newly_failed(conn, after, tables=tables, part=table)
+        for row in found:
+            failures.tell_set_failed(self.alerts, row)
+        return until
 
     def look_at_stages(self, conn) -> None:
         """Tell people of stages that keep calls waiting for long, and when that is over."""
@@ -233,27 +237,21 @@ class Upkeep:
         tens of millions of rows, statement_timeout ends a look, and no call begins meanwhile: so
         the next looks are further apart.
         """
-        found, failed = self.guarded_in_parts(
-            troubles.newly_stalled,
-            conn,
-            *parts(),
-            tell=self.tell_stalled,
-        )
+        done, failed = in_parts(conn, self.tell_stalled, *parts())
+        if failed:
+            log_failure(troubles.newly_stalled, reasons(failed))
         took_long = any(isinstance(e, psycopg2.errors.QueryCanceled) for e in failed.values())
-        if took_long or not found:
+        if took_long or not done:
             self.stalled.every = min(2 * self.stalled.every, LONGEST_STALLED_INTERVAL)
         else:
             self.stalled.every = STALLED_INTERVAL
         self.guarded(self.tell_stalled_unseen, conn, failed)
 
-    def tell_failed(self, found: tuple[list, Any]) -> None:
-        """Tell people of what troubles.newly_failed() has found."""
-        for row in found[0]:
-            failures.tell_set_failed(self.alerts, row)
-
-    def tell_stalled(self, found: list) -> None:
-        """Tell people of what troubles.newly_stalled() has found."""
-        for row in found:
+    def tell_stalled(self, conn, part: str | None = None) -> None:
+        """Tell people of stages that are stalled, or no more: all, or those of a part. They are
+        told at once: what is marked is not found again.
+        """
+        for row in troubles.newly_stalled(conn, part):
             self.tell_stalled_stage(row)
 
     def tell_stalled_stage(self, row: Any) -> None:
@@ -297,25 +295,6 @@ class Upkeep:
         except psycopg2.Error as error:
             log_failure(do, " ".join(str(error).split()))
             return None
-
-    def guarded_in_parts(
-        self, do: Callable, conn, *groups: Collection[str], tell: Callable, **given: Any
-    ) -> tuple[list, dict[str, psycopg2.Error]]:
-        """As guarded(), but what can be done part by part is; see db.in_parts().
-
-        Args:
-            tell: told each answer at once: the database has marked it as told.
-        """
-
-        def ask(conn, part: str | None = None) -> Any:
-            answer = do(conn, part=part, **given)
-            tell(answer)
-            return answer
-
-        found, failed = in_parts(conn, ask, *groups)
-        if failed:
-            log_failure(do, reasons(failed))
-        return found, failed
 
 
 # Stores the timeouts, which come from the listener's settings, for stalled_jobs() and people.
