@@ -182,6 +182,7 @@ class Listener:
                 raise
         if not self.is_installed:
             store_timeouts(conn, pipeline.timeouts(self.settings))
+            self.upkeep.tell_absence(conn)
             self.is_installed = True
             if (left := hosts.connections_left(conn)) < hosts.FEW:
                 log.warning("남은 데이터베이스 연결이 %d개뿐", left)
@@ -204,7 +205,6 @@ class Listener:
 
     def work(self, conn: db.Connection) -> None:
         """The loop."""
-        self.upkeep.tell_absence(conn)
         while not self.finished():
             self.workers.start_missing()
             try:

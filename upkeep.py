@@ -58,7 +58,6 @@ class Upkeep:
     def __init__(self, settings: SimpleNamespace, stages: Iterable[str], name: str, alerts: Alerts):
         self.settings, self.stages, self.name, self.alerts = settings, list(stages), name, alerts
         self.unclaimable: Mapping[str, str] = {}  # by stage: why no call of it can be claimed
-        self.is_new = True  # has not begun yet
         self.clock_is_back = False  # whether the database's clock is known to have been set back
         # Since when the database has had another PIPELINE (time.monotonic()), and whether that was
         # told. Its end is not told: people were asked to restart this one.
@@ -97,10 +96,9 @@ class Upkeep:
         return min(task.at for task in self.tasks)
 
     def tell_absence(self, conn) -> None:
-        """Tell what has waited until now, once and before the first call is claimed."""
-        if self.is_new and self.settings.ALERT_COMMAND:
+        """Tell what has waited until now. No call is claimed before that."""
+        if self.settings.ALERT_COMMAND:
             self.guarded(troubles.tell_absence, conn, self.settings.ALERT_AFTER, self.alerts)
-        self.is_new = False
 
     def run(self, conn, unclaimable: Mapping[str, str] | None = None) -> None:
         """Run the tasks that are due. What the database refuses of one is logged once a round; the
