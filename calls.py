@@ -684,6 +684,8 @@ def next_due(conn, stages: Iterable[str], asked_at: datetime | None = None) -> f
 
 # --- releasing claims whose call was never made, and leases that have run out --------------
 
+REAP_INTERVAL = 60.0  # seconds between two times that a listener ends leases which ran out
+
 # Claims of this listener that it never began: their answer was lost, or their lease would not
 # have covered the call. They are due again, so the other listeners are told to look. Where the
 # application holds the row of a call its lease stays, for another time; where it is gone, nothing

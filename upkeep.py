@@ -19,7 +19,7 @@ import leftovers
 import pipeline
 import troubles
 from alerts import Alerts
-from calls import reap
+from calls import REAP_INTERVAL, reap
 from db import ConnectionLost, execute, in_parts, reasons
 from history import BATCH, log_failure
 from ops import listeners, migrations, routes
@@ -31,7 +31,7 @@ from ops.table import counted
 log = logging.getLogger("listener")
 
 # Seconds between two rounds of a task.
-REAP_INTERVAL = CLOCK_INTERVAL = 60.0
+CLOCK_INTERVAL = 60.0
 HISTORY_INTERVAL = FORGET_INTERVAL = ADOPT_INTERVAL = 300.0
 STALLED_INTERVAL = FAILED_INTERVAL = 300.0
 PRUNE_ALL_INTERVAL = 86400.0

@@ -12,6 +12,7 @@ import psycopg2
 
 import config
 import pipeline
+from calls import REAP_INTERVAL
 from logs import CONTROL
 from ops import rows
 from ops.audit import joins
@@ -24,7 +25,6 @@ from ops.routes import is_updates_only
 from ops.rules import AFTER_LEAVING, EARLY, LIMIT, LOST, OVERLAP, REPEATED
 from ops.since import Since
 from ops.table import JSON, duration, echo_json, plain, table
-from upkeep import REAP_INTERVAL
 
 RESTS = "row rests"
 KINDS = (LOST, REPEATED, EARLY, OVERLAP, AFTER_LEAVING, joins.JOINED, LIMIT, ATTEMPTS, RESTS)

@@ -6,6 +6,7 @@ from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 import pipeline
+from calls import REAP_INTERVAL
 from ops.audit.findings import BLUR, BY_INDEX, Finding, Window, ask, at
 from ops.rules import (
     AFTER_LEAVING,
@@ -17,7 +18,6 @@ from ops.rules import (
     outcomes_by,
     was_accepted,
 )
-from upkeep import REAP_INTERVAL
 
 ATTEMPTS = "more attempts than allowed"
 
