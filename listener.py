@@ -45,9 +45,8 @@ from looks import JoinLook, MoveLook
 from ops.listeners import NO_CALL, OTHER_PIPELINE
 from ops.rows import TABLE, RowCommand
 from ops.stage import StageName
-from orphans import reap_orphans
 from pipeline import Call
-from signals import Signals
+from signals import Signals, reap_orphans
 from trigger import boottime
 from unwritten import Unwritten
 from upkeep import Upkeep, store_timeouts

@@ -1,10 +1,15 @@
-"""Signals that wake a select(): those that ask to stop, and SIGCHLD at the end of a child."""
+"""Signals that wake a select(): those that ask to stop, and SIGCHLD at the end of a child; and the
+reaping of children that nobody waits for.
+"""
 
 import contextlib
 import math
+import os
 import signal
 import socket
 import time
+from collections.abc import Iterable
+from pathlib import Path
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Signals within so many seconds are one request: `timeout`, systemd with SendSIGHUP and a shell
@@ -64,3 +69,20 @@ class Signals:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self.receiving.close()
         self.sending.close()
+
+
+def reap_orphans(ours: Iterable[int]) -> list[int]:
+    """Reap the ended children that are not `ours`; their pids.
+
+    What a stage function or ALERT_COMMAND started and left becomes a child of process 1 when its
+    parent ends. A process with another number has no such children.
+    """
+    if os.getpid() != 1:
+        return []
+    reaped, kept = [], set(ours)
+    with contextlib.suppress(OSError):  # no /proc, or one without this file
+        for pid in map(int, Path("/proc/1/task/1/children").read_text().split()):
+            with contextlib.suppress(ChildProcessError):
+                if pid not in kept and os.waitpid(pid, os.WNOHANG)[0]:
+                    reaped.append(pid)
+    return reaped

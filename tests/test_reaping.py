@@ -33,7 +33,7 @@ def as_process_1():
 # A child that leaves a grandchild behind, which ends; and a child of ours that has ended.
 START = """
 import os, time
-from orphans import reap_orphans
+from signals import reap_orphans
 ours = os.fork()
 if ours == 0: os._exit(7)
 child = os.fork()
