@@ -46,9 +46,9 @@ from ops.listeners import NO_CALL, OTHER_PIPELINE
 from ops.rows import TABLE, RowCommand
 from ops.stage import StageName
 from pipeline import Call
+from settling import Unwritten
 from signals import Signals, reap_orphans
 from trigger import boottime
-from unwritten import Unwritten
 from upkeep import Upkeep, store_timeouts
 from workers import Workers
 

@@ -12,7 +12,7 @@ from claims import LEASE_OVER, claim, claim_many, held, make_due, result, settle
 import calls
 import one_by_one
 from ops import Problem
-from unwritten import Unwritten
+from settling import Unwritten
 
 
 @pytest.fixture
