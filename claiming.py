@@ -52,7 +52,7 @@ class Claiming:
     """
 
     def __init__(self, settings: SimpleNamespace, health: StageHealth, only: tuple[str, ...]):
-        self.settings, self.health = settings, health
+        self.health = health
         self.limits = pipeline.full_limits(settings)
         self.order = [stage for stage in self.limits if not only or stage in only]
         self.unclaimable: dict[str, str] = {}
@@ -99,9 +99,8 @@ class Claiming:
                     pools = set()
                 if limits.pool:
                     pools.add(limits.pool)
-                lease = limits.timeout + self.settings.LEASE_MARGIN
                 share = -(-free // len(self.order))
-                claims[-1].append(Wanted(stage, lease, most, share, limits.is_limited,
+                claims[-1].append(Wanted(stage, limits.lease, most, share, limits.is_limited,
                                          self.marks.get(stage), self.is_ordered,
                                          waits=self.may_wait(stage)))  # fmt: skip
         return claims

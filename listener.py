@@ -426,8 +426,7 @@ class Listener:
             if (row.call_id, row.key, row.attempt) in under_way:
                 continue  # a new primary did not know that we had claimed it
             limits = self.claiming.limits[row.stage]
-            leased_until = leased_from + limits.timeout + self.settings.LEASE_MARGIN
-            call = pipeline.claimed_call(row, limits, self.name, leased_until)
+            call = pipeline.claimed_call(row, limits, self.name, leased_from)
             call.target_number = conn.target_number
             checked = self.checks.check(conn, call, row)
             if checked.is_to_make:

@@ -283,6 +283,7 @@ class FullLimits(Limits):
 
     timeout: float = 600
     max_attempts: int = 1
+    lease: float = 630  # seconds for which nobody else may take a call that was claimed
 
 
 Function = TypeVar("Function", bound=Callable)
@@ -610,7 +611,8 @@ def full_limits(settings: SimpleNamespace) -> dict[str, FullLimits]:
     found = {}
     for function in pipeline().values():
         given = limits_of(function)
-        full = {"timeout": given.timeout or settings.STAGE_TIMEOUT,
+        timeout = given.timeout or settings.STAGE_TIMEOUT
+        full = {"timeout": timeout, "lease": timeout + settings.LEASE_MARGIN,
                 "max_attempts": given.max_attempts or settings.MAX_ATTEMPTS}  # fmt: skip
         found[function.__name__] = FullLimits(**vars(given) | full)
     return found
@@ -843,11 +845,11 @@ def value_of(table: Table, column: str, key: str, ask: Ask) -> str | None:
     return rows[0][0] if rows else None
 
 
-def claimed_call(row: Any, limits: FullLimits, listener: str, leased_until: float) -> Call:
+def claimed_call(row: Any, limits: FullLimits, listener: str, leased_from: float) -> Call:
     """The call of a claimed row (see calls.CLAIM_DUE).
 
     Args:
-        leased_until: trigger.boottime() at which others may take it over.
+        leased_from: trigger.boottime() before the claim was sent.
     """
     table = tables().get(row.table_name) or Table(row.table_name, id="id")
     ids = dict(zip(table.ids, (row.job_id, row.parent_id), strict=False))
@@ -865,7 +867,7 @@ def claimed_call(row: Any, limits: FullLimits, listener: str, leased_until: floa
         started_at=row.started_at,
         listener=listener,
         key=row.key,
-        leased_until=leased_until,
+        leased_until=leased_from + limits.lease,
         table=row.table_name,
         join=row.join_of,
         ids=ids,

@@ -75,7 +75,7 @@ def next_attempt(conn, settings: SimpleNamespace, row: Any, stage: str | None) -
     limits = pipeline.full_limits(settings).get(owed.stage)
     if limits is None:
         raise Problem(f"PIPELINE has no stage {owed.stage}: {INSTALL}, {IF_NEWER}")
-    call = pipeline.claimed_call(owed, limits, "dry run", leased_until=math.inf)
+    call = pipeline.claimed_call(owed, limits, "dry run", leased_from=math.inf)
     call.api, call.settings = pipeline.stage_apis(settings)[owed.stage], settings
     call.until = math.inf
     return call

@@ -160,8 +160,8 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
     chosen = rows.one_owed(conn, row, stage)
     if chosen is None:
         raise Problem(why_nothing_owed(conn, row, stage))
-    wanted = [Wanted(stage, limit.timeout + settings.LEASE_MARGIN, 1, 1,
-                     limit.is_limited) for stage, limit in limits.items()]  # fmt: skip
+    wanted = [Wanted(stage, limit.lease, 1, 1, limit.is_limited)
+              for stage, limit in limits.items()]  # fmt: skip
     calls.reap(conn)  # a lost attempt, before the history has a newer one
     leased_from = trigger.boottime()
     only = (row.key, chosen.call_id, chosen.attempts)
@@ -169,9 +169,7 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
     if not claimed:
         raise Problem(why_nothing_owed(conn, row, chosen.stage, by_hand=True))
     [claim] = claimed
-    limit = limits[claim.stage]
-    leased_until = leased_from + limit.timeout + settings.LEASE_MARGIN
-    call = pipeline.claimed_call(claim, limit, name, leased_until)
+    call = pipeline.claimed_call(claim, limits[claim.stage], name, leased_from)
     call.target_number = conn.target_number
     if claim.routed_to not in (None, claim.stage):
         checks.put_off(conn, claim, name, claim.spent - 1, 0, claim.last_error)

@@ -94,13 +94,10 @@ class Audit:
         self.look_at_rows(unread)
 
     def look_at_history(self, settings: SimpleNamespace, batch: int) -> None:
-        margin, timeouts = settings.LEASE_MARGIN, pipeline.timeouts(settings)
-        leases = {stage: timeout + margin for stage, timeout in timeouts.items()}
         limits = pipeline.full_limits(settings)
-        most = {
-            stage: limit.max_attempts or settings.MAX_ATTEMPTS for stage, limit in limits.items()
-        }
-        judge = Judge(leases, margin, most)
+        leases = {stage: limit.lease for stage, limit in limits.items()}
+        most = {stage: limit.max_attempts for stage, limit in limits.items()}
+        judge = Judge(leases, settings.LEASE_MARGIN, most)
         self.limits = limited = Limits(self.conn, self.since, leases)
         for window in windows(self.conn, self.since, self.span.until, batch):
             self.findings.add(judge.look(self.conn, self.since, window))
