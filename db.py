@@ -165,8 +165,7 @@ class Connection(psycopg2.extensions.connection):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.target: dict[str, str] = {}  # the one of targets() that it is connected to
-        self.target_number = 0  # its place among them
+        self.target = 0  # which of targets() it is connected to, by number
         self.prepared: dict[str, str] = {}  # by name: the EXECUTE of every prepared statement
 
 
@@ -176,7 +175,7 @@ def connect(
     pinned: bool = False,
     stop: Any = None,
     trying: Callable[[], None] = lambda: None,
-    last: dict[str, str] | None = None,
+    last: int | None = None,
     first: int | None = None,
 ) -> Connection:
     """An autocommit connection with a deadline on every call.
@@ -189,7 +188,7 @@ def connect(
             each of its addresses.
         last: the target of a connection that was lost. It is tried last: a server may take
             connections and do no work.
-        first: the number of the target that is tried first.
+        first: the target that is tried first.
 
     Raises:
         SettingsError: no database is configured.
@@ -199,7 +198,7 @@ def connect(
     config.require_database(settings)
     reasons = []
     for number, target in sorted(
-        enumerate(targets(settings)), key=lambda one: (one[0] != first, one[1] == last)
+        enumerate(targets(settings)), key=lambda one: (one[0] != first, one[0] == last)
     ):
         trying()
         try:
@@ -207,7 +206,7 @@ def connect(
         except psycopg2.Error as error:
             reasons.append(" ".join(str(error).split()) + hint(settings, str(error)))
             continue
-        conn.stop, conn.target, conn.target_number = stop, target, number
+        conn.stop, conn.target = stop, number
         try:
             conn.autocommit = True
             prepare_session(conn, SESSION | PINNED if pinned else SESSION)

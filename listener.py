@@ -107,7 +107,7 @@ class Listener:
         # time.monotonic() since which no call of any stage could be claimed
         self.stuck_since: float | None = None
         self.is_stuck_told = False
-        self.target: dict[str, str] | None = None  # where the last connection led
+        self.target: int | None = None  # where the last connection led
         self.is_standby_away = False  # commits wait for a synchronous one, which was said
 
     # --- connect, work, and once more ---
@@ -426,8 +426,7 @@ class Listener:
             if (row.call_id, row.key, row.attempt) in under_way:
                 continue  # a new primary did not know that we had claimed it
             limits = self.claiming.limits[row.stage]
-            call = pipeline.claimed_call(row, limits, self.name, leased_from)
-            call.target_number = conn.target_number
+            call = pipeline.claimed_call(row, limits, self.name, leased_from, conn.target)
             checked = self.checks.check(conn, call, row)
             if checked.is_to_make:
                 to_make.append(call)

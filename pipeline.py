@@ -677,7 +677,7 @@ class Call:
     after_hold: bool = False  # its stage was held before
     limited: bool = False  # its stage has limits over all listeners
     asynchronous: bool = False  # 202 means that its stage works on it
-    target_number: int | None = None  # the one of db.targets() that the listener works on
+    target: int | None = None  # which of db.targets() the listener works on
     # The worker's own, with passwords and tokens: print(call) must not show them.
     api: StageApi = field(default=None, repr=False)  # type: ignore[assignment]
     settings: SimpleNamespace = field(default=None, repr=False)  # type: ignore[assignment]
@@ -768,7 +768,7 @@ class Call:
     def look_up(self, sql: str, params: dict[str, Any]) -> list:
         """As `query`, for data that a call can do without."""
         try:
-            return db.query(self.settings, sql, params, self.target_number)
+            return db.query(self.settings, sql, params, self.target)
         except psycopg2.Error:
             return []
 
@@ -809,7 +809,7 @@ class Call:
         self, sql: str, params: dict[str, Any], cursor: type = psycopg2.extras.NamedTupleCursor
     ) -> list:
         given = self.values | params
-        return db.query(self.settings, sql, given, self.target_number, cursor)
+        return db.query(self.settings, sql, given, self.target, cursor)
 
 
 VALUE = "SELECT {}::text FROM {} WHERE {} = %(key)s"
@@ -845,11 +845,14 @@ def value_of(table: Table, column: str, key: str, ask: Ask) -> str | None:
     return rows[0][0] if rows else None
 
 
-def claimed_call(row: Any, limits: FullLimits, listener: str, leased_from: float) -> Call:
+def claimed_call(
+    row: Any, limits: FullLimits, listener: str, leased_from: float, target: int | None = None
+) -> Call:
     """The call of a claimed row (see calls.CLAIM_DUE).
 
     Args:
         leased_from: trigger.boottime() before the claim was sent.
+        target: of the connection that claimed it; see Call.
     """
     table = tables().get(row.table_name) or Table(row.table_name, id="id")
     ids = dict(zip(table.ids, (row.job_id, row.parent_id), strict=False))
@@ -868,6 +871,7 @@ def claimed_call(row: Any, limits: FullLimits, listener: str, leased_from: float
         listener=listener,
         key=row.key,
         leased_until=leased_from + limits.lease,
+        target=target,
         table=row.table_name,
         join=row.join_of,
         ids=ids,

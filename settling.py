@@ -183,7 +183,7 @@ def settle_within_lease(
     is_new = None
     while True:
         try:
-            first = call.target_number
+            first = call.target
             with contextlib.closing(db.connect(settings, name, True, first=first)) as conn:
                 if is_new is None:
                     is_new = not is_recorded(conn, result)

@@ -169,8 +169,7 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
     if not claimed:
         raise Problem(why_nothing_owed(conn, row, chosen.stage, by_hand=True))
     [claim] = claimed
-    call = pipeline.claimed_call(claim, limits[claim.stage], name, leased_from)
-    call.target_number = conn.target_number
+    call = pipeline.claimed_call(claim, limits[claim.stage], name, leased_from, conn.target)
     if claim.routed_to not in (None, claim.stage):
         checks.put_off(conn, claim, name, claim.spent - 1, 0, claim.last_error)
         raise Problem(f"{rows.said(row)}: its call was recorded for {claim.stage}, before PIPELINE "
