@@ -46,6 +46,16 @@ class Result:
     seconds: float = 0.0  # how long the attempt took, for the log
     traceback: str | None = None  # for the log: of a bug, or how its worker died after the answer
 
+    @property
+    def is_accepted(self) -> bool:
+        """Whether the stage has done the work, or has taken it on."""
+        return self.outcome in ("succeeded", TAKEN)
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether the call is to be made again, or is given up."""
+        return self.outcome not in (*PAID, TAKEN)
+
 
 class Wanted(NamedTuple):
     """A stage to claim calls of.
@@ -537,9 +547,8 @@ def settle_and_claim(
         return Turn([], [])
     paid = [result for result in results if result.outcome in PAID]
     taken = [result for result in results if result.outcome == TAKEN]
-    failures = [result for result in results if result.outcome not in (*PAID, TAKEN)]
-    accepted = [r for r in (*paid, *taken) if r.outcome != "skipped"]
-    lifting = {r.stage: r.started_at for r in accepted if r.after_hold}
+    failures = [result for result in results if result.is_failure]
+    lifting = {r.stage: r.started_at for r in (*paid, *taken) if r.is_accepted and r.after_hold}
     if not claims:
         last = TELL
     elif only is not None:

@@ -62,7 +62,7 @@ class Checks:
 
     def remember(self, call: Call, ended: Result) -> None:
         """Remember a call that was accepted."""
-        if ended.outcome in ("succeeded", TAKEN):
+        if ended.is_accepted:
             attempt = ended.attempt if ended.outcome == TAKEN else math.inf
             self.accepted[call.call_id, call.key] = attempt
             if len(self.accepted) > REMEMBERED:

@@ -8,7 +8,7 @@ import db
 import logs
 import pipeline
 from alerts import Alerts
-from calls import PAID, RESULTS, TAKEN, Result, as_json
+from calls import RESULTS, Result, as_json
 from db import execute
 
 log = logging.getLogger("listener.trigger")
@@ -55,8 +55,8 @@ def failed_by_stage(conn, results: Iterable[Result]) -> dict[int, bool]:
     Only of calls that were sent and not accepted, and not of a table that cannot be read: the look
     for rows that rest finds its rows later.
     """
-    asked = [r for r in results if r.outcome not in (*PAID, TAKEN)
-             and (r.http_status is not None or r.outcome != "held")]  # fmt: skip
+    asked = [r for r in results
+             if r.is_failure and (r.http_status is not None or r.outcome != "held")]  # fmt: skip
     return {row.call_id: row.is_routed for row in look_up(conn, FAILED_BY_STAGE, asked)}
 
 

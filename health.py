@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import db
 import trigger
 from alerts import Alerts
-from calls import TAKEN, Result
+from calls import Result
 from failures import row_name
 from pipeline import Call
 
@@ -70,7 +70,7 @@ class StageHealth:
             health.unanswered += 1
         elif status is not None:
             health.unanswered = 0
-        if ended.outcome in ("succeeded", TAKEN):
+        if ended.is_accepted:
             if health.is_wrong:
                 text = "it accepts calls again"
                 self.alerts.send_recovered("stage_refuses", call.stage, text, at_once=False)

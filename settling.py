@@ -20,7 +20,7 @@ import failures
 import one_by_one
 import ops
 from alerts import Alerts
-from calls import PAID, TAKEN, Result, Turn
+from calls import Result, Turn
 from db import execute
 from pipeline import Call
 from trigger import boottime
@@ -61,7 +61,7 @@ class Unwritten:
     @property
     def locked_failures(self) -> list[Result]:
         """Locked results of failed calls, which would be made again if the listener ended now."""
-        return [result for result in self.locked if result.outcome not in (*PAID, TAKEN)]
+        return [result for result in self.locked if result.is_failure]
 
     def begin_to_leave(self) -> None:
         """The listener has nothing else to do: from now, wait LOCKED_FOR seconds for such rows."""
@@ -83,7 +83,7 @@ class Unwritten:
         """Mark failures that are final, as the stage set the row to failed, and those of calls that
         a person has cancelled; then tell people.
         """
-        untold = [r for r in self.results if r.outcome not in (*PAID, TAKEN) and not r.is_told]
+        untold = [r for r in self.results if r.is_failure and not r.is_told]
         is_routed = failures.note(conn, untold)
         for result in untold:
             failures.tell(self.alerts, result, is_routed)
@@ -162,7 +162,7 @@ def settle(conn: db.Connection, result: Result) -> Settled:
         turn = one_by_one.settle_and_claim(conn, [settled], [], 0, result.worker)
         if turn.refusal:
             raise turn.refusal
-        may_leave = settled.outcome in (*PAID, TAKEN) or time.monotonic() >= until
+        may_leave = not settled.is_failure or time.monotonic() >= until
         if may_leave or not turn.unsettled:
             return Settled(turn.given_up[0] if turn.given_up else settled, is_routed)
         settled = replace(result, hold=False)  # its hold has begun

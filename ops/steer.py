@@ -200,7 +200,7 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
                       f"where none runs: {back}")  # fmt: skip
     if ended.outcome == "skipped":
         raise Problem(why_nothing_owed(conn, rows.find(conn, row.key, row.table_name), stage))
-    return settled.result.outcome in ("succeeded", calls.TAKEN)
+    return settled.result.is_accepted
 
 
 def settle(conn, settings: SimpleNamespace, call: Call, ended: calls.Result) -> Settled:
