@@ -21,7 +21,18 @@ from db import WAKE_CHANNEL, Statement, execute, run
 
 @dataclass
 class Result:
-    """What came of an attempt, on its way to the database."""
+    """What came of an attempt, on its way to the database.
+
+    outcome: one of
+        succeeded: the stage has done the work.
+        taken: an asynchronous stage has answered 202, and works on it.
+        skipped: it was not made, as it was no longer owed, or an earlier attempt was accepted.
+        held: it is not the job's fault; due again soon, and no attempt is spent.
+        retry: due again after a back-off.
+        unknown: it may still run; due again after its lease.
+        failed: given up.
+        released: it was not made, as its lease was too short. Given back, and never written.
+    """
 
     job_id: str  # of the row, as the database writes it: Call.key, not Call.job_id
     call_id: int
