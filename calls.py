@@ -132,6 +132,11 @@ MINE = f"""
         SELECT c.job_id FROM stage_calls AS c WHERE {FENCE}
         LIMIT 1 FOR UPDATE SKIP LOCKED) AS c"""
 
+# The lease of a result, looked up by lists of keys for the same reason.
+ITS_LEASE = """l.call_id = ANY (ARRAY(SELECT call_id FROM result))
+      AND l.job_id = ANY (ARRAY(SELECT job_id FROM result))
+      AND l.call_id = r.call_id AND l.attempt = r.attempt AND l.job_id = r.job_id"""
+
 # The ids of calls that were skipped because their rows are locked. Only the last statement of the
 # transaction can return rows, so it gets the ids by a transaction-local setting.
 UNSETTLED = "current_setting('job_state_listener.unsettled', true)"
@@ -150,9 +155,7 @@ WITH result AS ({RESULTS}
 ), recorded AS ({RECORDED}
 ), ended AS (
     DELETE FROM stage_leases AS l USING result AS r
-    WHERE l.call_id = ANY (ARRAY(SELECT call_id FROM result))
-      AND l.job_id = ANY (ARRAY(SELECT job_id FROM result))
-      AND l.call_id = r.call_id AND l.attempt = r.attempt AND l.job_id = r.job_id
+    WHERE {ITS_LEASE}
 ), mine AS ({MINE}
 ), paid AS (
     DELETE FROM stage_calls WHERE job_id = ANY (ARRAY(SELECT job_id FROM mine))
@@ -170,15 +173,11 @@ WITH result AS ({FAILURES}
 ), recorded AS ({RECORDED}
 ), ended AS (
     DELETE FROM stage_leases AS l USING result AS r
-    WHERE l.call_id = ANY (ARRAY(SELECT call_id FROM result))
-      AND l.job_id = ANY (ARRAY(SELECT job_id FROM result))
-      AND l.call_id = r.call_id AND l.attempt = r.attempt AND l.job_id = r.job_id
+    WHERE {ITS_LEASE}
       AND r.outcome <> 'unknown'
 ), unanswered AS (
     UPDATE stage_leases AS l SET unanswered = true FROM result AS r
-    WHERE l.call_id = ANY (ARRAY(SELECT call_id FROM result))
-      AND l.job_id = ANY (ARRAY(SELECT job_id FROM result))
-      AND l.call_id = r.call_id AND l.attempt = r.attempt AND l.job_id = r.job_id
+    WHERE {ITS_LEASE}
       AND r.outcome = 'unknown'
 ), mine AS ({MINE}
 ), postponed AS (
@@ -199,12 +198,10 @@ WITH result AS ({FAILURES}
 # (moves.py) or the lease ends. Its row in stage_calls is not changed.
 KEEP_TAKEN = Statement(
     "work",
-    """
+    f"""
 WITH result AS (SELECT * FROM json_populate_recordset(NULL::stage_attempts, %(taken)s::json))
 UPDATE stage_leases AS l SET working = true, spent = r.spent FROM result AS r
-WHERE l.call_id = ANY (ARRAY(SELECT call_id FROM result))
-  AND l.job_id = ANY (ARRAY(SELECT job_id FROM result))
-  AND l.call_id = r.call_id AND l.attempt = r.attempt AND l.job_id = r.job_id
+WHERE {ITS_LEASE}
 """,
 )
 
