@@ -137,12 +137,12 @@ ITS_LEASE = """l.call_id = ANY (ARRAY(SELECT call_id FROM result))
       AND l.job_id = ANY (ARRAY(SELECT job_id FROM result))
       AND l.call_id = r.call_id AND l.attempt = r.attempt AND l.job_id = r.job_id"""
 
-# The ids of calls that were skipped because their rows are locked. Only the last statement of the
+# The ids of calls that were passed by, as their rows are locked. Only the last statement of the
 # transaction can return rows, so it gets the ids by a transaction-local setting.
-UNSETTLED = "current_setting('job_state_listener.unsettled', true)"
-TELL_UNSETTLED = f"""
-SELECT set_config('job_state_listener.unsettled',
-                  concat({UNSETTLED}, string_agg(c.call_id || ' ', '')), true)
+LOCKED = "current_setting('job_state_listener.locked', true)"
+TELL_LOCKED = f"""
+SELECT set_config('job_state_listener.locked',
+                  concat({LOCKED}, string_agg(c.call_id || ' ', '')), true)
 FROM result AS r CROSS JOIN LATERAL (
     SELECT c.call_id FROM stage_calls AS c WHERE {FENCE} LIMIT 1) AS c
 WHERE c.call_id NOT IN (SELECT call_id FROM mine)"""
@@ -161,7 +161,7 @@ WITH result AS ({RESULTS}
     DELETE FROM stage_calls WHERE job_id = ANY (ARRAY(SELECT job_id FROM mine))
                               AND call_id = ANY (ARRAY(SELECT call_id FROM mine))
 )
-{TELL_UNSETTLED}
+{TELL_LOCKED}
 """,
 )
 
@@ -190,7 +190,7 @@ WITH result AS ({FAILURES}
     WHERE c.job_id = ANY (ARRAY(SELECT job_id FROM mine))
       AND c.job_id = r.job_id AND c.call_id = r.call_id
 )
-{TELL_UNSETTLED}
+{TELL_LOCKED}
 """,
 )
 
@@ -258,7 +258,7 @@ WHERE (p.table_name, p.join_of, p.current_step, p.status)
 )
 
 # The last statement of a turn that claims nothing.
-TELL = Statement("tell", f"SELECT {UNSETTLED} AS unsettled, pg_notify('{WAKE_CHANNEL}', '')")
+TELL = Statement("tell", f"SELECT {LOCKED} AS locked, pg_notify('{WAKE_CHANNEL}', '')")
 
 
 # --- claiming ------------------------------------------------------------------------------
@@ -399,7 +399,7 @@ CLAIM_DUE = f"""
     SELECT job_id, table_name, call_id, attempts, stage, worker, started_at, due_at, tenant_id
     FROM claimed
 )
-SELECT {UNSETTLED} AS unsettled, now() AS asked_at,
+SELECT {LOCKED} AS locked, now() AS asked_at,
        claimed.call_id, claimed.job_id, claimed.job_id::text AS key, claimed.table_name,
        claimed.join_of, claimed.current_step, claimed.status, claimed.stage,
        claimed.attempts AS attempt, claimed.attempts - claimed.free_attempts AS spent,
@@ -498,7 +498,7 @@ class Turn:
     """What one turn of the loop brought about.
 
     claimed: of each claim, the one due longest first.
-    unsettled: calls whose row the stage's own transaction holds: settle them again later.
+    locked: calls whose row the stage's own transaction holds: settle them again later.
     asked_at: the database's time of the (first) claim; None: there was none, or one was refused as
         a whole.
     unclaimable: by stage, why no call of it can be claimed.
@@ -509,7 +509,7 @@ class Turn:
     """
 
     claimed: list[Claimed]
-    unsettled: list[int]
+    locked: list[int]
     asked_at: datetime | None = None
     unclaimable: dict[str, psycopg2.Error] = field(default_factory=dict)
     limit_locked: dict[str, psycopg2.Error] = field(default_factory=dict)
@@ -584,17 +584,17 @@ def settle_and_claim(
         params["only"], params["only_call"], params["only_after"] = only
     statements = [statement for statement, is_needed in needed.items() if is_needed]
     rows = run(conn, statements, params, cursor_factory=cursor).fetchall()
-    skipped, asked_at = rows[0][:2]
-    unsettled = [int(call_id) for call_id in (skipped or "").split()]
+    call_ids, asked_at = rows[0][:2]
+    locked = [int(call_id) for call_id in (call_ids or "").split()]
     if not claims:
-        return Turn([], unsettled)
+        return Turn([], locked)
     claimed = [Claimed(*row[2:]) for row in rows if row[2] is not None]
     if freed := [r.stage for r in results if r.limited and r.outcome not in ("unknown", TAKEN)]:
         free_places = Counter(freed) - Counter(row.stage for row in claimed)
         if free_places:
             wake_waiting(conn, free_places)
     claimed.sort(key=attrgetter("was_due_at"))
-    return Turn(claimed, unsettled, asked_at, asked={one.stage for one in wanted})
+    return Turn(claimed, locked, asked_at, asked={one.stage for one in wanted})
 
 
 WAKE_WAITING = f"""

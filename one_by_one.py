@@ -130,7 +130,7 @@ def settle_alone(conn, result: Result, done: Turn) -> None:
         turn = calls.settle_and_claim(
             conn, [result], [], 0, result.worker, hurry=done.refusal is not None
         )
-        done.unsettled += turn.unsettled
+        done.locked += turn.locked
         return
     except psycopg2.Error as error:
         if not is_fault_of_row(error):

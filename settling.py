@@ -93,21 +93,21 @@ class Unwritten:
         """Forget what is settled; keep what was refused, and results of calls whose rows are
         locked.
         """
-        again = set(turn.unsettled)
-        if any(r.call_id in again and not r.was_locked for r in self.results):
+        locked = set(turn.locked)
+        if any(r.call_id in locked and not r.was_locked for r in self.results):
             self.wait_until = math.inf
         # Its hold, if any, has begun: settling it again must not lengthen it.
         self.locked += [
-            replace(r, hold=False, was_locked=True) for r in self.results if r.call_id in again
+            replace(r, hold=False, was_locked=True) for r in self.results if r.call_id in locked
         ]
-        if again:
+        if locked:
             self.may_leave = time.monotonic() >= self.wait_until
         # Settle a result once more whose row was locked until now: its stage may have committed
         # `failed` between mark_and_tell_failed() and this settling.
         once_more = [
             replace(r, was_locked=False) for r in self.results
             if r.was_locked and r.delay is not None
-            and r.call_id not in again and r not in turn.refused
+            and r.call_id not in locked and r not in turn.refused
         ]  # fmt: skip
         self.results = turn.refused + once_more
 
@@ -123,7 +123,7 @@ class Unwritten:
             turn = one_by_one.settle_and_claim(conn, self.results, [], 0, name)
             for given_up in turn.given_up:
                 failures.tell_given_up(self.alerts, given_up)
-            self.results = [r for r in self.results if r.call_id in turn.unsettled] + turn.refused
+            self.results = [r for r in self.results if r.call_id in turn.locked] + turn.refused
             if turn.refusal:
                 raise turn.refusal
         except db.ConnectionLost:
@@ -163,7 +163,7 @@ def settle(conn: db.Connection, result: Result) -> Settled:
         if turn.refusal:
             raise turn.refusal
         may_leave = not settled.is_failure or time.monotonic() >= until
-        if may_leave or not turn.unsettled:
+        if may_leave or not turn.locked:
             return Settled(turn.given_up[0] if turn.given_up else settled, is_routed)
         settled = replace(result, hold=False)  # its hold has begun
         time.sleep(LOCKED_EVERY)

@@ -112,12 +112,12 @@ def claim(conn, worker: str = "w", stages=STAGES, settled: Result | None = None,
     if turn.claimed:
         return turn.claimed[0]
     due = calls.next_due(conn, stages)
-    return SimpleNamespace(call_id=None, unsettled=turn.unsettled, next_due=due)
+    return SimpleNamespace(call_id=None, locked=turn.locked, next_due=due)
 
 
 def settle(conn, *results: Result) -> bool:
     """Settle results; False where the stage's own transaction holds the row of one of them."""
-    return not calls.settle_and_claim(conn, results, [], 0, "w").unsettled
+    return not calls.settle_and_claim(conn, results, [], 0, "w").locked
 
 
 def make_due(conn, job: str | None = None) -> list:

@@ -53,7 +53,7 @@ def test_claim_says_what_to_call_and_for_whom(database, conn):
 def test_nothing_due_claims_nothing(database, conn):
     database.add_job("img_gen", "queued")
     turn = claim_many(conn, 4)
-    assert (turn.claimed, turn.unsettled) == ([], [])
+    assert (turn.claimed, turn.locked) == ([], [])
     assert calls.next_due(conn, STAGES) is None
 
 
@@ -337,7 +337,7 @@ def test_rows_of_a_claim_are_what_claimed_says(conn, claim):
     params |= {"only": None, "only_call": None, "only_after": None}
     found = db.execute(conn, claim.sql, params)
     names = [column.name for column in found.description]
-    assert names == ["unsettled", "asked_at", *calls.Claimed._fields]
+    assert names == ["locked", "asked_at", *calls.Claimed._fields]
 
 
 def test_call_is_taken_over_once_its_lease_has_run_out(database, conn, other):

@@ -107,7 +107,7 @@ def test_error_of_any_length_is_cut(database, conn):
 def test_result_is_written_although_nothing_is_due(database, conn):
     job = database.add_job()
     row = claim(conn, settled=result(claim(conn)))
-    assert (row.call_id, row.unsettled) == (None, [])
+    assert (row.call_id, row.locked) == (None, [])
     assert database.owed(job) is None
 
 
@@ -179,7 +179,7 @@ def test_settling_twice_is_as_good_as_once(database, conn, outcome):
     assert settle(conn, settled)
     once = database.owed(job), database.attempts(job)
     assert settle(conn, settled)
-    assert claim(conn, stages=["planner"], settled=settled).unsettled == []
+    assert claim(conn, stages=["planner"], settled=settled).locked == []
     assert (database.owed(job), database.attempts(job)) == once
 
 
@@ -213,7 +213,7 @@ def test_answer_before_a_rollback_is_settled_after_it(database, conn, stage):
     job = database.add_job()
     settled = result(claim(conn), "retry", delay=0.0, error="HTTP 500")
     stage.cursor().execute("UPDATE jobs SET status = 'running' WHERE job_id = %s", [job])
-    assert claim(conn, settled=settled).unsettled == [settled.call_id]
+    assert claim(conn, settled=settled).locked == [settled.call_id]
     stage.rollback()
     assert settle(conn, settled) is True
     assert claim(conn).attempt == 2
@@ -238,7 +238,7 @@ def test_result_that_the_database_refuses_costs_only_itself(database, conn, why)
         settle(conn, *results)
     assert database.rows("SELECT 1 FROM stage_attempts") == []
     turn = one_by_one.settle_and_claim(conn, results, wanted(), 10, "w")
-    assert turn.unsettled == [] and len(turn.claimed) == 1
+    assert turn.locked == [] and len(turn.claimed) == 1
     assert len(claim_many(conn, 10).claimed) == 1
     for number, row in enumerate(rows):
         if number != 4:
@@ -296,7 +296,7 @@ def test_call_that_the_history_does_not_take_is_settled_all_the_same(database, c
     results = [result(row, outcome) for row in rows]
     with pytest.raises(psycopg2.errors.CheckViolation):
         settle(conn, *results)
-    assert one_by_one.settle_and_claim(conn, results, wanted(), 2, "w").unsettled == []
+    assert one_by_one.settle_and_claim(conn, results, wanted(), 2, "w").locked == []
     assert (database.owed(poisoned) is not None) == owes
     assert [a.outcome for a in database.attempts(other)] == [outcome]
     assert database.rows("SELECT 1 FROM stage_leases") == []

@@ -117,7 +117,7 @@ class Pipeline(RuleBasedStateMachine):
         stages = sorted(STAGES, key=lambda stage: stage == LIMITED)
         turn = claim_many(self.conns[name], free, name, stages, results, LEASE, sweep, share=1)
         self.after_results(name, ended, before, [row.job_id for row in turn.claimed])
-        assert turn.unsettled == [] and len(turn.claimed) <= free
+        assert turn.locked == [] and len(turn.claimed) <= free
         for row in turn.claimed:
             self.claimed(name, row)
 
