@@ -788,18 +788,31 @@ WITH over AS (
 ), planned AS (
     UPDATE stage_calls AS c SET worker = NULL, started_at = NULL, due_at = c.run_after
     FROM early WHERE c.job_id = early.job_id AND c.call_id = early.call_id
+), recorded AS (
+    INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, spent, stage, worker,
+                                started_at, finished_at, http_status, outcome, error)
+    SELECT job_id, table_name, call_id, attempt, spent, stage, worker, started_at, now(),
+           CASE WHEN working THEN 202 END, CASE WHEN working THEN 'unknown' ELSE 'lost' END,
+           CASE WHEN working THEN 'taken with HTTP 202, but not finished within its timeout'
+                ELSE 'the listener did not come back before its lease ran out' END
+    FROM over WHERE NOT unanswered
+    ON CONFLICT DO NOTHING
+    RETURNING *
 )
-INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, spent, stage, worker, started_at,
-                            finished_at, http_status, outcome, error)
-SELECT job_id, table_name, call_id, attempt, spent, stage, worker, started_at, now(),
-       CASE WHEN working THEN 202 END, CASE WHEN working THEN 'unknown' ELSE 'lost' END,
-       CASE WHEN working THEN 'taken with HTTP 202, but not finished within its timeout'
-            ELSE 'the listener did not come back before its lease ran out' END
-FROM over WHERE NOT unanswered
-ON CONFLICT DO NOTHING
+SELECT r.job_id::text, r.table_name, r.stage, r.http_status, r.outcome, r.error,
+       coalesce(r.spent, r.attempt - c.free_attempts, r.attempt) AS spent,
+       extract(epoch FROM r.finished_at - r.started_at)::float8 AS seconds,
+       c.call_id IS NOT NULL AS is_owed
+FROM recorded AS r LEFT JOIN LATERAL (
+    SELECT c.call_id, c.free_attempts FROM stage_calls AS c
+    WHERE c.job_id = r.job_id AND c.call_id = r.call_id LIMIT 1) AS c ON true
 """
 
 
-def reap(conn) -> int:
-    """End the leases that have run out, each with a row in the history; how many."""
-    return execute(conn, REAP).rowcount
+def reap(conn) -> list:
+    """End the leases that have run out, each with a row in the history.
+
+    Returns:
+        These rows, of which nobody has logged anything yet: see failures.reap().
+    """
+    return execute(conn, REAP).fetchall()

@@ -15,9 +15,9 @@ import joins
 import logs
 import pipeline
 import trigger
-from calls import TAKEN, Claimed, Result, reap
+from calls import TAKEN, Claimed, Result
 from db import execute
-from failures import SET_FAILED
+from failures import SET_FAILED, reap
 from pipeline import Call, Route
 from trigger import about, result
 
@@ -112,7 +112,7 @@ class Checks:
             or (call.current_step, call.status) != (call.stage, "failed")
         ):
             return None
-        reap(conn)  # the call before it may be one that was lost
+        reap(conn, self.settings)  # the call before it may be one that was lost
         before = spent_before(conn, row)
         if before is None or before.spent < 1:
             return None

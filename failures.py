@@ -1,9 +1,13 @@
-"""Failed calls: which rows their stage has set to failed, and what people are told."""
+"""Failed calls: which rows their stage has set to failed, which leases ran out, and what people
+are told.
+"""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
+import calls
 import db
 import logs
 import pipeline
@@ -90,6 +94,33 @@ def look_up(conn, sql: str, results: Sequence[Result]) -> list:
     if failed:
         log.warning("failed 상태 확인 실패: %s", db.reasons(failed))
     return [row for rows in found for row in rows]
+
+
+def reap(conn, settings: SimpleNamespace) -> None:
+    """End the leases that have run out, with a line of the log for each attempt that has none."""
+    for row in calls.reap(conn):
+        limits = pipeline.full_limits(settings).get(row.stage)  # None: it has left PIPELINE
+        most = limits.max_attempts if limits else settings.MAX_ATTEMPTS
+        then = f"{'포기' if row.spent >= most else '재시도'} (취소되지 않고 Job이 그대로면)"
+        if not row.is_owed:
+            see = pipeline.typed("job", row.table_name, row.job_id)
+            then = f"취소되었거나 Job 상태가 변경됨: {see}"
+        details = {"attempt": row.spent, "outcome": row.outcome, "error": row.error}
+        log.warning(
+            "파이프라인 단계 실행 실패: %s stage=%s attempt=%d/%d error=%s (%.0f초) → %s",
+            *(row_name(row.table_name, row.job_id), row.stage, row.spent, most),
+            *(row.error, row.seconds, then),
+            extra=about(row, status=row.http_status, **details),
+        )
+
+
+def about(row: Any, **more: Any) -> dict[str, Any]:
+    """What a line of the log is about, for `extra`, where only the id of the row is known: that of
+    a job, or of a row of another table.
+    """
+    of_jobs = row.table_name == pipeline.JOBS.name
+    ids = {"job": row.job_id} if of_jobs else {"table": row.table_name, "id": row.job_id}
+    return logs.about(**ids, stage=row.stage, duration=round(row.seconds, 3), **more)
 
 
 def tell(alerts: Alerts, ended: Result, is_routed: Mapping[int, bool]) -> None:

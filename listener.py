@@ -419,7 +419,7 @@ class Listener:
         """The claimed calls that are to be made; what came of the others is kept."""
         to_make = []
         if any(row.taken_over for row in turn.claimed):
-            calls.reap(conn)  # the lost attempts, before the history has newer ones
+            failures.reap(conn, self.settings)  # before the history has newer attempts
         under_way = {(call.call_id, call.key, call.attempt) for call in self.workers.calls}
         for row in turn.claimed:
             self.claiming.put_last(row.stage)

@@ -9,8 +9,6 @@ import logging
 import db
 import failures
 import history
-import logs
-import pipeline
 
 log = logging.getLogger("listener.trigger")
 
@@ -153,15 +151,11 @@ def record_missed(conn, table: str | None = None) -> None:
 def log_end(row) -> None:
     """Log the end of a call in the words of trigger.log_end."""
     name = failures.row_name(row.table_name, row.job_id)
-    of_jobs = row.table_name == pipeline.JOBS.name  # of another row, its job is not known here
-    ids = {"job": row.job_id} if of_jobs else {"table": row.table_name, "id": row.job_id}
-    duration = round(row.seconds, 3)
     if row.outcome == "succeeded":
-        about = logs.about(**ids, stage=row.stage, status=202, duration=duration)
+        about = failures.about(row, status=202)
         log.info("파이프라인 단계 실행 성공: %s stage=%s status=202 (%.2f초)",
                  name, row.stage, row.seconds, extra=about)  # fmt: skip
     else:
-        about = logs.about(**ids, stage=row.stage, status=202, duration=duration,
-                           outcome=row.outcome, error=row.error)  # fmt: skip
+        about = failures.about(row, status=202, outcome=row.outcome, error=row.error)
         log.warning("파이프라인 단계 실행 실패: %s stage=%s error=%s",
                     name, row.stage, row.error, extra=about)  # fmt: skip

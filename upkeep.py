@@ -19,7 +19,7 @@ import leftovers
 import pipeline
 import troubles
 from alerts import Alerts
-from calls import REAP_INTERVAL, reap
+from calls import REAP_INTERVAL
 from db import ConnectionLost, execute, in_parts, reasons
 from history import BATCH, log_failure
 from ops import listeners, migrations, routes
@@ -124,7 +124,7 @@ class Upkeep:
         """
         self.guarded(migrations.require_not_newer, conn)
         self.compare(conn)
-        self.guarded(reap, conn)
+        self.guarded(failures.reap, conn, self.settings)
 
     def compare(self, conn) -> None:
         """Say once that the database has another PIPELINE: calls of its new states wait for a

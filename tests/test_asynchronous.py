@@ -20,6 +20,8 @@ WORKING = "SELECT count(*) FROM stage_leases WHERE working"
 UNMOVED = f"SELECT NOT EXISTS (SELECT FROM stage_moves) AND ({WORKING}) = 1"
 NOBODY = "SELECT count(*) = 0 FROM stage_leases"
 ENDED = "SELECT outcome FROM stage_attempts WHERE job_id = %s"
+FAILED = "파이프라인 단계 실행 실패"
+UNFINISHED = "taken with HTTP 202, but not finished within its timeout"
 
 
 class Site:
@@ -158,16 +160,19 @@ def test_listener_that_is_killed_leaves_them_to_the_next(site, dies):
 
 def test_stage_that_never_finishes_is_called_again_under_the_same_key(site):
     job = site.database.add_job("vlm_analyze", "done")
-    site.start(SWEEP_INTERVAL=0.1, MAX_ATTEMPTS=2)
-    for number in (1, 2):
+    running = site.start(SWEEP_INTERVAL=0.1, MAX_ATTEMPTS=2)
+    for number, then in (1, "재시도"), (2, "포기"):
         site.wait_for_calls("planner", number)
         site.wait_for_working(1)
         site.database.rows(LEASE_OVER)
+        line = running.wait_for_line(f"{FAILED}: job={job} stage=planner attempt={number}/2")
+        assert re.search(rf" WARNING .*={UNFINISHED} \(\d+초\) → {then} \(취소되지 않고", line)
     site.database.wait_for("SELECT due_at = 'infinity' FROM stage_calls")
     first, second = site.calls("planner")
     assert first.headers["Idempotency-Key"] == second.headers["Idempotency-Key"]
     assert [row.outcome for row in site.database.attempts(job)] == ["unknown", "unknown", "failed"]
-    assert "taken with HTTP 202" in site.database.attempts(job)[0].error
+    assert site.database.attempts(job)[0].error == UNFINISHED
+    assert running.output.count(UNFINISHED) == 2  # said once for each
 
 
 def test_stage_that_has_set_running_and_never_finishes_is_stalled(site):
@@ -176,8 +181,8 @@ def test_stage_that_has_set_running_and_never_finishes_is_stalled(site):
     site.wait_for_working(1)
     site.database.move(job, "planner", "running")
     site.database.rows(LEASE_OVER)
-    site.start()
-    site.database.wait_for(f"SELECT EXISTS ({ENDED})", job)
+    line = site.start().wait_for_line(f"{FAILED}: job={job} stage=planner attempt=1/5")
+    assert line.endswith(f" → 취소되었거나 Job 상태가 변경됨: ./jsl job --table jobs {job}")
     assert site.database.value("SELECT reason FROM resting_rows()").startswith("running for longer")
     assert len(site.calls("planner")) == 1
 

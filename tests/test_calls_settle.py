@@ -457,7 +457,7 @@ def test_lease_of_a_call_without_an_answer_is_not_given_back(database, conn):
 def test_lease_of_a_call_without_an_answer_ends_without_a_lost_row(database, conn):
     job = database.add_job()
     settle(conn, result(claim(conn), "unknown", delay=0, after_lease=True))
-    assert calls.reap(conn) == 0
+    assert calls.reap(conn) == []
     assert len(database.rows("SELECT 1 FROM stage_leases")) == 1
     database.rows(LEASE_OVER)
     calls.reap(conn)

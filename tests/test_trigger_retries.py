@@ -192,13 +192,17 @@ def test_worker_that_runs_out_of_file_descriptors_lives_on(database, api, listen
 def test_call_whose_worker_is_lost_every_time_is_given_up_without_a_post(database, serve, caller):
     job = database.add_job()
     server = serve(in_turn(OK))
-    for number in range(2):
-        assert caller(server.url, name=f"lost-{number}", MAX_ATTEMPTS=2).claim().attempt
+    names = ("lost-0", "lost-1", "last")
+    *lost, last = (caller(server.url, name=name, MAX_ATTEMPTS=2) for name in names)
+    for worker in lost:
+        assert worker.claim().attempt
         database.rows(LEASE_OVER)
-    last = caller(server.url, name="last", MAX_ATTEMPTS=2)
     assert last.claim() is None
     assert [attempt.outcome for attempt in database.attempts(job)] == ["lost", "lost", "failed"]
-    assert [a.worker for a in database.attempts(job)] == ["lost-0", "lost-1", "last"]
+    assert [a.worker for a in database.attempts(job)] == [*names]
+    for number, then in (1, "재시도"), (2, "포기"):
+        line = last.line(f"job={job} stage=vlm_analyze attempt={number}/2 error=the listener did")
+        assert f"초) → {then} (취소되지 않고 Job이 그대로면)" in line and " WARNING " in line
     assert database.owed(job).given_up and server.connections == 0
     assert " ERROR " in last.line("nobody knows what became of the last attempt")
 
