@@ -121,7 +121,7 @@ class Checks:
             call.spent = before.spent
             if "the last one)" not in error:
                 error += f" (attempt {call.spent}, the last one)"
-            return Checked(ended=given_up(call, error))
+            return Checked(ended=given_up(call, error, free=False))
         delay = trigger.backoff(before.spent, self.settings.RETRY_DELAY)
         put_off(conn, row, call.listener, before.spent, delay, error)
         return LATER
@@ -136,7 +136,7 @@ def end_unmade(conn: db.Connection, call: Call, row: Claimed, known: float = 0) 
     """
     owed = row.owed or is_owed(conn, row, call.listener)
     accepted = row.accepted or known == math.inf
-    ended = already_over(call, row, owed, accepted, taken=row.attempt <= known)
+    ended = already_over(conn, call, row, owed, accepted, taken=row.attempt <= known)
     is_open = not (row.is_complete or accepted)
     if ended is None and row.join_of and joins.has_look(conn, row):
         ended, is_open = outdated(call), True
@@ -146,7 +146,7 @@ def end_unmade(conn: db.Connection, call: Call, row: Claimed, known: float = 0) 
 
 
 def already_over(
-    call: Call, row: Claimed, owed: bool, accepted: bool, taken: bool
+    conn: db.Connection, call: Call, row: Claimed, owed: bool, accepted: bool, taken: bool
 ) -> Result | None:
     """The result of a call that is not owed any more, was accepted, or has no attempt left; None
     where it must be made.
@@ -166,9 +166,8 @@ def already_over(
             return result(call, TAKEN, http_status=202)
         return result(call, "skipped", error="an earlier attempt was accepted")
     if call.spent > call.max_attempts:
-        error = "nobody knows what became of the last attempt"
-        if row.last_error and not row.taken_over:
-            error = f"no attempt is left; the last one: {row.last_error}"
+        known = None if row.taken_over else row.last_error
+        error = f"no attempt is left; the last one: {known or error_before(conn, row)}"
         return given_up(call, error)
     return None
 
@@ -223,9 +222,14 @@ def skipped(call: Call, now: str, error: str) -> Result:
     return result(call, "skipped", error=error)
 
 
-def given_up(call: Call, error: str) -> Result:
-    """The result of a call that is given up without being made; logged."""
-    ended = result(call, "failed", error=error)
+def given_up(call: Call, error: str, free: bool = True) -> Result:
+    """The result of a call that is given up without being made; logged.
+
+    Args:
+        free: this claim counts as no attempt.
+    """
+    ended = result(call, "failed", error=error, free=free)
+    call.spent -= free
     trigger.log_end(call, ended)
     return ended
 
@@ -248,6 +252,22 @@ def is_owed(conn, row, worker: str) -> bool:
     """Whether the job of a claimed `row` is in the state that owes it, asked once more."""
     given = {"job_id": row.key, "call_id": row.call_id, "attempt": row.attempt}
     return execute(conn, STILL_OWED, given | {"worker": worker}).fetchone()[0]
+
+
+# Of an attempt whose lease ran out, only the history knows the error: see calls.REAP.
+ERROR_BEFORE = """
+SELECT error FROM stage_attempts
+WHERE job_id = %(job_id)s AND call_id = %(call_id)s AND attempt < %(attempt)s
+ORDER BY attempt DESC, finished_at DESC
+LIMIT 1
+"""
+
+
+def error_before(conn, row) -> str:
+    """The error of the attempt before that of a claimed `row`."""
+    given = {"job_id": row.key, "call_id": row.call_id, "attempt": row.attempt}
+    found = execute(conn, ERROR_BEFORE, given).fetchone()
+    return found.error if found and found.error else "nobody knows what became of it"
 
 
 # Where (stage, 'failed') leads to the stage again, the call goes on counting where the one before

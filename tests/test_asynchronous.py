@@ -172,7 +172,29 @@ def test_stage_that_never_finishes_is_called_again_under_the_same_key(site):
     assert first.headers["Idempotency-Key"] == second.headers["Idempotency-Key"]
     assert [row.outcome for row in site.database.attempts(job)] == ["unknown", "unknown", "failed"]
     assert site.database.attempts(job)[0].error == UNFINISHED
-    assert running.output.count(UNFINISHED) == 2  # said once for each
+    assert running.output.count(f"error={UNFINISHED}") == 2  # said once for each
+
+
+def test_call_given_up_after_its_timeout_says_why_and_how_often_it_was_made(
+    site, run_command, tmp_path
+):
+    job = site.database.add_job("vlm_analyze", "done")
+    alerts = tmp_path / "alerts"
+    running = site.start(SWEEP_INTERVAL=0.1, MAX_ATTEMPTS=1, ALERT_COMMAND=f"tee -a {alerts}")
+    site.wait_for_working(1)
+    site.database.rows(LEASE_OVER)
+    error = f"no attempt is left; the last one: {UNFINISHED}"
+    assert " ERROR " in running.wait_for_line(f"stage=planner attempt=1/1 error={error} → 포기")
+    site.database.wait_for("SELECT due_at = 'infinity' FROM stage_calls")
+    running.stop()
+    assert json.loads(alerts.read_text())["error"] == error
+    module = {"PYTHONPATH": str(ROOT / "tests"), "PIPELINE_MODULE": "asynchronous"}
+    said = run_command(site.database, "job", job, **module).out
+    assert f", 1 attempt spent), given up: {error}" in said
+    [row] = json.loads(run_command(site.database, "jobs", "--given-up", "--json", **module).out)[
+        "jobs"
+    ]
+    assert (row["attempts"], row["last_error"]) == (1, error)
 
 
 def test_stage_that_has_set_running_and_never_finishes_is_stalled(site):

@@ -204,7 +204,8 @@ def test_call_whose_worker_is_lost_every_time_is_given_up_without_a_post(databas
         line = last.line(f"job={job} stage=vlm_analyze attempt={number}/2 error=the listener did")
         assert f"초) → {then} (취소되지 않고 Job이 그대로면)" in line and " WARNING " in line
     assert database.owed(job).given_up and server.connections == 0
-    assert " ERROR " in last.line("nobody knows what became of the last attempt")
+    error = "no attempt is left; the last one: the listener did not come back"
+    assert " ERROR " in last.line(f"attempt=2/2 error={error}")
 
 
 def test_late_result_leaves_the_call_alone_once_the_lease_was_taken_over(database, serve, caller):
