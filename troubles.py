@@ -163,7 +163,8 @@ def tell_absence(conn, after: float, alerts: Alerts) -> None:
 
 # --- stages that wait, or accept nothing ----------------------------------------------------
 
-# At least this many attempts, none of them accepted, show that the stage is at fault.
+# At least this many attempts, none of them accepted, show that the stage is at fault; not where all
+# of them came within half of ALERT_AFTER, as while the stage was restarted.
 REFUSALS = 3
 
 # The first listener that sees it marks the stage until it is over. Paused stages are left as they
@@ -182,7 +183,7 @@ WITH stage AS (
            min(waiting_since) IS NOT NULL AS was_waiting, min(refusing_since) AS refusing_since
     FROM pipeline_stages GROUP BY stage
 ), tried AS (
-    SELECT stage, count(*) AS attempts,
+    SELECT stage, count(*) AS attempts, max(finished_at) - min(finished_at) AS span,
            max(finished_at) FILTER (WHERE outcome = 'succeeded') AS accepted_at,
            (array_agg(error ORDER BY finished_at DESC))[1] AS last_error
     FROM stage_attempts
@@ -194,7 +195,9 @@ WITH stage AS (
            s.refusing_since IS NOT NULL AS was_refusing,
            CASE WHEN s.paused THEN s.was_waiting
                 ELSE due.oldest < now() - make_interval(secs => %(after)s) IS TRUE END AS waiting,
-           (s.refusing_since IS NOT NULL OR tried.attempts >= %(refusals)s) IS TRUE
+           (s.refusing_since IS NOT NULL
+            OR tried.attempts >= %(refusals)s
+               AND tried.span >= make_interval(secs => 0.5 * %(after)s)) IS TRUE
                AND (greatest(tried.accepted_at, taken.at)
                     > coalesce(s.refusing_since, '-infinity')) IS NOT TRUE AS refusing
     FROM stage AS s

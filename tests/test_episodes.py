@@ -160,6 +160,7 @@ def test_stage_that_accepts_nothing_is_told_once_and_when_it_is_over(database, s
     jobs = [database.add_job("img_gen", "done") for _ in range(4)]
     for job in jobs[:2]:
         database.rows(TRIED, "retry", job)
+        let_pass(database, 150)
     assert look(database, sent) == []
     database.rows(TRIED, "retry", jobs[2])
     assert look(database, sent) == [("refusing", "vlm_analyze")]
@@ -169,10 +170,23 @@ def test_stage_that_accepts_nothing_is_told_once_and_when_it_is_over(database, s
     assert look(database, sent) == [("recovered", "vlm_analyze")]
 
 
+def test_stage_that_is_restarted_is_no_alert(database, sent):
+    jobs = [database.add_job("img_gen", "done") for _ in range(5)]
+    for job in jobs[:4]:
+        database.rows(TRIED, "held", job)
+        let_pass(database, 18)
+    assert look(database, sent) == []
+    let_pass(database, 300)
+    assert look(database, sent) == []
+    database.rows(TRIED, "held", jobs[4])
+    assert look(database, sent) == [("refusing", "vlm_analyze")]
+
+
 def test_stage_that_is_hardly_called_any_more_has_not_recovered(database, sent):
     jobs = [database.add_job("img_gen", "done") for _ in range(5)]
     database.rows("UPDATE stage_calls SET due_at = 'infinity'")
     for job in jobs[:3]:
+        let_pass(database, 150)
         database.rows(TRIED, "unknown", job)
     assert look(database, sent) == [("refusing", "vlm_analyze")]
     for job in (None, jobs[3]):
@@ -186,6 +200,7 @@ def test_stage_that_is_hardly_called_any_more_has_not_recovered(database, sent):
 def test_stage_that_works_on_a_call_it_has_taken_accepts_calls(database, sent):
     jobs = [database.add_job("img_gen", "done") for _ in range(4)]
     for job in jobs[:3]:
+        let_pass(database, 150)
         database.rows(TRIED, "held", job)
     database.rows("INSERT INTO stage_leases (job_id, call_id, attempt, stage, worker, started_at,"
                   " leased_until, working) SELECT job_id, call_id, 1, stage, 'w',"
