@@ -14,6 +14,7 @@ import pipeline
 from alerts import Alerts
 from calls import RESULTS, Result, as_json
 from db import execute
+from trigger import IF_OWED
 
 log = logging.getLogger("listener.trigger")
 
@@ -101,7 +102,7 @@ def reap(conn, settings: SimpleNamespace) -> None:
     for row in calls.reap(conn):
         limits = pipeline.full_limits(settings).get(row.stage)  # None: it has left PIPELINE
         most = limits.max_attempts if limits else settings.MAX_ATTEMPTS
-        then = f"{'포기' if row.spent >= most else '재시도'} (취소되지 않고 Job이 그대로면)"
+        then = f"{'포기' if row.spent >= most else '재시도'} ({IF_OWED})"
         if not row.is_owed:
             see = pipeline.typed("job", row.table_name, row.job_id)
             then = f"취소되었거나 Job 상태가 변경됨: {see}"

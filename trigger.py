@@ -263,6 +263,8 @@ def backoff(spent: int, retry_delay: float) -> float:
 
 # --- what the log says ---------------------------------------------------------------------
 
+IF_OWED = "취소되지 않고 Job이 그대로면"  # the condition of what happens next
+
 
 def about(call: Call, **more: Any) -> dict[str, Any]:
     row = {} if call.table == pipeline.JOBS.name else {"table": call.table, "id": call.key}
@@ -315,12 +317,12 @@ def log_end(call: Call, ended: Result) -> None:
 
 
 def what_next(call: Call, ended: Result) -> str:
-    if ended.outcome == "failed":
-        return f"포기: {pipeline.typed('retry', call.table, call.key)}"
+    if ended.outcome == "failed":  # a stage may have moved its job, which is not known yet
+        return f"포기 ({IF_OWED}): {pipeline.typed('retry', call.table, call.key)}"
     if ended.hold and ended.retry_after:
         return f"단계 보류 {ended.retry_after:.0f}초"
     if ended.hold:
         return "단계 보류, 응답할 때까지 간격을 늘려 재시도"
     then = "포기" if call.spent >= call.max_attempts and not ended.free else "재시도"
     when = "리스 만료 후" if ended.after_lease else f"{ended.delay:.1f}초 후"
-    return f"{when} {then} (취소되지 않고 Job이 그대로면)"
+    return f"{when} {then} ({IF_OWED})"

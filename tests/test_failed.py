@@ -134,6 +134,8 @@ def test_row_set_failed_is_recorded_told_once_and_shown(site, table, end):
     assert [line for line in process.lines if SET_FAILED in line] == [
         line for line in process.lines if SET_FAILED in line and said in line and "UPDATE" in line
     ]
+    # Where the log says `retry`, it says when: this row owes no call any more.
+    assert not [line for line in process.lines if "retry" in line and "Job이 그대로면" not in line]
     # A listener that starts later sends no second alert.
     again = site.start("run", "--once")
     assert again.wait() == 0

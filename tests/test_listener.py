@@ -66,7 +66,8 @@ def test_failed_call_is_logged_with_its_job_and_what_happens_next(database, api,
     last = process.wait_for_line("파이프라인 단계 실행 실패", count=2)
     assert f"job={job} stage=vlm_judge attempt=1/5 error=HTTP 500: out of memory\\nforged" in first
     assert "WARNING" in first and "재시도" in first
-    assert f"attempt=2/5 error=HTTP 400: no such image → 포기: ./jsl retry {job}" in last
+    assert "attempt=2/5 error=HTTP 400: no such image → 포기 (취소되지 않고 Job이" in last
+    assert last.endswith(f": ./jsl retry {job}")
     assert "ERROR" in last
 
 

@@ -50,7 +50,11 @@ def test_accepted_call_is_two_lines(database, accepting, caller):
             r"error=HTTP 500: oops → [0-9.]+초 후 재시도"
             r" \(취소되지 않고 Job이 그대로면\)$",
         ),
-        (error(404), "failed", r"error=HTTP 404 → 포기: ./jsl retry {job}$"),
+        (
+            error(404),
+            "failed",
+            r"error=HTTP 404 → 포기 \(취소되지 않고 Job이 그대로면\): ./jsl retry {job}$",
+        ),
         (error(503, "", "Retry-After: 9"), "held", r"error=HTTP 503 → 단계 보류 9초$"),
         (error(429), "held", r"error=HTTP 429 → 단계 보류, 응답할 때까지 간격을 늘려 재시도$"),
         (OK[:-1], "unknown", r"error=.* → 리스 만료 후 재시도"),

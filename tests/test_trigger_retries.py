@@ -60,7 +60,7 @@ def test_call_is_given_up_after_max_attempts(database, serve, caller):
     assert (owed.attempts, owed.worker) == (3, None)
     assert [request.headers["x-attempt"] for request in server.requests] == ["1", "2", "3"]
     assert len({request.headers["idempotency-key"] for request in server.requests}) == 1
-    assert [line for line in worker.lines if " ERROR " in line] == [worker.line("포기: ")]
+    assert [line for line in worker.lines if " ERROR " in line] == [worker.line(" → 포기 (")]
 
 
 def test_last_attempt_without_an_answer_is_given_up_once_its_lease_is_over(database, serve, caller):
