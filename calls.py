@@ -267,6 +267,26 @@ TELL = Statement("tell", f"SELECT {LOCKED} AS locked, pg_notify('{WAKE_CHANNEL}'
 # after 20 ms, and not only after lock_timeout.
 HURRY = Statement("hurry", "SELECT set_config('lock_timeout', '20ms', true)")
 
+# After a failure, extends leases that ran out meanwhile: the listeners that know the results could
+# not write them either. A lease is extended once, otherwise failures without an end would keep the
+# call of a lost listener from being made again. due_at is left as it was: before leased_until, it
+# tells that the lease was extended. This is part of the claim, so that both succeed or none.
+EXTEND = Statement(
+    "extend",
+    """
+WITH over AS (
+    SELECT l.call_id, l.attempt FROM stage_leases AS l
+    WHERE l.leased_until < now() + make_interval(secs => %(grace)s) AND NOT l.unanswered
+      AND EXISTS (SELECT FROM stage_calls AS c
+                  WHERE c.job_id = l.job_id AND c.call_id = l.call_id
+                    AND c.attempts = l.attempt AND c.due_at >= l.leased_until)
+    FOR UPDATE OF l SKIP LOCKED
+)
+UPDATE stage_leases AS l SET leased_until = now() + make_interval(secs => %(grace)s)
+FROM over WHERE l.call_id = over.call_id AND l.attempt = over.attempt
+""",
+)
+
 # A limit is exact because whoever claims locks its row first, in the order of the names, and
 # counts the leases in the next statement, whose snapshot is then newer. Also where nothing of the
 # stage is due: that statement may see a call that this one does not see yet.
@@ -535,6 +555,7 @@ def settle_and_claim(
     sweep: bool = False,
     only: tuple[Any, int, int] | None = None,
     hurry: bool = False,
+    grace: float = 0.0,
 ) -> Turn:
     """Settle all `results` and claim up to `free` calls: one round trip, one commit.
 
@@ -546,6 +567,7 @@ def settle_and_claim(
         sweep: also take calls that were never tried and whose time, by the clock, has not come.
         only: the row's id, the call's, and its attempts until now: claim this call, due or not.
         hurry: fail soon where something is locked.
+        grace: seconds by which to extend leases that ran out, see EXTEND; 0: they are over.
 
     Raises:
         psycopg2.Error: nothing was changed, unless the connection was lost.
@@ -567,6 +589,7 @@ def settle_and_claim(
         HURRY: hurry or not all(stage.waits for stage in wanted),
         PAY: paid, KEEP_TAKEN: taken, LIFT: lifting, POSTPONE: failures,
         HOLD: any(r.hold for r in failures),
+        EXTEND: claims and grace,
         LOCK_LIMITS: claims and any(stage.limited for stage in wanted), last: True,
     }  # fmt: skip
     params = {
@@ -579,6 +602,7 @@ def settle_and_claim(
         "free": free,
         "worker": worker,
         "sweep": sweep,
+        "grace": grace,
     }
     if only is not None:
         params["only"], params["only_call"], params["only_after"] = only
@@ -747,31 +771,6 @@ def give_back(conn, worker: str, keep: Iterable[int]):
     return execute(conn, GIVE_BACK, {"worker": worker, "keep": list(keep)}).fetchone()
 
 
-# Extends leases that ran out while the database was away, so that the listeners that know their
-# results can write them before another listener makes the calls again. Calls whose rows the
-# application has locked are skipped.
-WAIT_FOR_RESULTS = """
-WITH over AS (
-    SELECT c.job_id, c.call_id, c.attempts FROM stage_leases AS l CROSS JOIN LATERAL (
-        SELECT c.job_id, c.call_id, c.attempts FROM stage_calls AS c
-        WHERE c.job_id = l.job_id AND c.call_id = l.call_id AND c.attempts = l.attempt
-        LIMIT 1 FOR UPDATE SKIP LOCKED) AS c
-    WHERE l.leased_until < now() + make_interval(secs => %(seconds)s) AND NOT l.unanswered
-), leased AS (
-    UPDATE stage_leases AS l SET leased_until = now() + make_interval(secs => %(seconds)s)
-    FROM over WHERE l.call_id = over.call_id AND l.attempt = over.attempts
-)
-UPDATE stage_calls AS c SET due_at = now() + make_interval(secs => %(seconds)s) FROM over
-WHERE c.job_id = over.job_id AND c.call_id = over.call_id AND c.worker IS NOT NULL
-  AND c.due_at < 'infinity'
-"""
-
-
-def wait_for_results(conn, seconds: float) -> None:
-    """Let no listener take over a call for `seconds`, after the database was away."""
-    execute(conn, WAIT_FOR_RESULTS, {"seconds": seconds})
-
-
 # Deletes leases that have run out: the listener was lost, or an asynchronous stage did not finish
 # in time. Each gets a row in the history, unless the call got no answer: such a call got its row
 # when it ended. A result that arrives later gets a row of its own. A call that a person made before
@@ -809,10 +808,14 @@ FROM recorded AS r LEFT JOIN LATERAL (
 """
 
 
-def reap(conn) -> list:
+def reap(conn, grace: float = 0.0) -> list:
     """End the leases that have run out, each with a row in the history.
+
+    Args:
+        grace: seconds by which to extend them first, see EXTEND; 0: they are over.
 
     Returns:
         These rows, of which nobody has logged anything yet: see failures.reap().
     """
-    return execute(conn, REAP).fetchall()
+    sql = f"{EXTEND.sql};{REAP}" if grace else REAP
+    return execute(conn, sql, {"grace": grace}).fetchall()

@@ -64,8 +64,8 @@ CONNECTING = 100.0
 # How often to look whether a stage has let go of the row of a call that it has answered, and to
 # give back claims that were not begun.
 AGAIN_EVERY = 1.0
-# Seconds that other listeners get to connect, besides their delays, before their calls are taken
-# over.
+# After a failure, seconds that other listeners get to connect and settle, besides their delays,
+# before their calls are taken over.
 RECONNECTING = 5.0
 # After a lost connection, a statement that was sent on it may still take effect for so long.
 DOUBTFUL = 600.0
@@ -104,6 +104,7 @@ class Listener:
         self.has_obeyed = False  # the first request to stop
         self.reason, self.repeats = "", 0  # of the lost connection
         self.is_away = False  # the database; else it has refused a statement
+        self.has_failed = False  # a turn, since the last claim that succeeded
         # time.monotonic() since which no call of any stage could be claimed
         self.stuck_since: float | None = None
         self.is_stuck_told = False
@@ -189,9 +190,6 @@ class Listener:
         self.hearing.listen(conn, silent=announced == "nothing")
         self.workers.conn = conn
         self.give_back(conn)
-        if self.is_away:  # others may have results that they could not write either
-            seconds = 2 * self.settings.JOB_STATE_LISTENER_RECONNECT_DELAY + RECONNECTING
-            calls.wait_for_results(conn, seconds)
         self.claiming.claim_at = self.claiming.sweep_at = 0.0
 
     def end_waiting(self, conn: db.Connection) -> None:
@@ -210,7 +208,7 @@ class Listener:
                 claimed = self.settle_and_claim(conn)
             except psycopg2.Error as error:
                 if not isinstance(error, db.ConnectionLost):  # it must run even if no turn succeeds
-                    self.upkeep.run(conn, self.claiming.unclaimable)
+                    self.upkeep.run(conn, self.claiming.unclaimable, self.grace)
                 raise
             for call in claimed:
                 self.workers.give(call)
@@ -222,7 +220,7 @@ class Listener:
                     trigger.log_begin(call)
             self.claiming.ask_when(conn)
             self.hosts.ping(conn)
-            self.upkeep.run(conn, self.claiming.unclaimable)
+            self.upkeep.run(conn, self.claiming.unclaimable, self.grace)
             ready = self.wait(min(self.next_turn, self.upkeep.next_run), conn)
             self.collect(ready)
             if conn in ready or conn.notifies:
@@ -233,7 +231,7 @@ class Listener:
     def wait_to_reconnect(self, error: Exception) -> None:
         """Say what happened, each reason once and then only counted; calls under way go on."""
         said = ops.first_line(error) if isinstance(error, psycopg2.Error) else str(error)
-        self.is_away = isinstance(error, db.ConnectionLost)
+        self.is_away, self.has_failed = isinstance(error, db.ConnectionLost), True
         reason = " ".join(f"{type(error).__name__}: {said}".split())
         delay = self.settings.JOB_STATE_LISTENER_RECONNECT_DELAY * random.uniform(0.5, 1.0)
         if reason != self.reason:
@@ -291,6 +289,15 @@ class Listener:
     def is_doubtful(self) -> bool:
         """Whether there may be a claim of ours that is not under way."""
         return self.has_unbegun or time.monotonic() < self.doubtful_until
+
+    @property
+    def grace(self) -> float:
+        """Seconds by which leases are extended that ran out while something failed here: what kept
+        this listener from claiming may have kept another from settling.
+        """
+        if not (self.has_failed or self.claiming.unclaimable):
+            return 0.0
+        return 2 * self.settings.JOB_STATE_LISTENER_RECONNECT_DELAY + RECONNECTING
 
     # --- one turn ---
 
@@ -368,13 +375,19 @@ class Listener:
     ) -> Turn:
         """Settle these results and claim calls of these stages, in parts where that fails."""
         try:
-            turn = calls.settle_and_claim(conn, results, wanted, free, self.name, sweep=sweep)
+            turn = calls.settle_and_claim(
+                conn, results, wanted, free, self.name, sweep=sweep, grace=self.grace
+            )
+            self.has_failed = self.has_failed and not (free and wanted)
         except db.ConnectionLost:
             raise
         except psycopg2.Error as error:
+            self.has_failed = True
             if not self.claiming.is_logged(error):
                 log.warning("한 건씩 다시 시도: %s", ops.first_line(error))
-            turn = one_by_one.settle_and_claim(conn, results, wanted, free, self.name, sweep=sweep)
+            turn = one_by_one.settle_and_claim(
+                conn, results, wanted, free, self.name, sweep=sweep, grace=self.grace
+            )
             for given_up in turn.given_up:
                 failures.tell_given_up(self.alerts, given_up)
         self.claiming.note_unclaimable(conn, turn)

@@ -96,14 +96,16 @@ CALL_OF = "SELECT call_id, attempts FROM stage_calls WHERE job_id = %(job_id)s A
 
 def claim_many(
     conn, free: int, worker: str = "w", stages=STAGES, results=(), lease: float = 60,
-    sweep: bool = False, only: Any = None, **given,
+    sweep: bool = False, only: Any = None, grace: float = 0.0, **given,
 ) -> Turn:  # fmt: skip
     """Settle `results` and claim up to `free` calls."""
     found = wanted(stages, lease, free, **given)
     if only is not None:  # the call of a job
         row = db.execute(conn, CALL_OF, {"job_id": only}).fetchone()
         only = (only, *(row or (-1, 0)))
-    return calls.settle_and_claim(conn, results, found, free, worker, sweep=sweep, only=only)
+    return calls.settle_and_claim(
+        conn, results, found, free, worker, sweep=sweep, only=only, grace=grace
+    )
 
 
 def claim(conn, worker: str = "w", stages=STAGES, settled: Result | None = None, **given):

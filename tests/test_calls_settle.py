@@ -340,20 +340,27 @@ def test_accepted_call_is_not_made_again_while_one_of_our_tables_is_locked(datab
     assert [one.attempt for one in database.attempts(row.key)] == [1]
 
 
-def test_calls_whose_leases_ran_out_while_the_database_was_away_wait_for_their_results(
-    database, conn
-):
+def test_leases_that_ran_out_during_a_failure_are_extended_once(database, conn):
     for _ in range(2):
         database.add_job()
     answered, unanswered = claim_many(conn, 2).claimed
     again = result(unanswered, "unknown", error="no answer", delay=0.0, after_lease=True)
     settle(conn, again)
     database.rows(LEASE_OVER)
-    calls.wait_for_results(conn, 60.0)
-    calls.reap(conn)
+    assert calls.reap(conn, grace=60.0) == []
     assert [row.key for row in claim_many(conn, 2).claimed] == [unanswered.key]
-    assert settle(conn, result(answered))
-    assert [one.outcome for one in database.attempts(answered.key)] == ["succeeded"]
+    database.rows("UPDATE stage_leases SET leased_until = now()")  # and its listener is gone
+    [row] = claim_many(conn, 2, grace=60.0).claimed
+    assert (row.key, row.taken_over) == (answered.key, True)
+
+
+def test_result_is_written_in_the_grace_after_a_failure(database, conn):
+    database.add_job()
+    row = claim(conn)
+    database.rows(LEASE_OVER)
+    assert claim_many(conn, 1, grace=60.0).claimed == []
+    assert settle(conn, result(row))
+    assert [one.outcome for one in database.attempts(row.key)] == ["succeeded"]
 
 
 def test_fault_of_more_than_one_row_gives_nothing_up(database, conn):

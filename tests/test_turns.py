@@ -9,7 +9,17 @@ from itertools import pairwise
 import psycopg2
 import pytest
 from asynchronous import PIPELINE
-from claims import SHORT_WAIT, STAGES, claim_many, result, set_clock_back, settle, wanted
+from claims import (
+    LEASE_OVER,
+    SHORT_WAIT,
+    STAGES,
+    claim,
+    claim_many,
+    result,
+    set_clock_back,
+    settle,
+    wanted,
+)
 from conftest import ROOT
 from faults.test_claims import with_idle_worker
 from raw_server import OK, in_turn
@@ -481,6 +491,37 @@ def test_turn_in_parts_waits_once_for_a_locked_table(database, caller):
     turn = one_by_one.settle_and_claim(caller("http://127.0.0.1:1").conn, [], wanted(), 4, "w")
     waits = [error.diag.message_primary for error in turn.unclaimable.values()]
     assert waits == ["500ms", *["20ms"] * 4]
+
+
+@pytest.mark.parametrize(
+    ("table", "mode"),
+    [("stage_calls", "SHARE"), ("stage_calls", "ACCESS EXCLUSIVE"), ("stage_leases", "SHARE")],
+)
+def test_call_whose_lease_ran_out_while_our_tables_were_locked_is_not_taken_over(
+    database, conn, caller, table, mode
+):
+    """Its result could not be written either."""
+    calling, job = caller("http://127.0.0.1:1"), database.add_job()
+    listener = with_idle_worker(calling.listener)
+    db.execute(calling.conn, SHORT_WAIT)
+    accepted = result(claim(conn))
+
+    def turn() -> list:
+        listener.claiming.sweep_at = 0.0
+        claimed = listener.settle_and_claim(calling.conn)
+        listener.upkeep.tasks[0].do(calling.conn)
+        return claimed
+
+    with contextlib.closing(database.connect()) as other:
+        other.cursor().execute(f"BEGIN; LOCK TABLE {table} IN {mode} MODE")
+        with pytest.raises(psycopg2.errors.LockNotAvailable):
+            settle(conn, accepted)
+        other.cursor().execute(LEASE_OVER)
+        assert turn() == []
+        other.commit()
+    assert turn() == []
+    assert settle(conn, accepted)
+    assert [(one.attempt, one.outcome) for one in database.attempts(job)] == [(1, "succeeded")]
 
 
 OTHERS = Table("others", id="job_variants_id", parent=("jobs", "job_id"))
