@@ -3,7 +3,7 @@ are told.
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,25 +37,24 @@ WHERE (j.current_step, j.status) = (r.stage, 'failed')
 """
 
 
-def note(conn, results: Sequence[Result]) -> dict[int, bool]:
+def note(conn, results: Sequence[Result]) -> None:
     """Note in failed `results` that their stage has set the row to failed, which is final unless
     another call follows from that; or that a person has cancelled the call.
-
-    Returns:
-        As failed_by_stage().
     """
     is_routed = failed_by_stage(conn, results)
     note_cancelled(conn, results)
     for result in results:
         if result.call_id in is_routed:
             result.error = f"{(result.error or '')[:1900]} ({SET_FAILED})"  # 2,000 are recorded
-            if not is_routed[result.call_id]:
+            if is_routed[result.call_id]:
+                result.is_told = True  # what becomes of the next call is told
+            else:
                 result.outcome, result.delay, result.hold = "failed", None, False
-    return is_routed
+                result.is_set_failed = True
 
 
 def failed_by_stage(conn, results: Iterable[Result]) -> dict[int, bool]:
-    """By call_id of the calls whose stage has set the row to failed: whether a stage follows.
+    """By call_id of the calls whose stage has set the row to failed: whether a call follows.
 
     Only of calls that were sent and not accepted, and not of a table that cannot be read: the look
     for rows that rest finds its rows later.
@@ -124,17 +123,12 @@ def about(row: Any, **more: Any) -> dict[str, Any]:
     return logs.about(**ids, stage=row.stage, duration=round(row.seconds, 3), **more)
 
 
-def tell(alerts: Alerts, ended: Result, is_routed: Mapping[int, bool]) -> None:
-    """Tell people of a result that is no success, unless they were told, or a call follows.
-
-    Args:
-        is_routed: as of note().
-    """
-    if ended.call_id not in is_routed:
-        if not ended.is_told:
-            tell_given_up(alerts, ended)
-    elif not is_routed[ended.call_id]:
+def tell(alerts: Alerts, ended: Result) -> None:
+    """Tell people of a result that is given up, unless they were told; note() comes before."""
+    if ended.is_set_failed:
         tell_set_failed(alerts, ended)
+    elif not ended.is_told:
+        tell_given_up(alerts, ended)
 
 
 def tell_given_up(alerts: Alerts, ended: Result) -> None:

@@ -8,7 +8,6 @@ import math
 import select
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -84,10 +83,10 @@ class Unwritten:
         a person has cancelled; then tell people.
         """
         untold = [r for r in self.results if r.is_failure and not r.is_told]
-        is_routed = failures.note(conn, untold)
+        failures.note(conn, untold)
         for result in untold:
-            failures.tell(self.alerts, result, is_routed)
-            result.is_told = result.outcome == "failed" or result.call_id in is_routed
+            failures.tell(self.alerts, result)
+            result.is_told = result.is_told or result.outcome == "failed"
 
     def note_settled(self, turn: Turn) -> None:
         """Forget what is settled; keep what was refused, and results of calls whose rows are
@@ -140,33 +139,35 @@ class Unwritten:
 # --- where there is none -------------------------------------------------------------------
 
 
-class Settled(NamedTuple):
-    """A result as it was written; `is_routed` as of failures.note()."""
-
-    result: Result
-    is_routed: Mapping[int, bool]
-    is_new: bool = True  # the history did not have it before
-
-
-def settle(conn: db.Connection, result: Result) -> Settled:
+def settle(conn: db.Connection, result: Result) -> Result:
     """Settle `result`. Where the call has failed and its stage still holds the row, try again for a
     while. Nothing is logged until it is written, unless the database refuses something: the output
     may be stuck.
+
+    Returns:
+        The result as it was written.
 
     Raises:
         psycopg2.Error: whether it is written is not known.
     """
     settled, until = replace(result), time.monotonic() + LOCKED_FOR
     while True:
-        is_routed = failures.note(conn, [settled])
+        failures.note(conn, [settled])
         turn = one_by_one.settle_and_claim(conn, [settled], [], 0, result.worker)
         if turn.refusal:
             raise turn.refusal
         may_leave = not settled.is_failure or time.monotonic() >= until
         if may_leave or not turn.locked:
-            return Settled(turn.given_up[0] if turn.given_up else settled, is_routed)
+            return turn.given_up[0] if turn.given_up else settled
         settled = replace(result, hold=False)  # its hold has begun
         time.sleep(LOCKED_EVERY)
+
+
+class Settled(NamedTuple):
+    """A result as it was written, and whether the history did not have it before."""
+
+    result: Result
+    is_new: bool
 
 
 def settle_within_lease(
@@ -187,8 +188,7 @@ def settle_within_lease(
             with contextlib.closing(db.connect(settings, name, True, first=first)) as conn:
                 if is_new is None:
                     is_new = not is_recorded(conn, result)
-                settled = settle(conn, result)
-            return settled._replace(is_new=is_new)
+                return Settled(settle(conn, result), is_new)
         except psycopg2.Error as error:
             left = call.leased_until - boottime()
             if left <= 0:

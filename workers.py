@@ -363,7 +363,7 @@ def settle_without_listener(settings: SimpleNamespace, call: Call, result: Resul
     signal.setitimer(signal.ITIMER_REAL, TELLING)
     if settled.is_new:
         alerts = Alerts(settings)
-        failures.tell(alerts, settled.result, settled.is_routed)
+        failures.tell(alerts, settled.result)
         trigger.log_end(call, result)
         log.warning("리스너가 사라져 워커가 결과를 기록함: job=%s stage=%s outcome=%s",
                     call.job_id, call.stage, settled.result.outcome)  # fmt: skip

@@ -37,7 +37,6 @@ from ops.rows import RowCommand
 from ops.table import clock, counted, plain
 from ops.text import Text
 from pipeline import Call
-from settling import Settled
 
 # --- the statements -----------------------------------------------------------------------
 
@@ -191,7 +190,7 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
     settled = settle(conn, settings, call, ended)
     if is_made:  # else it has been logged
         trigger.log_end(call, ended)
-    failures.tell(alerts, settled.result, settled.is_routed)
+    failures.tell(alerts, settled)
     alerts.close()
     if ended.error == checks.OUTDATED:
         back = rows.way_to_join(row, claim.join_of, call.stage)
@@ -200,10 +199,10 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
                       f"where none runs: {back}")  # fmt: skip
     if ended.outcome == "skipped":
         raise Problem(why_nothing_owed(conn, rows.find(conn, row.key, row.table_name), stage))
-    return settled.result.is_accepted
+    return settled.is_accepted
 
 
-def settle(conn, settings: SimpleNamespace, call: Call, ended: calls.Result) -> Settled:
+def settle(conn, settings: SimpleNamespace, call: Call, ended: calls.Result) -> calls.Result:
     """Settle what came of `call`; where that fails, on other connections until its lease is over.
 
     Raises:
@@ -213,7 +212,7 @@ def settle(conn, settings: SimpleNamespace, call: Call, ended: calls.Result) -> 
         return settling.settle(conn, ended)
     try:
         name = db.CALL_APPLICATION + call.listener
-        return settling.settle_within_lease(settings, name, call, ended)
+        return settling.settle_within_lease(settings, name, call, ended).result
     except psycopg2.Error:
         said = f"the result of this call to {call.stage} ({ended.outcome}) could not be recorded"
         then = "it will be made again, unless its row moves on"
