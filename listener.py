@@ -322,7 +322,7 @@ class Listener:
         self.unwritten.mark_and_tell_failed(conn)
         wanted, *others = self.claiming.wanted(free, self.workers.calls, sweep)
         leased_from = boottime()  # before the claim is sent
-        turn = self.settle_and_claim_once(conn, self.unwritten.results, wanted, free, sweep)
+        turn = self.at_once_or_one_by_one(conn, self.unwritten.results, wanted, free, sweep)
         self.note_settled(conn, turn)
         if turn.refusal:
             raise turn.refusal
@@ -365,7 +365,7 @@ class Listener:
             if now >= look.at:
                 look.run(conn)
 
-    def settle_and_claim_once(
+    def at_once_or_one_by_one(
         self,
         conn: db.Connection,
         results: list[Result],
@@ -373,7 +373,7 @@ class Listener:
         free: int,
         sweep: bool,
     ) -> Turn:
-        """Settle these results and claim calls of these stages, in parts where that fails."""
+        """Settle these results and claim calls of these stages; one by one where that fails."""
         try:
             turn = calls.settle_and_claim(
                 conn, results, wanted, free, self.name, sweep=sweep, grace=self.grace
@@ -420,7 +420,7 @@ class Listener:
         while others and turn.asked_at and len(turn.claimed) < free:
             try:
                 left = free - len(turn.claimed)
-                turn.add(self.settle_and_claim_once(conn, [], others.pop(0), left, sweep))
+                turn.add(self.at_once_or_one_by_one(conn, [], others.pop(0), left, sweep))
             except psycopg2.Error:
                 if not turn.claimed:
                     raise
