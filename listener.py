@@ -222,6 +222,7 @@ class Listener:
             self.hosts.ping(conn)
             self.upkeep.run(conn, self.claiming.unclaimable, self.grace)
             ready = self.wait(min(self.next_turn, self.upkeep.next_run), conn)
+            self.run_beside(conn)
             self.collect(ready)
             if conn in ready or conn.notifies:
                 self.hear(conn)
@@ -248,7 +249,9 @@ class Listener:
         self.doubtful_until = time.monotonic() + DOUBTFUL
         while time.monotonic() < until and not self.finished():
             self.workers.start_missing()
-            self.collect(self.wait(until))
+            ready = self.wait(until)
+            self.run_beside()
+            self.collect(ready)
 
     def tell_stuck(self, reason: str) -> None:
         """Tell people where nothing could be claimed for ALERT_AFTER seconds."""
@@ -464,13 +467,8 @@ class Listener:
         return min(times)
 
     def wait(self, until: float, conn: db.Connection | None = None) -> list:
-        """Sleep until something can be read, or until time.monotonic() is `until`.
-
-        Returns:
-            What can be read.
-
-        Raises:
-            hosts.OldPrimary: the listener is connected to one.
+        """Sleep until something can be read, or until time.monotonic() is `until`; what can be
+        read.
         """
         self.obey()  # a signal that came during a statement wakes no select() any more
         if self.is_ending:
@@ -487,7 +485,6 @@ class Listener:
         if self.signals in ready:
             self.signals.drain()
         self.obey()
-        self.run_beside(conn)
         return ready
 
     @property
@@ -506,15 +503,19 @@ class Listener:
             doing = "making calls" if self.workers.calls else "waiting for a job to change"
         return f"{OTHER_PIPELINE}; {doing}" if self.upkeep.differs_since is not None else doing
 
-    def run_beside(self, conn: db.Connection | None) -> None:
-        """See to what runs beside the loop: alerts, the other hosts of the database, orphans."""
+    def run_beside(self, conn: db.Connection | None = None) -> None:
+        """See to what runs beside the loop: alerts, the other hosts of the database, orphans.
+
+        Raises:
+            hosts.OldPrimary: the listener is connected to one.
+        """
         self.alerts.run()
         if problem := self.hosts.look():
             log.error("프라이머리가 둘: %s", problem)
             self.alerts.send("split_brain", problem)
         if conn:
             self.hosts.require_latest()
-        if self.signals.child_ended:
+        if self.signals.child_ended:  # workers.collect(), which comes next, resets it
             reap_orphans([*self.workers.pids, *self.alerts.pids, *self.hosts.pids])
 
     def obey(self) -> None:
