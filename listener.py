@@ -101,7 +101,7 @@ class Listener:
         self.has_unbegun = False
         self.is_installed = False  # whether the database has this PIPELINE
         self.refusal: ops.Problem | None = None  # why this program must not go on
-        self.has_obeyed = False  # the first request to stop
+        self.has_told_stop = False  # said, after the first request to stop, what is waited for
         self.reason, self.repeats = "", 0  # of the lost connection
         self.is_away = False  # the database; else it has refused a statement
         self.has_failed = False  # a turn, since the last claim that succeeded
@@ -519,7 +519,9 @@ class Listener:
             reap_orphans([*self.workers.pids, *self.alerts.pids, *self.hosts.pids])
 
     def obey(self) -> None:
-        """The first signal: claim no more. The second: exit at once; leases protect the calls."""
+        """After the first request to stop, say what is waited for: no more calls are claimed, see
+        is_stopping. After the second, exit at once; leases protect the calls.
+        """
         stops = self.signals.stops
         results = len(self.unwritten.results) + len(self.unwritten.locked_failures)
         if len(stops) > 1:
@@ -528,8 +530,8 @@ class Listener:
                             len(self.workers.calls), results)  # fmt: skip
             self.workers.kill_all()
             raise SystemExit(128 + stops[-1])
-        if stops and not self.has_obeyed:
-            self.has_obeyed = True
+        if stops and not self.has_told_stop:
+            self.has_told_stop = True
             waited = ", ".join(f"{call.stage} {call.job_id}" for call in self.workers.calls)
             once_more = "한 번 더 요청하면 바로 중지"
             if waited:

@@ -213,6 +213,7 @@ class Workers:
         """What has come back, also of calls whose worker died or came to its deadline."""
         ready, now = set(ready), time.monotonic()
         ended: list[tuple[Call, Result]] = []
+        # Reset before the processes are looked at: one that ends meanwhile sets it again.
         children, self.signals.child_ended = self.signals.child_ended, False
         if children:
             self.dying = [pid for pid in self.dying if not os.waitpid(pid, os.WNOHANG)[0]]
@@ -221,6 +222,7 @@ class Workers:
                 worker.send()
             if not (worker in ready or children or now >= worker.until):
                 continue
+            # Asked before reading: of a process that has ended, all that it sent is then read.
             call, has_ended = worker.call, worker.has_ended()
             result = result_from(worker)
             if call is not None and result is not None:
