@@ -61,13 +61,13 @@ HEARTBEAT_MARGIN = 20.0
 # Seconds that a heartbeat allows for connecting to one host. Without a DNS server that answers,
 # resolving its name takes more than 40, and then each address may take connect_timeout.
 CONNECTING = 100.0
-# How often to look whether a stage has let go of the row of a call that it has answered, and to
-# give back claims that were not begun.
+# Seconds between two tries to settle results whose rows their stages hold, and to give back claims
+# that were not begun.
 AGAIN_EVERY = 1.0
 # After a failure, seconds that other listeners get to connect and settle, besides their delays,
 # before their calls are taken over.
 RECONNECTING = 5.0
-# After a lost connection, a statement that was sent on it may still take effect for so long.
+# Seconds for which a statement that was sent on a lost connection may still take effect.
 DOUBTFUL = 600.0
 
 
@@ -114,7 +114,7 @@ class Listener:
     # --- connect, work, and once more ---
 
     def serve(self) -> None:
-        """Work until told to stop; a result that is not written yet outlasts even that.
+        """Work until told to stop, and on until every result is written.
 
         Raises:
             ops.Problem: the database does not know this PIPELINE.
@@ -207,14 +207,14 @@ class Listener:
             try:
                 claimed = self.settle_and_claim(conn)
             except psycopg2.Error as error:
-                if not isinstance(error, db.ConnectionLost):  # it must run even if no turn succeeds
+                if not isinstance(error, db.ConnectionLost):  # upkeep runs though no turn succeeds
                     self.upkeep.run(conn, self.claiming.unclaimable, self.grace)
                 raise
             for call in claimed:
                 self.workers.give(call)
             try:
                 self.hear(conn)  # notifications that came with the answer to the claim
-            finally:  # last, as the workers are at these calls; also where the connection is lost
+            finally:  # only now, so that no worker waits for it; also where the connection is lost
                 self.hearing.log()
                 for call in claimed:
                     trigger.log_begin(call)
@@ -243,7 +243,7 @@ class Listener:
                 self.alerts.send("split_brain", str(error))
         self.tell_stuck(reason)
         self.repeats += 1
-        if self.repeats & (self.repeats - 1) == 0:
+        if self.repeats & (self.repeats - 1) == 0:  # 1, 2, 4, 8 and so on
             log.warning("재연결 시도: %.1f초 후 (%d번째): %s", delay, self.repeats, reason[:200])
         until = time.monotonic() + delay
         self.doubtful_until = time.monotonic() + DOUBTFUL
@@ -410,7 +410,7 @@ class Listener:
         if any(result.delay is not None for result in self.unwritten.results):
             self.claiming.due_at = 0.0
         if any(result.outcome == TAKEN for result in self.unwritten.results):
-            self.move_look.ask()  # the row may have moved on before
+            self.move_look.ask()  # the row may have moved on before this was written
         self.unwritten.note_settled(turn)
         self.health.revive(conn, self.unwritten.call_ids)
 

@@ -92,9 +92,11 @@ class Trigger:
             posted = self.posted(call, by_hand)
             if posted is None or error is call.unanswered:
                 return ended
-            is_open = posted.outcome == "unknown" and posted.http_status is None  # as `ended` is
-            if ended.outcome == "unknown" and (is_open or posted.outcome in NOTHING_RUNS):
-                return ended  # another request of the stage function may still run
+            # "unknown": another request of the stage function may still run. That counts, unless
+            # call.post was accepted, or answered with what leaves it open as well (409, 502, …).
+            no_answer = posted.outcome == "unknown" and posted.http_status is None
+            if ended.outcome == "unknown" and (no_answer or posted.outcome in NOTHING_RUNS):
+                return ended
             posted.traceback = self.traceback_of(error)
             return posted
 

@@ -86,7 +86,7 @@ class Worker:
             self.unsent = self.unsent[self.end.send(self.unsent) :]
 
     def read(self) -> None:
-        """Take what has arrived. A closed end gives the process a moment to end by itself."""
+        """Take what has arrived. Once its socket is closed, the process has GRACE seconds left."""
         chunk = b"-" * CHUNK
         while len(chunk) == CHUNK:
             try:
@@ -203,7 +203,7 @@ class Workers:
         """Have `call` made by an idle worker, whose last result is written."""
         worker = self.idle[0]
         if worker.made >= CALLS or worker.has_ended():
-            with contextlib.suppress(OSError):  # where no process can be started, it goes on
+            with contextlib.suppress(OSError):  # the old one goes on where none can be started
                 self.all.append(self.start())
                 self.kill_and_remove(worker, has_ended=False)
                 worker = self.all[-1]
@@ -296,7 +296,8 @@ def live(
     code = 1
     try:
         if workers.conn is not None and not workers.conn.closed:
-            # Whatever happens in here, and however it ends, nothing can reach the server.
+            # The fork has copied the listener's connection. /dev/null takes the place of its
+            # socket, so that nothing done in here reaches the server, nor the end of this process.
             null = os.open(os.devnull, os.O_RDWR)
             os.dup2(null, workers.conn.fileno())
             os.close(null)
@@ -320,7 +321,7 @@ def make_calls(workers: Workers, end: socket.socket, shared_status: mmap.mmap) -
     """One call after the other, for as long as the listener lives."""
     last: tuple[Call, Result] | None = None
     for call in given(end):
-        last = None  # is written: only then does the listener give a worker its next call
+        last = None  # the result before is written, or the listener would not give another call
         if trigger.seconds_left(call) >= call.timeout:  # else it is released
             arm(call)
         call.shared_status = shared_status
