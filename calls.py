@@ -97,6 +97,14 @@ class Wanted(NamedTuple):
 
 PAID = ("succeeded", "skipped")  # outcomes after which nothing is owed any more
 TAKEN = "taken"  # 202 of an asynchronous stage: the call goes on without its worker
+# How the error of a given-up call begins that its stage has accepted: see one_by_one.py.
+DO_NOT_RETRY = "its stage has accepted it, do not retry it"
+
+
+def may_be_retried(error: str | None) -> bool:
+    """Whether a person may retry a call that was given up with this error."""
+    return not (error or "").startswith(DO_NOT_RETRY)
+
 
 # Results as rows, of the types that stage_attempts has.
 RESULTS = "SELECT * FROM json_populate_recordset(NULL::stage_attempts, %(results)s::json)"

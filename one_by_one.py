@@ -10,6 +10,7 @@ import psycopg2
 import calls
 from calls import (
     BEYOND_ASCII,
+    DO_NOT_RETRY,
     FENCE,
     HURRY,
     PAID,
@@ -174,7 +175,7 @@ WHERE {FENCE} AND c.due_at < 'infinity'
 
 def keep_from_repeating(conn, result: Result, error: psycopg2.Error) -> None:
     """Keep an accepted call from being made again, though its result is not written yet."""
-    why = f"its stage has accepted it, do not retry it: {' '.join(str(error).split())}"
+    why = f"{DO_NOT_RETRY}: {' '.join(str(error).split())}"
     results = as_json(conn, [replace(result, error=BEYOND_ASCII.sub(escaped, why))])
     with contextlib.suppress(psycopg2.Error):
         run(conn, [HURRY, KEEP_FROM_REPEATING], {"results": results})

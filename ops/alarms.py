@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pipeline
+from calls import may_be_retried
 from heartbeat import ALIVE
 from ops import waits
 from ops.listeners import OTHER_PIPELINE, refused
@@ -112,8 +113,9 @@ def of_stage(row: dict[str, Any], at: datetime) -> Iterator[Alarm]:
         yield Alarm(JOBS, "failed", what, readable(row["failed_reason"]), mend, stage)
     if row["given_up"]:
         what = f"{counted(row['given_up'], 'call')} given up"
-        # Of a stage that left PIPELINE: nobody calls it.
-        retry = None if row["position"] is None else f"{pipeline.JSL} retry --stage {stage}"
+        # Not of a stage that left PIPELINE: nobody calls it.
+        is_retried = row["position"] is not None and may_be_retried(row["last_error"])
+        retry = f"{pipeline.JSL} retry --stage {stage}" if is_retried else None
         yield Alarm(JOBS, "given_up", what, readable(row["last_error"]), retry, stage)
     if row["stalled"]:
         what = f"{counted(row['stalled'], rows)} stalled"

@@ -8,6 +8,7 @@ import click
 
 import db
 import pipeline
+from calls import may_be_retried
 from logs import CONTROL
 from ops import rows, waits
 from ops.problem import Problem
@@ -337,7 +338,7 @@ def owes(row: Any, call: Any) -> str:
         return "nothing" + misspelt(row)
     spent = counted(call.spent, "attempt")
     text = f"{call.stage} (call {call.call_id}, {spent} spent), {situation(call)}"
-    is_retried = call.given_up and rows.is_wanted(call)
+    is_retried = call.given_up and rows.is_wanted(call) and may_be_retried(call.last_error)
     return f"{text}; {one_line(typed('retry', row))}" if is_retried else text
 
 

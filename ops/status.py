@@ -16,6 +16,7 @@ import psycopg2
 import config
 import db
 import pipeline
+from calls import may_be_retried
 from heartbeat import ALIVE
 from ops import migrations
 from ops.limits import LIMIT_FIELDS, limits
@@ -187,8 +188,9 @@ def lines(found: dict[str, Any]) -> Iterator[Line]:
             yield f"{row['stage']:{longest}}  {text}", colour
     yield from ((pool_line(row), 0) for row in found["pools"])
     for kind, hint in HINTS.items():
-        # No retry helps where a stage left PIPELINE, which notes() says.
-        if any(row[kind] for row in found["stages"] if row["position"] is not None):
+        # No retry helps where a stage left PIPELINE, or has accepted the call: notes() says so.
+        if any(row[kind] for row in found["stages"] if row["position"] is not None
+               and (kind != "given_up" or may_be_retried(row["last_error"]))):  # fmt: skip
             yield hint, 0
     yield from listener_lines(found["listeners"])
     if problem := found["heartbeat_problem"]:

@@ -324,7 +324,9 @@ def test_stage_that_somebody_has_locked_keeps_no_result_from_being_written(datab
 
 
 @pytest.mark.parametrize("table", ["stage_attempts", "pipeline_stages"])
-def test_accepted_call_is_not_made_again_while_one_of_our_tables_is_locked(database, conn, table):
+def test_accepted_call_is_not_made_again_while_one_of_our_tables_is_locked(
+    database, conn, run_command, table
+):
     job = database.add_job()
     row = claim(conn)
     accepted = replace(result(row), after_hold=True)
@@ -334,6 +336,9 @@ def test_accepted_call_is_not_made_again_while_one_of_our_tables_is_locked(datab
         assert (turn.refused, turn.claimed) == ([accepted], [])
     owed = database.owed(job)  # people see what it is
     assert owed.given_up and owed.last_error.startswith("its stage has accepted it, do not retry")
+    assert "; ./jsl retry" not in run_command(database, "job", job).out
+    said = run_command(database, "status").out
+    assert "given up: its stage has accepted it" in said and "then retry" not in said
     assert database.rows("SELECT FROM stage_leases") == []
     settle(conn, accepted)
     assert database.owed(job) is None

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+from calls import may_be_retried
 from ops import job
 from ops.report.markup import Markup, attribute, join, section, span, state, table, text
 from ops.report.timelines import timelines
@@ -36,7 +37,8 @@ def row_actions(found: job.Found) -> Iterator[str]:
     given = {"id": found.row.key, "table": found.row.table_name}
     is_called = {call.stage for call in found.calling}
     for call in found.owed:
-        if call.stage not in is_called and is_wanted(call):
+        may_be_made = is_wanted(call) and may_be_retried(call.last_error)
+        if call.stage not in is_called and may_be_made:
             yield action_link("retry", f"Retry {call.stage}…", stage=call.stage, **given)
         yield action_link("cancel", f"Cancel {call.stage}…", stage=call.stage, **given)
     if found.row.is_there and (own := own_stage(found.row)) and own not in is_called:
