@@ -55,6 +55,7 @@ class Result:
     is_told: bool = False  # no alert is to be sent about it any more
     is_set_failed: bool = False  # its stage has set the row to failed, and no call follows
     was_locked: bool = False  # the last settling skipped it, as the row of its call was locked
+    is_risk_logged: bool = False  # that it is accepted, and may be made again: see one_by_one.py
     seconds: float = 0.0  # how long the attempt took, for the log
     traceback: str | None = None  # for the log: of a bug, or how its worker died after the answer
 

@@ -1,6 +1,5 @@
 """A turn that failed, done again: each result alone, then a claim of one call."""
 
-import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -174,11 +173,23 @@ WHERE {FENCE} AND c.due_at < 'infinity'
 
 
 def keep_from_repeating(conn, result: Result, error: psycopg2.Error) -> None:
-    """Keep an accepted call from being made again, though its result is not written yet."""
+    """Keep an accepted call from being made again, though its result is not written yet. Where the
+    database refuses that as well, say so once; the next turn tries it again.
+    """
     why = f"{DO_NOT_RETRY}: {' '.join(str(error).split())}"
     results = as_json(conn, [replace(result, error=BEYOND_ASCII.sub(escaped, why))])
-    with contextlib.suppress(psycopg2.Error):
+    try:
         run(conn, [HURRY, KEEP_FROM_REPEATING], {"results": results})
+    except ConnectionLost:
+        pass
+    except psycopg2.Error as refused:
+        if not result.is_risk_logged:
+            result.is_risk_logged = True
+            log.error(
+                "리스 만료 후 다시 확인됨 (그때까지 기록되지 않으면): %s stage=%s %s: %s",
+                *(row_name(result.table_name, result.job_id), result.stage),
+                *("its stage has accepted it", " ".join(str(refused).split())),
+            )
 
 
 # The call that a claim of this stage would take first: see DUE and DUE_IN_ORDER in calls.py.

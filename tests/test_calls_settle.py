@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import psycopg2
 import pytest
+from caller import logged
 from claims import LEASE_OVER, claim, claim_many, held, make_due, result, settle, wanted
 
 import calls
@@ -343,6 +344,19 @@ def test_accepted_call_is_not_made_again_while_one_of_our_tables_is_locked(
     settle(conn, accepted)
     assert database.owed(job) is None
     assert [one.attempt for one in database.attempts(row.key)] == [1]
+
+
+def test_accepted_call_that_cannot_be_kept_from_being_made_again_is_logged_once(database, conn):
+    job = database.add_job()
+    accepted = result(claim(conn))
+    with closing(database.connect()) as elsewhere, logged(database.settings()) as output:
+        elsewhere.cursor().execute("BEGIN; LOCK TABLE stage_attempts, stage_calls IN SHARE MODE")
+        for _ in range(2):
+            turn = one_by_one.settle_and_claim(conn, [accepted], [], 0, "w")
+            assert turn.refused == [accepted]
+    [line] = output.getvalue().splitlines()
+    assert " ERROR " in line and f"job={job} stage=vlm_analyze its stage has accepted it: " in line
+    assert not database.owed(job).given_up
 
 
 def test_leases_that_ran_out_during_a_failure_are_extended_once(database, conn):
