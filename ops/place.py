@@ -86,42 +86,46 @@ def require_place(conn) -> None:
     """Raises Problem where jobs is not where it was, or not where this role would find it, or
     something has one of our names.
     """
-    if found := list(taken(conn)) or list(misplaced(conn)):
+    lost = (f"{what}: {mend}" for what, mend in misplaced(conn))
+    if found := list(taken(conn)) or list(lost):
         raise Problem(f"{'; '.join(found)}; nothing was changed")
 
 
-def misplaced(conn) -> Iterator[str]:
+def misplaced(conn) -> Iterator[tuple[str, str]]:
+    """Where jobs is, if that is not where `install` could use it, and what to do about it."""
     jobs = db.execute(conn, JOBS).fetchone()
     hung = db.execute(conn, HUNG).fetchone()
     if jobs.schema is None and hung and hung.relation == "jobs":
         yield (
-            f"jobs is now in schema {hung.schema}, which is not on the search path: "
-            f"ALTER ROLE {hung.login} SET search_path = {hung.schema}, {jobs.ours}"
+            f"jobs is now in schema {hung.schema}, which is not on the search path",
+            f"ALTER ROLE {hung.login} SET search_path = {hung.schema}, {jobs.ours}",
         )
     elif jobs.schema is None and hung:
         yield (
-            f"there is no table jobs, but {hung.name} has our triggers and goes on recording "
-            f"calls: ALTER TABLE {hung.name} RENAME TO jobs"
+            f"there is no table jobs, but {hung.name} has our triggers and goes on recording calls",
+            f"ALTER TABLE {hung.name} RENAME TO jobs",
         )
     elif jobs.schema is None and jobs.ours:
         yield (
-            f"there is no table jobs, but our tables are in schema {jobs.ours}: restore or create "
-            f"{jobs.ours}.jobs, then install"
+            f"there is no table jobs, but our tables are in schema {jobs.ours}",
+            f"restore or create {jobs.ours}.jobs, then install",
         )
     elif jobs.schema is None:
         # Else install would make an empty table jobs, and rows of the existing one owe no call.
-        yield from (f"{what}: {mend}" for what, mend in elsewhere(conn))
-    elif jobs.schema and not jobs.is_table:
-        yield "jobs is no table, and a view can have no trigger of ours" + (
-            f"; {hung.name} has them and goes on recording calls: give the view another name, "
-            f"then ALTER TABLE {hung.name} RENAME TO jobs"
-            if hung
-            else ": give it another name"
+        yield from elsewhere(conn)
+    elif not jobs.is_table and hung:
+        yield (
+            f"jobs is no table, and a view can have no trigger of ours; {hung.name} has them and "
+            "goes on recording calls",
+            f"give the view another name, then ALTER TABLE {hung.name} RENAME TO jobs",
         )
+    elif not jobs.is_table:
+        yield "jobs is no table, and a view can have no trigger of ours", "give it another name"
     elif jobs.ours and not (jobs.is_installed_here or jobs.has_triggers):
         yield (
-            f"jobs is in schema {jobs.schema}, our tables in {jobs.ours}: ALTER TABLE jobs SET "
-            f"SCHEMA {jobs.ours}, or take {jobs.ours} off the search path to install once more"
+            f"jobs is in schema {jobs.schema}, our tables in {jobs.ours}",
+            f"ALTER TABLE jobs SET SCHEMA {jobs.ours}, or take {jobs.ours} off the search path to "
+            "install once more",
         )
 
 

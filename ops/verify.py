@@ -190,10 +190,11 @@ def check_version(conn) -> None:
 
 def check_rows(conn, settings) -> str:
     """The application's tables; all that is wrong with them."""
-    found = [Bad(fault.what, fault.mend) for fault in faults(conn)]
-    if db.execute(conn, COLUMNS, {"table": "jobs", "id": "job_id"}).fetchone().names is None:
-        hidden = [Bad(what, mend) for what, mend in place.elsewhere(conn)]
-        found = [*(hidden or [Bad("table jobs is missing", INSTALL)]), *found]
+    found = [Bad(what, mend) for what, mend in place.misplaced(conn)]
+    if not found:
+        found = [Bad(fault.what, fault.mend) for fault in faults(conn)]
+        if db.execute(conn, COLUMNS, {"table": "jobs", "id": "job_id"}).fetchone().names is None:
+            found = [Bad("table jobs is missing", INSTALL), *found]
     if found:
         raise Bad(str(found[0]), found[0].mend, found[1:])
     tables = pipeline.tables().values()
@@ -434,12 +435,16 @@ CHECKS: list[Callable] = [
 
 # These have nothing to say before `install`.
 OF_INSTALLED = (check_columns, check_privileges, check_locks, check_others)
+# These would find everything missing where jobs is elsewhere; check_rows() says where it is.
+OF_JOBS = (check_tables, check_columns, check_function, check_triggers)
 
 
 def run_checks(conn, settings) -> Iterator[tuple[bool, str]]:
     installed = db.execute(conn, rows.INSTALLED).fetchone()[0]
+    left_out = [*(() if installed else OF_INSTALLED)]
+    left_out += OF_JOBS if any(place.misplaced(conn)) else ()
     for one in CHECKS:
-        if one in OF_INSTALLED and not installed:
+        if one in left_out:
             continue
         try:
             if said := one(conn, settings):

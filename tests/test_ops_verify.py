@@ -11,6 +11,7 @@ import db
 from ops.check import LAG
 from ops.install import apply, objects, remove
 from ops.migrations import LATEST
+from ops.problem import Problem
 from ops.verify import check_stage_api, run_checks
 
 INSTALL = "./jsl install"
@@ -217,6 +218,43 @@ def test_database_with_nothing_in_it_has_every_problem(empty_database, run_comma
     assert "table jobs is missing" in found
     good = [line for line in done.lines if line.startswith("ok ")]
     assert not any(re.search("trigger|privileges|rights", line) for line in good), good
+
+
+# Each after the one before: what becomes of jobs, what verify says of it, and what to do.
+PLACES = [
+    (
+        "ALTER TABLE jobs RENAME TO old_jobs",
+        "there is no table jobs, but public.old_jobs has our triggers and goes on recording calls",
+        "ALTER TABLE public.old_jobs RENAME TO jobs",
+    ),
+    (
+        "CREATE VIEW jobs AS SELECT * FROM old_jobs",
+        "jobs is no table, and a view can have no trigger of ours; public.old_jobs has them and"
+        " goes on recording calls",
+        "give the view another name, then ALTER TABLE public.old_jobs RENAME TO jobs",
+    ),
+    (
+        "DROP VIEW jobs; ALTER TABLE old_jobs RENAME TO jobs;"
+        " CREATE SCHEMA app; ALTER TABLE jobs SET SCHEMA app",
+        "jobs is now in schema app, which is not on the search path",
+        "ALTER ROLE {} SET search_path = app, public",
+    ),
+    (
+        "DROP TABLE app.jobs",
+        "there is no table jobs, but our tables are in schema public",
+        "restore or create public.jobs, then install",
+    ),
+]
+
+
+def test_jobs_that_is_elsewhere_is_the_only_problem_and_install_tells_the_same(database, api):
+    for sql, what, mend in PLACES:
+        database.rows(sql)
+        found = [(what, mend.format(database.environ["DB_USER"]))]
+        assert checked(database, STAGE_API_URL=api.url) == found
+        with closing(db.connect(database.settings())) as conn, pytest.raises(Problem) as refused:
+            apply(conn)
+        assert str(refused.value) == ": ".join(found[0]) + "; nothing was changed"
 
 
 def test_column_that_an_earlier_version_lacks_is_for_install(database, run_command):
