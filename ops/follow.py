@@ -161,11 +161,15 @@ def is_end(row: Row) -> bool:
     """Whether the row may have reached its end. Some stages end with another status than `done`."""
     if row.step not in stages_of(row.table) or row.status == "failed":
         return False
-    wanted = {
+    return row.status == "done" or (row.table, row.step, "done") not in wanted()
+
+
+def wanted() -> set[tuple]:
+    """The states that a stage or a join waits for, as (table, step, status)."""
+    return {
         (key.table.name, key.step, key.status) if isinstance(key, State) else (JOBS, *key)
         for key in pipeline.pipeline()
     }
-    return row.status == "done" or (row.table, row.step, "done") not in wanted
 
 
 # --- following them ------------------------------------------------------------------------
@@ -177,7 +181,8 @@ class Follower:
     def __init__(self, conn, job_id: str, limits: dict[str, float], stays: bool):
         self.conn, self.job_id, self.limits, self.stays = conn, job_id, limits, stays
         self.first: dict[Row, tuple] = {}  # the state in which each row was first seen
-        self.through: dict[Row, float] = {}  # when it was through with its last stage
+        # When it was through with its last stage, or first seen in a state that has one.
+        self.through: dict[Row, float] = {}
         self.printed: set[tuple[Row, str]] = set()
         self.width = max(15, *map(len, pipeline.stage_names()))
 
@@ -213,8 +218,10 @@ class Follower:
     def show(self, look: Look) -> None:
         """Print the rows and the hops that are new."""
         for row in look.rows:
+            if row not in self.through and (row.table, *row.state) in wanted():
+                self.through[row] = look.now
             if row not in self.first:
-                self.first[row], self.through[row] = row.state, self.since
+                self.first[row] = row.state
                 if row.table != JOBS:
                     click.echo(plain(f"  with {row.table} {row.key}: ({row.step}, {row.status})"))
         for (row, stage), hop in look.hops.items():
@@ -231,15 +238,15 @@ class Follower:
                              f"took {hop.finished - hop.called:6.2f} s{tries}{of}"))  # fmt: skip
 
     def due_since(self, look: Look, row: Row, stage: str) -> float:
-        """When the call became due: at the end of the stage before it, or, for a join, at the end
-        of its last child's.
+        """When the call became due: when its row was through with the stage before, or, for a join,
+        the last of its children. One that was never seen before its call did not wait.
         """
-        ended = [self.through[row]]
+        rows = [row]
         for route, function in pipeline.routes().items():
             if route.join and (route.table, function.__name__) == (row.table, stage):
                 child = pipeline.joins()[route.join].table.name
-                ended += [self.through[one] for one in look.children(row, child)]
-        return max(ended)
+                rows += look.children(row, child)
+        return max((self.through[one] for one in rows if one in self.through), default=look.now)
 
     def lost(self, look: Look) -> list[Row]:
         """The rows in a state that PIPELINE does not lead to."""

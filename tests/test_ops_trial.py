@@ -15,6 +15,7 @@ import history
 from demo.stage_api import StageApi
 from demo.stage_server import Answer
 from ops import trial
+from ops.follow import Follower, Look
 from signals import STOPPING
 
 STAGES = ["vlm_analyze", "yolo_detect", "planner", "overlay", "vlm_judge"]
@@ -138,6 +139,38 @@ def test_paused_stage_is_named_with_who_did_it(database, run_command, running):
     assert re.search(r"stalls at vlm_analyze: held by \S+: new GPU", done.err)
     assert "to look at it, run test-job without --clean" in done.err and "look with" not in done.err
     assert database.value("SELECT count(*) FROM jobs") == 0
+
+
+TRIED = """
+INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, stage, worker, started_at,
+                            finished_at, outcome)
+VALUES (%s, %s, 1, 1, %s, 'w', to_timestamp(%s), to_timestamp(%s), 'succeeded')
+"""
+
+
+def test_row_that_a_stage_has_made_waits_from_when_something_follows_from_it(variants, capsys):
+    database, job = variants.database, variants.database.add_job("img_gen", "done")
+    with connected(database) as conn:
+        follower = Follower(conn, job, {}, stays=True)
+        follower.since = 0
+
+        def shown(now: float) -> list[str]:
+            look = Look(conn, job)
+            look.now = now
+            follower.show(look)
+            return re.findall("waited.*", capsys.readouterr().out)
+
+        shown(100)
+        [ready] = variants.add(job, "img_gen", "done")
+        [queued] = variants.add(job, "img_gen", "queued")
+        shown(200)
+        variants.move(queued, "img_gen", "done")
+        shown(300)
+        for row, called in (ready, 305), (queued, 306):
+            database.rows(TRIED, row, "jobs_variants", "yolo_detect", called, called + 2)
+            variants.move(row, "yolo_detect", "done")
+        assert shown(400) == [f"waited 105.00 s, took   2.00 s  {ready[:8]}…",
+                              f"waited   6.00 s, took   2.00 s  {queued[:8]}…"]  # fmt: skip
 
 
 def test_without_a_listener_no_job_is_made(database, run_command):
