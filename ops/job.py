@@ -171,13 +171,23 @@ def cancellation(attempts: list, stage: str, other: str | None = None) -> Any:
     return next((one for one in of_call if one.outcome == CANCELLED), None)
 
 
-def cancelled(row: Any, attempts: list) -> Any:
+def cancelled(row: Any, key: str, attempts: list) -> Any:
     """Where a person has cancelled the call that `row` would owe: that, as a Rest; else None."""
-    stage = rows.own_stage(row) if row.is_there else None
+    stage = rows.own_stage(row)
     if stage is None or (found := cancellation(attempts, stage, row.current_step)) is None:
         return None
     why = reason_of(found)
-    return Rest(row.table_name, row.key, CANCELLED, stage, found.started_at, why)
+    return Rest(row.table_name, key, CANCELLED, stage, found.started_at, why)
+
+
+def cancelled_below(conn, below: list[dict]) -> Iterator[Any]:
+    """As cancelled(), of the rows that belong to one and are shown; those with a call left out."""
+    for child in [child for of in below for child in of["rows"][:MOST_CHILDREN]]:
+        if child.stage is None and rows.own_stage(child):
+            given = {"key": child.job_id, "table": child.table_name}
+            attempts = db.execute(conn, ATTEMPTS, given).fetchall()
+            if found := cancelled(child, child.job_id, attempts):
+                yield found
 
 
 def way_out(row: Any, why: Any, above: list[dict[str, Any]]) -> str:
@@ -226,8 +236,10 @@ def look(conn, row: Any, unread: Mapping[str, str]) -> Found:
     calling, attempts = (db.execute(conn, sql, given).fetchall() for sql in (CALLING, ATTEMPTS))
     below, above = children(conn, row, unread), joins(conn, row, owed, unread)
     rests, unknown = resting(conn, row, owed, calling, below, unread)
-    if not (own(owed) or calling) and (dropped := cancelled(row, attempts)):
-        rests[row.table_name, row.key] = dropped
+    dropped = [*cancelled_below(conn, below)]
+    if not (own(owed) or calling):
+        dropped += filter(None, [cancelled(row, row.key, attempts)])
+    rests |= {(one.table_name, one.job_id): one for one in dropped}
     waiting = waits.waits(conn, row) if owed else {}
     return Found(row, owed, calling, attempts, below, above, rests, waiting, unread, unknown)
 
@@ -283,7 +295,7 @@ def as_object(found: Found) -> dict[str, Any]:
         "children": [
             {
                 "table": of["table"],
-                "rows": [plainly(child) for child in of["rows"][:MOST_CHILDREN]],
+                "rows": [child_object(child, rests) for child in of["rows"][:MOST_CHILDREN]],
                 "states": [plainly(state) for state in of["states"]],
             }
             for of in below
@@ -291,6 +303,11 @@ def as_object(found: Found) -> dict[str, Any]:
         "attempts": [plainly(attempt) for attempt in attempts],
         "problem": found.problem or None,
     }
+
+
+def child_object(child: Any, rests: dict[tuple, Any]) -> dict[str, Any]:
+    why = rests.get((child.table_name, child.job_id))
+    return dict(plainly(child) or (), rests=plainly(why))
 
 
 def plainly(found: Any) -> dict[str, Any] | None:

@@ -102,6 +102,24 @@ def test_row_that_rests_is_listed_while_its_join_owes_a_call(variants, command):
     assert job not in command("jobs", "--stalled").out
 
 
+def test_job_shows_which_of_its_rows_a_person_has_cancelled(variants, command):
+    job = variants.database.add_job("img_gen", "queued")
+    dropped, _ = variants.add(job, "img_gen", "done", count=2)
+    variants.add(job, "iou_eval", "done")
+    command("cancel", dropped, "--reason", "twice")
+    said = command("job", job).lines
+    assert "every jobs_variants (iou_eval, done): waiting for 2 of 3" in said
+    [line] = [line for line in said if line.startswith(dropped)]
+    assert re.fullmatch(rf"{dropped} +img_gen, done +cancelled by \S+: twice", line)
+    [children] = json.loads(command("job", job, "--json").out)["children"]
+    found = {row["job_id"]: row["rests"] for row in children["rows"] if row["rests"]}
+    assert {id: (rests["kind"], rests["stage"]) for id, rests in found.items()} == (
+        {dropped: ("cancelled", "yolo_detect")}
+    )
+    command("again", dropped)
+    assert "cancelled" not in command("job", job).out
+
+
 def test_row_that_failed_late_is_told_while_its_join_owes_a_call(variants):
     job = variants.database.add_job("img_gen", "done")
     variants.add(job, "iou_eval", "done")
