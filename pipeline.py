@@ -96,6 +96,9 @@ class Table:
         """The column that holds the parent's id; None where there are no parents."""
         return self.parent[1] if self.parent else None
 
+    def __repr__(self) -> str:  # as an error names it
+        return f"Table({self.name!r})"
+
     def __call__(self, step: str, status: str) -> "State":
         """The state of a row."""
         return State(self, step, status)
@@ -120,6 +123,9 @@ class State:
     step: str
     status: str
     every: bool = False
+
+    def __repr__(self) -> str:  # as it is written in PIPELINE
+        return f"{self.table}{'.every' * self.every}({self.step!r}, {self.status!r})"
 
 
 JOBS = Table("jobs", id="job_id", channel=db.CHANNEL, tenant="tenant_id")
@@ -372,12 +378,15 @@ def check(pipeline: Any) -> None:
     found: set[Route] = set()
     for key, function in pipeline.items():
         if not callable(function) or not hasattr(function, "__name__"):
-            raise ValueError(f"{key!r}: {function!r} is no function")
+            kind = type(function).__name__
+            raise ValueError(f"{key!r}: allowed is a function (`def`), not a value of type {kind}")
         check_function(function)
         state = (key.step, key.status) if isinstance(key, State) else key
         words = state if isinstance(state, tuple) else ()
         if len(words) != 2 or not all(isinstance(word, str) and word for word in words):
-            raise ValueError(f"{key!r} is no state: allowed is (step, status), or a Table's")
+            raise ValueError(
+                f"{key!r} is no state: allowed is (STEP, STATUS) or TABLE(STEP, STATUS)"
+            )
         for table in chain_of(key):
             if declared.setdefault(table.name, table) != table:
                 raise ValueError(f"table {table.name} is declared in two ways")

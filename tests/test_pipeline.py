@@ -326,6 +326,17 @@ TWICE = {pipeline.JOBS("img_gen", "done"): overlay, ("img_gen", "done"): planner
         ({("img_gen", "done"): asynchronous}, "^asynchronous: allowed is `def`"),
         ({("img_gen", "done"): yielding_later}, "^yielding_later: allowed is `def`"),
         ({("img_gen", "done"): yielding}, "^yielding: .* does not `yield`"),
+        (
+            {VARIANTS("img_gen", "done"): functools.partial(overlay)},
+            r"^Table\('jobs_variants'\)\('img_gen', 'done'\): allowed is a function \(`def`\), "
+            "not a value of type partial$",
+        ),
+        ({("img_gen", "done"): "overlay"}, "^.*, not a value of type str$"),
+        (
+            {VARIANTS.every("img_gen", ""): overlay},
+            r"^Table\('jobs_variants'\).every\('img_gen', ''\) is no state: allowed is \(STEP",
+        ),
+        ({VARIANTS: overlay}, r"^Table\('jobs_variants'\) is no state"),
         ({("img_gen", "done"): no_argument}, "^no_argument: .* takes one argument, the call"),
         ({("img_gen", "done"): second_argument}, "^second_argument: .* takes one argument"),
         ({("a", "b"): lambda call: 1, ("c", "d"): lambda call: 2}, "of jobs are called <lambda>:"),

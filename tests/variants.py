@@ -103,7 +103,7 @@ def install(database, *tables: str) -> Variants:
             apply(conn)
 
     routes = [(route, f.__name__, pipeline.limits_of(f)) for route, f in pipeline.routes().items()]
-    key = f"{tables} {pipeline.tables()} {routes}"
+    key = f"{tables} {[vars(table) for table in pipeline.tables().values()]} {routes}"
     database.become(database.server.template(key, prepare, database.server.installed()))
     return Variants(database)
 
