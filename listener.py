@@ -45,6 +45,7 @@ from looks import JoinLook, MoveLook
 from ops.listeners import NO_CALL, OTHER_PIPELINE
 from ops.rows import TABLE, RowCommand
 from ops.stage import StageName
+from ops.text import Text
 from pipeline import Call
 from settling import Unwritten
 from signals import Signals, reap_orphans
@@ -680,7 +681,7 @@ def run(workers: int | None = None, only: tuple[str, ...] = (), once: bool = Fal
 
 
 @cli.command(cls=RowCommand, short_help="Run the call that JOB_ID owes, now and in this process.")
-@click.argument("job_id")
+@click.argument("job_id", type=Text())
 @click.option("--stage", type=StageName(), metavar="STAGE",
               help="The call to this stage, where several are owed.")  # fmt: skip
 @click.option("--dry-run", is_flag=True,

@@ -71,7 +71,7 @@ LIMIT 1
 
 
 @click.command(cls=RowCommand, short_help="Call the stage that follows from where JOB_ID is.")
-@click.argument("job_id")
+@click.argument("job_id", type=Text())
 @click.option("--stage", type=StageName(), metavar="STAGE",
               help="The call of a join that leads to this stage.")  # fmt: skip
 @click.option("--join", type=Text(), metavar="JOIN",

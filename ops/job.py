@@ -26,6 +26,7 @@ from ops.table import (
     readable,
     table,
 )
+from ops.text import Text
 
 # Leases: once a stage has set its row running the row owes nothing, but its call is under way.
 CALLING = """
@@ -248,7 +249,7 @@ def look(conn, row: Any, unread: Mapping[str, str]) -> Found:
 
 
 @click.command(cls=RowCommand)
-@click.argument("job_id")
+@click.argument("job_id", type=Text())
 @TABLE
 @JSON
 def job(job_id: str, table: str | None, as_json: bool) -> None:

@@ -226,7 +226,7 @@ def settle(conn, settings: SimpleNamespace, call: Call, ended: calls.Result) -> 
 
 
 @click.command(cls=RowCommand, short_help="Make given-up calls due again, or hurry others.")
-@click.argument("job_ids", nargs=-1, metavar="[JOB_ID]...")
+@click.argument("job_ids", type=Text(), nargs=-1, metavar="[JOB_ID]...")
 @click.option("--now", is_flag=True, help="Also calls that wait for their next attempt.")
 @filters
 def retry(job_ids, now, stage, tenant, error, since, all_, yes, table) -> None:
@@ -307,7 +307,7 @@ def nothing_to_retry(conn, chosen: Chosen) -> None:
 
 
 @click.command(cls=RowCommand, short_help="Drop the calls that jobs owe.")
-@click.argument("job_ids", nargs=-1, metavar="[JOB_ID]...")
+@click.argument("job_ids", type=Text(), nargs=-1, metavar="[JOB_ID]...")
 @click.option("--reason", type=Text(), default="cancelled by hand", show_default=True,
               metavar="TEXT", help="Kept in the history.")  # fmt: skip
 @filters

@@ -121,21 +121,26 @@ def test_mistyped_command_gets_one_line_and_exit_2(run_command, typed):
     assert done.out == ""
 
 
-VALUED = [
-    (command, option.opts[0])
+PARAMETERS = [
+    (command, parameter)
     for command in COMMANDS
-    for option in program.cli.get_command(None, command).params
-    if option.param_type_name == "option" and not option.is_flag
+    for parameter in program.cli.get_command(None, command).params
+    if not getattr(parameter, "is_flag", False)
 ]
 
 
 @pytest.mark.parametrize("value", ["", " "])
-@pytest.mark.parametrize(("command", "option"), VALUED)
-def test_blank_value_of_any_option_is_refused(command, option, value):
+@pytest.mark.parametrize(
+    ("command", "parameter"), PARAMETERS, ids=[f"{c} {p.name}" for c, p in PARAMETERS]
+)
+def test_blank_value_of_any_option_or_argument_is_refused(command, parameter, value):
     """What `--stage "$STAGE"` is where STAGE is not set."""
+    is_option = parameter.param_type_name == "option"
+    typed = f"{parameter.opts[0]}={value}" if is_option else value
     with pytest.raises(click.BadParameter) as refused:
-        program.cli.get_command(None, command).make_context(command, [f"{option}={value}"])
-    assert refused.value.format_message().startswith(f"Invalid value for '{option}': ")
+        program.cli.get_command(None, command).make_context(command, [typed])
+    name = parameter.opts[0] if is_option else parameter.make_metavar(refused.value.ctx)
+    assert refused.value.format_message().startswith(f"Invalid value for '{name}': ")
 
 
 def test_mistake_in_an_argument_of_any_length_is_told_whole(run_command):
@@ -380,7 +385,7 @@ def test_id_that_no_job_can_have_is_refused(empty_database, id_type):
     with connected(empty_database) as conn:
         apply(conn)
     for command in ("job", "call", "retry"):
-        done = commands.run_here(empty_database.environ, command, "")
+        done = commands.run_here(empty_database.environ, command, "x")
         refused = done.refused(1 if "char" in id_type else 2)
         assert "there is no job" in refused or "not a job id of this database" in refused
 
