@@ -166,5 +166,6 @@ def said(call) -> str:
     about = plain(f"{call.stage} {call.job_id}")
     if call.unanswered:
         return f"{about} (no answer; it may go on until {clock(call.leased_until)})"
-    working = "its stage works on it, " if call.working else ""
-    return f"{about} ({working}until {clock(call.leased_until)} at the latest)"
+    if call.working:
+        return f"{about} (its stage works on it; {waits.unless_it_ends(call)})"
+    return f"{about} (until {clock(call.leased_until)} at the latest)"

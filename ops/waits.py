@@ -143,8 +143,12 @@ def full(call: Any) -> str:
 
 
 def working(call: Any) -> str:
-    until = clock(call.leased_until)
-    return f"{call.stage} has taken it and works on it, until {until} at the latest"
+    return f"{call.stage} has taken it and works on it; {unless_it_ends(call)}"
+
+
+def unless_it_ends(call: Any) -> str:
+    """What becomes of a call that an asynchronous stage has taken and does not finish in time."""
+    return f"from {clock(call.leased_until)} on it counts as a call without an answer"
 
 
 def locked(call: Any) -> str:
