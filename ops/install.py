@@ -19,7 +19,7 @@ from ops.place import named, require_place
 from ops.problem import Problem
 from ops.routes import Stage, announced, is_updates_only, known, other_limits, shown, triggers
 from ops.table import counted
-from ops.tables import require_usable, tenant_columns
+from ops.tables import impossible_states, require_usable, tenant_columns
 from ops.text import Text
 from pipeline import Route
 
@@ -441,7 +441,7 @@ def install(
     there = objects(conn, pipeline.tables())
     for line in (
         *what_changed(before, there, trigger_oids(conn)),
-        *what_owes_no_call(before, there),
+        *what_owes_no_call(conn, before, there),
         *who_may_read(conn, before, there, applied),
         *what_is_announced(conn),
         *([f"granted  the views to {reader}"] if reader else []),
@@ -523,10 +523,11 @@ def what_changed(before: Before, there: list[str], oids: dict[str, int]) -> Iter
         yield f"changed  the limits of {name}"
 
 
-def what_owes_no_call(before: Before, there: list[str]) -> Iterator[str]:
-    """Notes on rows whose stage left PIPELINE, whose call is gone, or whose change no trigger has
-    seen.
+def what_owes_no_call(conn, before: Before, there: list[str]) -> Iterator[str]:
+    """Notes on states that no row can be in, and on rows whose stage left PIPELINE, whose call is
+    gone, or whose change no trigger has seen.
     """
+    yield from (f"note: {fault}" for fault in impossible_states(conn))
     routes = pipeline.stages_of_routes()
     for name in left(before.routes, routes):
         pause = "its pause is gone, and " if name in before.paused else ""

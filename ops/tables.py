@@ -9,7 +9,7 @@ import db
 import pipeline
 from ops.problem import Problem
 from ops.routes import triggers
-from pipeline import Table
+from pipeline import State, Table
 
 # All integer types count as one, as our copies are bigint.
 COLUMNS = """
@@ -159,6 +159,36 @@ def faults(conn) -> Iterator[Fault]:
                 "with the rights of one owner",
                 f"ALTER TABLE {name} OWNER TO {owners[first]}",
             )
+
+
+ENUMS = """
+SELECT t.name AS table_name, a.attname AS column_name, a.atttypid::regtype::text AS type,
+       array_agg(e.enumlabel::text) AS labels
+FROM unnest(%(tables)s::text[]) AS t (name)
+JOIN pg_attribute AS a ON a.attrelid = to_regclass(quote_ident(t.name))
+                      AND a.attname IN ('current_step', 'status') AND NOT a.attisdropped
+JOIN pg_enum AS e ON e.enumtypid = a.atttypid
+GROUP BY t.name, a.attname, a.atttypid
+"""
+
+
+def impossible_states(conn) -> Iterator[Fault]:
+    """The states of PIPELINE that no row can come to, as the enum type of a column lacks a value.
+    `install` takes them all the same: the value may be added later.
+    """
+    enums = {(row.table_name, row.column_name): row
+             for row in db.execute(conn, ENUMS, {"tables": list(pipeline.tables())})}  # fmt: skip
+    missing: dict[tuple[str, str], list[str]] = {}
+    for key in pipeline.pipeline():
+        state = key if isinstance(key, State) else pipeline.JOBS(*key)
+        for column, value in (("current_step", state.step), ("status", state.status)):
+            enum = enums.get((state.table.name, column))
+            if enum and value not in enum.labels:
+                given = enum.type, pipeline.in_sql(value)
+                missing.setdefault(given, []).append(str(pipeline.route_of(key)))
+    for (type_, value), states in missing.items():
+        what = f"no row can come to {', '.join(states)}, as type {type_} has no {value}"
+        yield Fault(what, f"ALTER TYPE {type_} ADD VALUE {value}, or correct PIPELINE")
 
 
 def takes_null(conn, type_: str) -> bool:

@@ -27,7 +27,7 @@ from ops.routes import (
     triggers,
 )
 from ops.table import counted
-from ops.tables import faults
+from ops.tables import faults, impossible_states
 from pipeline import JSL
 
 INSTALL = f"{JSL} install"
@@ -192,7 +192,8 @@ def check_rows(conn, settings) -> str:
     """The application's tables; all that is wrong with them."""
     found = [Bad(what, mend) for what, mend in place.misplaced(conn)]
     if not found:
-        found = [Bad(fault.what, fault.mend) for fault in faults(conn)]
+        wrong = [*faults(conn), *impossible_states(conn)]
+        found = [Bad(fault.what, fault.mend) for fault in wrong]
         if db.execute(conn, COLUMNS, {"table": "jobs", "id": "job_id"}).fetchone().names is None:
             found = [Bad("table jobs is missing", INSTALL), *found]
     if found:

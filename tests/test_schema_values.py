@@ -6,6 +6,7 @@ from contextlib import closing
 
 import pytest
 from claims import claim, connected
+from commands import run_here
 from conftest import Database
 from subscription import Subscription
 from variants import PIPELINE, TABLE
@@ -192,6 +193,28 @@ def test_states_of_an_enum_type_are_routed_and_checked(each_server, make_databas
     assert claimed(database).owed
     database.rows("UPDATE jobs SET current_step = NULL")
     assert database.owed(1) is None
+
+
+def test_state_that_an_enum_type_does_not_have_is_told(empty_database, use_pipeline):
+    use_pipeline(PIPELINE)
+    database = empty_database
+    database.rows("CREATE TYPE status AS ENUM ('queued', 'running', 'Done')")
+    database.rows("""CREATE TYPE "Step" AS ENUM ('img_gen', 'yolo_detect')""")
+    database.rows(JOBS.format("uuid", "text", "text", "status"))
+    database.rows(TABLE.replace("current_step    text", 'current_step    "Step"'))
+    wrong = [
+        ("no row can come to (img_gen, done), (ad_copy, done), as type status has no 'done'",
+         "ALTER TYPE status ADD VALUE 'done'"),
+        ("no row can come to every jobs_variants (iou_eval, done), as type \"Step\" has no"
+         " 'iou_eval'", "ALTER TYPE \"Step\" ADD VALUE 'iou_eval'"),
+    ]  # fmt: skip
+    environ = database.environ | {"STAGE_API_URL": "http://127.0.0.1:9"}
+    said = [run_here(environ, command).out for command in ("install", "verify")]
+    for what, mend in wrong:
+        assert f"  note: {what}: {mend}, or correct PIPELINE\n" in said[0]
+        assert f"PROBLEM  {what} → {mend}, or correct PIPELINE\n" in said[1]
+        database.rows(mend)
+    assert all("no row can" not in run_here(environ, word).out for word in ("install", "verify"))
 
 
 # --- partitions ----------------------------------------------------------------------------
