@@ -4,11 +4,13 @@ import json
 import secrets
 from contextlib import closing
 
+import psycopg2
 import pytest
 from claims import claim, connected
 from commands import run_here
 from conftest import Database
 from subscription import Subscription
+from test_readme import Readme
 from variants import PIPELINE, TABLE
 
 from demo import five_stages
@@ -215,6 +217,24 @@ def test_state_that_an_enum_type_does_not_have_is_told(empty_database, use_pipel
         assert f"PROBLEM  {what} → {mend}, or correct PIPELINE\n" in said[1]
         database.rows(mend)
     assert all("no row can" not in run_here(environ, word).out for word in ("install", "verify"))
+
+
+def test_generated_columns_give_those_with_other_names_ours(each_server, make_database):
+    database = make_database(each_server, installed=False)
+    database.rows("CREATE TABLE jobs (id bigint PRIMARY KEY, customer text, step text, state text)")
+    database.rows("SELECT 1;" + Readme("docs/INSTALLING.md").block("sql", "ALTER TABLE jobs"))
+    install(database)
+    with Subscription(database) as subscription:
+        database.rows("INSERT INTO jobs VALUES (1, 'acme', 'img_gen', 'queued')")
+        database.rows("UPDATE jobs SET state = 'done'")
+        state = {"job_id": 1, "current_step": "img_gen", "status": "done", "tenant_id": "acme"}
+        assert subscription.messages() == [state]
+    row = claimed(database)
+    assert (row.job_id, row.tenant_id, row.stage) == (1, "acme", "vlm_analyze")
+    with pytest.raises(psycopg2.ProgrammingError, match="can only be updated to DEFAULT"):
+        database.rows("UPDATE jobs SET status = 'running'")
+    database.rows("UPDATE jobs SET state = 'running'")
+    assert database.owed(1) is None
 
 
 # --- partitions ----------------------------------------------------------------------------
