@@ -1,6 +1,7 @@
 -- The receiver's table, in the schema of jobs. Applying this again changes nothing.
 --
 --   psql "$DATABASE_URL" -f receiver/schema.sql
+--   PGOPTIONS='-c search_path=app' psql "$DATABASE_URL" -f receiver/schema.sql
 --
 -- The stage's role needs SELECT, INSERT, UPDATE and DELETE on it.
 

@@ -10,6 +10,7 @@ import psycopg2.pool
 import pytest
 from conftest import Database
 from receiving import ANALYZE, KEEPING, Site
+from test_readme import Readme
 from waiting import PATIENCE, until
 
 from chaos.moments import Watched
@@ -45,6 +46,22 @@ def test_row_is_set_done_with_what_the_work_wrote_and_a_repeat_gets_the_same_ans
     assert json.loads(first.body) == {"seen": "강아지"}
     assert site.database.state(job) == ("vlm_analyze", "done")
     assert (site.effects(job), len(site.worked)) == (1, 1)
+
+
+def test_answers_for_a_row_are_found_by_hand(site):
+    job = site.database.add_job()
+    request = site.request(job)
+
+    def work(taken):
+        raise Failed("no image", 422)
+
+    site.run(request, work)
+    sql = Readme("docs/RECEIVER.md").block("sql", "SELECT stage").replace("JOB_ID", job)
+    found = site.database.row(sql)
+    assert (found.key, found.state, found.http_status) == (
+        (request[0]["Idempotency-Key"], "failed", 422)
+    )
+    assert json.loads(found.answer)["error"] == "no image"
 
 
 @BOTH
