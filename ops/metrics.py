@@ -102,8 +102,8 @@ FAMILIES = {
     ),
     "job_state_listener_database_trigger_enabled": (
         "gauge",
-        "1 if the database trigger is there, ours, enabled and sees every change; else calls go "
-        "unrecorded. table: if not jobs.",
+        "1 if the database trigger is there, ours, enabled, sees every change and finds its "
+        "columns; else calls go unrecorded. table: if not jobs.",
     ),
     "job_state_listener_routes_in_sync": (
         "gauge",

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg2
 
@@ -197,9 +197,12 @@ SELECT wanted.table_name, wanted.name, t.tgrelid::regclass::text AS place,
        CASE WHEN NOT has_schema_privilege(p.proowner, p.pronamespace, 'USAGE')
             THEN ARRAY[format('GRANT USAGE ON SCHEMA %%s TO %%s', p.pronamespace::regnamespace,
                               p.proowner::regrole)]
-            WHEN NOT lacking.is_foreign THEN lacking.grants END AS grants
+            WHEN NOT lacking.is_foreign THEN lacking.grants END AS grants,
+       ARRAY(SELECT c.name FROM jsonb_array_elements_text(wanted.columns) AS c (name)
+             WHERE NOT EXISTS (SELECT FROM pg_attribute AS a
+                               WHERE a.attrelid = t.tgrelid AND a.attname = c.name)) AS gone
 FROM jsonb_to_recordset(%(wanted)s) AS wanted (
-    table_name text, name text, function text, parent_column text)
+    table_name text, name text, function text, parent_column text, columns jsonb)
 JOIN (VALUES ('change', 17), ('insert', 5), ('delete', 9)) AS event (name, type)  -- as triggers.sql
     ON strpos(wanted.name, event.name) > 0
 LEFT JOIN pg_trigger AS t
@@ -248,39 +251,52 @@ SELECT has_table_privilege(to_regclass('pipeline_tables'), 'SELECT') AND EXISTS 
 """
 
 INSTALLED = """
-SELECT name, EXISTS (SELECT FROM pipeline_stages WHERE child_table = t.name) AS is_joined
+SELECT name, EXISTS (SELECT FROM pipeline_stages WHERE child_table = t.name) AS is_joined,
+       ARRAY['current_step', 'status'] || ARRAY(
+           SELECT value FROM jsonb_each_text(to_jsonb(t))
+           WHERE key LIKE '%_column' AND value IS NOT NULL) AS columns
 FROM pipeline_tables AS t
 """
 
 
-def installed(conn) -> dict[str, bool]:
-    """The tables of PIPELINE that the database's copy of it has too, and whether that joins their
-    rows. All, where it cannot be read: before `install`, or by a role with the views alone.
+class Installed(NamedTuple):
+    """What the database's copy of PIPELINE has of a table."""
+
+    is_joined: bool
+    columns: list[str]  # that the triggers read; none where that is not known
+
+
+def installed(conn) -> dict[str, Installed]:
+    """The tables of PIPELINE that the database's copy of it has too. All, as joined, where it
+    cannot be read: before `install`, or by a role with the views alone.
     """
     # Asked first, as an error would end the transaction that somebody may have begun.
     if db.execute(conn, IS_READABLE).fetchone().so:
-        there = {row.name: row.is_joined for row in db.execute(conn, INSTALLED)}
+        rows = db.execute(conn, INSTALLED)
+        there = {row.name: Installed(row.is_joined, row.columns) for row in rows}
     else:
-        there = dict.fromkeys(pipeline.tables(), True)
-    there.setdefault(pipeline.JOBS.name, False)
+        there = dict.fromkeys(pipeline.tables(), Installed(True, []))
+    there.setdefault(pipeline.JOBS.name, Installed(False, []))
     return {table: there[table] for table in pipeline.tables() if table in there}
 
 
 def triggers(conn) -> list:
     """Each trigger that PIPELINE needs, here and in the database: its `place`; `enabled`, there
     and on all partitions (None: missing); `ours`; `may_use`: its function may use our
-    tables; `grants`: what lets it (None: `install` does); `is_whole`: it sees every change. What
-    only one of the two needs is for difference() to tell.
+    tables; `grants`: what lets it (None: `install` does); `is_whole`: it sees every change; `gone`:
+    columns that it reads and the table no longer has. What only one of the two needs is for
+    difference() to tell.
     """
     wanted = [
         {
             "table_name": table,
             "name": name,
             "function": trigger_function(table),
-            "parent_column": pipeline.tables()[table].parent_column if is_joined else None,
+            "parent_column": pipeline.tables()[table].parent_column if there.is_joined else None,
+            "columns": there.columns,
         }
-        for table, is_joined in installed(conn).items()
-        for name in trigger_names(table, is_joined)
+        for table, there in installed(conn).items()
+        for name in trigger_names(table, there.is_joined)
     ]
     return db.execute(conn, TRIGGERS, {"wanted": json.dumps(wanted)}).fetchall()
 
@@ -297,10 +313,13 @@ def broken_triggers(rows: Iterable[Any]) -> list[str]:
             mend = "; ".join(row.grants or [f"{JSL} install"])
             what = f"may not use our tables ({mend}, then backfill)"
             found.append(f"trigger {row.name} on {row.table_name} {what}")
+        elif row.gone:
+            what = f"has no column {', '.join(row.gone)}, so its triggers record no call"
+            found.append(f"{row.table_name} {what}")
         elif not row.is_whole:
             what = "does not see every change of the state, or of the parent"
             found.append(f"trigger {row.name} on {row.table_name} {what}")
         elif row.enabled not in ("O", "A"):
             what = "is disabled, there or on a partition" if row.is_partitioned else "is disabled"
             found.append(f"trigger {row.name} on {row.table_name} {what}")
-    return found
+    return list(dict.fromkeys(found))
