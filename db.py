@@ -398,8 +398,9 @@ def in_parts(
 
 
 def reasons(failed: Mapping[str, psycopg2.Error]) -> str:
-    """The errors of in_parts(), in one line."""
-    said = [f"{part}: {error}" if part else str(error) for part, error in failed.items()]
+    """The errors of in_parts(), in one line, without the SQL of our functions."""
+    texts = {part: str(error).partition("\nQUERY:")[0] for part, error in failed.items()}
+    said = [f"{part}: {text}" if part else text for part, text in texts.items()]
     return "; ".join(" ".join(text.split()) for text in said)
 
 

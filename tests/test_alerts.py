@@ -465,6 +465,15 @@ def test_triggers_that_record_no_call_are_told_once_and_when_that_is_over(
         ]
 
 
+def test_reason_of_looks_that_fail_is_without_our_sql(database, task):
+    database.rows("ALTER TABLE jobs RENAME status TO state")
+    with connected(database) as conn:
+        said = [one for _ in range(5) for one in task.told(conn)]
+        assert [one["event"] for one in said] == ["trigger_broken", "stalled"]
+        assert "column r.status does not exist" in said[1]["reason"]
+        assert "SELECT" not in said[1]["reason"]
+
+
 def test_listener_that_is_the_first_one_later_tells_what_it_has_seen_before(database, task):
     database.rows("ALTER FUNCTION stalled_jobs RENAME TO taken_away;"
                   "ALTER TABLE jobs DISABLE TRIGGER job_state_change_trigger")  # fmt: skip
