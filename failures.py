@@ -152,7 +152,7 @@ def tell_set_failed(alerts: Alerts, row: Any) -> None:
         row: a Result, or any with `table_name`, `job_id`, `stage` and `error`.
     """
     key, stage, error = row.job_id, row.stage, row.error or ""
-    back = pipeline.sent_back(row.table_name, key, stage)
+    back = pipeline.sent_back(row.table_name, key, stage, (stage, "failed"))
     name = row_name(row.table_name, key)
     text = f"{name}: {stage} set it to failed: {error}; to send it back: {back}"
     about = {"job": key, "table": row.table_name, "stage": stage, "error": error}

@@ -598,20 +598,24 @@ def name_in_sql(name: str) -> str:
     return name if name in (JOBS.name, JOBS.id) else '"' + name.replace('"', '""') + '"'
 
 
-# For a person, who sees what it does.
+# For a person, who sees what it does. Typed again, or after the row has moved on, it does nothing.
 SEND_BACK = "UPDATE {table} SET current_step = {step}, status = {status} WHERE {id} = {key}"
+ONLY_AT = " AND (current_step, status) = ({at_step}, {at_status})"
 
 
-def sent_back(table: str, key: str, stage: str) -> str:
-    """The SQL that brings a row back to the state from which `stage` is called; the rows of a join
-    stay in theirs, so there it is the command that records its call again.
+def sent_back(table: str, key: str, stage: str, at: tuple[str | None, str | None]) -> str:
+    """The SQL that brings a row back from the state that it is `at` to that from which `stage` is
+    called; the rows of a join stay in theirs, so there it is the command that records its call
+    again.
     """
     for route, function in routes().items():
         if function.__name__ == stage and route.table == table and not route.join:
-            words = {"step": route.step, "status": route.status, "key": key}
+            words = {"step": route.step, "status": route.status, "key": key,
+                     "at_step": at[0] or "", "at_status": at[1] or ""}  # fmt: skip
             values = {name: in_sql(word) for name, word in words.items()}
             id_ = name_in_sql(tables()[table].id)
-            return SEND_BACK.format(table=name_in_sql(table), id=id_, **values)
+            sql = SEND_BACK + ONLY_AT * (None not in at)
+            return sql.format(table=name_in_sql(table), id=id_, **values)
     return typed("again", table, key, "--stage", stage)
 
 

@@ -146,7 +146,7 @@ def nothing_follows(row: Any, stage: str | None) -> str:
     at = f"{rows.said(row)} is at ({row.current_step}, {row.status})"
     if stage:
         back = rows.wait_first(row, row.current_step) + pipeline.sent_back(
-            row.table_name, row.key, stage
+            row.table_name, row.key, stage, (row.current_step, row.status)
         )
         return f"{at}, and {stage} does not follow from that" + f": {back}" * ("UPDATE " in back)
     if meant := misspelt(row):

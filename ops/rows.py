@@ -523,7 +523,7 @@ def way_on(row: Any, stage: str) -> str:
         return typed("again", row)
     if any(function.__name__ == stage and route.table == row.table_name and not route.join
            for route, function in pipeline.routes().items()):  # fmt: skip
-        return pipeline.sent_back(row.table_name, row.key, stage)
+        return pipeline.sent_back(row.table_name, row.key, stage, (row.current_step, row.status))
     return typed("again", row, "--stage", stage)
 
 

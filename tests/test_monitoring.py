@@ -153,6 +153,7 @@ def test_chat_hears_of_a_job_that_its_stage_set_failed(database, listener, accep
         "text": f"failed_by_stage: job={job}: planner set it to failed: HTTP 500: no memory"
         " (set failed by its stage); to send it back: UPDATE jobs SET current_step ="
         f" 'yolo_detect', status = 'done' WHERE job_id = '{job}'"
+        " AND (current_step, status) = ('planner', 'failed')"
     }
 
 

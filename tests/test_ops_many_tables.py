@@ -622,7 +622,7 @@ def test_name_that_is_a_reserved_word_is_no_obstacle(empty_database, use_pipelin
         empty_database.rows("UPDATE stage_totals_mark SET counted_until = now()")
         done = history.prune(conn, 0)
         assert done.pruned == done.attempts > 0
-    empty_database.rows(pipeline.sent_back("order", job, "two"))
+    empty_database.rows(pipeline.sent_back("order", job, "two", ("two", "failed")))
     assert empty_database.value("SELECT stage FROM stage_calls") == "two"
 
 

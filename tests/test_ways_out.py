@@ -411,6 +411,15 @@ def test_again_of_another_stage_says_how_the_job_gets_there(rested):
     assert rested.database.owed(rested.job).stage == "planner"
 
 
+def test_sql_that_sends_a_job_back_leaves_one_alone_that_has_moved_on(rested):
+    """As where two people do what one alert says, or the stage has ended its work after all."""
+    leave_running(rested)
+    line = rested.line_of_job("rests since")
+    rested.database.move(rested.job, "overlay", "done")
+    rested.follow(line)
+    assert rested.database.value("SELECT current_step FROM jobs") == "overlay"
+
+
 def test_again_of_a_deleted_job(rested):
     rested.claimed()
     rested.database.rows("DELETE FROM jobs")

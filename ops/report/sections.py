@@ -225,7 +225,7 @@ def place(row: Any) -> Markup:
 
 
 def way_back(row: Any) -> Markup:
-    sql = pipeline.sent_back(row.table_name, row.job_ids[0], row.stage)
+    sql = pipeline.sent_back(row.table_name, row.job_ids[0], row.stage, (row.stage, "failed"))
     return Markup(f"<code>{text(sql, 1000)}</code>")
 
 
