@@ -58,8 +58,9 @@ UNKNOWN = (
     "today's. Where they were changed: --since after that.",
     "Whether per_tenant, priority, run_after and linger were kept and tenants took turns: the "
     "history has neither tenants nor these columns.",
-    "Times are the database's. Where its clock was set, or a failover lost transactions, a finding "
-    "may be wrong.",
+    "Times are the database's, and a call ends when its result is recorded. Where the clock was "
+    "set, the history could not be written (a full disk), or a failover lost transactions, a "
+    "finding may be wrong.",
     "What a stage did with a request that got no answer is not known.",
 )
 
