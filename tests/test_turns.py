@@ -518,7 +518,7 @@ def test_call_whose_lease_ran_out_while_our_tables_were_locked_is_not_taken_over
             settle(conn, accepted)
         other.cursor().execute(LEASE_OVER)
         assert turn() == []
-        other.commit()
+        other.cursor().execute("COMMIT")
     assert turn() == []
     assert settle(conn, accepted)
     assert [(one.attempt, one.outcome) for one in database.attempts(job)] == [(1, "succeeded")]
