@@ -105,7 +105,8 @@ class Listener:
         self.has_told_stop = False  # said, after the first request to stop, what is waited for
         self.reason, self.repeats = "", 0  # of the lost connection
         self.is_away = False  # the database; else it has refused a statement
-        self.has_failed = False  # a turn, since the last claim that succeeded
+        # No claim has succeeded since the start, or since something failed.
+        self.gives_grace = not once
         # time.monotonic() since which no call of any stage could be claimed
         self.stuck_since: float | None = None
         self.is_stuck_told = False
@@ -233,7 +234,7 @@ class Listener:
     def wait_to_reconnect(self, error: Exception) -> None:
         """Say what happened, each reason once and then only counted; calls under way go on."""
         said = ops.first_line(error) if isinstance(error, psycopg2.Error) else str(error)
-        self.is_away, self.has_failed = isinstance(error, db.ConnectionLost), True
+        self.is_away, self.gives_grace = isinstance(error, db.ConnectionLost), True
         reason = " ".join(f"{type(error).__name__}: {said}".split())
         delay = self.settings.JOB_STATE_LISTENER_RECONNECT_DELAY * random.uniform(0.5, 1.0)
         if reason != self.reason:
@@ -296,10 +297,10 @@ class Listener:
 
     @property
     def grace(self) -> float:
-        """Seconds by which leases are extended that ran out while something failed here: what kept
-        this listener from claiming may have kept another from settling.
+        """Seconds by which leases are extended that ran out while this listener could not claim, or
+        had not started: what kept it from claiming may have kept another from settling.
         """
-        if not (self.has_failed or self.claiming.unclaimable):
+        if not (self.gives_grace or self.claiming.unclaimable):
             return 0.0
         return 2 * self.settings.JOB_STATE_LISTENER_RECONNECT_DELAY + RECONNECTING
 
@@ -325,7 +326,7 @@ class Listener:
                 self.give_back(conn)
         self.unwritten.mark_and_tell_failed(conn)
         wanted, *others = self.claiming.wanted(free, self.workers.calls, sweep)
-        leased_from = boottime()  # before the claim is sent
+        leased_from, grace = boottime(), self.grace  # before the claim is sent
         turn = self.at_once_or_one_by_one(conn, self.unwritten.results, wanted, free, sweep)
         self.note_settled(conn, turn)
         if turn.refusal:
@@ -334,6 +335,8 @@ class Listener:
         if sweep and is_clock_set_back(turn):
             self.upkeep.note_clock_set_back()
         self.claiming.plan(conn, turn, bool(wanted), free, self.sweep_interval if sweep else None)
+        if grace:  # look again at what was extended
+            self.claiming.sweep_at = min(self.claiming.sweep_at, time.monotonic() + grace)
         self.nothing_due = self.claiming.found_nothing and not self.has_look
         self.ask_once_more()
         return self.to_make(conn, turn, leased_from)  # it may bring the next turn forward
@@ -382,11 +385,11 @@ class Listener:
             turn = calls.settle_and_claim(
                 conn, results, wanted, free, self.name, sweep=sweep, grace=self.grace
             )
-            self.has_failed = self.has_failed and not (free and wanted)
+            self.gives_grace = self.gives_grace and not (free and wanted)
         except db.ConnectionLost:
             raise
         except psycopg2.Error as error:
-            self.has_failed = True
+            self.gives_grace = True
             if not self.claiming.is_logged(error):
                 log.warning("한 건씩 다시 시도: %s", ops.first_line(error))
             turn = one_by_one.settle_and_claim(
@@ -498,7 +501,7 @@ class Listener:
         """What the heartbeat says while the loop sleeps."""
         if conn is None:
             doing = f"{'database away' if self.is_away else 'trying again'}: {self.reason}"
-        elif refused := self.refused:
+        elif self.workers.idle and (refused := self.refused):  # else nothing asks whether it lasts
             doing = NO_CALL + refused
         else:
             doing = "making calls" if self.workers.calls else "waiting for a job to change"
