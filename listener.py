@@ -41,7 +41,7 @@ from checks import Checks
 from claiming import Claiming, is_clock_set_back
 from health import StageHealth
 from heartbeat import Heartbeat
-from looks import JoinLook, MoveLook
+from looks import Failing, JoinLook, MoveLook
 from ops.listeners import NO_CALL, OTHER_PIPELINE
 from ops.rows import TABLE, RowCommand
 from ops.stage import StageName
@@ -88,8 +88,9 @@ class Listener:
         self.claiming = Claiming(settings, self.health, only)
         self.checks = Checks(settings)
         self.unwritten = Unwritten(self.alerts)
-        self.join_look = JoinLook(settings, self.alerts, once)
-        self.move_look = MoveLook(settings, self.alerts, once)
+        self.failing = Failing(settings, self.alerts)
+        self.join_look = JoinLook(self.failing, once)
+        self.move_look = MoveLook(settings, self.alerts, self.failing, once)
         self.upkeep = Upkeep(settings, self.claiming.order, self.name, self.alerts)
 
         self.nothing_due = False  # the last turn found nothing, and no look is pending
@@ -494,14 +495,13 @@ class Listener:
     @property
     def refused(self) -> str:
         """What cannot be done with calls though the database is there, and why; "": nothing."""
-        looks = (self.join_look.failing.refused, self.move_look.failing.refused)
-        return "; ".join(filter(None, (self.claiming.refused, *looks)))
+        return "; ".join(filter(None, (self.claiming.refused, *self.failing.said.values())))
 
     def doing(self, conn: db.Connection | None) -> str:
         """What the heartbeat says while the loop sleeps."""
         if conn is None:
             doing = f"{'database away' if self.is_away else 'trying again'}: {self.reason}"
-        elif self.workers.idle and (refused := self.refused):  # else nothing asks whether it lasts
+        elif refused := self.refused:
             doing = NO_CALL + refused
         else:
             doing = "making calls" if self.workers.calls else "waiting for a job to change"

@@ -83,38 +83,41 @@ class Look:
 class Failing:
     """What to say where looks fail, one after the other.
 
-    refused: what cannot be done with calls meanwhile, and why; "": looks succeed, or one has failed
-        that may have met a lock which is gone.
+    since: by what cannot be done with calls meanwhile, time.monotonic() of the first failure.
+    said: the same, and why. Not after the first failure: the lock that it met may be gone.
     """
 
-    def __init__(self, settings: SimpleNamespace, alerts: Alerts, undone: str):
-        self.settings, self.alerts, self.undone = settings, alerts, undone
-        self.since: float | None = None  # time.monotonic() of the first failure
-        self.refused = ""
+    def __init__(self, settings: SimpleNamespace, alerts: Alerts):
+        self.settings, self.alerts = settings, alerts
+        self.since: dict[str, float] = {}
+        self.said: dict[str, str] = {}
         self.is_told = False
 
-    def note_failure(self, conn: db.Connection, failed: Mapping[str, psycopg2.Error]) -> None:
+    def note_failure(
+        self, conn: db.Connection, undone: str, failed: Mapping[str, psycopg2.Error]
+    ) -> None:
         """A look has failed. Where looks have for ALERT_AFTER seconds, tell people: only the
         listener that was connected first does.
         """
         now = time.monotonic()
-        if self.since is None:
-            self.since = now
+        if undone not in self.since:
+            self.since[undone] = now
             return
-        why = why_failed(conn, failed)
-        self.refused, seconds = f"{self.undone}: {why}", now - self.since
+        why, seconds = why_failed(conn, failed), now - self.since[undone]
+        self.said[undone] = f"{undone}: {why}"
         if seconds >= self.settings.ALERT_AFTER and not self.is_told and listeners.is_first(conn):
             self.is_told = True
             minutes = counted(round(seconds / 60), "minute")
-            text = f"for {minutes}, {listeners.NO_CALL}{self.refused}"
+            text = f"for {minutes}, {listeners.NO_CALL}{self.said[undone]}"
             self.alerts.send("waiting", text, seconds=seconds, reason=why)
 
-    def note_success(self) -> None:
-        """A look has succeeded: what was said of failures is over."""
-        self.since, self.refused = None, ""
-        if self.is_told:
+    def note_success(self, undone: str) -> None:
+        """A look has succeeded: what was said of its failures is over."""
+        self.since.pop(undone, None)
+        self.said.pop(undone, None)
+        if self.is_told and not self.since:
             self.is_told = False
-            self.alerts.send_recovered("waiting", None, f"calls can be {self.undone} again")
+            self.alerts.send_recovered("waiting", None, f"calls can be {undone} again")
 
 
 def why_failed(conn: db.Connection, failed: Mapping[str, psycopg2.Error]) -> str:
@@ -131,10 +134,11 @@ def why_failed(conn: db.Connection, failed: Mapping[str, psycopg2.Error]) -> str
 class JoinLook(Look):
     """Records what joins owe."""
 
-    def __init__(self, settings: SimpleNamespace, alerts: Alerts, once: bool):
+    undone = "recorded of joins"
+
+    def __init__(self, failing: Failing, once: bool):
         super().__init__(bool(pipeline.joins()))
-        self.once = once
-        self.failing = Failing(settings, alerts, "recorded of joins")
+        self.failing, self.once = failing, once
 
     def run(self, conn: db.Connection) -> None:
         """Look at parents."""
@@ -143,7 +147,7 @@ class JoinLook(Look):
         found, failed = db.in_parts(conn, joins.look, pipeline.joins())
         if failed:
             seconds = self.fail(began, sum(filter(None, found)))
-            self.failing.note_failure(conn, failed)
+            self.failing.note_failure(conn, self.undone, failed)
             if self.once:
                 self.failure, self.at = next(iter(failed.values())), math.inf
                 if any(found):  # there may be more of the joins that can be looked at
@@ -156,17 +160,19 @@ class JoinLook(Look):
             if parents is None:  # another listener is looking, and may have begun too early
                 delay = OTHER_LOOKS
             else:
-                self.failing.note_success()
+                self.failing.note_success(self.undone)
             self.rest(began, parents or 0, delay)
 
 
 class MoveLook(Look):
     """Ends the calls of asynchronous stages whose rows have moved on."""
 
-    def __init__(self, settings: SimpleNamespace, alerts: Alerts, once: bool):
+    undone = "ended of asynchronous stages"
+
+    def __init__(self, settings: SimpleNamespace, alerts: Alerts, failing: Failing, once: bool):
         super().__init__(pipeline.is_asynchronous())
         self.settings, self.alerts, self.once = settings, alerts, once
-        self.failing = Failing(settings, alerts, "ended of asynchronous stages")
+        self.failing = failing
         self.may_miss = False  # there may be moves that no trigger has recorded
 
     def sweep(self, conn: db.Connection) -> None:
@@ -188,11 +194,11 @@ class MoveLook(Look):
         seen = sum(found)
         if failed:
             seconds = self.fail(began, seen)
-            self.failing.note_failure(conn, failed)
+            self.failing.note_failure(conn, self.undone, failed)
         else:
             seconds = self.settings.SWEEP_INTERVAL
             self.rest(began, seen, 0.0 if seen else seconds)
-            self.failing.note_success()
+            self.failing.note_success(self.undone)
         if failed := unrecorded | failed:  # the next sweep records what was not recorded
             if self.once:
                 self.failure, self.at = next(iter(failed.values())), math.inf

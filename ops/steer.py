@@ -16,7 +16,7 @@ import pipeline
 import settling
 import trigger
 from alerts import Alerts
-from calls import Wanted
+from calls import DO_NOT_RETRY, Wanted
 from ops import rows, waits
 from ops.chosen import (
     FOUND,
@@ -43,8 +43,11 @@ from pipeline import Call
 # Calls that were given up; with --now also calls that wait for their next attempt, and where a row
 # is named also its call for a later run_after. Not calls whose lease is not over, as they may still
 # be under way.
-RETRIED = """
-      (c.due_at = 'infinity' OR %(now)s AND c.due_at > now()
+# A call that its stage has accepted is retried only by its id (see calls.DO_NOT_RETRY).
+RETRIED = f"""
+      (c.due_at = 'infinity'
+       AND (c.last_error LIKE '{DO_NOT_RETRY}%%' AND %(job_id)s IS NULL) IS NOT TRUE
+       OR %(now)s AND c.due_at > now()
        AND (c.run_after IS NULL OR c.run_after <= now() OR %(job_id)s IS NOT NULL)
        AND NOT EXISTS (
        SELECT FROM stage_leases AS l
@@ -236,7 +239,8 @@ def retry(job_ids, now, stage, tenant, error, since, all_, yes, table) -> None:
     they are shown, and --yes makes them due. Of an id, all given-up calls, or that to --stage; it
     may also be that of a row of another table. With --now also calls that wait for their next
     attempt, which they have without delay; that of an id also where it waits for its run_after.
-    Those that may still be under way are left alone.
+    Those that may still be under way are left alone, and without ids those that their stage has
+    accepted.
     """
     chosen = Chosen(None, table, stage, tenant, error, since, now)
     conn = require_choice("retry", job_ids, chosen, all_)

@@ -571,7 +571,7 @@ def test_looks_that_fail_are_in_status_and_told_once_and_when_that_is_over(
     [said] = problems()
     reason = f"{of}: permission denied for table {table}"
     assert said.startswith(f"PROBLEM  no call can be {undone}: ") and reason in said
-    look.failing.since -= calling.settings.ALERT_AFTER
+    listener.failing.since[look.undone] -= calling.settings.ALERT_AFTER
     for _ in range(2):
         look.run(calling.conn)
     database.rows(f"GRANT ALL ON {table} TO {role}")

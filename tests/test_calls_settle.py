@@ -340,6 +340,8 @@ def test_accepted_call_is_not_made_again_while_one_of_our_tables_is_locked(
     assert "; ./jsl retry" not in run_command(database, "job", job).out
     said = run_command(database, "status").out
     assert "given up: its stage has accepted it" in said and "then retry" not in said
+    assert "due again" not in run_command(database, "retry", "--all", "--yes").out
+    assert database.owed(job).given_up
     assert database.rows("SELECT FROM stage_leases") == []
     settle(conn, accepted)
     assert database.owed(job) is None

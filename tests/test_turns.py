@@ -541,7 +541,7 @@ def test_once_looks_at_the_joins_of_a_table_until_it_finds_none(database, use_pi
     others = "INSERT INTO others SELECT gen_random_uuid(), job_id, 'iou_eval', 'done' FROM jobs;"
     database.rows(others + RENAME)
     calling = caller("http://127.0.0.1:1")
-    conn, look = calling.conn, looks.JoinLook(calling.settings, calling.listener.alerts, once=True)
+    conn, look = calling.conn, looks.JoinLook(calling.listener.failing, once=True)
     look.run(conn)
     assert look.failure and look.at < math.inf
     assert database.value("SELECT stage FROM stage_calls WHERE join_of <> ''") == "notify"
