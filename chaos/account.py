@@ -2,13 +2,17 @@
 the attempts of that call, and for each attempt its claim, rows in stage_attempts and requests.
 """
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 
 from chaos.history import Claim, Fault, History, Lease, Move, Post, Row, pid_of
+from chaos.plan import SET_BACK
 from ops.rules import UNANSWERED
 
 ROUNDING = 0.001  # seconds
+# Seconds that the transaction which inserts a row may take: the times in the row are of its begin.
+INSERTED = 1.0
 
 
 @dataclass
@@ -64,8 +68,10 @@ class Call:
     job: str
     stage: str
     arrived: float
+    due: float  # at first: when it arrived, or at the run_after of its row
     left: float | None  # when the job moved on, or a variant of a join was missing; None: never
     number: int | None = None
+    priority: int = 0
     is_join: bool = False
     moved_on: float | None = None  # of a join: when its job left the state of the first attempt
     dropped: bool = False  # removed from stage_calls although the job had not moved
@@ -96,6 +102,7 @@ class Account:
         self._latest: dict[str, Call] = {}  # the last call of a join, by job
         self._leases = {(lease.call, lease.attempt): lease for lease in history.leases}
         self._moved = {(move.job, move.tx) for move in history.moves}
+        self._inserted: dict[str, float] = {}  # when the row was, by job
         self.families = Families(history)
         self.read_arrivals()
         self.read_joins()
@@ -110,11 +117,14 @@ class Account:
         for move in self.history.moves:
             moves[move.job].append(move)
         for job, mine in moves.items():
+            self._inserted[job] = mine[0].at
             for move, following in zip(mine, [*mine[1:], None], strict=True):
                 stage = self.history.routes.get(f"{move.step}/{move.status}")
                 if stage is None:
                     continue
-                call = Call(job, stage, move.at, following.at if following else None)
+                left = following.at if following else None
+                due = max(move.at, move.run_after or 0.0)
+                call = Call(job, stage, move.at, due, left, priority=move.priority)
                 self.calls.append(call)
                 debt = debts.pop((job, move.tx), None)
                 if debt and debt.stage == stage:
@@ -132,8 +142,8 @@ class Account:
             before = self._latest.get(joined.job)
             if before is not None:
                 before.left = min(before.left or joined.at, joined.at)
-            left = self.families.left(joined.job, joined.at)
-            call = Call(joined.job, joined.stage, joined.at, left, joined.call, is_join=True)
+            at, left = joined.at, self.families.left(joined.job, joined.at)
+            call = Call(joined.job, joined.stage, at, at, left, joined.call, is_join=True)
             self.calls.append(call)
             self._latest[joined.job] = self._by_number[joined.job, joined.call] = call
 
@@ -209,6 +219,14 @@ class Account:
     def lease(self, call: Call, one: Try) -> Lease | None:
         return self._leases.get((call.number, one.number))
 
+    def call_of(self, lease: Lease) -> Call | None:
+        return self._by_number.get((lease.job, lease.call))
+
+    def priority(self, lease: Lease) -> float:
+        """Of its call; infinity where that is not judged."""
+        call = self.call_of(lease)
+        return call.priority if call else math.inf
+
     def committed(self, call: Call, one: Try) -> float:
         """When the claim of an attempt was committed; its own time is that of its transaction's
         beginning, which may be before the call came.
@@ -240,6 +258,14 @@ class Account:
             and fault.began <= ended
             and fault.ended >= began
         ]
+
+    def was_set_back(self, call: Call, until: float) -> bool:
+        """Whether the clock of the database was set back between the insertion of the row of a call
+        and a moment: the call, or the run_after of its row, is then due a day later.
+        """
+        since = self._inserted.get(call.job, call.arrived) - INSERTED
+        return any(f.kind == SET_BACK and since <= f.ended and f.began <= until
+                   for f in self.history.faults)  # fmt: skip
 
     def locked(self, began: float, ended: float) -> list[tuple[Fault, float]]:
         """The changes of tables and installs that held or waited for the lock of a table between

@@ -4,13 +4,14 @@ in a state where nothing is owed.
 
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import psycopg2
 
 from chaos import families
-from chaos.plan import Step, tenant
+from chaos.plan import Step, order, tenant
 from demo.stage_api import CONNECTION_LOST, STAGES
 
 INSERT = "INSERT INTO jobs (job_id, tenant_id, current_step, status) VALUES (%s, %s, %s, %s)"
@@ -40,6 +41,7 @@ class Application:
         self.dsn, self.steps = dsn, steps
         self.stop = threading.Event()
         self.errors: list[str] = []  # statements that failed, though the database was there
+        self.rolled_back: set[str] = set()  # rows that a transaction without a trace had locked
 
     def run(self) -> None:
         """Carry out every step when its time has come, several at once."""
@@ -55,8 +57,8 @@ class Application:
         the audit table."""
         while not self.stop.is_set():
             try:
-                with closing(psycopg2.connect(self.dsn)) as conn, conn.cursor() as cursor:
-                    ACTIONS[step.what](self, cursor, step)
+                with closing(psycopg2.connect(self.dsn)) as conn, self.noting(step):
+                    ACTIONS[step.what](self, conn.cursor(), step)
                     conn.commit()
                 return
             except CONNECTION_LOST:
@@ -66,6 +68,15 @@ class Application:
             except psycopg2.Error as error:
                 self.errors.append(f"the application could not {step.what}: {error}".strip())
                 return
+
+    @contextmanager
+    def noting(self, step: Step) -> Iterator[None]:
+        """Note the row of a transaction that ended with its connection."""
+        try:
+            yield
+        except CONNECTION_LOST:
+            self.rolled_back |= {step.job, step.variant}
+            raise
 
     def look_after(self) -> None:
         while not self.stop.wait(1.0):
@@ -118,6 +129,7 @@ def roll_back(app: Application, cursor, step: Step) -> None:
     move(app, cursor, step)
     app.stop.wait(step.seconds)
     cursor.connection.rollback()
+    app.rolled_back.add(step.job)
 
 
 def touch(_app: Application, cursor, step: Step) -> None:
@@ -152,8 +164,7 @@ def delete(_app: Application, cursor, step: Step) -> None:
 
 
 def add_variant(_app: Application, cursor, step: Step) -> None:
-    values = "INSERT INTO jobs_variants VALUES (%s, %s, %s, %s)"
-    cursor.execute(values, [step.variant, step.job, *step.state])
+    cursor.execute(families.INSERT, [step.variant, step.job, *step.state, *order(step.variant)])
 
 
 def redo_variant(_app: Application, cursor, step: Step) -> None:

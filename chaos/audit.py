@@ -8,7 +8,7 @@ import psycopg2
 import psycopg2.extras
 
 from chaos.clock import STEP
-from chaos.history import Claim, Debt, Effect, Gone, Join, Lease, Limit, Move, Row
+from chaos.history import RECORDS
 
 # track_commit_timestamp records when the transaction of each row committed; a rolled back one
 # leaves no rows. Rows of one job are in the order of its row lock. The last setting lets a standby
@@ -49,7 +49,7 @@ DECLARE
 BEGIN
     INSERT INTO chaos.audit (place, job, old, new)
     VALUES (TG_TABLE_NAME, coalesce(coalesce(is_, was) ->> 'job_variants_id',
-                                    coalesce(is_, was) ->> 'job_id'), was, is_);
+                                    coalesce(is_, was) ->> 'job_id', is_ ->> 'stage'), was, is_);
     RETURN NULL;
 END $$;
 CREATE TRIGGER chaos_insert_delete AFTER INSERT OR DELETE ON jobs
@@ -66,6 +66,8 @@ CREATE TRIGGER chaos_any AFTER INSERT OR UPDATE OR DELETE ON stage_calls
     FOR EACH ROW EXECUTE FUNCTION chaos.record();
 CREATE TRIGGER chaos_insert_delete AFTER INSERT OR DELETE ON stage_leases
     FOR EACH ROW EXECUTE FUNCTION chaos.record();
+CREATE TRIGGER chaos_update AFTER UPDATE ON pipeline_stages FOR EACH ROW
+    WHEN (NEW.held_until IS DISTINCT FROM OLD.held_until) EXECUTE FUNCTION chaos.record();
 """
 
 # The statement that a stage runs by way of the receiver, in the transaction that sets the row done.
@@ -77,8 +79,10 @@ MOVES = """
 SELECT DISTINCT ON (job, tx) job, tx::text::bigint AS tx,
        chaos.seconds(pg_xact_commit_timestamp(tx::xid)) AS at,
        new ->> 'current_step' AS step, new ->> 'status' AS status,
-       CASE WHEN place = 'jobs_variants' THEN coalesce(new, old) ->> 'job_id' END AS parent
-FROM chaos.audit WHERE place IN ('jobs', 'jobs_variants') ORDER BY job, tx, seq DESC
+       CASE WHEN place = 'jobs_variants' THEN coalesce(new, old) ->> 'job_id' END AS parent,
+       coalesce((new ->> priority_column)::integer, 0) AS priority,
+       chaos.seconds((new ->> run_after_column)::timestamptz) AS run_after
+FROM chaos.audit JOIN pipeline_tables ON name = place ORDER BY job, tx, seq DESC
 """
 
 # The last call that a transaction recorded for a job.
@@ -147,23 +151,31 @@ SELECT job_id::text AS job, call_id AS call, attempt, stage, worker,
 FROM stage_attempts ORDER BY started, attempt
 """
 
+HOLDS = """
+SELECT new ->> 'stage' AS stage, chaos.seconds(pg_xact_commit_timestamp(tx::xid)) AS at,
+       chaos.seconds((new ->> 'held_until')::timestamptz) AS until
+FROM chaos.audit WHERE place = 'pipeline_stages' AND new ->> 'held_until' IS NOT NULL ORDER BY seq
+"""
+
 EFFECTS = "SELECT key, job, stage FROM chaos.effects"
 
 LIMITS = """
-SELECT name, stages, max_running AS most, seconds, is_fair, per_tenant FROM stage_limits
+SELECT name, stages, max_running AS most, seconds, linger, is_fair, per_tenant FROM stage_limits
 ORDER BY name
 """
 
-RECORDS = {
-    "moves": (MOVES, Move),
-    "debts": (DEBTS, Debt),
-    "joins": (JOINS, Join),
-    "gone": (GONE, Gone),
-    "claims": (CLAIMS, Claim),
-    "leases": (LEASES, Lease),
-    "rows": (ROWS, Row),
-    "effects": (EFFECTS, Effect),
-    "limits": (LIMITS, Limit),
+# By the names of History's fields.
+QUERIES = {
+    "moves": MOVES,
+    "debts": DEBTS,
+    "joins": JOINS,
+    "gone": GONE,
+    "claims": CLAIMS,
+    "leases": LEASES,
+    "holds": HOLDS,
+    "rows": ROWS,
+    "effects": EFFECTS,
+    "limits": LIMITS,
 }
 
 
@@ -193,13 +205,13 @@ def set_right(conn: psycopg2.extensions.connection) -> None:
 
 
 def records(conn: psycopg2.extensions.connection) -> dict[str, list]:
-    """The records of the database, by the names of History's fields."""
+    """The records of the database."""
     found = {}
     with conn.cursor(cursor_factory=psycopg2.extras.RealDictCursor) as cursor:
         cursor.execute("ANALYZE chaos.audit")
-        for name, (sql, kind) in RECORDS.items():
+        for name, sql in QUERIES.items():
             cursor.execute(sql)
-            found[name] = [kind(**row) for row in cursor.fetchall()]
+            found[name] = [RECORDS[name](**row) for row in cursor.fetchall()]
     found["moves"].sort(key=lambda move: move.at)
     return found
 

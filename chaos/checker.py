@@ -12,9 +12,10 @@ from itertools import pairwise
 
 from chaos.account import Account, Call, Try
 from chaos.history import Exit, History, Join, Row
-from chaos.limits import VISIBLE, ended_amiss, met, out_of_turn, over_limits
+from chaos.limits import VISIBLE, ended_amiss, over_limits
 from chaos.lost import judged
 from chaos.reasons import DIED, RECONNECTING, why_dead, why_lost, why_repeated
+from chaos.turns import met, out_of_turn
 from failures import SET_FAILED
 from ops.rules import (
     AFTER_LEAVING,
@@ -30,27 +31,27 @@ from ops.rules import (
 )
 
 ATTEMPTS, KEYS, PROCESS = "unequal attempts", "idempotency key", "process"
-JOINED, EFFECTS, TURNS = "join recorded amiss", "effects of a key", "tenant out of turn"
+JOINED, EFFECTS, TURNS = "join recorded amiss", "effects of a key", "call out of turn"
 # How a stage answers 200 without the receiver.
 WITHOUT_EFFECT = ("accept and forget", "answer before commit", "work in one transaction")
 
 
 @dataclass
 class Verdict:
-    """findings: (kind, text). repeats, overlaps: how many of each allowed reason. limits: see
-    limits.met()."""
+    """findings: (kind, text). repeats, overlaps: how many of each allowed reason. met: see
+    turns.met()."""
 
     findings: list[tuple[str, str]] = field(default_factory=list)
     repeats: Counter = field(default_factory=Counter)
     overlaps: Counter = field(default_factory=Counter)
-    limits: Counter = field(default_factory=Counter)
+    met: Counter = field(default_factory=Counter)
 
 
 def check(history: History) -> Verdict:
     """Every check on every call of a run."""
     history = judged(history)
     account = Account(history)
-    verdict = Verdict(limits=met(account))
+    verdict = Verdict(met=met(account))
     verdict.findings += [(ATTEMPTS, text) for text in account.stray]
     for call in account.calls:
         verdict.findings += [(LOST, text) for text in lost(account, call)]

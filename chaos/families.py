@@ -5,11 +5,13 @@ They use states of their own beside the five stages. The job stays in QUEUED unt
 """
 
 import uuid
+from collections.abc import Callable
+from dataclasses import replace
 
 import receiver
 from chaos.audit import EFFECT
 from demo.stage_api import Stage
-from pipeline import Call, Table
+from pipeline import Call, State, Table
 from stage_http import Answer
 
 VARIANTS = Table("jobs_variants", id="job_variants_id", parent=("jobs", "job_id"))
@@ -18,7 +20,9 @@ CREATE TABLE jobs_variants (
     job_variants_id uuid PRIMARY KEY,
     job_id          uuid NOT NULL REFERENCES jobs ON DELETE CASCADE,
     current_step    text,
-    status          text
+    status          text,
+    priority        integer,
+    run_after       timestamptz
 );
 CREATE INDEX ON jobs_variants (job_id);
 """
@@ -33,7 +37,13 @@ def ad_copy(call: Call) -> Answer:
     return call.post("/ad_copy")
 
 
-PIPELINE = {VARIANTS(*CUT): detect, VARIANTS.every(*DETECTED): ad_copy}
+def pipeline(ordered: bool) -> dict[State, Callable[[Call], Answer]]:
+    """ordered: calls of variants have a priority, and a time before which they are not made."""
+    order = {"priority": "priority", "run_after": "run_after"} if ordered else {}
+    variants = replace(VARIANTS, **order)
+    return {variants(*CUT): detect, variants.every(*DETECTED): ad_copy}
+
+
 ROUTES = {"/".join(CUT): detect.__name__}
 JOINS = {"/".join(DETECTED): ad_copy.__name__}
 
@@ -56,6 +66,9 @@ WHERE (v.current_step, v.status) <> ('detect', 'done')
   AND (SELECT max(chaos.seconds(a.at)) FROM chaos.audit AS a WHERE a.job = v.job_variants_id::text)
       < chaos.seconds(now()) - 8
 LIMIT 20
+"""
+INSERT = """
+INSERT INTO jobs_variants VALUES (%s, %s, %s, %s, %s, now() + make_interval(secs => %s))
 """
 MOVE = "UPDATE jobs_variants SET current_step = %s, status = %s WHERE job_variants_id = %s"
 

@@ -6,8 +6,9 @@ timestamps, from which audit.py takes the steps of its clock, and time.time() in
 """
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 TAKEN = 202  # the status of asynchronous stages; no other stage answers it
 
@@ -21,7 +22,7 @@ def pid_of(listener: str) -> int:
 class Move:
     """A job's state after one transaction, or a variant's; no step where it was deleted.
 
-    parent: the job of a variant.
+    parent: the job of a variant. priority, run_after: of the row, where its table declares them.
     """
 
     job: str
@@ -30,6 +31,8 @@ class Move:
     step: str | None
     status: str | None
     parent: str | None = None
+    priority: int = 0
+    run_after: float | None = None
 
 
 @dataclass(frozen=True)
@@ -106,16 +109,27 @@ class Lease:
 class Limit:
     """A row of stage_limits: of a stage, or of a pool.
 
-    stages: the stages whose calls count. most: calls at once. seconds: between two calls. is_fair:
-    tenants take turns. per_tenant: calls of one tenant at once.
+    stages: the stages whose calls count. most: calls at once. seconds: between two calls. linger:
+    seconds that a pool stays with a stage. is_fair: tenants take turns. per_tenant: calls of one
+    tenant at once.
     """
 
     name: str
     stages: list[str]
     most: int | None = None
     seconds: float | None = None
+    linger: float | None = None
     is_fair: bool = False
     per_tenant: int | None = None
+
+
+@dataclass(frozen=True)
+class Hold:
+    """From `at` on nobody was to call a stage until then; a success may have lifted it before."""
+
+    stage: str
+    at: float
+    until: float
 
 
 @dataclass(frozen=True)
@@ -220,9 +234,10 @@ class History:
 
     timeout, lease: seconds that a call may take, and that it is nobody else's, as the listeners
     were told. routes: stage by "step/status"; joined: likewise, once all variants of a job are
-    there. listeners: slot by name. owed: calls that were left at the end. orphans: results that a
-    worker wrote, as its listener was gone. mischief: what a stage function was to do, by
-    "job/stage/attempt".
+    there. listeners: slot by name. rolled_back: jobs and variants whose call the application may
+    have locked in a transaction that left no trace. owed: calls that were left at the end. orphans:
+    results that a worker wrote, as its listener was gone. mischief: what a stage function was to
+    do, by "job/stage/attempt".
     """
 
     seed: int
@@ -234,6 +249,7 @@ class History:
     routes: dict[str, str]
     joined: dict[str, str] = field(default_factory=dict)
     limits: list[Limit] = field(default_factory=list)
+    rolled_back: list[str] = field(default_factory=list)
     owed: int = 0
     orphans: int = 0
     moves: list[Move] = field(default_factory=list)
@@ -242,6 +258,7 @@ class History:
     gone: list[Gone] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
     leases: list[Lease] = field(default_factory=list)
+    holds: list[Hold] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     effects: list[Effect] = field(default_factory=list)
     posts: list[Post] = field(default_factory=list)
@@ -256,20 +273,12 @@ class History:
         path.write_text(json.dumps(asdict(self), indent=0))
 
 
-RECORDS = {
-    "moves": Move,
-    "debts": Debt,
-    "joins": Join,
-    "gone": Gone,
-    "claims": Claim,
-    "leases": Lease,
-    "rows": Row,
-    "effects": Effect,
-    "limits": Limit,
-    "posts": Post,
-    "faults": Fault,
-    "exits": Exit,
-    "listening": Listening,
+# By the names of the fields that hold a list of them.
+RECORDS: dict[str, type] = {
+    name: kind
+    for name, hint in get_type_hints(History).items()
+    for kind in get_args(hint)
+    if is_dataclass(kind)
 }
 
 

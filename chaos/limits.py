@@ -4,7 +4,7 @@ Claims under one limit run one after the other, so its leases are committed in t
 they were counted. A call that was taken with 202 keeps its lease until its row moves on.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -66,53 +66,6 @@ def by_tenant(leases: list[Lease]) -> dict[str | None, list[Lease]]:
     for lease in leases:
         found[lease.tenant].append(lease)
     return found
-
-
-# --- turns ---------------------------------------------------------------------------------
-
-
-def out_of_turn(account: Account) -> Iterator[str]:
-    """Calls that waited while another tenant had more turns than theirs."""
-    for lease, turns in waited(account):
-        own = turns.pop(lease.tenant, 0)
-        for other, count in turns.items():
-            if count > own + 1:
-                yield (
-                    f"call {lease.call} of {lease.stage} for {lease.tenant} waited while {other} "
-                    f"had {count} turns, and {lease.tenant} {own}"
-                )
-
-
-def waited(account: Account) -> Iterator[tuple[Lease, Counter[str | None]]]:
-    """Each lease that is judged, and the turns of each tenant while its call waited.
-
-    Only the first call of a row is judged, as it may itself have kept the row's next call waiting.
-    """
-    arrived = {call.number: call.arrived + VISIBLE for call in account.calls}
-    for limit in account.history.limits:
-        if limit.is_fair and not limit.per_tenant:
-            seen = set()
-            mine = of_limit(account.history, limit)
-            for n, lease in enumerate(mine):
-                if lease.job not in seen:
-                    seen.add(lease.job)
-                    since = arrived.get(lease.call, lease.claimed)
-                    # Leases of one transaction have no order.
-                    turns = [o for o in mine[:n] if o.claimed > since and o.began < lease.began]
-                    yield lease, Counter(one.tenant for one in turns)
-
-
-def met(account: Account) -> Counter[str]:
-    """How often a limit was reached, so that it is known to be judged by more than idle stages."""
-    places = [
-        running == most
-        for _, most, leases in shared(account.history)
-        for _, running in counted(leases)
-    ]
-    turns = [any(of != lease.tenant for of in turns) for lease, turns in waited(account)]
-    return Counter(
-        {"took the last place": sum(places), "waited while other tenants had turns": sum(turns)}
-    )
 
 
 # --- taken calls ---------------------------------------------------------------------------

@@ -185,6 +185,12 @@ def tenant(job: str) -> str:
     return random.Random(f"{job}/tenant").choices(list(TENANTS), list(TENANTS.values()))[0]
 
 
+def order(variant: str) -> tuple[int | None, float | None]:
+    """Its priority, and the seconds from its insertion to its run_after; None: it has none."""
+    chance = random.Random(f"{variant}/order")
+    return chance.choice([None, 0, 0, 7]), chance.choice([None] * 4 + [chance.uniform(0.5, 3)])
+
+
 # One job in so many meets hardly anything but trouble, so that calls are given up as well.
 CURSED = 10
 

@@ -21,26 +21,19 @@ from pipeline import Call, Pool, limits
 from stage_http import Answer
 
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
-
-
-def limits_of(seed: int) -> dict[str, dict[str, Any]]:
-    """The limits that each stage declares. Every second seed has no rates and no order of calls, as
-    calls are claimed by another statement where any stage declares one."""
-    ordered = seed % 2 == 1
-    gpu = Pool("gpu", 5, linger=1.0 if ordered else None)
-    found: dict[str, dict[str, Any]] = {
-        "planner": {"max_running": 3},
-        plan.ASYNCHRONOUS: {"asynchronous": True, "pool": gpu},
-        "vlm_judge": {"pool": gpu},
-    }
-    if ordered:
-        found["vlm_analyze"] = {"per_tenant": 3}
-        found["yolo_detect"] = {"per_minute": 240}
-        found["detect"] = {"fair": True, "max_running": 2}  # so that its tenants wait
-    return found
-
-
-LIMITS = limits_of(SEED)
+# Every second seed has no rates and no order of calls, as calls are claimed by another statement
+# where any stage or table declares one.
+IS_ORDERED = SEED % 2 == 1
+GPU = Pool("gpu", 5, linger=1.0 if IS_ORDERED else None)
+LIMITS: dict[str, dict[str, Any]] = {
+    "planner": {"max_running": 3},
+    plan.ASYNCHRONOUS: {"asynchronous": True, "pool": GPU},
+    "vlm_judge": {"pool": GPU},
+}
+if IS_ORDERED:
+    LIMITS["vlm_analyze"] = {"per_tenant": 2, "max_running": 3}  # so that tenants wait
+    LIMITS["yolo_detect"] = {"per_minute": 240}
+    LIMITS["detect"] = {"fair": True, "max_running": 3}  # likewise
 
 
 class Mischief(Exception):
@@ -113,7 +106,7 @@ def follow(clock: Path) -> None:
 if __name__ == "__main__":
     if clock := os.environ.get("CHAOS_CLOCK"):
         follow(Path(clock))
-    PIPELINE.update(families.PIPELINE)
+    PIPELINE.update(families.pipeline(IS_ORDERED))
     PIPELINE.update({state: mischievous(function) for state, function in PIPELINE.items()})
     import listener  # its options name the stages
     import ops

@@ -24,7 +24,7 @@ def report(history: History, verdict: Verdict) -> Iterator[str]:
         ("Outcomes in stage_attempts", Counter(row.outcome for row in history.rows)),
         ("Called again, each with the reason that allows it", verdict.repeats),
         ("Two requests of one job open at once, each with the reason", verdict.overlaps),
-        ("Calls that met a limit", verdict.limits),
+        ("Calls that met a limit, or waited", verdict.met),
     ):
         yield f"\n{title}"
         yield table(["", "number"], [[name, count] for name, count in counted.most_common()])
@@ -56,17 +56,11 @@ def figures(history: History) -> list[tuple[str, int]]:
         ("requests accepted", sum(post.accepted for post in history.posts)),
         ("requests taken with 202", sum(post.taken for post in history.posts)),
         ("effects written with the receiver", len(history.effects)),
-        ("calls under a limit", len(limited(history))),
         ("listeners started", len(history.listeners)),
         ("results written by workers without a listener", history.orphans),
         ("attempts at which a stage function misbehaved", len(history.mischief)),
         ("jobs and variants of which commits may be lost", len(jobs_with_lost_commits(history))),
     ]
-
-
-def limited(history: History) -> set[tuple[int, int]]:
-    stages = {stage for limit in history.limits for stage in limit.stages}
-    return {(lease.call, lease.attempt) for lease in history.leases if lease.stage in stages}
 
 
 def faults_table(history: History) -> str:

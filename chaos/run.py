@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ CREATE TABLE jobs (
 );
 """
 RETRY_EVERY = 1.5  # seconds between two `retry --all --yes` of the operator
+# Calls whose run_after the clock, as it was set back, has made far away.
+PUT_OFF = "SELECT job_id::text FROM stage_calls WHERE run_after > now() + interval '1 hour'"
 # Seconds to wait for calls that are still owed. A hold lasts a minute at most, a lease less. A
 # clock that was set back is noticed within a minute, or two where a row was locked.
 SETTLE_LIMIT = 270.0
@@ -192,9 +194,13 @@ class Run:
             tell(f"{seconds:4.0f} s: {calls} requests, {faults} faults")
 
     def operate(self) -> None:
-        """The operator, who retries what was given up."""
+        """The operator, who retries what was given up, or was put off."""
         while not self.over.wait(1.0 if self.api.calm.is_set() else RETRY_EVERY):
             self.command("retry", "--all", "--yes")
+            with suppress(psycopg2.Error), closing(self.connect()) as conn, conn.cursor() as cursor:
+                cursor.execute(PUT_OFF)
+                if late := [job for (job,) in cursor.fetchall()]:
+                    self.command("retry", "--now", *late)
 
     def settle(self, tell: Callable[[str], None]) -> int:
         """Wait until nothing is owed; how many calls still are when the time limit is over."""
@@ -230,6 +236,7 @@ class Run:
             }
             | families.ROUTES,
             joined=families.JOINS,
+            rolled_back=sorted(self.application.rolled_back),
             owed=owed,
             orphans=sum(each.orphans for each in listeners),
             posts=sorted(self.api.posts, key=lambda post: post.arrived),

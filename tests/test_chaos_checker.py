@@ -29,6 +29,7 @@ from chaos.history import (
     Fault,
     Gone,
     History,
+    Hold,
     Join,
     Lease,
     Limit,
@@ -36,6 +37,7 @@ from chaos.history import (
     Post,
     Row,
 )
+from chaos.plan import SET_BACK
 
 TIMEOUT, LEASE = 2.0, 3.0
 ONE, OTHER = "host-101-aaaaaa", "host-202-bbbbbb"
@@ -97,6 +99,15 @@ class Script(History):
         self.claim(at, attempt, worker)
         self.post(at + seconds, status)
         self.row(at + seconds, outcome, None if outcome == "unknown" else status)
+
+    def wait(self, job, arrived, claimed, tenant="t", step="img_gen", ended=0.1, **order):
+        """The call of another job, which is claimed after its arrival."""
+        tx = 1 + len(self.moves)
+        self.moves.append(Move(job, tx, arrived, step, "done", **order))
+        self.debts.append(Debt(job, 1000 + tx, STAGES[step], tx))
+        self.claims.append(Claim(job, 1000 + tx, 1, ONE, claimed, claimed + LEASE))
+        self.leases.append(Lease(job, tenant, 1000 + tx, 1, STAGES[step], claimed, claimed + 0.1,
+                                 claimed + LEASE, ended and claimed + 0.1 + ended))  # fmt: skip
 
     def fault(self, kind, reach, began, ended=None, slots=(1, 2), pids=()):
         self.faults.append(Fault(kind, reach, began, ended or began, list(slots), list(pids)))
@@ -672,7 +683,7 @@ def test_stage_that_is_full_is_not_called(script):
     script.leases[1] = replace(script.leases[1], stage="planner")
     verdict = check(script)
     assert verdict.findings == []
-    assert verdict.limits == {"took the last place": 3, "waited while other tenants had turns": 0}
+    assert verdict.met["took the last place"] == 3
     script.limits = [Limit("gpu", ["vlm_analyze", "planner"], 1)]
     assert kinds(script) == {LIMIT}
     script.limits = [Limit("vlm_analyze", ["vlm_analyze"], 2)]
@@ -713,26 +724,148 @@ def test_stage_with_a_rate_is_not_called_too_soon(script):
     assert kinds(script) == {LIMIT}
 
 
-@pytest.mark.parametrize(("turns", "until"), [(1, 4), (2, 4), (2, 5)])
-def test_tenant_that_waits_while_another_has_its_turns_is_seen(turns, until, script):
-    """The others have their turns from 2 s on, the last of them with this one where until is 5."""
-    script.limits = [Limit("vlm_analyze", ["vlm_analyze"], is_fair=True)]
-    script.move(1, "img_gen")
-    script.called(5)
-    spans = [(2 + n, 2.1 + n, 2.2 + n) for n in range(turns - 1)]
-    others = leases(*spans, (until, until + 0.1, until + 0.3))
-    others = [replace(lease, job=f"o{n}", tenant="o") for n, lease in enumerate(others)]
-    mine = replace(leases((5, 5.1, 5.4))[0], call=script.debts[0].call)
-    script.leases = [*others, mine]
-    assert kinds(script) == ({TURNS} if (turns, until) == (2, 4) else set())
-    assert check(script).limits["waited while other tenants had turns"] == 1
-
-
 def test_call_claimed_after_the_job_left_is_found(script):
     script.move(1, "img_gen")
     script.move(2, "img_gen", "paused")
     script.called(2.1)
     assert kinds(script) == {AFTER_LEAVING}
+
+
+# --- the order of calls --------------------------------------------------------------------
+
+
+def is_out_of_turn(script):
+    return TURNS in kinds(script)
+
+
+@pytest.mark.parametrize(
+    ("claimed", "priority", "found"),
+    [
+        ([2, 3], 7, False),
+        ([2, 3, 4], 7, True),  # the last of another priority does not count
+        ([2, 3, 4], 0, True),
+        ([1, 3, 5], 0, False),  # one before it came, one together with it
+    ],
+)
+def test_tenant_that_waits_while_another_has_its_turns_is_seen(claimed, priority, found, script):
+    script.limits = [Limit("vlm_analyze", ["vlm_analyze"], is_fair=True)]
+    for n, at in enumerate(claimed):
+        script.wait(f"o{n}", 0.9, at, "o", priority=priority if n == 0 else 0)
+    script.wait("j", 1.2, 5)
+    assert is_out_of_turn(script) == found
+    assert check(script).met["waited while other tenants had turns"] == 1
+    script.limits = [Limit("vlm_analyze", ["vlm_analyze"], 3)]
+    assert not is_out_of_turn(script)
+
+
+@pytest.mark.parametrize(
+    ("ended", "found"),
+    [
+        (None, False),
+        (1.88, False),  # so late that the next claim may not have seen it
+        (1.5, True),
+    ],
+)
+def test_tenant_waits_though_it_has_its_turn_while_it_has_all_its_calls(ended, found, script):
+    script.limits = [Limit("vlm_analyze", ["vlm_analyze"], is_fair=True, per_tenant=1)]
+    script.wait("k", 0.5, 1, ended=ended)
+    script.wait("a", 1.5, 3, "a")
+    script.wait("b", 0.9, 4, "a")
+    script.wait("j", 1.2, 5)
+    assert is_out_of_turn(script) == found
+    script.wait("l", 0.6, 2.7)  # a turn of its own tenant
+    script.leases.sort(key=lambda lease: lease.began)
+    assert not is_out_of_turn(script)
+
+
+@pytest.mark.parametrize(
+    ("order", "found"),
+    [
+        ({"priority": 7}, True),
+        ({"priority": 0}, False),
+        ({"priority": 7, "run_after": 2.0}, False),
+    ],
+)
+def test_call_of_a_lower_priority_that_is_made_first_is_seen(order, found, script):
+    script.limits = [Limit("vlm_analyze", ["vlm_analyze"], 2)]
+    script.wait("low", 1, 2)
+    script.wait("high", 1.5, 3, **order)
+    assert is_out_of_turn(script) == found
+
+
+@pytest.mark.parametrize("excuse", ["locked", "clock", "clock before", "at once", "not judged"])
+def test_call_of_a_lower_priority_may_be_made_where_the_other_was_not_there(excuse, script):
+    script.limits = [Limit("vlm_analyze", ["vlm_analyze"], 2)]
+    script.wait("low", 1, 2)
+    script.wait("high", 1.5, 2 if excuse == "at once" else 3, priority=7)
+    if excuse == "locked":
+        script.rolled_back = ["high"]
+    elif excuse == "not judged":  # what is left of a row of which commits are lost
+        script.claims = [claim for claim in script.claims if claim.job != "low"]
+        script.debts = [debt for debt in script.debts if debt.job != "low"]
+    elif excuse == "clock":
+        script.fault(SET_BACK, "clock", 2.5)
+    elif excuse == "clock before":
+        script.fault(SET_BACK, "clock", 0.3)
+        assert is_out_of_turn(script)
+        script.moves.append(Move("high", 99, 0.2, "img_gen", "queued"))  # its run_after is older
+        script.moves.sort(key=lambda move: move.at)
+    assert not is_out_of_turn(script)
+
+
+@pytest.mark.parametrize(("run_after", "found"), [(2.0, False), (2.1, True)])
+def test_call_before_its_run_after_is_seen(run_after, found, script):
+    script.wait("j", 1, 2, run_after=run_after)
+    assert is_out_of_turn(script) == found
+    script.fault(SET_BACK, "clock", 1.5)
+    assert not is_out_of_turn(script)
+
+
+@pytest.mark.parametrize(
+    ("claimed", "came", "found"),
+    [
+        (2.5, 2.0, True),
+        (3.1, 2.0, False),  # it has stayed for as long as it should
+        (2.5, 2.48, False),  # nothing of the stage was due, as far as that claim could see
+    ],
+)
+def test_pool_that_leaves_a_stage_with_calls_due_is_seen(claimed, came, found, script):
+    left_with_a_call(script, claimed, came)
+    assert is_out_of_turn(script) == found
+
+
+def left_with_a_call(script, claimed=2.5, came=2.0, step="vlm_analyze"):
+    """A pool makes a call of one stage, then of another, while one more came for the first."""
+    script.limits = [Limit("gpu", ["vlm_analyze", "yolo_detect"], 5, linger=2.0)]
+    script.wait("a", 0.5, 1)
+    script.wait("b", 1.5, claimed, step=step)
+    script.wait("c", came, 6)
+
+
+@pytest.mark.parametrize(
+    ("at", "until", "held"), [(2.4, 3.4, True), (1, 2.4, False), (2.7, 4, False)]
+)
+def test_pool_leaves_a_stage_that_is_held(at, until, held, script):
+    left_with_a_call(script)
+    script.holds = [Hold("vlm_analyze", at, until)]
+    assert is_out_of_turn(script) != held
+
+
+@pytest.mark.parametrize("excuse", ["left", "clock", "same stage"])
+def test_pool_leaves_a_stage_whose_call_was_not_to_be_made(excuse, script):
+    left_with_a_call(script, step="img_gen" if excuse == "same stage" else "vlm_analyze")
+    if excuse == "left":
+        script.moves.append(Move("c", 99, 2.3, "img_gen", "paused"))
+    elif excuse == "clock":
+        script.fault(SET_BACK, "clock", 2.3)
+    assert not is_out_of_turn(script)
+
+
+def test_pool_that_comes_back_to_a_stage_stays_again(script):
+    left_with_a_call(script, claimed=3.1, came=2.0)
+    script.wait("d", 3.0, 7, step="vlm_analyze")
+    script.leases[2] = replace(script.leases[2], claimed=4, began=4.1)
+    assert is_out_of_turn(script)
 
 
 # --- taken with 202 ------------------------------------------------------------------------

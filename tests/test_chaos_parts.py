@@ -17,7 +17,7 @@ import pytest
 from waiting import PATIENCE, until
 
 from chaos import audit, faults, nemesis, pipeline, plan, program
-from chaos.application import ACTIONS
+from chaos.application import ACTIONS, Application
 from chaos.clock import STEP, Clock, library
 from chaos.history import Exit
 from chaos.listeners import Listener, Supervisor
@@ -57,6 +57,20 @@ def test_everything_planned_can_be_done():
     assert kinds == set(plan.FAULTS)
     assert {step.what for step in plan.steps(7, 300, 3)} == set(ACTIONS)
     assert set(plan.MISCHIEF) == program.BEFORE.keys() | program.AFTER.keys()
+
+
+def test_rows_that_a_transaction_without_a_trace_had_locked_are_noted(database, monkeypatch):
+    def lose_connection(app, cursor, _step):
+        app.stop.set()  # or it would be tried again
+        cursor.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+
+    monkeypatch.setitem(ACTIONS, "touch", lose_connection)
+    app = Application(database.dsn, [])
+    kept, undone, lost = (plan.Step(0, database.add_job(), what, ("img_gen", "done"))
+                          for what in ("move", "roll back", "touch"))  # fmt: skip
+    for step in (kept, undone, lost):
+        app.carry_out(step)
+    assert app.rolled_back == {undone.job, lost.job, lost.variant}
 
 
 def test_change_that_gives_up_is_recorded_with_the_time_it_kept_others_waiting(
@@ -108,6 +122,7 @@ TABLES = """
 CREATE TABLE jobs (current_step text, status text);
 CREATE TABLE jobs_variants (current_step text, status text);
 CREATE TABLE stage_calls ();
+CREATE TABLE pipeline_stages (held_until timestamptz);
 CREATE TABLE stage_leases (job_id text, call_id bigint, attempt integer, stage text,
                            tenant_id text, started_at timestamptz, leased_until timestamptz);
 """
