@@ -187,6 +187,11 @@ class World:
         while self.undone:
             self.undo(self.undone.pop())
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether nobody has called a stage for a second."""
+        return all(request.time < time.monotonic() - 1 for request in self.api.requests[-1:])
+
     def every_slot(self) -> list[int]:
         return [listener.slot for listener in self.listeners]
 
@@ -336,6 +341,8 @@ def freeze_backend(world: World, plan: PlannedFault, target: Target) -> Iterator
     os.kill(pid, signal.SIGSTOP)
     world.frozen.add(pid)
     yield
+    if world.is_silent:  # it holds a lock that everybody needs, such as that of NOTIFY at a commit
+        target.pids = []
     if pid in world.frozen:
         world.frozen.discard(pid)
         os.kill(pid, signal.SIGCONT)

@@ -3,6 +3,7 @@ first, and faults that kept its result from being recorded.
 """
 
 from chaos.account import Account, Call, Try
+from chaos.history import Fault
 from ops.rules import outcomes_by
 
 # Seconds by which the timers of a listener, and of this program, may be late.
@@ -65,7 +66,8 @@ def why_unheard(account: Account, call: Call, first: Try, second: Try, outcomes:
         done = account.faults(claim.worker, claim.at, ended, "worker", "listener")
         if KILLED in first.error and any(fault.kind == "kill -9 worker" for fault in done):
             return "accepted, but the worker was killed"
-        if any(fault.kind.startswith("freeze") for fault in done):
+        workers = [fault for fault in done if "worker" in fault.kind]
+        if were_frozen(workers, post.finished, claim.at + account.history.timeout):
             return "accepted, but the worker was frozen"
     return ""
 
@@ -73,12 +75,15 @@ def why_unheard(account: Account, call: Call, first: Try, second: Try, outcomes:
 def why_lost(account: Account, call: Call, one: Try, when: float) -> str:
     """What kept the listener and its worker from writing the result before `when`."""
     listener, began = one.claim.worker, one.claim.at
-    done = account.faults(listener, began, when, "listener")
+    # What a listener has sent before it was killed may be claimed after that.
+    done = account.faults(listener, 0.0, when, "listener")
     kinds = {fault.kind for fault in done}
     if "kill -9 listener and workers" in kinds:
         return "all was killed"
-    if any(kind.startswith("freeze") for kind in kinds):
-        return "the listener was frozen"
+    answered = could_be_written(account, call, one)
+    known = has_result(account, one) if answered else began + account.history.timeout
+    if were_frozen(done, known, one.leased_until):
+        return "the listener was frozen until the lease was over"
     since = has_result(account, one) if one.posts else began - RECONNECTING
     if account.faults(listener, since, when, "database"):
         return "its result could not be written: no database"
@@ -87,6 +92,12 @@ def why_lost(account: Account, call: Call, one: Try, when: float) -> str:
     if "kill -9 listener" in kinds and not could_be_written(account, call, one):
         return "the listener was killed, and no answer came in time"
     return ""
+
+
+def were_frozen(faults: list[Fault], since: float, until: float) -> bool:
+    """Whether one of these faults froze its processes from one moment to the other."""
+    freezes = [fault for fault in faults if fault.kind.startswith("freeze")]
+    return any(one.began - SLACK <= since and until <= one.ended + SLACK for one in freezes)
 
 
 def was_locked(account: Account, one: Try, when: float) -> bool:

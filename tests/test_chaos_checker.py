@@ -199,9 +199,30 @@ def test_lost_database_explains_a_lost_result_only_from_the_answer_on(began, end
     assert kinds(script) == found
 
 
-@pytest.mark.parametrize("accepted", [True, False])
-def test_call_that_was_killed_with_its_listener_is_repeated_after_its_lease(accepted, script):
+@pytest.mark.parametrize(
+    ("began", "ended", "planned", "found"),
+    [
+        (1.2, 4.1, None, set()),
+        (1.2, 2.7, None, {REPEATED, ATTEMPTS}),
+        (2.7, 4.1, None, {REPEATED, ATTEMPTS}),
+        (2.7, 4.1, "post, then compute in C", set()),  # there is a result only at the deadline
+    ],
+)
+def test_frozen_listener_explains_a_lost_result_only_until_the_lease_is_over(
+    began, ended, planned, found, script
+):
+    killed_in_a_call(script)
+    script.mischief = {"j/vlm_analyze/1": planned}
+    script.faults.clear()
+    script.fault("freeze listener", "listener", began, ended, slots=[1])
+    assert kinds(script) == found
+
+
+@pytest.mark.parametrize(("accepted", "at"), [(True, 1.3), (False, 1.3), (False, 1.0)])
+def test_call_that_was_killed_with_its_listener_is_repeated_after_its_lease(accepted, at, script):
+    """The claim may have been under way to the database when that was killed."""
     killed_in_a_call(script, accepted)
+    script.faults[0] = replace(script.faults[0], began=at, ended=at)
     verdict = check(script)
     assert verdict.findings == []
     assert list(verdict.repeats) == [("" if accepted else "not ") + "accepted, all was killed"]
@@ -241,6 +262,22 @@ def test_accepted_call_whose_stage_function_never_returned_is_repeated_after_its
     verdict = check(script)
     assert verdict.findings == []
     assert list(verdict.repeats) == ["accepted, but the stage function never returned"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "ended", "found"),
+    [
+        ("freeze listener and workers", 3.2, set()),
+        ("freeze listener", 3.2, {REPEATED}),  # the worker has had the answer in time
+        ("freeze worker", 2.0, {REPEATED}),
+    ],
+)
+def test_accepted_call_is_without_an_answer_only_where_its_worker_was_frozen_in_time(
+    kind, ended, found, script
+):
+    died_in_a_call(script, "no answer within 2 s, so its worker was killed")
+    script.fault(kind, "listener", 1.2, ended, slots=[1])
+    assert kinds(script) == found
 
 
 def test_call_without_an_answer_in_time_is_repeated_after_its_lease(script):
@@ -444,9 +481,7 @@ def test_late_acceptance_may_come_too_late_for_a_claim_of_that_moment(script):
     assert kinds(script) == set()
 
 
-@pytest.mark.parametrize(
-    ("at", "slot", "worker"), [(1.0, 1, ONE), (4.2, 1, ONE), (1.3, 2, ONE), (1.3, 1, OTHER)]
-)
+@pytest.mark.parametrize(("at", "slot", "worker"), [(4.2, 1, ONE), (1.3, 2, ONE), (1.3, 1, OTHER)])
 def test_kill_of_another_time_place_or_listener_explains_nothing(at, slot, worker, script):
     killed_in_a_call(script, accepted=False)
     pids = [history.pid_of(worker)]

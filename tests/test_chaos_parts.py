@@ -89,6 +89,12 @@ def test_change_that_gives_up_is_recorded_with_the_time_it_kept_others_waiting(
     assert done.faults[0].began <= began < ended <= done.faults[0].ended
 
 
+@pytest.mark.parametrize(("ago", "is_silent"), [(2.0, True), (0.0, False)])
+def test_frozen_backend_that_silences_everybody_is_told_by_the_last_request(ago, is_silent):
+    api = SimpleNamespace(requests=[SimpleNamespace(time=time.monotonic() - ago)])
+    assert faults.World(None, None, api, [], None, None, [], None).is_silent == is_silent
+
+
 def test_clock_of_the_database_stays_as_it_is_without_libfaketime():
     world = faults.World(None, None, None, [], None, None, [], None)
     with pytest.raises(faults.NotNow):
