@@ -14,7 +14,14 @@ from chaos.account import Account, Call, Try
 from chaos.history import Exit, History, Join, Row
 from chaos.limits import VISIBLE, ended_amiss, over_limits
 from chaos.lost import judged
-from chaos.reasons import DIED, RECONNECTING, why_dead, why_lost, why_repeated
+from chaos.reasons import (
+    DIED,
+    RECONNECTING,
+    listener_was_killed,
+    why_dead,
+    why_lost,
+    why_repeated,
+)
 from chaos.turns import met, out_of_turn
 from failures import SET_FAILED
 from ops.rules import (
@@ -252,6 +259,9 @@ def check_attempts(account: Account, call: Call, verdict: Verdict) -> None:
         ends = [row.finished for row in one.rows if row.outcome == "lost"]
         if ends and not why_lost(account, call, one, ends[0]):
             verdict.findings.append((ATTEMPTS, f"{text} is lost, and nothing was done to it"))
+        is_only_lost = one.outcomes == {"lost"} and one.posts and not one.taken
+        if is_only_lost and not listener_was_killed(account, one):
+            verdict.findings.append((ATTEMPTS, f"{text} is lost, and its listener forgot it"))
         if one.error.startswith(DIED) and not why_dead(account, call, one):
             verdict.findings.append((PROCESS, f"{text}: {one.error}, and nothing was done to it"))
         if one.posts and "skipped" in one.outcomes and not one.taken:  # see ended_amiss

@@ -14,7 +14,7 @@ from chaos.clock import STEP, Clock
 from chaos.history import pid_of
 from chaos.listeners import Listener
 from chaos.pipeline import Pipeline
-from chaos.plan import CLOCK, CLOCK_STEPS, LOST, SET_BACK, SWEEP_INTERVAL, PlannedFault
+from chaos.plan import AWAY, CLOCK, CLOCK_STEPS, LOST, SET_BACK, SWEEP_INTERVAL, PlannedFault
 from chaos.proxy import Proxy
 from demo.database import START_TIMEOUT, EmbeddedDatabase
 from demo.standby import follow, promote, rebuild
@@ -516,6 +516,7 @@ KINDS: dict[str, Callable[..., Context]] = {
     "freeze backend beyond the deadline": freeze_backend,
     "restart database, fast": restart_database("fast"),
     "restart database, immediate": restart_database("immediate"),
+    AWAY: restart_database("immediate"),
     "stall database network": network("database", "stall"),
     "drop database network": network("database", "drop"),
     "cut database network": network("database", "cut"),

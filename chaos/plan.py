@@ -20,6 +20,8 @@ LOST = 1.0  # seconds whose commits a failover may lose
 DATABASE_DEADLINE = 10.0  # db.DEADLINE: after that a listener gives a connection up
 
 SET_BACK = "set the clock of the database back"
+AWAY = "restart database after a minute"
+AWAY_EVERY = 240.0  # seconds from the beginning of one to that of the next, at least
 # kind: (how often, shortest and longest duration in seconds)
 FAULTS = {
     "kill -9 worker": (4, 0.0, 0.0),
@@ -39,6 +41,7 @@ FAULTS = {
     "freeze backend beyond the deadline": (1, DATABASE_DEADLINE + 1, DATABASE_DEADLINE + 3),
     "restart database, fast": (2, 0.1, 2.5),
     "restart database, immediate": (2, 0.1, 2.5),
+    AWAY: (0.5, 60.0, 90.0),
     "stall database network": (3, 0.5, LEASE + 3),
     "drop database network": (2, 2.0, 8.0),
     "cut database network": (2, 0.0, 0.0),
@@ -77,10 +80,14 @@ class PlannedFault:
 def faults(seed: int, seconds: float) -> list[PlannedFault]:
     """One fault after the other, with one to four seconds from start to start."""
     chance = random.Random(f"{seed}/faults")
-    planned, at = [], 2.0
+    planned, at, away_at = [], 2.0, 0.0
     weights = [often for often, _, _ in FAULTS.values()]
     while at < seconds:
         kind = chance.choices(list(FAULTS), weights)[0]
+        if kind == AWAY:
+            if at < away_at:
+                continue
+            away_at = at + AWAY_EVERY
         _, shortest, longest = FAULTS[kind]
         duration = chance.uniform(shortest, longest)
         planned.append(PlannedFault(at, kind, duration, chance.randrange(1000)))

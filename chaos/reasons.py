@@ -94,6 +94,14 @@ def why_lost(account: Account, call: Call, one: Try, when: float) -> str:
     return ""
 
 
+def listener_was_killed(account: Account, one: Try) -> bool:
+    """Whether it ever was. One that was not keeps each result until the database has it, however
+    long that is away.
+    """
+    done = account.faults(one.claim.worker, 0.0, account.history.ended, "listener")
+    return any(fault.kind.startswith("kill -9 listener") for fault in done)
+
+
 def were_frozen(faults: list[Fault], since: float, until: float) -> bool:
     """Whether one of these faults froze its processes from one moment to the other."""
     freezes = [fault for fault in faults if fault.kind.startswith("freeze")]

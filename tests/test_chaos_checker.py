@@ -37,7 +37,7 @@ from chaos.history import (
     Post,
     Row,
 )
-from chaos.plan import SET_BACK
+from chaos.plan import AWAY, SET_BACK
 
 TIMEOUT, LEASE = 2.0, 3.0
 ONE, OTHER = "host-101-aaaaaa", "host-202-bbbbbb"
@@ -196,7 +196,21 @@ def test_lost_database_explains_a_lost_result_only_from_the_answer_on(began, end
     killed_in_a_call(script)
     script.faults.clear()
     script.fault("restart database, fast", "database", began, ended)
+    script.row(4.6, claim=script.claims[0])
     assert kinds(script) == found
+
+
+@pytest.mark.parametrize("excuse", [None, "killed", "never sent", "taken"])
+def test_result_that_a_listener_forgets_while_the_database_is_away_is_found(excuse, script):
+    killed_in_a_call(script)
+    script.fault(AWAY, "database", 1.4, 4)
+    if excuse != "killed":
+        script.faults.pop(0)
+    if excuse == "never sent":
+        script.posts.pop(0)
+    elif excuse == "taken":
+        script.posts[0] = replace(script.posts[0], status=202)
+    assert kinds(script) == (set() if excuse else {ATTEMPTS})
 
 
 @pytest.mark.parametrize(
@@ -215,6 +229,7 @@ def test_frozen_listener_explains_a_lost_result_only_until_the_lease_is_over(
     script.mischief = {"j/vlm_analyze/1": planned}
     script.faults.clear()
     script.fault("freeze listener", "listener", began, ended, slots=[1])
+    script.row(4.6, claim=script.claims[0])
     assert kinds(script) == found
 
 
@@ -537,6 +552,7 @@ def test_accepted_call_may_be_taken_for_lost_only_while_its_table_is_locked(lock
     script.row(1.1 + LEASE, "lost", claim=script.claims[0])
     script.post(4.5)
     script.row(4.5)
+    script.row(4.6, claim=script.claims[0])
     if locked:
         script.fault("change columns of jobs, given up", "nothing", 1.3, 1.3 + locked)
         script.faults[-1].locked.append((1.3, 1.3 + locked))

@@ -1,5 +1,6 @@
 """What the chaos and soak runs are made of: the plan, the bad network, the verdict on a trend."""
 
+import itertools
 import os
 import random
 import select
@@ -57,6 +58,12 @@ def test_everything_planned_can_be_done():
     assert kinds == set(plan.FAULTS)
     assert {step.what for step in plan.steps(7, 300, 3)} == set(ACTIONS)
     assert set(plan.MISCHIEF) == program.BEFORE.keys() | program.AFTER.keys()
+
+
+def test_database_is_away_for_long_but_rarely():
+    away = [fault for fault in plan.faults(7, 7200) if fault.kind == plan.AWAY]
+    assert all(60 <= fault.seconds <= 90 for fault in away)
+    assert all(b.at - a.at >= plan.AWAY_EVERY for a, b in itertools.pairwise(away))
 
 
 def test_rows_that_a_transaction_without_a_trace_had_locked_are_noted(database, monkeypatch):
