@@ -2,11 +2,14 @@
 
 import os
 import tempfile
+import time
 from pathlib import Path
 
 # Seconds of one step. It is longer than any run, so that audit.py can take the steps out of each
 # time of the database.
 STEP = 86400
+# Seconds after which every process has read the file again.
+READ_AGAIN = 1.1
 LIBRARY = "libfaketime.so.1"
 PLACES = ("lib/*/faketime", "lib/faketime", "lib64/faketime", "local/lib/faketime")
 
@@ -30,7 +33,9 @@ class Clock:
         self.environ = {
             "LD_PRELOAD": str(preloaded),
             "FAKETIME_TIMESTAMP_FILE": str(self.file),
-            "FAKETIME_NO_CACHE": "1",  # or processes would differ for a while
+            # Once in each second. To read it at each call would crash a server now and then: the
+            # handler of a signal asks for the time, too, and must not allocate memory.
+            "FAKETIME_CACHE_DURATION": "0",
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",
             "FAKETIME_DISABLE_SHM": "1",  # kill -9 would leave it behind; 0.9.10 ignores this
             "NO_FAKE_STAT": "1",
@@ -44,12 +49,15 @@ class Clock:
         self.directory.cleanup()
 
     def set_back(self, seconds: int) -> None:
-        """Set it so many seconds further back than it is. All servers see it at once."""
+        """Set it so many seconds further back than it is, and return when all servers see it. Who
+        must not see another time than the others meanwhile is to be frozen.
+        """
         self.back += seconds
         new = self.file.with_suffix(".new")
         new.write_text(f"-{self.back}\n")
         new.chmod(0o644)
         new.replace(self.file)
+        time.sleep(READ_AGAIN)
 
     def set_right(self) -> None:
         self.set_back(-self.back)

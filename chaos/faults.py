@@ -493,8 +493,12 @@ def set_back(world: World, plan: PlannedFault, target: Target) -> Iterator[None]
     """For good: a clock that is set forward past the end of a lease may repeat a call."""
     if world.clock is None:
         raise NotNow
-    target.reach = "clock"
-    world.clock.set_back(STEP)
+    target.reach, target.slots = "database", world.every_slot()
+    servers = [world.database, world.standby] if world.database_up else [world.standby]
+    with frozen(*(server.pid for server in servers)):  # so that they start no others
+        children = {pid for server in servers for pid in server.children()}
+        with frozen(*(children - world.frozen)):
+            world.clock.set_back(STEP)
     yield
 
 

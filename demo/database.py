@@ -110,6 +110,11 @@ class EmbeddedDatabase:
         """The server's main process."""
         return self._server.pid
 
+    def children(self) -> list[int]:
+        """The pids of its other processes."""
+        found = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+        return list(map(int, found.split()))
+
     def settings(self, database: str = "postgres") -> dict[str, str]:
         """The environment variables that point a listener here, whatever its `.env` says."""
         return {
@@ -152,8 +157,7 @@ class EmbeddedDatabase:
     def kill(self) -> None:
         """Kill all processes of the server at once, as a power failure would."""
         os.kill(self.pid, signal.SIGSTOP)  # so that it starts no others
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        for pid in [self.pid, *map(int, children)]:
+        for pid in [self.pid, *self.children()]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._server.wait()
