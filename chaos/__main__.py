@@ -28,7 +28,7 @@ def cli() -> None:
 # A run is shorter than clock.STEP.
 @click.option("--minutes", default=3.0, show_default=True, type=click.FloatRange(0.1, 23 * 60))
 @click.option("--listeners", default=4, show_default=True, type=click.IntRange(1, 32),
-              help="Every second one has four workers, the later half a bad network.")  # fmt: skip
+              help="They have 16, 4 or 1 workers, the later half a bad network.")  # fmt: skip
 @click.option("--rate", default=2.5, show_default=True, type=click.FloatRange(0.1, 50),
               help="Jobs that arrive in a second.")  # fmt: skip
 @click.option("--record", type=click.Path(dir_okay=False, writable=True, path_type=Path),

@@ -31,6 +31,7 @@ WHERE (j.current_step, j.status) <> ('vlm_judge', 'done') AND j.status <> 'cance
       < chaos.seconds(now()) - 8
 LIMIT 20
 """
+VARIANT_TRIES = 10  # of a variant whose job is not there
 BEFORE = dict(STAGES.values())  # stage: the step that must be done before it
 
 
@@ -55,7 +56,8 @@ class Application:
     def carry_out(self, step: Step) -> None:
         """Carry out a step, again if the database was lost. Whether a lost commit took effect is in
         the audit table."""
-        while not self.stop.is_set():
+        tries = VARIANT_TRIES
+        while not self.stop.is_set() and tries:
             try:
                 with closing(psycopg2.connect(self.dsn)) as conn, self.noting(step):
                     ACTIONS[step.what](self, conn.cursor(), step)
@@ -63,8 +65,11 @@ class Application:
                 return
             except CONNECTION_LOST:
                 self.stop.wait(0.2)
-            except (psycopg2.errors.UniqueViolation, psycopg2.errors.ForeignKeyViolation):
-                return  # an earlier commit had succeeded after all, or the family was deleted
+            except psycopg2.errors.UniqueViolation:
+                return  # an earlier commit had succeeded after all
+            except psycopg2.errors.ForeignKeyViolation:  # its job comes later, or was deleted
+                tries -= 1
+                self.stop.wait(0.2)
             except psycopg2.Error as error:
                 self.errors.append(f"the application could not {step.what}: {error}".strip())
                 return
@@ -167,9 +172,10 @@ def add_variant(_app: Application, cursor, step: Step) -> None:
     cursor.execute(families.INSERT, [step.variant, step.job, *step.state, *order(step.variant)])
 
 
-def redo_variant(_app: Application, cursor, step: Step) -> None:
+def redo_variant(app: Application, cursor, step: Step) -> None:
     """Set the variant back to its first state."""
     cursor.execute(families.MOVE, ["cut", "paused", step.variant])
+    app.stop.wait(step.seconds)
     cursor.connection.commit()
     cursor.execute(families.MOVE, [*families.CUT, step.variant])
 

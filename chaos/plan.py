@@ -125,7 +125,7 @@ MEDDLING = {
 ARRIVED = ("img_gen", "done")
 ROUTED = list(five_stages.PIPELINE)
 # What may happen to a family: to the job itself, or to one of its variants.
-FAMILY_EVERY = 4  # jobs
+FAMILY_EVERY = 3  # jobs
 FAMILY_MEDDLING = {
     "add variant": 2,
     "redo variant": 4,
@@ -173,10 +173,11 @@ def family(chance: random.Random, job: str, at: float) -> list[Step]:
     for number in range(3):
         when = at + chance.uniform(0, apart)
         born.append(Step(when, job, "add variant", CUT, number=number))
-    for number in range(3, 3 + chance.choices([0, 1, 2, 3], [40, 30, 20, 10])[0]):
+    for number in range(3, 3 + chance.choices([0, 1, 2, 3], [20, 40, 25, 15])[0]):
         what = chance.choices(list(FAMILY_MEDDLING), list(FAMILY_MEDDLING.values()))[0]
         number = number if what == "add variant" else chance.randrange(4)
-        born.append(Step(at + chance.uniform(0.05, 8), job, what, CUT, number=number))
+        when, seconds = at + chance.uniform(0.05, 8), chance.choice([0.0, 0.3, 1.0])
+        born.append(Step(when, job, what, CUT, seconds, number))
     return born
 
 

@@ -29,6 +29,7 @@ LIMITS: dict[str, dict[str, Any]] = {
     "planner": {"max_running": 3},
     plan.ASYNCHRONOUS: {"asynchronous": True, "pool": GPU},
     "vlm_judge": {"pool": GPU},
+    "ad_copy": {"max_running": 1},  # so that joins wait, and rows may leave meanwhile
 }
 if IS_ORDERED:
     LIMITS["vlm_analyze"] = {"per_tenant": 2, "max_running": 3}  # so that tenants wait

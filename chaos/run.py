@@ -54,6 +54,7 @@ CREATE TABLE jobs (
     updated_at   timestamptz NOT NULL DEFAULT now()
 );
 """
+WORKERS = (1, 16, 4)  # of the listeners, by slot
 RETRY_EVERY = 1.5  # seconds between two `retry --all --yes` of the operator
 # Calls whose run_after the clock, as it was set back, has made far away.
 PUT_OFF = "SELECT job_id::text FROM stage_calls WHERE run_after > now() + interval '1 hour'"
@@ -65,8 +66,7 @@ SETTLE_LIMIT = 270.0
 class Run:
     """A context manager; `happen` is the run itself.
 
-    listeners: how many. Every second has four workers, the others one; the later half is behind
-        the proxies.
+    listeners: how many. They have 16, 4 or 1 workers; the later half is behind the proxies.
     rate: jobs a second.
     """
 
@@ -131,8 +131,7 @@ class Run:
         return environment(**given)
 
     def listener(self, slot: int) -> Listener:
-        workers = 1 if slot % 2 else 4
-        return Listener(slot, workers, self.environ(slot), self.directory, PROGRAM)
+        return Listener(slot, WORKERS[slot % 3], self.environ(slot), self.directory, PROGRAM)
 
     def command(self, *words: str) -> int:
         """The exit code of one of the product's commands."""

@@ -131,4 +131,7 @@ def met(account: Account) -> Counter[str]:
         others = [stage for stage in limit.stages if stage != lease.stage == before.stage]
         waiting = any(waits(account, stage, lease) for stage in others)
         found["kept its pool while another stage waited"] += waiting
+    for call in (call for call in account.calls if call.is_join):
+        skipped = any("skipped" in one.outcomes for one in call.tries.values())
+        found["of a join, skipped as a row was missing"] += skipped
     return found

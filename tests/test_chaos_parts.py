@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from contextlib import closing
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -17,8 +18,8 @@ import psycopg2
 import pytest
 from waiting import PATIENCE, until
 
-from chaos import audit, faults, nemesis, pipeline, plan, program
-from chaos.application import ACTIONS, Application
+from chaos import audit, families, faults, nemesis, pipeline, plan, program
+from chaos.application import ACTIONS, INSERT, Application
 from chaos.clock import STEP, Clock, library
 from chaos.history import Exit
 from chaos.listeners import Listener, Supervisor
@@ -78,6 +79,22 @@ def test_rows_that_a_transaction_without_a_trace_had_locked_are_noted(database, 
     for step in (kept, undone, lost):
         app.carry_out(step)
     assert app.rolled_back == {undone.job, lost.job, lost.variant}
+
+
+def test_variant_waits_for_its_job(database, monkeypatch):
+    tried, add = [], ACTIONS["add variant"]
+
+    def add_once_more(app, cursor, step):
+        if tried:
+            database.rows(INSERT, step.job, "t", *families.QUEUED)
+        tried.append(step)
+        add(app, cursor, step)
+
+    monkeypatch.setitem(ACTIONS, "add variant", add_once_more)
+    database.rows(families.TABLE)
+    step = plan.Step(0, str(uuid.uuid4()), "add variant", families.CUT)
+    Application(database.dsn, []).carry_out(step)
+    assert database.value("SELECT job_variants_id::text FROM jobs_variants") == step.variant
 
 
 def test_change_that_gives_up_is_recorded_with_the_time_it_kept_others_waiting(
