@@ -179,6 +179,9 @@ class MoveLook(Look):
         """Look soon, also for moves that no trigger has recorded."""
         # Calls may be taken of a stage that is no longer asynchronous, or has left PIPELINE.
         self.is_needed = pipeline.is_asynchronous() or moves.has_working(conn)
+        if not self.is_needed:
+            self.at = math.inf
+            self.failing.note_success(self.undone)
         self.may_miss = True
         self.ask()
 

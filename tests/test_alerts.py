@@ -586,6 +586,24 @@ def test_looks_that_fail_are_in_status_and_told_once_and_when_that_is_over(
     assert (over["event"], over["of"]) == ("recovered", "waiting")
 
 
+def test_looks_that_failed_are_forgotten_where_none_is_needed_any_more(
+    database, conn, caller, make_role
+):
+    database.add_job()
+    settle(conn, result(claim(conn), "taken"))
+    role = make_role(database)
+    database.rows(MAY_NOT.format(table="stage_moves", role=role))
+    calling = caller("http://127.0.0.1:1", DB_USER=role, DB_PASSWORD=role)
+    look, failing = calling.listener.move_look, calling.listener.failing
+    look.sweep(calling.conn)
+    for _ in range(2):
+        look.run(calling.conn)
+    assert "stage_moves" in failing.said[look.undone] and look.at < math.inf
+    database.rows("DELETE FROM stage_leases")
+    look.sweep(calling.conn)
+    assert failing.said == {} and look.at == math.inf
+
+
 def test_listener_that_claims_of_no_stage_is_told_once_and_when_that_is_over(
     database, caller, told
 ):
