@@ -787,7 +787,8 @@ def give_back(conn, worker: str, keep: Iterable[int]):
 # its run_after is due at its run_after again.
 REAP = """
 WITH over AS (
-    DELETE FROM stage_leases WHERE leased_until <= now() RETURNING *
+    DELETE FROM stage_leases
+    WHERE leased_until <= now() AND (%(call_id)s IS NULL OR call_id = %(call_id)s) RETURNING *
 ), early AS (
     SELECT c.* FROM over AS l CROSS JOIN LATERAL (
         SELECT c.job_id, c.call_id FROM stage_calls AS c
@@ -818,14 +819,15 @@ FROM recorded AS r LEFT JOIN LATERAL (
 """
 
 
-def reap(conn, grace: float = 0.0) -> list:
+def reap(conn, grace: float = 0.0, call_id: int | None = None) -> list:
     """End the leases that have run out, each with a row in the history.
 
     Args:
+        call_id: only those of this call.
         grace: seconds by which to extend them first, see EXTEND; 0: they are over.
 
     Returns:
         These rows, of which nobody has logged anything yet: see failures.reap().
     """
     sql = f"{EXTEND.sql};{REAP}" if grace else REAP
-    return execute(conn, sql, {"grace": grace}).fetchall()
+    return execute(conn, sql, {"grace": grace, "call_id": call_id}).fetchall()

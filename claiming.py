@@ -19,7 +19,7 @@ import pipeline
 from calls import Turn, Wanted
 from health import StageHealth
 from one_by_one import is_table_locked
-from ops.rows import locked, locked_limit, locked_table
+from ops.rows import locked, locked_limit
 from pipeline import Call, Pool
 
 log = logging.getLogger("listener")
@@ -235,5 +235,7 @@ def why_unclaimable(conn: db.Connection, stage: str, error: psycopg2.Error) -> s
         with contextlib.suppress(psycopg2.Error):  # calls that were claimed meanwhile are made
             if is_table_locked(error):
                 return locked(conn, *tables)
-            return locked_table(conn) or locked_limit(conn)  # our tables may be locked, too
+            if "stage_limits" in (error.diag.context or ""):
+                return locked_limit(conn)
+            return locked(conn)  # one of our tables
     return ops.first_line(error)

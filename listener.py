@@ -107,7 +107,7 @@ class Listener:
         self.reason, self.repeats = "", 0  # of the lost connection
         self.is_away = False  # the database; else it has refused a statement
         # No claim has succeeded since the start, or since something failed.
-        self.gives_grace = not once
+        self.gives_grace = True
         # time.monotonic() since which no call of any stage could be claimed
         self.stuck_since: float | None = None
         self.is_stuck_told = False

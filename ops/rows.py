@@ -99,10 +99,11 @@ def require_tables(conn) -> None:
         raise Problem(refusal)
 
 
-# Which session keeps all others out of one of our tables, or of a table of PIPELINE: it has an
-# AccessExclusiveLock, or any lock that another one's AccessExclusiveLock waits for, as all later
+# Which session keeps us out of one of our tables, to which we write, or of a table of PIPELINE: it
+# has a lock that excludes us, or any that another one's AccessExclusiveLock waits for, as all later
 # statements wait behind that one. A server may have thousands of locks, so those of these tables
-# are picked out first. The database is compared, as a copy of it has the same relation ids.
+# are picked out first. The database is compared, as a copy of it has the same relation ids. A
+# prepared transaction has no pid.
 LOCKED = """
 WITH locks AS MATERIALIZED (
     SELECT pid, relation, mode, granted FROM pg_locks
@@ -111,12 +112,14 @@ WITH locks AS MATERIALIZED (
                        FROM unnest(%(tables)s::text[]) AS name)
 )
 SELECT l.relation::regclass::text AS name, l.pid, a.application_name
-FROM locks AS l JOIN pg_stat_activity AS a USING (pid)
-WHERE l.granted AND l.pid <> pg_backend_pid()
+FROM locks AS l LEFT JOIN pg_stat_activity AS a USING (pid)
+WHERE l.granted AND l.pid IS DISTINCT FROM pg_backend_pid()
   AND (l.mode = 'AccessExclusiveLock'
+       OR l.mode IN ('ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock')
+          AND l.relation IN (SELECT to_regclass(name) FROM unnest(%(ours)s::text[]) AS name)
        OR EXISTS (SELECT FROM locks AS w
-                  WHERE w.mode = 'AccessExclusiveLock' AND NOT w.granted AND w.pid <> l.pid
-                    AND w.relation = l.relation))
+                  WHERE w.mode = 'AccessExclusiveLock' AND NOT w.granted
+                    AND w.pid IS DISTINCT FROM l.pid AND w.relation = l.relation))
 ORDER BY (l.relation IN (SELECT to_regclass(quote_ident(name))
                          FROM unnest(%(likely)s::text[]) AS name)) IS TRUE DESC,
          a.xact_start, l.pid
@@ -125,24 +128,25 @@ LIMIT 1
 
 
 def locked(conn, *likely: str) -> str:
-    """What is locked, and by whom, after lock_timeout has ended a statement. It may be no more."""
-    return locked_table(conn, *likely) or "another transaction holds a lock on a table or row"
-
-
-def locked_table(conn, *likely: str) -> str | None:
-    """Which table is locked, and by whom; of several, one of `likely`."""
-    tables = [*pipeline.tables(), *migrations.TABLES]
-    found = db.execute(conn, LOCKED, {"tables": tables, "likely": [*likely]}).fetchone()
-    return found and f"{found.name} is locked by {server_process(found)}"
+    """Which table is locked, and by whom, after lock_timeout has ended a statement; of several, one
+    of `likely`. It may be no more.
+    """
+    ours = [*migrations.TABLES]
+    given = {"tables": [*pipeline.tables(), *ours], "ours": ours, "likely": [*likely]}
+    found = db.execute(conn, LOCKED, given).fetchone()
+    if found is None:
+        return "another transaction holds a lock on a table or row"
+    return f"{found.name} is locked by {server_process(found)}"
 
 
 # The oldest transaction is the one that does not end: claims take such a lock for a moment. Of a
 # session of another role, which is none of ours, it may not be known when it began.
 LIMIT_LOCKED = """
 SELECT l.pid, a.application_name
-FROM pg_locks AS l JOIN pg_stat_activity AS a USING (pid)
+FROM pg_locks AS l LEFT JOIN pg_stat_activity AS a USING (pid)
 WHERE l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-  AND l.relation = to_regclass('stage_limits') AND l.granted AND l.pid <> pg_backend_pid()
+  AND l.relation = to_regclass('stage_limits') AND l.granted
+  AND l.pid IS DISTINCT FROM pg_backend_pid()
   AND l.mode IN ('RowShareLock', 'RowExclusiveLock')
 ORDER BY a.xact_start NULLS FIRST, l.pid
 LIMIT 1
@@ -158,6 +162,8 @@ def locked_limit(conn) -> str:
 
 
 def server_process(found: Any) -> str:
+    if found.pid is None:
+        return "a prepared transaction (see pg_prepared_xacts)"
     name = f" ({found.application_name})" if found.application_name else ""
     return f"server process {found.pid}{name}"
 

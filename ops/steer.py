@@ -164,7 +164,8 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
         raise Problem(why_nothing_owed(conn, row, stage))
     wanted = [Wanted(stage, limit.lease, 1, 1, limit.is_limited)
               for stage, limit in limits.items()]  # fmt: skip
-    failures.reap(conn, settings)  # a lost attempt, before the history has a newer one
+    # A lost attempt, before the history has a newer one.
+    failures.reap(conn, settings, call_id=chosen.call_id)
     leased_from = trigger.boottime()
     only = (row.key, chosen.call_id, chosen.attempts)
     claimed = calls.settle_and_claim(conn, [], wanted, 1, name, only=only).claimed

@@ -604,8 +604,11 @@ def test_looks_that_failed_are_forgotten_where_none_is_needed_any_more(
     assert failing.said == {} and look.at == math.inf
 
 
+@pytest.mark.parametrize(
+    ("table", "mode"), [("stage_attempts", "ACCESS EXCLUSIVE"), ("stage_leases", "SHARE")]
+)
 def test_listener_that_claims_of_no_stage_is_told_once_and_when_that_is_over(
-    database, caller, told
+    database, caller, told, table, mode
 ):
     """Nothing else tells it where a table of ours is locked: upkeep waits for it as well."""
     calling = caller("http://127.0.0.1:1", ALERT_COMMAND=told.command)
@@ -619,13 +622,13 @@ def test_listener_that_claims_of_no_stage_is_told_once_and_when_that_is_over(
             listener.settle_and_claim(calling.conn)
 
     with closing(database.connect()) as other:
-        other.cursor().execute("BEGIN; LOCK TABLE stage_attempts")
+        other.cursor().execute(f"BEGIN; LOCK TABLE {table} IN {mode} MODE")
         for _ in range(2):
             turn()
         listener.stuck_since -= calling.settings.ALERT_AFTER
         for _ in range(2):
             turn()
-        locked = f"stage_attempts is locked by server process {other.info.backend_pid}"
+        locked = f"{table} is locked by server process {other.info.backend_pid}"
     turn()
     listener.alerts.close()
     begun, over = told()

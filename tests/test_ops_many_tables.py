@@ -416,9 +416,9 @@ DAMAGE = {
         "CREATE INDEX ON jobs_variants (job_id)",
     ),
     "another parent declared": (
-        "UPDATE pipeline_tables SET parent_column = 'x' WHERE name = 'jobs_variants'",
+        "UPDATE pipeline_tables SET parent_column = 'status' WHERE name = 'jobs_variants'",
         "routes differ: table jobs_variants: parent_column is job_id in demo/five_stages.py,"
-        " x in the database",
+        " status in the database",
         INSTALL_NEWER,
     ),
 }
