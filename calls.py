@@ -277,10 +277,10 @@ TELL = Statement("tell", f"SELECT {LOCKED} AS locked, pg_notify('{WAKE_CHANNEL}'
 # after 20 ms, and not only after lock_timeout.
 HURRY = Statement("hurry", "SELECT set_config('lock_timeout', '20ms', true)")
 
-# After a failure, extends leases that ran out meanwhile: the listeners that know the results could
-# not write them either. A lease is extended once, otherwise failures without an end would keep the
-# call of a lost listener from being made again. due_at is left as it was: before leased_until, it
-# tells that the lease was extended. This is part of the claim, so that both succeed or none.
+# Extends leases that ran out while this listener could not claim, or has not: those that know the
+# results may not have been able to write them. One that has run out is extended once, or the call
+# of a lost listener might never be made again: due_at stays as it was, and tells how far the lease
+# was extended. This is part of the claim, so that both succeed or none.
 EXTEND = Statement(
     "extend",
     """
@@ -289,13 +289,18 @@ WITH over AS (
     WHERE l.leased_until < now() + make_interval(secs => %(grace)s) AND NOT l.unanswered
       AND EXISTS (SELECT FROM stage_calls AS c
                   WHERE c.job_id = l.job_id AND c.call_id = l.call_id
-                    AND c.attempts = l.attempt AND c.due_at >= l.leased_until)
+                    AND c.attempts = l.attempt
+                    AND c.due_at + make_interval(secs => %(grace)s) > l.leased_until)
     FOR UPDATE OF l SKIP LOCKED
+), extended AS (
+    UPDATE stage_leases AS l SET leased_until = now() + make_interval(secs => %(grace)s)
+    FROM over WHERE l.call_id = over.call_id AND l.attempt = over.attempt
+    RETURNING l.call_id
 )
-UPDATE stage_leases AS l SET leased_until = now() + make_interval(secs => %(grace)s)
-FROM over WHERE l.call_id = over.call_id AND l.attempt = over.attempt
+SELECT set_config('job_state_listener.extended', (count(*) > 0)::text, true) FROM extended
 """,
 )
+EXTENDED = "current_setting('job_state_listener.extended', true) = 'true'"
 
 # A limit is exact because whoever claims locks its row first, in the order of the names, and
 # counts the leases in the next statement, whose snapshot is then newer. Also where nothing of the
@@ -429,7 +434,7 @@ CLAIM_DUE = f"""
     SELECT job_id, table_name, call_id, attempts, stage, worker, started_at, due_at, tenant_id
     FROM claimed
 )
-SELECT {LOCKED} AS locked, now() AS asked_at,
+SELECT {LOCKED} AS locked, now() AS asked_at, {EXTENDED} AS extended,
        claimed.call_id, claimed.job_id, claimed.job_id::text AS key, claimed.table_name,
        claimed.join_of, claimed.current_step, claimed.status, claimed.stage,
        claimed.attempts AS attempt, claimed.attempts - claimed.free_attempts AS spent,
@@ -536,6 +541,7 @@ class Turn:
     given_up: calls that the database made us give up, which nobody has been told of.
     refused: results that the database did not take, for a reason that is not theirs: `refusal`.
     asked: the stages that were asked for calls.
+    extended: seconds by which leases that ran out were extended, see EXTEND; 0: none was.
     """
 
     claimed: list[Claimed]
@@ -547,10 +553,12 @@ class Turn:
     refused: list[Result] = field(default_factory=list)
     refusal: psycopg2.Error | None = None
     asked: set[str] = field(default_factory=set)
+    extended: float = 0.0
 
     def add(self, later: "Turn") -> None:
         """Add the calls of a later claim of the same turn, and whether it was refused."""
         self.claimed += later.claimed
+        self.extended = max(self.extended, later.extended)
         if later.asked_at is None:
             self.asked_at = None
 
@@ -622,13 +630,15 @@ def settle_and_claim(
     locked = [int(call_id) for call_id in (call_ids or "").split()]
     if not claims:
         return Turn([], locked)
-    claimed = [Claimed(*row[2:]) for row in rows if row[2] is not None]
+    extended = grace if rows[0][2] else 0.0
+    claimed = [Claimed(*row[3:]) for row in rows if row[3] is not None]
     if freed := [r.stage for r in results if r.limited and r.outcome not in ("unknown", TAKEN)]:
         free_places = Counter(freed) - Counter(row.stage for row in claimed)
         if free_places:
             wake_waiting(conn, free_places)
     claimed.sort(key=attrgetter("was_due_at"))
-    return Turn(claimed, locked, asked_at, asked={one.stage for one in wanted})
+    asked = {one.stage for one in wanted}
+    return Turn(claimed, locked, asked_at, extended=extended, asked=asked)
 
 
 WAKE_WAITING = f"""

@@ -65,8 +65,10 @@ CONNECTING = 100.0
 # Seconds between two tries to settle results whose rows their stages hold, and to give back claims
 # that were not begun.
 AGAIN_EVERY = 1.0
-# After a failure, seconds that other listeners get to connect and settle, besides their delays,
-# before their calls are taken over.
+# Seconds for which a claim that succeeded shows that the others could settle, too.
+CLAIMED_FOR = 5.0
+# Seconds that other listeners get to connect and settle, besides their delays, before their calls
+# are taken over.
 RECONNECTING = 5.0
 # Seconds for which a statement that was sent on a lost connection may still take effect.
 DOUBTFUL = 600.0
@@ -106,8 +108,7 @@ class Listener:
         self.has_told_stop = False  # said, after the first request to stop, what is waited for
         self.reason, self.repeats = "", 0  # of the lost connection
         self.is_away = False  # the database; else it has refused a statement
-        # No claim has succeeded since the start, or since something failed.
-        self.gives_grace = True
+        self.claimed_at = -math.inf  # time.monotonic() of the last claim that succeeded
         # time.monotonic() since which no call of any stage could be claimed
         self.stuck_since: float | None = None
         self.is_stuck_told = False
@@ -235,7 +236,7 @@ class Listener:
     def wait_to_reconnect(self, error: Exception) -> None:
         """Say what happened, each reason once and then only counted; calls under way go on."""
         said = ops.first_line(error) if isinstance(error, psycopg2.Error) else str(error)
-        self.is_away, self.gives_grace = isinstance(error, db.ConnectionLost), True
+        self.is_away = isinstance(error, db.ConnectionLost)
         reason = " ".join(f"{type(error).__name__}: {said}".split())
         delay = self.settings.JOB_STATE_LISTENER_RECONNECT_DELAY * random.uniform(0.5, 1.0)
         if reason != self.reason:
@@ -298,10 +299,10 @@ class Listener:
 
     @property
     def grace(self) -> float:
-        """Seconds by which leases are extended that ran out while this listener could not claim, or
-        had not started: what kept it from claiming may have kept another from settling.
+        """Seconds by which a claim extends leases that ran out. What kept this listener from
+        claiming lately may have kept another from settling; 0: nothing did.
         """
-        if not (self.gives_grace or self.claiming.unclaimable):
+        if time.monotonic() - self.claimed_at < CLAIMED_FOR:
             return 0.0
         return 2 * self.settings.JOB_STATE_LISTENER_RECONNECT_DELAY + RECONNECTING
 
@@ -327,7 +328,7 @@ class Listener:
                 self.give_back(conn)
         self.unwritten.mark_and_tell_failed(conn)
         wanted, *others = self.claiming.wanted(free, self.workers.calls, sweep)
-        leased_from, grace = boottime(), self.grace  # before the claim is sent
+        leased_from = boottime()  # before the claim is sent
         turn = self.at_once_or_one_by_one(conn, self.unwritten.results, wanted, free, sweep)
         self.note_settled(conn, turn)
         if turn.refusal:
@@ -336,8 +337,6 @@ class Listener:
         if sweep and is_clock_set_back(turn):
             self.upkeep.note_clock_set_back()
         self.claiming.plan(conn, turn, bool(wanted), free, self.sweep_interval if sweep else None)
-        if grace:  # look again at what was extended
-            self.claiming.sweep_at = min(self.claiming.sweep_at, time.monotonic() + grace)
         self.nothing_due = self.claiming.found_nothing and not self.has_look
         self.ask_once_more()
         return self.to_make(conn, turn, leased_from)  # it may bring the next turn forward
@@ -386,11 +385,11 @@ class Listener:
             turn = calls.settle_and_claim(
                 conn, results, wanted, free, self.name, sweep=sweep, grace=self.grace
             )
-            self.gives_grace = self.gives_grace and not (free and wanted)
+            if turn.asked_at:
+                self.claimed_at = time.monotonic()
         except db.ConnectionLost:
             raise
         except psycopg2.Error as error:
-            self.gives_grace = True
             if not self.claiming.is_logged(error):
                 log.warning("한 건씩 다시 시도: %s", ops.first_line(error))
             turn = one_by_one.settle_and_claim(

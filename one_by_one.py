@@ -12,7 +12,6 @@ from calls import (
     DO_NOT_RETRY,
     FENCE,
     HURRY,
-    PAID,
     RESULTS,
     UNDER_WAY,
     Result,
@@ -56,7 +55,7 @@ def settle_and_claim(conn, results: Sequence[Result], wanted: Sequence[Wanted], 
     that is not its own, nothing is claimed: what came of further calls might be lost as well.
     """
     done, has_waited = Turn([], []), False
-    for result in results:
+    for number, result in enumerate(results):
         if isinstance(done.refusal, psycopg2.errors.QueryCanceled):
             done.refused.insert(0, result)  # it may take as long; the next turn tries it first
             continue
@@ -65,6 +64,8 @@ def settle_and_claim(conn, results: Sequence[Result], wanted: Sequence[Wanted], 
         except ConnectionLost:
             raise
         except psycopg2.Error as error:
+            if done.refusal is None:
+                keep_from_repeating(conn, results[number:], error)
             done.refused.append(result)
             done.refusal = error
     for one in wanted if free and not done.refusal else []:
@@ -89,6 +90,7 @@ def settle_and_claim(conn, results: Sequence[Result], wanted: Sequence[Wanted], 
             reason = f"its call cannot be claimed: {' '.join(str(error).split())}"
             done.given_up += give_up_first(conn, one, worker, reason)
         else:
+            done.extended = max(done.extended, turn.extended)
             if turn.claimed:
                 done.claimed = turn.claimed
                 break
@@ -134,8 +136,6 @@ def settle_alone(conn, result: Result, done: Turn) -> None:
         return
     except psycopg2.Error as error:
         if not is_fault_of_row(error):
-            if result.outcome in PAID:
-                keep_from_repeating(conn, result, error)
             raise
         reason = f"its result ({result.outcome}) cannot be recorded: {' '.join(str(error).split())}"
     row = row_name(result.table_name, result.job_id)
@@ -172,24 +172,27 @@ WHERE {FENCE} AND c.due_at < 'infinity'
 )
 
 
-def keep_from_repeating(conn, result: Result, error: psycopg2.Error) -> None:
-    """Keep an accepted call from being made again, though its result is not written yet. Where the
-    database refuses that as well, say so once; the next turn tries it again.
+def keep_from_repeating(conn, results: Sequence[Result], error: psycopg2.Error) -> None:
+    """Keep accepted calls from being made again, though their results are not written yet: all at
+    once, as each of these may take its time to be refused. Where the database refuses that as well,
+    say so once for each; the next turn tries it again.
     """
-    why = f"{DO_NOT_RETRY}: {' '.join(str(error).split())}"
-    results = as_json(conn, [replace(result, error=BEYOND_ASCII.sub(escaped, why))])
+    accepted = [result for result in results if result.outcome == "succeeded"]
+    why = BEYOND_ASCII.sub(escaped, f"{DO_NOT_RETRY}: {' '.join(str(error).split())}")
+    kept = as_json(conn, [replace(result, error=why) for result in accepted])
     try:
-        run(conn, [HURRY, KEEP_FROM_REPEATING], {"results": results})
+        run(conn, [HURRY, KEEP_FROM_REPEATING], {"results": kept})
     except ConnectionLost:
         pass
     except psycopg2.Error as refused:
-        if not result.is_risk_logged:
-            result.is_risk_logged = True
-            log.error(
-                "리스 만료 후 다시 확인됨 (그때까지 기록되지 않으면): %s stage=%s %s: %s",
-                *(row_name(result.table_name, result.job_id), result.stage),
-                *("its stage has accepted it", " ".join(str(refused).split())),
-            )
+        for result in accepted:
+            if not result.is_risk_logged:
+                result.is_risk_logged = True
+                log.error(
+                    "리스 만료 후 다시 확인됨 (그때까지 기록되지 않으면): %s stage=%s %s: %s",
+                    *(row_name(result.table_name, result.job_id), result.stage),
+                    *("its stage has accepted it", " ".join(str(refused).split())),
+                )
 
 
 # The call that a claim of this stage would take first: see DUE and DUE_IN_ORDER in calls.py.

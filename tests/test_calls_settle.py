@@ -370,7 +370,9 @@ def test_leases_that_ran_out_during_a_failure_are_extended_once(database, conn):
     database.rows(LEASE_OVER)
     assert calls.reap(conn, grace=60.0) == []
     assert [row.key for row in claim_many(conn, 2).claimed] == [unanswered.key]
-    database.rows("UPDATE stage_leases SET leased_until = now()")  # and its listener is gone
+    for column, table in (("leased_until", "stage_leases"), ("due_at", "stage_calls")):
+        ago = "interval '2 minutes'" if table == "stage_calls" else "interval '1 second'"
+        database.rows(f"UPDATE {table} SET {column} = now() - {ago} WHERE job_id = %s", answered.key)
     [row] = claim_many(conn, 2, grace=60.0).claimed
     assert (row.key, row.taken_over) == (answered.key, True)
 

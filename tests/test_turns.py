@@ -21,7 +21,7 @@ from claims import (
     wanted,
 )
 from conftest import ROOT
-from faults.test_claims import with_idle_worker
+from faults.test_claims import with_idle_worker, with_idle_workers
 from raw_server import OK, in_turn
 from stage_functions import COMPUTE, POST, program
 from variants import PIPELINE as OF_TWO_TABLES
@@ -36,7 +36,7 @@ import moves
 import one_by_one
 import trigger
 from demo.stage_server import Answer
-from listener import LONGEST_SLEEP
+from listener import CLAIMED_FOR, LONGEST_SLEEP
 from looks import APART_MOST_FOUND, FAILED, Look
 from pipeline import Pool, Table, limits
 
@@ -522,6 +522,28 @@ def test_call_whose_lease_ran_out_while_our_tables_were_locked_is_not_taken_over
     assert turn() == []
     assert settle(conn, accepted)
     assert [(one.attempt, one.outcome) for one in database.attempts(job)] == [(1, "succeeded")]
+
+
+def test_listener_that_has_not_claimed_lately_extends_a_lease_that_ran_out_once(
+    database, conn, caller
+):
+    """Whatever kept it from that, such as calls of all workers, it has not seen what others met."""
+    calling = caller("http://127.0.0.1:1")
+    listener = with_idle_workers(calling.listener, 2)
+
+    def claimed_after_a_lost_lease() -> list[str]:
+        database.rows(LEASE_OVER)
+        listener.claiming.sweep_at = 0.0
+        return [call.key for call in listener.settle_and_claim(calling.conn)]
+
+    job = database.add_job()
+    claim(conn)
+    listener.claimed_at = time.monotonic() - CLAIMED_FOR
+    assert claimed_after_a_lost_lease() == []
+    assert claimed_after_a_lost_lease() == [job]
+    job = database.add_job()
+    claim(conn)
+    assert job in claimed_after_a_lost_lease()  # it has just claimed
 
 
 OTHERS = Table("others", id="job_variants_id", parent=("jobs", "job_id"))
