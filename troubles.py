@@ -27,7 +27,10 @@ EPISODES_INTERVAL = 60.0  # seconds between two looks at the stages
 NEWLY_STALLED = f"""
 {PART}
 WITH stalled AS (
-    SELECT stage, count(*) AS jobs, max(reason) AS reason FROM stalled_jobs() GROUP BY stage
+    SELECT stage, count(*) AS jobs,
+           CASE WHEN count(DISTINCT reason) > 1 THEN 'several reasons, the last: ' ELSE '' END
+               || (array_agg(reason ORDER BY since DESC NULLS LAST))[1] AS reason
+    FROM stalled_jobs() GROUP BY stage
 ), marked AS (
     UPDATE pipeline_stages AS p
     SET stalled_since = CASE WHEN q.jobs IS NOT NULL THEN now() END

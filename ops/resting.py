@@ -16,7 +16,8 @@ PART = "SELECT set_config('job_state_listener.part', coalesce(%(part)s, ''), tru
 # application's tables.
 RESTING = """
 SELECT stage, kind, count(*) AS jobs,
-       (array_agg(left(reason, 2000) ORDER BY since DESC NULLS LAST))[1] AS reason
+       CASE WHEN count(DISTINCT reason) > 1 THEN 'several reasons, the last: ' ELSE '' END
+           || (array_agg(left(reason, 2000) ORDER BY since DESC NULLS LAST))[1] AS reason
 FROM resting_rows()
 GROUP BY stage, kind
 """

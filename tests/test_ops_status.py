@@ -16,6 +16,7 @@ from test_plans import rows_read
 from waiting import LISTENERS, PATIENCE, gate, until, wait_for_call, wait_until_idle
 
 import db
+import troubles
 from demo.stage_api import StageApi
 from heartbeat import Heartbeat, heartbeats
 from ops.limits import limits
@@ -231,6 +232,17 @@ def test_status_tells_of_broken_triggers_where_the_schema_was_renamed(database, 
     assert "job_state_change_trigger on jobs runs another function" in problems[0]
     why = 'PROBLEM  relation "public.pipeline_stages" does not exist: which rows are fail'
     assert problems[1].startswith(why)
+
+
+def test_rows_that_are_stalled_for_several_reasons_are_told_so(database, run_command):
+    database.add_job("overlay", "running")
+    database.add_job("planner", "done")
+    database.rows("DELETE FROM stage_calls; UPDATE jobs SET updated_at = now() - interval '1 h'")
+    begin = "several reasons, the last: "
+    assert f"overlay      2 rows are stalled: {begin}" in run_command(database, "status").out
+    with connected(database) as conn:
+        [told] = troubles.newly_stalled(conn)
+        assert told.jobs == 2 and told.reason.startswith(begin)
 
 
 SLOW = """
