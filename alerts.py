@@ -141,7 +141,7 @@ class Alerts:
         about = (said["of"] if is_recovered else said["event"], said.get("stage"))
         self.give_up(about, not is_recovered)
         if len(self.waiting) + len(self.again) >= LONGEST_QUEUE:
-            log.error("알림 대기열이 가득 차 버림: %s", said["text"])
+            log.error("대기열이 가득 차서 버린 알림: %s", said["text"])
             return
         text = json.dumps(said, default=str, ensure_ascii=False)
         # An error may hold half of a surrogate pair, which UTF-8 has not.

@@ -167,7 +167,7 @@ class Hearing:
                 log.info("LISTEN '%s' 시작", channel)
         elif self.is_notified:
             seconds = self.settings.POLL_INTERVAL
-            log.warning("알림이 전달되지 않음 (%s): LISTEN 대신 %g초마다 확인", why, seconds)
+            log.warning("NOTIFY가 전달되지 않음 (%s): LISTEN 대신 %g초마다 확인", why, seconds)
         self.is_notified = is_notified
 
     def hear(self, conn: db.Connection) -> set[str]:
@@ -190,7 +190,7 @@ class Hearing:
     def do_without(self) -> None:
         """After a flood: stop listening and poll every POLL_INTERVAL for a while."""
         self.is_notified, self.deaf_until = False, time.monotonic() + DEAF_FOR
-        log.warning("알림이 너무 많음: %.0f초 동안 LISTEN 대신 %g초마다 확인",
+        log.warning("NOTIFY가 너무 많음: %.0f초 동안 LISTEN 대신 %g초마다 확인",
                     DEAF_FOR, self.settings.POLL_INTERVAL)  # fmt: skip
 
     def log(self) -> None:
@@ -201,10 +201,10 @@ class Hearing:
                 if not self.changes.use() or self.log_change(notification.payload, table):
                     continue
                 if self.others.use():
-                    log.warning("알 수 없는 알림 무시: %.200s", notification.payload)
+                    log.warning("알 수 없는 NOTIFY 무시: %.200s", notification.payload)
             elif notification.payload and self.others.use():
                 # Sent by `pause` and `resume`, or by anybody.
-                log.info("알림으로 온 말 (누구나 보낼 수 있음, 서버 프로세스 %d): %.500s",
+                log.info("NOTIFY로 온 메시지 (누구나 보낼 수 있음, 서버 프로세스 %d): %.500s",
                          notification.pid, notification.payload)  # fmt: skip
         self.tell_passed_over()
 
@@ -231,7 +231,7 @@ class Hearing:
         """Log, at most once a second, how many notifications were not logged."""
         count = self.changes.passed_over + self.others.passed_over
         if count and time.monotonic() - self.told_at >= 1.0:
-            log.warning("알림 %d건은 로그에 남기지 않음: 너무 많음", count)
+            log.warning("NOTIFY %d건은 로그에 남기지 않음: 너무 많음", count)
             self.told_at = time.monotonic()
             self.changes.passed_over = self.others.passed_over = 0
 

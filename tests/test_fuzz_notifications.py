@@ -87,7 +87,7 @@ def test_any_notification_is_one_line_and_no_error(database):
             lines = hear(NOTIFY, payloads, len(payloads))
             assert len(lines) == len(payloads)
             for line in lines:
-                assert "Job 상태 변화 감지: job=" in line or "알 수 없는 알림 무시: " in line
+                assert "Job 상태 변화 감지: job=" in line or "알 수 없는 NOTIFY 무시: " in line
                 assert line.translate(logs.CONTROL) == line and len(line) < 5000
 
         notify()

@@ -204,7 +204,7 @@ def test_malformed_notifications_are_logged_and_skipped(database, api, listener,
     wait_until_idle(tmp_path)
     for payload in MALFORMED:
         database.rows("SELECT pg_notify('job_state_changed', %s)", payload)
-    process.wait_for_line("알 수 없는 알림 무시", count=len(MALFORMED))
+    process.wait_for_line("알 수 없는 NOTIFY 무시", count=len(MALFORMED))
     database.add_job("overlay", "done")
     database.wait_for(DONE, 1)
     assert RECONNECTING not in process.output

@@ -120,7 +120,7 @@ def test_listener_whose_listen_is_refused_says_so_and_polls(database):
         hearing = Hearing(settings)
         hearing.listen(conn, silent=False)
     [line] = output.getvalue().splitlines()
-    assert "알림이 전달되지 않음 (current transaction is aborted" in line
+    assert "NOTIFY가 전달되지 않음 (current transaction is aborted" in line
     assert not hearing.is_notified
 
 
@@ -130,7 +130,7 @@ def test_listener_whose_listen_is_refused_says_so_and_polls(database):
 def test_flood_makes_a_listener_poll_and_later_listen_again(lines_of, monkeypatch):
     monkeypatch.setattr(lines_of.hearing, "pace", Allowance(100, 0))
     lines = lines_of(db.CHANNEL, WORDS, 500)
-    assert any("알림이 너무 많음: 60초 동안 LISTEN 대신 1초마다 확인" in line for line in lines)
+    assert any("NOTIFY가 너무 많음: 60초 동안 LISTEN 대신 1초마다 확인" in line for line in lines)
     channels = "SELECT count(*) FROM pg_listening_channels()"
     assert (
         not lines_of.hearing.is_notified and db.execute(lines_of.conn, channels).fetchone()[0] == 0

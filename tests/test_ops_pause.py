@@ -139,9 +139,9 @@ def test_listener_logs_what_the_operator_did(database, api, listener, run_comman
     wait_until_idle(tmp_path)
     pause(run_command, database, "planner", "--reason", "GPU\nmaintenance")
     said = f"): planner paused by {OPERATOR}: GPU\\nmaintenance"
-    assert process.wait_for_line("알림으로 온 말 (누구나", count=1).endswith(said)
+    assert process.wait_for_line("NOTIFY로 온 메시지 (누구나", count=1).endswith(said)
     run_command(database, "resume", "planner")
-    assert process.wait_for_line("알림으로 온 말 (누구나", count=2).endswith(
+    assert process.wait_for_line("NOTIFY로 온 메시지 (누구나", count=2).endswith(
         f"): planner resumed by {OPERATOR}"
     )
 

@@ -78,7 +78,7 @@ def test_a11_transaction_pooler_is_polled_and_nothing_leaks(
     job = database.add_job("planner", "done")
     database.wait_for(DONE, 1)
     assert [call.stage for call in api.calls(job)] == ["overlay", "vlm_judge"]
-    process.wait_for_line("알림이 전달되지 않음")
+    process.wait_for_line("NOTIFY가 전달되지 않음")
     assert LISTENING not in process.output
 
     with (
@@ -92,7 +92,7 @@ def test_a11_transaction_pooler_is_polled_and_nothing_leaks(
         assert cursor.fetchall() == []
         conn.rollback()
     assert process.stop() == 0
-    assert process.output.count("알림이 전달되지 않음") == 1
+    assert process.output.count("NOTIFY가 전달되지 않음") == 1
 
 
 def test_a11_reconnecting_behind_a_pooler_does_not_repeat_the_warning(
@@ -107,7 +107,7 @@ def test_a11_reconnecting_behind_a_pooler_does_not_repeat_the_warning(
     process.wait_for_line("PostgreSQL 연결 성공", count=2)
     database.add_job("overlay", "done")
     database.wait_for(DONE, 1)
-    assert process.output.count("알림이 전달되지 않음") == 1
+    assert process.output.count("NOTIFY가 전달되지 않음") == 1
 
 
 def test_a11_session_pooler_is_heard(database, pooler, api, listener, tmp_path):

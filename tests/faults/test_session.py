@@ -149,8 +149,8 @@ def test_a13_burst_over_tls_is_heard_to_its_last_notification(encrypting, api, l
         "SELECT pg_notify('job_state_changed', n || repeat('x', 7000))"
         " FROM generate_series(1, 900) AS n"
     )
-    process.wait_for_line("알 수 없는 알림 무시: 900xxx")
-    assert process.output.count("알 수 없는 알림 무시") == 900
+    process.wait_for_line("알 수 없는 NOTIFY 무시: 900xxx")
+    assert process.output.count("알 수 없는 NOTIFY 무시") == 900
 
 
 @pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII", "EUC_KR"])
