@@ -347,9 +347,9 @@ def call_lines(calls: list[dict[str, Any]]) -> Iterator[str]:
 def status(as_json: bool, watch: bool, interval: float | None) -> None:
     """What every stage owes, calls, retries and gave up, and what the listeners are doing.
 
-    calls/hour, failed, p50 and p95 are those of the last hour; p50 and p95 of accepted calls. The
-    lines below the stages say what retries, what was given up, and which rows are failed (set so by
-    their stage) or stalled.
+    calls/min, calls/hour, failed, p50 and p95 are those of the last hour; p50 and p95 of accepted
+    calls. The lines below the stages say what retries, what was given up, and which rows are failed
+    (set so by their stage) or stalled.
     """
     if interval and not watch:
         raise click.UsageError("--interval needs --watch.", click.get_current_context())
