@@ -339,6 +339,20 @@ def place_lines(found: Found) -> Iterator[str]:
     for one in found.owed:
         if one.join_of in found.waiting:
             yield wait_line(one.stage, found.waiting[one.join_of])
+    if is_unattended(found):
+        after = plain(f"after the timeout of {row.current_step} it rests")
+        yield f"running: no call of it is under way; {after}"
+
+
+def is_unattended(found: Found) -> bool:
+    """Whether the row is `running` at a stage of which no listener has a call: somebody else called
+    it, or it was cut off. Not where it rests.
+    """
+    row = found.row
+    is_running = row.is_there and rows.is_readable(row) and row.status == "running"
+    rest = found.rests.get((row.table_name, row.key))
+    is_known = own(found.owed) or found.calling or rest or found.unknown
+    return is_running and row.current_step in pipeline.stage_names() and not is_known
 
 
 def where(row: Any) -> str:

@@ -65,6 +65,15 @@ def test_job_that_may_rest_unseen_is_not_shown_as_calm(database, run_command):
     assert said[-1].text == NOT_KNOWN
 
 
+def test_running_job_whose_call_nobody_makes_is_not_shown_as_calm(database, run_command):
+    """Until it rests: its stage was cut off, or somebody else has called it."""
+    said = "running: no call of it is under way; after the timeout of overlay it rests"
+    job = database.add_job("overlay", "running")
+    assert said in run_command(database, "job", job).lines
+    database.rows("UPDATE jobs SET updated_at = now() - interval '1 hour'")
+    assert said not in run_command(database, "job", job).lines
+
+
 def test_job_lists_every_attempt(database, api, listener, run_command):
     answers = [Answer(500, b"first"), Answer(507)]
     api.on("vlm_judge", lambda _: answers.pop(0) if answers else None)
