@@ -21,7 +21,7 @@ from alerts import Alerts
 from ops import listeners
 from ops.problem import first_line
 from ops.resting import why_unknown
-from ops.table import counted
+from ops.table import duration
 
 log = logging.getLogger("listener")
 
@@ -107,8 +107,7 @@ class Failing:
         self.said[undone] = f"{undone}: {why}"
         if seconds >= self.settings.ALERT_AFTER and not self.is_told and listeners.is_first(conn):
             self.is_told = True
-            minutes = counted(round(seconds / 60), "minute")
-            text = f"for {minutes}, {listeners.NO_CALL}{self.said[undone]}"
+            text = f"for {duration(seconds)}, {listeners.NO_CALL}{self.said[undone]}"
             self.alerts.send("waiting", text, seconds=seconds, reason=why)
 
     def note_success(self, undone: str) -> None:

@@ -13,7 +13,7 @@ from history import BATCH, by_table
 from ops import listeners
 from ops.alarms import why_late
 from ops.resting import PART
-from ops.table import counted
+from ops.table import counted, duration
 
 log = logging.getLogger("listener")
 
@@ -155,8 +155,8 @@ def tell_absence(conn, after: float, alerts: Alerts) -> None:
     row = execute(conn, UNPINNED + ABSENCE, {"after": after}).fetchone()
     if row.calls:
         text = (
-            f"a listener has started: {row.calls} calls had been waiting, the oldest for "
-            f"{counted(round(row.seconds / 60), 'minute')}"
+            f"a listener has started: {counted(row.calls, 'call')} had been waiting, "
+            f"the oldest for {duration(row.seconds)}"
         )
         log.warning(
             "부재 후 시작: 밀린 호출 %d건, 가장 오래된 것은 %.0f초 전", row.calls, row.seconds
@@ -276,7 +276,7 @@ def tell_episode(alerts: Alerts, row: Any, unclaimable: str | None = None) -> No
 
 
 def tell_waiting(alerts: Alerts, stage: str, seconds: float, why: str) -> None:
-    text = f"a call of {stage} has been due for {counted(round(seconds / 60), 'minute')}: {why}"
+    text = f"a call of {stage} has been due for {duration(seconds)}: {why}"
     log.error("밀린 단계: stage=%s 대기=%.0f초 %s", stage, seconds, why)
     alerts.send("waiting", text, stage=stage, seconds=seconds, reason=why)
 

@@ -513,7 +513,7 @@ def test_listener_that_starts_counts_all_that_had_waited(database, api, run_comm
     database.rows("UPDATE stage_calls SET due_at = now() - interval '3 hours'")
     run_command(database, "run", "--once", api=api, ALERT_COMMAND=told.command)
     [said] = [said for said in told() if said["event"] == "back"]
-    assert said["calls"] == 4 and "the oldest for 180 minutes" in said["text"]
+    assert said["calls"] == 4 and "the oldest for 3 h" in said["text"]
 
 
 def test_stage_whose_table_the_listener_may_not_read_is_told_with_the_reason(
@@ -523,14 +523,14 @@ def test_stage_whose_table_the_listener_may_not_read_is_told_with_the_reason(
     database.rows(f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role};"
                   f"REVOKE ALL ON jobs_variants FROM {role}")  # fmt: skip
     variants.add(database.add_job("x", "y"), "img_gen", "done")
-    database.rows("UPDATE stage_calls SET due_at = now() - interval '1 minute'")
+    database.rows("UPDATE stage_calls SET due_at = now() - interval '3 hours'")
     listener(database, api=api, DB_USER=role, DB_PASSWORD=role, ALERT_COMMAND=told.command,
              ALERT_AFTER=1, **HERE)  # fmt: skip
     until(lambda: len(told()) > 1, "alerts")
     reason = "permission denied for table jobs_variants"
     [said] = [said for said in told() if said["event"] == "waiting"]
     assert said["text"] == (
-        f"a call of yolo_detect has been due for 1 minute: no call can be claimed: {reason}"
+        f"a call of yolo_detect has been due for 3 h: no call can be claimed: {reason}"
     )
     problem = f"PROBLEM  no call can be claimed of yolo_detect: {reason}"
     assert problem in run_command(database, "status", **HERE).lines
@@ -580,7 +580,7 @@ def test_looks_that_fail_are_in_status_and_told_once_and_when_that_is_over(
     listener.alerts.close()
     begun, over = told()
     assert begun["event"] == "waiting" and begun["text"].startswith(
-        f"for 10 minutes, no call can be {undone}: "
+        f"for 10 min, no call can be {undone}: "
     )
     assert reason in begun["reason"]
     assert (over["event"], over["of"]) == ("recovered", "waiting")

@@ -40,7 +40,7 @@ def test_stage_whose_calls_wait_is_told_once_and_when_it_is_over(database, sent)
     assert look(database, sent) == []
     database.rows(OLD)
     assert look(database, sent) == [("waiting", "vlm_analyze")]
-    assert "has been due for 11 minutes: 1 call due, 0 under way" in sent.events[0]["text"]
+    assert "has been due for 11 min: 1 call due, 0 under way" in sent.events[0]["text"]
     assert look(database, sent) == []
     database.rows("DELETE FROM stage_calls")
     assert look(database, sent) == [("recovered", "vlm_analyze")]
@@ -221,7 +221,7 @@ def test_stage_that_left_pipeline_and_still_owes_is_told_once_and_when_it_is_ove
             troubles.tell_gone_stages(first, 600, sent, told)
         [said] = sent.events
         assert (said["event"], said["stage"]) == ("waiting", "painter")
-        assert said["text"].endswith("due for 11 minutes: PIPELINE has no stage painter")
+        assert said["text"].endswith("due for 11 min: PIPELINE has no stage painter")
         database.rows("DELETE FROM stage_calls")
         for _ in range(2):
             troubles.tell_gone_stages(first, 600, sent, told)
@@ -245,7 +245,7 @@ def test_listener_that_was_away_says_what_had_waited(database, sent):
         database.rows(OLD)
         troubles.tell_absence(conn, 600, sent)
     assert sent.events[0]["text"] == (
-        "a listener has started: 3 calls had been waiting, the oldest for 11 minutes"
+        "a listener has started: 3 calls had been waiting, the oldest for 11 min"
     )
 
 
