@@ -289,7 +289,7 @@ WITH over AS (
     WHERE l.leased_until < now() + make_interval(secs => %(grace)s) AND NOT l.unanswered
       AND EXISTS (SELECT FROM stage_calls AS c
                   WHERE c.job_id = l.job_id AND c.call_id = l.call_id
-                    AND c.attempts = l.attempt
+                    AND c.attempts = l.attempt AND c.due_at < 'infinity'
                     AND c.due_at + make_interval(secs => %(grace)s) > l.leased_until)
     FOR UPDATE OF l SKIP LOCKED
 ), extended AS (

@@ -398,7 +398,8 @@ OWED = f"""
 SELECT join_of, call_id, stage, attempts, attempts - free_attempts AS spent, worker, started_at,
        due_at, due_at = 'infinity' AS given_up, last_error,
        CASE WHEN due_at < 'infinity'
-            THEN round(extract(epoch FROM {DUE_AT} - now()))::bigint END AS due_in_seconds,
+            THEN round(extract(epoch FROM greatest({DUE_AT}, l.leased_until) - now()))::bigint
+       END AS due_in_seconds,
        coalesce(l.working, false) AS working, coalesce(l.unanswered, false) AS unanswered,
        l.leased_until, stage IN (SELECT stage FROM pipeline_stages) AS has_route
 FROM stage_calls AS c
@@ -503,7 +504,9 @@ SELECT {{name}}::text AS table_name, {{id}}::text AS job_id, {{tenant}} AS tenan
        CASE WHEN c.stage IS NULL THEN l.worker ELSE c.worker END AS worker,
        CASE WHEN c.stage IS NULL THEN l.started_at ELSE c.started_at END AS started_at,
        CASE WHEN c.due_at = 'infinity' THEN NULL
-            ELSE round(extract(epoch FROM coalesce({DUE_AT}, l.leased_until) - now()))::bigint
+            ELSE round(extract(epoch FROM greatest({DUE_AT}, CASE
+                     WHEN c.call_id IS NULL OR c.call_id = l.call_id THEN l.leased_until END)
+                 - now()))::bigint
        END AS due_in_seconds, c.last_error, coalesce(l.working, false) AS working,
        coalesce(l.unanswered AND c.stage IS NULL, false) AS unanswered, l.leased_until
 FROM {{table}} AS r {{beside}}

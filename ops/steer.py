@@ -45,9 +45,8 @@ from pipeline import Call
 # be under way.
 # A call that its stage has accepted is retried only by its id (see calls.DO_NOT_RETRY).
 RETRIED = f"""
-      (c.due_at = 'infinity'
-       AND (c.last_error LIKE '{DO_NOT_RETRY}%%' AND %(job_id)s IS NULL) IS NOT TRUE
-       OR %(now)s AND c.due_at > now()
+      (c.last_error LIKE '{DO_NOT_RETRY}%%' AND %(job_id)s IS NULL) IS NOT TRUE
+  AND (c.due_at = 'infinity' OR %(now)s AND c.due_at > now()
        AND (c.run_after IS NULL OR c.run_after <= now() OR %(job_id)s IS NOT NULL)
        AND NOT EXISTS (
        SELECT FROM stage_leases AS l

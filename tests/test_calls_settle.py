@@ -340,7 +340,8 @@ def test_accepted_call_is_not_made_again_while_one_of_our_tables_is_locked(
     assert "; ./jsl retry" not in run_command(database, "job", job).out
     said = run_command(database, "status").out
     assert "given up: its stage has accepted it" in said and "then retry" not in said
-    assert "due again" not in run_command(database, "retry", "--all", "--yes").out
+    for more in ([], ["--now"]):
+        assert "due again" not in run_command(database, "retry", "--all", *more, "--yes").out
     assert database.owed(job).given_up
     assert database.rows("SELECT FROM stage_leases") == []
     settle(conn, accepted)
@@ -372,7 +373,9 @@ def test_leases_that_ran_out_during_a_failure_are_extended_once(database, conn):
     assert [row.key for row in claim_many(conn, 2).claimed] == [unanswered.key]
     for column, table in (("leased_until", "stage_leases"), ("due_at", "stage_calls")):
         ago = "interval '2 minutes'" if table == "stage_calls" else "interval '1 second'"
-        database.rows(f"UPDATE {table} SET {column} = now() - {ago} WHERE job_id = %s", answered.key)
+        database.rows(
+            f"UPDATE {table} SET {column} = now() - {ago} WHERE job_id = %s", answered.key
+        )
     [row] = claim_many(conn, 2, grace=60.0).claimed
     assert (row.key, row.taken_over) == (answered.key, True)
 
