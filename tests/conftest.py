@@ -341,7 +341,8 @@ class Listener:
         """Kill it with its workers and whatever they started."""
         self.remember_workers()
         if self.process.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(self.pid, signal.SIGKILL)
         for pid, since in self.workers.items():
             if since is not None and started(pid) == since:
                 with suppress(ProcessLookupError):

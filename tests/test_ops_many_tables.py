@@ -181,7 +181,9 @@ UNREADABLE = {
 }
 
 
-@pytest.mark.parametrize("made", UNREADABLE)
+@pytest.mark.parametrize("made", [
+    pytest.param(made, marks=pytest.mark.slow) if made == "locked" else made for made in UNREADABLE
+])  # fmt: skip
 def test_commands_show_what_they_can_of_the_tables_that_can_be_read(
     variants, command, tmp_path, made
 ):
