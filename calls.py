@@ -55,7 +55,7 @@ class Result:
     is_told: bool = False  # no alert is to be sent about it any more
     is_set_failed: bool = False  # its stage has set the row to failed, and no call follows
     was_locked: bool = False  # the last settling skipped it, as the row of its call was locked
-    is_risk_logged: bool = False  # that it is accepted, and may be made again: see one_by_one.py
+    is_risk_logged: bool = False  # logged: it is accepted, but may be made again (one_by_one.py)
     seconds: float = 0.0  # how long the attempt took, for the log
     traceback: str | None = None  # for the log: of a bug, or how its worker died after the answer
 
@@ -98,7 +98,8 @@ class Wanted(NamedTuple):
 
 PAID = ("succeeded", "skipped")  # outcomes after which nothing is owed any more
 TAKEN = "taken"  # 202 of an asynchronous stage: the call goes on without its worker
-# How the error of a given-up call begins that its stage has accepted: see one_by_one.py.
+# Where a stage has accepted a call that is shown as given up, its error begins with this: see
+# one_by_one.keep_from_repeating().
 DO_NOT_RETRY = "its stage has accepted it, do not retry it"
 
 
@@ -142,12 +143,12 @@ MINE = f"""
         SELECT c.job_id FROM stage_calls AS c WHERE {FENCE}
         LIMIT 1 FOR UPDATE SKIP LOCKED) AS c"""
 
-# The lease of a result, looked up by lists of keys for the same reason.
+# The lease of a result. It is looked up by lists of keys, for the reason given above MINE.
 ITS_LEASE = """l.call_id = ANY (ARRAY(SELECT call_id FROM result))
       AND l.job_id = ANY (ARRAY(SELECT job_id FROM result))
       AND l.call_id = r.call_id AND l.attempt = r.attempt AND l.job_id = r.job_id"""
 
-# The ids of calls that were passed by, as their rows are locked. Only the last statement of the
+# The ids of calls that were skipped because their rows are locked. Only the last statement of the
 # transaction can return rows, so it gets the ids by a transaction-local setting.
 LOCKED = "current_setting('job_state_listener.locked', true)"
 TELL_LOCKED = f"""
@@ -207,7 +208,7 @@ WITH result AS ({FAILURES}
 # After a 202 the call keeps its lease, which counts under the limits, until the row moves on
 # (moves.py) or the lease ends. Its row in stage_calls is not changed.
 KEEP_TAKEN = Statement(
-    "work",
+    "keep_taken",
     f"""
 WITH result AS (SELECT * FROM json_populate_recordset(NULL::stage_attempts, %(taken)s::json))
 UPDATE stage_leases AS l SET working = true, spent = r.spent FROM result AS r
@@ -277,10 +278,11 @@ TELL = Statement("tell", f"SELECT {LOCKED} AS locked, pg_notify('{WAKE_CHANNEL}'
 # after 20 ms, and not only after lock_timeout.
 HURRY = Statement("hurry", "SELECT set_config('lock_timeout', '20ms', true)")
 
-# Extends leases that ran out while this listener could not claim, or has not: those that know the
-# results may not have been able to write them. One that has run out is extended once, or the call
-# of a lost listener might never be made again: due_at stays as it was, and tells how far the lease
-# was extended. This is part of the claim, so that both succeed or none.
+# Extends leases that have run out, where this listener has not claimed lately: another listener may
+# have accepted results that it could not write in that time either. Each lease is extended once;
+# without that limit, the call of a lost listener might never be made again. due_at is not changed:
+# a lease that ends after it was extended. Runs in the transaction of the claim, so that a claim
+# that fails uses up no extension.
 EXTEND = Statement(
     "extend",
     """

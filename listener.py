@@ -65,9 +65,9 @@ CONNECTING = 100.0
 # Seconds between two tries to settle results whose rows their stages hold, and to give back claims
 # that were not begun.
 AGAIN_EVERY = 1.0
-# Seconds for which a claim that succeeded shows that the others could settle, too.
+# If a claim has succeeded within so many seconds, the other listeners could settle as well.
 CLAIMED_FOR = 5.0
-# Seconds that other listeners get to connect and settle, besides their delays, before their calls
+# Seconds that other listeners get, besides their delays, to connect and settle before their calls
 # are taken over.
 RECONNECTING = 5.0
 # Seconds for which a statement that was sent on a lost connection may still take effect.
@@ -299,8 +299,8 @@ class Listener:
 
     @property
     def grace(self) -> float:
-        """Seconds by which a claim extends leases that ran out. What kept this listener from
-        claiming lately may have kept another from settling; 0: nothing did.
+        """Seconds by which the next claim extends leases that have run out; 0: it extends none, as
+        this listener has claimed within CLAIMED_FOR. Else another may not have been able to settle.
         """
         if time.monotonic() - self.claimed_at < CLAIMED_FOR:
             return 0.0

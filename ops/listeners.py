@@ -10,8 +10,8 @@ from pipeline import JSL
 
 # What a listener is doing begins with this where the database has another PIPELINE than it.
 OTHER_PIPELINE = "PIPELINE differs, restart it"
-# With this where it can claim no call of some stages, or its looks at joins or at moves fail; after
-# the former where both are true. What cannot be done, and the reason, follow.
+# It begins with this where the listener can claim no call of some stages, or where its looks at
+# joins or at moves fail; then what cannot be done, and why, follows. OTHER_PIPELINE comes first.
 NO_CALL = "no call can be "
 
 # The sessions of listeners, or of calls by hand, in all databases of this server. PostgreSQL cuts
