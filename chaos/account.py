@@ -6,8 +6,8 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+from chaos.deck import SET_BACK
 from chaos.history import Claim, Fault, History, Lease, Move, Post, Row, pid_of
-from chaos.plan import SET_BACK
 from ops.rules import UNANSWERED
 
 ROUNDING = 0.001  # seconds

@@ -14,7 +14,7 @@ from chaos.clock import STEP, Clock
 from chaos.history import pid_of
 from chaos.listeners import Listener
 from chaos.pipeline import Pipeline
-from chaos.plan import AWAY, CLOCK, CLOCK_STEPS, LOST, SET_BACK, SWEEP_INTERVAL, PlannedFault
+from chaos.plan import CLOCK, CLOCK_STEPS, SWEEP_INTERVAL
 from chaos.proxy import Proxy
 from demo.database import START_TIMEOUT, EmbeddedDatabase
 from demo.standby import follow, promote, rebuild
@@ -32,6 +32,7 @@ SENDERS = "SELECT pid FROM pg_stat_replication WHERE state = 'streaming'"
 WAIT_FOR_STANDBY = "ALTER SYSTEM SET synchronous_standby_names = '*'"
 WAIT_NO_MORE = "ALTER SYSTEM RESET synchronous_standby_names"
 STANDBY_TIMEOUT = 5.0  # seconds
+LOST = 1.0  # seconds whose commits a failover may lose
 SYNCHRONOUS = "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'"
 # What an application does to its table, and the way back. tenant_id is read by our trigger, which
 # reads each row by a dynamic statement while the column is another than at install.
@@ -60,6 +61,16 @@ GARBAGE = ["", "{", "null", "[1]", '{"job_id": 1}', "x" * 7000, '{"job_id": {}, 
 
 class NotNow(Exception):
     """There is nothing to do this fault to."""
+
+
+@dataclass(frozen=True)
+class PlannedFault:
+    """at: seconds since the run began. pick: which listener, worker or backend, counted round."""
+
+    at: float
+    kind: str
+    seconds: float
+    pick: int
 
 
 @dataclass
@@ -500,42 +511,3 @@ def set_back(world: World, plan: PlannedFault, target: Target) -> Iterator[None]
         with frozen(*(children - world.frozen)):
             world.clock.set_back(STEP)
     yield
-
-
-KINDS: dict[str, Callable[..., Context]] = {
-    "kill -9 worker": kill_worker,
-    "kill -9 listener": kill_listener,
-    "kill -9 listener and workers": kill_all,
-    "SIGTERM": terminate,
-    "freeze worker": freeze_worker,
-    "freeze worker beyond its lease": freeze_worker,
-    "freeze listener": freeze_listener,
-    "freeze listener beyond its leases": freeze_listener,
-    "freeze listener between claim and call": freeze_between,
-    "freeze listener and workers": freeze_all,
-    "terminate backend": terminate_backend,
-    "terminate all backends": terminate_backends,
-    "kill -9 backend": kill_backend,
-    "freeze backend": freeze_backend,
-    "freeze backend beyond the deadline": freeze_backend,
-    "restart database, fast": restart_database("fast"),
-    "restart database, immediate": restart_database("immediate"),
-    AWAY: restart_database("immediate"),
-    "stall database network": network("database", "stall"),
-    "drop database network": network("database", "drop"),
-    "cut database network": network("database", "cut"),
-    "stall stage network": network("stage", "stall"),
-    "drop stage network": network("stage", "drop"),
-    "cut stage network": network("stage", "cut"),
-    "restart stage API": restart_api,
-    "switch over to the standby": switch_over,
-    "fail over from a crashed primary": crash,
-    "fail over and lose commits": lose_commits,
-    "malformed notifications": garbage,
-    "change columns of jobs": change_columns,
-    "rewrite tables": rewrite_tables,
-    "install": install,
-    "install without NOTIFY": install_silent,
-    "step the clock of a listener": step_clock,
-    SET_BACK: set_back,
-}

@@ -1,5 +1,5 @@
-"""Carries out the planned faults, each for its duration. A fault that is not possible at its time,
-because of another one, is skipped and not recorded, unless it made others wait behind it.
+"""Carries out the planned faults, each for its duration. Where one is not possible at its time,
+because of another, the next that is possible takes its place, and it comes as soon as it can.
 """
 
 import heapq
@@ -10,9 +10,9 @@ from contextlib import suppress
 
 import psycopg2
 
-from chaos.faults import KINDS, NotNow, Target, World
+from chaos.deck import KINDS
+from chaos.faults import NotNow, PlannedFault, Target, World
 from chaos.history import Fault
-from chaos.plan import PlannedFault
 
 
 class Nemesis:
@@ -27,10 +27,12 @@ class Nemesis:
 
     def run(self) -> None:
         began = time.monotonic()
-        for plan in self.planned:
-            if self.wait_until(began + plan.at):
+        left = list(self.planned)
+        for at in [plan.at for plan in self.planned]:
+            if self.wait_until(began + at):
                 break
-            self.begin(plan)
+            if begun := next((plan for plan in left if self.begin(plan)), None):
+                left.remove(begun)
         while self._ends and not self.wait_until(self._ends[0][0]):
             pass
         while self._ends:
@@ -47,18 +49,20 @@ class Nemesis:
             if time.monotonic() >= when:
                 return False
 
-    def begin(self, plan: PlannedFault) -> None:
+    def begin(self, plan: PlannedFault) -> bool:
+        """Whether it began, or made others wait before it was given up."""
         target = Target("listener", [])
-        context = KINDS[plan.kind](self.world, plan, target)
+        context = KINDS[plan.kind].how(self.world, plan, target)
         began = time.time()
         try:
             context.__enter__()
         except (NotNow, ProcessLookupError, psycopg2.Error):
             if target.locked:
                 self.record(f"{plan.kind}, given up", began, target)
-            return
+            return bool(target.locked)
         until = time.monotonic() + plan.seconds
         heapq.heappush(self._ends, (until, next(self._order), plan, target, context, began))
+        return True
 
     def end(self, fault: tuple) -> None:
         _, _, plan, target, context, began = fault

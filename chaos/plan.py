@@ -1,5 +1,5 @@
-"""The seeded plan: which faults come when, what the application does with each job, how the stage
-API answers each request, and which stage functions misbehave.
+"""The seeded plan: what the application does with each job, how the stage API answers each request,
+and which stage functions misbehave. The faults are in deck.py.
 
 The same seed gives the same plan. How processes and packets interleave is the machine's doing, so
 two runs of one plan are alike, not identical.
@@ -16,83 +16,12 @@ from demo import five_stages
 STAGE_TIMEOUT, LEASE_MARGIN = 2.0, 2.5  # seconds, as the listeners are told
 LEASE = STAGE_TIMEOUT + LEASE_MARGIN
 SWEEP_INTERVAL = 1.0
-LOST = 1.0  # seconds whose commits a failover may lose
-DATABASE_DEADLINE = 10.0  # db.DEADLINE: after that a listener gives a connection up
 
-SET_BACK = "set the clock of the database back"
-AWAY = "restart database after a minute"
-AWAY_EVERY = 240.0  # seconds from the beginning of one to that of the next, at least
-# kind: (how often, shortest and longest duration in seconds)
-FAULTS = {
-    "kill -9 worker": (4, 0.0, 0.0),
-    "kill -9 listener": (4, 0.0, 0.0),
-    "kill -9 listener and workers": (3, 0.0, 0.0),
-    "SIGTERM": (4, 0.0, 0.0),
-    "freeze worker": (2, 0.2, 1.5),
-    "freeze worker beyond its lease": (3, LEASE + 0.5, LEASE + 4),
-    "freeze listener": (2, 0.2, 1.5),
-    "freeze listener beyond its leases": (2, LEASE + 0.5, LEASE + 4),
-    "freeze listener between claim and call": (3, 0.5, LEASE + 2),
-    "freeze listener and workers": (3, 0.5, LEASE + 4),
-    "terminate backend": (3, 0.0, 0.0),
-    "terminate all backends": (2, 0.0, 0.0),
-    "kill -9 backend": (1, 0.0, 0.0),
-    "freeze backend": (3, 0.5, LEASE + 2),
-    "freeze backend beyond the deadline": (1, DATABASE_DEADLINE + 1, DATABASE_DEADLINE + 3),
-    "restart database, fast": (2, 0.1, 2.5),
-    "restart database, immediate": (2, 0.1, 2.5),
-    AWAY: (0.5, 60.0, 90.0),
-    "stall database network": (3, 0.5, LEASE + 3),
-    "drop database network": (2, 2.0, 8.0),
-    "cut database network": (2, 0.0, 0.0),
-    "stall stage network": (3, 0.5, LEASE + 1),
-    "drop stage network": (2, 0.5, 4.0),
-    "cut stage network": (3, 0.0, 0.0),
-    "restart stage API": (2, 0.1, 3.0),
-    "switch over to the standby": (2, 0.0, 2.0),
-    "fail over from a crashed primary": (2, 0.0, 2.0),
-    "fail over and lose commits": (1, 0.0, 2.0),
-    "malformed notifications": (1, 0.0, 0.0),
-    "change columns of jobs": (5, 0.2, 3.0),
-    "rewrite tables": (5, 0.0, 0.0),
-    "install": (3, 0.0, 0.0),
-    "install without NOTIFY": (2, 1.0, 5.0),
-    "step the clock of a listener": (3, 1.0, 10.0),
-    SET_BACK: (2, 0.0, 0.0),
-}
 ASYNCHRONOUS = "overlay"  # a stage
 # Seconds by which a listener has the time wrong, as its file holds them.
 CLOCK = struct.Struct("d")
 CLOCK_STEPS = [-1e8, -3600.0, -5.0, 5.0, 3600.0, 1e8]
 TENANTS = {"large": 6, "middle": 2, "small": 1}  # how often
-
-
-@dataclass(frozen=True)
-class PlannedFault:
-    """at: seconds since the run began. pick: which listener, worker or backend, counted round."""
-
-    at: float
-    kind: str
-    seconds: float
-    pick: int
-
-
-def faults(seed: int, seconds: float) -> list[PlannedFault]:
-    """One fault after the other, with one to four seconds from start to start."""
-    chance = random.Random(f"{seed}/faults")
-    planned, at, away_at = [], 2.0, 0.0
-    weights = [often for often, _, _ in FAULTS.values()]
-    while at < seconds:
-        kind = chance.choices(list(FAULTS), weights)[0]
-        if kind == AWAY:
-            if at < away_at:
-                continue
-            away_at = at + AWAY_EVERY
-        _, shortest, longest = FAULTS[kind]
-        duration = chance.uniform(shortest, longest)
-        planned.append(PlannedFault(at, kind, duration, chance.randrange(1000)))
-        at += chance.uniform(1.0, 4.0)
-    return planned
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@
 import statistics
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from chaos.checker import Verdict
+from chaos.deck import KINDS
 from chaos.history import Fault, History
 from chaos.lost import jobs_with_lost_commits
 from chaos.trend import Series
@@ -64,20 +65,20 @@ def figures(history: History) -> list[tuple[str, int]]:
 
 
 def faults_table(history: History) -> str:
-    rows = []
-    for kind in sorted({fault.kind for fault in history.faults}):
-        mine = [fault for fault in history.faults if fault.kind == kind]
-        calls = [seconds for fault in mine if (seconds := until_next_call(history, fault))]
-        heard = [seconds for fault in mine if (seconds := until_listening(history, fault))]
-        rows.append([kind, len(mine), *spread(calls), *spread(heard)])
-    everything = [s for fault in history.faults if (s := until_next_call(history, fault))]
-    again = [s for fault in history.faults if (s := until_listening(history, fault))]
-    rows.append(["all", len(history.faults), *spread(everything), *spread(again)])
+    """A row for each kind, also for one that did not come, and for all together."""
+    kinds = sorted({*KINDS, *(fault.kind for fault in history.faults)})
+    listed = {kind: [fault for fault in history.faults if fault.kind == kind] for kind in kinds}
+    rows = [
+        [kind, len(mine), *spread(until_next_call(history, fault) for fault in mine),
+         *spread(until_listening(history, fault) for fault in mine)]
+        for kind, mine in (listed | {"all": history.faults}).items()
+    ]  # fmt: skip
     head = ["", "number", "call, median", "worst", "listening, median", "worst"]
     return table(head, rows)
 
 
-def spread(seconds: Sequence[float]) -> tuple[str, str]:
+def spread(measured: Iterable[float | None]) -> tuple[str, str]:
+    seconds = [one for one in measured if one is not None]
     if not seconds:
         return "-", "-"
     return f"{statistics.median(seconds):.2f}", f"{max(seconds):.2f}"

@@ -15,7 +15,7 @@ from typing import Any
 import psycopg2
 from psycopg2.extensions import make_dsn
 
-from chaos import audit, families, plan
+from chaos import audit, deck, families, plan
 from chaos.application import Application
 from chaos.clock import Clock, library
 from chaos.faults import World
@@ -72,8 +72,7 @@ class Run:
 
     def __init__(self, seed: int, seconds: float, listeners: int, rate: float, directory: Path):
         self.seed, self.seconds, self.directory = seed, seconds, directory
-        self.planned = plan.faults(seed, seconds)
-        self.sets_clock_back = plan.SET_BACK in {fault.kind for fault in self.planned}
+        self.planned = deck.planned(seed, seconds)
         self.steps = plan.steps(seed, seconds, rate)
         self.count = listeners
         self.stack = ExitStack()
@@ -83,7 +82,7 @@ class Run:
         with ExitStack() as stack:
             for name in [name for name in os.environ if name.startswith("PG")]:
                 del os.environ[name]  # PGHOSTADDR and others would connect us to another server
-            preloaded = library() if self.sets_clock_back else None
+            preloaded = library()
             self.clock = stack.enter_context(Clock(preloaded)) if preloaded else None
             environ = self.clock.environ if self.clock else None
             database = EmbeddedDatabase(options=audit.OPTIONS, environ=environ)
@@ -157,7 +156,7 @@ class Run:
 
     def happen(self, tell: Callable[[str], None]) -> History:
         """Run it and return its record. `tell` gets a line of progress now and then."""
-        if self.sets_clock_back and self.clock is None:
+        if self.clock is None:
             tell("libfaketime is not installed: the clock of the database is not set back")
         began = time.time()
         self.supervisor.start()

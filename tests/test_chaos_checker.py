@@ -21,6 +21,7 @@ from chaos.checker import (
     TURNS,
     check,
 )
+from chaos.deck import AWAY, SET_BACK
 from chaos.history import (
     Claim,
     Debt,
@@ -37,7 +38,6 @@ from chaos.history import (
     Post,
     Row,
 )
-from chaos.plan import AWAY, SET_BACK
 
 TIMEOUT, LEASE = 2.0, 3.0
 ONE, OTHER = "host-101-aaaaaa", "host-202-bbbbbb"

@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import re
 import select
 import signal
 import socket
@@ -10,7 +11,8 @@ import subprocess
 import sys
 import time
 import uuid
-from contextlib import closing
+from collections import Counter
+from contextlib import closing, contextmanager
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -18,13 +20,14 @@ import psycopg2
 import pytest
 from waiting import PATIENCE, until
 
-from chaos import audit, families, faults, nemesis, pipeline, plan, program
+from chaos import audit, deck, families, faults, nemesis, pipeline, plan, program
 from chaos.application import ACTIONS, INSERT, Application
 from chaos.clock import STEP, Clock, library
-from chaos.history import Exit
+from chaos.history import Exit, Fault, History
 from chaos.listeners import Listener, Supervisor
 from chaos.plot import svg
 from chaos.proxy import Proxy
+from chaos.report import faults_table
 from chaos.run import told
 from chaos.soak import Soak
 from chaos.trend import Series
@@ -36,7 +39,7 @@ from ops.audit import RESTS
 
 
 def test_same_seed_gives_the_same_plan():
-    assert plan.faults(7, 300) == plan.faults(7, 300)
+    assert deck.planned(7, 300) == deck.planned(7, 300)
     assert plan.steps(7, 60, 3) == plan.steps(7, 60, 3)
     decide = [plan.behaviour(7, "job", "planner", n, pipeline.WEIGHTS)[0] for n in range(200)]
     again = [plan.behaviour(7, "job", "planner", n, pipeline.WEIGHTS)[0] for n in range(200)]
@@ -44,27 +47,51 @@ def test_same_seed_gives_the_same_plan():
 
 
 def test_other_seed_gives_another_plan():
-    assert plan.faults(7, 300) != plan.faults(8, 300)
+    assert deck.planned(7, 300) != deck.planned(8, 300)
     assert plan.steps(7, 60, 3) != plan.steps(8, 60, 3)
 
 
 def test_longer_plan_begins_like_a_shorter_one():
-    short, long = plan.faults(7, 60), plan.faults(7, 300)
+    short, long = deck.planned(7, 60), deck.planned(7, 300)
     assert long[: len(short)] == short
 
 
 def test_everything_planned_can_be_done():
-    assert set(plan.FAULTS) == set(faults.KINDS)
-    kinds = {fault.kind for fault in plan.faults(7, 3600)}
-    assert kinds == set(plan.FAULTS)
     assert {step.what for step in plan.steps(7, 300, 3)} == set(ACTIONS)
     assert set(plan.MISCHIEF) == program.BEFORE.keys() | program.AFTER.keys()
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_every_kind_of_fault_is_dealt_early_in_a_run_of_five_minutes(seed):
+    assert {fault.kind for fault in deck.planned(seed, 200)} == set(deck.KINDS)
+
+
+def test_kinds_of_faults_come_evenly():
+    counted = Counter(fault.kind for fault in deck.planned(7, 7200))
+    decks = [counted[name] / kind.cards for name, kind in deck.KINDS.items() if name != deck.AWAY]
+    assert max(decks) - min(decks) <= 1
+
+
 def test_database_is_away_for_long_but_rarely():
-    away = [fault for fault in plan.faults(7, 7200) if fault.kind == plan.AWAY]
+    away = [fault for fault in deck.planned(7, 7200) if fault.kind == deck.AWAY]
     assert all(60 <= fault.seconds <= 90 for fault in away)
-    assert all(b.at - a.at >= plan.AWAY_EVERY for a, b in itertools.pairwise(away))
+    assert all(b.at - a.at >= deck.AWAY_EVERY for a, b in itertools.pairwise(away))
+
+
+def test_fault_that_is_not_possible_is_put_off(monkeypatch):
+    happened = []
+
+    @contextmanager
+    def begin(_world, planned, _target):
+        if planned.kind == "late" and len(happened) < 2:
+            raise faults.NotNow
+        happened.append(planned.kind)
+        yield
+
+    kinds = ["early", "late", "next", "last"]
+    monkeypatch.setattr(nemesis, "KINDS", {kind: deck.Kind(begin, 1) for kind in kinds})
+    nemesis.Nemesis(None, [faults.PlannedFault(0.0, kind, 0.0, 0) for kind in kinds]).run()
+    assert happened == ["early", "next", "late", "last"]
 
 
 def test_rows_that_a_transaction_without_a_trace_had_locked_are_noted(database, monkeypatch):
@@ -106,8 +133,8 @@ def test_change_that_gives_up_is_recorded_with_the_time_it_kept_others_waiting(
     done = nemesis.Nemesis(world, [])
     with database.conn.cursor() as cursor:
         cursor.execute("BEGIN; LOCK TABLE jobs IN ROW SHARE MODE")
-        done.begin(plan.PlannedFault(0.0, "rewrite tables", 0.0, 0))
-        done.begin(plan.PlannedFault(0.0, "terminate backend", 0.0, 0))  # there is none
+        done.begin(faults.PlannedFault(0.0, "rewrite tables", 0.0, 0))
+        done.begin(faults.PlannedFault(0.0, "terminate backend", 0.0, 0))  # there is none
     assert [fault.kind for fault in done.faults] == ["rewrite tables, given up"]
     [(began, ended)] = done.faults[0].locked
     assert done.faults[0].began <= began < ended <= done.faults[0].ended
@@ -122,7 +149,7 @@ def test_frozen_backend_that_silences_everybody_is_told_by_the_last_request(ago,
 def test_clock_of_the_database_stays_as_it_is_without_libfaketime():
     world = faults.World(None, None, None, [], None, None, [], None)
     with pytest.raises(faults.NotNow):
-        faults.KINDS[plan.SET_BACK](world, None, faults.Target("", [])).__enter__()
+        faults.set_back(world, None, faults.Target("", [])).__enter__()
 
 
 def test_mischief_is_planned_for_the_first_attempts_alone():
@@ -334,6 +361,13 @@ def test_plot_shows_every_series():
 
 
 # --- what is told at the end ---------------------------------------------------------------
+
+
+def test_run_tells_how_often_each_kind_of_fault_came():
+    came = [Fault("SIGTERM", "listener", 1, 1, [1]), Fault("old kind", "listener", 2, 2, [1])]
+    _, *lines = faults_table(History(1, 0, 9, 9, 2, 3, {}, faults=came)).splitlines()
+    numbers = dict(re.match(r"(.+?) {2,}(\d+) ", line).groups() for line in lines)
+    assert numbers == dict.fromkeys(deck.KINDS, "0") | {"SIGTERM": "1", "old kind": "1", "all": "2"}
 
 
 def test_run_tells_what_audit_found_and_could_not_read():
