@@ -4,6 +4,7 @@ the stage that a pool is to stay with.
 Claims under one limit run one after the other: see limits.py.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
@@ -125,7 +126,8 @@ def met(account: Account) -> Counter[str]:
     for limit, lease, passed in waited(account):
         turns = [one for one in passed if limit.is_fair and one.tenant != lease.tenant]
         found["waited while other tenants had turns"] += bool(turns)
-        higher = [one for one in passed if account.priority(one) > account.priority(lease)]
+        own = account.priority(lease)
+        higher = [one for one in passed if own < account.priority(one) < math.inf]
         found["waited while calls of a higher priority were made"] += bool(higher)
     for limit, _, before, lease in lingering(account):
         others = [stage for stage in limit.stages if stage != lease.stage == before.stage]

@@ -864,6 +864,16 @@ def test_call_of_a_lower_priority_may_be_made_where_the_other_was_not_there(excu
     assert not is_out_of_turn(script)
 
 
+@pytest.mark.parametrize(("is_judged", "counted"), [(True, 1), (False, 0)])
+def test_call_that_waits_for_a_higher_priority_is_counted(is_judged, counted, script):
+    script.limits = [Limit("vlm_analyze", ["vlm_analyze"], 2)]
+    script.wait("high", 1, 2, priority=7)
+    script.wait("low", 1.5, 3)
+    if not is_judged:
+        script.debts = [debt for debt in script.debts if debt.job != "high"]
+    assert check(script).met["waited while calls of a higher priority were made"] == counted
+
+
 @pytest.mark.parametrize(("run_after", "found"), [(2.0, False), (2.1, True)])
 def test_call_before_its_run_after_is_seen(run_after, found, script):
     script.wait("j", 1, 2, run_after=run_after)
