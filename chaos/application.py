@@ -14,7 +14,10 @@ from chaos import families
 from chaos.plan import Step, order, tenant
 from demo.stage_api import CONNECTION_LOST, STAGES
 
-INSERT = "INSERT INTO jobs (job_id, tenant_id, current_step, status) VALUES (%s, %s, %s, %s)"
+INSERT = """
+INSERT INTO jobs (job_id, tenant_id, current_step, status, priority, run_after)
+VALUES (%s, %s, %s, %s, %s, now() + make_interval(secs => %s))
+"""
 MOVE = "UPDATE jobs SET current_step = %s, status = %s WHERE job_id = %s"
 TOUCH = "UPDATE jobs SET status = status, updated_at = now() WHERE job_id = %s"
 LOCK = "SELECT current_step, status FROM jobs WHERE job_id = %s FOR UPDATE"
@@ -117,7 +120,7 @@ class Application:
 
 
 def insert(_app: Application, cursor, step: Step) -> None:
-    cursor.execute(INSERT, [step.job, tenant(step.job), *step.state])
+    cursor.execute(INSERT, [step.job, tenant(step.job), *step.state, *order(step.job)])
 
 
 def insert_and_roll_back(app: Application, cursor, step: Step) -> None:

@@ -37,9 +37,8 @@ def ad_copy(call: Call) -> Answer:
     return call.post("/ad_copy")
 
 
-def pipeline(ordered: bool) -> dict[State, Callable[[Call], Answer]]:
-    """ordered: calls of variants have a priority, and a time before which they are not made."""
-    order = {"priority": "priority", "run_after": "run_after"} if ordered else {}
+def pipeline(order: dict[str, str]) -> dict[State, Callable[[Call], Answer]]:
+    """order: see program.py."""
     variants = replace(VARIANTS, **order)
     return {variants(*CUT): detect, variants.every(*DETECTED): ad_copy}
 

@@ -122,9 +122,10 @@ def tenant(job: str) -> str:
     return random.Random(f"{job}/tenant").choices(list(TENANTS), list(TENANTS.values()))[0]
 
 
-def order(variant: str) -> tuple[int | None, float | None]:
-    """Its priority, and the seconds from its insertion to its run_after; None: it has none."""
-    chance = random.Random(f"{variant}/order")
+def order(row: str) -> tuple[int | None, float | None]:
+    """The priority of a job or variant, and the seconds from its insertion to its run_after; None:
+    it has none."""
+    chance = random.Random(f"{row}/order")
     return chance.choice([None, 0, 0, 7]), chance.choice([None] * 4 + [chance.uniform(0.5, 3)])
 
 

@@ -17,21 +17,21 @@ from typing import Any
 
 from chaos import families, plan
 from demo.five_stages import PIPELINE
-from pipeline import Call, Pool, limits
+from pipeline import Call, Pool, Table, limits
 from stage_http import Answer
 
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
-# Every second seed has no rates and no order of calls, as calls are claimed by another statement
-# where any stage or table declares one.
-IS_ORDERED = SEED % 2 == 1
-GPU = Pool("gpu", 5, linger=1.0 if IS_ORDERED else None)
+# The columns of both tables with the priority of a row, and its time. Every second seed has none of
+# them and no rates, as calls are claimed by another statement where anything declares one.
+ORDER = {"priority": "priority", "run_after": "run_after"} if SEED % 2 else {}
+GPU = Pool("gpu", 5, linger=1.0 if ORDER else None)
 LIMITS: dict[str, dict[str, Any]] = {
     "planner": {"max_running": 3},
     plan.ASYNCHRONOUS: {"asynchronous": True, "pool": GPU},
     "vlm_judge": {"pool": GPU},
     "ad_copy": {"max_running": 1},  # so that joins wait, and rows may leave meanwhile
 }
-if IS_ORDERED:
+if ORDER:
     LIMITS["vlm_analyze"] = {"per_tenant": 2, "max_running": 3}  # so that tenants wait
     LIMITS["yolo_detect"] = {"per_minute": 240}
     LIMITS["detect"] = {"fair": True, "max_running": 3}  # likewise
@@ -107,8 +107,11 @@ def follow(clock: Path) -> None:
 if __name__ == "__main__":
     if clock := os.environ.get("CHAOS_CLOCK"):
         follow(Path(clock))
-    PIPELINE.update(families.pipeline(IS_ORDERED))
-    PIPELINE.update({state: mischievous(function) for state, function in PIPELINE.items()})
+    jobs = Table("jobs", id="job_id", **ORDER)
+    routes = {jobs(*state): function for state, function in PIPELINE.items()}
+    routes |= families.pipeline(ORDER)
+    PIPELINE.clear()
+    PIPELINE.update({state: mischievous(function) for state, function in routes.items()})
     import listener  # its options name the stages
     import ops
 

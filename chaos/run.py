@@ -43,13 +43,15 @@ SETTINGS = {
     "JOB_STATE_LISTENER_RECONNECT_DELAY": 0.3,
     "LOG_LEVEL": "INFO",
 }
-# The table that `install` would make, as families refer to it.
+# The table that `install` would make, with an order; families refer to it.
 JOBS = """
 CREATE TABLE jobs (
     job_id       uuid PRIMARY KEY DEFAULT gen_random_uuid(),
     tenant_id    text,
     current_step text,
     status       text,
+    priority     integer,
+    run_after    timestamptz,
     created_at   timestamptz NOT NULL DEFAULT now(),
     updated_at   timestamptz NOT NULL DEFAULT now()
 );
