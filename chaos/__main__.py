@@ -27,13 +27,9 @@ def cli() -> None:
 @click.option("--seed", type=int, help="Which plan; default: a new one, which is printed.")
 # A run is shorter than clock.STEP.
 @click.option("--minutes", default=3.0, show_default=True, type=click.FloatRange(0.1, 23 * 60))
-@click.option("--listeners", default=4, show_default=True, type=click.IntRange(1, 32),
-              help="They have 16, 4 or 1 workers, the later half a bad network.")  # fmt: skip
-@click.option("--rate", default=2.5, show_default=True, type=click.FloatRange(0.1, 50),
-              help="Jobs that arrive in a second.")  # fmt: skip
 @click.option("--record", type=click.Path(dir_okay=False, writable=True, path_type=Path),
               help="Write the history there in any case.")  # fmt: skip
-def run(seed: int | None, minutes: float, listeners: int, rate: float, record: Path | None) -> None:
+def run(seed: int | None, minutes: float, record: Path | None) -> None:
     """Break listeners, database, network and stages at random; exit 1 if a promise broke.
 
     The same seed gives the same plan of faults, jobs and answers. Their timing depends on the
@@ -41,10 +37,10 @@ def run(seed: int | None, minutes: float, listeners: int, rate: float, record: P
     """
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
     directory = Path(tempfile.mkdtemp(prefix="chaos-"))
-    click.echo(f"seed {seed}, {minutes:g} minutes, {listeners} listeners, {rate:g} jobs a second")
+    click.echo(f"seed {seed}, {minutes:g} minutes")
     began = time.monotonic()
     try:
-        with Run(seed, 60 * minutes, listeners, rate, directory) as started:
+        with Run(seed, 60 * minutes, directory) as started:
             happened = started.happen(click.echo)
     except BaseException:
         click.echo(f"the listeners' logs: {directory}", err=True)

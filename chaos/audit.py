@@ -41,7 +41,7 @@ CREATE TABLE chaos.audit (
     new   jsonb
 );
 CREATE INDEX ON chaos.audit (job, at);
-CREATE TABLE chaos.effects (key text NOT NULL, job text NOT NULL, stage text NOT NULL);
+CREATE TABLE chaos.effects (key text NOT NULL, job text NOT NULL);
 CREATE FUNCTION chaos.record() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE
     was jsonb := CASE WHEN TG_OP <> 'INSERT' THEN to_jsonb(OLD) END;
@@ -72,7 +72,7 @@ CREATE TRIGGER chaos_update AFTER UPDATE ON pipeline_stages FOR EACH ROW
 
 # The statement that a stage runs by way of the receiver, in the transaction that sets the row done.
 # Its values are those of a receiver.Request.
-EFFECT = "INSERT INTO chaos.effects VALUES (%(key)s, %(row_id)s, %(stage)s)"
+EFFECT = "INSERT INTO chaos.effects VALUES (%(key)s, %(row_id)s)"
 
 # The state of a job at the end of each transaction; earlier ones within it were never visible.
 MOVES = """
@@ -96,7 +96,7 @@ ORDER BY job, tx, seq DESC
 """
 
 JOINS = """
-SELECT job, (new ->> 'call_id')::bigint AS call, new ->> 'stage' AS stage, tx::text::bigint AS tx,
+SELECT job, (new ->> 'call_id')::bigint AS call, new ->> 'stage' AS stage,
        chaos.seconds((new ->> 'created_at')::timestamptz) AS looked,
        chaos.seconds(pg_xact_commit_timestamp(tx::xid)) AS at
 FROM chaos.audit
@@ -157,7 +157,7 @@ SELECT new ->> 'stage' AS stage, chaos.seconds(pg_xact_commit_timestamp(tx::xid)
 FROM chaos.audit WHERE place = 'pipeline_stages' AND new ->> 'held_until' IS NOT NULL ORDER BY seq
 """
 
-EFFECTS = "SELECT key, job, stage FROM chaos.effects"
+EFFECTS = "SELECT key, job FROM chaos.effects"
 
 LIMITS = """
 SELECT name, stages, max_running AS most, seconds, linger, is_fair, per_tenant FROM stage_limits

@@ -165,19 +165,18 @@ def was_skipped(account: Account, joined: Join) -> bool:
 
 def check_repeats(account: Account, call: Call, verdict: Verdict) -> None:
     posted = [one for one, _ in call.posted()]
+    rows = [row for one in call.tries.values() for row in one.rows]
     for first, second in pairwise(posted):
-        reason = why_repeated(account, call, first, second)
-        rows = [row for one in call.tries.values() for row in one.rows]
-        knew = was_accepted(rows, second.claimed, VISIBLE)
-        accepted = first.accepted or knew
         if first is second:
             continue  # see check_attempts
+        reason = why_repeated(account, call, first, second)
+        knew = was_accepted(rows, second.claimed, VISIBLE)
         if reason and not knew:
             verdict.repeats[reason] += 1
         else:
             said = ", ".join(sorted(first.outcomes)) or "nothing"
             text = f"{call}: attempt {second.number} after attempt {first.number} ({said})"
-            verdict.findings.append((REPEATED if accepted else ATTEMPTS, text))
+            verdict.findings.append((REPEATED if first.accepted or knew else ATTEMPTS, text))
 
 
 def too_early(account: Account) -> Iterator[str]:

@@ -55,7 +55,6 @@ class Join:
     job: str
     call: int
     stage: str
-    tx: int
     looked: float
     at: float
 
@@ -138,7 +137,6 @@ class Effect:
 
     key: str
     job: str
-    stage: str
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from receiver.receiver import Job
 TABLES = """
 CREATE TABLE planned (number serial PRIMARY KEY, job_id text, moment integer, what text);
 CREATE INDEX ON planned (job_id);
-CREATE TABLE effects (job_id text, stage text, key text, made_at timestamptz DEFAULT now());
+CREATE TABLE effects (job_id text);
 CREATE TABLE happened (job_id text, moment integer, what text);
 """
 # Written before the fault, as a process that is killed cannot write it any more.
@@ -41,7 +41,7 @@ WITH one AS (
     DELETE FROM planned WHERE number = (SELECT min(number) FROM planned WHERE job_id = %(job)s)
     RETURNING job_id, moment, what)
 INSERT INTO happened SELECT * FROM one RETURNING moment, what"""
-EFFECT = "INSERT INTO effects (job_id, stage, key) VALUES (%s, %s, %s)"
+EFFECT = "INSERT INTO effects VALUES (%s)"
 AT_THE_END = ("drop", "answer late")
 SECONDS = 2.5  # longer than LATE and than the listener waits
 
@@ -72,9 +72,6 @@ class Planned:
         threading.Thread(target=self.api.send_again, args=[self.request], daemon=True).start()
         time.sleep(0.1)
 
-    def nothing(self, wire: Wire) -> None:
-        pass
-
     def answer(self) -> Answer:
         stage = STAGES[self.request.path.strip("/")]
         late = LATE if stage.name in TIMED else None
@@ -99,7 +96,7 @@ class Planned:
 
 def work(job: Job) -> dict:
     time.sleep(0.01)
-    job.write(EFFECT, [job.id, job.stage.name, job.key])
+    job.write(EFFECT, [job.id])
     return {"effect": "made"}
 
 
@@ -136,7 +133,7 @@ class Api(TCPServer):
             cursor.execute(NEXT, {"job": job})
             found = cursor.fetchone()
             connection.commit()
-        return found or (0, "nothing")
+        return found or (0, "nothing")  # moments are numbered from 1
 
     def send_again(self, request: Request) -> None:
         host, port = self.socket.getsockname()

@@ -16,7 +16,7 @@ import psycopg2
 
 from chaos import audit, families, plan
 from chaos.history import Post
-from demo.stage_api import CONNECTION_LOST, STAGES, StageApi, of_jobs
+from demo.stage_api import STAGES, StageApi, of_jobs
 from demo.stage_server import Answer, Hangup, Request, json_answer
 
 TOO_LONG = plan.STAGE_TIMEOUT
@@ -74,7 +74,7 @@ class Pipeline(StageApi):
         request.behaviour = name
         try:
             return HOW[name](self, request, chance)
-        except (*CONNECTION_LOST, psycopg2.Error) as error:
+        except psycopg2.Error as error:
             return json_answer(500, error=f"database: {error}".strip())
 
     def finished(self, request: Request) -> None:

@@ -142,16 +142,17 @@ def behaviour(seed: int, job: str, stage: str, nth: int, weights: dict[str, floa
     return chance.choices(list(weights), list(weights.values()))[0], chance
 
 
-# What a stage function may do at one of a call's first attempts, and how often in a thousand.
-MISCHIEF = {
-    "compute in C": 5,
-    "block": 5,
-    "exit": 5,
-    "crash": 5,
-    "post, then compute in C": 5,
-    "post, then raise": 5,
-    "post, then fork": 5,
-}
+# What a stage function may do at one of a call's first attempts.
+MISCHIEF = [
+    "compute in C",
+    "block",
+    "exit",
+    "crash",
+    "post, then compute in C",
+    "post, then raise",
+    "post, then fork",
+]
+MISCHIEVOUS = 0.035  # of these attempts
 TRIED = 3  # later attempts are left alone, so that every job comes through
 
 
@@ -160,5 +161,4 @@ def mischief(seed: int, job: str, stage: str, attempt: int) -> str | None:
     if attempt > TRIED:
         return None
     chance = random.Random(f"{seed}/mischief/{job}/{stage}/{attempt}")
-    nothing = 1000 - sum(MISCHIEF.values())
-    return chance.choices([None, *MISCHIEF], [nothing, *MISCHIEF.values()])[0]
+    return chance.choice(MISCHIEF) if chance.random() < MISCHIEVOUS else None

@@ -56,7 +56,9 @@ CREATE TABLE jobs (
     updated_at   timestamptz NOT NULL DEFAULT now()
 );
 """
-WORKERS = (1, 16, 4)  # of the listeners, by slot
+WORKERS = {1: 16, 2: 4, 3: 1, 4: 16}  # of the listeners, by slot
+BEHIND = [3, 4]  # the slots of those behind the proxies
+RATE = 2.5  # jobs that arrive in a second
 RETRY_EVERY = 1.5  # seconds between two `retry --all --yes` of the operator
 # Calls whose run_after the clock, as it was set back, has made far away.
 PUT_OFF = "SELECT job_id::text FROM stage_calls WHERE run_after > now() + interval '1 hour'"
@@ -66,17 +68,12 @@ SETTLE_LIMIT = 270.0
 
 
 class Run:
-    """A context manager; `happen` is the run itself.
+    """A context manager; `happen` is the run itself."""
 
-    listeners: how many. They have 16, 4 or 1 workers; the later half is behind the proxies.
-    rate: jobs a second.
-    """
-
-    def __init__(self, seed: int, seconds: float, listeners: int, rate: float, directory: Path):
+    def __init__(self, seed: int, seconds: float, directory: Path):
         self.seed, self.seconds, self.directory = seed, seconds, directory
         self.planned = deck.planned(seed, seconds)
-        self.steps = plan.steps(seed, seconds, rate)
-        self.count = listeners
+        self.steps = plan.steps(seed, seconds, RATE)
         self.stack = ExitStack()
         self.over = threading.Event()
 
@@ -99,13 +96,12 @@ class Run:
             self.command("install")
             with closing(self.connect()) as conn:
                 audit.install(conn)
-            self.supervisor = Supervisor([self.listener(1 + n) for n in range(self.count)])
+            self.supervisor = Supervisor([self.listener(slot) for slot in WORKERS])
             stack.callback(self.supervisor.close)
             self.application = Application(self.dsn, self.steps)
             stack.callback(self.application.stop.set)
-            behind = [slot for slot in range(1, self.count + 1) if self.is_behind(slot)]
             world = World(self.database, standby, self.api, self.supervisor.listeners,
-                          self.database_proxy, self.stage_proxy, behind, self.command,
+                          self.database_proxy, self.stage_proxy, BEHIND, self.command,
                           self.clock)  # fmt: skip
             self.nemesis = Nemesis(world, self.planned)
             self.stack = stack.pop_all()
@@ -115,11 +111,8 @@ class Run:
         self.over.set()
         self.stack.close()
 
-    def is_behind(self, slot: int) -> bool:
-        return slot > self.count // 2
-
     def environ(self, slot: int) -> dict[str, str]:
-        behind = self.is_behind(slot)
+        behind = slot in BEHIND
         given = SETTINGS | self.database.settings() | {"DB_HOST": self.hosts}
         given["STAGE_API_URL"] = url_of(slot, self.stage_proxy.port if behind else self.api.port)
         given["HEARTBEAT_DIR"] = self.directory / f"heartbeats-{slot}"
@@ -132,7 +125,7 @@ class Run:
         return environment(**given)
 
     def listener(self, slot: int) -> Listener:
-        return Listener(slot, WORKERS[slot % 3], self.environ(slot), self.directory, PROGRAM)
+        return Listener(slot, WORKERS[slot], self.environ(slot), self.directory, PROGRAM)
 
     def command(self, *words: str) -> int:
         """The exit code of one of the product's commands."""

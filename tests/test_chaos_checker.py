@@ -78,7 +78,7 @@ class Script(History):
         )  # fmt: skip
         key = self.posts[-1].key
         if status == 200 and key not in {effect.key for effect in self.effects}:
-            self.effects.append(Effect(key, "j", self.stage(claim)))
+            self.effects.append(Effect(key, "j"))
 
     def row(self, finished, outcome="succeeded", http=None, claim=None, error=None):
         """What the database says of the latest claim."""
@@ -1231,7 +1231,7 @@ class Family(Script):
 
     def record(self, at):
         """A listener has looked, and found all variants there."""
-        self.joins.append(Join("j", 2000 + len(self.joins), "ad_copy", 500, at - 0.01, at))
+        self.joins.append(Join("j", 2000 + len(self.joins), "ad_copy", at - 0.01, at))
 
     def claim(self, at, attempt=1, worker=ONE, call=None):
         super().claim(at, attempt, worker, call or self.joins[-1].call)
