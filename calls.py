@@ -750,9 +750,11 @@ def next_due(conn, stages: Iterable[str], asked_at: datetime | None = None) -> f
 REAP_INTERVAL = 60.0  # seconds between two times that a listener ends leases which ran out
 
 # Claims of this listener that it never began: their answer was lost, or their lease would not
-# have covered the call. They are due again, so the other listeners are told to look. Where the
-# application holds the row of a call its lease stays, for another time; where it is gone, nothing
-# is owed.
+# have covered the call. They are due again, so the other listeners are told to look. A call that
+# was claimed before waits for `grace`: this claim may have run long after it was sent, as a frozen
+# server went on, and another listener may still have to write that the attempt before was accepted.
+# Where the application holds the row of a call its lease stays, for another time; where it is gone,
+# nothing is owed.
 GIVE_BACK = f"""
 WITH claimed AS (
     SELECT job_id, call_id, attempt FROM stage_leases
@@ -772,7 +774,9 @@ WITH claimed AS (
     RETURNING l.call_id
 ), given_back AS (
     UPDATE stage_calls
-    SET worker = NULL, started_at = NULL, due_at = greatest(now(), run_after),
+    SET worker = NULL, started_at = NULL,
+        due_at = greatest(now() + make_interval(secs => CASE WHEN attempts > 1 THEN %(grace)s END),
+                          now(), run_after),
         free_attempts = free_attempts + 1
     WHERE job_id = ANY (ARRAY(SELECT job_id FROM open))
       AND call_id = ANY (ARRAY(SELECT call_id FROM open))
@@ -784,13 +788,18 @@ FROM (SELECT count(*) AS calls FROM ended) AS ended,
 """
 
 
-def give_back(conn, worker: str, keep: Iterable[int]):
-    """Free what `worker` claimed and never began; `keep` are the calls under way or with a result.
+def give_back(conn, worker: str, keep: Iterable[int], grace: float = 0.0):
+    """Free what `worker` claimed and never began.
+
+    Args:
+        keep: the calls under way or with a result.
+        grace: seconds until a call that was claimed before is due again, see GIVE_BACK.
 
     Returns:
         A row: how many were `given_back`, and how many are `locked` by the application.
     """
-    return execute(conn, GIVE_BACK, {"worker": worker, "keep": list(keep)}).fetchone()
+    given = {"worker": worker, "keep": list(keep), "grace": grace}
+    return execute(conn, GIVE_BACK, given).fetchone()
 
 
 # Deletes leases that have run out: the listener was lost, or an asynchronous stage did not finish

@@ -304,6 +304,11 @@ class Listener:
         """
         if time.monotonic() - self.claimed_at < CLAIMED_FOR:
             return 0.0
+        return self.others_need
+
+    @property
+    def others_need(self) -> float:
+        """Seconds that other listeners need to connect and to settle what they know."""
         return 2 * self.settings.JOB_STATE_LISTENER_RECONNECT_DELAY + RECONNECTING
 
     # --- one turn ---
@@ -582,7 +587,7 @@ class Listener:
         """
         keep = [call.call_id for call in self.workers.calls]
         keep += self.unwritten.call_ids
-        found = calls.give_back(conn, self.name, keep)
+        found = calls.give_back(conn, self.name, keep, self.others_need)
         self.has_unbegun = found.locked > 0  # by the application
         if found.given_back:
             log.info("시작하지 않은 호출 %d건을 되돌림", found.given_back)

@@ -13,7 +13,7 @@ from datetime import timedelta
 import pytest
 import requests
 import trustme
-from claims import connected
+from claims import LEASE_OVER, claim, connected, result, settle
 from conftest import ROOT
 from faults.test_claims import with_idle_worker
 from raw_server import OK, answering, in_turn
@@ -751,6 +751,25 @@ def test_released_call_whose_row_is_held_is_given_back_once_it_is_let_go(
     listener.again_at = listener.doubtful_until = 0.0
     [again] = listener.settle_and_claim(claiming.conn)
     assert again.attempt == 2
+
+
+def test_accepted_result_has_time_to_be_written_once_a_second_claim_is_given_back(
+    database, accepting, caller
+):
+    """The second claim ran as a frozen server went on, after the lease of the first."""
+    database.add_job("overlay", "done")
+    claiming = caller(accepting.url)
+    listener = with_idle_worker(claiming.listener)
+    first = claim(claiming.conn, "first")
+    database.rows(LEASE_OVER)
+    listener.claimed_at = time.monotonic()
+    [call] = listener.settle_and_claim(claiming.conn)
+    assert call.attempt == 2
+    listener.give_back(claiming.conn)
+    assert database.value("SELECT due_at > now() + interval '2 s' FROM stage_calls")
+    settle(claiming.conn, result(first, "succeeded", "first"))
+    database.rows("UPDATE stage_calls SET due_at = now()")
+    assert claim(claiming.conn, "third").accepted
 
 
 # --- by hand -------------------------------------------------------------------------------
