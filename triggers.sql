@@ -74,7 +74,8 @@ $body$;
 -- whose failure is a warning: the application's write goes through.
 -- So it does where a table that the function writes to is missing, or not for its owner to use. The
 -- right to INSERT stands for all: the name of the table has to be looked up anyway, and to ask for
--- one right costs a hundredth of the whole, but for all four a tenth.
+-- one right costs a hundredth of the whole, but for all four a tenth. Row-level security that holds
+-- for its owner would refuse the row, or hide the open call: see FORCE ROW LEVEL SECURITY.
 DO $do$
 DECLARE
     asked   constant jsonb := current_setting('job_state_listener.pipeline')::jsonb;
@@ -406,7 +407,8 @@ $long$, format(too_long, 'id')) END,
                  ELSE ', priority = 0, run_after = NULL' END, coalesce(borrowed, ''),
             quote_ident(schema),
             (SELECT string_agg(format($lacking$
-           OR has_table_privilege(to_regclass(%L), 'INSERT') IS NOT TRUE$lacking$,
+           OR has_table_privilege(to_regclass(%1$L), 'INSERT') IS NOT TRUE
+           OR row_security_active(to_regclass(%1$L))$lacking$,
                                       format('%I.%I', schema, name)), '')
              FROM unnest(ARRAY['stage_calls', CASE WHEN looks IS NOT NULL THEN 'stage_looks' END,
                                CASE WHEN moves IS NOT NULL THEN 'stage_moves' END]) AS name

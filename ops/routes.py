@@ -212,15 +212,24 @@ CROSS JOIN LATERAL (  -- the tables that its function writes to, and its owner m
     SELECT count(*) > 0 AS are,
            count(*) FILTER (WHERE used.name = 'stage_calls' AND c.relowner <> p.proowner) > 0
                AS is_foreign,  -- install gives the function to the owner of stage_calls
-           array_agg(format('GRANT %%s ON %%s TO %%s', used.rights, c.oid::regclass,
-                            p.proowner::regrole) ORDER BY c.oid)
+           array_agg(concat_ws('; ',
+               CASE WHEN lacks.rights THEN format('GRANT %%s ON %%s TO %%s', used.rights,
+                                                  c.oid::regclass, p.proowner::regrole) END,
+               CASE WHEN lacks.rows THEN format('ALTER TABLE %%s DISABLE ROW LEVEL SECURITY',
+                                                c.oid::regclass) END) ORDER BY c.oid)
                FILTER (WHERE c.oid IS NOT NULL) AS grants
     FROM (VALUES ('stage_calls', 'SELECT, INSERT, UPDATE, DELETE'), ('stage_looks', 'INSERT'),
                  ('stage_moves', 'INSERT')) AS used (name, rights)
     LEFT JOIN pg_class AS c ON c.relname = used.name AND c.relnamespace = p.pronamespace
-    WHERE strpos(p.prosrc, '.' || used.name) > 0 AND (c.oid IS NULL OR EXISTS (
-        SELECT FROM unnest(string_to_array(used.rights, ', ')) AS one
-        WHERE NOT has_table_privilege(p.proowner, c.oid, one)))) AS lacking
+    CROSS JOIN LATERAL (
+        SELECT EXISTS (SELECT FROM unnest(string_to_array(used.rights, ', ')) AS one
+                       WHERE NOT has_table_privilege(p.proowner, c.oid, one)) AS rights,
+               c.relrowsecurity  -- as row_security_active(), which is about the current user
+                   AND (c.relforcerowsecurity OR NOT pg_has_role(p.proowner, c.relowner, 'USAGE'))
+                   AND NOT (SELECT rolsuper OR rolbypassrls FROM pg_roles WHERE oid = p.proowner)
+                   AS rows) AS lacks
+    WHERE strpos(p.prosrc, '.' || used.name) > 0
+      AND (c.oid IS NULL OR lacks.rights OR lacks.rows)) AS lacking
 WHERE wanted.name NOT IN ('job_state_insert_trigger', 'job_state_listener_insert')
    OR NOT EXISTS (  -- install --no-insert
        SELECT FROM pg_trigger AS c

@@ -299,7 +299,8 @@ def check_privileges(conn, settings) -> str:
         login = "DATABASE_URL=…" if settings.DATABASE_URL else f"DB_USER={owner} DB_PASSWORD=***"
         mend = f"as {owner}, who owns them: {login} {JSL} install --reader {conn.info.user}"
         raise Bad(f"role {conn.info.user} may not read {names}", mend)
-    hidden = db.execute(conn, HIDDEN, given).fetchone()[0]
+    tables = [*pipeline.tables(), *NEEDED]
+    hidden = db.execute(conn, HIDDEN, {"tables": tables}).fetchone()[0]
     if hidden:
         raise Bad(f"row-level security hides rows of {hidden} from {conn.info.user}", GRANTS)
     return f"privileges of role {conn.info.user}"

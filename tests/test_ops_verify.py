@@ -333,14 +333,17 @@ def test_owner_of_the_views_is_who_may_grant_them(database, api, role):
     assert mend == f"as {owner}, who owns them: {typed}"
 
 
-def test_row_level_security_is_a_problem_even_with_a_policy(database, api, run_command, role):
+@pytest.mark.parametrize("table", ["jobs", "stage_leases"])
+def test_row_level_security_is_a_problem_even_with_a_policy(
+    database, api, run_command, role, table
+):
     database.rows(
-        "ALTER TABLE jobs ENABLE ROW LEVEL SECURITY;"
-        f"CREATE POLICY all_rows ON jobs FOR SELECT TO {role} USING (true)"
+        f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY;"
+        f"CREATE POLICY all_rows ON {table} FOR SELECT TO {role} USING (true)"
     )
     login = {"DB_USER": role, "DB_PASSWORD": PASSWORD}
     [(found, mend)] = problems(run_command(database, "verify", api=api, **login))
-    assert (found, mend) == (f"row-level security hides rows of jobs from {role}", SEE_GRANTS)
+    assert (found, mend) == (f"row-level security hides rows of {table} from {role}", SEE_GRANTS)
     database.rows(f"ALTER ROLE {role} BYPASSRLS")
     assert problems(run_command(database, "verify", api=api, **login)) == []
 

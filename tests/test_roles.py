@@ -303,10 +303,18 @@ LOST = {
 }
 
 
-@pytest.mark.parametrize("is_dropped", [False, True])
+@pytest.mark.parametrize(
+    ("losing", "mending"),
+    [
+        ("DROP TABLE {table} CASCADE", None),
+        ("REVOKE ALL ON {table} FROM {owner}", "GRANT {rights} ON {table} TO {owner}"),
+        ("ALTER TABLE {table} ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY",
+         "ALTER TABLE {table} DISABLE ROW LEVEL SECURITY"),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("table", LOST)
 def test_one_table_that_is_lost_lets_writes_through(
-    empty_database, make_role, use_pipeline, table, is_dropped
+    empty_database, make_role, use_pipeline, table, losing, mending
 ):
     """Each table that a trigger function writes to."""
     use_pipeline(asynchronous.PIPELINE)
@@ -314,18 +322,17 @@ def test_one_table_that_is_lost_lets_writes_through(
     empty_database.rows(f"SET ROLE {owner}; {CHILDREN}; RESET ROLE")
     with connected(empty_database) as conn:
         apply(conn)
-    lost = f"DROP TABLE {table} CASCADE" if is_dropped else f"REVOKE ALL ON {table} FROM {owner}"
-    empty_database.rows(lost)
+    empty_database.rows(losing.format(table=table, owner=owner))
     empty_database.rows("INSERT INTO jobs VALUES (7, 'a', 'img_gen', 'queued')")
     empty_database.rows("UPDATE jobs SET status = 'done'; UPDATE jobs SET status = 'x'")
     empty_database.rows("INSERT INTO jobs_variants VALUES (1, 7, 'yolo_detect', 'running')")
     empty_database.rows("UPDATE jobs_variants SET status = 'done'; DELETE FROM jobs_variants")
     assert f"or not for role {owner} to use" in empty_database.conn.notices[-1]
-    mend = "./jsl install" if is_dropped else f"GRANT {LOST[table]} ON {table} TO {owner}"
+    mend = (mending or "./jsl install").format(table=table, rights=LOST[table], owner=owner)
     with connected(empty_database) as conn:
         told = f"trigger job_state_listener_change on jobs_variants may not use our tables ({mend}"
         assert told in "; ".join(broken_triggers(triggers(conn)))
-    if not is_dropped:
+    if mending:
         refused = commands.run_here(empty_database.environ, "install").refused(1)
         assert refused.endswith(f"may not write to our tables: {mend}; nothing was changed")
         empty_database.rows(mend)
