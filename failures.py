@@ -39,10 +39,10 @@ WHERE (j.current_step, j.status) = (r.stage, 'failed')
 
 def note(conn, results: Sequence[Result]) -> None:
     """Note in failed `results` that their stage has set the row to failed, which is final unless
-    another call follows from that; or that a person has cancelled the call.
+    another call follows from that; or that the call needs no person.
     """
     is_routed = failed_by_stage(conn, results)
-    note_cancelled(conn, results)
+    note_needless(conn, results)
     for result in results:
         if result.call_id in is_routed:
             result.error = f"{(result.error or '')[:1900]} ({SET_FAILED})"  # 2,000 are recorded
@@ -64,21 +64,30 @@ def failed_by_stage(conn, results: Iterable[Result]) -> dict[int, bool]:
     return {row.call_id: row.is_routed for row in look_up(conn, FAILED_BY_STAGE, asked)}
 
 
-# Which results are of calls that a person cancelled while they were under way.
-CANCELLED = f"""
-SELECT r.call_id FROM ({RESULTS}) AS r CROSS JOIN LATERAL (
-    SELECT FROM stage_attempts AS a
-    WHERE a.job_id = r.job_id AND a.call_id = r.call_id AND a.outcome = 'cancelled'
-    LIMIT 1) AS cancelled
+# Which results are of calls that need no person: one was cancelled while it was under way, or its
+# row was deleted, or has gone to a state that leads to a stage. In another state the row may rest
+# as its stage has failed. OFFSET 0 keeps the planner from reading all of the history.
+NEEDLESS = f"""
+SELECT r.call_id
+FROM ({RESULTS}) AS r CROSS JOIN LATERAL stage_call_row(r.table_name, '', r.job_id) AS j
+WHERE EXISTS (SELECT FROM stage_attempts AS a
+              WHERE a.job_id = r.job_id AND a.call_id = r.call_id AND a.outcome = 'cancelled'
+              OFFSET 0)
+   OR (j.is_there IS NULL AND r.table_name IN (SELECT name FROM pipeline_tables))
+   OR (NOT EXISTS (SELECT FROM stage_calls AS c
+                   WHERE c.job_id = r.job_id AND c.call_id = r.call_id OFFSET 0)
+       AND EXISTS (SELECT FROM pipeline_stages AS p
+                   WHERE p.table_name = r.table_name AND p.join_of = ''
+                     AND (p.current_step, p.status) = (j.current_step, j.status)))
 """
 
 
-def note_cancelled(conn, results: Iterable[Result]) -> None:
-    """Mark the failed results of calls that were cancelled as told: no person is needed."""
+def note_needless(conn, results: Iterable[Result]) -> None:
+    """Mark the failed results of calls that need no person as told."""
     asked = [r for r in results if r.outcome == "failed"]
-    cancelled = {row.call_id for row in look_up(conn, CANCELLED, asked)}
+    needless = {row.call_id for row in look_up(conn, NEEDLESS, asked)}
     for result in asked:
-        result.is_told = result.is_told or result.call_id in cancelled
+        result.is_told = result.is_told or result.call_id in needless
 
 
 def look_up(conn, sql: str, results: Sequence[Result]) -> list:

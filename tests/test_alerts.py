@@ -116,15 +116,27 @@ def test_failure_that_is_retried_is_no_alert(database, api, listener, told):
     assert len(told()) == 1
 
 
+STOPS = "UPDATE jobs SET status = 'stopped'"  # a state of no stage, where the job rests
+LEFT_BY = {
+    "cancelled": None,
+    "deleted": "DELETE FROM jobs",
+    "sent back": "UPDATE jobs SET current_step = 'img_gen'",
+    "sent back to the same state": f"{STOPS}; UPDATE jobs SET status = 'done'",
+}
+
+
 @pytest.mark.parametrize("is_killed", [False, True])
-def test_refusal_of_a_call_that_was_cancelled_under_way_is_no_alert(
-    database, caller, run_command, told, is_killed
+@pytest.mark.parametrize("left_by", LEFT_BY)
+def test_refusal_of_a_call_that_was_left_under_way_is_no_alert(
+    database, caller, run_command, told, left_by, is_killed
 ):
     calling = caller("http://127.0.0.1:1", ALERT_COMMAND=told.command)
-    cancelled, given_up = database.add_job("yolo_detect"), database.add_job("yolo_detect")
-    for job in (cancelled, given_up):
+    for change in (LEFT_BY[left_by], STOPS):
+        job = database.add_job("yolo_detect")
         call = calling.claim(job)
-        if job == cancelled:
+        if change:
+            database.rows(change)
+        else:
             run_command(database, "cancel", job)
         ended = trigger.failure(call, "failed", "HTTP 422", 0, http_status=422)
         if is_killed:
@@ -133,7 +145,7 @@ def test_refusal_of_a_call_that_was_cancelled_under_way_is_no_alert(
             calling.listener.keep(call, ended)
             calling.settle()
     calling.listener.alerts.close()
-    assert [(said["event"], said["job"]) for said in told()] == [("given_up", given_up)]
+    assert [(said["event"], said["job"]) for said in told()] == [("given_up", job)]
 
 
 def test_hostile_data_reaches_no_shell(database, api, listener, told, tmp_path):
