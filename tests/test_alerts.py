@@ -68,6 +68,28 @@ def test_given_up_calls_of_a_stage_are_told_once(database, api, run_command, tol
     assert (said["event"], said["stage"], said["http_status"]) == ("given_up", "planner", 422)
 
 
+@pytest.mark.parametrize("are_at_once", [False, True])
+def test_first_job_that_a_stage_refuses_is_told_to_be_called_again(
+    database, api, caller, told, are_at_once
+):
+    """Where both answers come in one turn, nobody hears that it was given up."""
+    api.on("planner", lambda _: Answer(401, b"token"))
+    calling = caller(api.url, ALERT_COMMAND=told.command)
+    first, _ = database.add_job("yolo_detect"), database.add_job("yolo_detect")
+    for call in [calling.claim(), calling.claim()]:
+        calling.run(call)
+        if not are_at_once:
+            calling.settle()
+    calling.settle()
+    calling.listener.alerts.close()
+    *given_up, refuses = sorted(told(), key=lambda said: said["event"])
+    assert [said["job"] for said in given_up] == [first] * (not are_at_once)
+    again = f"; job {first}, which was given up for it, is called again if still owed"
+    assert refuses["event"] == "stage_refuses"
+    assert refuses["text"].endswith(again) == (not are_at_once)
+    assert not database.owed(first).given_up
+
+
 def test_letters_that_a_stage_escaped_in_json_can_be_read(database, api, run_command, told):
     """In the log and in a chat, and not only in what commands show."""
     body = json.dumps({"detail": "글자 없음\n"}).encode()
