@@ -44,8 +44,9 @@ from pipeline import Call
 # is named also its call for a later run_after. Not calls whose lease is not over, as they may still
 # be under way.
 # A call that its stage has accepted is retried only by its id (see calls.DO_NOT_RETRY).
+ACCEPTED = f"c.last_error LIKE '{DO_NOT_RETRY}%%'"
 RETRIED = f"""
-      (c.last_error LIKE '{DO_NOT_RETRY}%%' AND %(job_id)s IS NULL) IS NOT TRUE
+      ({ACCEPTED} AND %(job_id)s IS NULL) IS NOT TRUE
   AND (c.due_at = 'infinity' OR %(now)s AND c.due_at > now()
        AND (c.run_after IS NULL OR c.run_after <= now() OR %(job_id)s IS NOT NULL)
        AND NOT EXISTS (
@@ -95,6 +96,7 @@ FROM gone CROSS JOIN LATERAL (
 """
 
 LIST_RETRIED = LISTED.format(matching=f"{MATCHING} AND {RETRIED}")
+LIST_ACCEPTED = LISTED.format(matching=f"{MATCHING} AND c.due_at = 'infinity' AND {ACCEPTED}")
 FIND_RETRIED = FOUND.format(matching=f"{MATCHING} AND {RETRIED}")
 LIST_CANCELLED = LISTED.format(matching=MATCHING)
 FIND_CANCELLED = FOUND.format(matching=MATCHING)
@@ -298,13 +300,16 @@ def tell_due(revived: list) -> None:
 
 
 def nothing_to_retry(conn, chosen: Chosen) -> None:
-    """Say that no call matches, and whether some would with --now."""
-    if chosen.now:
-        click.echo("no such call was given up or waits for its next attempt")
-        return
-    waiting = patiently(conn, LIST_RETRIED, chosen._replace(now=True).params | {"most": 1})
-    more = f"; {counted(waiting[0].calls, 'call')} due later: --now" if waiting else ""
-    click.echo(f"no such call was given up{more}")
+    """Say that no call matches, and whether some would with --now, or were accepted."""
+    said, more = "no such call was given up", ""
+    if accepted := patiently(conn, LIST_ACCEPTED, chosen.params | {"most": 1}):
+        said += f", but for {accepted[0].calls} that the stage has accepted"
+    elif chosen.now:
+        said += " or waits for its next attempt"
+    if not chosen.now:
+        waiting = patiently(conn, LIST_RETRIED, chosen._replace(now=True).params | {"most": 1})
+        more = f"; {counted(waiting[0].calls, 'call')} due later: --now" if waiting else ""
+    click.echo(said + more)
 
 
 # --- cancel --------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from stage_functions import BREAK
 from tcp_proxy import TcpProxy
 from waiting import gate, wait_for_call
 
+import calls
 import db
 from demo.stage_server import Answer, Hangup
 from ops import rows, steer
@@ -88,6 +89,17 @@ def test_retry_with_nothing_given_up_says_so(database, run_command, which):
     database.add_job("planner", "done")
     done = run_command(database, "retry", *which)
     assert (done.code, done.lines) == (0, ["no such call was given up"])
+
+
+@pytest.mark.parametrize("now", [[], ["--now"]])
+@pytest.mark.parametrize("yes", [[], ["--yes"]])
+def test_retry_where_all_that_is_given_up_was_accepted_says_so(
+    database, run_command, given_up, yes, now
+):
+    database.rows("UPDATE stage_calls SET last_error = %s", f"{calls.DO_NOT_RETRY}: disk full")
+    done = run_command(database, "retry", "--all", *yes, *now)
+    said = "no such call was given up, but for 3 that the stage has accepted"
+    assert (done.code, done.lines) == (0, [said])
 
 
 @pytest.mark.parametrize(
