@@ -9,6 +9,7 @@ import psycopg2
 import db
 import pipeline
 from ops import migrations
+from ops.misplaced import misplaced
 from ops.problem import GRANTS, IF_NEWER, INSTALL, Problem
 from pipeline import JSL, Route, SharedLimit
 
@@ -117,6 +118,12 @@ SELECT to_regclass('jobs')::text AS jobs,
 """
 
 
+def require_jobs_in_place(conn) -> None:
+    """Raises Problem where jobs is somewhere else, in the words of `verify` and `install`."""
+    if lost := [f"{what}: {mend}" for what, mend in misplaced(conn)]:
+        raise Problem("; ".join(lost))
+
+
 def require_installed(conn) -> None:
     """Raises Problem where the database does not know this PIPELINE."""
     try:
@@ -124,6 +131,7 @@ def require_installed(conn) -> None:
         refusal = migrations.refusal(conn)
         differences = [] if refusal else difference(conn)
     except psycopg2.errors.UndefinedTable:
+        require_jobs_in_place(conn)
         raise Problem(f"the listener's tables are missing: {INSTALL}") from None
     except psycopg2.errors.InsufficientPrivilege as error:
         reason = str(error).strip()
@@ -132,9 +140,8 @@ def require_installed(conn) -> None:
         raise Problem(refusal)
     if differences:
         raise Problem(f"the routes differ ({'; '.join(differences)}): {INSTALL}, {IF_NEWER}")
+    require_jobs_in_place(conn)
     place = db.execute(conn, PLACE).fetchone()
-    if place.jobs is None:
-        raise Problem(f"there is no table jobs on the search path: {INSTALL}")
     if place.schemas != 1 or not place.is_watched:
         reason = f"the table {place.jobs} that this role sees has no triggers of ours"
         raise Problem(f"{reason}: {INSTALL}")

@@ -17,6 +17,7 @@ import notifications
 import pipeline
 import stage_http
 from ops import grants, migrations, place, rows
+from ops.misplaced import misplaced
 from ops.problem import GRANTS, IF_NEWER, first_line
 from ops.routes import (
     announced,
@@ -190,7 +191,7 @@ def check_version(conn) -> None:
 
 def check_rows(conn, settings) -> str:
     """The application's tables; all that is wrong with them."""
-    found = [Bad(what, mend) for what, mend in place.misplaced(conn)]
+    found = [Bad(what, mend) for what, mend in misplaced(conn)]
     if not found:
         wrong = [*faults(conn), *impossible_states(conn)]
         found = [Bad(fault.what, fault.mend) for fault in wrong]
@@ -444,7 +445,7 @@ OF_JOBS = (check_tables, check_columns, check_function, check_triggers)
 def run_checks(conn, settings) -> Iterator[tuple[bool, str]]:
     installed = db.execute(conn, rows.INSTALLED).fetchone()[0]
     left_out = [*(() if installed else OF_INSTALLED)]
-    left_out += OF_JOBS if any(place.misplaced(conn)) else ()
+    left_out += OF_JOBS if any(misplaced(conn)) else ()
     for one in CHECKS:
         if one in left_out:
             continue

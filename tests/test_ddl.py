@@ -225,7 +225,7 @@ CHANGES = {
     ),
     "a view in its place": Change(
         "ALTER TABLE jobs RENAME TO jobs_v2; CREATE VIEW jobs AS SELECT * FROM jobs_v2",
-        listener="has no triggers of ours",
+        listener="jobs is no table, and a view can have no trigger",
         verify=("jobs is no table, and a view can have no trigger of ours; public.jobs_v2 has",),
         install="jobs is no table, and a view can have no trigger of ours; public.jobs_v2 has them",
         mend="ALTER VIEW jobs RENAME TO jobs_v1; ALTER TABLE jobs_v2 RENAME TO jobs",

@@ -264,7 +264,8 @@ def test_jobs_that_the_search_path_does_not_find_get_no_second_beside_them(
         (f"jobs is in schema app, which is not on {role}'s search path",
          f'ALTER ROLE {role} SET search_path = app, "$user", public'),
     ]:  # fmt: skip
-        assert run_command(empty_database, "install", **login).refused(1).startswith(what)
+        for command in ("install", "test-job"):
+            assert run_command(empty_database, command, **login).refused(1).startswith(what)
         verified = run_command(empty_database, "verify", **login).out
         assert f"PROBLEM  {what} → if another" in verified
         assert "is missing" not in verified

@@ -12,6 +12,7 @@ from ops.check import LAG
 from ops.install import apply, objects, remove
 from ops.migrations import LATEST
 from ops.problem import Problem
+from ops.routes import require_installed
 from ops.verify import check_stage_api, run_checks
 
 INSTALL = "./jsl install"
@@ -247,14 +248,16 @@ PLACES = [
 ]
 
 
-def test_jobs_that_is_elsewhere_is_the_only_problem_and_install_tells_the_same(database, api):
+def test_jobs_that_is_elsewhere_is_the_only_problem_and_all_tell_the_same(database, api):
     for sql, what, mend in PLACES:
         database.rows(sql)
         found = [(what, mend.format(database.environ["DB_USER"]))]
         assert checked(database, STAGE_API_URL=api.url) == found
-        with closing(db.connect(database.settings())) as conn, pytest.raises(Problem) as refused:
-            apply(conn)
-        assert str(refused.value) == ": ".join(found[0]) + "; nothing was changed"
+        with closing(db.connect(database.settings())) as conn:
+            for does, suffix in ((apply, "; nothing was changed"), (require_installed, "")):
+                with pytest.raises(Problem) as refused:
+                    does(conn)
+                assert str(refused.value) == ": ".join(found[0]) + suffix
 
 
 def test_column_that_an_earlier_version_lacks_is_for_install(database, run_command):
