@@ -133,6 +133,7 @@ def faults(conn) -> Iterator[Fault]:
             yield Fault(what, "add it (ALTER TABLE)" + OTHER * (table != pipeline.JOBS))
             continue
         yield from faults_of_columns(table, place.in_sql, columns, table.name in joined)
+        yield from faults_of_states(conn, table, columns)
         id_column = columns[table.id]
         if id_column.is_domain and not takes_null(conn, id_column.type):
             what = f"{table.name}.{table.id} is of type {id_column.type}, which refuses NULL"
@@ -196,6 +197,30 @@ def takes_null(conn, type_: str) -> bool:
     try:
         db.execute(conn, f"SELECT NULL::{type_}")
     except (psycopg2.errors.NotNullViolation, psycopg2.errors.CheckViolation):
+        return False
+    except psycopg2.errors.InsufficientPrivilege:  # on its schema: not known
+        return True
+    return True
+
+
+def faults_of_states(conn, table: Table, columns: dict) -> Iterator[Fault]:
+    """Columns of which the triggers could not see that their value has changed."""
+    for column in ("current_step", "status"):
+        type_ = columns[column].type
+        if not is_comparable(conn, type_):
+            what = f"{table.name}.{column} is of type {type_}"
+            what += ", whose values PostgreSQL cannot compare"
+            yield Fault(what, "give it another type, such as text or an enum (ALTER TABLE)")
+
+
+def is_comparable(conn, type_: str) -> bool:
+    """Whether two values of this type can be compared. Those of a domain over an enum cannot,
+    though those of the enum can; nor can those of json.
+    """
+    try:
+        # Nothing is evaluated: a domain may refuse NULL.
+        db.execute(conn, f"SELECT FROM (SELECT NULL::{type_} WHERE false) AS a (x) WHERE x = x")
+    except psycopg2.errors.UndefinedFunction:
         return False
     except psycopg2.errors.InsufficientPrivilege:  # on its schema: not known
         return True

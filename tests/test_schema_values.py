@@ -15,6 +15,7 @@ from variants import PIPELINE, TABLE
 
 from demo import five_stages
 from ops.install import apply
+from ops.problem import Problem
 
 KEYS = {"job_id", "current_step", "status", "tenant_id"}
 LONGEST = 7999  # bytes that NOTIFY takes
@@ -217,6 +218,21 @@ def test_state_that_an_enum_type_does_not_have_is_told(empty_database, use_pipel
         assert f"PROBLEM  {what} → {mend}, or correct PIPELINE\n" in said[1]
         database.rows(mend)
     assert all("no row can" not in run_here(environ, word).out for word in ("install", "verify"))
+
+
+def test_states_of_a_type_without_equality_are_refused(each_server, make_database):
+    database = make_database(each_server, installed=False)
+    database.rows("CREATE TYPE state AS ENUM ('queued', 'done')")
+    database.rows("CREATE DOMAIN checked AS state NOT NULL; CREATE DOMAIN filled AS text NOT NULL")
+    database.rows(JOBS.format("uuid", "text", "filled", "checked"))
+    with pytest.raises(Problem) as refused:
+        install(database)
+    assert str(refused.value) == (
+        "jobs.status is of type checked, whose values PostgreSQL cannot compare: give it another"
+        " type, such as text or an enum (ALTER TABLE); nothing was changed"
+    )
+    database.rows("ALTER TABLE jobs ALTER status TYPE state")
+    install(database)
 
 
 def test_generated_columns_give_those_with_other_names_ours(each_server, make_database):
