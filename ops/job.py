@@ -444,6 +444,8 @@ def join_line(row: Any, join: dict[str, Any], dropped: Any) -> str:
             why = f"{join['stage']} was {plain(readable(reason_of(dropped)))}"
             return text + there + why + f"; to call it again: {back}" * is_complete
         return text + f"{there}{join['stage']} was recorded {clock(join['recorded_at'])}"
+    if rows.was_deleted(row):
+        return text + "owes nothing"
     if not join["rows"]:
         return text + "there is no row yet"
     if join["in_place"] < join["rows"]:

@@ -376,6 +376,10 @@ def absence(row: Any) -> str:
     return "was deleted" if is_readable(row) else f"cannot be read: {gone_table(row)}"
 
 
+def was_deleted(row: Any) -> bool:
+    return not (row.is_there or row.is_unread) and is_readable(row)
+
+
 def gone_table(row: Any) -> str:
     return f"PIPELINE has no table {row.table_name}" if has_left(row) else OTHER_PIPELINE
 

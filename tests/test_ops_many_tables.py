@@ -303,6 +303,22 @@ def test_metrics_watch_the_triggers_of_every_table(variants, command):
     }
 
 
+# --- job -----------------------------------------------------------------------------------
+
+
+def test_join_of_a_deleted_job_waits_for_no_row(variants, run_command):
+    database = variants.database
+    job = database.add_job("x", "y")
+    attempt(database, job, "ad_copy")
+    variants.add(job, "iou_eval", "running")
+    database.rows("DELETE FROM jobs_variants; DELETE FROM jobs")
+    assert run_command(database, "job", job, **HERE).lines[:3] == [
+        f"job {job} was deleted",
+        "owes: nothing",
+        "every jobs_variants (iou_eval, done): owes nothing",
+    ]
+
+
 # --- report --------------------------------------------------------------------------------
 
 
