@@ -36,7 +36,7 @@ ORDER BY started_at
 """
 
 ATTEMPTS = """
-SELECT started_at, finished_at, stage, call_id, attempt, outcome, http_status, worker,
+SELECT started_at, finished_at, stage, call_id, attempt, spent, outcome, http_status, worker,
        extract(epoch FROM finished_at - started_at)::float8 AS seconds, error
 FROM stage_attempts WHERE job_id = %(key)s AND table_name = %(table)s
 ORDER BY started_at, attempt, finished_at
@@ -476,13 +476,22 @@ def told(child: Any, rests: dict[tuple, Any]) -> str:
     return clipped(text, LONGEST_TOLD)
 
 
+def number(attempt: Any) -> str:
+    """The number of an attempt as MAX_ATTEMPTS counts; "-" where it is not counted. The column
+    `attempt` counts every claim, also that which finds no attempt left and gives the call up.
+    """
+    if attempt.spent is None:  # of an earlier version, or of a person
+        return str(attempt.attempt)
+    return "-" if attempt.outcome == "held" or not attempt.spent else str(attempt.spent)
+
+
 def attempt_lines(attempts: list) -> list[str]:
     if not attempts:
         return []
     cells = [
-        [f"{a.started_at.astimezone():%F %T}", a.stage, a.attempt, a.outcome, a.http_status or "-",
+        [f"{a.started_at.astimezone():%F %T}", a.stage, number(a), a.outcome, a.http_status or "-",
          f"{a.seconds:.2f}", readable(a.error) or ""]
         for a in attempts
     ]  # fmt: skip
     header = ["started", "stage", "attempt", "outcome", "HTTP", "seconds", "error"]
-    return table(header, cells, right=["HTTP", "seconds"]).split("\n")
+    return table(header, cells, right=["attempt", "HTTP", "seconds"]).split("\n")

@@ -191,6 +191,10 @@ def test_call_given_up_after_its_timeout_says_why_and_how_often_it_was_made(
     module = {"PYTHONPATH": str(ROOT / "tests"), "PIPELINE_MODULE": "asynchronous"}
     said = run_command(site.database, "job", job, **module).out
     assert f", 1 attempt spent), given up: {error}" in said
+    assert [line.split()[2:5] for line in said.splitlines()[-2:]] == [
+        ["planner", "1", "unknown"],
+        ["planner", "1", "failed"],
+    ]
     [row] = json.loads(run_command(site.database, "jobs", "--given-up", "--json", **module).out)[
         "jobs"
     ]

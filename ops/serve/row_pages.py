@@ -66,7 +66,7 @@ def attempts(found: list) -> Markup:
         return section("attempts", "Attempts", '<p class="calm">None is on record.</p>')
     latest = [*itertools.islice(reversed(found), MOST_ATTEMPTS)]
     rows = [
-        [clock(one.started_at), stage_link(one.stage), Markup(one.attempt), one.outcome,
+        [clock(one.started_at), stage_link(one.stage), Markup(job.number(one)), one.outcome,
          Markup(one.http_status or "–"), Markup(span(one.seconds)), one.worker,
          readable(one.error)]
         for one in latest
