@@ -52,6 +52,19 @@ WHERE (table_name, job_id) IN (SELECT * FROM unnest(%(tables)s::text[], %(keys)s
 MOST_CHILDREN = 20
 NO_TIME = "NULL::timestamptz"
 
+# Rows whose calls were given up come first; of many rows, also others that need a person.
+FIRST = f"""{rows.LISTED}
+WHERE {{parent}} = %(key)s
+ORDER BY ((c.due_at = 'infinity') IS TRUE OR {{id}}::text = ANY (%(resting)s)) DESC, {{id}}, join_of
+LIMIT %(most)s
+"""
+
+RESTS_BELOW = """
+SELECT job_id FROM resting_rows()
+WHERE table_name = %(table)s
+  AND job_id IN (SELECT {id}::text FROM {table} AS r WHERE {parent} = %(key)s)
+"""
+
 COUNTED = """
 SELECT r.current_step::text, r.status::text, count(*) AS rows, count(c.stage) AS owed,
        count(*) FILTER (WHERE c.due_at = 'infinity') AS given_up
@@ -73,17 +86,21 @@ LEFT JOIN stage_joins AS m ON m.parent_id = %(key)s AND m.join_of = %(join)s
 
 def children(conn, row: Any, unread: Mapping[str, str]) -> list[dict[str, Any]]:
     """The tables whose rows may belong to `row`; for each, the first rows that do, and how many
-    are in which state.
+    are in which state. Of more than MOST_CHILDREN, those that need a person come first.
     """
     found = []
     for child in pipeline.tables().values():
         if pipeline.parent_name(child) != row.table_name or child.name in unread:
             continue
         names = rows.names(conn, child)
-        first = rows.LISTED + "WHERE {parent} = %(key)s ORDER BY {id}, join_of LIMIT %(most)s"
-        given = {"key": row.key, "most": MOST_CHILDREN + 1}
-        of_parent = db.execute(conn, first.format(time=NO_TIME, **names), given).fetchall()
+        given = {"key": row.key, "table": child.name, "most": MOST_CHILDREN + 1}
         states = db.execute(conn, COUNTED.format(**names), given).fetchall()
+        resting = []
+        if sum(state.rows for state in states) > MOST_CHILDREN:  # what is not known, resting() says
+            below = listed(conn, RESTS_BELOW.format(**names), given, only=child.name)
+            resting = [one.job_id for one in below.rows]
+        first = FIRST.format(time=NO_TIME, **names)
+        of_parent = db.execute(conn, first, given | {"resting": resting}).fetchall()
         found.append({"table": child.name, "rows": of_parent, "states": states})
     return found
 
@@ -457,16 +474,27 @@ LONGEST_TOLD = 60
 
 
 def child_lines(of: dict[str, Any], rests: dict[tuple, Any]) -> Iterator[str]:
-    if len(of["rows"]) > MOST_CHILDREN:
+    """The rows that belong to one; of many how many are in which state, and which need a person."""
+    shown, title = of["rows"], of["table"]
+    if len(shown) > MOST_CHILDREN:
         header = [of["table"], "rows", "owed", "given up"]
         cells = [[f"{s.current_step}, {s.status}", s.rows, s.owed, s.given_up]
                  for s in of["states"]]  # fmt: skip
-    else:
-        header = [of["table"], "state", "owes"]
-        cells = [[child.job_id, f"{child.current_step}, {child.status}", told(child, rests)]
-                 for child in of["rows"]]  # fmt: skip
+        yield from table(header, cells).split("\n")
+        shown = [child for child in shown if needs_person(child, rests)]
+        title = "needs a person"
+    header = [title, "state", "owes"]
+    cells = [[child.job_id, f"{child.current_step}, {child.status}", told(child, rests)]
+             for child in shown[:MOST_CHILDREN]]  # fmt: skip
     if cells:
         yield from table(header, cells).split("\n")
+    if len(shown) > MOST_CHILDREN:
+        yield f"more than {MOST_CHILDREN} rows of {of['table']} need a person"
+
+
+def needs_person(child: Any, rests: dict[tuple, Any]) -> bool:
+    why = rests.get((child.table_name, child.job_id))
+    return child.given_up or (why is not None and why.kind != CANCELLED)
 
 
 def told(child: Any, rests: dict[tuple, Any]) -> str:

@@ -306,6 +306,29 @@ def test_metrics_watch_the_triggers_of_every_table(variants, command):
 # --- job -----------------------------------------------------------------------------------
 
 
+def test_of_many_rows_those_that_need_a_person_are_named(variants, run_command):
+    database = variants.database
+    job = database.add_job("x", "y")
+    *others, failed, given_up = sorted(variants.add(job, "iou_eval", "running", 40))
+    variants.move(failed, "yolo_detect", "failed")
+    variants.move(given_up, "img_gen", "done")
+    database.rows("UPDATE stage_calls SET due_at = 'infinity', last_error = 'HTTP 404: no image'")
+    lines = run_command(database, "job", job, **HERE).lines
+    assert [re.split("  +", line) for line in lines[3:]] == [
+        ["jobs_variants", "rows", "owed", "given up"],
+        ["img_gen, done", "1", "1", "1"],
+        ["iou_eval, running", "38", "0", "0"],
+        ["yolo_detect, failed", "1", "0", "0"],
+        ["needs a person", "state", "owes"],
+        [failed, "yolo_detect, failed", "set failed by its stage"],
+        [given_up, "img_gen, done", "yolo_detect: given up: HTTP 404: no image"],
+    ]
+    database.rows("UPDATE jobs_variants SET current_step = 'yolo_detect', status = 'failed'")
+    lines = run_command(database, "job", job, **HERE).lines
+    assert [line.split()[0] for line in lines[-21:-1]] == others[:20]
+    assert lines[-1] == "more than 20 rows of jobs_variants need a person"
+
+
 def test_join_of_a_deleted_job_waits_for_no_row(variants, run_command):
     database = variants.database
     job = database.add_job("x", "y")

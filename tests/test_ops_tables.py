@@ -157,12 +157,12 @@ def test_call_of_a_join_that_was_accepted_is_not_said_to_be_that_of_a_stage_that
 
 def test_many_rows_are_summed_up(variants, run):
     job = variants.database.add_job("img_gen", "queued")
-    variants.add(job, "img_gen", "done", count=25), variants.add(job, "iou_eval", "failed")
+    variants.add(job, "img_gen", "done", count=25), variants.add(job, "iou_eval", "running")
     lines = [re.split(r" {2,}", line) for line in run("job", job).lines[3:]]
     assert lines == [
         ["jobs_variants", "rows", "owed", "given up"],
         ["img_gen, done", "25", "25", "0"],
-        ["iou_eval, failed", "1", "0", "0"],
+        ["iou_eval, running", "1", "0", "0"],
     ]
 
 
