@@ -164,7 +164,7 @@ def settle(conn: db.Connection, result: Result) -> Result:
 
 
 class Settled(NamedTuple):
-    """A result as it was written, and whether the history did not have it before."""
+    """A result as it was written, and whether the database did not have it before."""
 
     result: Result
     is_new: bool
@@ -201,12 +201,17 @@ def settle_within_lease(
 IS_RECORDED = """
 SELECT EXISTS (SELECT FROM stage_attempts
                WHERE job_id = %(job_id)s AND call_id = %(call_id)s AND attempt = %(attempt)s
-                 AND outcome NOT IN ('lost', 'cancelled')) AS is_recorded
+                 AND outcome NOT IN ('lost', 'cancelled'))
+       OR EXISTS (SELECT FROM stage_leases
+                  WHERE job_id = %(job_id)s AND call_id = %(call_id)s AND attempt = %(attempt)s
+                    AND working) AS is_recorded
 """
 
 
 def is_recorded(conn, result: Result) -> bool:
-    """Whether the history has a result of this attempt. It has none of a call that was taken."""
+    """Whether the database has a result of this attempt: in its history, or in the lease of a call
+    that was taken.
+    """
     return execute(conn, IS_RECORDED, vars(result)).fetchone().is_recorded
 
 

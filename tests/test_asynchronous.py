@@ -9,7 +9,7 @@ from asynchronous import PIPELINE
 from claims import LEASE_OVER, connected
 from conftest import ROOT
 from variants import TABLE, install, stage
-from waiting import PATIENCE, wait_until_idle
+from waiting import PATIENCE, is_gone, until, wait_until_idle
 
 from demo.stage_server import Answer, Hangup
 from ops.install import apply
@@ -92,6 +92,18 @@ def test_state_of_the_job_is_what_ends_a_call(site):
     site.database.wait_for(NOBODY)
     assert site.database.value(ENDED, job) == "succeeded"
     assert len(site.calls("vlm_analyze")) == 1
+
+
+def test_idle_worker_of_a_killed_listener_says_nothing_of_a_call_that_is_worked_on(site):
+    site.database.add_job()
+    process = site.start()
+    site.wait_for_working(1)
+    process.remember_workers()
+    process.kill_alone()
+    until(lambda: all(map(is_gone, process.workers)), "the end of the workers")
+    process.wait()  # until all that they wrote is read
+    assert process.output.count("단계가 작업을 접수함") == 1
+    assert "리스너가 사라져" not in process.output
 
 
 def test_stage_that_moves_the_job_before_its_answer_is_read(site):
