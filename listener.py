@@ -268,7 +268,7 @@ class Listener:
 
     def note_success(self) -> None:
         """A turn has succeeded: what was said of failures is over."""
-        self.reason, self.repeats, self.is_standby_away = "", 0, False
+        self.reason, self.repeats = "", 0
         if self.is_stuck_told:
             text = f"listener {self.name} claims and settles calls again"
             self.alerts.send_recovered("database_away", None, text)
@@ -416,6 +416,8 @@ class Listener:
             self.tell_stuck(NO_CALL + self.claiming.refused)
         elif turn.refusal is None:
             self.note_success()
+        if turn.claimed:  # a turn that writes nothing waits for no standby
+            self.is_standby_away = False
         if any(result.delay is not None for result in self.unwritten.results):
             self.claiming.due_at = 0.0
         if any(result.outcome == TAKEN for result in self.unwritten.results):

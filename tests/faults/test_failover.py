@@ -1,6 +1,7 @@
 """A primary that is frozen, one that is an old one, and a synchronous standby that is away."""
 
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 from claims import connected
@@ -108,6 +109,12 @@ def test_a9_sessions_do_not_pile_up_while_a_synchronous_standby_is_away(
         process.wait_for_line(AWAITED)
         process.wait_for_line(LISTENING, count=4)
         until(lambda: len(backends(database)) <= 2, "the end of the sessions before")
+        with closing(database.connect()) as holding:  # a turn that claims nothing also succeeds
+            holding.autocommit = False
+            holding.cursor().execute("SELECT FROM stage_calls FOR UPDATE")
+            wait_until_idle(tmp_path)
+            connected_before = process.output.count(LISTENING)
+        process.wait_for_line(LISTENING, count=connected_before + 2)
         assert process.output.count(AWAITED) == 1
         assert api.calls(job) == []  # nothing is called whose claim a new primary might not know
         monkeypatch.setattr(verify, "COMMIT_WAITS", 0.0)
