@@ -281,9 +281,11 @@ def job(job_id: str, table: str | None, as_json: bool) -> None:
     if as_json:
         echo_json(as_object(found))
     else:
-        lines = [*place_lines(found)]
-        lines += [line for of in found.below for line in child_lines(of, found.rests)]
-        echo_lines((line, 0) for line in [*lines, *attempt_lines(found.attempts)])
+        for line in place_lines(found):
+            click.echo(line)  # whole: what a person has to type may stand at its end
+        lines = [line for of in found.below for line in child_lines(of, found.rests)]
+        if lines := [*lines, *attempt_lines(found.attempts)]:
+            echo_lines((line, 0) for line in lines)
     if found.problem:
         raise Problem(found.problem)
 

@@ -295,9 +295,8 @@ def show_rows(
         echo_json({"jobs": listed, "since": kind.times, "more": more, "problem": problem})
     else:
         echo_lines(job_lines(kind, found[:limit], problem))
-        held = waits.held_of(conn, {row.stage for row in found if row.stage})
-        if held:
-            echo_lines((one_line(f"{hold.why}; {hold.mend}"), 0) for hold in held)
+        for hold in waits.held_of(conn, {row.stage for row in found if row.stage}):
+            click.echo(one_line(f"{hold.why}; {hold.mend}"))
         if more:
             say_more(limit)
     if problem:

@@ -127,6 +127,15 @@ def test_picture_fits_a_small_terminal(database, watch):
     assert 46 <= width(held) <= 47 and held.endswith("…")
 
 
+def test_what_is_to_be_typed_is_never_cut(database, tmp_path):
+    (tmp_path / ".env").touch()
+    job = database.add_job("overlay", "failed")
+    terminal = Terminal(database.environ, tmp_path, "job", job, size=(60, 24))
+    with closing(terminal):
+        assert terminal.wait() == 0
+    assert terminal.output.endswith("AND (current_step, status) = ('overlay', 'failed')\n")
+
+
 def test_colour_is_for_terminals_without_no_color(database, watch):
     database.rows(PAUSE, "GPU maintenance")
     coloured, plain = watch(database), watch(database, NO_COLOR="1")
