@@ -79,6 +79,13 @@ class Commands(click.Group):
         module = importlib.import_module(f"ops.{COMMANDS[name]}")
         return getattr(module, name.replace("-", "_"))
 
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        """An option that stands before the command is most likely one of the command's own."""
+        try:
+            return super().parse_args(context, args)
+        except click.NoSuchOption as error:
+            context.fail(f"No such option {error.option_name!r}: options come after the command")
+
     def resolve_command(self, context: click.Context, args: list[str]) -> tuple:
         """Suggest the command that a mistyped name is nearest to. `-h` means help here, although a
         job id may begin with a dash.
@@ -86,7 +93,7 @@ class Commands(click.Group):
         name, rest = args[0], args[1:]
         names = self.list_commands(context)
         if name not in names and not name.startswith("-") and not context.resilient_parsing:
-            near = difflib.get_close_matches(name, names, 1)
+            near = difflib.get_close_matches(name.lower(), names, 1)
             meant = f"did you mean {near[0]}?" if near else f"There are {', '.join(names)}"
             context.fail(f"{name!r} is no command: {meant}")
         return super().resolve_command(context, [name, "--help"] if rest == ["-h"] else args)

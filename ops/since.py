@@ -22,7 +22,9 @@ class Time(click.ParamType):
                 ago = timedelta(**{UNITS[span[2]]: float(span[1])})
                 return datetime.now().astimezone() - ago
             return datetime.fromisoformat(re.sub("Z$", "+00:00", value)).astimezone()
-        except (ValueError, OverflowError):
+        except OverflowError:
+            self.fail(f"{value!r} is too long ago: there was no year 0.", param, context)
+        except ValueError:
             self.fail(
                 f"{value!r} is neither a span such as 30m, 2h or 3d nor a time such as "
                 "2026-11-24 or '2026-11-24 05:12'.", param, context,

@@ -20,8 +20,9 @@ class StageName(click.ParamType):
         names = self.names()
         if value in names:
             return value
-        near = difflib.get_close_matches(value, names, 1)
-        meant = f"did you mean {near[0]}? " if near else ""
+        lower = {name.lower(): name for name in names}
+        near = difflib.get_close_matches(value.lower(), lower, 1)
+        meant = f"did you mean {lower[near[0]]}? " if near else ""
         there = f"There are {', '.join(names)}" if names else "PIPELINE has none"
         self.fail(f"{value!r} is no {self.name}: {meant}{there}", param, context)
 

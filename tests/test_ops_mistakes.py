@@ -56,7 +56,8 @@ def test_help_of_all_names_every_command_with_a_whole_sentence(run_command):
 # what is typed: (how the answer begins, the command whose help it names)
 MISTAKES = {
     "strat": ("'strat' is no command: did you mean status?", ""),
-    "--verbose": ("No such option '--verbose'.", ""),
+    "JOBS": ("'JOBS' is no command: did you mean jobs?", ""),
+    "--since 2h jobs": ("No such option '--since': options come after the command.", ""),
     "run --workers 0": ("Invalid value for '--workers': 0 is not in the range 1<=x<=256.", "run"),
     "run --workers many": ("Invalid value for '--workers': 'many' is not a valid integer", "run"),
     "run --stage paint": (
@@ -88,6 +89,14 @@ MISTAKES = {
     "jobs --since 2x": (
         "Invalid value for '--since': '2x' is neither a span such as 30m, 2h or 3d nor a time",
         "jobs",
+    ),
+    "jobs --since 800000d": (
+        "Invalid value for '--since': '800000d' is too long ago: there was no year 0.",
+        "jobs",
+    ),
+    "pause PLANNER": (
+        "Invalid value for 'STAGE...': 'PLANNER' is no stage: did you mean planner?",
+        "pause",
     ),
     "pause paint": (
         "Invalid value for 'STAGE...': 'paint' is no stage: There are vlm_analyze",
