@@ -510,9 +510,8 @@ def number(attempt: Any) -> str:
     """The number of an attempt as MAX_ATTEMPTS counts; "-" where it is not counted. The column
     `attempt` counts every claim, also that which finds no attempt left and gives the call up.
     """
-    if attempt.spent is None:  # of an earlier version, or of a person
-        return str(attempt.attempt)
-    return "-" if attempt.outcome == "held" or not attempt.spent else str(attempt.spent)
+    spent = attempt.attempt if attempt.spent is None else attempt.spent  # None: made by no claim
+    return "-" if attempt.outcome in ("held", CANCELLED) or not spent else str(spent)
 
 
 def attempt_lines(attempts: list) -> list[str]:

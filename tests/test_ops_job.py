@@ -95,6 +95,20 @@ def test_job_lists_every_attempt(database, api, listener, run_command):
     assert done.lines[3].endswith("HTTP 500: first")
 
 
+def test_attempts_that_do_not_count_have_no_number(database, run_command):
+    job = database.add_job("planner", "done")
+    with connected(database) as conn:
+        settle(conn, result(claim(conn), "held", free=True, spent=0, delay=0.0))
+        settle(conn, result(claim(conn), "retry", spent=1, delay=0.0))
+    run_command(database, "cancel", job)
+    lines = run_command(database, "job", job).lines[-3:]
+    assert [line.split()[3:5] for line in lines] == [
+        ["-", "held"],
+        ["1", "retry"],
+        ["-", "cancelled"],
+    ]
+
+
 def test_job_as_json_has_the_whole_error(database, run_command, busy):
     database.rows("UPDATE stage_calls SET last_error = repeat('x', 1000) WHERE stage = 'overlay'")
     said = json.loads(run_command(database, "job", "--json", busy["overlay"]).out)
