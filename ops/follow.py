@@ -1,6 +1,5 @@
 """Following a job and its rows in other tables through PIPELINE, for `test-job`."""
 
-import sys
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +11,7 @@ from psycopg2.extensions import quote_ident
 import db
 import pipeline
 from ops.problem import Problem
-from ops.table import counted, plain
+from ops.table import counted, is_terminal, plain
 from pipeline import Route, State
 
 JOBS = pipeline.JOBS.name
@@ -307,7 +306,7 @@ class Bar:
     """A progress bar on a terminal; nothing elsewhere."""
 
     def __init__(self):
-        self.terminal = sys.stdout is not None and sys.stdout.isatty()
+        self.terminal = is_terminal()
 
     def show(self, done: int, ahead: int, text: str) -> None:
         filled = WIDTH * done // max(1, done + ahead)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import click
 
-from ops.table import Line, fitted
+from ops.table import Line, fitted, is_terminal
 
 # The alternate screen, without a cursor. Lines are erased before they are written: behind a
 # line that fills its row, some terminals would erase its last letter.
@@ -23,7 +23,7 @@ class Screen:
     """
 
     def __init__(self) -> None:
-        self.in_place = sys.stdout.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
+        self.in_place = is_terminal() and os.environ.get("TERM") not in (None, "", "dumb")
         self.last: list[str] = []
 
     def __enter__(self) -> "Screen":

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -37,6 +36,7 @@ from ops.table import (
     duration,
     echo_json,
     echo_lines,
+    is_terminal,
     plain,
     rate,
     table,
@@ -212,7 +212,7 @@ def summary(found: dict[str, Any]) -> str:
 
 def stage_lines(stages: list[dict[str, Any]]) -> Iterator[str]:
     """The stages as a table; where their rows are of several tables, below the name of each."""
-    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else COLUMNS
+    columns = shutil.get_terminal_size().columns if is_terminal() else COLUMNS
     cells = [stage_cells(row) for row in stages]
     lines = table(HEADER, cells, right=HEADER[1:]).split("\n")
     if (over := max(map(width, lines)) - columns) > 0:

@@ -86,6 +86,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], right: Collectio
 # --- to the terminal, or wherever the output goes ------------------------------------------
 
 
+def is_terminal() -> bool:
+    """Whether the output goes to a terminal."""
+    return sys.stdout is not None and sys.stdout.isatty()  # None where it is closed
+
+
 def clipped(line: str, columns: int) -> str:
     """`line`, cut to so many columns."""
     if width(line) <= columns:
@@ -98,7 +103,7 @@ def clipped(line: str, columns: int) -> str:
 
 def paint(text: str, colour: int) -> str:
     """`text` in a colour (an SGR code; 0: none) on a terminal, unless NO_COLOR is set."""
-    unpainted = not colour or os.environ.get("NO_COLOR") or not sys.stdout.isatty()
+    unpainted = not colour or os.environ.get("NO_COLOR") or not is_terminal()
     return text if unpainted else f"\033[{colour}m{text}\033[0m"
 
 
@@ -107,7 +112,7 @@ Line = tuple[str, int]  # with its colour
 
 def fitted(lines: Iterable[Line]) -> list[str]:
     """The lines, cut to the width of the terminal; whole where the output goes to none."""
-    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    columns = shutil.get_terminal_size().columns if is_terminal() else sys.maxsize
     return [paint(clipped(text, columns), colour) for text, colour in lines]
 
 

@@ -416,6 +416,16 @@ def test_output_that_cannot_be_written_is_no_traceback(tmp_path, typed, code, cl
     assert "Traceback" not in done.stderr and "Arguments:" not in done.stderr
 
 
+@pytest.mark.parametrize("typed", ["status", "jobs", "jobs --failed"])
+def test_command_whose_output_is_closed_succeeds(database, tmp_path, typed):
+    (tmp_path / ".env").touch()
+    environ = os.environ | database.environ | {"HEARTBEAT_DIR": str(tmp_path)}
+    command = [sys.executable, ROOT / "listener.py", *typed.split()]
+    done = subprocess.run(command, env=environ, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+                          preexec_fn=lambda: os.close(1))  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_hostile_id_is_printed_escaped(empty_database, run_command):
     columns = "job_id text PRIMARY KEY, tenant_id text, current_step text, status text"
     empty_database.rows(f"CREATE TABLE jobs ({columns})")
