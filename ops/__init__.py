@@ -200,8 +200,10 @@ def not_utf8(error: UnicodeEncodeError) -> str:
 
 
 def help_for(error: click.ClickException) -> str:
+    """The help of the command that was typed; click does not always say which one it was."""
     context = getattr(error, "ctx", None)
-    return f"./{context.command_path if context else 'jsl'} --help"
+    typed = " ".join(["jsl", *sys.argv[1:2]])
+    return f"./{context.command_path if context else typed} --help"
 
 
 def fail(message: str, code: int) -> None:
