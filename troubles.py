@@ -102,11 +102,7 @@ WHEN {name} THEN EXISTS (
 
 
 def newly_failed(
-    conn,
-    after: Any = None,
-    batch: int = BATCH,
-    tables: Iterable[str] | None = None,
-    part: str | None = None,
+    conn, after: Any = None, batch: int = BATCH, tables: Iterable[str] | None = None
 ) -> tuple[list, Any]:
     """The rows that their stage has set to failed, and about which no alert was sent. Checks one
     batch of the attempts of the last hour.
@@ -114,13 +110,12 @@ def newly_failed(
     Args:
         after: what the last batch returned.
         tables: whose rows; None: those of all.
-        part: one of them.
 
     Returns:
         The rows, and the time after which the next batch begins; None: an hour ago.
     """
     declared = pipeline.tables()
-    names = [part] if part else declared if tables is None else tables
+    names = declared if tables is None else tables
     asked = by_table(conn, IS_FAILED, [declared[name] for name in names])
     sql = NEWLY_FAILED.format(rows=asked)
     found = execute(conn, sql, {"after": after, "batch": batch}).fetchall()

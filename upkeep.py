@@ -220,8 +220,8 @@ class Upkeep:
         """Record and tell a batch, of all tables or of one; the time after which the next begins,
         None after the last. It is told at once: what is recorded is not found again.
         """
-        tables, after = self.failed_tables, self.failed_after
-        found, until = troubles.newly_failed(conn, after, tables=tables, part=table)
+        tables = [table] if table else self.failed_tables
+        found, until = troubles.newly_failed(conn, self.failed_after, tables=tables)
         for row in found:
             failures.tell_set_failed(self.alerts, row)
         return until
