@@ -252,21 +252,17 @@ class Upkeep:
         """Tell people of stages that are stalled, or no more: all, or those of a part. They are
         told at once: what is marked is not found again.
         """
-        for row in troubles.newly_stalled(conn, part):
-            self.tell_stalled_stage(row)
-
-    def tell_stalled_stage(self, row: Any) -> None:
-        """Tell people of a stage that is stalled, or no more."""
         stages = pipeline.stages_of_routes().items()
-        kind = called(route.table for route, (name, _) in stages if name == row.stage)
-        if row.jobs is None:
-            self.alerts.send_recovered("stalled", row.stage, f"no {kind} is stalled any more")
-            return
-        log.error("정체된 단계: stage=%s jobs=%d %s → %s jobs --stalled --stage %s", row.stage,
-                  row.jobs, row.reason, pipeline.JSL, row.stage)  # fmt: skip
-        are = f"{counted(row.jobs, kind)} {'is' if row.jobs == 1 else 'are'}"
-        text = f"{are} stalled at {row.stage}: {row.reason}"
-        self.alerts.send("stalled", text, **row._asdict())
+        for row in troubles.newly_stalled(conn, part):
+            kind = called(route.table for route, (name, _) in stages if name == row.stage)
+            if row.jobs is None:
+                self.alerts.send_recovered("stalled", row.stage, f"no {kind} is stalled any more")
+                continue
+            log.error("정체된 단계: stage=%s jobs=%d %s → %s jobs --stalled --stage %s", row.stage,
+                      row.jobs, row.reason, pipeline.JSL, row.stage)  # fmt: skip
+            are = f"{counted(row.jobs, kind)} {'is' if row.jobs == 1 else 'are'}"
+            text = f"{are} stalled at {row.stage}: {row.reason}"
+            self.alerts.send("stalled", text, **row._asdict())
 
     def tell_stalled_unseen(self, conn, failed: Mapping[str, psycopg2.Error]) -> None:
         """Tell people that stalled rows cannot be looked for, and when that is over. Only the
