@@ -294,15 +294,11 @@ WITH over AS (
                     AND c.attempts = l.attempt AND c.due_at < 'infinity'
                     AND c.due_at + make_interval(secs => %(grace)s) > l.leased_until)
     FOR UPDATE OF l SKIP LOCKED
-), extended AS (
-    UPDATE stage_leases AS l SET leased_until = now() + make_interval(secs => %(grace)s)
-    FROM over WHERE l.call_id = over.call_id AND l.attempt = over.attempt
-    RETURNING l.call_id
 )
-SELECT set_config('job_state_listener.extended', (count(*) > 0)::text, true) FROM extended
+UPDATE stage_leases AS l SET leased_until = now() + make_interval(secs => %(grace)s)
+FROM over WHERE l.call_id = over.call_id AND l.attempt = over.attempt
 """,
 )
-EXTENDED = "current_setting('job_state_listener.extended', true) = 'true'"
 
 # A limit is exact because whoever claims locks its row first, in the order of the names, and
 # counts the leases in the next statement, whose snapshot is then newer. Also where nothing of the
@@ -436,7 +432,7 @@ CLAIM_DUE = f"""
     SELECT job_id, table_name, call_id, attempts, stage, worker, started_at, due_at, tenant_id
     FROM claimed
 )
-SELECT {LOCKED} AS locked, now() AS asked_at, {EXTENDED} AS extended,
+SELECT {LOCKED} AS locked, now() AS asked_at,
        claimed.call_id, claimed.job_id, claimed.job_id::text AS key, claimed.table_name,
        claimed.join_of, claimed.current_step, claimed.status, claimed.stage,
        claimed.attempts AS attempt, claimed.attempts - claimed.free_attempts AS spent,
@@ -543,7 +539,6 @@ class Turn:
     given_up: calls that the database made us give up, which nobody has been told of.
     refused: results that the database did not take, for a reason that is not theirs: `refusal`.
     asked: the stages that were asked for calls.
-    extended: seconds by which leases that ran out were extended, see EXTEND; 0: none was.
     """
 
     claimed: list[Claimed]
@@ -555,12 +550,10 @@ class Turn:
     refused: list[Result] = field(default_factory=list)
     refusal: psycopg2.Error | None = None
     asked: set[str] = field(default_factory=set)
-    extended: float = 0.0
 
     def add(self, later: "Turn") -> None:
         """Add the calls of a later claim of the same turn, and whether it was refused."""
         self.claimed += later.claimed
-        self.extended = max(self.extended, later.extended)
         if later.asked_at is None:
             self.asked_at = None
 
@@ -632,15 +625,13 @@ def settle_and_claim(
     locked = [int(call_id) for call_id in (call_ids or "").split()]
     if not claims:
         return Turn([], locked)
-    extended = grace if rows[0][2] else 0.0
-    claimed = [Claimed(*row[3:]) for row in rows if row[3] is not None]
+    claimed = [Claimed(*row[2:]) for row in rows if row[2] is not None]
     if freed := [r.stage for r in results if r.limited and r.outcome not in ("unknown", TAKEN)]:
         free_places = Counter(freed) - Counter(row.stage for row in claimed)
         if free_places:
             wake_waiting(conn, free_places)
     claimed.sort(key=attrgetter("was_due_at"))
-    asked = {one.stage for one in wanted}
-    return Turn(claimed, locked, asked_at, extended=extended, asked=asked)
+    return Turn(claimed, locked, asked_at, asked={one.stage for one in wanted})
 
 
 WAKE_WAITING = f"""

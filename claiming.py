@@ -185,8 +185,6 @@ class Claiming:
             self.sweep_at, self.due_at = now + swept, 0.0
         if self.unclaimable:
             self.sweep_at = min(self.sweep_at, now + UNCLAIMABLE_EVERY)
-        if turn.extended:  # look again when these leases are over
-            self.sweep_at = min(self.sweep_at, now + turn.extended)
         left = [row.stage for row in turn.claimed if self.leaves_places(row.stage)]
         if left:
             calls.wake_waiting(conn, left)

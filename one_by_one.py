@@ -90,7 +90,6 @@ def settle_and_claim(conn, results: Sequence[Result], wanted: Sequence[Wanted], 
             reason = f"its call cannot be claimed: {' '.join(str(error).split())}"
             done.given_up += give_up_first(conn, one, worker, reason)
         else:
-            done.extended = max(done.extended, turn.extended)
             if turn.claimed:
                 done.claimed = turn.claimed
                 break

@@ -337,7 +337,7 @@ def test_rows_of_a_claim_are_what_claimed_says(conn, claim):
     params |= {"only": None, "only_call": None, "only_after": None}
     found = db.execute(conn, claim.sql, params)
     names = [column.name for column in found.description]
-    assert names == ["locked", "asked_at", "extended", *calls.Claimed._fields]
+    assert names == ["locked", "asked_at", *calls.Claimed._fields]
 
 
 def test_call_is_taken_over_once_its_lease_has_run_out(database, conn, other):

@@ -286,7 +286,7 @@ def test_calls_of_a_listener_that_was_stopped_after_its_claim_are_made_by_anothe
         claimed.wait()
         process.signal(signal.SIGSTOP)
         claimed.release()
-        listener(database, "run", "--workers", "16", api=api)
+        listener(database, "run", "--workers", "16", api=api, SWEEP_INTERVAL=1)
         database.wait_for(ALL_SUCCEEDED, 16)
         process.signal(signal.SIGCONT)
         process.wait_for_line(TOO_SHORT, count=16)
