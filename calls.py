@@ -278,24 +278,25 @@ TELL = Statement("tell", f"SELECT {LOCKED} AS locked, pg_notify('{WAKE_CHANNEL}'
 # after 20 ms, and not only after lock_timeout.
 HURRY = Statement("hurry", "SELECT set_config('lock_timeout', '20ms', true)")
 
-# Extends leases that have run out, where this listener has not claimed lately: another listener may
-# have accepted results that it could not write in that time either. Each lease is extended once;
-# without that limit, the call of a lost listener might never be made again. due_at is not changed:
-# a lease that ends after it was extended. Runs in the transaction of the claim, so that a claim
-# that fails uses up no extension.
+# Extends leases that have run out, or will within %(extend_by)s seconds. A listener that has not
+# claimed lately runs this before it claims: what kept it from claiming, such as an outage, may have
+# kept another from writing accepted results, whose calls would be made again. A lease that has run
+# out is extended once, or the call of a lost listener might never be made again: the call's due_at
+# stays at the first end of its lease, and shows how far that was extended. In the transaction of
+# the claim, so that a claim that fails uses up no extension.
 EXTEND = Statement(
     "extend",
     """
 WITH over AS (
     SELECT l.call_id, l.attempt FROM stage_leases AS l
-    WHERE l.leased_until < now() + make_interval(secs => %(grace)s) AND NOT l.unanswered
+    WHERE l.leased_until < now() + make_interval(secs => %(extend_by)s) AND NOT l.unanswered
       AND EXISTS (SELECT FROM stage_calls AS c
                   WHERE c.job_id = l.job_id AND c.call_id = l.call_id
                     AND c.attempts = l.attempt AND c.due_at < 'infinity'
-                    AND c.due_at + make_interval(secs => %(grace)s) > l.leased_until)
+                    AND c.due_at + make_interval(secs => %(extend_by)s) > l.leased_until)
     FOR UPDATE OF l SKIP LOCKED
 )
-UPDATE stage_leases AS l SET leased_until = now() + make_interval(secs => %(grace)s)
+UPDATE stage_leases AS l SET leased_until = now() + make_interval(secs => %(extend_by)s)
 FROM over WHERE l.call_id = over.call_id AND l.attempt = over.attempt
 """,
 )
@@ -568,7 +569,7 @@ def settle_and_claim(
     sweep: bool = False,
     only: tuple[Any, int, int] | None = None,
     hurry: bool = False,
-    grace: float = 0.0,
+    extend_by: float = 0.0,
 ) -> Turn:
     """Settle all `results` and claim up to `free` calls: one round trip, one commit.
 
@@ -580,7 +581,7 @@ def settle_and_claim(
         sweep: also take calls that were never tried and whose time, by the clock, has not come.
         only: the row's id, the call's, and its attempts until now: claim this call, due or not.
         hurry: fail soon where something is locked.
-        grace: seconds by which to extend leases that ran out, see EXTEND; 0: they are over.
+        extend_by: seconds by which to extend leases first, see EXTEND; 0: they end when they end.
 
     Raises:
         psycopg2.Error: nothing was changed, unless the connection was lost.
@@ -602,7 +603,7 @@ def settle_and_claim(
         HURRY: hurry or not all(stage.waits for stage in wanted),
         PAY: paid, KEEP_TAKEN: taken, LIFT: lifting, POSTPONE: failures,
         HOLD: any(r.hold for r in failures),
-        EXTEND: claims and grace,
+        EXTEND: claims and extend_by,
         LOCK_LIMITS: claims and any(stage.limited for stage in wanted), last: True,
     }  # fmt: skip
     params = {
@@ -615,7 +616,7 @@ def settle_and_claim(
         "free": free,
         "worker": worker,
         "sweep": sweep,
-        "grace": grace,
+        "extend_by": extend_by,
     }
     if only is not None:
         params["only"], params["only_call"], params["only_after"] = only
@@ -831,15 +832,15 @@ FROM recorded AS r LEFT JOIN LATERAL (
 """
 
 
-def reap(conn, grace: float = 0.0, call_id: int | None = None) -> list:
+def reap(conn, extend_by: float = 0.0, call_id: int | None = None) -> list:
     """End the leases that have run out, each with a row in the history.
 
     Args:
+        extend_by: see settle_and_claim().
         call_id: only those of this call.
-        grace: seconds by which to extend them first, see EXTEND; 0: they are over.
 
     Returns:
         These rows, of which nobody has logged anything yet: see failures.reap().
     """
-    sql = f"{EXTEND.sql};{REAP}" if grace else REAP
-    return execute(conn, sql, {"grace": grace, "call_id": call_id}).fetchall()
+    sql = f"{EXTEND.sql};{REAP}" if extend_by else REAP
+    return execute(conn, sql, {"extend_by": extend_by, "call_id": call_id}).fetchall()

@@ -105,9 +105,11 @@ def look_up(conn, sql: str, results: Sequence[Result]) -> list:
     return [row for rows in found for row in rows]
 
 
-def reap(conn, settings: SimpleNamespace, grace: float = 0.0, call_id: int | None = None) -> None:
+def reap(
+    conn, settings: SimpleNamespace, extend_by: float = 0.0, call_id: int | None = None
+) -> None:
     """calls.reap(), with a line of the log for each attempt that has none."""
-    for row in calls.reap(conn, grace, call_id):
+    for row in calls.reap(conn, extend_by, call_id):
         limits = pipeline.full_limits(settings).get(row.stage)  # None: it has left PIPELINE
         most = limits.max_attempts if limits else settings.MAX_ATTEMPTS
         then = f"{'포기' if row.spent >= most else '재시도'} ({IF_OWED})"

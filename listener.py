@@ -65,10 +65,9 @@ CONNECTING = 100.0
 # Seconds between two tries to settle results whose rows their stages hold, and to give back claims
 # that were not begun.
 AGAIN_EVERY = 1.0
-# If a claim has succeeded within so many seconds, the other listeners could settle as well.
-CLAIMED_FOR = 5.0
-# Seconds that other listeners get, besides their delays, to connect and settle before their calls
-# are taken over.
+# A listener whose last claim is older than this (seconds) extends leases that run out, so that the
+# others have time to connect and to settle: two of their delays, and these seconds.
+LATELY = 5.0
 RECONNECTING = 5.0
 # Seconds for which a statement that was sent on a lost connection may still take effect.
 DOUBTFUL = 600.0
@@ -212,7 +211,7 @@ class Listener:
                 claimed = self.settle_and_claim(conn)
             except psycopg2.Error as error:
                 if not isinstance(error, db.ConnectionLost):  # upkeep runs though no turn succeeds
-                    self.upkeep.run(conn, self.claiming.unclaimable, self.grace)
+                    self.upkeep.run(conn, self.claiming.unclaimable, self.extend_by)
                 raise
             for call in claimed:
                 self.workers.give(call)
@@ -224,7 +223,7 @@ class Listener:
                     trigger.log_begin(call)
             self.claiming.ask_when(conn)
             self.hosts.ping(conn)
-            self.upkeep.run(conn, self.claiming.unclaimable, self.grace)
+            self.upkeep.run(conn, self.claiming.unclaimable, self.extend_by)
             ready = self.wait(min(self.next_turn, self.upkeep.next_run), conn)
             self.run_beside(conn)
             self.collect(ready)
@@ -298,11 +297,9 @@ class Listener:
         return self.has_unbegun or time.monotonic() < self.doubtful_until
 
     @property
-    def grace(self) -> float:
-        """Seconds by which the next claim extends leases that have run out; 0: it extends none, as
-        this listener has claimed within CLAIMED_FOR. Else another may not have been able to settle.
-        """
-        if time.monotonic() - self.claimed_at < CLAIMED_FOR:
+    def extend_by(self) -> float:
+        """Seconds by which leases that run out are extended: see calls.EXTEND; 0: they are not."""
+        if time.monotonic() - self.claimed_at < LATELY:
             return 0.0
         return self.others_need
 
@@ -388,7 +385,7 @@ class Listener:
         """Settle these results and claim calls of these stages; one by one where that fails."""
         try:
             turn = calls.settle_and_claim(
-                conn, results, wanted, free, self.name, sweep=sweep, grace=self.grace
+                conn, results, wanted, free, self.name, sweep=sweep, extend_by=self.extend_by
             )
             if turn.asked_at:
                 self.claimed_at = time.monotonic()
@@ -398,7 +395,7 @@ class Listener:
             if not self.claiming.is_logged(error):
                 log.warning("한 건씩 다시 시도: %s", ops.first_line(error))
             turn = one_by_one.settle_and_claim(
-                conn, results, wanted, free, self.name, sweep=sweep, grace=self.grace
+                conn, results, wanted, free, self.name, sweep=sweep, extend_by=self.extend_by
             )
             for given_up in turn.given_up:
                 failures.tell_given_up(self.alerts, given_up)

@@ -46,7 +46,7 @@ def is_table_locked(error: psycopg2.errors.LockNotAvailable) -> bool:
 
 
 def settle_and_claim(conn, results: Sequence[Result], wanted: Sequence[Wanted], free: int,
-                     worker: str, sweep: bool = False, grace: float = 0.0) -> Turn:  # fmt: skip
+                     worker: str, sweep: bool = False, extend_by: float = 0.0) -> Turn:  # fmt: skip
     """What calls.settle_and_claim() could not do at once: each result alone, then a claim of one
     call. Its arguments are the same.
 
@@ -73,7 +73,9 @@ def settle_and_claim(conn, results: Sequence[Result], wanted: Sequence[Wanted], 
         one = one._replace(waits=one.waits and not has_waited)
         done.asked.add(one.stage)
         try:
-            turn = calls.settle_and_claim(conn, [], [one], 1, worker, sweep=sweep, grace=grace)
+            turn = calls.settle_and_claim(
+                conn, [], [one], 1, worker, sweep=sweep, extend_by=extend_by
+            )
         except ConnectionLost:
             raise
         except psycopg2.errors.LockNotAvailable as error:

@@ -58,7 +58,7 @@ class Upkeep:
     def __init__(self, settings: SimpleNamespace, stages: Iterable[str], name: str, alerts: Alerts):
         self.settings, self.stages, self.name, self.alerts = settings, list(stages), name, alerts
         self.unclaimable: Mapping[str, str] = {}  # by stage: why no call of it can be claimed
-        self.grace = 0.0  # see calls.reap()
+        self.extend_by = 0.0  # see calls.EXTEND
         self.clock_is_back = False  # whether the database's clock is known to have been set back
         # Since when the database has had another PIPELINE (time.monotonic()), and whether that was
         # told. Its end is not told: people were asked to restart this one.
@@ -101,19 +101,21 @@ class Upkeep:
         if self.settings.ALERT_COMMAND:
             self.guarded(troubles.tell_absence, conn, self.settings.ALERT_AFTER, self.alerts)
 
-    def run(self, conn, unclaimable: Mapping[str, str] | None = None, grace: float = 0.0) -> None:
+    def run(
+        self, conn, unclaimable: Mapping[str, str] | None = None, extend_by: float = 0.0
+    ) -> None:
         """Run the tasks that are due. What the database refuses of one is logged once a round; the
         others go on.
 
         Args:
             unclaimable: by stage: why this listener can claim no call of it.
-            grace: see calls.reap().
+            extend_by: see calls.EXTEND.
 
         Raises:
             ConnectionLost
             Problem: a newer program has installed.
         """
-        self.unclaimable, self.grace = unclaimable or {}, grace
+        self.unclaimable, self.extend_by = unclaimable or {}, extend_by
         now = time.monotonic()
         for task in self.tasks:
             if now >= task.at:
@@ -127,7 +129,7 @@ class Upkeep:
         """
         self.guarded(migrations.require_not_newer, conn)
         self.compare(conn)
-        self.guarded(failures.reap, conn, self.settings, self.grace)
+        self.guarded(failures.reap, conn, self.settings, self.extend_by)
 
     def compare(self, conn) -> None:
         """Say once that the database has another PIPELINE: calls of its new states wait for a

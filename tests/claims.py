@@ -96,7 +96,7 @@ CALL_OF = "SELECT call_id, attempts FROM stage_calls WHERE job_id = %(job_id)s A
 
 def claim_many(
     conn, free: int, worker: str = "w", stages=STAGES, results=(), lease: float = 60,
-    sweep: bool = False, only: Any = None, grace: float = 0.0, **given,
+    sweep: bool = False, only: Any = None, extend_by: float = 0.0, **given,
 ) -> Turn:  # fmt: skip
     """Settle `results` and claim up to `free` calls."""
     found = wanted(stages, lease, free, **given)
@@ -104,7 +104,7 @@ def claim_many(
         row = db.execute(conn, CALL_OF, {"job_id": only}).fetchone()
         only = (only, *(row or (-1, 0)))
     return calls.settle_and_claim(
-        conn, results, found, free, worker, sweep=sweep, only=only, grace=grace
+        conn, results, found, free, worker, sweep=sweep, only=only, extend_by=extend_by
     )
 
 

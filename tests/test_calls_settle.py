@@ -369,14 +369,14 @@ def test_leases_that_ran_out_during_a_failure_are_extended_once(database, conn):
     again = result(unanswered, "unknown", error="no answer", delay=0.0, after_lease=True)
     settle(conn, again)
     database.rows(LEASE_OVER)
-    assert calls.reap(conn, grace=60.0) == []
+    assert calls.reap(conn, extend_by=60.0) == []
     assert [row.key for row in claim_many(conn, 2).claimed] == [unanswered.key]
     for column, table in (("leased_until", "stage_leases"), ("due_at", "stage_calls")):
         ago = "interval '2 minutes'" if table == "stage_calls" else "interval '1 second'"
         database.rows(
             f"UPDATE {table} SET {column} = now() - {ago} WHERE job_id = %s", answered.key
         )
-    [row] = claim_many(conn, 2, grace=60.0).claimed
+    [row] = claim_many(conn, 2, extend_by=60.0).claimed
     assert (row.key, row.taken_over) == (answered.key, True)
 
 
@@ -384,7 +384,7 @@ def test_result_is_written_in_the_grace_after_a_failure(database, conn):
     database.add_job()
     row = claim(conn)
     database.rows(LEASE_OVER)
-    assert claim_many(conn, 1, grace=60.0).claimed == []
+    assert claim_many(conn, 1, extend_by=60.0).claimed == []
     assert settle(conn, result(row))
     assert [one.outcome for one in database.attempts(row.key)] == ["succeeded"]
 
