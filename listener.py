@@ -94,8 +94,7 @@ class Listener:
         self.move_look = MoveLook(settings, self.alerts, self.failing, once)
         self.upkeep = Upkeep(settings, self.claiming.order, self.name, self.alerts)
 
-        self.nothing_due = False  # the last turn found nothing, and no look is pending
-        self.asked_again: set[Any] = set()  # see ask_once_more()
+        self.nothing_due = False  # the last turn found nothing, and no look at joins is pending
         # By time.monotonic().
         self.again_at = 0.0  # settle results of locked rows, give back doubtful claims
         self.doubtful_until = -math.inf  # until then a claim of ours may exist that we do not know
@@ -339,25 +338,8 @@ class Listener:
         if sweep and is_clock_set_back(turn):
             self.upkeep.note_clock_set_back()
         self.claiming.plan(conn, turn, bool(wanted), free, self.sweep_interval if sweep else None)
-        self.nothing_due = self.claiming.found_nothing and not self.has_look
-        self.ask_once_more()
+        self.nothing_due = self.claiming.found_nothing and self.join_look.at == math.inf
         return self.to_make(conn, turn, leased_from)  # it may bring the next turn forward
-
-    @property
-    def has_look(self) -> bool:
-        """Whether a look is pending: at joins, or at moves once more after one that failed."""
-        moves = self.move_look
-        return self.join_look.at < math.inf or (moves.failure is not None and moves.at < math.inf)
-
-    def ask_once_more(self) -> None:
-        """With `once`, before the end: repeat each claim of a stage, and each look, that has
-        failed. The lock that it met may be gone.
-        """
-        if self.once and self.nothing_due and not self.workers.calls:
-            looks = [look for look in (self.join_look, self.move_look) if look.failure]
-            if left := {*self.claiming.unclaimable, *looks} - self.asked_again:
-                self.asked_again |= left
-                self.claiming.sweep_at, self.nothing_due = 0.0, False
 
     @property
     def sweep_interval(self) -> float:

@@ -399,27 +399,6 @@ def test_once_fails_where_a_table_cannot_be_read_after_all_other_calls(
     assert f"no call can be claimed of yolo_detect: {why}" in last and last.endswith("jsl verify")
 
 
-@pytest.mark.parametrize("limits", [POOL, 'pool=Pool("gpu", 2)', "timeout=9"])
-def test_once_asks_again_before_its_end_for_what_was_locked(
-    variants, api, listener, beside, limits
-):
-    settings = beside(limits)
-    job = variants.database.add_job()
-    variants.add(job, status="done")
-    with (
-        gate(api, "/vlm_analyze", Answer(200)) as opened,
-        contextlib.closing(variants.database.connect()) as session,
-    ):
-        session.cursor().execute(LOCK)
-        process = listener(variants.database, "run", "--once", api=api, **settings)
-        process.wait_for_line("단계의 호출을 가져올 수 없음")
-        wait_for_call(api, job)
-        session.cursor().execute("ROLLBACK")
-        opened.set()
-        assert process.wait() == 0
-    assert [call.path for call in api.calls()] == ["/vlm_analyze", "/yolo_detect"]
-
-
 LOCK_LIMITS = "BEGIN; SELECT FROM stage_limits FOR UPDATE"
 
 
