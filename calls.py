@@ -54,7 +54,6 @@ class Result:
     limited: bool = False  # its stage has limits over all listeners
     is_told: bool = False  # no alert is to be sent about it any more
     is_set_failed: bool = False  # its stage has set the row to failed, and no call follows
-    was_locked: bool = False  # the last settling skipped it, as the row of its call was locked
     is_risk_logged: bool = False  # logged: it is accepted, but may be made again (one_by_one.py)
     seconds: float = 0.0  # how long the attempt took, for the log
     traceback: str | None = None  # for the log: of a bug, or how its worker died after the answer

@@ -68,8 +68,8 @@ class Unwritten:
 
     @property
     def keeps_listener(self) -> bool:
-        """Whether the listener may not end yet, as the row of a failed call is locked. Where the
-        database is away, nothing is tried: then for LOCKED_FOR seconds more.
+        """Whether the listener may not end yet, as the row of a failed call is locked. Without a
+        database nothing is tried, and may_leave stays as it is: not after LOCKED_FOR seconds more.
         """
         is_over = time.monotonic() >= self.wait_until + LOCKED_FOR
         return bool(self.locked_failures) and not (self.may_leave or is_over)
@@ -92,23 +92,11 @@ class Unwritten:
         """Forget what is settled; keep what was refused, and results of calls whose rows are
         locked.
         """
-        locked = set(turn.locked)
-        if any(r.call_id in locked and not r.was_locked for r in self.results):
-            self.wait_until = math.inf
         # Its hold, if any, has begun: settling it again must not lengthen it.
-        self.locked += [
-            replace(r, hold=False, was_locked=True) for r in self.results if r.call_id in locked
-        ]
-        if locked:
+        self.locked += [replace(r, hold=False) for r in self.results if r.call_id in turn.locked]
+        if turn.locked:
             self.may_leave = time.monotonic() >= self.wait_until
-        # Settle a result once more whose row was locked until now: its stage may have committed
-        # `failed` between mark_and_tell_failed() and this settling.
-        once_more = [
-            replace(r, was_locked=False) for r in self.results
-            if r.was_locked and r.delay is not None
-            and r.call_id not in locked and r not in turn.refused
-        ]  # fmt: skip
-        self.results = turn.refused + once_more
+        self.results = turn.refused
 
     def settle_last(
         self, conn: db.Connection, name: str, problem: ops.Problem, under_way: bool

@@ -11,7 +11,6 @@ import pytest
 from claims import LEASE_OVER, connected
 from conftest import ROOT
 from failing import PIPELINE as ROUTED
-from tcp_proxy import TcpProxy
 from test_alerts import told  # noqa: F401 (a fixture)
 from variants import PIPELINE, TABLE, Variants, install
 from waiting import LONGEST_WAITS, PATIENCE, until
@@ -201,31 +200,6 @@ def test_row_whose_failed_is_committed_after_the_answer_is_told_at_once(site, ta
     until(site.told, "an alert")
     recorded = "SELECT count(*) = 1 FROM stage_attempts WHERE outcome = 'failed' AND job_id = %s"
     site.database.wait_for(recorded, row)
-    assert len(site.calls(stage)) == 1
-
-
-@TABLES
-def test_row_whose_failed_is_committed_between_look_and_settling_is_told_at_once(site, table):
-    stage, column = STAGES[table]
-    with (
-        TcpProxy(site.database.environ) as proxy,
-        closing(psycopg2.connect(site.database.dsn)) as held,
-    ):
-
-        def behave(request):
-            held.cursor().execute(MOVE[table], [stage, "failed", request.body[column]])
-            return Answer(500, b"no GPU")
-
-        site.api.on(f"/{stage}", behave)
-        process = site.start(**proxy.settings)
-        site.add(table)
-        site.database.wait_for("SELECT count(*) = 1 FROM stage_attempts WHERE outcome = 'retry'")
-        settling = proxy.hold_request("EXECUTE postpone(")  # again, as the row was locked
-        settling.wait()
-        held.commit()
-        settling.release()
-        assert "no GPU" in process.wait_for_line(SET_FAILED)
-        until(site.told, "an alert")
     assert len(site.calls(stage)) == 1
 
 
