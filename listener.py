@@ -102,10 +102,10 @@ class Listener:
         # back.
         self.has_unbegun = False
         self.is_installed = False  # whether the database has this PIPELINE
-        self.refusal: ops.Problem | None = None  # why this program must not go on
+        self.problem: ops.Problem | None = None  # why this program must not go on
         self.has_told_stop = False  # said, after the first request to stop, what is waited for
         self.reason, self.repeats = "", 0  # of the lost connection
-        self.is_away = False  # the database; else it has refused a statement
+        self.is_away = False  # whether it is lost; else the database has refused a statement
         self.claimed_at = -math.inf  # time.monotonic() of the last claim that succeeded
         # time.monotonic() since which no call of any stage could be claimed
         self.stuck_since: float | None = None
@@ -131,7 +131,7 @@ class Listener:
                     with contextlib.closing(self.connect()) as conn:
                         self.work(conn)
                 except ops.Problem as problem:
-                    self.refusal = problem  # calls under way are finished
+                    self.problem = problem  # calls under way are finished
                     lost = problem if self.has_work else None
                 except Exception as error:
                     if self.once and not self.has_work:
@@ -145,7 +145,7 @@ class Listener:
             self.alerts.close(self.signals)
             self.hosts.close()
             self.heartbeat.close()
-        for failure in (self.refusal, self.join_look.failure, self.move_look.failure):
+        for failure in (self.problem, self.join_look.failure, self.move_look.failure):
             if failure:
                 raise failure
         if self.once and self.claiming.unclaimable and not self.signals.requested:
@@ -288,7 +288,7 @@ class Listener:
     @property
     def is_stopping(self) -> bool:
         """Whether no further call is claimed."""
-        return self.signals.requested or self.refusal is not None
+        return self.signals.requested or self.problem is not None
 
     @property
     def is_doubtful(self) -> bool:
@@ -477,17 +477,13 @@ class Listener:
         self.obey()
         return ready
 
-    @property
-    def refused(self) -> str:
-        """What cannot be done with calls though the database is there, and why; "": nothing."""
-        return "; ".join(filter(None, (self.claiming.refused, *self.failing.said.values())))
-
     def doing(self, conn: db.Connection | None) -> str:
         """What the heartbeat says while the loop sleeps."""
+        undone = "; ".join(filter(None, (self.claiming.refused, *self.failing.said.values())))
         if conn is None:
             doing = f"{'database away' if self.is_away else 'trying again'}: {self.reason}"
-        elif refused := self.refused:
-            doing = NO_CALL + refused
+        elif undone:
+            doing = NO_CALL + undone
         else:
             doing = "making calls" if self.workers.calls else "waiting for a job to change"
         return f"{OTHER_PIPELINE}; {doing}" if self.upkeep.differs_since is not None else doing
