@@ -49,8 +49,7 @@ class Unwritten:
         self.alerts = alerts
         self.results: list[Result] = []
         self.locked: list[Result] = []
-        self.wait_until = math.inf  # time.monotonic() until which an end waits for them
-        self.may_leave = False  # tried once more after that: the listener may end without them
+        self.wait_until = math.inf  # time.monotonic(): so long does a listener that ends wait
         self.last_tries = 0
 
     @property
@@ -63,16 +62,13 @@ class Unwritten:
         return [result for result in self.locked if result.is_failure]
 
     def begin_to_leave(self) -> None:
-        """The listener has nothing else to do: from now, wait LOCKED_FOR seconds for such rows."""
+        """The listener has nothing else to do: it waits for such rows for LOCKED_FOR seconds."""
         self.wait_until = min(self.wait_until, time.monotonic() + LOCKED_FOR)
 
     @property
     def keeps_listener(self) -> bool:
-        """Whether the listener may not end yet, as the row of a failed call is locked. Without a
-        database nothing is tried, and may_leave stays as it is: not after LOCKED_FOR seconds more.
-        """
-        is_over = time.monotonic() >= self.wait_until + LOCKED_FOR
-        return bool(self.locked_failures) and not (self.may_leave or is_over)
+        """Whether the listener may not end yet, as the row of a failed call is locked."""
+        return bool(self.locked_failures) and time.monotonic() < self.wait_until
 
     def retry_locked(self) -> None:
         """Put those whose rows were locked back among the results that are settled next."""
@@ -94,8 +90,6 @@ class Unwritten:
         """
         # Its hold, if any, has begun: settling it again must not lengthen it.
         self.locked += [replace(r, hold=False) for r in self.results if r.call_id in turn.locked]
-        if turn.locked:
-            self.may_leave = time.monotonic() >= self.wait_until
         self.results = turn.refused
 
     def settle_last(

@@ -267,16 +267,14 @@ def test_listener_that_must_end_tells_of_a_result_that_cannot_be_recorded(databa
     assert last.results == [] and sent == [("given_up", job)]
 
 
-def test_row_that_is_locked_is_tried_once_more_before_a_listener_ends(database, conn):
+def test_listener_that_ends_waits_for_the_locked_row_of_a_failed_call(database, conn):
     database.add_job()
     failed, last = result(claim(conn), "failed"), Unwritten(SimpleNamespace())
     last.results.append(failed)
     last.note_settled(calls.Turn([], [failed.call_id]))
     last.begin_to_leave()
-    last.wait_until = time.monotonic()
     assert last.keeps_listener
-    last.retry_locked()
-    last.note_settled(calls.Turn([], [failed.call_id]))
+    last.wait_until = time.monotonic()
     assert not last.keeps_listener
 
 
