@@ -316,8 +316,6 @@ class Listener:
         """
         now = time.monotonic()
         if not self.unwritten.results and now < self.next_turn:
-            if not (self.is_stuck_told or self.claiming.is_none_claimable):
-                self.stuck_since = None  # nothing waits for the database
             return []
         free = 0 if self.is_stopping else len(self.workers.idle)
         sweep = free > 0 and now >= self.claiming.sweep_at
