@@ -101,20 +101,21 @@ class Worker:
             self.until = min(self.until, time.monotonic() + GRACE)
 
     def receive(self) -> Result | None:
-        """The result, once all of it is here.
-
-        Raises:
-            Exception: a stage function has written to this socket.
-        """
+        """The result, once all of it is here."""
         self.read()
         size = LENGTH.size
         if len(self.received) >= size:
             size += LENGTH.unpack_from(self.received)[0]
-        if size > LARGEST:
-            raise ValueError(f"a message of {size} bytes")
-        if len(self.received) < size:
+        try:
+            if size > LARGEST:
+                raise ValueError(f"a message of {size} bytes")
+            if len(self.received) < size:
+                return None
+            result = Result(**json.loads(self.received[LENGTH.size : size]))
+        except Exception as error:  # a stage function has written to this socket
+            log.error("워커가 알 수 없는 것을 보냄: %s", error)
+            self.is_garbled, self.until = True, 0.0
             return None
-        result = Result(**json.loads(self.received[LENGTH.size : size]))
         self.received, self.call, self.until = bytearray(), None, math.inf
         return result
 
@@ -224,7 +225,7 @@ class Workers:
                 continue
             # Asked before reading: of a process that has ended, all that it sent is then read.
             call, has_ended = worker.call, worker.has_ended()
-            result = result_from(worker)
+            result = worker.receive()
             if call is not None and result is not None:
                 ended.append((call, result))
             if has_ended or now >= worker.until:
@@ -274,16 +275,6 @@ class Workers:
         for worker in list(self.all):
             worker.kill()
         self.all = []
-
-
-def result_from(worker: Worker) -> Result | None:
-    """What the worker has sent, if that is all of a result."""
-    try:
-        return worker.receive()
-    except Exception as error:  # a stage function has written to this socket
-        log.error("워커가 알 수 없는 것을 보냄: %s", error)
-        worker.is_garbled, worker.until = True, 0.0
-        return None
 
 
 # --- in a worker ---------------------------------------------------------------------------
