@@ -68,10 +68,6 @@ class Claiming:
         self.marked_at = 0.0  # when `marks` were last dropped
         self.is_ordered = pipeline.is_ordered()
 
-    @property
-    def next_claim(self) -> float:
-        return min(self.claim_at, self.sweep_at)
-
     # --- what to claim ---
 
     def wanted(self, free: int, under_way: list[Call], sweep: bool) -> list[list[Wanted]]:

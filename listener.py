@@ -451,7 +451,7 @@ class Listener:
         if self.unwritten.locked or self.has_unbegun:
             times.append(self.again_at)
         if self.workers.idle and not self.is_stopping:
-            times += [self.claiming.next_claim, self.join_look.at]
+            times += [self.claiming.claim_at, self.claiming.sweep_at, self.join_look.at]
         return min(times)
 
     def wait(self, until: float, conn: db.Connection | None = None) -> list:

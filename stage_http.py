@@ -197,7 +197,9 @@ class StageApi:
         timeout: Any = urllib3.Timeout(total=seconds)  # which the types of requests do not know
         try:
             response = self.adapter.send(request, stream=True, timeout=timeout, verify=self.verify)
-            return answer_of(response, until)
+            with response:
+                retry_after = parse_retry_after(response.headers)
+                return Answer(response.status_code, read(response.raw, until), retry_after)
         except FAILED as error:
             raise translated(error) from error
 
@@ -242,8 +244,8 @@ def shared_headers(url: str, token: str | None) -> Mapping[str, str]:
     return requests.Request("GET", url, headers, auth=auth).prepare().headers
 
 
-def answer_of(response: requests.Response, until: float) -> Answer:
-    """The answer, once all of it is here.
+def read(raw: urllib3.BaseHTTPResponse, until: float) -> str:
+    """The beginning of the body as text, not decompressed; the rest is read and dropped.
 
     Args:
         until: by when a long answer that accepts must have ended (time.monotonic()).
@@ -251,13 +253,6 @@ def answer_of(response: requests.Response, until: float) -> Answer:
     Raises:
         NoAnswer: the answer is cut, endless, or not a final one, or may have been cut.
     """
-    with response:
-        retry_after = parse_retry_after(response.headers)
-        return Answer(response.status_code, read(response.raw, until), retry_after)
-
-
-def read(raw: urllib3.BaseHTTPResponse, until: float) -> str:
-    """The beginning of the body as text, not decompressed; the rest is read and dropped."""
     status = raw.status
     if status < 200:
         raise NoAnswer(f"status {status}, which is not a final answer")

@@ -175,7 +175,12 @@ def call_function(call: Call, routes: Mapping[pipeline.Route, Callable]) -> stag
     try:
         if call.route not in routes:
             raise LookupError(f"PIPELINE has no {call.route} any more")
-        answer = run_function(routes[call.route], call)
+        try:
+            answer = routes[call.route](call)
+        except requests.HTTPError as error:  # raise_for_status() of the function's own request
+            if error.response is None or call.answer is not None or call.unanswered is not None:
+                raise
+            answer = error.response
         if answer is None:
             answer = call.answer
         if isinstance(answer, requests.Response):
@@ -185,18 +190,6 @@ def call_function(call: Call, routes: Mapping[pipeline.Route, Callable]) -> stag
     if not isinstance(answer, stage_http.Answer):
         raise TypeError(f"stage function {call.stage} must return call.post(...)")
     return answer
-
-
-def run_function(function: Callable, call: Call) -> Any:
-    """What the stage function returns; where raise_for_status() of its own request raises, the
-    response of that, unless call.post has made the call.
-    """
-    try:
-        return function(call)
-    except requests.HTTPError as error:
-        if error.response is None or call.answer is not None or call.unanswered is not None:
-            raise
-        return error.response
 
 
 def answer_in(response: requests.Response) -> stage_http.Answer:
