@@ -267,7 +267,7 @@ WHERE (p.table_name, p.join_of, p.current_step, p.status)
 """,
 )
 
-# The last statement of a turn that claims nothing.
+# Ends a turn that claims nothing: returns which rows were locked, and wakes the other listeners.
 TELL = Statement("tell", f"SELECT {LOCKED} AS locked, pg_notify('{WAKE_CHANNEL}', '')")
 
 
@@ -742,10 +742,10 @@ REAP_INTERVAL = 60.0  # seconds between two times that a listener ends leases wh
 
 # Claims of this listener that it never began: their answer was lost, or their lease would not
 # have covered the call. They are due again, so the other listeners are told to look. A call that
-# was claimed before waits for `grace`: this claim may have run long after it was sent, as a frozen
-# server went on, and another listener may still have to write that the attempt before was accepted.
-# Where the application holds the row of a call its lease stays, for another time; where it is gone,
-# nothing is owed.
+# was claimed before is due only after `wait` seconds: this claim may have run long after it was
+# sent, as a frozen server went on, and another listener may still have to write that the attempt
+# before was accepted. Where the application has the row of a call locked, its lease stays until the
+# next time; where the row is gone, nothing is owed, and only the lease is deleted.
 GIVE_BACK = f"""
 WITH claimed AS (
     SELECT job_id, call_id, attempt FROM stage_leases
@@ -766,7 +766,7 @@ WITH claimed AS (
 ), given_back AS (
     UPDATE stage_calls
     SET worker = NULL, started_at = NULL,
-        due_at = greatest(now() + make_interval(secs => CASE WHEN attempts > 1 THEN %(grace)s END),
+        due_at = greatest(now() + make_interval(secs => CASE WHEN attempts > 1 THEN %(wait)s END),
                           now(), run_after),
         free_attempts = free_attempts + 1
     WHERE job_id = ANY (ARRAY(SELECT job_id FROM open))
@@ -779,17 +779,17 @@ FROM (SELECT count(*) AS calls FROM ended) AS ended,
 """
 
 
-def give_back(conn, worker: str, keep: Iterable[int], grace: float = 0.0):
+def give_back(conn, worker: str, keep: Iterable[int], wait: float = 0.0):
     """Free what `worker` claimed and never began.
 
     Args:
         keep: the calls under way or with a result.
-        grace: seconds until a call that was claimed before is due again, see GIVE_BACK.
+        wait: seconds until a call that was claimed before is due again, see GIVE_BACK.
 
     Returns:
         A row: how many were `given_back`, and how many are `locked` by the application.
     """
-    given = {"worker": worker, "keep": list(keep), "grace": grace}
+    given = {"worker": worker, "keep": list(keep), "wait": wait}
     return execute(conn, GIVE_BACK, given).fetchone()
 
 

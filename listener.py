@@ -98,9 +98,7 @@ class Listener:
         # By time.monotonic().
         self.again_at = 0.0  # settle results of locked rows, give back doubtful claims
         self.doubtful_until = -math.inf  # until then a claim of ours may exist that we do not know
-        # A claim of ours was not begun: it was released, or its row was locked when it was given
-        # back.
-        self.has_unbegun = False
+        self.has_unbegun = False  # a claim of ours that was never begun is not given back yet
         self.is_installed = False  # whether the database has this PIPELINE
         self.problem: ops.Problem | None = None  # why this program must not go on
         self.has_told_stop = False  # said, after the first request to stop, what is waited for
@@ -110,8 +108,8 @@ class Listener:
         # time.monotonic() since which no call of any stage could be claimed
         self.stuck_since: float | None = None
         self.is_stuck_told = False
-        self.target: int | None = None  # where the last connection led
-        self.is_standby_away = False  # commits wait for a synchronous one, which was said
+        self.target: int | None = None  # which of db.targets() the last connection led to
+        self.is_standby_away = False  # said: commits wait for a synchronous standby
 
     # --- connect, work, and once more ---
 

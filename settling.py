@@ -49,7 +49,7 @@ class Unwritten:
         self.alerts = alerts
         self.results: list[Result] = []
         self.locked: list[Result] = []
-        self.wait_until = math.inf  # time.monotonic(): so long does a listener that ends wait
+        self.wait_until = math.inf  # by time.monotonic(): how long a listener that ends waits
         self.last_tries = 0
 
     @property
