@@ -1,6 +1,5 @@
 """What is left of deleted jobs, and of the PIPELINE before."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from db import UNPINNED, WAKE_CHANNEL, execute
@@ -12,7 +11,7 @@ from history import BATCH
 FORGET = """
 WITH given_up AS MATERIALIZED (
     SELECT job_id, call_id FROM stage_calls
-    WHERE due_at = 'infinity' AND stage = ANY (%(stages)s)
+    WHERE due_at = 'infinity' AND stage = ANY (ARRAY(SELECT stage FROM pipeline_stages))
       AND table_name IN (SELECT name FROM pipeline_tables)
 ), batch AS (
     SELECT * FROM given_up WHERE %(after)s IS NULL OR job_id >= %(after)s
@@ -36,9 +35,7 @@ FROM batch
 """
 
 
-def forget_deleted(
-    conn, stages: Iterable[str], worker: str, after: Any = None, batch: int = BATCH
-) -> Any:
+def forget_deleted(conn, worker: str, after: Any = None, batch: int = BATCH) -> Any:
     """Drop the given-up calls of deleted jobs, with a row in the history; checks one batch.
 
     Args:
@@ -47,7 +44,7 @@ def forget_deleted(
     Returns:
         The id that the next batch begins with; None: with the first.
     """
-    given = {"stages": list(stages), "worker": worker, "after": after, "batch": batch}
+    given = {"worker": worker, "after": after, "batch": batch}
     found = execute(conn, FORGET, given).fetchone()
     return found.last if found.found == batch else None
 

@@ -92,7 +92,7 @@ class Listener:
         self.failing = Failing(settings, self.alerts)
         self.join_look = JoinLook(self.failing, once)
         self.move_look = MoveLook(settings, self.alerts, self.failing, once)
-        self.upkeep = Upkeep(settings, self.claiming.order, self.name, self.alerts)
+        self.upkeep = Upkeep(settings, self.name, self.alerts)
 
         self.nothing_due = False  # the last turn found nothing, and no look at joins is pending
         # By time.monotonic().

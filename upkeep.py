@@ -5,7 +5,7 @@ in calls.py, clock.py, history.py, leftovers.py and troubles.py.
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -55,8 +55,8 @@ class Task:
 class Upkeep:
     """The tasks of a listener."""
 
-    def __init__(self, settings: SimpleNamespace, stages: Iterable[str], name: str, alerts: Alerts):
-        self.settings, self.stages, self.name, self.alerts = settings, list(stages), name, alerts
+    def __init__(self, settings: SimpleNamespace, name: str, alerts: Alerts):
+        self.settings, self.name, self.alerts = settings, name, alerts
         self.unclaimable: Mapping[str, str] = {}  # by stage: why no call of it can be claimed
         self.extend_by = 0.0  # see calls.EXTEND
         self.clock_is_back = False  # whether the database's clock is known to have been set back
@@ -196,7 +196,7 @@ class Upkeep:
 
     def forget(self, conn) -> None:
         """Forget what is left of deleted jobs."""
-        given = self.stages, self.name, self.given_up_after
+        given = self.name, self.given_up_after
         self.given_up_after = self.guarded(leftovers.forget_deleted, conn, *given)
         if pipeline.joins():  # without, a listener needs no right to that table
             self.parents_after = self.guarded(leftovers.forget_parents, conn, self.parents_after)

@@ -424,7 +424,7 @@ def test_stage_is_newly_stalled_once_until_nothing_of_it_is(database, accepted, 
 def task(database, told):
     """The upkeep of a listener with ALERT_COMMAND; task.told(conn): what a round of it tells."""
     settings = database.settings(ALERT_COMMAND=told.command)
-    task = upkeep.Upkeep(settings, [], "w", Alerts(settings))
+    task = upkeep.Upkeep(settings, "w", Alerts(settings))
 
     def told_in_round(conn) -> list[dict]:
         before = len(told())

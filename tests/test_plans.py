@@ -209,7 +209,7 @@ def test_a_batch_of_upkeep_reads_no_more_than_it_checks(each_database):
         read = read_by(conn, lambda: troubles.newly_failed(conn, batch=100))
         assert read["jobs"][0] == 0 and read["jobs"][2] <= 100
         assert read["stage_attempts"][0] == 0 and read["stage_attempts"][2] <= 300
-        read = read_by(conn, lambda: leftovers.forget_deleted(conn, STAGES, "w", batch=10))
+        read = read_by(conn, lambda: leftovers.forget_deleted(conn, "w", batch=10))
         assert read["jobs"][0] == 0 and read["jobs"][2] <= 10
         assert read["stage_calls"][0] == 0 and read["stage_calls"][2] <= given_up + 30
 

@@ -246,7 +246,7 @@ def one_of_everything(database, conn) -> None:
     assert calls.give_back(conn, "w", keep=[1]).given_back == 1
     assert settle(conn, result(claim(conn), "unknown", delay=0, after_lease=True))
     database.rows("DELETE FROM jobs; UPDATE stage_calls SET due_at = 'infinity'")
-    assert leftovers.forget_deleted(conn, ["overlay"], "w") is None
+    assert leftovers.forget_deleted(conn, "w") is None
     database.rows("UPDATE stage_attempts SET finished_at = finished_at - interval '2 days'")
     assert history.count(conn) == 7
     assert history.prune(conn, days=1).pruned + history.prune(conn, days=0.5).pruned == 7
@@ -313,7 +313,7 @@ def test_hidden_jobs_are_an_error_and_not_deleted_ones(each_database, listener_r
             claim(conn)
         each_database.rows("UPDATE stage_calls SET due_at = 'infinity'")
         with pytest.raises(psycopg2.errors.InsufficientPrivilege, match="row-level security"):
-            leftovers.forget_deleted(conn, ["vlm_analyze"], "w")
+            leftovers.forget_deleted(conn, "w")
     assert each_database.owed(job).attempts == 0
     assert each_database.attempts(job) == []
 

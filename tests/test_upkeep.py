@@ -8,7 +8,6 @@ from datetime import timedelta
 import pytest
 from claims import (
     LEASE_OVER,
-    STAGES,
     claim,
     claim_many,
     connected,
@@ -234,7 +233,7 @@ def test_one_worker_prunes_at_a_time_and_no_other_waits(database, conn, other):
 def test_there_is_more_to_do_only_where_a_batch_was_not_enough(database, conn):
     """A few attempts grow old all the time: they are no reason to look after every call."""
     add_history(database, 1001, days=40)
-    task = upkeep.Upkeep(database.settings(), [], "w", Alerts(database.settings()))
+    task = upkeep.Upkeep(database.settings(), "w", Alerts(database.settings()))
     for more in (True, False):
         task.run(conn)
         assert (task.next_run <= time.monotonic()) == more
@@ -248,7 +247,7 @@ def test_there_is_more_to_do_only_where_a_batch_was_not_enough(database, conn):
 def test_upkeep_needs_no_right_to_joins_where_there_are_none(database, conn, caplog):
     database.rows("ALTER TABLE stage_joins RENAME TO out_of_reach")
     try:
-        upkeep.Upkeep(database.settings(), [], "w", Alerts(database.settings())).run(conn)
+        upkeep.Upkeep(database.settings(), "w", Alerts(database.settings())).run(conn)
     finally:
         database.rows("ALTER TABLE out_of_reach RENAME TO stage_joins")
     assert caplog.text == ""
@@ -257,14 +256,14 @@ def test_upkeep_needs_no_right_to_joins_where_there_are_none(database, conn, cap
 def test_upkeep_goes_on_where_the_version_of_the_schema_cannot_be_read(database, conn, other):
     add_history(database, 10, days=1)
     db.execute(other, "BEGIN; LOCK TABLE job_state_listener_schema")
-    upkeep.Upkeep(database.settings(), [], "w", Alerts(database.settings())).run(conn)
+    upkeep.Upkeep(database.settings(), "w", Alerts(database.settings())).run(conn)
     db.execute(other, "COMMIT")
     assert sum(row[2] for row in totals(database)) == 10
 
 
 def test_look_for_stalled_rows_that_fails_is_repeated_less_and_less_often(database, conn):
     settings = database.settings(ALERT_COMMAND="true")
-    task = upkeep.Upkeep(settings, [], "w", Alerts(settings))
+    task = upkeep.Upkeep(settings, "w", Alerts(settings))
 
     def minutes_until_the_next() -> int:
         task.stalled.at, before = 0.0, time.monotonic()
@@ -282,10 +281,10 @@ def test_given_up_calls_of_deleted_jobs_are_forgotten_batch_by_batch(database, c
     for _ in jobs:
         settle(conn, result(claim(conn), "failed"))
     database.rows("DELETE FROM jobs WHERE job_id <> %s", jobs[2])
-    after = leftovers.forget_deleted(conn, STAGES, "w", batch=2)
+    after = leftovers.forget_deleted(conn, "w", batch=2)
     assert database.value("SELECT count(*) FROM stage_calls") >= 3
     while after is not None:
-        after = leftovers.forget_deleted(conn, STAGES, "w", after, batch=2)
+        after = leftovers.forget_deleted(conn, "w", after, batch=2)
     assert database.value("SELECT array_agg(job_id::text) FROM stage_calls") == [jobs[2]]
 
 
@@ -324,7 +323,7 @@ def test_given_up_call_of_a_table_that_left_pipeline_waits_for_a_person(database
     database.add_job()
     settle(conn, result(claim(conn), "failed"))
     database.rows("UPDATE stage_calls SET table_name = 'left'")
-    leftovers.forget_deleted(conn, STAGES, "w")
+    leftovers.forget_deleted(conn, "w")
     assert database.value("SELECT count(*) FROM stage_calls") == 1
 
 
@@ -342,9 +341,7 @@ def test_given_up_calls_of_deleted_jobs_are_forgotten_and_recorded(database, con
     for _ in range(2):
         settle(conn, result(claim(conn), "failed"))
     database.rows("DELETE FROM jobs WHERE job_id IN (%s, %s)", deleted, unsettled)
-    leftovers.forget_deleted(conn, ["planner"], "w")
-    assert database.owed(deleted).given_up
-    leftovers.forget_deleted(conn, STAGES, "w")
+    leftovers.forget_deleted(conn, "w")
     assert database.owed(deleted) is None
     assert [a.outcome for a in database.attempts(deleted)] == ["failed", "skipped"]
     assert database.owed(kept).given_up
