@@ -326,6 +326,18 @@ UNDER_WAY = """
       AND l.leased_until + interval '0' > now()
     OFFSET 0"""
 
+# A claimed call is taken over only if its lease can be locked, and its newest version is over:
+# another turn may be extending that lease or settling its call, and not have committed yet.
+IS_OVER = """
+    (c.worker IS NULL
+     OR NOT EXISTS (SELECT FROM stage_leases AS l
+                    WHERE l.call_id = c.call_id AND l.attempt = c.attempts AND l.job_id = c.job_id
+                    OFFSET 0)
+     OR EXISTS (SELECT FROM stage_leases AS l
+                WHERE l.call_id = c.call_id AND l.attempt = c.attempts AND l.job_id = c.job_id
+                  AND l.leased_until <= now()
+                FOR UPDATE SKIP LOCKED))"""
+
 # How many calls of a stage may begin now; NULL: no limit. A stage with a rate (seconds) begins one
 # call at a time, and none before next_at. A pool that stays with another stage (linger) gives this
 # one no place while calls of the other are due and the other is not held.
@@ -363,6 +375,7 @@ DUE = f"""
           AND NOT EXISTS (SELECT FROM pipeline_stages AS p
                           WHERE p.stage = wanted.stage AND p.held_until > now())
           AND NOT EXISTS ({UNDER_WAY})
+          AND {IS_OVER}
         ORDER BY c.due_at
         OFFSET wanted.skip
         LIMIT greatest(0, least(wanted.most, places.free - wanted.skip))
@@ -381,7 +394,8 @@ DUE_IN_ORDER = f"""
                              least(wanted.most, (places.free - wanted.skip)::integer), %(sweep)s)
             WITH ORDINALITY AS c
         WHERE NOT EXISTS (SELECT FROM pipeline_stages AS p
-                          WHERE p.stage = wanted.stage AND p.held_until > now())) AS open
+                          WHERE p.stage = wanted.stage AND p.held_until > now())
+          AND {IS_OVER}) AS open
     LIMIT %(free)s"""
 
 # A person may take a call that is not due yet. Not taken are a call whose last request may still be
@@ -402,6 +416,7 @@ DUE_BY_HAND = f"""
                             WHERE l.job_id = c.job_id AND l.call_id = c.call_id
                               AND l.leased_until + interval '0' > now()
                             OFFSET 0)
+            AND {IS_OVER}
           FOR UPDATE OF c SKIP LOCKED) AS open
     JOIN {WANTED} ON wanted.stage = open.stage
     WHERE NOT EXISTS (

@@ -12,6 +12,7 @@ from calls import (
     DO_NOT_RETRY,
     FENCE,
     HURRY,
+    IS_OVER,
     RESULTS,
     UNDER_WAY,
     Result,
@@ -203,10 +204,12 @@ FIRST = f"""
       AND NOT EXISTS (SELECT FROM pipeline_stages AS p
                       WHERE p.stage = c.stage AND p.held_until > now())
       AND NOT EXISTS ({UNDER_WAY})
+      AND {IS_OVER}
     ORDER BY c.due_at LIMIT 1
     FOR UPDATE OF c SKIP LOCKED"""
-FIRST_IN_ORDER = """
-    SELECT c.job_id, c.call_id FROM stage_due_calls(%(stage)s, 0, 1, false) AS c"""
+FIRST_IN_ORDER = f"""
+    SELECT c.job_id, c.call_id FROM stage_due_calls(%(stage)s, 0, 1, false) AS c
+    WHERE {IS_OVER}"""
 GIVE_UP_FIRST = """
 UPDATE stage_calls SET due_at = 'infinity', worker = NULL, last_error = left(%(error)s, 500)
 WHERE (job_id, call_id) = ({first})

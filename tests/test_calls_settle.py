@@ -387,6 +387,32 @@ def test_result_is_written_in_the_grace_after_a_failure(database, conn):
     assert [one.outcome for one in database.attempts(row.key)] == ["succeeded"]
 
 
+@pytest.mark.parametrize("ordered", [False, True])
+def test_call_whose_lease_another_turn_is_extending_is_not_taken_over(database, conn, ordered):
+    database.add_job()
+    row = claim(conn)
+    database.rows(LEASE_OVER)
+    for grace in (0.0, 60.0):
+        with closing(database.connect()) as elsewhere:
+            elsewhere.autocommit = False  # its commit waits, as for a standby
+            elsewhere.cursor().execute("UPDATE stage_leases SET leased_until = now() + '1 minute'")
+            assert claim_many(conn, 1, grace=grace, ordered=ordered).claimed == []
+            elsewhere.rollback()
+    [again] = claim_many(conn, 1, ordered=ordered).claimed
+    assert (again.key, again.taken_over) == (row.key, True)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_call_whose_lease_was_extended_under_its_old_stage_waits(database, conn, ordered):
+    database.add_job()
+    row = claim(conn)
+    database.rows(LEASE_OVER + "UPDATE stage_leases SET stage = 'before'")
+    for _ in range(2):
+        assert claim_many(conn, 1, grace=60.0, ordered=ordered).claimed == []
+    assert settle(conn, result(row))
+    assert database.owed(row.key) is None
+
+
 def test_fault_of_more_than_one_row_gives_nothing_up(database, conn):
     job = database.add_job()
     settled = result(claim(conn), "retry", error="no", delay=0.0)
