@@ -268,7 +268,7 @@ def read(raw: urllib3.BaseHTTPResponse, until: float) -> str:
             beginning = beginning or chunk[:TEXT_LIMIT]
             if size > BODY_LIMIT and (not accepts or time.monotonic() > until):
                 raise NoAnswer(f"the answer is longer than {BODY_LIMIT >> 20} MiB")
-    except (urllib3.exceptions.HTTPError, OSError) as error:
+    except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:  # e.g. a negative chunk
         raise NoAnswer(f"status {status}, then {type(error).__name__}: {error}") from error
     if accepts and not framed:
         raise NoAnswer(f"status {status}, but the answer may have been cut")

@@ -92,6 +92,7 @@ CUT = {
     "no last chunk": CHUNKED + b"5\r\nhello\r\n",
     "half a chunk": CHUNKED + b"5\r\nhe",
     "a bad chunk": CHUNKED + b"zz\r\nhello\r\n0\r\n\r\n",
+    "a negative chunk": CHUNKED + b"-5\r\nhello\r\n0\r\n\r\n",
     "another protocol": b"SSH-2.0-OpenSSH_9.2\r\n",
     "200 headers": HEAD + b"X: y\r\n" * 200 + b"Content-Length: 0\r\n\r\n",
     "a long header": HEAD + b"X: " + b"y" * 70_000 + b"\r\nContent-Length: 0\r\n\r\n",
