@@ -392,11 +392,11 @@ def test_call_whose_lease_another_turn_is_extending_is_not_taken_over(database, 
     database.add_job()
     row = claim(conn)
     database.rows(LEASE_OVER)
-    for grace in (0.0, 60.0):
+    for seconds in (0.0, 60.0):
         with closing(database.connect()) as elsewhere:
             elsewhere.autocommit = False  # its commit waits, as for a standby
             elsewhere.cursor().execute("UPDATE stage_leases SET leased_until = now() + '1 minute'")
-            assert claim_many(conn, 1, grace=grace, ordered=ordered).claimed == []
+            assert claim_many(conn, 1, extend_by=seconds, ordered=ordered).claimed == []
             elsewhere.rollback()
     [again] = claim_many(conn, 1, ordered=ordered).claimed
     assert (again.key, again.taken_over) == (row.key, True)
@@ -408,7 +408,7 @@ def test_call_whose_lease_was_extended_under_its_old_stage_waits(database, conn,
     row = claim(conn)
     database.rows(LEASE_OVER + "UPDATE stage_leases SET stage = 'before'")
     for _ in range(2):
-        assert claim_many(conn, 1, grace=60.0, ordered=ordered).claimed == []
+        assert claim_many(conn, 1, extend_by=60.0, ordered=ordered).claimed == []
     assert settle(conn, result(row))
     assert database.owed(row.key) is None
 
