@@ -438,15 +438,12 @@ def server() -> Iterator[Server]:
             yield Server(embedded.settings(), embedded)
 
 
-# In these files, which have many cases, the tests on the oldest server are slow tests.
-MANY_CASES = ("test_ddl.py", "test_schema_names.py")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    oldest = available_majors()[-1]
+    """Tests that run on the newest PostgreSQL and on the oldest are slow on the oldest."""
+    newest, oldest = MAJORS[0], MAJORS[-1]
     for item in items:
         params = getattr(item, "callspec", None)
-        if item.path.name in MANY_CASES and params and params.params.get("each_server") == oldest:
+        if newest != oldest and params and params.params.get("each_server") == oldest:
             item.add_marker(pytest.mark.slow)
 
 
