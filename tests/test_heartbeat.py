@@ -268,6 +268,7 @@ def test_statements_that_take_long_are_not_a_hang(database, caller, beats, monke
     conn.close()
 
 
+@pytest.mark.slow
 def test_long_call_is_not_a_hang(database, api, listener, beats):
     with gate(api):
         listener(database, "run", "--workers", "1", api=api, STAGE_TIMEOUT=600)

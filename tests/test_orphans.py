@@ -224,6 +224,7 @@ def stop(pids: list[int]) -> None:
         os.kill(pid, signal.SIGSTOP)
 
 
+@pytest.mark.slow
 def test_workers_of_a_stopped_listener_end_with_their_leases(database, api, listener, tmp_path):
     workers = []
 
@@ -295,6 +296,7 @@ def test_calls_of_a_listener_that_was_stopped_after_its_claim_are_made_by_anothe
     assert len({call.job_id for call in api.calls()}) == len(api.calls()) == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "during"])
 def test_calls_whose_workers_stay_stopped_are_made_again_after_their_leases(
     when, database, api, listener, tmp_path

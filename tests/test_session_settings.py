@@ -130,6 +130,7 @@ def bendable(database, make_role):
     database.rows(f"ALTER DATABASE {database.name} RESET ALL")
 
 
+@pytest.mark.slow
 def test_listener_that_rests_keeps_its_session(bendable, listener, tmp_path):
     bend(bendable, "database", {"idle_session_timeout": "1s"})
     as_role = bend(bendable, "role", {"transaction_timeout": "1s"})

@@ -93,6 +93,7 @@ def chunk_drip(connection) -> None:
     connection.drip(b"1\r\nx\r\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("behaviour", [body_drip, header_drip, interim_drip, chunk_drip])
 def test_call_whose_answer_comes_drop_by_drop_ends_at_its_deadline(
     database, serve, listener, behaviour

@@ -40,6 +40,7 @@ class OpenTransaction:
         self.ended.set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["commit", "rollback"])
 def test_open_transaction_keeps_other_listeners_away_after_the_lease(
     how, database, api, listener, tmp_path
