@@ -85,7 +85,6 @@ class Site:
 
 
 STAGES = {"jobs": ("vlm_analyze", "job_id"), "jobs_variants": ("yolo_detect", "job_variants_id")}
-TABLES = pytest.mark.parametrize("table", list(STAGES))
 
 
 @pytest.fixture
@@ -114,8 +113,9 @@ ENDS = {
 }
 
 
-@TABLES
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize(
+    ("table", "end"), [*(("jobs", end) for end in ENDS), ("jobs_variants", "500")]
+)
 def test_row_set_failed_is_recorded_told_once_and_shown(site, table, end):
     then, said = ENDS[end]
     site.fails(table, then)
@@ -148,7 +148,7 @@ def test_row_set_failed_is_recorded_told_once_and_shown(site, table, end):
     assert len(site.calls(stage)) == 2 and site.resting() == []
 
 
-@TABLES
+@pytest.mark.parametrize("table", STAGES)
 def test_row_set_failed_by_a_stage_that_answers_200_is_told_by_the_next_look(site, table):
     site.fails(table, lambda _: Answer(200))
     first = site.start()
@@ -165,34 +165,32 @@ def test_row_set_failed_by_a_stage_that_answers_200_is_told_by_the_next_look(sit
     assert site.resting() == [("failed", table, row, STAGES[table][0])]
 
 
-@TABLES
-def test_row_set_failed_after_the_answer_is_told_by_the_next_look(site, table):
-    stage, _ = STAGES[table]
+def test_row_set_failed_after_the_answer_is_told_by_the_next_look(site):
+    stage, _ = STAGES["jobs"]
     site.api.on(f"/{stage}", lambda _: Answer(500, b"no GPU"))
     process = site.start(RETRY_DELAY=1000, program=LONGEST_WAITS)
-    row = site.add(table)
+    row = site.add("jobs")
     site.database.wait_for("SELECT count(*) = 1 FROM stage_attempts WHERE outcome = 'retry'")
-    site.set(table, row, stage, "failed")
+    site.set("jobs", row, stage, "failed")
     process.stop()
     again = site.start()
     assert "no GPU" in again.wait_for_line(SET_FAILED)
     until(site.told, "an alert")
-    assert site.resting() == [("failed", table, row, stage)]
+    assert site.resting() == [("failed", "jobs", row, stage)]
 
 
-@TABLES
-def test_row_whose_failed_is_committed_after_the_answer_is_told_at_once(site, table):
+def test_row_whose_failed_is_committed_after_the_answer_is_told_at_once(site):
     """The stage's transaction holds the row of the call when the answer comes."""
-    stage, column = STAGES[table]
+    stage, column = STAGES["jobs"]
     with closing(psycopg2.connect(site.database.dsn)) as held:
 
         def behave(request):
-            held.cursor().execute(MOVE[table], [stage, "failed", request.body[column]])
+            held.cursor().execute(MOVE["jobs"], [stage, "failed", request.body[column]])
             return Answer(500, b"no GPU")
 
         site.api.on(f"/{stage}", behave)
         process = site.start()
-        row = site.add(table)
+        row = site.add("jobs")
         process.wait_for_line("파이프라인 단계 실행 실패")
         site.database.wait_for("SELECT count(*) = 1 FROM stage_attempts WHERE outcome = 'retry'")
         held.commit()
@@ -203,36 +201,34 @@ def test_row_whose_failed_is_committed_after_the_answer_is_told_at_once(site, ta
     assert len(site.calls(stage)) == 1
 
 
-@TABLES
-def test_running_that_is_flushed_and_rolled_back_is_called_again(site, table):
-    stage, column = STAGES[table]
+def test_running_that_is_flushed_and_rolled_back_is_called_again(site):
+    stage, column = STAGES["jobs"]
 
     def behave(request):
         if len(site.calls(stage)) > 1:
             return Answer(200)
         with closing(psycopg2.connect(site.database.dsn)) as conn:
-            conn.cursor().execute(MOVE[table], [stage, "running", request.body[column]])
+            conn.cursor().execute(MOVE["jobs"], [stage, "running", request.body[column]])
             raise Hangup  # killed: nothing of it is committed
 
     site.api.on(f"/{stage}", behave)
     process = site.start(STAGE_TIMEOUT=2, LEASE_MARGIN=1)
-    site.add(table)
+    site.add("jobs")
     site.wait_for_calls(stage, 2)
     site.wait_until_settled()
     assert SET_FAILED not in process.output and site.told() == []
 
 
-@TABLES
-def test_row_set_failed_whose_listener_is_killed_is_told_by_another(site, table):
-    stage, _ = STAGES[table]
+def test_row_set_failed_whose_listener_is_killed_is_told_by_another(site):
+    stage, _ = STAGES["jobs"]
     process = site.start()
 
     def kill(_request):
         process.kill()
         raise Hangup
 
-    site.fails(table, kill)
-    row = site.add(table)
+    site.fails("jobs", kill)
+    row = site.add("jobs")
     process.process.wait(PATIENCE)
     site.database.rows(LEASE_OVER)
     assert SET_FAILED in site.start().wait_for_line(SET_FAILED)
@@ -244,20 +240,19 @@ def test_row_set_failed_whose_listener_is_killed_is_told_by_another(site, table)
 # --- sent back -----------------------------------------------------------------------------
 
 
-@TABLES
-def test_row_sent_back_during_its_first_call_is_called_after_it(site, table):
-    stage, column = STAGES[table]
+def test_row_sent_back_during_its_first_call_is_called_after_it(site):
+    stage, column = STAGES["jobs"]
 
     def behave(request):
         if len(site.calls(stage)) > 1:
             return Answer(200)
-        site.set(table, request.body[column], stage, "failed")
-        site.set(table, request.body[column], "img_gen", "done")
+        site.set("jobs", request.body[column], stage, "failed")
+        site.set("jobs", request.body[column], "img_gen", "done")
         return Answer(500, b"no GPU")
 
     site.api.on(f"/{stage}", behave)
     process = site.start()
-    row = site.add(table)
+    row = site.add("jobs")
     site.wait_for_calls(stage, 2)
     site.wait_until_settled()
     first, second = site.database.attempts(row)
@@ -276,8 +271,9 @@ def spent(site: Site, row: str) -> list[int]:
     return [a.spent for a in sorted(called, key=lambda a: (a.started_at, a.finished_at))]
 
 
-@TABLES
-@pytest.mark.parametrize("status", [500, 422, 200])
+@pytest.mark.parametrize(
+    ("table", "status"), [("jobs", 500), ("jobs", 422), ("jobs", 200), ("jobs_variants", 500)]
+)
 def test_routed_failed_carries_attempts_on_and_ends(routed, table, status):
     stage, _ = STAGES[table]
     routed.fails(table, lambda _: Answer(status, b"no GPU"))
@@ -316,9 +312,8 @@ def test_routed_failed_waits_longer_from_time_to_time(routed):
     assert spent(routed, row) == [1, 2]
 
 
-@TABLES
-def test_routed_failed_ends_though_each_listener_is_killed(routed, table):
-    stage, _ = STAGES[table]
+def test_routed_failed_ends_though_each_listener_is_killed(routed):
+    stage, _ = STAGES["jobs"]
     process, is_started = None, threading.Event()
 
     def kill(_request):
@@ -326,8 +321,8 @@ def test_routed_failed_ends_though_each_listener_is_killed(routed, table):
         process.kill()
         raise Hangup
 
-    routed.fails(table, kill)
-    row = routed.add(table)
+    routed.fails("jobs", kill)
+    row = routed.add("jobs")
     for number in range(1, 4):
         is_started.clear()
         process = routed.start(**FAST)
@@ -344,19 +339,18 @@ def test_routed_failed_ends_though_each_listener_is_killed(routed, table):
     )
 
 
-@TABLES
-def test_row_sent_back_by_hand_has_all_attempts_again(routed, table):
-    stage, _ = STAGES[table]
-    routed.fails(table, lambda _: Answer(500))
+def test_row_sent_back_by_hand_has_all_attempts_again(routed):
+    stage, _ = STAGES["jobs"]
+    routed.fails("jobs", lambda _: Answer(500))
     routed.start(**FAST)
-    row = routed.add(table)
+    row = routed.add("jobs")
     until(routed.told, "an alert")
     routed.wait_until_settled()
     routed.database.rows(
         "UPDATE stage_attempts SET started_at = started_at - interval '1 hour',"
         " finished_at = finished_at - interval '1 hour'"
     )
-    routed.set(table, row, "img_gen", "done")
+    routed.set("jobs", row, "img_gen", "done")
     # More of the same is counted, and told later.
     until(lambda: len(routed.calls(stage)) == 6, "all attempts again")
     routed.database.wait_for("SELECT count(*) = 1 FROM stage_calls WHERE due_at = 'infinity'")
