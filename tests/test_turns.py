@@ -381,8 +381,7 @@ def beside(variants, api, run_command, tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "why", "limits"),
-    [(RENAME, "column r.status does not exist", POOL),
-     (RENAME, "column r.status does not exist", "timeout=9"),
+    [(RENAME, "column r.status does not exist", "timeout=9"),
      (LOCK, "jobs_variants is locked by server process", POOL)],
 )  # fmt: skip
 def test_once_fails_where_a_table_cannot_be_read_after_all_other_calls(

@@ -535,7 +535,8 @@ def test_every_hint_works_as_it_is_typed(empty_database, tmp_path):
     environ = empty_database.environ | {"HEARTBEAT_DIR": str(tmp_path)}
     rested = Rested(empty_database, lambda *args: commands.run_here(environ, *args))
     assert rested.typed("install").code == 0
-    for arrange, rested.job in itertools.product((give_up, back_off, accept, set_failed), HARD):
+    others = itertools.product((back_off, accept, set_failed), (HARD[0], HARD[-1]))
+    for arrange, rested.job in [*((give_up, job) for job in HARD), *others]:
         empty_database.rows("DELETE FROM jobs; DELETE FROM stage_calls; DELETE FROM stage_attempts")
         empty_database.rows("DELETE FROM stage_leases")
         empty_database.rows("INSERT INTO jobs VALUES (%s, 't', 'planner', 'done')", rested.job)
