@@ -613,3 +613,22 @@ def run_command(tmp_path: Path) -> Callable[..., commands.Done]:
         return commands.run(environ, tmp_path, *args, stdin=stdin, python=python)
 
     return run
+
+
+@pytest.fixture
+def run_here(run_command, tmp_path: Path, monkeypatch) -> Callable[..., commands.Done]:
+    """run_command, but within this process, which takes half the CPU: see commands.run_here.
+
+    What starts workers, reads standard input or is given variables that are no settings of ours
+    is still run as a process of its own.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def run(database, *args: str, api=None, **given: object):
+        if args[0] in ("run", "call", "test-job") or not given.keys() <= config.SETTINGS.keys():
+            return run_command(database, *args, api=api, **given)
+        environ = database.environ | {"HEARTBEAT_DIR": str(tmp_path / "heartbeats")}
+        environ |= {"STAGE_API_URL": api.url} if api else {}
+        return commands.run_here(environ | {n: str(v) for n, v in given.items()}, *args)
+
+    return run

@@ -40,6 +40,11 @@ SHORT_ROUNDS = Path(__file__).with_name("short_rounds.py")
 TELL = ["sh", "-c", 'exec cat >> "$0"']
 
 
+@pytest.fixture
+def run_command(run_here):
+    return run_here
+
+
 def python(script: str, *args: object) -> str:
     return shlex.join([sys.executable, "-c", script, *map(str, args)])
 

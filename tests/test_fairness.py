@@ -40,6 +40,11 @@ COLUMNS = "ALTER TABLE jobs ADD priority integer, ADD run_after timestamptz;"
 
 
 @pytest.fixture
+def run_command(run_here):
+    return run_here
+
+
+@pytest.fixture
 def site(database, use_pipeline, api, listener):
     use_pipeline(PIPELINE)
     install(database, COLUMNS, TABLE)

@@ -13,6 +13,11 @@ OBJECTS = "SELECT oid, tgname FROM pg_trigger WHERE tgname ^@ 'job_state_' ORDER
 INSERT_TRIGGERS = "SELECT tgname FROM pg_trigger WHERE tgname ~ '^job_state_.*insert'"
 
 
+@pytest.fixture
+def run_command(run_here):
+    return run_here
+
+
 def test_only_an_update_owes_a_call(database, run_command):
     done = run_command(database, "install", "--no-insert")
     assert done.code == 0

@@ -1,6 +1,7 @@
 """`install --notify-owed`: NOTIFY only where a listener has something to do."""
 
 import asynchronous
+import pytest
 from claims import connected
 from conftest import ROOT
 from subscription import Subscription
@@ -13,6 +14,11 @@ from ops.install import apply
 from ops.routes import announced
 
 TRIGGERS = "SELECT oid, tgname FROM pg_trigger WHERE tgrelid = 'jobs'::regclass ORDER BY tgname"
+
+
+@pytest.fixture
+def run_command(run_here):
+    return run_here
 
 
 def test_only_a_change_that_owes_a_call_is_announced(database, run_command):

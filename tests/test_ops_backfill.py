@@ -7,6 +7,11 @@ REPLICA = "SET session_replication_role = {}"
 
 
 @pytest.fixture
+def run_command(run_here):
+    return run_here
+
+
+@pytest.fixture
 def unseen(database):
     """unseen(sql, *params): what the application does while the trigger is off."""
 

@@ -60,6 +60,11 @@ CREATE TABLE jobs (job_id text PRIMARY KEY, tenant_id text, current_step text, s
 """
 
 
+@pytest.fixture
+def run_command(run_here):
+    return run_here
+
+
 def words(done) -> dict[str, str]:
     """What install said it did with each thing."""
     said = [line.split(None, 1) for line in done.lines if line.startswith("  ")]

@@ -13,6 +13,11 @@ from reports import NOT_KNOWN, ONLY_COUNTED, read
 from demo.stage_server import Answer
 
 
+@pytest.fixture
+def run_command(run_here):
+    return run_here
+
+
 def test_job_tells_what_it_owes(database, run_command, busy):
     def owes(stage: str) -> str:
         done = run_command(database, "job", busy[stage])

@@ -16,6 +16,11 @@ AGO = "UPDATE jobs SET updated_at = now() - %s::interval WHERE job_id = %s"
 
 
 @pytest.fixture
+def run_command(run_here):
+    return run_here
+
+
+@pytest.fixture
 def database(shared_database):
     return shared_database.emptied()
 

@@ -32,6 +32,11 @@ HERE = {"PIPELINE_MODULE": "variants", "PYTHONPATH": str(Path(__file__).parent)}
 
 
 @pytest.fixture
+def run_command(run_here):
+    return run_here
+
+
+@pytest.fixture
 def command(variants, tmp_path):
     """command(*args, api=None, **settings) on the database of `variants`, in this process."""
 

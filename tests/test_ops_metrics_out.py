@@ -17,6 +17,12 @@ from ops.whole import write_whole
 
 PROMTOOL = shutil.which("promtool")
 
+
+@pytest.fixture
+def run_command(run_here):
+    return run_here
+
+
 # --- what is written -----------------------------------------------------------------------
 
 

@@ -20,6 +20,11 @@ PAUSED = "SELECT held_until = 'infinity' AND held_by = %s FROM pipeline_stages W
 NOT_HELD = "SELECT held_until IS NULL FROM pipeline_stages WHERE stage = %s"
 
 
+@pytest.fixture
+def run_command(run_here):
+    return run_here
+
+
 def install(database) -> None:
     with closing(db.connect(database.settings())) as conn:
         apply(conn)

@@ -44,6 +44,11 @@ OF_OTHERS = {"src", "srcset", "style", "action", "data", "poster", "xlink:href",
 
 
 @pytest.fixture
+def run_command(run_here):
+    return run_here
+
+
+@pytest.fixture
 def database(shared_database):
     return shared_database.emptied()
 

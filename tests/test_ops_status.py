@@ -29,6 +29,11 @@ IDLE = ["0", "0", "0", "0", "-", "0", "-", "-", "-"]
 NO_LISTENER = "no listener is connected: start ./jsl"
 
 
+@pytest.fixture
+def run_command(run_here):
+    return run_here
+
+
 class Status:
     """What `status` printed: the summary, a row for each stage, and the lines below them.
 

@@ -25,6 +25,11 @@ USAGE = "Give job ids, or some of --stage, --tenant, --error and --since, or --a
 
 
 @pytest.fixture
+def run_command(run_here):
+    return run_here
+
+
+@pytest.fixture
 def given_up(database) -> list[str]:
     """Two given-up calls of planner's job, one of overlay."""
     jobs = [database.add_job(step, "done") for step in ("yolo_detect", "yolo_detect", "planner")]

@@ -22,6 +22,11 @@ SEE_GRANTS = "see 'Roles and grants' in docs/INSTALLING.md"
 DROP_UPDATE = "DROP TRIGGER job_state_change_trigger ON jobs"
 
 
+@pytest.fixture
+def run_command(run_here):
+    return run_here
+
+
 def problems(done) -> list[tuple[str, str]]:
     """What verify found and what it tells to do, and that its last line and exit code agree."""
     found = [

@@ -43,6 +43,11 @@ POOLED = {
 PIPELINE = POOLED
 
 
+@pytest.fixture
+def run_command(run_here):
+    return run_here
+
+
 def claim(claiming: Caller) -> list[Call]:
     """The calls of one turn, each of which a worker is busy with from now on."""
     listener = claiming.listener

@@ -1,5 +1,6 @@
 """`install --no-notify`: the debt is written, nothing is notified, and listeners poll."""
 
+import pytest
 from claims import connected
 from subscription import Subscription
 from waiting import wait_until_idle
@@ -8,6 +9,11 @@ from ops.install import apply
 from ops.routes import announced
 
 OBJECTS = "SELECT oid, tgname FROM pg_trigger WHERE tgrelid = 'jobs'::regclass ORDER BY tgname"
+
+
+@pytest.fixture
+def run_command(run_here):
+    return run_here
 
 
 def test_silent_trigger_writes_the_debt_and_notifies_nothing(database, run_command):

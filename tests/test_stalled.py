@@ -12,6 +12,11 @@ LONG_AGO = "now() - interval '11 minutes'"  # STAGE_TIMEOUT is 10
 
 
 @pytest.fixture
+def run_command(run_here):
+    return run_here
+
+
+@pytest.fixture
 def database(shared_database):
     return shared_database.emptied()
 

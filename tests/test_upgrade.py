@@ -32,6 +32,11 @@ OURS = ("pipeline_stages", "stage_calls", "stage_leases", "stage_attempts", "sta
         "stage_totals_mark")  # fmt: skip
 
 
+@pytest.fixture
+def run_command(run_here):
+    return run_here
+
+
 def read(name: str) -> str:
     return (RELEASED / name).read_text(encoding="utf-8")
 
