@@ -72,7 +72,7 @@ def rewrite_asserts() -> None:
     """Let pytest cache the test modules with their asserts rewritten, each of them once.
 
     The workers of pytest-xdist import all test modules at the same time, so without the cache each
-    of them rewrites all of them, which takes ten seconds of CPU.
+    of them rewrites all of them, which takes some five seconds of CPU each time.
     """
     modules = [module for module in ROOT.glob("tests/**/test_*.py") if not is_cached(module)]
     modules.sort(key=lambda module: module.stat().st_size)

@@ -165,9 +165,8 @@ def test_listener_waits_while_its_database_is_closed_to_writes(bendable, api, li
 @pytest.mark.parametrize("kind", EVERYWHERE)
 def test_search_path_that_hides_our_tables_is_one_line(bendable, run_command, kind):
     as_role = bend(bendable, kind, {"search_path": "pg_catalog"})
-    said = {"verify": "which is not on"} | dict.fromkeys(
-        ("status", "jobs", "run --once"), "install"
-    )
+    said = dict.fromkeys(("verify", "run --once"), "which is not on")
+    said |= dict.fromkeys(("status", "jobs"), "install")
     for line, part in said.items():
         done = run_command(bendable, *line.split(), **as_role)
         assert done.code != 0 and part in done.out + done.err, line
