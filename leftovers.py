@@ -10,16 +10,18 @@ from history import BATCH
 # deleted is not known.
 FORGET = """
 WITH given_up AS MATERIALIZED (
-    SELECT job_id, call_id FROM stage_calls
+    SELECT job_id, call_id, table_name FROM stage_calls
     WHERE due_at = 'infinity' AND stage = ANY (ARRAY(SELECT stage FROM pipeline_stages))
       AND table_name IN (SELECT name FROM pipeline_tables)
 ), batch AS (
     SELECT * FROM given_up WHERE %(after)s IS NULL OR job_id >= %(after)s
     ORDER BY job_id, call_id LIMIT %(batch)s
+), deleted AS MATERIALIZED (
+    SELECT job_id, call_id FROM batch
+    WHERE (stage_call_row(table_name, '', job_id)).is_there IS NULL
 ), gone AS (
-    DELETE FROM stage_calls AS c USING batch
-    WHERE c.job_id = batch.job_id AND c.call_id = batch.call_id AND c.due_at = 'infinity'
-      AND (stage_call_row(c.table_name, '', c.job_id)).is_there IS NULL
+    DELETE FROM stage_calls AS c USING deleted
+    WHERE c.job_id = deleted.job_id AND c.call_id = deleted.call_id AND c.due_at = 'infinity'
     RETURNING c.*
 ), recorded AS (
     INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, stage, worker, started_at,
