@@ -48,25 +48,36 @@ MAKE, LATER = Checked(is_to_make=True), Checked()
 
 
 class Checks:
-    """The checks of a listener, which remembers what was accepted.
+    """The checks of a listener, which remembers what a new primary may not know.
 
     accepted: by call_id and key, the attempt that an asynchronous stage has taken; the next one is
         made after its timeout. Infinity: a call that was accepted and is never repeated.
+    may_run: by call_id, until when (trigger.boottime()) a stage may be working that has not
+        answered, or has taken the call.
     logged: states of another PIPELINE that a line was logged of.
     """
 
     def __init__(self, settings: SimpleNamespace):
         self.settings, self.routes = settings, pipeline.routes()
         self.accepted: OrderedDict[tuple, float] = OrderedDict()
+        self.may_run: OrderedDict[int, float] = OrderedDict()
         self.logged: set[Route] = set()
 
     def remember(self, call: Call, ended: Result) -> None:
-        """Remember a call that was accepted."""
+        """Remember a call that was accepted, or that its stage may still be working on."""
         if ended.is_accepted:
             attempt = ended.attempt if ended.outcome == TAKEN else math.inf
             self.accepted[call.call_id, call.key] = attempt
-            if len(self.accepted) > REMEMBERED:
-                self.accepted.popitem(last=False)
+        if ended.outcome in ("unknown", TAKEN):
+            self.may_run[call.call_id] = call.leased_until
+        for memory in (self.accepted, self.may_run):
+            if len(memory) > REMEMBERED:
+                memory.popitem(last=False)
+
+    @property
+    def running(self) -> list[int]:
+        """The calls that a stage may be working on without one of our workers."""
+        return [call_id for call_id, until in self.may_run.items() if until > trigger.boottime()]
 
     def check(self, conn: db.Connection, call: Call, row: Claimed) -> Checked:
         """What is to be done with the `call` of a claimed `row`."""

@@ -556,10 +556,10 @@ class Listener:
 
     def give_back(self, conn: db.Connection) -> None:
         """Free what was claimed in our name and never begun: the answer to the claim was lost, or
-        the lease was too short for the call.
+        the lease was too short for the call. A new primary may not know of calls that have begun.
         """
         keep = [call.call_id for call in self.workers.calls]
-        keep += self.unwritten.call_ids
+        keep += [*self.unwritten.call_ids, *self.checks.running]
         found = calls.give_back(conn, self.name, keep, self.others_need)
         self.has_unbegun = found.locked > 0  # by the application
         if found.given_back:

@@ -161,6 +161,32 @@ def test_taken_call_that_a_new_primary_forgot_is_not_repeated_before_its_timeout
     assert len(stage.requests) == 1
 
 
+REMEMBER = "CREATE TABLE calls AS TABLE stage_calls; CREATE TABLE leases AS TABLE stage_leases"
+FORGET = """
+DELETE FROM stage_attempts; DELETE FROM stage_calls; DELETE FROM stage_leases;
+INSERT INTO stage_calls OVERRIDING SYSTEM VALUE TABLE calls;
+INSERT INTO stage_leases TABLE leases
+"""
+
+
+BAD_CHUNK = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"
+
+
+@pytest.mark.parametrize("answer", [BAD_CHUNK, OK.replace(b"200", b"202")])
+def test_call_whose_end_a_new_primary_forgot_keeps_its_lease(
+    database, use_pipeline, caller, serve, answer
+):
+    use_pipeline(PIPELINE)
+    install(database, TABLE)
+    calling, job = caller(serve(in_turn(answer)).url), database.add_job()
+    calling.run(calling.claim())
+    database.rows(REMEMBER)
+    calling.settle()
+    database.rows(FORGET)
+    calling.listener.give_back(calling.conn)
+    assert database.value("SELECT leased_until > now() FROM stage_leases WHERE job_id = %s", job)
+
+
 def test_call_under_way_that_a_new_primary_forgot_is_not_made_beside_itself(
     database, api, listener
 ):
