@@ -210,7 +210,7 @@ KEEP_TAKEN = Statement(
     "keep_taken",
     f"""
 WITH result AS (SELECT * FROM json_populate_recordset(NULL::stage_attempts, %(taken)s::json))
-UPDATE stage_leases AS l SET working = true, spent = r.spent FROM result AS r
+UPDATE stage_leases AS l SET working = true FROM result AS r
 WHERE {ITS_LEASE}
 """,
 )
@@ -442,9 +442,10 @@ CLAIM_DUE = f"""
       AND c.job_id = due.job_id AND c.call_id = due.call_id
     RETURNING c.*, due.worker AS worker_before, due.due_at AS was_due_at
 ), leased AS (
-    INSERT INTO stage_leases (job_id, table_name, call_id, attempt, stage, worker, started_at,
-                              leased_until, tenant_id)
-    SELECT job_id, table_name, call_id, attempts, stage, worker, started_at, due_at, tenant_id
+    INSERT INTO stage_leases (job_id, table_name, call_id, attempt, spent, stage, worker,
+                              started_at, leased_until, tenant_id)
+    SELECT job_id, table_name, call_id, attempts, attempts - free_attempts, stage, worker,
+           started_at, due_at, tenant_id
     FROM claimed
 )
 SELECT {LOCKED} AS locked, now() AS asked_at,
@@ -837,11 +838,11 @@ WITH over AS (
     RETURNING *
 )
 SELECT r.job_id::text, r.table_name, r.stage, r.http_status, r.outcome, r.error,
-       coalesce(r.spent, r.attempt - c.free_attempts, r.attempt) AS spent,
+       coalesce(r.spent, r.attempt) AS spent,  -- NULL: leased by an earlier version
        extract(epoch FROM r.finished_at - r.started_at)::float8 AS seconds,
        c.call_id IS NOT NULL AS is_owed
 FROM recorded AS r LEFT JOIN LATERAL (
-    SELECT c.call_id, c.free_attempts FROM stage_calls AS c
+    SELECT c.call_id FROM stage_calls AS c
     WHERE c.job_id = r.job_id AND c.call_id = r.call_id LIMIT 1) AS c ON true
 """
 

@@ -301,10 +301,9 @@ def spent_before(conn, row):
 
 
 # The claim counts as no attempt. Where `spent`, taken over from the call before, is more than
-# `attempts`, that is raised to it: a lease that runs out leaves no `spent` in the history, and
-# SPENT_BEFORE then takes the number of the attempt. A row that the application has locked is
-# skipped: its transaction is about to replace the call. `stage` is written as well, as the call may
-# have been recorded before its stage was renamed.
+# `attempts`, that is raised to it, so that `free_attempts` is not negative. A row that the
+# application has locked is skipped: its transaction is about to replace the call. `stage` is
+# written as well, as the call may have been recorded before its stage was renamed.
 PUT_OFF = """
 WITH mine AS (
     SELECT job_id, call_id FROM stage_calls

@@ -152,7 +152,7 @@ BEGIN
             table_name   text COLLATE "C" NOT NULL DEFAULT 'jobs',
             -- An asynchronous stage has answered 202: it keeps its place until the row moves on.
             working      boolean NOT NULL DEFAULT false,
-            spent        integer,  -- then: attempts that count, this one included
+            spent        integer,  -- attempts that count, this one included
             tenant_id    text,
             PRIMARY KEY (call_id, attempt)
         ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000)

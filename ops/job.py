@@ -510,7 +510,8 @@ def number(attempt: Any) -> str:
     """The number of an attempt as MAX_ATTEMPTS counts; "-" where it is not counted. The column
     `attempt` counts every claim, also that which finds no attempt left and gives the call up.
     """
-    spent = attempt.attempt if attempt.spent is None else attempt.spent  # None: made by no claim
+    # None: made by no claim, or lost by an earlier version.
+    spent = attempt.attempt if attempt.spent is None else attempt.spent
     return "-" if attempt.outcome in ("held", CANCELLED) or not spent else str(spent)
 
 

@@ -7,9 +7,10 @@ import uuid
 
 import pytest
 from busy import BEFORE, TIME
-from claims import claim, connected, result, set_clock_back, settle
+from claims import LEASE_OVER, claim, connected, result, set_clock_back, settle
 from reports import NOT_KNOWN, ONLY_COUNTED, read
 
+import calls
 from demo.stage_server import Answer
 
 
@@ -105,11 +106,15 @@ def test_attempts_that_do_not_count_have_no_number(database, run_command):
     with connected(database) as conn:
         settle(conn, result(claim(conn), "held", free=True, spent=0, delay=0.0))
         settle(conn, result(claim(conn), "retry", spent=1, delay=0.0))
+        claim(conn)
+        database.rows(LEASE_OVER)
+        calls.reap(conn)
     run_command(database, "cancel", job)
-    lines = run_command(database, "job", job).lines[-3:]
+    lines = run_command(database, "job", job).lines[-4:]
     assert [line.split()[3:5] for line in lines] == [
         ["-", "held"],
         ["1", "retry"],
+        ["2", "lost"],
         ["-", "cancelled"],
     ]
 
