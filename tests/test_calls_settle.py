@@ -378,7 +378,7 @@ def test_leases_that_ran_out_during_a_failure_are_extended_once(database, conn):
     assert (row.key, row.taken_over) == (answered.key, True)
 
 
-def test_result_is_written_in_the_grace_after_a_failure(database, conn):
+def test_result_is_written_while_its_lease_is_extended_after_a_failure(database, conn):
     database.add_job()
     row = claim(conn)
     database.rows(LEASE_OVER)
@@ -397,6 +397,9 @@ def test_call_whose_lease_another_turn_is_extending_is_not_taken_over(database, 
             elsewhere.autocommit = False  # its commit waits, as for a standby
             elsewhere.cursor().execute("UPDATE stage_leases SET leased_until = now() + '1 minute'")
             assert claim_many(conn, 1, extend_by=seconds, ordered=ordered).claimed == []
+            assert claim_many(conn, 1, extend_by=seconds, only=row.key).claimed == []
+            [one] = wanted([row.stage], 60, 1, ordered=ordered)
+            assert one_by_one.give_up_first(conn, one, "w", "cannot be claimed") == []
             elsewhere.rollback()
     [again] = claim_many(conn, 1, ordered=ordered).claimed
     assert (again.key, again.taken_over) == (row.key, True)
