@@ -78,8 +78,9 @@ def rewrite_asserts() -> None:
     modules.sort(key=lambda module: module.stat().st_size)
     collect = [sys.executable, "-m", "pytest", "-n0", "--collect-only", "-p", "no:cacheprovider"]
     count = min(os.cpu_count(), len(modules))
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # the run tells
     started = [
-        subprocess.Popen([*collect, *modules[number::count]], stdout=subprocess.DEVNULL, cwd=ROOT)
+        subprocess.Popen([*collect, *modules[number::count]], cwd=ROOT, **silent)
         for number in range(count)
     ]
     for process in started:
