@@ -38,8 +38,8 @@ STOP_DEADLINE = 3.0
 BEAT_EVERY = 5.0
 # Notifications that are kept at a time: 400,000 unread ones took 130 MB.
 ENOUGH = 10_000
-# An answer that more than FLOOD notifications came before, and that is not there after so many
-# seconds, will not come in time (see notifications.hear).
+# Where more than FLOOD notifications have come while an answer is awaited, and the answer is not
+# there after FLOODED_AFTER seconds, it will not come in time (see notifications.hear).
 FLOOD, FLOODED_AFTER = 50_000, 1.0
 
 # A dead server is noticed within about 7 s: on an idle connection by the keepalives, after a query

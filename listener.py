@@ -65,8 +65,8 @@ CONNECTING = 100.0
 # Seconds between two tries to settle results whose rows their stages hold, and to give back claims
 # that were not begun.
 AGAIN_EVERY = 1.0
-# A listener whose last claim is older than this (seconds) extends leases that run out, so that the
-# others have time to connect and to settle: two of their delays, and these seconds.
+# A listener whose last claim is older than LATELY (seconds) extends leases that run out. So the
+# others have time to connect and to settle: two of their delays, and RECONNECTING seconds.
 LATELY = 5.0
 RECONNECTING = 5.0
 # Seconds for which a statement that was sent on a lost connection may still take effect.
