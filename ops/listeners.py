@@ -40,7 +40,8 @@ ORDER BY s.backend_start
 """
 
 CALLS = """
-SELECT worker AS listener, stage, job_id, call_id, attempt, started_at, leased_until, unanswered,
+SELECT worker AS listener, stage, job_id, call_id, coalesce(spent, attempt) AS attempt, started_at,
+       leased_until, unanswered,
        extract(epoch FROM now() - started_at)::float8 AS seconds
 FROM stage_leases
 WHERE leased_until > now() AND NOT working  -- no listener waits for a call that was taken with 202

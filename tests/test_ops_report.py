@@ -10,6 +10,7 @@ from claims import STAGES, claim, connected, result, settle
 from reports import attempt, give_up, read
 
 import db
+from ops import listeners
 from ops.report.data import folded
 
 NO_LISTENER = "no listener is connected, nothing is called"
@@ -317,6 +318,22 @@ def test_timeline_shows_attempts_by_outcome_and_the_wait(database):
     assert [rect.attributes["class"] for rect in planner.all("rect")] == ["retry"]
     assert planner.one("title").text.endswith("attempt 2 retry, 1.0 s: HTTP 500: 메모리")
     assert len(planner.all("line", "wait")) == 2
+
+
+def test_attempts_are_numbered_as_max_attempts_counts(database):
+    """A call that was held has none."""
+    job = database.add_job("img_gen", "done")
+    with connected(database) as conn:
+        settle(conn, result(claim(conn), "held", free=True, spent=0, delay=0.0))
+        settle(conn, result(claim(conn), "retry", spent=1, delay=0.0))
+        claim(conn)
+        shown = read(database, job)
+        [row] = db.execute(conn, listeners.CALLS)
+    [lane, _axis] = shown.section("jobs").all("svg", "lane")
+    bars = [title.text.split(" ", 2)[2].split(",")[0] for title in lane.all("title")]
+    assert bars == ["held", "attempt 1 retry", "attempt 2 calling"]
+    assert sorted(row[5] for row in shown.table("slowest")) == ["-", "1"]
+    assert row.attempt == 2
 
 
 def test_timeline_shows_the_call_under_way(database):

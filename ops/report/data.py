@@ -165,7 +165,7 @@ ORDER BY stage, began
 # Texts are cut much later than they are shown: a secret that was cut in half would not be
 # recognized. Lost calls are left out, as it is not known how long they took.
 SLOWEST = """
-SELECT table_name, job_id::text, stage, attempt, outcome, http_status, started_at,
+SELECT table_name, job_id::text, stage, attempt, spent, outcome, http_status, started_at,
        date_part('epoch', finished_at - started_at) AS seconds, left(error, 2000) AS error
 FROM stage_attempts
 WHERE finished_at > %(since)s AND finished_at <= %(until)s

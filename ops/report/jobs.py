@@ -107,10 +107,11 @@ LIMIT 1
 # The last attempts, if there are too many, and the calls under way.
 ATTEMPTS = """
 SELECT * FROM (
-    SELECT stage, attempt, outcome, http_status, started_at, finished_at, left(error, 2000) AS error
+    SELECT stage, attempt, spent, outcome, http_status, started_at, finished_at,
+           left(error, 2000) AS error
     FROM stage_attempts WHERE job_id = %(job_id)s AND table_name = %(table)s
     UNION ALL
-    SELECT stage, attempt, 'calling', NULL, started_at, %(until)s, NULL
+    SELECT stage, attempt, spent, 'calling', NULL, started_at, %(until)s, NULL
     FROM stage_leases
     WHERE job_id = %(job_id)s AND table_name = %(table)s AND leased_until > now()
     ORDER BY started_at DESC, attempt DESC

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pipeline
+from ops.job import number
 from ops.report.charts import LogAxis, histogram, stack, stacked_bars, trend
 from ops.report.data import MOST_ERRORS, Report, folded
 from ops.report.markup import (
@@ -146,7 +147,7 @@ def outcomes(report: Report, total: Counter) -> Markup:
 def slowest(report: Report) -> Markup:
     rows = [
         [row_name(row), stage_name(row.stage), Markup(span(row.seconds)), row.outcome,
-         row.http_status, Markup(row.attempt), Markup(clock(row.started_at)), row.error]
+         row.http_status, Markup(number(row)), Markup(clock(row.started_at)), row.error]
         for row in report.slowest
     ]  # fmt: skip
     header = ["Job", "~Stage", "#Took", "Outcome", "#HTTP", "#Attempt", "Started", "*Error"]

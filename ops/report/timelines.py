@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
+from ops.job import number
 from ops.report.data import Report
 from ops.report.jobs import Timeline
 from ops.report.markup import (
@@ -127,7 +128,9 @@ class Lanes:
 
     def attempt(self, attempt: Any, before: datetime) -> None:
         """Draw an attempt as a bar; `before` is when the attempt before it ended."""
-        words = f"attempt {attempt.attempt} {attempt.outcome}, {span(lasted(attempt))}"
+        words = f"{attempt.outcome}, {span(lasted(attempt))}"
+        if (counted_as := number(attempt)) != "-":
+            words = f"attempt {counted_as} {words}"
         left = min(self.at(attempt.started_at), 1 - NARROWEST)
         width = max(self.at(attempt.finished_at) - left, NARROWEST)
         title = f"{clock(attempt.started_at)} {words}"
