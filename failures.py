@@ -66,7 +66,9 @@ def failed_by_stage(conn, results: Iterable[Result]) -> dict[int, bool]:
 
 # Which results are of calls that need no person: one was cancelled while it was under way, or its
 # row was deleted, or has gone to a state that leads to a stage. In another state the row may rest
-# as its stage has failed. OFFSET 0 keeps the planner from reading all of the history.
+# as its stage has failed. But where the stage has given up another call of the row before, people
+# are told: the row may be sent back for ever. OFFSET 0 keeps the planner from reading all of the
+# history.
 NEEDLESS = f"""
 SELECT r.call_id
 FROM ({RESULTS}) AS r CROSS JOIN LATERAL stage_call_row(r.table_name, '', r.job_id) AS j
@@ -78,7 +80,12 @@ WHERE EXISTS (SELECT FROM stage_attempts AS a
                    WHERE c.job_id = r.job_id AND c.call_id = r.call_id OFFSET 0)
        AND EXISTS (SELECT FROM pipeline_stages AS p
                    WHERE p.table_name = r.table_name AND p.join_of = ''
-                     AND (p.current_step, p.status) = (j.current_step, j.status)))
+                     AND (p.current_step, p.status) = (j.current_step, j.status))
+       AND NOT EXISTS (SELECT FROM stage_attempts AS a
+                       WHERE a.job_id = r.job_id AND a.call_id <> r.call_id
+                         AND (a.table_name, a.stage, a.outcome)
+                             = (r.table_name, r.stage, 'failed')
+                       OFFSET 0))
 """
 
 

@@ -175,6 +175,21 @@ def test_refusal_of_a_call_that_was_left_under_way_is_no_alert(
     assert [(said["event"], said["job"]) for said in told()] == [("given_up", job)]
 
 
+def test_second_refusal_of_a_job_that_is_sent_back_each_time_is_told(database, caller, told):
+    """Its stage may send it back for ever."""
+    calling = caller("http://127.0.0.1:1", ALERT_COMMAND=told.command)
+    job = database.add_job("yolo_detect")
+    for number in (1, 2):
+        call = calling.claim(job)
+        database.rows(LEFT_BY["sent back to the same state"])
+        error = f"refusal {number}"
+        calling.listener.keep(call, trigger.failure(call, "failed", error, 0, http_status=422))
+        calling.settle()
+    calling.listener.alerts.close()
+    [said] = told()
+    assert (said["event"], said["job"], said["error"]) == ("given_up", job, "refusal 2")
+
+
 def test_hostile_data_reaches_no_shell(database, api, listener, told, tmp_path):
     hostile = "$(touch pwned); `touch pwned` '\"\n\x00"
     api.on("planner", lambda _: Answer(400, hostile.encode()))
