@@ -293,7 +293,9 @@ def log_end(call: Call, ended: Result) -> None:
         )
     elif ended.outcome == "released":
         log.warning(
-            "리스가 모자라 호출하지 않고 되돌림: %s stage=%s", logs.ids(call.ids), call.stage
+            "리스가 모자라 호출하지 않고 되돌림: %s stage=%s",
+            *(logs.ids(call.ids), call.stage),
+            extra=about(call),
         )
     else:
         log.log(

@@ -23,6 +23,7 @@ import psycopg2.extensions
 
 import db
 import failures
+import logs
 import settling
 import trigger
 from alerts import TIME_LIMIT, Alerts
@@ -359,8 +360,10 @@ def settle_without_listener(settings: SimpleNamespace, call: Call, result: Resul
         alerts = Alerts(settings)
         failures.tell(alerts, settled.result)
         trigger.log_end(call, result)
-        log.warning("리스너가 사라져 워커가 결과를 기록함: job=%s stage=%s outcome=%s",
-                    call.job_id, call.stage, settled.result.outcome)  # fmt: skip
+        outcome = settled.result.outcome
+        log.warning("리스너가 사라져 워커가 결과를 기록함: %s stage=%s outcome=%s",
+                    logs.ids(call.ids), call.stage, outcome,
+                    extra=trigger.about(call, outcome=outcome))  # fmt: skip
         alerts.close()
     signal.setitimer(signal.ITIMER_REAL, 0)
 

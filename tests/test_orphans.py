@@ -99,6 +99,15 @@ def test_row_that_its_stage_set_failed_after_the_listener_was_killed_is_told_so(
     assert "set failed by its stage" in attempt.error
 
 
+def test_worker_that_has_recorded_a_result_names_the_row_of_another_table(variants, caller):
+    [row] = variants.add(variants.database.add_job("new"), status="done")
+    calling = caller("http://127.0.0.1:1")
+    call = calling.claim()
+    ended = trigger.result(call, "succeeded", http_status=200, seconds=0.1)
+    workers.settle_without_listener(calling.settings, call, ended)
+    assert f": job_variants_id={row} job_id=" in calling.line("리스너가 사라져")
+
+
 def test_answer_is_recorded_by_a_worker_while_the_table_of_the_row_is_locked(database, caller):
     calling = caller("http://127.0.0.1:1")
     job = database.add_job("yolo_detect")
