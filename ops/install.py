@@ -533,6 +533,9 @@ def what_owes_no_call(conn, before: Before, there: list[str]) -> Iterator[str]:
         pause = "its pause is gone, and " if name in before.paused else ""
         yield (f"note: {name} has left PIPELINE: {pause}rows that it still works on come to "
                f"({name}, done): keep that state in PIPELINE until they are through")  # fmt: skip
+    if unseen := untold(before.routes, routes):
+        yield (f"note: rows in {', '.join(unseen)} are not told as stalled or failed any more: "
+               f"{pipeline.JSL} jobs shows whether there are any")  # fmt: skip
     ours = [name for name in there if name.startswith("trigger ")]
     mended = any(name in before.to_be_mended for name in ours)
     if before.version == migrations.LATEST:
@@ -602,6 +605,14 @@ def left(before: dict[Route, Stage], routes: dict[Route, Stage]) -> list[str]:
     }
     lost = {route.step for route in before.keys() - routes.keys() if route.status == "done"}
     return sorted(known_names - names - (renamed - lost))
+
+
+def untold(before: dict[Route, Stage], routes: dict[Route, Stage]) -> list[str]:
+    """The states that PIPELINE knew by the name of their stage alone, which it no longer has."""
+    known_names, names = ({stage for stage, _ in of.values()} for of in (before, routes))
+    states = {(route.step, route.status) for route in routes}
+    return [f"({name}, {status})" for name in sorted(known_names - names)
+            for status in ("running", "failed") if (name, status) not in states]  # fmt: skip
 
 
 OPEN_CALLS = "SELECT count(*) FROM stage_calls"

@@ -467,8 +467,12 @@ def test_install_says_what_becomes_of_a_stage_that_leaves(database, run_command)
         " VALUES ('x', 'done', 'leaving', 'infinity'); UPDATE pipeline_stages"
         " SET stage = 'renamed', held_until = 'infinity' WHERE stage = 'planner'"
     )
-    [note] = [line for line in run_command(database, "install").lines if "has left" in line]
+    note, unseen = [line for line in run_command(database, "install").lines if "note: " in line][:2]
     assert note.strip().startswith("note: leaving has left PIPELINE: its pause is gone, and rows ")
+    assert unseen.strip().startswith(
+        "note: rows in (leaving, running), (leaving, failed), (renamed, running), (renamed, failed)"
+        " are not told as stalled or failed any more: ./jsl jobs shows "
+    )
     paused = "SELECT stage FROM pipeline_stages WHERE held_until = 'infinity'"
     assert database.rows(paused) == [("planner",)]
 
@@ -481,4 +485,7 @@ def test_install_says_what_a_renamed_stage_may_still_write(after, told):
             Route("jobs", "", *state): ("c", None),
         }
 
-    assert install.left(routes("aa", ("aa", "done")), routes("bb", after)) == told
+    before, now = routes("aa", ("aa", "done")), routes("bb", after)
+    assert install.left(before, now) == told
+    assert install.untold(before, now) == ["(aa, running)", "(aa, failed)"]
+    assert install.untold(before, before | routes("bb", ("aa", "failed"))) == ["(aa, running)"]
