@@ -2,10 +2,11 @@
 
 from typing import Any, NamedTuple
 
+import config
 import db
 import pipeline
 from ops import rows
-from ops.listeners import connected
+from ops.listeners import OTHER_PIPELINE, listeners
 from ops.problem import IF_NEWER, INSTALL
 from ops.table import clock, counted, readable
 
@@ -81,12 +82,24 @@ def waits(conn, row: Any) -> dict[str, Waits]:
     """
     found = {call.join_of: why(row, call) for call in owed(conn, row)}
     taken_by_nobody = [join for join, waiting in found.items() if waiting is NOBODY]
-    if taken_by_nobody and connected(conn):
-        found |= dict.fromkeys(taken_by_nobody)
+    if taken_by_nobody:
+        found |= dict.fromkeys(taken_by_nobody, taker(conn))
     return {join: waiting for join, waiting in found.items() if waiting}
 
 
 NOBODY = Waits("no listener is connected", pipeline.JSL)
+
+
+def taker(conn) -> Waits | None:
+    """Why no listener may take a call that nothing else keeps: those that are connected may all
+    have another PIPELINE, which may lack its stage.
+    """
+    there = [row for row in listeners(conn, config.settings()) if row["connected"]]
+    if not there:
+        return NOBODY
+    if all(OTHER_PIPELINE in row["doing"] for row in there):
+        return Waits(f"{', '.join(row['listener'] for row in there)}: {OTHER_PIPELINE}")
+    return None
 
 
 def why(row: Any, call: Any) -> Waits | None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -19,6 +20,7 @@ from faults.test_claims import with_idle_worker
 from guide import JOBS_TRIGGER
 from stage_functions import POST, program
 from test_turns import RENAME
+from variants import stage as stage_called
 from waiting import LISTENING, PATIENCE, gate, is_gone, until, wait_for_call
 
 import alerts
@@ -726,7 +728,8 @@ def test_listener_that_was_not_restarted_after_an_install_says_so(
     alerting = {"ALERT_COMMAND": told.command, "ALERT_AFTER": 1}
     process = listener(database, api=api, program=SHORT_ROUNDS, **alerting)
     process.wait_for_line(LISTENING)
-    use_pipeline(five_stages.PIPELINE | {("recheck", "done"): five_stages.planner})
+    added = {("recheck", "done"): five_stages.planner, ("x", "done"): stage_called("newer")}
+    use_pipeline(five_stages.PIPELINE | added)
     with closing(db.connect(database.settings())) as conn:
         apply(conn)
     line = process.wait_for_line("데이터베이스의 PIPELINE이 다름")
@@ -740,6 +743,9 @@ def test_listener_that_was_not_restarted_after_an_install_says_so(
     typed = partial(run_here, database.environ | {"HEARTBEAT_DIR": str(tmp_path / "heartbeats")})
     waits = "planner waits: put off by a listener whose PIPELINE does not lead to it: start one"
     assert waits in typed("job", job).out
+    unknown = database.add_job("x", "done")  # its stage is not one that the listener has
+    waits = r"\nnewer waits: \S+: PIPELINE differs, restart it\n"
+    assert re.search(waits, typed("job", unknown).out)
     for command in ("status", "check"):
         assert "PIPELINE differs, restart it; waiting for a job" in typed(command).out
     assert process.output.count("데이터베이스의 PIPELINE이 다름") == 1
