@@ -152,9 +152,10 @@ def tell(alerts: Alerts, ended: Result) -> None:
 def tell_given_up(alerts: Alerts, ended: Result) -> None:
     if ended.outcome == "failed":
         row = row_name(ended.table_name, ended.job_id).replace("=", " ", 1)
-        text = f"{row}: {ended.stage} was given up: {ended.error}"
+        retry = pipeline.typed("retry", ended.table_name, ended.job_id)
+        text = f"{row}: {ended.stage} was given up: {ended.error}; to call it again: {retry}"
         alerts.send("given_up", text, job=ended.job_id, table=ended.table_name, stage=ended.stage,
-                    error=ended.error, http_status=ended.http_status)  # fmt: skip
+                    error=ended.error, http_status=ended.http_status, command=retry)  # fmt: skip
 
 
 def row_name(table: str, key: str) -> str:

@@ -260,11 +260,12 @@ class Upkeep:
             if row.jobs is None:
                 self.alerts.send_recovered("stalled", row.stage, f"no {kind} is stalled any more")
                 continue
-            log.error("정체된 단계: stage=%s jobs=%d %s → %s jobs --stalled --stage %s", row.stage,
-                      row.jobs, row.reason, pipeline.JSL, row.stage)  # fmt: skip
+            look = f"{pipeline.JSL} jobs --stalled --stage {row.stage}"
+            log.error("정체된 단계: stage=%s jobs=%d %s → %s",
+                      row.stage, row.jobs, row.reason, look)  # fmt: skip
             are = f"{counted(row.jobs, kind)} {'is' if row.jobs == 1 else 'are'}"
-            text = f"{are} stalled at {row.stage}: {row.reason}"
-            self.alerts.send("stalled", text, **row._asdict())
+            text = f"{are} stalled at {row.stage}: {row.reason}; to see which: {look}"
+            self.alerts.send("stalled", text, **row._asdict(), command=look)
 
     def tell_stalled_unseen(self, conn, failed: Mapping[str, psycopg2.Error]) -> None:
         """Tell people that stalled rows cannot be looked for, and when that is over. Only the

@@ -71,7 +71,11 @@ def test_given_up_calls_of_a_stage_are_told_once(database, api, run_command, tol
     said, more = sorted(told(), key=lambda said: said.get("count", 0))
     assert {said["job"], more["job"]} < jobs and more["count"] == 2
     assert more["text"].startswith("2 more of the same, the last: job ")
-    assert said["text"] == f"job {said['job']}: planner was given up: HTTP 422: no text"
+    assert said["command"] == f"./jsl retry {said['job']}"
+    assert said["text"] == (
+        f"job {said['job']}: planner was given up: HTTP 422: no text;"
+        f" to call it again: {said['command']}"
+    )
     assert (said["event"], said["stage"], said["http_status"]) == ("given_up", "planner", 422)
 
 
@@ -106,7 +110,7 @@ def test_letters_that_a_stage_escaped_in_json_can_be_read(database, api, run_com
     error = 'HTTP 422: {"detail": "글자 없음\\n"}'
     assert b"\\uae00" in body and f"error={error} → 포기" in done.out
     [said] = told()
-    assert said["error"] == error and said["text"].endswith(error)
+    assert said["error"] == error and f": {error}; " in said["text"]
 
 
 def test_episodes_that_are_over_at_once_are_told_each(database, told):
@@ -487,7 +491,7 @@ def test_stage_is_not_told_as_stalled_no_more_while_its_rows_cannot_be_read(vari
     )
     with connected(variants.database) as conn:
         reason = "running for longer than the timeout"
-        assert {one["text"] for one in task.told(conn)} == {
+        assert {one["text"].partition(";")[0] for one in task.told(conn)} == {
             f"1 job is stalled at instagram: {reason}",
             f"1 row is stalled at yolo_detect: {reason}",
         }
@@ -719,7 +723,8 @@ def test_newly_stalled_stage_is_told(database, accepted, api, run_command, told)
     assert (said["event"], said["stage"], said["jobs"]) == ("stalled", "planner", 1)
     reason = "accepted by the stage, but the job has not changed"
     assert f"stage=planner jobs=1 {reason} → ./jsl jobs --stalled --stage planner\n" in done.out
-    assert said["text"] == f"1 job is stalled at planner: {reason}"
+    assert said["command"] == "./jsl jobs --stalled --stage planner"
+    assert said["text"] == f"1 job is stalled at planner: {reason}; to see which: {said['command']}"
 
 
 def test_listener_that_was_not_restarted_after_an_install_says_so(

@@ -134,7 +134,7 @@ def test_chat_hears_of_a_given_up_call(database, api, listener, accepting):
     assert posted.headers["content-type"] == "application/json"
     assert json.loads(posted.body) == {
         "text": f"given_up: job {job}: planner was given up:"
-        " HTTP 422: &lt;!channel&gt; &amp; no text"
+        f" HTTP 422: &lt;!channel&gt; &amp; no text; to call it again: ./jsl retry {job}"
     }
 
 
