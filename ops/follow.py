@@ -10,6 +10,7 @@ from psycopg2.extensions import quote_ident
 
 import db
 import pipeline
+from ops import waits
 from ops.problem import Problem
 from ops.table import counted, is_terminal, plain
 from pipeline import Route, State
@@ -279,8 +280,8 @@ class Follower:
         return None
 
     def why_late(self, look: Look, row: Row, stage: str) -> str:
-        if held := db.execute(self.conn, HELD, {"stage": stage}).fetchone():
-            return f"held by {plain(held.held_by)}: {plain(held.held_reason)}"
+        for hold in waits.held_of(self.conn, {stage}):
+            return f"{hold.why}; {hold.mend}"
         if row.state == (stage, "running") or (row, stage) in look.calling:
             return "it is still running"
         call = look.owed.get((row, stage))
@@ -290,11 +291,6 @@ class Follower:
         if hop is None:
             return "it was not called"
         return "accepted, but the job has not changed" if hop.accepted else "no call was accepted"
-
-
-HELD = """
-SELECT held_by, held_reason FROM pipeline_overview WHERE stage = %(stage)s AND held_until > now()
-"""
 
 
 def short(key: str) -> str:

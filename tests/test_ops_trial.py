@@ -136,7 +136,8 @@ def test_paused_stage_is_named_with_who_did_it(database, run_command, running):
     run_command(database, "pause", "vlm_analyze", "--reason", "new GPU")
     done = run_command(database, "test-job", "--timeout", "1.5", "--clean")
     assert done.code == 1
-    assert re.search(r"stalls at vlm_analyze: held by \S+: new GPU", done.err)
+    paused = r"vlm_analyze is paused by \S+: new GPU; ./jsl resume vlm_analyze; "
+    assert re.search(f"stalls at vlm_analyze: {paused}", done.err)
     assert "to look at it, run test-job without --clean" in done.err and "look with" not in done.err
     assert database.value("SELECT count(*) FROM jobs") == 0
 
