@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import db
+import logs
 import trigger
 from alerts import Alerts
 from calls import Result
@@ -68,6 +69,9 @@ class StageHealth:
         health, status = self.of[call.stage], ended.http_status
         if ended.outcome == "unknown" and status != 409:
             health.unanswered += 1
+            if health.unanswered == UNANSWERED:
+                log.warning("응답하지 않는 단계: stage=%s %d건 연속 → 응답할 때까지 한 건씩 호출",
+                            call.stage, UNANSWERED, extra=logs.about(stage=call.stage))  # fmt: skip
         elif status is not None:
             health.unanswered = 0
         if ended.is_accepted:

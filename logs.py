@@ -54,6 +54,7 @@ EVENTS = {
     "포기": "call_cannot_be_claimed",
     "단계가 failed로 설정함": "failed_by_stage",
     "단계가 모든 job을 거절함": "stage_refuses",
+    "응답하지 않는 단계": "stage_silent",
     "밀린 단계": "waiting",
     "호출을 하나도 수락하지 않는 단계": "refusing",
     "정체된 단계": "stalled",

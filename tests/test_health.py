@@ -54,6 +54,19 @@ def test_wrong_answer_to_several_jobs_is_about_the_stage(database, serve, caller
     assert worker.listener.health.most("vlm_analyze", 8, under_way) == 0
 
 
+def test_stage_without_an_answer_is_said_to_be_called_one_at_a_time(database, serve, caller):
+    jobs = [database.add_job() for _ in range(4)]
+    silent = answer("504 Gateway Timeout")
+    worker = caller(serve(in_turn(silent, silent, silent, OK)).url)
+    assert [worker.call().outcome for _ in jobs[1:]] == ["unknown"] * 3
+    assert worker.line("응답하지 않는 단계").endswith(
+        ": stage=vlm_analyze 2건 연속 → 응답할 때까지 한 건씩 호출"
+    )
+    assert worker.listener.health.most("vlm_analyze", 8, []) == 1
+    assert worker.call().outcome == "succeeded"
+    assert worker.listener.health.most("vlm_analyze", 8, []) == 8
+
+
 def test_stage_that_accepts_again_is_called_as_before(database, serve, caller):
     jobs = [database.add_job() for _ in range(3)]
     worker = caller(serve(in_turn(answer("401 No"), answer("401 No"), OK)).url)
