@@ -513,7 +513,7 @@ class Listener:
             raise SystemExit(128 + stops[-1])
         if stops and not self.has_told_stop:
             self.has_told_stop = True
-            waited = ", ".join(f"{call.stage} {call.job_id}" for call in self.workers.calls)
+            waited = ", ".join(f"{call.stage} {call.key}" for call in self.workers.calls)
             once_more = "한 번 더 요청하면 바로 중지"
             if waited:
                 log.info("중지 요청: 진행 중인 호출을 기다림 (%s), %s", waited, once_more)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 from stage_functions import POST, program
@@ -35,6 +36,15 @@ def test_signal_ends_an_idle_listener_and_its_workers(database, listener, tmp_pa
     assert len(workers) == 4
     until(lambda: all(map(is_gone, workers)), "the end of the workers")
     assert process.lines[-1].split("] ")[1].startswith("Job State Listener 중지됨")
+
+
+def test_row_of_another_table_whose_call_is_waited_for_is_named(variants, caller):
+    [row] = variants.add(variants.database.add_job("new"), status="done")
+    stopping = caller("http://127.0.0.1:1")
+    stopping.listener.workers.all = [SimpleNamespace(call=stopping.claim())]
+    stopping.listener.signals.stops.append(signal.SIGTERM)
+    stopping.listener.obey()
+    assert f"(yolo_detect {row})" in stopping.line("중지 요청: 진행 중인 호출을 기다림")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
