@@ -77,7 +77,8 @@ class Checks:
     @property
     def running(self) -> list[int]:
         """The calls that a stage may be working on without one of our workers."""
-        return [call_id for call_id, until in self.may_run.items() if until > trigger.boottime()]
+        now = trigger.boottime()
+        return [call_id for call_id, until in self.may_run.items() if until > now]
 
     def check(self, conn: db.Connection, call: Call, row: Claimed) -> Checked:
         """What is to be done with the `call` of a claimed `row`."""
