@@ -117,7 +117,9 @@ def fitted(lines: Iterable[Line]) -> list[str]:
 
 
 def echo_lines(lines: Iterable[Line]) -> None:
-    click.echo("\n".join(fitted(lines)))
+    """Print the lines, cut to the width of the terminal, but for what a person has to type."""
+    for line in lines:
+        click.echo(paint(*line) if "→ " in line[0] else fitted([line])[0])
 
 
 def echo_json(value: Any) -> None:

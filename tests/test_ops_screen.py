@@ -134,6 +134,11 @@ def test_what_is_to_be_typed_is_never_cut(database, tmp_path):
     with closing(terminal):
         assert terminal.wait() == 0
     assert terminal.output.endswith("AND (current_step, status) = ('overlay', 'failed')\n")
+    database.rows("ALTER TABLE jobs DISABLE TRIGGER job_state_change_trigger")
+    terminal = Terminal(database.environ, tmp_path, "status", size=(20, 24))
+    with closing(terminal):
+        assert terminal.wait() == 0
+    assert "→ ./jsl install" in terminal.output
 
 
 def test_colour_is_for_terminals_without_no_color(database, watch):
