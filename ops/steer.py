@@ -137,8 +137,9 @@ def why_nothing_owed(conn, row: Any, stage: str | None = None, by_hand: bool = F
 
 
 def way_on(row: Any, stage: str | None) -> str:
-    """For a row that owes nothing: ": " and the command or SQL that has `stage` called; "" where no
-    stage follows from its state and none has set it failed.
+    """For a row that owes nothing: the command or SQL that has `stage` called; where no stage
+    follows from its state and none has set it failed, the command that shows the rows that belong
+    to it, or "".
     """
     follows = rows.own_stage(row) if row.is_there else None
     if follows and stage in (None, follows):
@@ -146,6 +147,9 @@ def way_on(row: Any, stage: str | None) -> str:
     if row.is_there and row.status == "failed" and row.current_step in pipeline.stage_names():
         step = row.current_step
         return f"; to call {step} again: {rows.way_on(row, step)}"
+    parents = {pipeline.parent_name(table) for table in pipeline.tables().values()}
+    if row.is_there and row.table_name in parents:
+        return f"; what its rows in other tables owe: {rows.typed('job', row)}"
     return ""
 
 

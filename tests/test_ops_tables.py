@@ -358,7 +358,10 @@ def test_one_of_several_calls_must_be_named(variants, run, api, joined, command)
         "give --stage instagram or --stage ad_copy"
     )
     refused = run(command, joined, "--stage", "iou_eval", api=api).refused(1)
-    assert refused == f"job {joined} owes no call to iou_eval: it is at (ad_copy, done)"
+    assert refused == (
+        f"job {joined} owes no call to iou_eval: it is at (ad_copy, done); "
+        f"what its rows in other tables owe: ./jsl job {joined}"
+    )
 
 
 def test_cancel_drops_the_call_that_is_named(variants, run, joined):
