@@ -97,8 +97,8 @@ class Wanted(NamedTuple):
 
 PAID = ("succeeded", "skipped")  # outcomes after which nothing is owed any more
 TAKEN = "taken"  # 202 of an asynchronous stage: the call goes on without its worker
-# Where a stage has accepted a call that is shown as given up, its error begins with this: see
-# one_by_one.keep_from_repeating().
+# The beginning of the error of a call that its stage has accepted, and that is shown as given up so
+# that nobody makes it again: see one_by_one.keep_from_repeating().
 DO_NOT_RETRY = "its stage has accepted it, do not retry it"
 
 
@@ -142,7 +142,7 @@ MINE = f"""
         SELECT c.job_id FROM stage_calls AS c WHERE {FENCE}
         LIMIT 1 FOR UPDATE SKIP LOCKED) AS c"""
 
-# The lease of a result. It is looked up by lists of keys, for the reason given above MINE.
+# The lease of a result, looked up by lists of keys: the comment above MINE says why.
 ITS_LEASE = """l.call_id = ANY (ARRAY(SELECT call_id FROM result))
       AND l.job_id = ANY (ARRAY(SELECT job_id FROM result))
       AND l.call_id = r.call_id AND l.attempt = r.attempt AND l.job_id = r.job_id"""
@@ -267,7 +267,8 @@ WHERE (p.table_name, p.join_of, p.current_step, p.status)
 """,
 )
 
-# Ends a turn that claims nothing: returns which rows were locked, and wakes the other listeners.
+# The last statement of a turn that claims nothing. It returns the calls whose rows are locked, and
+# wakes the other listeners.
 TELL = Statement("tell", f"SELECT {LOCKED} AS locked, pg_notify('{WAKE_CHANNEL}', '')")
 
 
@@ -278,11 +279,12 @@ TELL = Statement("tell", f"SELECT {LOCKED} AS locked, pg_notify('{WAKE_CHANNEL}'
 HURRY = Statement("hurry", "SELECT set_config('lock_timeout', '20ms', true)")
 
 # Extends leases that have run out, or will within %(extend_by)s seconds. A listener that has not
-# claimed lately runs this before it claims: what kept it from claiming, such as an outage, may have
-# kept another from writing accepted results, whose calls would be made again. A lease that has run
-# out is extended once, or the call of a lost listener might never be made again: the call's due_at
-# stays at the first end of its lease, and shows how far that was extended. In the transaction of
-# the claim, so that a claim that fails uses up no extension.
+# claimed lately runs this before it claims. An outage, say, kept it from claiming, and may have
+# kept another listener from writing that calls were accepted: without an extension, these calls
+# would be made again. due_at keeps the first end of the lease. A lease that ends at least
+# %(extend_by)s seconds after that is not extended again, or the call of a lost listener might never
+# be made again. This runs in the transaction of the claim: where the claim fails, no lease is
+# extended.
 EXTEND = Statement(
     "extend",
     """
@@ -326,8 +328,9 @@ UNDER_WAY = """
       AND l.leased_until + interval '0' > now()
     OFFSET 0"""
 
-# A claimed call is taken over only if its lease can be locked, and its newest version is over:
-# another turn may be extending that lease or settling its call, and not have committed yet.
+# A claimed call may be taken over only if its lease can be locked, and has run out. Where it cannot
+# be locked, another turn is extending it or settling its call, and has not committed yet. Once it
+# is locked, PostgreSQL checks its newest version.
 IS_OVER = """
     (c.worker IS NULL
      OR NOT EXISTS (SELECT FROM stage_leases AS l
@@ -756,12 +759,12 @@ def next_due(conn, stages: Iterable[str], asked_at: datetime | None = None) -> f
 
 REAP_INTERVAL = 60.0  # seconds between two times that a listener ends leases which ran out
 
-# Claims of this listener that it never began: their answer was lost, or their lease would not
-# have covered the call. They are due again, so the other listeners are told to look. A call that
-# was claimed before is due only after `wait` seconds: this claim may have run long after it was
-# sent, as a frozen server went on, and another listener may still have to write that the attempt
-# before was accepted. Where the application has the row of a call locked, its lease stays until the
-# next time; where the row is gone, nothing is owed, and only the lease is deleted.
+# Claims of this listener that it never began: their answer was lost, or their lease would not have
+# covered the call. They are due again, so the other listeners are told to look. From its second
+# attempt a call is due only after `wait` seconds, as another listener may still have to write that
+# the attempt before was accepted: a frozen server may have run this claim long after it was sent.
+# Where the application has the row of a call locked, its lease stays until the next time; where the
+# row is gone, nothing is owed, and only the lease is deleted.
 GIVE_BACK = f"""
 WITH claimed AS (
     SELECT job_id, call_id, attempt FROM stage_leases

@@ -42,7 +42,7 @@ def note(conn, results: Sequence[Result]) -> None:
     another call follows from that; or that the call needs no person.
     """
     is_routed = failed_by_stage(conn, results)
-    note_needless(conn, results)
+    note_needs_no_person(conn, results)
     for result in results:
         if result.call_id in is_routed:
             result.error = f"{(result.error or '')[:1900]} ({SET_FAILED})"  # 2,000 are recorded
@@ -65,11 +65,11 @@ def failed_by_stage(conn, results: Iterable[Result]) -> dict[int, bool]:
 
 
 # Which results are of calls that need no person: one was cancelled while it was under way, or its
-# row was deleted, or has gone to a state that leads to a stage. In another state the row may rest
-# as its stage has failed. But where the stage has given up another call of the row before, people
-# are told: the row may be sent back for ever. OFFSET 0 keeps the planner from reading all of the
-# history.
-NEEDLESS = f"""
+# row was deleted, or has gone to a state that leads to a stage. (In any other state the row may
+# rest because its stage has failed.) But people are told where another call of the row to this
+# stage was given up before: the row may be sent back for ever. OFFSET 0 keeps the planner from
+# reading all of the history.
+NEEDS_NO_PERSON = f"""
 SELECT r.call_id
 FROM ({RESULTS}) AS r CROSS JOIN LATERAL stage_call_row(r.table_name, '', r.job_id) AS j
 WHERE EXISTS (SELECT FROM stage_attempts AS a
@@ -89,12 +89,12 @@ WHERE EXISTS (SELECT FROM stage_attempts AS a
 """
 
 
-def note_needless(conn, results: Iterable[Result]) -> None:
+def note_needs_no_person(conn, results: Iterable[Result]) -> None:
     """Mark the failed results of calls that need no person as told."""
     asked = [r for r in results if r.outcome == "failed"]
-    needless = {row.call_id for row in look_up(conn, NEEDLESS, asked)}
+    no_person = {row.call_id for row in look_up(conn, NEEDS_NO_PERSON, asked)}
     for result in asked:
-        result.is_told = result.is_told or result.call_id in needless
+        result.is_told = result.is_told or result.call_id in no_person
 
 
 def look_up(conn, sql: str, results: Sequence[Result]) -> list:

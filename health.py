@@ -98,23 +98,23 @@ class StageHealth:
             if before is None or before.call_id == call.call_id:
                 return ended
             health.is_wrong = True
-            said = ""
+            more = ""
             if before.outcome == "failed":
                 self.to_revive.append(before)
                 if before.is_told:
                     row = row_name(before.table_name, before.job_id).replace("=", " ", 1)
-                    said = f"; {row}, which was given up for it, is called again if still owed"
+                    more = f"; {row}, which was given up for it, is called again if still owed"
                 before.is_told = True
-            self.tell(call.stage, ended.error or "", said)
+            self.tell(call.stage, ended.error or "", more)
         if ended.outcome == "unknown":
             return self.as_outcome(call, ended, "unknown", hold=True, free=True)
         return self.as_outcome(call, ended, "held", hold=True, retry_after=PROBE_EVERY)
 
-    def tell(self, stage: str, error: str, said: str) -> None:
+    def tell(self, stage: str, error: str, more: str) -> None:
         log.error("단계가 모든 job을 거절함: stage=%s error=%s → 단계 보류, 한 건씩 확인", stage,
                   error[:500])  # fmt: skip
         text = f"{stage} refuses every job: {error}; it is held and tried with one call at a time"
-        self.alerts.send("stage_refuses", text + said, stage=stage, error=error)
+        self.alerts.send("stage_refuses", text + more, stage=stage, error=error)
 
     def revise_throttled(self, health: Health, call: Call, ended: Result) -> Result:
         """The result of 429 or 503: an attempt of the job if the stage accepts others meanwhile."""

@@ -510,7 +510,7 @@ def number(attempt: Any) -> str:
     """The number of an attempt as MAX_ATTEMPTS counts; "-" where it is not counted. The column
     `attempt` counts every claim, also that which finds no attempt left and gives the call up.
     """
-    # None: made by no claim, or lost by an earlier version.
+    # None: no claim made this row, or an earlier version wrote it for a lost attempt.
     spent = attempt.attempt if attempt.spent is None else attempt.spent
     return "-" if attempt.outcome in ("held", CANCELLED) or not spent else str(spent)
 
