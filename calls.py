@@ -455,7 +455,7 @@ SELECT {LOCKED} AS locked, now() AS asked_at,
        claimed.call_id, claimed.job_id, claimed.job_id::text AS key, claimed.table_name,
        claimed.join_of, claimed.current_step, claimed.status, claimed.stage,
        claimed.attempts AS attempt, claimed.attempts - claimed.free_attempts AS spent,
-       claimed.started_at::text,
+       claimed.started_at::text, extract(epoch FROM claimed.created_at)::float8 AS recorded_at,
        claimed.worker_before IS NOT NULL AS taken_over, claimed.was_due_at, claimed.last_error,
        job.tenant_id, job.parent_id, job.is_there IS NOT NULL AS job_found,
        job.current_step AS job_step, job.status AS job_status, job.is_complete,
@@ -508,6 +508,7 @@ class Claimed(NamedTuple):
 
     key: the row's id as the database writes it.
     current_step, status: the state that owes it.
+    recorded_at: when the call was recorded, in seconds since 1970.
     taken_over: the lease of the attempt before ran out.
     job_found, job_step, job_status: of its row, or its parent's where that owes it.
     is_complete: of a join: all rows of the parent are in its state.
@@ -529,6 +530,7 @@ class Claimed(NamedTuple):
     attempt: int
     spent: int
     started_at: str
+    recorded_at: float
     taken_over: bool
     was_due_at: datetime
     last_error: str | None

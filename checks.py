@@ -33,6 +33,13 @@ REMEMBERED = 10_000
 OUTDATED = "rows of the join have changed: it is looked at anew"
 
 
+def identity(call: Call | Claimed) -> tuple:
+    """Which call it is. A failover that loses transactions sets sequences back, so that a new call
+    may get the call_id, and a new row the id, of one that is gone.
+    """
+    return call.call_id, call.key, call.recorded_at
+
+
 class Checked(NamedTuple):
     """What is to be done with a claimed call.
 
@@ -50,7 +57,7 @@ MAKE, LATER = Checked(is_to_make=True), Checked()
 class Checks:
     """The checks of a listener, which remembers what a new primary may not know.
 
-    accepted: by call_id and key, the attempt that an asynchronous stage has taken; the next one is
+    accepted: by identity(), the attempt that an asynchronous stage has taken; the next one is
         made after its timeout. Infinity: a call that was accepted and is never repeated.
     may_run: by call_id, until when (trigger.boottime()) a stage may be working that has not
         answered, or has taken the call.
@@ -67,7 +74,7 @@ class Checks:
         """Remember a call that was accepted, or that its stage may still be working on."""
         if ended.is_accepted:
             attempt = ended.attempt if ended.outcome == TAKEN else math.inf
-            self.accepted[call.call_id, call.key] = attempt
+            self.accepted[identity(call)] = attempt
         if ended.outcome in ("unknown", TAKEN):
             self.may_run[call.call_id] = call.leased_until
         for memory in (self.accepted, self.may_run):
@@ -85,7 +92,7 @@ class Checks:
         function = self.routes.get(call.route)
         if function is None or (function.__name__, row.routed_to) != (row.stage, row.stage):
             return self.pass_over(conn, call, row)
-        known = self.accepted.get((row.call_id, row.key), 0)
+        known = self.accepted.get(identity(row), 0)
         if ended := end_unmade(conn, call, row, known):
             return Checked(ended=ended)
         if checked := self.after_failed(conn, call, row):

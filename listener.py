@@ -37,7 +37,7 @@ import pipeline
 import trigger
 from alerts import Alerts
 from calls import TAKEN, Result, Turn, Wanted
-from checks import Checks
+from checks import Checks, identity
 from claiming import Claiming, is_clock_set_back
 from health import StageHealth
 from heartbeat import Heartbeat
@@ -422,10 +422,10 @@ class Listener:
         to_make = []
         if any(row.taken_over for row in turn.claimed):
             failures.reap(conn, self.settings)  # before the history has newer attempts
-        under_way = {(call.call_id, call.key, call.attempt) for call in self.workers.calls}
+        under_way = {(identity(call), call.attempt) for call in self.workers.calls}
         for row in turn.claimed:
             self.claiming.put_last(row.stage)
-            if (row.call_id, row.key, row.attempt) in under_way:
+            if (identity(row), row.attempt) in under_way:
                 continue  # a new primary did not know that we had claimed it
             limits = self.claiming.limits[row.stage]
             call = pipeline.claimed_call(row, limits, self.name, leased_from, conn.target)

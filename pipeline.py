@@ -691,6 +691,7 @@ class Call:
     limited: bool = False  # its stage has limits over all listeners
     asynchronous: bool = False  # 202 means that its stage works on it
     target: int | None = None  # which of db.targets() the listener works on
+    recorded_at: float | None = None  # seconds since 1970
     # The worker's own, with passwords and tokens: print(call) must not show them.
     api: StageApi = field(default=None, repr=False)  # type: ignore[assignment]
     settings: SimpleNamespace = field(default=None, repr=False)  # type: ignore[assignment]
@@ -885,6 +886,7 @@ def claimed_call(
         key=row.key,
         leased_until=leased_from + limits.lease,
         target=target,
+        recorded_at=row.recorded_at,
         table=row.table_name,
         join=row.join_of,
         ids=ids,

@@ -30,7 +30,8 @@ from ops.problem import IF_NEWER, INSTALL, Problem
 NEXT_ATTEMPT = """
 SELECT c.call_id, c.job_id, c.job_id::text AS key, c.table_name, c.join_of, c.current_step,
        c.status, c.stage, c.attempts + 1 AS attempt, c.attempts - c.free_attempts + 1 AS spent,
-       now()::text AS started_at, false AS after_hold, at.tenant_id, at.parent_id
+       now()::text AS started_at, extract(epoch FROM c.created_at)::float8 AS recorded_at,
+       false AS after_hold, at.tenant_id, at.parent_id
 FROM stage_calls AS c
 LEFT JOIN LATERAL stage_call_row(c.table_name, c.join_of, c.job_id) AS at ON true
 WHERE c.job_id = %(key)s AND c.table_name = %(table)s AND c.call_id = %(call_id)s

@@ -83,26 +83,42 @@ def test_stage_that_does_not_answer_has_one_worker_until_it_answers(database, ap
     database.wait_for("SELECT count(*) = 0 FROM stage_calls WHERE stage = 'vlm_analyze'")
 
 
+FORGOTTEN = """
+DELETE FROM stage_attempts;
+INSERT INTO stage_calls (job_id, tenant_id, call_id, created_at, current_step, status, stage)
+OVERRIDING SYSTEM VALUE VALUES (%s, 'tenant', %s, {}, 'overlay', 'done', 'vlm_judge');
+"""
+
+
 def test_call_that_a_new_primary_forgot_is_not_repeated(database, api, listener, tmp_path):
     with gate(api, STAGE, Answer(200)) as opened:
         process = listener(database, api=api, SWEEP_INTERVAL=3600)
         job = database.add_job("overlay")
         wait_for_call(api, job)
-        call_id = database.owed(job).call_id
+        owed = database.owed(job)
         opened.set()
         database.wait_for(SUCCEEDED, job)
-    database.rows("DELETE FROM stage_attempts")
-    database.rows(
-        "INSERT INTO stage_calls (job_id, tenant_id, call_id, current_step, status, stage)"
-        " OVERRIDING SYSTEM VALUE VALUES (%s, 'tenant', %s, 'overlay', 'done', 'vlm_judge')",
-        job,
-        call_id,
-    )
-    database.rows(db.WAKE)
+    database.rows(FORGOTTEN.format("%s") + db.WAKE, job, owed.call_id, owed.created_at)
     assert job in process.wait_for_line("이미 수락된 호출이라 스킵")
     database.wait_for("SELECT outcome = 'skipped' FROM stage_attempts WHERE job_id = %s", job)
     assert database.owed(job) is None
     assert len(api.calls()) == 1
+
+    # A new call that has got the number of one that is gone.
+    database.rows(FORGOTTEN.format("DEFAULT") + db.WAKE, job, owed.call_id)
+    database.wait_for(SUCCEEDED, job)
+    assert len(api.calls()) == 2
+
+
+def test_new_call_with_the_number_of_one_under_way_is_made(database, api, listener):
+    with gate(api, STAGE, Answer(200)):
+        listener(database, "run", "--workers", "2", api=api, SWEEP_INTERVAL=3600)
+        job = database.add_job("overlay")
+        wait_for_call(api, job)
+        call_id = database.owed(job).call_id
+        database.rows("DELETE FROM stage_calls; DELETE FROM stage_leases")
+        database.rows(FORGOTTEN.format("DEFAULT") + db.WAKE, job, call_id)
+        api.wait_for(lambda api: len(api.calls()) == 2)
 
 
 REFUSE_ONE = """
