@@ -817,11 +817,17 @@ def give_back(conn, worker: str, keep: Iterable[int], wait: float = 0.0):
 # Deletes leases that have run out: the listener was lost, or an asynchronous stage did not finish
 # in time. Each gets a row in the history, unless the call got no answer: such a call got its row
 # when it ended. A result that arrives later gets a row of its own. A call that a person made before
-# its run_after is due at its run_after again.
+# its run_after is due at its run_after again. A lease that is locked is being extended or settled:
+# two listeners that waited for each other's would deadlock.
 REAP = """
-WITH over AS (
-    DELETE FROM stage_leases
-    WHERE leased_until <= now() AND (%(call_id)s IS NULL OR call_id = %(call_id)s) RETURNING *
+WITH mine AS (
+    SELECT call_id, attempt FROM stage_leases
+    WHERE leased_until <= now() AND (%(call_id)s IS NULL OR call_id = %(call_id)s)
+    FOR UPDATE SKIP LOCKED
+), over AS (
+    DELETE FROM stage_leases AS l USING mine
+    WHERE (l.call_id, l.attempt) = (mine.call_id, mine.attempt)
+    RETURNING l.*
 ), early AS (
     SELECT c.* FROM over AS l CROSS JOIN LATERAL (
         SELECT c.job_id, c.call_id FROM stage_calls AS c

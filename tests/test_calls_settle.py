@@ -405,6 +405,20 @@ def test_call_whose_lease_another_turn_is_extending_is_not_taken_over(database, 
     assert (again.key, again.taken_over) == (row.key, True)
 
 
+def test_ending_leases_waits_for_none_that_another_listener_is_extending(database, conn):
+    for _ in range(2):
+        database.add_job()
+    extended, lost = claim_many(conn, 2).claimed
+    database.rows(LEASE_OVER)
+    with closing(database.connect()) as elsewhere:
+        elsewhere.autocommit = False
+        lock = "SELECT FROM stage_leases WHERE call_id = %s FOR UPDATE"
+        elsewhere.cursor().execute(lock, [extended.call_id])
+        assert [row.job_id for row in calls.reap(conn)] == [lost.key]
+        elsewhere.rollback()
+    assert [row.job_id for row in calls.reap(conn)] == [extended.key]
+
+
 @pytest.mark.parametrize("ordered", [False, True])
 def test_call_whose_lease_was_extended_under_its_old_stage_waits(database, conn, ordered):
     database.add_job()
