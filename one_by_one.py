@@ -10,14 +10,15 @@ import calls
 from calls import (
     BEYOND_ASCII,
     DO_NOT_RETRY,
+    DUE,
+    DUE_IN_ORDER,
     FENCE,
     HURRY,
-    IS_OVER,
     RESULTS,
-    UNDER_WAY,
     Result,
     Turn,
     Wanted,
+    as_arrays,
     as_json,
     escaped,
 )
@@ -91,7 +92,7 @@ def settle_and_claim(conn, results: Sequence[Result], wanted: Sequence[Wanted], 
                 done.unclaimable[one.stage] = error
                 continue
             reason = f"its call cannot be claimed: {' '.join(str(error).split())}"
-            done.given_up += give_up_first(conn, one, worker, reason)
+            done.given_up += give_up_first(conn, one, worker, reason, sweep)
         else:
             if turn.claimed:
                 done.claimed = turn.claimed
@@ -197,32 +198,24 @@ def keep_from_repeating(conn, results: Sequence[Result], error: psycopg2.Error) 
                 )
 
 
-# The call that a claim of this stage would take first: see DUE and DUE_IN_ORDER in calls.py.
-FIRST = f"""
-    SELECT c.job_id, c.call_id FROM stage_calls AS c
-    WHERE c.stage = %(stage)s AND c.due_at >= %(since)s AND c.due_at <= now()
-      AND NOT EXISTS (SELECT FROM pipeline_stages AS p
-                      WHERE p.stage = c.stage AND p.held_until > now())
-      AND NOT EXISTS ({UNDER_WAY})
-      AND {IS_OVER}
-    ORDER BY c.due_at LIMIT 1
-    FOR UPDATE OF c SKIP LOCKED"""
-FIRST_IN_ORDER = f"""
-    SELECT c.job_id, c.call_id FROM stage_due_calls(%(stage)s, 0, 1, false) AS c
-    WHERE {IS_OVER}"""
+# Gives up the call that a claim of this stage would take first.
 GIVE_UP_FIRST = """
-UPDATE stage_calls SET due_at = 'infinity', worker = NULL, last_error = left(%(error)s, 500)
-WHERE (job_id, call_id) = ({first})
-RETURNING job_id::text, call_id, attempts AS attempt, stage, table_name
+WITH due AS ({due})
+UPDATE stage_calls AS c
+SET due_at = 'infinity', worker = NULL, last_error = left(%(error)s, 500)
+FROM due WHERE c.job_id = due.job_id AND c.call_id = due.call_id
+RETURNING c.job_id::text, c.call_id, c.attempts AS attempt, c.stage, c.table_name
 """
 
 
-def give_up_first(conn, wanted: Wanted, worker: str, error: str) -> list[Result]:
+def give_up_first(
+    conn, wanted: Wanted, worker: str, error: str, sweep: bool = False
+) -> list[Result]:
     """Give up the first due call of a stage, which cannot be claimed; as a result, where there is
     one.
     """
-    sql = GIVE_UP_FIRST.format(first=FIRST_IN_ORDER if wanted.ordered else FIRST)
-    given = {"stage": wanted.stage, "since": wanted.since or "-infinity", "error": error}
+    sql = GIVE_UP_FIRST.format(due=DUE_IN_ORDER if wanted.ordered else DUE)
+    given = {**as_arrays([wanted]), "free": 1, "sweep": sweep, "error": error}
     rows = execute(conn, sql, given).fetchall()
     for row in rows:
         name = row_name(row.table_name, row.job_id)

@@ -405,6 +405,22 @@ def test_call_whose_lease_another_turn_is_extending_is_not_taken_over(database, 
     assert (again.key, again.taken_over) == (row.key, True)
 
 
+@pytest.mark.parametrize("ordered", [False, True])
+def test_only_a_call_that_a_claim_would_take_is_given_up(database, conn, ordered):
+    planned, held_up = database.add_job(), database.add_job("overlay")
+    database.rows("UPDATE stage_calls SET run_after = now() + '1 day' WHERE job_id = %s", planned)
+    assert claim_many(conn, 1, only=planned).claimed  # by a person, and lost
+    database.rows(LEASE_OVER)
+    database.rows("UPDATE pipeline_stages SET held_until = 'infinity' WHERE stage = 'vlm_judge'")
+    for one in wanted(["vlm_analyze", "vlm_judge"], ordered=ordered):
+        assert one_by_one.give_up_first(conn, one, "w", "cannot be claimed") == []
+    database.rows("UPDATE stage_calls SET run_after = NULL")
+    [one] = wanted(["vlm_analyze"], ordered=ordered)
+    [given_up] = one_by_one.give_up_first(conn, one, "w", "cannot be claimed")
+    assert (given_up.job_id, given_up.attempt) == (planned, 1)
+    assert database.owed(planned).given_up and not database.owed(held_up).given_up
+
+
 def test_ending_leases_waits_for_none_that_another_listener_is_extending(database, conn):
     for _ in range(2):
         database.add_job()
