@@ -385,7 +385,8 @@ DUE = f"""
         FOR UPDATE OF c SKIP LOCKED) AS open
     LIMIT %(free)s"""
 
-# The same by stage_due_calls() of schema.sql: in the order of priorities and of tenants.
+# The same by stage_due_calls() of schema.sql: in the order of priorities and of tenants. That of an
+# earlier install does not ask IS_OVER.
 DUE_IN_ORDER = f"""
     SELECT open.*, wanted.lease, wanted.stage
     FROM {WANTED}

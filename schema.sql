@@ -259,8 +259,8 @@ $do$;
 -- highest priority, and of these those of one tenant after the other, where the stage is fair, else
 -- the one that is due longest. Used by the claim where a stage or a table declares such a thing.
 -- a_skip and a_most: passes so many by, and then returns so many. The statements are written so
--- that each of their conditions serves an index in a plan for any values, too; see UNDER_WAY in
--- calls.py for the leases.
+-- that each of their conditions serves an index in a plan for any values, too; see UNDER_WAY and
+-- IS_OVER in calls.py for the leases.
 CREATE OR REPLACE FUNCTION stage_due_calls(a_stage text, a_skip integer, a_most integer,
                                            a_sweep boolean)
 RETURNS SETOF stage_calls LANGUAGE plpgsql SET search_path FROM CURRENT AS $body$
@@ -303,6 +303,15 @@ BEGIN
                                     AND l.stage || '' = c.stage
                                     AND l.leased_until + interval '0' > now()
                                   OFFSET 0)
+                  AND (c.worker IS NULL
+                       OR NOT EXISTS (SELECT FROM stage_leases AS l
+                                      WHERE l.call_id = c.call_id AND l.attempt = c.attempts
+                                        AND l.job_id = c.job_id
+                                      OFFSET 0)
+                       OR EXISTS (SELECT FROM stage_leases AS l
+                                  WHERE l.call_id = c.call_id AND l.attempt = c.attempts
+                                    AND l.job_id = c.job_id AND l.leased_until <= now()
+                                  FOR UPDATE SKIP LOCKED))
                 ORDER BY c.due_at LIMIT a_skip + a_most - cardinality(chosen)
                 FOR UPDATE OF c SKIP LOCKED
             LOOP
@@ -355,6 +364,15 @@ BEGIN
                                 AND l.stage || '' = c.stage
                                 AND l.leased_until + interval '0' > now()
                               OFFSET 0)
+              AND (c.worker IS NULL
+                   OR NOT EXISTS (SELECT FROM stage_leases AS l
+                                  WHERE l.call_id = c.call_id AND l.attempt = c.attempts
+                                    AND l.job_id = c.job_id
+                                  OFFSET 0)
+                   OR EXISTS (SELECT FROM stage_leases AS l
+                              WHERE l.call_id = c.call_id AND l.attempt = c.attempts
+                                AND l.job_id = c.job_id AND l.leased_until <= now()
+                              FOR UPDATE SKIP LOCKED))
             ORDER BY c.due_at LIMIT 1
             FOR UPDATE OF c SKIP LOCKED;
             CONTINUE WHEN NOT FOUND;

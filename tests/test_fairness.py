@@ -242,6 +242,24 @@ def test_call_by_hand_that_is_lost_waits_for_its_time_again(site, run_command):
     assert (judge["due"], judge["planned"]) == (0, 1)
 
 
+@pytest.mark.parametrize(("step", "stage"), [("img_gen", "vlm_analyze"), ("overlay", "vlm_judge")])
+def test_call_whose_lease_is_being_extended_keeps_no_other_waiting(site, step, stage):
+    add(site, step, "acme")
+    given = {"stages": [stage], "ordered": True}
+    with connected(site) as conn:
+        [lost] = claim_many(conn, 1, **given).claimed
+        site.rows(LEASE_OVER)
+        add(site, step, "acme")
+        with site.connect() as extending:
+            extending.autocommit = False
+            extending.cursor().execute("UPDATE stage_leases SET leased_until = now() + '1 minute'")
+            [other] = claim_many(conn, 1, **given).claimed
+            extending.rollback()
+        assert other.key != lost.key
+        [again] = claim_many(conn, 1, **given).claimed
+    assert (again.key, again.taken_over) == (lost.key, True)
+
+
 def test_call_that_cannot_be_claimed_is_given_up_and_none_of_lower_priority(site):
     add(site, "overlay", "healthy")
     add(site, "overlay", "poisoned", priority=10)
