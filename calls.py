@@ -469,6 +469,10 @@ SELECT {LOCKED} AS locked, now() AS asked_at,
        EXISTS (SELECT FROM stage_attempts AS a
                WHERE a.job_id = claimed.job_id AND a.call_id = claimed.call_id
                  AND a.outcome = 'succeeded') AS accepted,
+       claimed.worker_before IS NOT NULL AND EXISTS (
+            SELECT FROM stage_attempts AS a
+            WHERE a.job_id = claimed.job_id AND a.call_id = claimed.call_id
+              AND a.attempt = claimed.attempts - 1 AND a.outcome = 'failed') AS was_given_up,
        CASE WHEN claimed.join_of <> '' THEN (
             SELECT a.outcome FROM stage_attempts AS a
             WHERE a.job_id = claimed.job_id AND a.call_id = claimed.call_id
@@ -515,6 +519,7 @@ class Claimed(NamedTuple):
     is_complete: of a join: all rows of the parent are in its state.
     owed: the row is still in the state that owes it.
     accepted: an attempt before was.
+    was_given_up: by the attempt before, but the row was locked when that was settled.
     outcome_before: of a join: the outcome of the attempt before.
     after_hold: its stage was held before.
     routed_to: the stage that the state leads to, as the database knows PIPELINE; None: to none.
@@ -543,6 +548,7 @@ class Claimed(NamedTuple):
     is_complete: bool | None
     owed: bool
     accepted: bool
+    was_given_up: bool
     outcome_before: str | None
     after_hold: bool
     routed_to: str | None

@@ -95,6 +95,10 @@ class Checks:
         known = self.accepted.get(identity(row), 0)
         if ended := end_unmade(conn, call, row, known):
             return Checked(ended=ended)
+        if row.was_given_up:
+            ended = given_up(call, error_before(conn, row))
+            ended.is_told = True
+            return Checked(ended=ended)
         if checked := self.after_failed(conn, call, row):
             return checked
         if row.join_of:

@@ -27,7 +27,7 @@ from trigger import boottime
 log = logging.getLogger("listener.settling")
 
 # Seconds for which a process that ends waits for the row of a failed call that its stage holds:
-# otherwise a call that was given up would be made again after its lease.
+# otherwise the call would have to wait for the end of its lease.
 LOCKED_FOR = 5.0
 # Results are dropped after so many tries in a database that does not know this PIPELINE and
 # refuses them.
@@ -58,7 +58,7 @@ class Unwritten:
 
     @property
     def locked_failures(self) -> list[Result]:
-        """Locked results of failed calls, which would be made again if the listener ended now."""
+        """Locked results of failed calls, which would wait for their leases if it ended now."""
         return [result for result in self.locked if result.is_failure]
 
     def begin_to_leave(self) -> None:

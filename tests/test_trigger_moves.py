@@ -5,7 +5,7 @@ the stage that answered has not committed yet.
 from contextlib import closing
 
 import pytest
-from claims import LEASE_OVER
+from claims import LEASE_OVER, make_due
 from raw_server import in_turn
 
 SKIPPED = "Job 상태가 변경되어 스킵"
@@ -184,3 +184,21 @@ def test_leaving_keeps_the_call_from_being_made_again(database, accepting, calle
     assert second.claim() is None
     assert [a.outcome for a in database.attempts(job)] == ["succeeded", "skipped"]
     assert len(accepting.requests) == 1 and "이미 수락된 호출" in second.lines[0]
+
+
+def test_call_that_was_given_up_before_a_rollback_waits_for_a_person(
+    database, serve, caller, stage
+):
+    server = serve(in_turn(b"HTTP/1.1 422 No\r\nContent-Length: 0\r\n\r\n"))
+    job = answer_before_commit(database, stage, caller(server.url))
+    stage.rollback()
+    database.rows(LEASE_OVER)
+    second = caller(server.url, name="second")
+    assert second.claim() is None and len(server.requests) == 1
+    assert second.listener.alerts.episodes == {}  # the first one has told people
+    assert database.owed(job).given_up and database.owed(job).last_error == "HTTP 422"
+    assert [a.outcome for a in database.attempts(job)] == ["failed", "failed"]
+    make_due(second.conn, job)
+    for _ in ("retried", "lost"):
+        assert second.claim()
+        database.rows(LEASE_OVER)
