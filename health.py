@@ -57,10 +57,21 @@ class StageHealth:
 
     def most(self, stage: str, free: int, under_way: list[Call]) -> int:
         """How many calls of `stage` may begin: one at a time if it is silent or wrong."""
-        health = self.of[stage]
-        if health.is_wrong or health.unanswered >= UNANSWERED:
+        if self.why_one(stage):
             return 0 if any(call.stage == stage for call in under_way) else 1
         return free
+
+    def why_one(self, stage: str) -> str | None:
+        """Why `stage` gets one call at a time; None where it does not."""
+        health = self.of[stage]
+        if health.is_wrong:
+            return "refuses every job"
+        return "does not answer" if health.unanswered >= UNANSWERED else None
+
+    def kept(self, under_way: list[Call]) -> str:
+        """Of which stages no call begins until that under way has ended, and why; "": of none."""
+        stages = dict.fromkeys(call.stage for call in under_way)
+        return ", ".join(f"{stage} {why}" for stage in stages if (why := self.why_one(stage)))
 
     def revise(self, call: Call, ended: Result) -> Result:
         """Note how a call has ended; its result, changed where other calls show that the stage is

@@ -42,7 +42,7 @@ from claiming import Claiming, is_clock_set_back
 from health import StageHealth
 from heartbeat import Heartbeat
 from looks import Failing, JoinLook, MoveLook
-from ops.listeners import NO_CALL, OTHER_PIPELINE
+from ops.listeners import NO_CALL, ONE_CALL, OTHER_PIPELINE
 from ops.rows import TABLE, RowCommand
 from ops.stage import StageName
 from ops.text import Text
@@ -482,6 +482,8 @@ class Listener:
             doing = NO_CALL + undone
         else:
             doing = "making calls" if self.workers.calls else "waiting for a job to change"
+            if kept := self.health.kept(self.workers.calls):
+                doing += f"; {ONE_CALL}{kept}"
         return f"{OTHER_PIPELINE}; {doing}" if self.upkeep.differs_since is not None else doing
 
     def run_beside(self, conn: db.Connection | None = None) -> None:

@@ -13,6 +13,8 @@ OTHER_PIPELINE = "PIPELINE differs, restart it"
 # It begins with this where the listener can claim no call of some stages, or where its looks at
 # joins or at moves fail; then what cannot be done, and why, follows. OTHER_PIPELINE comes first.
 NO_CALL = "no call can be "
+# It ends with this and the stages that get one call at a time, each followed by the reason.
+ONE_CALL = "one call at a time, as "
 
 # The sessions of listeners, or of calls by hand, in all databases of this server. PostgreSQL cuts
 # an application_name at the length of an identifier. One without a schema belongs to a call by
@@ -108,6 +110,7 @@ def listeners(conn, settings: SimpleNamespace) -> list[dict[str, Any]]:
                 "heartbeat": beat and beat.state,
                 "seconds": beat.seconds if beat else since.get(name, hand and hand.seconds),
                 "doing": "a call by hand" if hand else doing(beat, name in since, ours),
+                "one_at_a_time": one_at_a_time(beat),
                 "calls": ours,
             }
         )
@@ -127,6 +130,16 @@ def refused(found: list[dict[str, Any]]) -> list[str]:
     """What listeners() has said of calls that cannot be claimed, recorded or ended, each once."""
     parted = (row["doing"].partition(NO_CALL) for row in found if row["heartbeat"] == ALIVE)
     return sorted({NO_CALL + what for _, begins, what in parted if begins})
+
+
+def one_at_a_time(beat: Beat | None) -> dict[str, str]:
+    """The stages of which this listener makes one call at a time, and why; a heartbeat names them
+    while that call is under way.
+    """
+    if beat is None or beat.state != ALIVE or ONE_CALL not in beat.doing:
+        return {}
+    said = beat.doing.partition(ONE_CALL)[2].split(", ")
+    return {stage: why for stage, _, why in (one.partition(" ") for one in said)}
 
 
 def doing(beat: Beat | None, is_connected: bool, calls: list[dict[str, Any]]) -> str:

@@ -73,6 +73,11 @@ def look(conn, settings: SimpleNamespace) -> dict[str, Any]:
     for row in stages:
         row |= {name: declared.get(row["stage"], {}).get(name) for name in LIMIT_FIELDS}
     resting_problem = add_resting(conn, stages)
+    found = listeners(conn, settings)
+    for row in stages:
+        name = row["stage"]
+        row["one_at_a_time"] = {one["listener"]: one["one_at_a_time"][name]
+                                for one in found if name in one["one_at_a_time"]}  # fmt: skip
     problem = None
     try:
         check_triggers(conn, settings)
@@ -103,7 +108,7 @@ def look(conn, settings: SimpleNamespace) -> dict[str, Any]:
         "calls_per_minute": round(sum(row["calls_last_hour"] for row in stages) / 60, 1),
         "stages": stages,
         "pools": [row._asdict() for row in pools(conn)],
-        "listeners": listeners(conn, settings),
+        "listeners": found,
         "heartbeat_problem": heartbeats_here(settings)[1],
     }
 
@@ -272,6 +277,8 @@ def notes(row: dict[str, Any]) -> Iterator[Line]:
         parts.append(f"last error: {row['retry_error']}")
     if parts:
         yield plain("; ".join(parts)), YELLOW if row["held_until"] else 0
+    for listener, why in row["one_at_a_time"].items():
+        yield plain(f"{why}, so {listener} makes one call of it at a time"), 0
     yield from ((plain(words), 0) for words in limit_words(row))
     if row["planned"]:
         first = f"the first for {clock(row['planned_at'])}"

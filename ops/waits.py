@@ -80,25 +80,30 @@ def waits(conn, row: Any) -> dict[str, Waits]:
     Left out are calls that a listener is making, that were given up, or that wait only for an idle
     worker; a call that got no answer, or was taken with 202, is not.
     """
-    found = {call.join_of: why(row, call) for call in owed(conn, row)}
-    taken_by_nobody = [join for join, waiting in found.items() if waiting is NOBODY]
-    if taken_by_nobody:
-        found |= dict.fromkeys(taken_by_nobody, taker(conn))
+    calls = owed(conn, row)
+    found = {call.join_of: why(row, call) for call in calls}
+    if taken_by_nobody := [call for call in calls if found[call.join_of] is NOBODY]:
+        there = [one for one in listeners(conn, config.settings()) if one["connected"]]
+        found |= {call.join_of: taker(there, call.stage) for call in taken_by_nobody}
     return {join: waiting for join, waiting in found.items() if waiting}
 
 
 NOBODY = Waits("no listener is connected", pipeline.JSL)
 
 
-def taker(conn) -> Waits | None:
+def taker(there: list[dict[str, Any]], stage: str) -> Waits | None:
     """Why no listener may take a call that nothing else keeps: those that are connected may all
-    have another PIPELINE, which may lack its stage.
+    have another PIPELINE, which may lack its stage, or make one call of the stage at a time.
     """
-    there = [row for row in listeners(conn, config.settings()) if row["connected"]]
     if not there:
         return NOBODY
+    names = ", ".join(row["listener"] for row in there)
     if all(OTHER_PIPELINE in row["doing"] for row in there):
-        return Waits(f"{', '.join(row['listener'] for row in there)}: {OTHER_PIPELINE}")
+        return Waits(f"{names}: {OTHER_PIPELINE}")
+    if all(stage in row["one_at_a_time"] for row in there):
+        why = there[0]["one_at_a_time"][stage]
+        one = "makes" if len(there) == 1 else "each make"
+        return Waits(f"{stage} {why}, so {names} {one} one call of it at a time")
     return None
 
 

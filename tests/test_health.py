@@ -52,6 +52,7 @@ def test_wrong_answer_to_several_jobs_is_about_the_stage(database, serve, caller
     assert worker.listener.health.most("vlm_analyze", 8, []) == 1
     under_way = [SimpleNamespace(stage="vlm_analyze")]
     assert worker.listener.health.most("vlm_analyze", 8, under_way) == 0
+    assert worker.listener.health.kept(under_way) == "vlm_analyze refuses every job"
 
 
 def test_stage_without_an_answer_is_said_to_be_called_one_at_a_time(database, serve, caller):

@@ -17,7 +17,7 @@ from waiting import LISTENERS, PATIENCE, gate, until, wait_for_call, wait_until_
 
 import db
 import troubles
-from demo.stage_api import StageApi
+from demo.stage_api import Answer, StageApi
 from heartbeat import Heartbeat, heartbeats
 from ops.limits import limits
 from ops.migrations import LATEST
@@ -382,6 +382,28 @@ def test_heartbeats_that_cannot_be_read_are_said_so_and_left_out(database, run_c
     assert why.startswith("the heartbeats cannot be read: [Errno 36] File name too long: ")
     waits = run_command(database, "job", job, **unreadable).lines[-1]
     assert waits == "overlay waits: no listener is connected; ./jsl"
+
+
+def test_stage_that_gives_no_answer_is_shown_to_get_one_call_at_a_time(
+    database, api, listener, run_command, tmp_path
+):
+    api.on("vlm_analyze", lambda request: Answer(504))
+    process = listener(database, api=api)
+    [database.add_job() for _ in range(2)]
+    process.wait_for_line("응답하지 않는 단계")
+    with gate(api) as opened:
+        called = database.add_job()
+        wait_for_call(api, called)
+        other = database.add_job()
+        [beat] = heartbeats(str(tmp_path / "heartbeats"))
+        said = f"vlm_analyze does not answer, so {beat.listener} makes one call of it at a time"
+        waits = f"vlm_analyze waits: {said}"
+        until(lambda: waits in run_command(database, "job", other).lines, "job says why it waits")
+        shown = status(run_command, database)
+        check = run_command(database, "check")
+        opened.set()
+    assert said.replace(" ", "  ", 1) in shown.rest
+    assert "; one call at a time, as vlm_analyze does not answer" in check.out
 
 
 def test_call_by_hand_is_shown_as_one(database, api, run_command):
