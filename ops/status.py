@@ -20,6 +20,7 @@ from heartbeat import ALIVE
 from ops import migrations
 from ops.limits import LIMIT_FIELDS, limits
 from ops.listeners import heartbeats_here, listeners, none_connected, refused
+from ops.misplaced import misplaced
 from ops.pools import pools
 from ops.problem import IF_NEWER, INSTALL, Problem
 from ops.resting import resting
@@ -78,12 +79,7 @@ def look(conn, settings: SimpleNamespace) -> dict[str, Any]:
         name = row["stage"]
         row["one_at_a_time"] = {one["listener"]: one["one_at_a_time"][name]
                                 for one in found if name in one["one_at_a_time"]}  # fmt: skip
-    problem = None
-    try:
-        check_triggers(conn, settings)
-    except Bad as bad:
-        more = f"; {len(bad.others)} more" if bad.others else ""
-        problem = f"{bad}{more} → {bad.mend}"
+    problem = triggers_problem(conn, settings)
     return {
         "at": datetime.now().astimezone(),
         "error": None,
@@ -121,6 +117,20 @@ def schema(conn) -> tuple[int | None, str | None]:
         return migrations.version(conn), migrations.refusal(conn)
     except psycopg2.errors.InsufficientPrivilege:
         return None, None
+
+
+def triggers_problem(conn, settings: SimpleNamespace) -> str | None:
+    """What keeps the triggers from recording calls, or from hanging on jobs, and what to do about
+    it, in the words of `verify`.
+    """
+    for what, mend in misplaced(conn):
+        return f"{what} → {mend}"
+    try:
+        check_triggers(conn, settings)
+    except Bad as bad:
+        more = f"; {len(bad.others)} more" if bad.others else ""
+        return f"{bad}{more} → {bad.mend}"
+    return None
 
 
 def routes_problem(conn) -> str | None:

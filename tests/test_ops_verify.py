@@ -253,16 +253,20 @@ PLACES = [
 ]
 
 
-def test_jobs_that_is_elsewhere_is_the_only_problem_and_all_tell_the_same(database, api):
+def test_jobs_that_is_elsewhere_is_the_only_problem_and_all_tell_the_same(
+    database, api, run_command
+):
     for sql, what, mend in PLACES:
         database.rows(sql)
-        found = [(what, mend.format(database.environ["DB_USER"]))]
-        assert checked(database, STAGE_API_URL=api.url) == found
+        mend = mend.format(database.environ["DB_USER"])
+        assert checked(database, STAGE_API_URL=api.url) == [(what, mend)]
+        said = run_command(database, "status").lines
+        assert f"PROBLEM  {what}" in said and f"       → {mend}" in said
         with closing(db.connect(database.settings())) as conn:
             for does, suffix in ((apply, "; nothing was changed"), (require_installed, "")):
                 with pytest.raises(Problem) as refused:
                     does(conn)
-                assert str(refused.value) == ": ".join(found[0]) + suffix
+                assert str(refused.value) == f"{what}: {mend}{suffix}"
 
 
 def test_column_that_an_earlier_version_lacks_is_for_install(database, run_command):
