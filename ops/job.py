@@ -47,6 +47,15 @@ SELECT table_name, job_id, kind, stage, since, reason FROM resting_rows()
 WHERE (table_name, job_id) IN (SELECT * FROM unnest(%(tables)s::text[], %(keys)s::text[]))
 """
 
+# As in resting_rows(), where a time to come is none.
+RESTS_AT = """
+SELECT greatest(%(accepted_at)s, CASE WHEN {time} <= now() THEN {time} END)
+       + make_interval(secs => coalesce(s.timeout, 600)) AS at
+FROM {table} AS r CROSS JOIN pipeline_stages AS s
+WHERE {id} = %(key)s AND (s.table_name, s.join_of, s.stage) = (%(table)s, '', %(stage)s)
+LIMIT 1
+"""
+
 # --- children and joins --------------------------------------------------------------------
 
 MOST_CHILDREN = 20
@@ -225,6 +234,29 @@ def reason_of(cancelled: Any) -> str:
     return f"cancelled by {cancelled.worker}: {cancelled.error}"
 
 
+class Accepted(NamedTuple):
+    """A call that its stage has accepted, and that has not moved its row on yet."""
+
+    stage: str
+    at: datetime
+    rests_at: datetime
+
+
+def accepted(conn, row: Any, attempts: list) -> Accepted | None:
+    """The call of `row`'s own state, which owes none, where its stage has accepted it."""
+    stage = rows.own_stage(row) if row.is_there and rows.is_readable(row) else None
+    tried = [one for one in attempts if one.stage == stage]
+    last = max(tried, default=None, key=lambda one: one.finished_at)
+    if last is None or last.outcome != "succeeded":
+        return None
+    table = pipeline.tables()[row.table_name]
+    column = rows.time_column(conn, table)
+    sql = RESTS_AT.format(time=f"r.{column}" if column else NO_TIME, **rows.names(conn, table))
+    given = {"key": row.key, "table": row.table_name, "stage": stage}
+    found = db.execute(conn, sql, given | {"accepted_at": last.finished_at}).fetchone()
+    return found and Accepted(last.stage, last.finished_at, found.at)
+
+
 # --- all of it -----------------------------------------------------------------------------
 
 
@@ -241,6 +273,7 @@ class Found(NamedTuple):
     waiting: dict[str, waits.Waits]
     unread: Mapping[str, str]  # tables that cannot be read, and why
     unknown: str | None  # why it is not known which of these rows rest
+    accepted: Accepted | None  # not where it rests
 
     @property
     def problem(self) -> str:
@@ -259,7 +292,9 @@ def look(conn, row: Any, unread: Mapping[str, str]) -> Found:
         dropped += filter(None, [cancelled(row, row.key, attempts)])
     rests |= {(one.table_name, one.job_id): one for one in dropped}
     waiting = waits.waits(conn, row) if owed else {}
-    return Found(row, owed, calling, attempts, below, above, rests, waiting, unread, unknown)
+    is_known = own(owed) or calling or (row.table_name, row.key) in rests or unknown
+    taken = None if is_known or row.is_unread else accepted(conn, row, attempts)
+    return Found(row, owed, calling, attempts, below, above, rests, waiting, unread, unknown, taken)
 
 
 # --- the command ---------------------------------------------------------------------------
@@ -308,6 +343,7 @@ def as_object(found: Found) -> dict[str, Any]:
         "waits": plainly(waiting.get("")),
         "calling": plainly(calling[-1] if calling else None),
         "rests": why and dict(plainly(why) or (), mend=way_out(row, why, above)),
+        "accepted": plainly(found.accepted),
         "joins": [
             one | {"owes": plainly(one["owes"]), "waits": plainly(waiting.get(one["join"]))}
             for one in above
@@ -351,6 +387,9 @@ def place_lines(found: Found) -> Iterator[str]:
     if found.calling and not call:
         under_way = found.calling[-1]
         yield f"called: {under_way.stage} (call {under_way.call_id}), {on_it(under_way)}"
+    if taken := found.accepted:
+        since = f"since {clock(taken.at)} {taken.stage} has not moved it on"
+        yield plain(f"accepted: {since}; from {clock(taken.rests_at)} on it rests")
     if why := found.rests.get((row.table_name, row.key)):
         yield rest_line(row, why, found.above)
     for one in found.above:

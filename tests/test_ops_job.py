@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import uuid
+from datetime import datetime, timedelta
 
 import pytest
 from busy import BEFORE, TIME
@@ -12,6 +13,7 @@ from reports import NOT_KNOWN, ONLY_COUNTED, read
 
 import calls
 from demo.stage_server import Answer
+from ops.table import clock
 
 
 @pytest.fixture
@@ -69,6 +71,30 @@ def test_job_that_may_rest_unseen_is_not_shown_as_calm(database, run_command):
     assert json.loads(run_command(database, "job", job, "--json").out)["problem"] == NOT_KNOWN
     said = read(database, job).section("jobs").one("article").one("ul", "said").all("li")
     assert said[-1].text == NOT_KNOWN
+
+
+def test_job_whose_stage_has_accepted_it_and_left_it_alone_is_not_shown_as_calm(
+    database, run_command
+):
+    """Until it rests: a minute after its last change, where that is later than the answer."""
+    job = database.add_job("planner", "done")
+    with connected(database) as conn:
+        settle(conn, result(claim(conn)))
+    database.rows("UPDATE pipeline_stages SET timeout = 60")
+    database.rows("UPDATE stage_attempts SET finished_at = now() - interval '30 s'")
+    database.rows("UPDATE jobs SET updated_at = now() - interval '20 s'")
+    accepted_at, changed_at = database.row(
+        "SELECT finished_at, updated_at FROM stage_attempts, jobs"
+    )
+    said = run_command(database, "job", job).lines[2]
+    rests_at = changed_at + timedelta(minutes=1)
+    assert said == (f"accepted: since {clock(accepted_at)} overlay has not moved it on; "
+                    f"from {clock(rests_at)} on it rests")  # fmt: skip
+    found = json.loads(run_command(database, "job", job, "--json").out)["accepted"]
+    assert found["stage"] == "overlay" and datetime.fromisoformat(found["rests_at"]) == rests_at
+    database.rows("UPDATE jobs SET updated_at = now() - interval '1 hour'")
+    database.rows("UPDATE stage_attempts SET finished_at = now() - interval '1 hour'")
+    assert run_command(database, "job", job).lines[2].startswith("rests since ")
 
 
 def test_running_job_whose_call_nobody_makes_is_not_shown_as_calm(database, run_command):
