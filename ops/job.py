@@ -62,10 +62,15 @@ MOST_CHILDREN = 20
 NO_TIME = "NULL::timestamptz"
 
 # Rows whose calls were given up come first; of many rows, also others that need a person.
+# The limit is one of rows, as a row that owes several calls is listed once for each.
+NEEDS_PERSON = "(c.due_at = 'infinity') IS TRUE OR {id}::text = ANY (%(resting)s)"
 FIRST = f"""{rows.LISTED}
-WHERE {{parent}} = %(key)s
-ORDER BY ((c.due_at = 'infinity') IS TRUE OR {{id}}::text = ANY (%(resting)s)) DESC, {{id}}, join_of
-LIMIT %(most)s
+WHERE {{id}} IN (
+    SELECT {{id}} FROM {{table}} AS r
+    LEFT JOIN stage_calls AS c ON c.job_id = {{id}} AND c.table_name = {{name}}
+    WHERE {{parent}} = %(key)s
+    GROUP BY 1 ORDER BY bool_or({NEEDS_PERSON}) DESC, 1 LIMIT %(most)s)
+ORDER BY ({NEEDS_PERSON}) DESC, {{id}}, join_of
 """
 
 RESTS_BELOW = """
@@ -75,10 +80,10 @@ WHERE table_name = %(table)s
 """
 
 COUNTED = """
-SELECT r.current_step::text, r.status::text, count(*) AS rows, count(c.stage) AS owed,
+SELECT r.current_step::text, r.status::text, count(DISTINCT {id}) AS rows, count(c.stage) AS owed,
        count(*) FILTER (WHERE c.due_at = 'infinity') AS given_up
 FROM {table} AS r
-LEFT JOIN stage_calls AS c ON c.job_id = {id} AND c.table_name = {name} AND c.join_of = ''
+LEFT JOIN stage_calls AS c ON c.job_id = {id} AND c.table_name = {name}
 WHERE {parent} = %(key)s
 GROUP BY 1, 2 ORDER BY 1, 2
 """
@@ -94,8 +99,9 @@ LEFT JOIN stage_joins AS m ON m.parent_id = %(key)s AND m.join_of = %(join)s
 
 
 def children(conn, row: Any, unread: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The tables whose rows may belong to `row`; for each, the first rows that do, and how many
-    are in which state. Of more than MOST_CHILDREN, those that need a person come first.
+    """The tables whose rows may belong to `row`; for each, the calls of the first rows that do (see
+    first()), and how many are in which state. Of more than MOST_CHILDREN, those that need a person
+    come first.
     """
     found = []
     for child in pipeline.tables().values():
@@ -105,13 +111,23 @@ def children(conn, row: Any, unread: Mapping[str, str]) -> list[dict[str, Any]]:
         given = {"key": row.key, "table": child.name, "most": MOST_CHILDREN + 1}
         states = db.execute(conn, COUNTED.format(**names), given).fetchall()
         resting = []
-        if sum(state.rows for state in states) > MOST_CHILDREN:  # what is not known, resting() says
+        if are_many(states):  # what is not known, resting() says
             below = listed(conn, RESTS_BELOW.format(**names), given, only=child.name)
             resting = [one.job_id for one in below.rows]
         first = FIRST.format(time=NO_TIME, **names)
         of_parent = db.execute(conn, first, given | {"resting": resting}).fetchall()
         found.append({"table": child.name, "rows": of_parent, "states": states})
     return found
+
+
+def are_many(states: list) -> bool:
+    return sum(state.rows for state in states) > MOST_CHILDREN
+
+
+def first(found: list) -> list:
+    """Of rows that children() has found, one more than MOST_CHILDREN maybe, those to be shown."""
+    ids = list(dict.fromkeys(child.job_id for child in found))[:MOST_CHILDREN]
+    return [child for child in found if child.job_id in ids]
 
 
 def rows_of_join(conn, row: Any, name: str) -> Any:
@@ -209,7 +225,7 @@ def cancelled(row: Any, key: str, attempts: list) -> Any:
 
 def cancelled_below(conn, below: list[dict]) -> Iterator[Any]:
     """As cancelled(), of the rows that belong to one and are shown; those with a call left out."""
-    for child in [child for of in below for child in of["rows"][:MOST_CHILDREN]]:
+    for child in [child for of in below for child in first(of["rows"])]:
         if child.stage is None and rows.own_stage(child):
             given = {"key": child.job_id, "table": child.table_name}
             attempts = db.execute(conn, ATTEMPTS, given).fetchall()
@@ -351,7 +367,7 @@ def as_object(found: Found) -> dict[str, Any]:
         "children": [
             {
                 "table": of["table"],
-                "rows": [child_object(child, rests) for child in of["rows"][:MOST_CHILDREN]],
+                "rows": [child_object(child, rests) for child in first(of["rows"])],
                 "states": [plainly(state) for state in of["states"]],
             }
             for of in below
@@ -517,7 +533,7 @@ LONGEST_TOLD = 60
 def child_lines(of: dict[str, Any], rests: dict[tuple, Any]) -> Iterator[str]:
     """The rows that belong to one; of many how many are in which state, and which need a person."""
     shown, title = of["rows"], of["table"]
-    if len(shown) > MOST_CHILDREN:
+    if are_many(of["states"]):
         header = [of["table"], "rows", "owed", "given up"]
         cells = [[f"{s.current_step}, {s.status}", s.rows, s.owed, s.given_up]
                  for s in of["states"]]  # fmt: skip
@@ -526,10 +542,10 @@ def child_lines(of: dict[str, Any], rests: dict[tuple, Any]) -> Iterator[str]:
         title = "needs a person"
     header = [title, "state", "owes"]
     cells = [[child.job_id, f"{child.current_step}, {child.status}", told(child, rests)]
-             for child in shown[:MOST_CHILDREN]]  # fmt: skip
+             for child in first(shown)]  # fmt: skip
     if cells:
         yield from table(header, cells).split("\n")
-    if len(shown) > MOST_CHILDREN:
+    if len(first(shown)) < len(shown):
         yield f"more than {MOST_CHILDREN} rows of {of['table']} need a person"
 
 

@@ -11,9 +11,10 @@ import pytest
 from claims import claim_many, connected, result, settle
 from reports import attempt, read
 from scraping import PREFIX, Scraped
+from test_joins import CROPS, CROPS_TABLE
 from test_ops_status import status
 from test_ops_verify import INSTALL, INSTALL_NEWER, problems
-from variants import TABLE, Variants, stage
+from variants import TABLE, VARIANTS, Variants, install, stage
 from waiting import until
 
 import db
@@ -332,6 +333,28 @@ def test_of_many_rows_those_that_need_a_person_are_named(variants, run_command):
     lines = run_command(database, "job", job, **HERE).lines
     assert [line.split()[0] for line in lines[-21:-1]] == others[:20]
     assert lines[-1] == "more than 20 rows of jobs_variants need a person"
+
+
+def test_rows_that_owe_several_calls_are_counted_as_rows(database, use_pipeline, run_command):
+    use_pipeline({
+        VARIANTS("img_gen", "done"): stage("resize"),
+        CROPS.every("cut", "done"): stage("merge"),
+    })  # fmt: skip
+    variants = install(database, TABLE, CROPS_TABLE)
+    job = database.add_job("x", "y")
+    added = sorted(variants.add(job, "img_gen", "done", 20))
+    database.rows("INSERT INTO crops SELECT gen_random_uuid(), job_variants_id, 'cut', 'done'"
+                  " FROM jobs_variants")  # fmt: skip
+    with connected(database) as conn:
+        joins.look(conn)
+    twenty = run_command(database, "job", job).lines
+    assert [line.split()[0] for line in twenty[3:]] == [one for one in added for _ in range(2)]
+    added = sorted([*added, *variants.add(job, "img_gen", "done")])
+    database.rows("UPDATE stage_calls SET due_at = 'infinity'")
+    said = run_command(database, "job", job).lines
+    assert re.split("  +", said[3]) == ["img_gen, done", "21", "41", "41"]
+    assert list(dict.fromkeys(line.split()[0] for line in said[5:-1])) == added[:20]
+    assert said[-1] == "more than 20 rows of jobs_variants need a person"
 
 
 def test_join_of_a_deleted_job_waits_for_no_row(variants, run_command):

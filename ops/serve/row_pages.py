@@ -50,13 +50,14 @@ def children(found: job.Found) -> Markup:
     parts = []
     for of in found.below:
         if of["rows"]:
+            shown = job.first(of["rows"])
             rows = [
                 [row_link(child.table_name, child.job_id), state(child),
                  job.told(child, found.rests)]
-                for child in of["rows"][: job.MOST_CHILDREN]
+                for child in shown
             ]  # fmt: skip
             counted = sum(one.rows for one in of["states"])
-            about = f"{len(rows)} of {counted} rows of {of['table']}"
+            about = f"{len({child.job_id for child in shown})} of {counted} rows of {of['table']}"
             parts.append(table(["Row", "State", "*Owes"], rows, about))
     return section("rows", "Rows that belong to it", *parts) if parts else Markup("")
 
