@@ -343,7 +343,7 @@ BEGIN
         IF has_schema_privilege(to_regnamespace(%21$L), 'USAGE') IS NOT TRUE%22$s THEN
             is_missing := true;
             RAISE WARNING 'Job State Listener: its tables are missing, or not for role %% to use, so no call is recorded',
-                current_user USING HINT = 'Run: ./jsl install';
+                current_user USING HINT = 'Run: ./jsl verify, which says what to do';
         ELSIF (TG_RELID = %11$s%9$s)
               AND %12$I.stage_column_types('%11$s'::regclass, %13$L) = %14$L THEN%15$s
             EXIT reading;

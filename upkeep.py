@@ -24,7 +24,6 @@ from db import ConnectionLost, execute, in_parts, reasons
 from history import BATCH, log_failure
 from ops import listeners, migrations, routes
 from ops.alarms import called
-from ops.problem import INSTALL
 from ops.resting import parts
 from ops.table import counted
 
@@ -74,8 +73,10 @@ class Upkeep:
         self.failed_tables: list[str] = []  # those that can be read in this round
         self.stalled_errors = 0  # looks for stalled rows in a row that could not read everything
         self.has_told_stalled_unseen = False
-        self.broken: list[str] = []  # triggers that record no call, as last seen
-        self.told_broken: list[str] = []  # the same, as people were last told by this listener
+        self.broken: list[routes.Broken] = []  # triggers that record no call, as last seen
+        self.told_broken: list[
+            routes.Broken
+        ] = []  # the same, as people were last told by this listener
 
         for_people = 0.0 if settings.ALERT_COMMAND else math.inf
         self.clock = Task(self.shorten_waits, CLOCK_INTERVAL)
@@ -157,9 +158,10 @@ class Upkeep:
         was connected first tells people.
         """
         found = sorted(routes.broken_triggers(routes.triggers(conn)))
-        said = "; ".join(found)
+        said = "; ".join(one.what for one in found)
+        mends = "; ".join(dict.fromkeys(one.mend for one in found))
         if found and found != self.broken:
-            log.error("트리거가 호출을 기록하지 않음: %s", said)
+            log.error("트리거가 호출을 기록하지 않음: %s → %s", said, mends)
         self.broken = found
         if found == self.told_broken:
             return
@@ -168,7 +170,7 @@ class Upkeep:
             return
         self.told_broken = found
         if found:
-            text = f"finished stages leave no call: {said}: {INSTALL}, then backfill"
+            text = f"finished stages leave no call: {said}: {mends}; then {pipeline.JSL} backfill"
             self.alerts.send("trigger_broken", text, reason=said)
         else:
             self.alerts.send_recovered("trigger_broken", None, "the triggers record calls again")

@@ -317,25 +317,35 @@ def triggers(conn) -> list:
     return db.execute(conn, TRIGGERS, {"wanted": json.dumps(wanted)}).fetchall()
 
 
-def broken_triggers(rows: Iterable[Any]) -> list[str]:
-    """What keeps calls from being recorded, by the rows of triggers()."""
+class Broken(NamedTuple):
+    """What keeps calls from being recorded, and what lets them be; those that are lost are for
+    `backfill`.
+    """
+
+    what: str
+    mend: str
+
+
+def broken_triggers(rows: Iterable[Any]) -> list[Broken]:
+    """What is broken, by the rows of triggers()."""
     found = []
     for row in rows:
+        trigger, mend = f"trigger {row.name} on {row.table_name}", f"{JSL} install"
         if row.enabled is None:
-            found.append(f"trigger {row.name} is missing on {row.table_name}")
+            what = f"trigger {row.name} is missing on {row.table_name}"
         elif not row.ours:
-            found.append(f"trigger {row.name} on {row.table_name} runs another function")
+            what = f"{trigger} runs another function"
         elif not row.may_use:
-            mend = "; ".join(row.grants or [f"{JSL} install"])
-            what = f"may not use our tables ({mend}, then backfill)"
-            found.append(f"trigger {row.name} on {row.table_name} {what}")
+            what = f"{trigger} may not use our tables"
+            mend = "; ".join(row.grants or [mend])
         elif row.gone:
-            what = f"has no column {', '.join(row.gone)}, so its triggers record no call"
-            found.append(f"{row.table_name} {what}")
+            columns = ", ".join(row.gone)
+            what = f"{row.table_name} has no column {columns}, so its triggers record no call"
         elif not row.is_whole:
-            what = "does not see every change of the state, or of the parent"
-            found.append(f"trigger {row.name} on {row.table_name} {what}")
+            what = f"{trigger} does not see every change of the state, or of the parent"
         elif row.enabled not in ("O", "A"):
-            what = "is disabled, there or on a partition" if row.is_partitioned else "is disabled"
-            found.append(f"trigger {row.name} on {row.table_name} {what}")
+            what = f"{trigger} is disabled" + ", there or on a partition" * row.is_partitioned
+        else:
+            continue
+        found.append(Broken(what, mend))
     return list(dict.fromkeys(found))

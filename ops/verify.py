@@ -254,8 +254,8 @@ def check_others(conn, settings) -> str:
 
 def check_triggers(conn, settings) -> str:
     rows = triggers(conn)
-    if broken := broken_triggers(rows):
-        raise Bad(broken[0], INSTALL, [Bad(each, INSTALL) for each in broken[1:]])
+    if broken := [Bad(what, with_backfill(mend)) for what, mend in broken_triggers(rows)]:
+        raise Bad(str(broken[0]), broken[0].mend, broken[1:])
     quiet = {
         "all": "",
         "owed": ", NOTIFY only where a call is owed",
@@ -268,6 +268,10 @@ def check_triggers(conn, settings) -> str:
     inserted = not any("insert" in row.name for row in rows)
     uncalled = ", not for rows that are inserted" * inserted
     return f"trigger{'s' * (len(rows) > 1)} {'; '.join(enabled)}{uncalled}{quiet}"
+
+
+def with_backfill(mend: str) -> str:
+    return mend if mend == INSTALL else f"{mend}; then {JSL} backfill"  # install names it itself
 
 
 def check_routes(conn, settings) -> str | None:

@@ -118,7 +118,7 @@ def test_missing_tables_let_the_application_through_with_a_warning(
         assert each_database.state(job) == ("img_gen", "done")
         assert [said["status"] for said in subscription.messages()] == ["done"]
     assert "WARNING:  Job State Listener: its tables are missing" in each_database.conn.notices[-1]
-    assert "./jsl install" in each_database.conn.notices[-1]
+    assert "./jsl verify" in each_database.conn.notices[-1]
 
 
 TYPES = [
