@@ -45,6 +45,7 @@ from looks import Failing, JoinLook, MoveLook
 from ops.listeners import NO_CALL, ONE_CALL, OTHER_PIPELINE
 from ops.rows import TABLE, RowCommand
 from ops.stage import StageName
+from ops.table import clock
 from ops.text import Text
 from pipeline import Call
 from settling import Unwritten
@@ -475,7 +476,10 @@ class Listener:
 
     def doing(self, conn: db.Connection | None) -> str:
         """What the heartbeat says while the loop sleeps."""
-        undone = "; ".join(filter(None, (self.claiming.refused, *self.failing.said.values())))
+        refused, seen_at = self.claiming.refused, self.claiming.refused_at
+        if refused and seen_at and not self.workers.idle:  # until one is idle, it asks no more
+            refused += f", as of {clock(seen_at)}"
+        undone = "; ".join(filter(None, (refused, *self.failing.said.values())))
         if conn is None:
             doing = f"{'database away' if self.is_away else 'trying again'}: {self.reason}"
         elif undone:

@@ -38,6 +38,7 @@ import trigger
 from demo.stage_server import Answer
 from listener import LATELY, LONGEST_SLEEP
 from looks import APART_MOST_FOUND, FAILED, Look
+from ops.table import clock
 from pipeline import Pool, Table, limits
 
 STAGE = "vlm_judge"
@@ -286,7 +287,7 @@ def test_sweep_in_parts_finds_calls_that_a_clock_set_back_delays(database, two_t
     assert stages_of_turns(two_tables, 1) == ["vlm_analyze"]
 
 
-def test_table_that_is_locked_keeps_no_call_of_another_waiting(database, two_tables):
+def test_table_that_is_locked_keeps_no_call_of_another_waiting(database, two_tables, monkeypatch):
     with contextlib.closing(database.connect()) as change:
         change.autocommit = False
         change.cursor().execute("LOCK TABLE jobs_variants IN ACCESS EXCLUSIVE MODE")
@@ -299,6 +300,12 @@ def test_table_that_is_locked_keeps_no_call_of_another_waiting(database, two_tab
             assert two_tables.listener.claiming.unclaimable == {"yolo_detect": why}
         two_tables.line("단계의 호출을 가져올 수 없음")
         assert two_tables.listener.next_turn <= time.monotonic() + LONGEST_SLEEP
+        said = f"no call can be claimed of yolo_detect: {why}"
+        assert two_tables.listener.doing(two_tables.conn) == said
+        with monkeypatch.context() as busy:  # until a worker is idle, nobody asks again
+            busy.setattr(two_tables.listener.workers, "all", [])
+            seen_at = clock(two_tables.listener.claiming.refused_at)
+            assert two_tables.listener.doing(two_tables.conn) == f"{said}, as of {seen_at}"
     two_tables.line("한 건씩 다시 시도")  # the second turn did not wait
     two_tables.listener.claiming.sweep_at = 0.0
     assert stages_of_turns(two_tables, 1) == ["yolo_detect"]
