@@ -560,8 +560,8 @@ class Turn:
 
     claimed: of each claim, the one due longest first.
     locked: calls whose row the stage's own transaction holds: settle them again later.
-    asked_at: the database's time of the (first) claim; None: there was none, or one was refused as
-        a whole.
+    asked_at: the database's time of the (first) claim; None: there was none.
+    is_partial: not all was asked for, as a claim was refused as a whole.
     unclaimable: by stage, why no call of it can be claimed.
     limit_locked: by stage, the error of a claim that waited too long for the row of a limit.
     given_up: calls that the database made us give up, which nobody has been told of.
@@ -572,18 +572,13 @@ class Turn:
     claimed: list[Claimed]
     locked: list[int]
     asked_at: datetime | None = None
+    is_partial: bool = False
     unclaimable: dict[str, psycopg2.Error] = field(default_factory=dict)
     limit_locked: dict[str, psycopg2.Error] = field(default_factory=dict)
     given_up: list[Result] = field(default_factory=list)
     refused: list[Result] = field(default_factory=list)
     refusal: psycopg2.Error | None = None
     asked: set[str] = field(default_factory=set)
-
-    def add(self, later: "Turn") -> None:
-        """Add the calls of a later claim of the same turn, and whether it was refused."""
-        self.claimed += later.claimed
-        if later.asked_at is None:
-            self.asked_at = None
 
 
 def settle_and_claim(

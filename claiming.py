@@ -169,14 +169,11 @@ class Claiming:
 
     # --- when to look again ---
 
-    def plan(
-        self, conn: db.Connection, turn: Turn, has_asked: bool, free: int, swept: float | None
-    ) -> None:
+    def plan(self, conn: db.Connection, turn: Turn, free: int, swept: float | None) -> None:
         """Say when to look again, after a turn that had `free` idle workers; and wake the other
         listeners where a pool may have more places.
 
         Args:
-            has_asked: it asked for calls.
             swept: seconds until the next sweep, where this turn was one.
         """
         now = time.monotonic()
@@ -201,7 +198,7 @@ class Claiming:
             self.asks_when = self.is_ordered or now >= self.due_at
             self.claim_at = self.due_at if now < self.due_at else math.inf
             self.found_nothing = not turn.claimed
-        if has_asked and turn.asked_at is None:  # not everything has been asked for
+        if turn.is_partial:
             self.claim_at, self.found_nothing = min(self.claim_at, self.began + LEFT_AFTER), False
 
     def leaves_places(self, stage: str) -> bool:

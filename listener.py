@@ -334,7 +334,7 @@ class Listener:
         self.claim_others(conn, turn, others, free, sweep)
         if sweep and is_clock_set_back(turn):
             self.upkeep.note_clock_set_back()
-        self.claiming.plan(conn, turn, bool(wanted), free, self.sweep_interval if sweep else None)
+        self.claiming.plan(conn, turn, free, self.sweep_interval if sweep else None)
         self.nothing_due = self.claiming.found_nothing and self.join_look.at == math.inf
         return self.to_make(conn, turn, leased_from)  # it may bring the next turn forward
 
@@ -407,15 +407,18 @@ class Listener:
         """Go on to claim while workers are idle, until a claim is refused, which may have taken
         seconds. What is claimed by then is kept, and the next turn begins with what is left.
         """
-        while others and turn.asked_at and len(turn.claimed) < free:
+        while others and not turn.is_partial and len(turn.claimed) < free:
             try:
                 left = free - len(turn.claimed)
-                turn.add(self.at_once_or_one_by_one(conn, [], others.pop(0), left, sweep))
+                later = self.at_once_or_one_by_one(conn, [], others.pop(0), left, sweep)
             except psycopg2.Error:
                 if not turn.claimed:
                     raise
-                turn.asked_at = None
-        if turn.asked_at is None:
+                turn.is_partial = True
+            else:
+                turn.claimed += later.claimed
+                turn.is_partial = later.is_partial
+        if turn.is_partial:
             self.claiming.put_first(others)
 
     def to_make(self, conn: db.Connection, turn: Turn, leased_from: float) -> list[Call]:

@@ -56,7 +56,7 @@ def settle_and_claim(conn, results: Sequence[Result], wanted: Sequence[Wanted], 
     column of its table was renamed, or its table is locked. Where a result is refused for a reason
     that is not its own, nothing is claimed: what came of further calls might be lost as well.
     """
-    done, has_waited = Turn([], []), False
+    done, has_waited = Turn([], [], is_partial=bool(wanted)), False
     for number, result in enumerate(results):
         if isinstance(done.refusal, psycopg2.errors.QueryCanceled):
             done.refused.insert(0, result)  # it may take as long; the next turn tries it first
