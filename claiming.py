@@ -49,7 +49,6 @@ class Claiming:
     sweep_at: claim, and look for what nobody has announced.
     due_at: when the next call will be due; in the past: not known, so the next turn that leaves a
         worker idle asks.
-    found_nothing: the last turn asked for everything, and found nothing to claim.
     """
 
     def __init__(self, settings: SimpleNamespace, health: StageHealth, only: tuple[str, ...]):
@@ -60,7 +59,6 @@ class Claiming:
         self.refused_at: datetime | None = None
         self.limit_locked: set[str] = set()
         self.claim_at = self.sweep_at = self.due_at = 0.0
-        self.found_nothing = False
 
         self.began = 0.0  # of the claims of this turn
         self.asks_when = False  # whether the database is to be asked when the next call is due
@@ -169,12 +167,15 @@ class Claiming:
 
     # --- when to look again ---
 
-    def plan(self, conn: db.Connection, turn: Turn, free: int, swept: float | None) -> None:
+    def plan(self, conn: db.Connection, turn: Turn, free: int, swept: float | None) -> bool:
         """Say when to look again, after a turn that had `free` idle workers; and wake the other
         listeners where a pool may have more places.
 
         Args:
             swept: seconds until the next sweep, where this turn was one.
+
+        Returns:
+            Whether it asked for everything, and found nothing to claim.
         """
         now = time.monotonic()
         if swept is not None:
@@ -184,22 +185,22 @@ class Claiming:
         left = [row.stage for row in turn.claimed if self.leaves_places(row.stage)]
         if left:
             calls.wake_waiting(conn, left)
-        self.found_nothing = False
         was_full, self.was_full = self.was_full, len(turn.claimed) >= free
         if self.was_full:
             self.claim_at = 0.0  # there may be more, as soon as a worker is idle
             if was_full and swept is None:  # there is a queue: begin where this claim ended
                 self.marks |= {row.stage: row.was_due_at for row in turn.claimed}
-        elif self.marks or left:
+            return False
+        if self.marks or left:
             self.claim_at, self.marks = 0.0, {}  # also what is before the marks
-        else:
-            self.asked_at = turn.asked_at
-            # A new call may have to wait for its time, or for a rate.
-            self.asks_when = self.is_ordered or now >= self.due_at
-            self.claim_at = self.due_at if now < self.due_at else math.inf
-            self.found_nothing = not turn.claimed
+            return False
+        self.asked_at = turn.asked_at
+        # A new call may have to wait for its time, or for a rate.
+        self.asks_when = self.is_ordered or now >= self.due_at
+        self.claim_at = self.due_at if now < self.due_at else math.inf
         if turn.is_partial:
-            self.claim_at, self.found_nothing = min(self.claim_at, self.began + LEFT_AFTER), False
+            self.claim_at = min(self.claim_at, self.began + LEFT_AFTER)
+        return not (turn.claimed or turn.is_partial)
 
     def leaves_places(self, stage: str) -> bool:
         """Whether the pool of a claimed call may have more places for its stage: until this claim

@@ -334,8 +334,9 @@ class Listener:
         self.claim_others(conn, turn, others, free, sweep)
         if sweep and is_clock_set_back(turn):
             self.upkeep.note_clock_set_back()
-        self.claiming.plan(conn, turn, free, self.sweep_interval if sweep else None)
-        self.nothing_due = self.claiming.found_nothing and self.join_look.at == math.inf
+        swept = self.sweep_interval if sweep else None
+        found_nothing = self.claiming.plan(conn, turn, free, swept)
+        self.nothing_due = found_nothing and self.join_look.at == math.inf
         return self.to_make(conn, turn, leased_from)  # it may bring the next turn forward
 
     @property

@@ -233,7 +233,7 @@ def test_turn_in_parts_is_soon_followed_by_another(database, caller, monkeypatch
     database.add_job()
     listener.claiming.claim_at = 0.0
     assert listener.settle_and_claim(claiming.conn) == []
-    assert listener.next_turn < time.monotonic() + 2 and not listener.claiming.found_nothing
+    assert listener.next_turn < time.monotonic() + 2 and not listener.nothing_due
     monkeypatch.undo()
     listener.claiming.claim_at = 0.0
     assert len(listener.settle_and_claim(claiming.conn)) == 1
