@@ -153,14 +153,12 @@ class JoinLook(Look):
                     self.rest(began, sum(filter(None, found)))
                 return
             log.error("조인 확인 실패 (%.0f초 후 다시 시도): %s", seconds, db.reasons(failed))
+        elif None in found:  # another listener is looking, and may have begun too early
+            self.rest(began, 0, OTHER_LOOKS)
         else:
-            parents = None if None in found else sum(found)
-            delay = 0.0 if parents else math.inf
-            if parents is None:  # another listener is looking, and may have begun too early
-                delay = OTHER_LOOKS
-            else:
-                self.failing.note_success(self.undone)
-            self.rest(began, parents or 0, delay)
+            self.failing.note_success(self.undone)
+            parents = sum(found)
+            self.rest(began, parents, 0.0 if parents else math.inf)
 
 
 class MoveLook(Look):
