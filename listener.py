@@ -153,7 +153,6 @@ class Listener:
 
     def connect(self) -> db.Connection:
         """A connection to the primary, ready for work."""
-        self.workers.conn = None
         name = db.LISTENER_APPLICATION + self.name
         conn = db.connect(
             self.settings, name, True, self.signals, self.beat_for_host, last=self.target

@@ -143,7 +143,7 @@ class Workers:
         self.settings, self.size = settings, size
         self.signals, self.heartbeat = signals, heartbeat
         self.trigger = Trigger(settings)
-        self.conn: db.Connection | None = None  # the listener's, while there is one
+        self.conn: db.Connection | None = None  # the listener's last one
         self.all: list[Worker] = []
         self.dying: list[int] = []  # pids that were killed and not yet waited for
         self.start_at = 0.0  # time.monotonic() before which no process is started
