@@ -66,9 +66,9 @@ CONNECTING = 100.0
 # Seconds between two tries to settle results whose rows their stages hold, and to give back claims
 # that were not begun.
 AGAIN_EVERY = 1.0
-# A listener whose last claim is older than LATELY (seconds) extends leases that run out. So the
-# others have time to connect and to settle: two of their delays, and RECONNECTING seconds.
+# A listener whose last claim is older than this (seconds) extends leases that run out.
 LATELY = 5.0
+# Seconds that others need to connect and to settle, on top of their delay, which may come twice.
 RECONNECTING = 5.0
 # Seconds for which a statement that was sent on a lost connection may still take effect.
 DOUBTFUL = 600.0
@@ -96,21 +96,20 @@ class Listener:
         self.upkeep = Upkeep(settings, self.name, self.alerts)
 
         self.nothing_due = False  # the last turn found nothing, and no look at joins is pending
-        # By time.monotonic().
-        self.again_at = 0.0  # settle results of locked rows, give back doubtful claims
-        self.doubtful_until = -math.inf  # until then a claim of ours may exist that we do not know
         self.has_unbegun = False  # a claim of ours that was never begun is not given back yet
         self.is_installed = False  # whether the database has this PIPELINE
         self.problem: ops.Problem | None = None  # why this program must not go on
         self.has_told_stop = False  # said, after the first request to stop, what is waited for
         self.reason, self.repeats = "", 0  # of the lost connection
         self.is_away = False  # whether it is lost; else the database has refused a statement
-        self.claimed_at = -math.inf  # time.monotonic() of the last claim that succeeded
-        # time.monotonic() since which no call of any stage could be claimed
-        self.stuck_since: float | None = None
-        self.is_stuck_told = False
+        self.is_stuck_told = False  # said: no call of any stage could be claimed for ALERT_AFTER
         self.target: int | None = None  # which of db.targets() the last connection led to
         self.is_standby_away = False  # said: commits wait for a synchronous standby
+        # By time.monotonic().
+        self.again_at = 0.0  # settle results of locked rows, give back doubtful claims
+        self.doubtful_until = -math.inf  # until then a claim of ours may exist that we do not know
+        self.claimed_at = -math.inf  # of the last claim that succeeded
+        self.stuck_since: float | None = None  # since then no call of any stage could be claimed
 
     # --- connect, work, and once more ---
 
