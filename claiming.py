@@ -43,7 +43,7 @@ class Claiming:
     limits: of every stage.
     order: the stages that are called, the one whose turn it is first.
     unclaimable: by stage, why no call of it can be claimed. Only a sweep asks for these.
-    refused_at: when that was last seen, by the clock of this machine.
+    undone_at: when that was last seen, by the clock of this machine.
     limit_locked: the stages of which a claim last waited too long for the row of a limit.
     claim_at: claim calls that are due.
     sweep_at: claim, and look for what nobody has announced.
@@ -56,7 +56,7 @@ class Claiming:
         self.limits = pipeline.full_limits(settings)
         self.order = [stage for stage in self.limits if not only or stage in only]
         self.unclaimable: dict[str, str] = {}
-        self.refused_at: datetime | None = None
+        self.undone_at: datetime | None = None
         self.limit_locked: set[str] = set()
         self.claim_at = self.sweep_at = self.due_at = 0.0
 
@@ -129,7 +129,7 @@ class Claiming:
         still = {s: error for s, error in turn.limit_locked.items() if s in locked_before}
         self.unclaimable = {s: why for s, why in before.items() if s not in turn.asked}
         for stage, error in (turn.unclaimable | still).items():
-            self.refused_at = datetime.now()
+            self.undone_at = datetime.now()
             self.unclaimable[stage] = why_unclaimable(conn, stage, error)
             if self.unclaimable[stage] != before.get(stage):
                 log.error("단계의 호출을 가져올 수 없음 (%.0f초마다 다시 시도): stage=%s %s",
@@ -154,7 +154,7 @@ class Claiming:
         return 0 < len(self.unclaimable) == len(self.order)
 
     @property
-    def refused(self) -> str:
+    def undone(self) -> str:
         """Of which stages no call can be claimed, and why, "" where there are none; in the order of
         the pipeline, so that all listeners say the same.
         """

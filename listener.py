@@ -147,7 +147,7 @@ class Listener:
             if failure:
                 raise failure
         if self.once and self.claiming.unclaimable and not self.signals.requested:
-            raise psycopg2.Error(f"{NO_CALL}{self.claiming.refused} → {pipeline.JSL} verify")
+            raise psycopg2.Error(f"{NO_CALL}{self.claiming.undone} → {pipeline.JSL} verify")
         log.info("Job State Listener 중지됨: listener=%s", self.name)
 
     def connect(self) -> db.Connection:
@@ -388,7 +388,7 @@ class Listener:
         settled again later.
         """
         if self.claiming.is_none_claimable:
-            self.tell_stuck(NO_CALL + self.claiming.refused)
+            self.tell_stuck(NO_CALL + self.claiming.undone)
         elif turn.refusal is None:
             self.note_success()
         if turn.claimed:  # a turn that writes nothing waits for no standby
@@ -478,10 +478,10 @@ class Listener:
 
     def doing(self, conn: db.Connection | None) -> str:
         """What the heartbeat says while the loop sleeps."""
-        refused, seen_at = self.claiming.refused, self.claiming.refused_at
-        if refused and seen_at and not self.workers.idle:  # until one is idle, it asks no more
-            refused += f", as of {clock(seen_at)}"
-        undone = "; ".join(filter(None, (refused, *self.failing.said.values())))
+        undone, seen_at = self.claiming.undone, self.claiming.undone_at
+        if undone and seen_at and not self.workers.idle:  # until one is idle, it asks no more
+            undone += f", as of {clock(seen_at)}"
+        undone = "; ".join(filter(None, (undone, *self.failing.said.values())))
         if conn is None:
             doing = f"{'database away' if self.is_away else 'trying again'}: {self.reason}"
         elif undone:

@@ -345,7 +345,7 @@ def test_limited_stages_of_a_locked_table_are_known_before_others_have_calls(
         claiming.listener.claiming.order.reverse()  # it depends on what each listener has claimed
         claiming.listener.claiming.sweep_at = 0.0
         assert stages_of_turns(claiming, 1) == []
-        said = claiming.listener.claiming.refused
+        said = claiming.listener.claiming.undone
         assert said.startswith("claimed of yolo_detect, iou_eval: jobs_variants")
         database.add_job()
         assert stages_of_turns(claiming, 1) == ["vlm_analyze"]
