@@ -61,7 +61,7 @@ class Claiming:
         self.claim_at = self.sweep_at = self.due_at = 0.0
 
         self.began = 0.0  # of the claims of this turn
-        self.asks_when = False  # whether the database is to be asked when the next call is due
+        self.is_to_ask = False  # whether the database is to be asked when the next call is due
         self.asked_at: datetime | None = None  # the database's time of the last claim
         self.was_full = False  # the last turn left no worker idle
         self.marks: dict[str, Any] = {}  # by stage: when the last claimed call was due
@@ -196,7 +196,7 @@ class Claiming:
             return False
         self.asked_at = turn.asked_at
         # A new call may have to wait for its time, or for a rate.
-        self.asks_when = self.is_ordered or now >= self.due_at
+        self.is_to_ask = self.is_ordered or now >= self.due_at
         self.claim_at = self.due_at if now < self.due_at else math.inf
         if turn.is_partial:
             self.claim_at = min(self.claim_at, self.began + LEFT_AFTER)
@@ -211,11 +211,11 @@ class Claiming:
 
     def ask_when(self, conn: db.Connection) -> None:
         """Ask when the next call will be due, where a claim found less than there are workers."""
-        if not self.asks_when:
+        if not self.is_to_ask:
             return
         seconds = calls.next_due(conn, self.order, self.asked_at)
         self.due_at = math.inf if seconds is None else time.monotonic() + seconds
-        self.claim_at, self.asks_when = min(self.claim_at, self.due_at), False
+        self.claim_at, self.is_to_ask = min(self.claim_at, self.due_at), False
 
 
 def is_clock_set_back(turn: Turn) -> bool:
