@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from datetime import datetime, timedelta
 from types import SimpleNamespace
-from typing import Any
 
 import psycopg2
 from psycopg2.errors import LockNotAvailable
@@ -64,7 +63,7 @@ class Claiming:
         self.is_to_ask = False  # whether the database is to be asked when the next call is due
         self.asked_at: datetime | None = None  # the database's time of the last claim
         self.was_full = False  # the last turn left no worker idle
-        self.marks: dict[str, Any] = {}  # by stage: when the last claimed call was due
+        self.marks: dict[str, datetime] = {}  # by stage: when the last claimed call was due
         self.marked_at = 0.0  # when `marks` were last dropped
         self.is_ordered = pipeline.is_ordered()
 
