@@ -85,11 +85,11 @@ class Trigger:
         try:
             ended = self.judged(call, call_function(call, self.routes))
             if call.no_answer and ended.outcome in NOTHING_RUNS:
-                return self.raised(call, call.no_answer, by_hand)
+                return self.raised(call, call.no_answer)
             return ended
         except BaseException as error:
             ended = self.raised(call, error, by_hand)
-            posted = self.posted(call, by_hand)
+            posted = self.posted(call)
             if posted is None or error is call.unanswered:
                 return ended
             # "unknown": another request of the stage function may still run. That counts, unless
@@ -100,10 +100,10 @@ class Trigger:
             posted.traceback = self.traceback_of(error)
             return posted
 
-    def posted(self, call: Call, by_hand: bool) -> Result | None:
+    def posted(self, call: Call) -> Result | None:
         """What came of call.post, where that counts whatever the stage function did next."""
         if call.unanswered is not None:
-            return self.raised(call, call.unanswered, by_hand)
+            return self.raised(call, call.unanswered)
         if call.answer is not None:
             ended = self.judged(call, call.answer)
             return None if ended.outcome in ("retry", "failed") else ended
@@ -125,7 +125,7 @@ class Trigger:
             return self.failure(call, "retry", error, http_status=status)
         return self.failure(call, "failed", error, http_status=status)
 
-    def raised(self, call: Call, error: BaseException, by_hand: bool) -> Result:
+    def raised(self, call: Call, error: BaseException, by_hand: bool = False) -> Result:
         """What an exception of the stage function means."""
         if isinstance(error, stage_http.Unreachable):
             return self.failure(call, "held", f"stage API unreachable: {error}", hold=True)
