@@ -379,7 +379,7 @@ class Listener:
                 failures.tell_given_up(self.alerts, given_up)
         self.claiming.note_unclaimable(conn, turn)
         of_all = self.claiming.error_of_all_stages(turn)
-        if of_all and not (turn.claimed or results or self.once):
+        if of_all and not (results or self.once):
             raise of_all  # with `once`, serve() fails at its end
         return turn
 
