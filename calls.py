@@ -7,7 +7,7 @@ import contextlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from operator import attrgetter
@@ -17,6 +17,9 @@ import psycopg2
 from psycopg2.extensions import cursor
 
 from db import WAKE_CHANNEL, Statement, execute, run
+
+# A call_id, and the number of an attempt.
+Attempt = tuple[int, int]
 
 
 @dataclass
@@ -768,12 +771,17 @@ REAP_INTERVAL = 60.0  # seconds between two times that a listener ends leases wh
 # attempt a call is due only after `wait` seconds, as another listener may still have to write that
 # the attempt before was accepted: a frozen server may have run this claim long after it was sent.
 # Where the application has the row of a call locked, its lease stays until the next time; where the
-# row is gone, nothing is owed, and only the lease is deleted.
+# row is gone, nothing is owed, and only the lease is deleted. The claims are named one by one, as
+# this statement, too, may run long after it was sent: then others may be under way.
+HELD = """
+SELECT call_id, attempt FROM stage_leases WHERE worker = %(worker)s AND NOT (unanswered OR working)
+"""
 GIVE_BACK = f"""
 WITH claimed AS (
     SELECT job_id, call_id, attempt FROM stage_leases
     WHERE worker = %(worker)s AND NOT (unanswered OR working)
-      AND call_id <> ALL (%(keep)s::bigint[])
+      AND (call_id, attempt) IN (
+          SELECT * FROM unnest(%(call_ids)s::bigint[], %(attempts)s::integer[]))
 ), open AS (
     SELECT c.job_id, c.call_id FROM stage_calls AS c JOIN claimed USING (job_id, call_id)
     WHERE c.job_id = ANY (ARRAY(SELECT job_id FROM claimed)) AND c.attempts = claimed.attempt
@@ -802,18 +810,28 @@ FROM (SELECT count(*) AS calls FROM ended) AS ended,
 """
 
 
-def give_back(conn, worker: str, keep: Iterable[int], wait: float = 0.0):
+class GivenBack(NamedTuple):
+    """How many claims were given back, and how many are locked by the application."""
+
+    given_back: int = 0
+    locked: int = 0
+
+
+def give_back(conn, worker: str, keep: Collection[Attempt], wait: float = 0.0) -> GivenBack:
     """Free what `worker` claimed and never began.
 
     Args:
-        keep: the calls under way or with a result.
+        keep: what is under way, or has a result.
         wait: seconds until a call that was claimed before is due again, see GIVE_BACK.
-
-    Returns:
-        A row: how many were `given_back`, and how many are `locked` by the application.
     """
-    given = {"worker": worker, "keep": list(keep), "wait": wait}
-    return execute(conn, GIVE_BACK, given).fetchone()
+    held = [tuple(row) for row in execute(conn, HELD, {"worker": worker}).fetchall()]
+    unbegun = [attempt for attempt in held if attempt not in keep]
+    if not unbegun:
+        return GivenBack()
+    call_ids, attempts = zip(*unbegun, strict=True)
+    given = {"worker": worker, "call_ids": [*call_ids], "attempts": [*attempts], "wait": wait}
+    found = execute(conn, GIVE_BACK, given).fetchone()
+    return GivenBack(found.given_back, found.locked)
 
 
 # Deletes leases that have run out: the listener was lost, or an asynchronous stage did not finish

@@ -15,7 +15,7 @@ import joins
 import logs
 import pipeline
 import trigger
-from calls import TAKEN, Claimed, Result
+from calls import TAKEN, Attempt, Claimed, Result
 from db import execute
 from failures import SET_FAILED, reap
 from pipeline import Call, Route
@@ -59,15 +59,15 @@ class Checks:
 
     accepted: by identity(), the attempt that an asynchronous stage has taken; the next one is
         made after its timeout. Infinity: a call that was accepted and is never repeated.
-    may_run: by call_id, until when (trigger.boottime()) a stage may be working that has not
-        answered, or has taken the call.
+    may_run: what has ended and may still be worked on, as its stage has not answered, or has taken
+        it. That is over with its lease, whose end is recorded by whoever reaps it.
     logged: states of another PIPELINE that a line was logged of.
     """
 
     def __init__(self, settings: SimpleNamespace):
         self.settings, self.routes = settings, pipeline.routes()
         self.accepted: OrderedDict[tuple, float] = OrderedDict()
-        self.may_run: OrderedDict[int, float] = OrderedDict()
+        self.may_run: OrderedDict[Attempt, None] = OrderedDict()
         self.logged: set[Route] = set()
 
     def remember(self, call: Call, ended: Result) -> None:
@@ -76,16 +76,11 @@ class Checks:
             attempt = ended.attempt if ended.outcome == TAKEN else math.inf
             self.accepted[identity(call)] = attempt
         if ended.outcome in ("unknown", TAKEN):
-            self.may_run[call.call_id] = call.leased_until
+            self.may_run[call.call_id, call.attempt] = None
+        memory: OrderedDict
         for memory in (self.accepted, self.may_run):
             if len(memory) > REMEMBERED:
                 memory.popitem(last=False)
-
-    @property
-    def running(self) -> list[int]:
-        """The calls that a stage may be working on without one of our workers."""
-        now = trigger.boottime()
-        return [call_id for call_id, until in self.may_run.items() if until > now]
 
     def check(self, conn: db.Connection, call: Call, row: Claimed) -> Checked:
         """What is to be done with the `call` of a claimed `row`."""

@@ -398,7 +398,7 @@ class Listener:
         if any(result.outcome == TAKEN for result in self.unwritten.results):
             self.move_look.ask()  # the row may have moved on before this was written
         self.unwritten.note_settled(turn)
-        self.health.revive(conn, self.unwritten.call_ids)
+        self.health.revive(conn, [result.call_id for result in self.unwritten.all])
 
     def claim_others(
         self, conn: db.Connection, turn: Turn, others: list[list[Wanted]], free: int, sweep: bool
@@ -566,8 +566,9 @@ class Listener:
         """Free what was claimed in our name and never begun: the answer to the claim was lost, or
         the lease was too short for the call. A new primary may not know of calls that have begun.
         """
-        keep = [call.call_id for call in self.workers.calls]
-        keep += [*self.unwritten.call_ids, *self.checks.running]
+        keep = set(self.checks.may_run)
+        keep |= {(call.call_id, call.attempt) for call in self.workers.calls}
+        keep |= {(result.call_id, result.attempt) for result in self.unwritten.all}
         found = calls.give_back(conn, self.name, keep, self.others_need)
         self.has_unbegun = found.locked > 0  # by the application
         if found.given_back:

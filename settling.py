@@ -53,8 +53,8 @@ class Unwritten:
         self.last_tries = 0
 
     @property
-    def call_ids(self) -> list[int]:
-        return [result.call_id for result in (*self.results, *self.locked)]
+    def all(self) -> list[Result]:
+        return [*self.results, *self.locked]
 
     @property
     def locked_failures(self) -> list[Result]:

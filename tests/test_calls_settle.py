@@ -11,6 +11,7 @@ from caller import logged
 from claims import LEASE_OVER, claim, claim_many, held, make_due, result, settle, wanted
 
 import calls
+import db
 import one_by_one
 from ops import Problem
 from settling import Unwritten
@@ -526,11 +527,27 @@ def test_only_own_claims_without_a_result_are_given_back(database, conn):
     for _ in range(3):
         database.add_job()
     kept, lost, others = claim(conn), claim(conn), claim(conn, "another")
-    assert calls.give_back(conn, "w", [kept.call_id]).given_back == 1
+    assert calls.give_back(conn, "w", {(kept.call_id, kept.attempt)}).given_back == 1
     assert database.owed(lost.job_id).worker is None
     assert database.owed(kept.job_id).worker == "w"
     assert database.owed(others.job_id).worker == "another"
     assert settle(conn, result(kept))
+
+
+def test_giving_back_that_runs_late_leaves_what_was_claimed_meanwhile(database, conn, monkeypatch):
+    lost = database.add_job()
+    claim(conn)
+    begun = database.add_job()
+
+    def execute(conn, sql, given):
+        if sql is calls.GIVE_BACK:  # another connection of this listener went on meanwhile
+            assert claim(conn).job_id == begun
+        return db.execute(conn, sql, given)
+
+    monkeypatch.setattr(calls, "execute", execute)
+    assert calls.give_back(conn, "w", set()).given_back == 1
+    assert database.owed(lost).worker is None
+    assert database.owed(begun).worker == "w"
 
 
 def test_lease_of_a_call_without_an_answer_is_not_given_back(database, conn):

@@ -139,8 +139,8 @@ class Pipeline(RuleBasedStateMachine):
     @rule(name=st.sampled_from(LISTENERS))
     def give_back(self, name):
         """The answer of a claim was lost with the connection; what is in hand is kept."""
-        keep = [row.call_id for row in self.held[name]]
-        keep += [row.call_id for who, row in self.late if who == name]
+        keep = [(row.call_id, row.attempt) for row in self.held[name]]
+        keep += [(row.call_id, row.attempt) for who, row in self.late if who == name]
         assert calls.give_back(self.conns[name], name, keep).locked == 0
 
     @rule(outcome=st.sampled_from(sorted(DETAILS)))

@@ -202,6 +202,9 @@ def test_call_whose_end_a_new_primary_forgot_keeps_its_lease(
     database.rows(FORGET)
     calling.listener.give_back(calling.conn)
     assert database.value("SELECT leased_until > now() FROM stage_leases WHERE job_id = %s", job)
+    database.rows(LEASE_OVER)
+    calling.listener.give_back(calling.conn)
+    assert [ended.outcome for ended in calls.reap(calling.conn)] == ["lost"]
 
 
 def test_call_under_way_that_a_new_primary_forgot_is_not_made_beside_itself(
@@ -304,7 +307,7 @@ def test_table_that_is_locked_keeps_no_call_of_another_waiting(database, two_tab
         assert two_tables.listener.doing(two_tables.conn) == said
         with monkeypatch.context() as busy:  # until a worker is idle, nobody asks again
             busy.setattr(two_tables.listener.workers, "all", [])
-            seen_at = clock(two_tables.listener.claiming.refused_at)
+            seen_at = clock(two_tables.listener.claiming.undone_at)
             assert two_tables.listener.doing(two_tables.conn) == f"{said}, as of {seen_at}"
     two_tables.line("한 건씩 다시 시도")  # the second turn did not wait
     two_tables.listener.claiming.sweep_at = 0.0
