@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
@@ -311,6 +312,27 @@ def test_renamed_stage_counts_the_calls_of_its_old_name(database, accepting, cal
     database.move(call.job_id, "new", "done")
     assert [row.stage for row in moves.look(newer.conn)[0]] == ["new"]
     assert newer.claim().job_id == ({first, second} - {call.job_id}).pop()
+
+
+def test_call_that_is_claimed_during_a_rename_counts_under_the_new_name(
+    database, accepting, caller, change
+):
+    change({("x", "done"): working("old")})
+    database.add_job("x")
+    take(caller(accepting.url))
+    database.rows("CREATE TABLE claimed AS TABLE stage_leases; DELETE FROM stage_leases")
+    with database.connect() as claiming, ThreadPoolExecutor() as pool:
+        claiming.autocommit = False
+        claiming.cursor().execute("SELECT FROM stage_limits FOR UPDATE")
+        claiming.cursor().execute("INSERT INTO stage_leases TABLE claimed")
+        renaming = pool.submit(change, {("x", "done"): working("new")})
+        database.wait_for(
+            "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+            " AND datname = current_database())"
+        )
+        claiming.commit()
+        renaming.result()
+    assert database.value("SELECT stage FROM stage_leases") == "new"
 
 
 def test_row_that_runs_under_the_old_name_keeps_its_call(database, accepting, caller, change):
