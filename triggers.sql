@@ -424,7 +424,8 @@ $do$;
 -- Both name the tables of the application, which a constant statement cannot.
 -- A statement that waited while ALTER TABLE rewrote a table sees none of its rows, as its snapshot
 -- is older. Nobody may take that for a deletion: it is refused, and the listener asks again. What
--- pg_class says is of the snapshot, what pg_relation_filenode() says is of now.
+-- pg_class says is of the snapshot, what pg_relation_filenode() says is of now. That is asked in an
+-- IF of its own: a condition that holds a query is run as one, even where its other half is false.
 DO $do$
 DECLARE
     asked    constant jsonb := current_setting('job_state_listener.pipeline')::jsonb;
@@ -455,7 +456,9 @@ BEGIN
     IF a_join = %1$L THEN
         SELECT bool_and((r.current_step::text = %2$L AND r.status::text = %3$L) IS TRUE)
         INTO is_complete FROM %4$I.%5$I AS r WHERE r.%6$I = a_parent%8$s;
-        IF is_complete IS NULL AND %7$s
+        IF is_complete IS NULL THEN
+            IF %7$s
+        END IF;
         RETURN coalesce(is_complete, false);
     END IF;$branch$, r.join_of, r.current_step, r.status, schema, t.name, t.parent_column,
         format(is_stale, format('%I.%I', schema, t.name)),
@@ -475,7 +478,9 @@ BEGIN
         SELECT true, to_jsonb(%2$s), r.current_step::text, r.status::text, %3$s
         INTO is_there, tenant_id, current_step, status, parent_id
         FROM %4$I.%5$I AS r WHERE r.%6$I = an_id%9$s LIMIT 1;
-        IF is_there IS NULL AND %8$s%7$s
+        IF is_there IS NULL THEN
+            IF %8$s
+        END IF;%7$s
     END IF;$branch$, t.name,
         -- Not a join: one that is planned while both tables have one row reads all of both later.
         CASE WHEN t.tenant_column IS NOT NULL THEN format('r.%I', t.tenant_column)

@@ -2,6 +2,7 @@
 
 import re
 from contextlib import closing
+from uuid import uuid4
 
 import psycopg2
 import pytest
@@ -13,6 +14,7 @@ import db
 import history
 import joins
 import leftovers
+import pipeline
 import troubles
 from calls import Result
 
@@ -320,3 +322,25 @@ def test_row_and_its_parent_are_read_by_their_ids(variants):
         for row in database.rows(SOME):
             read = read_by(conn, lambda row=row: db.execute(conn, ask, {"id": row[0]}))
             assert (read["jobs"][2], read["jobs_variants"][2]) == (1, 1)
+
+
+LOCKS = """
+SELECT count(*) FROM pg_locks WHERE pid = pg_backend_pid() AND relation = 'pg_class'::regclass
+"""
+
+
+def test_catalog_is_read_only_for_rows_that_are_gone(variants):
+    """A claim asks where each of its rows is."""
+    job = variants.database.add_job("x")
+    [row] = variants.add(job)
+    [join] = pipeline.joins()
+    asks = {
+        "stage_call_row('jobs', '', %(id)s)": job,
+        "stage_call_row('jobs_variants', '', %(id)s)": row,
+        f"stage_join_is_complete('{join}', %(id)s)": job,
+    }
+    with connected(variants.database) as conn:
+        for ask, there in asks.items():
+            for key, locks in ((there, 0), (str(uuid4()), 1)):
+                cursor = db.execute(conn, f"SELECT {ask}; {LOCKS}", {"id": key})
+                assert cursor.fetchone()[0] == locks, ask
