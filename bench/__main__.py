@@ -45,7 +45,7 @@ def measure(
     for variant in workload.variants:
         table = Table(workload.name, workload.title, variant, workload.metrics)
         tables.append(table)
-        for repetition in range(repetitions):
+        for repetition in range(max(repetitions, workload.repetitions)):
             for peer in peers:
                 if not workload.applies(peer, variant):
                     continue

@@ -11,12 +11,14 @@ class Workload:
     name: for --workload; title and explanation: for the report.
     metrics: the numbers that `run` returns, in the order of the table's columns.
     variants: conditions such as the number of workers; each variant has a table of its own.
+    repetitions: at least so many, where one is not enough to tell the peers apart.
     """
 
     name = ""
     title = ""
     metrics: tuple[Metric, ...] = ()
     variants: tuple[str, ...] = ("",)
+    repetitions = 1
 
     def applies(self, peer: Peer, variant: str) -> bool:
         """Whether the measurement makes sense for this peer."""

@@ -23,6 +23,7 @@ class Hop(Workload):
     name = "hop"
     title = "Hop: an application commits `done`, and the stage's call arrives"
     variants = ("room for 1 call", "room for 32 calls")
+    repetitions = 5
     metrics = (
         Metric("p50", "ms"),
         Metric("p95", "ms"),
