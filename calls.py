@@ -766,16 +766,19 @@ def next_due(conn, stages: Iterable[str], asked_at: datetime | None = None) -> f
 
 REAP_INTERVAL = 60.0  # seconds between two times that a listener ends leases which ran out
 
-# Claims of this listener that it never began: their answer was lost, or their lease would not have
+# The leases of calls that a listener has claimed and that have not ended, as far as the database
+# knows.
+LEASES_OF = """
+SELECT call_id, attempt FROM stage_leases WHERE worker = %(worker)s AND NOT (unanswered OR working)
+"""
+
+# Frees claims that a listener never began: their answer was lost, or their lease would not have
 # covered the call. They are due again, so the other listeners are told to look. From its second
 # attempt a call is due only after `wait` seconds, as another listener may still have to write that
 # the attempt before was accepted: a frozen server may have run this claim long after it was sent.
 # Where the application has the row of a call locked, its lease stays until the next time; where the
-# row is gone, nothing is owed, and only the lease is deleted. The claims are named one by one, as
-# this statement, too, may run long after it was sent: then others may be under way.
-HELD = """
-SELECT call_id, attempt FROM stage_leases WHERE worker = %(worker)s AND NOT (unanswered OR working)
-"""
+# row is gone, nothing is owed, and only the lease is deleted. This, too, may run long after it was
+# sent, when the listener makes other calls over another connection: so it names what it frees.
 GIVE_BACK = f"""
 WITH claimed AS (
     SELECT job_id, call_id, attempt FROM stage_leases
@@ -824,8 +827,8 @@ def give_back(conn, worker: str, keep: Collection[Attempt], wait: float = 0.0) -
         keep: what is under way, or has a result.
         wait: seconds until a call that was claimed before is due again, see GIVE_BACK.
     """
-    held = [tuple(row) for row in execute(conn, HELD, {"worker": worker}).fetchall()]
-    unbegun = [attempt for attempt in held if attempt not in keep]
+    claimed = execute(conn, LEASES_OF, {"worker": worker}).fetchall()
+    unbegun = [tuple(attempt) for attempt in claimed if tuple(attempt) not in keep]
     if not unbegun:
         return GivenBack()
     call_ids, attempts = zip(*unbegun, strict=True)

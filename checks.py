@@ -59,8 +59,8 @@ class Checks:
 
     accepted: by identity(), the attempt that an asynchronous stage has taken; the next one is
         made after its timeout. Infinity: a call that was accepted and is never repeated.
-    may_run: what has ended and may still be worked on, as its stage has not answered, or has taken
-        it. That is over with its lease, whose end is recorded by whoever reaps it.
+    may_run: attempts that their stage may still be working on, as it has not answered, or has taken
+        the call. Their leases end by themselves.
     logged: states of another PIPELINE that a line was logged of.
     """
 
