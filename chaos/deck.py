@@ -47,6 +47,9 @@ KINDS = {
     "restart database, immediate": Kind(faults.restart_database("immediate"), 1, 0.1, 2.5),
     AWAY: Kind(faults.restart_database("immediate"), 1, 60.0, 90.0),
     "stall database network": Kind(faults.network("database", "stall"), 2, 0.5, LEASE + 3),
+    "hold the connections to the database": Kind(
+        faults.network("database", "hold"), 2, db.DEADLINE + 1, db.DEADLINE + 6
+    ),
     "drop database network": Kind(faults.network("database", "drop"), 2, 2.0, 8.0),
     "cut database network": Kind(faults.network("database", "cut"), 2),
     "stall stage network": Kind(faults.network("stage", "stall"), 2, 0.5, LEASE + 1),

@@ -8,10 +8,12 @@ from contextlib import suppress
 
 
 class Link:
-    """One connection: a thread for each direction. deaf: whatever is sent on it is lost."""
+    """One connection: a thread for each direction. passing: set unless it is held back. deaf:
+    whatever is sent on it is lost.
+    """
 
     def __init__(self, proxy: "Proxy", client: socket.socket):
-        self.proxy, self.client = proxy, client
+        self.proxy, self.client, self.passing = proxy, client, proxy.passing
         self.server: socket.socket | None = None
         self.deaf = False
         proxy.links.add(self)  # first, or drop() might miss it
@@ -37,11 +39,11 @@ class Link:
     def pump(self, source: socket.socket, sink: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(1 << 16):
-                self.proxy.passing.wait()
+                self.passing.wait()
                 if not self.deaf:
                     sink.sendall(data)
         # The end of a connection is held back like its data.
-        self.proxy.passing.wait()
+        self.passing.wait()
         self.cut()
 
     def cut(self) -> None:
@@ -74,6 +76,12 @@ class Proxy:
         """Hold everything back; heal() lets it through, late."""
         self.passing.clear()
 
+    def hold(self) -> None:
+        """The same for the present connections; new ones work."""
+        held = threading.Event()
+        for link in list(self.links):
+            link.passing = held
+
     def drop(self) -> None:
         """Lose everything sent on the present connections, and on new ones until heal(); neither
         end is told."""
@@ -85,6 +93,9 @@ class Proxy:
     def heal(self) -> None:
         self.dropping = False
         self.passing.set()
+        for link in list(self.links):
+            held, link.passing = link.passing, self.passing
+            held.set()
 
     def cut(self) -> None:
         """Close all connections on both sides."""

@@ -291,6 +291,21 @@ def test_stalled_network_passes_late_what_was_sent(echo):
     assert echo.far.recv(10) == b"late"
 
 
+def test_connection_that_is_held_passes_late_what_was_sent_and_a_new_one_works(echo):
+    echo.proxy.hold()
+    echo.near.sendall(b"late")
+    near, far = echo.connect()
+    with near, far:
+        near.sendall(b"new")
+        assert far.recv(10) == b"new"
+    echo.far.settimeout(0.1)
+    with pytest.raises(TimeoutError):
+        echo.far.recv(10)
+    echo.proxy.heal()
+    echo.far.settimeout(PATIENCE)
+    assert echo.far.recv(10) == b"late"
+
+
 def test_dropped_connection_is_silent_for_good_and_a_new_one_works(echo):
     echo.proxy.drop()
     echo.near.sendall(b"lost")
