@@ -77,10 +77,10 @@ class Checks:
             self.accepted[identity(call)] = attempt
         if ended.outcome in ("unknown", TAKEN):
             self.may_run[call.call_id, call.attempt] = None
-        memory: OrderedDict
-        for memory in (self.accepted, self.may_run):
-            if len(memory) > REMEMBERED:
-                memory.popitem(last=False)
+        if len(self.accepted) > REMEMBERED:
+            self.accepted.popitem(last=False)
+        if len(self.may_run) > REMEMBERED:
+            self.may_run.popitem(last=False)
 
     def check(self, conn: db.Connection, call: Call, row: Claimed) -> Checked:
         """What is to be done with the `call` of a claimed `row`."""

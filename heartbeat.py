@@ -15,6 +15,7 @@ from pathlib import Path
 log = logging.getLogger("listener.heartbeat")
 
 SIZE = 4096  # bytes, spaces included
+LONGEST = 300  # characters of what a listener is doing, each of which may take twelve bytes
 # Seconds between attempts to make the file, where that fails.
 AGAIN = 1.0
 # Marks our files, as HEARTBEAT_DIR may have files of other programs.
@@ -70,7 +71,7 @@ class Heartbeat:
         elif abs(now + seconds - self.valid_until) < 1.0:
             return  # the file says the same already
         self.valid_until = now + seconds
-        said = {"pid": os.getpid(), "listener": self.path.stem, "doing": doing[:200]}
+        said = {"pid": os.getpid(), "listener": self.path.stem, "doing": doing[:LONGEST]}
         said |= {"since": self.since, "valid_until": self.valid_until, "boot": boot_id()}
         text = json.dumps(said)
         if not self.is_in_place() and now >= self.make_at:

@@ -42,7 +42,7 @@ from claiming import Claiming, is_clock_set_back
 from health import StageHealth
 from heartbeat import Heartbeat
 from looks import Failing, JoinLook, MoveLook
-from ops.listeners import NO_CALL, ONE_CALL, OTHER_PIPELINE
+from ops.listeners import AS_OF, NO_CALL, ONE_CALL, OTHER_PIPELINE
 from ops.rows import TABLE, RowCommand
 from ops.stage import StageName
 from ops.table import clock
@@ -480,7 +480,7 @@ class Listener:
         """What the heartbeat says while the loop sleeps."""
         undone, seen_at = self.claiming.undone, self.claiming.undone_at
         if undone and seen_at and not self.workers.idle:  # until one is idle, it asks no more
-            undone += f", as of {clock(seen_at)}"
+            undone += AS_OF + clock(seen_at)
         undone = "; ".join(filter(None, (undone, *self.failing.said.values())))
         if conn is None:
             doing = f"{'database away' if self.is_away else 'trying again'}: {self.reason}"

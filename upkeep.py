@@ -74,9 +74,7 @@ class Upkeep:
         self.stalled_errors = 0  # looks for stalled rows in a row that could not read everything
         self.has_told_stalled_unseen = False
         self.broken: list[routes.Broken] = []  # triggers that record no call, as last seen
-        self.told_broken: list[
-            routes.Broken
-        ] = []  # the same, as people were last told by this listener
+        self.told_broken: list[routes.Broken] = []  # as people were last told by this listener
 
         for_people = 0.0 if settings.ALERT_COMMAND else math.inf
         self.clock = Task(self.shorten_waits, CLOCK_INTERVAL)

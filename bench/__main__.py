@@ -83,7 +83,8 @@ def broken(tables: list[Table]) -> list[str]:
               type=click.Choice([workload.name for workload in WORKLOADS]))  # fmt: skip
 @click.option("--peer", "only", multiple=True, help="May be repeated; default: all that can run.",
               type=click.Choice([peer.name for peer in PEERS]))  # fmt: skip
-@click.option("--repetitions", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--repetitions", type=click.IntRange(1), default=1, show_default=True,
+              help="At least; a hop is measured five times anyway.")  # fmt: skip
 def main(workloads: tuple[str, ...], only: tuple[str, ...], repetitions: int) -> None:
     """Measure the listener side by side with what people use instead, and report to the terminal
     and to bench/results/; what there is by then, if it is ended by a signal.

@@ -420,7 +420,7 @@ def network(which: str, what: str) -> Callable[..., Context]:
     @contextmanager
     def disturb(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
         proxy: Proxy = getattr(world, f"{which}_proxy")
-        if not proxy.passing.is_set():
+        if not proxy.is_whole:
             raise NotNow
         target.reach, target.slots = which, world.behind
         getattr(proxy, what)()

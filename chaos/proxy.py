@@ -72,6 +72,13 @@ class Proxy:
                 client, _ = self.listening.accept()
                 Link(self, client)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is held back."""
+        return self.passing.is_set() and all(
+            link.passing is self.passing for link in list(self.links)
+        )
+
     def stall(self) -> None:
         """Hold everything back; heal() lets it through, late."""
         self.passing.clear()

@@ -114,8 +114,8 @@ def children(conn, row: Any, unread: Mapping[str, str]) -> list[dict[str, Any]]:
         if are_many(states):  # what is not known, resting() says
             below = listed(conn, RESTS_BELOW.format(**names), given, only=child.name)
             resting = [one.job_id for one in below.rows]
-        first = FIRST.format(time=NO_TIME, **names)
-        of_parent = db.execute(conn, first, given | {"resting": resting}).fetchall()
+        sql = FIRST.format(time=NO_TIME, **names)
+        of_parent = db.execute(conn, sql, given | {"resting": resting}).fetchall()
         found.append({"table": child.name, "rows": of_parent, "states": states})
     return found
 
@@ -263,7 +263,8 @@ def accepted(conn, row: Any, attempts: list) -> Accepted | None:
     stage = rows.own_stage(row) if row.is_there and rows.is_readable(row) else None
     tried = [one for one in attempts if one.stage == stage]
     last = max(tried, default=None, key=lambda one: one.finished_at)
-    if last is None or last.outcome != "succeeded":
+    taken = {one.call_id for one in tried if one.outcome == "succeeded"}
+    if last is None or last.call_id not in taken:
         return None
     table = pipeline.tables()[row.table_name]
     column = rows.time_column(conn, table)

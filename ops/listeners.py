@@ -13,6 +13,8 @@ OTHER_PIPELINE = "PIPELINE differs, restart it"
 # It begins with this where the listener can claim no call of some stages, or where its looks at
 # joins or at moves fail; then what cannot be done, and why, follows. OTHER_PIPELINE comes first.
 NO_CALL = "no call can be "
+# A time may follow: all workers are busy, so the listener has not asked again since.
+AS_OF = ", as of "
 # It ends with this and the stages that get one call at a time, each followed by the reason.
 ONE_CALL = "one call at a time, as "
 
@@ -129,7 +131,8 @@ def none_connected(found: list[dict[str, Any]]) -> str | None:
 def refused(found: list[dict[str, Any]]) -> list[str]:
     """What listeners() has said of calls that cannot be claimed, recorded or ended, each once."""
     parted = (row["doing"].partition(NO_CALL) for row in found if row["heartbeat"] == ALIVE)
-    return sorted({NO_CALL + what for _, begins, what in parted if begins})
+    said = sorted(NO_CALL + what for _, begins, what in parted if begins)
+    return list({what.partition(AS_OF)[0]: what for what in said}.values())
 
 
 def one_at_a_time(beat: Beat | None) -> dict[str, str]:

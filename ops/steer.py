@@ -42,12 +42,12 @@ from pipeline import Call
 
 # Calls that were given up; with --now also calls that wait for their next attempt, and where a row
 # is named also its call for a later run_after. Not calls whose lease is not over, as they may still
-# be under way.
+# be under way, nor those whose last attempt is not settled.
 # A call that its stage has accepted is retried only by its id (see calls.DO_NOT_RETRY).
 ACCEPTED = f"c.last_error LIKE '{DO_NOT_RETRY}%%'"
 RETRIED = f"""
       ({ACCEPTED} AND %(job_id)s IS NULL) IS NOT TRUE
-  AND (c.due_at = 'infinity' OR %(now)s AND c.due_at > now()
+  AND (c.due_at = 'infinity' OR %(now)s AND c.due_at > now() AND c.worker IS NULL
        AND (c.run_after IS NULL OR c.run_after <= now() OR %(job_id)s IS NOT NULL)
        AND NOT EXISTS (
        SELECT FROM stage_leases AS l

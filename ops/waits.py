@@ -17,6 +17,7 @@ WAITS = """
 SELECT c.join_of, c.stage, c.call_id, c.due_at, c.due_at = 'infinity' AS given_up,
        c.due_at > now() AND c.attempts > 0 AS is_later, c.run_after > now() AS is_planned,
        CASE WHEN c.run_after > now() THEN c.run_after END AS run_after, c.last_error,
+       c.worker IS NOT NULL AS is_unsettled,
        c.last_error IS NULL AND c.attempts > 0 AS is_put_off,
        l.worker AS calling, l.call_id <> c.call_id AS is_of_another, l.unanswered, l.working,
        l.leased_until, s.max_running, s.name AS full, slow.next_at, other.pool, other.stays_with,
@@ -135,6 +136,9 @@ def why(row: Any, call: Any) -> Waits | None:
     if call.is_planned:
         until = clock(call.run_after)
         return Waits(f"its row has run_after {until}", rows.typed("retry", row, "--now"))
+    if call.is_later and call.is_unsettled:
+        until = clock(call.due_at)
+        return Waits(f"its row was locked when its last attempt ended; looked at from {until} on")
     if call.is_later and call.is_put_off:
         return Waits(
             "put off by a listener whose PIPELINE does not lead to it: start one that has it"

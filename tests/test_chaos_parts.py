@@ -298,12 +298,13 @@ def test_connection_that_is_held_passes_late_what_was_sent_and_a_new_one_works(e
     with near, far:
         near.sendall(b"new")
         assert far.recv(10) == b"new"
+    assert not echo.proxy.is_whole
     echo.far.settimeout(0.1)
     with pytest.raises(TimeoutError):
         echo.far.recv(10)
     echo.proxy.heal()
     echo.far.settimeout(PATIENCE)
-    assert echo.far.recv(10) == b"late"
+    assert echo.far.recv(10) == b"late" and echo.proxy.is_whole
 
 
 def test_dropped_connection_is_silent_for_good_and_a_new_one_works(echo):

@@ -92,6 +92,12 @@ def test_job_whose_stage_has_accepted_it_and_left_it_alone_is_not_shown_as_calm(
                     f"from {clock(rests_at)} on it rests")  # fmt: skip
     found = json.loads(run_command(database, "job", job, "--json").out)["accepted"]
     assert found["stage"] == "overlay" and datetime.fromisoformat(found["rests_at"]) == rests_at
+    database.rows(
+        "INSERT INTO stage_attempts (job_id, table_name, call_id, attempt, stage, worker,"
+        " started_at, finished_at, outcome) SELECT job_id, table_name, call_id, attempt + 1, stage,"
+        " worker, started_at, finished_at, 'skipped' FROM stage_attempts"
+    )
+    assert run_command(database, "job", job).lines[2] == said
     database.rows("UPDATE jobs SET updated_at = now() - interval '1 hour'")
     database.rows("UPDATE stage_attempts SET finished_at = now() - interval '1 hour'")
     assert run_command(database, "job", job).lines[2].startswith("rests since ")

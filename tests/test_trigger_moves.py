@@ -6,6 +6,7 @@ from contextlib import closing
 
 import pytest
 from claims import LEASE_OVER, make_due
+from commands import run_here
 from raw_server import in_turn
 
 SKIPPED = "Job 상태가 변경되어 스킵"
@@ -192,6 +193,8 @@ def test_call_that_was_given_up_before_a_rollback_waits_for_a_person(
     server = serve(in_turn(b"HTTP/1.1 422 No\r\nContent-Length: 0\r\n\r\n"))
     job = answer_before_commit(database, stage, caller(server.url))
     stage.rollback()
+    said = run_here(database.environ, "retry", job, "--now").refused(1)
+    assert "its row was locked when its last attempt ended; looked at from " in said
     database.rows(LEASE_OVER)
     second = caller(server.url, name="second")
     assert second.claim() is None and len(server.requests) == 1
