@@ -100,8 +100,8 @@ class Wanted(NamedTuple):
 
 PAID = ("succeeded", "skipped")  # outcomes after which nothing is owed any more
 TAKEN = "taken"  # 202 of an asynchronous stage: the call goes on without its worker
-# The beginning of the error of a call that its stage has accepted, and that is shown as given up so
-# that nobody makes it again: see one_by_one.keep_from_repeating().
+# one_by_one.keep_from_repeating() shows an accepted call as given up, so that nobody makes it
+# again. The error of such a call begins with these words.
 DO_NOT_RETRY = "its stage has accepted it, do not retry it"
 
 
@@ -145,7 +145,7 @@ MINE = f"""
         SELECT c.job_id FROM stage_calls AS c WHERE {FENCE}
         LIMIT 1 FOR UPDATE SKIP LOCKED) AS c"""
 
-# The lease of a result, looked up by lists of keys: the comment above MINE says why.
+# The lease of a result. The comment above MINE says why it is found by lists of keys.
 ITS_LEASE = """l.call_id = ANY (ARRAY(SELECT call_id FROM result))
       AND l.job_id = ANY (ARRAY(SELECT job_id FROM result))
       AND l.call_id = r.call_id AND l.attempt = r.attempt AND l.job_id = r.job_id"""
@@ -282,12 +282,11 @@ TELL = Statement("tell", f"SELECT {LOCKED} AS locked, pg_notify('{WAKE_CHANNEL}'
 HURRY = Statement("hurry", "SELECT set_config('lock_timeout', '20ms', true)")
 
 # Extends leases that have run out, or will within %(extend_by)s seconds. A listener that has not
-# claimed lately runs this before it claims. An outage, say, kept it from claiming, and may have
-# kept another listener from writing that calls were accepted: without an extension, these calls
-# would be made again. due_at keeps the first end of the lease. A lease that ends at least
-# %(extend_by)s seconds after that is not extended again, or the call of a lost listener might never
-# be made again. This runs in the transaction of the claim: where the claim fails, no lease is
-# extended.
+# claimed lately runs this before its claim, in the same transaction. What kept it from claiming,
+# such as an outage, may also have kept another listener from writing that its calls were accepted.
+# Without the extension these calls would be made again. due_at stays at the first end of the lease.
+# A lease that ends %(extend_by)s seconds after due_at, or later, is not extended again: else the
+# call of a lost listener might never be made again.
 EXTEND = Statement(
     "extend",
     """
@@ -331,9 +330,9 @@ UNDER_WAY = """
       AND l.leased_until + interval '0' > now()
     OFFSET 0"""
 
-# A claimed call may be taken over only if its lease can be locked, and has run out. Where it cannot
-# be locked, another turn is extending it or settling its call, and has not committed yet. Once it
-# is locked, PostgreSQL checks its newest version.
+# A claimed call may be taken over only if its lease has run out and can be locked. If another
+# transaction has it locked, that one is extending the lease or settling the call. When we get the
+# lock, PostgreSQL checks the newest version of the lease.
 IS_OVER = """
     (c.worker IS NULL
      OR NOT EXISTS (SELECT FROM stage_leases AS l
@@ -388,8 +387,8 @@ DUE = f"""
         FOR UPDATE OF c SKIP LOCKED) AS open
     LIMIT %(free)s"""
 
-# The same by stage_due_calls() of schema.sql: in the order of priorities and of tenants. That of an
-# earlier install does not ask IS_OVER.
+# The same by stage_due_calls() of schema.sql: in the order of priorities and of tenants. IS_OVER is
+# asked once more here, as the function of an earlier install does not ask it.
 DUE_IN_ORDER = f"""
     SELECT open.*, wanted.lease, wanted.stage
     FROM {WANTED}

@@ -424,8 +424,8 @@ $do$;
 -- Both name the tables of the application, which a constant statement cannot.
 -- A statement that waited while ALTER TABLE rewrote a table sees none of its rows, as its snapshot
 -- is older. Nobody may take that for a deletion: it is refused, and the listener asks again. What
--- pg_class says is of the snapshot, what pg_relation_filenode() says is of now. That is asked in an
--- IF of its own: a condition that holds a query is run as one, even where its other half is false.
+-- pg_class says is of the snapshot, what pg_relation_filenode() says is of now. This has an IF
+-- of its own, as PL/pgSQL would run the query of a longer condition for rows that are there, too.
 DO $do$
 DECLARE
     asked    constant jsonb := current_setting('job_state_listener.pipeline')::jsonb;

@@ -83,8 +83,8 @@ WHERE (p.table_name, p.join_of, p.current_step, p.status)
       = (w.table_name, w.join_of, w.current_step, w.status);
 -- A call under way of a renamed stage counts under the limits of the new name, and ends when its
 -- row leaves the stage of that name. A call whose API has set the row to (old name, running) keeps
--- the old name, or it would end at once. The claim of a limited stage has the rows of its limits
--- locked until its leases are there.
+-- the old name, or it would end at once. A claim keeps the limits of its stages locked until it
+-- commits its leases. So wait for these locks, or the next statement does not see such leases.
 SELECT FROM stage_limits ORDER BY name FOR UPDATE;
 UPDATE stage_leases AS l SET stage = mine.after
 FROM (SELECT o.call_id, o.attempt, renamed.after

@@ -47,7 +47,7 @@ SELECT table_name, job_id, kind, stage, since, reason FROM resting_rows()
 WHERE (table_name, job_id) IN (SELECT * FROM unnest(%(tables)s::text[], %(keys)s::text[]))
 """
 
-# As in resting_rows(), where a time to come is none.
+# As in resting_rows(): a time in the future does not count.
 RESTS_AT = """
 SELECT greatest(%(accepted_at)s, CASE WHEN {time} <= now() THEN {time} END)
        + make_interval(secs => coalesce(s.timeout, 600)) AS at
@@ -125,7 +125,7 @@ def are_many(states: list) -> bool:
 
 
 def first(found: list) -> list:
-    """Of rows that children() has found, one more than MOST_CHILDREN maybe, those to be shown."""
+    """Of the calls that children() has found, those of the first MOST_CHILDREN rows."""
     ids = list(dict.fromkeys(child.job_id for child in found))[:MOST_CHILDREN]
     return [child for child in found if child.job_id in ids]
 

@@ -13,7 +13,7 @@ OTHER_PIPELINE = "PIPELINE differs, restart it"
 # It begins with this where the listener can claim no call of some stages, or where its looks at
 # joins or at moves fail; then what cannot be done, and why, follows. OTHER_PIPELINE comes first.
 NO_CALL = "no call can be "
-# A time may follow: all workers are busy, so the listener has not asked again since.
+# A time may follow, when all workers are busy: the listener has not asked again since then.
 AS_OF = ", as of "
 # It ends with this and the stages that get one call at a time, each followed by the reason.
 ONE_CALL = "one call at a time, as "

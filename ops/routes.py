@@ -318,8 +318,8 @@ def triggers(conn) -> list:
 
 
 class Broken(NamedTuple):
-    """What keeps calls from being recorded, and what lets them be; those that are lost are for
-    `backfill`.
+    """What keeps calls from being recorded, and what to run about it. Afterwards `backfill` finds
+    the calls that were not recorded.
     """
 
     what: str
