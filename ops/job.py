@@ -263,8 +263,8 @@ def accepted(conn, row: Any, attempts: list) -> Accepted | None:
     stage = rows.own_stage(row) if row.is_there and rows.is_readable(row) else None
     tried = [one for one in attempts if one.stage == stage]
     last = max(tried, default=None, key=lambda one: one.finished_at)
-    taken = {one.call_id for one in tried if one.outcome == "succeeded"}
-    if last is None or last.call_id not in taken:
+    succeeded = {one.call_id for one in tried if one.outcome == "succeeded"}
+    if last is None or last.call_id not in succeeded:
         return None
     table = pipeline.tables()[row.table_name]
     column = rows.time_column(conn, table)
@@ -310,8 +310,8 @@ def look(conn, row: Any, unread: Mapping[str, str]) -> Found:
     rests |= {(one.table_name, one.job_id): one for one in dropped}
     waiting = waits.waits(conn, row) if owed else {}
     is_known = own(owed) or calling or (row.table_name, row.key) in rests or unknown
-    taken = None if is_known or row.is_unread else accepted(conn, row, attempts)
-    return Found(row, owed, calling, attempts, below, above, rests, waiting, unread, unknown, taken)
+    left = None if is_known or row.is_unread else accepted(conn, row, attempts)
+    return Found(row, owed, calling, attempts, below, above, rests, waiting, unread, unknown, left)
 
 
 # --- the command ---------------------------------------------------------------------------
@@ -404,9 +404,9 @@ def place_lines(found: Found) -> Iterator[str]:
     if found.calling and not call:
         under_way = found.calling[-1]
         yield f"called: {under_way.stage} (call {under_way.call_id}), {on_it(under_way)}"
-    if taken := found.accepted:
-        since = f"since {clock(taken.at)} {taken.stage} has not moved it on"
-        yield plain(f"accepted: {since}; from {clock(taken.rests_at)} on it rests")
+    if left := found.accepted:
+        since = f"since {clock(left.at)} {left.stage} has not moved it on"
+        yield plain(f"accepted: {since}; from {clock(left.rests_at)} on it rests")
     if why := found.rests.get((row.table_name, row.key)):
         yield rest_line(row, why, found.above)
     for one in found.above:
