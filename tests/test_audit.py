@@ -285,6 +285,15 @@ def test_rows_that_rest_are_found_but_not_those_that_wait_for_a_person(shared):
     assert found(run_here(shared.environ, "audit", "--json", "--since", "30m")) == {}
 
 
+def test_call_that_is_due_is_told_and_no_finding(shared):
+    shared.add_job("planner", "done")
+    due_at = "now() - interval '3 days'"
+    [row] = shared.rows(f"UPDATE stage_calls SET due_at = {due_at} RETURNING due_at AS since")
+    done = run_here(shared.environ, "audit")
+    assert done.code == 0
+    assert f"1 due, the oldest since {row.since.astimezone():%F %T}: ./jsl status" in done.lines
+
+
 def test_rows_that_owe_no_call_by_wish_are_no_finding(database):
     assert run_here(database.environ, "install", "--no-insert").code == 0
     database.add_job()
@@ -321,6 +330,8 @@ def test_what_the_history_cannot_tell_is_said(shared):
     assert not any("history begins" in line for line in lines)
     assert any("leaves no trace" in line for line in lines)
     assert any("up to 120 s before that was recorded" in line for line in lines)
+    assert any("nor two calls of one stage for a row" in line for line in lines)
+    assert "- Calls that were lost do not count towards max_running or a pool." in lines
 
 
 def test_span_that_is_still_to_come_is_refused(shared):

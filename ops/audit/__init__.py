@@ -33,7 +33,10 @@ SHOWN = 20  # findings of a kind; the JSON has more
 SPAN = """
 SELECT now() AS until, (SELECT min(finished_at) FROM stage_attempts) AS first,
        (SELECT count(*) FROM stage_attempts WHERE finished_at > %(since)s) AS attempts,
-       (SELECT count(*) FROM stage_calls WHERE due_at = 'infinity') AS given_up
+       (SELECT count(*) FROM stage_calls WHERE due_at = 'infinity') AS given_up,
+       o.due, o.due_since
+FROM (SELECT coalesce(sum(due), 0)::bigint AS due, min(oldest_due_at) AS due_since
+      FROM pipeline_overview) AS o
 """
 
 # Rows that rest. A row without a time of its last change is included, as it may be in the span.
@@ -47,15 +50,18 @@ ORDER BY since NULLS FIRST, job_id
 UNKNOWN = (
     "A row that came to a state without a call and left it again leaves no trace.",
     "A second call of a stage for one row may be of a second arrival, or `again` by a person.",
-    "That a row had left a state is seen only where another of its calls was made meanwhile.",
+    "That a row had left a state is seen only where another of its calls was made meanwhile, and "
+    "had ended or was claimed {blur:.0f} s before.",
     "That a row of a join was missing is seen only where a call of that row was repeated "
     "afterwards or is still owed. A row that was given to another parent since may mislead.",
     "Calls that were under way together for less than {blur:.0f} s are not held against "
-    "max_running or a pool: a claim is dated by the beginning of its transaction.",
+    "max_running or a pool, nor two calls of one stage for a row: a claim is dated by the "
+    "beginning of its transaction. Two attempts of one call are.",
+    "Calls that were lost do not count towards max_running or a pool.",
     "Where a call was lost, or taken with 202 and not finished, its lease may have ended up to "
     "{reaped:.0f} s before that was recorded. A second call in that time is not held against it.",
     "max_attempts, LEASE_MARGIN, per_minute and what has per_minute, fair or linger are taken as "
-    "today's. Where they were changed: --since after that.",
+    "set here and today. Where they were changed: --since after that.",
     "Whether per_tenant, priority, run_after and linger were kept and tenants took turns: the "
     "history has neither tenants nor these columns.",
     "Times are the database's, and a call ends when its result is recorded. Where the clock was "
@@ -184,6 +190,8 @@ def as_dict(done: Audit, redact: Callable[[str], str]) -> dict[str, Any]:
         "findings": [one._replace(text=redact(one.text))._asdict() for one in kept],
         "given_up": done.span.given_up,
         "failed": done.failed,
+        "due": done.span.due,
+        "due_since": done.span.due_since,
         "not_known": list(done.unknown()),
         "problem": redact("; ".join(done.problems)) or None,
     }
@@ -209,6 +217,9 @@ def lines(done: Audit) -> Iterator[str]:
         yield f"{done.span.given_up} given up, for a person: {pipeline.JSL} jobs --given-up"
     if done.failed:
         yield f"{done.failed} failed, for a person: {pipeline.JSL} jobs --failed"
+    if done.span.due:
+        since = at(done.span.due_since)
+        yield f"{done.span.due} due, the oldest since {since}: {pipeline.JSL} status"
     yield "What this history cannot tell:"
     yield from (f"- {line}" for line in done.unknown())
 
