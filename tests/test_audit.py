@@ -204,6 +204,21 @@ def test_more_calls_at_once_than_max_running_are_found_once_the_limit_holds(data
     assert f"number 3 of 2, beside {jobs[0]}, {jobs[1]}" in finding["text"]
 
 
+def test_lost_and_taken_calls_count_for_a_limit_until_their_leases_may_have_been_over(database):
+    database.rows("INSERT INTO stage_limits VALUES ('planner', '{planner}', 1)")
+    forge(database, (1, 1, 0, 1, "succeeded"))  # since then the limit is known to hold
+    for number, began, ended, outcome, status in (
+        (2, 1000, 1140, "lost", None), (3, 1025, 1080, "succeeded", 200),
+        (4, 2000, 2140, "unknown", 202), (5, 2025, 2080, "succeeded", 200),
+    ):  # fmt: skip
+        forge(database, (number, 1, began, ended, outcome, "planner", 1, status))
+    assert audit(database) == {}  # as the leases may have been of 20 s
+    for number, began, outcome, status in ((6, 3000, "lost", None), (7, 5000, "unknown", 202)):
+        forge(database, (number, 1, began, began + 632, outcome, "planner", 1, status))
+        forge(database, (number + 10, 1, began + 500, began + 540, "succeeded"))
+    assert audit(database) == {LIMIT: 2}
+
+
 def test_more_calls_at_once_than_a_pool_has_places_are_found_over_its_stages(database):
     database.rows("INSERT INTO stage_limits VALUES ('gpu', '{planner,overlay}', 1)")
     forge(database, (1, 1, 0, 1, "succeeded"))  # since then the limit is known to hold
@@ -331,7 +346,6 @@ def test_what_the_history_cannot_tell_is_said(shared):
     assert any("leaves no trace" in line for line in lines)
     assert any("up to 120 s before that was recorded" in line for line in lines)
     assert any("nor two calls of one stage for a row" in line for line in lines)
-    assert "- Calls that were lost do not count towards max_running or a pool." in lines
 
 
 def test_span_that_is_still_to_come_is_refused(shared):

@@ -57,9 +57,9 @@ UNKNOWN = (
     "Calls that were under way together for less than {blur:.0f} s are not held against "
     "max_running or a pool, nor two calls of one stage for a row: a claim is dated by the "
     "beginning of its transaction. Two attempts of one call are.",
-    "Calls that were lost do not count towards max_running or a pool.",
     "Where a call was lost, or taken with 202 and not finished, its lease may have ended up to "
-    "{reaped:.0f} s before that was recorded. A second call in that time is not held against it.",
+    "{reaped:.0f} s before that was recorded. Other calls in that time are not held against it, "
+    "nor against a limit.",
     "max_attempts, LEASE_MARGIN, per_minute and what has per_minute, fair or linger are taken as "
     "set here and today. Where they were changed: --since after that.",
     "Whether per_tenant, priority, run_after and linger were kept and tenants took turns: the "

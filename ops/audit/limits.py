@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 
+from calls import REAP_INTERVAL
 from ops.audit.findings import BLUR, BY_INDEX, KEPT, Finding, Findings, Window, ask, at
 from ops.rules import LIMIT
 
@@ -23,7 +24,8 @@ ORDER BY l.name
 
 # For every call that was claimed in this window: how many calls under its limit were certainly
 # under way at that moment, that is, claimed before and ended more than BLUR later. A call counts
-# until the end of its lease at the latest.
+# until the end of its lease at the latest. One that was lost, or taken with 202 and not finished,
+# was recorded up to `reaped` seconds after that.
 CROWDED = f"""{BY_INDEX}
 WITH limited AS (
     SELECT * FROM unnest(%(names)s::text[], %(stages)s::text[], %(most)s::integer[],
@@ -32,12 +34,15 @@ WITH limited AS (
 ), spans AS (
     SELECT a.table_name, a.job_id, a.call_id, a.attempt, a.stage, l.name, l.most, l.holds_since,
            max(a.worker) AS worker, min(a.started_at) AS began,
-           least(min(a.finished_at), min(a.started_at) + make_interval(secs => l.lease))
+           least(min(a.finished_at - make_interval(secs => CASE
+                     WHEN a.outcome = 'lost' OR (a.outcome, a.http_status) = ('unknown', 202)
+                     THEN %(reaped)s ELSE 0 END)),
+                 min(a.started_at) + make_interval(secs => l.lease))
                - make_interval(secs => %(blur)s) AS ended
     FROM stage_attempts AS a JOIN limited AS l ON l.stage = a.stage
     WHERE a.finished_at > %(after)s
       AND a.finished_at <= %(upto)s + make_interval(secs => %(longest)s)
-      AND a.outcome NOT IN ('skipped', 'cancelled', 'lost')
+      AND a.outcome NOT IN ('skipped', 'cancelled')
       AND (a.outcome <> 'failed' OR a.http_status IS NOT NULL)
     GROUP BY a.table_name, a.job_id, a.call_id, a.attempt, a.stage, l.name, l.most, l.holds_since,
              l.lease
@@ -102,7 +107,9 @@ class Limits:
             if stage in leases
         ]
         self.fast = [(row.name, 60 / row.seconds) for row in found if row.seconds]
-        self.given = {"longest": max(leases.values()), "blur": BLUR, "kept": KEPT, "since": since}
+        reaped = 2 * REAP_INTERVAL
+        self.given = {"longest": max(leases.values()) + reaped, "blur": BLUR, "reaped": reaped,
+                      "kept": KEPT, "since": since}  # fmt: skip
 
     def unknown(self) -> Iterator[str]:
         """Lines about the limits that are not known to hold since the first call in the span."""
