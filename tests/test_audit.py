@@ -272,6 +272,7 @@ def test_join_that_nobody_recorded_is_found(variants):
     job, _ = joined(variants)
     done = run_here(variants.database.environ, "audit", "--json")
     assert found(done) == {LOST: 1} and job in done.out
+    assert "counts as a lost arrival, unless its parent" in done.out
 
 
 def test_join_whose_last_row_came_unseen_is_found_once(variants):
@@ -344,6 +345,7 @@ def test_what_the_history_cannot_tell_is_said(shared):
     lines = run_here(shared.environ, "audit", "--since", "3h").lines
     assert not any("history begins" in line for line in lines)
     assert any("leaves no trace" in line for line in lines)
+    assert not any("join whose rows" in line for line in lines)  # there is none
     assert any("up to 120 s before that was recorded" in line for line in lines)
     assert any("nor two calls of one stage for a row" in line for line in lines)
 

@@ -70,6 +70,11 @@ UNKNOWN = (
     "What a stage did with a request that got no answer is not known.",
 )
 
+OLD_JOINS = (
+    "A join whose rows were all there before PIPELINE had it counts as a lost arrival, unless its "
+    "parent is at a later stage: --since after that."
+)
+
 
 class Audit:
     """Goes through the history since a time, and through the rows that rest now.
@@ -143,6 +148,8 @@ class Audit:
         yield from self.limits.unknown()
         for name in joins.without_time(self.conn):
             yield f"Whether every {name} was called is not known: its tables have no updated_at."
+        if self.joins:
+            yield OLD_JOINS
         for line in UNKNOWN:
             yield line.format(blur=BLUR, reaped=2 * REAP_INTERVAL)
 
