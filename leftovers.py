@@ -53,7 +53,9 @@ def forget_deleted(conn, worker: str, after: Any = None, batch: int = BATCH) -> 
 
 # stage_joins has a row for each parent and join, until the parent is deleted. They are checked in
 # the order of the ids, a batch a round. Rows of a join that left PIPELINE stay, as their table is
-# not known, and the join may come back.
+# not known, and the join may come back. Where a stage was called since for the parent's own state,
+# the parent has moved on: it never counts as stalled at the join, also where it comes back to the
+# state that was noted, and its history is pruned.
 FORGET_PARENTS = """
 WITH batch AS (
     SELECT parent_id, join_of FROM stage_joins
@@ -64,6 +66,20 @@ WITH batch AS (
     WHERE (j.parent_id, j.join_of) IN (SELECT parent_id, join_of FROM batch)
       AND p.join_of = j.join_of
       AND (stage_call_row(p.table_name, '', j.parent_id)).is_there IS NULL
+), moved_on AS (
+    UPDATE stage_joins AS j SET is_noted = false FROM pipeline_stages AS p
+    WHERE (j.parent_id, j.join_of) IN (SELECT parent_id, join_of FROM batch)
+      AND p.join_of = j.join_of AND j.is_noted
+      AND EXISTS (SELECT FROM stage_attempts AS a
+                  WHERE a.job_id = j.parent_id AND a.table_name = p.table_name
+                    AND a.stage <> p.stage AND a.stage IN (
+                        SELECT s.stage FROM pipeline_stages AS s
+                        WHERE s.table_name = p.table_name AND s.join_of = '')
+                    AND a.started_at > j.recorded_at AND a.outcome <> 'skipped'
+                  OFFSET 0)  -- each parent's own attempts, by their index
+      AND NOT EXISTS (SELECT FROM stage_calls AS c
+                      WHERE c.job_id = j.parent_id AND c.table_name = p.table_name
+                        AND c.join_of = j.join_of)
 )
 SELECT count(*) AS found,
        (SELECT parent_id FROM batch ORDER BY parent_id DESC LIMIT 1) AS last
@@ -72,7 +88,8 @@ FROM batch
 
 
 def forget_parents(conn, after: Any = None, batch: int = BATCH) -> Any:
-    """Delete rows of stage_joins whose parents were deleted; checks one batch.
+    """Delete rows of stage_joins whose parents were deleted, and note that others have moved on;
+    checks one batch.
 
     Args:
         after: what the last batch returned.

@@ -225,6 +225,15 @@ BEGIN
                           AND s.position > (
                             SELECT min(p.position) FROM %4$I.pipeline_stages AS p
                             WHERE p.join_of = %7$L)))) IS NOT TRUE
+          -- Or a stage was called since for the parent's own state: it went on, and came back.
+          AND NOT EXISTS (
+              SELECT FROM %4$I.stage_attempts AS a
+              WHERE a.job_id = m.parent_id AND a.table_name = %1$L
+                AND a.stage <> %3$L AND a.stage IN (
+                    SELECT s.stage FROM %4$I.pipeline_stages AS s
+                    WHERE s.table_name = %1$L AND s.join_of = '')
+                AND a.started_at > last.started_at AND a.outcome <> 'skipped'
+              OFFSET 0)
           AND (last.call_id = ANY (last.cancelled)
                AND (last.call_id = ANY (last.accepted)) IS NOT TRUE
                AND last.finished_at >= m.recorded_at) IS NOT TRUE

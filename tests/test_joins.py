@@ -500,6 +500,29 @@ def test_parent_that_is_called_again_is_through_where_it_changed_to_the_state_of
     assert variants.database.rows(STALLED) == found
 
 
+@pytest.mark.parametrize("is_pruned", [False, True])
+def test_parent_that_is_called_again_is_through_where_it_comes_back_after_a_later_stage(
+    variants, conn, caller, accepting, is_pruned
+):
+    job, [first, _] = joined(variants)
+    calling = caller(accepting.url)
+    for _ in range(2):
+        variants.move(first, "img_gen", "running")
+        variants.finish(first)
+        joins.look(conn)
+        assert calling.call_again().stage == "ad_copy"
+        variants.database.rows(A_DAY_AGO)
+        assert variants.database.rows(STALLED) == [("ad_copy",)]
+        variants.database.move(job, "ad_copy", "done")
+        assert calling.call_again().stage == "instagram"
+        variants.database.move(job, "completed", "yes")
+    if is_pruned:
+        leftovers.forget_parents(conn)
+        variants.database.rows("DELETE FROM stage_attempts")
+    variants.database.rows(A_DAY_AGO)
+    assert variants.database.rows(STALLED) == []
+
+
 # The routes of retries come after the join, but their stages do not.
 RETRIED_LAST = PIPELINE | {
     ("vlm_analyze", "failed"): PIPELINE["img_gen", "done"],

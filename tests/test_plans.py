@@ -133,7 +133,7 @@ PLANS = {
     joins.LOCK_JOINS: set(),
     joins.LOOK: {LOOKS, "Tid Scan on stage_looks", JOINS},
     joins.NOTE: {JOINS},
-    leftovers.FORGET_PARENTS: {JOINS},
+    leftovers.FORGET_PARENTS: {JOINS, BY_JOB, HISTORY},
     history.COUNT: {BY_TIME},
     PRUNE: {BY_TIME, "Tid Scan on stage_attempts", "Index Scan using jobs_pkey on jobs"},
 }
