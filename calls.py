@@ -435,14 +435,21 @@ DUE_BY_HAND = f"""
 # Takes the calls found, each for as long as its lease. All must be found before the first is
 # updated, and the ORDER BY does that. Otherwise OFFSET would not count the rows that are updated
 # already, and calls that are due would be skipped. A call that was given up is only taken by a
-# person, and gets all its attempts again. The state of the job is read in the same statement. One
-# row is always returned: it also says which results could not be settled.
+# person, and gets all its attempts again. Where the row was locked when the attempt before ended,
+# only the history says that this one counts as none. The state of the job is read in the same
+# statement. One row is always returned: it also says which results could not be settled.
 CLAIM_DUE = f"""
 , claimed AS (
     UPDATE stage_calls AS c
     SET attempts = c.attempts + 1, worker = %(worker)s, started_at = now(),
         due_at = now() + make_interval(secs => due.lease),
-        free_attempts = CASE WHEN due.due_at = 'infinity' THEN c.attempts ELSE c.free_attempts END
+        free_attempts = CASE
+            WHEN due.due_at = 'infinity' THEN c.attempts
+            WHEN due.worker IS NOT NULL AND EXISTS (
+                SELECT FROM stage_attempts AS a
+                WHERE a.job_id = c.job_id AND a.call_id = c.call_id AND a.attempt = c.attempts
+                  AND a.spent < c.attempts - c.free_attempts)
+            THEN c.free_attempts + 1 ELSE c.free_attempts END
     FROM (SELECT * FROM due ORDER BY due_at) AS due
     WHERE c.job_id = ANY (ARRAY(SELECT job_id FROM due))
       AND c.job_id = due.job_id AND c.call_id = due.call_id

@@ -5,6 +5,7 @@ the stage that answered has not committed yet.
 from contextlib import closing
 
 import pytest
+from caller import WITHOUT_HOLDS
 from claims import LEASE_OVER, make_due
 from commands import run_here
 from raw_server import in_turn
@@ -163,16 +164,20 @@ def test_failure_before_a_rollback_is_settled_later(database, serve, caller, sta
     assert (owed.worker, owed.attempts, owed.last_error) == (None, 1, "HTTP 500")
 
 
-def test_end_waits_for_the_row_of_a_call_that_failed(database, serve, caller, stage):
-    server = serve(in_turn(b"HTTP/1.1 422 No\r\nContent-Length: 0\r\n\r\n"))
-    worker = caller(server.url)
-    job = answer_before_commit(database, stage, worker)
-    worker.listener.signals.requested = True
-    assert worker.listener.unwritten.locked and not worker.listener.finished()
+@pytest.mark.parametrize(("status", "spent"), [(500, 2), (503, 1)])
+def test_call_that_failed_before_a_rollback_keeps_its_attempts_after_its_lease(
+    database, serve, caller, stage, status, spent
+):
+    server = serve(in_turn(b"HTTP/1.1 %d No\r\nContent-Length: 0\r\n\r\n" % status))
+    first = caller(server.url)
+    job = answer_before_commit(database, stage, first)
     stage.rollback()
-    settle_again(worker)
-    assert worker.listener.finished()
-    assert database.value("SELECT due_at = 'infinity' FROM stage_calls WHERE job_id = %s", job)
+    database.rows(WITHOUT_HOLDS)
+    second = caller(server.url, name="second")
+    assert second.claim() is None
+    database.rows(LEASE_OVER)
+    call = second.claim()
+    assert (call.key, call.attempt, call.spent) == (job, 2, spent)
 
 
 def test_leaving_keeps_the_call_from_being_made_again(database, accepting, caller, stage):
