@@ -274,13 +274,8 @@ class Listener:
         """Whether there are calls under way, or results that are not written."""
         return bool(self.workers.calls or self.unwritten.results)
 
-    @property
-    def is_ending(self) -> bool:
-        """Whether nothing is left to do, but maybe to wait for locked rows."""
-        return not self.has_work and (self.is_stopping or (self.once and self.nothing_due))
-
     def finished(self) -> bool:
-        return self.is_ending and not self.unwritten.keeps_listener
+        return not self.has_work and (self.is_stopping or (self.once and self.nothing_due))
 
     @property
     def is_stopping(self) -> bool:
@@ -460,8 +455,6 @@ class Listener:
         read.
         """
         self.obey()  # a signal that came during a statement wakes no select() any more
-        if self.is_ending:
-            self.unwritten.begin_to_leave()
         now = time.monotonic()
         until = min(until, self.workers.next_deadline, self.alerts.next_run, now + LONGEST_SLEEP)
         # A notification that arrived with the answer of a statement has been read from the socket
@@ -512,7 +505,7 @@ class Listener:
         is_stopping. After the second, exit at once; leases protect the calls.
         """
         stops = self.signals.stops
-        results = len(self.unwritten.results) + len(self.unwritten.locked_failures)
+        results = len(self.unwritten.results)
         if len(stops) > 1:
             if self.workers.calls or results:
                 log.warning("바로 중지: 호출 %d건, 기록 못 한 결과 %d건은 리스 만료 후 다시 확인됨",

@@ -4,7 +4,6 @@ where there is no listener: in a worker whose listener is gone, and for the comm
 
 import contextlib
 import logging
-import math
 import select
 import sys
 import time
@@ -26,13 +25,9 @@ from trigger import boottime
 
 log = logging.getLogger("listener.settling")
 
-# Seconds for which a process that ends waits for the row of a failed call that its stage holds:
-# otherwise the call would have to wait for the end of its lease.
-LOCKED_FOR = 5.0
 # Results are dropped after so many tries in a database that does not know this PIPELINE and
 # refuses them.
 LAST_TRIES = 100
-LOCKED_EVERY = 0.2  # seconds between two tries where there is no listener and the row is locked
 
 
 # --- in a listener -------------------------------------------------------------------------
@@ -42,33 +37,19 @@ class Unwritten:
     """Results that are to be settled.
 
     results: in the next turn.
-    locked: recorded, but the stage's own transaction still holds the row of the call.
+    locked: recorded, but the stage's own transaction still holds the row of the call. A listener
+        that ends leaves these: whoever claims the call after its lease goes by the record.
     """
 
     def __init__(self, alerts: Alerts):
         self.alerts = alerts
         self.results: list[Result] = []
         self.locked: list[Result] = []
-        self.wait_until = math.inf  # by time.monotonic(): how long a listener that ends waits
         self.last_tries = 0
 
     @property
     def all(self) -> list[Result]:
         return [*self.results, *self.locked]
-
-    @property
-    def locked_failures(self) -> list[Result]:
-        """Locked results of failed calls, which would wait for their leases if it ended now."""
-        return [result for result in self.locked if result.is_failure]
-
-    def begin_to_leave(self) -> None:
-        """The listener has nothing else to do: it waits for such rows for LOCKED_FOR seconds."""
-        self.wait_until = min(self.wait_until, time.monotonic() + LOCKED_FOR)
-
-    @property
-    def keeps_listener(self) -> bool:
-        """Whether the listener may not end yet, as the row of a failed call is locked."""
-        return bool(self.locked_failures) and time.monotonic() < self.wait_until
 
     def retry_locked(self) -> None:
         """Put those whose rows were locked back among the results that are settled next."""
@@ -122,27 +103,22 @@ class Unwritten:
 
 
 def settle(conn: db.Connection, result: Result) -> Result:
-    """Settle `result`. Where the call has failed and its stage still holds the row, try again for a
-    while. Nothing is logged until it is written, unless the database refuses something: the output
-    may be stuck.
+    """Settle `result`. Nothing is logged, unless the database refuses something: the output may be
+    stuck.
 
     Returns:
-        The result as it was written.
+        The result as it was written. Where the row of the call is locked, that is in the history
+        alone, and the call is claimed again after its lease: see Unwritten.locked.
 
     Raises:
         psycopg2.Error: whether it is written is not known.
     """
-    settled, until = replace(result), time.monotonic() + LOCKED_FOR
-    while True:
-        failures.note(conn, [settled])
-        turn = one_by_one.settle_and_claim(conn, [settled], [], 0, result.worker)
-        if turn.refusal:
-            raise turn.refusal
-        may_leave = not settled.is_failure or time.monotonic() >= until
-        if may_leave or not turn.locked:
-            return turn.given_up[0] if turn.given_up else settled
-        settled = replace(result, hold=False)  # its hold has begun
-        time.sleep(LOCKED_EVERY)
+    settled = replace(result)
+    failures.note(conn, [settled])
+    turn = one_by_one.settle_and_claim(conn, [settled], [], 0, result.worker)
+    if turn.refusal:
+        raise turn.refusal
+    return turn.given_up[0] if turn.given_up else settled
 
 
 class Settled(NamedTuple):

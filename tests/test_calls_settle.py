@@ -1,6 +1,5 @@
 """Settling: what each outcome leaves behind, who may settle, and doing it twice."""
 
-import time
 from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
@@ -266,17 +265,6 @@ def test_listener_that_must_end_tells_of_a_result_that_cannot_be_recorded(databa
     last.results.append(result(claim(conn), "never heard of", error="HTTP 418"))
     last.settle_last(conn, "w", Problem("the routes differ"), True)
     assert last.results == [] and sent == [("given_up", job)]
-
-
-def test_listener_that_ends_waits_for_the_locked_row_of_a_failed_call(database, conn):
-    database.add_job()
-    failed, last = result(claim(conn), "failed"), Unwritten(SimpleNamespace())
-    last.results.append(failed)
-    last.note_settled(calls.Turn([], [failed.call_id]))
-    last.begin_to_leave()
-    assert last.keeps_listener
-    last.wait_until = time.monotonic()
-    assert not last.keeps_listener
 
 
 def test_result_that_cannot_be_recorded_of_a_call_that_is_owed_no_more_is_no_failure(

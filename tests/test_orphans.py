@@ -8,6 +8,7 @@ from collections import Counter
 from contextlib import closing
 
 import pytest
+from claims import LEASE_OVER
 from faults.test_connection import frozen
 from stage_functions import POST, program
 from tcp_proxy import TcpProxy
@@ -23,7 +24,6 @@ from waiting import (
     wait_until_idle,
 )
 
-import settling
 import trigger
 import workers
 from demo.stage_api import StageApi
@@ -121,17 +121,17 @@ def test_answer_is_recorded_by_a_worker_while_the_table_of_the_row_is_locked(dat
         change.rollback()
 
 
-def test_call_is_given_up_by_a_worker_though_its_stage_holds_the_row(database, caller, monkeypatch):
+def test_call_that_a_worker_gave_up_under_a_lock_is_not_made_again(database, caller):
     calling = caller("http://127.0.0.1:1")
     job = database.add_job()
     call = calling.claim()
     ended = trigger.failure(call, "failed", "HTTP 422: no GPU", 0, http_status=422)
     with closing(database.connect()) as held:
         held.cursor().execute("BEGIN; UPDATE jobs SET status = 'running'")
-        monkeypatch.setattr(settling.time, "sleep", lambda _: held.cursor().execute("ROLLBACK"))
         workers.settle_without_listener(calling.settings, call, ended)
-    assert database.owed(job).given_up
     assert [attempt.outcome for attempt in database.attempts(job)] == ["failed"]
+    database.rows(LEASE_OVER)
+    assert calling.claim() is None and database.owed(job).given_up
 
 
 def test_answers_that_the_killed_listener_had_not_read_are_recorded(

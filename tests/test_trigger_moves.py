@@ -165,12 +165,14 @@ def test_failure_before_a_rollback_is_settled_later(database, serve, caller, sta
 
 
 @pytest.mark.parametrize(("status", "spent"), [(500, 2), (503, 1)])
-def test_call_that_failed_before_a_rollback_keeps_its_attempts_after_its_lease(
+def test_listener_that_ends_leaves_a_failed_call_to_its_lease(
     database, serve, caller, stage, status, spent
 ):
     server = serve(in_turn(b"HTTP/1.1 %d No\r\nContent-Length: 0\r\n\r\n" % status))
     first = caller(server.url)
     job = answer_before_commit(database, stage, first)
+    first.listener.signals.requested = True
+    assert first.listener.unwritten.locked and first.listener.finished()
     stage.rollback()
     database.rows(WITHOUT_HOLDS)
     second = caller(server.url, name="second")
