@@ -34,6 +34,10 @@ MARKED_FOR = 1.0
 # before it is due is a sign that the database's clock was set back. It may also have been recorded
 # while the claim waited for a lock; clock.shorten_waits(), which runs next, then finds nothing.
 EARLY = timedelta(seconds=1)
+# A listener whose last claim is older than this (seconds) extends leases that run out.
+LATELY = 5.0
+# Seconds that others need to connect and to settle, on top of their delay, which may come twice.
+RECONNECTING = 5.0
 
 
 class Claiming:
@@ -48,6 +52,8 @@ class Claiming:
     sweep_at: claim, and look for what nobody has announced.
     due_at: when the next call will be due; in the past: not known, so the next turn that leaves a
         worker idle asks.
+    claimed_at: of the last claim that succeeded.
+    others_need: seconds that other listeners need to connect and to settle what they know.
     """
 
     def __init__(self, settings: SimpleNamespace, health: StageHealth, only: tuple[str, ...]):
@@ -58,6 +64,8 @@ class Claiming:
         self.undone_at: datetime | None = None
         self.limit_locked: set[str] = set()
         self.claim_at = self.sweep_at = self.due_at = 0.0
+        self.claimed_at = -math.inf
+        self.others_need = 2 * settings.JOB_STATE_LISTENER_RECONNECT_DELAY + RECONNECTING
 
         self.began = 0.0  # of the claims of this turn
         self.is_to_ask = False  # whether the database is to be asked when the next call is due
@@ -66,6 +74,11 @@ class Claiming:
         self.marks: dict[str, datetime] = {}  # by stage: when the last claimed call was due
         self.marked_at = 0.0  # when `marks` were last dropped
         self.is_ordered = pipeline.is_ordered()
+
+    @property
+    def extend_by(self) -> float:
+        """Seconds by which leases that run out are extended: see calls.EXTEND; 0: they are not."""
+        return self.others_need if time.monotonic() - self.claimed_at >= LATELY else 0.0
 
     # --- what to claim ---
 

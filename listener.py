@@ -66,10 +66,6 @@ CONNECTING = 100.0
 # Seconds between two tries to settle results whose rows their stages hold, and to give back claims
 # that were not begun.
 AGAIN_EVERY = 1.0
-# A listener whose last claim is older than this (seconds) extends leases that run out.
-LATELY = 5.0
-# Seconds that others need to connect and to settle, on top of their delay, which may come twice.
-RECONNECTING = 5.0
 # Seconds for which a statement that was sent on a lost connection may still take effect.
 DOUBTFUL = 600.0
 
@@ -93,7 +89,7 @@ class Listener:
         self.failing = Failing(settings, self.alerts)
         self.join_look = JoinLook(self.failing, once)
         self.move_look = MoveLook(settings, self.alerts, self.failing, once)
-        self.upkeep = Upkeep(settings, self.name, self.alerts)
+        self.upkeep = Upkeep(settings, self.name, self.alerts, self.claiming)
 
         self.nothing_due = False  # the last turn found nothing, and no look at joins is pending
         self.has_unbegun = False  # a claim of ours that was never begun is not given back yet
@@ -108,7 +104,6 @@ class Listener:
         # By time.monotonic().
         self.again_at = 0.0  # settle results of locked rows, give back doubtful claims
         self.doubtful_until = -math.inf  # until then a claim of ours may exist that we do not know
-        self.claimed_at = -math.inf  # of the last claim that succeeded
         self.stuck_since: float | None = None  # since then no call of any stage could be claimed
 
     # --- connect, work, and once more ---
@@ -205,9 +200,10 @@ class Listener:
             self.workers.start_missing()
             try:
                 claimed = self.settle_and_claim(conn)
-            except psycopg2.Error as error:
-                if not isinstance(error, db.ConnectionLost):  # upkeep runs though no turn succeeds
-                    self.upkeep.run(conn, self.claiming.unclaimable, self.extend_by)
+            except db.ConnectionLost:
+                raise
+            except psycopg2.Error:
+                self.upkeep.run(conn)  # else it would never run while every turn fails
                 raise
             for call in claimed:
                 self.workers.give(call)
@@ -219,7 +215,7 @@ class Listener:
                     trigger.log_begin(call)
             self.claiming.ask_when(conn)
             self.hosts.ping(conn)
-            self.upkeep.run(conn, self.claiming.unclaimable, self.extend_by)
+            self.upkeep.run(conn)
             ready = self.wait(min(self.next_turn, self.upkeep.next_run), conn)
             self.run_beside(conn)
             self.collect(ready)
@@ -287,18 +283,6 @@ class Listener:
         """Whether there may be a claim of ours that is not under way."""
         return self.has_unbegun or time.monotonic() < self.doubtful_until
 
-    @property
-    def extend_by(self) -> float:
-        """Seconds by which leases that run out are extended: see calls.EXTEND; 0: they are not."""
-        if time.monotonic() - self.claimed_at < LATELY:
-            return 0.0
-        return self.others_need
-
-    @property
-    def others_need(self) -> float:
-        """Seconds that other listeners need to connect and to settle what they know."""
-        return 2 * self.settings.JOB_STATE_LISTENER_RECONNECT_DELAY + RECONNECTING
-
     # --- one turn ---
 
     def settle_and_claim(self, conn: db.Connection) -> list[Call]:
@@ -356,19 +340,20 @@ class Listener:
         sweep: bool,
     ) -> Turn:
         """Settle these results and claim calls of these stages; one by one where that fails."""
+        extend_by = self.claiming.extend_by
         try:
             turn = calls.settle_and_claim(
-                conn, results, wanted, free, self.name, sweep=sweep, extend_by=self.extend_by
+                conn, results, wanted, free, self.name, sweep=sweep, extend_by=extend_by
             )
             if turn.asked_at:
-                self.claimed_at = time.monotonic()
+                self.claiming.claimed_at = time.monotonic()
         except db.ConnectionLost:
             raise
         except psycopg2.Error as error:
             if not self.claiming.is_logged(error):
                 log.warning("한 건씩 다시 시도: %s", ops.first_line(error))
             turn = one_by_one.settle_and_claim(
-                conn, results, wanted, free, self.name, sweep=sweep, extend_by=self.extend_by
+                conn, results, wanted, free, self.name, sweep=sweep, extend_by=extend_by
             )
             for given_up in turn.given_up:
                 failures.tell_given_up(self.alerts, given_up)
@@ -562,7 +547,7 @@ class Listener:
         keep = set(self.checks.may_run)
         keep |= {(call.call_id, call.attempt) for call in self.workers.calls}
         keep |= {(result.call_id, result.attempt) for result in self.unwritten.all}
-        found = calls.give_back(conn, self.name, keep, self.others_need)
+        found = calls.give_back(conn, self.name, keep, self.claiming.others_need)
         self.has_unbegun = found.locked > 0  # by the application
         if found.given_back:
             log.info("시작하지 않은 호출 %d건을 되돌림", found.given_back)

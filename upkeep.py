@@ -20,6 +20,7 @@ import pipeline
 import troubles
 from alerts import Alerts
 from calls import REAP_INTERVAL
+from claiming import Claiming
 from db import ConnectionLost, execute, in_parts, reasons
 from history import BATCH, log_failure
 from ops import listeners, migrations, routes
@@ -54,10 +55,8 @@ class Task:
 class Upkeep:
     """The tasks of a listener."""
 
-    def __init__(self, settings: SimpleNamespace, name: str, alerts: Alerts):
-        self.settings, self.name, self.alerts = settings, name, alerts
-        self.unclaimable: Mapping[str, str] = {}  # by stage: why no call of it can be claimed
-        self.extend_by = 0.0  # see calls.EXTEND
+    def __init__(self, settings: SimpleNamespace, name: str, alerts: Alerts, claiming: Claiming):
+        self.settings, self.name, self.alerts, self.claiming = settings, name, alerts, claiming
         self.clock_is_back = False  # whether the database's clock is known to have been set back
         # Since when the database has had another PIPELINE (time.monotonic()), and whether that was
         # told. Its end is not told: people were asked to restart this one.
@@ -100,21 +99,14 @@ class Upkeep:
         if self.settings.ALERT_COMMAND:
             self.guarded(troubles.tell_absence, conn, self.settings.ALERT_AFTER, self.alerts)
 
-    def run(
-        self, conn, unclaimable: Mapping[str, str] | None = None, extend_by: float = 0.0
-    ) -> None:
+    def run(self, conn) -> None:
         """Run the tasks that are due. What the database refuses of one is logged once a round; the
         others go on.
-
-        Args:
-            unclaimable: by stage: why this listener can claim no call of it.
-            extend_by: see calls.EXTEND.
 
         Raises:
             ConnectionLost
             Problem: a newer program has installed.
         """
-        self.unclaimable, self.extend_by = unclaimable or {}, extend_by
         now = time.monotonic()
         for task in self.tasks:
             if now >= task.at:
@@ -128,7 +120,7 @@ class Upkeep:
         """
         self.guarded(migrations.require_not_newer, conn)
         self.compare(conn)
-        self.guarded(failures.reap, conn, self.settings, self.extend_by)
+        self.guarded(failures.reap, conn, self.settings, self.claiming.extend_by)
 
     def compare(self, conn) -> None:
         """Say once that the database has another PIPELINE: calls of its new states wait for a
@@ -232,7 +224,7 @@ class Upkeep:
         """Tell people of stages that keep calls waiting for long, and when that is over."""
         after = self.settings.ALERT_AFTER
         for row in self.guarded(troubles.episodes, conn, after) or []:
-            troubles.tell_episode(self.alerts, row, self.unclaimable.get(row.stage))
+            troubles.tell_episode(self.alerts, row, self.claiming.unclaimable.get(row.stage))
         self.guarded(troubles.tell_gone_stages, conn, after, self.alerts, self.gone)
 
     def look_for_stalled(self, conn) -> None:

@@ -30,7 +30,6 @@ import trigger
 import troubles
 import upkeep
 import workers
-from alerts import Alerts
 from demo import five_stages
 from demo.stage_server import Answer
 from ops.install import apply
@@ -447,10 +446,9 @@ def test_stage_is_newly_stalled_once_until_nothing_of_it_is(database, accepted, 
 
 
 @pytest.fixture
-def task(database, told):
+def task(caller, told):
     """The upkeep of a listener with ALERT_COMMAND; task.told(conn): what a round of it tells."""
-    settings = database.settings(ALERT_COMMAND=told.command)
-    task = upkeep.Upkeep(settings, "w", Alerts(settings))
+    task = caller("http://127.0.0.1:1", ALERT_COMMAND=told.command).listener.upkeep
 
     def told_in_round(conn) -> list[dict]:
         before = len(told())

@@ -762,7 +762,7 @@ def test_accepted_result_has_time_to_be_written_once_a_second_claim_is_given_bac
     listener = with_idle_worker(claiming.listener)
     first = claim(claiming.conn, "first")
     database.rows(LEASE_OVER)
-    listener.claimed_at = time.monotonic()
+    listener.claiming.claimed_at = time.monotonic()
     [call] = listener.settle_and_claim(claiming.conn)
     assert call.attempt == 2
     listener.give_back(claiming.conn)

@@ -35,8 +35,9 @@ import looks
 import moves
 import one_by_one
 import trigger
+from claiming import LATELY
 from demo.stage_server import Answer
-from listener import LATELY, LONGEST_SLEEP
+from listener import LONGEST_SLEEP
 from looks import APART_MOST_FOUND, FAILED, Look
 from ops.table import clock
 from pipeline import Pool, Table, limits
@@ -568,7 +569,7 @@ def test_listener_that_has_not_claimed_lately_extends_a_lease_that_ran_out_once(
 
     job = database.add_job()
     claim(conn)
-    listener.claimed_at = time.monotonic() - LATELY
+    listener.claiming.claimed_at = time.monotonic() - LATELY
     assert claimed_after_a_lost_lease() == []
     assert claimed_after_a_lost_lease() == [job]
     job = database.add_job()

@@ -27,8 +27,8 @@ import leftovers
 import moves
 import one_by_one
 import troubles
-import upkeep
-from alerts import Alerts
+
+NOBODY = "http://127.0.0.1:1"  # nothing is called here
 
 
 @pytest.fixture
@@ -230,10 +230,10 @@ def test_one_worker_prunes_at_a_time_and_no_other_waits(database, conn, other):
     assert history.prune(conn, 30, batch=10).pruned == 10
 
 
-def test_there_is_more_to_do_only_where_a_batch_was_not_enough(database, conn):
+def test_there_is_more_to_do_only_where_a_batch_was_not_enough(database, conn, caller):
     """A few attempts grow old all the time: they are no reason to look after every call."""
     add_history(database, 1001, days=40)
-    task = upkeep.Upkeep(database.settings(), "w", Alerts(database.settings()))
+    task = caller(NOBODY).listener.upkeep
     for more in (True, False):
         task.run(conn)
         assert (task.next_run <= time.monotonic()) == more
@@ -244,26 +244,28 @@ def test_there_is_more_to_do_only_where_a_batch_was_not_enough(database, conn):
 # --- deleted jobs --------------------------------------------------------------------------
 
 
-def test_upkeep_needs_no_right_to_joins_where_there_are_none(database, conn, caplog):
+def test_upkeep_needs_no_right_to_joins_where_there_are_none(database, conn, caller):
+    calling = caller(NOBODY)
     database.rows("ALTER TABLE stage_joins RENAME TO out_of_reach")
     try:
-        upkeep.Upkeep(database.settings(), "w", Alerts(database.settings())).run(conn)
+        calling.listener.upkeep.run(conn)
     finally:
         database.rows("ALTER TABLE out_of_reach RENAME TO stage_joins")
-    assert caplog.text == ""
+    assert calling.lines == []
 
 
-def test_upkeep_goes_on_where_the_version_of_the_schema_cannot_be_read(database, conn, other):
+def test_upkeep_goes_on_where_the_version_of_the_schema_cannot_be_read(
+    database, conn, other, caller
+):
     add_history(database, 10, days=1)
     db.execute(other, "BEGIN; LOCK TABLE job_state_listener_schema")
-    upkeep.Upkeep(database.settings(), "w", Alerts(database.settings())).run(conn)
+    caller(NOBODY).listener.upkeep.run(conn)
     db.execute(other, "COMMIT")
     assert sum(row[2] for row in totals(database)) == 10
 
 
-def test_look_for_stalled_rows_that_fails_is_repeated_less_and_less_often(database, conn):
-    settings = database.settings(ALERT_COMMAND="true")
-    task = upkeep.Upkeep(settings, "w", Alerts(settings))
+def test_look_for_stalled_rows_that_fails_is_repeated_less_and_less_often(database, conn, caller):
+    task = caller(NOBODY, ALERT_COMMAND="true").listener.upkeep
 
     def minutes_until_the_next() -> int:
         task.stalled.at, before = 0.0, time.monotonic()
