@@ -590,7 +590,7 @@ class Turn:
     asked: set[str] = field(default_factory=set)
 
 
-def settle_and_claim(
+def run_turn(
     conn,
     results: Sequence[Result],
     wanted: Sequence[Wanted],
@@ -891,7 +891,7 @@ def reap(conn, extend_by: float = 0.0, call_id: int | None = None) -> list:
     """End the leases that have run out, each with a row in the history.
 
     Args:
-        extend_by: see settle_and_claim().
+        extend_by: see run_turn().
         call_id: only those of this call.
 
     Returns:

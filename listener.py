@@ -342,7 +342,7 @@ class Listener:
         """Settle these results and claim calls of these stages; one by one where that fails."""
         extend_by = self.claiming.extend_by
         try:
-            turn = calls.settle_and_claim(
+            turn = calls.run_turn(
                 conn, results, wanted, free, self.name, sweep=sweep, extend_by=extend_by
             )
             if turn.asked_at:
@@ -352,7 +352,7 @@ class Listener:
         except psycopg2.Error as error:
             if not self.claiming.is_logged(error):
                 log.warning("한 건씩 다시 시도: %s", ops.first_line(error))
-            turn = one_by_one.settle_and_claim(
+            turn = one_by_one.run_turn_in_parts(
                 conn, results, wanted, free, self.name, sweep=sweep, extend_by=extend_by
             )
             for given_up in turn.given_up:

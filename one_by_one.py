@@ -47,16 +47,31 @@ def is_table_locked(error: psycopg2.errors.LockNotAvailable) -> bool:
     return "stage_call_row" in (error.diag.context or "")
 
 
-def settle_and_claim(conn, results: Sequence[Result], wanted: Sequence[Wanted], free: int,
-                     worker: str, sweep: bool = False, extend_by: float = 0.0) -> Turn:  # fmt: skip
-    """What calls.settle_and_claim() could not do at once: each result alone, then a claim of one
-    call. Its arguments are the same.
+def run_turn_in_parts(
+    conn,
+    results: Sequence[Result],
+    wanted: Sequence[Wanted],
+    free: int,
+    worker: str,
+    sweep: bool = False,
+    extend_by: float = 0.0,
+) -> Turn:
+    """What calls.run_turn() could not do at once: each result alone, then a claim of one call. Its
+    arguments are the same.
 
     What fails alone is one failed call, or one stage whose calls cannot be claimed, as where a
     column of its table was renamed, or its table is locked. Where a result is refused for a reason
     that is not its own, nothing is claimed: what came of further calls might be lost as well.
     """
-    done, has_waited = Turn([], [], is_partial=bool(wanted)), False
+    done = Turn([], [], is_partial=bool(wanted))
+    settle_each(conn, results, done)
+    if free and not done.refusal:
+        claim_one(conn, wanted, worker, sweep, extend_by, done)
+    return done
+
+
+def settle_each(conn, results: Sequence[Result], done: Turn) -> None:
+    """Settle each result alone, and note in `done` what came of that."""
     for number, result in enumerate(results):
         if isinstance(done.refusal, psycopg2.errors.QueryCanceled):
             done.refused.insert(0, result)  # it may take as long; the next turn tries it first
@@ -70,14 +85,19 @@ def settle_and_claim(conn, results: Sequence[Result], wanted: Sequence[Wanted], 
                 keep_from_repeating(conn, results[number:], error)
             done.refused.append(result)
             done.refusal = error
-    for one in wanted if free and not done.refusal else []:
+
+
+def claim_one(
+    conn, wanted: Sequence[Wanted], worker: str, sweep: bool, extend_by: float, done: Turn
+) -> None:
+    """Claim a call of the first stage that has one, and note in `done` which could not be asked."""
+    has_waited = False
+    for one in wanted:
         # Wait for a lock once. Further claims that meet one then fail after 20 ms.
         one = one._replace(waits=one.waits and not has_waited)
         done.asked.add(one.stage)
         try:
-            turn = calls.settle_and_claim(
-                conn, [], [one], 1, worker, sweep=sweep, extend_by=extend_by
-            )
+            turn = calls.run_turn(conn, [], [one], 1, worker, sweep=sweep, extend_by=extend_by)
         except ConnectionLost:
             raise
         except psycopg2.errors.LockNotAvailable as error:
@@ -97,7 +117,6 @@ def settle_and_claim(conn, results: Sequence[Result], wanted: Sequence[Wanted], 
             if turn.claimed:
                 done.claimed = turn.claimed
                 break
-    return done
 
 
 # Settles a call without writing to the history, where that fails: removes the call where it was
@@ -132,9 +151,7 @@ def settle_alone(conn, result: Result, done: Turn) -> None:
         psycopg2.Error: it is not written, and the fault is not that of its row.
     """
     try:
-        turn = calls.settle_and_claim(
-            conn, [result], [], 0, result.worker, hurry=done.refusal is not None
-        )
+        turn = calls.run_turn(conn, [result], [], 0, result.worker, hurry=done.refusal is not None)
         done.locked += turn.locked
         return
     except psycopg2.Error as error:

@@ -82,7 +82,7 @@ class Unwritten:
         self.retry_locked()
         self.mark_and_tell_failed(conn)
         try:
-            turn = one_by_one.settle_and_claim(conn, self.results, [], 0, name)
+            turn = one_by_one.run_turn_in_parts(conn, self.results, [], 0, name)
             for given_up in turn.given_up:
                 failures.tell_given_up(self.alerts, given_up)
             self.results = [r for r in self.results if r.call_id in turn.locked] + turn.refused
@@ -115,7 +115,7 @@ def settle(conn: db.Connection, result: Result) -> Result:
     """
     settled = replace(result)
     failures.note(conn, [settled])
-    turn = one_by_one.settle_and_claim(conn, [settled], [], 0, result.worker)
+    turn = one_by_one.run_turn_in_parts(conn, [settled], [], 0, result.worker)
     if turn.refusal:
         raise turn.refusal
     return turn.given_up[0] if turn.given_up else settled

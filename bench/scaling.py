@@ -148,7 +148,7 @@ class Turns:
             wanted = [Wanted(stage, self.lease, self.workers, share, self.limits[stage].is_limited,
                              ordered=pipeline.is_ordered())
                       for stage in self.stages]  # fmt: skip
-            turn = calls.settle_and_claim(self.conn, self.results, wanted, self.workers, "bench")
+            turn = calls.run_turn(self.conn, self.results, wanted, self.workers, "bench")
             self.results = []
             for row in turn.claimed:
                 self.stages.remove(row.stage)

@@ -173,7 +173,7 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
     failures.reap(conn, settings, call_id=chosen.call_id)
     leased_from = trigger.boottime()
     only = (row.key, chosen.call_id, chosen.attempts)
-    claimed = calls.settle_and_claim(conn, [], wanted, 1, name, only=only).claimed
+    claimed = calls.run_turn(conn, [], wanted, 1, name, only=only).claimed
     if not claimed:
         raise Problem(why_nothing_owed(conn, row, chosen.stage, by_hand=True))
     [claim] = claimed

@@ -76,7 +76,7 @@ class Caller:
             began = boottime()
             listener.unwritten.mark_and_tell_failed(self.conn)
             for wanted in listener.claiming.wanted(1, [], sweep=True):
-                turn = calls.settle_and_claim(
+                turn = calls.run_turn(
                     self.conn,
                     listener.unwritten.results,
                     wanted,
@@ -105,7 +105,7 @@ class Caller:
         """Settle all results."""
         self.listener.unwritten.mark_and_tell_failed(conn or self.conn)
         unwritten, name = self.listener.unwritten.results, self.listener.name
-        turn = calls.settle_and_claim(conn or self.conn, unwritten, [], 0, name)
+        turn = calls.run_turn(conn or self.conn, unwritten, [], 0, name)
         self.listener.note_settled(self.conn, turn)
 
     def call(self) -> SimpleNamespace:

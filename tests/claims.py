@@ -103,7 +103,7 @@ def claim_many(
     if only is not None:  # the call of a job
         row = db.execute(conn, CALL_OF, {"job_id": only}).fetchone()
         only = (only, *(row or (-1, 0)))
-    return calls.settle_and_claim(
+    return calls.run_turn(
         conn, results, found, free, worker, sweep=sweep, only=only, extend_by=extend_by
     )
 
@@ -119,7 +119,7 @@ def claim(conn, worker: str = "w", stages=STAGES, settled: Result | None = None,
 
 def settle(conn, *results: Result) -> bool:
     """Settle results; False where the stage's own transaction holds the row of one of them."""
-    return not calls.settle_and_claim(conn, results, [], 0, "w").locked
+    return not calls.run_turn(conn, results, [], 0, "w").locked
 
 
 def make_due(conn, job: str | None = None) -> list:

@@ -146,7 +146,7 @@ def test_stage_gets_no_more_than_are_wanted_of_it(database, conn):
     for step in ("img_gen", "img_gen", "planner"):
         database.add_job(step)
     one = [Wanted("vlm_analyze", 60, most=1, share=1), Wanted("overlay", 60, most=4, share=1)]
-    turn = calls.settle_and_claim(conn, [], one, 4, "w")
+    turn = calls.run_turn(conn, [], one, 4, "w")
     assert Counter(row.stage for row in turn.claimed) == {"vlm_analyze": 1, "overlay": 1}
 
 
@@ -213,7 +213,7 @@ def test_person_does_not_claim_what_has_a_lease_that_their_claim_cannot_see(data
     only = (job, database.owed(job).call_id, 0)
     assert claim(conn, "listener").job_id == job
     database.rows("DELETE FROM stage_leases")
-    assert calls.settle_and_claim(other, [], wanted(), 1, "person", only=only).claimed == []
+    assert calls.run_turn(other, [], wanted(), 1, "person", only=only).claimed == []
     assert claim(other, "person", only=job).attempt == 2  # who knows of it, may
 
 

@@ -238,7 +238,7 @@ def test_result_that_the_database_refuses_costs_only_itself(database, conn, why)
     with pytest.raises(psycopg2.DatabaseError):
         settle(conn, *results)
     assert database.rows("SELECT 1 FROM stage_attempts") == []
-    turn = one_by_one.settle_and_claim(conn, results, wanted(), 10, "w")
+    turn = one_by_one.run_turn_in_parts(conn, results, wanted(), 10, "w")
     assert turn.locked == [] and len(turn.claimed) == 1
     assert len(claim_many(conn, 10).claimed) == 1
     for number, row in enumerate(rows):
@@ -251,7 +251,7 @@ def test_result_that_the_database_refuses_costs_only_itself(database, conn, why)
 def test_result_that_cannot_be_recorded_gives_its_call_up_and_says_why(database, conn):
     job = database.add_job()
     settled = result(claim(conn), "never heard of", error="HTTP 418")
-    [given_up] = one_by_one.settle_and_claim(conn, [settled], wanted(), 1, "w").given_up
+    [given_up] = one_by_one.run_turn_in_parts(conn, [settled], wanted(), 1, "w").given_up
     call = database.owed(job)
     assert call.given_up and call.worker is None
     assert call.last_error.startswith("its result (never heard of) cannot be recorded:")
@@ -273,7 +273,7 @@ def test_result_that_cannot_be_recorded_of_a_call_that_is_owed_no_more_is_no_fai
     job = database.add_job()
     settled = result(claim(conn), "never heard of")
     database.move(job, "vlm_analyze", "running")
-    assert one_by_one.settle_and_claim(conn, [settled], wanted(), 1, "w").given_up == []
+    assert one_by_one.run_turn_in_parts(conn, [settled], wanted(), 1, "w").given_up == []
 
 
 @pytest.mark.parametrize(("outcome", "owes"), [("succeeded", False), ("failed", True)])
@@ -284,7 +284,7 @@ def test_call_that_the_history_does_not_take_is_settled_all_the_same(database, c
     results = [result(row, outcome) for row in rows]
     with pytest.raises(psycopg2.errors.CheckViolation):
         settle(conn, *results)
-    assert one_by_one.settle_and_claim(conn, results, wanted(), 2, "w").locked == []
+    assert one_by_one.run_turn_in_parts(conn, results, wanted(), 2, "w").locked == []
     assert (database.owed(poisoned) is not None) == owes
     assert [a.outcome for a in database.attempts(other)] == [outcome]
     assert database.rows("SELECT 1 FROM stage_leases") == []
@@ -294,7 +294,7 @@ def test_call_without_an_answer_keeps_its_lease_though_the_history_does_not_take
     job = database.add_job()
     database.rows(f"ALTER TABLE stage_attempts ADD CHECK (job_id <> '{job}')")
     unanswered = result(claim(conn), "unknown", http_status=None, error="no answer within 600 s")
-    [told] = one_by_one.settle_and_claim(conn, [unanswered], wanted(), 1, "w").given_up
+    [told] = one_by_one.run_turn_in_parts(conn, [unanswered], wanted(), 1, "w").given_up
     assert (told.job_id, database.owed(job).given_up) == (job, True)
     assert database.value("SELECT unanswered FROM stage_leases")
     database.move(job, "img_gen", "running")
@@ -320,7 +320,7 @@ def test_accepted_call_is_not_made_again_while_one_of_our_tables_is_locked(
     accepted = replace(result(row), after_hold=True)
     with closing(database.connect()) as elsewhere:  # as CREATE INDEX does
         elsewhere.cursor().execute(f"BEGIN; LOCK TABLE {table} IN SHARE MODE")
-        turn = one_by_one.settle_and_claim(conn, [accepted], wanted(), 1, "w")
+        turn = one_by_one.run_turn_in_parts(conn, [accepted], wanted(), 1, "w")
         assert (turn.refused, turn.claimed) == ([accepted], [])
     owed = database.owed(job)  # people see what it is
     assert owed.given_up and owed.last_error.startswith("its stage has accepted it, do not retry")
@@ -342,7 +342,7 @@ def test_accepted_call_that_cannot_be_kept_from_being_made_again_is_logged_once(
     with closing(database.connect()) as elsewhere, logged(database.settings()) as output:
         elsewhere.cursor().execute("BEGIN; LOCK TABLE stage_attempts, stage_calls IN SHARE MODE")
         for _ in range(2):
-            turn = one_by_one.settle_and_claim(conn, [accepted], [], 0, "w")
+            turn = one_by_one.run_turn_in_parts(conn, [accepted], [], 0, "w")
             assert turn.refused == [accepted]
     [line] = output.getvalue().splitlines()
     assert " ERROR " in line and f"job={job} stage=vlm_analyze its stage has accepted it: " in line
@@ -441,7 +441,7 @@ def test_fault_of_more_than_one_row_gives_nothing_up(database, conn):
     database.add_job()
     with closing(database.connect()) as elsewhere:
         elsewhere.cursor().execute("BEGIN; LOCK TABLE stage_attempts")
-        turn = one_by_one.settle_and_claim(conn, [settled], wanted(), 1, "w")
+        turn = one_by_one.run_turn_in_parts(conn, [settled], wanted(), 1, "w")
     assert isinstance(turn.refusal, psycopg2.errors.LockNotAvailable)
     assert turn.refused == [settled] and turn.claimed == []
     assert (database.owed(job).worker, database.owed(job).attempts) == ("w", 1)
@@ -461,7 +461,7 @@ def test_full_queue_of_notifications_gives_nothing_up(database, conn):
     settled = result(claim(conn), "retry", delay=5.0)
     database.rows(FULL)
     try:
-        turn = one_by_one.settle_and_claim(conn, [settled], wanted(), 1, "w")
+        turn = one_by_one.run_turn_in_parts(conn, [settled], wanted(), 1, "w")
         assert isinstance(turn.refusal, psycopg2.errors.ProgramLimitExceeded)
     finally:
         database.rows("DROP TRIGGER is_full ON stage_attempts; DROP FUNCTION is_full()")
@@ -476,7 +476,7 @@ def test_call_that_cannot_be_claimed_is_given_up_and_the_next_one_is_claimed(dat
     database.rows(POISON, poisoned)
     with pytest.raises(psycopg2.errors.NumericValueOutOfRange):
         claim_many(conn, 4)
-    turn = one_by_one.settle_and_claim(conn, [], wanted(), 4, "w")
+    turn = one_by_one.run_turn_in_parts(conn, [], wanted(), 4, "w")
     assert [row.job_id for row in turn.claimed] == [other]
     assert [(one.outcome, one.job_id) for one in turn.given_up] == [("failed", poisoned)]
     call = database.owed(poisoned)
@@ -492,7 +492,7 @@ def test_call_that_cannot_be_claimed_does_not_give_up_one_that_is_passed_by(data
     database.move(waiting, "img_gen", "done")
     database.rows("UPDATE stage_calls SET due_at = now() WHERE job_id = %s", poisoned)
     database.rows(POISON, poisoned)
-    one_by_one.settle_and_claim(conn, [], wanted(), 4, "w")
+    one_by_one.run_turn_in_parts(conn, [], wanted(), 4, "w")
     assert database.owed(poisoned).given_up
     assert not database.owed(waiting).given_up
 

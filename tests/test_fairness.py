@@ -230,7 +230,7 @@ def test_call_by_hand_that_is_lost_waits_for_its_time_again(site, run_command):
     add(site, "overlay", "acme", run_after="9999-01-01")
     [[job, call]] = site.rows("SELECT job_id::text, call_id FROM stage_calls")
     with connected(site) as conn:
-        [row] = calls.settle_and_claim(
+        [row] = calls.run_turn(
             conn, [], wanted(["vlm_judge"]), 1, "by hand", only=(job, call, 0)
         ).claimed
         site.rows(LEASE_OVER)
@@ -266,8 +266,8 @@ def test_call_that_cannot_be_claimed_is_given_up_and_none_of_lower_priority(site
     site.rows("UPDATE stage_calls SET attempts = 2147483647 WHERE priority = 10")
     given = wanted(["vlm_judge"], ordered=True)
     with connected(site) as conn:
-        assert one_by_one.settle_and_claim(conn, [], given, 1, "w").claimed == []
-        [row] = one_by_one.settle_and_claim(conn, [], given, 1, "w").claimed
+        assert one_by_one.run_turn_in_parts(conn, [], given, 1, "w").claimed == []
+        [row] = one_by_one.run_turn_in_parts(conn, [], given, 1, "w").claimed
     assert row.tenant_id == "healthy"
 
 

@@ -254,7 +254,7 @@ def test_limit_whose_row_is_locked_stops_no_other_stage(database, conn):
     with holding_limit(database, "vlm_analyze"):
         with pytest.raises(psycopg2.errors.LockNotAvailable):
             claim_many(conn, 4)
-        turn = one_by_one.settle_and_claim(conn, [], wanted(STAGES), 4, "w")
+        turn = one_by_one.run_turn_in_parts(conn, [], wanted(STAGES), 4, "w")
         assert [row.job_id for row in turn.claimed] == [free]
     assert claim(conn).job_id == limited
 

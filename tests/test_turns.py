@@ -233,7 +233,7 @@ def test_turn_in_parts_is_soon_followed_by_another(database, caller, monkeypatch
     def locked(*_args, **_given):
         raise psycopg2.errors.LockNotAvailable("somebody holds the row of a limit")
 
-    monkeypatch.setattr(calls, "settle_and_claim", locked)
+    monkeypatch.setattr(calls, "run_turn", locked)
     database.add_job()
     listener.claiming.claim_at = 0.0
     assert listener.settle_and_claim(claiming.conn) == []
@@ -506,7 +506,7 @@ def test_turn_in_parts_goes_on_after_a_stage_that_is_refused_unless_it_took_long
     database.add_job("overlay")
     database.rows(REFUSE.format(code))
     caller = caller("http://127.0.0.1:1")
-    turn = one_by_one.settle_and_claim(caller.conn, [], wanted(), 4, "w")
+    turn = one_by_one.run_turn_in_parts(caller.conn, [], wanted(), 4, "w")
     assert [error.pgcode for error in turn.unclaimable.values()] == [code] * refused
     caller.listener.claiming.unclaimable = dict.fromkeys(STAGES, "its table is locked")
     caller.listener.claiming.note_unclaimable(caller.conn, turn)
@@ -519,7 +519,7 @@ SAY_WAIT = "BEGIN RAISE SQLSTATE '55P03' USING MESSAGE = current_setting('lock_t
 def test_turn_in_parts_waits_once_for_a_locked_table(database, caller):
     read = database.value("SELECT pg_get_functiondef('stage_call_row'::regproc)")
     database.rows(read.replace("BEGIN", SAY_WAIT, 1))
-    turn = one_by_one.settle_and_claim(caller("http://127.0.0.1:1").conn, [], wanted(), 4, "w")
+    turn = one_by_one.run_turn_in_parts(caller("http://127.0.0.1:1").conn, [], wanted(), 4, "w")
     waits = [error.diag.message_primary for error in turn.unclaimable.values()]
     assert waits == ["500ms", *["20ms"] * 4]
 
