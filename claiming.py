@@ -194,25 +194,29 @@ class Claiming:
             self.sweep_at, self.due_at = now + swept, 0.0
         if self.unclaimable:
             self.sweep_at = min(self.sweep_at, now + UNCLAIMABLE_EVERY)
-        left = [row.stage for row in turn.claimed if self.leaves_places(row.stage)]
-        if left:
-            calls.wake_waiting(conn, left)
+        places = [row.stage for row in turn.claimed if self.leaves_places(row.stage)]
+        if places:
+            calls.wake_waiting(conn, places)
         was_full, self.was_full = self.was_full, len(turn.claimed) >= free
         if self.was_full:
-            self.claim_at = 0.0  # there may be more, as soon as a worker is idle
             if was_full and swept is None:  # there is a queue: begin where this claim ended
                 self.marks |= {row.stage: row.was_due_at for row in turn.claimed}
-            return False
-        if self.marks or left:
-            self.claim_at, self.marks = 0.0, {}  # also what is before the marks
-            return False
-        self.asked_at = turn.asked_at
-        # A new call may have to wait for its time, or for a rate.
-        self.is_to_ask = self.is_ordered or now >= self.due_at
+        elif self.marks or places:
+            self.marks = {}  # the next claim also finds what is before them
+        else:
+            self.plan_next_due(turn, now)
+            return not (turn.claimed or turn.is_partial)
+        self.claim_at = 0.0  # there may be more; asked as soon as a worker is idle
+        return False
+
+    def plan_next_due(self, turn: Turn, now: float) -> None:
+        """Claim again when the next call will be due; where that is not known, ask_when() asks."""
         self.claim_at = self.due_at if now < self.due_at else math.inf
         if turn.is_partial:
             self.claim_at = min(self.claim_at, self.began + LEFT_AFTER)
-        return not (turn.claimed or turn.is_partial)
+        # A new call may have to wait for its time, or for a rate.
+        self.is_to_ask = self.is_ordered or now >= self.due_at
+        self.asked_at = turn.asked_at
 
     def leaves_places(self, stage: str) -> bool:
         """Whether the pool of a claimed call may have more places for its stage: until this claim
