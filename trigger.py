@@ -84,21 +84,27 @@ class Trigger:
         """Run the stage function; what came of the call, whatever it raised."""
         try:
             ended = self.judged(call, call_function(call, self.routes))
-            if call.no_answer and ended.outcome in NOTHING_RUNS:
-                return self.raised(call, call.no_answer)
-            return ended
         except BaseException as error:
-            ended = self.raised(call, error, by_hand)
-            posted = self.posted(call)
-            if posted is None or error is call.unanswered:
-                return ended
-            # "unknown": another request of the stage function may still run. That counts, unless
-            # call.post was accepted, or answered with what leaves it open as well (409, 502, …).
-            no_answer = posted.outcome == "unknown" and posted.http_status is None
-            if ended.outcome == "unknown" and (no_answer or posted.outcome in NOTHING_RUNS):
-                return ended
-            posted.traceback = self.traceback_of(error)
-            return posted
+            return self.raised_beside_post(call, error, by_hand)
+        if call.no_answer and ended.outcome in NOTHING_RUNS:
+            return self.raised(call, call.no_answer)  # an earlier POST may still run
+        return ended
+
+    def raised_beside_post(self, call: Call, error: BaseException, by_hand: bool) -> Result:
+        """What an exception of the stage function means, or rather what came of its call.post.
+
+        The exception counts where call.post raised it, or nothing came of that which counts. It
+        also counts where it leaves open whether another request of the function runs, unless
+        call.post was accepted, or was answered with what leaves that open as well (409, 502, …).
+        """
+        ended, posted = self.raised(call, error, by_hand), self.posted(call)
+        if posted is None or error is call.unanswered:
+            return ended
+        may_run = posted.outcome == "unknown" and posted.http_status is not None
+        if ended.outcome == "unknown" and not (posted.is_accepted or may_run):
+            return ended
+        posted.traceback = self.traceback_of(error)
+        return posted
 
     def posted(self, call: Call) -> Result | None:
         """What came of call.post, where that counts whatever the stage function did next."""
