@@ -85,7 +85,7 @@ class Unwritten:
             turn = one_by_one.run_turn_in_parts(conn, self.results, [], 0, name)
             for given_up in turn.given_up:
                 failures.tell_given_up(self.alerts, given_up)
-            self.results = [r for r in self.results if r.call_id in turn.locked] + turn.refused
+            self.results = turn.refused
             if turn.refusal:
                 raise turn.refusal
         except db.ConnectionLost:
