@@ -146,8 +146,7 @@ class Checks:
 
 
 def end_unmade(conn: db.Connection, call: Call, row: Claimed, known: float = 0) -> Result | None:
-    """The result of a call that must not be made; None where it must. If the join of such a call
-    is not complete, or has changed, its parent is to be looked at again.
+    """The result of a call that must not be made; None where it must.
 
     Args:
         known: the attempt that was accepted as far as this listener knows: see Checks.accepted.
@@ -155,10 +154,13 @@ def end_unmade(conn: db.Connection, call: Call, row: Claimed, known: float = 0) 
     owed = row.owed or is_owed(conn, row, call.listener)
     accepted = row.accepted or known == math.inf
     ended = already_over(conn, call, row, owed, accepted, taken=row.attempt <= known)
+    if not row.join_of:
+        return ended
     is_open = not (row.is_complete or accepted)
-    if ended is None and row.join_of and joins.has_look(conn, row):
-        ended, is_open = outdated(call), True
-    if ended is not None and row.join_of and row.job_found and is_open:
+    if ended is None and joins.has_look(conn, row):
+        # Made now as well, it would be made twice.
+        ended, is_open = skipped(call, "조인을 다시 확인", OUTDATED), True
+    if ended is not None and row.job_found and is_open:
         joins.reopen(conn, row)
     return ended
 
@@ -224,13 +226,6 @@ def is_given_up_with_its_parent(call: Call, row: Claimed) -> bool:
         and (row.job_step, row.job_status) == (failed.step, failed.status)
         and failed not in pipeline.routes()
     )
-
-
-def outdated(call: Call) -> Result:
-    """The result of a join's call whose rows have changed since it was recorded: the look that is
-    pending records it anew. Made now as well, it would be made twice.
-    """
-    return skipped(call, "조인을 다시 확인", OUTDATED)
 
 
 def skipped(call: Call, now: str, error: str) -> Result:

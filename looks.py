@@ -144,20 +144,20 @@ class JoinLook(Look):
         self.failure = None
         began = time.monotonic()
         found, failed = db.in_parts(conn, joins.look, pipeline.joins())
+        parents = sum(filter(None, found))
         if failed:
-            seconds = self.fail(began, sum(filter(None, found)))
+            seconds = self.fail(began, parents)
             self.failing.note_failure(conn, self.undone, failed)
             if self.once:
                 self.failure, self.at = next(iter(failed.values())), math.inf
-                if any(found):  # there may be more of the joins that can be looked at
-                    self.rest(began, sum(filter(None, found)))
+                if parents:  # there may be more of the joins that can be looked at
+                    self.rest(began, parents)
                 return
             log.error("조인 확인 실패 (%.0f초 후 다시 시도): %s", seconds, db.reasons(failed))
         elif None in found:  # another listener is looking, and may have begun too early
             self.rest(began, 0, OTHER_LOOKS)
         else:
             self.failing.note_success(self.undone)
-            parents = sum(found)
             self.rest(began, parents, 0.0 if parents else math.inf)
 
 
