@@ -107,7 +107,7 @@ class Claiming:
                     pools = set()
                 if limits.pool:
                     pools.add(limits.pool)
-                share = -(-free // len(self.order))
+                share = math.ceil(free / len(self.order))
                 claims[-1].append(Wanted(stage, limits.lease, most, share, limits.is_limited,
                                          self.marks.get(stage), self.is_ordered,
                                          waits=self.may_wait(stage)))  # fmt: skip
@@ -136,16 +136,17 @@ class Claiming:
         that they do not keep the others waiting. The same for a stage whose limit has a row that
         was locked in two turns, one after the other.
         """
-        before, locked_before = self.unclaimable, {*self.unclaimable, *self.limit_locked}
+        before = self.unclaimable
+        twice = {stage: error for stage, error in turn.limit_locked.items()
+                 if stage in before or stage in self.limit_locked}  # fmt: skip
         self.limit_locked = self.limit_locked - turn.asked | turn.limit_locked.keys()
-        still = {s: error for s, error in turn.limit_locked.items() if s in locked_before}
         self.unclaimable = {s: why for s, why in before.items() if s not in turn.asked}
-        for stage, error in (turn.unclaimable | still).items():
+        for stage, error in (turn.unclaimable | twice).items():
+            why = self.unclaimable[stage] = why_unclaimable(conn, stage, error)
             self.undone_at = datetime.now()
-            self.unclaimable[stage] = why_unclaimable(conn, stage, error)
-            if self.unclaimable[stage] != before.get(stage):
+            if why != before.get(stage):
                 log.error("단계의 호출을 가져올 수 없음 (%.0f초마다 다시 시도): stage=%s %s",
-                          UNCLAIMABLE_EVERY, stage, self.unclaimable[stage])  # fmt: skip
+                          UNCLAIMABLE_EVERY, stage, why)  # fmt: skip
 
     def is_logged(self, error: psycopg2.Error) -> bool:
         """Whether a claim failed for a reason that was logged, or as a table is still locked."""
