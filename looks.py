@@ -81,10 +81,11 @@ class Look:
 
 
 class Failing:
-    """What to say where looks fail, one after the other.
+    """Says that looks fail one after the other. Its dicts have a key for each kind of look: its
+    `undone`, which says what no call can be meanwhile.
 
-    since: by what cannot be done with calls meanwhile, time.monotonic() of the first failure.
-    said: the same, and why. Not after the first failure: the lock that it met may be gone.
+    since: time.monotonic() of the first failure.
+    said: what is undone, and why. Not after the first failure: the lock that it met may be gone.
     """
 
     def __init__(self, settings: SimpleNamespace, alerts: Alerts):

@@ -17,7 +17,8 @@ log = logging.getLogger("listener.trigger")
 # under a limit may be free afterwards, so the other listeners are woken. The trigger has removed a
 # row's own call; that of a join is removed here. A move may have been committed long after it was
 # made. history.COUNT counts attempts that are older than 5 minutes; where it has passed this one
-# already, it is counted here. Newer than 4 minutes, none was counted, so the mark is not locked.
+# already, it is counted here. One that is newer than 4 minutes cannot have been passed, so for such
+# attempts alone the mark is not locked.
 LOOK = f"""
 WITH seen AS (
     SELECT move_id, job_id, table_name, stage, is_failed, moved_at FROM stage_moves

@@ -56,8 +56,8 @@ class Unwritten:
         self.results, self.locked = self.results + self.locked, []
 
     def mark_and_tell_failed(self, conn: db.Connection) -> None:
-        """Mark failures that are final, as the stage set the row to failed, and those of calls that
-        a person has cancelled; then tell people.
+        """Mark failures that are final, and those that nobody needs to be told of: see
+        failures.note(). Then tell people of the others that are given up.
         """
         untold = [r for r in self.results if r.is_failure and not r.is_told]
         failures.note(conn, untold)
