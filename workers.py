@@ -207,7 +207,7 @@ class Workers:
         if worker.made >= CALLS or worker.has_ended():
             with contextlib.suppress(OSError):  # the old one goes on where none can be started
                 self.all.append(self.start())
-                self.kill_and_remove(worker, has_ended=False)
+                self.kill_and_remove(worker)
                 worker = self.all[-1]
         worker.give(call)
 
@@ -231,14 +231,15 @@ class Workers:
                 ended.append((call, result))
             if has_ended or now >= worker.until:
                 status = int.from_bytes(worker.shared_status[:2], "big")
-                reason = self.kill_and_remove(worker, has_ended)
+                code = self.kill_and_remove(worker)
                 if worker.call is not None:
+                    reason = why_ended(worker, worker.call, has_ended, code)
                     result = self.result_of_dead(worker.call, worker.began, status, reason)
                     ended.append((worker.call, result))
         return ended
 
-    def kill_and_remove(self, worker: Worker, has_ended: bool) -> str:
-        """Kill a worker, so that another takes its place; why the process ended, in words."""
+    def kill_and_remove(self, worker: Worker) -> int | None:
+        """Kill a worker, so that another takes its place; its exit code as of Worker.kill()."""
         self.all.remove(worker)
         code = worker.kill()
         if code is None:
@@ -246,17 +247,7 @@ class Workers:
         if worker.made == 0:
             self.start_at = time.monotonic() + RESTART_DELAY
             log.error("호출 없이 종료된 워커: %s → %.0f초 후 재시작", code, RESTART_DELAY)
-        if has_ended and code is not None and code < 0:
-            names = {one.value: one.name for one in signal.Signals}  # not of all real-time signals
-            return f"its worker was killed by {names.get(-code, f'signal {-code}')}"
-        if has_ended:
-            return f"its worker exited with {code}"
-        if worker.is_garbled:
-            return "its worker sent what is no result, so it was killed"
-        if not worker.is_open:
-            return "its worker closed its connection to the listener"
-        seconds = worker.call.timeout if worker.call else 0
-        return f"no answer within {seconds:g} s, so its worker was killed"
+        return code
 
     def result_of_dead(self, call: Call, began: float, status: int, reason: str) -> Result:
         """The result of a call whose worker died: unknown, but not if its stage had accepted it.
@@ -276,6 +267,25 @@ class Workers:
         for worker in list(self.all):
             worker.kill()
         self.all = []
+
+
+def why_ended(worker: Worker, call: Call, has_ended: bool, code: int | None) -> str:
+    """Why a worker's process ended in the middle of `call`.
+
+    Args:
+        has_ended: by itself; else the listener has killed it.
+        code: of its exit, negative for a signal; None: not known.
+    """
+    if has_ended and code is not None and code < 0:
+        names = {one.value: one.name for one in signal.Signals}  # not of all real-time signals
+        return f"its worker was killed by {names.get(-code, f'signal {-code}')}"
+    if has_ended:
+        return f"its worker exited with {code}"
+    if worker.is_garbled:
+        return "its worker sent what is no result, so it was killed"
+    if not worker.is_open:
+        return "its worker closed its connection to the listener"
+    return f"no answer within {call.timeout:g} s, so its worker was killed"
 
 
 # --- in a worker ---------------------------------------------------------------------------
