@@ -305,7 +305,7 @@ class Listener:
         wanted, *others = self.claiming.wanted(free, self.workers.calls, sweep)
         leased_from = boottime()  # before the claim is sent
         turn = self.at_once_or_one_by_one(conn, self.unwritten.results, wanted, free, sweep)
-        self.note_settled(conn, turn)
+        self.note_turn(conn, turn)
         if turn.refusal:
             raise turn.refusal
         self.claim_others(conn, turn, others, free, sweep)
@@ -363,9 +363,9 @@ class Listener:
             raise of_all  # with `once`, serve() fails at its end
         return turn
 
-    def note_settled(self, conn: db.Connection, turn: Turn) -> None:
-        """The results are in the database; those whose row is locked, or which it has refused, are
-        settled again later.
+    def note_turn(self, conn: db.Connection, turn: Turn) -> None:
+        """Note that a turn has ended: its results are in the database. Those whose row is locked,
+        or which it has refused, are settled again later.
         """
         if self.claiming.is_none_claimable:
             self.tell_stuck(NO_CALL + self.claiming.undone)

@@ -85,7 +85,7 @@ class Caller:
                     sweep=True,
                     only=only,
                 )
-                listener.note_settled(self.conn, turn)
+                listener.note_turn(self.conn, turn)
                 if turn.claimed:
                     break
             if found := listener.to_make(self.conn, turn, began):
@@ -106,7 +106,7 @@ class Caller:
         self.listener.unwritten.mark_and_tell_failed(conn or self.conn)
         unwritten, name = self.listener.unwritten.results, self.listener.name
         turn = calls.run_turn(conn or self.conn, unwritten, [], 0, name)
-        self.listener.note_settled(self.conn, turn)
+        self.listener.note_turn(self.conn, turn)
 
     def call(self) -> SimpleNamespace:
         """Claim the next due call, run it and settle it; its row in stage_attempts."""
