@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import psycopg2
 
@@ -11,6 +12,7 @@ from calls import (
     BEYOND_ASCII,
     DO_NOT_RETRY,
     DUE,
+    DUE_BY_HAND,
     DUE_IN_ORDER,
     FENCE,
     HURRY,
@@ -66,7 +68,7 @@ def run_turn_in_parts(
     done = Turn([], [], is_partial=bool(wanted))
     settle_each(conn, results, done)
     if free and not done.refusal:
-        claim_one(conn, wanted, worker, sweep, extend_by, done)
+        claim_first(conn, wanted, worker, sweep, extend_by, done)
     return done
 
 
@@ -87,7 +89,7 @@ def settle_each(conn, results: Sequence[Result], done: Turn) -> None:
             done.refusal = error
 
 
-def claim_one(
+def claim_first(
     conn, wanted: Sequence[Wanted], worker: str, sweep: bool, extend_by: float, done: Turn
 ) -> None:
     """Claim a call of the first stage that has one, and note in `done` which could not be asked."""
@@ -97,7 +99,7 @@ def claim_one(
         one = one._replace(waits=one.waits and not has_waited)
         done.asked.add(one.stage)
         try:
-            turn = calls.run_turn(conn, [], [one], 1, worker, sweep=sweep, extend_by=extend_by)
+            turn = claim_of_stage(conn, one, worker, sweep, extend_by)
         except ConnectionLost:
             raise
         except psycopg2.errors.LockNotAvailable as error:
@@ -108,12 +110,9 @@ def claim_one(
             done.unclaimable[one.stage] = error
             break  # the next one may take as long
         except psycopg2.Error as error:
-            if not is_fault_of_row(error):
-                done.unclaimable[one.stage] = error
-                continue
-            reason = f"its call cannot be claimed: {' '.join(str(error).split())}"
-            done.given_up += give_up_first(conn, one, worker, reason, sweep)
+            done.unclaimable[one.stage] = error
         else:
+            done.given_up += turn.given_up
             if turn.claimed:
                 done.claimed = turn.claimed
                 break
@@ -215,25 +214,59 @@ def keep_from_repeating(conn, results: Sequence[Result], error: psycopg2.Error) 
                 )
 
 
-# Gives up the call that a claim of this stage would take first.
-GIVE_UP_FIRST = """
+def claim_of_stage(conn, one: Wanted, worker: str, sweep: bool, extend_by: float) -> Turn:
+    """Claim one call of a stage. Where that fails for a reason of its row, claim the first due call
+    by its id, and give it up if that fails as well.
+
+    The claim that failed does not say which call it took. Where another listener has that one
+    locked now, the first due call is another one, which can be claimed.
+    """
+    try:
+        return calls.run_turn(conn, [], [one], 1, worker, sweep=sweep, extend_by=extend_by)
+    except psycopg2.Error as error:
+        if not is_fault_of_row(error):
+            raise
+    only = first_due(conn, one, sweep)
+    if only is None:
+        return Turn([], [])
+    try:
+        return calls.run_turn(conn, [], [one], 1, worker, only=only, extend_by=extend_by)
+    except psycopg2.Error as error:
+        if not is_fault_of_row(error):
+            raise
+        reason = f"its call cannot be claimed: {' '.join(str(error).split())}"
+        return Turn([], [], given_up=give_up(conn, one, only, worker, reason))
+
+
+# The call that a claim of this stage would take first.
+FIRST_DUE = """
 WITH due AS ({due})
+SELECT c.job_id::text, c.call_id, c.attempts
+FROM due JOIN stage_calls AS c ON c.job_id = due.job_id AND c.call_id = due.call_id
+"""
+
+
+def first_due(conn, wanted: Wanted, sweep: bool = False) -> tuple[Any, int, int] | None:
+    """The first due call of a stage, as calls.run_turn() takes it for `only`."""
+    sql = FIRST_DUE.format(due=DUE_IN_ORDER if wanted.ordered else DUE)
+    found = execute(conn, sql, {**as_arrays([wanted]), "free": 1, "sweep": sweep}).fetchone()
+    return found and tuple(found)
+
+
+# Gives up the call that a claim by its id would take.
+GIVE_UP = f"""
+WITH due AS ({DUE_BY_HAND})
 UPDATE stage_calls AS c
 SET due_at = 'infinity', worker = NULL, last_error = left(%(error)s, 500)
-FROM due WHERE c.job_id = due.job_id AND c.call_id = due.call_id
+FROM due WHERE c.job_id = due.job_id AND c.call_id = due.call_id AND c.due_at < 'infinity'
 RETURNING c.job_id::text, c.call_id, c.attempts AS attempt, c.stage, c.table_name
 """
 
 
-def give_up_first(
-    conn, wanted: Wanted, worker: str, error: str, sweep: bool = False
-) -> list[Result]:
-    """Give up the first due call of a stage, which cannot be claimed; as a result, where there is
-    one.
-    """
-    sql = GIVE_UP_FIRST.format(due=DUE_IN_ORDER if wanted.ordered else DUE)
-    given = {**as_arrays([wanted]), "free": 1, "sweep": sweep, "error": error}
-    rows = execute(conn, sql, given).fetchall()
+def give_up(conn, wanted: Wanted, only: tuple, worker: str, error: str) -> list[Result]:
+    """Give up a call which cannot be claimed; as a result, unless another listener has done so."""
+    params = dict(zip(("only", "only_call", "only_after"), only, strict=True))
+    rows = execute(conn, GIVE_UP, params | as_arrays([wanted]) | {"error": error}).fetchall()
     for row in rows:
         name = row_name(row.table_name, row.job_id)
         log.error("포기 (호출을 가져올 수 없음): %s stage=%s %s", name, row.stage, error)

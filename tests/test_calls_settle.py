@@ -1,5 +1,6 @@
 """Settling: what each outcome leaves behind, who may settle, and doing it twice."""
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
@@ -388,7 +389,7 @@ def test_call_whose_lease_another_turn_is_extending_is_not_taken_over(database, 
             assert claim_many(conn, 1, extend_by=seconds, ordered=ordered).claimed == []
             assert claim_many(conn, 1, extend_by=seconds, only=row.key).claimed == []
             [one] = wanted([row.stage], 60, 1, ordered=ordered)
-            assert one_by_one.give_up_first(conn, one, "w", "cannot be claimed") == []
+            assert one_by_one.first_due(conn, one) is None
             elsewhere.rollback()
     [again] = claim_many(conn, 1, ordered=ordered).claimed
     assert (again.key, again.taken_over) == (row.key, True)
@@ -402,10 +403,12 @@ def test_only_a_call_that_a_claim_would_take_is_given_up(database, conn, ordered
     database.rows(LEASE_OVER)
     database.rows("UPDATE pipeline_stages SET held_until = 'infinity' WHERE stage = 'vlm_judge'")
     for one in wanted(["vlm_analyze", "vlm_judge"], ordered=ordered):
-        assert one_by_one.give_up_first(conn, one, "w", "cannot be claimed") == []
+        assert one_by_one.first_due(conn, one) is None
     database.rows("UPDATE stage_calls SET run_after = NULL")
     [one] = wanted(["vlm_analyze"], ordered=ordered)
-    [given_up] = one_by_one.give_up_first(conn, one, "w", "cannot be claimed")
+    first = one_by_one.first_due(conn, one)
+    [given_up] = one_by_one.give_up(conn, one, first, "w", "cannot be claimed")
+    assert one_by_one.give_up(conn, one, first, "w", "cannot be claimed") == []
     assert (given_up.job_id, given_up.attempt) == (planned, 1)
     assert database.owed(planned).given_up and not database.owed(held_up).given_up
 
@@ -495,6 +498,37 @@ def test_call_that_cannot_be_claimed_does_not_give_up_one_that_is_passed_by(data
     one_by_one.run_turn_in_parts(conn, [], wanted(), 4, "w")
     assert database.owed(poisoned).given_up
     assert not database.owed(waiting).given_up
+
+
+# Fails the claim of one job's call, once another session waits for the row.
+FAIL_WHILE_WAITED_FOR = """
+CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    WHILE NOT EXISTS (SELECT FROM pg_locks WHERE pg_backend_pid() = ANY (pg_blocking_pids(pid)))
+    LOOP
+        PERFORM pg_sleep(0.01);
+    END LOOP;
+    RAISE program_limit_exceeded USING TABLE = 'stage_calls';
+END $$;
+CREATE TRIGGER fail BEFORE UPDATE ON stage_calls FOR EACH ROW
+WHEN (OLD.job_id = '{}' AND NEW.worker IS NOT NULL) EXECUTE FUNCTION fail()
+"""
+
+
+def test_no_healthy_call_is_given_up_while_another_listener_holds_the_poisoned_one(database, conn):
+    poisoned, healthy = database.add_job(), database.add_job()
+    database.rows(FAIL_WHILE_WAITED_FOR.format(poisoned))
+    with closing(database.connect()) as elsewhere, ThreadPoolExecutor() as threads:
+        elsewhere.autocommit = False
+        turn = threads.submit(one_by_one.run_turn_in_parts, conn, [], wanted(), 4, "w")
+        database.wait_for("SELECT true FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+                          " AND datname = current_database()")  # fmt: skip
+        lock = "SELECT FROM stage_calls WHERE job_id = %s FOR UPDATE"
+        elsewhere.cursor().execute(lock, [poisoned])
+        turn.result()
+        elsewhere.rollback()
+    database.rows("DROP TRIGGER fail ON stage_calls; DROP FUNCTION fail()")
+    assert not database.owed(healthy).given_up
 
 
 # --- claims nobody knows about -------------------------------------------------------------

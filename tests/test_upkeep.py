@@ -468,7 +468,7 @@ def test_call_that_was_given_up_and_retried_waits_no_longer_than_a_back_off(data
     claim(conn)
     database.rows(LEASE_OVER)
     [first] = wanted(["vlm_analyze"])
-    assert one_by_one.give_up_first(conn, first, "w", "error")
+    assert one_by_one.give_up(conn, first, one_by_one.first_due(conn, first), "w", "error")
     database.rows("UPDATE stage_calls SET due_at = now() + interval '2 hours'")  # as `retry` did
     assert clock.shorten_waits(conn, is_back=True) == 1
     assert claim(conn).attempt == 2
