@@ -65,8 +65,8 @@ def look(conn, settings: SimpleNamespace) -> dict[str, Any]:
         Problem: the database's part is older than this program.
     """
     stages = [row._asdict() for row in db.execute(conn, STAGES)]
-    version, refusal = schema(conn)
-    if version and version < migrations.LATEST:
+    version, refusal = migrations.version(conn), migrations.refusal(conn)
+    if version < migrations.LATEST:
         raise Problem(refusal)
     for row in stages:
         row["held_until"] = "infinity" if row["paused"] else row["held_until"]
@@ -109,16 +109,6 @@ def look(conn, settings: SimpleNamespace) -> dict[str, Any]:
     }
 
 
-def schema(conn) -> tuple[int | None, str | None]:
-    """The version of the database's part, and a line where this program cannot work with it; both
-    None for a role that may read nothing but the views.
-    """
-    try:
-        return migrations.version(conn), migrations.refusal(conn)
-    except psycopg2.errors.InsufficientPrivilege:
-        return None, None
-
-
 def triggers_problem(conn, settings: SimpleNamespace) -> str | None:
     """What keeps the triggers from recording calls, or from hanging on jobs, and what to do about
     it, in the words of `verify`.
@@ -134,13 +124,8 @@ def triggers_problem(conn, settings: SimpleNamespace) -> str | None:
 
 
 def routes_problem(conn) -> str | None:
-    """How PIPELINE differs from the database's copy of it; None where it does not, and for a role
-    that may read nothing but the views.
-    """
-    try:
-        found = difference(conn)
-    except psycopg2.errors.InsufficientPrivilege:
-        return None
+    """How PIPELINE differs from the database's copy of it; None where it does not."""
+    found = difference(conn)
     return f"routes differ ({len(found)}): {found[0]}" if found else None
 
 
@@ -181,7 +166,7 @@ def lines(found: dict[str, Any]) -> Iterator[Line]:
     """The result of look() as lines; only a terminal cuts them."""
     base = found["database"]
     where = f"{base['name']} on {base['host']}:{base['port']} as {base['user']}"
-    yield f"{where}, schema {base['schema_version'] or 'unknown'}, {clock(found['at'])}", 0
+    yield f"{where}, schema {base['schema_version']}, {clock(found['at'])}", 0
     yield summary(found), 0
     if base["updates_only"]:
         yield "a row that is inserted owes no call (install --no-insert)", 0

@@ -226,8 +226,9 @@ def test_listener_role_with_the_views_may_read_it(server, make_database, make_ro
     database = make_database(server)
     role = make_role(database)
     given = {"DB_USER": role, "DB_PASSWORD": role}
-    for table in ("jobs", "stage_calls", "stage_leases", "stage_attempts"):
-        database.rows(f"GRANT SELECT ON {table} TO {role}")
+    database.rows("GRANT SELECT ON jobs, pipeline_tables, pipeline_stages, stage_calls,"
+                  " stage_limits, stage_leases, stage_attempts, job_state_listener_schema"
+                  f" TO {role}")  # fmt: skip
     refused = run_command(database, "report", "--out", "-", **given).refused(1)
     assert "permission denied" in refused and "Roles and grants" in refused
     assert run_command(database, "install", "--reader", role).code == 0

@@ -128,12 +128,16 @@ def test_monitor_may_look_and_no_more(database, grant):
     database.rows("UPDATE stage_calls SET due_at = 'infinity'")
     environ = database.environ | {"DB_USER": name, "DB_PASSWORD": name}
 
-    for looking in ("status", "status --json", f"job {job}"):
+    for looking in ("status", "status --json", f"job {job}", "jobs", "metrics"):
         assert commands.run_here(environ, *looking.split()).code == 0
     for doing in ("retry --all --yes", f"call {job}", "install", "uninstall --yes"):
         refused = commands.run_here(environ, *doing.split()).refused(1)
         assert re.search("permission denied|must be owner", refused)
     assert database.owed(job).given_up
+    database.rows(f"REVOKE SELECT ON stage_limits FROM {name}")
+    assert commands.run_here(environ, "status").refused(1) == (
+        "permission denied for table stage_limits: see 'Roles and grants' in docs/INSTALLING.md"
+    )
 
 
 # --- the owner of jobs ---------------------------------------------------------------------
