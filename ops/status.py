@@ -79,7 +79,8 @@ def look(conn, settings: SimpleNamespace) -> dict[str, Any]:
         name = row["stage"]
         row["one_at_a_time"] = {one["listener"]: one["one_at_a_time"][name]
                                 for one in found if name in one["one_at_a_time"]}  # fmt: skip
-    problem = triggers_problem(conn, settings)
+    misplacement = next((f"{what} → {mend}" for what, mend in misplaced(conn)), None)
+    problem = misplacement or triggers_problem(conn, settings)
     return {
         "at": datetime.now().astimezone(),
         "error": None,
@@ -95,7 +96,7 @@ def look(conn, settings: SimpleNamespace) -> dict[str, Any]:
             "announced": announced(conn) if problem is None else None,
             "notification_queue_percent": db.execute(conn, QUEUE).fetchone()[0],
         },
-        "triggers": {"ok": problem is None, "problem": problem},
+        "triggers": {"ok": problem is None, "problem": problem, "misplaced": bool(misplacement)},
         "routes_problem": routes_problem(conn),
         "resting_problem": resting_problem,
         "oldest_due_seconds": max(
@@ -110,11 +111,9 @@ def look(conn, settings: SimpleNamespace) -> dict[str, Any]:
 
 
 def triggers_problem(conn, settings: SimpleNamespace) -> str | None:
-    """What keeps the triggers from recording calls, or from hanging on jobs, and what to do about
-    it, in the words of `verify`.
+    """What keeps the triggers from recording calls, and what to do about it, in the words of
+    `verify`.
     """
-    for what, mend in misplaced(conn):
-        return f"{what} → {mend}"
     try:
         check_triggers(conn, settings)
     except Bad as bad:
@@ -206,6 +205,7 @@ def summary(found: dict[str, Any]) -> str:
     due = due if oldest is None else f"oldest due {duration(oldest)}"
     queue = f"NOTIFY queue {base['notification_queue_percent']}%"
     triggers = "triggers on" if found["triggers"]["ok"] else "triggers BROKEN"
+    triggers = "jobs MISPLACED" if found["triggers"]["misplaced"] else triggers
     version = f"PostgreSQL {base['version']}"
     return ", ".join([due, f"{found['calls_per_minute']:g} calls/min", version, queue, triggers])
 

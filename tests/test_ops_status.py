@@ -104,7 +104,7 @@ def test_status_shows_every_situation(database, run_command, busy):
 def test_status_as_json_says_the_same(database, run_command, busy):
     said = json.loads("\n".join(run_command(database, "status", "--json").lines))
     assert said["database"]["name"] == database.name
-    assert said["triggers"] == {"ok": True, "problem": None}
+    assert said["triggers"] == {"ok": True, "problem": None, "misplaced": False}
     assert said["error"] is None
     assert [stage["stage"] for stage in said["stages"]] == STAGES
     by_name = {stage.pop("stage"): stage for stage in said["stages"]}
@@ -200,7 +200,7 @@ def test_status_tells_of_a_broken_trigger(database, run_command, broken, problem
     what, mend = problem.split(" → ")
     assert done.lines[2:4] == [f"PROBLEM  {what}", f"       → {mend}"]
     said = json.loads(run_command(database, "status", "--json").out)
-    assert said["triggers"] == {"ok": False, "problem": problem}
+    assert said["triggers"] == {"ok": False, "problem": problem, "misplaced": False}
 
 
 def test_listener_does_not_start_where_the_trigger_records_nothing(database):

@@ -261,6 +261,7 @@ def test_jobs_that_is_elsewhere_is_the_only_problem_and_all_tell_the_same(
         mend = mend.format(database.environ["DB_USER"])
         assert checked(database, STAGE_API_URL=api.url) == [(what, mend)]
         said = run_command(database, "status").lines
+        assert said[1].endswith(", jobs MISPLACED")
         assert f"PROBLEM  {what}" in said and f"       → {mend}" in said
         with closing(db.connect(database.settings())) as conn:
             for does, suffix in ((apply, "; nothing was changed"), (require_installed, "")):
