@@ -145,6 +145,14 @@ SELECT string_agg(name, ', ') FROM unnest(%(tables)s::text[]) AS name
 WHERE row_security_active(to_regclass(quote_ident(name)))
 """
 
+# The views, and the functions that look for rows that rest, read with the rights of their owner.
+FORCED = """
+SELECT c.relname AS name, c.relowner::regrole::text AS owner
+FROM pg_class AS c JOIN pg_roles AS r ON r.oid = c.relowner
+WHERE c.oid IN (SELECT to_regclass(name) FROM unnest(%(tables)s::text[]) AS name)
+  AND c.relrowsecurity AND c.relforcerowsecurity AND NOT (r.rolsuper OR r.rolbypassrls)
+"""
+
 QUEUE = "SELECT round(100 * pg_notification_queue_usage())::integer"
 
 
@@ -308,6 +316,10 @@ def check_privileges(conn, settings) -> str:
     hidden = db.execute(conn, HIDDEN, {"tables": tables}).fetchone()[0]
     if hidden:
         raise Bad(f"row-level security hides rows of {hidden} from {conn.info.user}", GRANTS)
+    if forced := db.execute(conn, FORCED, {"tables": [*NEEDED]}).fetchone():
+        what = f"row-level security hides rows of {forced.name} from {forced.owner}"
+        mend = f"ALTER TABLE {forced.name} DISABLE ROW LEVEL SECURITY"
+        raise Bad(f"{what}, with whose rights the views read", mend)
     return f"privileges of role {conn.info.user}"
 
 

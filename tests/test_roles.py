@@ -345,6 +345,23 @@ def test_one_table_that_is_lost_lets_writes_through(
         assert broken_triggers(triggers(conn)) == []
 
 
+def test_verify_names_a_table_that_the_views_cannot_read(empty_database, make_role):
+    """A superuser can, whose listener works; status, which asks the views, does not."""
+    owner = ordinary_owner(empty_database, make_role)
+    with connected(empty_database) as conn:
+        apply(conn)
+    forced = "ALTER TABLE stage_attempts ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY"
+    empty_database.rows(f"{forced}; CREATE POLICY everything ON stage_attempts USING (true)")
+    assert commands.run_here(empty_database.environ, "status").code == 1
+    hidden = f"row-level security hides rows of stage_attempts from {owner}, with whose rights"
+    mend = "ALTER TABLE stage_attempts DISABLE ROW LEVEL SECURITY"
+    problem = f"PROBLEM  {hidden} the views read → {mend}\n"
+    assert problem in commands.run_here(empty_database.environ, "verify").out
+    empty_database.rows(mend)
+    assert problem not in commands.run_here(empty_database.environ, "verify").out
+    assert commands.run_here(empty_database.environ, "status").code == 0
+
+
 def test_install_says_that_the_owner_of_jobs_may_not_use_the_schema(empty_database, make_role):
     owner = ordinary_owner(empty_database, make_role)
     empty_database.rows(f"REVOKE ALL ON SCHEMA public FROM PUBLIC, {owner}")
