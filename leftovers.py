@@ -105,20 +105,29 @@ def forget_parents(conn, after: Any = None, batch: int = BATCH) -> Any:
 # with a priority that their table no longer declares, which stage_due_calls() does not look for. A
 # call of a state that left PIPELINE stays as it is. `install` runs this for every call. Upkeep runs
 # it for stages that left PIPELINE, as a transaction may have been open during the install or have
-# held the row; a call of any other stage is renamed when a listener claims it.
+# held the row; a call of any other stage is renamed when a listener claims it. The lease of a call
+# that was claimed during the install is renamed with it, as `install` has not seen that lease: else
+# the stage would not count the call as under way, and might be called for the same row once more.
 ADOPT = """
+WITH mine AS (
+    SELECT o.job_id, o.call_id, o.attempts, p.stage,
+           CASE WHEN t.priority_column IS NOT NULL THEN o.priority ELSE 0 END AS priority
+    FROM stage_calls AS o
+    JOIN pipeline_stages AS p USING (table_name, join_of, current_step, status)
+    JOIN pipeline_tables AS t ON t.name = o.table_name
+    WHERE ({every} AND o.stage <> p.stage
+           OR o.stage NOT IN (SELECT stage FROM pipeline_stages)
+           OR o.priority <> 0 AND o.table_name IN (
+              SELECT name FROM pipeline_tables WHERE priority_column IS NULL))
+    LIMIT {batch}
+    FOR UPDATE OF o SKIP LOCKED
+), leased AS (
+    UPDATE stage_leases AS l SET stage = mine.stage FROM mine
+    WHERE l.call_id = mine.call_id AND l.attempt = mine.attempts AND NOT l.working
+      AND l.stage NOT IN (SELECT stage FROM pipeline_stages)
+)
 UPDATE stage_calls AS c SET stage = mine.stage, priority = mine.priority
-FROM (SELECT o.job_id, o.call_id, p.stage,
-             CASE WHEN t.priority_column IS NOT NULL THEN o.priority ELSE 0 END AS priority
-      FROM stage_calls AS o
-      JOIN pipeline_stages AS p USING (table_name, join_of, current_step, status)
-      JOIN pipeline_tables AS t ON t.name = o.table_name
-      WHERE ({every} AND o.stage <> p.stage
-             OR o.stage NOT IN (SELECT stage FROM pipeline_stages)
-             OR o.priority <> 0 AND o.table_name IN (
-                SELECT name FROM pipeline_tables WHERE priority_column IS NULL))
-      LIMIT {batch}
-      FOR UPDATE OF o SKIP LOCKED) AS mine
+FROM mine
 WHERE c.job_id = mine.job_id AND c.call_id = mine.call_id
 """
 

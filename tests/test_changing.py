@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
-from claims import connected
+from claims import claim, connected
 from commands import run_here
 from raw_server import in_turn
 from variants import TABLE, VARIANTS, stage
@@ -333,6 +333,25 @@ def test_call_that_is_claimed_during_a_rename_counts_under_the_new_name(
         claiming.commit()
         renaming.result()
     assert database.value("SELECT stage FROM stage_leases") == "new"
+
+
+def test_call_without_limits_that_is_claimed_during_a_rename_is_not_made_twice(
+    database, accepting, caller, change
+):
+    change({("x", "done"): stage("old")})
+    job = database.add_job("x")
+    with connected(database) as claiming:
+        db.execute(claiming, "BEGIN")
+        claim(claiming, stages=["old"])
+        change({("x", "done"): stage("new")})
+        db.execute(claiming, "COMMIT")
+    newer = caller(accepting.url, "newer")
+    assert leftovers.adopt(newer.conn) == 1
+    overview = "SELECT calling FROM pipeline_overview WHERE stage = 'new'"
+    assert database.value(overview) == 1
+    database.move(job, "x", "queued")
+    database.move(job, "x", "done")
+    assert newer.claim() is None
 
 
 def test_row_that_runs_under_the_old_name_keeps_its_call(database, accepting, caller, change):
