@@ -161,7 +161,7 @@ def end_unmade(conn: db.Connection, call: Call, row: Claimed, known: float = 0) 
         # Made now as well, it would be made twice.
         ended, is_open = skipped(call, "조인을 다시 확인", OUTDATED), True
     if ended is not None and row.job_found and is_open:
-        joins.reopen(conn, row)
+        joins.reopen(conn, row, call.listener)
     return ended
 
 

@@ -120,15 +120,21 @@ def has_look(conn, row: Any) -> bool:
 
 
 # Used where the call is skipped though no attempt was accepted: a row has left the state, or the
-# rows have changed since. A look is appended so that the join stays open until it is complete.
+# rows have changed since. A look is appended so that the join stays open until it is complete. Only
+# for the attempt that holds the claim: this may run late, over a connection that was lost, when the
+# rows are back and the call was accepted; the look would record it once more.
 REOPEN = """
-INSERT INTO stage_looks (parent_id, join_of, arrived) VALUES (%(parent_id)s, %(join)s, true)
+INSERT INTO stage_looks (parent_id, join_of, arrived)
+SELECT c.job_id, c.join_of, true FROM stage_calls AS c
+WHERE c.job_id = %(parent_id)s AND c.call_id = %(call_id)s AND c.attempts = %(attempt)s
+  AND c.worker = %(worker)s
 """
 
 
-def reopen(conn, row: Any) -> None:
-    """Append a look at the parent of a claimed `row` whose call is not made."""
-    execute(conn, REOPEN, {"parent_id": row.key, "join": row.join_of})
+def reopen(conn, row: Any, worker: str) -> None:
+    """Append a look at the parent of a `row` claimed by `worker` whose call is not made."""
+    given = {"parent_id": row.key, "call_id": row.call_id, "attempt": row.attempt}
+    execute(conn, REOPEN, given | {"worker": worker})
 
 
 # Records the call of a join for a person who wants it made again, as if a row had arrived; takes

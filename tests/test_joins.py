@@ -26,6 +26,7 @@ from test_upkeep import add_history
 from variants import MOVE, PIPELINE, TABLE, VARIANTS, Variants, install, stage
 from waiting import PATIENCE
 
+import calls
 import db
 import history
 import joins
@@ -889,6 +890,18 @@ def test_row_that_is_done_again_before_the_claim_makes_one_call(variants, conn, 
     assert "looked at anew" in variants.database.attempts(job)[-1].error
     joins.look(conn)
     assert calling.call().outcome == "succeeded"
+    assert not joins.look(conn) and variants.owed() == []
+
+
+def test_look_that_comes_late_over_a_lost_connection_makes_no_second_call(variants, conn):
+    _, [first, _] = joined(variants)
+    row = claim_join(conn)
+    variants.move(first, "yolo_detect", "running")
+    # Its listener asks for a look, as the call is not to be made, and loses the connection.
+    assert calls.give_back(conn, "w", []).given_back == 1
+    variants.finish(first)
+    settle(conn, result(claim_join(conn)))
+    joins.reopen(conn, row, "w")
     assert not joins.look(conn) and variants.owed() == []
 
 
