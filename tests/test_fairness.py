@@ -242,6 +242,13 @@ def test_call_by_hand_that_is_lost_waits_for_its_time_again(site, run_command):
     assert (judge["due"], judge["planned"]) == (0, 1)
 
 
+def test_claim_in_order_asks_of_leases_what_any_claim_asks():
+    """The function has this in two queries. A function of its own would be run for each row."""
+    written = " ".join((ROOT / "schema.sql").read_text(encoding="utf-8").split())
+    for condition in (calls.UNDER_WAY, calls.IS_OVER):
+        assert written.count(" ".join(condition.split())) == 2
+
+
 @pytest.mark.parametrize(("step", "stage"), [("img_gen", "vlm_analyze"), ("overlay", "vlm_judge")])
 def test_call_whose_lease_is_being_extended_keeps_no_other_waiting(site, step, stage):
     add(site, step, "acme")
