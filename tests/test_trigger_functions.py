@@ -6,6 +6,8 @@ import math
 import os
 import signal
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -15,6 +17,7 @@ import requests
 import trustme
 from claims import LEASE_OVER, claim, connected, result, settle
 from conftest import ROOT
+from faults.network import require_root
 from faults.test_claims import with_idle_worker
 from raw_server import OK, answering, in_turn
 from stage_functions import BREAK
@@ -679,6 +682,18 @@ def test_call_that_its_lease_does_not_cover_is_not_made(database, accepting, ask
     call.leased_until = boottime() + call.timeout
     assert worker.trigger.run(call).outcome == "released"
     assert accepting.connections == 0
+
+
+def test_lease_runs_on_while_the_machine_is_suspended():
+    """A namespace sets that clock apart which counts such a time, as a suspension would."""
+    require_root("unshare")
+    asked = "import time, trigger; print(trigger.boottime() - time.monotonic())"
+    suspended = ["unshare", "--time", "--boottime", "3600", "--fork"]
+    done = subprocess.run([*suspended, sys.executable, "-c", asked], cwd=ROOT,
+                          capture_output=True, text=True)  # fmt: skip
+    if "unshare" in done.stderr:
+        pytest.skip(f"no time namespaces here: {done.stderr}")
+    assert float(done.stdout) > 3000
 
 
 def test_call_released_at_a_stop_is_due_again_at_once(database, api, listener, tmp_path):

@@ -169,6 +169,12 @@ HARMLESS = {
     "sets an alarm": "signal.signal(signal.SIGALRM, lambda *_: None); signal.alarm(600)",
     "sets an alarm without a handler": "signal.alarm(600)",
     "has handlers": "for number in (1, 2, 15): signal.signal(number, signal.SIG_IGN)",
+    "gets a signal, of which nothing is written into its files": (
+        "import select\npipes = [os.pipe() for _ in range(16)]\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "assert not select.select([read for read, _ in pipes], [], [], 0)[0]\n"
+        "for pipe in pipes: os.close(pipe[0]), os.close(pipe[1])"
+    ),
     "starts threads": "threading.Thread(target=time.sleep, args=[600], daemon=True).start()",
     "prints": "print('x' * 10_000)",
     "closes its output": "sys.stdout.close(); sys.stderr.close()",
