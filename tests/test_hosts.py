@@ -68,11 +68,12 @@ def proxied(database):
 
 def test_host_that_takes_connections_and_drops_them_keeps_nobody_from_the_next(proxied, database):
     proxy, settings = proxied
-    dropped = proxy.hold_answer(db.BACKEND_PID)
+    dropped, beats = proxy.hold_answer(db.BACKEND_PID), []
     with ThreadPoolExecutor(1) as pool:
         pool.submit(lambda: (dropped.wait(), dropped.cut()))
-        with closing(db.connect(settings)) as conn:
+        with closing(db.connect(settings, trying=lambda: beats.append("a host"))) as conn:
             assert conn.info.port == int(database.environ["DB_PORT"])
+    assert len(beats) == 2  # each may take as long as a heartbeat allows for one
 
 
 def test_host_of_a_lost_connection_is_tried_last(proxied):
