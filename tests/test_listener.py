@@ -316,8 +316,9 @@ def test_stop_does_not_wait_for_the_reconnect_delay(database, listener):
 def test_listener_ends_soon_after_a_newer_program_has_installed(database, api, listener):
     job = database.add_job()
     with gate(api):
-        process = listener(database, api=api, program=Path(__file__).with_name("short_rounds.py"))
-        wait_for_call(api, job)
+        process = listener(database, "run", "--workers", "1", api=api,
+                           program=Path(__file__).with_name("short_rounds.py"))  # fmt: skip
+        wait_for_call(api, job)  # no worker is idle
         database.rows("UPDATE job_state_listener_schema SET version = 99")
         process.wait_for_line("version 99, newer than this program")
     assert process.wait() == 2

@@ -103,13 +103,14 @@ def test_b2_idle_listener_pins_nothing(database, listener, tmp_path):
 
 def test_b3_listener_with_a_long_call_under_way_hears_a_flood(database, api, listener):
     with gate(api, "vlm_judge", Answer(200)) as opened:
-        process = listener(database, api=api, SWEEP_INTERVAL=3600)
+        process = listener(database, "run", "--workers", "1", api=api, SWEEP_INTERVAL=3600)
         job = database.add_job("overlay", "done")
-        wait_for_call(api, job)
+        wait_for_call(api, job)  # no worker is idle
         before = memory(process.pid)
         for _ in range(20):
             notify(database, 10_000, 10)
         wait_for_empty_queue(database)
+        assert not api.calls(job)[0].finished
         opened.set()
     process.wait_for_line(f"트리거: job={database.add_job('overlay', 'done')}")
     assert memory(process.pid) - before < 16
