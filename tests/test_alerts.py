@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 
@@ -236,25 +236,37 @@ def test_command_that_fails_is_one_line_and_the_work_goes_on(
     assert process.stop() == 0
 
 
-def test_command_that_hangs_delays_no_call(database, api, listener, tmp_path):
+def test_command_that_hangs_delays_no_call_and_no_call_delays_its_next_try(
+    database, api, listener, tmp_path
+):
     api.on("planner", lambda _: Answer(400))
     hangs = tmp_path / "hangs"
     command = python(
         "import os, pathlib, sys, time\n"
-        "pathlib.Path(sys.argv[1]).write_text(f'{os.getpid()}.')\n"
-        "time.sleep(600)",
+        "file = pathlib.Path(sys.argv[1])\n"
+        "is_first = not file.exists()\n"
+        "file.write_text(f'{os.getpid()}.')\n"
+        "is_first and time.sleep(600)",
         hangs,
     )
-    more = "import alerts\nalerts.TIME_LIMIT = 600"
+    more = "import alerts\nalerts.TIME_LIMIT, alerts.TRY_AGAIN_AFTER = 600, 0.1"
     listener(database, "run", "--workers", "1", api=api, ALERT_COMMAND=command,
              program=program(tmp_path, POST, 60, more))  # fmt: skip
     database.add_job("yolo_detect")
     until(lambda: hangs.exists() and hangs.read_text().endswith("."), "an alert")
+    first = hangs.read_text()
     try:
         job = database.add_job("overlay")
         database.wait_for("SELECT current_step = 'vlm_judge' FROM jobs WHERE job_id = %s", job)
+        with gate(api, "vlm_judge"):
+            job = database.add_job("overlay")
+            wait_for_call(api, job)  # no worker is idle
+            os.kill(int(first[:-1]), signal.SIGKILL)
+            until(lambda: hangs.read_text() not in ("", first), "the next try")
+            assert not api.calls(job)[0].finished
     finally:
-        os.kill(int(hangs.read_text()[:-1]), signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(int(first[:-1]), signal.SIGKILL)
 
 
 # A command that fails the first time it is run.

@@ -283,7 +283,7 @@ ELSEWHERE = {
     "P13": ["test_workers::test_call_that_meddles_with_its_process_succeeds_and_so_does_the_next"],
     "P14": ["test_trigger_retries::test_stage_may_be_tried_thousands_of_times"],
     "P15": [
-        "test_alerts::test_command_that_hangs_delays_no_call",
+        "test_alerts::test_command_that_hangs_delays_no_call_and_no_call_delays_its_next_try",
         "test_alerts::test_alert_whose_command_outlasts_a_stop_is_logged",
     ],
     "P16": ["test_stop::test_signal_lets_the_call_finish_and_starts_no_other"],
