@@ -305,6 +305,7 @@ def test_call_without_an_answer_keeps_its_lease_though_the_history_does_not_take
 
 def test_stage_that_somebody_has_locked_keeps_no_result_from_being_written(database, conn):
     jobs = [database.add_job() for _ in range(2)]
+    database.rows("UPDATE pipeline_stages SET held_until = now(), hold_seconds = 1")
     accepted = replace(result(claim(conn)), after_hold=True)
     with closing(database.connect()) as elsewhere:
         elsewhere.cursor().execute("BEGIN; SELECT FROM pipeline_stages FOR UPDATE")

@@ -20,6 +20,8 @@ from waiting import (
     wait_until_idle,
 )
 
+from listener import LONGEST_SLEEP
+
 FAILED = "파이프라인 단계 실행 실패"
 SUCCEEDED = "SELECT count(*) = 1 FROM stage_attempts WHERE job_id = %s AND outcome = 'succeeded'"
 
@@ -75,12 +77,16 @@ def test_call_that_ends_its_worker_is_one_unknown_call(timeout, database, api, l
     jobs = {what: database.add_job("overlay", tenant=what) for what in says}
     process.wait_for_line(FAILED, count=len(jobs))
     database.wait_for(SUCCEEDED, database.add_job("planner"))
+    took = []
     for what, job in jobs.items():
         [line] = [line for line in process.lines if f"{FAILED}: job={job}" in line]
         assert "stage=vlm_judge attempt=1/5" in line and says[what] in line
         assert "리스 만료 후 재시도" in line
         [attempt] = database.attempts(job)
         assert attempt.outcome == "unknown" and says[what] in attempt.error
+        took.append(attempt.finished_at - attempt.started_at)
+    # And not when the loop wakes for something else.
+    assert min(took) < timedelta(seconds=timeout + LONGEST_SLEEP / 2)
     assert backends(database) == before
     until(lambda: len(process.children()) == 4, "other workers")
 
