@@ -207,7 +207,8 @@ def test_call_that_meddles_with_its_process_succeeds_and_so_does_the_next(
 
 def test_programs_that_a_call_starts_obey_sigterm(database, api, listener, tmp_path):
     command = "['sh', '-c', 'kill -TERM $$; sleep 600']"
-    body = f"print('ended with %d\\n' % subprocess.call({command}), end='')\n"
+    # Without the end of a line, which alone would have it written at once.
+    body = f"print('ended with %d' % subprocess.call({command}), end='')\n"
     process = listener(database, api=api, program=program(tmp_path, body + POST, 60))
     database.add_job("overlay")
     process.wait_for_line(f"ended with {-signal.SIGTERM}")
