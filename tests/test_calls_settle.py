@@ -477,11 +477,14 @@ POISON = "UPDATE stage_calls SET attempts = 2147483647 WHERE job_id = %s"
 
 
 def test_call_that_cannot_be_claimed_is_given_up_and_the_next_one_is_claimed(database, conn):
-    poisoned, next_job, other = (database.add_job(s) for s in ("img_gen", "img_gen", "overlay"))
+    steps = ("img_gen", "img_gen", "img_gen", "overlay")
+    first, poisoned, next_job, other = map(database.add_job, steps)
     database.rows(POISON, poisoned)
     with pytest.raises(psycopg2.errors.NumericValueOutOfRange):
         claim_many(conn, 4)
-    turn = one_by_one.run_turn_in_parts(conn, [], wanted(), 4, "w")
+    turn = one_by_one.run_turn_in_parts(conn, [], wanted(most=4), 4, "w")
+    assert ([row.job_id for row in turn.claimed], turn.given_up) == ([first], [])
+    turn = one_by_one.run_turn_in_parts(conn, [], wanted(most=4), 4, "w")
     assert [row.job_id for row in turn.claimed] == [other]
     assert [(one.outcome, one.job_id) for one in turn.given_up] == [("failed", poisoned)]
     call = database.owed(poisoned)
