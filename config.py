@@ -344,8 +344,10 @@ def misspelt(given: Iterable[str]) -> list[str]:
     found = []
     for name in given:
         if name not in SETTINGS and not name.startswith(STAGE_URL):
-            for near in difflib.get_close_matches(name, missing, 1, 0.8):
-                found.append(f"{name} is no setting: did you mean {near}?")
+            # One that is set as well, as in a copy of .env.example, has to be a letter away.
+            near = difflib.get_close_matches(name, missing, 1, 0.8)
+            near = near or difflib.get_close_matches(name, SETTINGS, 1, 0.95)
+            found += [f"{name} is no setting: did you mean {meant}?" for meant in near]
     return found
 
 

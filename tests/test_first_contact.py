@@ -222,10 +222,12 @@ def env_file(tmp_path, monkeypatch):
 
 
 def test_mistyped_setting_in_env_file_is_told_the_nearest(env_file, tmp_path):
-    assert env_file("MAX_ATTEMPT=3", "LISTENER_WORKER=2") == [
-        f"{tmp_path}/.env: MAX_ATTEMPT is no setting: did you mean MAX_ATTEMPTS?",
-        f"{tmp_path}/.env: LISTENER_WORKER is no setting: did you mean LISTENER_WORKERS?",
-    ]
+    example = (ROOT / ".env.example").read_text().splitlines()
+    for others in ([], example):  # a copy of the example sets those that are meant as well
+        assert env_file(*others, "MAX_ATTEMPT=3", "LISTENER_WORKER=2") == [
+            f"{tmp_path}/.env: MAX_ATTEMPT is no setting: did you mean MAX_ATTEMPTS?",
+            f"{tmp_path}/.env: LISTENER_WORKER is no setting: did you mean LISTENER_WORKERS?",
+        ]
 
 
 def test_other_settings_of_an_application_are_passed_over(env_file):
