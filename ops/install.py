@@ -172,6 +172,15 @@ def trigger_oids(conn) -> dict[str, int]:
     return {row.name: row.oid for row in db.execute(conn, TRIGGERS, {"functions": functions})}
 
 
+def made(conn) -> dict[str, Any]:
+    """What is another one once it was made anew: triggers by their oids, functions by their text,
+    owner and settings.
+    """
+    ours, _ = named(conn, "stage_calls")
+    functions = {f"function {row.called}": row.made for row in ours if row.kind == "function"}
+    return functions | trigger_oids(conn)
+
+
 def objects(conn, tables: Iterable[str] = ()) -> list[str]:
     """What is there of the application's `tables`, and of what install makes."""
     ours, _ = named(conn, "stage_calls")
@@ -442,7 +451,7 @@ def install(
     click.echo(f"database {info.dbname} on {info.host}:{info.port} as {info.user}")
     there = objects(conn, pipeline.tables())
     for line in (
-        *what_changed(before, there, trigger_oids(conn)),
+        *what_changed(before, there, made(conn)),
         *what_owes_no_call(conn, before, there),
         *who_may_read(conn, before, there, applied),
         *what_is_announced(conn),
@@ -465,7 +474,7 @@ ENDS = "a listener of that version ends within a minute: start the new one"
 class Before(NamedTuple):
     """What an install finds.
 
-    there: objects(); to_be_mended, trigger_oids: see there.
+    there: objects(); to_be_mended, made: see there.
     routes: the routes that were installed; none before the first install.
     limits: the stages and pools whose limits PIPELINE changes.
     version: of the schema.
@@ -475,7 +484,7 @@ class Before(NamedTuple):
 
     there: set[str]
     to_be_mended: dict[str, str]
-    trigger_oids: dict[str, int]
+    made: dict[str, Any]
     routes: dict[Route, Stage]
     limits: list[str]
     version: int
@@ -486,7 +495,7 @@ class Before(NamedTuple):
 def look(conn) -> Before:
     """What is there before an install."""
     there, updates_only = set(objects(conn, pipeline.tables())), is_updates_only(conn)
-    broken, oids = to_be_mended(conn), trigger_oids(conn)
+    broken, as_made = to_be_mended(conn), made(conn)
     try:
         routes, version = known(conn), migrations.version(conn)
         paused = {row.stage for row in db.execute(conn, PAUSED)}
@@ -496,20 +505,19 @@ def look(conn) -> Before:
     except psycopg2.errors.InsufficientPrivilege:
         require_usable(conn)  # says who may install
         raise
-    return Before(there, broken, oids, routes, limits, version, paused, updates_only)
+    return Before(there, broken, as_made, routes, limits, version, paused, updates_only)
 
 
-def what_changed(before: Before, there: list[str], oids: dict[str, int]) -> Iterator[str]:
-    """What an install has done to the objects that are `there` now, its triggers with these `oids`,
-    and to the routes.
+def what_changed(before: Before, there: list[str], as_made: dict[str, Any]) -> Iterator[str]:
+    """What an install has done to the objects that are `there` now, `as_made` by it, and to the
+    routes.
     """
     if before.version < migrations.LATEST:
         yield f"migrated from version {before.version} to {migrations.LATEST}"
         yield f"note: {LISTENERS.get(before.version, ENDS)}"
     for name in there:
-        kept = "checked" if name.startswith("function") else "kept"
-        kept = before.to_be_mended.get(name, kept)
-        if before.trigger_oids.get(name) != oids.get(name):  # also for another option
+        kept = before.to_be_mended.get(name, "kept")
+        if before.made.get(name) != as_made.get(name):  # also for another option
             kept = "renewed"
         yield f"{kept if name in before.there else 'created':7}  {name}"
     for name in sorted(before.there - set(there)):

@@ -75,7 +75,8 @@ ORDER BY c.relkind = 'v', c.oid
 # trigger functions with a name as ours have it for further tables.
 FUNCTIONS = """
 SELECT p.proname AS name, p.oid, p.oid::regprocedure::text AS called, 'function' AS kind,
-       concat(p.prosrc, p.proargnames::text) AS text
+       concat(p.prosrc, p.proargnames::text) AS text,
+       concat_ws(' ', p.proowner, p.prosecdef, p.proconfig::text, p.prosrc) AS made
 FROM pg_proc AS p
 WHERE (p.proname = ANY (%(names)s)
        OR p.prorettype = 'trigger'::regtype AND p.proname ^@ 'job_state_listener_')

@@ -43,7 +43,8 @@ def test_old_listener_hears_what_it_always_heard(guide, run_command):
     with Subscription(guide) as subscription:
         guide.move(moved, "img_gen", "done")
         before = subscription.messages()
-    assert run_command(guide, "install").code == 0
+    done = run_command(guide, "install")
+    assert done.code == 0 and "  renewed  function notify_job_state_change()" in done.lines
     guide.move(moved, "img_gen", "queued")
     with Subscription(guide) as subscription:
         guide.move(moved, "img_gen", "done")
