@@ -94,7 +94,7 @@ class Commands(click.Group):
         names = self.list_commands(context)
         if name not in names and not name.startswith("-") and not context.resilient_parsing:
             near = difflib.get_close_matches(name.lower(), names, 1)
-            meant = f"did you mean {near[0]}?" if near else f"There are {', '.join(names)}"
+            meant = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(names)}"
             context.fail(f"{name!r} is no command: {meant}")
         return super().resolve_command(context, [name, "--help"] if rest == ["-h"] else args)
 

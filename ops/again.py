@@ -148,13 +148,14 @@ def nothing_follows(row: Any, stage: str | None) -> str:
         back = rows.wait_first(row, row.current_step) + pipeline.sent_back(
             row.table_name, row.key, stage, (row.current_step, row.status)
         )
-        return f"{at}, and {stage} does not follow from that" + f": {back}" * ("UPDATE " in back)
+        on = f"; to call {stage} again: {back}" * ("UPDATE " in back)
+        return f"{at}, and {stage} does not follow from that{on}"
     if meant := misspelt(row):
         return f"{at}, from which no stage follows{meant}"
     joined = dict.fromkeys(joins_of(row).values())
     if row.current_step in pipeline.stage_names() and row.status != "done":
         back = rows.wait_first(row, row.current_step) + rows.way_on(row, row.current_step)
-        return f"{at}, from which no stage follows: {back}"
+        return f"{at}, from which no stage follows; to call {row.current_step} again: {back}"
     if joined:
         options = " or ".join(f"--stage {name}" for name in joined)
         return f"{at}, from which no stage follows; give {options} for that of its rows"

@@ -52,8 +52,9 @@ def named_stages(stages: tuple[str, ...], of_pools: tuple[str, ...]) -> tuple[st
 @click.command(short_help="Call STAGE no more, on any machine, until it is resumed.")
 @STAGES
 @POOL
-@click.option("--reason", type=Text(), show_default="paused by hand", metavar="TEXT",
-              help="Shown in status and in the log.")  # fmt: skip
+@click.option("--reason", type=Text(), metavar="TEXT",
+              help="Shown in status and in the log; default: the reason it has, or paused by"
+              " hand.")  # fmt: skip
 @click.option("--wait", is_flag=True, help="Then wait until the calls under way are over.")
 @click.option("--timeout", type=Seconds(0), metavar="SECONDS",
               help="With --wait: no longer than this; then exit 1.")  # fmt: skip

@@ -23,7 +23,7 @@ class StageName(click.ParamType):
         lower = {name.lower(): name for name in names}
         near = difflib.get_close_matches(value.lower(), lower, 1)
         meant = f"did you mean {lower[near[0]]}? " if near else ""
-        there = f"There are {', '.join(names)}" if names else "PIPELINE has none"
+        there = f"PIPELINE has {', '.join(names) or 'none'}"
         self.fail(f"{value!r} is no {self.name}: {meant}{there}", param, context)
 
     def shell_complete(self, context, param, incomplete: str) -> list[CompletionItem]:

@@ -292,7 +292,7 @@ def retry_rows(conn, job_ids: tuple[str, ...], chosen: Chosen) -> None:
 def tell_holds(conn, stages: set[str]) -> None:
     """Say what keeps calls of these stages from being made, though they are due."""
     for hold in waits.held_of(conn, stages):
-        click.echo(f"{plain(hold.why)}: {hold.mend}")
+        click.echo(f"{plain(hold.why)}; {hold.mend}")
 
 
 def tell_due(revived: list) -> None:

@@ -61,7 +61,7 @@ MISTAKES = {
     "run --workers 0": ("Invalid value for '--workers': 0 is not in the range 1<=x<=256.", "run"),
     "run --workers many": ("Invalid value for '--workers': 'many' is not a valid integer", "run"),
     "run --stage paint": (
-        "Invalid value for '--stage': 'paint' is no stage: There are vlm_analyze, yolo_detect",
+        "Invalid value for '--stage': 'paint' is no stage: PIPELINE has vlm_analyze, yolo_detect",
         "run",
     ),
     "check --max-lag -1": ("Invalid value for '--max-lag': -1.0 is not in the range 0<=x", "check"),
@@ -101,11 +101,11 @@ MISTAKES = {
         "pause",
     ),
     "pause paint": (
-        "Invalid value for 'STAGE...': 'paint' is no stage: There are vlm_analyze",
+        "Invalid value for 'STAGE...': 'paint' is no stage: PIPELINE has vlm_analyze",
         "pause",
     ),
     "resume paint": (
-        "Invalid value for 'STAGE...': 'paint' is no stage: There are vlm_analyze",
+        "Invalid value for 'STAGE...': 'paint' is no stage: PIPELINE has vlm_analyze",
         "resume",
     ),
     "pause": ("name a STAGE, or a --pool", "pause"),
@@ -116,7 +116,7 @@ MISTAKES = {
     "again": ("Missing argument 'JOB_ID'.", "again"),
     "again 7 --stage paint": ("Invalid value for '--stage': 'paint' is no stage", "again"),
     "cancel --yes --error=": ("Invalid value for '--error': it is blank.", "cancel"),
-    "retry --all --stage=": ("Invalid value for '--stage': '' is no stage: There are", "retry"),
+    "retry --all --stage=": ("Invalid value for '--stage': '' is no stage: PIPELINE has", "retry"),
     "pause planner --timeout 5": ("--timeout needs --wait.", "pause"),
     "status now": ("Got unexpected extra argument (now).", "status"),
 }
@@ -157,7 +157,7 @@ def test_blank_value_of_any_option_or_argument_is_refused(command, parameter, va
 def test_mistake_in_an_argument_of_any_length_is_told_whole(run_command):
     refused = run_command(NOWHERE, "again", "7", "--stage", "x" * 9000).refused(2)
     assert refused.startswith("Invalid value for '--stage': 'xxx") and len(refused) < 4100
-    assert "x' is no stage: There are vlm_analyze, " in refused
+    assert "x' is no stage: PIPELINE has vlm_analyze, " in refused
     assert refused.endswith(" See: ./jsl again --help")
 
 

@@ -156,7 +156,7 @@ def test_retry_does_what_it_can_and_names_the_rest(database, run_command, given_
 def test_retry_says_what_keeps_a_call_that_is_due_again(database, run_command, given_up):
     run_command(database, "pause", "planner", "--reason", "new GPU")
     done = run_command(database, "retry", "--all", "--yes")
-    assert any("planner is paused by" in line and line.endswith(": new GPU: ./jsl resume planner")
+    assert any("planner is paused by" in line and line.endswith(": new GPU; ./jsl resume planner")
                for line in done.lines)  # fmt: skip
 
 

@@ -875,7 +875,7 @@ def test_an_id_that_a_row_of_a_gone_table_has_too_asks_for_the_table(gone, comma
     done = gone(command, "--table", "v", "7")
     assert done.code == 0 and "v 7" in done.out
     unknown = gone(command, "--table", "w", "7").refused(2)
-    assert "'w' is no table: There are jobs. See:" in unknown
+    assert "'w' is no table: PIPELINE has jobs. See:" in unknown
 
 
 def test_a_row_of_a_gone_table_can_be_cancelled_and_not_called(gone):

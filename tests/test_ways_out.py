@@ -383,11 +383,14 @@ def test_again_of_a_paused_stage_says_what_keeps_it(rested):
 @pytest.mark.parametrize(
     ("state", "said"),
     [
-        (("overlay", "failed"), "from which no stage follows: UPDATE jobs SET "),
+        (
+            ("overlay", "failed"),
+            "from which no stage follows; to call overlay again: UPDATE jobs SET ",
+        ),
         (
             ("overlay", "running"),
-            "from which no stage follows: once this has lasted longer than the timeout of overlay, "
-            "UPDATE jobs SET ",
+            "from which no stage follows; to call overlay again: once this has lasted longer than "
+            "the timeout of overlay, UPDATE jobs SET ",
         ),
         (("vlm_judge", "done"), "from which no stage follows"),
         (("zoo", "done"), "from which no stage follows"),
@@ -406,7 +409,7 @@ def test_again_where_nothing_follows_says_where_the_job_is(rested, state, said):
 
 def test_again_of_another_stage_says_how_the_job_gets_there(rested):
     refused = rested.typed("again", rested.job, "--stage", "planner").refused(1)
-    assert "and planner does not follow from that: UPDATE jobs SET current_step = 'yolo" in refused
+    assert "does not follow from that; to call planner again: UPDATE jobs SET " in refused
     rested.follow(refused)
     assert rested.database.owed(rested.job).stage == "planner"
 
