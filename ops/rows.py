@@ -398,6 +398,12 @@ def require_readable(row: Any) -> None:
 DUE_AT = """CASE WHEN c.attempts = 0 AND c.due_at < 'infinity'
                  THEN greatest(least(c.due_at, now()), c.run_after) ELSE c.due_at END"""
 
+# The state that owes a call, and whether the database's PIPELINE still has it.
+CALLED_FROM = """c.table_name, c.current_step, c.status,
+       EXISTS (SELECT FROM pipeline_stages AS p
+               WHERE (p.table_name, p.join_of, p.current_step, p.status)
+                     = (c.table_name, c.join_of, c.current_step, c.status)) AS has_state"""
+
 OWED = f"""
 SELECT join_of, call_id, stage, attempts, attempts - free_attempts AS spent, worker, started_at,
        due_at, due_at = 'infinity' AS given_up, last_error,
@@ -405,7 +411,8 @@ SELECT join_of, call_id, stage, attempts, attempts - free_attempts AS spent, wor
             THEN round(extract(epoch FROM greatest({DUE_AT}, l.leased_until) - now()))::bigint
        END AS due_in_seconds,
        coalesce(l.working, false) AS working, coalesce(l.unanswered, false) AS unanswered,
-       l.leased_until, stage IN (SELECT stage FROM pipeline_stages) AS has_route
+       l.leased_until, stage IN (SELECT stage FROM pipeline_stages) AS has_route,
+       {CALLED_FROM}
 FROM stage_calls AS c
 LEFT JOIN LATERAL (SELECT working, unanswered, leased_until FROM stage_leases
                    WHERE call_id = c.call_id AND leased_until > now()
@@ -423,6 +430,14 @@ def owed(conn, row: Any) -> list:
 def is_wanted(call: Any) -> bool:
     """Whether PIPELINE, here or in the database, has the stage of a call; else nobody calls it."""
     return call.has_route or call.stage in pipeline.stage_names()
+
+
+def lost_state(call: Any) -> Route | None:
+    """The state that owes a call, where PIPELINE, here and in the database, has it no more: no
+    attempt of the call succeeds.
+    """
+    route = Route(call.table_name, call.join_of, call.current_step, call.status)
+    return None if call.has_state or route in pipeline.routes() else route
 
 
 def one_owed(conn, row: Any, stage: str | None) -> Any:

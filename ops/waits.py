@@ -13,8 +13,9 @@ from ops.table import clock, counted, readable
 # A call, and everything that may keep it from being made. Where another transaction has changed or
 # locked the row without committing, xmax is that transaction's id, and pg_locks has a lock of that
 # id for as long as it runs.
-WAITS = """
-SELECT c.join_of, c.stage, c.call_id, c.due_at, c.due_at = 'infinity' AS given_up,
+WAITS = f"""
+SELECT {rows.CALLED_FROM},
+       c.join_of, c.stage, c.call_id, c.due_at, c.due_at = 'infinity' AS given_up,
        c.due_at > now() AND c.attempts > 0 AS is_later, c.run_after > now() AS is_planned,
        CASE WHEN c.run_after > now() THEN c.run_after END AS run_after, c.last_error,
        c.worker IS NOT NULL AS is_unsettled,
@@ -126,6 +127,8 @@ def why(row: Any, call: Any) -> Waits | None:
     if call.unanswered:
         until = clock(call.leased_until)
         return Waits(f"its last call got no answer, and the stage may be at it until {until}")
+    if not call.calling and (route := rows.lost_state(call)):
+        return Waits(f"PIPELINE has no {route} any more", rows.typed("cancel", row))
     if call.given_up or (call.calling and not call.is_of_another):
         return None
     if call.calling:

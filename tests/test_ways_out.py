@@ -274,6 +274,17 @@ def test_row_at_no_stage_with_a_call_of_a_lost_stage_is_cancelled(rested):
     assert rested.database.owed(rested.job) is None
 
 
+@pytest.mark.parametrize("due_at", ["now()", "'infinity'"])
+def test_call_of_a_lost_state_of_a_stage_is_cancelled_not_retried(rested, due_at):
+    rested.database.rows("SET session_replication_role = replica")
+    rested.database.move(rested.job, "zoo", "done")
+    rested.database.rows("RESET session_replication_role")
+    rested.database.rows(f"UPDATE stage_calls SET current_step = 'zoo', due_at = {due_at}")
+    assert "./jsl retry" not in rested.line_of_job("owes: overlay")
+    rested.follow(rested.line_of_job("overlay waits: PIPELINE has no (zoo, done) any more; "))
+    assert rested.database.owed(rested.job) is None
+
+
 def test_calls_of_a_lost_stage_are_cancelled_by_its_name(rested):
     lose_the_route(rested)
     shown = rested.typed("cancel", "--stage", "painter").lines[-1]
