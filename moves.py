@@ -9,6 +9,7 @@ import logging
 import db
 import failures
 import history
+import pipeline
 
 log = logging.getLogger("listener.trigger")
 
@@ -158,5 +159,6 @@ def log_end(row) -> None:
                  name, row.stage, row.seconds, extra=about)  # fmt: skip
     else:
         about = failures.about(row, status=202, outcome=row.outcome, error=row.error)
-        log.warning("파이프라인 단계 실행 실패: %s stage=%s error=%s",
-                    name, row.stage, row.error, extra=about)  # fmt: skip
+        see = pipeline.typed("job", row.table_name, row.job_id)
+        log.warning("파이프라인 단계 실행 실패: %s stage=%s error=%s → %s",
+                    name, row.stage, row.error, see, extra=about)  # fmt: skip

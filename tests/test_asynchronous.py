@@ -286,6 +286,8 @@ def test_log_as_json_names_the_row_that_failed_and_why(site):
             assert (said["table"], said["id"]) == ("jobs_variants", variant)
         assert (said["outcome"], said["status"]) == ("failed", 202)
         assert said["error"] == "set failed by its stage"
+        row = said.get("job") or said["id"]
+        assert said["message"].endswith(f" → ./jsl job --table {said.get('table', 'jobs')} {row}")
 
 
 @pytest.mark.parametrize("status", ["done", "failed"])
