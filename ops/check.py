@@ -83,4 +83,4 @@ def lag(settings, max_lag: float, line: str) -> tuple[int, str]:
     if seconds > max_lag:
         waited = f"the oldest due call has waited {seconds:.0f} s"
         return EXIT_PROBLEM, f"{waited}, allowed are {max_lag:g} s"
-    return 0, f"{line}; oldest due call {seconds:.0f} s"
+    return 0, f"{line}; " + (f"oldest due call {seconds:.0f} s" if seconds else "no call is due")
