@@ -15,7 +15,7 @@ import db
 import leftovers
 import pipeline
 from ops import migrations
-from ops.place import named, require_place
+from ops.place import is_installed, named, require_place
 from ops.problem import Problem
 from ops.routes import Stage, announced, is_updates_only, known, other_limits, shown, triggers
 from ops.table import counted
@@ -165,9 +165,8 @@ WHERE tgfoid = ANY (%(functions)s::oid[]) AND tgparentid = 0
 """
 
 
-def trigger_oids(conn) -> dict[str, int]:
-    """The triggers that install makes, by name."""
-    ours, _ = named(conn, "stage_calls")
+def trigger_oids(conn, ours: list) -> dict[str, int]:
+    """The triggers that run one of the functions in `ours`, by name."""
     functions = [row.oid for row in ours if row.kind == "function"]
     return {row.name: row.oid for row in db.execute(conn, TRIGGERS, {"functions": functions})}
 
@@ -178,17 +177,19 @@ def made(conn) -> dict[str, Any]:
     """
     ours, _ = named(conn, "stage_calls")
     functions = {f"function {row.called}": row.made for row in ours if row.kind == "function"}
-    return functions | trigger_oids(conn)
+    return functions | trigger_oids(conn, ours)
 
 
-def objects(conn, tables: Iterable[str] = ()) -> list[str]:
-    """What is there of the application's `tables`, and of what install makes."""
-    ours, _ = named(conn, "stage_calls")
+def objects(conn, tables: Iterable[str] = (), ours: list | None = None) -> list[str]:
+    """What is there of the application's `tables`, and of what install makes; or, of that, `ours`
+    with the triggers that run them.
+    """
+    ours = named(conn, "stage_calls")[0] if ours is None else ours
     given = db.execute(conn, GIVEN, {"tables": list(tables)}).fetchall()
     return [
         *(row.name for row in given),
         *(f"{row.kind} {row.called}" for row in ours),
-        *trigger_oids(conn),
+        *trigger_oids(conn, ours),
     ]
 
 
@@ -657,8 +658,9 @@ def uninstall(yes: bool) -> None:
     """
     settings = config.settings()
     conn = db.connect(settings, "job-state-listener uninstall")
-    there = objects(conn)
-    for row in named(conn, "stage_calls")[1]:
+    ours, others = named(conn, "stage_calls")
+    there = objects(conn, ours=[row for row in ours if is_installed(row)])
+    for row in (*others, *(row for row in ours if not is_installed(row))):
         click.echo(f"note: {row.kind} {row.called} is not ours and stays")
     if not there:
         click.echo("nothing to remove")

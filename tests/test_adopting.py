@@ -113,6 +113,9 @@ def test_way_back_is_uninstall_and_the_guides_sql(guide, run_command):
     run_command(guide, "install")
     run_command(guide, "uninstall", "--yes")
     guide.rows(JOBS_TRIGGER)
+    done = run_command(guide, "uninstall", "--yes")  # typed once more, it removes nothing
+    note = "note: function notify_job_state_change() is not ours and stays"
+    assert (done.code, done.lines) == (0, [note, "nothing to remove"])
     job = guide.add_job(status="queued")
     with Subscription(guide) as subscription:
         guide.move(job, "img_gen", "done")
