@@ -50,6 +50,9 @@ KINDS = {
     "hold the connections to the database": Kind(
         faults.network("database", "hold"), 2, db.DEADLINE + 1, db.DEADLINE + 6
     ),
+    "hold what gives claims back": Kind(
+        faults.hold_giving_back, 2, db.DEADLINE + 3, db.DEADLINE + 8
+    ),
     "drop database network": Kind(faults.network("database", "drop"), 2, 2.0, 8.0),
     "cut database network": Kind(faults.network("database", "cut"), 2),
     "stall stage network": Kind(faults.network("stage", "stall"), 2, 0.5, LEASE + 1),

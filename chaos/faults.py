@@ -1,6 +1,7 @@
 """The faults: each is a context manager that begins it, and ends it when its time is over."""
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -56,6 +57,10 @@ REWRITES = [
 ]
 # Whoever waits for a lock on a table has everybody else wait behind.
 WAIT_FOR_LOCK = "-c lock_timeout=2000"
+# The answer to a claim that has claimed something, and the statement that gives it back.
+CLAIMED = re.compile(rb"routed_to.*\bdone\b", re.DOTALL)
+GIVING_BACK = re.compile(rb"AS given_back")
+CALLING = 3.0  # seconds to wait for a call of its listener
 GARBAGE = ["", "{", "null", "[1]", '{"job_id": 1}', "x" * 7000, '{"job_id": {}, "status": []}']
 
 
@@ -202,6 +207,12 @@ class World:
     def is_silent(self) -> bool:
         """Whether nobody has called a stage for a second."""
         return all(request.time < time.monotonic() - 1 for request in self.api.requests[-1:])
+
+    def is_calling(self, statement: bytes) -> bool:
+        """Whether the listener that a statement names has a request under way."""
+        slots = {one.slot for one in self.listeners
+                 if any(name.encode() in statement for name in one.names)}  # fmt: skip
+        return any(request.slot in slots for request in self.api.requests if not request.finished)
 
     def every_slot(self) -> list[int]:
         return [listener.slot for listener in self.listeners]
@@ -428,6 +439,23 @@ def network(which: str, what: str) -> Callable[..., Context]:
         proxy.heal()
 
     return disturb
+
+
+@contextmanager
+def hold_giving_back(world: World, plan: PlannedFault, target: Target) -> Iterator[None]:
+    """The answer to a claim is lost. What gives the claim back comes late, while its listener makes
+    a call that it has claimed over another connection.
+    """
+    proxy = world.database_proxy
+    if not proxy.is_whole:
+        raise NotNow
+    target.reach, target.slots = "database", world.behind
+    proxy.set_trap(CLAIMED, GIVING_BACK)
+    yield
+    end = time.monotonic() + CALLING
+    while not world.is_calling(proxy.caught) and time.monotonic() < end:
+        time.sleep(0.01)
+    proxy.heal()
 
 
 @contextmanager

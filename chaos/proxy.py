@@ -2,6 +2,7 @@
 needs no privileges.
 """
 
+import re
 import socket
 import threading
 from contextlib import suppress
@@ -39,6 +40,8 @@ class Link:
     def pump(self, source: socket.socket, sink: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(1 << 16):
+                if self.proxy.loses(self, data):
+                    break
                 self.passing.wait()
                 if not self.deaf:
                     sink.sendall(data)
@@ -62,6 +65,8 @@ class Proxy:
         self.passing = threading.Event()
         self.passing.set()
         self.dropping = False
+        self.trap: tuple[re.Pattern[bytes], re.Pattern[bytes]] | None = None
+        self.caught = b""  # what the trap holds
         self.listening = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port = self.listening.getsockname()[1]
         threading.Thread(target=self.accept, daemon=True).start()
@@ -74,9 +79,11 @@ class Proxy:
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing is held back."""
-        return self.passing.is_set() and all(
-            link.passing is self.passing for link in list(self.links)
+        """Whether nothing is held back, or going to be."""
+        return (
+            self.passing.is_set()
+            and self.trap is None
+            and all(link.passing is self.passing for link in list(self.links))
         )
 
     def stall(self) -> None:
@@ -89,6 +96,22 @@ class Proxy:
         for link in list(self.links):
             link.passing = held
 
+    def set_trap(self, lost: re.Pattern[bytes], held: re.Pattern[bytes]) -> None:
+        """Cut connections that bring what matches `lost`, before it has passed, until one brings
+        what matches `held`: that one alone is held, as by hold().
+        """
+        self.trap, self.caught = (lost, held), b""
+
+    def loses(self, link: Link, data: bytes) -> bool:
+        """Whether the trap has `data` lost, and the connection cut; it may hold the connection."""
+        if not (trap := self.trap):
+            return False
+        lost, held = trap
+        if held.search(data):
+            link.passing, self.trap, self.caught = threading.Event(), None, data
+            return False
+        return bool(lost.search(data))
+
     def drop(self) -> None:
         """Lose everything sent on the present connections, and on new ones until heal(); neither
         end is told."""
@@ -98,7 +121,7 @@ class Proxy:
         self.passing.clear()
 
     def heal(self) -> None:
-        self.dropping = False
+        self.dropping, self.trap = False, None
         self.passing.set()
         for link in list(self.links):
             held, link.passing = link.passing, self.passing

@@ -20,6 +20,7 @@ import psycopg2
 import pytest
 from waiting import PATIENCE, until
 
+import calls
 from chaos import audit, deck, families, faults, nemesis, pipeline, plan, program
 from chaos.application import ACTIONS, Application
 from chaos.clock import STEP, Clock, library
@@ -305,6 +306,30 @@ def test_connection_that_is_held_passes_late_what_was_sent_and_a_new_one_works(e
     echo.proxy.heal()
     echo.far.settimeout(PATIENCE)
     assert echo.far.recv(10) == b"late" and echo.proxy.is_whole
+
+
+def test_trap_knows_the_answer_to_a_claim_and_what_gives_it_back():
+    answer = " ".join([*calls.Claimed._fields, "img_gen", "done"]).encode()
+    assert faults.CLAIMED.search(answer)
+    assert faults.GIVING_BACK.search(calls.GIVE_BACK.encode())
+
+
+def test_trap_cuts_connections_until_it_holds_one(echo):
+    echo.proxy.set_trap(re.compile(b"answer"), re.compile(b"question"))
+    echo.far.sendall(b"the answer")
+    assert echo.near.recv(10) == echo.far.recv(10) == b""
+    (near, far), (other_near, other_far) = echo.connect(), echo.connect()
+    with near, far, other_near, other_far:
+        near.sendall(b"question")
+        until(lambda: echo.proxy.caught, "the question")
+        other_far.sendall(b"the answer")
+        assert other_near.recv(10) == b"the answer"
+        far.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            far.recv(10)
+        echo.proxy.heal()
+        far.settimeout(PATIENCE)
+        assert far.recv(10) == b"question" and echo.proxy.is_whole
 
 
 def test_dropped_connection_is_silent_for_good_and_a_new_one_works(echo):
