@@ -37,10 +37,12 @@ class Site:
     def head(self, path: str) -> requests.Response:
         return self.request("HEAD", path)
 
-    def raw(self, sent: bytes) -> bytes:
-        """The answer to these bytes, which need not be a request."""
+    def raw(self, sent: bytes, ends: bool = False) -> bytes:
+        """The answer to these bytes, which need not be a request; `ends`: nothing can follow."""
         with socket.create_connection(self.address) as connection:
             connection.sendall(sent)
+            if ends:
+                connection.shutdown(socket.SHUT_WR)
             return b"".join(iter(lambda: connection.recv(4096), b""))
 
     def page(self, path: str, status: int = 200) -> Page:

@@ -4,6 +4,7 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from urllib.parse import urlencode
 
 import pytest
 from pages import Page
@@ -299,6 +300,21 @@ def test_forms_that_are_too_long_or_without_a_length_are_not_read(database, site
     in_parts = {"Content-Type": "application/x-www-form-urlencoded"}
     assert kim.submit(PAUSE, iter([b"stage=planner"]), **in_parts).status_code == 411
     assert paused_by(database) is None
+
+
+def test_form_of_which_the_end_is_missing_does_nothing(database, site, kim):
+    jobs = [database.add_job("planner", "done") for _ in range(2)]
+    for job in jobs:
+        give_up(database, job, "HTTP 500")
+    fields = urlencode(kim.form(f"/do/retry?stage=overlay&id={jobs[0]}"))
+    cookie = "; ".join(f"{name}={value}" for name, value in kim.cookies.items())
+    head = (f"POST /do/retry HTTP/1.1\r\nHost: 127.0.0.1\r\nCookie: {cookie}\r\n"
+            "Content-Type: application/x-www-form-urlencoded\r\n"
+            f"Content-Length: {len(fields)}\r\n\r\n")  # fmt: skip
+    cut = site.raw((head + fields.partition("&id=")[0]).encode(), ends=True)
+    assert b" 408 " in cut and all(database.owed(job).given_up for job in jobs)
+    assert b" 200 " in site.raw((head + fields).encode())
+    assert [database.owed(job).given_up for job in jobs] == [False, True]
 
 
 def test_what_another_process_has_given_out_is_worth_nothing(database, site, kim, tmp_path):
