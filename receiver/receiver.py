@@ -40,7 +40,7 @@ IS_MISSING = "SELECT to_regclass('stage_requests') IS NULL"
 # recover() waits once for so long for a row that is locked, so that it gets to the others.
 WAIT_BRIEFLY = "SET LOCAL lock_timeout = '1s'"
 # What no database takes in a text: NUL, and half of a surrogate pair.
-NO_ID = re.compile("[\0\ud800-\udfff]")
+NO_TEXT = re.compile("[\0\ud800-\udfff]")
 # Seconds for which a request that is not taken yet waits for the database.
 PATIENCE_TO_TAKE = 5.0
 
@@ -212,10 +212,13 @@ class Receiver:
         except (ValueError, RecursionError):
             content = None
         row_id = content.get(stage.id) if isinstance(content, dict) else None
-        if not isinstance(row_id, (str, int)) or NO_ID.search(str(row_id)):
+        if not isinstance(row_id, (str, int)):
             raise refusal(422, f"expected a JSON object with {stage.id}")
         # Without a key, only the state of the row tells whether the request was done before.
-        return Request(stage, key or str(uuid.uuid4()), content, str(row_id))
+        request = Request(stage, key or str(uuid.uuid4()), content, str(row_id))
+        if any(value and NO_TEXT.search(value) for value in request.values.values()):
+            raise refusal(422, "a value has NUL, or half of a surrogate pair, which no row has")
+        return request
 
     def take(self, request: Request) -> Job:
         """Take the row of a request.
