@@ -125,7 +125,7 @@ def run(url: str, alert: dict = ALERT) -> subprocess.CompletedProcess:
 
 
 def test_chat_hears_of_a_given_up_call(database, api, listener, accepting):
-    api.on("planner", lambda _: Answer(422, b"<!channel> & no text"))
+    api.on("planner", lambda _: Answer(422, b"<!channel> @all & no text"))
     listener(database, api=api, ALERT_COMMAND=shlex.join(WEBHOOK),
              CHAT_WEBHOOK_URL=f"{accepting.url}/hooks/1")  # fmt: skip
     job = database.add_job("yolo_detect")
@@ -134,7 +134,7 @@ def test_chat_hears_of_a_given_up_call(database, api, listener, accepting):
     assert posted.headers["content-type"] == "application/json"
     assert json.loads(posted.body) == {
         "text": f"given_up: job {job}: planner was given up:"
-        f" HTTP 422: &lt;!channel&gt; &amp; no text; to call it again: ./jsl retry {job}"
+        f" HTTP 422: &lt;!channel&gt; @\u200ball &amp; no text; to call it again: ./jsl retry {job}"
     }
 
 

@@ -10,12 +10,15 @@ The listener gives one JSON object on standard input: event, text, and what the 
 import http.client
 import json
 import os
+import re
 import sys
 import urllib.error
 import urllib.request
 
 TIME_LIMIT = 5.0  # seconds; the listener ends a command after ten
 LONGEST = 2000
+# In Mattermost and Rocket.Chat this mentions everybody, or the whole message is refused.
+EVERYBODY = re.compile(r"@(?=(?:all|channel|everyone|here)\b)", re.IGNORECASE)
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -27,7 +30,7 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 def message(alert: dict) -> str:
     """The text for the chat, with markup escaped: an error could otherwise mention everybody."""
-    text = f"{alert['event']}: {alert['text']}"[:LONGEST]
+    text = EVERYBODY.sub("@\u200b", f"{alert['event']}: {alert['text']}"[:LONGEST])
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
