@@ -502,10 +502,17 @@ def test_serving_the_network_without_tls_is_a_warning(database, tmp_path):
     with serving(database, tmp_path, "--host", "0.0.0.0") as site:
         assert " WARNING " in site.process.wait_for_line("TLS")
         assert site.get("/", Host="any.example").status_code == 200
-    with serving(database, tmp_path, "--host", "0.0.0.0", "--allow-host", "jobs.example") as site:
+    # As the address bar has it, with its port.
+    allowed = ("--allow-host", "Jobs.example.:443")
+    with serving(database, tmp_path, "--host", "0.0.0.0", *allowed) as site:
         hosts = ["jobs.example", "JOBS.example:443", "10.1.2.3:8080", "[::1]", "other.example"]
         codes = [site.get("/", Host=host).status_code for host in hosts]
         assert codes == [200, 200, 200, 200, 421]
+
+
+def test_name_that_no_browser_could_send_gets_one_line(database, run_command):
+    done = run_command(database, "serve", "--allow-host", "https://jobs.example/")
+    assert "'https://jobs.example/' is not a name" in done.refused(2)
 
 
 def test_page_of_the_docs_has_every_path_option_and_log_line():

@@ -9,7 +9,7 @@ import config
 import logs
 import ops
 import pipeline
-from ops.serve.access import is_loopback
+from ops.serve.access import is_loopback, name_in
 from ops.serve.app import App
 from ops.serve.web import Server
 from ops.text import Text
@@ -18,12 +18,22 @@ from signals import Signals
 log = logging.getLogger("listener.serve")
 
 
+class Name(Text):
+    """A name as it is typed to reach a page, perhaps with a port."""
+
+    def convert(self, value: str, param, context) -> str:
+        name = name_in(super().convert(value, param, context))
+        if name is None:
+            self.fail(f"{value!r} is not a name such as pipeline.example.com.", param, context)
+        return name
+
+
 @click.command(short_help="Serve a live page, metrics and probes over HTTP.")
 @click.option("--host", type=Text(), default="127.0.0.1", show_default=True, metavar="ADDRESS",
               help="Where to listen; 0.0.0.0 is every address of this machine.")  # fmt: skip
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535),
               metavar="PORT", help="Where to listen; 0 takes a free one.")  # fmt: skip
-@click.option("--allow-host", "names", type=Text(), multiple=True, metavar="NAME",
+@click.option("--allow-host", "names", type=Name(), multiple=True, metavar="NAME",
               help="A name that people type to reach it, by a proxy; may be repeated.")  # fmt: skip
 def serve(host: str, port: int, names: tuple[str, ...]) -> None:
     """Serve a live page until SIGTERM or Ctrl-C: stages, rows, search, /metrics, /healthz, /readyz.
@@ -60,4 +70,4 @@ def known_hosts(host: str, names: tuple[str, ...]) -> set[str] | None:
     """
     if not names and not is_loopback(host):
         return None
-    return {name.lower() for name in (host, *names)}
+    return {host.lower(), *names}

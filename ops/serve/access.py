@@ -201,6 +201,12 @@ def is_loopback(host: str) -> bool:
     )
 
 
+def name_in(header: str) -> str | None:
+    """The name or address in a Host header, in lower case; None where it cannot be one."""
+    found = HOST.fullmatch(header)
+    return found[1].lower().rstrip(".") if found else None
+
+
 def is_known_host(header: str, known: Collection[str] | None) -> bool:
     """Whether a Host header is one of the `known` names, localhost or an address. Any other may be
     the name of a website that points to this machine (DNS rebinding).
@@ -208,10 +214,9 @@ def is_known_host(header: str, known: Collection[str] | None) -> bool:
     Args:
         known: names in lower case; None: all.
     """
-    found = HOST.fullmatch(header)
-    if not found:
+    name = name_in(header)
+    if name is None:
         return False
-    name = found[1].lower().rstrip(".")
     return known is None or name in known or name == "localhost" or is_address(name)
 
 
