@@ -175,12 +175,18 @@ def read_beat(path: Path) -> Beat:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether the process that made this file still lives, whatever pid was reused since."""
+    """Whether the process that made this file still lives, whatever pid was reused since.
+
+    Raises:
+        OSError: it has just ended and removed the file, or the file cannot be read.
+    """
     with open(path, opener=carefully) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
+        if not is_same(path, file.fileno()):
+            raise FileNotFoundError(path)
     return False
 
 

@@ -1,6 +1,7 @@
 """The heartbeat files, and what `check` concludes from them."""
 
 import errno
+import itertools
 import json
 import os
 import resource
@@ -16,7 +17,7 @@ from conftest import PROGRAM
 from waiting import gate, until, wait_for_call, wait_until_idle
 
 import db
-from heartbeat import ALIVE, DEAD, HANGING, Heartbeat, heartbeats
+from heartbeat import ALIVE, DEAD, HANGING, Heartbeat, carefully, heartbeats
 from listener import HEARTBEAT_MARGIN
 from ops.check import verdict
 
@@ -59,6 +60,21 @@ def test_freed_lock_means_dead_although_the_pid_lives(beats):
         False,
         f"listener one (pid {os.getpid()}) is dead; it was waiting; start ./jsl",
     )
+
+
+@pytest.mark.parametrize("opened", [1, 2], ids=["as it is read", "as its lock is looked at"])
+def test_listener_that_ends_while_it_is_looked_at_is_not_dead(beats, monkeypatch, opened):
+    ending, opens = Heartbeat(str(beats), "one"), itertools.count(1)
+    ending.beat("waiting", 60)
+
+    def end_meanwhile(path: str, flags: int) -> int:
+        file = carefully(path, flags)
+        if next(opens) == opened:
+            ending.close()
+        return file
+
+    monkeypatch.setattr("heartbeat.carefully", end_meanwhile)
+    assert states(beats) == {} and next(opens) > opened
 
 
 def test_heartbeat_of_another_boot_is_dead(beats):
