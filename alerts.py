@@ -98,6 +98,7 @@ class Alerts:
         self.again: deque[Message] = deque()  # those that have failed, by the time of the next try
         self.running: list[Run] = []
         self.is_closing = False
+        self.start_error: str | None = None  # why the command could not be started at last
         self.episodes: dict[tuple[str, Any], Episode] = {}
 
     def send(self, event: str, text: str, **details: Any) -> None:
@@ -235,7 +236,8 @@ class Alerts:
                     env=environ, start_new_session=True,
                 )  # fmt: skip
         except OSError as error:
-            log.error("알림 명령 실패: %s: %s", self.command[0], error.strerror)
+            self.start_error = error.strerror
+            log.error("알림 명령 실패: %s: %s", self.command[0], self.start_error)
             self.try_again(message)
             return
         self.running.append(Run(process, message, output, time.monotonic() + TIME_LIMIT))

@@ -20,7 +20,9 @@ def alert_test() -> None:
     alerts = Alerts(settings)
     alerts.send("test", "a test alert of Job State Listener: nothing is wrong")
     if not alerts.running:
-        raise Problem(f"ALERT_COMMAND cannot be started: {settings.ALERT_COMMAND[0]}")
+        raise Problem(
+            f"ALERT_COMMAND cannot be started: {settings.ALERT_COMMAND[0]}: {alerts.start_error}"
+        )
     [run] = alerts.running
     while run.process.poll() is None and time.monotonic() < run.until:
         time.sleep(0.05)

@@ -310,7 +310,8 @@ def test_alert_test_sends_one(database, run_command, tmp_path):
     ("command", "says"),
     [
         ("", "ALERT_COMMAND is not set"),
-        ("/no/such/program", "ALERT_COMMAND"),
+        ("/no/such/program", "cannot be started: /no/such/program: No such file or directory"),
+        ("/", "cannot be started: /: Permission denied"),
         ("sh -c 'echo broken; exit 3'", "ended with exit code 3: broken"),
     ],
 )
