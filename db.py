@@ -104,7 +104,12 @@ PEER = {
 
 
 class ConnectionLost(psycopg2.OperationalError):
-    """The connection is of no more use: connect again."""
+    """The connection is of no more use: connect again.
+
+    was_made: False where there never was one, so that no statement was sent.
+    """
+
+    was_made = True
 
 
 # 40: serialization failure, deadlock; 55P03: lock not available; 57014: query cancelled.
@@ -217,7 +222,9 @@ def connect(
             reasons.append(str(error))
             continue
         return conn
-    raise ConnectionLost("; ".join(reasons))
+    lost = ConnectionLost("; ".join(reasons))
+    lost.was_made = False
+    raise lost
 
 
 def options(target: dict[str, str]) -> dict[str, Any]:

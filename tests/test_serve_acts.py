@@ -19,6 +19,13 @@ from ops.serve.actions import perform
 PAUSE = "/do/pause?stage=planner"
 PAUSED = "SELECT held_by FROM pipeline_stages WHERE stage = 'planner' AND held_until > now()"
 
+ENDS_ITS_SESSION = """
+CREATE FUNCTION ends_its_session() RETURNS trigger LANGUAGE plpgsql AS
+    'BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NULL; END';
+CREATE TRIGGER ends_its_session BEFORE UPDATE ON pipeline_stages
+    FOR EACH ROW EXECUTE FUNCTION ends_its_session()
+"""
+
 
 @pytest.fixture(scope="module")
 def site(shared_database, tmp_path_factory) -> Site:
@@ -121,6 +128,21 @@ def test_locked_table_and_who_locked_it_are_named(database, kim):
         locked = f"pipeline_stages is locked by server process {other.info.backend_pid} (psql)"
     assert (refused.status_code, said(refused)) == (409, f"{locked}: try again")
     assert locked in Page(page.text).root.text
+
+
+def test_action_says_whether_it_was_done_where_the_database_is_lost(database, kim, tmp_path):
+    with serving(database, tmp_path, OPS_TOKEN=TOKEN, DB_PORT="1") as site:
+        lee = Person(site, "lee")
+        lee.enter()
+        refused = lee.does(PAUSE)
+    assert refused.status_code == 503 and said(refused).endswith("; nothing was changed")
+    database.rows(ENDS_ITS_SESSION)
+    try:
+        refused = kim.does(PAUSE)
+    finally:
+        database.rows("DROP FUNCTION ends_its_session CASCADE")
+    assert refused.status_code == 503
+    assert said(refused).endswith("; it is not known whether it was done")
 
 
 def test_action_does_not_wait_for_long_queries_of_other_pages(database, monkeypatch):

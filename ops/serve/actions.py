@@ -135,7 +135,8 @@ def run(command: click.Command, words: list[str], person: str) -> Done:
     except click.ClickException as mistake:
         return Done(400, mistake.format_message())
     except db.ConnectionLost as lost:
-        return Done(503, f"{ops.lost(lost)}; it is not known whether it was done")
+        known = "it is not known whether it was done" if lost.was_made else "nothing was changed"
+        return Done(503, f"{ops.lost(lost)}; {known}")
     except psycopg2.errors.LockNotAvailable:
         return Done(409, f"{said.getvalue()}{ops.locked()}: try again")
     except psycopg2.Error as error:
