@@ -190,9 +190,17 @@ class Alerts:
                 self.try_again(run.message)
         while self.again and time.monotonic() >= self.again[0].at:
             self.waiting.append(self.again.popleft())
-        while self.waiting and len(self.running) < AT_ONCE:
-            self.start(self.waiting.popleft())
+        while len(self.running) < AT_ONCE and (message := self.next_waiting()):
+            self.waiting.remove(message)
+            self.start(message)
         return bool(self.running)
+
+    def next_waiting(self) -> Message | None:
+        """The first message to be sent. Those about the same thing are sent one after the other:
+        `recovered` must not arrive before the alert whose command is slow.
+        """
+        sent = [run.message.about for run in self.running]
+        return next((message for message in self.waiting if message.about not in sent), None)
 
     def try_again(self, message: Message) -> None:
         """Later, as the database may have marked it as told; once more at once where the listener

@@ -331,6 +331,32 @@ def test_message_that_failed_is_not_sent_after_the_next_one(
     assert caplog.messages[-1].startswith("알림 명령이 받지 못한 알림")
 
 
+# A command that takes database_away once there is a line in the pipe, and all else at once.
+SLOW = """
+import pathlib, sys
+told, pipe = map(pathlib.Path, sys.argv[1:])
+given = sys.stdin.read()
+if '"event": "database_away"' in given:
+    pipe.open().readline()
+with told.open("a") as file:
+    file.write(given)
+"""
+
+
+def test_recovery_is_sent_after_the_alert_though_its_command_is_slow(told, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    command = python(SLOW, tmp_path / "told", tmp_path / "pipe")
+    sending = alerts.Alerts(config.read({"ALERT_COMMAND": command}))
+    sending.send("database_away", "text")
+    sending.send_recovered("database_away", None, "text")
+    sending.send("split_brain", "of something else")
+    until(lambda: sending.run() and told(), "what need not wait")
+    with open(tmp_path / "pipe", "r+b", buffering=0) as pipe:
+        pipe.write(b"\n")
+        sending.close()
+    assert [said["event"] for said in told()] == ["split_brain", "database_away", "recovered"]
+
+
 def test_alert_that_failed_is_sent_though_its_recovery_waits(monkeypatch, told, tmp_path):
     monkeypatch.setattr(alerts, "TRY_AGAIN_AFTER", 0.0)
     sending = alerts.Alerts(config.read({"ALERT_COMMAND": python(FAILS_ONCE, tmp_path / "told")}))
