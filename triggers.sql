@@ -56,18 +56,53 @@ EXCEPTION WHEN OTHERS THEN
 END
 $body$;
 
+-- Fills in a template, in one pass: what was filled in is not read again, whatever it contains.
+-- {name} becomes the text of this name as it is, '{name}' becomes it as a literal, "{name}" as an
+-- identifier. {name?} may have none (NULL): then its line is left out. It is dropped below.
+CREATE OR REPLACE FUNCTION pg_temp.filled(template text, texts jsonb) RETURNS text
+LANGUAGE plpgsql AS $body$
+DECLARE
+    placeholder constant text := $re$(['"]?)[{]([a-z_]+)([?]?)[}]\1$re$;
+    line   text;
+    piece  record;
+    made   text;
+    result text;
+BEGIN
+    FOREACH line IN ARRAY string_to_array(btrim(template, E'\n '), E'\n') LOOP
+        made := '';
+        FOR piece IN
+            SELECT x.before, x.found[1] AS quote, x.found[2] AS name, x.found[3] AS mark,
+                   texts ->> x.found[2] AS given
+            FROM ROWS FROM (regexp_split_to_table(line, placeholder),
+                            regexp_matches(line, placeholder, 'g')) AS x (before, found)
+        LOOP
+            IF piece.given IS NULL AND piece.mark = '' THEN
+                RAISE EXCEPTION 'a template has {%}, for which there is no text', piece.name;
+            END IF;
+            made := made || piece.before || CASE piece.quote
+                WHEN '''' THEN quote_literal(piece.given)
+                WHEN '"' THEN quote_ident(piece.given)
+                WHEN '' THEN piece.given
+                ELSE '' END;  -- NULL: the end of the line
+        END LOOP;
+        result := coalesce(result || E'\n' || made, result, made);
+    END LOOP;
+    RETURN result;
+END
+$body$;
+
 -- The trigger function of each table keeps the debt in step with the row, in the transaction that
 -- moves it, and then notifies. That of jobs is notify_job_state_change(), that of another table
 -- job_state_listener_TABLE().
 -- It runs with its owner's rights: the search path holds nothing that a user could put a
--- function or an operator in, and its tables are named with their schema, filled in here. So are
--- the routes: looking into pipeline_stages for every row was a third of what the trigger cost.
+-- function or an operator in, and its tables are named with their schema.
 -- PL/pgSQL prepares each expression anew in every transaction, and most transactions move one
--- row: what a table does not need is left out of its function, a variable has no DEFAULT, and the
--- routes are one constant, as a comparison for each cost a tenth of the whole. RETURN NULL would be
--- another expression; what an AFTER trigger returns is ignored.
--- Each function has SET enable_seqscan = off: with a plan made while stage_calls was empty, the
--- DELETE made an UPDATE of 20,000 jobs take 14 s.
+-- row. So what a table does not need is left out of its function, a variable has no DEFAULT, and
+-- the routes are one constant: a comparison for each cost a tenth of the whole, and looking into
+-- pipeline_stages for every row a third. RETURN NULL would be another expression; what an AFTER
+-- trigger returns is ignored.
+-- SET enable_seqscan = off: with a plan made while stage_calls was empty, the DELETE made an UPDATE
+-- of 20,000 jobs take 14 s.
 -- A column that was dropped, renamed or given another type would make NEW.column an error, in a
 -- session that has planned it or in every one. So the columns are read once, as they were at
 -- install; where the table has changed since, or was restored from a dump, by a dynamic statement,
@@ -76,59 +111,267 @@ $body$;
 -- right to INSERT stands for all: the name of the table has to be looked up anyway, and to ask for
 -- one right costs a hundredth of the whole, but for all four a tenth. Row-level security that holds
 -- for its owner would refuse the row, or hide the open call: see FORCE ROW LEVEL SECURITY.
+-- Below come the facts about each table, its function, and the parts that stand in braces in it.
 DO $do$
 DECLARE
-    asked   constant jsonb := current_setting('job_state_listener.pipeline')::jsonb;
+    asked     constant jsonb := current_setting('job_state_listener.pipeline')::jsonb;
     announced constant text := current_setting('job_state_listener.announced');
-    schema  constant text := current_schema();
-    t       record;
-    place   regclass;
-    columns text[];
-    routes  jsonb;  -- the rows' own: {step: {status: stage}}
-    looks   text;  -- statements that record looks at parents; NULL: no joins
-    moving  text;  -- statements before them, where the table has partitions
-    is_ordered boolean;  -- the table has a column for the priority of its rows, or their time
-    moves   text;  -- statements that record moves; NULL: no asynchronous stage
-    fields  text;  -- of the notification
-    tells   text;  -- statements that notify; NULL: nothing is announced
-    id_type constant text := (
+    schema    constant text := quote_ident(current_schema());
+    id_type   constant text := (
         SELECT format('%I.%I', n.nspname, y.typname)
         FROM pg_attribute AS a JOIN pg_type AS y ON y.oid = a.atttypid
         JOIN pg_namespace AS n ON n.oid = y.typnamespace
         WHERE a.attrelid = 'stage_calls'::regclass AND a.attname = 'job_id');
     -- An id of any length fits into the index of its own table, but not into one of more columns.
-    too_long constant text := (
-        SELECT CASE WHEN typlen < 0 THEN 'octet_length(%s::text) > 2600' ELSE 'false' END
-        FROM pg_attribute JOIN pg_type ON pg_type.oid = atttypid
-        WHERE attrelid = 'stage_calls'::regclass AND attname = 'job_id');
-    fields_read text;  -- the same, of the dynamic statement
-    as_installed text;  -- how the columns are read where the table is as it was
-    as_found     text;  -- and where it is not
-    borrowed     text;  -- how the parent's tenant is read
+    may_be_too_long constant boolean := (
+        SELECT y.typlen < 0 FROM pg_attribute AS a JOIN pg_type AS y ON y.oid = a.atttypid
+        WHERE a.attrelid = 'stage_calls'::regclass AND a.attname = 'job_id');
+    t     record;
+    body  text;
+    texts jsonb;
 BEGIN
-    FOR t IN SELECT * FROM jsonb_to_recordset(asked -> 'tables') AS x (
-        name text, id_column text, tenant_column text, parent_table text, parent_column text,
-        channel text, priority_column text, run_after_column text)
+    FOR t IN
+        WITH RECURSIVE tables AS (
+            SELECT x.*, c.oid AS place, c.relkind = 'p' AS is_partitioned
+            FROM jsonb_to_recordset(asked -> 'tables') AS x (
+                name text, id_column text, tenant_column text, parent_table text,
+                parent_column text, channel text, priority_column text, run_after_column text)
+            JOIN pg_class AS c ON c.oid = format('%s.%I', schema, x.name)::regclass
+        ), states AS (
+            SELECT * FROM jsonb_to_recordset(asked -> 'routes') AS x (
+                table_name text, child_table text, join_of text, current_step text, status text,
+                stage text, asynchronous boolean)
+        ), above AS (  -- from the parent of a table without tenants up to the first that has them
+            SELECT c.name AS child, p.* FROM tables AS c JOIN tables AS p ON p.name = c.parent_table
+            WHERE c.tenant_column IS NULL
+            UNION ALL
+            SELECT a.child, p.* FROM above AS a JOIN tables AS p ON p.name = a.parent_table
+            WHERE a.tenant_column IS NULL
+        )
+        SELECT mine.*, read.columns::text AS columns,
+            coalesce(stage_column_types(mine.place, read.columns), '') AS types,
+            coalesce(mine.priority_column, mine.run_after_column) IS NOT NULL AS is_ordered,
+            mine.parent_column IS NOT NULL OR EXISTS (
+                SELECT FROM states AS s WHERE s.table_name = mine.name AND s.asynchronous)
+                AS reads_old,
+            -- The states in which its rows owe a call: {step: {status: stage}}.
+            (SELECT coalesce(jsonb_object_agg(x.current_step, x.stages), '{}')
+             FROM (SELECT s.current_step, jsonb_object_agg(s.status, s.stage) AS stages
+                   FROM states AS s WHERE s.table_name = mine.name AND s.join_of = ''
+                   GROUP BY s.current_step) AS x) AS routes,
+            -- The states in which parents wait for its rows; NULL: none.
+            (SELECT jsonb_agg(s) FROM states AS s WHERE s.child_table = mine.name) AS joins,
+            -- Its asynchronous stages, and whether a row owes, or owed, their calls; NULL: none.
+            (SELECT jsonb_agg(x ORDER BY x.stage)
+             FROM (SELECT s.stage,
+                          coalesce(string_agg(format('step = %L AND state = %L',
+                                                     s.current_step, s.status), ' OR ')
+                                   FILTER (WHERE s.join_of = ''), 'false') AS owes,
+                          coalesce(string_agg(format('old_step = %L AND old_state = %L',
+                                                     s.current_step, s.status), ' OR ')
+                                   FILTER (WHERE s.join_of = ''), 'false') AS owed
+                   FROM states AS s WHERE s.table_name = mine.name AND s.asynchronous
+                   GROUP BY s.stage) AS x) AS asynchronous,
+            -- The stages whose tenants take turns; NULL: none.
+            (SELECT array_agg(l.name)::text
+             FROM jsonb_to_recordset(asked -> 'limits') AS l (name text, is_fair boolean)
+             WHERE l.is_fair) AS fair_stages,
+            -- The tables that are read for a tenant; NULL: none. Not where one is partitioned, as
+            -- each row would lock and read all partitions.
+            (SELECT string_agg(format('%s.%I', schema, a.name), ', ') FROM above AS a
+             WHERE a.child = mine.name HAVING NOT bool_or(a.is_partitioned)) AS lenders
+        FROM tables AS mine CROSS JOIN LATERAL (
+            SELECT array_remove(ARRAY[mine.id_column, mine.tenant_column, 'current_step', 'status',
+                                      mine.parent_column, mine.priority_column,
+                                      mine.run_after_column], NULL) AS columns) AS read
     LOOP
-        place := format('%I.%I', schema, t.name)::regclass;
-        columns := array_remove(ARRAY[t.id_column, t.tenant_column, 'current_step', 'status',
-                                      t.parent_column, t.priority_column, t.run_after_column],
-                                NULL);
+        texts := to_jsonb(t) || jsonb_build_object(
+            'table', t.name,
+            'schema', schema,
+            'calls', schema || '.stage_calls',
+            'id_type', id_type,
+            'root', CASE WHEN t.is_partitioned THEN t.place END,  -- its partitions have the trigger
+            'old_id_column', CASE WHEN t.is_partitioned AND t.parent_column IS NOT NULL
+                                  THEN t.id_column END,
+            'if_joined', CASE WHEN t.joins IS NOT NULL THEN '' END,  -- else no line that ends so
+            'order_columns', CASE WHEN t.is_ordered
+                THEN ', priority, run_after, due_at' ELSE '' END,
+            'order_values', CASE WHEN t.is_ordered
+                THEN ', urgency, start, greatest(clock_timestamp(), start)' ELSE '' END,
+            'set_order', CASE WHEN t.is_ordered
+                THEN 'priority = excluded.priority, run_after = excluded.run_after'
+                ELSE 'priority = 0, run_after = NULL' END);
 
-        is_ordered := coalesce(t.priority_column, t.run_after_column) IS NOT NULL;
+        body := $body$
+DECLARE
+    is_missing boolean;  -- a table that the function writes to, or its owner's right to do so
+    id         {id_type};
+    tenant     text;
+    step       text;
+    state      text;
+    parent     {id_type};
+    old_step   text;
+    old_state  text;
+    old_parent {id_type};
+    old_id     {id_type};
+    route      text;
+    owed       boolean;
+    looked     boolean;
+    moved_row  text;
+    moved_from text;
+    moved      boolean;
+    urgency    integer;
+    start      timestamptz;
+    payload    text;
+    notified   text;
+BEGIN
+    <<reading>>
+    BEGIN
+        -- Without the right to use the schema, to_regclass() is an error, as all that follows.
+        IF has_schema_privilege(to_regnamespace('{schema}'), 'USAGE') IS NOT TRUE
+           {or_may_not_write} THEN
+            is_missing := true;
+            RAISE WARNING 'Job State Listener: its tables are missing, or not for role % to use, so no call is recorded',
+                current_user USING HINT = 'Run: ./jsl verify, which says what to do';
+        ELSIF (TG_RELID = {place}
+               OR pg_partition_root(TG_RELID) = {root?}
+              ) AND {schema}.stage_column_types('{place}'::regclass, '{columns}') = '{types}' THEN
+            IF TG_OP <> 'DELETE' THEN{if_joined?}
+            id := NEW."{id_column}";
+            step := NEW.current_step::text;
+            state := NEW.status::text;
+            tenant := left(NEW."{tenant_column?}"::text, 500);
+            parent := NEW."{parent_column?}";
+            urgency := least(greatest(coalesce(NEW."{priority_column?}", 0), -2147483648), 2147483647);
+            start := CASE WHEN NEW."{run_after_column?}" IS NOT NULL
+                          THEN least(NEW."{run_after_column?}", '9999-12-31') END;
+            END IF;{if_joined?}
+            {read_old_row?}
+            EXIT reading;
+        END IF;
+        BEGIN
+            IF TG_OP <> 'DELETE' THEN
+                EXECUTE '{select_new_row}'
+                INTO id, step, state, tenant, parent, payload, urgency, start USING NEW;
+            END IF;
+            {read_old_row_as_found?}
+        EXCEPTION WHEN OTHERS THEN
+            RAISE WARNING 'Job State Listener: columns of % have changed, so no call is recorded: %',
+                TG_RELID::regclass, SQLERRM USING HINT = 'Run: ./jsl install';
+            RETURN NEW;
+        END;
+    END;
 
-        SELECT coalesce(jsonb_object_agg(r.current_step, r.stages), '{}')
-        INTO routes
-        FROM (SELECT x.current_step, jsonb_object_agg(x.status, x.stage) AS stages
-              FROM jsonb_to_recordset(asked -> 'routes') AS x (
-                  table_name text, join_of text, current_step text, status text, stage text)
-              WHERE x.table_name = t.name AND x.join_of = ''
-              GROUP BY x.current_step) AS r;
+    IF is_missing IS NULL THEN
+        {leave_if_only_repartitioned?}
+        {look_at_parents?}
+        {notify_of_looks?}
+        {leave_in_same_state?}
+        {record_moves?}
+        route := '{routes}'::jsonb -> step ->> state;
+        {borrow_tenant?}
+        IF route IS NULL THEN
+            DELETE FROM {calls} AS c
+            WHERE c.job_id = id AND c.table_name = '{table}' AND c.join_of = ''
+              AND (c.current_step IS DISTINCT FROM step OR c.status IS DISTINCT FROM state);
+        {refuse_long_id?}
+        ELSIF id IS NOT NULL THEN
+            -- Nearly always there is no open call, and without the clauses for one the
+            -- trigger costs a twentieth less.
+            INSERT INTO {calls} (job_id, table_name, tenant_id, current_step, status,
+                                 stage{order_columns})
+            VALUES (id, '{table}', tenant, step, state, route{order_values})
+            ON CONFLICT (job_id, table_name, join_of) DO NOTHING;
+            IF NOT FOUND THEN
+                -- An open call is replaced, but not one of the same state that is under
+                -- way: a row that moves between partitions arrives again without having left.
+                INSERT INTO {calls} AS c (job_id, table_name, tenant_id, current_step, status,
+                                      stage{order_columns})
+                VALUES (id, '{table}', tenant, step, state, route{order_values})
+                ON CONFLICT (job_id, table_name, join_of) DO UPDATE
+                SET call_id = DEFAULT, tenant_id = excluded.tenant_id,
+                    current_step = excluded.current_step, status = excluded.status,
+                    stage = excluded.stage, created_at = excluded.created_at,
+                    due_at = excluded.due_at, attempts = 0, free_attempts = 0,
+                    worker = NULL, started_at = NULL, last_error = NULL, {set_order}
+                WHERE c.worker IS NULL
+                   OR c.current_step <> excluded.current_step
+                   OR c.status <> excluded.status;
+            END IF;
+            owed := FOUND;
+        END IF;
+    END IF;
 
-        -- One UPDATE that moves a row to another partition deletes it there and inserts it here, in
-        -- this order. Such a row has not come to its state. A row that is deleted and inserted anew
-        -- has: it is in the same partition as before.
-        moving := CASE WHEN (SELECT relkind FROM pg_class WHERE oid = place) = 'p' THEN $move$
+    {leave_unannounced?}
+    {notify?}
+    {wake?}
+    RETURN NEW;
+END
+$body$;
+
+        -- The parts in braces, in the order in which they run.
+        texts := texts || jsonb_build_object(
+            -- Once for each of our tables that the function writes to.
+            'or_may_not_write', (
+                SELECT string_agg(pg_temp.filled($part$
+           OR has_table_privilege(to_regclass('{place}'), 'INSERT') IS NOT TRUE
+           OR row_security_active(to_regclass('{place}'))
+$part$, jsonb_build_object('place', schema || '.' || name)), E'\n           ')
+                FROM unnest(ARRAY['stage_calls',
+                                  CASE WHEN t.joins IS NOT NULL THEN 'stage_looks' END,
+                                  CASE WHEN t.asynchronous IS NOT NULL THEN 'stage_moves' END])
+                    AS name
+                WHERE name IS NOT NULL),
+
+            -- Where the table has parents, or asynchronous stages.
+            'read_old_row', CASE WHEN t.reads_old THEN pg_temp.filled($part$
+            IF TG_OP <> 'INSERT' THEN
+                old_step := OLD.current_step::text;
+                old_state := OLD.status::text;
+                old_parent := OLD."{parent_column?}";
+                old_id := OLD."{old_id_column?}";
+            END IF;
+$part$, texts) END,
+
+            -- Always: its columns as they are found. By way of text, as a cast between numbers would
+            -- round.
+            'select_new_row', pg_temp.filled($part$
+SELECT ($1)."{id_column}"::text::{id_type}, ($1).current_step::text, ($1).status::text,
+    {tenant}, {parent}, json_build_object(
+        '{id_column}', ($1)."{id_column}"
+        , '{parent_column?}', ($1)."{parent_column?}"
+        , 'current_step', ($1).current_step, 'status', ($1).status
+        , '{tenant_column?}', ($1)."{tenant_column?}"
+    )::text, {urgency}, {start}
+$part$, texts || jsonb_build_object(
+                'tenant', coalesce(pg_temp.filled(
+                    'left(($1)."{tenant_column?}"::text, 500)', texts), 'NULL'),
+                'parent', coalesce(pg_temp.filled(
+                    '($1)."{parent_column?}"::text::{id_type}', texts), 'NULL'),
+                'urgency', coalesce(pg_temp.filled(
+                    'least(greatest(coalesce(($1)."{priority_column?}", 0), -2147483648), 2147483647)',
+                    texts), '0'),
+                'start', coalesce(pg_temp.filled(
+                    'CASE WHEN ($1)."{run_after_column?}" IS NOT NULL THEN'
+                    ' least(($1)."{run_after_column?}", ''9999-12-31''::timestamptz) END',
+                    texts), 'NULL'))),
+
+            -- Where read_old_row is: the same, as found.
+            'read_old_row_as_found', CASE WHEN t.reads_old THEN pg_temp.filled($part$
+            IF TG_OP <> 'INSERT' THEN
+                EXECUTE '{select_old_row}' INTO old_step, old_state, old_parent, old_id USING OLD;
+            END IF;
+$part$, jsonb_build_object('select_old_row', pg_temp.filled($part$
+SELECT ($1).current_step::text, ($1).status::text, {parent}, ($1)."{id_column}"::text::{id_type}
+$part$, texts || jsonb_build_object('parent', coalesce(pg_temp.filled(
+                '($1)."{parent_column?}"::text::{id_type}', texts), 'NULL'))))) END,
+
+            -- Where there are joins, and the table has partitions. One UPDATE that moves a row to
+            -- another partition deletes it there and inserts it here, in this order. Such a row has
+            -- not come to its state. A row that is deleted and inserted anew has: it is in the same
+            -- partition as before.
+            'leave_if_only_repartitioned', CASE WHEN t.joins IS NOT NULL AND t.is_partitioned
+            THEN pg_temp.filled($part$
         IF TG_OP = 'DELETE' THEN
             moved_row := set_config('job_state_listener.moved_row', concat_ws(
                 ' ', statement_timestamp(), old_id, old_parent, old_step, old_state), true);
@@ -138,281 +381,144 @@ BEGIN
                   ' ', statement_timestamp(), id, parent, step, state)
               AND current_setting('job_state_listener.moved_from', true) <> TG_RELID::text THEN
             RETURN NEW;
-        END IF;$move$ ELSE '' END;
+        END IF;
+$part$, texts) END,
 
-        -- A row that came to the state, to another parent, or both: look at its parent. One that
-        -- was not in the state and went away may have been the last that its parent waited for.
-        SELECT moving || string_agg(format($look$
-        IF (step = %1$L AND state = %2$L) IS TRUE
+            -- Once for each join. A row that came to the state, to another parent, or both: look at
+            -- its parent. One that was not in the state and went away may have been the last that
+            -- its parent waited for.
+            'look_at_parents', (
+                SELECT string_agg(pg_temp.filled($part$
+        IF (step = '{current_step}' AND state = '{status}') IS TRUE
            AND (TG_OP = 'INSERT' OR old_parent IS DISTINCT FROM parent
-                OR (old_step = %1$L AND old_state = %2$L) IS NOT TRUE)
-           AND parent IS NOT NULL AND NOT %5$s THEN
-            INSERT INTO %4$I.stage_looks (parent_id, join_of, arrived) VALUES (parent, %3$L, true);
+                OR (old_step = '{current_step}' AND old_state = '{status}') IS NOT TRUE)
+           AND parent IS NOT NULL AND NOT {parent_is_too_long} THEN
+            INSERT INTO {schema}.stage_looks (parent_id, join_of, arrived)
+            VALUES (parent, '{join_of}', true);
             looked := true;
         END IF;
         IF TG_OP <> 'INSERT'
-           AND (old_step = %1$L AND old_state = %2$L) IS NOT TRUE
+           AND (old_step = '{current_step}' AND old_state = '{status}') IS NOT TRUE
            AND (TG_OP = 'DELETE' OR old_parent IS DISTINCT FROM parent)
-           AND old_parent IS NOT NULL AND NOT %6$s THEN
-            INSERT INTO %4$I.stage_looks (parent_id, join_of, arrived)
-            VALUES (old_parent, %3$L, false);
+           AND old_parent IS NOT NULL AND NOT {old_parent_is_too_long} THEN
+            INSERT INTO {schema}.stage_looks (parent_id, join_of, arrived)
+            VALUES (old_parent, '{join_of}', false);
             looked := true;
-        END IF;$look$, r.current_step, r.status, r.join_of, schema,
-            format(too_long, 'parent'), format(too_long, 'old_parent')), '')
-            || CASE WHEN announced = 'nothing' THEN '' ELSE $look$
+        END IF;
+$part$, texts || a_join || jsonb_build_object(
+                    'parent_is_too_long', CASE WHEN may_be_too_long
+                        THEN 'octet_length(parent::text) > 2600' ELSE 'false' END,
+                    'old_parent_is_too_long', CASE WHEN may_be_too_long
+                        THEN 'octet_length(old_parent::text) > 2600' ELSE 'false' END)),
+                    E'\n        ')
+                FROM jsonb_array_elements(t.joins) AS a_join),
+
+            -- Where there are joins, unless nothing is announced.
+            'notify_of_looks', CASE WHEN t.joins IS NOT NULL AND announced <> 'nothing'
+            THEN pg_temp.filled($part$
         IF looked THEN
             notified := pg_notify('job_state_listener_join', '');
-        END IF;$look$ END || $look$
+        END IF;
+$part$, texts) END,
+
+            -- Where there are joins: only then is there a trigger for DELETE, and for a new parent.
+            'leave_in_same_state', CASE WHEN t.joins IS NOT NULL THEN pg_temp.filled($part$
         IF TG_OP = 'DELETE' OR TG_OP = 'UPDATE'
            AND old_step IS NOT DISTINCT FROM step AND old_state IS NOT DISTINCT FROM state THEN
             RETURN NEW;
-        END IF;$look$
-        INTO looks
-        FROM jsonb_to_recordset(asked -> 'routes') AS r (
-            child_table text, join_of text, current_step text, status text)
-        WHERE r.child_table = t.name;
+        END IF;
+$part$, texts) END,
 
-        -- A row that comes to another state of the stage than running has left it; so has one that
-        -- goes elsewhere from the state that owes the call, or from running. One that goes back from
-        -- running to a state that owes the call has not.
-        SELECT string_agg(format($move$
-        IF (step = %1$L AND state = 'running') IS NOT TRUE AND id IS NOT NULL
-           AND (step = %1$L OR %2$s
-                OR old_step = %1$L AND old_state = 'running' AND (%3$s) IS NOT TRUE) THEN
-            INSERT INTO %4$I.stage_moves (job_id, table_name, stage, is_failed)
-            VALUES (id, %5$L, %1$L, coalesce(step = %1$L AND state = 'failed', false));
+            -- Once for each asynchronous stage. A row that comes to another state of the stage than
+            -- running has left it; so has one that goes elsewhere from the state that owes the
+            -- call, or from running. One that goes back from running to a state that owes the call
+            -- has not.
+            'record_moves', (
+                SELECT string_agg(pg_temp.filled($part$
+        IF (step = '{stage}' AND state = 'running') IS NOT TRUE AND id IS NOT NULL
+           AND (step = '{stage}' OR {owed}
+                OR old_step = '{stage}' AND old_state = 'running' AND ({owes}) IS NOT TRUE) THEN
+            INSERT INTO {schema}.stage_moves (job_id, table_name, stage, is_failed)
+            VALUES (id, '{table}', '{stage}',
+                    coalesce(step = '{stage}' AND state = 'failed', false));
             moved := true;
-        END IF;$move$, s.stage, coalesce(s.old_owes, 'false'), coalesce(s.owes, 'false'),
-            schema, t.name), '')
-        INTO moves
-        FROM (SELECT r.stage,
-                     string_agg(format('old_step = %L AND old_state = %L', r.current_step, r.status),
-                                ' OR ') FILTER (WHERE r.join_of = '') AS old_owes,
-                     string_agg(format('step = %L AND state = %L', r.current_step, r.status),
-                                ' OR ') FILTER (WHERE r.join_of = '') AS owes
-              FROM jsonb_to_recordset(asked -> 'routes') AS r (
-                  table_name text, join_of text, current_step text, status text, stage text,
-                  asynchronous boolean)
-              WHERE r.table_name = t.name AND r.asynchronous
-              GROUP BY r.stage) AS s;
+        END IF;
+$part$, texts || a_stage), E'\n        ')
+                FROM jsonb_array_elements(t.asynchronous) AS a_stage),
 
-        -- Tenants take turns by the call's own copy. Nothing waits for a lock on the parent's
-        -- table: without the parent's tenant the call has the turns of those that have none. So it
-        -- has where that table is partitioned: each row would lock and read all partitions.
-        WITH RECURSIVE listed AS (
-            SELECT * FROM jsonb_to_recordset(asked -> 'tables') AS x (
-                name text, tenant_column text, parent_table text)
-        ), above AS (
-            SELECT p.* FROM listed AS p WHERE p.name = t.parent_table AND t.tenant_column IS NULL
-            UNION ALL
-            SELECT p.* FROM above AS a JOIN listed AS p ON p.name = a.parent_table
-            WHERE a.tenant_column IS NULL
-        ), fair AS (
-            SELECT array_agg(l.name) AS stages
-            FROM jsonb_to_recordset(asked -> 'limits') AS l (name text, is_fair boolean)
-            WHERE l.is_fair
-        )
-        SELECT format($tenant$
-        IF route = ANY (%1$L::text[]) AND parent IS NOT NULL THEN
+            -- Where tenants take turns, which they do by the call's own copy, and a parent has the
+            -- tenant. Nothing waits for a lock on the parent's table: without the parent's tenant
+            -- the call has the turns of those that have none.
+            'borrow_tenant', CASE WHEN t.lenders IS NOT NULL AND t.fair_stages IS NOT NULL
+            THEN pg_temp.filled($part$
+        IF route = ANY ('{fair_stages}'::text[]) AND parent IS NOT NULL THEN
             BEGIN
-                LOCK TABLE %2$s IN ACCESS SHARE MODE NOWAIT;
-                tenant := left((%3$I.stage_call_row(%4$L, '', parent)).tenant_id #>> '{}', 500);
+                LOCK TABLE {lenders} IN ACCESS SHARE MODE NOWAIT;
+                tenant := left(({schema}.stage_call_row('{parent_table}', '', parent)).tenant_id
+                               #>> '{}', 500);
             EXCEPTION WHEN OTHERS THEN
                 tenant := NULL;
             END;
-        END IF;$tenant$, fair.stages,
-            (SELECT string_agg(format('%I.%I', schema, a.name), ', ') FROM above AS a),
-            schema, t.parent_table)
-        INTO borrowed
-        FROM fair WHERE fair.stages IS NOT NULL AND EXISTS (SELECT FROM above) AND NOT EXISTS (
-            SELECT FROM above AS a JOIN pg_class AS c
-                ON c.oid = format('%I.%I', schema, a.name)::regclass
-            WHERE c.relkind = 'p');
+        END IF;
+$part$, texts) END,
 
-        SELECT string_agg(format('%L, NEW.%I', name, name), ', ' ORDER BY position),
-               string_agg(format('%L, ($1).%I', name, name), ', ' ORDER BY position)
-        INTO fields, fields_read
-        FROM unnest(ARRAY[t.id_column, t.parent_column, 'current_step', 'status', t.tenant_column])
-            WITH ORDINALITY AS c (name, position)
-        WHERE name IS NOT NULL;
+            -- Where ids have a type of any length.
+            'refuse_long_id', CASE WHEN may_be_too_long THEN pg_temp.filled($part$
+        ELSIF octet_length(id::text) > 2600 THEN
+            RAISE WARNING 'Job State Listener: an id of more than 2,600 bytes, no call is recorded';
+$part$, texts) END,
 
-        as_installed := CASE WHEN looks IS NULL THEN '' ELSE $read$
-        IF TG_OP <> 'DELETE' THEN$read$ END || format($read$
-            id := NEW.%1$I;
-            step := NEW.current_step::text;
-            state := NEW.status::text;$read$, t.id_column)
-            || CASE WHEN t.tenant_column IS NULL THEN '' ELSE format($read$
-            tenant := left(NEW.%I::text, 500);$read$, t.tenant_column) END
-            || CASE WHEN t.parent_column IS NULL THEN '' ELSE format($read$
-            parent := NEW.%I;$read$, t.parent_column) END
-            || CASE WHEN t.priority_column IS NULL THEN '' ELSE format($read$
-            urgency := least(greatest(coalesce(NEW.%I, 0), -2147483648), 2147483647);$read$, t.priority_column) END
-            || CASE WHEN t.run_after_column IS NULL THEN '' ELSE format($read$
-            start := CASE WHEN NEW.%1$I IS NOT NULL THEN least(NEW.%1$I, '9999-12-31') END;$read$, t.run_after_column) END
-            || CASE WHEN looks IS NULL THEN '' ELSE $read$
-        END IF;$read$ END
-            || CASE WHEN coalesce(t.parent_column, moves) IS NULL THEN '' ELSE format($read$
-        IF TG_OP <> 'INSERT' THEN
-            old_step := OLD.current_step::text;
-            old_state := OLD.status::text;%s
-        END IF;$read$, E'\n            old_parent := OLD.' || quote_ident(t.parent_column) || ';'
-                || CASE WHEN moving = '' THEN ''
-                        ELSE E'\n            old_id := OLD.' || quote_ident(t.id_column) || ';' END) END;
-        -- By way of text, as a cast between numbers would round.
-        as_found := format($read$
-            IF TG_OP <> 'DELETE' THEN
-                EXECUTE %1$L INTO id, step, state, tenant, parent, payload, urgency, start USING NEW;
-            END IF;$read$, format('SELECT ($1).%1$I::text::%2$s, ($1).current_step::text,'
-                ' ($1).status::text, %3$s, %4$s, json_build_object(%5$s)::text, %6$s, %7$s',
-                t.id_column, id_type,
-                coalesce('left(($1).' || quote_ident(t.tenant_column) || '::text, 500)', 'NULL'),
-                coalesce('($1).' || quote_ident(t.parent_column) || '::text::' || id_type, 'NULL'),
-                fields_read,
-                coalesce('least(greatest(coalesce(($1).' || quote_ident(t.priority_column)
-                         || ', 0), -2147483648), 2147483647)', '0'),
-                CASE WHEN t.run_after_column IS NULL THEN 'NULL'
-                     ELSE format('CASE WHEN ($1).%1$I IS NOT NULL THEN least(($1).%1$I,'
-                                 ' ''9999-12-31''::timestamptz) END', t.run_after_column) END))
-            || CASE WHEN coalesce(t.parent_column, moves) IS NULL THEN '' ELSE format($read$
-            IF TG_OP <> 'INSERT' THEN
-                EXECUTE %1$L INTO old_step, old_state, old_parent, old_id USING OLD;
-            END IF;$read$, format('SELECT ($1).current_step::text, ($1).status::text, %1$s,'
-                                  ' ($1).%2$I::text::%3$s',
-                coalesce('($1).' || quote_ident(t.parent_column) || '::text::' || id_type,
-                         'NULL'), t.id_column, id_type)) END;
-
-        -- A new row that owes nothing is not announced, unless it comes from another partition and
-        -- has left an asynchronous stage.
-        tells := CASE WHEN announced <> 'nothing' THEN format($notify$
-    IF %s THEN
+            -- Unless nothing is announced. A new row that owes nothing is not announced, unless it
+            -- comes from another partition and has left an asynchronous stage.
+            'leave_unannounced', CASE WHEN announced = 'all' AND t.channel IS NOT NULL
+            THEN pg_temp.filled($part$
+    IF TG_OP = 'DELETE'
+       OR TG_OP = 'INSERT' AND owed IS NOT TRUE AND moved IS NOT TRUE THEN
         RETURN NEW;
-    END IF;%s$notify$,
-            CASE WHEN announced = 'all' AND t.channel IS NOT NULL
-                 THEN $unless$TG_OP = 'DELETE'
-       OR TG_OP = 'INSERT' AND owed IS NOT TRUE AND moved IS NOT TRUE$unless$
-                 ELSE 'owed IS NOT TRUE AND moved IS NOT TRUE' END,
-            CASE WHEN t.channel IS NULL THEN $notify$
-    notified := pg_notify('job_state_listener_wake', '');
-$notify$ ELSE format($notify$
+    END IF;
+$part$, texts) WHEN announced <> 'nothing' THEN pg_temp.filled($part$
+    IF owed IS NOT TRUE AND moved IS NOT TRUE THEN
+        RETURN NEW;
+    END IF;
+$part$, texts) END,
+
+            -- Unless nothing is announced, where the table has a channel.
+            'notify', CASE WHEN announced <> 'nothing' AND t.channel IS NOT NULL
+            THEN pg_temp.filled($part$
     IF payload IS NULL THEN  -- else NEW is not as it was at install, and its types would be kept
-        payload := json_build_object(%1$s)::text;
+        payload := json_build_object(
+            '{id_column}', NEW."{id_column}"
+            , '{parent_column?}', NEW."{parent_column?}"
+            , 'current_step', NEW.current_step, 'status', NEW.status
+            , '{tenant_column?}', NEW."{tenant_column?}"
+        )::text;
     END IF;
     IF octet_length(payload) > 7999 THEN
         -- NOTIFY would abort the application's transaction: null for what is long. Four
         -- values of 1,900 bytes and their names make 7,999, five of 1,500 less.
         SELECT json_object_agg(field.key, CASE
-                   WHEN octet_length(field.value::text) <= %2$s THEN field.value END)::text
+                   WHEN octet_length(field.value::text) <= {longest} THEN field.value END)::text
         INTO payload
         FROM json_each(payload::json) AS field;
     END IF;
     -- An assignment needs no executor, which PERFORM would start for every row.
-    notified := pg_notify(%3$L, payload);
-$notify$, fields, CASE WHEN t.name = 'jobs' THEN 1900 ELSE 1500 END, t.channel) END) END;
+    notified := pg_notify('{channel}', payload);
+$part$, texts || jsonb_build_object('longest', CASE t.name WHEN 'jobs' THEN 1900 ELSE 1500 END)) END,
 
-        EXECUTE format('CREATE OR REPLACE FUNCTION %I() RETURNS trigger'
-            ' LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp'
-            ' SET enable_seqscan = off AS %L',
-            CASE t.name WHEN 'jobs' THEN 'notify_job_state_change'
-                 ELSE 'job_state_listener_' || t.name END,
-            format($body$
-DECLARE
-    is_missing boolean;  -- a table that the function writes to, or its owner's right to do so
-    id         %10$s;
-    tenant     text;
-    step       text;
-    state      text;
-    parent     %10$s;
-    old_step   text;
-    old_state  text;
-    old_parent %10$s;
-    old_id     %10$s;
-    route    text;
-    owed     boolean;
-    looked   boolean;
-    moved_row  text;
-    moved_from text;
-    moved    boolean;
-    urgency  integer;
-    start    timestamptz;
-    payload  text;
-    notified text;
-BEGIN
-    <<reading>>
-    BEGIN
-        -- Without the right to use the schema, to_regclass() is an error, as all that follows.
-        IF has_schema_privilege(to_regnamespace(%21$L), 'USAGE') IS NOT TRUE%22$s THEN
-            is_missing := true;
-            RAISE WARNING 'Job State Listener: its tables are missing, or not for role %% to use, so no call is recorded',
-                current_user USING HINT = 'Run: ./jsl verify, which says what to do';
-        ELSIF (TG_RELID = %11$s%9$s)
-              AND %12$I.stage_column_types('%11$s'::regclass, %13$L) = %14$L THEN%15$s
-            EXIT reading;
-        END IF;
-        BEGIN%16$s
-        EXCEPTION WHEN OTHERS THEN
-            RAISE WARNING 'Job State Listener: columns of %% have changed, so no call is recorded: %%',
-                TG_RELID::regclass, SQLERRM USING HINT = 'Run: ./jsl install';
-            RETURN NEW;
-        END;
-    END;
+            -- Unless nothing is announced, where the table has no channel.
+            'wake', CASE WHEN announced <> 'nothing' AND t.channel IS NULL
+            THEN pg_temp.filled($part$
+    notified := pg_notify('job_state_listener_wake', '');
+$part$, texts) END);
 
-    IF is_missing IS NULL THEN%3$s%5$s
-        route := %2$L::jsonb -> step ->> state;%20$s
-        IF route IS NULL THEN
-            DELETE FROM %1$s AS c
-            WHERE c.job_id = id AND c.table_name = %6$L AND c.join_of = ''
-              AND (c.current_step IS DISTINCT FROM step OR c.status IS DISTINCT FROM state);
-%8$s        ELSIF id IS NOT NULL THEN
-            -- Nearly always there is no open call, and without the clauses for one the
-            -- trigger costs a twentieth less.
-            INSERT INTO %1$s (job_id, table_name, tenant_id, current_step, status, stage%17$s)
-            VALUES (id, %6$L, tenant, step, state, route%18$s)
-            ON CONFLICT (job_id, table_name, join_of) DO NOTHING;
-            IF NOT FOUND THEN
-                -- An open call is replaced, but not one of the same state that is under
-                -- way: a row that moves between partitions arrives again without having left.
-                INSERT INTO %1$s AS c (job_id, table_name, tenant_id, current_step, status,
-                                       stage%17$s)
-                VALUES (id, %6$L, tenant, step, state, route%18$s)
-                ON CONFLICT (job_id, table_name, join_of) DO UPDATE
-                SET call_id = DEFAULT, tenant_id = excluded.tenant_id,
-                    current_step = excluded.current_step, status = excluded.status,
-                    stage = excluded.stage, created_at = excluded.created_at,
-                    due_at = excluded.due_at, attempts = 0, free_attempts = 0,
-                    worker = NULL, started_at = NULL, last_error = NULL%19$s
-                WHERE c.worker IS NULL
-                   OR c.current_step <> excluded.current_step
-                   OR c.status <> excluded.status;
-            END IF;
-            owed := FOUND;
-        END IF;
-    END IF;
-
-%7$s    RETURN NEW;
-END
-$body$, format('%I.stage_calls', schema), routes,
-            coalesce(looks, ''), t.id_column, coalesce(moves, ''), t.name,
-            coalesce(tells, ''),
-            CASE WHEN too_long = 'false' THEN '' ELSE format($long$        ELSIF %s THEN
-            RAISE WARNING 'Job State Listener: an id of more than 2,600 bytes, no call is recorded';
-$long$, format(too_long, 'id')) END,
-            -- Its partitions have the trigger, too.
-            CASE WHEN (SELECT relkind FROM pg_class WHERE oid = place) = 'p'
-                 THEN format(' OR pg_partition_root(TG_RELID) = %s', place::oid) END, id_type, place::oid, schema, columns,
-            stage_column_types(place, columns), as_installed, as_found,
-            CASE WHEN is_ordered THEN ', priority, run_after, due_at' ELSE '' END,
-            CASE WHEN is_ordered THEN ', urgency, start, greatest(clock_timestamp(), start)'
-                 ELSE '' END,
-            CASE WHEN is_ordered THEN ', priority = excluded.priority, run_after = excluded.run_after'
-                 ELSE ', priority = 0, run_after = NULL' END, coalesce(borrowed, ''),
-            quote_ident(schema),
-            (SELECT string_agg(format($lacking$
-           OR has_table_privilege(to_regclass(%1$L), 'INSERT') IS NOT TRUE
-           OR row_security_active(to_regclass(%1$L))$lacking$,
-                                      format('%I.%I', schema, name)), '')
-             FROM unnest(ARRAY['stage_calls', CASE WHEN looks IS NOT NULL THEN 'stage_looks' END,
-                               CASE WHEN moves IS NOT NULL THEN 'stage_moves' END]) AS name
-             WHERE name IS NOT NULL)));
+        EXECUTE pg_temp.filled($function$
+CREATE OR REPLACE FUNCTION "{name}"() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off
+AS '{body}'
+$function$, jsonb_build_object(
+            'name', CASE t.name WHEN 'jobs' THEN 'notify_job_state_change'
+                                ELSE 'job_state_listener_' || t.name END,
+            'body', E'\n' || pg_temp.filled(body, texts) || E'\n'));
     END LOOP;
 END
 $do$;
@@ -422,103 +528,131 @@ $do$;
 -- stage_call_row(): where the row that owes a call is now; of a join that is the parent, and
 -- whether the join is complete, and whether the parent has moved since it was first claimed.
 -- Both name the tables of the application, which a constant statement cannot.
--- A statement that waited while ALTER TABLE rewrote a table sees none of its rows, as its snapshot
--- is older. Nobody may take that for a deletion: it is refused, and the listener asks again. What
--- pg_class says is of the snapshot, what pg_relation_filenode() says is of now. This has an IF
--- of its own, as PL/pgSQL would run the query of a longer condition for rows that are there, too.
 DO $do$
 DECLARE
     asked    constant jsonb := current_setting('job_state_listener.pipeline')::jsonb;
-    schema   constant text := current_schema();
+    schema   constant text := quote_ident(current_schema());
     id_type  constant text := (SELECT format_type(atttypid, -1) FROM pg_attribute
                                WHERE attrelid = 'stage_calls'::regclass AND attname = 'job_id');
-    branches text;
     -- An id of a text type is compared by the collation of its column. The arguments have that of
     -- the call, which is "C" by the names of tables, and then no index on the column serves.
-    collated constant jsonb := (
+    collated constant jsonb := coalesce((
         SELECT jsonb_object_agg(concat_ws(' ', p.relname, a.attname),
                                 format(' COLLATE %I.%I', n.nspname, c.collname))
         FROM pg_class AS p JOIN pg_attribute AS a ON a.attrelid = p.oid
         JOIN pg_collation AS c ON c.oid = a.attcollation
         JOIN pg_namespace AS n ON n.oid = c.collnamespace
-        WHERE p.relnamespace = quote_ident(current_schema())::regnamespace
+        WHERE p.relnamespace = schema::regnamespace
           AND (p.relname = 'stage_joins' OR p.relname IN (
-               SELECT name FROM jsonb_to_recordset(asked -> 'tables') AS x (name text))));
-    is_stale constant text := $stale$EXISTS (
-            SELECT FROM pg_class AS c
-            WHERE (c.oid = %1$L::regclass
-                   OR c.oid IN (SELECT relid FROM pg_partition_tree(%1$L::regclass)))
-              AND c.relfilenode <> pg_relation_filenode(c.oid)) THEN
-            RAISE serialization_failure USING MESSAGE = 'a table was rewritten meanwhile: ' || %1$L;
-        END IF;$stale$;
+               SELECT name FROM jsonb_to_recordset(asked -> 'tables') AS x (name text)))), '{}');
+    joins  text;  -- a branch for each join
+    tables text;  -- a branch for each table
+    -- For a row that is not there. A statement that waited while ALTER TABLE rewrote a table sees
+    -- none of its rows, as its snapshot is older. Nobody may take that for a deletion: it is
+    -- refused, and the listener asks again. What pg_class says is of the snapshot, what
+    -- pg_relation_filenode() says is of now. Its IF is its own, as PL/pgSQL would run the query of
+    -- a longer condition for rows that are there, too.
+    refuse_if_rewritten constant text := $part$
+            IF EXISTS (
+                SELECT FROM pg_class AS c
+                WHERE (c.oid = '{place}'::regclass
+                       OR c.oid IN (SELECT relid FROM pg_partition_tree('{place}'::regclass)))
+                  AND c.relfilenode <> pg_relation_filenode(c.oid)) THEN
+                RAISE serialization_failure
+                USING MESSAGE = 'a table was rewritten meanwhile: ' || '{place}';
+            END IF;
+$part$;
 BEGIN
-    SELECT string_agg(format($branch$
-    IF a_join = %1$L THEN
-        SELECT bool_and((r.current_step::text = %2$L AND r.status::text = %3$L) IS TRUE)
-        INTO is_complete FROM %4$I.%5$I AS r WHERE r.%6$I = a_parent%8$s;
+    SELECT string_agg(pg_temp.filled($part$
+    IF a_join = '{join_of}' THEN
+        SELECT bool_and((r.current_step::text = '{current_step}'
+                         AND r.status::text = '{status}') IS TRUE)
+        INTO is_complete FROM {place} AS r WHERE r."{parent_column}" = a_parent{collation};
         IF is_complete IS NULL THEN
-            IF %7$s
+            {refuse_if_rewritten}
         END IF;
         RETURN coalesce(is_complete, false);
-    END IF;$branch$, r.join_of, r.current_step, r.status, schema, t.name, t.parent_column,
-        format(is_stale, format('%I.%I', schema, t.name)),
-        collated ->> concat_ws(' ', t.name, t.parent_column)), '')
-    INTO branches
-    FROM jsonb_to_recordset(asked -> 'routes') AS r (
-             child_table text, join_of text, current_step text, status text)
-    JOIN jsonb_to_recordset(asked -> 'tables') AS t (name text, parent_column text)
-        ON t.name = r.child_table;
+    END IF;
+$part$, to_jsonb(x) || jsonb_build_object(
+        'refuse_if_rewritten', pg_temp.filled(refuse_if_rewritten, to_jsonb(x)))), E'\n    ')
+    INTO joins
+    FROM (SELECT r.*, t.parent_column, format('%s.%I', schema, t.name) AS place,
+                 coalesce(collated ->> concat_ws(' ', t.name, t.parent_column), '') AS collation
+          FROM jsonb_to_recordset(asked -> 'routes') AS r (
+                   child_table text, join_of text, current_step text, status text)
+          JOIN jsonb_to_recordset(asked -> 'tables') AS t (name text, parent_column text)
+              ON t.name = r.child_table) AS x;
 
-    EXECUTE format('CREATE OR REPLACE FUNCTION stage_join_is_complete(a_join text, a_parent %s)'
-        ' RETURNS boolean LANGUAGE plpgsql STABLE AS %L', id_type,
-        format(E'\nDECLARE\n    is_complete boolean;\nBEGIN%s\n    RETURN false;\nEND\n', branches));
+    EXECUTE pg_temp.filled($function$
+CREATE OR REPLACE FUNCTION stage_join_is_complete(a_join text, a_parent {id_type}) RETURNS boolean
+LANGUAGE plpgsql STABLE AS '{body}'
+$function$, jsonb_build_object('id_type', id_type, 'body', E'\n' || pg_temp.filled($body$
+DECLARE
+    is_complete boolean;
+BEGIN
+    {joins?}
+    RETURN false;
+END
+$body$, jsonb_build_object('joins', joins)) || E'\n'));
 
-    SELECT string_agg(format($branch$
-    IF a_table = %1$L THEN
-        SELECT true, to_jsonb(%2$s), r.current_step::text, r.status::text, %3$s
+    SELECT string_agg(pg_temp.filled($part$
+    IF a_table = '{name}' THEN
+        SELECT true, to_jsonb({tenant}), r.current_step::text, r.status::text, {parent}
         INTO is_there, tenant_id, current_step, status, parent_id
-        FROM %4$I.%5$I AS r WHERE r.%6$I = an_id%9$s LIMIT 1;
+        FROM {place} AS r WHERE r."{id_column}" = an_id{collation} LIMIT 1;
         IF is_there IS NULL THEN
-            IF %8$s
-        END IF;%7$s
-    END IF;$branch$, t.name,
+            {refuse_if_rewritten}
+        END IF;
+        tenant_id := ({schema}.stage_call_row('{lender?}', '', parent_id)).tenant_id;
+    END IF;
+$part$, to_jsonb(x) || jsonb_build_object(
+        'refuse_if_rewritten', pg_temp.filled(refuse_if_rewritten, to_jsonb(x)),
+        'parent', coalesce(pg_temp.filled('r."{parent_column?}"', to_jsonb(x)), 'NULL'),
         -- Not a join: one that is planned while both tables have one row reads all of both later.
-        CASE WHEN t.tenant_column IS NOT NULL THEN format('r.%I', t.tenant_column)
-             WHEN p.tenant_column IS NOT NULL
-             THEN format('(SELECT p.%I FROM %I.%I AS p WHERE p.%I = r.%I%s LIMIT 1)',
-                         p.tenant_column, schema, p.name, p.id_column, t.parent_column,
-                         collated ->> concat_ws(' ', p.name, p.id_column))
-             ELSE 'NULL::text' END,
-        coalesce('r.' || quote_ident(t.parent_column), 'NULL'), schema, t.name, t.id_column,
-        -- The parent has it from its own parent.
-        CASE WHEN t.tenant_column IS NULL AND p.tenant_column IS NULL AND p.parent_table IS NOT NULL
-             THEN format('
-        tenant_id := (%I.stage_call_row(%L, %L, parent_id)).tenant_id;', schema, p.name, '') END,
-        format(is_stale, format('%I.%I', schema, t.name)),
-        collated ->> concat_ws(' ', t.name, t.id_column)), '')
-    INTO branches
-    FROM jsonb_to_recordset(asked -> 'tables') AS t (
-             name text, id_column text, tenant_column text, parent_table text, parent_column text)
-    LEFT JOIN jsonb_to_recordset(asked -> 'tables') AS p (
-             name text, id_column text, tenant_column text, parent_table text)
-        ON p.name = t.parent_table;
+        'tenant', coalesce(
+            pg_temp.filled('r."{tenant_column?}"', to_jsonb(x)),
+            pg_temp.filled('(SELECT p."{lent_column?}" FROM {schema}."{parent_table?}" AS p'
+                           ' WHERE p."{parent_id?}" = r."{parent_column?}"{parent_collation}'
+                           ' LIMIT 1)', to_jsonb(x)),
+            'NULL::text'))), E'\n    ')
+    INTO tables
+    FROM (SELECT t.*, schema, format('%s.%I', schema, t.name) AS place,
+                 coalesce(collated ->> concat_ws(' ', t.name, t.id_column), '') AS collation,
+                 p.id_column AS parent_id, p.tenant_column AS lent_column,
+                 coalesce(collated ->> concat_ws(' ', p.name, p.id_column), '') AS parent_collation,
+                 -- The parent has the tenant from its own parent.
+                 CASE WHEN t.tenant_column IS NULL AND p.tenant_column IS NULL
+                           AND p.parent_table IS NOT NULL THEN p.name END AS lender
+          FROM jsonb_to_recordset(asked -> 'tables') AS t (
+                   name text, id_column text, tenant_column text, parent_table text,
+                   parent_column text)
+          LEFT JOIN jsonb_to_recordset(asked -> 'tables') AS p (
+                   name text, id_column text, tenant_column text, parent_table text)
+              ON p.name = t.parent_table) AS x;
 
-    EXECUTE format('CREATE OR REPLACE FUNCTION stage_call_row('
-        'a_table text, a_join text, an_id %1$s, OUT is_there boolean, OUT tenant_id jsonb,'
-        ' OUT current_step text, OUT status text, OUT parent_id %1$s, OUT is_complete boolean,'
-        ' OUT has_moved boolean) LANGUAGE plpgsql STABLE AS %2$L', id_type, format($body$
-BEGIN%1$s
+    EXECUTE pg_temp.filled($function$
+CREATE OR REPLACE FUNCTION stage_call_row(
+    a_table text, a_join text, an_id {id_type}, OUT is_there boolean, OUT tenant_id jsonb,
+    OUT current_step text, OUT status text, OUT parent_id {id_type}, OUT is_complete boolean,
+    OUT has_moved boolean) LANGUAGE plpgsql STABLE AS '{body}'
+$function$, jsonb_build_object('id_type', id_type, 'body', E'\n' || pg_temp.filled($body$
+BEGIN
+    {tables}
     IF a_join <> '' THEN
-        is_complete := %2$I.stage_join_is_complete(a_join, an_id);
+        is_complete := {schema}.stage_join_is_complete(a_join, an_id);
         SELECT m.is_noted AND (m.parent_step, m.parent_status)
                               IS DISTINCT FROM (stage_call_row.current_step, stage_call_row.status)
         INTO has_moved
-        FROM %2$I.stage_joins AS m WHERE m.parent_id = an_id%3$s AND m.join_of = a_join;
+        FROM {schema}.stage_joins AS m WHERE m.parent_id = an_id{collation} AND m.join_of = a_join;
     END IF;
 END
-$body$, branches, schema, collated ->> 'stage_joins parent_id'));
+$body$, jsonb_build_object(
+        'tables', tables, 'schema', schema,
+        'collation', coalesce(collated ->> 'stage_joins parent_id', ''))) || E'\n'));
 END
 $do$;
+
+DROP FUNCTION pg_temp.filled(text, jsonb);
 
 -- A function that is replaced keeps its owner, and would run with the rights of whoever made
 -- the first version: it belongs to the owner of the tables. Nobody else may hang a function with

@@ -674,24 +674,31 @@ def test_name_in_capitals_is_no_obstacle(empty_database, use_pipeline, api):
         assert [said for ok, said in run_checks(conn, settings) if not ok] == []
 
 
-def test_name_that_is_a_reserved_word_is_no_obstacle(empty_database, use_pipeline):
-    orders = Table("order", id="user")
-    use_pipeline({("a", "done"): stage("one"), orders("b", "done"): stage("two")})
+# The last one is written as what triggers.sql fills in.
+NAMES = [("order", "user"), ("it's", 'the "id"'), ("{calls}", "{table}")]
+
+
+@pytest.mark.parametrize(("name", "key"), NAMES, ids=[name for name, _ in NAMES])
+def test_name_that_needs_quotes_is_no_obstacle(empty_database, use_pipeline, name, key):
+    orders = Table(name, id=key, channel=name)
+    use_pipeline({("a", "done"): stage("one"), orders("b", key): stage("two")})
+    quoted = ['"{}"'.format(word.replace('"', '""')) for word in (name, key)]
+    table = quoted[0]
     empty_database.rows(JOBS)
-    empty_database.rows('CREATE TABLE "order" ("user" uuid PRIMARY KEY, current_step text,'
-                        " status text)")  # fmt: skip
+    empty_database.rows("CREATE TABLE {} ({} uuid PRIMARY KEY, current_step text,"
+                        " status text)".format(*quoted))  # fmt: skip
     job = str(uuid.uuid4())
     with connected(empty_database) as conn:
         apply(conn)
-        empty_database.rows("""INSERT INTO "order" VALUES (%s, 'b', 'done')""", job)
+        empty_database.rows(f"INSERT INTO {table} VALUES (%s, 'b', %s)", job, key)
         [row] = claim_many(conn, 1, stages=["two"]).claimed
-        empty_database.rows("""UPDATE "order" SET current_step = 'two', status = 'failed'""")
-        settle(conn, result(row, table_name="order"))
+        empty_database.rows(f"UPDATE {table} SET current_step = 'two', status = 'failed'")
+        settle(conn, result(row, table_name=name))
         assert [row.job_id for row in troubles.newly_failed(conn)[0]] == [job]
         empty_database.rows("UPDATE stage_totals_mark SET counted_until = now()")
         done = history.prune(conn, 0)
         assert done.pruned == done.attempts > 0
-    empty_database.rows(pipeline.sent_back("order", job, "two", ("two", "failed")))
+    empty_database.rows(pipeline.sent_back(name, job, "two", ("two", "failed")))
     assert empty_database.value("SELECT stage FROM stage_calls") == "two"
 
 
