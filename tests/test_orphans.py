@@ -66,11 +66,12 @@ def test_call_that_is_given_up_after_the_listener_was_killed_is_told_once(
     with gate(api, STAGE, Answer(422)) as opened:
         process = listener(database, "run", "--workers", "2", api=api,
                            ALERT_COMMAND=f"tee -a {told}")  # fmt: skip
-        known = database.add_job("planner", "done", tenant="told by the listener")
-        api.on("overlay", lambda _: Answer(422))
-        until(lambda: told.exists() and known in told.read_text(), "its alert")
         job = database.add_job("overlay")
         wait_for_call(api, job)
+        api.on("overlay", lambda _: Answer(422))
+        known = database.add_job("planner", "done", tenant="told by the listener")
+        until(lambda: told.exists() and known in told.read_text(), "its alert")
+        database.wait_for("SELECT count(*) = 1 FROM stage_attempts")  # which comes after it
         workers = process.children()
         process.kill_alone()
         opened.set()
@@ -97,6 +98,13 @@ def test_row_that_its_stage_set_failed_after_the_listener_was_killed_is_told_so(
     assert (said["event"], said["job"]) == ("failed_by_stage", job)
     [attempt] = database.attempts(job)
     assert "set failed by its stage" in attempt.error
+
+
+def test_call_that_was_released_is_left_to_its_lease_by_a_worker(database, caller):
+    calling, job = caller("http://127.0.0.1:1"), database.add_job()
+    call = calling.claim()
+    workers.settle_without_listener(calling.settings, call, trigger.result(call, "released"))
+    assert (database.owed(job).given_up, database.attempts(job)) == (False, [])
 
 
 def test_worker_that_has_recorded_a_result_names_the_row_of_another_table(variants, caller):
