@@ -306,6 +306,20 @@ def test_database_down_at_start_is_waited_for_and_logged_once(own_server, make_d
     database.conn = database.connect()
 
 
+def test_job_that_finished_while_the_connection_was_lost_is_called(
+    database, api, listener, tmp_path
+):
+    process = listener(database, api=api, SWEEP_INTERVAL=3600)
+    wait_until_idle(tmp_path)
+    allow = "UPDATE pg_database SET datallowconn = %s WHERE datname = current_database()"
+    database.rows(allow, False)
+    terminate_backends(database)
+    process.wait_for_line(RECONNECTING)
+    job = database.add_job("overlay")
+    database.rows(allow, True)
+    process.wait_for_line(f"[TRIGGER] 파이프라인 단계 트리거: job={job}")
+
+
 def test_stop_does_not_wait_for_the_reconnect_delay(database, listener):
     process = listener(database, JOB_STATE_LISTENER_RECONNECT_DELAY=3600, **AWAY)
     process.wait_for_line(RECONNECTING)

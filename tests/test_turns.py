@@ -4,6 +4,7 @@ import contextlib
 import math
 import signal
 import time
+from collections import Counter
 from itertools import pairwise
 
 import psycopg2
@@ -53,6 +54,15 @@ def test_idle_workers_take_all_that_is_due_of_one_stage_in_one_turn(database, ap
         api.wait_for(lambda api: len(api.calls()) == 3)
         assert database.value("SELECT count(DISTINCT started_at) FROM stage_leases") == 1
     assert sorted(call.job_id for call in api.calls()) == sorted(jobs)
+
+
+def test_stage_with_a_long_queue_leaves_an_idle_worker_to_another(database, caller):
+    for step in ("img_gen",) * 8 + ("overlay",):
+        database.add_job(step)
+    claiming = caller("http://127.0.0.1:1")
+    listener = with_idle_workers(claiming.listener, 4)
+    claimed = Counter(call.stage for call in listener.settle_and_claim(claiming.conn))
+    assert claimed == {"vlm_analyze": 3, STAGE: 1}
 
 
 def test_accepted_call_is_on_record_while_the_next_stage_function_computes(

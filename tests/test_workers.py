@@ -257,10 +257,13 @@ def test_stage_function_may_have_a_connection_of_its_own(database, api, listener
         "conn.cursor().copy_expert('COPY t FROM STDIN', io.StringIO('7\\n'))\n"
         "conn.close()\n"
     )
-    process = listener(database, api=api, program=program(tmp_path, body + POST, 60))
+    connecting = program(tmp_path, body + POST, 60)
+    process = listener(database, api=api, program=connecting)
     job = database.add_job("overlay")
     database.wait_for(SUCCEEDED, job)
-    assert FAILED not in process.output
+    assert process.stop() == 0 and FAILED not in process.output
+    job = database.add_job("overlay")
+    assert listener(database, "call", job, api=api, program=connecting).wait() == 0
 
 
 # --- starting and replacing them -----------------------------------------------------------
