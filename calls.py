@@ -596,11 +596,11 @@ def run_turn(
     wanted: Sequence[Wanted],
     free: int,
     worker: str,
-    *,
     sweep: bool = False,
+    extend_by: float = 0.0,
+    *,
     only: tuple[Any, int, int] | None = None,
     hurry: bool = False,
-    extend_by: float = 0.0,
 ) -> Turn:
     """Settle all `results` and claim up to `free` calls: one round trip, one commit.
 
@@ -610,9 +610,9 @@ def run_turn(
             place under a limit may be free now.
         worker: the name of the listener that claims.
         sweep: also take calls that were never tried and whose time, by the clock, has not come.
+        extend_by: seconds by which to extend leases first, see EXTEND; 0: they end when they end.
         only: the row's id, the call's, and its attempts until now: claim this call, due or not.
         hurry: fail soon where something is locked.
-        extend_by: seconds by which to extend leases first, see EXTEND; 0: they end when they end.
 
     Raises:
         psycopg2.Error: nothing was changed, unless the connection was lost.

@@ -340,11 +340,9 @@ class Listener:
         sweep: bool,
     ) -> Turn:
         """Settle these results and claim calls of these stages; one by one where that fails."""
-        extend_by = self.claiming.extend_by
+        given = conn, results, wanted, free, self.name, sweep
         try:
-            turn = calls.run_turn(
-                conn, results, wanted, free, self.name, sweep=sweep, extend_by=extend_by
-            )
+            turn = calls.run_turn(*given, self.claiming.extend_by)
             if turn.asked_at:
                 self.claiming.claimed_at = time.monotonic()
         except db.ConnectionLost:
@@ -352,9 +350,7 @@ class Listener:
         except psycopg2.Error as error:
             if not self.claiming.is_logged(error):
                 log.warning("한 건씩 다시 시도: %s", ops.first_line(error))
-            turn = one_by_one.run_turn_in_parts(
-                conn, results, wanted, free, self.name, sweep=sweep, extend_by=extend_by
-            )
+            turn = one_by_one.run_turn_in_parts(*given, self.claiming.extend_by)
             for given_up in turn.given_up:
                 failures.tell_given_up(self.alerts, given_up)
         self.claiming.note_unclaimable(conn, turn)
