@@ -81,6 +81,8 @@ def test_person_retries_a_row_or_all_that_a_stage_gave_up(database, kim):
     jobs = [database.add_job("planner", "done") for _ in range(3)]
     for job in jobs:
         give_up(database, job, "HTTP 500")
+    of_empty_id = "/do/retry?table=jobs&stage=overlay"
+    assert kim.does(of_empty_id).status_code == 400
     assert said(kim.does(f"/do/retry?id={jobs[0]}&stage=overlay")).count("due again") == 1
     assert said(kim.does("/do/retry?stage=overlay")).count("due again") == 2
     assert not any(database.owed(job).given_up for job in jobs)

@@ -55,7 +55,7 @@ def of_row(given: Mapping[str, str]) -> list[str]:
 
 def retry_words(given: Mapping[str, str]) -> list[str]:
     """Not --now for a stage: all of its calls that were planned for next week would be made."""
-    if given.get("id"):
+    if given.get("id") or given.get("table"):  # of a row, even where its id is empty
         return ["--now", *of_row(given)]
     return [f"--stage={given['stage']}", "--yes"]
 
