@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 
 import psycopg2
 
@@ -31,6 +32,9 @@ def arguments() -> argparse.Namespace:
     if given.name and given.name not in EXAMPLES:
         allowed = " or ".join(EXAMPLES)
         print(f"demo: there is no pipeline {given.name}; allowed is {allowed}, or none")
+        sys.exit(2)
+    if given.report and not (folder := Path(given.report).absolute().parent).is_dir():
+        print(f"demo: there is no directory {folder} to write a report in")
         sys.exit(2)
     return given
 

@@ -173,6 +173,12 @@ def test_unknown_name_is_told_what_is_allowed():
     assert said == "demo: there is no pipeline nope; allowed is five_stages or variants, or none\n"
 
 
+def test_report_that_cannot_be_written_is_said_at_once(tmp_path):
+    done = demo("--report", str(tmp_path / "none" / "report.html"))
+    assert (done.returncode, done.stderr) == (2, "")
+    assert done.stdout == f"demo: there is no directory {tmp_path / 'none'} to write a report in\n"
+
+
 # --- the board by itself -------------------------------------------------------------------
 
 
