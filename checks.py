@@ -185,7 +185,7 @@ def already_over(
         if taken and not accepted:
             return result(call, TAKEN, http_status=202)
         return result(call, "skipped", error="an earlier attempt was accepted")
-    if call.spent > call.max_attempts:
+    if call.spent > call.max_attempts and not row.was_given_up:
         known = None if row.taken_over else row.last_error
         error = f"no attempt is left; the last one: {known or error_before(conn, row)}"
         return given_up(call, error)

@@ -194,21 +194,22 @@ def test_leaving_keeps_the_call_from_being_made_again(database, accepting, calle
     assert len(accepting.requests) == 1 and "이미 수락된 호출" in second.lines[0]
 
 
+@pytest.mark.parametrize("most", [1, 5])
 def test_call_that_was_given_up_before_a_rollback_waits_for_a_person(
-    database, serve, caller, stage
+    database, serve, caller, stage, most
 ):
     server = serve(in_turn(b"HTTP/1.1 422 No\r\nContent-Length: 0\r\n\r\n"))
-    job = answer_before_commit(database, stage, caller(server.url))
+    job = answer_before_commit(database, stage, caller(server.url, MAX_ATTEMPTS=most))
     stage.rollback()
     said = run_here(database.environ, "retry", job, "--now").refused(1)
     assert "its row was locked when its last attempt ended; looked at from " in said
     database.rows(LEASE_OVER)
-    second = caller(server.url, name="second")
+    second = caller(server.url, name="second", MAX_ATTEMPTS=most)
     assert second.claim() is None and len(server.requests) == 1
     assert second.listener.alerts.episodes == {}  # the first one has told people
     assert database.owed(job).given_up and database.owed(job).last_error == "HTTP 422"
     assert [a.outcome for a in database.attempts(job)] == ["failed", "failed"]
     make_due(second.conn, job)
-    for _ in ("retried", "lost"):
+    for _ in ("retried", "lost")[:most]:
         assert second.claim()
         database.rows(LEASE_OVER)
