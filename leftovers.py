@@ -53,9 +53,9 @@ def forget_deleted(conn, worker: str, after: Any = None, batch: int = BATCH) -> 
 
 # stage_joins has a row for each parent and join, until the parent is deleted. They are checked in
 # the order of the ids, a batch a round. Rows of a join that left PIPELINE stay, as their table is
-# not known, and the join may come back. Where a stage was called since for the parent's own state,
-# the parent has moved on: it never counts as stalled at the join, also where it comes back to the
-# state that was noted, and its history is pruned.
+# not known, and the join may come back. Where a stage was called for the parent's own state after
+# the call of the join, the parent has moved on: it never counts as stalled at the join, also where
+# it comes back to the state that was noted, and its history is pruned.
 FORGET_PARENTS = """
 WITH batch AS (
     SELECT parent_id, join_of FROM stage_joins
@@ -75,7 +75,11 @@ WITH batch AS (
                     AND a.stage <> p.stage AND a.stage IN (
                         SELECT s.stage FROM pipeline_stages AS s
                         WHERE s.table_name = p.table_name AND s.join_of = '')
-                    AND a.started_at > j.recorded_at AND a.outcome <> 'skipped'
+                    AND a.started_at > greatest(j.recorded_at, (
+                        SELECT max(own.started_at) FROM stage_attempts AS own
+                        WHERE own.job_id = j.parent_id AND own.table_name = p.table_name
+                          AND own.stage = p.stage))
+                    AND a.outcome <> 'skipped'
                   OFFSET 0)  -- each parent's own attempts, by their index
       AND NOT EXISTS (SELECT FROM stage_calls AS c
                       WHERE c.job_id = j.parent_id AND c.table_name = p.table_name

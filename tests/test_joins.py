@@ -470,7 +470,7 @@ def test_once_makes_the_call_of_a_join_whose_table_can_be_read_again(variants, c
 STALLED = "SELECT stage FROM stalled_jobs()"
 A_DAY_AGO = (
     "UPDATE jobs SET updated_at = updated_at - interval '1 day';"
-    "UPDATE stage_joins SET recorded_at = now() - interval '1 day';"
+    "UPDATE stage_joins SET recorded_at = recorded_at - interval '1 day';"
     "UPDATE stage_attempts SET started_at = started_at - interval '1 day',"
     " finished_at = finished_at - interval '1 day'"
 )
@@ -522,6 +522,21 @@ def test_parent_that_is_called_again_is_through_where_it_comes_back_after_a_late
         variants.database.rows("DELETE FROM stage_attempts")
     variants.database.rows(A_DAY_AGO)
     assert variants.database.rows(STALLED) == []
+
+
+def test_parent_that_was_called_for_its_own_state_before_its_join_counts_as_stalled(
+    variants, conn, caller, accepting
+):
+    job, _ = joined(variants)
+    assert joins.look(conn) == 1
+    variants.database.move(job, "ad_copy", "done")
+    calling = caller(accepting.url)
+    assert calling.run(calling.claim(only=job)).stage == "instagram"
+    variants.database.move(job, "completed", "yes")
+    assert calling.call_again().stage == "ad_copy"
+    variants.database.rows(A_DAY_AGO)
+    leftovers.forget_parents(conn)
+    assert variants.database.rows(STALLED) == [("ad_copy",)]
 
 
 # The routes of retries come after the join, but their stages do not.
