@@ -477,7 +477,7 @@ def situation(call: Any) -> str:
     error = call.last_error and plain(readable(call.last_error))
     if call.given_up:
         return f"given up: {error}"
-    if call.worker and call.due_in_seconds > 0:
+    if call.worker and call.leased_until:
         return on_it(call)
     when = f"due in {duration(call.due_in_seconds)}" if call.due_in_seconds > 0 else "due now"
     return f"{when}; last error: {error}" if error else when

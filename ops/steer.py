@@ -88,11 +88,12 @@ WITH chosen AS (
            %(reason)s
     FROM gone
 )
-SELECT job_id, table_name, job_id::text AS key, stage, is_working,
-       CASE WHEN due_at > now() AND NOT is_working THEN worker END AS calling
-FROM gone CROSS JOIN LATERAL (
-    SELECT EXISTS (SELECT FROM stage_leases AS l
-                   WHERE l.call_id = gone.call_id AND l.working) AS is_working) AS lease
+SELECT job_id, table_name, job_id::text AS key, stage, lease.working AS is_working,
+       CASE WHEN NOT lease.working THEN worker END AS calling
+FROM gone LEFT JOIN LATERAL (
+    SELECT l.working FROM stage_leases AS l
+    WHERE l.call_id = gone.call_id AND l.attempt = gone.attempts AND l.leased_until > now()
+    LIMIT 1) AS lease ON true
 """
 
 LIST_RETRIED = LISTED.format(matching=f"{MATCHING} AND {RETRIED}")

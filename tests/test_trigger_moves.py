@@ -164,6 +164,18 @@ def test_failure_before_a_rollback_is_settled_later(database, serve, caller, sta
     assert (owed.worker, owed.attempts, owed.last_error) == (None, 1, "HTTP 500")
 
 
+def test_failure_before_a_rollback_that_a_person_cancels_is_over(database, serve, caller, stage):
+    server = serve(in_turn(b"HTTP/1.1 422 No\r\nContent-Length: 0\r\n\r\n"))
+    worker = caller(server.url)
+    job = answer_before_commit(database, stage, worker)
+    stage.rollback()
+    said = run_here(database.environ, "cancel", job).lines
+    assert said == [f"cancelled: job {job}, stage vlm_analyze"]  # nobody is calling it
+    settle_again(worker)
+    assert worker.listener.unwritten.locked == [] and database.owed(job) is None
+    assert {a.outcome for a in database.attempts(job)} == {"failed", "cancelled"}
+
+
 @pytest.mark.parametrize(("status", "spent"), [(500, 2), (503, 1)])
 def test_listener_that_ends_leaves_a_failed_call_to_its_lease(
     database, serve, caller, stage, status, spent
@@ -203,6 +215,7 @@ def test_call_that_was_given_up_before_a_rollback_waits_for_a_person(
     stage.rollback()
     said = run_here(database.environ, "retry", job, "--now").refused(1)
     assert "its row was locked when its last attempt ended; looked at from " in said
+    assert "1 attempt spent), due in " in run_here(database.environ, "job", job).out
     database.rows(LEASE_OVER)
     second = caller(server.url, name="second", MAX_ATTEMPTS=most)
     assert second.claim() is None and len(server.requests) == 1
