@@ -600,8 +600,8 @@ def cli(context: click.Context) -> None:
 
     \b
     Exit codes: 0 done or healthy; 1 a problem was found, the line says which;
-    2 bad input or settings, or run cannot start; 3 the database cannot be reached, or
-    refuses the login.
+    2 bad input or settings, or run cannot start; 3 the database cannot be
+    reached, or refuses the login.
     """
     if context.invoked_subcommand is None:
         context.invoke(run)

@@ -38,7 +38,7 @@ RETURNING before.held_by, before.held_reason, before.held_until = 'infinity' AS 
           (SELECT count(*) FROM stage_calls AS c WHERE c.stage = p.stage) AS owed
 """
 
-STAGES = click.argument("stages", type=StageName(), nargs=-1, metavar="STAGE...")
+STAGES = click.argument("stages", type=StageName(), nargs=-1, metavar="[STAGE]...")
 
 
 def named_stages(stages: tuple[str, ...], of_pools: tuple[str, ...]) -> tuple[str, ...]:

@@ -31,9 +31,11 @@ NO_DATABASE = (
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_explains_the_command_and_each_option(command):
-    done = CliRunner().invoke(program.cli, [*command.split(), "--help"], prog_name="jsl")
+    done = CliRunner().invoke(program.cli, [*command.split(), "--help"], prog_name="jsl",
+                              env={"COLUMNS": "80"})  # fmt: skip
     assert done.exit_code == 0
     usage, _, begins = done.output.split("\n")[:3]
+    assert max(map(len, done.output.split("\n"))) <= 80
     assert usage.startswith(f"Usage: jsl {command}".rstrip())
     assert begins[2].isupper()
     options = (program.cli.get_command(None, command) if command else program.cli).params
@@ -97,15 +99,15 @@ MISTAKES = {
         "jobs",
     ),
     "pause PLANNER": (
-        "Invalid value for 'STAGE...': 'PLANNER' is no stage: did you mean planner?",
+        "Invalid value for '[STAGE]...': 'PLANNER' is no stage: did you mean planner?",
         "pause",
     ),
     "pause paint": (
-        "Invalid value for 'STAGE...': 'paint' is no stage: PIPELINE has vlm_analyze",
+        "Invalid value for '[STAGE]...': 'paint' is no stage: PIPELINE has vlm_analyze",
         "pause",
     ),
     "resume paint": (
-        "Invalid value for 'STAGE...': 'paint' is no stage: PIPELINE has vlm_analyze",
+        "Invalid value for '[STAGE]...': 'paint' is no stage: PIPELINE has vlm_analyze",
         "resume",
     ),
     "pause": ("name a STAGE, or a --pool", "pause"),
