@@ -373,7 +373,8 @@ def file() -> str:
 def check(pipeline: Any) -> None:
     """Raises ValueError where `pipeline` is no PIPELINE."""
     if not isinstance(pipeline, dict) or not pipeline:
-        raise ValueError("it must be a dict of states and stage functions")
+        empty = ", and it is empty" if pipeline == {} else ""
+        raise ValueError(f"it must be a dict of states and stage functions{empty}")
     declared: dict[str, Table] = {}
     found: set[Route] = set()
     for key, function in pipeline.items():

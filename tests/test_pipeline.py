@@ -336,6 +336,7 @@ TWICE = {pipeline.JOBS("img_gen", "done"): overlay, ("img_gen", "done"): planner
             {VARIANTS.every("img_gen", ""): overlay},
             r"^Table\('jobs_variants'\).every\('img_gen', ''\) is no state: allowed is \(STEP",
         ),
+        ({}, "^it must be a dict of states and stage functions, and it is empty$"),
         ({VARIANTS: overlay}, r"^Table\('jobs_variants'\) is no state"),
         ({("img_gen", "done"): no_argument}, "^no_argument: .* takes one argument, the call"),
         ({("img_gen", "done"): second_argument}, "^second_argument: .* takes one argument"),
