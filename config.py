@@ -59,7 +59,7 @@ def number(kind: type, low: float, high: float, unit: str) -> Callable[[str], An
         except ValueError:
             value = None
         if value is None or not low <= value <= high:
-            raise Allowed(f"{unit} from {low:g} to {high:g}")
+            raise Allowed(f"{unit} from {low} to {high}")
         return value
 
     return parse
@@ -203,6 +203,8 @@ def directory_for_heartbeats() -> str:
 
 
 SECONDS = "a number of seconds"
+# From and to; also of @limits(timeout=…, max_attempts=…).
+TIMEOUTS, ATTEMPTS = (0.1, 86_400), (1, 1_000_000)
 SECRET = {"DB_PASSWORD", "DATABASE_URL", "STAGE_API_TOKEN", "STAGE_API_SECRET", "OPS_TOKEN"}
 # STAGE_API_URL_VLM_ANALYZE is the base URL of the stage vlm_analyze, instead of STAGE_API_URL.
 STAGE_URL = "STAGE_API_URL_"
@@ -223,9 +225,9 @@ SETTINGS: dict[str, tuple[str | None, Callable[[str], Any]]] = {
     "STAGE_API_TOKEN": (None, token),
     "STAGE_API_SECRET": (None, secrets),
     "STAGE_API_CA_BUNDLE": (None, certificates),
-    "STAGE_TIMEOUT": ("600", number(float, 0.1, 86400, SECONDS)),
+    "STAGE_TIMEOUT": ("600", number(float, *TIMEOUTS, SECONDS)),
     "LEASE_MARGIN": ("30", number(float, 1, 3600, SECONDS)),
-    "MAX_ATTEMPTS": ("5", number(int, 1, 1000, "a whole number")),
+    "MAX_ATTEMPTS": ("5", number(int, *ATTEMPTS, "a whole number")),
     "RETRY_DELAY": ("5", number(float, 0.01, 3600, SECONDS)),
     "LISTENER_WORKERS": ("4", number(int, 1, 256, "a whole number")),
     "SWEEP_INTERVAL": ("30", number(float, 0.1, 3600, SECONDS)),

@@ -181,7 +181,12 @@ def parent_name(table: Table) -> str | None:
 
 
 LARGEST = 2**31 - 1  # of PostgreSQL's integer
-LONGEST = 86_400  # seconds, as of STAGE_TIMEOUT
+LONGEST = config.TIMEOUTS[1]  # seconds
+# Limits with the range of the setting that is their default.
+AS_SETTINGS = (
+    ("timeout", config.TIMEOUTS, (int, float)),
+    ("max_attempts", config.ATTEMPTS, (int,)),
+)
 SLOWEST = 1e-6  # calls a minute: one in two years
 
 
@@ -248,15 +253,17 @@ class Limits:
     per_tenant: int | None = None
 
     def __post_init__(self):
-        for name in ("max_running", "max_attempts", "per_tenant"):
+        for name in ("max_running", "per_tenant"):
             value = getattr(self, name)
             if value is not None and not is_positive(value, int):
                 allowed = f"a whole number above 0, up to {LARGEST}, or None"
                 raise ValueError(f"{name}={value!r} of a stage: allowed is {allowed}")
-        timeout, rate = self.timeout, self.per_minute
-        if timeout is not None and not is_positive(timeout, int, float, most=LONGEST):
-            allowed = f"a number above 0, up to {LONGEST}, or None"
-            raise ValueError(f"timeout={timeout!r} of a stage: allowed is {allowed}")
+        for name, (least, most), kinds in AS_SETTINGS:
+            value = getattr(self, name)
+            if value is not None and not (is_positive(value, *kinds, most=most) and value >= least):
+                allowed = f"a {'' if float in kinds else 'whole '}number from {least} to {most}"
+                raise ValueError(f"{name}={value!r} of a stage: allowed is {allowed}, or None")
+        rate = self.per_minute
         if rate is not None and not (is_positive(rate, int, float) and rate > SLOWEST):
             allowed = f"a number above {SLOWEST:f}, or None"
             raise ValueError(f"per_minute={rate!r} of a stage: allowed is {allowed}")
