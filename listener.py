@@ -45,7 +45,7 @@ from looks import Failing, JoinLook, MoveLook
 from ops.listeners import AS_OF, NO_CALL, ONE_CALL, OTHER_PIPELINE
 from ops.rows import TABLE, RowCommand
 from ops.stage import StageName
-from ops.table import clock
+from ops.table import clipped, clock
 from ops.text import Text
 from pipeline import Call
 from settling import Unwritten
@@ -239,7 +239,8 @@ class Listener:
         self.tell_stuck(reason)
         self.repeats += 1
         if self.repeats & (self.repeats - 1) == 0:  # 1, 2, 4, 8 and so on
-            log.warning("재연결 시도: %.1f초 후 (%d번째): %s", delay, self.repeats, reason[:200])
+            said = clipped(reason, 200)
+            log.warning("재연결 시도: %.1f초 후 (%d번째): %s", delay, self.repeats, said)
         until = time.monotonic() + delay
         self.doubtful_until = time.monotonic() + DOUBTFUL
         while time.monotonic() < until and not self.finished():
