@@ -42,10 +42,10 @@ from claiming import Claiming, is_clock_set_back
 from health import StageHealth
 from heartbeat import Heartbeat
 from looks import Failing, JoinLook, MoveLook
-from ops.listeners import AS_OF, NO_CALL, ONE_CALL, OTHER_PIPELINE
+from ops.listeners import ALL_BUSY, AS_OF, NO_CALL, ONE_CALL, OTHER_PIPELINE, STOPPING
 from ops.rows import TABLE, RowCommand
 from ops.stage import StageName
-from ops.table import clipped, clock
+from ops.table import clipped, clock, counted
 from ops.text import Text
 from pipeline import Call
 from settling import Unwritten
@@ -463,8 +463,14 @@ class Listener:
             doing = NO_CALL + undone
         else:
             doing = "making calls" if self.workers.calls else "waiting for a job to change"
+            if self.workers.calls and not self.workers.idle:
+                doing += f", {ALL_BUSY}"
             if kept := self.health.kept(self.workers.calls):
                 doing += f"; {ONE_CALL}{kept}"
+        if self.is_stopping:
+            counts = {"call": len(self.workers.calls), "result": len(self.unwritten.all)}
+            waited = " and ".join(counted(n, what) for what, n in counts.items() if n)
+            doing = f"{STOPPING}{waited or 'nothing'}" + f"; {doing}" * (conn is None)
         return f"{OTHER_PIPELINE}; {doing}" if self.upkeep.differs_since is not None else doing
 
     def run_beside(self, conn: db.Connection | None = None) -> None:

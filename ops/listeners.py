@@ -13,6 +13,10 @@ OTHER_PIPELINE = "PIPELINE differs, restart it"
 # It begins with this where the listener can claim no call of some stages, or where its looks at
 # joins or at moves fail; then what cannot be done, and why, follows. OTHER_PIPELINE comes first.
 NO_CALL = "no call can be "
+# After OTHER_PIPELINE; then what is waited for.
+STOPPING = "stopping: waits for "
+# Follows "making calls".
+ALL_BUSY = "all workers are busy"
 # A time may follow, when all workers are busy: the listener has not asked again since then.
 AS_OF = ", as of "
 # It ends with this and the stages that get one call at a time, each followed by the reason.
@@ -113,6 +117,7 @@ def listeners(conn, settings: SimpleNamespace) -> list[dict[str, Any]]:
                 "seconds": beat.seconds if beat else since.get(name, hand and hand.seconds),
                 "doing": "a call by hand" if hand else doing(beat, name in since, ours),
                 "one_at_a_time": one_at_a_time(beat),
+                "takes_none": takes_none(beat),
                 "calls": ours,
             }
         )
@@ -145,10 +150,18 @@ def one_at_a_time(beat: Beat | None) -> dict[str, str]:
     return {stage: why for stage, _, why in (one.partition(" ") for one in said)}
 
 
+def takes_none(beat: Beat | None) -> str | None:
+    """Why this listener takes no call just now; None: it may take one, or that is not known."""
+    said = beat.doing if beat and beat.state == ALIVE else ""
+    why = {OTHER_PIPELINE: OTHER_PIPELINE, STOPPING: "it is stopping", ALL_BUSY: ALL_BUSY}
+    return next((words for begins, words in why.items() if begins in said), None)
+
+
 def doing(beat: Beat | None, is_connected: bool, calls: list[dict[str, Any]]) -> str:
     """What a listener is doing. Its calls go on even if it is frozen, gone or not connected."""
     text = beat.doing if beat else "connected" if is_connected else "not connected"
-    if under_way := sum(not call["unanswered"] for call in calls):
+    under_way = sum(not call["unanswered"] for call in calls)
+    if under_way and not (beat and STOPPING in beat.doing):
         text = f"{under_way} call{'s' * (under_way > 1)} under way"
         text += ", not connected" * (not is_connected)
         if beat and beat.doing.startswith(OTHER_PIPELINE):

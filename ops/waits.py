@@ -6,7 +6,7 @@ import config
 import db
 import pipeline
 from ops import rows
-from ops.listeners import OTHER_PIPELINE, listeners
+from ops.listeners import listeners
 from ops.problem import IF_NEWER, INSTALL
 from ops.table import clock, counted, readable
 
@@ -94,14 +94,15 @@ NOBODY = Waits("no listener is connected", pipeline.JSL)
 
 
 def taker(there: list[dict[str, Any]], stage: str) -> Waits | None:
-    """Why no listener may take a call that nothing else keeps: those that are connected may all
-    have another PIPELINE, which may lack its stage, or make one call of the stage at a time.
+    """Why no listener may take a call that nothing else keeps: each that is connected may be
+    busy or stopping, have another PIPELINE, which may lack its stage, or make one call of the stage
+    at a time.
     """
     if not there:
         return NOBODY
     names = ", ".join(row["listener"] for row in there)
-    if all(OTHER_PIPELINE in row["doing"] for row in there):
-        return Waits(f"{names}: {OTHER_PIPELINE}")
+    if all(row["takes_none"] for row in there):
+        return Waits("; ".join(f"{row['listener']}: {row['takes_none']}" for row in there))
     if all(stage in row["one_at_a_time"] for row in there):
         why = there[0]["one_at_a_time"][stage]
         one = "makes" if len(there) == 1 else "each make"

@@ -87,6 +87,25 @@ def test_listener_with_a_call_under_way_is_alive(database, calling, run_command)
     assert line(run_command(database, "check"), 0) == "1 listener alive: making calls"
 
 
+def test_listener_that_takes_no_call_says_whether_it_is_busy_or_stopping(
+    database, api, listener, run_command, tmp_path
+):
+    with gate(api):
+        process = listener(database, "run", "--workers=1", api=api)
+        wait_for_call(api, database.add_job())
+        until(lambda: "all workers are busy" in beats(tmp_path)[0].doing, "its heartbeat says so")
+        told = line(run_command(database, "check"), 0)
+        assert told == "1 listener alive: making calls, all workers are busy"
+        waiting = database.add_job()
+        assert run_command(database, "job", waiting).lines[-1].endswith(": all workers are busy")
+        process.signal(signal.SIGTERM)
+        until(lambda: "stopping" in beats(tmp_path)[0].doing, "its heartbeat says so")
+        told = line(run_command(database, "check"), 0)
+        assert told == "1 listener alive: stopping: waits for 1 call"
+        assert "stopping: waits for 1 call" in run_command(database, "status").out
+        assert run_command(database, "job", waiting).lines[-1].endswith(": it is stopping")
+
+
 def test_killed_listener_is_dead_though_its_workers_go_on(database, calling, run_command, tmp_path):
     calling.kill_alone()
     [beat] = beats(tmp_path)
