@@ -25,6 +25,9 @@ log = logging.getLogger("listener")
 
 # A call that this listener's PIPELINE cannot make is due again after this many seconds.
 PASSED_OVER_FOR = 10.0
+# One of a state that has left PIPELINE, until an install brings that back, after so many. There may
+# be thousands. troubles.EPISODES counts what is due within a minute.
+LOST_FOR = 50.0
 # How many accepted calls a listener remembers. After a failover to a standby that missed them, they
 # are not repeated.
 REMEMBERED = 10_000
@@ -101,21 +104,19 @@ class Checks:
         return MAKE
 
     def pass_over(self, conn: db.Connection, call: Call, row: Claimed) -> Checked:
-        """Do not make a call whose stage this PIPELINE and the database's do not agree on. Where
-        one of them has its state, it waits for another listener, or an install; else the attempt
-        has failed, and is retried.
+        """Put off a call whose stage this PIPELINE and the database's do not agree on: it waits for
+        another listener, or an install. Without an error, people are told that it waits.
         """
-        if row.routed_to or call.route in self.routes:
-            put_off(conn, row, call.listener, row.spent - 1, PASSED_OVER_FOR, row.last_error)
-            if call.route not in self.logged:
-                self.logged.add(call.route)
-                log.warning("다른 PIPELINE의 호출을 미룸 (make trigger 후 재시작 필요): %s → %s",
-                            call.route, row.routed_to or call.stage)  # fmt: skip
-            return LATER
-        error = f"PIPELINE has no {call.route} any more"
-        ended = trigger.failure(call, "retry", error, self.settings.RETRY_DELAY)
-        trigger.log_end(call, ended)
-        return Checked(ended=ended)
+        delay, error, mend = PASSED_OVER_FOR, row.last_error, "make trigger 후 재시작 필요"
+        if not (row.routed_to or call.route in self.routes):
+            delay, error = LOST_FOR, None
+            mend = f"PIPELINE에 없는 상태, {pipeline.JSL} jobs --stage {call.stage}"
+        put_off(conn, row, call.listener, row.spent - 1, delay, error)
+        if call.route not in self.logged:
+            self.logged.add(call.route)
+            log.warning("다른 PIPELINE의 호출을 미룸 (%s): %s → %s",
+                        mend, call.route, row.routed_to or call.stage)  # fmt: skip
+        return LATER
 
     def after_failed(self, conn: db.Connection, call: Call, row: Claimed) -> Checked | None:
         """Let a call that (stage, 'failed') owes to that stage wait, or give it up; None: neither.

@@ -445,8 +445,7 @@ def owes(row: Any, call: Any) -> str:
         return "nothing" + misspelt(row)
     spent = counted(call.spent, "attempt")
     text = f"{call.stage} (call {call.call_id}, {spent} spent), {situation(call)}"
-    is_made = rows.is_wanted(call) and not rows.lost_state(call)
-    is_retried = call.given_up and is_made and may_be_retried(call.last_error)
+    is_retried = call.given_up and rows.is_wanted(call) and may_be_retried(call.last_error)
     return f"{text}; {one_line(typed('retry', row))}" if is_retried else text
 
 

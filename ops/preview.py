@@ -73,6 +73,7 @@ def next_attempt(conn, settings: SimpleNamespace, row: Any, stage: str | None) -
     owed = db.execute(conn, NEXT_ATTEMPT, given).fetchone()
     if owed is None:
         raise Problem(steer.why_nothing_owed(conn, row, stage))
+    rows.require_state(row, chosen)
     limits = pipeline.full_limits(settings).get(owed.stage)
     if limits is None:
         raise Problem(f"PIPELINE has no stage {owed.stage}: {INSTALL}, {IF_NEWER}")

@@ -12,7 +12,7 @@ import config
 import db
 import pipeline
 from ops import migrations
-from ops.problem import GRANTS, INSTALL, Problem, first_line
+from ops.problem import GRANTS, IF_NEWER, INSTALL, Problem, first_line
 from ops.stage import StageName
 from ops.tables import tenant_columns
 from pipeline import Route, Table
@@ -428,16 +428,32 @@ def owed(conn, row: Any) -> list:
 
 
 def is_wanted(call: Any) -> bool:
-    """Whether PIPELINE, here or in the database, has the stage of a call; else nobody calls it."""
-    return call.has_route or call.stage in pipeline.stage_names()
+    """Whether PIPELINE, here or in the database, has the stage of a call, and the state that owes
+    it; else nobody calls it.
+    """
+    return (call.has_route or call.stage in pipeline.stage_names()) and not lost_state(call)
+
+
+def owing(call: Any) -> Route:
+    """The state that owes a call."""
+    return Route(call.table_name, call.join_of, call.current_step, call.status)
 
 
 def lost_state(call: Any) -> Route | None:
-    """The state that owes a call, where PIPELINE, here and in the database, has it no more: no
-    attempt of the call succeeds.
-    """
-    route = Route(call.table_name, call.join_of, call.current_step, call.status)
-    return None if call.has_state or route in pipeline.routes() else route
+    """The state that owes a call, where PIPELINE, here and in the database, has it no more."""
+    return None if call.has_state or owing(call) in pipeline.routes() else owing(call)
+
+
+def lost(call: Any) -> str:
+    """What PIPELINE has no more of a call that is not wanted."""
+    return str(lost_state(call)) if call.has_route else f"stage {call.stage}"
+
+
+def require_state(row: Any, call: Any) -> None:
+    """Raises Problem where PIPELINE here does not have the state that owes a call."""
+    if (route := owing(call)) not in pipeline.routes():
+        mend = f"{INSTALL}, {IF_NEWER}" if call.has_state else typed("cancel", row)
+        raise Problem(f"{said(row)}: PIPELINE has no {route}: {mend}")
 
 
 def one_owed(conn, row: Any, stage: str | None) -> Any:

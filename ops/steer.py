@@ -67,7 +67,7 @@ SET due_at = clock_timestamp(), run_after = NULL,
     free_attempts = CASE WHEN chosen.due_at = 'infinity' THEN c.attempts ELSE c.free_attempts END
 FROM chosen
 WHERE (c.job_id, c.table_name, c.join_of) = (chosen.job_id, chosen.table_name, chosen.join_of)
-RETURNING c.job_id, c.table_name, c.job_id::text AS key, c.stage,
+RETURNING c.job_id, c.job_id::text AS key, c.stage, c.join_of, {rows.CALLED_FROM},
           c.stage IN (SELECT stage FROM pipeline_stages) AS has_route
 """
 
@@ -168,6 +168,7 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
     chosen = rows.one_owed(conn, row, stage)
     if chosen is None:
         raise Problem(why_nothing_owed(conn, row, stage))
+    rows.require_state(row, chosen)
     wanted = [Wanted(stage, limit.lease, 1, 1, limit.is_limited)
               for stage, limit in limits.items()]  # fmt: skip
     # A lost attempt, before the history has a newer one.
@@ -298,10 +299,10 @@ def tell_holds(conn, stages: set[str]) -> None:
 
 def tell_due(revived: list) -> None:
     tell("due again", revived)
-    for stage, call in {call.stage: call for call in revived}.items():
-        if not rows.is_wanted(call):
-            see = pipeline.typed("job", call.table_name, call.key)
-            click.echo(f"PIPELINE has no stage {stage}, so nobody calls it: {see}")
+    unwanted = [call for call in revived if not rows.is_wanted(call)]
+    for what, call in {rows.lost(call): call for call in unwanted}.items():
+        see = pipeline.typed("job", call.table_name, call.key)
+        click.echo(f"PIPELINE has no {what}, so nobody calls it: {see}")
 
 
 def nothing_to_retry(conn, chosen: Chosen) -> None:

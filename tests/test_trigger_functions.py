@@ -16,7 +16,7 @@ import pytest
 import requests
 import trustme
 from claims import LEASE_OVER, claim, connected, result, settle
-from conftest import ROOT
+from conftest import ROOT, install
 from faults.network import require_root
 from faults.test_claims import with_idle_worker
 from raw_server import OK, answering, in_turn
@@ -469,7 +469,9 @@ def test_any_error_text_can_be_recorded(database, accepting, caller, add_stage, 
     assert len(attempt.error) <= 2000 and len(database.owed(job).last_error) <= 2000
 
 
-def test_function_that_left_pipeline_is_a_failed_attempt(database, accepting, caller, add_stage):
+def test_call_of_a_state_that_left_pipeline_waits_and_is_made_once_it_is_back(
+    database, accepting, caller, add_stage
+):
     def leaving(call):
         return call.post("/api/x")
 
@@ -479,10 +481,16 @@ def test_function_that_left_pipeline_is_a_failed_attempt(database, accepting, ca
     del five_stages.PIPELINE["x", "done"]
     database.rows("DELETE FROM pipeline_stages WHERE current_step = 'x'")
     worker = caller(accepting.url)
-    assert worker.claim() is None
-    [attempt] = database.attempts(job)
-    assert attempt.outcome == "retry" and "PIPELINE has no (x, done)" in attempt.error
-    assert accepting.connections == 0 and not database.owed(job).given_up
+    for _ in range(8):
+        assert worker.claim() is None
+        assert database.value("SELECT due_at > now() FROM stage_calls")
+        database.rows("UPDATE stage_calls SET due_at = now()")
+    assert database.attempts(job) == [] and not database.owed(job).given_up
+    assert worker.line("다른 PIPELINE의 호출을 미룸").endswith("(x, done) → leaving")
+    five_stages.PIPELINE["x", "done"] = leaving
+    install(database)
+    call = caller(accepting.url, "new").claim()
+    assert (call.job_id, call.spent) == (job, 1)
 
 
 def test_call_of_a_newer_pipeline_waits_for_its_listener(database, accepting, caller, add_stage):
@@ -518,9 +526,8 @@ def test_call_of_a_table_that_left_pipeline_keeps_no_other_from_being_made(
     worker = caller(accepting.url, RETRY_DELAY=600)
     assert worker.call().outcome == "succeeded" and database.owed(job) is None
     assert worker.claim() is None
-    [attempt] = database.attempts(gone)
-    assert attempt.outcome == "retry"
-    assert "PIPELINE has no variants (x, done) any more" in attempt.error
+    assert database.attempts(gone) == [] and not database.owed(gone).given_up
+    assert "variants (x, done) → shared" in worker.line("다른 PIPELINE의 호출을 미룸")
 
 
 def test_call_of_a_stage_that_left_pipeline_stays_visible(database, accepting, caller, add_stage):
