@@ -25,9 +25,6 @@ log = logging.getLogger("listener")
 
 # A call that this listener's PIPELINE cannot make is due again after this many seconds.
 PASSED_OVER_FOR = 10.0
-# One of a state that has left PIPELINE, until an install brings that back, after so many. There may
-# be thousands. troubles.EPISODES counts what is due within a minute.
-LOST_FOR = 50.0
 # How many accepted calls a listener remembers. After a failover to a standby that missed them, they
 # are not repeated.
 REMEMBERED = 10_000
@@ -105,13 +102,14 @@ class Checks:
 
     def pass_over(self, conn: db.Connection, call: Call, row: Claimed) -> Checked:
         """Put off a call whose stage this PIPELINE and the database's do not agree on: it waits for
-        another listener, or an install. Without an error, people are told that it waits.
+        another listener. Where neither has its state any more, it gets the name of a stage that no
+        claim asks for, and people are told as of a stage that left PIPELINE, until an install that
+        has the state brings the call back (leftovers.ADOPT).
         """
-        delay, error, mend = PASSED_OVER_FOR, row.last_error, "make trigger 후 재시작 필요"
+        stage, mend = row.routed_to or row.stage, "make trigger 후 재시작 필요"
         if not (row.routed_to or call.route in self.routes):
-            delay, error = LOST_FOR, None
-            mend = f"PIPELINE에 없는 상태, {pipeline.JSL} jobs --stage {call.stage}"
-        put_off(conn, row, call.listener, row.spent - 1, delay, error)
+            stage, mend = f"{row.stage} of {call.route}", "PIPELINE에 없는 상태"
+        put_off(conn, row, call.listener, stage, row.spent - 1, PASSED_OVER_FOR, row.last_error)
         if call.route not in self.logged:
             self.logged.add(call.route)
             log.warning("다른 PIPELINE의 호출을 미룸 (%s): %s → %s",
@@ -142,7 +140,7 @@ class Checks:
                 error += f" (attempt {call.spent}, the last one)"
             return Checked(ended=given_up(call, error, free=False))
         delay = trigger.backoff(before.spent, self.settings.RETRY_DELAY)
-        put_off(conn, row, call.listener, before.spent, delay, error)
+        put_off(conn, row, call.listener, row.stage, before.spent, delay, error)
         return LATER
 
 
@@ -325,8 +323,10 @@ FROM mine WHERE c.job_id = mine.job_id AND c.call_id = mine.call_id
 """
 
 
-def put_off(conn, row, worker: str, spent: int, delay: float, error: str | None) -> None:
-    """Let a claimed call wait for `delay` seconds, with `spent` attempts behind it."""
+def put_off(
+    conn, row, worker: str, stage: str, spent: int, delay: float, error: str | None
+) -> None:
+    """Let a claimed call of `stage` wait for `delay` seconds, with `spent` attempts behind it."""
     given = {"job_id": row.key, "call_id": row.call_id, "attempt": row.attempt, "worker": worker}
-    given |= {"stage": row.routed_to or row.stage}
-    execute(conn, PUT_OFF, given | {"spent": spent, "delay": delay, "error": error})
+    given |= {"stage": stage, "spent": spent, "delay": delay, "error": error}
+    execute(conn, PUT_OFF, given)

@@ -89,7 +89,7 @@ def of_stage(row: dict[str, Any], at: datetime) -> Iterator[Alarm]:
     stage = row["stage"]
     if row["position"] is None and row["owed"]:
         why = "wait 5 min: until then, listeners give such calls to a renamed stage"
-        mend = f"{pipeline.JSL} cancel --stage {stage}"
+        mend = f"{pipeline.JSL} cancel --stage {pipeline.in_shell(stage)}"
         if stage in pipeline.stage_names():
             why, mend = "this program's PIPELINE has it", f"{INSTALL}, {IF_NEWER}"
         owed = f"{counted(row['owed'], 'call')} owed to no stage of PIPELINE"

@@ -34,7 +34,6 @@ from ops.table import (
     Line,
     clipped,
     clock,
-    counted,
     duration,
     echo_json,
     echo_lines,
@@ -53,15 +52,6 @@ SELECT o.*, round(extract(epoch FROM now() - oldest_due_at))::bigint AS oldest_d
        failures_last_hour / nullif(calls_last_hour, 0)::float8 AS failure_share
 FROM pipeline_overview AS o
 ORDER BY position NULLS LAST, stage
-"""
-
-# Calls of states that PIPELINE no longer has; those of the stage's other states are made.
-LOST = """
-SELECT c.stage, count(*) AS calls FROM stage_calls AS c
-WHERE NOT EXISTS (SELECT FROM pipeline_stages AS p
-                  WHERE (p.table_name, p.join_of, p.current_step, p.status)
-                        = (c.table_name, c.join_of, c.current_step, c.status))
-GROUP BY c.stage
 """
 
 
@@ -83,9 +73,6 @@ def look(conn, settings: SimpleNamespace) -> dict[str, Any]:
     declared = {row.stage: row._asdict() for row in limits(conn)}
     for row in stages:
         row |= {name: declared.get(row["stage"], {}).get(name) for name in LIMIT_FIELDS}
-    lost = {row.stage: row.calls for row in db.execute(conn, LOST)}
-    for row in stages:
-        row["lost"] = lost.get(row["stage"], 0)
     resting_problem = add_resting(conn, stages)
     found = listeners(conn, settings)
     for row in stages:
@@ -268,14 +255,11 @@ def notes(row: dict[str, Any]) -> Iterator[Line]:
     """What there is to say about a stage beyond its numbers."""
     if row["position"] is None and row["owed"]:
         # Before that, a listener gives calls whose state leads to another stage to that one.
-        said = f"not in PIPELINE; if this stays for 5 min: {JSL} cancel --stage {row['stage']}"
+        named = pipeline.in_shell(row["stage"])
+        said = f"not in PIPELINE; if this stays for 5 min: {JSL} cancel --stage {named}"
         if row["stage"] in pipeline.stage_names():
             said = f"not in the database's PIPELINE: {INSTALL}, {IF_NEWER}"
         yield said, RED
-    elif row["lost"]:
-        see = f"{JSL} jobs --stage {row['stage']}"
-        said = f"{counted(row['lost'], 'call')} of states that left PIPELINE, which nobody makes"
-        yield f"{said}: put them back, or {see}, then cancel JOB_ID", RED
     parts = [f"{row['working']} taken and worked on"] if row["working"] else []
     if row["retrying"]:
         seconds = row["next_retry_seconds"]

@@ -181,7 +181,7 @@ def call_by_hand(conn, settings: SimpleNamespace, name: str, row: Any, stage: st
     [claim] = claimed
     call = pipeline.claimed_call(claim, limits[claim.stage], name, leased_from, conn.target)
     if claim.routed_to not in (None, claim.stage):
-        checks.put_off(conn, claim, name, claim.spent - 1, 0, claim.last_error)
+        checks.put_off(conn, claim, name, claim.routed_to, claim.spent - 1, 0, claim.last_error)
         raise Problem(f"{rows.said(row)}: its call was recorded for {claim.stage}, before PIPELINE "
                       "changed: try again")  # fmt: skip
     # A person may try once more after max_attempts.

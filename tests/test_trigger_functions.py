@@ -16,6 +16,7 @@ import pytest
 import requests
 import trustme
 from claims import LEASE_OVER, claim, connected, result, settle
+from commands import run_here
 from conftest import ROOT, install
 from faults.network import require_root
 from faults.test_claims import with_idle_worker
@@ -481,16 +482,19 @@ def test_call_of_a_state_that_left_pipeline_waits_and_is_made_once_it_is_back(
     del five_stages.PIPELINE["x", "done"]
     database.rows("DELETE FROM pipeline_stages WHERE current_step = 'x'")
     worker = caller(accepting.url)
-    for _ in range(8):
-        assert worker.claim() is None
-        assert database.value("SELECT due_at > now() FROM stage_calls")
-        database.rows("UPDATE stage_calls SET due_at = now()")
+    assert worker.claim() is None
+    database.rows("UPDATE stage_calls SET due_at = now()")
+    assert worker.claim() is None and database.owed(job).attempts == 1  # not claimed again
     assert database.attempts(job) == [] and not database.owed(job).given_up
     assert worker.line("다른 PIPELINE의 호출을 미룸").endswith("(x, done) → leaving")
+    said = run_here(database.environ, "status").out
+    assert "5 min: ./jsl cancel --stage 'leaving of (x, done)'" in said
+    said = run_here(database.environ, "job", job).out
+    assert "leaving of (x, done) waits: PIPELINE has no stage leaving of (x, done)" in said
     five_stages.PIPELINE["x", "done"] = leaving
     install(database)
     call = caller(accepting.url, "new").claim()
-    assert (call.job_id, call.spent) == (job, 1)
+    assert (call.job_id, call.spent, database.owed(job).stage) == (job, 1, "leaving")
 
 
 def test_call_of_a_newer_pipeline_waits_for_its_listener(database, accepting, caller, add_stage):
