@@ -405,10 +405,9 @@ def in_parts(
 
 
 def reasons(failed: Mapping[str, psycopg2.Error]) -> str:
-    """The errors of in_parts(), in one line, without the SQL of our functions."""
-    texts = {part: str(error).partition("\nQUERY:")[0] for part, error in failed.items()}
-    said = [f"{part}: {text}" if part else text for part, text in texts.items()]
-    return "; ".join(" ".join(text.split()) for text in said)
+    """The errors of in_parts(), in one line, without the SQL that they quote."""
+    texts = {part: str(error).strip().partition("\n")[0] for part, error in failed.items()}
+    return "; ".join(f"{part}: {text}" if part else text for part, text in texts.items())
 
 
 @dataclass(frozen=True)

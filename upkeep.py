@@ -21,8 +21,9 @@ import troubles
 from alerts import Alerts
 from calls import REAP_INTERVAL
 from claiming import Claiming
-from db import ConnectionLost, execute, in_parts, reasons
+from db import ConnectionLost, execute, in_parts
 from history import BATCH, log_failure
+from looks import why_failed
 from ops import listeners, migrations, routes
 from ops.alarms import called
 from ops.resting import parts
@@ -205,7 +206,7 @@ class Upkeep:
             self.failed_tables = list(pipeline.tables())
         until, failed = in_parts(conn, self.tell_failed, self.failed_tables)
         if failed:
-            log_failure(troubles.newly_failed, reasons(failed))
+            log_failure(troubles.newly_failed, why_failed(conn, failed))
         self.failed_tables = [name for name in self.failed_tables if name not in failed]
         self.failed_after = until[0] if until else None
         return self.failed_after is not None
@@ -234,7 +235,7 @@ class Upkeep:
         """
         done, failed = in_parts(conn, self.tell_stalled, *parts())
         if failed:
-            log_failure(troubles.newly_stalled, reasons(failed))
+            log_failure(troubles.newly_stalled, why_failed(conn, failed))
         took_long = any(isinstance(e, psycopg2.errors.QueryCanceled) for e in failed.values())
         if took_long or not done:
             self.stalled.every = min(2 * self.stalled.every, LONGEST_STALLED_INTERVAL)
@@ -266,7 +267,7 @@ class Upkeep:
         self.stalled_errors = self.stalled_errors + 1 if failed else 0
         is_failing = self.stalled_errors >= STALLED_ERRORS
         if is_failing and not self.has_told_stalled_unseen and listeners.is_first(conn):
-            self.has_told_stalled_unseen, why = True, reasons(failed)
+            self.has_told_stalled_unseen, why = True, why_failed(conn, failed)
             times = f"{self.stalled_errors} looks for them have failed"
             text = f"jobs may be stalled unseen: {times}: {why}"
             self.alerts.send("stalled", text, reason=why)
@@ -285,7 +286,7 @@ class Upkeep:
         except ConnectionLost:
             raise
         except psycopg2.Error as error:
-            log_failure(do, " ".join(str(error).split()))
+            log_failure(do, why_failed(conn, {"": error}))
             return None
 
 

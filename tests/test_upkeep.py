@@ -8,6 +8,7 @@ from datetime import timedelta
 import pytest
 from claims import (
     LEASE_OVER,
+    SHORT_WAIT,
     claim,
     claim_many,
     connected,
@@ -262,6 +263,17 @@ def test_upkeep_goes_on_where_the_version_of_the_schema_cannot_be_read(
     caller(NOBODY).listener.upkeep.run(conn)
     db.execute(other, "COMMIT")
     assert sum(row[2] for row in totals(database)) == 10
+
+
+def test_upkeep_that_meets_a_lock_says_in_one_line_who_holds_it(database, conn, other, caller):
+    db.execute(conn, SHORT_WAIT)
+    db.execute(other, "BEGIN; LOCK TABLE jobs")
+    calling = caller(NOBODY)
+    calling.listener.upkeep.run(conn)
+    said = [line.partition("): ")[2] for line in calling.lines if "정리 작업 실패" in line]
+    locked = f"jobs is locked by server process {other.info.backend_pid}"
+    assert f"prune: {locked}" in [line.partition(" (")[0] for line in said]
+    assert not any("LINE" in line or "SELECT" in line for line in said)
 
 
 def test_look_for_stalled_rows_that_fails_is_repeated_less_and_less_often(database, conn, caller):
