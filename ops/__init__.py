@@ -16,7 +16,7 @@ import config
 import db
 from logs import CONTROL, LONGEST_LINE
 from ops import rows
-from ops.problem import GRANTS, INSTALL, Problem, first_line
+from ops.problem import INSTALL, Problem, first_line, mend_of
 from ops.routes import announced, require_installed
 from pipeline import JSL
 
@@ -154,7 +154,7 @@ def main(cli: click.Group) -> None:
     except (psycopg2.errors.UndefinedTable, psycopg2.errors.UndefinedFunction) as error:
         fail(missing(error), EXIT_PROBLEM)
     except psycopg2.errors.InsufficientPrivilege as error:
-        fail(f"{first_line(error)}: {GRANTS}", EXIT_PROBLEM)
+        fail(f"{first_line(error)}: {mend_of(error)}", EXIT_PROBLEM)
     except psycopg2.errors.UndefinedColumn as error:
         fail(f"the database refused: {first_line(error)}: {JSL} verify", EXIT_PROBLEM)
     except psycopg2.errors.LockNotAvailable:

@@ -18,7 +18,7 @@ import pipeline
 import stage_http
 from ops import grants, migrations, place, rows
 from ops.misplaced import misplaced
-from ops.problem import GRANTS, IF_NEWER, first_line
+from ops.problem import GRANTS, IF_NEWER, first_line, mend_of
 from ops.routes import (
     announced,
     broken_triggers,
@@ -473,7 +473,7 @@ def run_checks(conn, settings) -> Iterator[tuple[bool, str]]:
         except db.ConnectionLost:
             raise
         except psycopg2.errors.InsufficientPrivilege as error:
-            yield False, f"{first_line(error)} → {GRANTS}"
+            yield False, f"{first_line(error)} → {mend_of(error)}"
         except psycopg2.errors.LockNotAvailable:
             yield False, f"{rows.locked(conn)} → {ONCE_MORE}"
         except psycopg2.Error as error:

@@ -352,9 +352,9 @@ def test_verify_names_a_table_that_the_views_cannot_read(empty_database, make_ro
         apply(conn)
     forced = "ALTER TABLE stage_attempts ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY"
     empty_database.rows(f"{forced}; CREATE POLICY everything ON stage_attempts USING (true)")
-    assert commands.run_here(empty_database.environ, "status").code == 1
-    hidden = f"row-level security hides rows of stage_attempts from {owner}, with whose rights"
     mend = "ALTER TABLE stage_attempts DISABLE ROW LEVEL SECURITY"
+    assert commands.run_here(empty_database.environ, "status").refused(1).endswith(f": {mend}")
+    hidden = f"row-level security hides rows of stage_attempts from {owner}, with whose rights"
     problem = f"PROBLEM  {hidden} the views read → {mend}\n"
     assert problem in commands.run_here(empty_database.environ, "verify").out
     empty_database.rows(mend)
