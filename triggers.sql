@@ -683,8 +683,8 @@ END
 $do$;
 
 -- Triggers are made only where they are missing or different, and removed from tables that are no
--- longer in the pipeline: each locks its table. That may be the table that was jobs before: one
--- that was renamed and is now a partition, or stands aside.
+-- longer in the pipeline, with their functions: each locks its table. That may be the table that
+-- was jobs before: one that was renamed and is now a partition, or stands aside.
 DO $do$
 DECLARE
     asked  constant jsonb := current_setting('job_state_listener.pipeline')::jsonb;
@@ -719,6 +719,17 @@ BEGIN
                                                ELSE 'job_state_listener_insert' END
     LOOP
         EXECUTE format('DROP TRIGGER %I ON %s', gone.name, gone.place);
+    END LOOP;
+    FOR gone IN
+        SELECT p.oid::regprocedure AS function FROM pg_proc AS p
+        WHERE p.pronamespace = quote_ident(current_schema())::regnamespace
+          AND p.prorettype = 'trigger'::regtype AND p.proname ^@ 'job_state_listener_'
+          AND strpos(p.prosrc, 'stage_calls') > 0
+          AND p.proname NOT IN (SELECT 'job_state_listener_' || x.name
+                                FROM jsonb_to_recordset(asked -> 'tables') AS x (name text))
+          AND NOT EXISTS (SELECT FROM pg_trigger AS t WHERE t.tgfoid = p.oid)
+    LOOP
+        EXECUTE format('DROP FUNCTION %s', gone.function);
     END LOOP;
 
     FOR wanted IN

@@ -57,13 +57,18 @@ def look(database, really: bool = False):
 # --- listeners of another PIPELINE ---------------------------------------------------------
 
 
-def test_call_of_a_table_that_left_waits_for_its_return(database, accepting, caller, change):
+def test_call_of_a_table_that_left_waits_for_its_return(
+    database, accepting, caller, change, use_pipeline
+):
     database.rows(TABLE)
     both = {("x", "done"): A, VARIANTS("v", "done"): B}
     change(both)
     newer = caller(accepting.url)
     _, variant = add_variant(database, "v")
-    change({("x", "done"): A})
+    use_pipeline({("x", "done"): A})
+    said = run_here(database.environ, "install").lines
+    assert "  removed  trigger job_state_listener_change on jobs_variants" in said
+    assert "  removed  function job_state_listener_jobs_variants()" in said
     assert newer.claim() is None
     assert database.attempts(variant) == [] and not database.owed(variant).given_up
     change(both)
