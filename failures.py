@@ -158,10 +158,13 @@ def tell_given_up(alerts: Alerts, ended: Result) -> None:
                     error=ended.error, http_status=ended.http_status, command=retry)  # fmt: skip
 
 
-def row_name(table: str, key: str) -> str:
-    """The row of a table, as a line of the log names it."""
+def row_name(table: str, key: str, parent: str | None = None) -> str:
+    """The row of a table, as a line of the log names it: with its `parent` where that is known."""
     known = pipeline.tables().get(table)
-    return f"{'job' if known is None or known.name == pipeline.JOBS.name else known.id}={key}"
+    if known is None or known.name == pipeline.JOBS.name:
+        return f"job={key}"
+    named = zip(known.ids, filter(None, (key, parent)), strict=False)
+    return " ".join(f"{name}={value}" for name, value in named)
 
 
 def tell_set_failed(alerts: Alerts, row: Any) -> None:

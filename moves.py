@@ -89,6 +89,7 @@ WITH seen AS (
 )
 SELECT recorded.job_id::text, table_name, stage, outcome, error,
        extract(epoch FROM finished_at - started_at)::float8 AS seconds, taken.moves,
+       (stage_call_row(table_name, '', recorded.job_id)).parent_id::text AS parent_id,
        CASE WHEN recorded.job_id IS NOT NULL THEN pg_notify(%(wake)s, '') END AS woken
 FROM (SELECT count(*) AS moves FROM forgotten) AS taken LEFT JOIN recorded ON true
 """
@@ -98,8 +99,8 @@ def look(conn, table: str | None = None) -> tuple[list, int]:
     """End the calls whose rows have moved on; with `table`, of its rows alone.
 
     Returns:
-        A row for each: job_id (the row's id), table_name, stage, outcome, error, seconds; and how
-        many moves; if not 0, there may be more.
+        A row for each: job_id (the row's id), parent_id, table_name, stage, outcome, error,
+        seconds; and how many moves; if not 0, there may be more.
     """
     given = {"wake": db.WAKE_CHANNEL, "table": table} | history.BOUNDS
     rows = db.execute(conn, LOOK, given).fetchall()
@@ -152,13 +153,14 @@ def record_missed(conn, table: str | None = None) -> None:
 
 def log_end(row) -> None:
     """Log the end of a call in the words of trigger.log_end."""
-    name = failures.row_name(row.table_name, row.job_id)
+    name = failures.row_name(row.table_name, row.job_id, row.parent_id)
+    job = {"job": row.parent_id} if row.parent_id else {}
     if row.outcome == "succeeded":
-        about = failures.about(row, status=202)
+        about = failures.about(row, status=202, **job)
         log.info("파이프라인 단계 실행 성공: %s stage=%s status=202 (%.2f초)",
                  name, row.stage, row.seconds, extra=about)  # fmt: skip
     else:
-        about = failures.about(row, status=202, outcome=row.outcome, error=row.error)
+        about = failures.about(row, status=202, outcome=row.outcome, error=row.error, **job)
         see = pipeline.typed("job", row.table_name, row.job_id)
         log.warning("파이프라인 단계 실행 실패: %s stage=%s error=%s → %s",
                     name, row.stage, row.error, see, extra=about)  # fmt: skip

@@ -280,13 +280,15 @@ def test_log_as_json_names_the_row_that_failed_and_why(site):
     site.database.wait_for(NOBODY)
     running.stop()
     ended = [said for said in map(json.loads, running.lines) if said["event"] == "call_failed"]
-    assert {said.get("job") for said in ended} == {job, None}
+    assert [said["job"] for said in ended] == [job, job]
+    assert {said.get("id") for said in ended} == {variant, None}
     for said in ended:
-        if "job" not in said:
-            assert (said["table"], said["id"]) == ("jobs_variants", variant)
+        if "id" in said:
+            assert said["table"] == "jobs_variants"
+            assert f"={variant} job_id={job} stage=yolo_detect " in said["message"]
         assert (said["outcome"], said["status"]) == ("failed", 202)
         assert said["error"] == "set failed by its stage"
-        row = said.get("job") or said["id"]
+        row = said.get("id") or job
         assert said["message"].endswith(f" → ./jsl job --table {said.get('table', 'jobs')} {row}")
 
 
