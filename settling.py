@@ -122,31 +122,37 @@ def settle(conn: db.Connection, result: Result) -> Result:
 
 
 class Settled(NamedTuple):
-    """A result as it was written, and whether the database did not have it before."""
+    """A result as it was written; where the database had one already, as it was given."""
 
     result: Result
     is_new: bool
 
 
 def settle_within_lease(
-    settings: SimpleNamespace, name: str, call: Call, result: Result
+    settings: SimpleNamespace,
+    name: str,
+    call: Call,
+    result: Result,
+    unless_recorded: bool = False,
 ) -> Settled:
     """Connect and settle `result`, again until that succeeds or the lease of `call` is over.
 
     Args:
         name: of the connection, for pg_stat_activity.
+        unless_recorded: leave it where the database has it already. The listener may have written
+            another outcome, as it knows of other calls of the stage: see health.py.
 
     Raises:
         psycopg2.Error: the last one, where the lease is over.
     """
-    is_new = None
     while True:
         try:
             first = call.target
             with contextlib.closing(db.connect(settings, name, True, first=first)) as conn:
-                if is_new is None:
-                    is_new = not is_recorded(conn, result)
-                return Settled(settle(conn, result), is_new)
+                if unless_recorded and is_recorded(conn, result):
+                    return Settled(result, is_new=False)
+                unless_recorded = False  # from now on, we may have written it
+                return Settled(settle(conn, result), is_new=True)
         except psycopg2.Error as error:
             left = call.leased_until - boottime()
             if left <= 0:

@@ -357,13 +357,13 @@ def arm(call: Call) -> None:
 def settle_without_listener(settings: SimpleNamespace, call: Call, result: Result) -> None:
     """The listener is gone: write the result here, as long as the lease lasts.
 
-    It may have been written already; the fence makes that harmless. Then nothing is said.
+    It may have been written already. Then nothing is done, or said.
     """
     if result.outcome == "released":
         return
     arm(call)
     name = db.LISTENER_APPLICATION + call.listener
-    settled = settling.settle_within_lease(settings, name, call, result)
+    settled = settling.settle_within_lease(settings, name, call, result, unless_recorded=True)
     # It is written. What is left may wait for a reader of our output, but not for ever.
     signal.setitimer(signal.ITIMER_REAL, TELLING)
     if settled.is_new:

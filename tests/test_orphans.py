@@ -10,6 +10,7 @@ from contextlib import closing
 import pytest
 from claims import LEASE_OVER
 from faults.test_connection import frozen
+from raw_server import in_turn
 from stage_functions import POST, program
 from tcp_proxy import TcpProxy
 from waiting import (
@@ -105,6 +106,24 @@ def test_call_that_was_released_is_left_to_its_lease_by_a_worker(database, calle
     call = calling.claim()
     workers.settle_without_listener(calling.settings, call, trigger.result(call, "released"))
     assert (database.owed(job).given_up, database.attempts(job)) == (False, [])
+
+
+def test_result_that_the_listener_wrote_as_another_outcome_is_left_by_a_worker(
+    database, serve, caller
+):
+    calling = caller(serve(in_turn(b"HTTP/1.1 404 No\r\nContent-Length: 0\r\n\r\n")).url)
+    database.add_job()
+    database.add_job()
+    calling.call()
+    call = calling.claim()
+    ended = calling.trigger.run(call)
+    calling.listener.keep(call, calling.listener.health.revise(call, ended))
+    calling.settle()
+    workers.settle_without_listener(calling.settings, call, ended)
+    assert (ended.outcome, [one.outcome for one in database.attempts(call.key)]) == (
+        "failed",
+        ["held"],  # as the stage refuses every job, which the worker does not know
+    )
 
 
 def test_worker_that_has_recorded_a_result_names_the_row_of_another_table(variants, caller):
