@@ -45,7 +45,7 @@ from looks import Failing, JoinLook, MoveLook
 from ops.listeners import ALL_BUSY, AS_OF, NO_CALL, ONE_CALL, OTHER_PIPELINE, STOPPING
 from ops.rows import TABLE, RowCommand
 from ops.stage import StageName
-from ops.table import clipped, clock, counted
+from ops.table import clock, counted
 from ops.text import Text
 from pipeline import Call
 from settling import Unwritten
@@ -239,8 +239,7 @@ class Listener:
         self.tell_stuck(reason)
         self.repeats += 1
         if self.repeats & (self.repeats - 1) == 0:  # 1, 2, 4, 8 and so on
-            said = clipped(reason, 200)
-            log.warning("재연결 시도: %.1f초 후 (%d번째): %s", delay, self.repeats, said)
+            log.warning("재연결 시도: %.1f초 후 (%d번째): %s", delay, self.repeats, reason[:200])
         until = time.monotonic() + delay
         self.doubtful_until = time.monotonic() + DOUBTFUL
         while time.monotonic() < until and not self.finished():

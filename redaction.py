@@ -15,8 +15,8 @@ import signing
 
 # Shorter secrets are not replaced: three letters also occur in the log's own words.
 SHORTEST = 4
-# A line that was cut ends with this.
-CUT = "…"
+# All texts that we cut are at least this long.
+SHORTEST_CUT = 200
 
 PASSWORD_IN_URL = re.compile(r"(://[^:/@\s]*):[^@/\s]+@")
 PASSWORD_NAMED = re.compile(r"(?i)(password\s*=\s*)\S+")
@@ -83,22 +83,23 @@ class Redactor:
             message = PASSWORD_NAMED.sub(r"\1***", message)
         if "authorization" in lower:
             message = AUTHORIZATION.sub(r"\1***", message)
-        if CUT in message:
-            lines = message.split("\n")
-            message = "\n".join(map(self.without_a_beginning, lines))
+        if len(message) >= SHORTEST_CUT and self.secrets:
+            *lines, last = message.split("\n")
+            long = [self.without_a_beginning(o) if len(o) >= SHORTEST_CUT else o for o in lines]
+            message = "\n".join([*long, self.without_a_beginning(last)])
         return message
 
     def without_a_beginning(self, line: str) -> str:
-        """`line` without the beginning of a secret at its end, where it was cut."""
-        for secret in self.secrets if line.endswith(CUT) else ():
+        """`line` without the beginning of a secret at its end, where a text was cut."""
+        for secret in self.secrets:
             for found in pattern(secret[:SHORTEST]).finditer(line, max(0, len(line) - 4096)):
                 if ends_within(secret, line, found.end()):
-                    return f"{line[: found.start()]}***{CUT}"
+                    return line[: found.start()] + "***"
         return line
 
 
 # What a cut may leave of an encoded letter, or of a letter of several bytes.
-HALF = re.compile(rf"([%\\&][\w%\\&#;]{{0,40}}|\ufffd*){CUT}")
+HALF = re.compile(r"[%\\&][\w%\\&#;]{0,40}|[\ufffd…]*")
 
 
 def ends_within(secret: str, line: str, position: int) -> bool:

@@ -21,7 +21,6 @@ import urllib3
 from requests.adapters import HTTPAdapter
 from requests.structures import CaseInsensitiveDict
 
-import redaction
 import signing
 
 # Statuses after which the work may still run: the stage says so (409), or a gateway or framework
@@ -273,13 +272,7 @@ def read(raw: urllib3.BaseHTTPResponse, until: float) -> str:
         raise NoAnswer(f"status {status}, then {type(error).__name__}: {error}") from error
     if accepts and not framed:
         raise NoAnswer(f"status {status}, but the answer may have been cut")
-    return as_cut(beginning, size)
-
-
-def as_cut(body: bytes, size: int) -> str:
-    """The beginning of a body of `size` bytes as text, marked where it is not all of it."""
-    text = body[:TEXT_LIMIT].decode("utf-8", "replace")
-    return text + redaction.CUT if size > min(len(body), TEXT_LIMIT) else text
+    return beginning.decode("utf-8", "replace")
 
 
 def parse_retry_after(headers: Mapping[str, str]) -> float | None:

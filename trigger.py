@@ -206,7 +206,7 @@ def answer_in(response: requests.Response) -> stage_http.Answer:
     except RuntimeError:  # the stage function has read it as a stream
         body = b""
     # Not response.text, which guesses the encoding from all of a body, however long.
-    text = stage_http.as_cut(body, len(body))
+    text = body[: stage_http.TEXT_LIMIT].decode("utf-8", "replace")
     retry_after = stage_http.parse_retry_after(response.headers)
     return stage_http.Answer(response.status_code, text, retry_after)
 

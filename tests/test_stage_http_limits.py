@@ -181,7 +181,7 @@ def test_long_answer_is_dropped_and_not_known(serve, api, behaviour, left):
 def test_long_answer_that_accepts_is_read_to_its_end_and_not_kept(serve, api, size):
     stage_api = api(serve(long(200, size)).url)
     with at_most(4 * MEBIBYTE):
-        assert post(stage_api) == Answer(200, "x" * 2000 + "…")
+        assert post(stage_api) == Answer(200, "x" * 2000)
 
 
 @pytest.mark.parametrize("status", [200, 302, 500])
