@@ -50,8 +50,11 @@ def alarms(state: dict[str, Any]) -> list[Alarm]:
 def of_everything(state: dict[str, Any]) -> Iterator[Alarm]:
     """What concerns every stage."""
     if problem := state["triggers"]["problem"]:
-        what, _, mend = problem.partition(" → ")
-        yield Alarm(EVERYTHING, "triggers", "new calls may not be recorded", what, mend)
+        why, _, mend = problem.partition(" → ")
+        what = "new calls may not be recorded"
+        if state["triggers"]["misplaced"]:  # the triggers may go on recording them
+            what = "jobs is misplaced"
+        yield Alarm(EVERYTHING, "triggers", what, why, mend)
     if problem := state["database"]["schema_problem"]:
         yield Alarm(EVERYTHING, "schema", "program and database differ", problem)
     if problem := state["routes_problem"]:
