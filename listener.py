@@ -467,7 +467,7 @@ class Listener:
             if kept := self.health.kept(self.workers.calls):
                 doing += f"; {ONE_CALL}{kept}"
         if self.is_stopping:
-            counts = {"call": len(self.workers.calls), "result": len(self.unwritten.all)}
+            counts = {"call": len(self.workers.calls), "result": len(self.unwritten.results)}
             waited = " and ".join(counted(n, what) for what, n in counts.items() if n)
             doing = f"{STOPPING}{waited or 'nothing'}" + f"; {doing}" * (conn is None)
         return f"{OTHER_PIPELINE}; {doing}" if self.upkeep.differs_since is not None else doing
