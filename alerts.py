@@ -98,7 +98,7 @@ class Alerts:
         self.again: deque[Message] = deque()  # those that have failed, by the time of the next try
         self.running: list[Run] = []
         self.is_closing = False
-        self.start_error: str | None = None  # why the command could not be started at last
+        self.start_error: str | None = None  # why the last start of the command failed
         self.episodes: dict[tuple[str, Any], Episode] = {}
 
     def send(self, event: str, text: str, **details: Any) -> None:

@@ -436,7 +436,7 @@ DUE_BY_HAND = f"""
 # updated, and the ORDER BY does that. Otherwise OFFSET would not count the rows that are updated
 # already, and calls that are due would be skipped. A call that was given up is only taken by a
 # person, and gets all its attempts again. Where the row was locked when the attempt before ended,
-# only the history says that this one counts as none. The state of the job is read in the same
+# only the history says whether that attempt counts. The state of the job is read in the same
 # statement. One row is always returned: it also says which results could not be settled.
 CLAIM_DUE = f"""
 , claimed AS (

@@ -304,7 +304,7 @@ def spent_before(conn, row):
 # The claim counts as no attempt. Where `spent`, taken over from the call before, is more than
 # `attempts`, that is raised to it, so that `free_attempts` is not negative. A row that the
 # application has locked is skipped: its transaction is about to replace the call. `stage` is
-# written as well, as the call may have been recorded before its stage was renamed.
+# written as well, as its stage may have been renamed, or its state may have left PIPELINE.
 PUT_OFF = """
 WITH mine AS (
     SELECT job_id, call_id FROM stage_calls

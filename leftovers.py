@@ -54,8 +54,8 @@ def forget_deleted(conn, worker: str, after: Any = None, batch: int = BATCH) -> 
 # stage_joins has a row for each parent and join, until the parent is deleted. They are checked in
 # the order of the ids, a batch a round. Rows of a join that left PIPELINE stay, as their table is
 # not known, and the join may come back. Where a stage was called for the parent's own state after
-# the call of the join, the parent has moved on: it never counts as stalled at the join, also where
-# it comes back to the state that was noted, and its history is pruned.
+# the call of the join, the parent has moved on. That is noted here, as the history that shows it is
+# pruned: it must not count as stalled at the join when it comes back to the state that was noted.
 FORGET_PARENTS = """
 WITH batch AS (
     SELECT parent_id, join_of FROM stage_joins
@@ -107,9 +107,10 @@ def forget_parents(conn, after: Any = None, batch: int = BATCH) -> Any:
 
 # Calls that were recorded under another PIPELINE: under the name that their stage had before, or
 # with a priority that their table no longer declares, which stage_due_calls() does not look for. A
-# call of a state that left PIPELINE stays as it is. `install` runs this for every call. Upkeep runs
-# it for stages that left PIPELINE, as a transaction may have been open during the install or have
-# held the row; a call of any other stage is renamed when a listener claims it. The lease of a call
+# call of a state that left PIPELINE stays as it is; once the state is back, it gets its stage, also
+# where checks.pass_over() has put it aside. `install` runs this for every call. Upkeep runs it for
+# stages that left PIPELINE, as a transaction may have been open during the install or have held the
+# row; a call of any other stage is renamed when a listener claims it. The lease of a call
 # that was claimed during the install is renamed with it, as `install` has not seen that lease: else
 # the stage would not count the call as under way, and might be called for the same row once more.
 ADOPT = """

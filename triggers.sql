@@ -193,7 +193,7 @@ BEGIN
             'root', CASE WHEN t.is_partitioned THEN t.place END,  -- its partitions have the trigger
             'old_id_column', CASE WHEN t.is_partitioned AND t.parent_column IS NOT NULL
                                   THEN t.id_column END,
-            'if_joined', CASE WHEN t.joins IS NOT NULL THEN '' END,  -- else no line that ends so
+            'if_joined', CASE WHEN t.joins IS NOT NULL THEN '' END,  -- NULL leaves out its lines
             'order_columns', CASE WHEN t.is_ordered
                 THEN ', priority, run_after, due_at' ELSE '' END,
             'order_values', CASE WHEN t.is_ordered

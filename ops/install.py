@@ -172,8 +172,8 @@ def trigger_oids(conn, ours: list) -> dict[str, int]:
 
 
 def made(conn) -> dict[str, Any]:
-    """What is another one once it was made anew: triggers by their oids, functions by their text,
-    owner and settings.
+    """What differs, by name, once an object was made anew: the oid of a trigger; the text, owner
+    and settings of a function.
     """
     ours, _ = named(conn, "stage_calls")
     functions = {f"function {row.called}": row.made for row in ours if row.kind == "function"}

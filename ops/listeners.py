@@ -154,7 +154,7 @@ def takes_none(beat: Beat | None) -> str | None:
     """Why this listener takes no call just now; None: it may take one, or that is not known."""
     said = beat.doing if beat and beat.state == ALIVE else ""
     why = {OTHER_PIPELINE: OTHER_PIPELINE, STOPPING: "it is stopping", ALL_BUSY: ALL_BUSY}
-    return next((words for begins, words in why.items() if begins in said), None)
+    return next((words for part, words in why.items() if part in said), None)
 
 
 def doing(beat: Beat | None, is_connected: bool, calls: list[dict[str, Any]]) -> str:

@@ -284,7 +284,7 @@ class Installed(NamedTuple):
 
 def installed(conn) -> dict[str, Installed]:
     """The tables of PIPELINE that the database's copy of it has too. All, as joined, where it
-    cannot be read: before `install`, or by a role with the views alone.
+    cannot be read: before `install`, or by a role without that right.
     """
     # Asked first, as an error would end the transaction that somebody may have begun.
     if db.execute(conn, IS_READABLE).fetchone().so:

@@ -79,8 +79,8 @@ def owed(conn, row: Any, stage: str | None = None) -> list:
 
 def waits(conn, row: Any) -> dict[str, Waits]:
     """Why each call that the row owes waits, by the name of its join ("": the row's own call).
-    Left out are calls that a listener is making, that were given up, or that wait only for an idle
-    worker; a call that got no answer, or was taken with 202, is not.
+    Left out are calls that a listener is making, that were given up, or that a listener may take at
+    any moment; a call that got no answer, or was taken with 202, is not.
     """
     calls = owed(conn, row)
     found = {call.join_of: why(row, call) for call in calls}
