@@ -78,12 +78,14 @@ WITH batch AS (
                     AND a.started_at > greatest(j.recorded_at, (
                         SELECT max(own.started_at) FROM stage_attempts AS own
                         WHERE own.job_id = j.parent_id AND own.table_name = p.table_name
-                          AND own.stage = p.stage))
-                    AND a.outcome <> 'skipped'
+                          AND (own.stage = p.stage
+                               OR own.stage NOT IN (SELECT stage FROM pipeline_stages))))
+                    AND a.outcome NOT IN ('skipped', 'cancelled')
                   OFFSET 0)  -- each parent's own attempts, by their index
       AND NOT EXISTS (SELECT FROM stage_calls AS c
                       WHERE c.job_id = j.parent_id AND c.table_name = p.table_name
-                        AND c.join_of = j.join_of)
+                        AND c.join_of = j.join_of
+                      OFFSET 0)
 )
 SELECT count(*) AS found,
        (SELECT parent_id FROM batch ORDER BY parent_id DESC LIMIT 1) AS last

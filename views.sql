@@ -232,7 +232,7 @@ BEGIN
                 AND a.stage <> %3$L AND a.stage IN (
                     SELECT s.stage FROM %4$I.pipeline_stages AS s
                     WHERE s.table_name = %1$L AND s.join_of = '')
-                AND a.started_at > last.started_at AND a.outcome <> 'skipped'
+                AND a.started_at > last.started_at AND a.outcome NOT IN ('skipped', 'cancelled')
               OFFSET 0)
           AND (last.call_id = ANY (last.cancelled)
                AND (last.call_id = ANY (last.accepted)) IS NOT TRUE

@@ -524,6 +524,22 @@ def test_parent_that_is_called_again_is_through_where_it_comes_back_after_a_late
     assert variants.database.rows(STALLED) == []
 
 
+def test_parent_whose_own_call_was_cancelled_after_that_of_its_join_counts_as_stalled(
+    variants, conn, caller, accepting
+):
+    job, _ = joined(variants)
+    joins.look(conn)
+    variants.database.move(job, "img_gen", "done")
+    paused = "UPDATE pipeline_stages SET held_until = 'infinity' WHERE stage = 'vlm_analyze'"
+    variants.database.rows(paused)
+    assert caller(accepting.url).call().stage == "ad_copy"
+    cancel = "cancel", "--stage", "vlm_analyze", "--yes"
+    assert commands.run_here(variants.database.environ, *cancel).code == 0
+    variants.database.rows(A_DAY_AGO)
+    leftovers.forget_parents(conn)
+    assert variants.database.rows(STALLED) == [("ad_copy",)]
+
+
 def test_parent_that_was_called_for_its_own_state_before_its_join_counts_as_stalled(
     variants, conn, caller, accepting
 ):
