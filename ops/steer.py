@@ -89,9 +89,9 @@ WITH chosen AS (
     FROM gone
 )
 SELECT job_id, table_name, job_id::text AS key, stage, lease.working AS is_working,
-       CASE WHEN NOT lease.working THEN worker END AS calling
+       CASE WHEN NOT (lease.working OR lease.unanswered) THEN worker END AS calling
 FROM gone LEFT JOIN LATERAL (
-    SELECT l.working FROM stage_leases AS l
+    SELECT l.working, l.unanswered FROM stage_leases AS l
     WHERE l.call_id = gone.call_id AND l.attempt = gone.attempts AND l.leased_until > now()
     LIMIT 1) AS lease ON true
 """
