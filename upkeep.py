@@ -26,6 +26,7 @@ from history import BATCH, log_failure
 from looks import why_failed
 from ops import listeners, migrations, routes
 from ops.alarms import called
+from ops.problem import first_line
 from ops.resting import parts
 from ops.table import counted
 
@@ -286,7 +287,8 @@ class Upkeep:
         except ConnectionLost:
             raise
         except psycopg2.Error as error:
-            log_failure(do, why_failed(conn, {"": error}))
+            is_cut_off = isinstance(error, psycopg2.errors.QueryCanceled)
+            log_failure(do, first_line(error) if is_cut_off else why_failed(conn, {"": error}))
             return None
 
 
