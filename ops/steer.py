@@ -47,7 +47,8 @@ from pipeline import Call
 ACCEPTED = f"c.last_error LIKE '{DO_NOT_RETRY}%%'"
 RETRIED = f"""
       ({ACCEPTED} AND %(job_id)s IS NULL) IS NOT TRUE
-  AND (c.due_at = 'infinity' OR %(now)s AND c.due_at > now() AND c.worker IS NULL
+  AND (c.due_at = 'infinity' OR %(now)s AND greatest(c.due_at, c.run_after) > now()
+       AND (c.worker IS NULL OR c.due_at <= now())
        AND (c.run_after IS NULL OR c.run_after <= now() OR %(job_id)s IS NOT NULL)
        AND NOT EXISTS (
        SELECT FROM stage_leases AS l

@@ -265,6 +265,15 @@ def test_call_that_the_application_holds_names_its_session(rested, how):
     assert rested.claimed().key == rested.job
 
 
+def test_lost_call_whose_run_after_a_clock_set_back_has_made_far_away_is_retried(rested):
+    assert rested.claimed()
+    rested.database.rows(LEASE_OVER + "; DELETE FROM stage_leases")
+    rested.database.rows("UPDATE stage_calls SET run_after = now() + interval '1 day'")
+    assert rested.claimed() is None
+    rested.follow(rested.line_of_job("overlay waits: its row has run_after "))
+    assert rested.claimed().key == rested.job
+
+
 def test_row_at_no_stage_with_a_call_of_a_lost_stage_is_cancelled(rested):
     lose_the_route(rested)
     rested.database.rows("SET session_replication_role = replica")
