@@ -63,8 +63,8 @@ HEARTBEAT_MARGIN = 20.0
 # Seconds that a heartbeat allows for connecting to one host. Without a DNS server that answers,
 # resolving its name takes more than 40, and then each address may take connect_timeout.
 CONNECTING = 100.0
-# Seconds between two tries to settle results whose rows their stages hold, and to give back claims
-# that were not begun.
+# Seconds between two tries to settle the results of calls whose rows are locked, and to give back
+# claims that were not begun.
 AGAIN_EVERY = 1.0
 # Seconds for which a statement that was sent on a lost connection may still take effect.
 DOUBTFUL = 600.0
@@ -92,17 +92,17 @@ class Listener:
         self.upkeep = Upkeep(settings, self.name, self.alerts, self.claiming)
 
         self.nothing_due = False  # the last turn found nothing, and no look at joins is pending
-        self.has_unbegun = False  # a claim of ours that was never begun is not given back yet
+        self.has_unbegun = False  # a claim that we never began is still to be given back
         self.is_installed = False  # whether the database has this PIPELINE
         self.problem: ops.Problem | None = None  # why this program must not go on
         self.has_told_stop = False  # said, after the first request to stop, what is waited for
-        self.reason, self.repeats = "", 0  # of the lost connection
-        self.is_away = False  # whether it is lost; else the database has refused a statement
+        self.reason, self.repeats = "", 0  # of the last failure; how often in a row
+        self.is_away = False  # that failure was the loss of the connection
         self.is_stuck_told = False  # said: no call of any stage could be claimed for ALERT_AFTER
         self.target: int | None = None  # which of db.targets() the last connection led to
         self.is_standby_away = False  # said: commits wait for a synchronous standby
         # By time.monotonic().
-        self.again_at = 0.0  # settle results of locked rows, give back doubtful claims
+        self.again_at = 0.0  # see AGAIN_EVERY
         self.doubtful_until = -math.inf  # until then a claim of ours may exist that we do not know
         self.stuck_since: float | None = None  # since then no call of any stage could be claimed
 
@@ -209,7 +209,8 @@ class Listener:
                 self.workers.give(call)
             try:
                 self.hear(conn)  # notifications that came with the answer to the claim
-            finally:  # only now, so that no worker waits for it; also where the connection is lost
+            finally:  # also where the connection is lost
+                # The workers have their calls by now, so none of them waits for these lines.
                 self.hearing.log()
                 for call in claimed:
                     trigger.log_begin(call)
@@ -287,8 +288,8 @@ class Listener:
 
     def settle_and_claim(self, conn: db.Connection) -> list[Call]:
         """Run the looks that are due. Then settle all results and claim a call for each idle
-        worker: one round trip, one commit; one more for each further stage of a pool that is asked
-        while workers are idle.
+        worker: one round trip, one commit. Stages of one pool need a claim each; the further claims
+        follow while workers are idle.
         """
         now = time.monotonic()
         if not self.unwritten.results and now < self.next_turn:
@@ -302,19 +303,20 @@ class Listener:
             if self.is_doubtful:
                 self.give_back(conn)
         self.unwritten.mark_and_tell_failed(conn)
-        wanted, *others = self.claiming.wanted(free, self.workers.calls, sweep)
+        wanted, *further = self.claiming.wanted(free, self.workers.calls, sweep)
         leased_from = boottime()  # before the claim is sent
         turn = self.at_once_or_one_by_one(conn, self.unwritten.results, wanted, free, sweep)
         self.note_turn(conn, turn)
         if turn.refusal:
             raise turn.refusal
-        self.claim_others(conn, turn, others, free, sweep)
+        self.claim_further(conn, turn, further, free, sweep)
         if sweep and is_clock_set_back(turn):
             self.upkeep.note_clock_set_back()
         swept = self.sweep_interval if sweep else None
         found_nothing = self.claiming.plan(conn, turn, free, swept)
         self.nothing_due = found_nothing and self.join_look.at == math.inf
-        return self.to_make(conn, turn, leased_from)  # it may bring the next turn forward
+        # After plan(), as it may bring the next turn forward.
+        return self.to_make(conn, turn, leased_from)
 
     @property
     def sweep_interval(self) -> float:
@@ -354,9 +356,9 @@ class Listener:
             for given_up in turn.given_up:
                 failures.tell_given_up(self.alerts, given_up)
         self.claiming.note_unclaimable(conn, turn)
-        of_all = self.claiming.error_of_all_stages(turn)
-        if of_all and not (results or self.once):
-            raise of_all  # with `once`, serve() fails at its end
+        error_of_all = self.claiming.error_of_all_stages(turn)
+        if error_of_all and not (results or self.once):
+            raise error_of_all  # with `once`, serve() fails at its end
         return turn
 
     def note_turn(self, conn: db.Connection, turn: Turn) -> None:
@@ -370,22 +372,22 @@ class Listener:
         if turn.claimed:  # a turn that writes nothing waits for no standby
             self.is_standby_away = False
         if any(result.delay is not None for result in self.unwritten.results):
-            self.claiming.due_at = 0.0
+            self.claiming.due_at = 0.0  # a retry may be due before what was to be the next call
         if any(result.outcome == TAKEN for result in self.unwritten.results):
             self.move_look.ask()  # the row may have moved on before this was written
         self.unwritten.note_settled(turn)
         self.health.revive(conn, [result.call_id for result in self.unwritten.all])
 
-    def claim_others(
-        self, conn: db.Connection, turn: Turn, others: list[list[Wanted]], free: int, sweep: bool
+    def claim_further(
+        self, conn: db.Connection, turn: Turn, further: list[list[Wanted]], free: int, sweep: bool
     ) -> None:
-        """Go on to claim while workers are idle, until a claim is refused, which may have taken
-        seconds. What is claimed by then is kept, and the next turn begins with what is left.
+        """Make the further claims while workers are idle, until one is refused, which may have
+        taken seconds. What is claimed by then is kept, and the next turn begins with what is left.
         """
-        while others and not turn.is_partial and len(turn.claimed) < free:
+        while further and not turn.is_partial and len(turn.claimed) < free:
             try:
                 left = free - len(turn.claimed)
-                later = self.at_once_or_one_by_one(conn, [], others.pop(0), left, sweep)
+                later = self.at_once_or_one_by_one(conn, [], further.pop(0), left, sweep)
             except psycopg2.Error:
                 if not turn.claimed:
                     raise
@@ -394,10 +396,12 @@ class Listener:
                 turn.claimed += later.claimed
                 turn.is_partial = later.is_partial
         if turn.is_partial:
-            self.claiming.put_first(others)
+            self.claiming.put_first(further)
 
     def to_make(self, conn: db.Connection, turn: Turn, leased_from: float) -> list[Call]:
-        """The claimed calls that are to be made; what came of the others is kept."""
+        """The claimed calls that are to be made. The others are put off, or have a result, which is
+        kept.
+        """
         to_make = []
         if any(row.taken_over for row in turn.claimed):
             failures.reap(conn, self.settings)  # before the history has newer attempts
@@ -405,7 +409,7 @@ class Listener:
         for row in turn.claimed:
             self.claiming.put_last(row.stage)
             if (identity(row), row.attempt) in under_way:
-                continue  # a new primary did not know that we had claimed it
+                continue  # we have claimed it before, but a new primary has lost that claim
             limits = self.claiming.limits[row.stage]
             call = pipeline.claimed_call(row, limits, self.name, leased_from, conn.target)
             checked = self.checks.check(conn, call, row)
@@ -415,7 +419,7 @@ class Listener:
                 self.keep(call, checked.ended)
                 if call.join:
                     self.join_look.ask()
-            else:
+            else:  # put off: the next turn asks when it is due
                 self.claiming.claim_at = self.claiming.due_at = 0.0
         return to_make
 
@@ -423,7 +427,7 @@ class Listener:
 
     @property
     def next_turn(self) -> float:
-        """time.monotonic() of the next turn. Only with an idle worker it looks for due calls."""
+        """time.monotonic() of the next turn. It needs an idle worker to look for due calls."""
         times = [self.move_look.at]
         if self.unwritten.locked or self.has_unbegun:
             times.append(self.again_at)
@@ -432,10 +436,10 @@ class Listener:
         return min(times)
 
     def wait(self, until: float, conn: db.Connection | None = None) -> list:
-        """Sleep until something can be read, or until time.monotonic() is `until`; what can be
-        read.
+        """Sleep until something can be read, or until time.monotonic() is `until`. Returns what can
+        be read.
         """
-        self.obey()  # a signal that came during a statement wakes no select() any more
+        self.obey()  # select() does not wake for a signal that came during a statement
         now = time.monotonic()
         until = min(until, self.workers.next_deadline, self.alerts.next_run, now + LONGEST_SLEEP)
         # A notification that arrived with the answer of a statement has been read from the socket
@@ -453,7 +457,7 @@ class Listener:
     def doing(self, conn: db.Connection | None) -> str:
         """What the heartbeat says while the loop sleeps."""
         undone, seen_at = self.claiming.undone, self.claiming.undone_at
-        if undone and seen_at and not self.workers.idle:  # until one is idle, it asks no more
+        if undone and seen_at and not self.workers.idle:  # no claim asks again while all are busy
             undone += AS_OF + clock(seen_at)
         undone = "; ".join(filter(None, (undone, *self.failing.said.values())))
         if conn is None:
@@ -469,7 +473,8 @@ class Listener:
         if self.is_stopping:
             counts = {"call": len(self.workers.calls), "result": len(self.unwritten.results)}
             waited = " and ".join(counted(n, what) for what, n in counts.items() if n)
-            doing = f"{STOPPING}{waited or 'nothing'}" + f"; {doing}" * (conn is None)
+            stopping = f"{STOPPING}{waited or 'nothing'}"
+            doing = f"{stopping}; {doing}" if conn is None else stopping
         return f"{OTHER_PIPELINE}; {doing}" if self.upkeep.differs_since is not None else doing
 
     def run_beside(self, conn: db.Connection | None = None) -> None:
@@ -488,8 +493,8 @@ class Listener:
             reap_orphans([*self.workers.pids, *self.alerts.pids, *self.hosts.pids])
 
     def obey(self) -> None:
-        """After the first request to stop, say what is waited for: no more calls are claimed, see
-        is_stopping. After the second, exit at once; leases protect the calls.
+        """See to requests to stop. After the first, which ends claiming (see is_stopping), say what
+        is waited for. After the second, exit at once; leases protect the calls.
         """
         stops = self.signals.stops
         results = len(self.unwritten.results)
@@ -510,8 +515,8 @@ class Listener:
                          "리스 만료 후 반복될 수 있음", results, once_more)  # fmt: skip
 
     def hear(self, conn: db.Connection) -> None:
-        """Whatever is announced only means: look now. An earlier statement may have read it from
-        the socket already.
+        """Take in the notifications. Whatever they say, they only mean: look now. An earlier
+        statement may have read them from the socket already.
         """
         was_told = self.hearing.is_notified
         if heard := self.hearing.hear(conn):
@@ -531,7 +536,7 @@ class Listener:
         for call, ended in self.workers.collect(ready):
             ended = self.health.revise(call, ended)
             trigger.log_end(call, ended)
-            if ended.outcome == "released":
+            if ended.outcome == "released":  # the next turn gives it back, and claims again
                 self.has_unbegun, self.again_at = True, 0.0
                 self.claiming.claim_at, self.nothing_due = 0.0, False
             else:
@@ -544,9 +549,9 @@ class Listener:
 
     def give_back(self, conn: db.Connection) -> None:
         """Free what was claimed in our name and never begun: the answer to the claim was lost, or
-        the lease was too short for the call. A new primary may not know of calls that have begun.
+        the lease was too short for the call.
         """
-        keep = set(self.checks.may_run)
+        keep = set(self.checks.may_run)  # a new primary may have lost that these were begun
         keep |= {(call.call_id, call.attempt) for call in self.workers.calls}
         keep |= {(result.call_id, result.attempt) for result in self.unwritten.all}
         found = calls.give_back(conn, self.name, keep, self.claiming.others_need)
