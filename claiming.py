@@ -47,12 +47,12 @@ class Claiming:
     order: the stages that are called, the one whose turn it is first.
     unclaimable: by stage, why no call of it can be claimed. Only a sweep asks for these.
     undone_at: when that was last seen, by the clock of this machine.
-    limit_locked: the stages of which a claim last waited too long for the row of a limit.
-    claim_at: claim calls that are due.
-    sweep_at: claim, and look for what nobody has announced.
+    limit_locked: the stages whose last claim waited too long for the row of a limit.
+    claim_at: when to claim calls that are due.
+    sweep_at: when to claim and also look for what nobody has announced.
     due_at: when the next call will be due; in the past: not known, so the next turn that leaves a
         worker idle asks.
-    claimed_at: of the last claim that succeeded.
+    claimed_at: when a claim last succeeded.
     others_need: seconds that other listeners need to connect and to settle what they know.
     """
 
@@ -67,10 +67,10 @@ class Claiming:
         self.claimed_at = -math.inf
         self.others_need = 2 * settings.JOB_STATE_LISTENER_RECONNECT_DELAY + RECONNECTING
 
-        self.began = 0.0  # of the claims of this turn
+        self.began = 0.0  # when this turn began to claim
         self.is_to_ask = False  # whether the database is to be asked when the next call is due
         self.asked_at: datetime | None = None  # the database's time of the last claim
-        self.was_full = False  # the last turn left no worker idle
+        self.was_full = False  # whether the last turn left no worker idle
         self.marks: dict[str, datetime] = {}  # by stage: when the last claimed call was due
         self.marked_at = 0.0  # when `marks` were last dropped
         self.is_ordered = pipeline.is_ordered()
@@ -83,9 +83,8 @@ class Claiming:
     # --- what to claim ---
 
     def wanted(self, free: int, under_way: list[Call], sweep: bool) -> list[list[Wanted]]:
-        """The stages to claim calls of, in their turn, and how many of each. They are as many
-        claims as it takes to have no two stages of a pool in one: each stage counts the free
-        places of its pool for itself.
+        """The claims of a turn: of each, its stages, the one whose turn it is first, and how many
+        calls of each. No claim has two stages of a pool: both would take its free places.
         """
         self.began = time.monotonic()
         if sweep or self.began - self.marked_at > MARKED_FOR:
@@ -94,28 +93,31 @@ class Claiming:
             return [[]]
         used = Counter(self.limits[call.stage].pool for call in under_way)
         claims: list[list[Wanted]] = [[]]
-        pools: set[Pool] = set()
+        pools: set[Pool] = set()  # of the last claim
         for stage in self.order:
             if stage in self.unclaimable and not sweep:
                 continue
             limits = self.limits[stage]
             if limits.pool and used[limits.pool] >= limits.pool.size:
                 continue
-            if most := self.health.most(stage, free, under_way):
-                if limits.pool in pools:
-                    claims.append([])
-                    pools = set()
-                if limits.pool:
-                    pools.add(limits.pool)
-                share = math.ceil(free / len(self.order))
-                claims[-1].append(Wanted(stage, limits.lease, most, share, limits.is_limited,
-                                         self.marks.get(stage), self.is_ordered,
-                                         waits=self.may_wait(stage)))  # fmt: skip
+            most = self.health.most(stage, free, under_way)
+            if not most:
+                continue
+            if limits.pool in pools:
+                claims.append([])
+                pools = set()
+            if limits.pool:
+                pools.add(limits.pool)
+            share = math.ceil(free / len(self.order))
+            claims[-1].append(Wanted(stage, limits.lease, most, share, limits.is_limited,
+                                     self.marks.get(stage), self.is_ordered,
+                                     waits=self.may_wait(stage)))  # fmt: skip
         return claims
 
     def may_wait(self, stage: str) -> bool:
-        """Whether a claim may wait for a lock. Others may hold the row of a limit all the time, for
-        a moment each: a claim that does not wait then never gets it.
+        """Whether a claim of `stage` may wait for a lock. One that could not be claimed does not
+        keep the others waiting again. But the row of a limit may be locked all the time, by each of
+        the other listeners for a moment: without waiting, a claim might never get it.
         """
         return stage not in self.unclaimable or stage in self.limit_locked
 
@@ -133,8 +135,8 @@ class Claiming:
 
     def note_unclaimable(self, conn: db.Connection, turn: Turn) -> None:
         """Remember the stages of which no call can be claimed: only a sweep asks for them again, so
-        that they do not keep the others waiting. The same for a stage whose limit has a row that
-        was locked in two turns, one after the other.
+        that they do not keep the others waiting. A stage whose limit has a locked row is one of
+        them after two turns in a row.
         """
         before = self.unclaimable
         twice = {stage: error for stage, error in turn.limit_locked.items()
@@ -149,13 +151,15 @@ class Claiming:
                           UNCLAIMABLE_EVERY, stage, why)  # fmt: skip
 
     def is_logged(self, error: psycopg2.Error) -> bool:
-        """Whether a claim failed for a reason that was logged, or as a table is still locked."""
+        """Whether the reason why a claim failed needs no further line of the log: it has one, or a
+        table is still locked.
+        """
         still_locked = isinstance(error, LockNotAvailable) and bool(self.unclaimable)
         return still_locked or ops.first_line(error) in self.unclaimable.values()
 
     def error_of_all_stages(self, turn: Turn) -> psycopg2.Error | None:
-        """The error where no call of any stage can be claimed, and a new connection may help: not
-        where all tables are only locked.
+        """The error where no call of any stage can be claimed, and a new connection may help; None
+        where all tables are only locked, for which it does not.
         """
         refused = [error for error in turn.unclaimable.values()
                    if not isinstance(error, LockNotAvailable)]  # fmt: skip
@@ -198,17 +202,18 @@ class Claiming:
         places = [row.stage for row in turn.claimed if self.leaves_places(row.stage)]
         if places:
             calls.wake_waiting(conn, places)
-        was_full, self.was_full = self.was_full, len(turn.claimed) >= free
-        if self.was_full:
-            if was_full and swept is None:  # there is a queue: begin where this claim ended
-                self.marks |= {row.stage: row.was_due_at for row in turn.claimed}
-        elif self.marks or places:
+        is_full = len(turn.claimed) >= free
+        may_be_more = bool(is_full or self.marks or places)
+        if not is_full:
             self.marks = {}  # the next claim also finds what is before them
-        else:
-            self.plan_next_due(turn, now)
-            return not (turn.claimed or turn.is_partial)
-        self.claim_at = 0.0  # there may be more; asked as soon as a worker is idle
-        return False
+        elif self.was_full and swept is None:  # there is a queue: begin where this claim ended
+            self.marks |= {row.stage: row.was_due_at for row in turn.claimed}
+        self.was_full = is_full
+        if may_be_more:
+            self.claim_at = 0.0  # as soon as a worker is idle
+            return False
+        self.plan_next_due(turn, now)
+        return not (turn.claimed or turn.is_partial)
 
     def plan_next_due(self, turn: Turn, now: float) -> None:
         """Claim again when the next call will be due; where that is not known, ask_when() asks."""
@@ -220,8 +225,8 @@ class Claiming:
         self.asked_at = turn.asked_at
 
     def leaves_places(self, stage: str) -> bool:
-        """Whether the pool of a claimed call may have more places for its stage: until this claim
-        it may have stayed with another one.
+        """Whether the pool of a claimed call may have more places for its stage, as it may have
+        stayed with another stage until this claim.
         """
         pool = self.limits[stage].pool
         return pool is not None and pool.linger is not None and pool.size > 1
