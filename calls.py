@@ -305,8 +305,8 @@ FROM over WHERE l.call_id = over.call_id AND l.attempt = over.attempt
 )
 
 # A limit is exact because whoever claims locks its row first, in the order of the names, and
-# counts the leases in the next statement, whose snapshot is then newer. Also where nothing of the
-# stage is due: that statement may see a call that this one does not see yet.
+# counts the leases in the next statement, whose snapshot is then newer. The row is locked even
+# where no call of the stage is due, as the next statement may see one that this one does not.
 LOCK_LIMITS = Statement(
     "lock_limits",
     """
@@ -432,12 +432,13 @@ DUE_BY_HAND = f"""
                                 WHERE l.stage = ANY (s.stages) AND l.leased_until > now()))
     LIMIT 1"""
 
-# Takes the calls found, each for as long as its lease. All must be found before the first is
-# updated, and the ORDER BY does that. Otherwise OFFSET would not count the rows that are updated
-# already, and calls that are due would be skipped. A call that was given up is only taken by a
-# person, and gets all its attempts again. Where the row was locked when the attempt before ended,
-# only the history says whether that attempt counts. The state of the job is read in the same
-# statement. One row is always returned: it also says which results could not be settled.
+# Takes the calls found, each for as long as its lease, and reads where their jobs are now. At least
+# one row is returned, as it also says which results could not be settled.
+# ORDER BY in `claimed`: all calls must be found before the first is updated. Otherwise OFFSET would
+# not count the rows that are updated already, and calls that are due would be skipped.
+# free_attempts: a call that was given up is only taken by a person, and gets all its attempts
+# again. Where the row was locked when the attempt before ended, only the history says whether that
+# attempt counts.
 CLAIM_DUE = f"""
 , claimed AS (
     UPDATE stage_calls AS c
@@ -524,13 +525,15 @@ class Claimed(NamedTuple):
     current_step, status: the state that owes it.
     recorded_at: when the call was recorded, in seconds since 1970.
     taken_over: the lease of the attempt before ran out.
-    job_found, job_step, job_status: of its row, or its parent's where that owes it.
+    job_found, job_step, job_status: whether the row that owes it is there, and its state now. The
+        call of a join is owed by the parent.
     is_complete: of a join: all rows of the parent are in its state.
     owed: the row is still in the state that owes it.
-    accepted: an attempt before was.
-    was_given_up: by the attempt before, but the row was locked when that was settled.
+    accepted: an earlier attempt was accepted.
+    was_given_up: the attempt before gave the call up, but could not say so in the call's row, which
+        was locked.
     outcome_before: of a join: the outcome of the attempt before.
-    after_hold: its stage was held before.
+    after_hold: its stage has a hold on record, which may be over.
     routed_to: the stage that the state leads to, as the database knows PIPELINE; None: to none.
     """
 
@@ -567,13 +570,13 @@ class Claimed(NamedTuple):
 class Turn:
     """What one turn of the loop brought about.
 
-    claimed: of each claim, the one due longest first.
+    claimed: claim by claim, and of each the call first that has been due longest.
     locked: calls whose row the stage's own transaction holds: settle them again later.
     asked_at: the database's time of the (first) claim; None: there was none.
     is_partial: not all was asked for, as a claim was refused as a whole.
     unclaimable: by stage, why no call of it can be claimed.
     limit_locked: by stage, the error of a claim that waited too long for the row of a limit.
-    given_up: calls that the database made us give up, which nobody has been told of.
+    given_up: calls that were given up as the database did not take them. Nobody was told yet.
     refused: results that the database did not take, for a reason that is not theirs: `refusal`.
     asked: the stages that were asked for calls.
     """
@@ -617,14 +620,15 @@ def run_turn(
     Raises:
         psycopg2.Error: nothing was changed, unless the connection was lost.
     """
-    claims = free > 0 and bool(wanted)
-    if not (claims or results):
+    is_claiming = free > 0 and bool(wanted)
+    if not (is_claiming or results):
         return Turn([], [])
     paid = [result for result in results if result.outcome in PAID]
     taken = [result for result in results if result.outcome == TAKEN]
     failures = [result for result in results if result.is_failure]
-    lifting = {r.stage: r.started_at for r in (*paid, *taken) if r.is_accepted and r.after_hold}
-    if not claims:
+    # By stage whose hold is to be forgotten: when a call began that it accepted.
+    lifted = {r.stage: r.started_at for r in (*paid, *taken) if r.is_accepted and r.after_hold}
+    if not is_claiming:
         last = TELL
     elif only is not None:
         last = CLAIM_BY_HAND
@@ -632,17 +636,17 @@ def run_turn(
         last = CLAIM_IN_ORDER if any(stage.ordered for stage in wanted) else CLAIM
     needed = {  # in the order in which they run
         HURRY: hurry or not all(stage.waits for stage in wanted),
-        PAY: paid, KEEP_TAKEN: taken, LIFT: lifting, POSTPONE: failures,
+        PAY: paid, KEEP_TAKEN: taken, LIFT: lifted, POSTPONE: failures,
         HOLD: any(r.hold for r in failures),
-        EXTEND: claims and extend_by,
-        LOCK_LIMITS: claims and any(stage.limited for stage in wanted), last: True,
+        EXTEND: is_claiming and extend_by,
+        LOCK_LIMITS: is_claiming and any(stage.limited for stage in wanted), last: True,
     }  # fmt: skip
     params = {
         "results": as_json(conn, paid),
         "failures": as_json(conn, failures),
         "taken": as_json(conn, taken),
-        "accepted": array(lifting),
-        "accepted_at": array(lifting.values()),
+        "accepted": array(lifted),
+        "accepted_at": array(lifted.values()),
         **as_arrays(wanted),
         "free": free,
         "worker": worker,
@@ -655,7 +659,7 @@ def run_turn(
     rows = run(conn, statements, params, cursor_factory=cursor).fetchall()
     call_ids, asked_at = rows[0][:2]
     locked = [int(call_id) for call_id in (call_ids or "").split()]
-    if not claims:
+    if not is_claiming:
         return Turn([], locked)
     claimed = [Claimed(*row[2:]) for row in rows if row[2] is not None]
     if freed := [r.stage for r in results if r.limited and r.outcome not in ("unknown", TAKEN)]:
@@ -705,7 +709,7 @@ BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
 
 
 def escaped(letters: re.Match) -> str:
-    """As JSON writes them in ASCII: the commands show such letters again (logs.readable)."""
+    """The letters as JSON escapes in ASCII, which commands show as letters (logs.readable)."""
     return json.dumps(letters[0])[1:-1]
 
 
@@ -778,13 +782,14 @@ LEASES_OF = """
 SELECT call_id, attempt FROM stage_leases WHERE worker = %(worker)s AND NOT (unanswered OR working)
 """
 
-# Frees claims that a listener never began: their answer was lost, or their lease would not have
-# covered the call. They are due again, so the other listeners are told to look. From its second
-# attempt a call is due only after `wait` seconds, as another listener may still have to write that
-# the attempt before was accepted: a frozen server may have run this claim long after it was sent.
-# Where the application has the row of a call locked, its lease stays until the next time; where the
-# row is gone, nothing is owed, and only the lease is deleted. This, too, may run long after it was
-# sent, when the listener makes other calls over another connection: so it names what it frees.
+# Frees claims that a listener never began: the answer to the claim was lost, or the lease would not
+# have covered the call. They are due again, so the other listeners are told to look. From its
+# second attempt a call is due only after `wait` seconds: a frozen server may have run the claim
+# long after it was sent, and another listener may still have to write that the attempt before was
+# accepted. Where the application has the row of a call locked, its lease stays until the next time;
+# where the row is gone, nothing is owed, and only the lease is deleted. The statement lists the
+# claims to free, as it may also run long after it was sent, when the listener makes other calls
+# over another connection.
 GIVE_BACK = f"""
 WITH claimed AS (
     SELECT job_id, call_id, attempt FROM stage_leases
