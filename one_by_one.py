@@ -58,10 +58,10 @@ def run_turn_in_parts(
     sweep: bool = False,
     extend_by: float = 0.0,
 ) -> Turn:
-    """What calls.run_turn() could not do at once: each result alone, then a claim of one call. Its
-    arguments are the same.
+    """Do in parts what calls.run_turn(), with the same arguments, could not do at once: settle each
+    result alone, then claim one call.
 
-    What fails alone is one failed call, or one stage whose calls cannot be claimed, as where a
+    A part that fails is one failed call, or one stage whose calls cannot be claimed, as where a
     column of its table was renamed, or its table is locked. Where a result is refused for a reason
     that is not its own, nothing is claimed: what came of further calls might be lost as well.
     """
@@ -76,7 +76,8 @@ def settle_each(conn, results: Sequence[Result], done: Turn) -> None:
     """Settle each result alone, and note in `done` what came of that."""
     for number, result in enumerate(results):
         if isinstance(done.refusal, psycopg2.errors.QueryCanceled):
-            done.refused.insert(0, result)  # it may take as long; the next turn tries it first
+            # This one may take as long as the one that timed out. The next turn tries it first.
+            done.refused.insert(0, result)
             continue
         try:
             settle_alone(conn, result, done)
@@ -93,9 +94,8 @@ def claim_first(
     conn, wanted: Sequence[Wanted], worker: str, sweep: bool, extend_by: float, done: Turn
 ) -> None:
     """Claim a call of the first stage that has one, and note in `done` which could not be asked."""
-    has_waited = False
+    has_waited = False  # only one claim waits for a lock; the others fail after 20 ms: see HURRY
     for one in wanted:
-        # Wait for a lock once. Further claims that meet one then fail after 20 ms.
         one = one._replace(waits=one.waits and not has_waited)
         done.asked.add(one.stage)
         try:
@@ -118,9 +118,9 @@ def claim_first(
                 break
 
 
-# Settles a call without writing to the history, where that fails: removes the call where it was
-# accepted or skipped, and gives it up otherwise. A call without an answer keeps its lease, as its
-# stage may still be working; one that was taken with 202 is left as it is.
+# Settles a call whose result the history does not take: removes the call if it was accepted or
+# skipped, and gives it up otherwise. A call without an answer keeps its lease, as its stage may
+# still be working; one that was taken with 202 is left as it is.
 SETTLE_WITHOUT_HISTORY = f"""
 WITH result AS ({RESULTS}
 ), ended AS (
@@ -192,9 +192,9 @@ WHERE {FENCE} AND c.due_at < 'infinity'
 
 
 def keep_from_repeating(conn, results: Sequence[Result], error: psycopg2.Error) -> None:
-    """Keep accepted calls from being made again, though their results are not written yet: all at
-    once, as each of these may take its time to be refused. Where the database refuses that as well,
-    say so once for each; the next turn tries it again.
+    """Keep accepted calls from being made again, though their results are not written yet. All in
+    one statement, as one for each may take long to be refused. Where the database refuses this one
+    as well, say so once for each call; the next turn tries it again.
     """
     accepted = [result for result in results if result.outcome == "succeeded"]
     why = BEYOND_ASCII.sub(escaped, f"{DO_NOT_RETRY}: {' '.join(str(error).split())}")
@@ -207,19 +207,18 @@ def keep_from_repeating(conn, results: Sequence[Result], error: psycopg2.Error) 
         for result in accepted:
             if not result.is_risk_logged:
                 result.is_risk_logged = True
-                log.error(
-                    "리스 만료 후 다시 확인됨 (그때까지 기록되지 않으면): %s stage=%s %s: %s",
-                    *(row_name(result.table_name, result.job_id), result.stage),
-                    *("its stage has accepted it", " ".join(str(refused).split())),
-                )
+                row = row_name(result.table_name, result.job_id)
+                said = " ".join(str(refused).split())
+                log.error("리스 만료 후 다시 확인됨 (그때까지 기록되지 않으면): %s stage=%s %s: %s",
+                          row, result.stage, "its stage has accepted it", said)  # fmt: skip
 
 
 def claim_of_stage(conn, one: Wanted, worker: str, sweep: bool, extend_by: float) -> Turn:
     """Claim one call of a stage. Where that fails for a reason of its row, claim the first due call
     by its id, and give it up if that fails as well.
 
-    The claim that failed does not say which call it took. Where another listener has that one
-    locked now, the first due call is another one, which can be claimed.
+    A claim that failed does not say which call it took. If another listener has locked that call
+    since, the first due call is a different one, which can be claimed.
     """
     try:
         return calls.run_turn(conn, [], [one], 1, worker, sweep=sweep, extend_by=extend_by)
@@ -264,7 +263,11 @@ RETURNING c.job_id::text, c.call_id, c.attempts AS attempt, c.stage, c.table_nam
 
 
 def give_up(conn, wanted: Wanted, only: tuple, worker: str, error: str) -> list[Result]:
-    """Give up a call which cannot be claimed; as a result, unless another listener has done so."""
+    """Give up a call that cannot be claimed.
+
+    Returns:
+        Its result; none where another listener has given it up.
+    """
     params = dict(zip(("only", "only_call", "only_after"), only, strict=True))
     rows = execute(conn, GIVE_UP, params | as_arrays([wanted]) | {"error": error}).fetchall()
     for row in rows:
