@@ -1,4 +1,4 @@
-"""What is asked of a claimed call before it is made: it may not be owed any more, or have to wait.
+"""Checks a claimed call before it is made: it may not be owed any more, or may have to wait.
 
 The row of a claim says where the job is now. A call that is not made ends with a Result, like any
 other, or is put off.
@@ -57,11 +57,12 @@ MAKE, LATER = Checked(is_to_make=True), Checked()
 class Checks:
     """The checks of a listener, which remembers what a new primary may not know.
 
-    accepted: by identity(), the attempt that an asynchronous stage has taken; the next one is
-        made after its timeout. Infinity: a call that was accepted and is never repeated.
+    accepted: by identity(), the last attempt that is not to be made again. That which an
+        asynchronous stage has taken; the next one is made after its timeout. Infinity: the call was
+        accepted, and no attempt is made any more.
     may_run: attempts that their stage may still be working on, as it has not answered, or has taken
         the call. Their leases end by themselves.
-    logged: states of another PIPELINE that a line was logged of.
+    logged: states of another PIPELINE of which the log has a line.
     """
 
     def __init__(self, settings: SimpleNamespace):
@@ -85,10 +86,11 @@ class Checks:
     def check(self, conn: db.Connection, call: Call, row: Claimed) -> Checked:
         """What is to be done with the `call` of a claimed `row`."""
         function = self.routes.get(call.route)
-        if function is None or (function.__name__, row.routed_to) != (row.stage, row.stage):
+        is_agreed = function is not None and function.__name__ == row.routed_to == row.stage
+        if not is_agreed:
             return self.pass_over(conn, call, row)
-        known = self.accepted.get(identity(row), 0)
-        if ended := end_unmade(conn, call, row, known):
+        accepted_until = self.accepted.get(identity(row), 0)
+        if ended := end_unmade(conn, call, row, accepted_until):
             return Checked(ended=ended)
         if row.was_given_up:
             ended = given_up(call, error_before(conn, row))
@@ -117,17 +119,16 @@ class Checks:
         return LATER
 
     def after_failed(self, conn: db.Connection, call: Call, row: Claimed) -> Checked | None:
-        """Let a call that (stage, 'failed') owes to that stage wait, or give it up; None: neither.
+        """Put off or give up a call that the state (stage, 'failed') owes to the same stage; None
+        where it is to be made.
 
         It takes over attempts and back-off of the call before it, or a stage that always fails
-        would be called for ever. One at its second attempt has waited already, and one with an
-        error was made due by a person: both are made.
+        would be called for ever.
         """
-        if (
-            call.spent > 1
-            or row.last_error
-            or (call.current_step, call.status) != (call.stage, "failed")
-        ):
+        follows_failed = (call.current_step, call.status) == (call.stage, "failed")
+        has_waited = call.spent > 1
+        is_due_by_hand = bool(row.last_error)
+        if not follows_failed or has_waited or is_due_by_hand:
             return None
         reap(conn, self.settings)  # the call before it may be one that was lost
         before = spent_before(conn, row)
@@ -136,7 +137,7 @@ class Checks:
         error = before.error or SET_FAILED
         if before.spent >= call.max_attempts:
             call.spent = before.spent
-            if "the last one)" not in error:
+            if "the last one)" not in error:  # trigger.failure() may have said so
                 error += f" (attempt {call.spent}, the last one)"
             return Checked(ended=given_up(call, error, free=False))
         delay = trigger.backoff(before.spent, self.settings.RETRY_DELAY)
@@ -144,20 +145,22 @@ class Checks:
         return LATER
 
 
-def end_unmade(conn: db.Connection, call: Call, row: Claimed, known: float = 0) -> Result | None:
+def end_unmade(
+    conn: db.Connection, call: Call, row: Claimed, accepted_until: float = 0
+) -> Result | None:
     """The result of a call that must not be made; None where it must.
 
     Args:
-        known: the attempt that was accepted as far as this listener knows: see Checks.accepted.
+        accepted_until: what this listener remembers of the call: see Checks.accepted.
     """
     owed = row.owed or is_owed(conn, row, call.listener)
-    accepted = row.accepted or known == math.inf
-    ended = already_over(conn, call, row, owed, accepted, taken=row.attempt <= known)
+    accepted = row.accepted or accepted_until == math.inf
+    ended = already_over(conn, call, row, owed, accepted, taken=row.attempt <= accepted_until)
     if not row.join_of:
         return ended
-    is_open = not (row.is_complete or accepted)
+    is_open = not (row.is_complete or accepted)  # the join still waits for a row
     if ended is None and joins.has_look(conn, row):
-        # Made now as well, it would be made twice.
+        # The look records a new call. If this one were made as well, the stage would run twice.
         ended, is_open = skipped(call, "조인을 다시 확인", OUTDATED), True
     if ended is not None and row.job_found and is_open:
         joins.reopen(conn, row, call.listener)
@@ -185,8 +188,8 @@ def already_over(
             return result(call, TAKEN, http_status=202)
         return result(call, "skipped", error="an earlier attempt was accepted")
     if call.spent > call.max_attempts and not row.was_given_up:
-        known = None if row.taken_over else row.last_error
-        error = f"no attempt is left; the last one: {known or error_before(conn, row)}"
+        last_error = None if row.taken_over else row.last_error
+        error = f"no attempt is left; the last one: {last_error or error_before(conn, row)}"
         return given_up(call, error)
     return None
 
@@ -198,17 +201,16 @@ def moved_on(call: Call, row: Claimed, accepted: bool) -> Result:
     if is_given_up_with_its_parent(call, row):
         return given_up(call, "nobody knows what became of the attempt before")
     now = f"({row.job_step}, {row.job_status})" if row.job_found else "deleted"
-    if call.join and row.job_found and not row.is_complete:
+    if not call.join:
+        return skipped(call, now, f"the job has moved on: {now}")
+    was_refused = row.outcome_before == "retry" and not accepted
+    has_set_failed = (row.last_error or "").endswith(f"({SET_FAILED})")  # a stage follows from that
+    is_moved_by_stage = row.job_step == call.stage or has_set_failed
+    if row.job_found and not row.is_complete:
         now = f"not every row is in {call.join}"
-    elif (
-        call.join
-        and row.outcome_before == "retry"
-        and not accepted
-        and row.job_step != call.stage
-        and not (row.last_error or "").endswith(f"({SET_FAILED})")  # a stage followed from that
-    ):
-        # The stage refused the last attempt, and the parent's state was changed by something else.
-        # So the work was never done: give the call up, for a person to decide, instead of skipping.
+    elif was_refused and not is_moved_by_stage:
+        # The work was never done, and something else has changed the parent's state. Giving the
+        # call up, instead of skipping it, leaves the decision to a person.
         return given_up(call, f"refused, and the job is at {now} since")
     return skipped(call, now, f"the job has moved on: {now}")
 
@@ -218,17 +220,16 @@ def is_given_up_with_its_parent(call: Call, row: Claimed) -> bool:
 
     It is kept for a person to retry, as no state of the parent's owes it.
     """
-    failed = pipeline.Route(call.table, "", call.stage, "failed")
     return bool(
         call.join
         and row.is_complete
-        and (row.job_step, row.job_status) == (failed.step, failed.status)
-        and failed not in pipeline.routes()
+        and (row.job_step, row.job_status) == (call.stage, "failed")
+        and pipeline.Route(call.table, "", call.stage, "failed") not in pipeline.routes()
     )
 
 
 def skipped(call: Call, now: str, error: str) -> Result:
-    """The result of a call that is not made, as its job is elsewhere `now`; logged."""
+    """The result of a call that is not made, which is logged, with what is true `now`."""
     log.info("Job 상태가 변경되어 스킵: %s stage=%s 현재=%s", logs.ids(call.ids), call.stage, now,
              extra=about(call))  # fmt: skip
     return result(call, "skipped", error=error)
@@ -241,7 +242,7 @@ def given_up(call: Call, error: str, free: bool = True) -> Result:
         free: this claim counts as no attempt.
     """
     ended = result(call, "failed", error=error, free=free)
-    call.spent -= free
+    call.spent -= free  # what the log says; result() has subtracted it for the database
     trigger.log_end(call, ended)
     return ended
 
@@ -301,10 +302,10 @@ def spent_before(conn, row):
     return execute(conn, SPENT_BEFORE, given | {"call_id": row.call_id}).fetchone()
 
 
-# The claim counts as no attempt. Where `spent`, taken over from the call before, is more than
-# `attempts`, that is raised to it, so that `free_attempts` is not negative. A row that the
+# The claim counts as no attempt. `spent` may be taken over from the call before: where it is more
+# than `attempts`, those are raised to it, so that `free_attempts` is not negative. A row that the
 # application has locked is skipped: its transaction is about to replace the call. `stage` is
-# written as well, as its stage may have been renamed, or its state may have left PIPELINE.
+# written as well, as the stage may have been renamed, or the state may have left PIPELINE.
 PUT_OFF = """
 WITH mine AS (
     SELECT job_id, call_id FROM stage_calls
