@@ -69,15 +69,15 @@ class Unwritten:
         """Forget what is settled; keep what was refused, and results of calls whose rows are
         locked.
         """
-        # Its hold, if any, has begun: settling it again must not lengthen it.
+        # Without `hold`: the hold of the stage has begun, and must not begin again with each try.
         self.locked += [replace(r, hold=False) for r in self.results if r.call_id in turn.locked]
         self.results = turn.refused
 
     def settle_last(
         self, conn: db.Connection, name: str, problem: ops.Problem, under_way: bool
     ) -> None:
-        """Settle what is left, before the listener `name` ends with `problem`. Drop it after
-        LAST_TRIES that the database refused, unless calls are still `under_way`.
+        """Settle what is left, before the listener `name` ends with `problem`. What the database
+        still refuses after LAST_TRIES is dropped, unless calls are still `under_way`.
         """
         self.retry_locked()
         self.mark_and_tell_failed(conn)
@@ -122,7 +122,10 @@ def settle(conn: db.Connection, result: Result) -> Result:
 
 
 class Settled(NamedTuple):
-    """A result as it was written; where the database had one already, as it was given."""
+    """A result as it was written.
+
+    is_new: False: nothing was written, as the database had a result of this attempt already.
+    """
 
     result: Result
     is_new: bool
@@ -139,8 +142,8 @@ def settle_within_lease(
 
     Args:
         name: of the connection, for pg_stat_activity.
-        unless_recorded: leave it where the database has it already. The listener may have written
-            another outcome, as it knows of other calls of the stage: see health.py.
+        unless_recorded: write nothing where the database has a result of this attempt. It may be
+            another outcome, as the listener knows of other calls of the stage: see health.py.
 
     Raises:
         psycopg2.Error: the last one, where the lease is over.

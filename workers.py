@@ -37,7 +37,7 @@ log = logging.getLogger("listener.workers")
 
 # A worker is replaced after so many calls: what a stage function leaks stays small.
 CALLS = 500
-# Seconds before another process is started, where one could not be, or ended without a call.
+# Seconds before another process is started, after one that could not be, or that made no call.
 RESTART_DELAY = 1.0
 # Seconds that a worker without a listener has for alerts and lines of the log.
 TELLING = 2 * TIME_LIMIT
@@ -60,16 +60,16 @@ class Worker:
     def __init__(self, pid: int, end: socket.socket, shared_status: mmap.mmap):
         self.pid = pid
         self.end = end
-        self.shared_status = shared_status  # see Call
+        self.shared_status = shared_status  # the status of its last POST: see Call
         self.end.setblocking(False)
         self.is_open = True
         self.is_garbled = False  # what came is no result
         self.call: Call | None = None
         self.began = 0.0  # time.monotonic() at which it was given this call
         self.until = math.inf  # time.monotonic() at which the process is killed
-        self.made = 0
-        self.unsent = b""
-        self.received = bytearray()
+        self.made = 0  # calls that it was given
+        self.unsent = b""  # of its call
+        self.received = bytearray()  # of its result
 
     def fileno(self) -> int:
         return self.end.fileno()
@@ -87,7 +87,7 @@ class Worker:
             self.unsent = self.unsent[self.end.send(self.unsent) :]
 
     def read(self) -> None:
-        """Take what has arrived. Once its socket is closed, the process has GRACE seconds left."""
+        """Take what has arrived. If the worker has closed its socket, it is killed after GRACE."""
         chunk = b"-" * CHUNK
         while len(chunk) == CHUNK:
             try:
@@ -113,7 +113,7 @@ class Worker:
             if len(self.received) < size:
                 return None
             result = Result(**json.loads(self.received[LENGTH.size : size]))
-        except Exception as error:  # a stage function has written to this socket
+        except Exception as error:  # a stage function may have written to this socket
             log.error("워커가 알 수 없는 것을 보냄: %s", error)
             self.is_garbled, self.until = True, 0.0
             return None
@@ -146,7 +146,7 @@ class Workers:
         self.conn: db.Connection | None = None  # the listener's last one
         self.all: list[Worker] = []
         self.dying: list[int] = []  # pids that were killed and not yet waited for
-        self.start_at = 0.0  # time.monotonic() before which no process is started
+        self.start_at = 0.0  # time.monotonic() at which a process may be started again
 
     @property
     def idle(self) -> list[Worker]:
@@ -216,15 +216,15 @@ class Workers:
         ready, now = set(ready), time.monotonic()
         ended: list[tuple[Call, Result]] = []
         # Reset before the processes are looked at: one that ends meanwhile sets it again.
-        children, self.signals.child_ended = self.signals.child_ended, False
-        if children:
+        child_ended, self.signals.child_ended = self.signals.child_ended, False
+        if child_ended:
             self.dying = [pid for pid in self.dying if not os.waitpid(pid, os.WNOHANG)[0]]
         for worker in list(self.all):
             if worker.unsent:
                 worker.send()
-            if not (worker in ready or children or now >= worker.until):
+            if not (worker in ready or child_ended or now >= worker.until):
                 continue
-            # Asked before reading: of a process that has ended, all that it sent is then read.
+            # has_ended() comes first, so that all is read that an ended process has sent.
             call, has_ended = worker.call, worker.has_ended()
             result = worker.receive()
             if call is not None and result is not None:
@@ -323,7 +323,7 @@ def make_calls(workers: Workers, end: socket.socket, shared_status: mmap.mmap) -
     """One call after the other, for as long as the listener lives."""
     last: tuple[Call, Result] | None = None
     for call in given(end):
-        last = None  # the result before is written, or the listener would not give another call
+        last = None  # written: only then does the listener give another call
         if trigger.seconds_left(call) >= call.timeout:  # else it is released
             arm(call)
         call.shared_status = shared_status
@@ -379,7 +379,7 @@ def settle_without_listener(settings: SimpleNamespace, call: Call, result: Resul
 
 
 def flush_output() -> None:
-    """What a stage function printed is kept, however the process ends, unless output is stuck."""
+    """Flush what a stage function printed, as the process may be killed; not where that blocks."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # full, closed, not there
             if settling.takes_output(stream):
