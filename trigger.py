@@ -66,7 +66,7 @@ class Trigger:
             A Result; its outcome is "released" where the call was not made, because another
             listener may take it over before it would end.
         """
-        began, process = time.monotonic(), os.getpid()
+        began, pid = time.monotonic(), os.getpid()
         left = seconds_left(call)
         if left < call.timeout:
             return result(call, "released")
@@ -75,7 +75,7 @@ class Trigger:
         try:
             ended = self.make(call, by_hand)
         finally:
-            if os.getpid() != process:  # a child that the stage function forked, and that came back
+            if os.getpid() != pid:  # the stage function forked, and this is its child
                 os._exit(0)
         ended.seconds = time.monotonic() - began
         return ended
@@ -91,11 +91,12 @@ class Trigger:
         return ended
 
     def raised_beside_post(self, call: Call, error: BaseException, by_hand: bool) -> Result:
-        """What an exception of the stage function means, or rather what came of its call.post.
+        """The result of a call whose stage function raised `error`: that of its call.post, or of
+        the error.
 
-        The exception counts where call.post raised it, or nothing came of that which counts. It
-        also counts where it leaves open whether another request of the function runs, unless
-        call.post was accepted, or was answered with what leaves that open as well (409, 502, …).
+        `error` decides where call.post raised it, or where posted() has nothing. It also decides
+        where another request of the function may still run, unless call.post was accepted, or got
+        an answer after which it may still run as well (409, 502, …).
         """
         ended, posted = self.raised(call, error, by_hand), self.posted(call)
         if posted is None or error is call.unanswered:
@@ -124,9 +125,8 @@ class Trigger:
         if answer.may_run:
             return self.failure(call, "unknown", error, http_status=status)
         if status in NOT_NOW:
-            wait = answer.retry_after
             return self.failure(call, "held", error, hold=True, http_status=status,
-                                retry_after=wait)  # fmt: skip
+                                retry_after=answer.retry_after)  # fmt: skip
         if status in (408, 425) or status >= 500:
             return self.failure(call, "retry", error, http_status=status)
         return self.failure(call, "failed", error, http_status=status)
@@ -140,7 +140,8 @@ class Trigger:
         if isinstance(error, stage_http.Interrupted):
             return self.failure(call, "retry", f"connection broke while waiting: {error}")
         # raise_for_status() of a request that the stage function made beside call.post.
-        if getattr(getattr(error, "response", None), "status_code", None) in stage_http.MAY_RUN:
+        response = getattr(error, "response", None)
+        if getattr(response, "status_code", None) in stage_http.MAY_RUN:
             return self.failure(call, "unknown", str(error))
         if isinstance(error, db.ConnectionLost):
             text = f"no database for the stage function: {error}"
@@ -149,15 +150,15 @@ class Trigger:
             return result(call, "released")
         if by_hand and isinstance(error, (KeyboardInterrupt, bdb.BdbQuit)):
             return self.failure(call, "unknown", "stopped by hand")
-        # A bug, or a missing value. Its line is the first that is not indented: code of a
-        # SyntaxError is indented, and notes come later.
+        # A bug, or a missing value. The error is the first line that is not indented: the code of
+        # a SyntaxError comes before it, indented, and notes come after it.
         said = [t for t in traceback.format_exception_only(error) if not t.startswith(" ")]
         ended = self.failure(call, "retry", said[0].strip())
         ended.traceback = self.traceback_of(error)
         return ended
 
     def traceback_of(self, error: BaseException) -> str | None:
-        """The traceback of a bug; None: `error` is none."""
+        """The traceback of a bug; None where `error` is no bug."""
         if isinstance(error, (pipeline.MissingValue, stage_http.TimeIsUp)):
             return None
         text = self.redact("".join(traceback.format_exception(error)))
@@ -243,9 +244,8 @@ def result(call: Call, outcome: str, **details: Any) -> Result:
 
 def failure(call: Call, outcome: str, error: str, retry_delay: float, **details: Any) -> Result:
     """The result of an attempt that did not succeed, and when it is due again."""
-    last = call.spent >= call.max_attempts
     # Not "unknown", which may still run: that is given up when it is claimed after its lease.
-    if outcome == "retry" and last:
+    if outcome == "retry" and call.spent >= call.max_attempts:
         outcome, error = "failed", f"{error} (attempt {call.spent}, the last one)"
     if outcome == "held":
         details |= {"free": True, "delay": 1.0}
@@ -271,50 +271,35 @@ def about(call: Call, **more: Any) -> dict[str, Any]:
 
 
 def log_begin(call: Call) -> None:
-    log.info(
-        "[TRIGGER] 파이프라인 단계 트리거: %s stage=%s attempt=%d/%d",
-        *(logs.ids(call.ids), call.stage, call.spent, call.max_attempts),
-        extra=about(call),
-    )
+    log.info("[TRIGGER] 파이프라인 단계 트리거: %s stage=%s attempt=%d/%d",
+             logs.ids(call.ids), call.stage, call.spent, call.max_attempts,
+             extra=about(call))  # fmt: skip
 
 
 def log_end(call: Call, ended: Result) -> None:
     """The one line of a call's end; before it the traceback of a bug in the stage function."""
+    ids, status, duration = logs.ids(call.ids), ended.http_status, round(ended.seconds, 3)
     if ended.traceback:
         extra = about(call, traceback=ended.traceback)
-        log.error("단계 함수 오류: %s stage=%s", logs.ids(call.ids), call.stage, extra=extra)
+        log.error("단계 함수 오류: %s stage=%s", ids, call.stage, extra=extra)
     if ended.outcome == "succeeded":
-        log.info(
-            "파이프라인 단계 실행 성공: %s stage=%s status=%d (%.2f초)",
-            *(logs.ids(call.ids), call.stage, ended.http_status, ended.seconds),
-            extra=about(call, status=ended.http_status, duration=round(ended.seconds, 3)),
-        )
+        log.info("파이프라인 단계 실행 성공: %s stage=%s status=%d (%.2f초)",
+                 ids, call.stage, status, ended.seconds,
+                 extra=about(call, status=status, duration=duration))  # fmt: skip
     elif ended.outcome == TAKEN:
-        log.info(
-            "단계가 작업을 접수함: %s stage=%s status=%d (%.2f초) → Job이 바뀔 때까지 작업 중",
-            *(logs.ids(call.ids), call.stage, ended.http_status, ended.seconds),
-            extra=about(call, status=ended.http_status, duration=round(ended.seconds, 3)),
-        )
+        log.info("단계가 작업을 접수함: %s stage=%s status=%d (%.2f초) → Job이 바뀔 때까지 작업 중",
+                 ids, call.stage, status, ended.seconds,
+                 extra=about(call, status=status, duration=duration))  # fmt: skip
     elif ended.outcome == "released":
-        log.warning(
-            "리스가 모자라 호출하지 않고 되돌림: %s stage=%s",
-            *(logs.ids(call.ids), call.stage),
-            extra=about(call),
-        )
+        log.warning("리스가 모자라 호출하지 않고 되돌림: %s stage=%s",
+                    ids, call.stage, extra=about(call))  # fmt: skip
     else:
-        log.log(
-            logging.ERROR if ended.outcome == "failed" else logging.WARNING,
-            "파이프라인 단계 실행 실패: %s stage=%s attempt=%d/%d error=%s → %s",
-            *(logs.ids(call.ids), call.stage, call.spent, call.max_attempts),
-            *((ended.error or "")[:500], what_next(call, ended)),
-            extra=about(
-                call,
-                status=ended.http_status,
-                duration=round(ended.seconds, 3),
-                outcome=ended.outcome,
-                error=ended.error,
-            ),
-        )
+        level = logging.ERROR if ended.outcome == "failed" else logging.WARNING
+        log.log(level, "파이프라인 단계 실행 실패: %s stage=%s attempt=%d/%d error=%s → %s",
+                ids, call.stage, call.spent, call.max_attempts,
+                (ended.error or "")[:500], what_next(call, ended),
+                extra=about(call, status=status, duration=duration, outcome=ended.outcome,
+                            error=ended.error))  # fmt: skip
 
 
 def what_next(call: Call, ended: Result) -> str:
