@@ -20,18 +20,18 @@ log = logging.getLogger("listener")
 
 # After this many calls of a stage without an answer, it is called one at a time until it answers.
 UNANSWERED = 2
-# Statuses that refuse something all calls of a stage have in common: token, path, method, headers,
-# host; also redirects (to TLS, to a login). Where several jobs get them, the stage is at fault.
+# Statuses that refuse what all calls of a stage have in common: token, path, method, headers, host;
+# also redirects (to TLS, to a login). Where several jobs get one, the stage is at fault.
 WRONG = (300, 301, 302, 303, 305, 307, 308, 401, 402, 403, 404, 405, 406, 407, 410, 411, 414, 415,
          417, 421, 426, 431, 501, 505, 511)  # fmt: skip
-# Statuses of a gateway that got no usable answer from its stage. Treated likewise, although the
-# work may run.
+# Statuses of a gateway that got no usable answer from its stage. They are treated like WRONG ones,
+# although the work may run.
 GATEWAY = (502, 520, 522)
 THROTTLED = (429, 503)
 # Seconds between two probes of a stage that refuses every job. The delay is not doubled: if a stage
 # rejects only some jobs, one that it would accept may have its turn after many of those.
 PROBE_EVERY = 5.0
-REMEMBERED = 1000
+REMEMBERED = 1000  # suspects of a stage
 
 
 @dataclass
@@ -39,10 +39,10 @@ class Health:
     """The state of a stage, judged by the calls of this listener."""
 
     unanswered: int = 0  # calls in a row without an answer
-    accepted: int = 0
-    # The last call with a wrong answer, where none was accepted since.
+    accepted: int = 0  # calls, since this listener started
+    # The last call with a wrong answer; None where one was accepted since.
     refused: Result | None = None
-    is_wrong: bool = False  # several jobs got a wrong answer
+    is_wrong: bool = False  # several jobs got a wrong answer: it "refuses every job"
     # By call_id of a call that was refused or put off: how many the stage had accepted by then.
     suspects: OrderedDict[int, int] = field(default_factory=OrderedDict)
 
@@ -56,7 +56,7 @@ class StageHealth:
         self.to_revive: list[Result] = []  # given up, although the stage was at fault: to be undone
 
     def most(self, stage: str, free: int, under_way: list[Call]) -> int:
-        """How many calls of `stage` may begin: one at a time if it is silent or wrong."""
+        """How many calls of `stage` may begin: `free`, or one at a time, see why_one()."""
         if self.why_one(stage):
             return 0 if any(call.stage == stage for call in under_way) else 1
         return free
@@ -69,7 +69,9 @@ class StageHealth:
         return "does not answer" if health.unanswered >= UNANSWERED else None
 
     def kept(self, under_way: list[Call]) -> str:
-        """Of which stages no call begins until that under way has ended, and why; "": of none."""
+        """The stages of which a call is under way and no other begins before it ends, and why; ""
+        where there are none.
+        """
         stages = dict.fromkeys(call.stage for call in under_way)
         return ", ".join(f"{stage} {why}" for stage in stages if (why := self.why_one(stage)))
 
@@ -102,7 +104,7 @@ class StageHealth:
         """The result of a wrong answer: the stage is at fault where two jobs got one, and no call
         was accepted in between.
         """
-        if note_refusal(health, call):
+        if note_refusal(health, call):  # the job is at fault
             return ended
         before, health.refused = health.refused, ended
         if not health.is_wrong:
@@ -128,7 +130,9 @@ class StageHealth:
         self.alerts.send("stage_refuses", text + more, stage=stage, error=error)
 
     def revise_throttled(self, health: Health, call: Call, ended: Result) -> Result:
-        """The result of 429 or 503: an attempt of the job if the stage accepts others meanwhile."""
+        """The result of 429 or 503. It costs an attempt if the stage has accepted other calls since
+        it first put this one off.
+        """
         if not note_refusal(health, call):
             return ended
         revised = self.as_outcome(call, ended, "retry")
@@ -158,7 +162,7 @@ def note_refusal(health: Health, call: Call) -> bool:
     """Note that the stage refused or put off `call`.
 
     Returns:
-        Whether it has accepted other calls since it first did: then the job is at fault.
+        Whether the job is at fault: the stage has accepted other calls since it first refused this.
     """
     before = health.suspects.setdefault(call.call_id, health.accepted)
     if len(health.suspects) > REMEMBERED:
