@@ -93,8 +93,8 @@ def look(conn, join: str | None = None) -> int | None:
     return run(conn, [LOCK_JOINS, LOOK], given).fetchone().parents
 
 
-# Stores the state of the parent when the call of a join is first made, and again as long as no
-# attempt counts. A listener that is lost before this has made no call, so the next claim stores it.
+# Stores the state of the parent when the call of a join is first made, and again until an attempt
+# counts. A listener that is lost before this has made no call, so the next claim stores it.
 NOTE = """
 UPDATE stage_joins SET is_noted = true, parent_step = %(step)s, parent_status = %(status)s
 WHERE parent_id = %(parent_id)s AND join_of = %(join)s AND (%(first)s OR NOT is_noted)
@@ -120,9 +120,9 @@ def has_look(conn, row: Any) -> bool:
 
 
 # Used where the call is skipped though no attempt was accepted: a row has left the state, or the
-# rows have changed since. A look is appended so that the join stays open until it is complete. Only
-# for the attempt that holds the claim: this may run late, over a connection that was lost, when the
-# rows are back and the call was accepted; the look would record it once more.
+# rows have changed since. The look keeps the join open until it is complete. It is appended only
+# for the attempt that holds the claim, as this may run late, over a connection that was lost: by
+# then the rows may be back and the call accepted, and a look would record the call once more.
 REOPEN = """
 INSERT INTO stage_looks (parent_id, join_of, arrived)
 SELECT c.job_id, c.join_of, true FROM stage_calls AS c

@@ -26,10 +26,12 @@ from ops.table import duration
 log = logging.getLogger("listener")
 
 # While a long transaction elsewhere keeps dead rows, a look takes long and finds little. So the
-# next one starts after ten times the seconds that it took, counted from its start, within limits.
-APART, APART_TIMES, APART_MOST = 0.05, 10, 30.0
-APART_MOST_FOUND = 5.0  # the limit after a look that found something
-MANY = 100  # parents or moves; a look that finds so many is soon followed by another
+# next look starts so many times the duration of this one after its start,
+APART_TIMES = 10
+# but not sooner than APART seconds after it, nor later than APART_MOST, or APART_MOST_FOUND where
+# this one found something.
+APART, APART_MOST, APART_MOST_FOUND = 0.05, 30.0, 5.0
+MANY = 100  # parents or moves; a look that finds so many is followed by another after APART
 # Seconds until the next look where another listener is looking, and after one that failed.
 OTHER_LOOKS, FAILED = 1.0, 5.0
 
@@ -69,11 +71,13 @@ class Look:
         self.at = max(self.rests_until, now + delay)
 
     def fail(self, began: float, found: int) -> float:
-        """Note that a look has failed, in part where it `found` any; seconds until the next one.
+        """Note that a look has failed; it may have `found` something in other parts.
 
-        Perhaps it took long because one table is locked. Looks at the others must not wait longer
-        for that, so the rest is short.
+        Returns:
+            Seconds until the next one.
         """
+        # Perhaps it took long because one table is locked. Looks at the other tables must not wait
+        # for that, so it rests as after a look that found something.
         self.rest(began, max(found, 1))
         now = time.monotonic()
         self.rests_until = self.at = max(self.rests_until, now + FAILED)
@@ -97,8 +101,8 @@ class Failing:
     def note_failure(
         self, conn: db.Connection, undone: str, failed: Mapping[str, psycopg2.Error]
     ) -> None:
-        """A look has failed. Where looks have for ALERT_AFTER seconds, tell people: only the
-        listener that was connected first does.
+        """Note that a look has failed. Where looks have failed for ALERT_AFTER seconds, people are
+        told by the listener that was connected first.
         """
         now = time.monotonic()
         if undone not in self.since:
@@ -132,7 +136,7 @@ def why_failed(conn: db.Connection, failed: Mapping[str, psycopg2.Error]) -> str
 
 
 class JoinLook(Look):
-    """Records what joins owe."""
+    """Looks at the parents of joins, and records what they owe."""
 
     undone = "recorded of joins"
 
@@ -141,7 +145,7 @@ class JoinLook(Look):
         self.failing, self.once = failing, once
 
     def run(self, conn: db.Connection) -> None:
-        """Look at parents."""
+        """Look at parents, and plan the next look."""
         self.failure = None
         began = time.monotonic()
         found, failed = db.in_parts(conn, joins.look, pipeline.joins())
@@ -155,7 +159,7 @@ class JoinLook(Look):
                     self.rest(began, parents)
                 return
             log.error("조인 확인 실패 (%.0f초 후 다시 시도): %s", seconds, db.reasons(failed))
-        elif None in found:  # another listener is looking, and may have begun too early
+        elif None in found:  # another listener is looking, and may miss what this one was asked for
             self.rest(began, 0, OTHER_LOOKS)
         else:
             self.failing.note_success(self.undone)
@@ -184,12 +188,12 @@ class MoveLook(Look):
         self.ask()
 
     def run(self, conn: db.Connection) -> None:
-        """Look at moves."""
+        """Look at moves, and plan the next look."""
         self.failure = None
         unrecorded: dict[str, psycopg2.Error] = {}
         if self.may_miss:
             _, unrecorded = db.in_parts(conn, moves.record_missed, pipeline.tables())
-            self.may_miss = self.once and bool(unrecorded)
+            self.may_miss = self.once and bool(unrecorded)  # else the next sweep sets it
         began = time.monotonic()
         found, failed = db.in_parts(conn, self.end_calls, pipeline.tables())
         seen = sum(found)
@@ -200,7 +204,7 @@ class MoveLook(Look):
             seconds = self.settings.SWEEP_INTERVAL
             self.rest(began, seen, 0.0 if seen else seconds)
             self.failing.note_success(self.undone)
-        if failed := unrecorded | failed:  # the next sweep records what was not recorded
+        if failed := unrecorded | failed:
             if self.once:
                 self.failure, self.at = next(iter(failed.values())), math.inf
                 return

@@ -13,13 +13,15 @@ import pipeline
 
 log = logging.getLogger("listener.trigger")
 
-# A move older than a call does not end it. A move whose call has no answer yet stays until its 202
-# is recorded, and is processed then. Locked rows are being processed by another listener. A place
-# under a limit may be free afterwards, so the other listeners are woken. The trigger has removed a
-# row's own call; that of a join is removed here. A move may have been committed long after it was
-# made. history.COUNT counts attempts that are older than 5 minutes; where it has passed this one
-# already, it is counted here. One that is newer than 4 minutes cannot have been passed, so for such
-# attempts alone the mark is not locked.
+# By the parts of the statement:
+# seen, mine: rows that are locked are being processed by another listener.
+# leased: a move that is older than a call does not end it.
+# forgotten: a move whose call has no answer yet stays until the 202 is recorded.
+# paid, given_up: the trigger has removed a row's own call; that of a join is settled here.
+# late to counted: history.COUNT counts attempts that are older than 5 minutes. A move may be
+# committed long after it was made, when that count has passed its attempt; then the attempt is
+# counted here. One that is newer than 4 minutes cannot have been passed, and locks no mark.
+# Last: a place under a limit may be free now, so the other listeners are woken.
 LOOK = f"""
 WITH seen AS (
     SELECT move_id, job_id, table_name, stage, is_failed, moved_at FROM stage_moves
@@ -99,8 +101,8 @@ def look(conn, table: str | None = None) -> tuple[list, int]:
     """End the calls whose rows have moved on; with `table`, of its rows alone.
 
     Returns:
-        A row for each: job_id (the row's id), parent_id, table_name, stage, outcome, error,
-        seconds; and how many moves; if not 0, there may be more.
+        A row for each call: job_id (the row's id), parent_id, table_name, stage, outcome, error,
+        seconds. And how many moves were taken; if not 0, there may be more.
     """
     given = {"wake": db.WAKE_CHANNEL, "table": table} | history.BOUNDS
     rows = db.execute(conn, LOOK, given).fetchall()
