@@ -1,5 +1,5 @@
-"""Runs tasks between calls, when they are due; each listener runs them for all. What they do is
-in calls.py, clock.py, history.py, leftovers.py and troubles.py.
+"""Runs the tasks that are due, between turns. Each listener runs them, for all listeners. What they
+do is in calls.py, clock.py, history.py, leftovers.py and troubles.py.
 """
 
 import logging
@@ -59,20 +59,20 @@ class Upkeep:
 
     def __init__(self, settings: SimpleNamespace, name: str, alerts: Alerts, claiming: Claiming):
         self.settings, self.name, self.alerts, self.claiming = settings, name, alerts, claiming
-        self.clock_is_back = False  # whether the database's clock is known to have been set back
+        self.clock_is_back = False  # the database's clock is known to have been set back
         # Since when the database has had another PIPELINE (time.monotonic()), and whether that was
         # told. Its end is not told: people were asked to restart this one.
         self.differs_since: float | None = None
         self.has_told_difference = False
-        self.gone: set[str] = set()  # stages that left PIPELINE, told to be waiting
+        self.gone: set[str] = set()  # stages that left PIPELINE; told that their calls wait
         # How far these have come; None: at the beginning.
         self.pruned_until: Any = None
         self.given_up_after: Any = None
         self.parents_after: Any = None
         self.failed_after: Any = None
         self.prune_all_at = 0.0  # by time.monotonic()
-        self.failed_tables: list[str] = []  # those that can be read in this round
-        self.stalled_errors = 0  # looks for stalled rows in a row that could not read everything
+        self.failed_tables: list[str] = []  # where look_for_failed() still looks in this round
+        self.stalled_errors = 0  # consecutive looks for stalled rows that could not read everything
         self.has_told_stalled_unseen = False
         self.broken: list[routes.Broken] = []  # triggers that record no call, as last seen
         self.told_broken: list[routes.Broken] = []  # as people were last told by this listener
@@ -112,8 +112,8 @@ class Upkeep:
         now = time.monotonic()
         for task in self.tasks:
             if now >= task.at:
-                task.at = now + task.every  # also where it fails
-                has_more = task.do(conn)
+                task.at = now + task.every  # where `do` raises an error
+                has_more = task.do(conn)  # it may change `every`
                 task.at = now if has_more else now + task.every
 
     def compare_and_reap(self, conn) -> None:
@@ -180,7 +180,7 @@ class Upkeep:
     def count_and_prune(self, conn) -> bool:
         """Count a batch of the history, and prune one."""
         looked_at, now = self.guarded(history.count, conn) or 0, time.monotonic()
-        if now >= self.prune_all_at:  # what was kept may have moved on
+        if now >= self.prune_all_at:  # start over: what was kept may be deleted now
             self.prune_all_at, self.pruned_until = now + PRUNE_ALL_INTERVAL, None
         done = self.guarded(history.prune, conn, self.settings.HISTORY_DAYS, self.pruned_until)
         if done:
@@ -277,7 +277,7 @@ class Upkeep:
             self.alerts.send_recovered("stalled", None, "stalled jobs can be looked for again")
 
     def note_clock_set_back(self) -> None:
-        """A call was found before it was due: look at once what else waits too long."""
+        """A call was claimed before it was due: look at once what else waits too long."""
         self.clock.at, self.clock_is_back = 0.0, True
 
     def guarded(self, do: Callable, conn, *given: Any) -> Any:
