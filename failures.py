@@ -22,8 +22,8 @@ log = logging.getLogger("listener.trigger")
 SET_FAILED = "set failed by its stage"
 
 # Which results are of rows that their stage has set to failed, and whether a stage follows from
-# that. A row's own call is gone with its state; that of a join is still there. Where that got no
-# answer, it does not count: the parent may have been failed before, and its stage still work.
+# that. A row's own call is gone with its state; that of a join is still there. It is left out if it
+# got no answer: the parent may have been failed before, and the stage still work on it.
 FAILED_BY_STAGE = f"""
 SELECT r.call_id,
        EXISTS (SELECT FROM pipeline_stages AS p
@@ -38,8 +38,8 @@ WHERE (j.current_step, j.status) = (r.stage, 'failed')
 
 
 def note(conn, results: Sequence[Result]) -> None:
-    """Note in failed `results` that their stage has set the row to failed, which is final unless
-    another call follows from that; or that the call needs no person.
+    """Note in failed `results` what the database knows of their rows: that the stage has set one to
+    failed, which is final unless another call follows from that; or that no person is needed.
     """
     is_routed = failed_by_stage(conn, results)
     note_needs_no_person(conn, results)
@@ -47,7 +47,7 @@ def note(conn, results: Sequence[Result]) -> None:
         if result.call_id in is_routed:
             result.error = f"{(result.error or '')[:1900]} ({SET_FAILED})"  # 2,000 are recorded
             if is_routed[result.call_id]:
-                result.is_told = True  # what becomes of the next call is told
+                result.is_told = True  # people are told of the next call, if that is given up
             else:
                 result.outcome, result.delay, result.hold = "failed", None, False
                 result.is_set_failed = True
@@ -56,8 +56,8 @@ def note(conn, results: Sequence[Result]) -> None:
 def failed_by_stage(conn, results: Iterable[Result]) -> dict[int, bool]:
     """By call_id of the calls whose stage has set the row to failed: whether a call follows.
 
-    Only of calls that were sent and not accepted, and not of a table that cannot be read: the look
-    for rows that rest finds its rows later.
+    Only of calls that were sent and not accepted. Rows of a table that cannot be read are left out;
+    troubles.newly_failed() finds them later.
     """
     asked = [r for r in results
              if r.is_failure and (r.http_status is not None or r.outcome != "held")]  # fmt: skip
@@ -124,17 +124,15 @@ def reap(
             see = pipeline.typed("job", row.table_name, row.job_id)
             then = f"취소되었거나 Job 상태가 변경됨: {see}"
         details = {"attempt": row.spent, "outcome": row.outcome, "error": row.error}
-        log.warning(
-            "파이프라인 단계 실행 실패: %s stage=%s attempt=%d/%d error=%s (%.0f초) → %s",
-            *(row_name(row.table_name, row.job_id), row.stage, row.spent, most),
-            *(row.error, row.seconds, then),
-            extra=about(row, status=row.http_status, **details),
-        )
+        log.warning("파이프라인 단계 실행 실패: %s stage=%s attempt=%d/%d error=%s (%.0f초) → %s",
+                    row_name(row.table_name, row.job_id), row.stage, row.spent, most,
+                    row.error, row.seconds, then,
+                    extra=about(row, status=row.http_status, **details))  # fmt: skip
 
 
 def about(row: Any, **more: Any) -> dict[str, Any]:
-    """What a line of the log is about, for `extra`, where only the id of the row is known: that of
-    a job, or of a row of another table.
+    """The `extra` of a line of the log where only the id of the row is known: that of a job, or of
+    a row of another table.
     """
     of_jobs = row.table_name == pipeline.JOBS.name
     ids = {"job": row.job_id} if of_jobs else {"table": row.table_name, "id": row.job_id}
@@ -177,7 +175,7 @@ def tell_set_failed(alerts: Alerts, row: Any) -> None:
     back = pipeline.sent_back(row.table_name, key, stage, (stage, "failed"))
     name = row_name(row.table_name, key)
     text = f"{name}: {stage} set it to failed: {error}; to send it back: {back}"
-    about = {"job": key, "table": row.table_name, "stage": stage, "error": error}
-    alerts.send("failed_by_stage", text, **about, sql=back)
+    details = {"job": key, "table": row.table_name, "stage": stage, "error": error}
+    alerts.send("failed_by_stage", text, **details, sql=back)
     log.error("단계가 failed로 설정함: %s stage=%s error=%s → %s", name, stage, error[:500], back,
-              extra=logs.about(**about))  # fmt: skip
+              extra=logs.about(**details))  # fmt: skip
