@@ -5,8 +5,8 @@
 
 -- The options of `install` come as settings of this transaction. The triggers store them as their
 -- arguments: --no-notify ('silent'), --notify-owed ('owed only'), --no-insert ('updates only'). An
--- option that is not given keeps the value that is stored there; where the table named jobs was
--- replaced by another one, in the trigger of the former table.
+-- option that is not given keeps its stored value. Where the table named jobs was replaced by
+-- another one, that value is in the trigger of the former table.
 DO $do$
 DECLARE
     before constant text := coalesce(
@@ -36,11 +36,11 @@ BEGIN
 END
 $do$;
 
--- The types that columns of a table have now, as OIDs; NULL where one is missing. The parser is
--- asked, as a catalog read by a query would be as old as the caller's snapshot.
--- IMMUTABLE is what makes it free. PostgreSQL evaluates an IMMUTABLE call with constant arguments
--- when it plans the expression, and plans anew after an ALTER TABLE of a table that the expression
--- has as a regclass constant. So it runs once a session, and once after each change of the table.
+-- The types that columns of a table have now, as OIDs; NULL where one is missing. pg_typeof() takes
+-- them from the parser, as a query of the catalog would read as of the caller's snapshot.
+-- IMMUTABLE spares the cost for each row. PostgreSQL evaluates an IMMUTABLE call with constant
+-- arguments when it plans the expression, and plans anew after an ALTER TABLE of a table that the
+-- expression has as a regclass constant. So it runs once a session, and once after each change.
 CREATE OR REPLACE FUNCTION stage_column_types(place regclass, columns text[]) RETURNS text
 LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE
@@ -58,7 +58,8 @@ $body$;
 
 -- Fills in a template, in one pass: what was filled in is not read again, whatever it contains.
 -- {name} becomes the text of this name as it is, '{name}' becomes it as a literal, "{name}" as an
--- identifier. {name?} may have none (NULL): then its line is left out. It is dropped below.
+-- identifier. {name?} may have no text (NULL): then its line is left out. This function is dropped
+-- below.
 CREATE OR REPLACE FUNCTION pg_temp.filled(template text, texts jsonb) RETURNS text
 LANGUAGE plpgsql AS $body$
 DECLARE
@@ -91,27 +92,30 @@ BEGIN
 END
 $body$;
 
--- The trigger function of each table keeps the debt in step with the row, in the transaction that
--- moves it, and then notifies. That of jobs is notify_job_state_change(), that of another table
--- job_state_listener_TABLE().
--- It runs with its owner's rights: the search path holds nothing that a user could put a
--- function or an operator in, and its tables are named with their schema.
--- PL/pgSQL prepares each expression anew in every transaction, and most transactions move one
--- row. So what a table does not need is left out of its function, a variable has no DEFAULT, and
--- the routes are one constant: a comparison for each cost a tenth of the whole, and looking into
--- pipeline_stages for every row a third. RETURN NULL would be another expression; what an AFTER
--- trigger returns is ignored.
--- SET enable_seqscan = off: with a plan made while stage_calls was empty, the DELETE made an UPDATE
--- of 20,000 jobs take 14 s.
--- A column that was dropped, renamed or given another type would make NEW.column an error, in a
--- session that has planned it or in every one. So the columns are read once, as they were at
--- install; where the table has changed since, or was restored from a dump, by a dynamic statement,
--- whose failure is a warning: the application's write goes through.
--- So it does where a table that the function writes to is missing, or not for its owner to use. The
--- right to INSERT stands for all: the name of the table has to be looked up anyway, and to ask for
--- one right costs a hundredth of the whole, but for all four a tenth. Row-level security that holds
--- for its owner would refuse the row, or hide the open call: see FORCE ROW LEVEL SECURITY.
--- Below come the facts about each table, its function, and the parts that stand in braces in it.
+-- The trigger function of each table records what a row owes, in the transaction that moves it, and
+-- then notifies. That of jobs is notify_job_state_change(), that of another table
+-- job_state_listener_TABLE(). The block below has, in this order: the facts about each table; the
+-- function, with parts in braces; these parts.
+--
+-- Rights. It runs with its owner's rights. So its search path has no schema in which a user could
+-- create a function or an operator, and its tables are named with their schema.
+--
+-- Cost. PL/pgSQL prepares each expression anew in every transaction, and most transactions move one
+-- row. So what a table does not need is left out of its function, and a variable has no DEFAULT.
+-- The routes are one constant: a comparison for each cost a tenth of the whole, and looking into
+-- pipeline_stages for every row a third. It returns NEW, though what an AFTER trigger returns is
+-- ignored, as RETURN NULL would be another expression. SET enable_seqscan = off: with a plan made
+-- while stage_calls was empty, the DELETE made an UPDATE of 20,000 jobs take 14 s.
+--
+-- The application's write never fails:
+-- - A column that was dropped, renamed or given another type would make NEW.column an error, in the
+--   sessions that have planned it or in all. So NEW.column is used only while the columns are as
+--   they were at install. Where they have changed, or the table was restored from a dump, a dynamic
+--   statement reads them, and if it fails, that is a warning.
+-- - A table that the function writes to may be missing, or its owner may have no right to it: that
+--   is a warning, too. Only INSERT is asked for. The table has to be looked up anyway, and to ask
+--   for one right costs a hundredth of the whole, but for all four a tenth. Row-level security that
+--   holds for the owner (FORCE ROW LEVEL SECURITY) would refuse the row, or hide the open call.
 DO $do$
 DECLARE
     asked     constant jsonb := current_setting('job_state_listener.pipeline')::jsonb;
@@ -323,7 +327,7 @@ $part$, jsonb_build_object('place', schema || '.' || name)), E'\n           ')
                     AS name
                 WHERE name IS NOT NULL),
 
-            -- Where the table has parents, or asynchronous stages.
+            -- Where the table has a parent, or asynchronous stages.
             'read_old_row', CASE WHEN t.reads_old THEN pg_temp.filled($part$
             IF TG_OP <> 'INSERT' THEN
                 old_step := OLD.current_step::text;
@@ -333,8 +337,8 @@ $part$, jsonb_build_object('place', schema || '.' || name)), E'\n           ')
             END IF;
 $part$, texts) END,
 
-            -- Always: its columns as they are found. By way of text, as a cast between numbers would
-            -- round.
+            -- Always: the columns as they are now. Values are cast by way of text, as a cast between
+            -- types of numbers would round.
             'select_new_row', pg_temp.filled($part$
 SELECT ($1)."{id_column}"::text::{id_type}, ($1).current_step::text, ($1).status::text,
     {tenant}, {parent}, json_build_object(
@@ -356,7 +360,7 @@ $part$, texts || jsonb_build_object(
                     ' least(($1)."{run_after_column?}", ''9999-12-31''::timestamptz) END',
                     texts), 'NULL'))),
 
-            -- Where read_old_row is: the same, as found.
+            -- Where read_old_row is needed: the same of the old row.
             'read_old_row_as_found', CASE WHEN t.reads_old THEN pg_temp.filled($part$
             IF TG_OP <> 'INSERT' THEN
                 EXECUTE '{select_old_row}' INTO old_step, old_state, old_parent, old_id USING OLD;
@@ -366,10 +370,10 @@ SELECT ($1).current_step::text, ($1).status::text, {parent}, ($1)."{id_column}":
 $part$, texts || jsonb_build_object('parent', coalesce(pg_temp.filled(
                 '($1)."{parent_column?}"::text::{id_type}', texts), 'NULL'))))) END,
 
-            -- Where there are joins, and the table has partitions. One UPDATE that moves a row to
-            -- another partition deletes it there and inserts it here, in this order. Such a row has
-            -- not come to its state. A row that is deleted and inserted anew has: it is in the same
-            -- partition as before.
+            -- Where there are joins, and the table has partitions. An UPDATE that moves a row to
+            -- another partition deletes it there and inserts it here, in this order: such a row has
+            -- not newly come to its state. One that the application deletes and inserts again has,
+            -- and it is in the same partition as before.
             'leave_if_only_repartitioned', CASE WHEN t.joins IS NOT NULL AND t.is_partitioned
             THEN pg_temp.filled($part$
         IF TG_OP = 'DELETE' THEN
@@ -429,10 +433,10 @@ $part$, texts) END,
         END IF;
 $part$, texts) END,
 
-            -- Once for each asynchronous stage. A row that comes to another state of the stage than
-            -- running has left it; so has one that goes elsewhere from the state that owes the
-            -- call, or from running. One that goes back from running to a state that owes the call
-            -- has not.
+            -- Once for each asynchronous stage. A row has left the stage if it comes to a state of
+            -- the stage other than running, or if it goes elsewhere from running or from a state
+            -- that owes the call. It has not if it goes back from running to a state that owes the
+            -- call.
             'record_moves', (
                 SELECT string_agg(pg_temp.filled($part$
         IF (step = '{stage}' AND state = 'running') IS NOT TRUE AND id IS NOT NULL
@@ -446,9 +450,9 @@ $part$, texts) END,
 $part$, texts || a_stage), E'\n        ')
                 FROM jsonb_array_elements(t.asynchronous) AS a_stage),
 
-            -- Where tenants take turns, which they do by the call's own copy, and a parent has the
-            -- tenant. Nothing waits for a lock on the parent's table: without the parent's tenant
-            -- the call has the turns of those that have none.
+            -- Where tenants take turns, and a parent has the tenant, which is copied into the call.
+            -- Nothing waits for a lock on the parent's table: a call without the parent's tenant
+            -- has its turn with those that have none.
             'borrow_tenant', CASE WHEN t.lenders IS NOT NULL AND t.fair_stages IS NOT NULL
             THEN pg_temp.filled($part$
         IF route = ANY ('{fair_stages}'::text[]) AND parent IS NOT NULL THEN
