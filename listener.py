@@ -119,19 +119,19 @@ class Listener:
                  self.name, self.workers.size, self.claiming.order)  # fmt: skip
         try:
             while not self.finished():
-                lost: Exception | None = None
+                ended_by: Exception | None = None
                 try:
                     with contextlib.closing(self.connect()) as conn:
                         self.work(conn)
                 except ops.Problem as problem:
                     self.problem = problem  # calls under way are finished
-                    lost = problem if self.has_work else None
+                    ended_by = problem if self.has_work else None
                 except Exception as error:
                     if self.once and not self.has_work:
                         raise
-                    lost = error
-                if lost:  # not within `except`: a worker that is forked there inherits the error
-                    self.wait_to_reconnect(lost)
+                    ended_by = error
+                if ended_by:  # not within `except`: a worker forked there would inherit the error
+                    self.wait_to_reconnect(ended_by)
         finally:
             if not self.has_work:  # else a bug ended the loop: they finish and write their results
                 self.workers.kill_all()
@@ -160,14 +160,17 @@ class Listener:
         return conn
 
     def prepare(self, conn: db.Connection) -> None:
-        """LISTEN comes before the first look for due calls, so that nothing falls between."""
+        """Check a new connection, and set it up. LISTEN comes before the first look for due calls,
+        so that nothing falls between.
+        """
         self.hosts.check_new_connection(conn, self.beat_for_host)
         self.beat("asking the database", LONGEST_SLEEP)
         info = conn.info
         log.info("PostgreSQL 연결 성공: %s:%s/%s", info.host, info.port, info.dbname)
         self.end_waiting(conn)
         announced = ops.announced(conn)
-        if not self.is_installed or announced is None:  # None: the database was made anew, maybe
+        # Without triggers of ours (None), the database may have been made anew.
+        if not self.is_installed or announced is None:
             try:
                 ops.require_installed(conn)
             except ops.Problem as problem:
@@ -187,7 +190,7 @@ class Listener:
         self.claiming.claim_at = self.claiming.sweep_at = 0.0
 
     def end_waiting(self, conn: db.Connection) -> None:
-        """End what is left of lost connections, and say that the database waits for a standby."""
+        """End the sessions of lost connections. If they wait for a standby, say so once."""
         if db.end_waiting(conn) and not self.is_standby_away:
             self.is_standby_away = True
             log.error("커밋이 응답 없는 동기 스탠바이를 기다림: 남은 세션을 종료하며 계속 시도")
