@@ -134,7 +134,8 @@ RECORDED = """
 FENCE = """c.job_id = r.job_id AND c.call_id = r.call_id AND c.attempts = r.attempt
       AND c.worker = r.worker"""
 
-# SKIP LOCKED, as the stage's own transaction may still hold the row of the call when it answers.
+# The results whose attempt may settle the call. SKIP LOCKED, as the stage's own transaction may
+# still hold the row of the call when it answers.
 # A generic plan that was made while the queue was empty, or the statistics said one row, may scan
 # a whole index for a join. The session goes on using it when the queue is full, or when an old
 # snapshot elsewhere keeps dead entries in the index. So rows are looked up one by one (LATERAL …
@@ -317,6 +318,8 @@ FOR UPDATE OF l
 """,
 )
 
+# The stages to claim calls of. as_arrays() lists a stage with its share, and later once more with
+# what is left: this second entry skips as many calls as the share has.
 WANTED = """unnest(%(stages)s::text[], %(leases)s::float8[], %(since)s::timestamptz[],
                 %(skip)s::integer[], %(most)s::integer[])
       AS wanted (stage, lease, since, skip, most)"""
@@ -364,8 +367,9 @@ PLACES = """
         FROM stage_limits AS s WHERE wanted.stage = ANY (s.stages)"""
 
 # The stages are tried in the order given. A row that the stage's own transaction holds is passed
-# by, and so is a stage that is held or full. A call that was never tried is due whatever the clock
-# says: the sweep finds it though the database's clock was set back.
+# by, and so is a stage that is held or full. Of the two upper limits of due_at, the CASE decides
+# without a sweep: what is due. In a sweep the second one does: it also takes calls that were never
+# tried, as the database's clock may have been set back.
 DUE = f"""
     SELECT open.*, wanted.lease
     FROM {WANTED}
