@@ -529,9 +529,9 @@ $do$;
 
 -- stage_join_is_complete(): whether a parent has rows, and all of them are in the state. STABLE, so
 -- that it sees what the statement that asks sees.
--- stage_call_row(): where the row that owes a call is now; of a join that is the parent, and
--- whether the join is complete, and whether the parent has moved since it was first claimed.
--- Both name the tables of the application, which a constant statement cannot.
+-- stage_call_row(): where the row that owes a call is now. Of a join: of the parent, and whether
+-- the join is complete, and whether the parent has moved since the call was first claimed.
+-- Both are generated, as they name the tables of the application.
 DO $do$
 DECLARE
     asked    constant jsonb := current_setting('job_state_listener.pipeline')::jsonb;
@@ -658,9 +658,9 @@ $do$;
 
 DROP FUNCTION pg_temp.filled(text, jsonb);
 
--- A function that is replaced keeps its owner, and would run with the rights of whoever made
--- the first version: it belongs to the owner of the tables. Nobody else may hang a function with
--- our rights on a table of their own.
+-- A function that is replaced keeps its owner, and would run with the rights of whoever made the
+-- first version. So each is given to the owner of the tables. Those that run with its rights are
+-- revoked from PUBLIC: nobody else may make a trigger of them on a table of their own.
 DO $do$
 DECLARE
     owner regrole := (SELECT relowner FROM pg_class WHERE oid = 'stage_calls'::regclass);
@@ -686,9 +686,9 @@ BEGIN
 END
 $do$;
 
--- Triggers are made only where they are missing or different, and removed from tables that are no
--- longer in the pipeline, with their functions: each locks its table. That may be the table that
--- was jobs before: one that was renamed and is now a partition, or stands aside.
+-- Triggers are made only where they are missing or different, as each one locks its table. They are
+-- removed, with their functions, from tables that are no longer in the pipeline. One of those may
+-- be the former jobs: it was renamed, and is now a partition, or stands aside.
 DO $do$
 DECLARE
     asked  constant jsonb := current_setting('job_state_listener.pipeline')::jsonb;
@@ -770,7 +770,7 @@ BEGIN
            OR found.tgattr::text <> ''
            OR rtrim(replace(encode(found.tgargs, 'escape'), chr(92) || '000', ', '), ', ')
               <> replace(arguments, '''', '')
-           -- It follows a column that is renamed. PostgreSQL adds brackets and casts to it.
+           -- The condition follows a column that is renamed. PostgreSQL adds brackets and casts.
            OR regexp_replace(coalesce(substring(pg_get_triggerdef(found.oid)
                                                 FROM ' WHEN (.*) EXECUTE FUNCTION '), ''),
                              '[()]|::[^ )]+', '', 'g')
