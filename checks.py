@@ -104,9 +104,11 @@ class Checks:
 
     def pass_over(self, conn: db.Connection, call: Call, row: Claimed) -> Checked:
         """Put off a call whose stage this PIPELINE and the database's do not agree on: it waits for
-        another listener. Where neither has its state any more, it gets the name of a stage that no
-        claim asks for, and people are told as of a stage that left PIPELINE, until an install that
-        has the state brings the call back (leftovers.ADOPT).
+        another listener.
+
+        Where neither has its state any more, the call gets the name of a stage that no claim asks
+        for. People are told of it as of a stage that left PIPELINE. An install that has the state
+        again brings the call back (leftovers.ADOPT).
         """
         stage, mend = row.routed_to or row.stage, "make trigger 후 재시작 필요"
         if not (row.routed_to or call.route in self.routes):
