@@ -217,12 +217,9 @@ class Hearing:
             ids = {name: cut(said[name], LONGEST_ID) for name in table.ids}
             if log.isEnabledFor(level):
                 step, status = cut(step, LONGEST_WORD), cut(status, LONGEST_WORD)
-                log.log(
-                    level,
-                    "[LISTENER] Job 상태 변화 감지: %s current_step=%s status=%s",
-                    *(logs.ids(ids), step, status),
-                    extra=logs.about(job=ids[table.ids[-1]], current_step=step, status=status),
-                )
+                extra = logs.about(job=ids[table.ids[-1]], current_step=step, status=status)
+                log.log(level, "[LISTENER] Job 상태 변화 감지: %s current_step=%s status=%s",
+                        logs.ids(ids), step, status, extra=extra)  # fmt: skip
             return True
         except (ValueError, TypeError, KeyError, RecursionError):
             return False
