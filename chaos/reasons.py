@@ -2,6 +2,7 @@
 first, and faults that kept its result from being recorded.
 """
 
+import db
 from chaos.account import Account, Call, Try
 from chaos.history import Fault
 from ops.rules import outcomes_by
@@ -15,6 +16,7 @@ ORPHAN_WRITES = 1.5
 
 # The beginning of the error of a call whose worker died.
 KILLED, DIED = "its worker was killed by SIGKILL", "its worker "
+DROPPED = "drop database network"
 # Misbehaviour of a stage function after which its answer is lost.
 LOSES_ANSWER = ("post, then compute in C",)
 
@@ -85,7 +87,10 @@ def why_lost(account: Account, call: Call, one: Try, when: float) -> str:
     if were_frozen(done, known, one.leased_until):
         return "the listener was frozen until the lease was over"
     since = has_result(account, one) if one.posts else began - RECONNECTING
-    if account.faults(listener, since, when, "database"):
+    # A listener waits for the answer to what was dropped until the deadline of its statement.
+    dropped = [fault for fault in account.faults(listener, since - db.DEADLINE, when, "database")
+               if fault.kind == DROPPED]  # fmt: skip
+    if dropped or account.faults(listener, since, when, "database"):
         return "its result could not be written: no database"
     if was_locked(account, one, when):
         return "its result could not be written: a table was being changed"

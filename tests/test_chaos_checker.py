@@ -189,13 +189,20 @@ def killed_in_a_call(script, accepted=True):
 
 
 @pytest.mark.parametrize(
-    ("began", "ended", "found"),
-    [(0.5, 1.0, {REPEATED, ATTEMPTS}), (1.2, 1.4, {REPEATED, ATTEMPTS}), (1.6, 1.7, set())],
+    ("kind", "began", "ended", "found"),
+    [
+        ("restart database, fast", 0.5, 1.0, {REPEATED, ATTEMPTS}),
+        ("restart database, fast", 1.2, 1.4, {REPEATED, ATTEMPTS}),
+        ("restart database, fast", 1.6, 1.7, set()),
+        ("drop database network", 1.2, 1.4, set()),  # waited for until the deadline
+    ],
 )
-def test_lost_database_explains_a_lost_result_only_from_the_answer_on(began, ended, found, script):
+def test_lost_database_explains_a_lost_result_only_from_the_answer_on(
+    kind, began, ended, found, script
+):
     killed_in_a_call(script)
     script.faults.clear()
-    script.fault("restart database, fast", "database", began, ended)
+    script.fault(kind, "database", began, ended)
     script.row(4.6, claim=script.claims[0])
     assert kinds(script) == found
 
