@@ -62,8 +62,8 @@ class Run:
         if self.process.poll() is None:
             with contextlib.suppress(OSError):
                 os.killpg(self.process.pid, signal.SIGKILL)  # and what it started
-            # The kill is refused if the process is another user's, and takes effect late if it is
-            # blocked in the kernel. So wait for a second at most.
+            # A process of another user cannot be killed, and one that is blocked in the kernel ends
+            # later. So wait for a second at most.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(1.0)
             log.error("알림 명령 실패: %.0f초 안에 끝나지 않아 중단함", TIME_LIMIT)

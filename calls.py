@@ -100,8 +100,8 @@ class Wanted(NamedTuple):
 
 PAID = ("succeeded", "skipped")  # outcomes after which nothing is owed any more
 TAKEN = "taken"  # 202 of an asynchronous stage: the call goes on without its worker
-# one_by_one.keep_from_repeating() shows an accepted call as given up, so that nobody makes it
-# again. The error of such a call begins with these words.
+# Where the result of an accepted call cannot be written, one_by_one.keep_from_repeating() gives the
+# call up, so that nobody makes it again. Its error then begins with these words.
 DO_NOT_RETRY = "its stage has accepted it, do not retry it"
 
 
@@ -134,13 +134,13 @@ RECORDED = """
 FENCE = """c.job_id = r.job_id AND c.call_id = r.call_id AND c.attempts = r.attempt
       AND c.worker = r.worker"""
 
-# The results whose attempt may settle the call. SKIP LOCKED, as the stage's own transaction may
-# still hold the row of the call when it answers.
-# A generic plan that was made while the queue was empty, or the statistics said one row, may scan
-# a whole index for a join. The session goes on using it when the queue is full, or when an old
-# snapshot elsewhere keeps dead entries in the index. So rows are looked up one by one (LATERAL …
-# LIMIT 1), or by lists of their keys (= ANY (ARRAY(…))), one list for each index of the table. Then
-# each index that the planner may choose has a condition.
+# The results whose attempt still holds the claim of its call. SKIP LOCKED, as the stage's own
+# transaction may still hold the row of the call when it answers.
+# If a generic plan is made while the queue is empty, or while the statistics say one row, it may
+# scan a whole index for a join. The session goes on using that plan when the queue is full, or when
+# an old snapshot elsewhere keeps dead entries in the index. So rows are looked up one by one
+# (LATERAL … LIMIT 1), or by lists of their keys (= ANY (ARRAY(…))), one list for each index of the
+# table. Then each index that the planner may choose has a condition.
 MINE = f"""
     SELECT r.* FROM result AS r CROSS JOIN LATERAL (
         SELECT c.job_id FROM stage_calls AS c WHERE {FENCE}
@@ -285,9 +285,9 @@ HURRY = Statement("hurry", "SELECT set_config('lock_timeout', '20ms', true)")
 # Extends leases that have run out, or will within %(extend_by)s seconds. A listener that has not
 # claimed lately runs this before its claim, in the same transaction. What kept it from claiming,
 # such as an outage, may also have kept another listener from writing that its calls were accepted.
-# Without the extension these calls would be made again. due_at stays at the first end of the lease.
-# A lease that ends %(extend_by)s seconds after due_at, or later, is not extended again: else the
-# call of a lost listener might never be made again.
+# Without the extension these calls would be made again. due_at is not changed: it says when the
+# lease first ended. A lease that already ends %(extend_by)s seconds or more after due_at is not
+# extended again. Otherwise the call of a lost listener might never be made again.
 EXTEND = Statement(
     "extend",
     """
@@ -318,8 +318,8 @@ FOR UPDATE OF l
 """,
 )
 
-# The stages to claim calls of. as_arrays() lists a stage with its share, and later once more with
-# what is left: this second entry skips as many calls as the share has.
+# The stages to claim calls of. Where a stage may get more calls than its share, as_arrays() gives
+# it two entries: the first for its share, and the second, which skips as many, for the rest.
 WANTED = """unnest(%(stages)s::text[], %(leases)s::float8[], %(since)s::timestamptz[],
                 %(skip)s::integer[], %(most)s::integer[])
       AS wanted (stage, lease, since, skip, most)"""

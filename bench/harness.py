@@ -16,8 +16,8 @@ from bench.stage_process import StageProcess
 START_LIMIT = 60.0  # seconds
 SETTLE = 0.5  # seconds without a call, after which no call is expected any more
 WARM_UP = 20  # calls for each that can be in flight
-# After so many seconds without a call, and with an idle processor, missing calls count as lost.
-# Some queues poll every 30 s.
+# Calls that are missing count as lost once there was no call, and the processor was idle, for so
+# many seconds. Some queues poll every 30 s.
 PATIENCE = 45.0
 BUSY = 0.05  # seconds of CPU time in a second
 
